@@ -1,0 +1,1 @@
+"""fastgpt: nanoGPT's model on hand-written Triton kernels."""
