@@ -19,7 +19,7 @@ def _has_triton() -> bool:
     found = importlib.util.find_spec("triton") is not None
     if not found:
         warnings.warn(
-            "Triton is not installed: CUDA tensors run on PyTorch's own kernels (pip install triton)",
+            "Triton is not installed (pip install triton): CUDA tensors run on PyTorch's kernels",
             stacklevel=3,
         )
     return found

@@ -100,7 +100,7 @@ def _mul_hi_lo(a: Tensor, b: int) -> tuple[Tensor, Tensor]:
 
 
 def philox_4x32(key: int, counter: tuple[Tensor, Tensor, Tensor, Tensor]) -> tuple[Tensor, ...]:
-    """Ten rounds. ``key`` has 64 bits; counter and result are four int64 tensors of 32-bit words."""
+    """Ten rounds. ``key`` has 64 bits; counter and result: four int64 tensors of 32-bit words."""
     k0, k1 = key & _LOW, (key >> 32) & _LOW
     c0, c1, c2, c3 = counter
     for _ in range(10):
