@@ -1,1 +1,13 @@
 """fastgpt: nanoGPT's model on hand-written Triton kernels."""
+
+from importlib import metadata
+
+from fastgpt.bigram import Bigram
+from fastgpt.model import GPT, GPTConfig
+
+try:
+    __version__ = metadata.version("fastgpt-triton")
+except metadata.PackageNotFoundError:  # a clone that is not installed
+    __version__ = "0+unknown"
+
+__all__ = ["GPT", "Bigram", "GPTConfig", "__version__"]
