@@ -1,0 +1,128 @@
+"""What the kernels share: jit math, Philox dropout, precision, and what a launch depends on."""
+
+import contextlib
+import functools
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+LOG2_E = 1.4426950408889634
+
+# With TRITON_INTERPRET=1 the kernels run in Triton's interpreter, on CPU tensors.
+INTERPRETED = bool(triton.knobs.runtime.interpret)
+
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+# ---------------------------------------------------------------------------------- jit helpers
+
+
+@triton.jit
+def gelu_value(x, TANH: tl.constexpr):
+    """GELU of a float32 block. tanh(u) is written 2 * sigmoid(2u) - 1."""
+    if TANH:
+        y = x * tl.sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x))
+    else:
+        y = 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
+    return y
+
+
+@triton.jit
+def gelu_slope(x, TANH: tl.constexpr):
+    """The derivative of ``gelu_value``."""
+    if TANH:
+        s = tl.sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x))
+        slope = s + x * s * (1.0 - s) * 1.5957691216057308 * (1.0 + 0.134145 * x * x)
+    else:
+        cdf = 0.5 * (1.0 + tl.erf(x * 0.7071067811865476))
+        slope = cdf + x * 0.3989422804014327 * tl.exp(-0.5 * x * x)
+    return slope
+
+
+@triton.jit
+def dropout_keep(
+    seed, row, start_col, offs_row, threshold, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
+):
+    """(BLOCK_M, BLOCK_N) bool: which probabilities of head ``row`` are kept.
+
+    One Philox 4x32-10 block (Salmon et al. 2011) gives eight neighbouring columns 16 bits each;
+    ``reference.attention_dropout_mask`` says which. A bit pattern depends on the position alone,
+    never on the tile sizes, so forward and backward agree whatever their tiles.
+    """
+    c0 = (start_col // 8 + tl.arange(0, BLOCK_N // 8))[None, :]
+    c0, c1 = tl.broadcast(c0, offs_row[:, None])
+    c2 = tl.zeros_like(c0) + row
+    w0, w1, w2, w3 = tl.philox(seed, c0, c1, c2, tl.zeros_like(c0))
+    k0 = tl.join((w0 & 0xFFFF) >= threshold, (w0 >> 16) >= threshold)
+    k1 = tl.join((w1 & 0xFFFF) >= threshold, (w1 >> 16) >= threshold)
+    k2 = tl.join((w2 & 0xFFFF) >= threshold, (w2 >> 16) >= threshold)
+    k3 = tl.join((w3 & 0xFFFF) >= threshold, (w3 >> 16) >= threshold)
+    # The last three dimensions are (half, high bit of the word, low bit of the word).
+    keep = tl.join(tl.join(k0, k2), tl.join(k1, k3))
+    return tl.reshape(keep, [BLOCK_M, BLOCK_N])
+
+
+# --------------------------------------------------------------------------------- host helpers
+
+
+def launchable(**tensors: Tensor | None) -> None:
+    """Refuse what the Triton kernels cannot run on, naming the argument."""
+    for name, tensor in tensors.items():
+        if tensor is None:
+            continue
+        if not tensor.is_cuda and not INTERPRETED:
+            raise ValueError(
+                f"{name} must be on a CUDA device, got {tensor.device}; on other devices use "
+                "fastgpt.ops, or set TRITON_INTERPRET=1 to run the kernels in Triton's interpreter"
+            )
+        # float64 exists for gradcheck, and only where no tensor core has to support it.
+        if tensor.dtype not in _DTYPES and not (INTERPRETED and tensor.dtype == torch.float64):
+            raise TypeError(
+                f"{name} must be float32, float16 or bfloat16 for the Triton kernels, "
+                f"got {tensor.dtype}"
+            )
+
+
+def accumulator(dtype: torch.dtype) -> tl.dtype:
+    """Statistics, softmax and sums are kept in float32 (float64 for float64)."""
+    return tl.float64 if dtype == torch.float64 else tl.float32
+
+
+def dot_precision(dtype: torch.dtype) -> str:
+    """float32 products follow PyTorch's own switch, as cuBLAS and SDPA do."""
+    if dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32:
+        return "tf32"
+    return "ieee"
+
+
+def autocast_dtype(x: Tensor) -> torch.dtype:
+    """The dtype that an autocast region on x's device asks for, else x's own."""
+    device_type = x.device.type
+    if torch.is_autocast_enabled(device_type) and x.dtype != torch.float64:
+        return torch.get_autocast_dtype(device_type)
+    return x.dtype
+
+
+def on_device(x: Tensor) -> contextlib.AbstractContextManager:
+    """Triton launches on the current device, which need not be the tensors'."""
+    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
+
+
+@functools.cache
+def _properties(index: int):
+    return torch.cuda.get_device_properties(index)
+
+
+def capability(device: torch.device) -> int:
+    """Compute capability as in the launch tables: 80, 90, 100. Interpreted: 90."""
+    if device.type != "cuda":
+        return 90
+    properties = _properties(device.index)
+    return 10 * properties.major + properties.minor
+
+
+def multiprocessors(device: torch.device) -> int:
+    """How many programs run side by side; 2 when interpreted, enough to test partial sums."""
+    return 2 if device.type != "cuda" else _properties(device.index).multi_processor_count
