@@ -1,0 +1,234 @@
+"""Token files and the batches drawn from them.
+
+A data set is a folder with ``train.bin`` and ``val.bin``: token ids as native uint16, no header.
+
+    batches = Batches("data/shakespeare", batch_size=64, block_size=256, device="cuda", seed=1337)
+    x, y = batches.next("train")                      # int64, (B, T), on the device
+    for x, y in batches.evaluation("val", 200): ...   # the same 200 batches at every call
+    saved = batches.state_dict()                      # goes through torch.load(weights_only=True)
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastgpt._progress import spans
+
+SPLITS = ("train", "val")
+
+
+class TokenFile:
+    """One file of uint16 token ids, mapped into memory.
+
+    Attributes:
+        path: the file.
+        tokens: its ids, a read-only uint16 array of shape (N,).
+
+    Raises:
+        FileNotFoundError: there is no such file; the message has the command that makes it.
+        ValueError: the file is empty or its size is odd.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        if not self.path.is_file():
+            raise FileNotFoundError(
+                f"{self.path} is not a file. Make it from a text of your own with "
+                f"'fastgpt prepare --input FILE --out_dir {self.path.parent}', or from the "
+                f"built-in corpus with 'fastgpt prepare --out_dir {self.path.parent}'"
+            )
+        size = self.path.stat().st_size
+        if size == 0 or size % 2:
+            raise ValueError(
+                f"{self.path} has {size} bytes, but must hold at least one token id of 2 bytes "
+                "each (uint16)"
+            )
+        self.tokens: np.ndarray[Any, np.dtype[np.uint16]] = np.memmap(
+            self.path, dtype=np.uint16, mode="r"
+        )
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def check_ids(self, vocab_size: int) -> None:
+        """Read the whole file once, a few MB at a time.
+
+        Raises:
+            ValueError: an id is not below ``vocab_size``.
+        """
+        if vocab_size > np.iinfo(np.uint16).max:
+            return
+        for span in spans(len(self), f"Checking {self.path.name}"):
+            chunk = self.tokens[span]
+            if chunk.max() >= vocab_size:
+                offset = int(np.argmax(chunk >= vocab_size))
+                raise ValueError(
+                    f"{self.path} holds the token id {chunk[offset]} at position "
+                    f"{span.start + offset}, but ids must lie below vocab_size={vocab_size}"
+                )
+
+
+class Batches:
+    """Random batches from the ``train.bin`` and ``val.bin`` of a data set.
+
+    A batch is ``x = d[i : i + T]``, ``y = d[i + 1 : i + 1 + T]`` for B starts i, each drawn by
+    ``torch.randint`` over all starts that leave room for y. Every split has a generator of its own,
+    seeded here: nothing else moves it, and it moves nothing else. The next batch is always drawn
+    ahead; on CUDA it is copied from pinned memory on a stream of its own while the GPU works.
+
+    Args:
+        data_dir: the folder of the data set.
+        batch_size: B.
+        block_size: T.
+        device: where the batches shall lie.
+        seed: of the generators, in [0, 2^63).
+        vocab_size: where given, every id of both files is checked to lie below it.
+
+    Raises:
+        FileNotFoundError: a file is missing.
+        TypeError: batch_size, block_size or seed is no int.
+        ValueError: a file is empty, has an odd size, holds an id that is too large or fewer than
+            T + 1 tokens; batch_size or block_size is below 1, or seed out of range.
+    """
+
+    def __init__(
+        self,
+        data_dir: str | Path,
+        batch_size: int,
+        block_size: int,
+        device: str | torch.device,
+        seed: int,
+        vocab_size: int | None = None,
+    ) -> None:
+        _check_range("batch_size", batch_size, 1, 1 << 31)
+        _check_range("block_size", block_size, 1, 1 << 31)
+        _check_range("seed", seed, 0, 1 << 63)
+        self._batch_size = batch_size
+        self._block_size = block_size
+        self._device = torch.device(device)
+        self._seed = seed
+        self._files = {split: TokenFile(Path(data_dir) / f"{split}.bin") for split in SPLITS}
+        for file in self._files.values():
+            if len(file) < block_size + 1:
+                raise ValueError(
+                    f"{file.path} has {len(file)} tokens, but block_size={block_size} needs at "
+                    f"least {block_size + 1}"
+                )
+            if vocab_size is not None:
+                file.check_ids(vocab_size)
+        self._cursors = {
+            "train": self._cursor("train", seed),
+            "val": self._cursor("val", seed + 1),
+        }
+
+    def next(self, split: str) -> tuple[Tensor, Tensor]:
+        """The next batch of ``split`` ("train" or "val"): x and y, int64, (B, T), on the device."""
+        _check_split(split)
+        return self._cursors[split].next()
+
+    def evaluation(self, split: str, count: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """``count`` batches of ``split``, the same ones at every call, so that two losses differ by
+        the model alone. Neither moves the batches of ``next`` nor needs to be saved.
+        """
+        _check_split(split)
+        cursor = self._cursor(split, self._seed + 2)
+        return (cursor.next() for _ in range(count))
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Where each split stands: the uint8 state of its generator before the next batch that is
+        to be returned.
+        """
+        return {split: cursor.state.clone() for split, cursor in self._cursors.items()}
+
+    def load_state_dict(self, state_dict: dict[str, Tensor]) -> None:
+        """Continue exactly where ``state_dict`` was taken.
+
+        Raises:
+            ValueError: the entries are not those that ``state_dict`` returns.
+        """
+        if set(state_dict) != set(SPLITS):
+            raise ValueError(
+                f"state_dict must have the keys {list(SPLITS)}, got {sorted(state_dict)}"
+            )
+        for split, cursor in self._cursors.items():
+            _check_generator_state(split, state_dict[split], like=cursor.state)
+        for split, cursor in self._cursors.items():
+            cursor.load(state_dict[split])
+
+    def _cursor(self, split: str, seed: int) -> "_Cursor":
+        return _Cursor(self._files[split], self._batch_size, self._block_size, self._device, seed)
+
+
+class _Cursor:
+    """A random walk through one file, one batch ahead.
+
+    ``state`` is the generator's state before the batch that ``next`` will return, which is the
+    pending one if there is one.
+    """
+
+    def __init__(
+        self, file: TokenFile, batch_size: int, block_size: int, device: torch.device, seed: int
+    ) -> None:
+        self._batch_size = batch_size
+        # Row i is the window tokens[i : i + T + 1]: one row for each legal start. A view.
+        self._windows = np.lib.stride_tricks.sliding_window_view(file.tokens, block_size + 1)
+        self._device = device
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._generator = torch.Generator().manual_seed(seed)
+        self._pending: Tensor | None = None
+        self.state = self._generator.get_state()
+
+    def next(self) -> tuple[Tensor, Tensor]:
+        pending = self._prefetched() if self._pending is None else self._pending
+        if self._stream is not None:
+            current = torch.cuda.current_stream(self._device)
+            current.wait_stream(self._stream)
+            pending.record_stream(current)  # or the side stream could reuse it while it is read
+        self._pending = self._prefetched()
+        x, y = pending
+        return x, y
+
+    def load(self, state: Tensor) -> None:
+        self.state = state.cpu().clone()
+        self._generator.set_state(self.state)
+        self._pending = None
+
+    def _prefetched(self) -> Tensor:
+        self.state = self._generator.get_state()
+        pair = self._draw()
+        with torch.cuda.stream(self._stream):
+            return pair.to(self._device, non_blocking=self._stream is not None)
+
+    def _draw(self) -> Tensor:
+        """x and y as one int64 tensor (2, B, T) on the host, pinned where the device is a GPU."""
+        starts = torch.randint(len(self._windows), (self._batch_size,), generator=self._generator)
+        windows = self._windows[starts.numpy()]  # (B, T + 1)
+        shape = (2, self._batch_size, windows.shape[1] - 1)
+        pair = torch.empty(shape, dtype=torch.int64, pin_memory=self._stream is not None)
+        pair.numpy()[0] = windows[:, :-1]
+        pair.numpy()[1] = windows[:, 1:]
+        return pair
+
+
+def _check_range(name: str, value: int, low: int, limit: int) -> None:
+    if type(value) is not int:
+        raise TypeError(f"{name} must be an int, got {value!r}")
+    if not low <= value < limit:
+        raise ValueError(f"{name} must lie in [{low}, {limit}), got {value}")
+
+
+def _check_split(split: str) -> None:
+    if split not in SPLITS:
+        raise ValueError(f"split must be one of {list(SPLITS)}, got {split!r}")
+
+
+def _check_generator_state(split: str, state: Tensor, like: Tensor) -> None:
+    if not isinstance(state, Tensor) or state.dtype != like.dtype or state.shape != like.shape:
+        raise ValueError(
+            f"state_dict[{split!r}] must be a generator state ({like.dtype}, "
+            f"shape {tuple(like.shape)}), got {type(state).__name__} {getattr(state, 'shape', '')}"
+        )
