@@ -1,0 +1,77 @@
+"""What every test gets: interpreted kernels on the CPU, one thread, a seed of its own, and memory
+from ``torch.empty`` that is full of NaN.
+"""
+
+import os
+
+# Before torch is imported; pytest-xdist already occupies the cores.
+os.environ["OMP_NUM_THREADS"] = "1"
+
+import functools
+import zlib
+from collections.abc import Callable
+from typing import Any
+
+import interpreter
+import pytest
+import torch
+from torch import Tensor
+from torch._subclasses import FakeTensor
+
+from fastgpt.kernels import _common
+
+
+def _poisoning(allocate: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    @functools.wraps(allocate)
+    def allocate_poisoned(*args: Any, **kwargs: Any) -> Tensor:
+        out = allocate(*args, **kwargs)
+        # Nothing is filled while a graph is traced: the fill would become part of it.
+        traced = torch.compiler.is_compiling() or isinstance(out, FakeTensor)
+        if out.is_floating_point() and not traced:
+            with torch.no_grad():
+                out.fill_(float("nan"))
+        return out
+
+    return allocate_poisoned
+
+
+def _poison_uninitialised_memory() -> None:
+    """An output that a kernel forgot to write shows as NaN. For the life of the process, because
+    torch.compile remembers the functions it has seen."""
+    for owner, name in (
+        (torch, "empty"),
+        (torch, "empty_like"),
+        (torch, "empty_strided"),
+        (Tensor, "new_empty"),
+        (Tensor, "new_empty_strided"),
+    ):
+        setattr(owner, name, _poisoning(getattr(owner, name)))
+
+
+torch.set_num_threads(1)
+interpreter.install()
+_common.INTERPRETED = True
+_poison_uninitialised_memory()
+
+
+@pytest.fixture(
+    params=[
+        "cpu",
+        pytest.param(
+            "cuda",
+            marks=[
+                pytest.mark.gpu,
+                pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU"),
+            ],
+        ),
+    ]
+)
+def device(request: pytest.FixtureRequest) -> str:
+    """ "cpu", where the kernels are interpreted, and "cuda", where they are compiled."""
+    return request.param
+
+
+@pytest.fixture(autouse=True)
+def _seeded(request: pytest.FixtureRequest) -> None:
+    """A test draws the same random numbers whatever ran before it."""
+    torch.manual_seed(zlib.crc32(request.node.name.encode()))
