@@ -168,6 +168,48 @@ def _retyped(tensor: tl.tensor, handle: TensorHandle) -> tl.tensor:
     return tl.tensor(handle, tl.block_type(handle.dtype, shape) if is_block else handle.dtype)
 
 
+# --------------------------------------------------------------------------------------- speed
+# Most of an interpreted kernel's time goes into describing blocks, the same few over and over.
+# Types of equal name are equal, so what was worked out for one is good for the next.
+
+
+def _remembered_block_type(init: Callable) -> Callable:
+    known: dict[Any, dict[str, Any]] = {}
+
+    def __init__(self: tl.block_type, element_ty: tl.dtype, shape: Iterable[Any]) -> None:
+        key = (element_ty.name, *[getattr(size, "value", size) for size in shape])
+        if key not in known:
+            init(self, element_ty, shape)
+            known[key] = dict(vars(self))
+        vars(self).update(known[key])
+
+    return __init__
+
+
+def _remembered_tensor(init: Callable) -> Callable:
+    known: dict[str, dict[str, Any]] = {}
+
+    def __init__(self: tl.tensor, handle: Any, type: tl.dtype) -> None:
+        if type.name not in known:
+            init(self, None, type)
+            known[type.name] = dict(vars(self))
+        vars(self).update(known[type.name])
+        self.handle = handle
+
+    return __init__
+
+
+def _remembered_numpy_dtype(numpy_dtype: Callable) -> Callable:
+    known: dict[str, np.dtype] = {}
+
+    def get_numpy_dtype(dtype: tl.dtype) -> np.dtype:
+        if dtype.name not in known:
+            known[dtype.name] = numpy_dtype(dtype)
+        return known[dtype.name]
+
+    return get_numpy_dtype
+
+
 # -------------------------------------------------------------------- exchange of the language
 
 
@@ -195,6 +237,8 @@ def _exchanges() -> list[tuple[Any, str, Any, Any]]:
     scope = triton_interpreter._patch_lang(visible)
     scope.set_attr(tl.tensor, "__index__", _to_index)
     scope.set_attr(JITFunction, "__call__", _call_helper)
+    scope.set_attr(tl.tensor, "__init__", _remembered_tensor(tl.tensor.__init__))
+    scope.set_attr(tl.block_type, "__init__", _remembered_block_type(tl.block_type.__init__))
     # Some attributes are exchanged twice: the first entry has the true original.
     originals = {(owner, name): old for owner, name, old in reversed(scope._changes)}
     exchanges = [
@@ -293,6 +337,7 @@ def _all_on_cpu(arguments: Iterable[Any]) -> bool:
 @functools.cache
 def install() -> None:
     """Idempotent; for the life of the process."""
+    triton_interpreter._get_np_dtype = _remembered_numpy_dtype(triton_interpreter._get_np_dtype)
     triton_interpreter.ReduceOps = _ReduceOps
     triton_interpreter.ScanOps = _ScanOps
     builder = triton_interpreter.interpreter_builder
