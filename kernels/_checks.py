@@ -4,6 +4,8 @@ Needs torch alone, so that ``reference`` and ``portable`` refuse the same input 
 kernels do, in the same words.
 """
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -36,21 +38,32 @@ def same_dtype_and_device(**tensors: Tensor | None) -> None:
             )
 
 
-def dropout(dropout_p: float, seed: Tensor | None) -> None:
+def _options(
+    device: torch.device, scale: float | None, dropout_p: float, seed: Tensor | None
+) -> None:
+    if scale is not None and not 0.0 < scale < math.inf:
+        raise ValueError(f"scale must be positive and finite, or None, got {scale}")
     if not 0.0 <= dropout_p <= MAX_DROPOUT:
         raise ValueError(f"dropout_p must lie in [0, {MAX_DROPOUT}], got {dropout_p}")
     if seed is not None and (seed.numel() != 1 or seed.dtype != torch.int64):
         raise ValueError(f"seed must be an int64 tensor with one element, got {_facts(seed)}")
+    if seed is not None and seed.device != device:
+        raise ValueError(f"seed must be on the device of the input ({device}), got {seed.device}")
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, dropout_p: float, seed: Tensor | None) -> None:
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float | None,
+    dropout_p: float,
+    seed: Tensor | None,
+) -> None:
     for name, tensor in (("q", q), ("k", k), ("v", v)):
         floating(name, tensor)
         if tensor.dim() != 4:
             raise ValueError(f"{name} must have shape (B, H, T, D), got {tuple(tensor.shape)}")
     same_dtype_and_device(q=q, k=k, v=v)
-    if seed is not None and seed.device != q.device:
-        raise ValueError(f"seed must be on the device of q ({q.device}), got {seed.device}")
     batch, n_head, _, head_size = q.shape
     if k.shape[:2] != (batch, n_head) or k.shape[3] != head_size:
         raise ValueError(
@@ -63,10 +76,12 @@ def attention(q: Tensor, k: Tensor, v: Tensor, dropout_p: float, seed: Tensor | 
         raise ValueError(f"k must hold at least one key, got shape {tuple(k.shape)}")
     if head_size == 0:
         raise ValueError(f"q must have a head size of at least 1, got shape {tuple(q.shape)}")
-    dropout(dropout_p, seed)
+    _options(q.device, scale, dropout_p, seed)
 
 
-def qkvpacked(qkv: Tensor, n_head: int) -> None:
+def qkvpacked(
+    qkv: Tensor, n_head: int, scale: float | None, dropout_p: float, seed: Tensor | None
+) -> None:
     floating("qkv", qkv)
     if qkv.dim() != 3:
         raise ValueError(f"qkv must have shape (B, T, 3C), got {tuple(qkv.shape)}")
@@ -77,6 +92,7 @@ def qkvpacked(qkv: Tensor, n_head: int) -> None:
         )
     if qkv.shape[1] == 0:
         raise ValueError(f"qkv must hold at least one token, got shape {tuple(qkv.shape)}")
+    _options(qkv.device, scale, dropout_p, seed)
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> None:

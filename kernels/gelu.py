@@ -3,8 +3,8 @@
     exact   y = x / 2 * (1 + erf(x / sqrt(2)))
     tanh    y = x / 2 * (1 + tanh(sqrt(2 / pi) * (x + 0.044715 x^3)))
 
-x and y have any shape. Saved for backward: x. Bytes moved, s an element: 2s forward (x in, y out), 3s
-backward (x and dy in, dx out); about 20 FLOPs an element, so memory bounds both.
+x and y have any shape. Saved for backward: x. Bytes moved, s an element: 2s forward (x in, y out),
+3s backward (x and dy in, dx out); about 20 FLOPs an element, so memory bounds both.
 """
 
 import torch

@@ -170,8 +170,9 @@ def _layer_norm_bwd_params_kernel(
 
 
 # One tile spans a whole row, 16 to 32 elements a thread. Chosen by ahead-of-time compilation
-# (registers, no spill on sm_80, sm_90, sm_100), not yet measured. Past MAX_FUSED_WIDTH the parameter
-# gradients no longer fit into the registers beside dx: a kernel of their own reads x and dy again.
+# (registers, no spill on sm_80, sm_90, sm_100), not yet measured. Past MAX_FUSED_WIDTH the
+# parameters' gradients no longer fit into the registers beside dx: a kernel of their own reads x
+# and dy again.
 MAX_FUSED_WIDTH = 8192
 
 

@@ -35,7 +35,7 @@ def attention(
     """Attention by ``F.scaled_dot_product_attention``. Same arguments as ``fused.attention``, but
     PyTorch's generator alone draws the dropout mask here: a ``seed`` is refused.
     """
-    _checks.attention(q, k, v, dropout_p, seed)
+    _checks.attention(q, k, v, scale, dropout_p, seed)
     if seed is not None:
         raise ValueError(
             f"seed must be None on {q.device}: PyTorch's generator draws this mask "
@@ -56,7 +56,7 @@ def attention_qkvpacked(
     seed: Tensor | None = None,
 ) -> Tensor:
     """The same on packed (B, T, 3C), giving (B, T, C). See ``fused.attention_qkvpacked``."""
-    _checks.qkvpacked(qkv, n_head)
+    _checks.qkvpacked(qkv, n_head, scale, dropout_p, seed)
     q, k, v = split_heads(qkv, n_head)
     y = attention(q, k, v, causal=causal, scale=scale, dropout_p=dropout_p, seed=seed)
     return y.transpose(1, 2).reshape(*qkv.shape[:2], -1)

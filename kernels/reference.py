@@ -44,7 +44,7 @@ def attention(
     """Attention as a masked matrix product: the (Tq, Tk) scores are all stored. Same arguments as
     ``fused.attention``; without a ``seed`` the dropout mask comes from PyTorch's generator.
     """
-    _checks.attention(q, k, v, dropout_p, seed)
+    _checks.attention(q, k, v, scale, dropout_p, seed)
     if scale is None:
         scale = 1.0 / math.sqrt(q.shape[-1])
     scores = (q @ k.transpose(-2, -1)) * scale  # (B, H, Tq, Tk)
@@ -71,7 +71,7 @@ def attention_qkvpacked(
     seed: Tensor | None = None,
 ) -> Tensor:
     """The same on packed (B, T, 3C), giving (B, T, C). See ``fused.attention_qkvpacked``."""
-    _checks.qkvpacked(qkv, n_head)
+    _checks.qkvpacked(qkv, n_head, scale, dropout_p, seed)
     q, k, v = split_heads(qkv, n_head)
     y = attention(q, k, v, causal=causal, scale=scale, dropout_p=dropout_p, seed=seed)
     return y.transpose(1, 2).reshape(*qkv.shape[:2], -1)

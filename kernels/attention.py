@@ -1,0 +1,367 @@
+"""Attention: launch table, host functions, operators and the two public functions.
+
+The equations, what is saved, bytes and FLOPs stand in ``attention_kernels.py``.
+"""
+
+import math
+
+import torch
+import triton
+from torch import Tensor
+
+from fastgpt.kernels import _checks, _common
+from fastgpt.kernels.attention_kernels import (
+    _attention_bwd_dkdv_kernel,
+    _attention_bwd_dq_kernel,
+    _attention_fwd_kernel,
+)
+from fastgpt.kernels.reference import split_heads
+
+MAX_HEAD_SIZE = 256
+
+
+def _launch(kernel: str, capability: int, head_size: int, dtype: torch.dtype) -> dict[str, int]:
+    block_d = max(16, triton.next_power_of_2(head_size))
+    m, n, w, s = (64, 64, 4, 2)
+    return dict(BLOCK_M=m, BLOCK_N=n, BLOCK_D=block_d, num_warps=w, num_stages=s)
+
+
+def _statistic(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def _settings(
+    kernel: str, q: Tensor, causal: bool, dropout_p: float
+) -> tuple[dict[str, float], dict]:
+    """What every kernel takes beside its tensors: the dropout's numbers, and the constexprs."""
+    threshold = round(dropout_p * 65536)
+    numbers = dict(threshold=threshold, keep_scale=65536 / (65536 - threshold))
+    constexprs = dict(
+        CAUSAL=causal,
+        DROPOUT=threshold > 0,
+        PRECISION=_common.dot_precision(q.dtype),
+        ACC=_common.accumulator(q.dtype),
+        HEAD=q.shape[3],
+        **_launch(kernel, _common.capability(q.device), q.shape[3], q.dtype),
+    )
+    return numbers, constexprs
+
+
+def _attention_fwd(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    causal: bool,
+    scale: float,
+    dropout_p: float,
+    seed: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """O (B, Tq, H, D), contiguous, and lse (B, H, Tq)."""
+    batch, n_head, n_queries, head_size = q.shape
+    out = torch.empty(batch, n_queries, n_head, head_size, dtype=q.dtype, device=q.device)
+    lse = torch.empty(batch, n_head, n_queries, dtype=_statistic(q), device=q.device)
+    if out.numel():
+        numbers, constexprs = _settings("fwd", q, causal, dropout_p)
+        blocks = triton.cdiv(n_queries, constexprs["BLOCK_M"])
+        with _common.on_device(q):
+            _attention_fwd_kernel[(blocks * batch * n_head,)](
+                q,
+                *q.stride(),
+                k,
+                *k.stride(),
+                v,
+                *v.stride(),
+                out,
+                lse,
+                seed,
+                n_head,
+                n_queries,
+                k.shape[2],
+                qk_scale=scale * _common.LOG2_E,
+                **numbers,
+                **constexprs,
+            )
+    return out, lse
+
+
+def _attention_bwd(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    dq: Tensor,
+    dk: Tensor,
+    dv: Tensor,
+    causal: bool,
+    scale: float,
+    dropout_p: float,
+    seed: Tensor | None,
+) -> None:
+    """Writes dq, dk, dv: (B, T, H, D), contiguous but for the distance between two tokens."""
+    batch, n_head, n_queries, _ = q.shape
+    n_keys = k.shape[2]
+    dout = dout.contiguous()
+    delta = torch.empty_like(lse)
+    scales = dict(qk_scale=scale * _common.LOG2_E, scale=scale)
+    inputs = (q, *q.stride(), k, *k.stride(), v, *v.stride())
+    with _common.on_device(q):
+        if dq.numel():
+            numbers, constexprs = _settings("dq", q, causal, dropout_p)
+            blocks = triton.cdiv(n_queries, constexprs["BLOCK_M"])
+            _attention_bwd_dq_kernel[(blocks * batch * n_head,)](
+                *inputs,
+                out,
+                dout,
+                lse,
+                delta,
+                dq,
+                dq.stride(1),
+                seed,
+                n_head,
+                n_queries,
+                n_keys,
+                **scales,
+                **numbers,
+                **constexprs,
+            )
+        if dk.numel():
+            numbers, constexprs = _settings("dkdv", q, causal, dropout_p)
+            blocks = triton.cdiv(n_keys, constexprs["BLOCK_N"])
+            _attention_bwd_dkdv_kernel[(blocks * batch * n_head,)](
+                *inputs,
+                dout,
+                lse,
+                delta,
+                dk,
+                dv,
+                dk.stride(1),
+                seed,
+                n_head,
+                n_queries,
+                n_keys,
+                **scales,
+                **numbers,
+                **constexprs,
+            )
+
+
+# -------------------------------------------------------------------------- separate q, k and v
+
+
+def _token_major(x: Tensor) -> Tensor:
+    """New memory for (B, T, H, D), the order that (B, T, C) needs, for x of shape (B, H, T, D)."""
+    batch, n_head, length, head_size = x.shape
+    return x.new_empty(batch, length, n_head, head_size)
+
+
+@torch.library.custom_op("fastgpt::attention", mutates_args=())
+def _attention_op(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    causal: bool,
+    scale: float,
+    dropout_p: float,
+    seed: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    out, lse = _attention_fwd(q, k, v, causal, scale, dropout_p, seed)
+    return out.transpose(1, 2), lse
+
+
+@_attention_op.register_fake
+def _(q, k, v, causal, scale, dropout_p, seed):
+    return _token_major(q).transpose(1, 2), q.new_empty(q.shape[:3], dtype=_statistic(q))
+
+
+@torch.library.custom_op("fastgpt::attention_bwd", mutates_args=())
+def _attention_bwd_op(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    seed: Tensor | None,
+    causal: bool,
+    scale: float,
+    dropout_p: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    dq, dk, dv = _token_major(q), _token_major(k), _token_major(v)
+    dout, out = dout.transpose(1, 2), out.transpose(1, 2)
+    _attention_bwd(dout, q, k, v, out, lse, dq, dk, dv, causal, scale, dropout_p, seed)
+    return dq.transpose(1, 2), dk.transpose(1, 2), dv.transpose(1, 2)
+
+
+@_attention_bwd_op.register_fake
+def _(dout, q, k, v, out, lse, seed, causal, scale, dropout_p):
+    dq, dk, dv = _token_major(q), _token_major(k), _token_major(v)
+    return dq.transpose(1, 2), dk.transpose(1, 2), dv.transpose(1, 2)
+
+
+def _setup_context(ctx, inputs, output):
+    q, k, v, *ctx.options, seed = inputs
+    ctx.save_for_backward(q, k, v, *output, seed)
+
+
+def _backward(ctx, dout, _dlse):
+    return *_attention_bwd_op(dout, *ctx.saved_tensors, *ctx.options), None, None, None, None
+
+
+_attention_op.register_autograd(_backward, setup_context=_setup_context)
+
+
+# ------------------------------------------------------------------------------------ packed qkv
+
+
+@torch.library.custom_op("fastgpt::attention_qkvpacked", mutates_args=())
+def _attention_qkvpacked_op(
+    qkv: Tensor,
+    n_head: int,
+    causal: bool,
+    scale: float,
+    dropout_p: float,
+    seed: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    out, lse = _attention_fwd(*split_heads(qkv, n_head), causal, scale, dropout_p, seed)
+    return out.flatten(2), lse
+
+
+@_attention_qkvpacked_op.register_fake
+def _(qkv, n_head, causal, scale, dropout_p, seed):
+    batch, length, width = qkv.shape
+    out = qkv.new_empty(batch, length, width // 3)
+    return out, qkv.new_empty(batch, n_head, length, dtype=_statistic(qkv))
+
+
+@torch.library.custom_op("fastgpt::attention_qkvpacked_bwd", mutates_args=())
+def _attention_qkvpacked_bwd_op(
+    dout: Tensor,
+    qkv: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    seed: Tensor | None,
+    n_head: int,
+    causal: bool,
+    scale: float,
+    dropout_p: float,
+) -> Tensor:
+    dqkv = torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device)
+    grads = (x.transpose(1, 2) for x in split_heads(dqkv, n_head))
+    dout, out = (x.unflatten(2, (n_head, -1)) for x in (dout, out))
+    inputs = split_heads(qkv, n_head)
+    _attention_bwd(dout, *inputs, out, lse, *grads, causal, scale, dropout_p, seed)
+    return dqkv
+
+
+@_attention_qkvpacked_bwd_op.register_fake
+def _(dout, qkv, out, lse, seed, n_head, causal, scale, dropout_p):
+    return qkv.new_empty(qkv.shape)
+
+
+def _setup_context_qkvpacked(ctx, inputs, output):
+    qkv, *ctx.options, seed = inputs
+    ctx.save_for_backward(qkv, *output, seed)
+
+
+def _backward_qkvpacked(ctx, dout, _dlse):
+    dqkv = _attention_qkvpacked_bwd_op(dout, *ctx.saved_tensors, *ctx.options)
+    return dqkv, None, None, None, None, None
+
+
+_attention_qkvpacked_op.register_autograd(
+    _backward_qkvpacked, setup_context=_setup_context_qkvpacked
+)
+
+
+# ------------------------------------------------------------------------------ public functions
+
+
+def _check_head_size(name: str, head_size: int) -> None:
+    if head_size > MAX_HEAD_SIZE:
+        raise ValueError(
+            f"{name} must have a head size of at most {MAX_HEAD_SIZE}, got {head_size}"
+        )
+
+
+def _drawn(seed: Tensor | None, dropout_p: float, device: torch.device) -> Tensor | None:
+    """The seed of this call: the caller's, or one from PyTorch's generator for the device."""
+    if dropout_p == 0.0:
+        return None
+    return torch.randint(2**63 - 1, (1,), device=device) if seed is None else seed
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    causal: bool = True,
+    scale: float | None = None,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+) -> Tensor:
+    """Softmax attention (Vaswani et al. 2017) by the tiles of FlashAttention-2 (Dao 2023,
+    arXiv:2307.08691). Memory is linear in Tq and Tk; the backward is deterministic.
+
+    Args:
+        q: (B, H, Tq, D), any strides, D from 1 to 256; float32, float16 or bfloat16, on a CUDA
+            device. Under autocast q, k and v are cast to its dtype.
+        k, v: (B, H, Tk, D), any strides, Tk at least 1; dtype and device of q.
+        causal: query i sees the keys j <= i, counted from the start of both as in
+            ``F.scaled_dot_product_attention(is_causal=True)``.
+        scale: factor of q kᵀ, positive; 1 / sqrt(D) if None.
+        dropout_p: share of the probabilities that is set to 0, from 0 to 0.999, to the next 2^-16.
+        seed: int64 tensor with one element on q's device: the Philox key of the dropout mask, which
+            is a function of seed and position alone (``reference.attention_dropout_mask``). If
+            None, each call draws one from PyTorch's generator for the device.
+
+    Returns:
+        (B, H, Tq, D) of q's dtype, in the memory order of (B, Tq, H, D). Softmax and sums are
+        float32; float32 products are TF32 if ``torch.backends.cuda.matmul.allow_tf32``.
+
+    Raises:
+        TypeError: q, k or v is no floating-point tensor, or of another dtype.
+        ValueError: shapes, dtypes or devices do not go together, or an argument is out of range.
+    """
+    _checks.attention(q, k, v, scale, dropout_p, seed)
+    _common.launchable(q=q, k=k, v=v)
+    _check_head_size("q", q.shape[3])
+    dtype = _common.autocast_dtype(q)
+    q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
+    scale = 1.0 / math.sqrt(q.shape[3]) if scale is None else scale
+    return _attention_op(q, k, v, causal, scale, dropout_p, _drawn(seed, dropout_p, q.device))[0]
+
+
+def attention_qkvpacked(
+    qkv: Tensor,
+    n_head: int,
+    *,
+    causal: bool = True,
+    scale: float | None = None,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+) -> Tensor:
+    """``attention`` of a block's projection as it stands: q, k and v side by side, heads side by
+    side in each. Nothing is split, transposed or gathered, forward or backward.
+
+    Args:
+        qkv: (B, T, 3C), any strides, T at least 1, C = n_head * D; else as q in ``attention``.
+        n_head: number of heads.
+        causal, scale, dropout_p, seed: as in ``attention``.
+
+    Returns:
+        (B, T, C), contiguous.
+
+    Raises:
+        TypeError, ValueError: as ``attention``.
+    """
+    _checks.qkvpacked(qkv, n_head, scale, dropout_p, seed)
+    _common.launchable(qkv=qkv)
+    head_size = qkv.shape[2] // (3 * n_head)
+    _check_head_size("qkv", head_size)
+    qkv = qkv.to(_common.autocast_dtype(qkv))
+    scale = 1.0 / math.sqrt(head_size) if scale is None else scale
+    seed = _drawn(seed, dropout_p, qkv.device)
+    return _attention_qkvpacked_op(qkv, n_head, causal, scale, dropout_p, seed)[0]

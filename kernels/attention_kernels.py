@@ -1,0 +1,382 @@
+"""Softmax attention, causal or full, forward and backward, without a (Tq, Tk) matrix in memory.
+
+    S = scale * Q Kᵀ     P = softmax(S) over the visible keys     O = dropout(P) V
+
+q is (B, H, Tq, D), k and v (B, H, Tk, D), read by strides: packed (B, T, 3C) is the same kernel.
+The forward is the online softmax of FlashAttention-2 (Dao 2023, arXiv:2307.08691): a program owns a
+block of queries, walks over the keys and rescales what it has when the running maximum grows. It
+works in base 2: P = 2^(S log2(e) - lse). Saved for backward: q, k, v, O, and lse (B, H, Tq) in
+float32.
+
+    delta = sum over d of dO * O     dP = dropout(dO Vᵀ)     dS = P * (dP - delta)
+    dQ = scale * dS K                dK = scale * dSᵀ Q      dV = dropout(P)ᵀ dO
+
+The backward recomputes P in two kernels, one owning queries (dQ, and delta on its way), one owning
+keys (dK, dV): each sum has one owner and one order, so there are no atomics and two runs give the
+same bits.
+
+Bytes, s an element, C = H * D: 4 s B T C forward (q, k, v in; O out), 8 s B T C backward (q, k, v,
+O, dO in; dQ, dK, dV out), beside what is read again, mostly from L2. FLOPs: 4 B H Tq Tk D forward,
+14 B H Tq Tk D backward (10 if S and dP were computed once); half of that if causal.
+"""
+
+import triton
+import triton.language as tl
+
+from fastgpt.kernels._common import dropout_keep
+
+
+@triton.jit
+def _head(ptr, stride_b, stride_h, batch_head, n_head):
+    """Where head ``batch_head`` = b * n_head + h of a (B, H, T, D) tensor starts."""
+    batch, head = (batch_head // n_head).to(tl.int64), (batch_head % n_head).to(tl.int64)
+    return ptr + batch * stride_b + head * stride_h
+
+
+@triton.jit
+def _tile_ptrs(
+    ptr, stride_t, stride_d, start, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr
+):  # fmt: skip
+    """Pointers to rows start .. start + BLOCK_T; only the row of the tile needs 64 bits."""
+    offs_t, offs_d = tl.arange(0, BLOCK_T), tl.arange(0, BLOCK_D)
+    tile_ptr = ptr + tl.cast(start, tl.int64) * stride_t
+    return tile_ptr + offs_t[:, None] * stride_t + offs_d[None, :] * stride_d
+
+
+@triton.jit
+def _tile_mask(
+    start, n_rows, HEAD: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr
+):  # fmt: skip
+    """Which of a tile's elements exist: row < n_rows and column < HEAD."""
+    rows = start + tl.arange(0, BLOCK_T) < n_rows
+    return rows[:, None] & (tl.arange(0, BLOCK_D) < HEAD)[None, :]
+
+
+@triton.jit
+def _load_tile(
+    ptr, stride_t, stride_d, start, n_rows,
+    MASKED: tl.constexpr, HEAD: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """(BLOCK_T, BLOCK_D) of a (n_rows, HEAD) matrix, 0 outside. Not MASKED: all its rows exist."""
+    ptrs = _tile_ptrs(ptr, stride_t, stride_d, start, BLOCK_T, BLOCK_D)
+    if MASKED:
+        tile = tl.load(ptrs, mask=_tile_mask(start, n_rows, HEAD, BLOCK_T, BLOCK_D), other=0.0)
+    elif HEAD == BLOCK_D:
+        tile = tl.load(ptrs)
+    else:
+        tile = tl.load(ptrs, mask=(tl.arange(0, BLOCK_D) < HEAD)[None, :], other=0.0)
+    return tile
+
+
+@triton.jit
+def _store_tile(
+    ptr, stride_t, start, n_rows, tile, HEAD: tl.constexpr, BLOCK_T: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    ptrs = _tile_ptrs(ptr, stride_t, 1, start, BLOCK_T, BLOCK_D)
+    mask = _tile_mask(start, n_rows, HEAD, BLOCK_T, BLOCK_D)
+    tl.store(ptrs, tile.to(ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _finite_or_zero(x):
+    """A masked probability is 0, but 0 * NaN is NaN: no product may see what the mask hides."""
+    return tl.where(x * 0.0 == 0.0, x, 0.0)
+
+
+@triton.jit
+def _visible(offs_m, offs_n, n_keys, CAUSAL: tl.constexpr):
+    """(M, N): query i sees key j if j exists and, when causal, j <= i."""
+    visible = (offs_n < n_keys)[None, :]
+    if CAUSAL:
+        visible = visible & (offs_m[:, None] >= offs_n[None, :])
+    return visible
+
+
+# -------------------------------------------------------------------------------------- forward
+
+
+@triton.jit
+def _attention_fwd_tiles(
+    acc, row_max, row_sum,  # (BLOCK_M, BLOCK_D), (BLOCK_M), (BLOCK_M): the state of the softmax
+    q, offs_m,
+    k_ptr, k_stride_t, k_stride_d, v_ptr, v_stride_t, v_stride_d,
+    start, stop, n_keys, qk_scale, seed, batch_head, threshold,
+    MASKED: tl.constexpr, CAUSAL: tl.constexpr, DROPOUT: tl.constexpr,
+    PRECISION: tl.constexpr, ACC: tl.constexpr, HEAD: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Attend to keys start .. stop. MASKED: the tiles cross the diagonal or the end of the keys."""
+    for start_n in range(start, stop, BLOCK_N):
+        k = _load_tile(
+            k_ptr, k_stride_t, k_stride_d, start_n, n_keys, MASKED, HEAD, BLOCK_N, BLOCK_D
+        )
+        v = _load_tile(
+            v_ptr, v_stride_t, v_stride_d, start_n, n_keys, MASKED, HEAD, BLOCK_N, BLOCK_D
+        )
+        scores = tl.dot(q, tl.trans(k), input_precision=PRECISION, out_dtype=ACC)
+        if MASKED:
+            # A value that is not finite must reach the rows that see it and no other.
+            bad = tl.max((v * 0.0 != 0.0).to(tl.int32), axis=1)
+            scores = scores + tl.where(bad > 0, float("nan"), 0.0)[None, :]
+            v = _finite_or_zero(v)
+            offs_n = start_n + tl.arange(0, BLOCK_N)
+            scores = tl.where(_visible(offs_m, offs_n, n_keys, CAUSAL), scores, float("-inf"))
+        new_max = tl.maximum(row_max, tl.max(scores, axis=1) * qk_scale)
+        probs = tl.exp2(scores * qk_scale - new_max[:, None])
+        rescale = tl.exp2(row_max - new_max)
+        row_sum = row_sum * rescale + tl.sum(probs, axis=1)
+        row_max = new_max
+        if DROPOUT:
+            keep = dropout_keep(seed, batch_head, start_n, offs_m, threshold, BLOCK_M, BLOCK_N)
+            probs = tl.where(keep, probs, 0.0)
+        acc = acc * rescale[:, None]
+        acc = tl.dot(probs.to(v.dtype), v, acc, input_precision=PRECISION, out_dtype=ACC)
+    return acc, row_max, row_sum
+
+
+@triton.jit(do_not_specialize_on_alignment=["seed_ptr"])
+def _attention_fwd_kernel(
+    q_ptr, q_stride_b, q_stride_h, q_stride_t, q_stride_d,  # (B, H, n_queries, HEAD)
+    k_ptr, k_stride_b, k_stride_h, k_stride_t, k_stride_d,  # (B, H, n_keys, HEAD)
+    v_ptr, v_stride_b, v_stride_h, v_stride_t, v_stride_d,  # (B, H, n_keys, HEAD)
+    out_ptr,  # (B, n_queries, H, HEAD), contiguous
+    lse_ptr,  # (B, H, n_queries), contiguous; base 2
+    seed_ptr,  # (1), read only if DROPOUT
+    n_head, n_queries, n_keys, qk_scale, threshold, keep_scale,
+    CAUSAL: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr,
+    HEAD: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    # One grid dimension holds 2^31 programs; y and z only 65,535. The blocks of a head are
+    # neighbours, so that its keys stay in L2, and the longest row of tiles goes first.
+    n_blocks = tl.cdiv(n_queries, BLOCK_M)
+    batch_head = tl.program_id(0) // n_blocks
+    start_m = (n_blocks - 1 - tl.program_id(0) % n_blocks) * BLOCK_M
+    offs_m = start_m + tl.arange(0, BLOCK_M)
+
+    q_ptr = _head(q_ptr, q_stride_b, q_stride_h, batch_head, n_head)
+    k_ptr = _head(k_ptr, k_stride_b, k_stride_h, batch_head, n_head)
+    v_ptr = _head(v_ptr, v_stride_b, v_stride_h, batch_head, n_head)
+    q = _load_tile(q_ptr, q_stride_t, q_stride_d, start_m, n_queries, True, HEAD, BLOCK_M, BLOCK_D)
+    seed = tl.load(seed_ptr) if DROPOUT else 0
+
+    acc = tl.zeros([BLOCK_M, BLOCK_D], dtype=ACC)
+    row_max = tl.full([BLOCK_M], float("-inf"), dtype=ACC)
+    row_sum = tl.zeros([BLOCK_M], dtype=ACC)
+    # Keys that every query of the block sees, in whole tiles; then those that some see.
+    if CAUSAL:
+        full = tl.minimum(start_m + 1, n_keys) // BLOCK_N * BLOCK_N
+        stop = tl.minimum(start_m + BLOCK_M, n_keys)
+    else:
+        full = n_keys // BLOCK_N * BLOCK_N
+        stop = n_keys
+    for masked in tl.static_range(2):
+        acc, row_max, row_sum = _attention_fwd_tiles(
+            acc, row_max, row_sum, q, offs_m,
+            k_ptr, k_stride_t, k_stride_d, v_ptr, v_stride_t, v_stride_d,
+            full if masked else 0, stop if masked else full,
+            n_keys, qk_scale, seed, batch_head, threshold,
+            masked == 1, CAUSAL, DROPOUT, PRECISION, ACC, HEAD, BLOCK_M, BLOCK_N, BLOCK_D,
+        )  # fmt: skip
+
+    out = acc / row_sum[:, None]
+    if DROPOUT:
+        out = out * keep_scale
+    out_stride_t = n_head * HEAD
+    out_ptr = _head(out_ptr, n_queries.to(tl.int64) * out_stride_t, HEAD, batch_head, n_head)
+    _store_tile(out_ptr, out_stride_t, start_m, n_queries, out, HEAD, BLOCK_M, BLOCK_D)
+    lse_ptr += batch_head.to(tl.int64) * n_queries
+    tl.store(lse_ptr + offs_m, row_max + tl.log2(row_sum), mask=offs_m < n_queries)
+
+
+# ------------------------------------------------------------------------------------- backward
+
+
+@triton.jit
+def _attention_dq_tiles(
+    dq, q, dout, lse, delta, offs_m,
+    k_ptr, k_stride_t, k_stride_d, v_ptr, v_stride_t, v_stride_d,
+    start, stop, n_keys, qk_scale, seed, batch_head, threshold, keep_scale,
+    MASKED: tl.constexpr, CAUSAL: tl.constexpr, DROPOUT: tl.constexpr,
+    PRECISION: tl.constexpr, ACC: tl.constexpr, HEAD: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Add what keys start .. stop give to dq / scale."""
+    for start_n in range(start, stop, BLOCK_N):
+        k = _load_tile(
+            k_ptr, k_stride_t, k_stride_d, start_n, n_keys, MASKED, HEAD, BLOCK_N, BLOCK_D
+        )
+        v = _load_tile(
+            v_ptr, v_stride_t, v_stride_d, start_n, n_keys, MASKED, HEAD, BLOCK_N, BLOCK_D
+        )
+        scores = tl.dot(q, tl.trans(k), input_precision=PRECISION, out_dtype=ACC)
+        probs = tl.exp2(scores * qk_scale - lse[:, None])
+        dprobs = tl.dot(dout, tl.trans(v), input_precision=PRECISION, out_dtype=ACC)
+        if DROPOUT:
+            keep = dropout_keep(seed, batch_head, start_n, offs_m, threshold, BLOCK_M, BLOCK_N)
+            dprobs = tl.where(keep, dprobs * keep_scale, 0.0)
+        dscores = probs * (dprobs - delta[:, None])
+        if MASKED:
+            offs_n = start_n + tl.arange(0, BLOCK_N)
+            dscores = tl.where(_visible(offs_m, offs_n, n_keys, CAUSAL), dscores, 0.0)
+            k = _finite_or_zero(k)
+        dq = tl.dot(dscores.to(k.dtype), k, dq, input_precision=PRECISION, out_dtype=ACC)
+    return dq
+
+
+@triton.jit(do_not_specialize_on_alignment=["seed_ptr"])
+def _attention_bwd_dq_kernel(
+    q_ptr, q_stride_b, q_stride_h, q_stride_t, q_stride_d,  # (B, H, n_queries, HEAD)
+    k_ptr, k_stride_b, k_stride_h, k_stride_t, k_stride_d,  # (B, H, n_keys, HEAD)
+    v_ptr, v_stride_b, v_stride_h, v_stride_t, v_stride_d,  # (B, H, n_keys, HEAD)
+    out_ptr,  # (B, n_queries, H, HEAD), contiguous
+    dout_ptr,  # (B, n_queries, H, HEAD), contiguous
+    lse_ptr,  # (B, H, n_queries), contiguous; base 2
+    delta_ptr,  # (B, H, n_queries), contiguous; written here, read by the other kernel
+    dq_ptr, dq_stride_t,  # (B, n_queries, H, HEAD) but for the distance of two tokens
+    seed_ptr,  # (1), read only if DROPOUT
+    n_head, n_queries, n_keys, qk_scale, scale, threshold, keep_scale,
+    CAUSAL: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr,
+    HEAD: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    n_blocks = tl.cdiv(n_queries, BLOCK_M)
+    batch_head = tl.program_id(0) // n_blocks
+    start_m = (n_blocks - 1 - tl.program_id(0) % n_blocks) * BLOCK_M
+    offs_m = start_m + tl.arange(0, BLOCK_M)
+    mask_m = offs_m < n_queries
+
+    q_ptr = _head(q_ptr, q_stride_b, q_stride_h, batch_head, n_head)
+    k_ptr = _head(k_ptr, k_stride_b, k_stride_h, batch_head, n_head)
+    v_ptr = _head(v_ptr, v_stride_b, v_stride_h, batch_head, n_head)
+    out_stride_t = n_head * HEAD
+    out_stride_b = n_queries.to(tl.int64) * out_stride_t
+    out_ptr = _head(out_ptr, out_stride_b, HEAD, batch_head, n_head)
+    dout_ptr = _head(dout_ptr, out_stride_b, HEAD, batch_head, n_head)
+    row_offset = batch_head.to(tl.int64) * n_queries
+
+    out = _load_tile(out_ptr, out_stride_t, 1, start_m, n_queries, True, HEAD, BLOCK_M, BLOCK_D)
+    dout = _load_tile(dout_ptr, out_stride_t, 1, start_m, n_queries, True, HEAD, BLOCK_M, BLOCK_D)
+    delta = tl.sum(out.to(ACC) * dout.to(ACC), axis=1)
+    tl.store(delta_ptr + row_offset + offs_m, delta, mask=mask_m)
+    lse = tl.load(lse_ptr + row_offset + offs_m, mask=mask_m, other=0.0)
+    q = _load_tile(q_ptr, q_stride_t, q_stride_d, start_m, n_queries, True, HEAD, BLOCK_M, BLOCK_D)
+    seed = tl.load(seed_ptr) if DROPOUT else 0
+
+    dq = tl.zeros([BLOCK_M, BLOCK_D], dtype=ACC)
+    if CAUSAL:
+        full = tl.minimum(start_m + 1, n_keys) // BLOCK_N * BLOCK_N
+        stop = tl.minimum(start_m + BLOCK_M, n_keys)
+    else:
+        full = n_keys // BLOCK_N * BLOCK_N
+        stop = n_keys
+    for masked in tl.static_range(2):
+        dq = _attention_dq_tiles(
+            dq, q, dout, lse, delta, offs_m,
+            k_ptr, k_stride_t, k_stride_d, v_ptr, v_stride_t, v_stride_d,
+            full if masked else 0, stop if masked else full,
+            n_keys, qk_scale, seed, batch_head, threshold, keep_scale,
+            masked == 1, CAUSAL, DROPOUT, PRECISION, ACC, HEAD, BLOCK_M, BLOCK_N, BLOCK_D,
+        )  # fmt: skip
+    dq_ptr = _head(dq_ptr, n_queries.to(tl.int64) * dq_stride_t, HEAD, batch_head, n_head)
+    _store_tile(dq_ptr, dq_stride_t, start_m, n_queries, dq * scale, HEAD, BLOCK_M, BLOCK_D)
+
+
+@triton.jit
+def _attention_dkdv_tiles(
+    dk, dv, k, v, start_n, offs_n,
+    q_ptr, q_stride_t, q_stride_d, dout_ptr, dout_stride_t, lse_ptr, delta_ptr,
+    start, stop, n_queries, qk_scale, seed, batch_head, threshold, keep_scale,
+    MASKED: tl.constexpr, CAUSAL: tl.constexpr, DROPOUT: tl.constexpr,
+    PRECISION: tl.constexpr, ACC: tl.constexpr, HEAD: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Add what queries start .. stop give to dk / scale and dv / keep_scale. Transposed, (N, M), so
+    that each product takes what the one before it left in registers."""
+    for start_m in range(start, stop, BLOCK_M):
+        offs_m = start_m + tl.arange(0, BLOCK_M)
+        q = _load_tile(
+            q_ptr, q_stride_t, q_stride_d, start_m, n_queries, MASKED, HEAD, BLOCK_M, BLOCK_D
+        )
+        dout = _load_tile(
+            dout_ptr, dout_stride_t, 1, start_m, n_queries, MASKED, HEAD, BLOCK_M, BLOCK_D
+        )
+        # Past the last query q, dout and delta are 0, so those rows add 0 to both sums.
+        mask_m = offs_m < n_queries
+        lse = tl.load(lse_ptr + offs_m, mask=mask_m, other=0.0)
+        delta = tl.load(delta_ptr + offs_m, mask=mask_m, other=0.0)
+        scores_t = tl.dot(k, tl.trans(q), input_precision=PRECISION, out_dtype=ACC)
+        probs_t = tl.exp2(scores_t * qk_scale - lse[None, :])
+        dprobs_t = tl.dot(v, tl.trans(dout), input_precision=PRECISION, out_dtype=ACC)
+        dropped_t = probs_t
+        if DROPOUT:
+            keep = dropout_keep(seed, batch_head, start_n, offs_m, threshold, BLOCK_M, BLOCK_N)
+            keep_t = tl.trans(keep)
+            dropped_t = tl.where(keep_t, probs_t, 0.0)
+            dprobs_t = tl.where(keep_t, dprobs_t * keep_scale, 0.0)
+        dscores_t = probs_t * (dprobs_t - delta[None, :])
+        if MASKED and CAUSAL:
+            visible_t = offs_m[None, :] >= offs_n[:, None]
+            dropped_t = tl.where(visible_t, dropped_t, 0.0)
+            dscores_t = tl.where(visible_t, dscores_t, 0.0)
+        dv = tl.dot(dropped_t.to(dout.dtype), dout, dv, input_precision=PRECISION, out_dtype=ACC)
+        dk = tl.dot(dscores_t.to(q.dtype), q, dk, input_precision=PRECISION, out_dtype=ACC)
+    return dk, dv
+
+
+@triton.jit(do_not_specialize_on_alignment=["seed_ptr"])
+def _attention_bwd_dkdv_kernel(
+    q_ptr, q_stride_b, q_stride_h, q_stride_t, q_stride_d,  # (B, H, n_queries, HEAD)
+    k_ptr, k_stride_b, k_stride_h, k_stride_t, k_stride_d,  # (B, H, n_keys, HEAD)
+    v_ptr, v_stride_b, v_stride_h, v_stride_t, v_stride_d,  # (B, H, n_keys, HEAD)
+    dout_ptr,  # (B, n_queries, H, HEAD), contiguous
+    lse_ptr,  # (B, H, n_queries), contiguous; base 2
+    delta_ptr,  # (B, H, n_queries), contiguous
+    dk_ptr, dv_ptr, dkdv_stride_t,  # (B, n_keys, H, HEAD) but for the distance of two tokens
+    seed_ptr,  # (1), read only if DROPOUT
+    n_head, n_queries, n_keys, qk_scale, scale, threshold, keep_scale,
+    CAUSAL: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr,
+    HEAD: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    # The first keys have the most queries: the longest column of tiles goes first.
+    n_blocks = tl.cdiv(n_keys, BLOCK_N)
+    batch_head = tl.program_id(0) // n_blocks
+    start_n = (tl.program_id(0) % n_blocks) * BLOCK_N
+    offs_n = start_n + tl.arange(0, BLOCK_N)
+
+    q_ptr = _head(q_ptr, q_stride_b, q_stride_h, batch_head, n_head)
+    k_ptr = _head(k_ptr, k_stride_b, k_stride_h, batch_head, n_head)
+    v_ptr = _head(v_ptr, v_stride_b, v_stride_h, batch_head, n_head)
+    dout_stride_t = n_head * HEAD
+    dout_stride_b = n_queries.to(tl.int64) * dout_stride_t
+    dout_ptr = _head(dout_ptr, dout_stride_b, HEAD, batch_head, n_head)
+    lse_ptr += batch_head.to(tl.int64) * n_queries
+    delta_ptr += batch_head.to(tl.int64) * n_queries
+
+    k = _load_tile(k_ptr, k_stride_t, k_stride_d, start_n, n_keys, True, HEAD, BLOCK_N, BLOCK_D)
+    v = _load_tile(v_ptr, v_stride_t, v_stride_d, start_n, n_keys, True, HEAD, BLOCK_N, BLOCK_D)
+    seed = tl.load(seed_ptr) if DROPOUT else 0
+    dk = tl.zeros([BLOCK_N, BLOCK_D], dtype=ACC)
+    dv = tl.zeros([BLOCK_N, BLOCK_D], dtype=ACC)
+    # Queries on the diagonal; below it in whole tiles; the rest, which fill no tile.
+    if CAUSAL:
+        first = start_n // BLOCK_M * BLOCK_M
+        full = tl.cdiv(start_n + BLOCK_N - 1, BLOCK_M) * BLOCK_M
+    else:
+        first, full = 0, 0
+    tail = tl.maximum(full, n_queries // BLOCK_M * BLOCK_M)
+    for stage in tl.static_range(3):
+        dk, dv = _attention_dkdv_tiles(
+            dk, dv, k, v, start_n, offs_n,
+            q_ptr, q_stride_t, q_stride_d, dout_ptr, dout_stride_t, lse_ptr, delta_ptr,
+            first if stage == 0 else (full if stage == 1 else tail),
+            tl.minimum(full, n_queries) if stage == 0 else (tail if stage == 1 else n_queries),
+            n_queries, qk_scale, seed, batch_head, threshold, keep_scale,
+            stage != 1, CAUSAL, DROPOUT, PRECISION, ACC, HEAD, BLOCK_M, BLOCK_N, BLOCK_D,
+        )  # fmt: skip
+    if DROPOUT:
+        dv = dv * keep_scale
+    stride_b = n_keys.to(tl.int64) * dkdv_stride_t
+    dk_ptr = _head(dk_ptr, stride_b, HEAD, batch_head, n_head)
+    dv_ptr = _head(dv_ptr, stride_b, HEAD, batch_head, n_head)
+    _store_tile(dk_ptr, dkdv_stride_t, start_n, n_keys, dk * scale, HEAD, BLOCK_N, BLOCK_D)
+    _store_tile(dv_ptr, dkdv_stride_t, start_n, n_keys, dv, HEAD, BLOCK_N, BLOCK_D)

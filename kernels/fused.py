@@ -1,0 +1,7 @@
+"""The public Triton ops under the names of ``reference`` and ``portable``."""
+
+from fastgpt.kernels.attention import attention, attention_qkvpacked
+from fastgpt.kernels.gelu import gelu
+from fastgpt.kernels.layer_norm import layer_norm
+
+__all__ = ["attention", "attention_qkvpacked", "gelu", "layer_norm"]
