@@ -1,42 +1,23 @@
 """The drop-in contract of ``fastgpt.GPT``: what code written for nanoGPT relies on."""
 
-import copy
 import dataclasses
 import hashlib
 import importlib
 import inspect
-import io
 import math
-import pickle
 import subprocess
 import sys
 
 import pytest
 import torch
 import torch.nn.functional as F
+from small_models import BLOCK, V, small_config, small_model, tokens
 from torch import Tensor, nn
 
 import fastgpt
 from fastgpt import GPT, GPTConfig
 from fastgpt.kernels import portable, reference
 from fastgpt.model import MLP, Block, CausalSelfAttention, LayerNorm
-
-V, BLOCK = 65, 16
-
-
-def small_config(**changes) -> GPTConfig:
-    sizes = dict(block_size=BLOCK, vocab_size=V, n_layer=2, n_head=2, n_embd=32)
-    return GPTConfig(**{**sizes, **changes})
-
-
-def small_model(seed: int = 0, **changes) -> GPT:
-    torch.manual_seed(seed)
-    return GPT(small_config(**changes))
-
-
-def tokens(batch: int = 3, length: int = BLOCK, seed: int = 1) -> Tensor:
-    return torch.randint(V, (batch, length), generator=torch.Generator().manual_seed(seed))
-
 
 # -- the package
 
@@ -243,88 +224,6 @@ def test_initial_distribution():
             assert abs(param.mean().item()) < 0.05 * std, name
 
 
-# -- tied weights, copies, loading
-
-
-def copied(model: GPT) -> GPT:
-    return copy.deepcopy(model)
-
-
-def pickled(model: GPT) -> GPT:
-    return pickle.loads(pickle.dumps(model))
-
-
-def saved(model: GPT) -> GPT:
-    file = io.BytesIO()
-    torch.save(model, file)
-    file.seek(0)
-    return torch.load(file, weights_only=False)
-
-
-def loaded(model: GPT) -> GPT:
-    other = GPT(model.config)
-    other.load_state_dict(model.state_dict())
-    return other
-
-
-def assigned(model: GPT) -> GPT:
-    with torch.device("meta"):
-        other = GPT(model.config)
-    other.load_state_dict(model.state_dict(), assign=True)
-    return other
-
-
-@pytest.mark.parametrize("way", [copied, pickled, saved, loaded, assigned, GPT.float, GPT.cpu])
-def test_a_copy_keeps_weights_and_tie(way):
-    model = small_model()
-    before = model(tokens())[0]
-    other = way(model)
-    assert other.transformer.wte.weight is other.lm_head.weight
-    assert torch.equal(other(tokens())[0], before)
-    assert other.gelu_approximate == "none"
-    other(tokens(), tokens())[1].backward()
-
-
-def test_head_and_token_table_share_gradients():
-    model = small_model()
-    assert model.lm_head.weight is model.transformer.wte.weight
-    model(torch.zeros(1, 4, dtype=torch.int64), torch.zeros(1, 4, dtype=torch.int64))[1].backward()
-    assert model.lm_head.weight.grad[V - 1].any()  # row 64 was never an input: the head's part
-
-
-def test_loads_what_a_compiled_model_saved():
-    model = small_model()
-    state = torch.compile(model).state_dict()
-    assert all(name.startswith("_orig_mod.") for name in state)
-    other = small_model(seed=5)
-    assert str(other.load_state_dict(state)) == "<All keys matched successfully>"
-    assert torch.equal(other(tokens())[0], model(tokens())[0])
-
-
-@pytest.mark.parametrize("prefix", ["", "_orig_mod."])
-def test_loads_old_files_with_masks(prefix):
-    model = small_model(bias=True)
-    state = {prefix + name: tensor for name, tensor in model.state_dict().items()}
-    for i in range(2):
-        state[f"{prefix}transformer.h.{i}.attn.bias"] = torch.ones(1, 1, BLOCK, BLOCK).tril()
-        state[f"{prefix}transformer.h.{i}.attn.masked_bias"] = torch.tensor(-1e4)
-    names = list(state)
-    other = small_model(seed=5, bias=True)
-    other.load_state_dict(state)
-    assert list(state) == names  # the caller's dict is left alone
-    assert torch.equal(other(tokens())[0], model(tokens())[0])
-
-
-def test_loading_refuses_missing_unknown_and_misshapen():
-    state = small_model().state_dict()
-    with pytest.raises(RuntimeError, match="Missing key.*ln_f.weight"):
-        small_model().load_state_dict({k: v for k, v in state.items() if "ln_f.weight" not in k})
-    with pytest.raises(RuntimeError, match="Unexpected key.*stranger"):
-        small_model().load_state_dict({**state, "stranger": torch.ones(1)})
-    with pytest.raises(RuntimeError, match="size mismatch for transformer.wpe.weight"):
-        small_model(block_size=8).load_state_dict(state)
-
-
 # -- forward
 
 
@@ -482,149 +381,3 @@ def test_estimate_mfu():
     flops_per_token = 6 * model.get_num_params() + 12 * 2 * 2 * 16 * BLOCK
     expected = flops_per_token * BLOCK * 40 / 0.25 / 312e12
     assert model.estimate_mfu(40, 0.25) == pytest.approx(expected, rel=1e-12)
-
-
-# -- generate
-
-
-def plain_generate(model, idx, max_new_tokens, temperature=1.0, top_k=None):
-    """nanoGPT's sampling, step by step, by its description."""
-    for _ in range(max_new_tokens):
-        window = idx if idx.shape[1] <= BLOCK else idx[:, -BLOCK:]
-        with torch.no_grad():
-            scores = model(window)[0][:, -1, :] / temperature
-        if top_k is not None:
-            worst = torch.topk(scores, min(top_k, V))[0][:, [-1]]
-            scores[scores < worst] = -float("inf")
-        drawn = torch.multinomial(F.softmax(scores, dim=-1), num_samples=1)
-        idx = torch.cat((idx, drawn), dim=1)
-    return idx
-
-
-def sharp_model() -> GPT:
-    """Logits far apart, so that a wrong temperature or cut changes the draws."""
-    model = small_model().eval()
-    with torch.no_grad():
-        model.lm_head.weight.mul_(20)
-    return model
-
-
-@pytest.mark.parametrize("temperature", [1.0, 0.7, 2.5])
-@pytest.mark.parametrize("top_k", [None, 1, 5, 1000])
-def test_generate_draws_nanogpts_tokens(temperature, top_k):
-    model, prompt = sharp_model(), tokens(2, 3)
-    torch.manual_seed(7)
-    expected = plain_generate(model, prompt, 20, temperature, top_k)  # past the window
-    torch.manual_seed(7)
-    assert torch.equal(model.generate(prompt, 20, temperature, top_k), expected)
-
-
-def test_generate_greedy_takes_the_likeliest():
-    model, prompt = sharp_model(), tokens(2, 3)
-    state = torch.get_rng_state()
-    greedy = model.generate(prompt, 20, temperature=0)
-    assert torch.equal(torch.get_rng_state(), state)
-    assert torch.equal(greedy, plain_generate(model, prompt, 20, top_k=1))
-    assert torch.equal(model.generate(prompt, 20, temperature=0.0, top_k=3), greedy)
-
-
-def test_generate_sees_the_last_block_only():
-    model = sharp_model()
-    x = tokens(1, BLOCK + 5)
-    y = x.clone()
-    y[:, :5] = 0
-    new = [model.generate(prompt, 8, temperature=0)[:, BLOCK + 5 :] for prompt in (x, y)]
-    assert torch.equal(*new)
-
-
-def test_generate_leaves_mode_prompt_and_gradients_alone():
-    model, prompt = small_model(dropout=0.5), tokens(1, 2)
-    kept = prompt.clone()
-    out = model.generate(prompt, 3)
-    assert model.training and torch.equal(prompt, kept) and not out.requires_grad
-    assert not model.eval().generate(prompt, 3).requires_grad and not model.training
-    assert torch.equal(model.generate(prompt, 0), prompt)
-    assert torch.equal(model.generate(prompt.int(), 3, 0), model.generate(prompt, 3, 0))
-    assert all(p.grad is None for p in model.parameters())
-
-
-@pytest.mark.parametrize(
-    ("prompt", "arguments", "error", "message"),
-    [
-        (tokens(1, 0), {}, ValueError, r"idx must have shape .* T of at least 1, got \(1, 0\)"),
-        (torch.tensor([[1, V]]), {}, ValueError, r"idx must .* 0 to 64 .*got 65"),
-        (torch.tensor([[-1, 2]]), {}, ValueError, r"idx must .* 0 to 64 .*got -1"),
-        (tokens().float(), {}, TypeError, r"idx must be torch.int64 .*float32"),
-        (tokens(), {"temperature": -0.5}, ValueError, r"temperature must .*got -0.5"),
-        (tokens(), {"temperature": math.nan}, ValueError, r"temperature must .*got nan"),
-        (tokens(), {"top_k": 0}, ValueError, r"top_k must .*got 0"),
-        (tokens(), {"top_k": -3}, ValueError, r"top_k must .*got -3"),
-        (tokens(), {"max_new_tokens": -1}, ValueError, r"max_new_tokens must .*got -1"),
-    ],
-)
-def test_generate_refuses(prompt, arguments, error, message):
-    with pytest.raises(error, match=message):
-        small_model().generate(prompt, **{"max_new_tokens": 1, **arguments})
-
-
-# -- from_pretrained: no network, small shapes, transformers' own model as the truth
-
-
-@pytest.fixture
-def published(monkeypatch):
-    """A random Hugging Face GPT-2 that ``from_pretrained("gpt2")`` will find."""
-    import transformers
-
-    monkeypatch.setitem(fastgpt.model._PRETRAINED_SHAPES, "gpt2", (2, 2, 32))
-    torch.manual_seed(3)
-    model = transformers.GPT2LMHeadModel(transformers.GPT2Config(n_layer=2, n_head=2, n_embd=32))
-    with torch.no_grad():
-        for param in model.parameters():
-            param.add_(torch.randn_like(param), alpha=0.1)  # biases and gains too
-    asked = []
-    monkeypatch.setattr(
-        transformers.GPT2LMHeadModel,
-        "from_pretrained",
-        lambda name: asked.append(name) or model.eval(),
-    )
-    yield model
-    assert asked == ["gpt2"]
-
-
-def test_from_pretrained_equals_transformers(published):
-    model = GPT.from_pretrained("gpt2", {"dropout": 0.1}).eval()
-    assert model.config == GPTConfig(1024, 50257, 2, 2, 32, dropout=0.1, bias=True)
-    assert model.gelu_approximate == "tanh"
-    assert model.lm_head.weight is model.transformer.wte.weight
-    x = torch.randint(50257, (2, 33), generator=torch.Generator().manual_seed(0))
-    with torch.no_grad():
-        logits, _ = model(x, x)
-        expected = published(x).logits
-    assert (logits - expected).abs().max() <= 1e-4
-    assert expected.std() > 0.5  # the comparison is not one of zeros
-
-
-def test_from_pretrained_without_dropout(published):
-    assert GPT.from_pretrained("gpt2").config.dropout == 0.0
-
-
-def test_pretrained_shapes():
-    assert fastgpt.model._PRETRAINED_SHAPES == {
-        "gpt2": (12, 12, 768),
-        "gpt2-medium": (24, 16, 1024),
-        "gpt2-large": (36, 20, 1280),
-        "gpt2-xl": (48, 25, 1600),
-    }
-
-
-def test_from_pretrained_refuses():
-    with pytest.raises(ValueError, match="model_type must be one of gpt2, .*got 'gpt3'"):
-        GPT.from_pretrained("gpt3")
-    with pytest.raises(ValueError, match="override_args may hold 'dropout' only, got block_size"):
-        GPT.from_pretrained("gpt2", {"dropout": 0.0, "block_size": 64})
-
-
-def test_from_pretrained_names_the_missing_package(monkeypatch):
-    monkeypatch.setitem(sys.modules, "transformers", None)
-    with pytest.raises(ImportError, match=r'pip install "fastgpt-triton\[hf\]"'):
-        GPT.from_pretrained("gpt2")
