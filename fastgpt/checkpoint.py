@@ -1,0 +1,173 @@
+"""Checkpoints in nanoGPT's format, written so that a crash never leaves half a file.
+
+A run's folder holds two: ``ckpt.pt``, which nanoGPT and ``fastgpt sample`` read (the best state by
+validation loss, or the newest with ``always_save_checkpoint``), and ``last.pt``, the newest state,
+from which a run that was stopped or killed goes on. Both have nanoGPT's keys (``model``,
+``optimizer``, ``model_args``, ``iter_num``, ``best_val_loss``, ``config``) and one of ours,
+``fastgpt``, which holds what nanoGPT does not know: the kind of model, its GELU, its characters,
+the random generators, the data cursor and the gradient scaler. All of it loads under
+``weights_only=True``.
+"""
+
+import contextlib
+import os
+import pickle
+import zipfile
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastgpt.bigram import Bigram
+from fastgpt.model import GPT, GPTConfig, LanguageModel
+from fastgpt.tokenizer import CharTokenizer
+
+BEST, LAST = "ckpt.pt", "last.pt"
+
+FOR_SAMPLING = ("model", "model_args")
+FOR_RESUMING = (*FOR_SAMPLING, "optimizer", "iter_num", "best_val_loss")
+
+Checkpoint = dict[str, Any]
+
+
+def save(checkpoint: Checkpoint, path: Path) -> None:
+    """Write ``checkpoint`` to ``path``: to a temporary file beside it first, which then replaces
+    it. Whenever the process dies, ``path`` holds the old checkpoint or the new one, whole.
+    """
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            torch.save(checkpoint, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)  # the new name survives a power cut too
+    finally:
+        os.close(folder)
+
+
+@contextlib.contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except (RuntimeError, pickle.UnpicklingError, EOFError, zipfile.BadZipFile) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ValueError(
+            f"{path} is not a checkpoint that torch.save wrote, or it is damaged: {reason}"
+        ) from error
+
+
+def load(path: Path, required: tuple[str, ...] = FOR_SAMPLING) -> Checkpoint:
+    """Read a checkpoint of ours or of nanoGPT, all tensors on the CPU.
+
+    Raises FileNotFoundError, or ValueError when the file is damaged or lacks a ``required`` key.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no checkpoint {path}")
+    with _reading(path):
+        with zipfile.ZipFile(path) as archive:  # PyTorch itself does not look at the checksums
+            damaged = archive.testzip()
+        if damaged is not None:
+            raise zipfile.BadZipFile(f"wrong checksum of {damaged}")
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    _check_keys(path, checkpoint, required)
+    return checkpoint
+
+
+def _check_keys(path: Path, checkpoint: object, required: tuple[str, ...]) -> None:
+    if not isinstance(checkpoint, dict):
+        raise ValueError(
+            f"{path} must hold a dict with the keys {', '.join(required)}, "
+            f"got {type(checkpoint).__name__}"
+        )
+    missing = [key for key in required if key not in checkpoint]
+    if missing:
+        raise ValueError(
+            f"{path} lacks the checkpoint key {', '.join(missing)}; needed: {', '.join(required)}"
+        )
+
+
+def newest(out_dir: Path) -> Path:
+    """The file from which a run in ``out_dir`` goes on: the one with more iterations.
+
+    Usually that is ``last.pt``; ``ckpt.pt`` where nanoGPT wrote it. FileNotFoundError if neither
+    is there.
+    """
+    found = [out_dir / name for name in (LAST, BEST) if (out_dir / name).is_file()]
+    if not found:
+        raise FileNotFoundError(f"there is no {LAST} or {BEST} in {out_dir}")
+    return max(found, key=_iterations)  # the first of equals: last.pt
+
+
+def _iterations(path: Path) -> int:
+    with _reading(path):
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    _check_keys(path, checkpoint, ("iter_num",))
+    return int(checkpoint["iter_num"])
+
+
+def model_args(model: LanguageModel) -> dict[str, int | float | bool]:
+    """nanoGPT's ``model_args`` of a model."""
+    return asdict(model.config)
+
+
+def own_state(checkpoint: Checkpoint) -> dict[str, Any]:
+    """What a checkpoint holds under the key ``fastgpt``; empty in one of nanoGPT's."""
+    return checkpoint.get("fastgpt", {})
+
+
+def characters(checkpoint: Checkpoint) -> CharTokenizer | None:
+    """The characters that the model was trained on; None for GPT-2's tokens, or from nanoGPT."""
+    found: str = own_state(checkpoint).get("characters", "")
+    return CharTokenizer(dict(enumerate(found))) if found else None
+
+
+def kind(model: LanguageModel) -> str:
+    """The value of the key ``model`` that makes such a model."""
+    return "bigram" if isinstance(model, Bigram) else "gpt"
+
+
+def build_model(checkpoint: Checkpoint, path: Path, dropout: float | None = None) -> LanguageModel:
+    """The model of a checkpoint with its weights, on the CPU; ``dropout`` replaces the saved one.
+
+    ``path`` is where it came from, for the messages of ValueError.
+    """
+    own = own_state(checkpoint)
+    try:
+        args = dict(checkpoint["model_args"])
+        if dropout is not None:
+            args["dropout"] = dropout
+        config = GPTConfig(**args)
+        model: LanguageModel
+        if own.get("model", "gpt") == "bigram":
+            model = Bigram(config)
+        else:
+            model = GPT(config, gelu=own.get("gelu", "none"))
+        model.load_state_dict(checkpoint["model"])
+    except (ValueError, TypeError, RuntimeError) as error:
+        raise ValueError(f"{path} holds no model that fastgpt can build: {error}") from error
+    return model
+
+
+def set_aside(out_dir: Path) -> Path | None:
+    """Move an earlier run's checkpoints out of the way of a new run, into ``out_dir/previous-N``.
+
+    Returns that folder, or None if there was nothing to move.
+    """
+    found = [out_dir / name for name in (BEST, LAST) if (out_dir / name).exists()]
+    if not found:
+        return None
+    number = 1
+    while (out_dir / f"previous-{number}").exists():
+        number += 1
+    folder = out_dir / f"previous-{number}"
+    folder.mkdir()
+    for path in found:
+        path.rename(folder / path.name)
+    return folder

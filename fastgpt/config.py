@@ -1,0 +1,388 @@
+"""What a run can be told: nanoGPT's keys and defaults, presets, and the reader of nanoGPT's
+configuration files.
+
+The keys stand in small dataclasses, one per heading of ``--help``; ``TrainConfig`` is their flat
+sum. A key's type is its annotation, its help the comment above it.
+"""
+
+import ast
+import difflib
+import math
+import typing
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+Value = bool | int | float | str
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+
+INIT_FROM = ("scratch", "resume", "gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Output:
+    # Folder of the checkpoints ckpt.pt (best, or newest) and last.pt (where to resume).
+    out_dir: str = "out"
+    # Updates between two evaluations; checkpoints are written there.
+    eval_interval: int = 2000
+    # Updates between two reports of the loss.
+    log_interval: int = 1
+    # Batches per split in one evaluation.
+    eval_iters: int = 200
+    # Evaluate once, then stop.
+    eval_only: bool = False
+    # Write ckpt.pt at every evaluation, not only when the validation loss improves.
+    always_save_checkpoint: bool = True
+    # scratch, resume (from out_dir), or pretrained weights: gpt2, gpt2-medium, gpt2-large, gpt2-xl.
+    init_from: str = "scratch"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Logging:
+    # Log to Weights & Biases (pip install "fastgpt-triton[log]").
+    wandb_log: bool = False
+    # Its project.
+    wandb_project: str = "owt"
+    # Its name for this run.
+    wandb_run_name: str = "gpt2"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Data:
+    # Folder that holds one folder per data set.
+    data_root: str = "data"
+    # The data set: a folder in data_root, written by `fastgpt prepare` or by nanoGPT.
+    dataset: str = "openwebtext"
+    # Batches summed up into one update.
+    gradient_accumulation_steps: int = 40
+    # Sequences per batch.
+    batch_size: int = 12
+    # Tokens per sequence: the context length.
+    block_size: int = 1024
+
+
+@dataclass(frozen=True, kw_only=True)
+class Model:
+    # gpt, or the lookup-table baseline bigram.
+    model: Literal["gpt", "bigram"] = "gpt"
+    # Blocks.
+    n_layer: int = 12
+    # Attention heads; must divide n_embd.
+    n_head: int = 12
+    # Width.
+    n_embd: int = 768
+    # Dropout probability, in training only.
+    dropout: float = 0.0
+    # Biases in Linear and LayerNorm.
+    bias: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Optimizer:
+    # Peak learning rate of AdamW.
+    learning_rate: float = 6e-4
+    # Last iteration; evaluations are due at iteration 0 and at this one too.
+    max_iters: int = 600000
+    # Weight decay of the matrices; vectors are not decayed.
+    weight_decay: float = 0.1
+    # Decay of AdamW's mean.
+    beta1: float = 0.9
+    # Decay of AdamW's squared mean.
+    beta2: float = 0.95
+    # Largest gradient norm; 0 turns clipping off.
+    grad_clip: float = 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Schedule:
+    # Warm-up, then a cosine; otherwise the learning rate is constant.
+    decay_lr: bool = True
+    # Updates of linear warm-up.
+    warmup_iters: int = 2000
+    # Iteration at which the cosine has reached min_lr.
+    lr_decay_iters: int = 600000
+    # Learning rate from there on.
+    min_lr: float = 6e-5
+
+
+@dataclass(frozen=True, kw_only=True)
+class System:
+    # Accepted for nanoGPT's configurations; fastgpt trains on one GPU.
+    backend: str = "nccl"
+    # cuda, cuda:N, cpu, mps, or auto (cuda where there is one, else cpu).
+    device: str = "cuda"
+    # Autocast; auto is bfloat16 on a GPU that has it, float16 on an older one, float32 elsewhere.
+    dtype: Dtype = "auto"
+    # Run the model through torch.compile.
+    compile: bool = True
+    # Seed of the weights, the batches and dropout.
+    seed: int = 1337
+
+
+GROUPS = (Output, Logging, Data, Model, Optimizer, Schedule, System)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig(System, Schedule, Optimizer, Model, Data, Logging, Output):
+    """Every key of a training run, with nanoGPT's names and defaults.
+
+    Raises TypeError for a value of the wrong type (an int is accepted for a float) and ValueError
+    for one out of range. Whether the device exists is asked only when a run starts.
+    """
+
+    def __post_init__(self) -> None:
+        _check_types(self)
+        _check_limits(self)
+        if self.init_from not in INIT_FROM:
+            raise ValueError(
+                f"init_from must be one of {', '.join(INIT_FROM)}, got {self.init_from!r}"
+            )
+        if self.model == "bigram" and self.init_from.startswith("gpt2"):
+            raise ValueError(
+                f"init_from must be scratch or resume with model='bigram', got {self.init_from!r}"
+            )
+        if self.n_embd % self.n_head:
+            raise ValueError(
+                f"n_embd must be a multiple of n_head, "
+                f"got n_embd={self.n_embd} with n_head={self.n_head}"
+            )
+
+    @property
+    def data_dir(self) -> Path:
+        """The folder of ``train.bin`` and ``val.bin``."""
+        return Path(self.data_root) / self.dataset
+
+    def differences(self) -> dict[str, Value]:
+        """The keys whose values are not the defaults."""
+        default = asdict(TrainConfig())
+        return {key: value for key, value in asdict(self).items() if value != default[key]}
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleConfig:
+    """Write text with a trained model."""
+
+    # resume (ckpt.pt in out_dir), or pretrained weights: gpt2, gpt2-medium, gpt2-large, gpt2-xl.
+    init_from: str = "resume"
+    # Folder of the checkpoint.
+    out_dir: str = "out"
+    # The prompt, or FILE:path to read it from a file.
+    start: str = "\n"
+    # Number of samples.
+    num_samples: int = 10
+    # Tokens to write per sample.
+    max_new_tokens: int = 500
+    # Below 1 is more cautious, above 1 bolder; 0 always takes the likeliest token.
+    temperature: float = 0.8
+    # Draw from this many of the likeliest tokens.
+    top_k: int = 200
+    # Seed of the draws.
+    seed: int = 1337
+    # cuda, cuda:N, cpu, mps, or auto (cuda where there is one, else cpu).
+    device: str = "auto"
+    # Autocast; auto is bfloat16 on a GPU that has it, float16 on an older one, float32 elsewhere.
+    dtype: Dtype = "auto"
+    # Run the model through torch.compile.
+    compile: bool = False
+
+    def __post_init__(self) -> None:
+        _check_types(self)
+        _check_limits(self)
+        allowed = [name for name in INIT_FROM if name != "scratch"]
+        if self.init_from not in allowed:
+            raise ValueError(
+                f"init_from must be one of {', '.join(allowed)}, got {self.init_from!r}"
+            )
+        if not self.start:
+            raise ValueError("start must hold at least one character, got ''")
+
+
+_CHAR: dict[str, Value] = {
+    "dataset": "builtin",
+    "eval_interval": 250,
+    "eval_iters": 200,
+    "log_interval": 10,
+    "always_save_checkpoint": False,
+    "gradient_accumulation_steps": 1,
+    "batch_size": 64,
+    "block_size": 256,
+    "n_layer": 6,
+    "n_head": 6,
+    "n_embd": 384,
+    "dropout": 0.2,
+    "learning_rate": 1e-3,
+    "max_iters": 5000,
+    "lr_decay_iters": 5000,
+    "min_lr": 1e-4,
+    "beta2": 0.99,
+    "warmup_iters": 100,
+}
+
+# What each preset changes. `gpt2` is the defaults themselves: GPT-2 124M on OpenWebText.
+PRESETS: dict[str, dict[str, Value]] = {
+    "char": _CHAR,
+    "char-cpu": {
+        **_CHAR,
+        "eval_iters": 20,
+        "batch_size": 12,
+        "block_size": 64,
+        "n_layer": 4,
+        "n_head": 4,
+        "n_embd": 128,
+        "dropout": 0.0,
+        "max_iters": 2000,
+        "lr_decay_iters": 2000,
+        "device": "cpu",
+        "compile": False,
+    },
+    "gpt2": {},
+}
+
+
+def automatic_preset() -> str:
+    """The preset for a run that was told neither a preset nor a configuration file."""
+    return "char" if torch.cuda.is_available() else "char-cpu"
+
+
+# Smallest and largest value allowed.
+_LIMITS: dict[str, tuple[float, float]] = {
+    "eval_interval": (1, math.inf),
+    "log_interval": (1, math.inf),
+    "eval_iters": (1, math.inf),
+    "gradient_accumulation_steps": (1, math.inf),
+    "batch_size": (1, math.inf),
+    "block_size": (1, math.inf),
+    "n_layer": (1, math.inf),
+    "n_head": (1, math.inf),
+    "n_embd": (1, math.inf),
+    "dropout": (0, 0.999),
+    "learning_rate": (0, math.inf),
+    "max_iters": (0, math.inf),
+    "weight_decay": (0, math.inf),
+    "beta1": (0, 0.999999),
+    "beta2": (0, 0.999999),
+    "grad_clip": (0, math.inf),
+    "warmup_iters": (0, math.inf),
+    "lr_decay_iters": (0, math.inf),
+    "min_lr": (0, math.inf),
+    "seed": (0, 2**63 - 1),
+    "num_samples": (1, math.inf),
+    "max_new_tokens": (1, math.inf),
+    "temperature": (0, math.inf),
+    "top_k": (1, math.inf),
+}
+
+
+def _check_limits(config: TrainConfig | SampleConfig) -> None:
+    for field in fields(config):
+        if field.name not in _LIMITS:
+            continue
+        low, high = _LIMITS[field.name]
+        value = getattr(config, field.name)
+        if not (low <= value <= high and math.isfinite(value)):
+            allowed = f"at least {low}" if math.isinf(high) else f"from {low} to {high}"
+            raise ValueError(f"{field.name} must be a number {allowed}, got {value}")
+
+
+def _check_types(config: TrainConfig | SampleConfig) -> None:
+    for key, value in vars(config).copy().items():
+        object.__setattr__(config, key, _typed(type(config), key, value))
+
+
+_KINDS = {bool: "True or False", int: "an integer", float: "a number", str: "a string"}
+
+
+def _typed(owner: type, key: str, value: object) -> object:
+    """``value`` as key's type; an int becomes a float where one is wanted, nothing else changes."""
+    kind = typing.get_type_hints(owner)[key]
+    if typing.get_origin(kind) is Literal:
+        if value not in typing.get_args(kind):
+            allowed = ", ".join(typing.get_args(kind))
+            raise ValueError(f"{key} must be one of {allowed}, got {value!r}")
+        return value
+    if kind is float and type(value) is int:
+        return float(value)
+    if type(value) is not kind:
+        raise TypeError(f"{key} must be {_KINDS[kind]}, got {value!r}")
+    return value
+
+
+def check_key(key: str) -> None:
+    """ValueError that suggests the nearest key, unless ``key`` is one of TrainConfig's."""
+    known = [field.name for field in fields(TrainConfig)]
+    if key in known:
+        return
+    near = difflib.get_close_matches(key, known, n=1)
+    hint = f": did you mean {near[0]!r}?" if near else f"; allowed: {', '.join(sorted(known))}"
+    raise ValueError(f"unknown key {key!r}{hint}")
+
+
+def read_config_file(path: str | Path) -> dict[str, Value]:
+    """The keys that a nanoGPT configuration file sets, read without executing anything.
+
+    Such a file is Python: one plain assignment per line (``n_layer = 6``). A value is a number, a
+    string, True or False, arithmetic on numbers (``5 * 8``) or a key that was set before. Anything
+    else is a ValueError (a value of the wrong type a TypeError) naming file and line.
+    """
+    path = Path(path)
+    try:
+        tree = ast.parse(path.read_text(encoding="utf-8"), filename=str(path))
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not UTF-8 text ({error.reason} at {error.start})") from None
+    except SyntaxError as error:
+        raise ValueError(f"{path}:{error.lineno}: not a Python assignment: {error.msg}") from None
+    values: dict[str, Value] = {}
+    for statement in tree.body:
+        if isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Constant):
+            continue  # a docstring
+        try:
+            key, value = _assignment(statement, values)
+            check_key(key)
+            values[key] = typing.cast(Value, _typed(TrainConfig, key, value))
+        except (ValueError, TypeError, ZeroDivisionError) as error:
+            kind = TypeError if isinstance(error, TypeError) else ValueError
+            raise kind(f"{path}:{statement.lineno}: {error}") from None
+    return values
+
+
+_ALLOWED = "allowed: key = a number, a string, True, False, arithmetic on numbers or an earlier key"
+
+_OPERATORS: dict[type[ast.operator], typing.Callable[[Any, Any], Value]] = {
+    ast.Add: lambda a, b: a + b,
+    ast.Sub: lambda a, b: a - b,
+    ast.Mult: lambda a, b: a * b,
+    ast.Div: lambda a, b: a / b,
+    ast.FloorDiv: lambda a, b: a // b,
+    ast.Mod: lambda a, b: a % b,
+}
+
+
+def _assignment(statement: ast.stmt, values: dict[str, Value]) -> tuple[str, Value]:
+    match statement:
+        case ast.Assign(targets=[ast.Name(id=key)], value=expression):
+            return key, _evaluate(expression, values)
+    raise ValueError(f"{ast.unparse(statement).splitlines()[0]!r} is not read; {_ALLOWED}")
+
+
+def _evaluate(node: ast.expr, values: dict[str, Value]) -> Value:
+    match node:
+        case ast.Constant(value=bool() | int() | float() | str() as constant):
+            return constant
+        case ast.Name(id=name) if name in values:
+            return values[name]
+        case ast.UnaryOp(op=ast.USub(), operand=operand):
+            return -_number(operand, values)
+        case ast.UnaryOp(op=ast.UAdd(), operand=operand):
+            return _number(operand, values)
+        case ast.BinOp(left=left, op=op, right=right) if type(op) in _OPERATORS:
+            return _OPERATORS[type(op)](_number(left, values), _number(right, values))
+    raise ValueError(f"{ast.unparse(node)!r} is not read; {_ALLOWED}")
+
+
+def _number(node: ast.expr, values: dict[str, Value]) -> int | float:
+    value = _evaluate(node, values)
+    if isinstance(value, (bool, str)):
+        raise ValueError(f"{ast.unparse(node)!r} is not a number; {_ALLOWED}")
+    return value

@@ -1,0 +1,42 @@
+"""From the keys ``device`` and ``dtype`` to what PyTorch is told."""
+
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+
+
+def resolve_device(name: str) -> torch.device:
+    """The device of a key ``device``; ValueError when this machine has none of that name."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    gpus = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+    here = ["cpu", *(["cuda", *gpus] if gpus else [])]
+    if torch.backends.mps.is_available():
+        here.append("mps")
+    if name not in here:
+        raise ValueError(
+            f"device must be one that this machine has ({', '.join(here)}), got {name!r}"
+        )
+    return torch.device(name)
+
+
+def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
+    """The autocast dtype of a key ``dtype`` on ``device``; float32 stands for no autocast."""
+    if name == "auto":
+        if device.type != "cuda":
+            return torch.float32
+        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+    if name == "float16" and device.type != "cuda":
+        raise ValueError(f"dtype must be auto, float32 or bfloat16 on {device.type}, got 'float16'")
+    return {
+        "float32": torch.float32,
+        "bfloat16": torch.bfloat16,
+        "float16": torch.float16,
+    }[name]
+
+
+def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager[object]:
+    """The context in which the model runs."""
+    if dtype == torch.float32:
+        return nullcontext()
+    return torch.autocast(device.type, dtype)

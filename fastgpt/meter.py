@@ -1,0 +1,115 @@
+"""What a running training shows, and how it hears Ctrl-C."""
+
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType, TracebackType
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+from fastgpt.config import TrainConfig
+
+
+class Meter:
+    """The progress of a run: a bar on a terminal, one line per report elsewhere."""
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        console: Console,
+        first_iter: int,
+        estimate_mfu: Callable[[int, float], float] | None,
+    ) -> None:
+        """``estimate_mfu`` is the model's, or None where the figure would mean nothing."""
+        self._config = config
+        self._console = console
+        self._estimate_mfu = estimate_mfu
+        self._bar = Progress(
+            TextColumn("iteration"),
+            MofNCompleteColumn(),
+            BarColumn(),
+            TextColumn("{task.fields[facts]}"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            console=self._console,
+            disable=not self._console.is_terminal,
+        )
+        self._task = self._bar.add_task(
+            "train", total=config.max_iters, completed=first_iter, facts=""
+        )
+        self._since, self._from_iter = time.perf_counter(), first_iter
+        self._warm = False  # the first report includes compilation
+        self.mfu: float | None = None
+
+    def __enter__(self) -> "Meter":
+        self._bar.start()
+        self._since = time.perf_counter()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._bar.stop()
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Time in here does not count as training."""
+        start = time.perf_counter()
+        yield
+        self._since += time.perf_counter() - start
+
+    def report(self, iteration: int, loss: float) -> None:
+        """Show the loss of an iteration that just ended, and the speed since the last report."""
+        config = self._config
+        now, done = time.perf_counter(), iteration + 1
+        seconds = (now - self._since) / (done - self._from_iter)  # per iteration
+        self._since, self._from_iter = now, done
+        sequences = config.batch_size * config.gradient_accumulation_steps
+        facts = f"loss {loss:.4f}, {sequences * config.block_size / seconds:,.0f} tokens/s"
+        if self._estimate_mfu is not None and self._warm:
+            mfu = self._estimate_mfu(sequences, seconds)
+            self.mfu = mfu if self.mfu is None else 0.9 * self.mfu + 0.1 * mfu
+            facts += f", mfu {100 * self.mfu:.1f}%"
+        self._warm = True
+        self._bar.update(self._task, completed=iteration, facts=facts)
+        if not self._console.is_terminal:
+            self._console.print(
+                f"iter {iteration}: {facts}, {1000 * seconds:.1f} ms", highlight=False
+            )
+
+
+@contextmanager
+def interrupts() -> Iterator[threading.Event]:
+    """An event that the first Ctrl-C sets; a second one interrupts at once, as ever.
+
+    Signals reach the main thread only; in another one the event stays unset.
+    """
+    event = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield event
+        return
+    before = signal.getsignal(signal.SIGINT)
+
+    def on_interrupt(number: int, frame: FrameType | None) -> None:
+        event.set()
+        signal.signal(signal.SIGINT, before)
+
+    signal.signal(signal.SIGINT, on_interrupt)
+    try:
+        yield event
+    finally:
+        signal.signal(signal.SIGINT, before)

@@ -1,0 +1,366 @@
+"""The training loop: nanoGPT's schedule, accumulation, clipping and evaluation.
+
+    trainer = Trainer(TrainConfig(**PRESETS["char-cpu"]))
+    trainer.run()
+
+One update at iteration i = learning rate of i → ``gradient_accumulation_steps`` batches forward and
+backward → clip → AdamW. The state that a checkpoint of iteration i holds is the one before that
+update; the random generators and the place in the data are part of it, so a run that goes on from a
+checkpoint is the run that was never stopped.
+"""
+
+import math
+import os
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch import Tensor
+
+from fastgpt import checkpoint as ckpt
+from fastgpt.bigram import Bigram
+from fastgpt.config import TrainConfig
+from fastgpt.data import Batches
+from fastgpt.devices import autocast, resolve_device, resolve_dtype
+from fastgpt.meter import Meter, interrupts
+from fastgpt.model import GPT, GPTConfig, LanguageModel
+from fastgpt.tokenizer import CharTokenizer
+
+_GPT2_VOCAB_SIZE = 50304  # for data without a meta.pkl: 50257, padded to a multiple of 64
+_SHAPE_KEYS = ("n_layer", "n_head", "n_embd", "block_size", "bias")
+
+
+class Trainer:
+    """A run: model, optimizer, data and where it stands.
+
+    Building it draws the initial weights or loads a checkpoint; ``run`` trains. Attributes that
+    are of use afterwards: ``config``, ``model`` (on ``device``), ``tokenizer`` (None for GPT-2's
+    tokens), ``iter_num``, ``val_loss`` of the last evaluation, ``best_val_loss``, ``best_iter``.
+
+    Raises what the config, the data set and the checkpoint raise: ValueError, TypeError,
+    FileNotFoundError, ImportError.
+    """
+
+    def __init__(self, config: TrainConfig, console: Console | None = None) -> None:
+        self.config = config
+        self.console = console or Console()
+        self.device = resolve_device(config.device)
+        self.dtype = resolve_dtype(config.dtype, self.device)
+        self.out_dir = Path(config.out_dir)
+        self._refuse_several_processes()
+        self._wandb = _import_wandb() if config.wandb_log else None
+        torch.manual_seed(config.seed)
+        torch.backends.cuda.matmul.allow_tf32 = True
+        torch.backends.cudnn.allow_tf32 = True
+
+        meta = config.data_dir / "meta.pkl"
+        self.tokenizer = CharTokenizer.load(meta) if meta.exists() else None
+        saved, path = self._saved_state()
+        model = self._build_model(saved, path)
+        self.config = config = self._with_shape_of(model)
+        self.batches = Batches(
+            config.data_dir,
+            config.batch_size,
+            config.block_size,
+            self.device,
+            config.seed,
+            vocab_size=model.config.vocab_size,
+        )
+        self.model = model.to(self.device)
+        self._forward = torch.compile(self.model) if config.compile else self.model
+        self._autocast = autocast(self.device, self.dtype)
+        self.optimizer = self.model.configure_optimizers(
+            config.weight_decay,
+            config.learning_rate,
+            (config.beta1, config.beta2),
+            self.device.type,
+        )
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
+        # 1 once a loss or gradient was not finite. It stays on the device until the host reads it
+        # together with the loss; meanwhile PyTorch's fused AdamW, which knows the attribute
+        # `found_inf` from the gradient scaler, skips every update.
+        self._not_finite = torch.zeros((), device=self.device)
+        if self.device.type == "cuda" and not self.scaler.is_enabled():
+            self.optimizer.found_inf = self._not_finite  # type: ignore[attr-defined]
+        self.iter_num = 0
+        self.val_loss = math.nan
+        self.best_val_loss = math.inf
+        self.best_iter: int | None = None
+        if saved is not None:
+            self._restore(saved, path)
+
+    def _refuse_several_processes(self) -> None:
+        world_size = os.environ.get("WORLD_SIZE", "1")
+        if world_size != "1":
+            raise ValueError(
+                f"WORLD_SIZE must be 1 or unset, got {world_size}: fastgpt trains on one GPU, "
+                "several processes would write over each other"
+            )
+
+    def _saved_state(self) -> tuple[ckpt.Checkpoint | None, Path]:
+        if self.config.init_from != "resume":
+            return None, self.out_dir
+        path = ckpt.newest(self.out_dir)
+        saved = ckpt.load(path, ckpt.FOR_RESUMING)
+        known = ckpt.characters(saved)
+        if known and (self.tokenizer is None or self.tokenizer.itos != known.itos):
+            raise ValueError(
+                f"{path} was trained on {known.vocab_size} characters that are not those of the "
+                f"data set {self.config.data_dir}: resume with the data it was trained on"
+            )
+        return saved, path
+
+    def _build_model(self, saved: ckpt.Checkpoint | None, path: Path) -> LanguageModel:
+        config = self.config
+        if saved is not None:
+            return ckpt.build_model(saved, path, dropout=config.dropout)
+        if config.init_from != "scratch":
+            return self._pretrained()
+        shape = GPTConfig(
+            vocab_size=self.tokenizer.vocab_size if self.tokenizer else _GPT2_VOCAB_SIZE,
+            dropout=config.dropout,
+            **{key: getattr(config, key) for key in _SHAPE_KEYS},
+        )
+        return Bigram(shape) if config.model == "bigram" else GPT(shape)
+
+    def _pretrained(self) -> GPT:
+        config = self.config
+        if self.tokenizer is not None:
+            raise ValueError(
+                f"init_from={config.init_from!r} needs a data set of GPT-2's tokens, but "
+                f"{config.data_dir} is character level (it has a meta.pkl)"
+            )
+        model = GPT.from_pretrained(config.init_from, {"dropout": config.dropout})
+        if config.block_size > model.config.block_size:
+            raise ValueError(
+                f"block_size must be at most {model.config.block_size} with "
+                f"init_from={config.init_from!r}, got {config.block_size}"
+            )
+        model.crop_block_size(config.block_size)
+        return model
+
+    def _with_shape_of(self, model: LanguageModel) -> TrainConfig:
+        """The config with the shape that a loaded model really has; what changes is printed."""
+        shape: dict[str, Any] = {key: getattr(model.config, key) for key in _SHAPE_KEYS}
+        shape["model"] = ckpt.kind(model)
+        for key, value in shape.items():
+            asked = getattr(self.config, key)
+            if value != asked:
+                self.console.print(f"{key} = {value} comes from the loaded model (not {asked})")
+        return replace(self.config, **shape)
+
+    def _restore(self, saved: ckpt.Checkpoint, path: Path) -> None:
+        own = ckpt.own_state(saved)
+        try:
+            # The moments come from the file, the options (betas, weight decay, fused) from here.
+            state = saved["optimizer"]
+            for old, new in zip(state["param_groups"], self.optimizer.param_groups, strict=True):
+                old.update({k: v for k, v in new.items() if k != "params"})
+            self.optimizer.load_state_dict(state)
+            self.iter_num = int(saved["iter_num"])
+            self.best_val_loss = float(saved["best_val_loss"])
+            if own:
+                self.best_iter = own["best_iter"]
+                self.batches.load_state_dict(own["data"])
+                torch.set_rng_state(own["rng"])
+                if self.device.type == "cuda" and "cuda_rng" in own:
+                    torch.cuda.set_rng_state(own["cuda_rng"], self.device)
+                if self.scaler.is_enabled() and own["scaler"]:
+                    self.scaler.load_state_dict(own["scaler"])
+        except (KeyError, ValueError, TypeError, RuntimeError) as error:
+            raise ValueError(f"{path} holds no state to go on from: {error}") from error
+        self.console.print(f"going on from {path} at iteration {self.iter_num}")
+
+    def learning_rate(self, iteration: int) -> float:
+        """Linear warm-up, cosine down to ``min_lr``, then ``min_lr``."""
+        config = self.config
+        if not config.decay_lr:
+            return config.learning_rate
+        if iteration < config.warmup_iters:
+            return config.learning_rate * (iteration + 1) / (config.warmup_iters + 1)
+        if iteration >= config.lr_decay_iters:
+            return config.min_lr
+        done = (iteration - config.warmup_iters) / (config.lr_decay_iters - config.warmup_iters)
+        return config.min_lr + 0.5 * (1.0 + math.cos(math.pi * done)) * (
+            config.learning_rate - config.min_lr
+        )
+
+    def run(self) -> None:
+        """Train up to and including iteration ``max_iters``; evaluate and save on the way.
+
+        Ctrl-C ends the update in progress, writes ``last.pt`` and raises KeyboardInterrupt. A loss
+        that is not finite raises FloatingPointError: that update is not made, nothing is saved.
+        """
+        config = self.config
+        if config.eval_only:
+            losses = self.evaluate()
+            self.val_loss = losses["val"]
+            self._report_losses(losses)
+            return
+        self._prepare_out_dir()
+        if self._wandb is not None:
+            self._wandb.init(
+                project=config.wandb_project, name=config.wandb_run_name, config=asdict(config)
+            )
+        with self._meter() as meter, interrupts() as interrupted:
+            while self.iter_num <= config.max_iters:
+                if self.iter_num % config.eval_interval == 0:
+                    with meter.paused():
+                        self._evaluate_and_save(meter.mfu)
+                loss = self._update(self.learning_rate(self.iter_num))
+                if self.iter_num % config.log_interval == 0:
+                    self._check_finite()
+                    meter.report(self.iter_num, loss.item())
+                self.iter_num += 1
+                if interrupted.is_set():
+                    break
+            self._check_finite()
+            if not interrupted.is_set():  # the last updates count too
+                self._evaluate_and_save(meter.mfu)
+        self._save(ckpt.LAST)
+        if interrupted.is_set():
+            self.console.print(
+                f"stopped before iteration {self.iter_num}; saved {self.out_dir / ckpt.LAST}. Go "
+                f"on with: fastgpt train --init_from=resume --out_dir={config.out_dir}"
+            )
+            raise KeyboardInterrupt
+
+    def _meter(self) -> Meter:
+        model = self.model
+        on_gpu = isinstance(model, GPT) and self.device.type == "cuda"
+        return Meter(
+            self.config, self.console, self.iter_num, model.estimate_mfu if on_gpu else None
+        )
+
+    def _prepare_out_dir(self) -> None:
+        self.out_dir.mkdir(parents=True, exist_ok=True)
+        if self.config.init_from != "resume" and (moved := ckpt.set_aside(self.out_dir)):
+            self.console.print(f"the checkpoints of an earlier run are now in {moved}")
+
+    def _update(self, learning_rate: float) -> Tensor:
+        """One optimizer step; the mean loss of its batches, on the device."""
+        config = self.config
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate
+        total = torch.zeros((), device=self.device)
+        for _ in range(config.gradient_accumulation_steps):
+            x, y = self.batches.next("train")
+            loss = self._loss(self._forward, x, y) / config.gradient_accumulation_steps
+            self.scaler.scale(loss).backward()
+            total += loss.detach()
+        self._note_if_not_finite(total)
+        if config.grad_clip != 0.0:
+            self.scaler.unscale_(self.optimizer)
+            norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.grad_clip)
+            if not self.scaler.is_enabled():  # which expects overflows and skips them itself
+                self._note_if_not_finite(norm)
+        if self.device.type != "cuda":
+            self._check_finite()  # nothing runs ahead here: the host may look at every update
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        return total
+
+    def _loss(self, model: Callable[..., Any], x: Tensor, y: Tensor) -> Tensor:
+        with self._autocast:
+            loss: Tensor = model(x, y)[1]
+        return loss
+
+    def _note_if_not_finite(self, value: Tensor) -> None:
+        torch.maximum(self._not_finite, (~value.isfinite()).float(), out=self._not_finite)
+
+    def _check_finite(self) -> None:
+        if not self._not_finite:
+            return
+        kept = [path for name in (ckpt.LAST, ckpt.BEST) if (path := self.out_dir / name).exists()]
+        raise FloatingPointError(
+            f"the loss or its gradient is not finite at iteration {self.iter_num} or since the "
+            "last report before it; no update was made from there on. Either training diverged "
+            f"(try a smaller learning_rate than {self.config.learning_rate}) or every target of a "
+            f"batch is ignored. Last good checkpoint: {kept[0] if kept else 'none yet'}"
+        )
+
+    @torch.no_grad()
+    def mean_loss(self, model: LanguageModel, split: str) -> float:
+        """The loss of any model over ``eval_iters`` batches of a split, the same at every call."""
+        was_training = model.training
+        model.eval()
+        forward = self._forward if model is self.model else model
+        losses = [
+            self._loss(forward, x, y)
+            for x, y in self.batches.evaluation(split, self.config.eval_iters)
+        ]
+        model.train(was_training)
+        return torch.stack(losses).mean().item()
+
+    def evaluate(self) -> dict[str, float]:
+        """The mean loss of ``eval_iters`` batches of each split: ``{"train": .., "val": ..}``."""
+        return {split: self.mean_loss(self.model, split) for split in ("train", "val")}
+
+    def _evaluate_and_save(self, mfu: float | None) -> None:
+        losses = self.evaluate()
+        self.val_loss = losses["val"]
+        self._report_losses(losses)
+        if self._wandb is not None:
+            self._wandb.log(
+                {
+                    "iter": self.iter_num,
+                    "train/loss": losses["train"],
+                    "val/loss": losses["val"],
+                    "lr": self.learning_rate(self.iter_num),
+                    "mfu": -1.0 if mfu is None else 100 * mfu,
+                }
+            )
+        if not math.isfinite(losses["val"]):
+            self._not_finite.fill_(1.0)
+            self._check_finite()
+        improved = losses["val"] < self.best_val_loss
+        if improved:
+            self.best_val_loss, self.best_iter = losses["val"], self.iter_num
+        if self.iter_num == 0:
+            return  # nothing was learnt yet
+        if improved or self.config.always_save_checkpoint:
+            self._save(ckpt.BEST)
+        self._save(ckpt.LAST)
+
+    def _report_losses(self, losses: dict[str, float]) -> None:
+        self.console.print(
+            f"step {self.iter_num}: train loss {losses['train']:.4f}, val loss {losses['val']:.4f}"
+        )
+
+    def _save(self, name: str) -> None:
+        own: dict[str, Any] = {
+            "model": ckpt.kind(self.model),
+            "gelu": getattr(self.model, "gelu_approximate", "none"),
+            "characters": "".join(self.tokenizer.itos.values()) if self.tokenizer else "",
+            "rng": torch.get_rng_state(),
+            "data": self.batches.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "best_iter": self.best_iter,
+        }
+        if self.device.type == "cuda":
+            own["cuda_rng"] = torch.cuda.get_rng_state(self.device)
+        state = {
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "model_args": ckpt.model_args(self.model),
+            "iter_num": self.iter_num,
+            "best_val_loss": torch.tensor(self.best_val_loss),
+            "config": asdict(self.config),
+            "fastgpt": own,
+        }
+        ckpt.save(state, self.out_dir / name)
+
+
+def _import_wandb() -> ModuleType:
+    try:
+        import wandb
+    except ImportError as error:
+        raise ImportError(
+            'wandb_log=True needs wandb: pip install "fastgpt-triton[log]"'
+        ) from error
+    return wandb
