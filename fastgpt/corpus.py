@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 from rich.console import Console
 from rich.progress import wrap_file
 
@@ -172,23 +173,43 @@ def bigram_entropy(data_dir: str | Path, split: str = "val") -> float:
         FileNotFoundError: the file is missing.
         ValueError: it has fewer than 2 tokens, or an id of 4096 or more.
     """
+    pairs = bigram_counts(data_dir, split)
+    # H = -sum_ab p(ab) log(n_ab / n_a)
+    return (_sum_n_log_n(pairs.sum(1)) - _sum_n_log_n(pairs)) / float(pairs.sum())
+
+
+def bigram_counts(
+    data_dir: str | Path, split: str, vocab_size: int | None = None
+) -> npt.NDArray[np.int64]:
+    """How often token b follows token a within a split: entry [a, b] of a (V, V) table.
+
+    Args:
+        data_dir: the folder of the data set.
+        split: "train" or "val".
+        vocab_size: V; by default the largest id of the split and one.
+
+    Raises:
+        FileNotFoundError: the file is missing.
+        ValueError: it has fewer than 2 tokens, an id that is not below ``vocab_size``, or one of
+            4096 or more.
+    """
     file = TokenFile(Path(data_dir) / f"{split}.bin")
     if len(file) < 2:
         raise ValueError(f"{file.path} has {len(file)} token, but a bigram needs at least 2")
-    vocab_size = int(max(file.tokens[span].max() for span in spans(len(file), "Finding ids"))) + 1
-    if vocab_size > MAX_BIGRAM_VOCAB_SIZE:
+    largest = int(max(file.tokens[span].max() for span in spans(len(file), "Finding ids")))
+    limit = MAX_BIGRAM_VOCAB_SIZE if vocab_size is None else vocab_size
+    if largest >= min(limit, MAX_BIGRAM_VOCAB_SIZE):
         raise ValueError(
-            f"{file.path} holds the token id {vocab_size - 1}, but the bigram table takes ids "
-            f"below {MAX_BIGRAM_VOCAB_SIZE}"
+            f"{file.path} holds the token id {largest}, but the bigram table takes ids "
+            f"below {min(limit, MAX_BIGRAM_VOCAB_SIZE)}"
         )
-    counts = np.zeros(vocab_size * vocab_size, dtype=np.int64)
+    size = largest + 1 if vocab_size is None else vocab_size
+    counts = np.zeros(size * size, dtype=np.int64)
     for span in spans(len(file) - 1, "Counting bigrams"):
         current = file.tokens[span].astype(np.int64)
         following = file.tokens[span.start + 1 : span.stop + 1]
-        counts += np.bincount(current * vocab_size + following, minlength=len(counts))
-    pairs = counts.reshape(vocab_size, vocab_size)
-    # H = -sum_ab p(ab) log(n_ab / n_a)
-    return (_sum_n_log_n(pairs.sum(1)) - _sum_n_log_n(counts)) / (len(file) - 1)
+        counts += np.bincount(current * size + following, minlength=len(counts))
+    return counts.reshape(size, size)
 
 
 def _sum_n_log_n(counts: np.ndarray) -> float:

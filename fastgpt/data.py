@@ -223,7 +223,7 @@ def _check_range(name: str, value: int, low: int, limit: int) -> None:
 
 def _check_split(split: str) -> None:
     if split not in SPLITS:
-        raise ValueError(f"split must be one of {list(SPLITS)}, got {split!r}")
+        raise ValueError(f"split must be one of {SPLITS}, got {split!r}")
 
 
 def _check_generator_state(split: str, state: Tensor, like: Tensor) -> None:

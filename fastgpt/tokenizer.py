@@ -4,6 +4,7 @@ Knows numpy and the standard library alone; tiktoken is imported where the BPE i
 """
 
 import pickle
+import pickletools
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -228,40 +229,46 @@ def _checked_ids(ids: TokenIds, vocab_size: int) -> npt.NDArray[np.int64]:
     return array.astype(np.int64)
 
 
-class _PlainUnpickler(pickle.Unpickler):
-    """Builds what pickle has its own codes for (dicts, strings, ints ...) and imports nothing."""
+_PLAIN_CODES = frozenset(
+    "PROTO FRAME STOP MARK EMPTY_DICT DICT SETITEM SETITEMS UNICODE BINUNICODE SHORT_BINUNICODE "
+    "INT BININT BININT1 BININT2 LONG LONG1 PUT BINPUT LONG_BINPUT MEMOIZE GET BINGET "
+    "LONG_BINGET".split()
+)
 
-    def find_class(self, module_name: str, global_name: str) -> Any:
-        raise pickle.UnpicklingError(f"it asks for the class {module_name}.{global_name}")
+
+def _unpickle_plain(data: bytes) -> Any:
+    """Unpickle dicts, strings and ints: every code is checked before the first one is run."""
+    names = ["", ""]  # the last two strings: what STACK_GLOBAL looks up
+    for code, argument, position in pickletools.genops(data):
+        if code.name in ("GLOBAL", "INST", "STACK_GLOBAL"):
+            name = ".".join(names[-2:]) if argument is None else argument.replace(" ", ".")
+            raise pickle.UnpicklingError(f"it asks for {name} at byte {position}")
+        if code.name not in _PLAIN_CODES:
+            raise pickle.UnpicklingError(f"it has {code.name} at byte {position}")
+        # The memo is an array: a damaged index could ask for 64 GB.
+        if code.name.endswith("PUT") and int(argument or 0) > len(data):
+            raise pickle.UnpicklingError(f"it has the memo entry {argument} at byte {position}")
+        if isinstance(argument, str):
+            names.append(argument)
+    return pickle.loads(data)
 
 
 def _read_meta(path: Path) -> dict[str, Any]:
     """The three entries of a ``meta.pkl``, each of its right type."""
-    with path.open("rb") as file:
-        try:
-            meta = _PlainUnpickler(file).load()
-        # A damaged pickle raises any of these.
-        except (
-            pickle.UnpicklingError,
-            ArithmeticError,
-            AttributeError,
-            EOFError,
-            ImportError,
-            LookupError,
-            MemoryError,
-            TypeError,
-            ValueError,
-        ) as error:
-            raise ValueError(
-                f"{path} is not a usable meta.pkl, which holds dicts, strings and ints only: "
-                f"{error or type(error).__name__}"
-            ) from error
+    try:
+        meta = _unpickle_plain(path.read_bytes())
+    except (pickle.UnpicklingError, LookupError, OverflowError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{path} is not a usable meta.pkl, which holds dicts, strings and ints only: {error}"
+        ) from error
     if type(meta) is not dict:
-        raise ValueError(f"{path} is not a usable meta.pkl: it holds a {type(meta).__name__}")
+        raise ValueError(
+            f"{path} is not a usable meta.pkl: it is no dict but {type(meta).__name__}"
+        )
     for key, kind in (("vocab_size", int), ("itos", dict), ("stoi", dict)):
         if type(meta.get(key)) is not kind:
-            found = f"a {type(meta[key]).__name__}" if key in meta else "missing"
+            found = type(meta[key]).__name__ if key in meta else "missing"
             raise ValueError(
-                f"{path} is not a usable meta.pkl: {key} must be a {kind.__name__}, is {found}"
+                f"{path} is not a usable meta.pkl: {key} must be {kind.__name__}, is {found}"
             )
     return meta
