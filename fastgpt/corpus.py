@@ -3,6 +3,7 @@
     prepare_builtin("data/builtin")              # the running Python's standard library
     prepare_file("my.txt", "data/my")            # any UTF-8 text
     prepare_shakespeare("data/shakespeare")      # Tiny Shakespeare, downloaded
+    bigram_counts("data/builtin", "train", 96)   # a (96, 96) table
     bigram_entropy("data/builtin")               # nats per token
 
 Each ``prepare_*`` returns a ``Prepared`` and leaves ``train.bin`` (the first 90% of the
@@ -27,7 +28,7 @@ from rich.console import Console
 from rich.progress import wrap_file
 
 from fastgpt._progress import spans
-from fastgpt.data import TokenFile
+from fastgpt.data import SPLITS, TokenFile
 from fastgpt.tokenizer import CharTokenizer
 
 SHAKESPEARE_URL = (
@@ -159,6 +160,33 @@ def prepare_shakespeare(out_dir: str | Path, url: str = SHAKESPEARE_URL) -> Prep
     return prepare_text(data.decode("ascii"), out_dir)
 
 
+def bigram_counts(data_dir: str | Path, split: str, vocab_size: int) -> npt.NDArray[np.int64]:
+    """How often token b follows token a within a split: entry [a, b] of a (V, V) table.
+
+    Args:
+        data_dir: the folder of the data set.
+        split: "train" or "val".
+        vocab_size: V, at most 4096.
+
+    Raises:
+        FileNotFoundError: the file is missing.
+        ValueError: ``vocab_size`` is out of range, or the file holds an id that is not below it.
+    """
+    if not 1 <= vocab_size <= MAX_BIGRAM_VOCAB_SIZE:
+        raise ValueError(
+            f"vocab_size must lie in [1, {MAX_BIGRAM_VOCAB_SIZE}] for a table of bigrams, "
+            f"got {vocab_size}"
+        )
+    file = _token_file(data_dir, split)
+    file.check_ids(vocab_size)
+    counts = np.zeros(vocab_size * vocab_size, dtype=np.int64)
+    for span in spans(len(file) - 1, f"Counting bigrams of {file.path.name}"):
+        current = file.tokens[span].astype(np.int64)
+        following = file.tokens[span.start + 1 : span.stop + 1]
+        counts += np.bincount(current * vocab_size + following, minlength=len(counts))
+    return counts.reshape(vocab_size, vocab_size)
+
+
 def bigram_entropy(data_dir: str | Path, split: str = "val") -> float:
     """The empirical entropy of a token given the one before it, H(next | current), in nats.
 
@@ -173,43 +201,24 @@ def bigram_entropy(data_dir: str | Path, split: str = "val") -> float:
         FileNotFoundError: the file is missing.
         ValueError: it has fewer than 2 tokens, or an id of 4096 or more.
     """
-    pairs = bigram_counts(data_dir, split)
-    # H = -sum_ab p(ab) log(n_ab / n_a)
-    return (_sum_n_log_n(pairs.sum(1)) - _sum_n_log_n(pairs)) / float(pairs.sum())
-
-
-def bigram_counts(
-    data_dir: str | Path, split: str, vocab_size: int | None = None
-) -> npt.NDArray[np.int64]:
-    """How often token b follows token a within a split: entry [a, b] of a (V, V) table.
-
-    Args:
-        data_dir: the folder of the data set.
-        split: "train" or "val".
-        vocab_size: V; by default the largest id of the split and one.
-
-    Raises:
-        FileNotFoundError: the file is missing.
-        ValueError: it has fewer than 2 tokens, an id that is not below ``vocab_size``, or one of
-            4096 or more.
-    """
-    file = TokenFile(Path(data_dir) / f"{split}.bin")
+    file = _token_file(data_dir, split)
     if len(file) < 2:
         raise ValueError(f"{file.path} has {len(file)} token, but a bigram needs at least 2")
-    largest = int(max(file.tokens[span].max() for span in spans(len(file), "Finding ids")))
-    limit = MAX_BIGRAM_VOCAB_SIZE if vocab_size is None else vocab_size
-    if largest >= min(limit, MAX_BIGRAM_VOCAB_SIZE):
+    largest = max(int(file.tokens[span].max()) for span in spans(len(file), "Finding ids"))
+    if largest >= MAX_BIGRAM_VOCAB_SIZE:
         raise ValueError(
-            f"{file.path} holds the token id {largest}, but the bigram table takes ids "
-            f"below {min(limit, MAX_BIGRAM_VOCAB_SIZE)}"
+            f"{file.path} holds the token id {largest}, but a table of bigrams takes ids below "
+            f"{MAX_BIGRAM_VOCAB_SIZE}"
         )
-    size = largest + 1 if vocab_size is None else vocab_size
-    counts = np.zeros(size * size, dtype=np.int64)
-    for span in spans(len(file) - 1, "Counting bigrams"):
-        current = file.tokens[span].astype(np.int64)
-        following = file.tokens[span.start + 1 : span.stop + 1]
-        counts += np.bincount(current * size + following, minlength=len(counts))
-    return counts.reshape(size, size)
+    counts = bigram_counts(data_dir, split, largest + 1)
+    # H = -sum_ab p(ab) log(n_ab / n_a)
+    return (_sum_n_log_n(counts.sum(1)) - _sum_n_log_n(counts)) / (len(file) - 1)
+
+
+def _token_file(data_dir: str | Path, split: str) -> TokenFile:
+    if split not in SPLITS:
+        raise ValueError(f"split must be one of {SPLITS}, got {split!r}")
+    return TokenFile(Path(data_dir) / f"{split}.bin")
 
 
 def _sum_n_log_n(counts: np.ndarray) -> float:

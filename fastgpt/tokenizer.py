@@ -80,8 +80,7 @@ class CharTokenizer:
         """The same as a uint16 array of shape (len(text),): no Python object per character."""
         if not isinstance(text, str):
             raise TypeError(f"text must be a str, got {type(text).__name__}")
-        codes = _code_points(text)
-        ids = self._ids[np.minimum(codes, len(self._ids) - 1)]
+        ids = self._ids.take(_code_points(text), mode="clip")
         if ids.size and ids.min() < 0:
             position = int(np.argmax(ids < 0))
             raise ValueError(

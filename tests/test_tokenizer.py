@@ -178,7 +178,7 @@ def test_no_damage_to_meta_pkl_escapes(tmp_path: Path) -> None:
     CharTokenizer.from_text("\n abcdefgh").save(path)
     good = path.read_bytes()
     refused = 0
-    for _ in range(1000):
+    for _ in range(500):
         damaged = bytearray(good)
         for _ in range(3):
             damaged[rng.randrange(len(good))] = rng.randrange(256)
@@ -190,7 +190,7 @@ def test_no_damage_to_meta_pkl_escapes(tmp_path: Path) -> None:
             refused += 1
         else:
             assert tokenizer.stoi == {c: i for i, c in tokenizer.itos.items()}
-    assert refused > 900
+    assert refused > 450
 
 
 def test_a_missing_meta_pkl_is_named(tmp_path: Path) -> None:
