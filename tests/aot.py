@@ -43,7 +43,7 @@ _INSTRUCTION_CLASSES = {
     "LDGSTS": r"LDGSTS",  # cp.async: global to shared memory, past the registers
     "TMA_LOAD": r"UTMALDG|UBLKCP",  # tensor memory accelerator
     "TMA_STORE": r"UTMASTG|UTMAREDG",
-    "SPILL": r"LDL|STL",  # local memory, which is where spilled registers go
+    "LOCAL": r"LDL|STL",  # local memory, where spilled registers and arrays go
 }
 
 _NVDISASM = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "nvdisasm"

@@ -15,7 +15,6 @@ seen here: ``if`` or ``and`` on a block (taken for true), tf32, shared memory, r
 from __future__ import annotations
 
 import functools
-import itertools
 import threading
 import types
 from collections.abc import Callable, Iterable, Iterator
@@ -307,7 +306,8 @@ def _programs(grid: tuple[int, ...]) -> list[Program]:
     sizes = (*grid, 1, 1)[:3]
     if len(grid) > 3 or any(size > most for size, most in zip(sizes, _MAX_GRID, strict=True)):
         raise ValueError(f"grid must have at most 3 dimensions of at most {_MAX_GRID}, got {grid}")
-    return list(itertools.product(*map(range, sizes)))
+    n_x, n_y, n_z = sizes
+    return [(x, y, z) for x in range(n_x) for y in range(n_y) for z in range(n_z)]
 
 
 def _interpret(kernel: JITFunction, grid: Any, arguments: dict[str, Any]) -> None:
