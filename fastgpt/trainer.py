@@ -47,7 +47,7 @@ class Trainer:
 
     def __init__(self, config: TrainConfig, console: Console | None = None) -> None:
         self.config = config
-        self.console = console or Console()
+        self.console = console or Console(markup=False, highlight=False, soft_wrap=True)
         self.device = resolve_device(config.device)
         self.dtype = resolve_dtype(config.dtype, self.device)
         self.out_dir = Path(config.out_dir)
@@ -219,22 +219,21 @@ class Trainer:
                 if interrupted.is_set():
                     break
             self._check_finite()
-            if not interrupted.is_set():  # the last updates count too
-                self._evaluate_and_save(meter.mfu)
+            if not interrupted.is_set():
+                self._evaluate_and_save(meter.mfu)  # the last updates count too
+                return
         self._save(ckpt.LAST)
-        if interrupted.is_set():
-            self.console.print(
-                f"stopped before iteration {self.iter_num}; saved {self.out_dir / ckpt.LAST}. Go "
-                f"on with: fastgpt train --init_from=resume --out_dir={config.out_dir}"
-            )
-            raise KeyboardInterrupt
+        self.console.print(
+            f"stopped before iteration {self.iter_num}; saved {self.out_dir / ckpt.LAST}. Go on "
+            f"with: fastgpt train --init_from=resume --out_dir={config.out_dir}"
+        )
+        raise KeyboardInterrupt
 
     def _meter(self) -> Meter:
         model = self.model
-        on_gpu = isinstance(model, GPT) and self.device.type == "cuda"
-        return Meter(
-            self.config, self.console, self.iter_num, model.estimate_mfu if on_gpu else None
-        )
+        on_gpu = self.device.type == "cuda"
+        estimate_mfu = model.estimate_mfu if on_gpu and isinstance(model, GPT) else None
+        return Meter(self.config, self.console, self.iter_num, estimate_mfu)
 
     def _prepare_out_dir(self) -> None:
         self.out_dir.mkdir(parents=True, exist_ok=True)

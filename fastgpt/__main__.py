@@ -1,0 +1,312 @@
+"""The command line: ``fastgpt prepare``, ``fastgpt train``, ``fastgpt sample``."""
+
+import sys
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import torch
+import tyro
+from rich.console import Console
+from rich.table import Table
+
+from fastgpt import checkpoint as ckpt
+from fastgpt import corpus
+from fastgpt.bigram import Bigram
+from fastgpt.config import (
+    GROUPS,
+    PRESETS,
+    Data,
+    Logging,
+    Model,
+    Optimizer,
+    Output,
+    SampleConfig,
+    Schedule,
+    System,
+    TrainConfig,
+    automatic_keys,
+    read_config_file,
+)
+from fastgpt.devices import autocast
+from fastgpt.sampler import Sampler, write
+from fastgpt.tokenizer import GPT2Tokenizer
+from fastgpt.trainer import Trainer
+
+_SHAKESPEARE = "shakespeare_char"
+_BUILTIN = "builtin"
+# the sample at the end of a training run
+_SAMPLE_TOKENS, _SAMPLE_TEMPERATURE, _SAMPLE_TOP_K = 300, 0.8, 200
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prepare:
+    """Make a data set from a text: character level, in nanoGPT's format."""
+
+    corpus: Annotated[
+        tyro.conf.Positional[Literal["builtin", "shakespeare"] | None],
+        tyro.conf.arg(
+            metavar="[builtin|shakespeare]",
+            help="builtin: the sources of this Python's standard library. shakespeare: Tiny "
+            "Shakespeare, downloaded (1.1 MB).",
+            help_behavior_hint="(default: builtin)",
+        ),
+    ] = None
+    input: Annotated[
+        Path | None,
+        tyro.conf.arg(
+            metavar="FILE",
+            help="A UTF-8 text of your own, instead of a corpus.",
+            help_behavior_hint="(default: none)",
+        ),
+    ] = None
+    out_dir: Annotated[
+        Path | None,
+        tyro.conf.arg(
+            metavar="DIR",
+            help="Folder for train.bin, val.bin and meta.pkl.",
+            help_behavior_hint="(default: data/builtin, data/shakespeare_char or data/NAME of "
+            "FILE)",
+        ),
+    ] = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Train:
+    """Train a model.
+
+    With no argument: a GPT on the built-in corpus, by the preset that fits this machine: char on a
+    CUDA GPU, else the first half of char-cpu. A key takes its value from the command line, else
+    from CONFIG.py, else from the preset, else the default shown here. With --init_from=resume and
+    neither preset nor CONFIG.py, the keys are those of the checkpoint.
+    """
+
+    config_file: Annotated[
+        tyro.conf.Positional[Path | None],
+        tyro.conf.arg(
+            metavar="[CONFIG.py]",
+            help="A configuration file of nanoGPT's kind: assignments such as n_layer = 6. It is "
+            "read, not executed.",
+            help_behavior_hint="(default: none)",
+        ),
+    ] = None
+    preset: Annotated[
+        Literal["char", "char-cpu", "gpt2"] | None,
+        tyro.conf.arg(
+            metavar="{char,char-cpu,gpt2}",
+            help="char: 10.6M parameters on characters, for a GPU. char-cpu: 0.8M, a few minutes "
+            "on a CPU. gpt2: the defaults below, GPT-2 124M on OpenWebText.",
+            help_behavior_hint="(default: by device; none with CONFIG.py)",
+        ),
+    ] = None
+    output: Output = field(default_factory=Output)
+    logging: Logging = field(default_factory=Logging)
+    data: Data = field(default_factory=Data)
+    model: Model = field(default_factory=Model)
+    optimizer: Optimizer = field(default_factory=Optimizer)
+    schedule: Schedule = field(default_factory=Schedule)
+    system: System = field(default_factory=System)
+
+    def keys(self) -> dict[str, Any]:
+        """The values of all keys, flat."""
+        groups = (
+            self.output,
+            self.logging,
+            self.data,
+            self.model,
+            self.optimizer,
+            self.schedule,
+            self.system,
+        )
+        return {key: value for group in groups for key, value in asdict(group).items()}
+
+
+def _train_defaults(base: dict[str, Any]) -> Train:
+    """A ``Train`` in which the keys of ``base`` are set."""
+    groups: dict[str, Any] = {
+        group.__name__.lower(): group(
+            **{f.name: base[f.name] for f in fields(group) if f.name in base}
+        )
+        for group in GROUPS
+    }
+    return Train(**groups)
+
+
+def _parse(argv: list[str], defaults: Train) -> Prepare | Train | SampleConfig:
+    return tyro.cli(
+        Annotated[Prepare, tyro.conf.subcommand("prepare")]
+        | Annotated[Train, tyro.conf.subcommand("train", default=defaults)]
+        | Annotated[SampleConfig, tyro.conf.subcommand("sample")],
+        prog="fastgpt",
+        description="Train GPT-2-class models and sample from them.",
+        args=argv,
+        use_underscores=True,
+        config=(tyro.conf.FlagConversionOff, tyro.conf.OmitArgPrefixes),
+    )
+
+
+def _train_config(argv: list[str], first: Train) -> TrainConfig:
+    """Defaults < preset < configuration file < command line.
+
+    ``first`` is what ``argv`` gives on the plain defaults. It names preset and file; with these as
+    the defaults ``argv`` is then read again.
+    """
+    base: dict[str, Any] = {}
+    if first.preset is not None:
+        base.update(PRESETS[first.preset])
+    if first.config_file is not None:
+        base.update(read_config_file(first.config_file))
+    if first.preset is None and first.config_file is None:
+        if first.output.init_from == "resume":
+            base.update(_saved_keys(Path(first.output.out_dir)))
+        else:
+            base.update(automatic_keys())
+    second = _parse(argv, _train_defaults(base))
+    assert isinstance(second, Train)
+    return TrainConfig(**second.keys())
+
+
+def _saved_keys(out_dir: Path) -> dict[str, Any]:
+    """The keys of the run to be resumed (a checkpoint of nanoGPT's has its keys only)."""
+    saved = ckpt.load(ckpt.newest(out_dir)).get("config", {})
+    known = {f.name for f in fields(TrainConfig)}
+    return {key: value for key, value in saved.items() if key in known}
+
+
+def _prepare(command: Prepare, console: Console) -> None:
+    if command.input is not None:
+        if command.corpus is not None:
+            raise ValueError(
+                f"give a corpus or --input, not both: got {command.corpus!r} and "
+                f"--input={command.input}"
+            )
+        out_dir = command.out_dir or Path("data") / command.input.stem
+        prepared = corpus.prepare_file(command.input, out_dir)
+    elif command.corpus == "shakespeare":
+        prepared = corpus.prepare_shakespeare(command.out_dir or Path("data") / _SHAKESPEARE)
+    else:
+        prepared = corpus.prepare_builtin(command.out_dir or Path("data") / _BUILTIN)
+    _report_prepared(prepared, console)
+    root, name = prepared.data_dir.parent, prepared.data_dir.name
+    where = "" if root == Path("data") else f" --data_root={root}"
+    console.print(f"train on it: fastgpt train{where} --dataset={name}")
+
+
+def _report_prepared(prepared: corpus.Prepared, console: Console) -> None:
+    console.print(
+        f"prepared {prepared.data_dir}: {prepared.vocab_size} different characters, "
+        f"{prepared.train_tokens:,} for training, {prepared.val_tokens:,} for validation"
+    )
+
+
+def _train(config: TrainConfig, console: Console) -> None:
+    changed = ", ".join(f"{key}={value}" for key, value in config.differences().items())
+    console.print(f"keys that differ from the defaults: {changed or 'none'}")
+    if config.dataset == _BUILTIN and not (config.data_dir / "train.bin").exists():
+        _report_prepared(corpus.prepare_builtin(config.data_dir), console)
+    trainer = Trainer(config, console)
+    console.print(
+        f"{config.model} with {trainer.model.get_num_params():,} parameters on {trainer.device}, "
+        f"{str(trainer.dtype).removeprefix('torch.')}"
+    )
+    trainer.run()
+    if not config.eval_only:
+        console.print(_summary(trainer))
+        _print_sample(trainer)
+
+
+def _summary(trainer: Trainer) -> Table:
+    """The trained model beside what the bigram can do."""
+    data_dir, shape = trainer.config.data_dir, trainer.model.config
+    table = Table(title="Validation loss in nats per token, lower is better")
+    table.add_column("model")
+    table.add_column("parameters", justify="right")
+    table.add_column("loss", justify="right")
+    parameters = f"{trainer.model.get_num_params():,}"
+    table.add_row(trainer.config.model, parameters, f"{trainer.val_loss:.4f}")
+    if trainer.best_iter is not None:
+        kept = f"best, at iteration {trainer.best_iter}"
+        table.add_row(kept, parameters, f"{trainer.best_val_loss:.4f}")
+    if shape.vocab_size > corpus.MAX_BIGRAM_VOCAB_SIZE:
+        table.caption = f"No bigram table: {shape.vocab_size} x {shape.vocab_size} is too large."
+        return table
+    counts = torch.from_numpy(corpus.bigram_counts(data_dir, "train", shape.vocab_size))
+    bigram = Bigram(shape)
+    bigram.load_state_dict({"table.weight": (counts + 1.0).log()})  # softmax normalises the rows
+    bigram.to(trainer.device)
+    loss = trainer.mean_loss(bigram, "val")
+    table.add_row("bigram, counted on train.bin", f"{bigram.get_num_params():,}", f"{loss:.4f}")
+    entropy = corpus.bigram_entropy(data_dir)
+    table.add_row("bigram entropy of val.bin", "", f"{entropy:.4f}")
+    return table
+
+
+def _print_sample(trainer: Trainer) -> None:
+    try:
+        tokenizer = trainer.tokenizer or GPT2Tokenizer()
+    except (ImportError, ConnectionError) as error:
+        trainer.console.print(f"no sample: {error}")
+        return
+    known = trainer.tokenizer is None or "\n" in trainer.tokenizer.stoi
+    text = write(
+        trainer.model.eval(),
+        tokenizer,
+        tokenizer.encode("\n") if known else [0],
+        _SAMPLE_TOKENS,
+        _SAMPLE_TEMPERATURE,
+        _SAMPLE_TOP_K,
+        autocast(trainer.device, trainer.dtype),
+    )
+    trainer.console.rule("sample")
+    trainer.console.print(text)
+
+
+def _sample(config: SampleConfig, console: Console) -> None:
+    for text in Sampler(config):
+        console.print(text)
+        console.rule()
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line (``sys.argv`` by default); returns the exit code.
+
+    0: done. 1: the run failed (diverged, out of memory, no connection, disk full). 2: a wrong
+    argument, configuration, data set or checkpoint. 130: interrupted; ``last.pt`` was saved.
+    """
+    console = Console(markup=False, highlight=False, soft_wrap=True)
+    errors = Console(stderr=True, markup=False, highlight=False, soft_wrap=True)
+    argv = sys.argv[1:] if argv is None else argv
+    try:
+        command = _parse(argv, Train())
+        if isinstance(command, Train):
+            _train(_train_config(argv, command), console)
+        elif isinstance(command, Prepare):
+            _prepare(command, console)
+        else:
+            _sample(command, console)
+    except (FloatingPointError, ConnectionError, torch.OutOfMemoryError) as error:
+        errors.print(f"error: {error}", style="bold red")
+        return 1
+    except (
+        ValueError,
+        TypeError,
+        FileNotFoundError,
+        FileExistsError,
+        IsADirectoryError,
+        NotADirectoryError,
+        PermissionError,
+        ImportError,
+    ) as error:
+        errors.print(f"error: {error}", style="bold red")
+        return 2
+    except OSError as error:
+        errors.print(f"error: {error}", style="bold red")
+        return 1
+    except KeyboardInterrupt:
+        errors.print("interrupted", style="bold red")
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
