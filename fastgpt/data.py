@@ -111,6 +111,8 @@ class Batches:
         self._block_size = block_size
         self._device = torch.device(device)
         self._seed = seed
+        # One for all copies: PyTorch's allocator keeps the memory of every stream apart.
+        self._stream = torch.cuda.Stream(self._device) if self._device.type == "cuda" else None
         self._files = {split: TokenFile(Path(data_dir) / f"{split}.bin") for split in SPLITS}
         for file in self._files.values():
             if len(file) < block_size + 1:
@@ -142,7 +144,7 @@ class Batches:
         """Where each split stands: the uint8 state of its generator before the next batch that is
         to be returned.
         """
-        return {split: cursor.state.clone() for split, cursor in self._cursors.items()}
+        return {split: cursor.state for split, cursor in self._cursors.items()}
 
     def load_state_dict(self, state_dict: dict[str, Tensor]) -> None:
         """Continue exactly where ``state_dict`` was taken.
@@ -160,7 +162,14 @@ class Batches:
             cursor.load(state_dict[split])
 
     def _cursor(self, split: str, seed: int) -> "_Cursor":
-        return _Cursor(self._files[split], self._batch_size, self._block_size, self._device, seed)
+        return _Cursor(
+            self._files[split],
+            self._batch_size,
+            self._block_size,
+            self._device,
+            self._stream,
+            seed,
+        )
 
 
 class _Cursor:
@@ -171,13 +180,19 @@ class _Cursor:
     """
 
     def __init__(
-        self, file: TokenFile, batch_size: int, block_size: int, device: torch.device, seed: int
+        self,
+        file: TokenFile,
+        batch_size: int,
+        block_size: int,
+        device: torch.device,
+        stream: torch.cuda.Stream | None,
+        seed: int,
     ) -> None:
         self._batch_size = batch_size
         # Row i is the window tokens[i : i + T + 1]: one row for each legal start. A view.
         self._windows = np.lib.stride_tricks.sliding_window_view(file.tokens, block_size + 1)
         self._device = device
-        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._stream = stream  # of the copies to a GPU
         self._generator = torch.Generator().manual_seed(seed)
         self._pending: Tensor | None = None
         self.state = self._generator.get_state()
@@ -193,7 +208,7 @@ class _Cursor:
         return x, y
 
     def load(self, state: Tensor) -> None:
-        self.state = state.cpu().clone()
+        self.state = state.cpu()
         self._generator.set_state(self.state)
         self._pending = None
 
