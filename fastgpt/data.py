@@ -85,7 +85,7 @@ class Batches:
         batch_size: B.
         block_size: T.
         device: where the batches shall lie.
-        seed: of the generators, in [0, 2^63).
+        seed: in [0, 2^63): seed is train's, seed + 1 val's, seed + 2 that of ``evaluation``.
         vocab_size: where given, every id of both files is checked to lie below it.
 
     Raises:
