@@ -345,7 +345,7 @@ class GPT(LanguageModel):
 
     def _logits(self, idx: Tensor, last_only: bool) -> Tensor:
         trunk = self.transformer
-        positions = trunk.wpe.weight[: idx.shape[1]]  # (T, C)
+        positions = trunk.wpe.weight.narrow(0, 0, idx.shape[1])  # (T, C)
         x = trunk.drop(trunk.wte(idx) + positions)  # (B, T, C)
         for block in trunk.h:
             x = block(x)

@@ -4,6 +4,7 @@ gradient, a training run; causality; autocast and torch.compile.
 
 import os
 import shutil
+from collections.abc import Callable
 from types import ModuleType
 
 import pytest
@@ -12,6 +13,7 @@ import torch.nn.functional as F
 from small_models import BLOCK, V, small_config, tokens
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch._subclasses import FakeTensorMode
 
 import fastgpt.ops
 from fastgpt import GPT, GPTConfig
@@ -205,3 +207,22 @@ def test_inductor(device):
     eager = outcome(model_with(reference, config, device), x, y)
     compiled = torch.compile(model_with(fastgpt.ops, config, device), fullgraph=True)
     assert max(largest_differences(outcome(compiled, x, y), eager).values()) <= 1e-5
+
+
+def test_dispatch_compiles_for_cuda_without_a_gpu() -> None:
+    """On tensors that only claim to be on CUDA: the whole graph, with the kernels in it."""
+    found: set[str] = set()
+
+    def record(graph: torch.fx.GraphModule, _inputs: list) -> Callable:
+        found.update(str(node.target) for node in graph.graph.nodes)
+        return graph.forward
+
+    with torch.device("meta"):
+        model = GPT(small_config(dropout=0.1))
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+        model.to_empty(device="cuda")
+        x = torch.zeros(4, BLOCK, dtype=torch.int64, device="cuda")
+        logits, loss = torch.compile(model, fullgraph=True, backend=record)(x, x)
+    assert logits.shape == (4, BLOCK, V) and loss.device.type == "cuda"
+    ours = {name for name in found if name.startswith("fastgpt")}
+    assert ours == {f"fastgpt.{op}.default" for op in ("attention_qkvpacked", "gelu", "layer_norm")}
