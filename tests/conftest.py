@@ -9,12 +9,14 @@ os.environ["OMP_NUM_THREADS"] = "1"
 
 import functools
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from typing import Any
 
 import interpreter
 import pytest
 import torch
+from sanitizer import sanitize
 from torch import Tensor
 from torch._subclasses import FakeTensor
 
@@ -54,6 +56,10 @@ _common.INTERPRETED = True
 _poison_uninitialised_memory()
 
 
+def _seed(request: pytest.FixtureRequest) -> int:
+    return zlib.crc32(request.node.name.encode())
+
+
 @pytest.fixture(
     params=[
         "cpu",
@@ -66,12 +72,13 @@ _poison_uninitialised_memory()
         ),
     ]
 )
-def device(request: pytest.FixtureRequest) -> str:
-    """ "cpu", where the kernels are interpreted, and "cuda", where they are compiled."""
-    return request.param
+def device(request: pytest.FixtureRequest) -> Iterator[str]:
+    """ "cpu", where kernels are interpreted and every launch is checked, and "cuda"."""
+    with sanitize(_seed(request)) if request.param == "cpu" else nullcontext():
+        yield request.param
 
 
 @pytest.fixture(autouse=True)
 def _seeded(request: pytest.FixtureRequest) -> None:
     """A test draws the same random numbers whatever ran before it."""
-    torch.manual_seed(zlib.crc32(request.node.name.encode()))
+    torch.manual_seed(_seed(request))

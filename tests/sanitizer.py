@@ -153,13 +153,12 @@ def sanitize(seed: int = 0) -> Iterator[None]:
     """Check every interpreted launch of the block. ``seed``: of the order of the programs."""
     interpreter.install()
     builder = triton_interpreter.interpreter_builder
-    options, observer = builder.options, interpreter.observer
+    outside = dict(vars(builder)), builder.__class__, interpreter.observer
     interpreter.observer = builder.memory = _Memory(seed)
-    builder.options = dataclasses.replace(options, debug=True)  # turns the overflow checks on
+    builder.options = dataclasses.replace(builder.options, debug=True)  # checks of overflow
     builder.__class__ = _CheckedBuilder
     try:
         yield
     finally:
-        builder.__class__ = Builder
-        builder.options = options
-        interpreter.observer = observer
+        attributes, builder.__class__, interpreter.observer = outside
+        vars(builder).update(attributes)

@@ -130,6 +130,21 @@ def test_programs_run_in_an_order_that_the_seed_decides():
     assert interpreter.observer.programs([], programs) == programs
 
 
+def test_blocks_nest():
+    with sanitize():
+        with sanitize():
+            pass
+        with pytest.raises(SanitizerError):
+            toy_kernels.store_kernel[(2,)](torch.empty(24), 8, 1, 0, BLOCK=16)
+
+
+def test_the_device_fixture_checks_every_interpreted_launch(device: str):
+    if device == "cuda":
+        pytest.skip("compiled kernels are not checked")
+    with pytest.raises(SanitizerError):
+        toy_kernels.store_kernel[(2,)](torch.empty(24), 8, 1, 0, BLOCK=16)
+
+
 def test_nothing_is_checked_after_the_block_even_if_it_failed():
     before = (interpreter_builder.__class__, interpreter_builder.options, interpreter.observer)
     with pytest.raises(ZeroDivisionError), sanitize():
