@@ -288,8 +288,8 @@ def _check_limits(config: TrainConfig | SampleConfig) -> None:
         low, high = _LIMITS[field.name]
         value = getattr(config, field.name)
         if not (low <= value <= high and math.isfinite(value)):
-            allowed = f"at least {low}" if math.isinf(high) else f"from {low} to {high}"
-            raise ValueError(f"{field.name} must be a number {allowed}, got {value}")
+            allowed = f"be at least {low}" if math.isinf(high) else f"lie between {low} and {high}"
+            raise ValueError(f"{field.name} must {allowed}, got {value}")
 
 
 def _check_types(config: TrainConfig | SampleConfig) -> None:
@@ -339,6 +339,8 @@ def read_config_file(path: str | Path) -> dict[str, Any]:
         raise ValueError(f"{path}: not UTF-8 text ({error.reason} at {error.start})") from None
     except SyntaxError as error:
         raise ValueError(f"{path}:{error.lineno}: not a Python assignment: {error.msg}") from None
+    except ValueError as error:  # a NUL character, before Python 3.12
+        raise ValueError(f"{path}: {error}") from None
     values: dict[str, Any] = {}
     for statement in tree.body:
         if isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Constant):

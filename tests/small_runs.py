@@ -1,0 +1,50 @@
+"""A data set and a configuration small enough that a whole training run takes a second."""
+
+from pathlib import Path
+from typing import Any
+
+from fastgpt.config import TrainConfig
+from fastgpt.corpus import prepare_text
+
+TEXT = "".join(f"{n} times {n + 1} is {n * (n + 1)};\n" for n in range(400))
+
+
+def data_set(root: Path, text: str = TEXT) -> Path:
+    """A character-level data set in ``root/small``."""
+    return prepare_text(text, root / "small").data_dir
+
+
+def small_keys(root: Path, **changes: Any) -> dict[str, Any]:
+    """Keys of a run on that data set, which writes to ``root/out``."""
+    return {
+        "data_root": str(root),
+        "dataset": "small",
+        "out_dir": str(root / "out"),
+        "eval_interval": 10,
+        "eval_iters": 2,
+        "log_interval": 5,
+        "gradient_accumulation_steps": 2,
+        "batch_size": 4,
+        "block_size": 16,
+        "n_layer": 2,
+        "n_head": 2,
+        "n_embd": 16,
+        "dropout": 0.1,
+        "learning_rate": 1e-2,
+        "max_iters": 20,
+        "lr_decay_iters": 20,
+        "warmup_iters": 4,
+        "min_lr": 1e-3,
+        "device": "cpu",
+        "compile": False,
+        **changes,
+    }
+
+
+def small_config(root: Path, **changes: Any) -> TrainConfig:
+    return TrainConfig(**small_keys(root, **changes))
+
+
+def arguments(keys: dict[str, Any]) -> list[str]:
+    """The same as a command line."""
+    return [f"--{key}={value}" for key, value in keys.items()]

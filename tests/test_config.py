@@ -1,0 +1,261 @@
+"""Keys, presets, limits, and the reader of nanoGPT's configuration files."""
+
+import math
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from fastgpt import config as configuration
+from fastgpt.config import PRESETS, SampleConfig, TrainConfig, automatic_keys, read_config_file
+from fastgpt.devices import autocast, resolve_device, resolve_dtype
+
+NANOGPT_DEFAULTS = {
+    "out_dir": "out",
+    "eval_interval": 2000,
+    "log_interval": 1,
+    "eval_iters": 200,
+    "eval_only": False,
+    "always_save_checkpoint": True,
+    "init_from": "scratch",
+    "wandb_log": False,
+    "wandb_project": "owt",
+    "wandb_run_name": "gpt2",
+    "dataset": "openwebtext",
+    "gradient_accumulation_steps": 40,
+    "batch_size": 12,
+    "block_size": 1024,
+    "n_layer": 12,
+    "n_head": 12,
+    "n_embd": 768,
+    "dropout": 0.0,
+    "bias": False,
+    "learning_rate": 6e-4,
+    "max_iters": 600000,
+    "weight_decay": 0.1,
+    "beta1": 0.9,
+    "beta2": 0.95,
+    "grad_clip": 1.0,
+    "decay_lr": True,
+    "warmup_iters": 2000,
+    "lr_decay_iters": 600000,
+    "min_lr": 6e-5,
+    "backend": "nccl",
+    "device": "cuda",
+    "compile": True,
+}
+
+
+def test_nanogpts_keys_and_defaults() -> None:
+    ours = asdict(TrainConfig())
+    assert NANOGPT_DEFAULTS.items() <= ours.items()
+    own = {"dtype": "auto", "seed": 1337, "model": "gpt", "data_root": "data"}
+    assert ours == NANOGPT_DEFAULTS | own
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets_are_valid(name: str) -> None:
+    TrainConfig(**PRESETS[name])
+
+
+def test_char_presets() -> None:
+    char = TrainConfig(**PRESETS["char"])
+    assert (char.n_layer, char.n_head, char.n_embd, char.block_size) == (6, 6, 384, 256)
+    assert (char.batch_size, char.dropout, char.learning_rate, char.beta2) == (64, 0.2, 1e-3, 0.99)
+    assert (char.max_iters, char.lr_decay_iters, char.min_lr, char.warmup_iters) == (
+        5000,
+        5000,
+        1e-4,
+        100,
+    )
+    cpu = TrainConfig(**PRESETS["char-cpu"])
+    assert (cpu.n_layer, cpu.n_head, cpu.n_embd, cpu.block_size) == (4, 4, 128, 64)
+    assert (cpu.batch_size, cpu.dropout, cpu.max_iters, cpu.eval_iters) == (12, 0.0, 2000, 20)
+    assert (cpu.device, cpu.compile) == ("cpu", False)
+
+
+def test_automatic_keys_go_by_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert automatic_keys() == PRESETS["char"]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    keys = automatic_keys()
+    assert {k for k in keys if keys[k] != PRESETS["char-cpu"][k]} == {"max_iters", "lr_decay_iters"}
+
+
+def test_differences_from_the_defaults() -> None:
+    assert TrainConfig(n_layer=3, device="cuda").differences() == {"n_layer": 3}
+
+
+def test_an_int_is_accepted_for_a_float_and_becomes_one() -> None:
+    value = TrainConfig(learning_rate=1).learning_rate
+    assert value == 1.0 and isinstance(value, float)
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"compile": "yes"}, TypeError, "compile must be True or False, got 'yes'"),
+        ({"compile": 1}, TypeError, "compile must be True or False, got 1"),
+        ({"n_layer": 2.0}, TypeError, "n_layer must be an integer, got 2.0"),
+        ({"n_layer": True}, TypeError, "n_layer must be an integer, got True"),
+        ({"learning_rate": "1e-3"}, TypeError, "learning_rate must be a number, got '1e-3'"),
+        ({"out_dir": 3}, TypeError, "out_dir must be a string, got 3"),
+        ({"dtype": "fp16"}, ValueError, "dtype must be one of auto, float32, .* got 'fp16'"),
+        ({"model": "rnn"}, ValueError, "model must be one of gpt, bigram, got 'rnn'"),
+        ({"init_from": "gpt3"}, ValueError, "init_from must be one of scratch, .* got 'gpt3'"),
+        ({"model": "bigram", "init_from": "gpt2"}, ValueError, "init_from must be scratch or"),
+        ({"n_head": 5}, ValueError, "n_embd=768 with n_head=5"),
+        ({"batch_size": 0}, ValueError, "batch_size must be at least 1, got 0"),
+        ({"eval_interval": 0}, ValueError, "eval_interval must be at least 1, got 0"),
+        ({"dropout": 1.0}, ValueError, "dropout must lie between 0 and 0.999, got 1.0"),
+        ({"beta1": 1.0}, ValueError, "beta1 must lie between 0"),
+        ({"learning_rate": math.nan}, ValueError, "learning_rate must be at least 0, got nan"),
+        ({"learning_rate": -1e-3}, ValueError, "learning_rate must be .* got -0.001"),
+        ({"seed": -1}, ValueError, "seed must lie between 0 and .* got -1"),
+    ],
+)
+def test_bad_values_are_named(
+    changes: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        TrainConfig(**changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"top_k": 0}, "top_k must be at least 1, got 0"),
+        ({"temperature": -0.1}, "temperature must be at least 0, got -0.1"),
+        ({"max_new_tokens": 0}, "max_new_tokens must be"),
+        ({"num_samples": 0}, "num_samples must be"),
+        ({"start": ""}, "start must hold at least one character"),
+        ({"init_from": "scratch"}, "init_from must be one of resume, gpt2"),
+    ],
+)
+def test_bad_sampling_values_are_named(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        SampleConfig(**changes)
+
+
+def written(tmp_path: Path, text: str) -> Path:
+    path = tmp_path / "config.py"
+    path.write_text(text)
+    return path
+
+
+def test_config_file(tmp_path: Path) -> None:
+    path = written(
+        tmp_path,
+        '''"""GPT-2 on eight cards' worth of batches."""
+# a comment
+wandb_log = True
+wandb_project = 'owt'  # another
+gradient_accumulation_steps = 5 * 8
+batch_size = 3 * (2 + 2)
+max_iters = 12*1024
+lr_decay_iters = max_iters
+learning_rate = 1e-3
+min_lr = learning_rate / 10
+weight_decay = +1
+dropout = -(-0.25)
+warmup_iters = max_iters // 100 % 50 - 2
+''',
+    )
+    assert read_config_file(path) == {
+        "wandb_log": True,
+        "wandb_project": "owt",
+        "gradient_accumulation_steps": 40,
+        "batch_size": 12,
+        "max_iters": 12288,
+        "lr_decay_iters": 12288,
+        "learning_rate": 1e-3,
+        "min_lr": 1e-4,
+        "weight_decay": 1.0,
+        "dropout": 0.25,
+        "warmup_iters": 20,
+    }
+
+
+@pytest.mark.parametrize(
+    ("line", "error", "message"),
+    [
+        ("import time", ValueError, "'import time' is not read; allowed: key = "),
+        ("n_layer = int('6')", ValueError, r"\"int\('6'\)\" is not read; allowed: key = "),
+        ("n_layer = (lambda: 6)()", ValueError, "is not read"),
+        ("n_layer = n_head", ValueError, "'n_head' is not read"),
+        ("n_layer = 'a' * 3", ValueError, "\"'a'\" is not a number"),
+        ("n_layer = True + 1", ValueError, "'True' is not a number"),
+        ("n_layer = 2 ** 3", ValueError, "is not read"),
+        ("n_layer = 6 / 0", ValueError, "division by zero"),
+        ("n_layer = None", ValueError, "'None' is not read"),
+        ("n_layer, n_head = 6, 6", ValueError, "is not read"),
+        ("n_layer = n_head = 6", ValueError, "is not read"),
+        ("n_layer += 1", ValueError, "is not read"),
+        ("if True:\n    n_layer = 6", ValueError, "'if True:' is not read"),
+        ("n_layer = = 6", ValueError, "not a Python assignment"),
+        ("n_layr = 6", ValueError, "unknown key 'n_layr': did you mean 'n_layer'?"),
+        ("zzz = 6", ValueError, "unknown key 'zzz'; allowed: always_save_checkpoint, "),
+        ("n_layer = 6.5", TypeError, "n_layer must be an integer, got 6.5"),
+        ("compile = 'yes'", TypeError, "compile must be True or False, got 'yes'"),
+    ],
+)
+def test_bad_lines_are_named(
+    tmp_path: Path, line: str, error: type[Exception], message: str
+) -> None:
+    path = written(tmp_path, f"batch_size = 8\n{line}\n")
+    with pytest.raises(error, match=f"config.py:2: .*{message}"):
+        read_config_file(path)
+
+
+def test_nothing_in_a_config_file_is_executed(tmp_path: Path) -> None:
+    path = written(tmp_path, f"out_dir = open({str(tmp_path / 'made')!r}, 'w').name\n")
+    with pytest.raises(ValueError, match="is not read"):
+        read_config_file(path)
+    assert not (tmp_path / "made").exists()
+
+
+def test_config_file_missing_or_no_text(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="absent.py"):
+        read_config_file(tmp_path / "absent.py")
+    path = tmp_path / "binary.py"
+    path.write_bytes(b"n_layer = \xff")
+    with pytest.raises(ValueError, match="binary.py: not UTF-8 text"):
+        read_config_file(path)
+    path.write_bytes(b"n_layer = 1\x00")
+    with pytest.raises(ValueError, match="binary.py"):
+        read_config_file(path)
+
+
+def test_device_and_dtype(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu = torch.device("cpu")
+    assert resolve_dtype("auto", cpu) == torch.float32
+    assert resolve_dtype("bfloat16", cpu) == torch.bfloat16
+    with pytest.raises(ValueError, match="dtype must be auto, float32 or bfloat16 on cpu"):
+        resolve_dtype("float16", cpu)
+    gpu = torch.device("cuda")
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: False)
+    assert resolve_dtype("auto", gpu) == torch.float16
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: True)
+    assert resolve_dtype("auto", gpu) == torch.bfloat16
+    with pytest.raises(ValueError, match="device must be one that this machine has .* got 'tpu'"):
+        resolve_device("tpu")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    assert resolve_device("auto") == cpu
+    with pytest.raises(ValueError, match="got 'cuda'"):
+        resolve_device("cuda")
+
+
+def test_autocast_by_dtype() -> None:
+    a = torch.ones(2, 2)
+    with autocast(a.device, torch.float32):
+        assert (a @ a).dtype == torch.float32
+    with autocast(a.device, torch.bfloat16):
+        assert (a @ a).dtype == torch.bfloat16
+
+
+def test_every_group_is_part_of_the_whole() -> None:
+    parts = [key for group in configuration.GROUPS for key in asdict(group())]
+    assert sorted(parts) == sorted(asdict(TrainConfig()))

@@ -1,0 +1,422 @@
+"""The loop against one written out by hand, resuming bit for bit, and what stops a run."""
+
+import functools
+import io
+import math
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+from small_runs import arguments, data_set, small_config, small_keys
+from torch import Tensor
+
+from fastgpt import GPT, GPTConfig
+from fastgpt import checkpoint as ckpt
+from fastgpt.data import Batches
+from fastgpt.trainer import Trainer
+
+
+@pytest.fixture(autouse=True)
+def small_data(tmp_path: Path) -> Path:
+    return data_set(tmp_path)
+
+
+def quiet() -> Console:
+    return Console(file=io.StringIO())
+
+
+def trained(root: Path, **changes: Any) -> Trainer:
+    trainer = Trainer(small_config(root, **changes), quiet())
+    trainer.run()
+    return trainer
+
+
+def state_of(root: Path) -> dict[str, Any]:
+    return torch.load(root / "out" / "last.pt", weights_only=True)
+
+
+def assert_same(a: Any, b: Any, where: str = "") -> None:
+    """Equal in every key and every bit."""
+    assert type(a) is type(b), where
+    if isinstance(a, Tensor):
+        assert torch.equal(a, b), where
+    elif isinstance(a, dict):
+        assert a.keys() == b.keys(), where
+        for key in a:
+            assert_same(a[key], b[key], f"{where}/{key}")
+    elif isinstance(a, (list, tuple)):
+        assert len(a) == len(b), where
+        for i, (x, y) in enumerate(zip(a, b, strict=True)):
+            assert_same(x, y, f"{where}/{i}")
+    else:
+        assert a == b, where
+
+
+def test_learning_rate_schedule(tmp_path: Path) -> None:
+    trainer = Trainer(
+        small_config(tmp_path, learning_rate=1e-3, min_lr=1e-4, warmup_iters=10, lr_decay_iters=110)
+    )
+    assert trainer.learning_rate(0) == 1e-3 * 1 / 11
+    assert trainer.learning_rate(9) == 1e-3 * 10 / 11
+    assert trainer.learning_rate(10) == 1e-3
+    assert trainer.learning_rate(60) == pytest.approx((1e-3 + 1e-4) / 2)
+    assert trainer.learning_rate(35) == pytest.approx(1e-4 + 0.5 * (1 + math.sqrt(0.5)) * 9e-4)
+    assert trainer.learning_rate(110) == trainer.learning_rate(10**6) == 1e-4
+    constant = Trainer(small_config(tmp_path, decay_lr=False, learning_rate=0.5))
+    assert constant.learning_rate(0) == constant.learning_rate(10**6) == 0.5
+    # a warm-up as long as the decay leaves no cosine in between
+    Trainer(small_config(tmp_path, warmup_iters=20, lr_decay_iters=20)).learning_rate(20)
+
+
+def test_the_loop_is_the_one_written_out_by_hand(tmp_path: Path) -> None:
+    config = small_config(tmp_path, max_iters=11, gradient_accumulation_steps=3, grad_clip=0.5)
+    trainer = Trainer(config, quiet())
+    torch.manual_seed(config.seed)
+    assert trainer.tokenizer is not None
+    model = GPT(
+        GPTConfig(16, trainer.tokenizer.vocab_size, 2, 2, 16, dropout=0.1, bias=False)
+    ).train()
+    state = torch.get_rng_state()
+    trainer.run()
+
+    torch.set_rng_state(state)
+    batches = Batches(config.data_dir, 4, 16, "cpu", config.seed)
+    optimizer = model.configure_optimizers(0.1, 1e-2, (0.9, 0.95), "cpu")
+    for iteration in range(12):  # 0 .. max_iters inclusive
+        for group in optimizer.param_groups:
+            group["lr"] = trainer.learning_rate(iteration)
+        for _ in range(3):
+            x, y = batches.next("train")
+            (model(x, y)[1] / 3).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+        optimizer.step()
+        optimizer.zero_grad()
+    assert_same(dict(trainer.model.state_dict()), dict(model.state_dict()))
+    assert trainer.iter_num == 12
+
+
+def test_training_learns_and_reports(tmp_path: Path) -> None:
+    out = io.StringIO()
+    trainer = Trainer(small_config(tmp_path, max_iters=60, lr_decay_iters=60), Console(file=out))
+    before = trainer.evaluate()
+    assert before == trainer.evaluate()  # the same batches, no dropout, nothing moved
+    trainer.run()
+    assert trainer.best_val_loss < before["val"] - 0.5
+    text = out.getvalue()
+    assert f"step 0: train loss {before['train']:.4f}, val loss {before['val']:.4f}" in text
+    assert "iter 5: loss" in text and "tokens/s" in text and "iter 4:" not in text
+    assert "mfu" not in text  # it is a share of a GPU's peak
+
+
+def test_when_checkpoints_are_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    losses = iter([3.0, 2.0, 2.5, 1.0, 2.2])
+    monkeypatch.setattr(Trainer, "evaluate", lambda self: {"train": 0.0, "val": next(losses)})
+    written: list[tuple[str, int]] = []
+    save = ckpt.save
+
+    def noted(state: ckpt.Checkpoint, path: Path) -> None:
+        written.append((path.name, state["iter_num"]))
+        save(state, path)
+
+    monkeypatch.setattr(ckpt, "save", noted)
+    trained(tmp_path, max_iters=32, always_save_checkpoint=False)
+    assert written == [
+        ("ckpt.pt", 10),  # iteration 0 is never written
+        ("last.pt", 10),
+        ("last.pt", 20),
+        ("ckpt.pt", 30),
+        ("last.pt", 30),
+        ("last.pt", 33),
+    ]
+    assert state_of(tmp_path)["best_val_loss"].item() == 1.0
+    losses = iter([3.0, 2.0, 2.5])
+    written.clear()
+    trained(tmp_path, max_iters=12, always_save_checkpoint=True)
+    assert written == [("ckpt.pt", 10), ("last.pt", 10), ("ckpt.pt", 13), ("last.pt", 13)]
+
+
+def test_eval_only_changes_nothing(tmp_path: Path) -> None:
+    trainer = trained(tmp_path, eval_only=True)
+    assert trainer.iter_num == 0 and math.isfinite(trainer.val_loss)
+    assert not (tmp_path / "out").exists()
+
+
+def in_a_process(keys: dict[str, Any]) -> "subprocess.Popen[str]":
+    return subprocess.Popen(
+        [sys.executable, "-m", "fastgpt", "train", "--preset=gpt2", *arguments(keys)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        cwd=Path(__file__).parent.parent,
+    )
+
+
+def wait_for(path: Path, process: "subprocess.Popen[str]") -> None:
+    deadline = time.monotonic() + 60
+    while not path.exists():
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < deadline, "no checkpoint after a minute"
+        time.sleep(0.002)
+
+
+def test_a_killed_run_goes_on_as_if_nothing_had_happened(tmp_path: Path) -> None:
+    keys = dict(max_iters=150, lr_decay_iters=150, eval_interval=20, always_save_checkpoint=False)
+    process = in_a_process(small_keys(tmp_path, **keys))
+    wait_for(tmp_path / "out" / "last.pt", process)
+    process.kill()
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL
+    assert 20 <= state_of(tmp_path)["iter_num"] < 150
+    trained(tmp_path, **keys, init_from="resume")
+    resumed = state_of(tmp_path)
+
+    trained(tmp_path, **keys)
+    whole = state_of(tmp_path)
+    assert whole["iter_num"] == 151
+    for state in (resumed, whole):
+        state["config"].pop("init_from")
+    assert_same(resumed, whole)
+
+
+def test_ctrl_c_saves_and_can_be_resumed(tmp_path: Path) -> None:
+    keys = dict(max_iters=100000, eval_interval=30)
+    process = in_a_process(small_keys(tmp_path, **keys))
+    wait_for(tmp_path / "out" / "last.pt", process)
+    process.send_signal(signal.SIGINT)
+    output = process.communicate(timeout=60)[0]
+    assert process.returncode == 130, output
+    stopped = state_of(tmp_path)["iter_num"]
+    assert f"stopped before iteration {stopped}; saved {tmp_path / 'out' / 'last.pt'}" in output
+    assert "--init_from=resume" in output and "Traceback" not in output
+    trainer = Trainer(small_config(tmp_path, init_from="resume"), quiet())
+    assert trainer.iter_num == stopped > 30
+
+
+def test_a_stop_at_any_iteration_is_seamless(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = trained(tmp_path, max_iters=25)
+    update = Trainer._update
+
+    def interrupted(self: Trainer, learning_rate: float) -> Tensor:
+        if self.iter_num == 13:
+            os.kill(os.getpid(), signal.SIGINT)
+        return update(self, learning_rate)
+
+    monkeypatch.setattr(Trainer, "_update", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        trained(tmp_path, max_iters=25)
+    assert state_of(tmp_path)["iter_num"] == 14  # the update in progress was finished
+    monkeypatch.setattr(Trainer, "_update", update)
+    resumed = trained(tmp_path, max_iters=25, init_from="resume")
+    assert_same(dict(resumed.model.state_dict()), dict(whole.model.state_dict()))
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_training_outside_the_main_thread(tmp_path: Path) -> None:
+    thread = threading.Thread(target=trained, args=(tmp_path,))
+    thread.start()
+    thread.join()
+    assert state_of(tmp_path)["iter_num"] == 21
+
+
+def test_the_shape_comes_from_the_checkpoint(tmp_path: Path) -> None:
+    trained(tmp_path)
+    out = io.StringIO()
+    config = small_config(tmp_path, init_from="resume", n_layer=5, block_size=8, dropout=0.3)
+    trainer = Trainer(config, Console(file=out, width=200))
+    assert (trainer.config.n_layer, trainer.config.block_size) == (2, 16)
+    assert trainer.batches.next("train")[0].shape == (4, 16)
+    assert trainer.model.config.dropout == 0.3  # but this one may change
+    assert "n_layer = 2 comes from the loaded model (not 5)" in out.getvalue()
+
+
+def test_resuming_on_other_data_is_refused(tmp_path: Path) -> None:
+    trained(tmp_path)
+    data_set(tmp_path, "an altogether different text, " * 50)
+    with pytest.raises(ValueError, match="last.pt was trained on .* characters that are not those"):
+        Trainer(small_config(tmp_path, init_from="resume"))
+
+
+def test_divergence_stops_before_the_step(tmp_path: Path) -> None:
+    trained(tmp_path, max_iters=10)
+    trainer = Trainer(
+        small_config(
+            tmp_path,
+            max_iters=100,
+            learning_rate=1e30,
+            decay_lr=False,
+            grad_clip=0.0,
+            init_from="resume",
+        ),
+        quiet(),
+    )
+    before = (tmp_path / "out" / "last.pt").read_bytes()
+    with pytest.raises(FloatingPointError, match="not finite at iteration .*1e.30.*out/last.pt"):
+        trainer.run()
+    assert (tmp_path / "out" / "last.pt").read_bytes() == before
+
+
+def test_ignored_targets_change_no_weight(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer = Trainer(small_config(tmp_path), quiet())
+    before = {name: value.clone() for name, value in trainer.model.state_dict().items()}
+    following = Batches.next
+
+    def ignored(self: Batches, split: str) -> tuple[Tensor, Tensor]:
+        x, y = following(self, split)
+        return x, torch.full_like(y, -1)
+
+    monkeypatch.setattr(Batches, "next", ignored)
+    with pytest.raises(FloatingPointError, match="every target of a batch is ignored.*none yet"):
+        trainer.run()
+    assert_same(dict(trainer.model.state_dict()), before)
+    assert not list((tmp_path / "out").iterdir())
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_ignored_targets_change_no_weight_on_a_gpu(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: str
+) -> None:
+    """There the host notices later: the optimizer itself has to skip the update."""
+    trainer = Trainer(small_config(tmp_path, device="cuda", dtype=dtype, log_interval=7), quiet())
+    before = {name: value.clone() for name, value in trainer.model.state_dict().items()}
+    following = Batches.next
+
+    def ignored(self: Batches, split: str) -> tuple[Tensor, Tensor]:
+        x, y = following(self, split)
+        return x, torch.full_like(y, -1)
+
+    monkeypatch.setattr(Batches, "next", ignored)
+    trainer.iter_num = 1  # the next look at the loss is at iteration 7
+    with pytest.raises(FloatingPointError):
+        trainer.run()
+    assert_same(dict(trainer.model.state_dict()), before)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")
+def test_the_gradient_scaler_is_resumed(tmp_path: Path) -> None:
+    trainer = trained(tmp_path, device="cuda", dtype="float16")
+    trainer.scaler.update(1024.0)
+    trainer._save(ckpt.LAST)
+    config = small_config(tmp_path, device="cuda", dtype="float16", init_from="resume")
+    again = Trainer(config, quiet())
+    assert again.scaler.get_scale() == 1024.0
+    assert_same(again.scaler.state_dict(), trainer.scaler.state_dict())
+
+
+def test_pytorchs_fused_adamw_skips_a_step_by_found_inf() -> None:
+    """What the trainer relies on where the host does not look at every loss."""
+    weight = torch.nn.Parameter(torch.ones(3))
+    optimizer = torch.optim.AdamW([weight], lr=0.1, fused=True)
+    flag = torch.zeros(())
+    optimizer.found_inf = flag  # type: ignore[attr-defined]
+    weight.grad = torch.ones(3)
+    optimizer.step()
+    after_one = weight.detach().clone()
+    assert not torch.equal(after_one, torch.ones(3))
+    flag.fill_(1.0)
+    weight.grad = torch.full((3,), math.nan)
+    optimizer.step()
+    assert torch.equal(weight.detach(), after_one)
+    assert optimizer.state[weight]["step"].item() == 1
+
+
+def test_a_validation_loss_that_is_not_finite_is_not_saved(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    losses = iter([3.0, math.nan])
+    monkeypatch.setattr(Trainer, "evaluate", lambda self: {"train": 0.0, "val": next(losses)})
+    with pytest.raises(FloatingPointError, match="at iteration 10"):
+        trained(tmp_path)
+    assert not list((tmp_path / "out").iterdir())
+
+
+def test_bfloat16_on_the_cpu(tmp_path: Path) -> None:
+    trainer = trained(tmp_path, dtype="bfloat16")
+    assert next(trainer.model.parameters()).dtype == torch.float32
+    assert math.isfinite(trainer.val_loss)
+
+
+def test_compile_is_honoured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    graphs = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=backend))
+    trained(tmp_path, compile=True, max_iters=2, dropout=0.0)
+    assert graphs
+    assert list(state_of(tmp_path)["model"])[0] == "transformer.wte.weight"  # no _orig_mod.
+
+
+def test_pretrained_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def pretrained(name: str, override_args: dict[str, float]) -> GPT:
+        assert name == "gpt2-medium"
+        return GPT(GPTConfig(32, 300, 3, 2, 8, bias=True, **override_args), gelu="tanh")  # type: ignore[arg-type]
+
+    monkeypatch.setattr(GPT, "from_pretrained", pretrained)
+    with pytest.raises(ValueError, match="small is character level"):
+        Trainer(small_config(tmp_path, init_from="gpt2-medium"))
+    (tmp_path / "small" / "meta.pkl").unlink()
+    with pytest.raises(ValueError, match="block_size must be at most 32 .* got 33"):
+        Trainer(small_config(tmp_path, init_from="gpt2-medium", block_size=33))
+    trainer = trained(tmp_path, init_from="gpt2-medium", dropout=0.2)
+    assert trainer.model.config.dropout == 0.2 and trainer.model.config.block_size == 16
+    assert trainer.config.n_layer == 3 and trainer.config.bias
+    assert state_of(tmp_path)["fastgpt"]["gelu"] == "tanh"
+
+
+def test_data_without_a_meta_file_gets_gpt2s_vocabulary(tmp_path: Path) -> None:
+    (tmp_path / "small" / "meta.pkl").unlink()
+    assert Trainer(small_config(tmp_path)).model.config.vocab_size == 50304
+
+
+def test_what_a_run_refuses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(FileNotFoundError, match="absent.*train.bin"):
+        Trainer(small_config(tmp_path, dataset="absent"))
+    with pytest.raises(FileNotFoundError, match="no last.pt or ckpt.pt in .*out"):
+        Trainer(small_config(tmp_path, init_from="resume"))
+    with pytest.raises(ValueError, match="block_size=100000"):
+        Trainer(small_config(tmp_path, block_size=100000))
+    with pytest.raises(ValueError, match="device must be one that this machine has .* got 'cudo'"):
+        Trainer(small_config(tmp_path, device="cudo"))
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(ImportError, match=r'pip install "fastgpt-triton\[log\]"'):
+        Trainer(small_config(tmp_path, wandb_log=True))
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="WORLD_SIZE must be 1 or unset, got 2"):
+        Trainer(small_config(tmp_path))
+
+
+def test_wandb_gets_nanogpts_figures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Recorder:
+        def __init__(self) -> None:
+            self.started: dict[str, Any] = {}
+            self.logged: list[dict[str, float]] = []
+
+        def init(self, **facts: Any) -> None:
+            self.started = facts
+
+        def log(self, row: dict[str, float]) -> None:
+            self.logged.append(row)
+
+    recorder = Recorder()
+    monkeypatch.setitem(sys.modules, "wandb", recorder)
+    trainer = trained(tmp_path, wandb_log=True, wandb_project="p", wandb_run_name="r")
+    assert (recorder.started["project"], recorder.started["name"]) == ("p", "r")
+    assert recorder.started["config"] == vars(trainer.config)
+    assert [row["iter"] for row in recorder.logged] == [0, 10, 20, 21]
+    assert sorted(recorder.logged[1]) == ["iter", "lr", "mfu", "train/loss", "val/loss"]
