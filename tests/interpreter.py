@@ -197,6 +197,11 @@ def _remembered_tensor(init: Callable) -> Callable:
     return __init__
 
 
+def _equal_tuples(self: tl.tuple, other: Any) -> tl.constexpr:
+    """The original makes a tl.tuple of the other, with a type and a name, to compare shapes."""
+    return tl.constexpr(list(self) == list(other))
+
+
 def _remembered_numpy_dtype(numpy_dtype: Callable) -> Callable:
     known: dict[str, np.dtype] = {}
 
@@ -236,6 +241,7 @@ def _exchanges() -> list[tuple[Any, str, Any, Any]]:
     scope.set_attr(tl.tensor, "__index__", _to_index)
     scope.set_attr(JITFunction, "__call__", _call_helper)
     scope.set_attr(tl.tensor, "__init__", _remembered_tensor(tl.tensor.__init__))
+    scope.set_attr(tl.tuple, "__eq__", _equal_tuples)
     scope.set_attr(tl.block_type, "__init__", _remembered_block_type(tl.block_type.__init__))
     # Some attributes are exchanged twice: the first entry has the true original.
     originals = {(owner, name): old for owner, name, old in reversed(scope._changes)}

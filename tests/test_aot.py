@@ -87,8 +87,8 @@ def test_the_specialisation_is_the_launchers():
     assert vectorised != _copies(aligned[1:], aligned[1:], 1024)
 
 
-def test_interpretation_and_compilation_share_a_process():
-    x, out = torch.randn(4), torch.empty(4)
+def test_launches_and_compilation_share_a_process(device: str):
+    x, out = torch.randn(4, device=device), torch.empty(4, device=device)
     toy_kernels.cast_kernel[(1,)](x, out, 4, BLOCK=4)
     first = _matmul(90)
     toy_kernels.cast_kernel[(1,)](x + 1, out, 4, BLOCK=4)

@@ -214,7 +214,16 @@ def test_a_dot_that_the_compiler_refuses_is_an_error():
 
 
 def _language() -> list[object]:
-    owners = (tl, tl.core, tl.math, tl.tensor, tl.block_type, tl.dtype, triton.JITFunction)
+    owners = (
+        tl,
+        tl.core,
+        tl.math,
+        tl.tensor,
+        tl.tuple,
+        tl.block_type,
+        tl.dtype,
+        triton.JITFunction,
+    )
     return [value for owner in owners for _, value in sorted(vars(owner).items())]
 
 
