@@ -311,6 +311,23 @@ def test_dropout_acts_in_training_only_and_follows_the_seed():
     assert torch.equal(loss(1), loss(2))
 
 
+@pytest.mark.parametrize("place", ["embedding", "probabilities", "projection", "mlp"])
+def test_each_dropout_acts_alone(place):
+    model, x = small_model(n_layer=1), tokens()
+    without = model(x, x)[1]
+    block = model.transformer.h[0]
+    if place == "probabilities":
+        block.attn.dropout = 0.5
+    else:
+        module = {
+            "embedding": model.transformer.drop,
+            "projection": block.attn.resid_dropout,
+            "mlp": block.mlp.dropout,
+        }[place]
+        module.p = 0.5
+    assert not torch.equal(model(x, x)[1], without)
+
+
 def test_dropout_draws_in_the_order_of_the_plain_model():
     """Embedding, then per layer probabilities, projection, MLP: each mask at its place."""
     losses = []
