@@ -224,7 +224,7 @@ def _summary(trainer: Trainer) -> Table:
     table.add_column("loss", justify="right")
     parameters = f"{trainer.model.get_num_params():,}"
     table.add_row(trainer.config.model, parameters, f"{trainer.val_loss:.4f}")
-    if trainer.best_iter is not None:
+    if trainer.best_iter not in (None, trainer.iter_num):
         kept = f"best, at iteration {trainer.best_iter}"
         table.add_row(kept, parameters, f"{trainer.best_val_loss:.4f}")
     if shape.vocab_size > corpus.MAX_BIGRAM_VOCAB_SIZE:
@@ -258,12 +258,12 @@ def _print_sample(trainer: Trainer) -> None:
         autocast(trainer.device, trainer.dtype),
     )
     trainer.console.rule("sample")
-    trainer.console.print(text)
+    trainer.console.out(text)  # as it is: print would expand its tabs
 
 
 def _sample(config: SampleConfig, console: Console) -> None:
     for text in Sampler(config):
-        console.print(text)
+        console.out(text)  # as it is: print would expand its tabs
         console.rule()
 
 
@@ -271,7 +271,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run the command line (``sys.argv`` by default); returns the exit code.
 
     0: done. 1: the run failed (diverged, out of memory, no connection, disk full). 2: a wrong
-    argument, configuration, data set or checkpoint. 130: interrupted; ``last.pt`` was saved.
+    argument, configuration, data set or checkpoint. 130: interrupted (training saves ``last.pt``).
     """
     console = Console(markup=False, highlight=False, soft_wrap=True)
     errors = Console(stderr=True, markup=False, highlight=False, soft_wrap=True)

@@ -196,6 +196,7 @@ class Trainer:
         that is not finite raises FloatingPointError: that update is not made, nothing is saved.
         """
         config = self.config
+        self.model.train()
         if config.eval_only:
             losses = self.evaluate()
             self.val_loss = losses["val"]

@@ -1,10 +1,16 @@
 """A data set and a configuration small enough that a whole training run takes a second."""
 
+import io
 from pathlib import Path
 from typing import Any
 
+import torch
+from rich.console import Console
+from torch import Tensor
+
 from fastgpt.config import TrainConfig
 from fastgpt.corpus import prepare_text
+from fastgpt.trainer import Trainer
 
 TEXT = "".join(f"{n} times {n + 1} is {n * (n + 1)};\n" for n in range(400))
 
@@ -48,3 +54,35 @@ def small_config(root: Path, **changes: Any) -> TrainConfig:
 def arguments(keys: dict[str, Any]) -> list[str]:
     """The same as a command line."""
     return [f"--{key}={value}" for key, value in keys.items()]
+
+
+def quiet() -> Console:
+    return Console(file=io.StringIO())
+
+
+def trained(root: Path, **changes: Any) -> Trainer:
+    trainer = Trainer(small_config(root, **changes), quiet())
+    trainer.run()
+    return trainer
+
+
+def state_of(root: Path) -> dict[str, Any]:
+    """What ``last.pt`` holds."""
+    return torch.load(root / "out" / "last.pt", weights_only=True)
+
+
+def assert_same(a: Any, b: Any, where: str = "") -> None:
+    """Equal in every key and every bit."""
+    assert type(a) is type(b), where
+    if isinstance(a, Tensor):
+        assert torch.equal(a, b), where
+    elif isinstance(a, dict):
+        assert a.keys() == b.keys(), where
+        for key in a:
+            assert_same(a[key], b[key], f"{where}/{key}")
+    elif isinstance(a, (list, tuple)):
+        assert len(a) == len(b), where
+        for i, (x, y) in enumerate(zip(a, b, strict=True)):
+            assert_same(x, y, f"{where}/{i}")
+    else:
+        assert a == b, where

@@ -1,0 +1,136 @@
+"""A run that was killed, stopped or moved goes on bit for bit."""
+
+import io
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+from small_runs import (
+    arguments,
+    assert_same,
+    data_set,
+    quiet,
+    small_config,
+    small_keys,
+    state_of,
+    trained,
+)
+from torch import Tensor
+
+from fastgpt import checkpoint as ckpt
+from fastgpt.trainer import Trainer
+
+
+@pytest.fixture(autouse=True)
+def small_data(tmp_path: Path) -> Path:
+    return data_set(tmp_path)
+
+
+def in_a_process(keys: dict[str, Any]) -> "subprocess.Popen[str]":
+    return subprocess.Popen(
+        [sys.executable, "-m", "fastgpt", "train", "--preset=gpt2", *arguments(keys)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        cwd=Path(__file__).parent.parent,
+    )
+
+
+def wait_for(path: Path, process: "subprocess.Popen[str]") -> None:
+    deadline = time.monotonic() + 60
+    while not path.exists():
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < deadline, "no checkpoint after a minute"
+        time.sleep(0.002)
+
+
+def test_a_killed_run_goes_on_as_if_nothing_had_happened(tmp_path: Path) -> None:
+    keys = dict(max_iters=150, lr_decay_iters=150, eval_interval=20, always_save_checkpoint=False)
+    process = in_a_process(small_keys(tmp_path, **keys))
+    wait_for(tmp_path / "out" / "last.pt", process)
+    process.kill()
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL
+    assert 20 <= state_of(tmp_path)["iter_num"] < 150
+    trained(tmp_path, **keys, init_from="resume")
+    resumed = state_of(tmp_path)
+
+    trained(tmp_path, **keys)
+    whole = state_of(tmp_path)
+    assert whole["iter_num"] == 151
+    for state in (resumed, whole):
+        state["config"].pop("init_from")
+    assert_same(resumed, whole)
+
+
+def test_ctrl_c_saves_and_can_be_resumed(tmp_path: Path) -> None:
+    keys = dict(max_iters=100000, eval_interval=30)
+    process = in_a_process(small_keys(tmp_path, **keys))
+    wait_for(tmp_path / "out" / "last.pt", process)
+    process.send_signal(signal.SIGINT)
+    output = process.communicate(timeout=60)[0]
+    assert process.returncode == 130, output
+    stopped = state_of(tmp_path)["iter_num"]
+    assert f"stopped before iteration {stopped}; saved {tmp_path / 'out' / 'last.pt'}" in output
+    assert "--init_from=resume" in output and "Traceback" not in output
+    trainer = Trainer(small_config(tmp_path, init_from="resume"), quiet())
+    assert trainer.iter_num == stopped > 30
+
+
+def test_a_stop_at_any_iteration_is_seamless(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = trained(tmp_path, max_iters=25)
+    update = Trainer._update
+
+    def interrupted(self: Trainer, learning_rate: float) -> Tensor:
+        if self.iter_num == 13:
+            os.kill(os.getpid(), signal.SIGINT)
+        return update(self, learning_rate)
+
+    monkeypatch.setattr(Trainer, "_update", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        trained(tmp_path, max_iters=25)
+    assert state_of(tmp_path)["iter_num"] == 14  # the update in progress was finished
+    monkeypatch.setattr(Trainer, "_update", update)
+    resumed = trained(tmp_path, max_iters=25, init_from="resume")
+    assert_same(dict(resumed.model.state_dict()), dict(whole.model.state_dict()))
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_the_shape_comes_from_the_checkpoint(tmp_path: Path) -> None:
+    trained(tmp_path)
+    out = io.StringIO()
+    config = small_config(tmp_path, init_from="resume", n_layer=5, block_size=8, dropout=0.3)
+    trainer = Trainer(config, Console(file=out, width=200))
+    assert (trainer.config.n_layer, trainer.config.block_size) == (2, 16)
+    assert trainer.batches.next("train")[0].shape == (4, 16)
+    assert trainer.model.config.dropout == 0.3  # but this one may change
+    assert "n_layer = 2 comes from the loaded model (not 5)" in out.getvalue()
+
+
+def test_resuming_on_other_data_is_refused(tmp_path: Path) -> None:
+    trained(tmp_path)
+    data_set(tmp_path, "an altogether different text, " * 50)
+    with pytest.raises(ValueError, match="last.pt was trained on .* characters that are not those"):
+        Trainer(small_config(tmp_path, init_from="resume"))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")
+def test_the_gradient_scaler_is_resumed(tmp_path: Path) -> None:
+    trainer = trained(tmp_path, device="cuda", dtype="float16")
+    trainer.scaler.update(1024.0)
+    trainer._save(ckpt.LAST)
+    config = small_config(tmp_path, device="cuda", dtype="float16", init_from="resume")
+    again = Trainer(config, quiet())
+    assert again.scaler.get_scale() == 1024.0
+    assert_same(again.scaler.state_dict(), trainer.scaler.state_dict())
