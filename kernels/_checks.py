@@ -16,11 +16,14 @@ def _facts(tensor: Tensor) -> str:
     return f"shape {tuple(tensor.shape)}, {tensor.dtype}, {tensor.device}"
 
 
-def floating(name: str, tensor: Tensor) -> None:
-    if not isinstance(tensor, Tensor):
-        raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
-    if not tensor.is_floating_point():
-        raise TypeError(f"{name} must be a floating-point tensor, got {tensor.dtype}")
+def floating(**tensors: Tensor | None) -> None:
+    for name, tensor in tensors.items():
+        if tensor is None:
+            continue
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
+        if not tensor.is_floating_point():
+            raise TypeError(f"{name} must be a floating-point tensor, got {tensor.dtype}")
 
 
 def same_dtype_and_device(**tensors: Tensor | None) -> None:
@@ -59,8 +62,8 @@ def attention(
     dropout_p: float,
     seed: Tensor | None,
 ) -> None:
+    floating(q=q, k=k, v=v)
     for name, tensor in (("q", q), ("k", k), ("v", v)):
-        floating(name, tensor)
         if tensor.dim() != 4:
             raise ValueError(f"{name} must have shape (B, H, T, D), got {tuple(tensor.shape)}")
     same_dtype_and_device(q=q, k=k, v=v)
@@ -82,7 +85,7 @@ def attention(
 def qkvpacked(
     qkv: Tensor, n_head: int, scale: float | None, dropout_p: float, seed: Tensor | None
 ) -> None:
-    floating("qkv", qkv)
+    floating(qkv=qkv)
     if qkv.dim() != 3:
         raise ValueError(f"qkv must have shape (B, T, 3C), got {tuple(qkv.shape)}")
     if n_head < 1 or qkv.shape[2] == 0 or qkv.shape[2] % (3 * n_head):
@@ -96,13 +99,12 @@ def qkvpacked(
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> None:
-    floating("x", x)
+    floating(x=x, weight=weight, bias=bias)
     if x.dim() == 0 or x.shape[-1] == 0:
         raise ValueError(f"x must have a last dimension of at least 1, got {tuple(x.shape)}")
     for name, tensor in (("weight", weight), ("bias", bias)):
         if tensor is None:
             continue
-        floating(name, tensor)
         if tensor.shape != x.shape[-1:]:
             raise ValueError(
                 f"{name} must have shape ({x.shape[-1]},) to go with x {tuple(x.shape)}, "
@@ -120,6 +122,6 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> No
 
 
 def gelu(x: Tensor, approximate: str) -> None:
-    floating("x", x)
+    floating(x=x)
     if approximate not in ("none", "tanh"):
         raise ValueError(f"approximate must be 'none' or 'tanh', got {approximate!r}")

@@ -72,16 +72,16 @@ def launchable(**tensors: Tensor | None) -> None:
     for name, tensor in tensors.items():
         if tensor is None:
             continue
-        if not tensor.is_cuda and not INTERPRETED:
-            raise ValueError(
-                f"{name} must be on a CUDA device, got {tensor.device}; on other devices use "
-                "fastgpt.ops, or set TRITON_INTERPRET=1 to run the kernels in Triton's interpreter"
-            )
         # float64 exists for gradcheck, and only where no tensor core has to support it.
         if tensor.dtype not in _DTYPES and not (INTERPRETED and tensor.dtype == torch.float64):
             raise TypeError(
                 f"{name} must be float32, float16 or bfloat16 for the Triton kernels, "
                 f"got {tensor.dtype}"
+            )
+        if not tensor.is_cuda and not INTERPRETED:
+            raise ValueError(
+                f"{name} must be on a CUDA device, got {tensor.device}; on other devices use "
+                "fastgpt.ops, or set TRITON_INTERPRET=1 to run the kernels in Triton's interpreter"
             )
 
 
@@ -91,10 +91,10 @@ def accumulator(dtype: torch.dtype) -> tl.dtype:
 
 
 def dot_precision(dtype: torch.dtype) -> str:
-    """float32 products follow PyTorch's own switch, as cuBLAS and SDPA do."""
-    if dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32:
-        return "tf32"
-    return "ieee"
+    """float32 products follow PyTorch's own switch, as cuBLAS and SDPA do. (``allow_tf32`` is its
+    older spelling, which cannot be read once the newer one was set.)"""
+    tf32 = dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
+    return "tf32" if tf32 else "ieee"
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype:

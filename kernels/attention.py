@@ -319,17 +319,17 @@ def attention(
 
     Returns:
         (B, H, Tq, D) of q's dtype, in the memory order of (B, Tq, H, D). Softmax and sums are
-        float32; float32 products are TF32 if ``torch.backends.cuda.matmul.allow_tf32``.
+        float32; float32 products are TF32 if ``torch.backends.cuda.matmul.allow_tf32`` is set.
 
     Raises:
         TypeError: q, k or v is no floating-point tensor, or of another dtype.
         ValueError: shapes, dtypes or devices do not go together, or an argument is out of range.
     """
+    _checks.floating(q=q, k=k, v=v)
+    q, k, v = (x.to(_common.autocast_dtype(x)) for x in (q, k, v))
     _checks.attention(q, k, v, scale, dropout_p, seed)
     _common.launchable(q=q, k=k, v=v)
     _check_head_size("q", q.shape[3])
-    dtype = _common.autocast_dtype(q)
-    q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
     scale = 1.0 / math.sqrt(q.shape[3]) if scale is None else scale
     return _attention_op(q, k, v, causal, scale, dropout_p, _drawn(seed, dropout_p, q.device))[0]
 

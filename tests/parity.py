@@ -1,0 +1,67 @@
+"""The one rule by which every op is compared: error(kernel) <= 2 * error(PyTorch) + 1e-5.
+
+Both errors are the largest deviation from the plain op in float64 on the same inputs, for the
+output and for each gradient; PyTorch computes in the dtype of the kernel.
+"""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+LAYOUTS = ["contiguous", "transposed", "strided", "offset"]
+
+
+def randn(shape: Sequence[int], dtype: torch.dtype, device: str, layout: str) -> Tensor:
+    """N(0, 1) in a memory layout: dense; last two dimensions swapped; every second element of the
+    last dimension; dense from an odd place of a larger storage on."""
+    *outer, last = shape
+    if layout == "transposed" and outer:
+        base = torch.randn(*outer[:-1], last, outer[-1], dtype=torch.float32, device=device)
+        return base.to(dtype).transpose(-2, -1)
+    if layout == "strided":
+        return torch.randn(*outer, 2 * last, device=device).to(dtype)[..., ::2]
+    if layout == "offset":
+        numel = torch.Size(shape).numel()
+        return torch.randn(numel + 3, device=device).to(dtype)[3:].view(*shape)
+    return torch.randn(*shape, device=device).to(dtype)
+
+
+def _run(
+    op: Callable[..., Tensor], inputs: Sequence[Tensor], grad: Tensor, dtype: torch.dtype
+) -> list[Tensor]:
+    """The output and the gradients of all inputs, in float64."""
+    leaves = []
+    for x in inputs:
+        # Same strides as the input, so that the op meets the layout that the test asks for.
+        leaf = x.detach().to(dtype) if x.dtype != dtype else x.detach()
+        leaves.append(leaf.requires_grad_())
+    out = op(*leaves)
+    gradients = torch.autograd.grad(out, leaves, grad.to(out.dtype))
+    return [t.detach().double() for t in (out, *gradients)]
+
+
+def assert_parity(
+    kernel: Callable[..., Tensor],
+    pytorch: Callable[..., Tensor],
+    plain: Callable[..., Tensor],
+    inputs: Sequence[Tensor],
+    grad: Tensor,
+    names: Sequence[str],
+) -> None:
+    """``kernel`` and ``pytorch`` in the inputs' dtype against ``plain`` in float64. ``names``: of
+    the inputs, for the message."""
+    dtype = inputs[0].dtype
+    got = _run(kernel, inputs, grad, dtype)
+    common = _run(pytorch, inputs, grad, dtype)
+    truth = _run(plain, inputs, grad.double(), torch.float64)
+    for name, x, y, z in zip(
+        ("output", *(f"d{n}" for n in names)), got, common, truth, strict=True
+    ):
+        assert x.shape == z.shape, f"{name}: shape {tuple(x.shape)}, not {tuple(z.shape)}"
+        assert not x.isnan().any(), f"{name}: NaN, or memory that no kernel wrote"
+        if z.numel() == 0:
+            continue
+        error, allowed = (x - z).abs().max(), 2 * (y - z).abs().max() + 1e-5
+        assert error <= allowed, f"{name}: error {error:.3g}, allowed {allowed:.3g}"
