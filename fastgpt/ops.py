@@ -4,7 +4,6 @@ Same names and signatures as in ``kernels.reference``, ``kernels.portable`` and 
 a model takes any of the four: ``GPT(config, ops=reference)``.
 """
 
-import functools
 import importlib.util
 import warnings
 from types import ModuleType
@@ -14,19 +13,17 @@ from torch import Tensor
 from fastgpt.kernels import portable
 
 
-@functools.cache
-def _has_triton() -> bool:
-    found = importlib.util.find_spec("triton") is not None
-    if not found:
+_HAS_TRITON = importlib.util.find_spec("triton") is not None
+
+
+def _implementation(x: Tensor) -> ModuleType:
+    if not x.is_cuda:
+        return portable
+    if not _HAS_TRITON:
         warnings.warn(
             "Triton is not installed (pip install triton): CUDA tensors run on PyTorch's kernels",
             stacklevel=3,
         )
-    return found
-
-
-def _implementation(x: Tensor) -> ModuleType:
-    if not x.is_cuda or not _has_triton():
         return portable
     from fastgpt.kernels import fused  # at the first CUDA tensor: a CPU run needs no Triton
 

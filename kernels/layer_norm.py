@@ -180,7 +180,7 @@ def _launch(n_cols: int, elements: int) -> dict[str, int]:
     """Tile and warps for a kernel that keeps about ``elements`` of a row block in flight."""
     block_n = max(32, triton.next_power_of_2(n_cols))
     block_m = max(1, min(16, elements // block_n))
-    return dict(BLOCK_M=block_m, BLOCK_N=block_n, num_warps=min(16, max(4, block_n // 512)))
+    return dict(BLOCK_M=block_m, BLOCK_N=block_n, num_warps=max(4, block_n // 512))
 
 
 _PARAMS_LAUNCH = dict(BLOCK_M=16, BLOCK_N=128, num_warps=4)
