@@ -72,7 +72,7 @@ def state_of(root: Path) -> dict[str, Any]:
 
 
 def assert_same(a: Any, b: Any, where: str = "") -> None:
-    """Equal in every key and every bit."""
+    """Assert that two nests of dicts, lists and tensors are equal, bit for bit."""
     assert type(a) is type(b), where
     if isinstance(a, Tensor):
         assert torch.equal(a, b), where
