@@ -100,9 +100,10 @@ def dot_precision(dtype: torch.dtype) -> str:
 def autocast_dtype(x: Tensor) -> torch.dtype:
     """The dtype that an autocast region on x's device asks for, else x's own."""
     device_type = x.device.type
-    if torch.is_autocast_enabled(device_type) and x.dtype != torch.float64:
-        return torch.get_autocast_dtype(device_type)
-    return x.dtype
+    if x.dtype == torch.float64 or not torch.amp.is_autocast_available(device_type):
+        return x.dtype
+    enabled = torch.is_autocast_enabled(device_type)
+    return torch.get_autocast_dtype(device_type) if enabled else x.dtype
 
 
 def on_device(x: Tensor) -> contextlib.AbstractContextManager:
@@ -115,10 +116,10 @@ def _properties(index: int):
     return torch.cuda.get_device_properties(index)
 
 
-def capability(device: torch.device) -> int:
-    """Compute capability as in the launch tables: 80, 90, 100. Interpreted: 90."""
+def capability(device: torch.device) -> int | None:
+    """Compute capability as in the launch tables: 80, 90, 100; None when interpreted."""
     if device.type != "cuda":
-        return 90
+        return None
     properties = _properties(device.index)
     return 10 * properties.major + properties.minor
 

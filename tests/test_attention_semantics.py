@@ -10,7 +10,20 @@ import torch
 from sanitizer import sanitize
 from torch import Tensor
 
-from fastgpt.kernels import fused, reference
+from fastgpt.kernels import attention, fused, reference
+
+# Every ratio of the two sides that a launch table holds.
+TILES = sorted(
+    {
+        (m, n)
+        for table in (
+            attention.TENSOR_CORE_TILES,
+            attention.SMALL_MEMORY_TILES,
+            attention.FLOAT32_TILES,
+        )
+        for m, n, *_ in table.values()
+    }
+)
 
 
 def _qkv(device: str, length: int, head_size: int = 16, dtype=torch.float32) -> list[Tensor]:
@@ -79,6 +92,26 @@ def test_nothing_past_the_end_is_read(
     y = fused.attention(*leaves, causal=causal)
     results = [y, *torch.autograd.grad(y, leaves, grad)]
     assert all(x.isfinite().all() for x in results)
+
+
+@pytest.mark.parametrize("tile", TILES, ids=str)
+@pytest.mark.parametrize("n_queries,n_keys", [(150, 150), (40, 150), (150, 40)])
+def test_every_tile_shape_gives_the_same(
+    monkeypatch: pytest.MonkeyPatch, tile: tuple[int, int], n_queries: int, n_keys: int
+) -> None:
+    """Wide and tall tiles meet the diagonal, the ends and the dropout mask in different places."""
+    block_m, block_n = tile
+    launch = dict(BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_D=16, num_warps=4, num_stages=1)
+    monkeypatch.setattr(attention, "_launch", lambda *args: launch)
+    q, k, v = (torch.randn(1, 2, t, 16) for t in (n_queries, n_keys, n_keys))
+    for causal in (True, False):
+        options = dict(causal=causal, dropout_p=0.2, seed=torch.tensor([7]))
+        leaves = [x.clone().requires_grad_() for x in (q, k, v)]
+        y, z = fused.attention(*leaves, **options), reference.attention(*leaves, **options)
+        grad = torch.randn_like(y)
+        gradients = [torch.autograd.grad(out, leaves, grad) for out in (y, z)]
+        for a, b in zip((y, *gradients[0]), (z, *gradients[1]), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
 # ------------------------------------------------------------------------------------- dropout

@@ -16,7 +16,7 @@ from fastgpt.kernels import _common, fused
 CAPABILITIES = [80, 90, 100]
 TENSOR_CORES = {80: "HMMA", 90: "HGMMA", 100: "TC5MMA"}
 # A configuration that serves sm_80 must also start on the GPUs of its family that have less.
-SHARED_MEMORY = {80: MAX_SHARED_MEMORY[86], 90: MAX_SHARED_MEMORY[90], 100: MAX_SHARED_MEMORY[120]}
+SHARED_MEMORY = {80: MAX_SHARED_MEMORY[86], 90: MAX_SHARED_MEMORY[90], 100: MAX_SHARED_MEMORY[100]}
 
 
 @dataclass(frozen=True)
