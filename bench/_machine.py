@@ -1,0 +1,182 @@
+"""What a figure was measured on: versions, clocks, the chosen SDPA kernel, and the machine's own
+ceilings, against which a figure can be read.
+"""
+
+import csv
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from _timing import Clock, rate, spread
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile
+
+from fastgpt.kernels import portable
+
+ROOT = Path(__file__).resolve().parent.parent
+
+_SMI_FIELDS = (
+    "driver_version",
+    "clocks.sm",
+    "clocks.mem",
+    "clocks.max.sm",
+    "power.draw",
+    "power.limit",
+    "temperature.gpu",
+    "utilization.gpu",
+)
+
+
+def facts(device: torch.device) -> dict[str, Any]:
+    """The machine and the software. What does not exist here is None; no names of hosts or users.
+
+    On CUDA it has ``gpu``, ``capability``, ``multiprocessors`` and ``memory_bytes`` too.
+    """
+    changes = _git("status", "--porcelain")
+    found: dict[str, Any] = {
+        "device": device.type,
+        "system": f"{platform.system()} {platform.machine()}",
+        "cpu": _cpu_model(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "triton": _version("triton"),
+        "numpy": np.__version__,
+        "fastgpt": _version("fastgpt-triton"),
+        "cuda": torch.version.cuda,
+        "cudnn": torch.backends.cudnn.version(),
+        "commit": _git("rev-parse", "HEAD"),
+        "uncommitted_changes": None if changes is None else bool(changes),
+    }
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        found |= {
+            "gpu": properties.name,
+            "capability": f"{properties.major}.{properties.minor}",
+            "multiprocessors": properties.multi_processor_count,
+            "memory_bytes": properties.total_memory,
+        }
+    return found
+
+
+def name(found: dict[str, Any]) -> str:
+    """The machine in a word or two, for titles."""
+    return str(found.get("gpu") or found["cpu"] or "CPU")
+
+
+def gpu_state(device: torch.device) -> dict[str, str] | None:
+    """Driver, clocks, power and temperature as nvidia-smi reads them now, with its units; None
+    without a GPU or without that program; {"error": what it said} where it fails.
+    """
+    if device.type != "cuda" or shutil.which("nvidia-smi") is None:
+        return None
+    uuid = torch.cuda.get_device_properties(device).uuid
+    run = subprocess.run(
+        ["nvidia-smi", f"--id=GPU-{uuid}", f"--query-gpu={','.join(_SMI_FIELDS)}", "--format=csv"],
+        capture_output=True,
+        text=True,
+    )
+    if run.returncode != 0:
+        return {"error": (run.stdout + run.stderr).strip()}
+    return parse_smi(run.stdout)
+
+
+def parse_smi(output: str) -> dict[str, str]:
+    """The two lines of ``nvidia-smi --query-gpu=... --format=csv`` → {field: value}."""
+    header, values = csv.reader(output.strip().splitlines(), skipinitialspace=True)
+    return {key.split(" [")[0]: value for key, value in zip(header, values, strict=True)}
+
+
+def ceilings(device: torch.device) -> dict[str, Any]:
+    """The fastest matrix product and device copy that this machine does, on random data.
+
+    ``matmul_tflops``: a product of square matrices, 8192 in bf16 on CUDA, 1024 in float32
+    elsewhere. ``copy_tb_per_s``: bytes read plus bytes written, 2 GiB on CUDA (many times the
+    cache), 64 MiB elsewhere. Medians; on CUDA ``gpu_state`` is read while the products run.
+    """
+    on_gpu = device.type == "cuda"
+    size, dtype = (8192, torch.bfloat16) if on_gpu else (1024, torch.float32)
+    repeats = 300 if on_gpu else 10  # long enough for nvidia-smi to see the chip at work
+    a, b, out = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(3))
+    clock = Clock(device)
+    for _ in range(repeats):
+        clock.mark()
+        torch.mm(a, b, out=out)
+    clock.mark()
+    state = gpu_state(device)
+    flops = rate(spread(clock.durations_ms()[repeats // 5 :]), 2 * size**3)
+    del a, b, out
+
+    source = torch.randint(256, (1 << 30 if on_gpu else 1 << 25,), dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    clock = Clock(device)
+    for _ in range(20):
+        clock.mark()
+        target.copy_(source)
+    clock.mark()
+    copied = rate(spread(clock.durations_ms()[4:]), 2 * source.numel())
+    return {
+        "matmul_tflops": flops.median / 1e12,
+        "matmul": f"{size}x{size}x{size} {dtype}",
+        "copy_tb_per_s": copied.median / 1e12,
+        "copy": f"{2 * source.numel()} bytes read and written",
+        "gpu_state": state,
+    }
+
+
+def sdpa_kernel(
+    device: torch.device, dtype: torch.dtype, batch: int, length: int, n_head: int, width: int
+) -> dict[str, str | None]:
+    """What ``F.scaled_dot_product_attention`` chooses for causal training attention of this size.
+
+    ``operator``: PyTorch's name of the implementation. ``kernel``: the GPU kernel that takes the
+    longest in its forward pass; None elsewhere.
+    """
+    activities = [ProfilerActivity.CPU]
+    if device.type == "cuda":
+        activities.append(ProfilerActivity.CUDA)
+    qkv = torch.randn(batch, length, 3 * width, device=device, dtype=dtype, requires_grad=True)
+    portable.attention_qkvpacked(qkv, n_head)  # what happens at the first call only
+    with profile(activities=activities) as profiled:
+        portable.attention_qkvpacked(qkv, n_head)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+    events = list(profiled.key_averages())
+    operators = [e.key for e in events if e.key.startswith("aten::_scaled_dot_product_")]
+    kernels = [e for e in events if e.device_type == DeviceType.CUDA]
+    slowest = max(kernels, key=lambda e: e.self_device_time_total, default=None)
+    return {
+        "operator": operators[0] if operators else None,
+        "kernel": slowest.key if slowest else None,
+    }
+
+
+def _version(distribution: str) -> str | None:
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _git(*args: str) -> str | None:
+    """What git answers about the source tree; None where that is no checkout or git is missing."""
+    if shutil.which("git") is None:
+        return None
+    run = subprocess.run(["git", "-C", str(ROOT), *args], capture_output=True, text=True)
+    return run.stdout.strip() if run.returncode == 0 else None
+
+
+def _cpu_model() -> str | None:
+    if sys.platform == "linux":
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or None

@@ -1,0 +1,214 @@
+"""A run of ``run.py`` as a record (what run.json holds), as a table and as a chart. Table and chart
+are made from the record alone.
+"""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import _machine
+from _timing import Spread, rate, spread
+from rich import box
+from rich.table import Table
+
+CPU_NOTE = "CPU, no claim about GPUs"
+_BASELINES = ("sdpa_compile", "sdpa_autotune")  # the best of them is what a speed-up refers to
+_NOISE = ("fastgpt", "fastgpt_again")  # the same thing measured twice
+
+
+@dataclass
+class Result:
+    """What was measured of one variant. ``failure`` says why it has no speed."""
+
+    label: str
+    failure: str | None = None
+    cold_start_s: float | None = None
+    warm_start_s: float | None = None
+    peak_memory_bytes: int | None = None
+    losses: list[float] = field(default_factory=list)
+    step_ms: list[list[float]] = field(default_factory=list)  # of each round
+
+
+def record(
+    results: Mapping[str, Result], reference_losses: list[float], tokens_per_step: int
+) -> dict[str, Any]:
+    """The variants, their speeds and losses, and what they are compared with."""
+    speeds = {
+        name: spread([ms for times in result.step_ms for ms in times])
+        for name, result in results.items()
+        if result.failure is None
+    }
+    rates = {name: rate(ms, tokens_per_step) for name, ms in speeds.items()}
+    measured = [name for name in _BASELINES if name in rates]
+    baseline = max(measured, key=lambda name: rates[name].median, default=None)
+    return {
+        "tokens_per_step": tokens_per_step,
+        "baseline": baseline,
+        "noise": _difference(rates),
+        "reference_losses": reference_losses,
+        "variants": {
+            name: {
+                **asdict(result),
+                "ms_per_step": asdict(speeds[name]) if name in speeds else None,
+                "tokens_per_s": asdict(rates[name]) if name in rates else None,
+                "speedup": (
+                    rates[name].median / rates[baseline].median
+                    if baseline is not None and name in rates
+                    else None
+                ),
+                **_deviation(result, reference_losses),
+            }
+            for name, result in results.items()
+        },
+    }
+
+
+def _difference(rates: Mapping[str, Spread]) -> float | None:
+    """By what share two measurements of the same thing differ."""
+    if not all(name in rates for name in _NOISE):
+        return None
+    first, second = (rates[name].median for name in _NOISE)
+    return abs(second / first - 1.0)
+
+
+def _deviation(result: Result, reference_losses: list[float]) -> dict[str, float | None]:
+    """The last loss less the reference's, and the largest distance on the way."""
+    if not result.losses:
+        return {"loss": None, "loss_deviation": None, "largest_deviation": None}
+    deviations = [a - b for a, b in zip(result.losses, reference_losses, strict=True)]
+    return {
+        "loss": result.losses[-1],
+        "loss_deviation": deviations[-1],
+        "largest_deviation": max(map(abs, deviations)),
+    }
+
+
+def title(run: dict[str, Any]) -> str:
+    """Machine and size in one line; on a CPU it begins with ``CPU_NOTE``."""
+    o = run["options"]
+    size = (
+        f"{run['parameters'] / 1e6:.1f}M parameters, B={o['batch_size']}, T={o['block_size']}, "
+        f"{run['dtype']}"
+    )
+    claim = f"{CPU_NOTE}: " if run["machine"]["device"] == "cpu" else ""
+    return f"{claim}{_machine.name(run['machine'])}, {size}"
+
+
+def table(run: dict[str, Any]) -> Table:
+    """One row a variant. It fits 80 columns."""
+    out = Table(
+        title=title(run),
+        caption=_caption(run),
+        caption_justify="left",
+        box=box.SIMPLE_HEAD,
+        padding=0,
+        pad_edge=False,
+    )
+    out.add_column("variant\n", no_wrap=True)
+    for header in (
+        "tokens\n/s",
+        "speed\n-up",
+        "ms\n/step",
+        "p10\n-p90",
+        "peak\nGB",
+        "1st step s\ncold/warm",
+        "loss\n",
+        "off\nfp32",
+    ):
+        out.add_column(header, justify="right", no_wrap=True)
+    for name, variant in run["variants"].items():
+        out.add_row(name, *_cells(variant))
+    return out
+
+
+def _cells(variant: dict[str, Any]) -> list[str]:
+    ms, peak = variant["ms_per_step"], variant["peak_memory_bytes"]
+    median = None if ms is None else variant["tokens_per_s"]["median"]
+    starts = [_three_digits(variant[key]) for key in ("cold_start_s", "warm_start_s")]
+    return [
+        _number(median, "{:,.0f}"),
+        _number(variant["speedup"], "{:.2f}x"),
+        "–" if ms is None else f"{ms['median']:.4g}",
+        "–" if ms is None else f"{_three_digits(ms['p10'])}-{_three_digits(ms['p90'])}",
+        _number(None if peak is None else peak / 1e9, "{:.2f}"),
+        "/".join(starts),
+        _number(variant["loss"], "{:.4f}"),
+        _number(variant["largest_deviation"], "{:.0e}"),
+    ]
+
+
+def _number(value: float | None, style: str) -> str:
+    return "–" if value is None else style.format(value)
+
+
+def _three_digits(value: float | None) -> str:
+    if value is None:
+        return "–"
+    return f"{value:.{2 if value < 10 else 1 if value < 100 else 0}f}"
+
+
+def _basis(run: dict[str, Any]) -> list[str]:
+    """What a reader of the speeds must know."""
+    lines = list(run["notes"])
+    if run["baseline"] is not None:
+        lines.append(f"speed-up: over {run['baseline']}")
+    if run["noise"] is not None:
+        lines.append(
+            f"fastgpt measured twice: {100 * run['noise']:.1f}% apart; a smaller difference is none"
+        )
+    return lines
+
+
+def _caption(run: dict[str, Any]) -> str:
+    losses = run["reference_losses"]
+    failures = [
+        f"{name}: {variant['failure']}"
+        for name, variant in run["variants"].items()
+        if variant["failure"] is not None
+    ]
+    return "\n".join(
+        [
+            "",
+            *_basis(run),
+            f"loss: after {len(losses)} steps, where float32 has {losses[-1]:.4f}",
+            "off fp32: the largest distance from the float32 losses on the way",
+            *failures,
+        ]
+    )
+
+
+def chart(run: dict[str, Any], path: Path) -> None:
+    """Tokens per second as bars with whiskers from p10 to p90, as a PNG."""
+    from matplotlib.figure import Figure
+
+    variants = list(run["variants"].values())
+    figure = Figure(figsize=(9.0, 1.6 + 0.5 * len(variants)), layout="constrained")
+    axes = figure.subplots()
+    none = {"median": 0.0, "p10": 0.0, "p90": 0.0}
+    speeds = [variant["tokens_per_s"] or none for variant in variants]
+    medians = [speed["median"] for speed in speeds]
+    whiskers = [
+        [speed["median"] - speed["p10"] for speed in speeds],
+        [speed["p90"] - speed["median"] for speed in speeds],
+    ]
+    colours = ["#c2571a" if name.startswith("fastgpt") else "#8a94a6" for name in run["variants"]]
+    axes.barh(range(len(variants)), medians, xerr=whiskers, color=colours, capsize=3, height=0.65)
+    for row, (variant, speed) in enumerate(zip(variants, speeds, strict=True)):
+        axes.annotate(
+            variant["failure"]
+            or f"{speed['median']:,.0f}  {_number(variant['speedup'], '{:.2f}x')}",
+            (speed["p90"], row),
+            xytext=(8, 0),
+            textcoords="offset points",
+            va="center",
+        )
+    axes.set_yticks(range(len(variants)), [variant["label"] for variant in variants])
+    axes.invert_yaxis()
+    axes.margins(x=0.2)
+    axes.set_xlim(left=0.0)
+    axes.xaxis.set_major_formatter("{x:,.0f}")
+    axes.set_xlabel("\n".join(["tokens per second (median, p10-p90)", *_basis(run)]))
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.suptitle(title(run))
+    figure.savefig(path, dpi=150)

@@ -1,0 +1,252 @@
+"""The variants of a training step, the options of a run, and a training of one variant."""
+
+import os
+import shutil
+import sys
+import sysconfig
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from fastgpt import GPT, GPTConfig, ops
+from fastgpt.data import Batches
+from fastgpt.devices import autocast
+from fastgpt.kernels import portable, reference
+
+VariantName = Literal[
+    "naive",
+    "sdpa",
+    "sdpa_compile",
+    "sdpa_autotune",
+    "fastgpt",
+    "fastgpt_compile",
+    "fastgpt_again",
+]
+
+
+@dataclass(frozen=True)
+class Variant:
+    label: str
+    ops: ModuleType
+    compile_mode: str | None = None  # of torch.compile; None runs eagerly
+
+
+VARIANTS: dict[str, Variant] = {
+    "naive": Variant("eager, masked matmul", reference),
+    "sdpa": Variant("eager, SDPA", portable),
+    "sdpa_compile": Variant("torch.compile, SDPA", portable, "default"),
+    "sdpa_autotune": Variant(
+        "torch.compile (max-autotune), SDPA", portable, "max-autotune-no-cudagraphs"
+    ),
+    "fastgpt": Variant("fastgpt", ops),
+    "fastgpt_compile": Variant("fastgpt, torch.compile", ops, "default"),
+    "fastgpt_again": Variant("fastgpt again", ops),
+}
+
+_REFERENCE_SEQUENCES = 2  # at a time: the float32 reference keeps every score and every logit
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """Tokens per second, step time, memory, time to the first step and loss of GPT training:
+    eager PyTorch, torch.compile and fastgpt side by side.
+    """
+
+    # What is measured, in this order. fastgpt_again is fastgpt a second time: it shows the noise.
+    variants: tuple[VariantName, ...] = (
+        "naive",
+        "sdpa",
+        "sdpa_compile",
+        "fastgpt",
+        "fastgpt_compile",
+        "fastgpt_again",
+    )
+    # Sequences per batch.
+    batch_size: int = 32
+    # Tokens per sequence.
+    block_size: int = 1024
+    # Blocks.
+    n_layer: int = 12
+    # Attention heads; must divide n_embd.
+    n_head: int = 12
+    # Width.
+    n_embd: int = 768
+    # Rows of the embedding and of the head. GPT-2's number costs what it costs in GPT-2; the
+    # built-in corpus, of characters, uses only the first hundred or so.
+    vocab_size: int = GPTConfig.vocab_size
+    # Biases in Linear and LayerNorm.
+    bias: bool = True
+    # Autocast; auto is bfloat16 on a GPU that has it, float32 elsewhere.
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    # Learning rate of AdamW, constant.
+    learning_rate: float = 3e-4
+    # Seed of the weights and of the batches.
+    seed: int = 1337
+    # Steps whose losses are compared with those of the float32 reference.
+    loss_steps: int = 100
+    # Steps before the first round.
+    warmup: int = 20
+    # Rounds.
+    rounds: int = 5
+    # Timed steps of a variant in a round.
+    steps: int = 20
+    # Folder with train.bin and val.bin. Default: the built-in corpus, prepared for this run.
+    data_dir: Path | None = None
+    # Folder for run.json and run.png, which must not be there yet. Default: a new folder in
+    # bench/out, which git ignores.
+    out: Path | None = None
+
+    def __post_init__(self) -> None:
+        for name, least in (("loss_steps", 2), ("warmup", 1), ("rounds", 1), ("steps", 1)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
+        if not self.variants or len(set(self.variants)) < len(self.variants):
+            raise ValueError(
+                f"variants must be one or more of {', '.join(VARIANTS)}, each once, "
+                f"got {' '.join(self.variants) or 'none'}"
+            )
+        if not self.learning_rate > 0:
+            raise ValueError(f"learning_rate must be positive, got {self.learning_rate}")
+
+
+CPU_OPTIONS = Options(
+    batch_size=4, block_size=64, n_layer=2, n_head=4, n_embd=128, vocab_size=256, loss_steps=20
+)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The options, and what follows from them and from the machine."""
+
+    options: Options
+    config: GPTConfig
+    device: torch.device
+    dtype: torch.dtype
+    data_dir: Path
+
+    @classmethod
+    def of(cls, options: Options, data_dir: Path) -> "Plan":
+        on_gpu = torch.cuda.is_available()
+        wanted = options.dtype
+        if wanted == "auto":
+            wanted = "bfloat16" if on_gpu and torch.cuda.is_bf16_supported() else "float32"
+        config = GPTConfig(
+            block_size=options.block_size,
+            vocab_size=options.vocab_size,
+            n_layer=options.n_layer,
+            n_head=options.n_head,
+            n_embd=options.n_embd,
+            bias=options.bias,
+        )
+        device = torch.device("cuda" if on_gpu else "cpu")
+        return cls(options, config, device, getattr(torch, wanted), data_dir)
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.options.batch_size * self.options.block_size
+
+    def batches(self) -> Batches:
+        o = self.options
+        return Batches(
+            self.data_dir, o.batch_size, o.block_size, self.device, o.seed, self.config.vocab_size
+        )
+
+
+class Training:
+    """A variant in training, from the initial weights and the first batch on."""
+
+    def __init__(self, variant: Variant, plan: Plan, dtype: torch.dtype | None = None) -> None:
+        torch.manual_seed(plan.options.seed)
+        self._model = GPT(plan.config, variant.ops).to(plan.device)
+        self._forward: Callable[..., tuple[Tensor | None, Tensor]] = self._model
+        if variant.compile_mode is not None:
+            self._forward = torch.compile(self._model, mode=variant.compile_mode)
+        self._autocast = autocast(plan.device, dtype or plan.dtype)
+        self._optimizer = self._model.configure_optimizers(
+            0.1, plan.options.learning_rate, (0.9, 0.95), plan.device.type
+        )
+        self._batches = plan.batches()
+
+    def step(self) -> Tensor:
+        """One optimizer step; its loss, on the device."""
+        x, y = self._batches.next("train")
+        loss = self._backward(x, y)
+        torch.nn.utils.clip_grad_norm_(self._model.parameters(), 1.0)
+        self._optimizer.step()
+        self._optimizer.zero_grad(set_to_none=True)
+        return loss
+
+    def _backward(self, x: Tensor, y: Tensor) -> Tensor:
+        with self._autocast:
+            loss = self._forward(x, y)[1]
+        loss.backward()
+        return loss.detach()
+
+
+class ReferenceTraining(Training):
+    """The plain ops in float32. The batch goes through in slices: the same gradients in less
+    memory.
+    """
+
+    def __init__(self, plan: Plan) -> None:
+        super().__init__(VARIANTS["naive"], plan, torch.float32)
+
+    def _backward(self, x: Tensor, y: Tensor) -> Tensor:
+        total = torch.zeros((), device=x.device)
+        slices = zip(x.split(_REFERENCE_SEQUENCES), y.split(_REFERENCE_SEQUENCES), strict=True)
+        for x_slice, y_slice in slices:
+            loss = self._forward(x_slice, y_slice)[1] * (len(x_slice) / len(x))
+            loss.backward()
+            total += loss.detach()
+        return total
+
+
+@contextmanager
+def tf32(allowed: bool) -> Iterator[None]:
+    """Whether float32 products on the GPU may run in TF32, as they do in ``fastgpt train``."""
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = allowed
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
+
+
+@contextmanager
+def compiled_code_in(folder: Path) -> Iterator[None]:
+    """torch.compile and Triton keep what they compile in ``folder``."""
+    keys = {"TORCHINDUCTOR_CACHE_DIR": "inductor", "TRITON_CACHE_DIR": "triton"}
+    before = {key: os.environ.get(key) for key in keys}
+    os.environ.update({key: str(folder / name) for key, name in keys.items()})
+    try:
+        yield
+    finally:
+        for key, value in before.items():
+            if value is None:
+                del os.environ[key]
+            else:
+                os.environ[key] = value
+
+
+def why_not(variant: Variant, device: torch.device) -> str | None:
+    """What this machine lacks for a variant; None if nothing."""
+    if variant.compile_mode is None or device.type != "cpu":
+        return None
+    compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
+    if shutil.which(compiler) is None:
+        return f"no C++ compiler ({compiler})"
+    if not Path(sysconfig.get_path("include"), "Python.h").is_file():
+        return "no Python.h"
+    return None
+
+
+def load_compiler(device: torch.device) -> None:
+    """torch.compile once, so that no variant pays for loading it or for finding its tools."""
+    x = torch.ones(64, device=device, requires_grad=True)
+    torch.compile(torch.sin)(x).sum().backward()

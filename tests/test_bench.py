@@ -1,0 +1,331 @@
+"""bench/run.py: a whole run at a tiny size, and the arithmetic behind its figures."""
+
+import functools
+import json
+import os
+import statistics
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, get_args
+
+import _machine
+import _report
+import _timing
+import _training
+import pytest
+import run as bench
+import torch
+from small_runs import data_set
+
+TINY = [
+    "--batch_size=3",
+    "--block_size=16",
+    "--n_layer=1",
+    "--n_head=2",
+    "--n_embd=16",
+    "--loss_steps=4",
+    "--warmup=1",
+    "--rounds=3",
+    "--steps=2",
+    "--dtype=float32",
+    "--learning_rate=0.01",
+]
+EAGER = ("naive", "sdpa", "fastgpt", "fastgpt_again")
+
+
+def measured(folder: Path, *more: str) -> dict[str, Any]:
+    """The record of a tiny run."""
+    assert bench.main([*TINY, f"--out={folder}", *more]) == 0
+    record: dict[str, Any] = json.loads((folder / "run.json").read_text())
+    return record
+
+
+@pytest.fixture(scope="module")
+def eager(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, dict[str, Any]]]:
+    folder = tmp_path_factory.mktemp("eager")
+    yield folder, measured(folder, "--variants", *EAGER)
+
+
+# -- a whole run
+
+
+def test_record_is_complete(eager: tuple[Path, dict[str, Any]]) -> None:
+    _, record = eager
+    assert record.keys() >= {"created", "notes", "options", "dtype", "data", "sdpa", "ceilings"}
+    assert record["machine"]["torch"] == torch.__version__
+    assert record["machine"].keys() >= {"device", "cpu", "python", "triton", "cuda", "cudnn"}
+    assert len(record["machine"]["commit"] or 40 * "?") == 40
+    assert record["options"]["rounds"] == 3 and record["dtype"] == "float32"
+    assert record["data"]["source"] == "built-in corpus"
+    assert record["data"]["train_tokens"] > 1_000_000
+    for when in ("before", "after"):
+        ceiling = record["ceilings"][when]
+        assert ceiling["matmul_tflops"] > 0 and ceiling["copy_tb_per_s"] > 0
+    assert list(record["variants"]) == list(EAGER)
+    for variant in record["variants"].values():
+        assert variant["failure"] is None
+        assert variant["cold_start_s"] > 0 and variant["warm_start_s"] > 0
+        assert [len(times) for times in variant["step_ms"]] == [2, 2, 2]
+
+
+def test_speeds_follow_from_the_step_times(eager: tuple[Path, dict[str, Any]]) -> None:
+    _, record = eager
+    assert record["tokens_per_step"] == 3 * 16
+    for variant in record["variants"].values():
+        times = [ms for turn in variant["step_ms"] for ms in turn]
+        ms, speed = variant["ms_per_step"], variant["tokens_per_s"]
+        assert ms["median"] == pytest.approx(statistics.median(times))
+        assert min(times) <= ms["p10"] <= ms["median"] <= ms["p90"] <= max(times)
+        for low, high in (("median", "median"), ("p10", "p90"), ("p90", "p10")):
+            assert speed[low] * ms[high] / 1e3 == pytest.approx(record["tokens_per_step"])
+
+
+def test_losses_agree_with_the_reference_and_fall(eager: tuple[Path, dict[str, Any]]) -> None:
+    _, record = eager
+    reference = record["reference_losses"]
+    assert len(reference) == 4 and reference[-1] < reference[0]
+    for variant in record["variants"].values():
+        assert variant["losses"] == pytest.approx(reference, abs=1e-4)
+        distances = [a - b for a, b in zip(variant["losses"], reference, strict=True)]
+        assert variant["loss"] == variant["losses"][-1]
+        assert variant["loss_deviation"] == distances[-1]
+        assert variant["largest_deviation"] == max(map(abs, distances))
+
+
+def test_chart_is_a_png_and_nothing_is_replaced(
+    eager: tuple[Path, dict[str, Any]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, _ = eager
+    chart = folder / "run.png"
+    before = chart.read_bytes()
+    assert before.startswith(b"\x89PNG\r\n\x1a\n") and len(before) > 5000
+    assert bench.main([*TINY, f"--out={folder}"]) == 2
+    assert str(folder / "run.json") in capsys.readouterr().err
+    assert chart.read_bytes() == before
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a CUDA GPU")
+def test_a_cpu_run_claims_nothing_about_gpus(
+    eager: tuple[Path, dict[str, Any]], console_text: Any
+) -> None:
+    _, record = eager
+    assert record["machine"]["device"] == "cpu" and record["sdpa"] is None
+    assert any(note.startswith(_report.CPU_NOTE) for note in record["notes"])
+    assert _report.title(record).startswith(_report.CPU_NOTE)
+    assert console_text(_report.table(record)).count(_report.CPU_NOTE) == 2
+    assert all(v["peak_memory_bytes"] is None for v in record["variants"].values())
+
+
+@pytest.fixture
+def console_text(capsys: pytest.CaptureFixture[str]) -> Any:
+    """What an 80-column terminal shows of something."""
+    from rich.console import Console
+
+    def text(thing: Any) -> str:
+        Console(width=80, highlight=False).print(thing)
+        return capsys.readouterr().out
+
+    return text
+
+
+def test_the_table_fits_80_columns(eager: tuple[Path, dict[str, Any]], console_text: Any) -> None:
+    _, record = eager
+    text = console_text(_report.table(record))
+    assert "…" not in text
+    for name, variant in record["variants"].items():
+        assert name in text
+        assert f"{variant['tokens_per_s']['median']:,.0f}" in text
+    assert "short run: loss_steps=4" in text.replace("\n", " ")
+
+
+@pytest.mark.slow
+def test_a_compiled_variant_is_what_speed_ups_refer_to(tmp_path: Path) -> None:
+    keep = os.environ.get("TORCHINDUCTOR_CACHE_DIR")
+    record = measured(
+        tmp_path, "--variants", "sdpa", "sdpa_compile", f"--data_dir={data_set(tmp_path)}"
+    )
+    compiled = record["variants"]["sdpa_compile"]
+    if compiled["failure"] is not None:
+        pytest.skip(compiled["failure"])
+    assert record["data"]["source"] == "given"
+    assert record["baseline"] == "sdpa_compile" and compiled["speedup"] == 1.0
+    eager_speed = record["variants"]["sdpa"]
+    ratio = eager_speed["tokens_per_s"]["median"] / compiled["tokens_per_s"]["median"]
+    assert eager_speed["speedup"] == pytest.approx(ratio)
+    assert compiled["warm_start_s"] < compiled["cold_start_s"]
+    assert compiled["losses"] == pytest.approx(record["reference_losses"], abs=1e-4)
+    assert os.environ.get("TORCHINDUCTOR_CACHE_DIR") == keep
+
+
+# -- variants that cannot be measured
+
+
+def out_of_memory_after(steps: int, training: Any) -> Any:
+    """A step that works that often, then runs out of memory as CUDA does."""
+    step, left = training.step, iter(range(steps))
+
+    def limited() -> Any:
+        if next(left, None) is None:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return step()
+
+    return limited
+
+
+@pytest.mark.parametrize("steps", [0, 2, 6])
+def test_out_of_memory_ends_one_variant_only(
+    steps: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, console_text: Any
+) -> None:
+    init = _training.Training.__init__
+
+    @functools.wraps(init)
+    def limited(self: Any, variant: Any, *args: Any) -> None:
+        init(self, variant, *args)
+        if variant.label == _training.VARIANTS["sdpa"].label:
+            self.step = out_of_memory_after(steps, self)
+
+    monkeypatch.setattr(_training.Training, "__init__", limited)
+    data_dir = data_set(tmp_path)
+    record = measured(tmp_path, "--variants", "sdpa", "fastgpt", f"--data_dir={data_dir}")
+    failed, fine = record["variants"]["sdpa"], record["variants"]["fastgpt"]
+    assert failed["failure"] == "out of memory"
+    assert failed["tokens_per_s"] is failed["ms_per_step"] is failed["speedup"] is None
+    assert fine["failure"] is None and len(fine["step_ms"]) == 3
+    assert "sdpa: out of memory" in console_text(_report.table(record))
+
+
+def test_other_errors_end_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def step(self: Any) -> None:
+        raise RuntimeError("broken kernel")
+
+    monkeypatch.setattr(_training.Training, "step", step)
+    with pytest.raises(RuntimeError, match="broken kernel"):
+        measured(tmp_path, f"--data_dir={data_set(tmp_path)}")
+
+
+def test_a_diverged_training_is_no_measurement(tmp_path: Path) -> None:
+    with pytest.raises(FloatingPointError, match="float32 reference is (nan|inf) at step"):
+        measured(tmp_path, "--learning_rate=1e30", f"--data_dir={data_set(tmp_path)}")
+
+
+def test_what_compiling_on_a_cpu_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu, compiled = torch.device("cpu"), _training.VARIANTS["sdpa_compile"]
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    assert _training.why_not(compiled, cpu) == "no C++ compiler (no-such-compiler)"
+    assert _training.why_not(compiled, torch.device("cuda")) is None
+    assert _training.why_not(_training.VARIANTS["fastgpt"], cpu) is None
+
+
+# -- arguments
+
+
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        ("--rounds=0", "rounds must be at least 1, got 0"),
+        ("--loss_steps=1", "loss_steps must be at least 2, got 1"),
+        ("--learning_rate=0", "learning_rate must be positive, got 0"),
+        ("--n_head=3", "n_embd must be a multiple of n_head"),
+        ("--batch_size=0", "batch_size must"),
+        ("--vocab_size=20", "ids must lie below vocab_size=20"),
+        ("--data_dir=nowhere", "nowhere/train.bin is not a file"),
+        ("--variants=fastgpt,fastgpt", "fastgpt,fastgpt"),
+    ],
+)
+def test_refused_arguments(
+    argument: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    try:
+        code = bench.main([*TINY, f"--out={tmp_path / 'out'}", argument])
+    except SystemExit as stop:
+        code = stop.code  # type: ignore[assignment]
+    assert code == 2
+    captured = capsys.readouterr()
+    assert message in captured.err + captured.out
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_variant_twice_is_refused() -> None:
+    with pytest.raises(ValueError, match="each once, got sdpa sdpa"):
+        _training.Options(variants=("sdpa", "sdpa"))
+    with pytest.raises(ValueError, match="got none"):
+        _training.Options(variants=())
+
+
+def test_every_variant_can_be_asked_for() -> None:
+    assert get_args(_training.VariantName) == tuple(_training.VARIANTS)
+    assert set(_report._BASELINES) | set(_report._NOISE) <= set(_training.VARIANTS)
+
+
+# -- arithmetic
+
+
+def test_spread_and_rate() -> None:
+    times = _timing.spread([float(ms) for ms in range(100, 201)])
+    assert times == _timing.Spread(median=150.0, p10=110.0, p90=190.0)
+    assert _timing.rate(times, 300.0) == _timing.Spread(2000.0, 3e5 / 190, 3e5 / 110)
+    with pytest.raises(ValueError, match="at least one"):
+        _timing.spread([])
+
+
+def test_clock_measures_each_interval() -> None:
+    clock = _timing.Clock(torch.device("cpu"))
+    for _ in range(3):
+        clock.mark()
+        sum(range(10_000))
+    times = clock.durations_ms()
+    assert len(times) == 2 and all(0 < ms < 1000 for ms in times)
+
+
+def test_every_round_has_every_variant_and_another_first() -> None:
+    order = list(_timing.interleaved("abc", 4))
+    assert "".join(item for _, item in order) == "abcbcacababc"
+    assert [number for number, _ in order] == [0, 0, 0, 1, 1, 1, 2, 2, 2, 3, 3, 3]
+
+
+def test_the_fastest_compiled_variant_is_the_baseline() -> None:
+    def result(*ms: float) -> _report.Result:
+        return _report.Result("", losses=[2.0, 1.5], step_ms=[list(ms)])
+
+    record = _report.record(
+        {
+            "sdpa_compile": result(20.0, 20.0),
+            "sdpa_autotune": result(10.0, 10.0),
+            "fastgpt": result(5.0, 5.0),
+            "fastgpt_again": result(4.0, 4.0),
+        },
+        [2.25, 1.0],
+        100,
+    )
+    assert record["baseline"] == "sdpa_autotune"
+    speedups = [variant["speedup"] for variant in record["variants"].values()]
+    assert speedups == pytest.approx([0.5, 1.0, 2.0, 2.5])
+    assert record["noise"] == pytest.approx(0.25)
+    assert record["variants"]["fastgpt"]["tokens_per_s"]["median"] == pytest.approx(20_000)
+    assert record["variants"]["fastgpt"]["loss_deviation"] == 0.5
+    assert record["variants"]["fastgpt"]["largest_deviation"] == 0.5
+
+
+# -- the machine
+
+
+def test_what_nvidia_smi_says() -> None:
+    output = "driver_version, clocks.current.sm [MHz], power.draw [W]\n575.1, 1980 MHz, 612.20 W\n"
+    assert _machine.parse_smi(output) == {
+        "driver_version": "575.1",
+        "clocks.current.sm": "1980 MHz",
+        "power.draw": "612.20 W",
+    }
+    assert _machine.gpu_state(torch.device("cpu")) is None
+
+
+def test_sdpa_kernel_is_found_by_profiling() -> None:
+    found = _machine.sdpa_kernel(torch.device("cpu"), torch.float32, 2, 16, 2, 32)
+    assert found["operator"] is not None and "attention" in found["operator"]
+    assert found["kernel"] is None
+
+
+def test_facts_without_git(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "")
+    facts = _machine.facts(torch.device("cpu"))
+    assert facts["commit"] is None and facts["uncommitted_changes"] is None
