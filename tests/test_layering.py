@@ -1,0 +1,255 @@
+"""The architecture, read from the sources: imports run one way, heavy libraries load late, and the
+four modules of ops are interchangeable.
+"""
+
+import ast
+import importlib
+import inspect
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# module → modules of the project that it may import. Whoever adds a module adds a line.
+_OP = {"fastgpt.kernels._checks", "fastgpt.kernels._common", "fastgpt.kernels.reference"}
+_DATA = {"fastgpt._progress", "fastgpt.tokenizer", "fastgpt.data"}
+_MODEL = {"fastgpt.model", "fastgpt.bigram"}
+_RUN = {"fastgpt.config", "fastgpt.devices", "fastgpt.checkpoint", *_DATA, *_MODEL}
+ALLOWED: dict[str, set[str]] = {
+    "fastgpt.kernels._checks": set(),
+    "fastgpt.kernels._common": set(),
+    "fastgpt.kernels.reference": {"fastgpt.kernels._checks"},
+    "fastgpt.kernels.portable": {"fastgpt.kernels._checks", "fastgpt.kernels.reference"},
+    "fastgpt.kernels.gelu": _OP,
+    "fastgpt.kernels.layer_norm": _OP,
+    "fastgpt.kernels.attention_kernels": {"fastgpt.kernels._common"},
+    "fastgpt.kernels.attention": {*_OP, "fastgpt.kernels.attention_kernels"},
+    "fastgpt.kernels.fused": {
+        "fastgpt.kernels.attention",
+        "fastgpt.kernels.gelu",
+        "fastgpt.kernels.layer_norm",
+    },
+    "fastgpt.ops": {"fastgpt.kernels.portable", "fastgpt.kernels.fused"},
+    "fastgpt.model": {"fastgpt.ops"},
+    "fastgpt.bigram": {"fastgpt.model"},
+    "fastgpt._progress": set(),
+    "fastgpt.config": set(),
+    "fastgpt.devices": set(),
+    "fastgpt.tokenizer": {"fastgpt._progress"},
+    "fastgpt.data": {"fastgpt._progress"},
+    "fastgpt.corpus": _DATA,
+    "fastgpt.checkpoint": {"fastgpt.tokenizer", *_MODEL},
+    "fastgpt.meter": {"fastgpt.config"},
+    "fastgpt.trainer": {*_RUN, "fastgpt.meter"},
+    "fastgpt.sampler": _RUN,
+    "fastgpt.__main__": {*_RUN, "fastgpt.corpus", "fastgpt.sampler", "fastgpt.trainer"},
+    "fastgpt": _MODEL,
+}
+
+# Libraries that the plain ops, hence a machine without Triton, do not need.
+TORCH_ALONE = ("_checks", "reference", "portable")
+USES_TRITON = {"_common", "gelu", "layer_norm", "attention", "attention_kernels"}
+LATE = {"matplotlib", "wandb", "transformers", "tiktoken"}  # optional: imported where used
+
+
+@dataclass(frozen=True)
+class Import:
+    module: str  # "torch.nn", or "fastgpt.kernels.gelu" for `from fastgpt.kernels import gelu`
+    line: int
+    at_import: bool  # outside of functions
+
+    @property
+    def package(self) -> str:
+        return self.module.partition(".")[0]
+
+
+def sources() -> dict[str, Path]:
+    """Every module of the library: name → file."""
+    found = {f"fastgpt.{path.stem}": path for path in (ROOT / "fastgpt").glob("*.py")}
+    found["fastgpt"] = found.pop("fastgpt.__init__")
+    kernels = {f"fastgpt.kernels.{path.stem}": path for path in (ROOT / "kernels").glob("*.py")}
+    return found | kernels
+
+
+SOURCES = sources()
+
+
+def imports(code: str, modules: set[str]) -> Iterator[Import]:
+    """The imports of a source text. ``from a import b`` counts as ``a.b`` where that is one of
+    ``modules``, else as ``a``."""
+    tree = ast.parse(code)
+    late = {
+        id(inner)
+        for outer in ast.walk(tree)
+        if isinstance(outer, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda))
+        for inner in ast.walk(outer)
+    }
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"line {node.lineno}: relative import"
+            full = [f"{node.module}.{alias.name}" for alias in node.names]
+            names = [name if name in modules else str(node.module) for name in full]
+        else:
+            continue
+        yield from (Import(name, node.lineno, id(node) not in late) for name in names)
+
+
+def imports_of(module: str) -> list[Import]:
+    return list(imports(SOURCES[module].read_text(), set(SOURCES)))
+
+
+MODULES = pytest.mark.parametrize("module", sorted(SOURCES))
+
+
+def test_the_table_names_every_module() -> None:
+    assert set(ALLOWED) == set(SOURCES)
+
+
+def test_the_table_has_no_circle() -> None:
+    below: dict[str, set[str]] = {}
+    left = dict(ALLOWED)
+    while left:
+        ready = [module for module, needs in left.items() if needs <= below.keys()]
+        assert ready, f"these import each other: {sorted(left)}"
+        for module in ready:
+            below[module] = left.pop(module)
+
+
+@MODULES
+def test_imports_run_one_way(module: str) -> None:
+    for found in imports_of(module):
+        if found.package == "fastgpt":
+            assert found.module in ALLOWED[module], f"{module}, line {found.line}: {found.module}"
+
+
+@MODULES
+def test_kernels_know_no_model_and_the_tree_is_not_imported_by_its_other_name(module: str) -> None:
+    for found in imports_of(module):
+        assert found.package not in ("kernels", "bench", "tests"), f"{module}, line {found.line}"
+        if module.startswith("fastgpt.kernels.") and found.package == "fastgpt":
+            assert found.module.startswith("fastgpt.kernels"), f"{module}, line {found.line}"
+
+
+@MODULES
+def test_triton_and_optional_libraries_load_late(module: str) -> None:
+    in_kernels, _, name = module.removeprefix("fastgpt.").rpartition(".")
+    for found in imports_of(module):
+        where = f"{module}, line {found.line}: {found.module}"
+        if found.package == "triton":
+            assert in_kernels == "kernels" and name in USES_TRITON, where
+        if found.package in LATE:
+            assert not found.at_import and in_kernels != "kernels", where
+        # `fused` and the op files import Triton, so whoever imports them does
+        if found.module == "fastgpt.kernels.fused":
+            assert module == "fastgpt.ops" and not found.at_import, where
+
+
+@pytest.mark.parametrize("name", TORCH_ALONE)
+def test_the_plain_ops_need_torch_alone(name: str) -> None:
+    for found in imports_of(f"fastgpt.kernels.{name}"):
+        allowed = found.package in ("torch", *sys.stdlib_module_names)
+        assert allowed or found.module.removeprefix("fastgpt.kernels.") in TORCH_ALONE
+
+
+@pytest.mark.parametrize("name", ["tokenizer", "data", "config", "corpus", "_progress"])
+def test_the_way_of_the_data_never_loads_the_model_by_its_own_imports(name: str) -> None:
+    seen, todo = set[str](), [f"fastgpt.{name}"]
+    while todo:
+        module = todo.pop()
+        if module not in seen:
+            seen.add(module)
+            todo += [found.module for found in imports_of(module) if found.module in SOURCES]
+    assert not seen & {"fastgpt", "fastgpt.model", "fastgpt.bigram", "fastgpt.ops"}
+
+
+@MODULES
+def test_nothing_is_autotuned_at_run_time(module: str) -> None:
+    for node in ast.walk(ast.parse(SOURCES[module].read_text())):
+        name = getattr(node, "attr", getattr(node, "id", ""))
+        assert name != "autotune", f"{module}, line {getattr(node, 'lineno', '?')}"
+
+
+def test_how_imports_are_read() -> None:
+    code = (
+        "import triton.language as tl\n"
+        "from fastgpt.kernels import fused, split\n"
+        "from fastgpt.model import GPT\n"
+        "if x:\n    import wandb\n"
+        "def f():\n    import tiktoken\n"
+    )
+    found = {(i.module, i.line, i.at_import) for i in imports(code, set(SOURCES))}
+    assert found == {
+        ("triton.language", 1, True),
+        ("fastgpt.kernels.fused", 2, True),
+        ("fastgpt.kernels", 2, True),
+        ("fastgpt.model", 3, True),
+        ("wandb", 5, True),
+        ("tiktoken", 7, False),
+    }
+
+
+# -- the ops
+
+OPS = ("attention", "attention_qkvpacked", "gelu", "layer_norm")
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_every_implementation_of_an_op_has_one_signature(op: str) -> None:
+    modules = ("kernels.fused", "kernels.portable", "kernels.reference", "ops")
+    signatures = {
+        name: inspect.signature(getattr(importlib.import_module(f"fastgpt.{name}"), op))
+        for name in modules
+    }
+    assert len(set(map(str, signatures.values()))) == 1, signatures
+
+
+def public_functions(module: Any) -> set[str]:
+    return {
+        name
+        for name, value in vars(module).items()
+        if inspect.isfunction(value) and not name.startswith("_")
+    }
+
+
+def test_every_public_op_has_all_four_implementations() -> None:
+    fused = importlib.import_module("fastgpt.kernels.fused")
+    assert tuple(fused.__all__) == OPS
+    for name in ("kernels.fused", "kernels.portable", "ops"):
+        functions = public_functions(importlib.import_module(f"fastgpt.{name}"))
+        assert functions - {"split_heads"} == set(OPS), name
+    assert public_functions(importlib.import_module("fastgpt.kernels.reference")) >= set(OPS)
+
+
+# -- a machine without Triton
+
+
+def test_training_on_a_cpu_needs_no_triton() -> None:
+    code = """
+import math, sys
+sys.modules["triton"] = None  # every import of it fails
+import torch
+from fastgpt import GPT, GPTConfig
+model = GPT(GPTConfig(block_size=8, vocab_size=16, n_layer=1, n_head=2, n_embd=8))
+idx = torch.arange(8).view(1, 8)
+loss = model(idx, idx)[1]
+loss.backward()
+assert all(p.grad.isfinite().all() for p in model.parameters())
+assert abs(loss.item() - math.log(16)) < 0.2
+print("trained")
+try:
+    import fastgpt.kernels.fused
+except ImportError:
+    print("no triton here")
+"""
+    run = subprocess.run(
+        [sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, cwd=ROOT
+    )
+    assert run.stdout.split("\n") == ["trained", "no triton here", ""], run.stderr
