@@ -1,0 +1,135 @@
+"""What an installation gets: the wheel holds the tree's modules, all of them, under their names."""
+
+import email
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
+import zipfile
+from email.message import Message
+from pathlib import Path
+
+import pytest
+
+import fastgpt
+
+ROOT = Path(__file__).resolve().parent.parent
+_SOURCES = ("fastgpt", "kernels", "pyproject.toml", "setup.py", "LICENSE", "README.md")
+
+
+def build(kind: str, tree: Path, out: Path) -> Path:
+    """What pip does with a source tree: call its build backend there. ``kind``: wheel, sdist."""
+    code = "import sys; from setuptools import build_meta; build_meta.build_{}(sys.argv[1])"
+    out.mkdir()
+    subprocess.run([sys.executable, "-c", code.format(kind), str(out)], cwd=tree, check=True)
+    (built,) = out.iterdir()
+    return built
+
+
+@pytest.fixture(scope="module")
+def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the sources: building leaves files behind."""
+    copy = tmp_path_factory.mktemp("tree")
+    for name in _SOURCES:
+        source = ROOT / name
+        if source.is_dir():
+            ignored = shutil.ignore_patterns("__pycache__")
+            shutil.copytree(source, copy / name, symlinks=True, ignore=ignored)
+        else:
+            shutil.copy(source, copy / name)
+    return copy
+
+
+@pytest.fixture(scope="module")
+def wheel(tree: Path, tmp_path_factory: pytest.TempPathFactory) -> zipfile.ZipFile:
+    return zipfile.ZipFile(build("wheel", tree, tmp_path_factory.mktemp("wheel") / "dist"))
+
+
+def contents(wheel: zipfile.ZipFile) -> dict[str, bytes]:
+    """Path → bytes of everything but the metadata."""
+    return {name: wheel.read(name) for name in wheel.namelist() if ".dist-info/" not in name}
+
+
+def metadata(wheel: zipfile.ZipFile, name: str) -> str:
+    (path,) = [path for path in wheel.namelist() if path.endswith(f".dist-info/{name}")]
+    return wheel.read(path).decode()
+
+
+@pytest.fixture(scope="module")
+def fields(wheel: zipfile.ZipFile) -> Message:
+    return email.message_from_string(metadata(wheel, "METADATA"))
+
+
+def declared(key: str) -> str:
+    """A string of pyproject.toml (Python 3.10 has no reader for it)."""
+    (value,) = re.findall(rf'^{key} = "(.*)"$', (ROOT / "pyproject.toml").read_text(), re.M)
+    return str(value)
+
+
+def test_the_wheel_holds_the_modules_of_the_tree_and_nothing_else(wheel: zipfile.ZipFile) -> None:
+    expected = {f"fastgpt/{path.name}": path for path in (ROOT / "fastgpt").glob("*.py")}
+    expected |= {f"fastgpt/kernels/{path.name}": path for path in (ROOT / "kernels").glob("*.py")}
+    assert {"fastgpt/model.py", "fastgpt/kernels/attention.py"} <= expected.keys()
+    assert contents(wheel) == {name: path.read_bytes() for name, path in expected.items()}
+
+
+def test_name_version_and_command(wheel: zipfile.ZipFile, fields: Message) -> None:
+    assert fields["Name"] == declared("name") == "fastgpt-triton"
+    assert fields["Version"] == declared("version")
+    assert fields["Requires-Python"] == declared("requires-python") == ">=3.10"
+    assert fields["License-Expression"] == "MIT"
+    assert "[console_scripts]\nfastgpt = fastgpt.__main__:main" in metadata(
+        wheel, "entry_points.txt"
+    )
+    assert metadata(wheel, "top_level.txt").split() == ["fastgpt"]
+
+
+def test_the_installed_version_is_the_declared_one() -> None:
+    if fastgpt.__version__ == "0+unknown":
+        pytest.skip("fastgpt is not installed")
+    assert fastgpt.__version__ == declared("version")
+
+
+def test_a_wheel_made_from_the_sdist_is_the_same(
+    wheel: zipfile.ZipFile, tree: Path, tmp_path: Path
+) -> None:
+    with tarfile.open(build("sdist", tree, tmp_path / "sdist")) as archive:
+        archive.extractall(tmp_path / "unpacked", filter="data")
+    (unpacked,) = (tmp_path / "unpacked").iterdir()
+    again = zipfile.ZipFile(build("wheel", unpacked, tmp_path / "wheel"))
+    assert contents(again) == contents(wheel)
+
+
+def test_the_unpacked_wheel_runs(wheel: zipfile.ZipFile, tmp_path: Path) -> None:
+    wheel.extractall(tmp_path)
+    code = """
+import fastgpt.__main__, fastgpt.kernels.fused
+print(fastgpt.__file__)
+print(fastgpt.kernels.fused.__file__)
+"""
+    run = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+    )
+    package = tmp_path / "fastgpt"
+    expected = [str(package / "__init__.py"), str(package / "kernels" / "fused.py"), ""]
+    assert run.stdout.split("\n") == expected, run.stderr
+
+
+def test_the_kernels_are_one_folder_with_a_committed_link() -> None:
+    assert os.readlink(ROOT / "fastgpt" / "kernels") == os.path.join("..", "kernels")
+    assert not (ROOT / "kernels" / "__init__.py").exists()  # it would claim the name `kernels`
+    if shutil.which("git") is None or not (ROOT / ".git").exists():
+        pytest.skip("not a git checkout")
+    listed = subprocess.run(
+        ["git", "-C", str(ROOT), "ls-files", "--stage", "fastgpt/kernels"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert listed.stdout.startswith("120000 "), listed.stdout
