@@ -151,11 +151,10 @@ class Plan:
     def tokens_per_step(self) -> int:
         return self.options.batch_size * self.options.block_size
 
-    def batches(self) -> Batches:
+    def batches(self, vocab_size: int | None = None) -> Batches:
+        """The batches of one training; with ``vocab_size`` the whole data set is checked."""
         o = self.options
-        return Batches(
-            self.data_dir, o.batch_size, o.block_size, self.device, o.seed, self.config.vocab_size
-        )
+        return Batches(self.data_dir, o.batch_size, o.block_size, self.device, o.seed, vocab_size)
 
 
 class Training:

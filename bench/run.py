@@ -23,7 +23,7 @@ second time, with those folders full. Starting Python and importing torch is in 
 """
 
 import gc
-import hashlib
+import importlib.util
 import json
 import math
 import sys
@@ -217,11 +217,10 @@ def _parameters(plan: Plan) -> int:
 
 
 def _data_facts(plan: Plan) -> dict[str, Any]:
-    data = (plan.data_dir / "train.bin").read_bytes()
+    given = plan.options.data_dir
     return {
-        "source": "given" if plan.options.data_dir else "built-in corpus",
-        "train_tokens": len(data) // 2,
-        "train_sha256": hashlib.sha256(data).hexdigest(),
+        "source": "built-in corpus" if given is None else given.resolve().name,
+        "train_tokens": (plan.data_dir / "train.bin").stat().st_size // 2,
     }
 
 
@@ -268,7 +267,9 @@ def _planned(argv: list[str] | None, folder: Path) -> tuple[Plan, Path]:
         plan = Plan.of(options, prepare_builtin(folder / "data").data_dir)
     else:
         plan = Plan.of(options, options.data_dir)
-    plan.batches()
+    plan.batches(options.vocab_size)
+    if importlib.util.find_spec("matplotlib") is None:
+        raise ModuleNotFoundError('the chart needs matplotlib: pip install -e ".[bench]"')
     out = options.out
     if out is None:
         now = datetime.now(timezone.utc).strftime("%Y-%m-%dT%H-%M-%S")
@@ -282,14 +283,20 @@ def _planned(argv: list[str] | None, folder: Path) -> tuple[Plan, Path]:
 
 def main(argv: list[str] | None = None) -> int:
     """Measure, print the table, write run.json and run.png; the exit code: 0, or 2 for a wrong
-    argument or data set.
+    argument or data set, or without matplotlib.
     """
     console = Console(highlight=False)
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         try:
             plan, out = _planned(argv, folder)
-        except (ValueError, FileNotFoundError, FileExistsError, NotADirectoryError) as error:
+        except (
+            ValueError,
+            FileNotFoundError,
+            FileExistsError,
+            NotADirectoryError,
+            ModuleNotFoundError,
+        ) as error:
             Console(stderr=True, markup=False, highlight=False, soft_wrap=True).print(
                 f"error: {error}", style="bold red"
             )
@@ -298,8 +305,8 @@ def main(argv: list[str] | None = None) -> int:
             console.print("No CUDA GPU: a small size on the CPU.")
         run = _measure(plan, folder, console)
     (out / "run.json").write_text(json.dumps(run, indent=1, allow_nan=False) + "\n")
-    _report.chart(run, out / "run.png")
     console.print(_report.table(run))
+    _report.chart(run, out / "run.png")
     console.print(f"wrote {out / 'run.json'} and {out / 'run.png'}", soft_wrap=True)
     return 0
 

@@ -147,7 +147,7 @@ def test_a_compiled_variant_is_what_speed_ups_refer_to(tmp_path: Path) -> None:
     compiled = record["variants"]["sdpa_compile"]
     if compiled["failure"] is not None:
         pytest.skip(compiled["failure"])
-    assert record["data"]["source"] == "given"
+    assert record["data"]["source"] == "small"
     assert record["baseline"] == "sdpa_compile" and compiled["speedup"] == 1.0
     eager_speed = record["variants"]["sdpa"]
     ratio = eager_speed["tokens_per_s"]["median"] / compiled["tokens_per_s"]["median"]
@@ -243,6 +243,14 @@ def test_refused_arguments(
     captured = capsys.readouterr()
     assert message in captured.err + captured.out
     assert not (tmp_path / "out").exists()
+
+
+def test_matplotlib_is_missed_before_anything_is_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert bench.main([*TINY, f"--data_dir={data_set(tmp_path)}", f"--out={tmp_path}"]) == 2
+    assert 'pip install -e ".[bench]"' in capsys.readouterr().err
 
 
 def test_a_variant_twice_is_refused() -> None:
