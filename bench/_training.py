@@ -116,7 +116,7 @@ class Options:
 
 
 CPU_OPTIONS = Options(
-    batch_size=4, block_size=64, n_layer=2, n_head=4, n_embd=128, vocab_size=256, loss_steps=20
+    batch_size=2, block_size=64, n_layer=2, n_head=4, n_embd=128, vocab_size=256, loss_steps=20
 )
 
 

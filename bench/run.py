@@ -302,7 +302,9 @@ def main(argv: list[str] | None = None) -> int:
             )
             return 2
         if plan.device.type == "cpu":
-            console.print("No CUDA GPU: a small size on the CPU.")
+            # At this size threads only wait for each other, and the longer the busier the machine.
+            torch.set_num_threads(1)
+            console.print("No CUDA GPU: a small size on the CPU, in one thread.")
         run = _measure(plan, folder, console)
     (out / "run.json").write_text(json.dumps(run, indent=1, allow_nan=False) + "\n")
     console.print(_report.table(run))
