@@ -12,7 +12,6 @@ from torch import Tensor
 
 from fastgpt.kernels import portable
 
-
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
