@@ -55,21 +55,28 @@ SMALL_MEMORY_TILES: _Tiles = TENSOR_CORE_TILES | {
 
 # float32: IEEE products are FMAs from registers; TF32 fits wherever they do.
 FLOAT32_TILES: _Tiles = {
-    ("fwd", 16): (64, 64, 8, 1),
-    ("fwd", 32): (64, 64, 8, 1),
+    ("fwd", 16): (32, 32, 4, 1),
+    ("fwd", 32): (32, 32, 4, 1),
+    ("fwd", 32, "dropout"): (32, 16, 4, 1),
     ("fwd", 64): (64, 32, 8, 1),
-    ("fwd", 128): (32, 32, 8, 1),
+    ("fwd", 64, "dropout"): (32, 32, 4, 1),
+    ("fwd", 128): (16, 16, 4, 1),
+    ("fwd", 128, "dropout"): (16, 16, 8, 1),
     ("fwd", 256): (16, 16, 8, 1),
-    ("dq", 16): (64, 32, 8, 1),
-    ("dq", 32): (64, 32, 8, 1),
+    ("fwd", 256, "dropout"): (32, 16, 8, 1),
+    ("dq", 16): (32, 32, 4, 1),
+    ("dq", 32): (32, 32, 8, 1),
     ("dq", 64): (32, 32, 8, 1),
     ("dq", 128): (16, 16, 8, 1),
-    ("dq", 256): (16, 16, 8, 1),
+    ("dq", 256): (16, 16, 8, 2),
     ("dkdv", 16): (32, 64, 8, 1),
+    ("dkdv", 16, "dropout"): (32, 32, 4, 1),
     ("dkdv", 32): (32, 64, 8, 1),
     ("dkdv", 64): (32, 32, 8, 1),
-    ("dkdv", 128): (16, 32, 8, 1),
+    ("dkdv", 64, "dropout"): (16, 32, 8, 1),
+    ("dkdv", 128): (16, 16, 8, 1),
     ("dkdv", 256): (16, 16, 8, 1),
+    ("dkdv", 256, "dropout"): (16, 16, 4, 2),
 }
 
 # The interpreter pays by the operation, not by the register.

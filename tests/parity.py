@@ -1,7 +1,9 @@
 """The one rule by which every op is compared: error(kernel) <= 2 * error(PyTorch) + 1e-5.
 
-Both errors are the largest deviation from the plain op in float64 on the same inputs, for the
-output and for each gradient; PyTorch computes in the dtype of the kernel.
+Both errors are deviations from the plain op in float64 on the same inputs, for the output and for
+each gradient; PyTorch computes in the dtype of the kernel. The rule holds for the root mean square,
+and for the largest deviation, which has one rounding of its element more: among a few hundred
+elements in half precision the largest of PyTorch's errors is a matter of luck.
 """
 
 from collections.abc import Callable, Sequence
@@ -32,11 +34,7 @@ def _run(
     op: Callable[..., Tensor], inputs: Sequence[Tensor], grad: Tensor, dtype: torch.dtype
 ) -> list[Tensor]:
     """The output and the gradients of all inputs, in float64."""
-    leaves = []
-    for x in inputs:
-        # Same strides as the input, so that the op meets the layout that the test asks for.
-        leaf = x.detach().to(dtype) if x.dtype != dtype else x.detach()
-        leaves.append(leaf.requires_grad_())
+    leaves = [x.detach().to(dtype).requires_grad_() for x in inputs]  # strides are kept
     out = op(*leaves)
     gradients = torch.autograd.grad(out, leaves, grad.to(out.dtype))
     return [t.detach().double() for t in (out, *gradients)]
@@ -63,5 +61,12 @@ def assert_parity(
         assert not x.isnan().any(), f"{name}: NaN, or memory that no kernel wrote"
         if z.numel() == 0:
             continue
-        error, allowed = (x - z).abs().max(), 2 * (y - z).abs().max() + 1e-5
-        assert error <= allowed, f"{name}: error {error:.3g}, allowed {allowed:.3g}"
+        error, allowed = (x - z).abs(), 2 * (y - z).abs().max() + 1e-5
+        excess = (error - torch.finfo(dtype).eps * z.abs()).max()
+        assert excess <= allowed, f"{name}: error {error.max():.3g}, allowed {allowed:.3g}"
+        rms, allowed = _rms(x - z), 2 * _rms(y - z) + 1e-5
+        assert rms <= allowed, f"{name}: RMS error {rms:.3g}, allowed {allowed:.3g}"
+
+
+def _rms(x: Tensor) -> Tensor:
+    return x.square().mean().sqrt()

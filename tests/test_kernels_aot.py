@@ -67,11 +67,7 @@ def _check_fits(name: str, compiled: Compiled, capability: int) -> None:
     assert compiled.shared_memory <= limit, f"{name}: {compiled.shared_memory} > {limit} bytes"
 
 
-@pytest.mark.parametrize("capability", CAPABILITIES)
-@pytest.mark.parametrize("dropout_p", [0.0, 0.1], ids=["plain", "dropout"])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
-@pytest.mark.parametrize("head_size", [16, 32, 64, 80, 128, 256])
-def test_attention(
+def _check_attention(
     launches, head_size: int, dtype: torch.dtype, dropout_p: float, capability: int
 ) -> None:
     def run() -> None:
@@ -87,6 +83,25 @@ def test_attention(
             assert compiled.instructions[TENSOR_CORES[capability]] > 0, f"{name}: no tensor cores"
 
 
+@pytest.mark.parametrize("capability", CAPABILITIES)
+@pytest.mark.parametrize("head_size,dropout_p", [(64, 0.0), (64, 0.1), (128, 0.0)])
+def test_attention(launches, head_size: int, dropout_p: float, capability: int) -> None:
+    _check_attention(launches, head_size, torch.bfloat16, dropout_p, capability)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("capability", CAPABILITIES)
+@pytest.mark.parametrize("dropout_p", [0.0, 0.1], ids=["plain", "dropout"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("head_size", [16, 32, 64, 80, 128, 256])
+def test_attention_every_tile(
+    launches, head_size: int, dtype: torch.dtype, dropout_p: float, capability: int
+) -> None:
+    """Every line of the launch tables."""
+    _check_attention(launches, head_size, dtype, dropout_p, capability)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("capability", CAPABILITIES)
 def test_attention_full_and_separate(launches, capability: int) -> None:
     """The other variants of the kernels: no causal mask, odd strides and head size, fp16, TF32."""
@@ -107,9 +122,17 @@ def test_attention_full_and_separate(launches, capability: int) -> None:
         _check_fits(*_compile(launch, capability), capability)
 
 
+_WIDE = [
+    pytest.param(width, dtype, marks=pytest.mark.slow)
+    for width in (65, 384, 1600, 8192, 16384)
+    for dtype in (torch.bfloat16, torch.float32)
+]
+
+
 @pytest.mark.parametrize("capability", CAPABILITIES)
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
-@pytest.mark.parametrize("width", [65, 384, 768, 1600, 8192, 16384])
+@pytest.mark.parametrize(
+    "width,dtype", [(768, torch.bfloat16), (768, torch.float32), *_WIDE], ids=str
+)
 def test_layer_norm(launches, width: int, dtype: torch.dtype, capability: int) -> None:
     def run() -> None:
         x, weight, bias = (

@@ -101,7 +101,6 @@ def training_losses(ops: ModuleType, device: str, steps: int) -> Tensor:
     return torch.stack(losses).cpu()
 
 
-@pytest.mark.slow
 def test_training_for_100_steps(ops, device):
     ours, plain = (training_losses(o, device, steps=100) for o in (ops, reference))
     assert plain[-10:].mean() < plain[:10].mean() - 1.0  # it learns
@@ -197,7 +196,6 @@ def _has_cpp_compiler() -> bool:
     return any(shutil.which(name) for name in (os.environ.get("CXX", ""), "g++", "clang++"))
 
 
-@pytest.mark.slow
 def test_inductor(device):
     """Also the dispatch: on a GPU this compiles the Triton kernels into the graph."""
     if device == "cpu" and not _has_cpp_compiler():
