@@ -36,12 +36,13 @@ TENSOR_CORE_TILES: _Tiles = {
     ("dq", 32): (64, 64, 4, 2),
     ("dq", 64): (64, 64, 4, 2),
     ("dq", 128): (64, 32, 4, 2),
-    ("dq", 256): (32, 32, 8, 1),
+    ("dq", 256): (64, 32, 8, 2),
     ("dkdv", 16): (64, 64, 4, 2),
     ("dkdv", 32): (64, 64, 4, 2),
     ("dkdv", 64): (32, 128, 8, 2),
     ("dkdv", 128): (32, 64, 8, 2),
-    ("dkdv", 256): (16, 32, 8, 1),
+    ("dkdv", 256): (16, 64, 8, 3),
+    ("dkdv", 256, "dropout"): (16, 32, 8, 1),
 }
 
 # Elsewhere (sm_80, sm_86, sm_89, sm_120) operands pass through registers, and some have 99 KB only.
@@ -49,8 +50,13 @@ SMALL_MEMORY_TILES: _Tiles = TENSOR_CORE_TILES | {
     ("fwd", 32, "dropout"): (64, 64, 4, 2),
     ("fwd", 64, "dropout"): (64, 32, 4, 2),
     ("fwd", 128): (64, 32, 4, 2),
+    ("dq", 16): (64, 32, 4, 2),
     ("dq", 64): (64, 32, 4, 2),
     ("dq", 64, "dropout"): (64, 32, 8, 2),
+    ("dq", 256): (32, 32, 8, 1),
+    ("dkdv", 32, "dropout"): (32, 64, 8, 2),
+    ("dkdv", 128): (32, 64, 8, 1),
+    ("dkdv", 256): (16, 32, 8, 1),
 }
 
 # float32: IEEE products are FMAs from registers; TF32 fits wherever they do.
@@ -74,9 +80,9 @@ FLOAT32_TILES: _Tiles = {
     ("dkdv", 32): (32, 64, 8, 1),
     ("dkdv", 64): (32, 32, 8, 1),
     ("dkdv", 64, "dropout"): (16, 32, 8, 1),
-    ("dkdv", 128): (16, 16, 8, 1),
+    ("dkdv", 128): (16, 16, 8, 2),
     ("dkdv", 256): (16, 16, 8, 1),
-    ("dkdv", 256, "dropout"): (16, 16, 4, 2),
+    ("dkdv", 256, "dropout"): (16, 16, 8, 2),
 }
 
 # The interpreter pays by the operation, not by the register.
@@ -111,6 +117,13 @@ def _launch(
 
 def _statistic(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def _by_strides(x: Tensor) -> tuple[Tensor, int, int, int]:
+    """x (B, H, T, D) and its strides, as the kernels take it: with the elements of a head adjacent.
+    Where they are not, one copy is less work than scattered reads for every tile."""
+    x = x if x.stride(3) == 1 else x.contiguous()
+    return x, x.stride(0), x.stride(1), x.stride(2)
 
 
 def _settings(
@@ -148,12 +161,9 @@ def _attention_fwd(
         blocks = triton.cdiv(n_queries, constexprs["BLOCK_M"])
         with _common.on_device(q):
             _attention_fwd_kernel[(blocks * batch * n_head,)](
-                q,
-                *q.stride(),
-                k,
-                *k.stride(),
-                v,
-                *v.stride(),
+                *_by_strides(q),
+                *_by_strides(k),
+                *_by_strides(v),
                 out,
                 lse,
                 seed,
@@ -188,7 +198,7 @@ def _attention_bwd(
     dout = dout.contiguous()
     delta = torch.empty_like(lse)
     scales = dict(qk_scale=scale * _common.LOG2_E, scale=scale)
-    inputs = (q, *q.stride(), k, *k.stride(), v, *v.stride())
+    inputs = (*_by_strides(q), *_by_strides(k), *_by_strides(v))
     with _common.on_device(q):
         if dq.numel():
             numbers, constexprs = _settings("dq", q, causal, dropout_p)
@@ -331,10 +341,10 @@ def _attention_qkvpacked_bwd_op(
     dropout_p: float,
 ) -> Tensor:
     dqkv = torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device)
-    grads = (x.transpose(1, 2) for x in split_heads(dqkv, n_head))
+    q, k, v = split_heads(qkv, n_head)
+    dq, dk, dv = (x.transpose(1, 2) for x in split_heads(dqkv, n_head))
     dout, out = (x.unflatten(2, (n_head, -1)) for x in (dout, out))
-    inputs = split_heads(qkv, n_head)
-    _attention_bwd(dout, *inputs, out, lse, *grads, causal, scale, dropout_p, seed)
+    _attention_bwd(dout, q, k, v, out, lse, dq, dk, dv, causal, scale, dropout_p, seed)
     return dqkv
 
 
@@ -389,9 +399,10 @@ def attention(
     arXiv:2307.08691). Memory is linear in Tq and Tk; the backward is deterministic.
 
     Args:
-        q: (B, H, Tq, D), any strides, D from 1 to 256; float32, float16 or bfloat16, on a CUDA
-            device. Under autocast q, k and v are cast to its dtype.
-        k, v: (B, H, Tk, D), any strides, Tk at least 1; dtype and device of q.
+        q: (B, H, Tq, D), D from 1 to 256; float32, float16 or bfloat16, on a CUDA device. Any
+            strides; it is copied only if the elements of a head are not adjacent. Under autocast
+            q, k and v are cast to its dtype.
+        k, v: (B, H, Tk, D), Tk at least 1; dtype and device of q, strides likewise.
         causal: query i sees the keys j <= i, counted from the start of both as in
             ``F.scaled_dot_product_attention(is_causal=True)``.
         scale: factor of q kᵀ, positive; 1 / sqrt(D) if None.
@@ -430,7 +441,7 @@ def attention_qkvpacked(
     side in each. Nothing is split, transposed or gathered, forward or backward.
 
     Args:
-        qkv: (B, T, 3C), any strides, T at least 1, C = n_head * D; else as q in ``attention``.
+        qkv: (B, T, 3C), T at least 1, C = n_head * D; else as q in ``attention``.
         n_head: number of heads.
         causal, scale, dropout_p, seed: as in ``attention``.
 

@@ -2,7 +2,7 @@
 
     S = scale * Q Kᵀ     P = softmax(S) over the visible keys     O = dropout(P) V
 
-q is (B, H, Tq, D), k and v (B, H, Tk, D), read by strides: packed (B, T, 3C) is the same kernel.
+q is (B, H, Tq, D), k and v (B, H, Tk, D), read by strides, packed (B, T, 3C) as much as separate.
 The forward is the online softmax of FlashAttention-2 (Dao 2023, arXiv:2307.08691): a program owns a
 block of queries, walks over the keys and rescales what it has when the running maximum grows. It
 works in base 2: P = 2^(S log2(e) - lse). Saved for backward: q, k, v, O, and lse (B, H, Tq) in
@@ -35,12 +35,12 @@ def _head(ptr, stride_b, stride_h, batch_head, n_head):
 
 @triton.jit
 def _tile_ptrs(
-    ptr, stride_t, stride_d, start, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr
+    ptr, stride_t, start, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr
 ):  # fmt: skip
     """Pointers to rows start .. start + BLOCK_T; only the row of the tile needs 64 bits."""
     offs_t, offs_d = tl.arange(0, BLOCK_T), tl.arange(0, BLOCK_D)
     tile_ptr = ptr + tl.cast(start, tl.int64) * stride_t
-    return tile_ptr + offs_t[:, None] * stride_t + offs_d[None, :] * stride_d
+    return tile_ptr + offs_t[:, None] * stride_t + offs_d[None, :]
 
 
 @triton.jit
@@ -54,11 +54,11 @@ def _tile_mask(
 
 @triton.jit
 def _load_tile(
-    ptr, stride_t, stride_d, start, n_rows,
+    ptr, stride_t, start, n_rows,
     MASKED: tl.constexpr, HEAD: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """(BLOCK_T, BLOCK_D) of a (n_rows, HEAD) matrix, 0 outside. Not MASKED: all its rows exist."""
-    ptrs = _tile_ptrs(ptr, stride_t, stride_d, start, BLOCK_T, BLOCK_D)
+    ptrs = _tile_ptrs(ptr, stride_t, start, BLOCK_T, BLOCK_D)
     if MASKED:
         tile = tl.load(ptrs, mask=_tile_mask(start, n_rows, HEAD, BLOCK_T, BLOCK_D), other=0.0)
     elif HEAD == BLOCK_D:
@@ -73,7 +73,7 @@ def _store_tile(
     ptr, stride_t, start, n_rows, tile, HEAD: tl.constexpr, BLOCK_T: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    ptrs = _tile_ptrs(ptr, stride_t, 1, start, BLOCK_T, BLOCK_D)
+    ptrs = _tile_ptrs(ptr, stride_t, start, BLOCK_T, BLOCK_D)
     mask = _tile_mask(start, n_rows, HEAD, BLOCK_T, BLOCK_D)
     tl.store(ptrs, tile.to(ptr.dtype.element_ty), mask=mask)
 
@@ -100,7 +100,7 @@ def _visible(offs_m, offs_n, n_keys, CAUSAL: tl.constexpr):
 def _attention_fwd_tiles(
     acc, row_max, row_sum,  # (BLOCK_M, BLOCK_D), (BLOCK_M), (BLOCK_M): the state of the softmax
     q, offs_m,
-    k_ptr, k_stride_t, k_stride_d, v_ptr, v_stride_t, v_stride_d,
+    k_ptr, k_stride_t, v_ptr, v_stride_t,
     start, stop, n_keys, qk_scale, seed, batch_head, threshold,
     MASKED: tl.constexpr, CAUSAL: tl.constexpr, DROPOUT: tl.constexpr,
     PRECISION: tl.constexpr, ACC: tl.constexpr, HEAD: tl.constexpr,
@@ -108,12 +108,8 @@ def _attention_fwd_tiles(
 ):  # fmt: skip
     """Attend to keys start .. stop. MASKED: the tiles cross the diagonal or the end of the keys."""
     for start_n in range(start, stop, BLOCK_N):
-        k = _load_tile(
-            k_ptr, k_stride_t, k_stride_d, start_n, n_keys, MASKED, HEAD, BLOCK_N, BLOCK_D
-        )
-        v = _load_tile(
-            v_ptr, v_stride_t, v_stride_d, start_n, n_keys, MASKED, HEAD, BLOCK_N, BLOCK_D
-        )
+        k = _load_tile(k_ptr, k_stride_t, start_n, n_keys, MASKED, HEAD, BLOCK_N, BLOCK_D)
+        v = _load_tile(v_ptr, v_stride_t, start_n, n_keys, MASKED, HEAD, BLOCK_N, BLOCK_D)
         scores = tl.dot(q, tl.trans(k), input_precision=PRECISION, out_dtype=ACC)
         if MASKED:
             # A value that is not finite must reach the rows that see it and no other.
@@ -137,9 +133,9 @@ def _attention_fwd_tiles(
 
 @triton.jit(do_not_specialize_on_alignment=["seed_ptr"])
 def _attention_fwd_kernel(
-    q_ptr, q_stride_b, q_stride_h, q_stride_t, q_stride_d,  # (B, H, n_queries, HEAD)
-    k_ptr, k_stride_b, k_stride_h, k_stride_t, k_stride_d,  # (B, H, n_keys, HEAD)
-    v_ptr, v_stride_b, v_stride_h, v_stride_t, v_stride_d,  # (B, H, n_keys, HEAD)
+    q_ptr, q_stride_b, q_stride_h, q_stride_t,  # (B, H, n_queries, HEAD), HEAD adjacent
+    k_ptr, k_stride_b, k_stride_h, k_stride_t,  # (B, H, n_keys, HEAD)
+    v_ptr, v_stride_b, v_stride_h, v_stride_t,  # (B, H, n_keys, HEAD)
     out_ptr,  # (B, n_queries, H, HEAD), contiguous
     lse_ptr,  # (B, H, n_queries), contiguous; base 2
     seed_ptr,  # (1), read only if DROPOUT
@@ -157,7 +153,7 @@ def _attention_fwd_kernel(
     q_ptr = _head(q_ptr, q_stride_b, q_stride_h, batch_head, n_head)
     k_ptr = _head(k_ptr, k_stride_b, k_stride_h, batch_head, n_head)
     v_ptr = _head(v_ptr, v_stride_b, v_stride_h, batch_head, n_head)
-    q = _load_tile(q_ptr, q_stride_t, q_stride_d, start_m, n_queries, True, HEAD, BLOCK_M, BLOCK_D)
+    q = _load_tile(q_ptr, q_stride_t, start_m, n_queries, True, HEAD, BLOCK_M, BLOCK_D)
     seed = tl.load(seed_ptr) if DROPOUT else 0
 
     acc = tl.zeros([BLOCK_M, BLOCK_D], dtype=ACC)
@@ -173,7 +169,7 @@ def _attention_fwd_kernel(
     for masked in tl.static_range(2):
         acc, row_max, row_sum = _attention_fwd_tiles(
             acc, row_max, row_sum, q, offs_m,
-            k_ptr, k_stride_t, k_stride_d, v_ptr, v_stride_t, v_stride_d,
+            k_ptr, k_stride_t, v_ptr, v_stride_t,
             full if masked else 0, stop if masked else full,
             n_keys, qk_scale, seed, batch_head, threshold,
             masked == 1, CAUSAL, DROPOUT, PRECISION, ACC, HEAD, BLOCK_M, BLOCK_N, BLOCK_D,
@@ -195,7 +191,7 @@ def _attention_fwd_kernel(
 @triton.jit
 def _attention_dq_tiles(
     dq, q, dout, lse, delta, offs_m,
-    k_ptr, k_stride_t, k_stride_d, v_ptr, v_stride_t, v_stride_d,
+    k_ptr, k_stride_t, v_ptr, v_stride_t,
     start, stop, n_keys, qk_scale, seed, batch_head, threshold, keep_scale,
     MASKED: tl.constexpr, CAUSAL: tl.constexpr, DROPOUT: tl.constexpr,
     PRECISION: tl.constexpr, ACC: tl.constexpr, HEAD: tl.constexpr,
@@ -203,12 +199,8 @@ def _attention_dq_tiles(
 ):  # fmt: skip
     """Add what keys start .. stop give to dq / scale."""
     for start_n in range(start, stop, BLOCK_N):
-        k = _load_tile(
-            k_ptr, k_stride_t, k_stride_d, start_n, n_keys, MASKED, HEAD, BLOCK_N, BLOCK_D
-        )
-        v = _load_tile(
-            v_ptr, v_stride_t, v_stride_d, start_n, n_keys, MASKED, HEAD, BLOCK_N, BLOCK_D
-        )
+        k = _load_tile(k_ptr, k_stride_t, start_n, n_keys, MASKED, HEAD, BLOCK_N, BLOCK_D)
+        v = _load_tile(v_ptr, v_stride_t, start_n, n_keys, MASKED, HEAD, BLOCK_N, BLOCK_D)
         scores = tl.dot(q, tl.trans(k), input_precision=PRECISION, out_dtype=ACC)
         probs = tl.exp2(scores * qk_scale - lse[:, None])
         dprobs = tl.dot(dout, tl.trans(v), input_precision=PRECISION, out_dtype=ACC)
@@ -226,9 +218,9 @@ def _attention_dq_tiles(
 
 @triton.jit(do_not_specialize_on_alignment=["seed_ptr"])
 def _attention_bwd_dq_kernel(
-    q_ptr, q_stride_b, q_stride_h, q_stride_t, q_stride_d,  # (B, H, n_queries, HEAD)
-    k_ptr, k_stride_b, k_stride_h, k_stride_t, k_stride_d,  # (B, H, n_keys, HEAD)
-    v_ptr, v_stride_b, v_stride_h, v_stride_t, v_stride_d,  # (B, H, n_keys, HEAD)
+    q_ptr, q_stride_b, q_stride_h, q_stride_t,  # (B, H, n_queries, HEAD), HEAD adjacent
+    k_ptr, k_stride_b, k_stride_h, k_stride_t,  # (B, H, n_keys, HEAD)
+    v_ptr, v_stride_b, v_stride_h, v_stride_t,  # (B, H, n_keys, HEAD)
     out_ptr,  # (B, n_queries, H, HEAD), contiguous
     dout_ptr,  # (B, n_queries, H, HEAD), contiguous
     lse_ptr,  # (B, H, n_queries), contiguous; base 2
@@ -254,12 +246,12 @@ def _attention_bwd_dq_kernel(
     dout_ptr = _head(dout_ptr, out_stride_b, HEAD, batch_head, n_head)
     row_offset = batch_head.to(tl.int64) * n_queries
 
-    out = _load_tile(out_ptr, out_stride_t, 1, start_m, n_queries, True, HEAD, BLOCK_M, BLOCK_D)
-    dout = _load_tile(dout_ptr, out_stride_t, 1, start_m, n_queries, True, HEAD, BLOCK_M, BLOCK_D)
+    out = _load_tile(out_ptr, out_stride_t, start_m, n_queries, True, HEAD, BLOCK_M, BLOCK_D)
+    dout = _load_tile(dout_ptr, out_stride_t, start_m, n_queries, True, HEAD, BLOCK_M, BLOCK_D)
     delta = tl.sum(out.to(ACC) * dout.to(ACC), axis=1)
     tl.store(delta_ptr + row_offset + offs_m, delta, mask=mask_m)
     lse = tl.load(lse_ptr + row_offset + offs_m, mask=mask_m, other=0.0)
-    q = _load_tile(q_ptr, q_stride_t, q_stride_d, start_m, n_queries, True, HEAD, BLOCK_M, BLOCK_D)
+    q = _load_tile(q_ptr, q_stride_t, start_m, n_queries, True, HEAD, BLOCK_M, BLOCK_D)
     seed = tl.load(seed_ptr) if DROPOUT else 0
 
     dq = tl.zeros([BLOCK_M, BLOCK_D], dtype=ACC)
@@ -272,7 +264,7 @@ def _attention_bwd_dq_kernel(
     for masked in tl.static_range(2):
         dq = _attention_dq_tiles(
             dq, q, dout, lse, delta, offs_m,
-            k_ptr, k_stride_t, k_stride_d, v_ptr, v_stride_t, v_stride_d,
+            k_ptr, k_stride_t, v_ptr, v_stride_t,
             full if masked else 0, stop if masked else full,
             n_keys, qk_scale, seed, batch_head, threshold, keep_scale,
             masked == 1, CAUSAL, DROPOUT, PRECISION, ACC, HEAD, BLOCK_M, BLOCK_N, BLOCK_D,
@@ -284,7 +276,7 @@ def _attention_bwd_dq_kernel(
 @triton.jit
 def _attention_dkdv_tiles(
     dk, dv, k, v, start_n, offs_n,
-    q_ptr, q_stride_t, q_stride_d, dout_ptr, dout_stride_t, lse_ptr, delta_ptr,
+    q_ptr, q_stride_t, dout_ptr, dout_stride_t, lse_ptr, delta_ptr,
     start, stop, n_queries, qk_scale, seed, batch_head, threshold, keep_scale,
     MASKED: tl.constexpr, CAUSAL: tl.constexpr, DROPOUT: tl.constexpr,
     PRECISION: tl.constexpr, ACC: tl.constexpr, HEAD: tl.constexpr,
@@ -294,11 +286,9 @@ def _attention_dkdv_tiles(
     that each product takes what the one before it left in registers."""
     for start_m in range(start, stop, BLOCK_M):
         offs_m = start_m + tl.arange(0, BLOCK_M)
-        q = _load_tile(
-            q_ptr, q_stride_t, q_stride_d, start_m, n_queries, MASKED, HEAD, BLOCK_M, BLOCK_D
-        )
+        q = _load_tile(q_ptr, q_stride_t, start_m, n_queries, MASKED, HEAD, BLOCK_M, BLOCK_D)
         dout = _load_tile(
-            dout_ptr, dout_stride_t, 1, start_m, n_queries, MASKED, HEAD, BLOCK_M, BLOCK_D
+            dout_ptr, dout_stride_t, start_m, n_queries, MASKED, HEAD, BLOCK_M, BLOCK_D
         )
         # Past the last query q, dout and delta are 0, so those rows add 0 to both sums.
         mask_m = offs_m < n_queries
@@ -325,9 +315,9 @@ def _attention_dkdv_tiles(
 
 @triton.jit(do_not_specialize_on_alignment=["seed_ptr"])
 def _attention_bwd_dkdv_kernel(
-    q_ptr, q_stride_b, q_stride_h, q_stride_t, q_stride_d,  # (B, H, n_queries, HEAD)
-    k_ptr, k_stride_b, k_stride_h, k_stride_t, k_stride_d,  # (B, H, n_keys, HEAD)
-    v_ptr, v_stride_b, v_stride_h, v_stride_t, v_stride_d,  # (B, H, n_keys, HEAD)
+    q_ptr, q_stride_b, q_stride_h, q_stride_t,  # (B, H, n_queries, HEAD), HEAD adjacent
+    k_ptr, k_stride_b, k_stride_h, k_stride_t,  # (B, H, n_keys, HEAD)
+    v_ptr, v_stride_b, v_stride_h, v_stride_t,  # (B, H, n_keys, HEAD)
     dout_ptr,  # (B, n_queries, H, HEAD), contiguous
     lse_ptr,  # (B, H, n_queries), contiguous; base 2
     delta_ptr,  # (B, H, n_queries), contiguous
@@ -352,8 +342,8 @@ def _attention_bwd_dkdv_kernel(
     lse_ptr += batch_head.to(tl.int64) * n_queries
     delta_ptr += batch_head.to(tl.int64) * n_queries
 
-    k = _load_tile(k_ptr, k_stride_t, k_stride_d, start_n, n_keys, True, HEAD, BLOCK_N, BLOCK_D)
-    v = _load_tile(v_ptr, v_stride_t, v_stride_d, start_n, n_keys, True, HEAD, BLOCK_N, BLOCK_D)
+    k = _load_tile(k_ptr, k_stride_t, start_n, n_keys, True, HEAD, BLOCK_N, BLOCK_D)
+    v = _load_tile(v_ptr, v_stride_t, start_n, n_keys, True, HEAD, BLOCK_N, BLOCK_D)
     seed = tl.load(seed_ptr) if DROPOUT else 0
     dk = tl.zeros([BLOCK_N, BLOCK_D], dtype=ACC)
     dv = tl.zeros([BLOCK_N, BLOCK_D], dtype=ACC)
@@ -367,7 +357,7 @@ def _attention_bwd_dkdv_kernel(
     for stage in tl.static_range(3):
         dk, dv = _attention_dkdv_tiles(
             dk, dv, k, v, start_n, offs_n,
-            q_ptr, q_stride_t, q_stride_d, dout_ptr, dout_stride_t, lse_ptr, delta_ptr,
+            q_ptr, q_stride_t, dout_ptr, dout_stride_t, lse_ptr, delta_ptr,
             first if stage == 0 else (full if stage == 1 else tail),
             tl.minimum(full, n_queries) if stage == 0 else (tail if stage == 1 else n_queries),
             n_queries, qk_scale, seed, batch_head, threshold, keep_scale,

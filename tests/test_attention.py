@@ -3,6 +3,7 @@ registration, errors. What the mask and the dropout promise is in test_attention
 """
 
 from functools import partial
+from typing import Any
 
 import parity
 import pytest
@@ -44,8 +45,10 @@ def test_as_accurate_as_sdpa(device: str, dtype: torch.dtype) -> None:
     """PyTorch's flash kernel rounds less than the plain op in low precision: the closer rival."""
     qkv = torch.randn(2, 129, 3 * 128, device=device).to(dtype)
     grad = torch.randn(2, 129, 128, device=device).to(dtype)
-    ops = [partial(m.attention_qkvpacked, n_head=2) for m in (fused, portable, reference)]
-    parity.assert_parity(*ops, [qkv], grad, ["qkv"])
+    kernel, pytorch, plain = (
+        partial(m.attention_qkvpacked, n_head=2) for m in (fused, portable, reference)
+    )
+    parity.assert_parity(kernel, pytorch, plain, [qkv], grad, ["qkv"])
 
 
 @pytest.mark.parametrize("causal", [True, False], ids=["causal", "full"])
@@ -61,7 +64,7 @@ def test_parity_separate(device: str, n_queries: int, head_size: int, causal: bo
         for i, length in enumerate((n_queries, n_keys, n_keys))
     )
     grad = parity.randn(q.shape, dtype, device, "strided")
-    options = dict(causal=causal, scale=None if case % 2 else 0.3)
+    options: dict[str, Any] = dict(causal=causal, scale=None if case % 2 else 0.3)
     kernel, plain = (partial(m.attention, **options) for m in (fused, reference))
     parity.assert_parity(kernel, plain, plain, [q, k, v], grad, ["q", "k", "v"])
 
@@ -99,7 +102,7 @@ def test_parity_of_every_size_class(device: str, head_size: int, dtype: torch.dt
 def test_parity_with_dropout(device: str, dtype: torch.dtype, causal: bool) -> None:
     """The plain op applies the same mask, so output and gradients must agree, not only the rate."""
     q, k, v, grad = torch.randn(4, 1, 2, 129, 25, device=device).to(dtype)
-    options = dict(causal=causal, dropout_p=0.3, seed=_seed(device))
+    options: dict[str, Any] = dict(causal=causal, dropout_p=0.3, seed=_seed(device))
     kernel = partial(fused.attention, **options)
     plain = partial(reference.attention, **options)
     parity.assert_parity(kernel, plain, plain, [q, k, v], grad, ["q", "k", "v"])
@@ -108,7 +111,7 @@ def test_parity_with_dropout(device: str, dtype: torch.dtype, causal: bool) -> N
 @pytest.mark.parametrize("dtype", parity.DTYPES, ids=str)
 def test_parity_packed_with_dropout(device: str, dtype: torch.dtype) -> None:
     qkv, grad = torch.randn(2, 70, 3 * 48, device=device), torch.randn(2, 70, 48, device=device)
-    options = dict(n_head=3, dropout_p=0.1, seed=_seed(device))
+    options: dict[str, Any] = dict(n_head=3, dropout_p=0.1, seed=_seed(device))
     kernel = partial(fused.attention_qkvpacked, **options)
     plain = partial(reference.attention_qkvpacked, **options)
     parity.assert_parity(kernel, plain, plain, [qkv.to(dtype)], grad.to(dtype), ["qkv"])
@@ -118,7 +121,7 @@ def test_parity_packed_with_dropout(device: str, dtype: torch.dtype) -> None:
 def test_scores_of_any_size(device: str, factor: float) -> None:
     """Scores in the thousands overflow exp without the running maximum."""
     q, k, v, grad = torch.randn(4, 1, 2, 100, 64, device=device)
-    ops = [m.attention for m in (fused, portable, reference)]
+    ops = fused.attention, portable.attention, reference.attention
     parity.assert_parity(*ops, [factor * q, factor * k, v], grad, ["q", "k", "v"])
 
 
@@ -187,11 +190,12 @@ def test_opcheck(device: str) -> None:
     torch.library.opcheck(_attention_qkvpacked_op, (qkv, 2, True, 0.25, 0.5, seed))
     q, k, v, qkv = (x.detach() for x in (q, k, v, qkv))
     out, lse = _attention_op(q, k, v, True, 0.25, 0.0, None)
-    args = (torch.randn(1, 2, 16, 9, device=device).mT, q, k, v, out, lse, None, True, 0.25, 0.0)
-    torch.library.opcheck(_attention_bwd_op, args)
+    dout = torch.randn(1, 2, 16, 9, device=device).mT
+    separate = (dout, q, k, v, out, lse, None, True, 0.25, 0.0)
+    torch.library.opcheck(_attention_bwd_op, separate)
     out, lse = _attention_qkvpacked_op(qkv, 2, True, 0.25, 0.0, None)
-    args = (torch.randn_like(out), qkv, out, lse, None, 2, True, 0.25, 0.0)
-    torch.library.opcheck(_attention_qkvpacked_bwd_op, args)
+    packed = (torch.randn_like(out), qkv, out, lse, None, 2, True, 0.25, 0.0)
+    torch.library.opcheck(_attention_qkvpacked_bwd_op, packed)
 
 
 def test_float32_products_follow_pytorchs_switch() -> None:
@@ -210,7 +214,7 @@ def test_float32_products_follow_pytorchs_switch() -> None:
 def test_errors(op) -> None:
     q = torch.randn(1, 2, 4, 8)
     seed = _seed("cpu")
-    for error, message, args, options in [
+    cases: list[tuple[type[Exception], str, tuple[Tensor, ...], dict[str, Any]]] = [
         (ValueError, r"k must have shape \(1, 2, T, 8\)", (q, torch.randn(1, 3, 4, 8), q), {}),
         (ValueError, r"v must have the shape of k", (q, q, torch.randn(1, 2, 5, 8)), {}),
         (ValueError, r"q must have shape \(B, H, T, D\), got \(2, 4, 8\)", (q[0], q, q), {}),
@@ -225,7 +229,8 @@ def test_errors(op) -> None:
         (ValueError, r"seed must be an int64 tensor", (q, q, q), {"seed": seed.int()}),
         (ValueError, r"seed must be an int64 tensor", (q, q, q), {"seed": seed.repeat(2)}),
         (ValueError, r"seed must be on the device", (q, q, q), {"seed": seed.to("meta")}),
-    ]:
+    ]
+    for error, message, args, options in cases:
         with pytest.raises(error, match=message):
             op(*args, **options)
 

@@ -4,6 +4,7 @@ memory linear in T, no stray access.
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -105,7 +106,7 @@ def test_every_tile_shape_gives_the_same(
     monkeypatch.setattr(attention, "_launch", lambda *args: launch)
     q, k, v = (torch.randn(1, 2, t, 16) for t in (n_queries, n_keys, n_keys))
     for causal in (True, False):
-        options = dict(causal=causal, dropout_p=0.2, seed=torch.tensor([7]))
+        options: dict[str, Any] = dict(causal=causal, dropout_p=0.2, seed=torch.tensor([7]))
         leaves = [x.clone().requires_grad_() for x in (q, k, v)]
         y, z = fused.attention(*leaves, **options), reference.attention(*leaves, **options)
         grad = torch.randn_like(y)
@@ -125,7 +126,8 @@ def test_philox_known_answers() -> None:
         ((ones,) * 4, (ones << 32) | ones, (0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD)),
         (pi, (0x299F31D0 << 32) | 0xA4093822, (0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1)),
     ]:
-        words = reference.philox_4x32(key, tuple(torch.tensor([c]) for c in counter))
+        c0, c1, c2, c3 = (torch.tensor([c]) for c in counter)
+        words = reference.philox_4x32(key, (c0, c1, c2, c3))
         assert tuple(int(w) for w in words) == expected
 
 

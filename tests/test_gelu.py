@@ -20,8 +20,12 @@ FORMS = ["none", "tanh"]
 def test_parity(device: str, shape: tuple[int, ...], dtype: torch.dtype, form: str) -> None:
     layout = parity.LAYOUTS[SHAPES.index(shape) % len(parity.LAYOUTS)]
     x = parity.randn(shape, dtype, device, layout)
-    ops = [partial(module.gelu, approximate=form) for module in (fused, portable, reference)]
-    parity.assert_parity(*ops, [x], parity.randn(shape, dtype, device, "transposed"), ["x"])
+    kernel, pytorch, plain = (
+        partial(module.gelu, approximate=form) for module in (fused, portable, reference)
+    )
+    parity.assert_parity(
+        kernel, pytorch, plain, [x], parity.randn(shape, dtype, device, "transposed"), ["x"]
+    )
 
 
 @pytest.mark.parametrize("form", FORMS)
