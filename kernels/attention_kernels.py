@@ -79,9 +79,14 @@ def _store_tile(
 
 
 @triton.jit
+def _finite(x):
+    return tl.abs(x) < float("inf")
+
+
+@triton.jit
 def _finite_or_zero(x):
     """A masked probability is 0, but 0 * NaN is NaN: no product may see what the mask hides."""
-    return tl.where(x * 0.0 == 0.0, x, 0.0)
+    return tl.where(_finite(x), x, 0.0)
 
 
 @triton.jit
@@ -113,8 +118,8 @@ def _attention_fwd_tiles(
         scores = tl.dot(q, tl.trans(k), input_precision=PRECISION, out_dtype=ACC)
         if MASKED:
             # A value that is not finite must reach the rows that see it and no other.
-            bad = tl.max((v * 0.0 != 0.0).to(tl.int32), axis=1)
-            scores = scores + tl.where(bad > 0, float("nan"), 0.0)[None, :]
+            all_finite = tl.min(_finite(v).to(tl.int32), axis=1)
+            scores = scores + tl.where(all_finite == 1, 0.0, float("nan"))[None, :]
             v = _finite_or_zero(v)
             offs_n = start_n + tl.arange(0, BLOCK_N)
             scores = tl.where(_visible(offs_m, offs_n, n_keys, CAUSAL), scores, float("-inf"))

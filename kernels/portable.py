@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastgpt.kernels import _checks
-from fastgpt.kernels.reference import split_heads
+from fastgpt.kernels.reference import unpacked
 
 
 def gelu(x: Tensor, approximate: str = "none") -> Tensor:
@@ -56,7 +56,4 @@ def attention_qkvpacked(
     seed: Tensor | None = None,
 ) -> Tensor:
     """The same on packed (B, T, 3C), giving (B, T, C). See ``fused.attention_qkvpacked``."""
-    _checks.qkvpacked(qkv, n_head, scale, dropout_p, seed)
-    q, k, v = split_heads(qkv, n_head)
-    y = attention(q, k, v, causal=causal, scale=scale, dropout_p=dropout_p, seed=seed)
-    return y.transpose(1, 2).reshape(*qkv.shape[:2], -1)
+    return unpacked(attention, qkv, n_head, causal, scale, dropout_p, seed)

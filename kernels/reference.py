@@ -6,6 +6,7 @@ so nothing here shares an idea, or an error, with a hand-written one.
 """
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -71,10 +72,23 @@ def attention_qkvpacked(
     seed: Tensor | None = None,
 ) -> Tensor:
     """The same on packed (B, T, 3C), giving (B, T, C). See ``fused.attention_qkvpacked``."""
+    return unpacked(attention, qkv, n_head, causal, scale, dropout_p, seed)
+
+
+def unpacked(
+    attention: Callable[..., Tensor],
+    qkv: Tensor,
+    n_head: int,
+    causal: bool,
+    scale: float | None,
+    dropout_p: float,
+    seed: Tensor | None,
+) -> Tensor:
+    """``attention_qkvpacked`` by an ``attention`` that wants q, k and v apart."""
     _checks.qkvpacked(qkv, n_head, scale, dropout_p, seed)
     q, k, v = split_heads(qkv, n_head)
     y = attention(q, k, v, causal=causal, scale=scale, dropout_p=dropout_p, seed=seed)
-    return y.transpose(1, 2).reshape(*qkv.shape[:2], -1)
+    return y.transpose(1, 2).reshape(*qkv.shape[:2], -1)  # (B, T, C)
 
 
 def split_heads(qkv: Tensor, n_head: int) -> tuple[Tensor, Tensor, Tensor]:
