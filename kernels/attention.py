@@ -37,8 +37,9 @@ TENSOR_CORE_TILES: _Tiles = {
     ("dq", 64): (64, 64, 4, 2),
     ("dq", 128): (64, 32, 4, 2),
     ("dq", 256): (64, 32, 8, 2),
+    ("dq", 256, "dropout"): (64, 16, 8, 2),
     ("dkdv", 16): (64, 64, 4, 2),
-    ("dkdv", 32): (64, 64, 4, 2),
+    ("dkdv", 32): (32, 64, 8, 2),
     ("dkdv", 64): (32, 128, 8, 2),
     ("dkdv", 128): (32, 64, 8, 2),
     ("dkdv", 256): (16, 64, 8, 3),
@@ -47,14 +48,15 @@ TENSOR_CORE_TILES: _Tiles = {
 
 # Elsewhere (sm_80, sm_86, sm_89, sm_120) operands pass through registers, and some have 99 KB only.
 SMALL_MEMORY_TILES: _Tiles = TENSOR_CORE_TILES | {
-    ("fwd", 32, "dropout"): (64, 64, 4, 2),
+    ("fwd", 32): (64, 64, 4, 2),
     ("fwd", 64, "dropout"): (64, 32, 4, 2),
     ("fwd", 128): (64, 32, 4, 2),
     ("dq", 16): (64, 32, 4, 2),
+    ("dq", 32): (64, 32, 4, 2),
     ("dq", 64): (64, 32, 4, 2),
     ("dq", 64, "dropout"): (64, 32, 8, 2),
     ("dq", 256): (32, 32, 8, 1),
-    ("dkdv", 32, "dropout"): (32, 64, 8, 2),
+    ("dq", 256, "dropout"): (32, 32, 8, 1),
     ("dkdv", 128): (32, 64, 8, 1),
     ("dkdv", 256): (16, 32, 8, 1),
 }
@@ -80,28 +82,72 @@ FLOAT32_TILES: _Tiles = {
     ("dkdv", 32): (32, 64, 8, 1),
     ("dkdv", 64): (32, 32, 8, 1),
     ("dkdv", 64, "dropout"): (16, 32, 8, 1),
-    ("dkdv", 128): (16, 16, 8, 2),
+    ("dkdv", 128): (16, 16, 8, 3),
     ("dkdv", 256): (16, 16, 8, 1),
-    ("dkdv", 256, "dropout"): (16, 16, 8, 2),
+    ("dkdv", 256, "dropout"): (16, 16, 8, 3),
+}
+
+# Rows that do not begin at multiples of 16 elements (head size 25, say) are loaded element by
+# element, and the addresses take the registers. For every architecture, 16 bits; and float32.
+UNALIGNED_TILES: _Tiles = {
+    ("fwd", 16): (64, 64, 4, 2),
+    ("fwd", 32): (64, 32, 4, 2),
+    ("fwd", 64): (32, 32, 4, 1),
+    ("fwd", 128): (32, 32, 8, 1),
+    ("fwd", 256): (32, 32, 8, 2),
+    ("dq", 16): (64, 32, 4, 2),
+    ("dq", 32): (64, 32, 8, 2),
+    ("dq", 64): (64, 32, 8, 2),
+    ("dq", 128): (32, 32, 8, 2),
+    ("dq", 256): (32, 16, 8, 2),
+    ("dkdv", 16): (32, 64, 4, 2),
+    ("dkdv", 32): (32, 64, 8, 1),
+    ("dkdv", 64): (32, 64, 8, 2),
+    ("dkdv", 128): (32, 32, 8, 1),
+    ("dkdv", 256): (16, 32, 8, 1),
+}
+UNALIGNED_FLOAT32_TILES: _Tiles = {
+    ("fwd", 16): (32, 32, 8, 1),
+    ("fwd", 32): (32, 32, 4, 1),
+    ("fwd", 64): (32, 32, 8, 1),
+    ("fwd", 128): (16, 16, 4, 2),
+    ("fwd", 256): (16, 16, 8, 1),
+    ("dq", 16): (32, 32, 8, 1),
+    ("dq", 32): (32, 32, 8, 1),
+    ("dq", 64): (32, 32, 8, 1),
+    ("dq", 128): (16, 16, 8, 1),
+    ("dq", 256): (16, 16, 8, 2),
+    ("dkdv", 16): (32, 32, 8, 1),
+    ("dkdv", 32): (16, 32, 8, 1),
+    ("dkdv", 64): (16, 16, 8, 2),
+    ("dkdv", 128): (16, 16, 8, 3),
+    ("dkdv", 256): (16, 16, 8, 1),
+    ("dkdv", 256, "dropout"): (16, 16, 8, 3),
 }
 
 # The interpreter pays by the operation, not by the register.
 INTERPRETER_TILES: _Tiles = dict.fromkeys(TENSOR_CORE_TILES, (64, 64, 4, 1))
 
 
-def _launch(
-    kernel: str, device: torch.device, head_size: int, dtype: torch.dtype, dropout: bool
-) -> dict[str, int]:
-    block_d = max(16, triton.next_power_of_2(head_size))
+def _tiles(device: torch.device, dtype: torch.dtype, aligned: bool) -> _Tiles:
     capability = _common.capability(device)
     if capability is None:
-        tiles = INTERPRETER_TILES
-    elif dtype == torch.float32:
-        tiles = FLOAT32_TILES
-    elif 90 <= capability < 120:
-        tiles = TENSOR_CORE_TILES
-    else:
-        tiles = SMALL_MEMORY_TILES
+        return INTERPRETER_TILES
+    if dtype == torch.float32:
+        return FLOAT32_TILES if aligned else UNALIGNED_FLOAT32_TILES
+    if not aligned:
+        return UNALIGNED_TILES
+    return TENSOR_CORE_TILES if 90 <= capability < 120 else SMALL_MEMORY_TILES
+
+
+def _launch(kernel: str, q: Tensor, k: Tensor, v: Tensor, dropout: bool) -> dict[str, int]:
+    head_size = q.shape[3]
+    block_d = max(16, triton.next_power_of_2(head_size))
+    aligned = head_size % 16 == 0 and all(
+        x.data_ptr() % 16 == 0 and all(stride % 16 == 0 for stride in x.stride()[:3])
+        for x in (q, k, v)
+    )
+    tiles = _tiles(q.device, q.dtype, aligned)
     tile = tiles[kernel, block_d]
     if dropout:
         tile = tiles.get((kernel, block_d, "dropout"), tile)
@@ -119,15 +165,14 @@ def _statistic(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
-def _by_strides(x: Tensor) -> tuple[Tensor, int, int, int]:
-    """x (B, H, T, D) and its strides, as the kernels take it: with the elements of a head adjacent.
-    Where they are not, one copy is less work than scattered reads for every tile."""
-    x = x if x.stride(3) == 1 else x.contiguous()
-    return x, x.stride(0), x.stride(1), x.stride(2)
+def _adjacent(x: Tensor) -> Tensor:
+    """x (B, H, T, D) with the elements of a head adjacent, as the kernels take it. Where they are
+    not, one copy is less work than scattered reads for every tile."""
+    return x if x.stride(3) == 1 else x.contiguous()
 
 
 def _settings(
-    kernel: str, q: Tensor, causal: bool, dropout_p: float
+    kernel: str, q: Tensor, k: Tensor, v: Tensor, causal: bool, dropout_p: float
 ) -> tuple[dict[str, float], dict]:
     """What every kernel takes beside its tensors: the dropout's numbers, and the constexprs."""
     threshold = round(dropout_p * 65536)
@@ -138,7 +183,7 @@ def _settings(
         PRECISION=_common.dot_precision(q.dtype),
         ACC=_common.accumulator(q.dtype),
         HEAD=q.shape[3],
-        **_launch(kernel, q.device, q.shape[3], q.dtype, threshold > 0),
+        **_launch(kernel, q, k, v, threshold > 0),
     )
     return numbers, constexprs
 
@@ -153,17 +198,21 @@ def _attention_fwd(
     seed: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """O (B, Tq, H, D), contiguous, and lse (B, H, Tq)."""
+    q, k, v = _adjacent(q), _adjacent(k), _adjacent(v)
     batch, n_head, n_queries, head_size = q.shape
     out = torch.empty(batch, n_queries, n_head, head_size, dtype=q.dtype, device=q.device)
     lse = torch.empty(batch, n_head, n_queries, dtype=_statistic(q), device=q.device)
     if out.numel():
-        numbers, constexprs = _settings("fwd", q, causal, dropout_p)
+        numbers, constexprs = _settings("fwd", q, k, v, causal, dropout_p)
         blocks = triton.cdiv(n_queries, constexprs["BLOCK_M"])
         with _common.on_device(q):
             _attention_fwd_kernel[(blocks * batch * n_head,)](
-                *_by_strides(q),
-                *_by_strides(k),
-                *_by_strides(v),
+                q,
+                *q.stride()[:3],
+                k,
+                *k.stride()[:3],
+                v,
+                *v.stride()[:3],
                 out,
                 lse,
                 seed,
@@ -193,15 +242,16 @@ def _attention_bwd(
     seed: Tensor | None,
 ) -> None:
     """Writes dq, dk, dv: (B, T, H, D), contiguous but for the distance between two tokens."""
+    q, k, v = _adjacent(q), _adjacent(k), _adjacent(v)
     batch, n_head, n_queries, _ = q.shape
     n_keys = k.shape[2]
     dout = dout.contiguous()
     delta = torch.empty_like(lse)
     scales = dict(qk_scale=scale * _common.LOG2_E, scale=scale)
-    inputs = (*_by_strides(q), *_by_strides(k), *_by_strides(v))
+    inputs = (q, *q.stride()[:3], k, *k.stride()[:3], v, *v.stride()[:3])
     with _common.on_device(q):
         if dq.numel():
-            numbers, constexprs = _settings("dq", q, causal, dropout_p)
+            numbers, constexprs = _settings("dq", q, k, v, causal, dropout_p)
             blocks = triton.cdiv(n_queries, constexprs["BLOCK_M"])
             _attention_bwd_dq_kernel[(blocks * batch * n_head,)](
                 *inputs,
@@ -220,7 +270,7 @@ def _attention_bwd(
                 **constexprs,
             )
         if dk.numel():
-            numbers, constexprs = _settings("dkdv", q, causal, dropout_p)
+            numbers, constexprs = _settings("dkdv", q, k, v, causal, dropout_p)
             blocks = triton.cdiv(n_keys, constexprs["BLOCK_N"])
             _attention_bwd_dkdv_kernel[(blocks * batch * n_head,)](
                 *inputs,

@@ -16,13 +16,15 @@ from fastgpt.kernels import attention, fused, reference
 # Every ratio of the two sides that a launch table holds.
 TILES = sorted(
     {
-        (m, n)
+        (block_m, block_n)
         for table in (
             attention.TENSOR_CORE_TILES,
             attention.SMALL_MEMORY_TILES,
+            attention.UNALIGNED_TILES,
             attention.FLOAT32_TILES,
+            attention.UNALIGNED_FLOAT32_TILES,
         )
-        for m, n, *_ in table.values()
+        for block_m, block_n, _, _ in table.values()
     }
 )
 
