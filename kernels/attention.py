@@ -6,6 +6,7 @@ The equations, what is saved, bytes and FLOPs stand in ``attention_kernels.py``.
 import math
 
 import torch
+import torch.nn.functional as F
 import triton
 from torch import Tensor
 
@@ -15,7 +16,7 @@ from fastgpt.kernels.attention_kernels import (
     _attention_bwd_dq_kernel,
     _attention_fwd_kernel,
 )
-from fastgpt.kernels.reference import split_heads
+from fastgpt.kernels.reference import split_heads, unpacked
 
 MAX_HEAD_SIZE = 256
 
@@ -87,67 +88,23 @@ FLOAT32_TILES: _Tiles = {
     ("dkdv", 256, "dropout"): (16, 16, 8, 3),
 }
 
-# Rows that do not begin at multiples of 16 elements (head size 25, say) are loaded element by
-# element, and the addresses take the registers. For every architecture, 16 bits; and float32.
-UNALIGNED_TILES: _Tiles = {
-    ("fwd", 16): (64, 64, 4, 2),
-    ("fwd", 32): (64, 32, 4, 2),
-    ("fwd", 64): (32, 32, 4, 1),
-    ("fwd", 128): (32, 32, 8, 1),
-    ("fwd", 256): (32, 32, 8, 2),
-    ("dq", 16): (64, 32, 4, 2),
-    ("dq", 32): (64, 32, 8, 2),
-    ("dq", 64): (64, 32, 8, 2),
-    ("dq", 128): (32, 32, 8, 2),
-    ("dq", 256): (32, 16, 8, 2),
-    ("dkdv", 16): (32, 64, 4, 2),
-    ("dkdv", 32): (32, 64, 8, 1),
-    ("dkdv", 64): (32, 64, 8, 2),
-    ("dkdv", 128): (32, 32, 8, 1),
-    ("dkdv", 256): (16, 32, 8, 1),
-}
-UNALIGNED_FLOAT32_TILES: _Tiles = {
-    ("fwd", 16): (32, 32, 8, 1),
-    ("fwd", 32): (32, 32, 4, 1),
-    ("fwd", 64): (32, 32, 8, 1),
-    ("fwd", 128): (16, 16, 4, 2),
-    ("fwd", 256): (16, 16, 8, 1),
-    ("dq", 16): (32, 32, 8, 1),
-    ("dq", 32): (32, 32, 8, 1),
-    ("dq", 64): (32, 32, 8, 1),
-    ("dq", 128): (16, 16, 8, 1),
-    ("dq", 256): (16, 16, 8, 2),
-    ("dkdv", 16): (32, 32, 8, 1),
-    ("dkdv", 32): (16, 32, 8, 1),
-    ("dkdv", 64): (16, 16, 8, 2),
-    ("dkdv", 128): (16, 16, 8, 3),
-    ("dkdv", 256): (16, 16, 8, 1),
-    ("dkdv", 256, "dropout"): (16, 16, 8, 3),
-}
-
 # The interpreter pays by the operation, not by the register.
 INTERPRETER_TILES: _Tiles = dict.fromkeys(TENSOR_CORE_TILES, (64, 64, 4, 1))
 
 
-def _tiles(device: torch.device, dtype: torch.dtype, aligned: bool) -> _Tiles:
+def _launch(
+    kernel: str, device: torch.device, head_size: int, dtype: torch.dtype, dropout: bool
+) -> dict[str, int]:
+    block_d = max(16, triton.next_power_of_2(head_size))
     capability = _common.capability(device)
     if capability is None:
-        return INTERPRETER_TILES
-    if dtype == torch.float32:
-        return FLOAT32_TILES if aligned else UNALIGNED_FLOAT32_TILES
-    if not aligned:
-        return UNALIGNED_TILES
-    return TENSOR_CORE_TILES if 90 <= capability < 120 else SMALL_MEMORY_TILES
-
-
-def _launch(kernel: str, q: Tensor, k: Tensor, v: Tensor, dropout: bool) -> dict[str, int]:
-    head_size = q.shape[3]
-    block_d = max(16, triton.next_power_of_2(head_size))
-    aligned = head_size % 16 == 0 and all(
-        x.data_ptr() % 16 == 0 and all(stride % 16 == 0 for stride in x.stride()[:3])
-        for x in (q, k, v)
-    )
-    tiles = _tiles(q.device, q.dtype, aligned)
+        tiles = INTERPRETER_TILES
+    elif dtype == torch.float32:
+        tiles = FLOAT32_TILES
+    elif 90 <= capability < 120:
+        tiles = TENSOR_CORE_TILES
+    else:
+        tiles = SMALL_MEMORY_TILES
     tile = tiles[kernel, block_d]
     if dropout:
         tile = tiles.get((kernel, block_d, "dropout"), tile)
@@ -165,14 +122,18 @@ def _statistic(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
-def _adjacent(x: Tensor) -> Tensor:
-    """x (B, H, T, D) with the elements of a head adjacent, as the kernels take it. Where they are
-    not, one copy is less work than scattered reads for every tile."""
-    return x if x.stride(3) == 1 else x.contiguous()
+def _aligned(x: Tensor) -> Tensor:
+    """x (B, H, T, D), D a multiple of 16, so that every row begins at a multiple of 16 elements.
+    Where its strides do not, one copy is less work than loads of single elements for every tile,
+    whose addresses also take the registers."""
+    strides = x.stride()
+    if strides[3] == 1 and x.data_ptr() % 16 == 0 and not any(s % 16 for s in strides[:3]):
+        return x
+    return x.clone(memory_format=torch.contiguous_format)
 
 
 def _settings(
-    kernel: str, q: Tensor, k: Tensor, v: Tensor, causal: bool, dropout_p: float
+    kernel: str, q: Tensor, causal: bool, dropout_p: float
 ) -> tuple[dict[str, float], dict]:
     """What every kernel takes beside its tensors: the dropout's numbers, and the constexprs."""
     threshold = round(dropout_p * 65536)
@@ -183,7 +144,7 @@ def _settings(
         PRECISION=_common.dot_precision(q.dtype),
         ACC=_common.accumulator(q.dtype),
         HEAD=q.shape[3],
-        **_launch(kernel, q, k, v, threshold > 0),
+        **_launch(kernel, q.device, q.shape[3], q.dtype, threshold > 0),
     )
     return numbers, constexprs
 
@@ -198,12 +159,12 @@ def _attention_fwd(
     seed: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """O (B, Tq, H, D), contiguous, and lse (B, H, Tq)."""
-    q, k, v = _adjacent(q), _adjacent(k), _adjacent(v)
+    q, k, v = _aligned(q), _aligned(k), _aligned(v)
     batch, n_head, n_queries, head_size = q.shape
     out = torch.empty(batch, n_queries, n_head, head_size, dtype=q.dtype, device=q.device)
     lse = torch.empty(batch, n_head, n_queries, dtype=_statistic(q), device=q.device)
     if out.numel():
-        numbers, constexprs = _settings("fwd", q, k, v, causal, dropout_p)
+        numbers, constexprs = _settings("fwd", q, causal, dropout_p)
         blocks = triton.cdiv(n_queries, constexprs["BLOCK_M"])
         with _common.on_device(q):
             _attention_fwd_kernel[(blocks * batch * n_head,)](
@@ -242,7 +203,7 @@ def _attention_bwd(
     seed: Tensor | None,
 ) -> None:
     """Writes dq, dk, dv: (B, T, H, D), contiguous but for the distance between two tokens."""
-    q, k, v = _adjacent(q), _adjacent(k), _adjacent(v)
+    q, k, v = _aligned(q), _aligned(k), _aligned(v)
     batch, n_head, n_queries, _ = q.shape
     n_keys = k.shape[2]
     dout = dout.contiguous()
@@ -251,7 +212,7 @@ def _attention_bwd(
     inputs = (q, *q.stride()[:3], k, *k.stride()[:3], v, *v.stride()[:3])
     with _common.on_device(q):
         if dq.numel():
-            numbers, constexprs = _settings("dq", q, k, v, causal, dropout_p)
+            numbers, constexprs = _settings("dq", q, causal, dropout_p)
             blocks = triton.cdiv(n_queries, constexprs["BLOCK_M"])
             _attention_bwd_dq_kernel[(blocks * batch * n_head,)](
                 *inputs,
@@ -270,7 +231,7 @@ def _attention_bwd(
                 **constexprs,
             )
         if dk.numel():
-            numbers, constexprs = _settings("dkdv", q, k, v, causal, dropout_p)
+            numbers, constexprs = _settings("dkdv", q, causal, dropout_p)
             blocks = triton.cdiv(n_keys, constexprs["BLOCK_N"])
             _attention_bwd_dkdv_kernel[(blocks * batch * n_head,)](
                 *inputs,
@@ -450,8 +411,8 @@ def attention(
 
     Args:
         q: (B, H, Tq, D), D from 1 to 256; float32, float16 or bfloat16, on a CUDA device. Any
-            strides; it is copied only if the elements of a head are not adjacent. Under autocast
-            q, k and v are cast to its dtype.
+            strides; q, k and v are copied where D or a stride is no multiple of 16 elements.
+            Under autocast they are cast to its dtype.
         k, v: (B, H, Tk, D), Tk at least 1; dtype and device of q, strides likewise.
         causal: query i sees the keys j <= i, counted from the start of both as in
             ``F.scaled_dot_product_attention(is_causal=True)``.
@@ -474,8 +435,12 @@ def attention(
     _checks.attention(q, k, v, scale, dropout_p, seed)
     _common.launchable(q=q, k=k, v=v)
     _check_head_size("q", q.shape[3])
-    scale = 1.0 / math.sqrt(q.shape[3]) if scale is None else scale
-    return _attention_op(q, k, v, causal, scale, dropout_p, _drawn(seed, dropout_p, q.device))[0]
+    head_size = q.shape[3]
+    scale = 1.0 / math.sqrt(head_size) if scale is None else scale
+    if head_size % 16:  # columns of zeros change no product
+        q, k, v = (F.pad(x, (0, -head_size % 16)) for x in (q, k, v))
+    seed = _drawn(seed, dropout_p, q.device)
+    return _attention_op(q, k, v, causal, scale, dropout_p, seed)[0][..., :head_size]
 
 
 def attention_qkvpacked(
@@ -488,7 +453,8 @@ def attention_qkvpacked(
     seed: Tensor | None = None,
 ) -> Tensor:
     """``attention`` of a block's projection as it stands: q, k and v side by side, heads side by
-    side in each. Nothing is split, transposed or gathered, forward or backward.
+    side in each. With D a multiple of 16 nothing is split, transposed or gathered, forward or
+    backward.
 
     Args:
         qkv: (B, T, 3C), T at least 1, C = n_head * D; else as q in ``attention``.
@@ -505,6 +471,8 @@ def attention_qkvpacked(
     _common.launchable(qkv=qkv)
     head_size = qkv.shape[2] // (3 * n_head)
     _check_head_size("qkv", head_size)
+    if head_size % 16:
+        return unpacked(attention, qkv, n_head, causal, scale, dropout_p, seed)
     qkv = qkv.to(_common.autocast_dtype(qkv))
     scale = 1.0 / math.sqrt(head_size) if scale is None else scale
     seed = _drawn(seed, dropout_p, qkv.device)
