@@ -139,8 +139,11 @@ def test_the_table_fits_80_columns(eager: tuple[Path, dict[str, Any]], console_t
 
 
 @pytest.mark.slow
-def test_a_compiled_variant_is_what_speed_ups_refer_to(tmp_path: Path) -> None:
-    keep = os.environ.get("TORCHINDUCTOR_CACHE_DIR")
+def test_a_compiled_variant_is_what_speed_ups_refer_to(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keep = str(tmp_path / "cache")  # set: where it is not, Inductor sets it itself
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", keep)
     record = measured(
         tmp_path, "--variants", "sdpa", "sdpa_compile", f"--data_dir={data_set(tmp_path)}"
     )
