@@ -17,13 +17,19 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 
 # module → modules of the project that it may import. Whoever adds a module adds a line.
-_OP = {"fastgpt.kernels._checks", "fastgpt.kernels._common", "fastgpt.kernels.reference"}
+_OP = {
+    "fastgpt.kernels._checks",
+    "fastgpt.kernels._common",
+    "fastgpt.kernels._costs",
+    "fastgpt.kernels.reference",
+}
 _DATA = {"fastgpt._progress", "fastgpt.tokenizer", "fastgpt.data"}
 _MODEL = {"fastgpt.model", "fastgpt.bigram"}
 _RUN = {"fastgpt.config", "fastgpt.devices", "fastgpt.checkpoint", *_DATA, *_MODEL}
 ALLOWED: dict[str, set[str]] = {
     "fastgpt.kernels._checks": set(),
     "fastgpt.kernels._common": set(),
+    "fastgpt.kernels._costs": set(),
     "fastgpt.kernels.reference": {"fastgpt.kernels._checks"},
     "fastgpt.kernels.portable": {"fastgpt.kernels._checks", "fastgpt.kernels.reference"},
     "fastgpt.kernels.gelu": _OP,
@@ -53,7 +59,7 @@ ALLOWED: dict[str, set[str]] = {
 }
 
 # Libraries that the plain ops, hence a machine without Triton, do not need.
-TORCH_ALONE = ("_checks", "reference", "portable")
+TORCH_ALONE = ("_checks", "_costs", "reference", "portable")
 USES_TRITON = {"_common", "gelu", "layer_norm", "attention", "attention_kernels"}
 LATE = {"matplotlib", "wandb", "transformers", "tiktoken"}  # optional: imported where used
 
