@@ -8,15 +8,17 @@ import importlib.util
 import warnings
 from types import ModuleType
 
+import torch
 from torch import Tensor
 
 from fastgpt.kernels import portable
+from fastgpt.kernels._checks import Recipe
 
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
-def _implementation(x: Tensor) -> ModuleType:
-    if not x.is_cuda:
+def _implementation(device: torch.device) -> ModuleType:
+    if device.type != "cuda":
         return portable
     if not _HAS_TRITON:
         warnings.warn(
@@ -29,14 +31,19 @@ def _implementation(x: Tensor) -> ModuleType:
     return fused
 
 
+def dropout_seed(device: torch.device) -> Tensor | None:
+    """See ``kernels.reference.dropout_seed``. None off CUDA: PyTorch's generator draws there."""
+    return _implementation(device).dropout_seed(device)
+
+
 def gelu(x: Tensor, approximate: str = "none") -> Tensor:
     """See ``kernels.gelu.gelu``."""
-    return _implementation(x).gelu(x, approximate)
+    return _implementation(x.device).gelu(x, approximate)
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None = None, eps: float = 1e-5) -> Tensor:
     """See ``kernels.layer_norm.layer_norm``."""
-    return _implementation(x).layer_norm(x, weight, bias, eps)
+    return _implementation(x.device).layer_norm(x, weight, bias, eps)
 
 
 def attention(
@@ -48,10 +55,11 @@ def attention(
     scale: float | None = None,
     dropout_p: float = 0.0,
     seed: Tensor | None = None,
+    stream: int = 0,
 ) -> Tensor:
     """See ``kernels.attention.attention``."""
-    return _implementation(q).attention(
-        q, k, v, causal=causal, scale=scale, dropout_p=dropout_p, seed=seed
+    return _implementation(q.device).attention(
+        q, k, v, causal=causal, scale=scale, dropout_p=dropout_p, seed=seed, stream=stream
     )
 
 
@@ -63,8 +71,98 @@ def attention_qkvpacked(
     scale: float | None = None,
     dropout_p: float = 0.0,
     seed: Tensor | None = None,
+    stream: int = 0,
 ) -> Tensor:
     """See ``kernels.attention.attention_qkvpacked``."""
-    return _implementation(qkv).attention_qkvpacked(
-        qkv, n_head, causal=causal, scale=scale, dropout_p=dropout_p, seed=seed
+    return _implementation(qkv.device).attention_qkvpacked(
+        qkv, n_head, causal=causal, scale=scale, dropout_p=dropout_p, seed=seed, stream=stream
+    )
+
+
+def embedding(
+    idx: Tensor,
+    token_weight: Tensor,
+    position_weight: Tensor,
+    *,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+    stream: int = 0,
+) -> Tensor:
+    """See ``kernels.embedding.embedding``."""
+    return _implementation(idx.device).embedding(
+        idx, token_weight, position_weight, dropout_p=dropout_p, seed=seed, stream=stream
+    )
+
+
+def residual_layer_norm(
+    residual: Tensor,
+    delta: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    *,
+    delta_bias: Tensor | None = None,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+    stream: int = 0,
+) -> tuple[Tensor, Tensor]:
+    """See ``kernels.residual_layer_norm.residual_layer_norm``."""
+    return _implementation(residual.device).residual_layer_norm(
+        residual,
+        delta,
+        weight,
+        bias,
+        eps,
+        delta_bias=delta_bias,
+        dropout_p=dropout_p,
+        seed=seed,
+        stream=stream,
+    )
+
+
+def linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    recompute: Recipe | None = None,
+) -> Tensor:
+    """See ``kernels.linear.linear``."""
+    return _implementation(x.device).linear(x, weight, bias, recompute=recompute)
+
+
+def mlp(
+    x: Tensor,
+    fc_weight: Tensor,
+    fc_bias: Tensor | None,
+    proj_weight: Tensor,
+    *,
+    approximate: str = "none",
+    recompute: Recipe | None = None,
+) -> Tensor:
+    """See ``kernels.mlp.mlp``."""
+    return _implementation(x.device).mlp(
+        x, fc_weight, fc_bias, proj_weight, approximate=approximate, recompute=recompute
+    )
+
+
+def linear_cross_entropy(
+    x: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    ignore_index: int = -1,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+) -> Tensor:
+    """See ``kernels.linear_cross_entropy.linear_cross_entropy``."""
+    return _implementation(x.device).linear_cross_entropy(
+        x,
+        weight,
+        targets,
+        ignore_index=ignore_index,
+        reduction=reduction,
+        label_smoothing=label_smoothing,
+        z_loss=z_loss,
     )

@@ -41,17 +41,62 @@ def same_dtype_and_device(**tensors: Tensor | None) -> None:
             )
 
 
-def _options(
-    device: torch.device, scale: float | None, dropout_p: float, seed: Tensor | None
+def _same_device(**tensors: Tensor | None) -> None:
+    (first_name, first), *rest = [(n, t) for n, t in tensors.items() if t is not None]
+    for name, tensor in rest:
+        if tensor.device != first.device:
+            raise ValueError(
+                f"{name} must be on the device of {first_name} ({first.device}), "
+                f"got {tensor.device}"
+            )
+
+
+def _parameters(x_name: str, x: Tensor, **parameters: Tensor | None) -> None:
+    """Parameters have the dtype of the activations that they meet, or float32; one dtype all."""
+    floating(**parameters)
+    for name, tensor in parameters.items():
+        if tensor is not None and tensor.dtype not in (x.dtype, torch.float32):
+            raise ValueError(
+                f"{name} must have the dtype of {x_name} ({x.dtype}) or torch.float32, "
+                f"got {tensor.dtype}"
+            )
+    same_dtype_and_device(**parameters)
+    _same_device(**{x_name: x}, **parameters)
+
+
+def _normalised(
+    x_name: str, x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, **more: Tensor | None
 ) -> None:
-    if scale is not None and not 0.0 < scale < math.inf:
-        raise ValueError(f"scale must be positive and finite, or None, got {scale}")
+    if x.dim() == 0 or x.shape[-1] == 0:
+        raise ValueError(f"{x_name} must have a last dimension of at least 1, got {tuple(x.shape)}")
+    _parameters(x_name, x, weight=weight, bias=bias, **more)
+    for name, tensor in dict(weight=weight, bias=bias, **more).items():
+        _shaped(name, tensor, (x.shape[-1],), f"{x_name} {tuple(x.shape)}")
+    if not eps >= 0.0:
+        raise ValueError(f"eps must be at least 0, got {eps}")
+
+
+def _shaped(name: str, tensor: Tensor | None, shape: tuple[int, ...], other: str) -> None:
+    if tensor is not None and tensor.shape != shape:
+        raise ValueError(
+            f"{name} must have shape {shape} to go with {other}, got {tuple(tensor.shape)}"
+        )
+
+
+def dropout(device: torch.device, dropout_p: float, seed: Tensor | None, stream: int) -> None:
     if not 0.0 <= dropout_p <= MAX_DROPOUT:
         raise ValueError(f"dropout_p must lie in [0, {MAX_DROPOUT}], got {dropout_p}")
     if seed is not None and (seed.numel() != 1 or seed.dtype != torch.int64):
         raise ValueError(f"seed must be an int64 tensor with one element, got {_facts(seed)}")
     if seed is not None and seed.device != device:
         raise ValueError(f"seed must be on the device of the input ({device}), got {seed.device}")
+    if not 0 <= stream < 2**31:
+        raise ValueError(f"stream must lie in [0, 2^31), got {stream}")
+
+
+def _scale(scale: float | None) -> None:
+    if scale is not None and not 0.0 < scale < math.inf:
+        raise ValueError(f"scale must be positive and finite, or None, got {scale}")
 
 
 def attention(
@@ -61,6 +106,7 @@ def attention(
     scale: float | None,
     dropout_p: float,
     seed: Tensor | None,
+    stream: int,
 ) -> None:
     floating(q=q, k=k, v=v)
     for name, tensor in (("q", q), ("k", k), ("v", v)):
@@ -79,11 +125,17 @@ def attention(
         raise ValueError(f"k must hold at least one key, got shape {tuple(k.shape)}")
     if head_size == 0:
         raise ValueError(f"q must have a head size of at least 1, got shape {tuple(q.shape)}")
-    _options(q.device, scale, dropout_p, seed)
+    _scale(scale)
+    dropout(q.device, dropout_p, seed, stream)
 
 
 def qkvpacked(
-    qkv: Tensor, n_head: int, scale: float | None, dropout_p: float, seed: Tensor | None
+    qkv: Tensor,
+    n_head: int,
+    scale: float | None,
+    dropout_p: float,
+    seed: Tensor | None,
+    stream: int,
 ) -> None:
     floating(qkv=qkv)
     if qkv.dim() != 3:
@@ -95,33 +147,147 @@ def qkvpacked(
         )
     if qkv.shape[1] == 0:
         raise ValueError(f"qkv must hold at least one token, got shape {tuple(qkv.shape)}")
-    _options(qkv.device, scale, dropout_p, seed)
+    _scale(scale)
+    dropout(qkv.device, dropout_p, seed, stream)
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> None:
-    floating(x=x, weight=weight, bias=bias)
-    if x.dim() == 0 or x.shape[-1] == 0:
-        raise ValueError(f"x must have a last dimension of at least 1, got {tuple(x.shape)}")
-    for name, tensor in (("weight", weight), ("bias", bias)):
-        if tensor is None:
-            continue
-        if tensor.shape != x.shape[-1:]:
-            raise ValueError(
-                f"{name} must have shape ({x.shape[-1]},) to go with x {tuple(x.shape)}, "
-                f"got {tuple(tensor.shape)}"
-            )
-        if tensor.device != x.device:
-            raise ValueError(f"{name} must be on the device of x ({x.device}), got {tensor.device}")
-    if weight.dtype not in (x.dtype, torch.float32):
+    floating(x=x)
+    _normalised("x", x, weight, bias, eps)
+
+
+def residual_layer_norm(
+    residual: Tensor,
+    delta: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    eps: float,
+    delta_bias: Tensor | None,
+    dropout_p: float,
+    seed: Tensor | None,
+    stream: int,
+) -> None:
+    floating(residual=residual, delta=delta)
+    _shaped("delta", delta, tuple(residual.shape), "residual")
+    if delta.dtype not in (residual.dtype, torch.float16, torch.bfloat16):
         raise ValueError(
-            f"weight must have the dtype of x ({x.dtype}) or torch.float32, got {weight.dtype}"
+            f"delta must have the dtype of residual ({residual.dtype}) or a half-precision one, "
+            f"got {delta.dtype}"
         )
-    same_dtype_and_device(weight=weight, bias=bias)
-    if not eps >= 0.0:
-        raise ValueError(f"eps must be at least 0, got {eps}")
+    _same_device(residual=residual, delta=delta)
+    _normalised("delta", delta, weight, bias, eps, delta_bias=delta_bias)
+    dropout(residual.device, dropout_p, seed, stream)
 
 
 def gelu(x: Tensor, approximate: str) -> None:
     floating(x=x)
     if approximate not in ("none", "tanh"):
         raise ValueError(f"approximate must be 'none' or 'tanh', got {approximate!r}")
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None, names: tuple[str, str]) -> None:
+    """``names``: what the caller calls weight and bias."""
+    floating(x=x)
+    _parameters("x", x, **{names[0]: weight, names[1]: bias})
+    if x.dim() == 0 or weight.dim() != 2 or weight.shape[1] != x.shape[-1]:
+        raise ValueError(
+            f"{names[0]} must have shape (N, K) to go with x (..., K), got {tuple(weight.shape)} "
+            f"and x {tuple(x.shape)}"
+        )
+    _shaped(names[1], bias, (weight.shape[0],), f"{names[0]} {tuple(weight.shape)}")
+
+
+Recipe = tuple[Tensor, Tensor, Tensor | None, float]  # the arguments of layer_norm
+
+
+def recipe(x: Tensor, recompute: Recipe | None) -> None:
+    if recompute is None:
+        return
+    if len(recompute) != 4:
+        raise ValueError(
+            f"recompute must be (x, weight, bias, eps) of layer_norm, got {len(recompute)} items"
+        )
+    source = recompute[0]
+    if source.shape != x.shape or source.device != x.device:
+        raise ValueError(
+            f"recompute must begin with a tensor of x's shape and device, got {_facts(source)} "
+            f"for x {_facts(x)}"
+        )
+
+
+def mlp(
+    x: Tensor,
+    fc_weight: Tensor,
+    fc_bias: Tensor | None,
+    proj_weight: Tensor,
+    approximate: str,
+    recompute: Recipe | None,
+) -> None:
+    linear(x, fc_weight, fc_bias, ("fc_weight", "fc_bias"))
+    gelu(x, approximate)
+    _parameters("x", x, fc_weight=fc_weight, proj_weight=proj_weight)
+    if proj_weight.dim() != 2 or proj_weight.shape[1] != fc_weight.shape[0]:
+        raise ValueError(
+            f"proj_weight must have shape (N, {fc_weight.shape[0]}) to go with fc_weight "
+            f"{tuple(fc_weight.shape)}, got {tuple(proj_weight.shape)}"
+        )
+    recipe(x, recompute)
+
+
+def _token_ids(name: str, ids: Tensor) -> None:
+    if not isinstance(ids, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(ids).__name__}")
+    if ids.dtype not in (torch.int64, torch.int32):
+        raise TypeError(f"{name} must be torch.int64 or torch.int32, got {ids.dtype}")
+
+
+def embedding(
+    idx: Tensor,
+    token_weight: Tensor,
+    position_weight: Tensor,
+    dropout_p: float,
+    seed: Tensor | None,
+    stream: int,
+) -> None:
+    _token_ids("idx", idx)
+    if idx.dim() != 2:
+        raise ValueError(f"idx must have shape (B, T), got {tuple(idx.shape)}")
+    floating(token_weight=token_weight, position_weight=position_weight)
+    same_dtype_and_device(token_weight=token_weight, position_weight=position_weight)
+    _same_device(idx=idx, token_weight=token_weight)
+    if token_weight.dim() != 2 or 0 in token_weight.shape:
+        raise ValueError(f"token_weight must have shape (V, C), got {tuple(token_weight.shape)}")
+    width = token_weight.shape[1]
+    if position_weight.dim() != 2 or position_weight.shape[1] != width:
+        raise ValueError(
+            f"position_weight must have shape (P, {width}) to go with token_weight "
+            f"{tuple(token_weight.shape)}, got {tuple(position_weight.shape)}"
+        )
+    if position_weight.shape[0] < idx.shape[1]:
+        raise ValueError(
+            f"position_weight must have a row for each of the {idx.shape[1]} positions of idx, "
+            f"got {tuple(position_weight.shape)}"
+        )
+    dropout(idx.device, dropout_p, seed, stream)
+
+
+def linear_cross_entropy(
+    x: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    reduction: str,
+    label_smoothing: float,
+    z_loss: float,
+) -> None:
+    linear(x, weight, None, ("weight", ""))
+    _token_ids("targets", targets)
+    _shaped("targets", targets, tuple(x.shape[:-1]), f"x {tuple(x.shape)}")
+    _same_device(x=x, targets=targets)
+    if weight.shape[0] == 0:
+        raise ValueError(f"weight must have a row for each class, got {tuple(weight.shape)}")
+    if reduction not in ("mean", "sum"):
+        raise ValueError(f"reduction must be 'mean' or 'sum', got {reduction!r}")
+    if not 0.0 <= label_smoothing <= 1.0:
+        raise ValueError(f"label_smoothing must lie in [0, 1], got {label_smoothing}")
+    if not 0.0 <= z_loss < math.inf:
+        raise ValueError(f"z_loss must be at least 0 and finite, got {z_loss}")

@@ -8,6 +8,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastgpt.kernels.reference import dropout_seed
+
 LOG2_E = 1.4426950408889634
 
 # With TRITON_INTERPRET=1 the kernels run in Triton's interpreter, on CPU tensors.
@@ -43,18 +45,25 @@ def gelu_slope(x, TANH: tl.constexpr):
 
 @triton.jit
 def dropout_keep(
-    seed, row, start_col, offs_row, threshold, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
+    seed,
+    stream,
+    plane,
+    start_col,
+    offs_row,
+    threshold,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
 ):
-    """(BLOCK_M, BLOCK_N) bool: which probabilities of head ``row`` are kept.
+    """(BLOCK_M, BLOCK_N) bool: which elements of a tile of matrix ``plane`` are kept.
 
     One Philox 4x32-10 block (Salmon et al. 2011) gives eight neighbouring columns 16 bits each;
-    ``reference.attention_dropout_mask`` says which. A bit pattern depends on the position alone,
-    never on the tile sizes, so forward and backward agree whatever their tiles.
+    ``reference.dropout_mask`` says which. The bits depend on seed, stream and position alone, never
+    on the tile sizes, so forward and backward agree whatever their tiles.
     """
     c0 = (start_col // 8 + tl.arange(0, BLOCK_N // 8))[None, :]
     c0, c1 = tl.broadcast(c0, offs_row[:, None])
-    c2 = tl.zeros_like(c0) + row
-    w0, w1, w2, w3 = tl.philox(seed, c0, c1, c2, tl.zeros_like(c0))
+    c2, c3 = tl.zeros_like(c0) + plane, tl.zeros_like(c0) + stream
+    w0, w1, w2, w3 = tl.philox(seed, c0, c1, c2, c3)
     k0 = tl.join((w0 & 0xFFFF) >= threshold, (w0 >> 16) >= threshold)
     k1 = tl.join((w1 & 0xFFFF) >= threshold, (w1 >> 16) >= threshold)
     k2 = tl.join((w2 & 0xFFFF) >= threshold, (w2 >> 16) >= threshold)
@@ -83,6 +92,19 @@ def launchable(**tensors: Tensor | None) -> None:
                 f"{name} must be on a CUDA device, got {tensor.device}; on other devices use "
                 "fastgpt.ops, or set TRITON_INTERPRET=1 to run the kernels in Triton's interpreter"
             )
+
+
+def drawn_seed(seed: Tensor | None, dropout_p: float, device: torch.device) -> Tensor | None:
+    """The seed of one call: the caller's, or one from PyTorch's generator for the device."""
+    if dropout_p == 0.0:
+        return None
+    return dropout_seed(device) if seed is None else seed
+
+
+def dropout_numbers(dropout_p: float) -> tuple[int, float]:
+    """What a kernel is told: bits below the threshold are dropped, the rest is scaled."""
+    threshold = round(dropout_p * 65536)
+    return threshold, 65536 / (65536 - threshold)
 
 
 def accumulator(dtype: torch.dtype) -> tl.dtype:

@@ -136,8 +136,8 @@ def _settings(
     kernel: str, q: Tensor, causal: bool, dropout_p: float
 ) -> tuple[dict[str, float], dict]:
     """What every kernel takes beside its tensors: the dropout's numbers, and the constexprs."""
-    threshold = round(dropout_p * 65536)
-    numbers = dict(threshold=threshold, keep_scale=65536 / (65536 - threshold))
+    threshold, keep_scale = _common.dropout_numbers(dropout_p)
+    numbers = dict(threshold=threshold, keep_scale=keep_scale)
     constexprs = dict(
         CAUSAL=causal,
         DROPOUT=threshold > 0,
@@ -153,10 +153,11 @@ def _attention_fwd(
     q: Tensor,
     k: Tensor,
     v: Tensor,
+    seed: Tensor | None,
     causal: bool,
     scale: float,
     dropout_p: float,
-    seed: Tensor | None,
+    stream: int,
 ) -> tuple[Tensor, Tensor]:
     """O (B, Tq, H, D), contiguous, and lse (B, H, Tq)."""
     q, k, v = _aligned(q), _aligned(k), _aligned(v)
@@ -177,6 +178,7 @@ def _attention_fwd(
                 out,
                 lse,
                 seed,
+                stream,
                 n_head,
                 n_queries,
                 k.shape[2],
@@ -197,10 +199,11 @@ def _attention_bwd(
     dq: Tensor,
     dk: Tensor,
     dv: Tensor,
+    seed: Tensor | None,
     causal: bool,
     scale: float,
     dropout_p: float,
-    seed: Tensor | None,
+    stream: int,
 ) -> None:
     """Writes dq, dk, dv: (B, T, H, D), contiguous but for the distance between two tokens."""
     q, k, v = _aligned(q), _aligned(k), _aligned(v)
@@ -223,6 +226,7 @@ def _attention_bwd(
                 dq,
                 dq.stride(1),
                 seed,
+                stream,
                 n_head,
                 n_queries,
                 n_keys,
@@ -242,6 +246,7 @@ def _attention_bwd(
                 dv,
                 dk.stride(1),
                 seed,
+                stream,
                 n_head,
                 n_queries,
                 n_keys,
@@ -265,17 +270,18 @@ def _attention_op(
     q: Tensor,
     k: Tensor,
     v: Tensor,
+    seed: Tensor | None,
     causal: bool,
     scale: float,
     dropout_p: float,
-    seed: Tensor | None,
+    stream: int,
 ) -> tuple[Tensor, Tensor]:
-    out, lse = _attention_fwd(q, k, v, causal, scale, dropout_p, seed)
+    out, lse = _attention_fwd(q, k, v, seed, causal, scale, dropout_p, stream)
     return out.transpose(1, 2), lse
 
 
 @_attention_op.register_fake
-def _(q, k, v, causal, scale, dropout_p, seed):
+def _(q, k, v, seed, causal, scale, dropout_p, stream):
     return _token_major(q).transpose(1, 2), q.new_empty(q.shape[:3], dtype=_statistic(q))
 
 
@@ -291,26 +297,27 @@ def _attention_bwd_op(
     causal: bool,
     scale: float,
     dropout_p: float,
+    stream: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     dq, dk, dv = _token_major(q), _token_major(k), _token_major(v)
     dout, out = dout.transpose(1, 2), out.transpose(1, 2)
-    _attention_bwd(dout, q, k, v, out, lse, dq, dk, dv, causal, scale, dropout_p, seed)
+    _attention_bwd(dout, q, k, v, out, lse, dq, dk, dv, seed, causal, scale, dropout_p, stream)
     return dq.transpose(1, 2), dk.transpose(1, 2), dv.transpose(1, 2)
 
 
 @_attention_bwd_op.register_fake
-def _(dout, q, k, v, out, lse, seed, causal, scale, dropout_p):
+def _(dout, q, k, v, out, lse, seed, causal, scale, dropout_p, stream):
     dq, dk, dv = _token_major(q), _token_major(k), _token_major(v)
     return dq.transpose(1, 2), dk.transpose(1, 2), dv.transpose(1, 2)
 
 
 def _setup_context(ctx, inputs, output):
-    q, k, v, *ctx.options, seed = inputs
+    q, k, v, seed, *ctx.options = inputs
     ctx.save_for_backward(q, k, v, *output, seed)
 
 
 def _backward(ctx, dout, _dlse):
-    return *_attention_bwd_op(dout, *ctx.saved_tensors, *ctx.options), None, None, None, None
+    return *_attention_bwd_op(dout, *ctx.saved_tensors, *ctx.options), *[None] * 5
 
 
 _attention_op.register_autograd(_backward, setup_context=_setup_context)
@@ -322,18 +329,19 @@ _attention_op.register_autograd(_backward, setup_context=_setup_context)
 @torch.library.custom_op("fastgpt::attention_qkvpacked", mutates_args=())
 def _attention_qkvpacked_op(
     qkv: Tensor,
+    seed: Tensor | None,
     n_head: int,
     causal: bool,
     scale: float,
     dropout_p: float,
-    seed: Tensor | None,
+    stream: int,
 ) -> tuple[Tensor, Tensor]:
-    out, lse = _attention_fwd(*split_heads(qkv, n_head), causal, scale, dropout_p, seed)
+    out, lse = _attention_fwd(*split_heads(qkv, n_head), seed, causal, scale, dropout_p, stream)
     return out.flatten(2), lse
 
 
 @_attention_qkvpacked_op.register_fake
-def _(qkv, n_head, causal, scale, dropout_p, seed):
+def _(qkv, seed, n_head, causal, scale, dropout_p, stream):
     batch, length, width = qkv.shape
     out = qkv.new_empty(batch, length, width // 3)
     return out, qkv.new_empty(batch, n_head, length, dtype=_statistic(qkv))
@@ -350,28 +358,29 @@ def _attention_qkvpacked_bwd_op(
     causal: bool,
     scale: float,
     dropout_p: float,
+    stream: int,
 ) -> Tensor:
     dqkv = torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device)
     q, k, v = split_heads(qkv, n_head)
     dq, dk, dv = (x.transpose(1, 2) for x in split_heads(dqkv, n_head))
     dout, out = (x.unflatten(2, (n_head, -1)) for x in (dout, out))
-    _attention_bwd(dout, q, k, v, out, lse, dq, dk, dv, causal, scale, dropout_p, seed)
+    _attention_bwd(dout, q, k, v, out, lse, dq, dk, dv, seed, causal, scale, dropout_p, stream)
     return dqkv
 
 
 @_attention_qkvpacked_bwd_op.register_fake
-def _(dout, qkv, out, lse, seed, n_head, causal, scale, dropout_p):
+def _(dout, qkv, out, lse, seed, n_head, causal, scale, dropout_p, stream):
     return qkv.new_empty(qkv.shape)
 
 
 def _setup_context_qkvpacked(ctx, inputs, output):
-    qkv, *ctx.options, seed = inputs
+    qkv, seed, *ctx.options = inputs
     ctx.save_for_backward(qkv, *output, seed)
 
 
 def _backward_qkvpacked(ctx, dout, _dlse):
     dqkv = _attention_qkvpacked_bwd_op(dout, *ctx.saved_tensors, *ctx.options)
-    return dqkv, None, None, None, None, None
+    return dqkv, *[None] * 6
 
 
 _attention_qkvpacked_op.register_autograd(
@@ -389,13 +398,6 @@ def _check_head_size(name: str, head_size: int) -> None:
         )
 
 
-def _drawn(seed: Tensor | None, dropout_p: float, device: torch.device) -> Tensor | None:
-    """The seed of this call: the caller's, or one from PyTorch's generator for the device."""
-    if dropout_p == 0.0:
-        return None
-    return torch.randint(2**63 - 1, (1,), device=device) if seed is None else seed
-
-
 def attention(
     q: Tensor,
     k: Tensor,
@@ -405,6 +407,7 @@ def attention(
     scale: float | None = None,
     dropout_p: float = 0.0,
     seed: Tensor | None = None,
+    stream: int = 0,
 ) -> Tensor:
     """Softmax attention (Vaswani et al. 2017) by the tiles of FlashAttention-2 (Dao 2023,
     arXiv:2307.08691). Memory is linear in Tq and Tk; the backward is deterministic.
@@ -419,8 +422,9 @@ def attention(
         scale: factor of q kᵀ, positive; 1 / sqrt(D) if None.
         dropout_p: share of the probabilities that is set to 0, from 0 to 0.999, to the next 2^-16.
         seed: int64 tensor with one element on q's device: the Philox key of the dropout mask, which
-            is a function of seed and position alone (``reference.attention_dropout_mask``). If
-            None, each call draws one from PyTorch's generator for the device.
+            is a function of seed, stream and position alone (``reference.dropout_mask``). If None,
+            each call draws one from PyTorch's generator for the device.
+        stream: which of the independent masks of that seed, from 0 to 2^31 - 1.
 
     Returns:
         (B, H, Tq, D) of q's dtype, in the memory order of (B, Tq, H, D). Softmax and sums are
@@ -432,15 +436,15 @@ def attention(
     """
     _checks.floating(q=q, k=k, v=v)
     q, k, v = (x.to(_common.autocast_dtype(x)) for x in (q, k, v))
-    _checks.attention(q, k, v, scale, dropout_p, seed)
+    _checks.attention(q, k, v, scale, dropout_p, seed, stream)
     _common.launchable(q=q, k=k, v=v)
     _check_head_size("q", q.shape[3])
     head_size = q.shape[3]
     scale = 1.0 / math.sqrt(head_size) if scale is None else scale
     if head_size % 16:  # columns of zeros change no product
         q, k, v = (F.pad(x, (0, -head_size % 16)) for x in (q, k, v))
-    seed = _drawn(seed, dropout_p, q.device)
-    return _attention_op(q, k, v, causal, scale, dropout_p, seed)[0][..., :head_size]
+    seed = _common.drawn_seed(seed, dropout_p, q.device)
+    return _attention_op(q, k, v, seed, causal, scale, dropout_p, stream)[0][..., :head_size]
 
 
 def attention_qkvpacked(
@@ -451,6 +455,7 @@ def attention_qkvpacked(
     scale: float | None = None,
     dropout_p: float = 0.0,
     seed: Tensor | None = None,
+    stream: int = 0,
 ) -> Tensor:
     """``attention`` of a block's projection as it stands: q, k and v side by side, heads side by
     side in each. With D a multiple of 16 nothing is split, transposed or gathered, forward or
@@ -459,7 +464,7 @@ def attention_qkvpacked(
     Args:
         qkv: (B, T, 3C), T at least 1, C = n_head * D; else as q in ``attention``.
         n_head: number of heads.
-        causal, scale, dropout_p, seed: as in ``attention``.
+        causal, scale, dropout_p, seed, stream: as in ``attention``.
 
     Returns:
         (B, T, C), contiguous.
@@ -467,13 +472,13 @@ def attention_qkvpacked(
     Raises:
         TypeError, ValueError: as ``attention``.
     """
-    _checks.qkvpacked(qkv, n_head, scale, dropout_p, seed)
+    _checks.qkvpacked(qkv, n_head, scale, dropout_p, seed, stream)
     _common.launchable(qkv=qkv)
     head_size = qkv.shape[2] // (3 * n_head)
     _check_head_size("qkv", head_size)
     if head_size % 16:
-        return unpacked(attention, qkv, n_head, causal, scale, dropout_p, seed)
+        return unpacked(attention, qkv, n_head, causal, scale, dropout_p, seed, stream)
     qkv = qkv.to(_common.autocast_dtype(qkv))
     scale = 1.0 / math.sqrt(head_size) if scale is None else scale
-    seed = _drawn(seed, dropout_p, qkv.device)
-    return _attention_qkvpacked_op(qkv, n_head, causal, scale, dropout_p, seed)[0]
+    seed = _common.drawn_seed(seed, dropout_p, qkv.device)
+    return _attention_qkvpacked_op(qkv, seed, n_head, causal, scale, dropout_p, stream)[0]

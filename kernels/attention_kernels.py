@@ -106,7 +106,7 @@ def _attention_fwd_tiles(
     acc, row_max, row_sum,  # (BLOCK_M, BLOCK_D), (BLOCK_M), (BLOCK_M): the state of the softmax
     q, offs_m,
     k_ptr, k_stride_t, v_ptr, v_stride_t,
-    start, stop, n_keys, qk_scale, seed, batch_head, threshold,
+    start, stop, n_keys, qk_scale, seed, stream, batch_head, threshold,
     MASKED: tl.constexpr, CAUSAL: tl.constexpr, DROPOUT: tl.constexpr,
     PRECISION: tl.constexpr, ACC: tl.constexpr, HEAD: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -129,14 +129,16 @@ def _attention_fwd_tiles(
         row_sum = row_sum * rescale + tl.sum(probs, axis=1)
         row_max = new_max
         if DROPOUT:
-            keep = dropout_keep(seed, batch_head, start_n, offs_m, threshold, BLOCK_M, BLOCK_N)
+            keep = dropout_keep(
+                seed, stream, batch_head, start_n, offs_m, threshold, BLOCK_M, BLOCK_N
+            )
             probs = tl.where(keep, probs, 0.0)
         acc = acc * rescale[:, None]
         acc = tl.dot(probs.to(v.dtype), v, acc, input_precision=PRECISION, out_dtype=ACC)
     return acc, row_max, row_sum
 
 
-@triton.jit(do_not_specialize_on_alignment=["seed_ptr"])
+@triton.jit(do_not_specialize=["stream"], do_not_specialize_on_alignment=["seed_ptr"])
 def _attention_fwd_kernel(
     q_ptr, q_stride_b, q_stride_h, q_stride_t,  # (B, H, n_queries, HEAD), HEAD adjacent
     k_ptr, k_stride_b, k_stride_h, k_stride_t,  # (B, H, n_keys, HEAD)
@@ -144,6 +146,7 @@ def _attention_fwd_kernel(
     out_ptr,  # (B, n_queries, H, HEAD), contiguous
     lse_ptr,  # (B, H, n_queries), contiguous; base 2
     seed_ptr,  # (1), read only if DROPOUT
+    stream,
     n_head, n_queries, n_keys, qk_scale, threshold, keep_scale,
     CAUSAL: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr,
     HEAD: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -176,7 +179,7 @@ def _attention_fwd_kernel(
             acc, row_max, row_sum, q, offs_m,
             k_ptr, k_stride_t, v_ptr, v_stride_t,
             full if masked else 0, stop if masked else full,
-            n_keys, qk_scale, seed, batch_head, threshold,
+            n_keys, qk_scale, seed, stream, batch_head, threshold,
             masked == 1, CAUSAL, DROPOUT, PRECISION, ACC, HEAD, BLOCK_M, BLOCK_N, BLOCK_D,
         )  # fmt: skip
 
@@ -197,7 +200,7 @@ def _attention_fwd_kernel(
 def _attention_dq_tiles(
     dq, q, dout, lse, delta, offs_m,
     k_ptr, k_stride_t, v_ptr, v_stride_t,
-    start, stop, n_keys, qk_scale, seed, batch_head, threshold, keep_scale,
+    start, stop, n_keys, qk_scale, seed, stream, batch_head, threshold, keep_scale,
     MASKED: tl.constexpr, CAUSAL: tl.constexpr, DROPOUT: tl.constexpr,
     PRECISION: tl.constexpr, ACC: tl.constexpr, HEAD: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -210,7 +213,9 @@ def _attention_dq_tiles(
         probs = tl.exp2(scores * qk_scale - lse[:, None])
         dprobs = tl.dot(dout, tl.trans(v), input_precision=PRECISION, out_dtype=ACC)
         if DROPOUT:
-            keep = dropout_keep(seed, batch_head, start_n, offs_m, threshold, BLOCK_M, BLOCK_N)
+            keep = dropout_keep(
+                seed, stream, batch_head, start_n, offs_m, threshold, BLOCK_M, BLOCK_N
+            )
             dprobs = tl.where(keep, dprobs * keep_scale, 0.0)
         dscores = probs * (dprobs - delta[:, None])
         if MASKED:
@@ -221,7 +226,7 @@ def _attention_dq_tiles(
     return dq
 
 
-@triton.jit(do_not_specialize_on_alignment=["seed_ptr"])
+@triton.jit(do_not_specialize=["stream"], do_not_specialize_on_alignment=["seed_ptr"])
 def _attention_bwd_dq_kernel(
     q_ptr, q_stride_b, q_stride_h, q_stride_t,  # (B, H, n_queries, HEAD), HEAD adjacent
     k_ptr, k_stride_b, k_stride_h, k_stride_t,  # (B, H, n_keys, HEAD)
@@ -232,6 +237,7 @@ def _attention_bwd_dq_kernel(
     delta_ptr,  # (B, H, n_queries), contiguous; written here, read by the other kernel
     dq_ptr, dq_stride_t,  # (B, n_queries, H, HEAD) but for the distance of two tokens
     seed_ptr,  # (1), read only if DROPOUT
+    stream,
     n_head, n_queries, n_keys, qk_scale, scale, threshold, keep_scale,
     CAUSAL: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr,
     HEAD: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -271,7 +277,7 @@ def _attention_bwd_dq_kernel(
             dq, q, dout, lse, delta, offs_m,
             k_ptr, k_stride_t, v_ptr, v_stride_t,
             full if masked else 0, stop if masked else full,
-            n_keys, qk_scale, seed, batch_head, threshold, keep_scale,
+            n_keys, qk_scale, seed, stream, batch_head, threshold, keep_scale,
             masked == 1, CAUSAL, DROPOUT, PRECISION, ACC, HEAD, BLOCK_M, BLOCK_N, BLOCK_D,
         )  # fmt: skip
     dq_ptr = _head(dq_ptr, n_queries.to(tl.int64) * dq_stride_t, HEAD, batch_head, n_head)
@@ -282,7 +288,7 @@ def _attention_bwd_dq_kernel(
 def _attention_dkdv_tiles(
     dk, dv, k, v, start_n, offs_n,
     q_ptr, q_stride_t, dout_ptr, dout_stride_t, lse_ptr, delta_ptr,
-    start, stop, n_queries, qk_scale, seed, batch_head, threshold, keep_scale,
+    start, stop, n_queries, qk_scale, seed, stream, batch_head, threshold, keep_scale,
     MASKED: tl.constexpr, CAUSAL: tl.constexpr, DROPOUT: tl.constexpr,
     PRECISION: tl.constexpr, ACC: tl.constexpr, HEAD: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -304,7 +310,9 @@ def _attention_dkdv_tiles(
         dprobs_t = tl.dot(v, tl.trans(dout), input_precision=PRECISION, out_dtype=ACC)
         dropped_t = probs_t
         if DROPOUT:
-            keep = dropout_keep(seed, batch_head, start_n, offs_m, threshold, BLOCK_M, BLOCK_N)
+            keep = dropout_keep(
+                seed, stream, batch_head, start_n, offs_m, threshold, BLOCK_M, BLOCK_N
+            )
             keep_t = tl.trans(keep)
             dropped_t = tl.where(keep_t, probs_t, 0.0)
             dprobs_t = tl.where(keep_t, dprobs_t * keep_scale, 0.0)
@@ -318,7 +326,7 @@ def _attention_dkdv_tiles(
     return dk, dv
 
 
-@triton.jit(do_not_specialize_on_alignment=["seed_ptr"])
+@triton.jit(do_not_specialize=["stream"], do_not_specialize_on_alignment=["seed_ptr"])
 def _attention_bwd_dkdv_kernel(
     q_ptr, q_stride_b, q_stride_h, q_stride_t,  # (B, H, n_queries, HEAD), HEAD adjacent
     k_ptr, k_stride_b, k_stride_h, k_stride_t,  # (B, H, n_keys, HEAD)
@@ -328,6 +336,7 @@ def _attention_bwd_dkdv_kernel(
     delta_ptr,  # (B, H, n_queries), contiguous
     dk_ptr, dv_ptr, dkdv_stride_t,  # (B, n_keys, H, HEAD) but for the distance of two tokens
     seed_ptr,  # (1), read only if DROPOUT
+    stream,
     n_head, n_queries, n_keys, qk_scale, scale, threshold, keep_scale,
     CAUSAL: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr,
     HEAD: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -365,7 +374,7 @@ def _attention_bwd_dkdv_kernel(
             q_ptr, q_stride_t, dout_ptr, dout_stride_t, lse_ptr, delta_ptr,
             first if stage == 0 else (full if stage == 1 else tail),
             tl.minimum(full, n_queries) if stage == 0 else (tail if stage == 1 else n_queries),
-            n_queries, qk_scale, seed, batch_head, threshold, keep_scale,
+            n_queries, qk_scale, seed, stream, batch_head, threshold, keep_scale,
             stage != 1, CAUSAL, DROPOUT, PRECISION, ACC, HEAD, BLOCK_M, BLOCK_N, BLOCK_D,
         )  # fmt: skip
     if DROPOUT:

@@ -3,5 +3,12 @@
 from fastgpt.kernels.attention import attention, attention_qkvpacked
 from fastgpt.kernels.gelu import gelu
 from fastgpt.kernels.layer_norm import layer_norm
+from fastgpt.kernels.reference import dropout_seed
 
-__all__ = ["attention", "attention_qkvpacked", "gelu", "layer_norm"]
+__all__ = [
+    "attention",
+    "attention_qkvpacked",
+    "dropout_seed",
+    "gelu",
+    "layer_norm",
+]

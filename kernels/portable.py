@@ -3,11 +3,28 @@
 Same names and signatures as in ``fused`` and ``reference``.
 """
 
+from collections.abc import Callable
+from typing import Any
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from fastgpt.kernels import _checks
 from fastgpt.kernels.reference import unpacked
+
+
+def dropout_seed(device: torch.device) -> None:
+    """None: PyTorch's generator draws the masks here."""
+    return None
+
+
+def _refuse(seed: Tensor | None) -> None:
+    if seed is not None:
+        raise ValueError(
+            f"seed must be None on {seed.device}: PyTorch's generator draws this mask "
+            "(torch.manual_seed fixes it)"
+        )
 
 
 def gelu(x: Tensor, approximate: str = "none") -> Tensor:
@@ -31,16 +48,13 @@ def attention(
     scale: float | None = None,
     dropout_p: float = 0.0,
     seed: Tensor | None = None,
+    stream: int = 0,
 ) -> Tensor:
     """Attention by ``F.scaled_dot_product_attention``. Same arguments as ``fused.attention``, but
     PyTorch's generator alone draws the dropout mask here: a ``seed`` is refused.
     """
-    _checks.attention(q, k, v, scale, dropout_p, seed)
-    if seed is not None:
-        raise ValueError(
-            f"seed must be None on {q.device}: PyTorch's generator draws this mask "
-            "(torch.manual_seed fixes it)"
-        )
+    _checks.attention(q, k, v, scale, dropout_p, seed, stream)
+    _refuse(seed)
     return F.scaled_dot_product_attention(
         q, k, v, is_causal=causal, scale=scale, dropout_p=dropout_p
     )
@@ -54,6 +68,137 @@ def attention_qkvpacked(
     scale: float | None = None,
     dropout_p: float = 0.0,
     seed: Tensor | None = None,
+    stream: int = 0,
 ) -> Tensor:
     """The same on packed (B, T, 3C), giving (B, T, C). See ``fused.attention_qkvpacked``."""
-    return unpacked(attention, qkv, n_head, causal, scale, dropout_p, seed)
+    return unpacked(attention, qkv, n_head, causal, scale, dropout_p, seed, stream)
+
+
+def embedding(
+    idx: Tensor,
+    token_weight: Tensor,
+    position_weight: Tensor,
+    *,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+    stream: int = 0,
+) -> Tensor:
+    """Token plus position embedding, with dropout. See ``fused.embedding``."""
+    _checks.embedding(idx, token_weight, position_weight, dropout_p, seed, stream)
+    _refuse(seed)
+    x = F.embedding(idx, token_weight) + position_weight.narrow(0, 0, idx.shape[1])
+    return F.dropout(x, dropout_p) if dropout_p > 0.0 else x
+
+
+def residual_layer_norm(
+    residual: Tensor,
+    delta: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    *,
+    delta_bias: Tensor | None = None,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+    stream: int = 0,
+) -> tuple[Tensor, Tensor]:
+    """LayerNorm of a residual sum, and the sum. See ``fused.residual_layer_norm``."""
+    _checks.residual_layer_norm(
+        residual, delta, weight, bias, eps, delta_bias, dropout_p, seed, stream
+    )
+    _refuse(seed)
+    if delta_bias is not None:
+        delta = delta + delta_bias.to(delta.dtype)
+    total = residual + (F.dropout(delta, dropout_p) if dropout_p > 0.0 else delta)
+    y = F.layer_norm(total.to(delta.dtype), total.shape[-1:], weight, bias, eps)
+    return y, total
+
+
+class _RecomputedLinear(torch.autograd.Function):
+    """``F.linear`` that keeps, in place of x, what ``rebuild`` makes x from."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        rebuild: Callable[..., Tensor],
+        *sources: Tensor | None,
+    ) -> Tensor:
+        ctx.rebuild, ctx.dtype, ctx.has_bias = rebuild, x.dtype, bias is not None
+        ctx.save_for_backward(weight, *sources)
+        return F.linear(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        (dy,) = grads
+        weight, *sources = ctx.saved_tensors
+        dx = dy @ weight if ctx.needs_input_grad[0] else None
+        rows = dy.flatten(0, -2)
+        dweight = dbias = None
+        if ctx.needs_input_grad[1]:
+            dweight = rows.t() @ ctx.rebuild(*sources).to(ctx.dtype).flatten(0, -2)
+        if ctx.has_bias and ctx.needs_input_grad[2]:
+            dbias = rows.sum(0)
+        return dx, dweight, dbias, None, *[None] * len(sources)
+
+
+def _recomputed_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    rebuild: Callable[..., Tensor],
+    *sources: Tensor | None,
+) -> Tensor:
+    device_type = x.device.type
+    if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
+        # a Function is not cast by autocast, and its backward runs outside of it
+        x = x.to(torch.get_autocast_dtype(device_type))
+    weight = weight.to(x.dtype)
+    bias = None if bias is None else bias.to(x.dtype)
+    return _RecomputedLinear.apply(x, weight, bias, rebuild, *sources)
+
+
+def linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    recompute: _checks.Recipe | None = None,
+) -> Tensor:
+    """``x @ weight.T + bias``. See ``fused.linear``."""
+    _checks.linear(x, weight, bias, ("weight", "bias"))
+    _checks.recipe(x, recompute)
+    if recompute is None:
+        return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+    source, ln_weight, ln_bias, eps = recompute
+    return _recomputed_linear(
+        x,
+        weight,
+        bias,
+        lambda source, *params: F.layer_norm(source, source.shape[-1:], *params, eps),
+        source,
+        ln_weight,
+        ln_bias,
+    )
+
+
+def mlp(
+    x: Tensor,
+    fc_weight: Tensor,
+    fc_bias: Tensor | None,
+    proj_weight: Tensor,
+    *,
+    approximate: str = "none",
+    recompute: _checks.Recipe | None = None,
+) -> Tensor:
+    """``linear``, GELU, ``linear`` without a bias. See ``fused.mlp``."""
+    _checks.mlp(x, fc_weight, fc_bias, proj_weight, approximate, recompute)
+    pre = linear(x, fc_weight, fc_bias, recompute=recompute)
+    act = F.gelu(pre, approximate=approximate)
+    if recompute is None:
+        return linear(act, proj_weight)
+    return _recomputed_linear(
+        act, proj_weight, None, lambda pre: F.gelu(pre, approximate=approximate), pre
+    )

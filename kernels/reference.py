@@ -41,11 +41,12 @@ def attention(
     scale: float | None = None,
     dropout_p: float = 0.0,
     seed: Tensor | None = None,
+    stream: int = 0,
 ) -> Tensor:
     """Attention as a masked matrix product: the (Tq, Tk) scores are all stored. Same arguments as
     ``fused.attention``; without a ``seed`` the dropout mask comes from PyTorch's generator.
     """
-    _checks.attention(q, k, v, scale, dropout_p, seed)
+    _checks.attention(q, k, v, scale, dropout_p, seed, stream)
     if scale is None:
         scale = 1.0 / math.sqrt(q.shape[-1])
     scores = (q @ k.transpose(-2, -1)) * scale  # (B, H, Tq, Tk)
@@ -53,13 +54,7 @@ def attention(
         visible = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()
         scores = scores.masked_fill(~visible, float("-inf"))
     probs = torch.softmax(scores, dim=-1)
-    if dropout_p > 0.0:
-        if seed is None:
-            probs = torch.dropout(probs, dropout_p, train=True)
-        else:
-            keep, keep_prob = attention_dropout_mask(seed, probs.shape, dropout_p)
-            probs = torch.where(keep, probs / keep_prob, 0.0)
-    return probs @ v
+    return _dropout(probs, dropout_p, seed, stream) @ v
 
 
 def attention_qkvpacked(
@@ -70,9 +65,10 @@ def attention_qkvpacked(
     scale: float | None = None,
     dropout_p: float = 0.0,
     seed: Tensor | None = None,
+    stream: int = 0,
 ) -> Tensor:
     """The same on packed (B, T, 3C), giving (B, T, C). See ``fused.attention_qkvpacked``."""
-    return unpacked(attention, qkv, n_head, causal, scale, dropout_p, seed)
+    return unpacked(attention, qkv, n_head, causal, scale, dropout_p, seed, stream)
 
 
 def unpacked(
@@ -83,11 +79,14 @@ def unpacked(
     scale: float | None,
     dropout_p: float,
     seed: Tensor | None,
+    stream: int,
 ) -> Tensor:
     """``attention_qkvpacked`` by an ``attention`` that wants q, k and v apart."""
-    _checks.qkvpacked(qkv, n_head, scale, dropout_p, seed)
+    _checks.qkvpacked(qkv, n_head, scale, dropout_p, seed, stream)
     q, k, v = split_heads(qkv, n_head)
-    y = attention(q, k, v, causal=causal, scale=scale, dropout_p=dropout_p, seed=seed)
+    y = attention(
+        q, k, v, causal=causal, scale=scale, dropout_p=dropout_p, seed=seed, stream=stream
+    )
     return y.transpose(1, 2).reshape(*qkv.shape[:2], -1)  # (B, T, C)
 
 
@@ -96,6 +95,98 @@ def split_heads(qkv: Tensor, n_head: int) -> tuple[Tensor, Tensor, Tensor]:
     batch, length, width = qkv.shape
     q, k, v = qkv.view(batch, length, 3, n_head, width // (3 * n_head)).permute(2, 0, 3, 1, 4)
     return q, k, v
+
+
+def embedding(
+    idx: Tensor,
+    token_weight: Tensor,
+    position_weight: Tensor,
+    *,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+    stream: int = 0,
+) -> Tensor:
+    """Token plus position embedding, with dropout. See ``fused.embedding``."""
+    _checks.embedding(idx, token_weight, position_weight, dropout_p, seed, stream)
+    x = token_weight[idx] + position_weight[: idx.shape[1]]  # (B, T, C)
+    return _dropout(x.flatten(0, 1), dropout_p, seed, stream).view_as(x)
+
+
+def residual_layer_norm(
+    residual: Tensor,
+    delta: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    *,
+    delta_bias: Tensor | None = None,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+    stream: int = 0,
+) -> tuple[Tensor, Tensor]:
+    """LayerNorm of a residual sum, and the sum. See ``fused.residual_layer_norm``."""
+    _checks.residual_layer_norm(
+        residual, delta, weight, bias, eps, delta_bias, dropout_p, seed, stream
+    )
+    if delta_bias is not None:
+        delta = delta + delta_bias.to(delta.dtype)
+    rows = _dropout(delta.reshape(-1, delta.shape[-1]), dropout_p, seed, stream)
+    total = (residual + rows.view_as(residual)).to(residual.dtype)
+    return layer_norm(total.to(delta.dtype), weight, bias, eps), total
+
+
+def linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    recompute: _checks.Recipe | None = None,
+) -> Tensor:
+    """``x @ weight.T + bias``. See ``fused.linear``; here autograd keeps x whatever
+    ``recompute`` says."""
+    _checks.linear(x, weight, bias, ("weight", "bias"))
+    _checks.recipe(x, recompute)
+    y = x @ weight.to(x.dtype).t()
+    return y if bias is None else y + bias.to(y.dtype)
+
+
+def mlp(
+    x: Tensor,
+    fc_weight: Tensor,
+    fc_bias: Tensor | None,
+    proj_weight: Tensor,
+    *,
+    approximate: str = "none",
+    recompute: _checks.Recipe | None = None,
+) -> Tensor:
+    """``linear``, GELU, ``linear`` without a bias. See ``fused.mlp``; here autograd keeps all
+    whatever ``recompute`` says."""
+    _checks.mlp(x, fc_weight, fc_bias, proj_weight, approximate, recompute)
+    return linear(gelu(linear(x, fc_weight, fc_bias), approximate), proj_weight)
+
+
+def linear_cross_entropy(
+    x: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    ignore_index: int = -1,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+) -> Tensor:
+    """Cross-entropy of the logits ``x @ weight.T``, which are all stored here, in float32. See
+    ``fused.linear_cross_entropy``."""
+    _checks.linear_cross_entropy(x, weight, targets, reduction, label_smoothing, z_loss)
+    logits = linear(x, weight).flatten(0, -2)  # (rows, V)
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    targets = targets.flatten().long()
+    valid = targets != ignore_index
+    lse = torch.logsumexp(logits, dim=-1)
+    at_target = logits.gather(1, targets.where(valid, 0)[:, None])[:, 0]
+    loss = lse - (1.0 - label_smoothing) * at_target - label_smoothing * logits.mean(-1)
+    total = (loss + z_loss * lse * lse).where(valid, 0.0).sum()
+    return total / valid.sum() if reduction == "mean" else total
 
 
 # Philox 4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011): a block
@@ -125,23 +216,40 @@ def philox_4x32(key: int, counter: tuple[Tensor, Tensor, Tensor, Tensor]) -> tup
     return c0, c1, c2, c3
 
 
-def attention_dropout_mask(
-    seed: Tensor, shape: torch.Size, dropout_p: float
+def dropout_mask(
+    seed: Tensor, shape: tuple[int, ...], dropout_p: float, stream: int = 0
 ) -> tuple[Tensor, float]:
-    """The mask of the Triton kernels: True where the probability (b, h, i, j) is kept, and the
-    share that is kept, 1 - round(dropout_p * 2^16) / 2^16.
+    """The mask of the Triton kernels for a tensor of ``shape`` (..., M, N): True where an element
+    is kept; and the share that is kept, 1 - round(dropout_p * 2^16) / 2^16.
 
-    One Philox block serves eight neighbouring keys with 16 bits each: its counter is
-    (j // 8, i, b * H + h, 0), and key j takes word j % 4, the upper half where j % 8 >= 4.
+    One Philox block serves eight neighbouring columns with 16 bits each: its counter is
+    (j // 8, i, plane, stream) for row i and column j, where the planes are the (M, N) matrices in
+    order; column j takes word j % 4, the upper half where j % 8 >= 4.
     """
-    batch, n_head, n_query, n_key = shape
+    *planes, n_rows, n_cols = shape
     device = seed.device
-    j = torch.arange(-(-n_key // 8), device=device).view(1, 1, -1)
-    i = torch.arange(n_query, device=device).view(1, -1, 1)
-    bh = torch.arange(batch * n_head, device=device).view(-1, 1, 1)
-    c0, c1, c2 = torch.broadcast_tensors(j, i, bh)
-    words = torch.stack(philox_4x32(int(seed), (c0, c1, c2, torch.zeros_like(c0))), dim=-1)
-    bits = torch.cat([words & 0xFFFF, words >> 16], dim=-1)  # (B * H, Tq, Tk / 8, 8)
+    j = torch.arange(-(-n_cols // 8), device=device).view(1, 1, -1)
+    i = torch.arange(n_rows, device=device).view(1, -1, 1)
+    plane = torch.arange(math.prod(planes), device=device).view(-1, 1, 1)
+    c0, c1, c2 = torch.broadcast_tensors(j, i, plane)
+    c3 = torch.full_like(c0, stream)
+    words = torch.stack(philox_4x32(int(seed), (c0, c1, c2, c3)), dim=-1)
+    bits = torch.cat([words & 0xFFFF, words >> 16], dim=-1)  # (planes, M, N / 8, 8)
     threshold = round(dropout_p * 65536)
-    keep = (bits >= threshold).reshape(batch, n_head, n_query, -1)[..., :n_key]
+    keep = (bits >= threshold).reshape(*planes, n_rows, -1)[..., :n_cols]
     return keep, 1.0 - threshold / 65536
+
+
+def dropout_seed(device: torch.device) -> Tensor:
+    """An int64 tensor (1,) on the device: the key of the dropout masks of one step, drawn from
+    PyTorch's generator."""
+    return torch.randint(2**63 - 1, (1,), device=device)
+
+
+def _dropout(x: Tensor, dropout_p: float, seed: Tensor | None, stream: int) -> Tensor:
+    if dropout_p == 0.0:
+        return x
+    if seed is None:
+        return torch.dropout(x, dropout_p, train=True)
+    keep, share = dropout_mask(seed, x.shape, dropout_p, stream)
+    return torch.where(keep, x / share, 0.0)

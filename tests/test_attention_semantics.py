@@ -147,7 +147,7 @@ def _kept(device: str, shape: tuple[int, int, int], p: float, seed: Tensor | Non
 def test_dropout_rate_and_mask(device: str, p: float) -> None:
     """The rate over 10^6 draws of the plain mask, and the kernel's mask equal to it."""
     seed = torch.tensor([-(2**40) - 7], device=device)
-    mask, share = reference.attention_dropout_mask(seed, torch.Size((2, 4, 2048, 64)), p)
+    mask, share = reference.dropout_mask(seed, (2, 4, 2048, 64), p)
     assert mask.numel() >= 10**6
     assert abs(1 - mask.double().mean() - p) < 0.002
     assert abs(share - (1 - p)) < 2**-16

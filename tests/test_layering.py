@@ -28,7 +28,7 @@ _MODEL = {"fastgpt.model", "fastgpt.bigram"}
 _RUN = {"fastgpt.config", "fastgpt.devices", "fastgpt.checkpoint", *_DATA, *_MODEL}
 ALLOWED: dict[str, set[str]] = {
     "fastgpt.kernels._checks": set(),
-    "fastgpt.kernels._common": set(),
+    "fastgpt.kernels._common": {"fastgpt.kernels.reference"},
     "fastgpt.kernels._costs": set(),
     "fastgpt.kernels.reference": {"fastgpt.kernels._checks"},
     "fastgpt.kernels.portable": {"fastgpt.kernels._checks", "fastgpt.kernels.reference"},
@@ -40,8 +40,13 @@ ALLOWED: dict[str, set[str]] = {
         "fastgpt.kernels.attention",
         "fastgpt.kernels.gelu",
         "fastgpt.kernels.layer_norm",
+        "fastgpt.kernels.reference",
     },
-    "fastgpt.ops": {"fastgpt.kernels.portable", "fastgpt.kernels.fused"},
+    "fastgpt.ops": {
+        "fastgpt.kernels._checks",
+        "fastgpt.kernels.portable",
+        "fastgpt.kernels.fused",
+    },
     "fastgpt.model": {"fastgpt.ops"},
     "fastgpt.bigram": {"fastgpt.model"},
     "fastgpt._progress": set(),
