@@ -8,6 +8,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastgpt.kernels._precision import autocast_dtype as autocast_dtype
+from fastgpt.kernels._precision import matmul_float32 as matmul_float32
 from fastgpt.kernels.reference import dropout_seed
 
 LOG2_E = 1.4426950408889634
@@ -117,15 +119,6 @@ def dot_precision(dtype: torch.dtype) -> str:
     older spelling, which cannot be read once the newer one was set.)"""
     tf32 = dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
     return "tf32" if tf32 else "ieee"
-
-
-def autocast_dtype(x: Tensor) -> torch.dtype:
-    """The dtype that an autocast region on x's device asks for, else x's own."""
-    device_type = x.device.type
-    if x.dtype == torch.float64 or not torch.amp.is_autocast_available(device_type):
-        return x.dtype
-    enabled = torch.is_autocast_enabled(device_type)
-    return torch.get_autocast_dtype(device_type) if enabled else x.dtype
 
 
 def on_device(x: Tensor) -> contextlib.AbstractContextManager:

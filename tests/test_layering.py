@@ -21,6 +21,7 @@ _OP = {
     "fastgpt.kernels._checks",
     "fastgpt.kernels._common",
     "fastgpt.kernels._costs",
+    "fastgpt.kernels._precision",
     "fastgpt.kernels.reference",
 }
 _DATA = {"fastgpt._progress", "fastgpt.tokenizer", "fastgpt.data"}
@@ -28,8 +29,9 @@ _MODEL = {"fastgpt.model", "fastgpt.bigram"}
 _RUN = {"fastgpt.config", "fastgpt.devices", "fastgpt.checkpoint", *_DATA, *_MODEL}
 ALLOWED: dict[str, set[str]] = {
     "fastgpt.kernels._checks": set(),
-    "fastgpt.kernels._common": {"fastgpt.kernels.reference"},
+    "fastgpt.kernels._common": {"fastgpt.kernels._precision", "fastgpt.kernels.reference"},
     "fastgpt.kernels._costs": set(),
+    "fastgpt.kernels._precision": set(),
     "fastgpt.kernels.reference": {"fastgpt.kernels._checks"},
     "fastgpt.kernels.portable": {"fastgpt.kernels._checks", "fastgpt.kernels.reference"},
     "fastgpt.kernels.gelu": _OP,
@@ -64,7 +66,7 @@ ALLOWED: dict[str, set[str]] = {
 }
 
 # Libraries that the plain ops, hence a machine without Triton, do not need.
-TORCH_ALONE = ("_checks", "_costs", "reference", "portable")
+TORCH_ALONE = ("_checks", "_costs", "_precision", "reference", "portable")
 USES_TRITON = {"_common", "gelu", "layer_norm", "attention", "attention_kernels"}
 LATE = {"matplotlib", "wandb", "transformers", "tiktoken"}  # optional: imported where used
 

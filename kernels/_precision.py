@@ -1,0 +1,30 @@
+"""In which dtype an op computes. Needs torch alone: the portable and the Triton ops share it."""
+
+import torch
+from torch import Tensor
+
+
+def autocast_dtype(x: Tensor) -> torch.dtype:
+    """The dtype that an autocast region on x's device asks for, else x's own."""
+    device_type = x.device.type
+    if x.dtype == torch.float64 or not torch.amp.is_autocast_available(device_type):
+        return x.dtype
+    enabled = torch.is_autocast_enabled(device_type)
+    return torch.get_autocast_dtype(device_type) if enabled else x.dtype
+
+
+def matmul_float32(a: Tensor, b: Tensor, accumulate_into: Tensor | None = None) -> Tensor:
+    """``a @ b`` for matrices of one dtype, never rounded below float32 (float64 for float64).
+
+    With ``accumulate_into``, of the result's shape and dtype, the product is added to it in place
+    and it is returned. Only ``out=`` forms are called: autocast leaves those alone.
+    """
+    if a.is_cuda and a.dtype in (torch.float16, torch.bfloat16):  # cuBLAS adds up in float32
+        if accumulate_into is None:
+            return torch.mm(a, b, out_dtype=torch.float32)
+        return torch.addmm(accumulate_into, a, b, out_dtype=torch.float32, out=accumulate_into)
+    dtype = torch.promote_types(a.dtype, torch.float32)
+    a, b = a.to(dtype), b.to(dtype)
+    if accumulate_into is None:
+        return torch.mm(a, b, out=a.new_empty(a.shape[0], b.shape[1]))
+    return torch.addmm(accumulate_into, a, b, out=accumulate_into)
