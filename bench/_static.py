@@ -1,0 +1,342 @@
+"""What the compiler makes of a kernel on any NVIDIA architecture, found out with no GPU.
+
+``recorded`` notes what a host function would launch; ``compile_launches`` compiles it ahead of time
+with the launcher's own specialisation (arguments equal to 1, divisible by 16, of 64 bits, ...): a
+stub answers in place of the GPU driver, and ``kernel.warmup()`` does the rest.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import re
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+from _multiprocessor import (
+    ARCHITECTURES,
+    RESERVED_SHARED_MEMORY,
+    TENSOR_MEMORY,
+    Cycles,
+    Occupancy,
+    cycles,
+    occupancy,
+)
+from _sass import MATRIX, disassemble, kinds
+from triton import knobs
+from triton.backends.compiler import GPUTarget
+from triton.runtime.driver import driver
+from triton.runtime.jit import JITFunction
+
+from fastgpt.kernels import _common
+
+
+@dataclass(frozen=True)
+class Launch:
+    """``kernel[grid](*args, **options)``. A tensor among ``args`` may lie on any device, "meta"
+    included; a torch.dtype stands for a 16-byte aligned tensor."""
+
+    kernel: JITFunction
+    args: tuple[Any, ...]
+    options: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Dot:
+    """A matrix product (m, k) @ (k, n) in a kernel, before the compiler chose instructions."""
+
+    m: int
+    n: int
+    k: int
+    dtype: str  # of the operands: "bf16", ...
+    tf32: bool
+    loop: int | None  # the loop that it stands in, None outside
+
+    @property
+    def macs(self) -> int:
+        return self.m * self.n * self.k
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """One kernel on one architecture."""
+
+    name: str
+    capability: int
+    signature: dict[str, str]  # argument → type; "16" behind it: divisible by 16
+    constexprs: dict[str, Any]  # arguments equal to 1 or None included
+    num_warps: int
+    num_stages: int
+    registers: int  # per thread
+    spill_store_bytes: int
+    spill_load_bytes: int
+    stack_bytes: int
+    shared_memory: int  # bytes per program
+    tensor_memory: int  # columns per program, sm_100
+    occupancy: Occupancy
+    instructions: Counter[str]  # how many of each kind: HMMA, HGMMA, TC5MMA, LDGSTS, ...
+    main_loop: Counter[str]  # likewise; all instructions of a kernel without a loop
+    dots: list[Dot]
+    cycles: Cycles  # of one run through the main loop
+
+    def record(self) -> dict[str, Any]:
+        """As JSON can hold it, with its faults."""
+        return {
+            **vars(self),
+            "occupancy": vars(self.occupancy),
+            "dots": [vars(dot) for dot in self.dots],
+            "cycles": {**vars(self.cycles), "serial": self.cycles.serial},
+            "faults": faults(self),
+        }
+
+    def __str__(self) -> str:
+        constexprs = ", ".join(f"{key}={value}" for key, value in self.constexprs.items())
+        return (
+            f"{self.name} on sm_{self.capability} "
+            f"({constexprs}, num_warps={self.num_warps}, num_stages={self.num_stages})"
+        )
+
+
+def max_shared_memory(capability: int) -> int:
+    """Bytes that a program may have. The launch tables for sm_80 also serve sm_86 and sm_89."""
+    family = (80, 86, 89) if capability == 80 else (capability,)
+    return min(ARCHITECTURES[c].shared_memory for c in family) - RESERVED_SHARED_MEMORY
+
+
+def faults(compiled: Compiled) -> list[str]:
+    """What must not be shipped, each with the kernel, its configuration and the number."""
+    found = []
+    spilled = compiled.spill_store_bytes + compiled.spill_load_bytes
+    if spilled:
+        found.append(f"spills {spilled} bytes")
+    limit = max_shared_memory(compiled.capability)
+    if compiled.shared_memory > limit:
+        found.append(f"needs {compiled.shared_memory} bytes of shared memory, of {limit}")
+    if compiled.tensor_memory > TENSOR_MEMORY:
+        found.append(f"needs {compiled.tensor_memory} columns of tensor memory, of {TENSOR_MEMORY}")
+    found += _missing_tensor_cores(compiled)
+    return [f"{compiled}: {fault}" for fault in found]
+
+
+def _missing_tensor_cores(compiled: Compiled) -> list[str]:
+    """16-bit products of 64 rows or more take the architecture's own instruction, others HMMA."""
+    own = ARCHITECTURES[compiled.capability].tensor_cores
+    used = {own if dot.m >= 64 else "HMMA" for dot in compiled.dots if dot.dtype in ("bf16", "f16")}
+    missing = [f"{kind} is missing" for kind in sorted(used) if not compiled.instructions[kind]]
+    if used == {own} and own != "HMMA" and compiled.instructions["HMMA"]:
+        missing.append(f"HMMA where {own} is possible")
+    return missing
+
+
+# ------------------------------------------------------------------------------------ recording
+
+
+@contextlib.contextmanager
+def recorded(capability: int) -> Iterator[list[Launch]]:
+    """Within, host functions accept CPU tensors, choose what they would on ``capability``, and
+    launch nothing: the launches are in the list."""
+    launches: list[Launch] = []
+
+    def note(kernel: JITFunction, *args: Any, grid: Any, warmup: bool, **options: Any) -> None:
+        launches.append(Launch(kernel, args, options))
+
+    multiprocessors = ARCHITECTURES[capability].multiprocessors
+    with (
+        mock.patch.object(JITFunction, "run", note),
+        mock.patch.object(_common, "INTERPRETED", True),
+        mock.patch.object(_common, "capability", lambda device: capability),
+        mock.patch.object(_common, "multiprocessors", lambda device: multiprocessors),
+    ):
+        yield launches
+
+
+# ------------------------------------------------------------------------------------ compiling
+
+
+class _StubDriver:
+    """As much of a GPU driver as compiling needs. The device's number is its capability."""
+
+    def __init__(self, capability: int) -> None:
+        self.capability = capability
+
+    def get_current_device(self) -> int:
+        return self.capability
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", self.capability, 32)
+
+
+@contextlib.contextmanager
+def _no_gpu_needed(capability: int) -> Iterator[None]:
+    previous = driver._active  # the public property would look for a GPU
+    driver.set_active(_StubDriver(capability))
+    try:
+        yield
+    finally:
+        driver._active = previous
+
+
+def compile_launches(launches: Iterable[Launch], capability: int) -> list[Compiled]:
+    """Each launch as ``capability`` (80, 90, 100, ...) would run it; those that lead to the same
+    machine code once."""
+    launches = list(launches)
+    found: dict[int, tuple[Any, Compiled]] = {}  # by identity: the launcher keeps what it has
+    with (
+        _no_gpu_needed(capability),
+        knobs.compilation.scope(),
+        knobs.nvidia.scope(),
+        knobs.cache.scope(),
+        tempfile.TemporaryDirectory() as cache,
+    ):
+        knobs.cache.dir = cache
+        knobs.compilation.always_compile = True  # a cached kernel comes without the log
+        knobs.nvidia.dump_ptxas_log = True
+        try:
+            for launch in launches:
+                with contextlib.redirect_stdout(io.StringIO()) as log:
+                    binary = launch.kernel.warmup(*launch.args, grid=(1,), **launch.options)
+                if id(binary) not in found:
+                    found[id(binary)] = binary, _examine(binary, log.getvalue(), capability)
+        finally:
+            for launch in launches:
+                launch.kernel.device_caches.pop(capability, None)
+    return [compiled for _, compiled in found.values()]
+
+
+def compile_launch(launch: Launch, capability: int) -> Compiled:
+    return compile_launches([launch], capability)[0]
+
+
+def _examine(binary: Any, log: str, capability: int) -> Compiled:
+    metadata = binary.metadata
+    code = disassemble(binary.asm["cubin"])
+    loop = code.main_loop()
+    dots = find_dots(binary.asm["ttir"])
+    registers = _number(r"Used (\d+) registers", log)
+    tensor_memory = getattr(metadata, "tmem_size", 0) or 0
+    signature, constexprs = _arguments(binary.src)
+    return Compiled(
+        name=metadata.name,
+        capability=capability,
+        signature=signature,
+        constexprs=constexprs,
+        num_warps=metadata.num_warps,
+        num_stages=metadata.num_stages,
+        registers=registers,
+        spill_store_bytes=_number(r"(\d+) bytes spill stores", log),
+        spill_load_bytes=_number(r"(\d+) bytes spill loads", log),
+        stack_bytes=_number(r"(\d+) bytes stack frame", log),
+        shared_memory=metadata.shared,
+        tensor_memory=tensor_memory,
+        occupancy=occupancy(
+            capability, registers, metadata.num_warps, metadata.shared, tensor_memory
+        ),
+        instructions=kinds(code.instructions),
+        main_loop=kinds(loop),
+        dots=dots,
+        cycles=cycles(capability, loop, metadata.num_warps, _macs(loop, dots, metadata.num_warps)),
+    )
+
+
+def _macs(loop: list[Any], dots: list[Dot], num_warps: int) -> int:
+    """Of a run through the loop; tcgen05's code does not tell, so the busiest loop of the source
+    is taken."""
+    warps = {"HMMA": num_warps, "HGMMA": num_warps // 4}
+    if any(instruction.kind == "TC5MMA" for instruction in loop):
+        sums: Counter[int | None] = Counter()
+        for dot in dots:
+            sums[dot.loop] += dot.macs
+        return max(sums.values())
+    return sum(
+        instruction.macs() * warps[instruction.kind]
+        for instruction in loop
+        if instruction.kind in MATRIX
+    )
+
+
+def _arguments(source: Any) -> tuple[dict[str, str], dict[str, Any]]:
+    """Types of the arguments that a launch passes, and the values of those compiled in."""
+    names = list(source.signature)
+    constexprs = {
+        names[path[0]]: _plain(value)
+        for path, value in source.constants.items()
+        if len(path) == 1  # else a part of a tuple
+    }
+    divisible = {path[0] for path in source.attrs}
+    signature = {
+        name: f"{kind} 16" if index in divisible else str(kind)
+        for index, (name, kind) in enumerate(source.signature.items())
+        if name not in constexprs
+    }
+    return signature, constexprs
+
+
+def _plain(value: Any) -> Any:
+    return value if isinstance(value, (bool, int, float, str, type(None))) else str(value)
+
+
+def _number(pattern: str, log: str) -> int:
+    found = re.search(pattern, log)
+    if found is None:
+        raise RuntimeError(f"no match for {pattern!r} in the log of ptxas:\n{log}")
+    return int(found[1])
+
+
+# tt.dot %a, %b, %acc, inputPrecision = tf32 : tensor<64x32xbf16> * tensor<32x64xbf16> -> ...
+_DOT = re.compile(r"= tt\.dot (?P<options>.*?) : tensor<(\d+)x(\d+)x(\w+)> \* tensor<\d+x(\d+)x")
+
+
+def find_dots(ttir: str) -> list[Dot]:
+    """The matrix products in a kernel's first representation, where they still have shapes."""
+    dots: list[Dot] = []
+    scopes: list[int | None] = [None]  # for each open brace the innermost loop around it
+    for number, line in enumerate(ttir.splitlines()):
+        if found := _DOT.search(line):
+            _, m, k, dtype, n = found.groups()
+            tf32 = dtype == "f32" and "inputPrecision = tf32" in found["options"]
+            dots.append(Dot(int(m), int(n), int(k), dtype, tf32, scopes[-1]))
+        line = line.rstrip().partition(" loc(")[0]
+        if line.lstrip().startswith("}"):
+            scopes.pop()
+        if line.endswith("{"):
+            loop = re.search(r"\bscf\.(for|while)\b", line)
+            scopes.append(number if loop else scopes[-1])
+    return dots
+
+
+# ------------------------------------------------------------------------------- files of cases
+
+
+def compile_case(run: Callable[[], object], capability: int) -> list[Compiled]:
+    """What ``run()`` would launch on that architecture."""
+    with recorded(capability) as launches:
+        run()
+    if not launches:
+        raise ValueError(f"{run} launched no kernel on sm_{capability}")
+    return compile_launches(launches, capability)
+
+
+def case_main(cases: Mapping[str, Callable[[], object]]) -> int:
+    """The command line of a file of cases: ``CASE ARCHITECTURE`` prints what the compiler makes of
+    it; ``CASE ARCHITECTURE KEY FILE`` writes it, and KEY, as JSON."""
+    case, capability, *rest = sys.argv[1:]
+    records = [compiled.record() for compiled in compile_case(cases[case], int(capability))]
+    if rest:
+        key, path = rest[0], Path(rest[1])
+        record = {"case": case, "capability": int(capability), "key": key, "kernels": records}
+        partial = path.with_suffix(".partial")
+        partial.write_text(json.dumps(record, indent=1, allow_nan=False) + "\n")
+        partial.replace(path)
+        return 0
+    print(json.dumps(records, indent=1, allow_nan=False))
+    return int(any(record["faults"] for record in records))

@@ -1,0 +1,88 @@
+"""Every configuration in the launch tables, as calls that lead to it: what ``build_kernels.py``
+compiles for each architecture.
+
+A case is one line of ``CASES``: a name, a function of this file and its arguments. The function
+imports its op, from the op's own module (the case is compiled again when that changes, or what it
+imports), and runs it forward and backward on small CPU tensors; nothing is computed, the launches
+are recorded. Equal launches of a case are compiled once, so a case covers several sizes that may
+lead to the same tiles. Tensors have sizes that are as divisible by 16 as those of real models.
+
+    python bench/kernel_cases.py gelu 90                 # one case on one architecture, at once
+"""
+
+import sys
+from functools import partial
+
+import torch
+from _static import case_main
+from torch import Tensor
+
+_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+def _leaf(*shape: int, dtype: str) -> Tensor:
+    return torch.zeros(shape, dtype=_DTYPES[dtype], requires_grad=True)
+
+
+def _attention(head_sizes: tuple[int, ...], dtype: str) -> None:
+    from fastgpt.kernels.attention import attention_qkvpacked
+
+    for head_size in head_sizes:
+        for dropout_p in (0.0, 0.1):
+            qkv = _leaf(1, 1024, 3 * 2 * head_size, dtype=dtype)
+            attention_qkvpacked(qkv, 2, dropout_p=dropout_p).sum().backward()
+
+
+def _attention_full() -> None:
+    """Separate q, k and v without the causal mask, an odd head size."""
+    from fastgpt.kernels.attention import attention
+
+    q, k, v = (_leaf(1, 2, 100, 25, dtype="fp16") for _ in range(3))
+    attention(q, k, v, causal=False).sum().backward()
+
+
+def _attention_tf32() -> None:
+    from fastgpt.kernels.attention import attention_qkvpacked
+
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    try:
+        attention_qkvpacked(_leaf(1, 1024, 3 * 128, dtype="fp32"), 2).sum().backward()
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def _layer_norm(widths: tuple[int, ...], dtype: str) -> None:
+    from fastgpt.kernels.layer_norm import layer_norm
+
+    for width in widths:
+        x, weight, bias = (_leaf(*shape, width, dtype=dtype) for shape in ((64,), (), ()))
+        layer_norm(x, weight, bias).sum().backward()
+        layer_norm(x, weight).sum().backward()
+
+
+def _gelu() -> None:
+    from fastgpt.kernels.gelu import gelu
+
+    for dtype in _DTYPES:
+        for form in ("none", "tanh"):
+            gelu(_leaf(4096, dtype=dtype), form).sum().backward()
+
+
+CASES = {
+    "gelu": partial(_gelu),
+    **{
+        f"layer_norm-{dtype}": partial(_layer_norm, (65, 384, 768, 1600, 8192, 16384), dtype)
+        for dtype in ("bf16", "fp32")
+    },
+    **{
+        f"attention-{sizes[-1]}-{dtype}": partial(_attention, sizes, dtype)
+        for sizes in ((16,), (25, 32), (64,), (80, 128), (256,))
+        for dtype in ("bf16", "fp32")
+    },
+    "attention-full": partial(_attention_full),
+    "attention-tf32": partial(_attention_tf32),
+}
+
+if __name__ == "__main__":
+    sys.exit(case_main(CASES))
