@@ -48,3 +48,12 @@ def register_cost(op: OpOverloadPacket) -> Callable[[CostFormula], CostFormula]:
 def nbytes(*tensors: Tensor | None) -> int:
     """The bytes of the elements of all tensors together."""
     return sum(t.numel() * t.element_size() for t in tensors if t is not None)
+
+
+def attention_pairs(n_queries: int, n_keys: int, causal: bool) -> int:
+    """How many scores of one head are computed: with a causal mask, those under the diagonal, taken
+    as half of a square."""
+    if not causal:
+        return n_queries * n_keys
+    square = min(n_queries, n_keys)
+    return square * square // 2 + (n_queries - square) * n_keys

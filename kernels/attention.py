@@ -11,6 +11,7 @@ import triton
 from torch import Tensor
 
 from fastgpt.kernels import _checks, _common
+from fastgpt.kernels._costs import KernelCost, attention_pairs, nbytes, register_cost
 from fastgpt.kernels.attention_kernels import (
     _attention_bwd_dkdv_kernel,
     _attention_bwd_dq_kernel,
@@ -256,6 +257,30 @@ def _attention_bwd(
             )
 
 
+def _fwd_cost(
+    q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, causal: bool
+) -> KernelCost:
+    """q, k, v as (B, H, T, D). Two products a tile."""
+    return KernelCost("fwd", 2 * _product(q, k, causal), nbytes(q, k, v, out, lse))
+
+
+def _bwd_cost(
+    q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, causal: bool
+) -> list[KernelCost]:
+    """Three products a tile, then four: each kernel computes the scores and dP for itself."""
+    product = _product(q, k, causal)
+    dq, dk, dv, dout, delta = q, k, v, out, lse  # of the same sizes
+    return [
+        KernelCost("dq", 3 * product, nbytes(q, k, v, out, dout, lse, delta, dq)),
+        KernelCost("dkdv", 4 * product, nbytes(q, k, v, dout, lse, delta, dk, dv)),
+    ]
+
+
+def _product(q: Tensor, k: Tensor, causal: bool) -> int:
+    batch, n_head, n_queries, head_size = q.shape
+    return 2 * batch * n_head * attention_pairs(n_queries, k.shape[2], causal) * head_size
+
+
 # -------------------------------------------------------------------------- separate q, k and v
 
 
@@ -323,6 +348,16 @@ def _backward(ctx, dout, _dlse):
 _attention_op.register_autograd(_backward, setup_context=_setup_context)
 
 
+@register_cost(torch.ops.fastgpt.attention)
+def _(out, q, k, v, seed, causal, scale, dropout_p, stream):
+    return [_fwd_cost(q, k, v, *out, causal)]
+
+
+@register_cost(torch.ops.fastgpt.attention_bwd)
+def _(grads, dout, q, k, v, out, lse, seed, causal, scale, dropout_p, stream):
+    return _bwd_cost(q, k, v, out, lse, causal)
+
+
 # ------------------------------------------------------------------------------------ packed qkv
 
 
@@ -386,6 +421,16 @@ def _backward_qkvpacked(ctx, dout, _dlse):
 _attention_qkvpacked_op.register_autograd(
     _backward_qkvpacked, setup_context=_setup_context_qkvpacked
 )
+
+
+@register_cost(torch.ops.fastgpt.attention_qkvpacked)
+def _(out, qkv, seed, n_head, causal, scale, dropout_p, stream):
+    return [_fwd_cost(*split_heads(qkv, n_head), *out, causal)]
+
+
+@register_cost(torch.ops.fastgpt.attention_qkvpacked_bwd)
+def _(dqkv, dout, qkv, out, lse, seed, n_head, causal, scale, dropout_p, stream):
+    return _bwd_cost(*split_heads(qkv, n_head), out, lse, causal)
 
 
 # ------------------------------------------------------------------------------ public functions
