@@ -4,6 +4,7 @@ from fastgpt.kernels.attention import attention, attention_qkvpacked
 from fastgpt.kernels.gelu import gelu
 from fastgpt.kernels.layer_norm import layer_norm
 from fastgpt.kernels.reference import dropout_seed
+from fastgpt.kernels.residual_layer_norm import residual_layer_norm
 
 __all__ = [
     "attention",
@@ -11,4 +12,5 @@ __all__ = [
     "dropout_seed",
     "gelu",
     "layer_norm",
+    "residual_layer_norm",
 ]

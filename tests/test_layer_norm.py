@@ -143,8 +143,10 @@ def test_errors() -> None:
         fused.layer_norm(x, weight, torch.ones(1, 8))
     with pytest.raises(ValueError, match="weight must have the dtype of x.*got torch.float16"):
         fused.layer_norm(x, weight.half())
-    with pytest.raises(ValueError, match="bias must have the dtype of weight"):
+    with pytest.raises(ValueError, match="bias must have the dtype of x.*got torch.float16"):
         fused.layer_norm(x, weight, weight.half())
+    with pytest.raises(ValueError, match="bias must have the dtype of weight"):
+        fused.layer_norm(x.half(), weight, weight.half())
     with pytest.raises(ValueError, match=r"weight must be on the device of x \(cpu\), got meta"):
         fused.layer_norm(x, weight.to("meta"))
     with pytest.raises(ValueError, match="eps must be at least 0, got -1.0"):

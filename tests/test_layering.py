@@ -35,7 +35,13 @@ ALLOWED: dict[str, set[str]] = {
     "fastgpt.kernels.reference": {"fastgpt.kernels._checks"},
     "fastgpt.kernels.portable": {"fastgpt.kernels._checks", "fastgpt.kernels.reference"},
     "fastgpt.kernels.gelu": _OP,
-    "fastgpt.kernels.layer_norm": _OP,
+    "fastgpt.kernels.layer_norm_kernels": {"fastgpt.kernels._common"},
+    "fastgpt.kernels.layer_norm": {*_OP, "fastgpt.kernels.layer_norm_kernels"},
+    "fastgpt.kernels.residual_layer_norm": {
+        *_OP,
+        "fastgpt.kernels.layer_norm",
+        "fastgpt.kernels.layer_norm_kernels",
+    },
     "fastgpt.kernels.attention_kernels": {"fastgpt.kernels._common"},
     "fastgpt.kernels.attention": {*_OP, "fastgpt.kernels.attention_kernels"},
     "fastgpt.kernels.fused": {
@@ -43,6 +49,7 @@ ALLOWED: dict[str, set[str]] = {
         "fastgpt.kernels.gelu",
         "fastgpt.kernels.layer_norm",
         "fastgpt.kernels.reference",
+        "fastgpt.kernels.residual_layer_norm",
     },
     "fastgpt.ops": {
         "fastgpt.kernels._checks",
@@ -67,7 +74,14 @@ ALLOWED: dict[str, set[str]] = {
 
 # Libraries that the plain ops, hence a machine without Triton, do not need.
 TORCH_ALONE = ("_checks", "_costs", "_precision", "reference", "portable")
-USES_TRITON = {"_common", "gelu", "layer_norm", "attention", "attention_kernels"}
+USES_TRITON = {
+    "_common",
+    "attention",
+    "attention_kernels",
+    "embedding",
+    "gelu",
+    "layer_norm_kernels",
+}
 LATE = {"matplotlib", "wandb", "transformers", "tiktoken"}  # optional: imported where used
 
 
