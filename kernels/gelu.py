@@ -22,13 +22,14 @@ def _gelu_fwd_kernel(
     y_ptr,  # (n_elements)
     n_elements,
     TANH: tl.constexpr,
+    FAST: tl.constexpr,
     ACC: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     offs = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = offs < n_elements
     x = tl.load(x_ptr + offs, mask=mask, other=0.0).to(ACC)
-    tl.store(y_ptr + offs, gelu_value(x, TANH).to(y_ptr.dtype.element_ty), mask=mask)
+    tl.store(y_ptr + offs, gelu_value(x, TANH, FAST).to(y_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -38,6 +39,7 @@ def _gelu_bwd_kernel(
     dx_ptr,  # (n_elements)
     n_elements,
     TANH: tl.constexpr,
+    FAST: tl.constexpr,
     ACC: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -45,7 +47,7 @@ def _gelu_bwd_kernel(
     mask = offs < n_elements
     x = tl.load(x_ptr + offs, mask=mask, other=0.0).to(ACC)
     dy = tl.load(dy_ptr + offs, mask=mask, other=0.0).to(ACC)
-    dx = dy * gelu_slope(x, TANH)
+    dx = dy * gelu_slope(x, TANH, FAST)
     tl.store(dx_ptr + offs, dx.to(dx_ptr.dtype.element_ty), mask=mask)
 
 
@@ -64,6 +66,7 @@ def _gelu_fwd(x: Tensor, approximate: str) -> Tensor:
                 y,
                 x.numel(),
                 TANH=approximate == "tanh",
+                FAST=_common.is_half(x.dtype),
                 ACC=_common.accumulator(x.dtype),
                 **_LAUNCH,
             )
@@ -81,6 +84,7 @@ def _gelu_bwd(dy: Tensor, x: Tensor, approximate: str) -> Tensor:
                 dx,
                 x.numel(),
                 TANH=approximate == "tanh",
+                FAST=_common.is_half(x.dtype),
                 ACC=_common.accumulator(x.dtype),
                 **_LAUNCH,
             )

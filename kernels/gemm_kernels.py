@@ -1,0 +1,243 @@
+"""Matrix products with an epilogue, for ``linear`` and ``mlp``.
+
+    forward          pre = A Wᵀ + bias,  act = gelu(pre)       A (M, K), W (N, K), pre and act (M, N)
+    GELU gradient    dpre = (dY W) * gelu'(pre)                dY (M, K), W (K, N), dpre (M, N)
+    weight gradient  dW = dYᵀ X,  dbias = column sums of dY    dY (T, M), X (T, N), dW (M, N)
+
+The first two are persistent: a program takes every n-th tile, in groups of rows that share columns
+of W while these are in L2. The third has few tiles and a long sum: the sum over the T rows is
+split, each part is written in accumulator precision and a reduction in fixed order adds them (no
+atomics: two runs give the same bits).
+
+``TMA``: the matrices are tensor descriptors and the tensor memory accelerator copies the tiles;
+else they are pointers, and tiles come through cp.async.
+"""
+
+import triton
+import triton.language as tl
+
+from fastgpt.kernels._common import gelu_slope, gelu_value
+
+
+@triton.jit
+def _load(x, stride, row, col, n_rows, n_cols, TMA: tl.constexpr, R: tl.constexpr, C: tl.constexpr):
+    """The (R, C) tile at (row, col) of an (n_rows, n_cols) matrix; zeros outside."""
+    if TMA:
+        tile = x.load([row, col])
+    else:
+        offs_r, offs_c = row + tl.arange(0, R), col + tl.arange(0, C)
+        mask = (offs_r < n_rows)[:, None] & (offs_c < n_cols)[None, :]
+        tile = tl.load(
+            x + offs_r.to(tl.int64)[:, None] * stride + offs_c[None, :], mask=mask, other=0.0
+        )
+    return tile
+
+
+@triton.jit
+def _store(
+    x, stride, tile, row, col, n_rows, n_cols,
+    TMA: tl.constexpr, R: tl.constexpr, C: tl.constexpr,
+):  # fmt: skip
+    if TMA:
+        x.store([row, col], tile.to(x.dtype))
+    else:
+        offs_r, offs_c = row + tl.arange(0, R), col + tl.arange(0, C)
+        mask = (offs_r < n_rows)[:, None] & (offs_c < n_cols)[None, :]
+        ptrs = x + offs_r.to(tl.int64)[:, None] * stride + offs_c[None, :]
+        tl.store(ptrs, tile.to(x.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _grouped(tile, n_tiles_m, n_tiles_n, GROUP: tl.constexpr):
+    """Row and column of a tile, down GROUP rows before the next column."""
+    per_group = GROUP * n_tiles_n
+    first = tile // per_group * GROUP
+    size = tl.minimum(n_tiles_m - first, GROUP)
+    return first + tile % per_group % size, tile % per_group // size
+
+
+@triton.jit
+def _halves(x, M: tl.constexpr, N: tl.constexpr):
+    """The left and the right half of an (M, N) block: an epilogue on half a tile needs half the
+    registers beside the accumulator."""
+    return tl.split(tl.permute(tl.reshape(x, [M, 2, N // 2]), [0, 2, 1]))
+
+
+@triton.jit
+def _gelu_epilogue(
+    acc, pre, act, row, col, n_rows, n_cols,
+    TMA: tl.constexpr, TANH: tl.constexpr, FAST: tl.constexpr, ACC: tl.constexpr,
+    R: tl.constexpr, C: tl.constexpr,
+):  # fmt: skip
+    # the GELU of what the backward will find, so that value and slope belong together
+    rounded = acc.to(pre.dtype if TMA else pre.dtype.element_ty)
+    _store(pre, n_cols, rounded, row, col, n_rows, n_cols, TMA, R, C)
+    value = gelu_value(rounded.to(ACC), TANH, FAST)
+    _store(act, n_cols, value, row, col, n_rows, n_cols, TMA, R, C)
+
+
+@triton.jit
+def _linear_gelu_fwd_kernel(
+    a,  # (n_rows, n_inner)
+    a_stride,
+    w,  # (n_cols, n_inner)
+    w_stride,
+    bias_ptr,  # (n_cols), read only if HAS_BIAS
+    pre,  # (n_rows, n_cols), contiguous
+    act,  # (n_rows, n_cols), contiguous
+    n_rows,
+    n_cols,
+    n_inner,
+    TMA: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    TANH: tl.constexpr,
+    FAST: tl.constexpr,
+    PRECISION: tl.constexpr,
+    ACC: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP: tl.constexpr,
+):
+    n_tiles_m, n_tiles_n = tl.cdiv(n_rows, BLOCK_M), tl.cdiv(n_cols, BLOCK_N)
+    for tile in range(tl.program_id(0), n_tiles_m * n_tiles_n, tl.num_programs(0)):
+        tile_m, tile_n = _grouped(tile, n_tiles_m, n_tiles_n, GROUP)
+        row, col = tile_m * BLOCK_M, tile_n * BLOCK_N
+        acc = tl.zeros([BLOCK_M, BLOCK_N], dtype=ACC)
+        if HAS_BIAS:  # the sum begins with it: one term less in the epilogue
+            offs = col + tl.arange(0, BLOCK_N)
+            acc += tl.load(bias_ptr + offs, mask=offs < n_cols, other=0.0).to(ACC)[None, :]
+        for k in range(0, n_inner, BLOCK_K):
+            x = _load(a, a_stride, row, k, n_rows, n_inner, TMA, BLOCK_M, BLOCK_K)
+            y = _load(w, w_stride, col, k, n_cols, n_inner, TMA, BLOCK_N, BLOCK_K)
+            acc = tl.dot(x, y.T, acc, input_precision=PRECISION, out_dtype=ACC)
+        left, right = _halves(acc, BLOCK_M, BLOCK_N)
+        _gelu_epilogue(
+            left, pre, act, row, col, n_rows, n_cols,
+            TMA, TANH, FAST, ACC, BLOCK_M, BLOCK_N // 2,
+        )  # fmt: skip
+        _gelu_epilogue(
+            right, pre, act, row, col + BLOCK_N // 2, n_rows, n_cols,
+            TMA, TANH, FAST, ACC, BLOCK_M, BLOCK_N // 2,
+        )  # fmt: skip
+
+
+@triton.jit
+def _slope_epilogue(
+    acc, pre, dpre, act, row, col, n_rows, n_cols,
+    TMA: tl.constexpr, RECOMPUTE: tl.constexpr, TANH: tl.constexpr, FAST: tl.constexpr,
+    ACC: tl.constexpr, R: tl.constexpr, C: tl.constexpr,
+):  # fmt: skip
+    x = _load(pre, n_cols, row, col, n_rows, n_cols, TMA, R, C).to(ACC)
+    gradient = acc * gelu_slope(x, TANH, FAST)
+    _store(dpre, n_cols, gradient, row, col, n_rows, n_cols, TMA, R, C)
+    if RECOMPUTE:
+        value = gelu_value(x, TANH, FAST)
+        _store(act, n_cols, value, row, col, n_rows, n_cols, TMA, R, C)
+
+
+@triton.jit
+def _linear_gelu_bwd_kernel(
+    dy,  # (n_rows, n_inner)
+    dy_stride,
+    w,  # (n_inner, n_cols)
+    w_stride,
+    pre,  # (n_rows, n_cols), contiguous
+    dpre,  # (n_rows, n_cols), contiguous
+    act,  # (n_rows, n_cols), contiguous, written if RECOMPUTE
+    n_rows,
+    n_cols,
+    n_inner,
+    TMA: tl.constexpr,
+    RECOMPUTE: tl.constexpr,
+    TANH: tl.constexpr,
+    FAST: tl.constexpr,
+    PRECISION: tl.constexpr,
+    ACC: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP: tl.constexpr,
+):
+    n_tiles_m, n_tiles_n = tl.cdiv(n_rows, BLOCK_M), tl.cdiv(n_cols, BLOCK_N)
+    for tile in range(tl.program_id(0), n_tiles_m * n_tiles_n, tl.num_programs(0)):
+        tile_m, tile_n = _grouped(tile, n_tiles_m, n_tiles_n, GROUP)
+        row, col = tile_m * BLOCK_M, tile_n * BLOCK_N
+        acc = tl.zeros([BLOCK_M, BLOCK_N], dtype=ACC)
+        for k in range(0, n_inner, BLOCK_K):
+            x = _load(dy, dy_stride, row, k, n_rows, n_inner, TMA, BLOCK_M, BLOCK_K)
+            y = _load(w, w_stride, k, col, n_inner, n_cols, TMA, BLOCK_K, BLOCK_N)
+            acc = tl.dot(x, y, acc, input_precision=PRECISION, out_dtype=ACC)
+        left, right = _halves(acc, BLOCK_M, BLOCK_N)
+        _slope_epilogue(
+            left, pre, dpre, act, row, col, n_rows, n_cols,
+            TMA, RECOMPUTE, TANH, FAST, ACC, BLOCK_M, BLOCK_N // 2,
+        )  # fmt: skip
+        _slope_epilogue(
+            right, pre, dpre, act, row, col + BLOCK_N // 2, n_rows, n_cols,
+            TMA, RECOMPUTE, TANH, FAST, ACC, BLOCK_M, BLOCK_N // 2,
+        )  # fmt: skip
+
+
+@triton.jit
+def _weight_sum(
+    dy, dy_stride, x, x_stride, row, col, start, stop, n_tokens, n_rows, n_cols,
+    TMA: tl.constexpr, BIAS: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """A tile of dYᵀ X over the tokens from start to stop and, if BIAS, of the sum of dY."""
+    acc = tl.zeros([BLOCK_M, BLOCK_N], dtype=ACC)
+    acc_bias = tl.zeros([BLOCK_M], dtype=ACC)
+    for k in range(start, stop, BLOCK_K):
+        a = _load(dy, dy_stride, k, row, n_tokens, n_rows, TMA, BLOCK_K, BLOCK_M)
+        b = _load(x, x_stride, k, col, n_tokens, n_cols, TMA, BLOCK_K, BLOCK_N)
+        acc = tl.dot(a.T, b, acc, input_precision=PRECISION, out_dtype=ACC)
+        if BIAS:
+            acc_bias += tl.sum(a.to(ACC), axis=0)
+    return acc, acc_bias
+
+
+@triton.jit
+def _weight_grad_kernel(
+    dy,  # (n_tokens, n_rows)
+    dy_stride,
+    x,  # (n_tokens, n_cols)
+    x_stride,
+    dweight_ptr,  # (n_splits, n_rows, n_cols)
+    dbias_ptr,  # (n_splits, n_rows), written if HAS_BIAS
+    n_tokens,
+    n_rows,
+    n_cols,
+    tokens_per_split,  # a multiple of BLOCK_K
+    TMA: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    PRECISION: tl.constexpr,
+    ACC: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP: tl.constexpr,
+):
+    tile_m, tile_n = _grouped(
+        tl.program_id(0), tl.cdiv(n_rows, BLOCK_M), tl.cdiv(n_cols, BLOCK_N), GROUP
+    )
+    row, col = tile_m * BLOCK_M, tile_n * BLOCK_N
+    split = tl.program_id(1).to(tl.int64)
+    start = tl.program_id(1) * tokens_per_split
+    stop = tl.minimum(start + tokens_per_split, n_tokens)
+    offs_m, offs_n = row + tl.arange(0, BLOCK_M), col + tl.arange(0, BLOCK_N)
+    # the first column of tiles alone sums the bias: a branch outside of the loop costs nothing
+    if HAS_BIAS and tile_n == 0:
+        acc, acc_bias = _weight_sum(
+            dy, dy_stride, x, x_stride, row, col, start, stop, n_tokens, n_rows, n_cols,
+            TMA, True, PRECISION, ACC, BLOCK_M, BLOCK_N, BLOCK_K,
+        )  # fmt: skip
+        tl.store(dbias_ptr + split * n_rows + offs_m, acc_bias, mask=offs_m < n_rows)
+    else:
+        acc, acc_bias = _weight_sum(
+            dy, dy_stride, x, x_stride, row, col, start, stop, n_tokens, n_rows, n_cols,
+            TMA, False, PRECISION, ACC, BLOCK_M, BLOCK_N, BLOCK_K,
+        )  # fmt: skip
+    ptrs = dweight_ptr + (split * n_rows + offs_m[:, None]) * n_cols + offs_n[None, :]
+    mask = (offs_m < n_rows)[:, None] & (offs_n < n_cols)[None, :]
+    tl.store(ptrs, acc, mask=mask)
