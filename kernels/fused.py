@@ -1,8 +1,10 @@
 """The public Triton ops under the names of ``reference`` and ``portable``."""
 
 from fastgpt.kernels.attention import attention, attention_qkvpacked
+from fastgpt.kernels.embedding import embedding
 from fastgpt.kernels.gelu import gelu
 from fastgpt.kernels.layer_norm import layer_norm
+from fastgpt.kernels.linear_cross_entropy import linear_cross_entropy
 from fastgpt.kernels.reference import dropout_seed
 from fastgpt.kernels.residual_layer_norm import residual_layer_norm
 
@@ -10,7 +12,9 @@ __all__ = [
     "attention",
     "attention_qkvpacked",
     "dropout_seed",
+    "embedding",
     "gelu",
     "layer_norm",
+    "linear_cross_entropy",
     "residual_layer_norm",
 ]

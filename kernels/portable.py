@@ -3,6 +3,7 @@
 Same names and signatures as in ``fused`` and ``reference``.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastgpt.kernels import _checks
+from fastgpt.kernels import _checks, chunked_loss
 from fastgpt.kernels.reference import unpacked
 
 
@@ -201,4 +202,74 @@ def mlp(
         return linear(act, proj_weight)
     return _recomputed_linear(
         act, proj_weight, None, lambda pre: F.gelu(pre, approximate=approximate), pre
+    )
+
+
+_BLOCK_ROWS = 16  # few enough logits (3 MB of GPT-2's in float32) to stay in a CPU's cache
+
+
+def _cross_entropy_rows(
+    logits: Tensor,
+    targets: Tensor,
+    losses: Tensor,
+    ignore_index: int,
+    label_smoothing: float,
+    z_loss: float,
+    want_gradient: bool,
+) -> None:
+    """See ``chunked_loss.RowsFunction``."""
+    n_cols = logits.shape[1]
+    valid = targets != ignore_index
+    unknown = valid & ((targets < 0) | (targets >= n_cols))
+    if unknown.is_cpu and unknown.any():  # elsewhere, to look would be to wait for the device
+        raise ValueError(
+            f"targets must lie in [0, {n_cols}) or be ignore_index ({ignore_index}), "
+            f"got {targets[unknown][0].item()}"
+        )
+    known = targets.where(valid & ~unknown, 0).long()
+    for start in range(0, logits.shape[0], _BLOCK_ROWS):
+        block = slice(start, start + _BLOCK_ROWS)
+        tile, target = logits[block], known[block, None]
+        p = torch.softmax(tile, dim=-1, dtype=losses.dtype)
+        peak, where = tile.max(dim=-1, keepdim=True)
+        lse = (peak - p.gather(1, where).log()).masked_fill(unknown[block, None], math.nan)
+        at_target = tile.gather(1, target).to(losses.dtype)
+        loss = lse - (1.0 - label_smoothing) * at_target + z_loss * lse * lse
+        if label_smoothing > 0.0:
+            loss -= label_smoothing * tile.mean(-1, keepdim=True, dtype=losses.dtype)
+        losses[block] = loss[:, 0].where(valid[block], 0.0)
+        if want_gradient:
+            weight = valid[block, None].to(losses.dtype)
+            p.mul_(weight * (1.0 + 2.0 * z_loss * lse))
+            if label_smoothing > 0.0:
+                p.sub_(weight * (label_smoothing / n_cols))
+            tile.copy_(p.scatter_add_(1, target, weight * (label_smoothing - 1.0)))
+
+
+_linear_cross_entropy_op = chunked_loss.define("linear_cross_entropy_portable", _cross_entropy_rows)
+
+
+def linear_cross_entropy(
+    x: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    ignore_index: int = -1,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+) -> Tensor:
+    """Cross-entropy of the logits ``x @ weight.T``, never stored whole. Same arguments as
+    ``fused.linear_cross_entropy``, but on the CPU a target out of range is a ValueError.
+    """
+    _checks.linear_cross_entropy(x, weight, targets, reduction, label_smoothing, z_loss)
+    return chunked_loss.apply(
+        _linear_cross_entropy_op,
+        x,
+        weight,
+        targets,
+        ignore_index,
+        reduction,
+        label_smoothing,
+        z_loss,
     )

@@ -33,7 +33,13 @@ ALLOWED: dict[str, set[str]] = {
     "fastgpt.kernels._costs": set(),
     "fastgpt.kernels._precision": set(),
     "fastgpt.kernels.reference": {"fastgpt.kernels._checks"},
-    "fastgpt.kernels.portable": {"fastgpt.kernels._checks", "fastgpt.kernels.reference"},
+    "fastgpt.kernels.chunked_loss": {"fastgpt.kernels._costs", "fastgpt.kernels._precision"},
+    "fastgpt.kernels.portable": {
+        "fastgpt.kernels._checks",
+        "fastgpt.kernels.chunked_loss",
+        "fastgpt.kernels.reference",
+    },
+    "fastgpt.kernels.embedding": _OP,
     "fastgpt.kernels.gelu": _OP,
     "fastgpt.kernels.layer_norm_kernels": {"fastgpt.kernels._common"},
     "fastgpt.kernels.layer_norm": {*_OP, "fastgpt.kernels.layer_norm_kernels"},
@@ -42,12 +48,15 @@ ALLOWED: dict[str, set[str]] = {
         "fastgpt.kernels.layer_norm",
         "fastgpt.kernels.layer_norm_kernels",
     },
+    "fastgpt.kernels.linear_cross_entropy": {*_OP, "fastgpt.kernels.chunked_loss"},
     "fastgpt.kernels.attention_kernels": {"fastgpt.kernels._common"},
     "fastgpt.kernels.attention": {*_OP, "fastgpt.kernels.attention_kernels"},
     "fastgpt.kernels.fused": {
         "fastgpt.kernels.attention",
+        "fastgpt.kernels.embedding",
         "fastgpt.kernels.gelu",
         "fastgpt.kernels.layer_norm",
+        "fastgpt.kernels.linear_cross_entropy",
         "fastgpt.kernels.reference",
         "fastgpt.kernels.residual_layer_norm",
     },
@@ -73,7 +82,7 @@ ALLOWED: dict[str, set[str]] = {
 }
 
 # Libraries that the plain ops, hence a machine without Triton, do not need.
-TORCH_ALONE = ("_checks", "_costs", "_precision", "reference", "portable")
+TORCH_ALONE = ("_checks", "_costs", "_precision", "chunked_loss", "reference", "portable")
 USES_TRITON = {
     "_common",
     "attention",
@@ -81,6 +90,7 @@ USES_TRITON = {
     "embedding",
     "gelu",
     "layer_norm_kernels",
+    "linear_cross_entropy",
 }
 LATE = {"matplotlib", "wandb", "transformers", "tiktoken"}  # optional: imported where used
 

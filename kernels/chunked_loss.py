@@ -1,0 +1,219 @@
+"""Linear + cross-entropy in chunks of rows: what the portable and the Triton op have in common.
+
+    logits = x @ weight.T              x (M, C), weight (V, C), logits (M, V)
+    lse_i = log(sum over j of exp(logits_ij))                       p_ij = exp(logits_ij - lse_i)
+    loss_i = lse_i - (1 - e) * logits_it - e * mean over j of logits_ij + z * lse_i^2
+    dlogits_ij = p_ij * (1 + 2 * z * lse_i) - (1 - e) * [j = t] - e / V
+
+with target t, label smoothing e and z-loss z. One buffer holds the logits of a chunk of rows and
+then, in place, their gradient, from which the chunk's part of dx and dweight is taken at once: the
+logits are never stored whole. dlogits are those of the sum of the losses, so that float16 has the
+range for them; the mean's divisor and the incoming gradient scale dx and dweight in the backward.
+
+Saved for backward: dx in the dtype of the products, dweight in float32, and the divisor. FLOPs:
+2 M V C for each of logits, dx and dweight, all in the forward pass. Bytes, s an element: 5 s M V
+for the chunks (one product writes them, the rows are read and written, two products read them).
+"""
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from fastgpt.kernels._costs import KernelCost, nbytes, register_cost
+from fastgpt.kernels._precision import autocast_dtype, matmul_float32
+
+# rows(logits, targets, losses, ignore_index, label_smoothing, z_loss, want_gradient) writes the
+# losses (rows), 0 where ignored, and turns logits (rows, V), columns adjacent, into dlogits in
+# place. Where no gradient is wanted, what the logits become is free.
+RowsFunction = Callable[[Tensor, Tensor, Tensor, int, float, float, bool], None]
+
+# What the logits of one chunk may take. On CUDA 4096 rows of GPT-2's in half precision: dweight,
+# V * C numbers, is read and written once a chunk, which costs little beside products of so many
+# rows. Elsewhere 512 rows of GPT-2's in float32: more rows make a CPU's products no faster.
+CHUNK_BYTES = {"cuda": 512 * 2**20, "other": 128 * 2**20}
+
+_ALIGNMENT = 64  # elements: rows of the buffer begin aligned, also where V is odd
+
+
+def chunk_rows(n_cols: int, dtype: torch.dtype, device: torch.device) -> int:
+    """Rows in a chunk: a power of two, since most batches are a multiple of one."""
+    limit = CHUNK_BYTES["cuda" if device.type == "cuda" else "other"]
+    return 2 ** max(0, (limit // (n_cols * dtype.itemsize)).bit_length() - 1)
+
+
+def _forward(
+    rows: RowsFunction,
+    x: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    dtype: torch.dtype,
+    ignore_index: int,
+    mean: bool,
+    label_smoothing: float,
+    z_loss: float,
+    want_dx: bool,
+    want_dweight: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Loss and divisor (scalars); dx and dweight, unscaled, empty where not wanted."""
+    wide = torch.promote_types(dtype, torch.float32)
+    dx = x.new_empty(x.shape if want_dx else 0, dtype=dtype)
+    dweight = None if want_dweight else x.new_empty(0, dtype=wide)
+    x = x.reshape(-1, x.shape[-1]).to(dtype)
+    weight = weight.to(dtype)
+    targets = targets.reshape(-1).contiguous()
+    n_rows, n_cols = x.shape[0], weight.shape[0]
+    losses = x.new_empty(n_rows, dtype=wide)
+
+    step = chunk_rows(n_cols, dtype, x.device)
+    stride = -(-n_cols // _ALIGNMENT) * _ALIGNMENT
+    buffer = x.new_empty(min(step, n_rows), stride)[:, :n_cols]
+    for start in range(0, n_rows, step):
+        chunk = slice(start, min(start + step, n_rows))
+        logits = torch.mm(x[chunk], weight.t(), out=buffer[: chunk.stop - start])
+        rows(
+            logits,
+            targets[chunk],
+            losses[chunk],
+            ignore_index,
+            label_smoothing,
+            z_loss,
+            want_dx or want_dweight,
+        )
+        if want_dx:
+            torch.mm(logits, weight, out=dx.view_as(x)[chunk])
+        if want_dweight:
+            dweight = matmul_float32(logits.t(), x[chunk], accumulate_into=dweight)
+
+    if dweight is None:  # there was no row
+        dweight = x.new_zeros(weight.shape, dtype=wide)
+    if mean:
+        divisor = torch.sum(targets != ignore_index, dtype=wide)
+    else:
+        divisor = x.new_ones((), dtype=wide)
+    return losses.sum() / divisor, divisor, dx, dweight
+
+
+def _fake_forward(
+    x, weight, targets, dtype, ignore_index, mean, label_smoothing, z_loss, want_dx, want_dweight
+):
+    wide = torch.promote_types(dtype, torch.float32)
+    loss, divisor = x.new_empty((), dtype=wide), x.new_empty((), dtype=wide)
+    dx = x.new_empty(x.shape if want_dx else 0, dtype=dtype)
+    return loss, divisor, dx, x.new_empty(weight.shape if want_dweight else 0, dtype=wide)
+
+
+def _scale(
+    grad: Tensor,
+    divisor: Tensor,
+    dx: Tensor,
+    dweight: Tensor,
+    dx_dtype: torch.dtype,
+    dweight_dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    """The gradients of the parameters' dtypes, each rounded once. No valid row: they are 0."""
+    # With a dimension the factor counts as a float32 tensor, else as a number of the other's dtype.
+    factor = (grad.to(divisor.dtype) / divisor.clamp(min=1.0)).view(1)
+    return (
+        torch.mul(dx, factor, out=torch.empty_like(dx, dtype=dx_dtype)),
+        torch.mul(dweight, factor, out=torch.empty_like(dweight, dtype=dweight_dtype)),
+    )
+
+
+_scale_op = torch.library.custom_op("fastgpt::linear_cross_entropy_bwd", _scale, mutates_args=())
+
+
+@_scale_op.register_fake
+def _(grad, divisor, dx, dweight, dx_dtype, dweight_dtype):
+    return torch.empty_like(dx, dtype=dx_dtype), torch.empty_like(dweight, dtype=dweight_dtype)
+
+
+@register_cost(torch.ops.fastgpt.linear_cross_entropy_bwd)
+def _(out, grad, divisor, dx, dweight, dx_dtype, dweight_dtype):
+    return [
+        KernelCost("scale dx", 0, nbytes(dx, out[0])),
+        KernelCost("scale dweight", 0, nbytes(dweight, out[1])),
+    ]
+
+
+def _setup_context(ctx, inputs, output):
+    x, weight, *_, ctx.want_dx, ctx.want_dweight = inputs
+    _, divisor, dx, dweight = output
+    ctx.dtypes = x.dtype, weight.dtype
+    ctx.mark_non_differentiable(divisor, dx, dweight)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(divisor, dx, dweight)
+
+
+def _backward(ctx, grad, *_):
+    dx, dweight = _scale_op(grad, *ctx.saved_tensors, *ctx.dtypes)
+    no_gradient = [None] * 8
+    return (dx if ctx.want_dx else None, dweight if ctx.want_dweight else None, *no_gradient)
+
+
+def _cost(
+    out, x, weight, targets, dtype, ignore_index, mean, smoothing, z_loss, want_dx, want_dweight
+):
+    n_cols, width = weight.shape
+    n_rows, size = targets.numel(), dtype.itemsize
+    chunks = -(-n_rows // chunk_rows(n_cols, dtype, x.device))
+    flops = 2 * n_rows * n_cols * width
+    logits, x_bytes = size * n_rows * n_cols, size * n_rows * width
+    weights = chunks * size * n_cols * width  # read once a chunk
+    passes = 2 if want_dx or want_dweight else 1
+    costs = [
+        KernelCost("logits", flops, x_bytes + weights + logits),
+        KernelCost("rows", 0, passes * logits + nbytes(targets)),
+    ]
+    if want_dx:
+        costs.append(KernelCost("dx", flops, logits + weights + x_bytes))
+    if want_dweight:  # the first chunk writes it, each other reads and writes it
+        accumulated = max(1, 2 * chunks - 1) * nbytes(out[3])
+        costs.append(KernelCost("dweight", flops, logits + x_bytes + accumulated))
+    for name, tensor in (("cast x", x), ("cast weight", weight)):
+        if tensor.dtype != dtype:
+            costs.append(KernelCost(name, 0, nbytes(tensor) + size * tensor.numel()))
+    return costs
+
+
+def define(name: str, rows: RowsFunction) -> Callable[..., tuple[Tensor, ...]]:
+    """The operator ``fastgpt::name`` that has ``rows`` for its row function."""
+    op = torch.library.custom_op(
+        f"fastgpt::{name}",
+        partial(_forward, rows),
+        mutates_args=(),
+        schema="(Tensor x, Tensor weight, Tensor targets, ScalarType dtype, int ignore_index, "
+        "bool mean, float label_smoothing, float z_loss, bool want_dx, bool want_dweight) "
+        "-> (Tensor, Tensor, Tensor, Tensor)",
+    )
+    op.register_fake(_fake_forward)
+    op.register_autograd(_backward, setup_context=_setup_context)
+    register_cost(getattr(torch.ops.fastgpt, name))(_cost)
+    return op
+
+
+def apply(
+    op: Callable[..., tuple[Tensor, ...]],
+    x: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    ignore_index: int,
+    reduction: str,
+    label_smoothing: float,
+    z_loss: float,
+) -> Tensor:
+    """The loss by an operator of ``define``. Only gradients that can be asked for are computed."""
+    differentiable = torch.is_grad_enabled()
+    return op(
+        x,
+        weight,
+        targets,
+        autocast_dtype(x),
+        ignore_index,
+        reduction == "mean",
+        label_smoothing,
+        z_loss,
+        differentiable and x.requires_grad,
+        differentiable and weight.requires_grad,
+    )[0]
