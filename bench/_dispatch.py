@@ -1,0 +1,248 @@
+"""What every operator that PyTorch dispatches costs: a mode that watches a step on fake tensors."""
+
+import weakref
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from _ceilings import Ceilings
+from torch import Tensor
+from torch._ops import OpOverload
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
+from torch.utils.flop_counter import flop_registry
+
+from fastgpt.kernels._costs import COSTS, KernelCost, attention_pairs
+
+# They hand out memory and touch none of it.
+_ALLOCATIONS = {
+    f"aten::{name}"
+    for name in ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided")
+}
+_OVERWRITTEN = {"aten::copy_", "aten::fill_", "aten::zero_"}  # the first argument is not read
+
+# The products of one tile of scores. PyTorch's formula for its kernels on CUDA takes no account of
+# the causal mask, and those for the CPU have none.
+_ATTENTION = {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: 2,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: 5,
+}
+
+
+@dataclass
+class OpTotal:
+    """One operator, all of its calls together."""
+
+    calls: int = 0
+    bytes: int = 0
+    flops: int = 0
+    ms: float = 0.0
+
+
+@dataclass(frozen=True)
+class Report:
+    """One forward and backward. Bytes, FLOPs, and milliseconds at the ceilings."""
+
+    label: str
+    tokens: int
+    ops: dict[str, OpTotal]  # those that take longest first
+    saved_bytes: int
+    peak_bytes: int
+
+    @property
+    def calls(self) -> int:
+        return sum(op.calls for op in self.ops.values())
+
+    @property
+    def bytes(self) -> int:
+        return sum(op.bytes for op in self.ops.values())
+
+    @property
+    def flops(self) -> int:
+        return sum(op.flops for op in self.ops.values())
+
+    @property
+    def ms(self) -> float:
+        return sum(op.ms for op in self.ops.values())
+
+    @property
+    def tokens_per_s(self) -> float:
+        return self.tokens / self.ms * 1e3
+
+    def record(self) -> dict[str, Any]:
+        """For JSON: the fields and what follows from them."""
+        totals = ("calls", "bytes", "flops", "ms", "tokens_per_s")
+        return asdict(self) | {name: getattr(self, name) for name in totals}
+
+
+def count(
+    label: str,
+    tokens: int,
+    forward: Callable[[], Tensor],
+    parameters: Sequence[Tensor],
+    data: Sequence[Tensor],
+    ceilings: Ceilings,
+) -> Report:
+    """``forward()`` and the backward of the scalar that it returns, from ``parameters`` and
+    ``data``, which are there before."""
+    memory = LiveMemory()
+    memory.watch([*parameters, *data])
+    mode = CostMode(ceilings, memory)
+    saved = SavedActivations(parameters)
+    with mode:
+        with torch.autograd.graph.saved_tensors_hooks(saved.pack, saved.unpack):
+            loss = forward()
+        saved_bytes = saved.nbytes()
+        loss.backward()
+    ops = dict(sorted(mode.ops.items(), key=lambda item: -item[1].ms))
+    return Report(label, tokens, ops, saved_bytes, memory.peak)
+
+
+class CostMode(TorchDispatchMode):
+    """Adds up what is dispatched inside of it, by the name of the operator."""
+
+    def __init__(self, ceilings: Ceilings, memory: "LiveMemory") -> None:
+        super().__init__()
+        self.ops: dict[str, OpTotal] = {}
+        self._ceilings = ceilings
+        self._memory = memory
+
+    def __torch_dispatch__(
+        self, func: OpOverload, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        self._memory.watch(_tensors(out))
+        kernels = kernel_costs(func, args, kwargs, out)
+        if kernels:
+            half = any(t.is_floating_point() and t.itemsize == 2 for t in _tensors(args))
+            total = self.ops.setdefault(_name(func), OpTotal())
+            total.calls += 1
+            for kernel in kernels:
+                total.bytes += kernel.bytes
+                total.flops += kernel.flops
+                total.ms += self._ceilings.ms(kernel.flops, kernel.bytes, half)
+        return out
+
+
+class LiveMemory:
+    """The bytes of the storages that are alive, and the most there were."""
+
+    def __init__(self) -> None:
+        self.live = 0
+        self.peak = 0
+        self._watched: set[int] = set()
+
+    def watch(self, tensors: Iterable[Tensor]) -> None:
+        for tensor in tensors:
+            storage = tensor.untyped_storage()
+            if storage._cdata in self._watched:
+                continue
+            self._watched.add(storage._cdata)
+            self.live += storage.nbytes()
+            self.peak = max(self.peak, self.live)
+            weakref.finalize(storage, self._freed, storage._cdata, storage.nbytes())
+
+    def _freed(self, key: int, nbytes: int) -> None:
+        self._watched.remove(key)
+        self.live -= nbytes
+
+
+class SavedActivations:
+    """The distinct storages that autograd keeps for the backward, those of ``parameters`` aside:
+    ``with torch.autograd.graph.saved_tensors_hooks(saved.pack, saved.unpack)``.
+    """
+
+    def __init__(self, parameters: Iterable[Tensor]) -> None:
+        self._parameters = {p.untyped_storage()._cdata for p in parameters}
+        self._alive: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
+
+    def pack(self, tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in self._parameters:
+            self._alive[storage._cdata] = storage
+        return tensor
+
+    @staticmethod
+    def unpack(tensor: Tensor) -> Tensor:
+        return tensor
+
+    def nbytes(self) -> int:
+        return sum(storage.nbytes() for storage in self._alive.values())
+
+
+def kernel_costs(
+    func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any
+) -> list[KernelCost]:
+    """The kernels behind one call; none where nothing moves: views, allocations, questions."""
+    packet = func.overloadpacket
+    if packet in COSTS:
+        return COSTS[packet](out, *args, **kwargs)
+    reads, writes = _moved(func, args, kwargs, out)
+    if not writes:
+        return []
+    flops = 0
+    if packet in _ATTENTION:
+        flops = _attention_flops(_ATTENTION[packet], func, args, kwargs)
+    elif packet in flop_registry:
+        flops = flop_registry[packet](*args, **kwargs, out_val=out)
+    return [KernelCost(_name(func), flops, _distinct(reads) + _distinct(writes))]
+
+
+def _attention_flops(
+    products: int, func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> int:
+    given = _named(func, args, kwargs)
+    batch, n_head, n_queries, head_size = given["query"].shape
+    pairs = attention_pairs(n_queries, given["key"].shape[2], given.get("is_causal", False))
+    return products * 2 * batch * n_head * pairs * head_size
+
+
+def _name(func: OpOverload) -> str:
+    """Without the overload, and without the device that the tensors claim to be on."""
+    return func.name().partition(".")[0].replace("_for_cpu", "")
+
+
+def _tensors(tree: Any) -> list[Tensor]:
+    return [leaf for leaf in tree_iter(tree) if isinstance(leaf, Tensor)]
+
+
+def _moved(
+    func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any
+) -> tuple[list[Tensor], list[Tensor]]:
+    """What is read and what is written."""
+    name = _name(func)
+    if name in _ALLOCATIONS:
+        return [], []
+    reads = _tensors((args, kwargs))
+    known = {t.untyped_storage()._cdata for t in reads}
+    if func._schema.is_mutable:
+        known -= {t.untyped_storage()._cdata for t in _mutated(func, args, kwargs)}
+    writes = [t for t in _tensors(out) if t.untyped_storage()._cdata not in known]
+    if name in _OVERWRITTEN:
+        reads = reads[1:]
+    return reads, writes
+
+
+def _mutated(func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
+    given = _named(func, args, kwargs)
+    return _tensors([given.get(a.name) for a in func._schema.arguments if a.is_write])
+
+
+def _named(func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    names = [argument.name for argument in func._schema.arguments]
+    return dict(zip(names, args, strict=False)) | kwargs
+
+
+def _distinct(tensors: list[Tensor]) -> int:
+    """The bytes of the elements, those that several views share, or an expanded one repeats,
+    counted once."""
+    elements: dict[int, int] = {}
+    whole: dict[int, int] = {}
+    for tensor in tensors:
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        whole[key] = storage.nbytes()
+        elements[key] = elements.get(key, 0) + tensor.numel() * tensor.itemsize
+    return sum(min(elements[key], whole[key]) for key in whole)

@@ -1,0 +1,272 @@
+"""What a training step must cost, on any machine: no GPU is needed and nothing is allocated.
+
+    python bench/roofline.py                                   # GPT-2 124M, B=64, an H200
+    python bench/roofline.py --variant sdpa fastgpt --model=gpt2-xl --batch_size=8 --device=b200
+    python bench/roofline.py --tflops=700 --tbps=3 --out=bench/out/mine
+
+Forward and backward of each variant run on fake tensors, and every operator that PyTorch dispatches
+is written down. The conventions:
+
+- An operator counts where it makes the GPU do something: views, allocations and questions about a
+  tensor do not. Ours counts once, however many kernels are inside.
+- Bytes: its inputs and its outputs, a storage that it sees twice once. (For PyTorch's
+  ``nll_loss``, which looks at one logit of a row, that is too much: 6 of the 129 ms of ``sdpa``.)
+  An operator with a cost formula of its own (``kernels/_costs.py``) is charged kernel by kernel,
+  with what passes through memory between them.
+- FLOPs: matrix products alone, 2 M N K, as ``torch.utils.flop_counter``; causal attention as half.
+  The kernels' products, not the least possible: a product computed twice counts twice.
+- Time: for each kernel the longer one of bytes / bandwidth and FLOPs / rate, one kernel after the
+  other. Launches cost nothing, so a real step takes longer, and most so at a small batch.
+- Saved activations: the distinct storages that autograd holds when the forward is done. Parameters
+  are not among them; their 16-bit casts and the logits, where stored, are.
+- Peak memory: the most bytes in storages alive at once, from parameters to gradients; without the
+  optimizer's state, the allocator's rounding, and what an operator uses inside.
+- The floor: ``_ceilings.floor``.
+
+The tensors claim to be on the CPU, since autograd on fake CUDA tensors needs CUDA. The fused ops
+run there as they do under ``TRITON_INTERPRET=1``; of PyTorch's operators only the names of the
+attention kernels differ. Where CUDA's autocast casts and the CPU's does not, ``_eager.py`` casts.
+"""
+
+import importlib.util
+import json
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+from unittest import mock
+
+import _eager
+import _roofline_report
+import torch
+import tyro
+from _ceilings import DEVICES, Ceilings, floor
+from _dispatch import Report, count
+from rich.console import Console
+from torch import Tensor
+from torch._subclasses import FakeTensorMode
+
+from fastgpt import GPT, GPTConfig
+from fastgpt.kernels import _common, fused
+from fastgpt.model import _PRETRAINED_SHAPES
+
+VariantName = Literal["naive", "sdpa", "fastgpt", "fastgpt-recompute"]
+
+Loss = Callable[[GPT, Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Variant:
+    label: str
+    loss: Loss
+    recompute: bool = False
+
+
+def _fused_loss(gpt: GPT, idx: Tensor, targets: Tensor) -> Tensor:
+    loss = gpt(idx, targets)[1]
+    assert loss is not None
+    return loss
+
+
+VARIANTS: dict[str, Variant] = {
+    "naive": Variant("nanoGPT, masked matmul", partial(_eager.loss, attention=_eager.naive)),
+    "sdpa": Variant("nanoGPT, SDPA", partial(_eager.loss, attention=_eager.sdpa)),
+    "fastgpt": Variant("fastgpt", _fused_loss),
+    "fastgpt-recompute": Variant("fastgpt, recompute", _fused_loss, recompute=True),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """Dispatched operators, bytes, FLOPs, predicted time and memory of one forward and backward of
+    GPT, from fake tensors: no GPU is needed.
+    """
+
+    # What is counted, side by side.
+    variant: tuple[VariantName, ...] = ("naive", "sdpa", "fastgpt", "fastgpt-recompute")
+    # Layers, heads and width.
+    model: Literal["gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"] = "gpt2"
+    # Sequences per batch.
+    batch_size: int = 64
+    # Tokens per sequence.
+    block_size: int = GPTConfig.block_size
+    # Rows of the embedding and of the head.
+    vocab_size: int = GPTConfig.vocab_size
+    # Biases in Linear and LayerNorm.
+    bias: bool = True
+    # What the products are computed in: by autocast, unless the parameters have that dtype.
+    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
+    # Parameters and their gradients.
+    params: Literal["float32", "bfloat16", "float16"] = "float32"
+    # Whose ceilings: a100 and so on are data sheets, h200 was measured.
+    device: Literal["a100", "h100", "h200", "b200"] = "h200"
+    # TFLOP/s of 16-bit products, instead of the device's.
+    tflops: float | None = None
+    # TB/s, read plus written, instead of the device's.
+    tbps: float | None = None
+    # Folder for roofline.json and roofline.png, which must not be there yet. Default: neither.
+    out: Path | None = None
+
+    def __post_init__(self) -> None:
+        if not self.variant or len(set(self.variant)) < len(self.variant):
+            raise ValueError(
+                f"variant must be one or more of {', '.join(VARIANTS)}, each once, "
+                f"got {' '.join(self.variant) or 'none'}"
+            )
+
+    @property
+    def config(self) -> GPTConfig:
+        n_layer, n_head, n_embd = _PRETRAINED_SHAPES[self.model]
+        return GPTConfig(self.block_size, self.vocab_size, n_layer, n_head, n_embd, bias=self.bias)
+
+    @property
+    def ceilings(self) -> Ceilings:
+        found = DEVICES[self.device]
+        if self.tflops is None and self.tbps is None:
+            return found
+        tflops = found.tflops if self.tflops is None else self.tflops
+        tb_per_s = found.tb_per_s if self.tbps is None else self.tbps
+        return replace(found, name="given ceilings", tflops=tflops, tb_per_s=tb_per_s)
+
+
+def measure(
+    variant: str,
+    config: GPTConfig,
+    batch_size: int,
+    length: int | None = None,
+    *,
+    dtype: str = "bfloat16",
+    params: str = "float32",
+    ceilings: Ceilings = DEVICES["h200"],
+) -> Report:
+    """What one forward and backward of ``variant`` on (batch_size, length) tokens costs.
+
+    ``length`` is ``config.block_size`` by default; ``dtype`` and ``params`` as in ``Options``.
+    Raises ValueError naming what is not allowed.
+    """
+    length = config.block_size if length is None else length
+    _check(config, batch_size, length, dtype, params)
+    if variant not in VARIANTS:
+        raise ValueError(f"variant must be one of {', '.join(VARIANTS)}, got {variant!r}")
+    chosen = VARIANTS[variant]
+    with FakeTensorMode(), _fused_ops_on_fake_tensors():
+        gpt = _model(config, getattr(torch, params), chosen.recompute)
+        idx = torch.empty(batch_size, length, dtype=torch.int64)
+        targets = torch.empty_like(idx)
+
+        def forward() -> Tensor:
+            with nullcontext() if dtype == params else torch.autocast("cpu", getattr(torch, dtype)):
+                return chosen.loss(gpt, idx, targets)
+
+        parameters = list(gpt.parameters())
+        return count(chosen.label, idx.numel(), forward, parameters, [idx, targets], ceilings)
+
+
+def _check(config: GPTConfig, batch_size: int, length: int, dtype: str, params: str) -> None:
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+    if not 1 <= length <= config.block_size:
+        raise ValueError(
+            f"length must lie between 1 and block_size ({config.block_size}), got {length}"
+        )
+    if config.dropout:
+        raise ValueError(f"dropout must be 0: the CPU's SDPA has none, got {config.dropout}")
+    if params not in ("float32", dtype):
+        raise ValueError(f"params must be float32 or the dtype ({dtype}), got {params!r}")
+
+
+def _model(config: GPTConfig, dtype: torch.dtype, recompute: bool) -> GPT:
+    options: dict[str, Any] = {"recompute": True} if recompute else {}
+    with torch.device("meta"):
+        gpt = GPT(config, ops=fused, **options)
+    weights = {
+        name: torch.empty_like(w, device="cpu", dtype=dtype) for name, w in gpt.state_dict().items()
+    }
+    gpt.load_state_dict(weights, assign=True)
+    return gpt
+
+
+@contextmanager
+def _fused_ops_on_fake_tensors() -> Iterator[None]:
+    """What ``TRITON_INTERPRET=1`` does, for a while: the Triton ops take tensors of the CPU. On
+    fake ones no kernel is launched, so none is interpreted either."""
+    with mock.patch.object(_common, "INTERPRETED", True):
+        yield
+
+
+def record(options: Options) -> dict[str, Any]:
+    """All that the tables and the chart are made from."""
+    o = options
+    sizes = {"itemsize": _itemsize(o.dtype), "params_itemsize": _itemsize(o.params)}
+    rows = floor(o.config, o.batch_size, o.block_size, o.ceilings, **sizes)
+    reports = {
+        name: measure(
+            name, o.config, o.batch_size, dtype=o.dtype, params=o.params, ceilings=o.ceilings
+        )
+        for name in o.variant
+    }
+    return {
+        "options": {key: value for key, value in asdict(o).items() if key != "out"},
+        "torch": torch.__version__,
+        "ceilings": asdict(o.ceilings),
+        "tokens": o.batch_size * o.block_size,
+        "floor": {"ms": sum(row.ms for row in rows), "rows": [asdict(row) for row in rows]},
+        "variants": {name: report.record() for name, report in reports.items()},
+    }
+
+
+def _itemsize(dtype: str) -> int:
+    return int(getattr(torch, dtype).itemsize)
+
+
+def _planned(argv: list[str] | None) -> Options:
+    """All that a user can get wrong is found here."""
+    options = tyro.cli(
+        Options, args=argv, use_underscores=True, config=(tyro.conf.FlagConversionOff,)
+    )
+    _check(options.config, options.batch_size, options.block_size, options.dtype, options.params)
+    _ = options.ceilings
+    if options.out is not None:
+        if importlib.util.find_spec("matplotlib") is None:
+            raise ModuleNotFoundError('the chart needs matplotlib: pip install -e ".[bench]"')
+        for name in ("roofline.json", "roofline.png"):
+            if (options.out / name).exists():
+                raise FileExistsError(
+                    f"out must be a folder without results, but {options.out / name} exists"
+                )
+        options.out.mkdir(parents=True, exist_ok=True)
+    return options
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Count, print the tables, write the files that were asked for; the exit code: 0, or 2 for a
+    wrong argument.
+    """
+    console = Console(highlight=False)
+    try:
+        options = _planned(argv)
+    except (ValueError, FileExistsError, NotADirectoryError, ModuleNotFoundError) as error:
+        Console(stderr=True, markup=False, highlight=False, soft_wrap=True).print(
+            f"error: {error}", style="bold red"
+        )
+        return 2
+    run = record(options)
+    for table in _roofline_report.tables(run):
+        console.print(table)
+    if options.out is not None:
+        (options.out / "roofline.json").write_text(
+            json.dumps(run, indent=1, allow_nan=False) + "\n"
+        )
+        _roofline_report.chart(run, options.out / "roofline.png")
+        console.print(
+            f"wrote {options.out / 'roofline.json'} and {options.out / 'roofline.png'}",
+            soft_wrap=True,
+        )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
