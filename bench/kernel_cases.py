@@ -61,6 +61,31 @@ def _layer_norm(widths: tuple[int, ...], dtype: str) -> None:
         layer_norm(x, weight).sum().backward()
 
 
+def _residual_layer_norm(widths: tuple[int, ...], dtype: str, residual_dtype: str) -> None:
+    """With all that it can do, with and without dropout; and with nothing."""
+    from fastgpt.kernels.residual_layer_norm import residual_layer_norm
+
+    for width in widths:
+        weight, bias, delta_bias = (_leaf(width, dtype="fp32") for _ in range(3))
+        residual, delta = _leaf(64, width, dtype=residual_dtype), _leaf(64, width, dtype=dtype)
+        for dropout_p in (0.0, 0.1):
+            y, total = residual_layer_norm(
+                residual, delta, weight, bias, delta_bias=delta_bias, dropout_p=dropout_p
+            )
+            torch.autograd.backward((y, total), (y, total))
+        residual_layer_norm(residual, delta, weight)[0].sum().backward()
+
+
+def _embedding(widths: tuple[int, ...], dtype: str) -> None:
+    from fastgpt.kernels.embedding import embedding
+
+    idx = torch.zeros(2, 64, dtype=torch.int64)
+    for width in widths:
+        for dropout_p in (0.0, 0.1):
+            token, position = _leaf(96, width, dtype=dtype), _leaf(64, width, dtype=dtype)
+            embedding(idx, token, position, dropout_p=dropout_p).sum().backward()
+
+
 def _gelu() -> None:
     from fastgpt.kernels.gelu import gelu
 
@@ -75,6 +100,13 @@ CASES = {
         f"layer_norm-{dtype}": partial(_layer_norm, (65, 384, 768, 1600, 8192, 16384), dtype)
         for dtype in ("bf16", "fp32")
     },
+    **{
+        f"residual_layer_norm-{dtype}-{residual_dtype}": partial(
+            _residual_layer_norm, (65, 384, 768, 1600, 8192, 16384), dtype, residual_dtype
+        )
+        for dtype, residual_dtype in (("bf16", "bf16"), ("fp16", "fp32"), ("fp32", "fp32"))
+    },
+    **{f"embedding-{dtype}": partial(_embedding, (65, 384, 768, 1600), dtype) for dtype in _DTYPES},
     **{
         f"attention-{sizes[-1]}-{dtype}": partial(_attention, sizes, dtype)
         for sizes in ((16,), (25, 32), (64,), (80, 128), (256,))

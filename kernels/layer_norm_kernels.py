@@ -31,11 +31,14 @@ from fastgpt.kernels._common import dropout_keep
 
 MAX_WIDTH = 16384
 
+# Numbers whose being 1 or divisible by 16 would gain nothing but further compilations.
+NOT_SPECIALISED = ["n_rows", "rows_per_program", "stream", "threshold"]
+
 
 # -------------------------------------------------------------------------------------- forward
 
 
-@triton.jit(do_not_specialize=["stream"], do_not_specialize_on_alignment=["seed_ptr"])
+@triton.jit(do_not_specialize=NOT_SPECIALISED, do_not_specialize_on_alignment=["seed_ptr"])
 def _layer_norm_fwd_kernel(
     x_ptr,  # (n_rows, n_cols), columns adjacent: the plain op's x, or the residual
     x_stride_row,
@@ -122,7 +125,7 @@ def _store_partial(partial_ptr, parameter, acc, offs_n, n_cols):
     tl.store(partial_ptr + row * n_cols + offs_n, tl.sum(acc, axis=0), mask=offs_n < n_cols)
 
 
-@triton.jit(do_not_specialize=["stream"], do_not_specialize_on_alignment=["seed_ptr"])
+@triton.jit(do_not_specialize=NOT_SPECIALISED, do_not_specialize_on_alignment=["seed_ptr"])
 def _layer_norm_bwd_kernel(
     dy_ptr,  # (n_rows, n_cols), contiguous
     dtotal_ptr,  # (n_rows, n_cols), contiguous, or None: zero
