@@ -57,7 +57,7 @@ def occupancy(
     warp_registers = _round_up(32 * registers, 256)
     share = _round_up(shared_memory + RESERVED_SHARED_MEMORY, 128)
     limits = {
-        "registers": 4 * (16384 // warp_registers) // _round_up(num_warps, 4),
+        "registers": 4 * (16384 // warp_registers) // num_warps,
         "shared memory": architecture.shared_memory // share,
         "warps": architecture.warps // num_warps,
         "programs": architecture.programs,

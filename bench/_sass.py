@@ -162,8 +162,9 @@ def _instructions(blocks: list[_Block], chosen: set[int]) -> list[Instruction]:
 
 
 def _innermost(blocks: list[_Block], labels: dict[str, int]) -> list[set[int]]:
-    """The natural loops that hold no other, but for loops that only wait: by dominators, so that
-    blocks which the assembler moved behind the kernel's end are found."""
+    """The natural loops that hold no other, by dominators, so that blocks which the assembler moved
+    behind the kernel's end are found. A loop that only waits, for a memory barrier say, is none: it
+    is part of the loop around it."""
     successors = [_successors(i, block, labels, len(blocks)) for i, block in enumerate(blocks)]
     predecessors: list[list[int]] = [[] for _ in blocks]
     for i, following in enumerate(successors):
@@ -183,7 +184,6 @@ def _innermost(blocks: list[_Block], labels: dict[str, int]) -> list[set[int]]:
                         body.add(i)
                         todo += [j for j in predecessors[i] if j in dominators]
 
-    # A loop around a memory barrier's try_wait is part of the loop that waits.
     working = {h: b for h, b in loops.items() if not _waits(_instructions(blocks, b))}
     return [
         body
@@ -193,8 +193,7 @@ def _innermost(blocks: list[_Block], labels: dict[str, int]) -> list[set[int]]:
 
 
 def _waits(loop: list[Instruction]) -> bool:
-    counts = kinds(loop)
-    return len(loop) <= 16 and (counts["BARRIER"] > 0 or loop[0].opcode.startswith("NANOSLEEP"))
+    return kinds(loop).keys() <= {"BARRIER", "BRANCH", "UNIFORM", "INTEGER", "IMAD"}
 
 
 def _successors(i: int, block: _Block, labels: dict[str, int], count: int) -> list[int]:

@@ -272,7 +272,7 @@ def _arguments(source: Any) -> tuple[dict[str, str], dict[str, Any]]:
         for path, value in source.constants.items()
         if len(path) == 1  # else a part of a tuple
     }
-    divisible = {path[0] for path in source.attrs}
+    divisible = {path[0] for path, attributes in source.attrs.items() if attributes}
     signature = {
         name: f"{kind} 16" if index in divisible else str(kind)
         for index, (name, kind) in enumerate(source.signature.items())

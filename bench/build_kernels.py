@@ -44,6 +44,8 @@ from rich.table import Table
 
 _BENCH = Path(__file__).resolve().parent
 _ROOT = _BENCH.parent
+CASES = _BENCH / "kernel_cases.py"
+OUT = _ROOT / "build" / "kernels"
 _TOOL = [_BENCH / name for name in ("_sass.py", "_multiprocessor.py", "_static.py")]
 _COPIES = ("LDGSTS", "TMA_LOAD", "TMA_STORE")
 
@@ -133,7 +135,9 @@ def edges(cases: Path, architectures: Iterable[int]) -> list[Edge]:
     found = []
     for case, run in module.CASES.items():
         definition = _definition(run)
-        key = hashlib.sha256(repr((definition, run, versions)).encode()).hexdigest()[:16]
+        key = hashlib.sha256(
+            repr((definition, run.args, run.keywords, versions)).encode()
+        ).hexdigest()[:16]
         inputs = sorted({*_TOOL, *_imported(definition, cases.parent)})
         found += [Edge(case, capability, key, inputs) for capability in architectures]
     return found
@@ -254,26 +258,16 @@ def _range(numbers: list[int]) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     """The exit code: 0, 1 where a kernel is faulty or does not compile, 2 for a wrong argument."""
-    options = tyro.cli(Options, args=argv, description=__doc__)
-    out = _ROOT / "build" / "kernels"
+    o = tyro.cli(Options, args=argv)
     errors = Console(stderr=True, markup=False, highlight=False, soft_wrap=True)
     try:
-        records = build(
-            _BENCH / "kernel_cases.py",
-            out,
-            arch=options.arch,
-            jobs=options.jobs,
-            only=options.only,
-        )
-    except (ValueError, FileNotFoundError) as error:
+        records = build(CASES, OUT, arch=o.arch, jobs=o.jobs, only=o.only)
+    except (ValueError, FileNotFoundError, CompilationError) as error:
         errors.print(f"error: {error}", style="bold red")
-        return 2
-    except CompilationError as error:
-        errors.print(f"error: {error}", style="bold red")
-        return 1
+        return 1 if isinstance(error, CompilationError) else 2
     console = Console(highlight=False)
     console.print(table(records))
-    console.print(f"wrote {out / 'manifest.json'}", soft_wrap=True)
+    console.print(f"wrote {OUT / 'manifest.json'}", soft_wrap=True)
     faults = [fault for record in records for k in record["kernels"] for fault in k["faults"]]
     for fault in faults:
         errors.print(fault, style="red")

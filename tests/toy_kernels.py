@@ -227,3 +227,10 @@ def hold_kernel(x_ptr, y_ptr, n, BLOCK: tl.constexpr):
     for i in range(n):
         acc += tl.load(x_ptr + i * BLOCK + offs)
     tl.store(y_ptr + offs, acc)
+
+
+@triton.jit
+def copy_by_descriptor_kernel(x_desc, y_desc, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """y = x through tensor descriptors that the host made."""
+    offs_m, offs_n = tl.program_id(0) * BLOCK_M, tl.program_id(1) * BLOCK_N
+    y_desc.store([offs_m, offs_n], x_desc.load([offs_m, offs_n]))
