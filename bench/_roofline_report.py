@@ -101,7 +101,7 @@ def by_kind(run: dict[str, Any]) -> dict[str, dict[str, float]]:
 
 def _side_by_side(run: dict[str, Any]) -> Table:
     kinds = by_kind(run)
-    out = _table("ms", "", *kinds)
+    out = _table("ms by kind of work", "", *kinds)
     for name in KINDS:
         out.add_row(name, *(f"{times[name]:.2f}" for times in kinds.values()))
     out.add_section()
