@@ -5,6 +5,7 @@ In the shape comments B is the batch, T the length, C the width ``n_embd``, V ``
 """
 
 import functools
+import itertools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastgpt import ops as default_ops
+from fastgpt.ops import Recipe
 
 # layers, heads and width of the checkpoints that OpenAI published
 _PRETRAINED_SHAPES = {
@@ -60,6 +62,22 @@ class GPTConfig:
             raise ValueError(f"dropout must lie in [0, 1), got {self.dropout}")
 
 
+class _Dropout:
+    """The dropout of one forward pass: every place that drops has a stream of its own under one
+    seed, so that no mask is ever stored. Without a seed PyTorch's generator draws the masks.
+    """
+
+    def __init__(self, seed: Tensor | None) -> None:
+        self._seed = seed
+        self._places = itertools.count()
+
+    def arguments(self, module: nn.Module, p: float) -> dict[str, Any]:
+        """For the op in the place of ``module``, whose mode says whether it drops."""
+        p = p if module.training else 0.0
+        seed = self._seed if p > 0.0 else None
+        return dict(dropout_p=p, seed=seed, stream=next(self._places))
+
+
 class LayerNorm(nn.Module):
     """LayerNorm over the last dimension (``ndim``), with or without a bias; eps is 1e-5."""
 
@@ -67,14 +85,28 @@ class LayerNorm(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(ndim))
         self.bias = nn.Parameter(torch.zeros(ndim)) if bias else None
-        self._op = ops.layer_norm
+        self._ops = ops
 
     def forward(self, x: Tensor) -> Tensor:
-        return self._op(x, self.weight, self.bias, 1e-5)
+        return self._ops.layer_norm(x, self.weight, self.bias, 1e-5)
+
+    def of_sum(
+        self, residual: Tensor, delta: Tensor, delta_bias: Tensor | None, dropout: dict[str, Any]
+    ) -> tuple[Tensor, Tensor]:
+        """The norm of ``residual + dropout(delta + delta_bias)``, and that sum."""
+        return self._ops.residual_layer_norm(
+            residual, delta, self.weight, self.bias, 1e-5, delta_bias=delta_bias, **dropout
+        )
+
+    def recipe(self, x: Tensor) -> Recipe:
+        """How to make ``self(x)`` again."""
+        return x, self.weight, self.bias, 1e-5
 
 
 class CausalSelfAttention(nn.Module):
-    """Multi-head causal self-attention on (B, T, C), with scale 1 / sqrt(head size)."""
+    """Multi-head causal self-attention on (B, T, C), with scale 1 / sqrt(head size). The bias of
+    ``c_proj`` and the dropout behind it are left to the residual sum.
+    """
 
     def __init__(self, config: GPTConfig, ops: ModuleType = default_ops) -> None:
         super().__init__()
@@ -86,17 +118,19 @@ class CausalSelfAttention(nn.Module):
         self.n_head = config.n_head
         self.n_embd = config.n_embd
         self.dropout = config.dropout
-        self._op = ops.attention_qkvpacked
+        self._ops = ops
 
-    def forward(self, x: Tensor) -> Tensor:
-        qkv = self.c_attn(x)  # (B, T, 3C)
-        dropout_p = self.dropout if self.training else 0.0
-        y = self._op(qkv, self.n_head, causal=True, scale=None, dropout_p=dropout_p, seed=None)
-        return self.resid_dropout(self.c_proj(y))  # (B, T, C)
+    def forward(self, x: Tensor, recompute: Recipe | None, dropout: _Dropout) -> Tensor:
+        ops = self._ops
+        qkv = ops.linear(x, self.c_attn.weight, self.c_attn.bias, recompute=recompute)  # (B, T, 3C)
+        y = ops.attention_qkvpacked(qkv, self.n_head, **dropout.arguments(self, self.dropout))
+        return ops.linear(y, self.c_proj.weight)  # (B, T, C)
 
 
 class MLP(nn.Module):
-    """Linear to 4C, GELU, Linear back to C, dropout."""
+    """Linear to 4C, GELU, Linear back to C. The bias of ``c_proj`` and the dropout behind it are
+    left to the residual sum.
+    """
 
     def __init__(
         self, config: GPTConfig, ops: ModuleType = default_ops, gelu: str = "none"
@@ -106,26 +140,52 @@ class MLP(nn.Module):
         self.gelu = functools.partial(ops.gelu, approximate=gelu)
         self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
         self.dropout = nn.Dropout(config.dropout)
+        self._ops = ops
+        self._approximate = gelu
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.dropout(self.c_proj(self.gelu(self.c_fc(x))))
+    def forward(self, x: Tensor, recompute: Recipe | None) -> Tensor:
+        return self._ops.mlp(
+            x,
+            self.c_fc.weight,
+            self.c_fc.bias,
+            self.c_proj.weight,
+            approximate=self._approximate,
+            recompute=recompute,
+        )
 
 
 class Block(nn.Module):
-    """A pre-LayerNorm transformer block: attention, then MLP, each added to its input."""
+    """A pre-LayerNorm transformer block: attention, then MLP, each added to its input.
+
+    A sum and the LayerNorm behind it are one op, so a block begins with a normalised x beside the
+    residual that it was made from, and ends with the next LayerNorm.
+    """
 
     def __init__(
-        self, config: GPTConfig, ops: ModuleType = default_ops, gelu: str = "none"
+        self,
+        config: GPTConfig,
+        ops: ModuleType = default_ops,
+        gelu: str = "none",
+        recompute: bool = False,
     ) -> None:
         super().__init__()
         self.ln_1 = LayerNorm(config.n_embd, config.bias, ops)
         self.attn = CausalSelfAttention(config, ops)
         self.ln_2 = LayerNorm(config.n_embd, config.bias, ops)
         self.mlp = MLP(config, ops, gelu)
+        self._recompute = recompute
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + self.attn(self.ln_1(x))
-        return x + self.mlp(self.ln_2(x))
+    def forward(
+        self, x: Tensor, residual: Tensor, next_norm: LayerNorm, dropout: _Dropout
+    ) -> tuple[Tensor, Tensor]:
+        """``x`` is ``ln_1(residual)``, both (B, T, C); returns their likes for the next block."""
+        attn, mlp = self.attn, self.mlp
+        delta = attn(x, self.ln_1.recipe(residual) if self._recompute else None, dropout)
+        drop = dropout.arguments(attn.resid_dropout, attn.resid_dropout.p)
+        x, residual = self.ln_2.of_sum(residual, delta, attn.c_proj.bias, drop)
+        delta = mlp(x, self.ln_2.recipe(residual) if self._recompute else None)
+        drop = dropout.arguments(mlp.dropout, mlp.dropout.p)
+        return next_norm.of_sum(residual, delta, mlp.c_proj.bias, drop)
 
 
 class LanguageModel(nn.Module):
@@ -140,6 +200,10 @@ class LanguageModel(nn.Module):
     def _logits(self, idx: Tensor, last_only: bool) -> Tensor:
         """Token ids (B, T) → logits of the next token (B, T, V), or (B, 1, V) of the last one."""
         raise NotImplementedError
+
+    def _loss(self, idx: Tensor, targets: Tensor) -> Tensor:
+        """The mean cross-entropy, for training: no logits are asked for."""
+        return _cross_entropy(self._logits(idx, last_only=False), targets)
 
     def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, (nn.Linear, nn.Embedding)):
@@ -165,7 +229,7 @@ class LanguageModel(nn.Module):
         - with targets: logits (B, T, V) and the mean cross-entropy in nats, a float32 scalar
           (float64 for a float64 model). Targets of -1 are ignored; if all are, the loss is NaN.
         - While training (``self.training``, gradients enabled, targets given) logits is None,
-          unless ``return_logits``: a fused loss never builds them.
+          unless ``return_logits``: the fused loss never builds them.
 
         Raises TypeError or ValueError on a wrong dtype, shape or device, and AssertionError, as
         nanoGPT does, on a T over block_size. Ids are not checked against the vocabulary: on a
@@ -185,13 +249,10 @@ class LanguageModel(nn.Module):
             raise ValueError(
                 f"targets must have the shape of idx {tuple(idx.shape)}, got {tuple(targets.shape)}"
             )
-        logits = self._logits(idx, last_only=False)
-        # half precision holds a loss near 10 to two digits only
-        scores = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        loss = F.cross_entropy(scores.flatten(0, 1), targets.flatten().long(), ignore_index=-1)
         if self.training and torch.is_grad_enabled() and not return_logits:
-            return None, loss
-        return logits, loss
+            return None, self._loss(idx, targets)
+        logits = self._logits(idx, last_only=False)
+        return logits, _cross_entropy(logits, targets)
 
     def _check_tokens(self, name: str, tokens: Tensor) -> None:
         if not isinstance(tokens, Tensor):
@@ -282,6 +343,12 @@ class LanguageModel(nn.Module):
         return super().load_state_dict(weights, strict=strict, assign=assign)
 
 
+def _cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+    # half precision holds a loss near 10 to two digits only
+    scores = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return F.cross_entropy(scores.flatten(0, 1), targets.flatten().long(), ignore_index=-1)
+
+
 def _draw(logits: Tensor, temperature: float, top_k: int | None) -> Tensor:
     """One token (B, 1) from the logits (B, V) of the next one."""
     if temperature == 0.0:
@@ -307,21 +374,27 @@ class GPT(LanguageModel):
     """GPT-2 (Radford et al. 2019): token and position embeddings, ``n_layer`` pre-LayerNorm
     blocks, a final LayerNorm, and a head tied to the token embedding.
 
-    ``ops`` is a module with ``layer_norm``, ``gelu`` and ``attention_qkvpacked``: ``fastgpt.ops``
-    (Triton on CUDA, PyTorch elsewhere), or ``fused``, ``portable`` or ``reference`` of
-    ``fastgpt.kernels``. ``gelu`` is "none" for the exact erf form, as in nanoGPT, or "tanh" for
-    the one that OpenAI's weights were trained with; ``gelu_approximate`` holds the choice.
+    ``ops`` is a module of ops: ``fastgpt.ops`` (Triton on CUDA, PyTorch elsewhere), or ``fused``,
+    ``portable`` or ``reference`` of ``fastgpt.kernels``. ``gelu`` is "none" for the exact erf form,
+    as in nanoGPT, or "tanh" for the one that OpenAI's weights were trained with;
+    ``gelu_approximate`` holds the choice. With ``recompute`` the results of GELU and LayerNorm are
+    made again in the backward rather than kept: less memory, the same numbers.
 
     With the same seed the initial weights are nanoGPT's, bit for bit.
     """
 
     def __init__(
-        self, config: GPTConfig, ops: ModuleType = default_ops, gelu: str = "none"
+        self,
+        config: GPTConfig,
+        ops: ModuleType = default_ops,
+        gelu: str = "none",
+        recompute: bool = False,
     ) -> None:
         super().__init__(config)
         if gelu not in ("none", "tanh"):
             raise ValueError(f"gelu must be 'none' or 'tanh', got {gelu!r}")
         self.gelu_approximate = gelu
+        self._ops = ops
         # The order of construction, of initialisation and of the state dict is part of the
         # contract: it fixes which random numbers a weight gets and how saved state is indexed.
         self.transformer = _Transformer(
@@ -329,7 +402,9 @@ class GPT(LanguageModel):
                 "wte": nn.Embedding(config.vocab_size, config.n_embd),
                 "wpe": nn.Embedding(config.block_size, config.n_embd),
                 "drop": nn.Dropout(config.dropout),
-                "h": nn.ModuleList(Block(config, ops, gelu) for _ in range(config.n_layer)),
+                "h": nn.ModuleList(
+                    Block(config, ops, gelu, recompute) for _ in range(config.n_layer)
+                ),
                 "ln_f": LayerNorm(config.n_embd, config.bias, ops),
             }
         )
@@ -343,14 +418,31 @@ class GPT(LanguageModel):
     def _tie_weights(self) -> None:
         self.transformer.wte.weight = self.lm_head.weight
 
-    def _logits(self, idx: Tensor, last_only: bool) -> Tensor:
+    def _hidden(self, idx: Tensor) -> Tensor:
+        """Token ids (B, T) → the final LayerNorm's output (B, T, C)."""
         trunk = self.transformer
-        positions = trunk.wpe.weight.narrow(0, 0, idx.shape[1])  # (T, C)
-        x = trunk.drop(trunk.wte(idx) + positions)  # (B, T, C)
-        for block in trunk.h:
-            x = block(x)
-        x = trunk.ln_f(x)
+        drops = self.training and self.config.dropout > 0.0
+        dropout = _Dropout(self._ops.dropout_seed(idx.device) if drops else None)
+        residual = self._ops.embedding(
+            idx,
+            trunk.wte.weight,
+            trunk.wpe.weight,
+            **dropout.arguments(trunk.drop, trunk.drop.p),
+        )
+        following = [*(block.ln_1 for block in trunk.h), trunk.ln_f]
+        x = following[0](residual)
+        for block, next_norm in zip(trunk.h, following[1:], strict=True):
+            x, residual = block(x, residual, next_norm, dropout)
+        return x
+
+    def _logits(self, idx: Tensor, last_only: bool) -> Tensor:
+        x = self._hidden(idx)
         return self.lm_head(x[:, -1:] if last_only else x)
+
+    def _loss(self, idx: Tensor, targets: Tensor) -> Tensor:
+        return self._ops.linear_cross_entropy(
+            self._hidden(idx), self.lm_head.weight, targets, ignore_index=-1
+        )
 
     def get_num_params(self, non_embedding: bool = True) -> int:
         """The number of parameters; by default without the position table. The token table

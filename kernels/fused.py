@@ -4,7 +4,9 @@ from fastgpt.kernels.attention import attention, attention_qkvpacked
 from fastgpt.kernels.embedding import embedding
 from fastgpt.kernels.gelu import gelu
 from fastgpt.kernels.layer_norm import layer_norm
+from fastgpt.kernels.linear import linear
 from fastgpt.kernels.linear_cross_entropy import linear_cross_entropy
+from fastgpt.kernels.mlp import mlp
 from fastgpt.kernels.reference import dropout_seed
 from fastgpt.kernels.residual_layer_norm import residual_layer_norm
 
@@ -15,6 +17,8 @@ __all__ = [
     "embedding",
     "gelu",
     "layer_norm",
+    "linear",
     "linear_cross_entropy",
+    "mlp",
     "residual_layer_norm",
 ]

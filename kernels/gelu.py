@@ -56,7 +56,7 @@ def _gelu_bwd_kernel(
 _LAUNCH = dict(BLOCK=1024, num_warps=4)
 
 
-def _gelu_fwd(x: Tensor, approximate: str) -> Tensor:
+def gelu_forward(x: Tensor, approximate: str) -> Tensor:
     x = x.contiguous()
     y = torch.empty_like(x)
     if x.numel():
@@ -73,7 +73,7 @@ def _gelu_fwd(x: Tensor, approximate: str) -> Tensor:
     return y
 
 
-def _gelu_bwd(dy: Tensor, x: Tensor, approximate: str) -> Tensor:
+def gelu_backward(dy: Tensor, x: Tensor, approximate: str) -> Tensor:
     dy, x = dy.contiguous(), x.contiguous()
     dx = torch.empty_like(x)
     if x.numel():
@@ -91,8 +91,8 @@ def _gelu_bwd(dy: Tensor, x: Tensor, approximate: str) -> Tensor:
     return dx
 
 
-_gelu_op = torch.library.custom_op("fastgpt::gelu", _gelu_fwd, mutates_args=())
-_gelu_bwd_op = torch.library.custom_op("fastgpt::gelu_bwd", _gelu_bwd, mutates_args=())
+_gelu_op = torch.library.custom_op("fastgpt::gelu", gelu_forward, mutates_args=())
+_gelu_bwd_op = torch.library.custom_op("fastgpt::gelu_bwd", gelu_backward, mutates_args=())
 
 
 @_gelu_op.register_fake

@@ -1,6 +1,6 @@
 """Matrix products with an epilogue, for ``linear`` and ``mlp``.
 
-    forward          pre = A Wᵀ + bias,  act = gelu(pre)       A (M, K), W (N, K), pre and act (M, N)
+    forward          pre = A Wᵀ + bias,  act = gelu(pre)       A (M, K), W (N, K), pre, act (M, N)
     GELU gradient    dpre = (dY W) * gelu'(pre)                dY (M, K), W (K, N), dpre (M, N)
     weight gradient  dW = dYᵀ X,  dbias = column sums of dY    dY (T, M), X (T, N), dW (M, N)
 

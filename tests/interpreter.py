@@ -29,6 +29,7 @@ from torch import Tensor
 from triton.backends.nvidia.compiler import CUDAOptions
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 from triton.runtime.jit import JITFunction
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 Program = tuple[int, int, int]
 
@@ -319,8 +320,7 @@ def _interpret(kernel: JITFunction, grid: Any, arguments: dict[str, Any]) -> Non
     if callable(grid):
         grid = grid(arguments)
     builder = triton_interpreter.interpreter_builder
-    tensors = [value for value in arguments.values() if isinstance(value, Tensor)]
-    programs = observer.programs(tensors, _programs(tuple(grid)))
+    programs = observer.programs(_tensors(arguments.values()), _programs(tuple(grid)))
     builder.set_grid_dim(*(*grid, 1, 1)[:3])
     constexprs = {param.name for param in kernel.params if param.is_constexpr}
     with _interpreted_language():
@@ -334,9 +334,13 @@ def _interpret(kernel: JITFunction, grid: Any, arguments: dict[str, Any]) -> Non
             run(**call)
 
 
+def _tensors(arguments: Iterable[Any]) -> list[Tensor]:
+    bases = (value.base if isinstance(value, TensorDescriptor) else value for value in arguments)
+    return [base for base in bases if isinstance(base, Tensor)]
+
+
 def _all_on_cpu(arguments: Iterable[Any]) -> bool:
-    devices = {value.device.type for value in arguments if isinstance(value, Tensor)}
-    return devices == {"cpu"}
+    return {tensor.device.type for tensor in _tensors(arguments)} == {"cpu"}
 
 
 @functools.cache

@@ -1,0 +1,221 @@
+"""Matrix products with an epilogue: launch tables and host functions for ``linear`` and ``mlp``.
+
+The equations stand in ``gemm_kernels.py``. Each product is taken by the Triton kernel where the
+tables have a line for it, else by cuBLAS with the epilogue as a kernel of its own.
+"""
+
+import functools
+import math
+
+import torch
+import torch.nn.functional as F
+import triton
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from fastgpt.kernels import _common
+from fastgpt.kernels.gelu import gelu_backward, gelu_forward
+from fastgpt.kernels.gemm_kernels import (
+    _linear_gelu_bwd_kernel,
+    _linear_gelu_fwd_kernel,
+    _weight_grad_kernel,
+)
+
+# The launch tables: kernel → (BLOCK_M, BLOCK_N, BLOCK_K, num_warps, num_stages, programs that fit
+# on a multiprocessor). Chosen by ahead-of-time compilation: no spill, and at least two programs
+# side by side, so that one computes its epilogue while the other multiplies. Predicted, not
+# measured.
+_Tiles = dict[str, tuple[int, int, int, int, int, int]]
+
+# sm_90 and sm_100: tiles come by TMA. "bwd_recompute" writes the activation too.
+TMA_TILES: _Tiles = {
+    "fwd": (128, 128, 64, 8, 3, 2),
+    "bwd": (128, 128, 64, 8, 3, 2),
+    "bwd_recompute": (128, 64, 64, 8, 4, 2),
+    "weight": (128, 128, 64, 8, 3, 2),
+}
+
+# Elsewhere (sm_80, sm_86, sm_89, sm_120): by cp.async, and accumulators live in registers.
+POINTER_TILES: _Tiles = {
+    "fwd": (64, 128, 32, 4, 3, 3),
+    "bwd": (64, 128, 32, 4, 3, 3),
+    "bwd_recompute": (64, 128, 32, 4, 3, 3),
+    "weight": (128, 128, 32, 8, 3, 2),
+}
+
+# The interpreter pays by the operation, not by the register.
+INTERPRETER_TILES: _Tiles = dict.fromkeys(TMA_TILES, (64, 64, 64, 4, 1, 1))
+
+_GROUP = 8  # tiles down before the next column
+
+# Operations that take as long as one byte of device memory: 788 TFLOP/s over 4.3 TB/s, measured on
+# an H200; an A100 has 150, a B200 280. Only the number of splits depends on it.
+_FLOPS_PER_BYTE = 183
+_MAX_SPLITS = 32
+
+
+def _tma(device: torch.device) -> bool:
+    """Whether tiles come by TMA. The interpreter knows descriptors too."""
+    capability = _common.capability(device)
+    return capability is None or 90 <= capability < 120
+
+
+def _tile(kernel: str, *matrices: Tensor) -> tuple[int, int, int, int, int, int] | None:
+    """The table's line for the kernel on these matrices, which have adjacent columns; None where
+    cuBLAS is taken instead: for float32 (its TF32 kernels are as good as ours, and IEEE products
+    leave no epilogue to hide), and for rows that do not begin at multiples of 16 bytes, which
+    neither TMA nor cp.async can copy.
+    """
+    for x in matrices:
+        if x.data_ptr() % 16 or x.stride(0) * x.element_size() % 16:
+            return None
+    x = matrices[0]
+    if _common.capability(x.device) is None:
+        return INTERPRETER_TILES[kernel]
+    if not _common.is_half(x.dtype):
+        return None
+    return (TMA_TILES if _tma(x.device) else POINTER_TILES)[kernel]
+
+
+def _matrix(x: Tensor, block_rows: int, block_cols: int) -> Tensor | TensorDescriptor:
+    return TensorDescriptor.from_tensor(x, [block_rows, block_cols]) if _tma(x.device) else x
+
+
+def _settings(x: Tensor, tile: tuple[int, int, int, int, int, int]) -> dict:
+    block_m, block_n, block_k, num_warps, num_stages, _ = tile
+    return dict(
+        TMA=_tma(x.device),
+        PRECISION=_common.dot_precision(x.dtype),
+        ACC=_common.accumulator(x.dtype),
+        BLOCK_M=block_m,
+        BLOCK_N=block_n,
+        BLOCK_K=block_k,
+        GROUP=_GROUP,
+        num_warps=num_warps,
+        num_stages=num_stages,
+    )
+
+
+def _persistent_grid(x: Tensor, n_tiles: int, per_multiprocessor: int) -> tuple[int]:
+    return (min(n_tiles, per_multiprocessor * _common.multiprocessors(x.device)),)
+
+
+def linear_gelu(
+    x: Tensor, weight: Tensor, bias: Tensor | None, approximate: str
+) -> tuple[Tensor, Tensor]:
+    """x (M, K), weight (N, K) → ``pre = x weightᵀ + bias`` and ``gelu(pre)``, both (M, N)."""
+    pre = x.new_empty(x.shape[0], weight.shape[0])
+    tile = _tile("fwd", x, weight, pre) if x.numel() else None
+    if tile is None:
+        pre = F.linear(x, weight, None if bias is None else bias.to(x.dtype))
+        return pre, gelu_forward(pre, approximate)
+    act = torch.empty_like(pre)
+    (n_rows, n_inner), n_cols = x.shape, weight.shape[0]
+    block_m, block_n, block_k, *_, per_multiprocessor = tile
+    n_tiles = triton.cdiv(n_rows, block_m) * triton.cdiv(n_cols, block_n)
+    with _common.on_device(x):
+        _linear_gelu_fwd_kernel[_persistent_grid(x, n_tiles, per_multiprocessor)](
+            _matrix(x, block_m, block_k),
+            x.stride(0),
+            _matrix(weight, block_n, block_k),
+            weight.stride(0),
+            bias,
+            _matrix(pre, block_m, block_n // 2),
+            _matrix(act, block_m, block_n // 2),
+            n_rows,
+            n_cols,
+            n_inner,
+            HAS_BIAS=bias is not None,
+            TANH=approximate == "tanh",
+            FAST=_common.is_half(x.dtype),
+            **_settings(x, tile),
+        )
+    return pre, act
+
+
+def linear_gelu_gradient(
+    dy: Tensor, weight: Tensor, pre: Tensor, approximate: str, recompute: bool
+) -> tuple[Tensor, Tensor | None]:
+    """dy (M, K), weight (K, N), pre (M, N) → ``(dy weight) * gelu'(pre)`` and, if ``recompute``,
+    ``gelu(pre)``, both (M, N)."""
+    kernel = "bwd_recompute" if recompute else "bwd"
+    tile = _tile(kernel, dy, weight, pre) if dy.numel() else None
+    if tile is None:
+        dpre = gelu_backward(dy @ weight, pre, approximate)
+        return dpre, gelu_forward(pre, approximate) if recompute else None
+    dpre = torch.empty_like(pre)
+    act = torch.empty_like(pre) if recompute else None
+    (n_rows, n_inner), n_cols = dy.shape, weight.shape[1]
+    block_m, block_n, block_k, *_, per_multiprocessor = tile
+    n_tiles = triton.cdiv(n_rows, block_m) * triton.cdiv(n_cols, block_n)
+    half = (block_m, block_n // 2)
+    with _common.on_device(dy):
+        _linear_gelu_bwd_kernel[_persistent_grid(dy, n_tiles, per_multiprocessor)](
+            _matrix(dy, block_m, block_k),
+            dy.stride(0),
+            _matrix(weight, block_k, block_n),
+            weight.stride(0),
+            _matrix(pre, *half),
+            _matrix(dpre, *half),
+            None if act is None else _matrix(act, *half),
+            n_rows,
+            n_cols,
+            n_inner,
+            RECOMPUTE=recompute,
+            TANH=approximate == "tanh",
+            FAST=_common.is_half(dy.dtype),
+            **_settings(dy, tile),
+        )
+    return dpre, act
+
+
+@functools.cache
+def splits(n_rows: int, n_cols: int, n_tokens: int, n_tiles: int, slots: int) -> int:
+    """Into how many parts the sum over the tokens is cut. Every part costs a pass over dW in
+    float32; too few leave multiprocessors idle in the last wave of tiles."""
+
+    def cost(n: int) -> float:  # in bytes of device memory
+        waves = math.ceil(n_tiles * n / slots)
+        busy = 2 * n_rows * n_cols * n_tokens / _FLOPS_PER_BYTE
+        return busy * waves * slots / (n_tiles * n) + (8 * n * n_rows * n_cols if n > 1 else 0)
+
+    return min(range(1, _MAX_SPLITS + 1), key=cost)
+
+
+def weight_gradient(
+    dy: Tensor, x: Tensor, has_bias: bool, dtype: torch.dtype
+) -> tuple[Tensor, Tensor | None]:
+    """dy (T, M), x (T, N) → ``dyᵀ x`` (M, N) and, if ``has_bias``, the sum of dy over T (M), both
+    of ``dtype``, summed in float32."""
+    (n_tokens, n_rows), n_cols = dy.shape, x.shape[1]
+    tile = _tile("weight", dy, x) if n_tokens and n_rows and n_cols else None
+    acc_dtype = torch.promote_types(dy.dtype, torch.float32)
+    if tile is None:
+        dweight = _common.matmul_float32(dy.t(), x).to(dtype)
+        return dweight, dy.sum(0, dtype=acc_dtype).to(dtype) if has_bias else None
+    block_m, block_n, block_k, *_, per_multiprocessor = tile
+    n_tiles = triton.cdiv(n_rows, block_m) * triton.cdiv(n_cols, block_n)
+    slots = per_multiprocessor * _common.multiprocessors(dy.device)
+    n_splits = splits(n_rows, n_cols, n_tokens, n_tiles, slots)
+    tokens_per_split = triton.cdiv(triton.cdiv(n_tokens, n_splits), block_k) * block_k
+    n_splits = triton.cdiv(n_tokens, tokens_per_split)
+    dweight = dy.new_empty(n_splits, n_rows, n_cols, dtype=acc_dtype)
+    dbias = dy.new_empty(n_splits, n_rows, dtype=acc_dtype) if has_bias else None
+    with _common.on_device(dy):
+        _weight_grad_kernel[(n_tiles, n_splits)](
+            _matrix(dy, block_k, block_m),
+            dy.stride(0),
+            _matrix(x, block_k, block_n),
+            x.stride(0),
+            dweight,
+            dbias,
+            n_tokens,
+            n_rows,
+            n_cols,
+            tokens_per_split,
+            HAS_BIAS=has_bias,
+            **_settings(dy, tile),
+        )
+    if n_splits == 1:
+        return dweight[0].to(dtype), None if dbias is None else dbias[0].to(dtype)
+    return dweight.sum(0).to(dtype), None if dbias is None else dbias.sum(0).to(dtype)

@@ -1,0 +1,227 @@
+"""Linear layer: ``y = x weightᵀ + bias``, forward and backward.
+
+x is (T, K) after flattening, weight (N, K), bias (N), y (T, N). cuBLAS takes ``x weightᵀ`` and
+``dx = dy weight``: no epilogue is left to fuse. The Triton kernel of ``gemm.py`` takes
+``dweight = dyᵀ x`` with ``dbias``, the sum of dy, in the same pass, both summed in float32 and
+rounded once. Saved for backward: x and weight.
+
+A model in mixed precision keeps float32 weights: they are rounded to x's dtype on the way in, and
+dweight leaves as float32, with no half-precision gradient in between.
+
+Bytes moved, s an element: s (T K + N K + T N) for each of the three products, which 2 T K N
+floating-point operations hide where K and N are hundreds.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastgpt.kernels import _checks, _common, gemm, layer_norm_kernels
+from fastgpt.kernels._costs import KernelCost, nbytes, register_cost
+
+
+def rows(x: Tensor) -> Tensor:
+    """(..., N) → (T, N) with adjacent columns; copied only where no view can say it."""
+    x = x.reshape(-1, x.shape[-1])
+    return x if x.stride(1) == 1 else x.contiguous()
+
+
+def cast(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """A weight as the matrix units want it."""
+    return weight.to(dtype).contiguous()
+
+
+def kept(
+    x: Tensor, source: Tensor | None, ln_weight: Tensor | None, ln_bias: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    """What a layer saves for its input: x, or what ``restored`` makes it from."""
+    return (x, None, None) if source is None else (source, ln_weight, ln_bias)
+
+
+def restored(
+    saved: Tensor,
+    ln_weight: Tensor | None,
+    ln_bias: Tensor | None,
+    eps: float,
+    dtype: torch.dtype,
+) -> Tensor:
+    if ln_weight is None:
+        return saved
+    return layer_norm_kernels.forward(
+        saved, None, ln_weight, ln_bias, None, None, eps, 0.0, 0, dtype
+    )[0]
+
+
+@torch.library.custom_op("fastgpt::linear", mutates_args=())
+def _linear_op(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    source: Tensor | None,
+    ln_weight: Tensor | None,
+    ln_bias: Tensor | None,
+    eps: float,
+) -> Tensor:
+    bias = None if bias is None else bias.to(x.dtype)
+    return F.linear(rows(x), cast(weight, x.dtype), bias).view(*x.shape[:-1], -1)
+
+
+@_linear_op.register_fake
+def _(x, weight, bias, source, ln_weight, ln_bias, eps):
+    return x.new_empty(*x.shape[:-1], weight.shape[0])
+
+
+@torch.library.custom_op("fastgpt::linear_bwd", mutates_args=())
+def _linear_bwd_op(
+    dy: Tensor,
+    weight: Tensor,
+    saved: Tensor,
+    ln_weight: Tensor | None,
+    ln_bias: Tensor | None,
+    eps: float,
+    has_bias: bool,
+    wants_dx: bool,
+    wants_dweight: bool,
+) -> list[Tensor]:
+    """dx if wanted; dweight and, if there is a bias, dbias, if wanted."""
+    gradients = []
+    dy_rows = rows(dy)
+    if wants_dx:
+        dx = dy_rows @ cast(weight, dy.dtype)
+        gradients.append(dx.view(saved.shape))
+    if wants_dweight:
+        x = restored(saved, ln_weight, ln_bias, eps, dy.dtype)
+        dweight, dbias = gemm.weight_gradient(dy_rows, rows(x), has_bias, weight.dtype)
+        gradients += [dweight] if dbias is None else [dweight, dbias]
+    return gradients
+
+
+@_linear_bwd_op.register_fake
+def _(dy, weight, saved, ln_weight, ln_bias, eps, has_bias, wants_dx, wants_dweight):
+    gradients = [dy.new_empty(saved.shape)] if wants_dx else []
+    if wants_dweight:
+        gradients.append(weight.new_empty(weight.shape))
+        gradients += [weight.new_empty(weight.shape[0])] if has_bias else []
+    return gradients
+
+
+def _setup_context(ctx, inputs, output):
+    x, weight, bias, *recipe, ctx.eps = inputs
+    ctx.save_for_backward(weight, *kept(x, *recipe))
+    ctx.has_bias = bias is not None
+
+
+def _backward(ctx, dy):
+    wants_dx, wants_dweight, wants_dbias, *_ = ctx.needs_input_grad
+    gradients = iter(
+        _linear_bwd_op(
+            dy,
+            *ctx.saved_tensors,
+            ctx.eps,
+            ctx.has_bias,
+            wants_dx,
+            wants_dweight or wants_dbias,
+        )
+    )
+    dx = next(gradients) if wants_dx else None
+    dweight, dbias = next(gradients, None), next(gradients, None)
+    return dx, dweight, dbias, None, None, None, None
+
+
+_linear_op.register_autograd(_backward, setup_context=_setup_context)
+
+
+def product(name: str, m: int, n: int, k: int, *tensors: Tensor | None) -> KernelCost:
+    """An (m, k) by (k, n) product that moves each of the tensors once."""
+    return KernelCost(name, 2 * m * n * k, nbytes(*tensors))
+
+
+def casting(dtype: torch.dtype, *weights: Tensor | None) -> list[KernelCost]:
+    """The rounding of weights that are not of the dtype yet: read, and written at its size."""
+    moved = sum(
+        w.numel() * (w.element_size() + dtype.itemsize)
+        for w in weights
+        if w is not None and w.dtype != dtype
+    )
+    return [KernelCost("weight cast", 0, moved)] if moved else []
+
+
+def restoring(ln_weight: Tensor | None, saved: Tensor, dtype: torch.dtype) -> list[KernelCost]:
+    if ln_weight is None:
+        return []
+    return [KernelCost("LayerNorm again", 0, nbytes(saved) + saved.numel() * dtype.itemsize)]
+
+
+def operand(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """The weight as the product reads it, for a cost formula: shapes and dtypes alone."""
+    return weight.new_empty(weight.shape, dtype=dtype, device="meta")
+
+
+@register_cost(torch.ops.fastgpt.linear)
+def _(out, x, weight, bias, *_):
+    n, k = weight.shape
+    w = operand(weight, x.dtype)
+    return [
+        *casting(x.dtype, weight, bias),
+        product("linear", x.numel() // k, n, k, x, w, bias, out),
+    ]
+
+
+@register_cost(torch.ops.fastgpt.linear_bwd)
+def _(out, dy, weight, saved, ln_weight, ln_bias, eps, has_bias, wants_dx, wants_dweight):
+    n, k = weight.shape
+    tokens = dy.numel() // n
+    w = operand(weight, dy.dtype)
+    kernels = []
+    if wants_dx:
+        kernels += [
+            *casting(dy.dtype, weight),
+            product("linear dx", tokens, k, n, dy, w, out[0]),
+        ]
+    if wants_dweight:
+        kernels += restoring(ln_weight, saved, dy.dtype)
+        x = operand(saved, dy.dtype)
+        kernels.append(product("linear dweight", n, k, tokens, dy, x, *out[wants_dx:]))
+    return kernels
+
+
+def with_recipe(
+    recompute: _checks.Recipe | None,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, float]:
+    """The recipe as operators take it: detached, for the gradient flows through x alone."""
+    if recompute is None:
+        return None, None, None, 0.0
+    source, weight, bias, eps = recompute
+    return source.detach(), weight.detach(), None if bias is None else bias.detach(), eps
+
+
+def linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    recompute: _checks.Recipe | None = None,
+) -> Tensor:
+    """A linear layer, as ``F.linear``, whose gradients are summed in float32 and rounded once.
+
+    Args:
+        x: (..., K), any strides; float32, float16 or bfloat16, on a CUDA device. Cast to
+            autocast's dtype under autocast.
+        weight: (N, K), of x's dtype or float32; rounded to x's dtype.
+        bias: (N,), of weight's dtype, or None.
+        recompute: ``(x, weight, bias, eps)`` of the ``layer_norm`` that made x, whose input is
+            kept anyway: x is not saved, but made again in the backward.
+
+    Returns:
+        (..., N) of x's dtype, contiguous.
+
+    Raises:
+        TypeError: x, weight or bias is no floating-point tensor, or of another dtype.
+        ValueError: shapes, dtypes or devices do not go together.
+    """
+    _checks.floating(x=x)
+    x = x.to(_common.autocast_dtype(x))
+    _checks.linear(x, weight, bias, ("weight", "bias"))
+    _checks.recipe(x, recompute)
+    _common.launchable(x=x, weight=weight, bias=bias)
+    return _linear_op(x, weight, bias, *with_recipe(recompute))

@@ -1,0 +1,227 @@
+"""The MLP of a transformer block, forward and backward: two linear layers with GELU between.
+
+    pre = x fc_weightᵀ + fc_bias        act = gelu(pre)        y = act proj_weightᵀ
+
+x (T, C) after flattening, fc_weight (F, C), pre and act (T, F), proj_weight (N, F), y (T, N). Saved
+for backward: x, pre, act and the weights; with ``recompute`` neither x nor act. The bias of the
+second layer is left to ``residual_layer_norm``, which reads y anyway.
+
+    dpre = (dy proj_weight) * gelu'(pre)        dproj_weight = dyᵀ act
+    dx = dpre fc_weight                         dfc_weight = dpreᵀ x,  dfc_bias = sum of dpre
+
+GELU and its slope are epilogues of the products that make their operands (``gemm.py``): act is
+written once and never read by a kernel of its own, dact is never written. 2 T F (C + N)
+floating-point operations forward, twice as many backward.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastgpt.kernels import _checks, _common, gemm
+from fastgpt.kernels._costs import KernelCost, register_cost
+from fastgpt.kernels.linear import (
+    cast,
+    casting,
+    kept,
+    operand,
+    product,
+    restored,
+    restoring,
+    rows,
+    with_recipe,
+)
+
+
+@torch.library.custom_op("fastgpt::mlp", mutates_args=())
+def _mlp_op(
+    x: Tensor,
+    fc_weight: Tensor,
+    fc_bias: Tensor | None,
+    proj_weight: Tensor,
+    source: Tensor | None,
+    ln_weight: Tensor | None,
+    ln_bias: Tensor | None,
+    eps: float,
+    approximate: str,
+    saves: bool,
+) -> list[Tensor]:
+    """y; then, if it ``saves`` for a backward, pre and, unless it is made again, act."""
+    pre, act = gemm.linear_gelu(rows(x), cast(fc_weight, x.dtype), fc_bias, approximate)
+    y = F.linear(act, cast(proj_weight, x.dtype)).view(*x.shape[:-1], -1)
+    if not saves:
+        return [y]
+    return [y, pre, act] if source is None else [y, pre]
+
+
+@_mlp_op.register_fake
+def _(x, fc_weight, fc_bias, proj_weight, source, ln_weight, ln_bias, eps, approximate, saves):
+    y = x.new_empty(*x.shape[:-1], proj_weight.shape[0])
+    hidden = (1 if source is not None else 2) if saves else 0
+    n_tokens = x.numel() // x.shape[-1]
+    return [y, *(x.new_empty(n_tokens, fc_weight.shape[0]) for _ in range(hidden))]
+
+
+@torch.library.custom_op("fastgpt::mlp_bwd", mutates_args=())
+def _mlp_bwd_op(
+    dy: Tensor,
+    fc_weight: Tensor,
+    proj_weight: Tensor,
+    saved: Tensor,
+    ln_weight: Tensor | None,
+    ln_bias: Tensor | None,
+    pre: Tensor,
+    act: Tensor | None,
+    eps: float,
+    approximate: str,
+    has_bias: bool,
+    wants_dx: bool,
+    wants_dfc: bool,
+    wants_dproj: bool,
+) -> list[Tensor]:
+    """dx if wanted; dfc_weight and, if there is a bias, dfc_bias, if wanted; dproj_weight, if
+    wanted."""
+    dy_rows = rows(dy)
+    recompute = act is None and wants_dproj
+    dpre, act_again = gemm.linear_gelu_gradient(
+        dy_rows, cast(proj_weight, dy.dtype), pre, approximate, recompute
+    )
+    act = act_again if recompute else act
+    gradients = []
+    if wants_dx:
+        gradients.append((dpre @ cast(fc_weight, dy.dtype)).view(saved.shape))
+    if wants_dfc:
+        x = restored(saved, ln_weight, ln_bias, eps, dy.dtype)
+        dweight, dbias = gemm.weight_gradient(dpre, rows(x), has_bias, fc_weight.dtype)
+        gradients += [dweight] if dbias is None else [dweight, dbias]
+    if wants_dproj:
+        assert act is not None
+        gradients.append(gemm.weight_gradient(dy_rows, act, False, proj_weight.dtype)[0])
+    return gradients
+
+
+@_mlp_bwd_op.register_fake
+def _(
+    dy, fc_weight, proj_weight, saved, ln_weight, ln_bias, pre, act, eps, approximate,
+    has_bias, wants_dx, wants_dfc, wants_dproj,
+):  # fmt: skip
+    gradients = [dy.new_empty(saved.shape)] if wants_dx else []
+    if wants_dfc:
+        gradients.append(fc_weight.new_empty(fc_weight.shape))
+        gradients += [fc_weight.new_empty(fc_weight.shape[0])] if has_bias else []
+    return gradients + ([proj_weight.new_empty(proj_weight.shape)] if wants_dproj else [])
+
+
+def _setup_context(ctx, inputs, output):
+    x, fc_weight, fc_bias, proj_weight, *recipe, ctx.eps, ctx.approximate, _ = inputs
+    _, pre, *act = output
+    ctx.save_for_backward(fc_weight, proj_weight, *kept(x, *recipe), pre, act[0] if act else None)
+    ctx.has_bias = fc_bias is not None
+    ctx.set_materialize_grads(False)  # no zeros for pre and act
+
+
+def _backward(ctx, grads):
+    wants_dx, wants_dfc_weight, wants_dfc_bias, wants_dproj, *_ = ctx.needs_input_grad
+    wants_dfc = wants_dfc_weight or wants_dfc_bias
+    gradients = iter(
+        _mlp_bwd_op(
+            grads[0],
+            *ctx.saved_tensors,
+            ctx.eps,
+            ctx.approximate,
+            ctx.has_bias,
+            wants_dx,
+            wants_dfc,
+            wants_dproj,
+        )
+    )
+    dx = next(gradients) if wants_dx else None
+    dfc_weight = next(gradients) if wants_dfc else None
+    dfc_bias = next(gradients) if wants_dfc and ctx.has_bias else None
+    dproj = next(gradients) if wants_dproj else None
+    return dx, dfc_weight, dfc_bias, dproj, *[None] * 6
+
+
+_mlp_op.register_autograd(_backward, setup_context=_setup_context)
+
+
+@register_cost(torch.ops.fastgpt.mlp)
+def _(out, x, fc_weight, fc_bias, proj_weight, *_):
+    f, c = fc_weight.shape
+    n = proj_weight.shape[0]
+    tokens = x.numel() // c
+    fc, proj = operand(fc_weight, x.dtype), operand(proj_weight, x.dtype)
+    hidden = x.new_empty(tokens, f, device="meta")
+    return [
+        *casting(x.dtype, fc_weight, proj_weight),
+        product("linear + GELU", tokens, f, c, x, fc, fc_bias, hidden, hidden),
+        product("linear", tokens, n, f, hidden, proj, out[0]),
+    ]
+
+
+@register_cost(torch.ops.fastgpt.mlp_bwd)
+def _(
+    out, dy, fc_weight, proj_weight, saved, ln_weight, ln_bias, pre, act, eps, approximate,
+    has_bias, wants_dx, wants_dfc, wants_dproj,
+):  # fmt: skip
+    f, c = fc_weight.shape
+    n = proj_weight.shape[0]
+    tokens = pre.shape[0]
+    fc, proj = operand(fc_weight, dy.dtype), operand(proj_weight, dy.dtype)
+    act_again = pre if act is None and wants_dproj else None
+    kernels: list[KernelCost] = [
+        *casting(dy.dtype, proj_weight, fc_weight if wants_dx else None),
+        product("linear dx * GELU'", tokens, f, n, dy, proj, pre, pre, act_again),
+    ]
+    gradients = iter(out)
+    if wants_dx:
+        kernels.append(product("linear dx", tokens, c, f, pre, fc, next(gradients)))
+    if wants_dfc:
+        parameters = [next(gradients) for _ in range(1 + has_bias)]
+        x = operand(saved, dy.dtype)
+        kernels += restoring(ln_weight, saved, dy.dtype)
+        kernels.append(product("linear dweight", f, c, tokens, pre, x, *parameters))
+    if wants_dproj:
+        kernels.append(product("linear dweight", n, f, tokens, dy, pre, next(gradients)))
+    return kernels
+
+
+def mlp(
+    x: Tensor,
+    fc_weight: Tensor,
+    fc_bias: Tensor | None,
+    proj_weight: Tensor,
+    *,
+    approximate: str = "none",
+    recompute: _checks.Recipe | None = None,
+) -> Tensor:
+    """``linear(gelu(linear(x, fc_weight, fc_bias)), proj_weight)`` with GELU in the epilogue of
+    the first product and its slope in that of the product that makes its gradient.
+
+    Args:
+        x: (..., C), any strides; float32, float16 or bfloat16, on a CUDA device. Cast to
+            autocast's dtype under autocast.
+        fc_weight: (F, C), of x's dtype or float32; rounded to x's dtype.
+        fc_bias: (F,), of fc_weight's dtype, or None.
+        proj_weight: (N, F), of fc_weight's dtype.
+        approximate: "none" for the exact GELU, "tanh" for the form GPT-2 was trained with.
+        recompute: ``(x, weight, bias, eps)`` of the ``layer_norm`` that made x, whose input is
+            kept anyway: neither x nor gelu's result is saved; the backward makes both again.
+
+    Returns:
+        (..., N) of x's dtype, contiguous. Sums, GELU and the parameters' gradients are float32,
+        rounded once.
+
+    Raises:
+        TypeError: a tensor is no floating-point tensor, or of another dtype.
+        ValueError: shapes, dtypes or devices do not go together, or ``approximate`` is neither.
+    """
+    _checks.floating(x=x)
+    x = x.to(_common.autocast_dtype(x))
+    _checks.mlp(x, fc_weight, fc_bias, proj_weight, approximate, recompute)
+    _common.launchable(x=x, fc_weight=fc_weight, fc_bias=fc_bias, proj_weight=proj_weight)
+    saves = torch.is_grad_enabled() and any(
+        t is not None and t.requires_grad for t in (x, fc_weight, fc_bias, proj_weight)
+    )
+    recipe = with_recipe(recompute)
+    return _mlp_op(x, fc_weight, fc_bias, proj_weight, *recipe, approximate, saves)[0]
