@@ -85,16 +85,17 @@ class LayerNorm(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(ndim))
         self.bias = nn.Parameter(torch.zeros(ndim)) if bias else None
-        self._ops = ops
+        self._layer_norm = ops.layer_norm
+        self._residual_layer_norm = ops.residual_layer_norm
 
     def forward(self, x: Tensor) -> Tensor:
-        return self._ops.layer_norm(x, self.weight, self.bias, 1e-5)
+        return self._layer_norm(x, self.weight, self.bias, 1e-5)
 
     def of_sum(
         self, residual: Tensor, delta: Tensor, delta_bias: Tensor | None, dropout: dict[str, Any]
     ) -> tuple[Tensor, Tensor]:
         """The norm of ``residual + dropout(delta + delta_bias)``, and that sum."""
-        return self._ops.residual_layer_norm(
+        return self._residual_layer_norm(
             residual, delta, self.weight, self.bias, 1e-5, delta_bias=delta_bias, **dropout
         )
 
@@ -118,13 +119,14 @@ class CausalSelfAttention(nn.Module):
         self.n_head = config.n_head
         self.n_embd = config.n_embd
         self.dropout = config.dropout
-        self._ops = ops
+        self._linear = ops.linear
+        self._attention = ops.attention_qkvpacked
 
     def forward(self, x: Tensor, recompute: Recipe | None, dropout: _Dropout) -> Tensor:
-        ops = self._ops
-        qkv = ops.linear(x, self.c_attn.weight, self.c_attn.bias, recompute=recompute)  # (B, T, 3C)
-        y = ops.attention_qkvpacked(qkv, self.n_head, **dropout.arguments(self, self.dropout))
-        return ops.linear(y, self.c_proj.weight)  # (B, T, C)
+        c_attn = self.c_attn
+        qkv = self._linear(x, c_attn.weight, c_attn.bias, recompute=recompute)  # (B, T, 3C)
+        y = self._attention(qkv, self.n_head, **dropout.arguments(self, self.dropout))
+        return self._linear(y, self.c_proj.weight)  # (B, T, C)
 
 
 class MLP(nn.Module):
@@ -140,11 +142,11 @@ class MLP(nn.Module):
         self.gelu = functools.partial(ops.gelu, approximate=gelu)
         self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
         self.dropout = nn.Dropout(config.dropout)
-        self._ops = ops
+        self._mlp = ops.mlp
         self._approximate = gelu
 
     def forward(self, x: Tensor, recompute: Recipe | None) -> Tensor:
-        return self._ops.mlp(
+        return self._mlp(
             x,
             self.c_fc.weight,
             self.c_fc.bias,
@@ -394,7 +396,9 @@ class GPT(LanguageModel):
         if gelu not in ("none", "tanh"):
             raise ValueError(f"gelu must be 'none' or 'tanh', got {gelu!r}")
         self.gelu_approximate = gelu
-        self._ops = ops
+        self._dropout_seed = ops.dropout_seed
+        self._embedding = ops.embedding
+        self._linear_cross_entropy = ops.linear_cross_entropy
         # The order of construction, of initialisation and of the state dict is part of the
         # contract: it fixes which random numbers a weight gets and how saved state is indexed.
         self.transformer = _Transformer(
@@ -422,8 +426,8 @@ class GPT(LanguageModel):
         """Token ids (B, T) → the final LayerNorm's output (B, T, C)."""
         trunk = self.transformer
         drops = self.training and self.config.dropout > 0.0
-        dropout = _Dropout(self._ops.dropout_seed(idx.device) if drops else None)
-        residual = self._ops.embedding(
+        dropout = _Dropout(self._dropout_seed(idx.device) if drops else None)
+        residual = self._embedding(
             idx,
             trunk.wte.weight,
             trunk.wpe.weight,
@@ -440,7 +444,7 @@ class GPT(LanguageModel):
         return self.lm_head(x[:, -1:] if last_only else x)
 
     def _loss(self, idx: Tensor, targets: Tensor) -> Tensor:
-        return self._ops.linear_cross_entropy(
+        return self._linear_cross_entropy(
             self._hidden(idx), self.lm_head.weight, targets, ignore_index=-1
         )
 

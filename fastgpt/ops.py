@@ -32,7 +32,8 @@ def _implementation(device: torch.device) -> ModuleType:
 
 
 def dropout_seed(device: torch.device) -> Tensor | None:
-    """See ``kernels.reference.dropout_seed``. None off CUDA: PyTorch's generator draws there."""
+    """The key of the dropout masks of one step, as int64 tensor (1,), drawn from PyTorch's
+    generator. None off CUDA, where that generator draws every mask itself."""
     return _implementation(device).dropout_seed(device)
 
 

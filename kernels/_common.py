@@ -10,7 +10,6 @@ from torch import Tensor
 
 from fastgpt.kernels._precision import autocast_dtype as autocast_dtype
 from fastgpt.kernels._precision import matmul_float32 as matmul_float32
-from fastgpt.kernels.reference import dropout_seed
 
 LOG2_E = 1.4426950408889634
 
@@ -109,6 +108,12 @@ def launchable(**tensors: Tensor | None) -> None:
                 f"{name} must be on a CUDA device, got {tensor.device}; on other devices use "
                 "fastgpt.ops, or set TRITON_INTERPRET=1 to run the kernels in Triton's interpreter"
             )
+
+
+def dropout_seed(device: torch.device) -> Tensor | None:
+    """An int64 tensor (1,) on the device: the key of the dropout masks of one step, drawn from
+    PyTorch's generator for the device."""
+    return torch.randint(2**63 - 1, (1,), device=device)
 
 
 def drawn_seed(seed: Tensor | None, dropout_p: float, device: torch.device) -> Tensor | None:

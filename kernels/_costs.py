@@ -1,17 +1,18 @@
 """What an operator costs that PyTorch sees as one opaque call: the kernels inside it, each with its
 floating-point operations and its bytes of device memory.
 
-One formula serves two readers: ``torch.utils.flop_counter`` gets the sum of the FLOPs, and
-``bench/roofline.py`` every kernel for itself. An operator without a formula is taken for one kernel
-that reads its inputs, writes its outputs and multiplies no matrices.
+One formula serves two readers: ``torch.utils.flop_counter`` gets the sum of the FLOPs (once
+``fused`` was imported), and ``bench/roofline.py`` every kernel for itself. An operator without a
+formula is taken for one kernel that reads its inputs, writes its outputs and multiplies no
+matrices.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from torch import Tensor
 from torch._ops import OpOverloadPacket
-from torch.utils.flop_counter import register_flop_formula
 
 
 class KernelCost(NamedTuple):
@@ -35,14 +36,24 @@ def register_cost(op: OpOverloadPacket) -> Callable[[CostFormula], CostFormula]:
     """
 
     def register(formula: CostFormula) -> CostFormula:
-        def flops(*args: Any, out_val: Any, **kwargs: Any) -> int:
-            return sum(kernel.flops for kernel in formula(out_val, *args, **kwargs))
-
-        register_flop_formula(op, get_raw=True)(flops)
         COSTS[op] = formula
         return formula
 
     return register
+
+
+def _flops(formula: CostFormula, *args: Any, out_val: Any, **kwargs: Any) -> int:
+    return sum(kernel.flops for kernel in formula(out_val, *args, **kwargs))
+
+
+@functools.cache
+def publish() -> None:
+    """Hand the formulas to PyTorch's FLOP counter. Not done by ``register_cost``, because the
+    counter imports Triton, or warns that there is none, and a CPU run needs neither."""
+    from torch.utils.flop_counter import register_flop_formula
+
+    for op, formula in COSTS.items():
+        register_flop_formula(op, get_raw=True)(functools.partial(_flops, formula))
 
 
 def nbytes(*tensors: Tensor | None) -> int:

@@ -1,6 +1,7 @@
-"""Attention: launch table, host functions, operators and the two public functions.
+"""Attention: host functions, operators and the two public functions.
 
-The equations, what is saved, bytes and FLOPs stand in ``attention_kernels.py``.
+The equations, what is saved, bytes and FLOPs stand in ``attention_kernels.py``, the launch tables
+in ``attention_tiles.py``.
 """
 
 import math
@@ -17,106 +18,10 @@ from fastgpt.kernels.attention_kernels import (
     _attention_bwd_dq_kernel,
     _attention_fwd_kernel,
 )
+from fastgpt.kernels.attention_tiles import launch
 from fastgpt.kernels.reference import split_heads, unpacked
 
 MAX_HEAD_SIZE = 256
-
-
-# The launch tables: kernel and head size, rounded up → (BLOCK_M, BLOCK_N, num_warps, num_stages).
-# Chosen by ahead-of-time compilation: large tiles that spill no register. Predicted, not measured.
-# Philox takes registers: where dropout needs a smaller tile, it has a line of its own.
-_Tiles = dict[tuple[str, int] | tuple[str, int, str], tuple[int, int, int, int]]
-
-# sm_90 and sm_100: wgmma and tcgen05 leave the operands in shared memory, of which there is 227 KB.
-TENSOR_CORE_TILES: _Tiles = {
-    ("fwd", 16): (128, 64, 4, 3),
-    ("fwd", 32): (128, 64, 4, 3),
-    ("fwd", 64): (128, 64, 8, 3),
-    ("fwd", 128): (128, 64, 8, 2),
-    ("fwd", 256): (64, 32, 8, 2),
-    ("dq", 16): (64, 64, 4, 2),
-    ("dq", 32): (64, 64, 4, 2),
-    ("dq", 64): (64, 64, 4, 2),
-    ("dq", 128): (64, 32, 4, 2),
-    ("dq", 256): (64, 32, 8, 2),
-    ("dq", 256, "dropout"): (64, 16, 8, 2),
-    ("dkdv", 16): (64, 64, 4, 2),
-    ("dkdv", 32): (32, 64, 8, 2),
-    ("dkdv", 64): (32, 128, 8, 2),
-    ("dkdv", 128): (32, 64, 8, 2),
-    ("dkdv", 256): (16, 64, 8, 3),
-    ("dkdv", 256, "dropout"): (16, 32, 8, 1),
-}
-
-# Elsewhere (sm_80, sm_86, sm_89, sm_120) operands pass through registers, and some have 99 KB only.
-SMALL_MEMORY_TILES: _Tiles = TENSOR_CORE_TILES | {
-    ("fwd", 32): (64, 64, 4, 2),
-    ("fwd", 64, "dropout"): (64, 32, 4, 2),
-    ("fwd", 128): (64, 32, 4, 2),
-    ("dq", 16): (64, 32, 4, 2),
-    ("dq", 32): (64, 32, 4, 2),
-    ("dq", 64): (64, 32, 4, 2),
-    ("dq", 64, "dropout"): (64, 32, 8, 2),
-    ("dq", 256): (32, 32, 8, 1),
-    ("dq", 256, "dropout"): (32, 32, 8, 1),
-    ("dkdv", 128): (32, 64, 8, 1),
-    ("dkdv", 256): (16, 32, 8, 1),
-}
-
-# float32: IEEE products are FMAs from registers; TF32 fits wherever they do.
-FLOAT32_TILES: _Tiles = {
-    ("fwd", 16): (32, 32, 4, 1),
-    ("fwd", 32): (32, 32, 4, 1),
-    ("fwd", 32, "dropout"): (32, 16, 4, 1),
-    ("fwd", 64): (64, 32, 8, 1),
-    ("fwd", 64, "dropout"): (16, 16, 8, 1),
-    ("fwd", 128): (16, 16, 4, 1),
-    ("fwd", 128, "dropout"): (16, 16, 8, 1),
-    ("fwd", 256): (16, 16, 8, 1),
-    ("fwd", 256, "dropout"): (32, 16, 8, 1),
-    ("dq", 16): (32, 32, 4, 1),
-    ("dq", 32): (32, 32, 8, 1),
-    ("dq", 64): (32, 32, 8, 1),
-    ("dq", 128): (16, 16, 8, 1),
-    ("dq", 256): (16, 16, 8, 2),
-    ("dkdv", 16): (32, 64, 8, 1),
-    ("dkdv", 16, "dropout"): (32, 32, 4, 1),
-    ("dkdv", 32): (32, 64, 8, 1),
-    ("dkdv", 64): (32, 32, 8, 1),
-    ("dkdv", 64, "dropout"): (16, 32, 8, 1),
-    ("dkdv", 128): (16, 16, 8, 3),
-    ("dkdv", 256): (16, 16, 8, 1),
-    ("dkdv", 256, "dropout"): (16, 16, 8, 3),
-}
-
-# The interpreter pays by the operation, not by the register.
-INTERPRETER_TILES: _Tiles = dict.fromkeys(TENSOR_CORE_TILES, (64, 64, 4, 1))
-
-
-def _launch(
-    kernel: str, device: torch.device, head_size: int, dtype: torch.dtype, dropout: bool
-) -> dict[str, int]:
-    block_d = max(16, triton.next_power_of_2(head_size))
-    capability = _common.capability(device)
-    if capability is None:
-        tiles = INTERPRETER_TILES
-    elif dtype == torch.float32:
-        tiles = FLOAT32_TILES
-    elif 90 <= capability < 120:
-        tiles = TENSOR_CORE_TILES
-    else:
-        tiles = SMALL_MEMORY_TILES
-    tile = tiles[kernel, block_d]
-    if dropout:
-        tile = tiles.get((kernel, block_d, "dropout"), tile)
-    block_m, block_n, num_warps, num_stages = tile
-    return dict(
-        BLOCK_M=block_m,
-        BLOCK_N=block_n,
-        BLOCK_D=block_d,
-        num_warps=num_warps,
-        num_stages=num_stages,
-    )
 
 
 def _statistic(x: Tensor) -> torch.dtype:
@@ -145,7 +50,7 @@ def _settings(
         PRECISION=_common.dot_precision(q.dtype),
         ACC=_common.accumulator(q.dtype),
         HEAD=q.shape[3],
-        **_launch(kernel, q.device, q.shape[3], q.dtype, threshold > 0),
+        **launch(kernel, q.device, q.shape[3], q.dtype, threshold > 0),
     )
     return numbers, constexprs
 
@@ -338,6 +243,7 @@ def _(dout, q, k, v, out, lse, seed, causal, scale, dropout_p, stream):
 
 def _setup_context(ctx, inputs, output):
     q, k, v, seed, *ctx.options = inputs
+    ctx.set_materialize_grads(False)  # no zeros for lse
     ctx.save_for_backward(q, k, v, *output, seed)
 
 
@@ -410,6 +316,7 @@ def _(dout, qkv, out, lse, seed, n_head, causal, scale, dropout_p, stream):
 
 def _setup_context_qkvpacked(ctx, inputs, output):
     qkv, seed, *ctx.options = inputs
+    ctx.set_materialize_grads(False)
     ctx.save_for_backward(qkv, *output, seed)
 
 

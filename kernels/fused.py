@@ -1,5 +1,7 @@
 """The public Triton ops under the names of ``reference`` and ``portable``."""
 
+from fastgpt.kernels import _costs
+from fastgpt.kernels._common import dropout_seed
 from fastgpt.kernels.attention import attention, attention_qkvpacked
 from fastgpt.kernels.embedding import embedding
 from fastgpt.kernels.gelu import gelu
@@ -7,7 +9,6 @@ from fastgpt.kernels.layer_norm import layer_norm
 from fastgpt.kernels.linear import linear
 from fastgpt.kernels.linear_cross_entropy import linear_cross_entropy
 from fastgpt.kernels.mlp import mlp
-from fastgpt.kernels.reference import dropout_seed
 from fastgpt.kernels.residual_layer_norm import residual_layer_norm
 
 __all__ = [
@@ -22,3 +23,5 @@ __all__ = [
     "mlp",
     "residual_layer_norm",
 ]
+
+_costs.publish()

@@ -14,6 +14,11 @@ from torch import Tensor
 from fastgpt.kernels import _checks
 
 
+def dropout_seed(device: torch.device) -> Tensor | None:
+    """None: PyTorch's generator draws the masks here."""
+    return None
+
+
 def gelu(x: Tensor, approximate: str = "none") -> Tensor:
     """GELU (Hendrycks & Gimpel 2016): ``x * Phi(x)``, or its tanh form. See ``fused.gelu``."""
     _checks.gelu(x, approximate)
@@ -238,12 +243,6 @@ def dropout_mask(
     threshold = round(dropout_p * 65536)
     keep = (bits >= threshold).reshape(*planes, n_rows, -1)[..., :n_cols]
     return keep, 1.0 - threshold / 65536
-
-
-def dropout_seed(device: torch.device) -> Tensor:
-    """An int64 tensor (1,) on the device: the key of the dropout masks of one step, drawn from
-    PyTorch's generator."""
-    return torch.randint(2**63 - 1, (1,), device=device)
 
 
 def _dropout(x: Tensor, dropout_p: float, seed: Tensor | None, stream: int) -> Tensor:

@@ -29,7 +29,7 @@ _MODEL = {"fastgpt.model", "fastgpt.bigram"}
 _RUN = {"fastgpt.config", "fastgpt.devices", "fastgpt.checkpoint", *_DATA, *_MODEL}
 ALLOWED: dict[str, set[str]] = {
     "fastgpt.kernels._checks": set(),
-    "fastgpt.kernels._common": {"fastgpt.kernels._precision", "fastgpt.kernels.reference"},
+    "fastgpt.kernels._common": {"fastgpt.kernels._precision"},
     "fastgpt.kernels._costs": set(),
     "fastgpt.kernels._precision": set(),
     "fastgpt.kernels.reference": {"fastgpt.kernels._checks"},
@@ -50,14 +50,34 @@ ALLOWED: dict[str, set[str]] = {
     },
     "fastgpt.kernels.linear_cross_entropy": {*_OP, "fastgpt.kernels.chunked_loss"},
     "fastgpt.kernels.attention_kernels": {"fastgpt.kernels._common"},
-    "fastgpt.kernels.attention": {*_OP, "fastgpt.kernels.attention_kernels"},
+    "fastgpt.kernels.attention_tiles": {"fastgpt.kernels._common"},
+    "fastgpt.kernels.attention": {
+        *_OP,
+        "fastgpt.kernels.attention_kernels",
+        "fastgpt.kernels.attention_tiles",
+    },
+    "fastgpt.kernels.gemm_kernels": {"fastgpt.kernels._common"},
+    "fastgpt.kernels.gemm": {
+        "fastgpt.kernels._common",
+        "fastgpt.kernels.gelu",
+        "fastgpt.kernels.gemm_kernels",
+    },
+    "fastgpt.kernels.linear": {
+        *_OP,
+        "fastgpt.kernels.gemm",
+        "fastgpt.kernels.layer_norm_kernels",
+    },
+    "fastgpt.kernels.mlp": {*_OP, "fastgpt.kernels.gemm", "fastgpt.kernels.linear"},
     "fastgpt.kernels.fused": {
+        "fastgpt.kernels._common",
+        "fastgpt.kernels._costs",
         "fastgpt.kernels.attention",
         "fastgpt.kernels.embedding",
         "fastgpt.kernels.gelu",
         "fastgpt.kernels.layer_norm",
+        "fastgpt.kernels.linear",
         "fastgpt.kernels.linear_cross_entropy",
-        "fastgpt.kernels.reference",
+        "fastgpt.kernels.mlp",
         "fastgpt.kernels.residual_layer_norm",
     },
     "fastgpt.ops": {
@@ -235,7 +255,18 @@ def test_how_imports_are_read() -> None:
 
 # -- the ops
 
-OPS = ("attention", "attention_qkvpacked", "gelu", "layer_norm")
+OPS = (
+    "attention",
+    "attention_qkvpacked",
+    "dropout_seed",
+    "embedding",
+    "gelu",
+    "layer_norm",
+    "linear",
+    "linear_cross_entropy",
+    "mlp",
+    "residual_layer_norm",
+)
 
 
 @pytest.mark.parametrize("op", OPS)

@@ -223,4 +223,14 @@ def test_dispatch_compiles_for_cuda_without_a_gpu() -> None:
         logits, loss = torch.compile(model, fullgraph=True, backend=record)(x, x)
     assert logits.shape == (4, BLOCK, V) and loss.device.type == "cuda"
     ours = {name for name in found if name.startswith("fastgpt")}
-    assert ours == {f"fastgpt.{op}.default" for op in ("attention_qkvpacked", "gelu", "layer_norm")}
+    assert ours == {
+        f"fastgpt.{op}.default"
+        for op in (
+            "attention_qkvpacked",
+            "embedding",
+            "layer_norm",
+            "linear",
+            "mlp",
+            "residual_layer_norm",
+        )
+    }

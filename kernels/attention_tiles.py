@@ -1,0 +1,102 @@
+"""The launch tables of attention."""
+
+import torch
+import triton
+
+from fastgpt.kernels import _common
+
+# Kernel and head size, rounded up → (BLOCK_M, BLOCK_N, num_warps, num_stages).
+# Chosen by ahead-of-time compilation: large tiles that spill no register. Predicted, not measured.
+# Philox takes registers: where dropout needs a smaller tile, it has a line of its own.
+_Tiles = dict[tuple[str, int] | tuple[str, int, str], tuple[int, int, int, int]]
+
+# sm_90 and sm_100: wgmma and tcgen05 leave the operands in shared memory, of which there is 227 KB.
+TENSOR_CORE_TILES: _Tiles = {
+    ("fwd", 16): (128, 64, 4, 3),
+    ("fwd", 32): (128, 64, 4, 3),
+    ("fwd", 64): (128, 64, 8, 3),
+    ("fwd", 128): (128, 64, 8, 2),
+    ("fwd", 256): (64, 32, 8, 2),
+    ("dq", 16): (64, 64, 4, 2),
+    ("dq", 32): (64, 64, 4, 2),
+    ("dq", 64): (64, 64, 4, 2),
+    ("dq", 128): (64, 32, 4, 2),
+    ("dq", 256): (64, 32, 8, 2),
+    ("dq", 256, "dropout"): (64, 16, 8, 2),
+    ("dkdv", 16): (64, 64, 4, 2),
+    ("dkdv", 32): (32, 64, 8, 2),
+    ("dkdv", 64): (32, 128, 8, 2),
+    ("dkdv", 128): (32, 64, 8, 2),
+    ("dkdv", 256): (16, 64, 8, 3),
+    ("dkdv", 256, "dropout"): (16, 32, 8, 1),
+}
+
+# Elsewhere (sm_80, sm_86, sm_89, sm_120) operands pass through registers, and some have 99 KB only.
+SMALL_MEMORY_TILES: _Tiles = TENSOR_CORE_TILES | {
+    ("fwd", 32): (64, 64, 4, 2),
+    ("fwd", 64, "dropout"): (64, 32, 4, 2),
+    ("fwd", 128): (64, 32, 4, 2),
+    ("dq", 16): (64, 32, 4, 2),
+    ("dq", 32): (64, 32, 4, 2),
+    ("dq", 64): (64, 32, 4, 2),
+    ("dq", 64, "dropout"): (64, 32, 8, 2),
+    ("dq", 256): (32, 32, 8, 1),
+    ("dq", 256, "dropout"): (32, 32, 8, 1),
+    ("dkdv", 128): (32, 64, 8, 1),
+    ("dkdv", 256): (16, 32, 8, 1),
+}
+
+# float32: IEEE products are FMAs from registers; TF32 fits wherever they do.
+FLOAT32_TILES: _Tiles = {
+    ("fwd", 16): (32, 32, 4, 1),
+    ("fwd", 32): (32, 32, 4, 1),
+    ("fwd", 32, "dropout"): (32, 16, 4, 1),
+    ("fwd", 64): (64, 32, 8, 1),
+    ("fwd", 64, "dropout"): (16, 16, 8, 1),
+    ("fwd", 128): (16, 16, 4, 1),
+    ("fwd", 128, "dropout"): (16, 16, 8, 1),
+    ("fwd", 256): (16, 16, 8, 1),
+    ("fwd", 256, "dropout"): (32, 16, 8, 1),
+    ("dq", 16): (32, 32, 4, 1),
+    ("dq", 32): (32, 32, 8, 1),
+    ("dq", 64): (32, 32, 8, 1),
+    ("dq", 128): (16, 16, 8, 1),
+    ("dq", 256): (16, 16, 8, 2),
+    ("dkdv", 16): (32, 64, 8, 1),
+    ("dkdv", 16, "dropout"): (32, 32, 4, 1),
+    ("dkdv", 32): (32, 64, 8, 1),
+    ("dkdv", 64): (32, 32, 8, 1),
+    ("dkdv", 64, "dropout"): (16, 32, 8, 1),
+    ("dkdv", 128): (16, 16, 8, 3),
+    ("dkdv", 256): (16, 16, 8, 1),
+    ("dkdv", 256, "dropout"): (16, 16, 8, 3),
+}
+
+# The interpreter pays by the operation, not by the register.
+INTERPRETER_TILES: _Tiles = dict.fromkeys(TENSOR_CORE_TILES, (64, 64, 4, 1))
+
+
+def launch(
+    kernel: str, device: torch.device, head_size: int, dtype: torch.dtype, dropout: bool
+) -> dict[str, int]:
+    block_d = max(16, triton.next_power_of_2(head_size))
+    capability = _common.capability(device)
+    if capability is None:
+        tiles = INTERPRETER_TILES
+    elif dtype == torch.float32:
+        tiles = FLOAT32_TILES
+    elif 90 <= capability < 120:
+        tiles = TENSOR_CORE_TILES
+    else:
+        tiles = SMALL_MEMORY_TILES
+    tile = tiles[kernel, block_d]
+    if dropout:
+        tile = tiles.get((kernel, block_d, "dropout"), tile)
+    block_m, block_n, num_warps, num_stages = tile
+    return dict(
+        BLOCK_M=block_m,
+        BLOCK_N=block_n,
+        BLOCK_D=block_d,
+        num_warps=num_warps,
+        num_stages=num_stages,
+    )
