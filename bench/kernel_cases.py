@@ -94,6 +94,18 @@ def _gelu() -> None:
             gelu(_leaf(4096, dtype=dtype), form).sum().backward()
 
 
+def _linear_cross_entropy(n_classes: tuple[int, ...], dtype: str) -> None:
+    """With gradients, plain and with label smoothing; without."""
+    from fastgpt.kernels.linear_cross_entropy import linear_cross_entropy
+
+    targets = torch.zeros(8, dtype=torch.int64)
+    for n in n_classes:
+        x, weight = _leaf(8, 16, dtype=dtype), _leaf(n, 16, dtype=dtype)
+        linear_cross_entropy(x, weight, targets)
+        linear_cross_entropy(x, weight, targets, label_smoothing=0.1)
+        linear_cross_entropy(x.detach(), weight.detach(), targets)
+
+
 CASES = {
     "gelu": partial(_gelu),
     **{
@@ -107,6 +119,12 @@ CASES = {
         for dtype, residual_dtype in (("bf16", "bf16"), ("fp16", "fp32"), ("fp32", "fp32"))
     },
     **{f"embedding-{dtype}": partial(_embedding, (65, 384, 768, 1600), dtype) for dtype in _DTYPES},
+    **{
+        f"linear_cross_entropy-{dtype}": partial(
+            _linear_cross_entropy, (65, 1000, 50257, 50304), dtype
+        )
+        for dtype in _DTYPES
+    },
     **{
         f"attention-{sizes[-1]}-{dtype}": partial(_attention, sizes, dtype)
         for sizes in ((16,), (25, 32), (64,), (80, 128), (256,))

@@ -12,12 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastgpt.kernels import _checks, chunked_loss
+from fastgpt.kernels.reference import dropout_seed as dropout_seed
 from fastgpt.kernels.reference import unpacked
-
-
-def dropout_seed(device: torch.device) -> None:
-    """None: PyTorch's generator draws the masks here."""
-    return None
 
 
 def _refuse(seed: Tensor | None) -> None:
@@ -231,12 +227,15 @@ def _cross_entropy_rows(
         block = slice(start, start + _BLOCK_ROWS)
         tile, target = logits[block], known[block, None]
         p = torch.softmax(tile, dim=-1, dtype=losses.dtype)
-        peak, where = tile.max(dim=-1, keepdim=True)
-        lse = (peak - p.gather(1, where).log()).masked_fill(unknown[block, None], math.nan)
-        at_target = tile.gather(1, target).to(losses.dtype)
-        loss = lse - (1.0 - label_smoothing) * at_target + z_loss * lse * lse
+        peak, place = tile.max(dim=-1, keepdim=True)
+        log_sum = -p.gather(1, place).log()  # of exp(logits - peak), since p at the peak is 1 / sum
+        log_sum.masked_fill_(unknown[block, None], math.nan)
+        peak = peak.to(losses.dtype)
+        lse = peak + log_sum
+        loss = log_sum + (1.0 - label_smoothing) * (peak - tile.gather(1, target))
+        loss += z_loss * lse * lse
         if label_smoothing > 0.0:
-            loss -= label_smoothing * tile.mean(-1, keepdim=True, dtype=losses.dtype)
+            loss += label_smoothing * (peak - tile.mean(-1, keepdim=True, dtype=losses.dtype))
         losses[block] = loss[:, 0].where(valid[block], 0.0)
         if want_gradient:
             weight = valid[block, None].to(losses.dtype)
