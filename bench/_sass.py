@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import re
+import struct
 import subprocess
 import tempfile
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -46,9 +47,10 @@ _KIND = re.compile("|".join(f"(?P<{name}>{pattern})" for name, pattern in _KINDS
 
 MATRIX = ("HGMMA", "TC5MMA", "HMMA")
 
-# "        /*0a10*/              @!P0 BRA `(.L_x_1) ;"
-_INSTRUCTION = re.compile(r"\s*/\*[0-9a-f]{4,}\*/\s+(@\S+\s+)?([A-Z][\w.]*)\s*(.*?)\s*;")
-_LABEL = re.compile(r"([.$\w]+):\s*$")
+# "        /*0a10*/              @!P0 BRA 0xb20 ;", from sm_120 on with notes: " &wr=0x1 ?trans1;"
+_INSTRUCTION = re.compile(
+    r"^\s*/\*([0-9a-f]{4,})\*/\s+(@\S+\s+)?([A-Z][\w.]*)\s*(.*?)(?:\s+[&?][^;]*)?\s*;", re.M
+)
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,22 @@ class Instruction:
         """One of the names above, or "INTEGER": integer and logic operations, moves."""
         found = _KIND.match(self.opcode)
         return str(found.lastgroup) if found else "INTEGER"
+
+    @property
+    def target(self) -> int | None:
+        """Where a branch goes to, or a call."""
+        found = re.search(r"(?:^|\s)0x([0-9a-f]+)$", self.operands)
+        return int(found[1], 16) if found else None
+
+    @property
+    def ends_block(self) -> bool:
+        return self.opcode.partition(".")[0] in ("BRA", "EXIT", "RET")
+
+    @property
+    def falls_through(self) -> bool:
+        """Whether the next instruction may follow. "BRA.U UP0, 0xb20" may, "BRA 0xb20" not."""
+        condition = self.opcode.startswith("BRA") and "," in self.operands
+        return not self.ends_block or self.predicated or condition
 
     def macs(self) -> int:
         """Multiply-adds of a matrix product, by a warp (HMMA) or four (HGMMA); tcgen05's code
@@ -100,17 +118,74 @@ class Code:
         return min((loop for loop in self.loops if products(loop) >= 0.9 * most), key=len)
 
 
-def disassemble(cubin: bytes) -> Code:
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
+def disassemble(cubins: Sequence[bytes], capability: int) -> list[Code]:
+    """The kernels' code. One run of nvdisasm for all: starting it takes as long as compiling."""
+    texts = [_text(cubin) for cubin in cubins]
+    with tempfile.NamedTemporaryFile(suffix=".bin") as file:
+        file.write(b"".join(texts))
         file.flush()
         listing = subprocess.run(
-            [_NVDISASM, "--print-code", "--no-dataflow", file.name],
+            [_NVDISASM, "--binary", f"SM{capability}", file.name],
             check=True,
             capture_output=True,
             text=True,
         ).stdout
-    return parse(listing)
+    instructions = _listed(listing)
+    codes, start = [], 0
+    for text in texts:
+        stop = start + len(text)
+        codes.append(_analyse({at: i for at, i in instructions.items() if start <= at < stop}))
+        start = stop
+    return codes
+
+
+def parse(listing: str) -> Code:
+    """Of one kernel, as nvdisasm lists raw code."""
+    return _analyse(_listed(listing))
+
+
+def _text(cubin: bytes) -> bytes:
+    """The kernel's section of an ELF file: one, for Triton inlines what a kernel calls."""
+    (table,) = struct.unpack_from("<Q", cubin, 0x28)
+    size, count, of_names = struct.unpack_from("<HHH", cubin, 0x3A)
+    headers = [struct.unpack_from("<IIQQQQ", cubin, table + i * size) for i in range(count)]
+    names = headers[of_names][4]
+    found = [
+        cubin[offset : offset + length]
+        for name, _, _, _, offset, length in headers
+        if cubin.startswith(b".text.", names + name)
+    ]
+    if len(found) != 1:
+        raise RuntimeError(f"the binary must have one section of code, it has {len(found)}")
+    return found[0]
+
+
+def _listed(listing: str) -> dict[int, Instruction]:
+    """Address → instruction."""
+    found = {
+        int(at, 16): Instruction(opcode, operands, predicate != "")
+        for at, predicate, opcode, operands in _INSTRUCTION.findall(listing)
+    }
+    if not found:
+        raise RuntimeError(f"nvdisasm listed no instructions:\n{listing[:1000]}")
+    return found
+
+
+def _analyse(instructions: dict[int, Instruction]) -> Code:
+    """What the kernel calls, traps of the system, lies behind it and is left out."""
+    called = [
+        target
+        for instruction in instructions.values()
+        if instruction.opcode.startswith("CALL") and (target := instruction.target) is not None
+    ]
+    end = min(called, default=max(instructions) + 1)
+    kernel = {at: instruction for at, instruction in instructions.items() if at < end}
+    blocks = _blocks(kernel)
+    loops = [
+        [instruction for start in sorted(loop) for instruction in blocks[start].instructions]
+        for loop in _innermost(blocks)
+    ]
+    return Code(list(kernel.values()), loops)
 
 
 @dataclass
@@ -118,103 +193,79 @@ class _Block:
     """Instructions that run one after the other."""
 
     instructions: list[Instruction]
-    follows: bool  # whether the block behind it may run next
-    target: str | None = None  # the label that may run next
+    successors: list[int]  # addresses of the blocks that may run next
 
 
-def parse(listing: str) -> Code:
-    """What nvdisasm printed."""
-    blocks: list[_Block] = []
-    labels: dict[str, int] = {}
-    begins = True  # with the next instruction
-    for line in listing.splitlines():
-        if label := _LABEL.match(line):
-            if label[1].startswith("$"):  # a function that the kernel calls
-                break
-            labels[label[1]] = len(blocks)
-            begins = True
-        elif found := _INSTRUCTION.match(line):
-            instruction = Instruction(found[2], found[3], found[1] is not None)
-            if begins:
-                blocks.append(_Block([], follows=True))
-            blocks[-1].instructions.append(instruction)
-            begins = _ends_block(blocks[-1], instruction)
-    if not blocks:
-        raise RuntimeError(f"nvdisasm listed no instructions:\n{listing[:1000]}")
-    every = [instruction for block in blocks for instruction in block.instructions]
-    return Code(every, [_instructions(blocks, loop) for loop in _innermost(blocks, labels)])
+def _blocks(instructions: dict[int, Instruction]) -> dict[int, _Block]:
+    """By address, in order."""
+    addresses = list(instructions)
+    behind = dict(zip(addresses, addresses[1:], strict=False))
+    starts = {addresses[0]}
+    for at, instruction in instructions.items():
+        if instruction.ends_block:
+            next_ones = (instruction.target, behind.get(at))
+            starts |= {start for start in next_ones if start in instructions}
+    blocks: dict[int, _Block] = {}
+    for at, instruction in instructions.items():
+        if at in starts:
+            start = at
+            blocks[start] = _Block([], [])
+        blocks[start].instructions.append(instruction)
+        if behind.get(at) in starts or at not in behind:
+            following = [instruction.target] if instruction.ends_block else []
+            following += [behind.get(at)] if instruction.falls_through else []
+            blocks[start].successors = [next for next in following if next in starts]
+    return blocks
 
 
-def _ends_block(block: _Block, last: Instruction) -> bool:
-    name = last.opcode.partition(".")[0]
-    if name == "BRA":
-        # "BRA `(.L_x_1)", conditional if there is another operand: "BRA.U UP0, `(.L_x_1)"
-        target = re.search(r"`\((\S+)\)", last.operands)
-        block.target = target[1] if target else None
-        block.follows = last.predicated or "," in last.operands
-    elif name in ("EXIT", "RET"):
-        block.follows = last.predicated
-    return name in ("BRA", "EXIT", "RET")
-
-
-def _instructions(blocks: list[_Block], chosen: set[int]) -> list[Instruction]:
-    return [instruction for i in sorted(chosen) for instruction in blocks[i].instructions]
-
-
-def _innermost(blocks: list[_Block], labels: dict[str, int]) -> list[set[int]]:
+def _innermost(blocks: dict[int, _Block]) -> list[set[int]]:
     """The natural loops that hold no other, by dominators, so that blocks which the assembler moved
     behind the kernel's end are found. A loop that only waits, for a memory barrier say, is none: it
     is part of the loop around it."""
-    successors = [_successors(i, block, labels, len(blocks)) for i, block in enumerate(blocks)]
-    predecessors: list[list[int]] = [[] for _ in blocks]
-    for i, following in enumerate(successors):
-        for j in following:
-            predecessors[j].append(i)
-    dominators = _dominators(successors, predecessors)
+    predecessors: dict[int, list[int]] = {start: [] for start in blocks}
+    for start, block in blocks.items():
+        for next in block.successors:
+            predecessors[next].append(start)
+    dominators = _dominators(blocks, predecessors)
 
     loops: dict[int, set[int]] = {}
     for tail, above in dominators.items():
-        for head in successors[tail]:
+        for head in blocks[tail].successors:
             if head in above:  # the edge goes back
                 body = loops.setdefault(head, {head})
                 todo = [tail]
                 while todo:
-                    i = todo.pop()
-                    if i not in body:
-                        body.add(i)
-                        todo += [j for j in predecessors[i] if j in dominators]
+                    start = todo.pop()
+                    if start not in body:
+                        body.add(start)
+                        todo += [p for p in predecessors[start] if p in dominators]
 
-    working = {h: b for h, b in loops.items() if not _waits(_instructions(blocks, b))}
-    return [
-        body
-        for head, body in sorted(working.items())
-        if not any(other != head and inner < body for other, inner in working.items())
-    ]
+    working = [body for _, body in sorted(loops.items()) if not _waits(blocks, body)]
+    return [body for body in working if not any(inner < body for inner in working)]
 
 
-def _waits(loop: list[Instruction]) -> bool:
-    return kinds(loop).keys() <= {"BARRIER", "BRANCH", "UNIFORM", "INTEGER", "IMAD"}
+def _waits(blocks: dict[int, _Block], loop: set[int]) -> bool:
+    found = kinds(instruction for start in loop for instruction in blocks[start].instructions)
+    return found.keys() <= {"BARRIER", "BRANCH", "UNIFORM", "INTEGER", "IMAD"}
 
 
-def _successors(i: int, block: _Block, labels: dict[str, int], count: int) -> list[int]:
-    found = [labels[block.target]] if block.target in labels else []
-    return found + ([i + 1] if block.follows and i + 1 < count else [])
-
-
-def _dominators(successors: list[list[int]], predecessors: list[list[int]]) -> dict[int, set[int]]:
+def _dominators(
+    blocks: dict[int, _Block], predecessors: dict[int, list[int]]
+) -> dict[int, set[int]]:
     """Block that can run → the blocks that every way to it passes, itself included."""
-    order, stack, seen = list[int](), [(0, iter(successors[0]))], {0}
+    root = next(iter(blocks))
+    order, stack, seen = list[int](), [(root, iter(blocks[root].successors))], {root}
     while stack:
         block, rest = stack[-1]
-        following = next((j for j in rest if j not in seen), None)
+        following = next((start for start in rest if start not in seen), None)
         if following is None:
             order.append(stack.pop()[0])
         else:
             seen.add(following)
-            stack.append((following, iter(successors[following])))
+            stack.append((following, iter(blocks[following].successors)))
     order.reverse()
     dominators = {block: set(order) for block in order}
-    dominators[0] = {0}
+    dominators[root] = {root}
     changed = True
     while changed:
         changed = False

@@ -29,7 +29,7 @@ from _multiprocessor import (
     cycles,
     occupancy,
 )
-from _sass import MATRIX, disassemble, kinds
+from _sass import MATRIX, Code, Instruction, disassemble, kinds
 from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
@@ -190,7 +190,7 @@ def compile_launches(launches: Iterable[Launch], capability: int) -> list[Compil
     """Each launch as ``capability`` (80, 90, 100, ...) would run it; those that lead to the same
     machine code once."""
     launches = list(launches)
-    found: dict[int, tuple[Any, Compiled]] = {}  # by identity: the launcher keeps what it has
+    found: dict[int, tuple[Any, str]] = {}  # by identity: the launcher keeps what it has
     with (
         _no_gpu_needed(capability),
         knobs.compilation.scope(),
@@ -206,20 +206,23 @@ def compile_launches(launches: Iterable[Launch], capability: int) -> list[Compil
                 with contextlib.redirect_stdout(io.StringIO()) as log:
                     binary = launch.kernel.warmup(*launch.args, grid=(1,), **launch.options)
                 if id(binary) not in found:
-                    found[id(binary)] = binary, _examine(binary, log.getvalue(), capability)
+                    found[id(binary)] = binary, log.getvalue()
         finally:
             for launch in launches:
                 launch.kernel.device_caches.pop(capability, None)
-    return [compiled for _, compiled in found.values()]
+    codes = disassemble([binary.asm["cubin"] for binary, _ in found.values()], capability)
+    return [
+        _examine(binary, log, code, capability)
+        for (binary, log), code in zip(found.values(), codes, strict=True)
+    ]
 
 
 def compile_launch(launch: Launch, capability: int) -> Compiled:
     return compile_launches([launch], capability)[0]
 
 
-def _examine(binary: Any, log: str, capability: int) -> Compiled:
+def _examine(binary: Any, log: str, code: Code, capability: int) -> Compiled:
     metadata = binary.metadata
-    code = disassemble(binary.asm["cubin"])
     loop = code.main_loop()
     dots = find_dots(binary.asm["ttir"])
     registers = _number(r"Used (\d+) registers", log)
@@ -248,7 +251,7 @@ def _examine(binary: Any, log: str, capability: int) -> Compiled:
     )
 
 
-def _macs(loop: list[Any], dots: list[Dot], num_warps: int) -> int:
+def _macs(loop: list[Instruction], dots: list[Dot], num_warps: int) -> int:
     """Of a run through the loop; tcgen05's code does not tell, so the busiest loop of the source
     is taken."""
     warps = {"HMMA": num_warps, "HGMMA": num_warps // 4}

@@ -2,6 +2,8 @@
 about machine code and multiprocessors behind the report.
 """
 
+import re
+
 import _static
 import pytest
 import torch
@@ -299,12 +301,16 @@ def test_kinds_of_instructions(opcode: str, kind: str, macs: int) -> None:
 
 
 def code(*lines: str) -> Code:
-    """Lines of machine code, ".L_x_1:" or "@P0 BRA `(.L_x_1)", as nvdisasm would list them."""
-    listing = [
-        line if line.endswith(":") else f"        /*{16 * i:04x}*/      {line} ;"
-        for i, line in enumerate(lines)
-    ]
-    return parse("\n".join(["\t.section\t.text.k", ".text.k:", *listing]))
+    """Lines of machine code, "a:" or "@P0 BRA a", as nvdisasm would list them."""
+    at, labels, instructions = 0, dict[str, str](), list[str]()
+    for line in lines:
+        if line.endswith(":"):
+            labels[line[:-1]] = f"0x{at:x}"
+        else:
+            instructions.append(f"        /*{at:04x}*/             {line} ;")
+            at += 16
+    listing = "\n".join(['\t.headerflags\t@"EF_CUDA_SM90"', *instructions])
+    return parse(re.sub(r"\b[a-z]\b(?= ;)", lambda found: labels[found[0]], listing))
 
 
 def opcodes(loop: list[Instruction]) -> list[str]:
@@ -314,48 +320,49 @@ def opcodes(loop: list[Instruction]) -> list[str]:
 def test_the_main_loop_is_innermost_and_multiplies() -> None:
     found = code(
         "MOV R1, R2",
-        ".L_x_0:",  # the outer loop
+        "a:",  # the outer loop
         "IADD3 R1, R1, 1",
-        ".L_x_1:",  # masked: longer
+        "b:",  # masked: longer
         "HMMA.16816.F32 R1, R2, R3",
         "FSEL R1, R2, R3",
-        "@P0 BRA `(.L_x_1)",
-        ".L_x_2:",
+        "@P0 BRA b",
+        "c:",
         "HMMA.16816.F32 R1, R2, R3",
-        "BRA.U !UP0, `(.L_x_2)",
-        ".L_x_3:",
+        "BRA.U !UP0, c",
+        "d:",
         *["FADD R1, R2, R3"] * 8,
-        "@P1 BRA `(.L_x_3)",
-        "@P0 BRA `(.L_x_0)",
+        "@P1 BRA d",
+        "@P0 BRA a",
+        "@P0 CALL.REL.NOINC f",
         "EXIT",
-        ".L_x_9:",
-        "BRA `(.L_x_9)",
-        "$__internal_0_$trap:",
+        "e:",
+        "BRA e",
+        "f:",  # what is called
         "BPT.TRAP",
     )
     assert opcodes(found.main_loop()) == ["HMMA.16816.F32", "BRA.U"]
     assert [len(loop) for loop in found.loops] == [3, 2, 9]
     assert "BPT.TRAP" not in opcodes(found.instructions)
-    assert kinds(found.instructions)["BRANCH"] == 6
+    assert kinds(found.instructions)["BRANCH"] == 7
 
 
 def test_a_loop_contains_what_was_moved_behind_the_end_and_its_waiting() -> None:
     found = code(
-        ".L_x_0:",
-        "@P0 BRA `(.L_x_2)",
-        ".L_x_1:",
+        "a:",
+        "@P0 BRA c",
+        "b:",
         "UTCHMMA gdesc[UR6]",
         "SYNCS.PHASECHK.TRANS64.TRYWAIT P6, [UR9], R8",
-        "@!P6 BRA `(.L_x_3)",
-        "@P1 BRA `(.L_x_0)",
+        "@!P6 BRA d",
+        "@P1 BRA a",
         "EXIT",
-        ".L_x_2:",
+        "c:",
         "FADD R1, R2, R3",
-        "BRA `(.L_x_1)",
-        ".L_x_3:",
+        "BRA b",
+        "d:",
         "SYNCS.PHASECHK.TRANS64.TRYWAIT P6, [UR9], R8",
-        "@!P6 BRA `(.L_x_3)",
-        "@P1 BRA `(.L_x_0)",
+        "@!P6 BRA d",
+        "@P1 BRA a",
     )
     (loop,) = found.loops
     assert kinds(loop) == {"TC5MMA": 1, "BARRIER": 2, "FP32": 1, "BRANCH": 6}
