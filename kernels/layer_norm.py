@@ -1,13 +1,203 @@
-"""LayerNorm (Ba et al. 2016): operator and public function.
+"""LayerNorm (Ba et al. 2016): launch table, host functions, operator and public function.
 
-The equations, what is saved, bytes and FLOPs stand in ``layer_norm_kernels.py``.
+The host functions also serve ``residual_layer_norm``. The equations, what is saved, bytes and FLOPs
+stand in ``layer_norm_kernels.py``.
 """
 
+from typing import Any
+
 import torch
+import triton
 from torch import Tensor
 
 from fastgpt.kernels import _checks, _common
-from fastgpt.kernels.layer_norm_kernels import MAX_WIDTH, backward, forward, statistic
+from fastgpt.kernels.layer_norm_kernels import (
+    _layer_norm_bwd_kernel,
+    _layer_norm_bwd_params_kernel,
+    _layer_norm_fwd_kernel,
+    _sum_bands_kernel,
+)
+
+MAX_WIDTH = 16384
+
+# One tile spans a whole row, 8 to 32 elements a thread. Chosen by ahead-of-time compilation
+# (registers, no spill on sm_80, sm_90, sm_100), not yet measured. Where the sums of the parameters'
+# gradients (columns times parameters) no longer fit into the registers beside dx, a kernel of their
+# own reads again what they need.
+MAX_FUSED_SUMS = 16384
+
+
+def _launch(n_cols: int, elements: int, max_rows: int) -> dict[str, int]:
+    """Tile and warps for a kernel that keeps about ``elements`` of a row block in flight."""
+    block_n = max(32, triton.next_power_of_2(n_cols))
+    block_m = max(1, min(max_rows, elements // block_n))
+    return dict(BLOCK_M=block_m, BLOCK_N=block_n, num_warps=max(4, block_n // 512))
+
+
+_PARAMS_LAUNCH = dict(BLOCK_M=16, BLOCK_N=128, num_warps=4)
+_BANDS_LAUNCH = dict(BLOCK_M=128, BLOCK_N=16, num_warps=4)
+
+
+# --------------------------------------------------------------------------------- host functions
+
+
+def statistic(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def _rows(x: Tensor) -> Tensor:
+    """(..., N) → (M, N) with adjacent columns; copied only where no view can say it, or where the
+    distances inside a tile may pass 2^31."""
+    rows = x.reshape(-1, x.shape[-1])
+    return rows if rows.stride(1) == 1 and rows.stride(0) < 2**26 else rows.contiguous()
+
+
+def _contiguous(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.contiguous()
+
+
+def layer_norm_fwd(
+    x: Tensor,
+    delta: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    delta_bias: Tensor | None,
+    seed: Tensor | None,
+    eps: float,
+    dropout_p: float,
+    stream: int,
+    out_dtype: torch.dtype,
+) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
+    """y and, if there is a delta, total, both with the shape of x, contiguous; mean, rstd (M)."""
+    y = torch.empty(x.shape, dtype=out_dtype, device=x.device)
+    total = None if delta is None else torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    rows, delta_rows = _rows(x), None if delta is None else _rows(delta)
+    n_rows, n_cols = rows.shape
+    mean = torch.empty(n_rows, dtype=statistic(x), device=x.device)
+    rstd = torch.empty_like(mean)
+    threshold, keep_scale = _common.dropout_numbers(dropout_p)
+    if n_rows:
+        launch = _launch(n_cols, elements=4096, max_rows=16)
+        with _common.on_device(x):
+            _layer_norm_fwd_kernel[(triton.cdiv(n_rows, launch["BLOCK_M"]),)](
+                rows,
+                rows.stride(0),
+                delta_rows,
+                0 if delta_rows is None else delta_rows.stride(0),
+                _contiguous(delta_bias),
+                total,
+                weight.contiguous(),
+                _contiguous(bias),
+                y,
+                mean,
+                rstd,
+                seed,
+                stream,
+                n_rows,
+                n_cols,
+                eps,
+                threshold,
+                keep_scale,
+                DROPOUT=threshold > 0,
+                ACC=_common.accumulator(x.dtype),
+                **launch,
+            )
+    return y, total, mean, rstd
+
+
+def layer_norm_bwd(
+    dy: Tensor,
+    dtotal: Tensor | None,
+    x: Tensor,
+    weight: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    seed: Tensor | None,
+    dropout_p: float,
+    stream: int,
+    dx: Tensor,
+    ddelta: Tensor | None,
+    dweight: Tensor,
+    dbias: Tensor | None,
+    ddelta_bias: Tensor | None,
+) -> None:
+    """Writes the contiguous dx (or dresidual), dweight and those that are not None of ddelta, which
+    is else equal to dx, dbias and ddelta_bias. ``x``: the plain op's x, or total."""
+    rows, dy, dtotal = _rows(x), dy.contiguous(), _contiguous(dtotal)
+    n_rows, n_cols = rows.shape
+    params = [p for p in (dweight, dbias, ddelta_bias) if p is not None]
+    if n_rows == 0:
+        for p in params:
+            p.zero_()
+        return
+
+    fused = n_cols * len(params) <= MAX_FUSED_SUMS
+    launch = _launch(n_cols, elements=2048, max_rows=8)
+    tile_rows = launch["BLOCK_M"] if fused else _PARAMS_LAUNCH["BLOCK_M"]
+    programs = min(4 * _common.multiprocessors(x.device), triton.cdiv(n_rows, tile_rows))
+    rows_per_program = triton.cdiv(triton.cdiv(n_rows, tile_rows), programs) * tile_rows
+    programs = triton.cdiv(n_rows, rows_per_program)
+    partial = torch.empty(len(params), programs, n_cols, dtype=mean.dtype, device=x.device)
+    threshold, keep_scale = _common.dropout_numbers(dropout_p)
+    acc = _common.accumulator(x.dtype)
+    options: dict[str, Any] = dict(
+        threshold=threshold,
+        keep_scale=keep_scale,
+        HAS_BIAS=dbias is not None,
+        HAS_DELTA_BIAS=ddelta_bias is not None,
+        DROPOUT=threshold > 0,
+        ACC=acc,
+    )
+    with _common.on_device(x):
+        _layer_norm_bwd_kernel[(programs,)](
+            dy,
+            dtotal,
+            rows,
+            rows.stride(0),
+            weight.contiguous(),
+            mean,
+            rstd,
+            dx,
+            ddelta,
+            partial,
+            seed,
+            stream,
+            n_rows,
+            n_cols,
+            rows_per_program,
+            FUSED=fused,
+            **options,
+            **launch,
+        )
+        if not fused:
+            _layer_norm_bwd_params_kernel[
+                (programs, triton.cdiv(n_cols, _PARAMS_LAUNCH["BLOCK_N"]))
+            ](
+                dy,
+                rows,
+                rows.stride(0),
+                mean,
+                rstd,
+                dx if ddelta is not None or ddelta_bias is not None else None,
+                ddelta,
+                partial,
+                seed,
+                stream,
+                n_rows,
+                n_cols,
+                rows_per_program,
+                **options,
+                **_PARAMS_LAUNCH,
+            )
+        _sum_bands_kernel[(triton.cdiv(n_cols, _BANDS_LAUNCH["BLOCK_N"]), len(params))](
+            partial,
+            *params,
+            *[None] * (3 - len(params)),
+            programs,
+            n_cols,
+            ACC=acc,
+            **_BANDS_LAUNCH,
+        )
 
 
 @torch.library.custom_op("fastgpt::layer_norm", mutates_args=())
@@ -15,7 +205,7 @@ def _layer_norm_op(
     x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, out_dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor]:
     """y with the shape of x, contiguous; mean and rstd (M)."""
-    y, _, mean, rstd = forward(x, None, weight, bias, None, None, eps, 0.0, 0, out_dtype)
+    y, _, mean, rstd = layer_norm_fwd(x, None, weight, bias, None, None, eps, 0.0, 0, out_dtype)
     return y, mean, rstd
 
 
@@ -30,7 +220,7 @@ def _layer_norm_bwd_op(
     dy: Tensor, x: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor, has_bias: bool
 ) -> list[Tensor]:
     dx, dweight, *dbias = gradients = _gradients(x, weight, has_bias)
-    backward(
+    layer_norm_bwd(
         dy, None, x, weight, mean, rstd, None, 0.0, 0,
         dx, None, dweight, dbias[0] if has_bias else None, None,
     )  # fmt: skip

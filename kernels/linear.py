@@ -16,8 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastgpt.kernels import _checks, _common, gemm, layer_norm_kernels
+from fastgpt.kernels import _checks, _common, gemm
 from fastgpt.kernels._costs import KernelCost, nbytes, register_cost
+from fastgpt.kernels.layer_norm import layer_norm_fwd
 
 
 def rows(x: Tensor) -> Tensor:
@@ -47,9 +48,7 @@ def restored(
 ) -> Tensor:
     if ln_weight is None:
         return saved
-    return layer_norm_kernels.forward(
-        saved, None, ln_weight, ln_bias, None, None, eps, 0.0, 0, dtype
-    )[0]
+    return layer_norm_fwd(saved, None, ln_weight, ln_bias, None, None, eps, 0.0, 0, dtype)[0]
 
 
 @torch.library.custom_op("fastgpt::linear", mutates_args=())

@@ -7,8 +7,12 @@ import torch
 from torch import Tensor
 
 from fastgpt.kernels import _checks, _common
-from fastgpt.kernels.layer_norm import check_width
-from fastgpt.kernels.layer_norm_kernels import backward, forward, statistic
+from fastgpt.kernels.layer_norm import (
+    check_width,
+    layer_norm_bwd,
+    layer_norm_fwd,
+    statistic,
+)
 
 
 @torch.library.custom_op("fastgpt::residual_layer_norm", mutates_args=())
@@ -25,7 +29,7 @@ def _residual_layer_norm_op(
     out_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """y and total with the shape of residual, contiguous; mean and rstd (M)."""
-    y, total, mean, rstd = forward(
+    y, total, mean, rstd = layer_norm_fwd(
         residual, delta, weight, bias, delta_bias, seed, eps, dropout_p, stream, out_dtype
     )
     assert total is not None
@@ -68,7 +72,7 @@ def _residual_layer_norm_bwd_op(
     """dresidual; ddelta if it has a dtype; dweight; dbias and ddelta_bias if there are such."""
     gradients = _gradients(total, weight, ddelta_dtype, 1 + has_bias + has_delta_bias)
     rest = iter(gradients)
-    backward(
+    layer_norm_bwd(
         dy,
         dtotal,
         total,

@@ -43,11 +43,7 @@ ALLOWED: dict[str, set[str]] = {
     "fastgpt.kernels.gelu": _OP,
     "fastgpt.kernels.layer_norm_kernels": {"fastgpt.kernels._common"},
     "fastgpt.kernels.layer_norm": {*_OP, "fastgpt.kernels.layer_norm_kernels"},
-    "fastgpt.kernels.residual_layer_norm": {
-        *_OP,
-        "fastgpt.kernels.layer_norm",
-        "fastgpt.kernels.layer_norm_kernels",
-    },
+    "fastgpt.kernels.residual_layer_norm": {*_OP, "fastgpt.kernels.layer_norm"},
     "fastgpt.kernels.linear_cross_entropy": {*_OP, "fastgpt.kernels.chunked_loss"},
     "fastgpt.kernels.attention_kernels": {"fastgpt.kernels._common"},
     "fastgpt.kernels.attention_tiles": {"fastgpt.kernels._common"},
@@ -65,7 +61,7 @@ ALLOWED: dict[str, set[str]] = {
     "fastgpt.kernels.linear": {
         *_OP,
         "fastgpt.kernels.gemm",
-        "fastgpt.kernels.layer_norm_kernels",
+        "fastgpt.kernels.layer_norm",
     },
     "fastgpt.kernels.mlp": {*_OP, "fastgpt.kernels.gemm", "fastgpt.kernels.linear"},
     "fastgpt.kernels.fused": {
@@ -103,15 +99,6 @@ ALLOWED: dict[str, set[str]] = {
 
 # Libraries that the plain ops, hence a machine without Triton, do not need.
 TORCH_ALONE = ("_checks", "_costs", "_precision", "chunked_loss", "reference", "portable")
-USES_TRITON = {
-    "_common",
-    "attention",
-    "attention_kernels",
-    "embedding",
-    "gelu",
-    "layer_norm_kernels",
-    "linear_cross_entropy",
-}
 LATE = {"matplotlib", "wandb", "transformers", "tiktoken"}  # optional: imported where used
 
 
@@ -201,7 +188,7 @@ def test_triton_and_optional_libraries_load_late(module: str) -> None:
     for found in imports_of(module):
         where = f"{module}, line {found.line}: {found.module}"
         if found.package == "triton":
-            assert in_kernels == "kernels" and name in USES_TRITON, where
+            assert in_kernels == "kernels" and name not in TORCH_ALONE, where
         if found.package in LATE:
             assert not found.at_import and in_kernels != "kernels", where
         # `fused` and the op files import Triton, so whoever imports them does

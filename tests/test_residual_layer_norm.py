@@ -11,7 +11,7 @@ from sanitizer import sanitize
 from torch import Tensor
 
 from fastgpt.kernels import fused, portable, reference
-from fastgpt.kernels.layer_norm_kernels import MAX_WIDTH
+from fastgpt.kernels.layer_norm import MAX_WIDTH
 from fastgpt.kernels.residual_layer_norm import (
     _residual_layer_norm_bwd_op,
     _residual_layer_norm_op,
