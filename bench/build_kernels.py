@@ -225,12 +225,12 @@ class CompilationError(RuntimeError):
 
 def table(records: Iterable[Mapping[str, Any]]) -> Table:
     """One row a kernel and architecture: the range over its configurations."""
-    out = Table(box=box.SIMPLE_HEAD, padding=0, pad_edge=False)
-    out.add_column("kernel\n", no_wrap=True)
+    out = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    out.add_column("kernel\n", overflow="fold")
     headers = "sm\n", "con-\nfigs", "registers\n", "spilled\nbytes", "shared\nKB", "programs\n/SM"
     for header in headers:
         out.add_column(header, justify="right", no_wrap=True)
-    out.add_column("matrix, copies\n", no_wrap=True)
+    out.add_column("matrix, copies\n")
     groups: dict[tuple[str, int], list[Mapping[str, Any]]] = {}
     for record in records:
         for kernel in record["kernels"]:

@@ -33,17 +33,12 @@ def _attention(head_sizes: tuple[int, ...], dtype: str) -> None:
             attention_qkvpacked(qkv, 2, dropout_p=dropout_p).sum().backward()
 
 
-def _attention_full() -> None:
-    """Separate q, k and v without the causal mask, an odd head size."""
-    from fastgpt.kernels.attention import attention
+def _attention_other_variants() -> None:
+    """Separate q, k and v of an odd head size, in fp16, without the causal mask; TF32."""
+    from fastgpt.kernels.attention import attention, attention_qkvpacked
 
     q, k, v = (_leaf(1, 2, 100, 25, dtype="fp16") for _ in range(3))
     attention(q, k, v, causal=False).sum().backward()
-
-
-def _attention_tf32() -> None:
-    from fastgpt.kernels.attention import attention_qkvpacked
-
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("high")
     try:
@@ -127,11 +122,10 @@ CASES = {
     },
     **{
         f"attention-{sizes[-1]}-{dtype}": partial(_attention, sizes, dtype)
-        for sizes in ((16,), (25, 32), (64,), (80, 128), (256,))
+        for sizes in ((16, 25, 32), (64,), (80, 128), (256,))
         for dtype in ("bf16", "fp32")
     },
-    "attention-full": partial(_attention_full),
-    "attention-tf32": partial(_attention_tf32),
+    "attention-others": partial(_attention_other_variants),
 }
 
 if __name__ == "__main__":

@@ -3,6 +3,8 @@ about machine code and multiprocessors behind the report.
 """
 
 import re
+from collections import Counter
+from dataclasses import replace
 
 import _static
 import pytest
@@ -110,25 +112,26 @@ def test_more_shared_memory_than_the_smallest_of_the_family_has_is_a_fault() -> 
     assert faults(compile_launch(launch, 90)) == []
 
 
-def without_tensor_cores(capability: int, m: int, found: dict[str, int]) -> list[str]:
-    """Faults of a kernel with one bf16 product of m rows and these instructions."""
-    compiled = compile_launch(
-        Launch(toy_kernels.cast_kernel, (torch.float32, BF16, 16), dict(BLOCK=16)), capability
-    )
-    vars(compiled)["dots"] = [Dot(m, 64, 64, "bf16", False, 0)]
-    vars(compiled)["instructions"] = type(compiled.instructions)(found)
-    return [fault.partition("): ")[2] for fault in faults(compiled)]
-
-
 def test_a_product_without_its_tensor_cores_is_a_fault() -> None:
-    assert without_tensor_cores(90, 64, {"HGMMA": 1}) == []
-    assert without_tensor_cores(90, 64, {}) == ["HGMMA is missing"]
-    assert without_tensor_cores(90, 32, {"HMMA": 1}) == []
-    assert without_tensor_cores(90, 32, {}) == ["HMMA is missing"]
-    assert without_tensor_cores(80, 64, {"HMMA": 1}) == []
-    assert without_tensor_cores(100, 128, {"TC5MMA": 1, "HMMA": 1}) == [
-        "HMMA where TC5MMA is possible"
-    ]
+    copy = Launch(toy_kernels.cast_kernel, (torch.float32, BF16, 16), dict(BLOCK=16))
+    compiled = compile_launch(copy, 90)
+
+    def missing(capability: int, rows: int, **instructions: int) -> list[str]:
+        """Faults if the kernel had one bf16 product of so many rows, and these instructions."""
+        other = replace(
+            compiled,
+            capability=capability,
+            dots=[Dot(rows, 64, 64, "bf16", False, 0)],
+            instructions=Counter(instructions),
+        )
+        return [fault.partition("): ")[2] for fault in faults(other)]
+
+    assert missing(90, 64, HGMMA=1) == []
+    assert missing(90, 64) == ["HGMMA is missing"]
+    assert missing(90, 32, HMMA=1) == []
+    assert missing(90, 32) == ["HMMA is missing"]
+    assert missing(80, 64, HMMA=1) == []
+    assert missing(100, 128, TC5MMA=1, HMMA=1) == ["HMMA where TC5MMA is possible"]
 
 
 def copy_registers(*args: object) -> int:
