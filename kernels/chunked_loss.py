@@ -141,14 +141,15 @@ def _setup_context(ctx, inputs, output):
     x, weight, *_, ctx.want_dx, ctx.want_dweight = inputs
     _, divisor, dx, dweight = output
     ctx.dtypes = x.dtype, weight.dtype
-    ctx.mark_non_differentiable(divisor, dx, dweight)
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(divisor, dx, dweight)
 
 
 def _backward(ctx, grad, *_):
-    dx, dweight = _scale_op(grad, *ctx.saved_tensors, *ctx.dtypes)
     no_gradient = [None] * 8
+    if grad is None:  # nothing that was differentiated depends on the loss
+        return None, None, *no_gradient
+    dx, dweight = _scale_op(grad, *ctx.saved_tensors, *ctx.dtypes)
     return (dx if ctx.want_dx else None, dweight if ctx.want_dweight else None, *no_gradient)
 
 
