@@ -248,6 +248,8 @@ def _setup_context(ctx, inputs, output):
 
 
 def _backward(ctx, dout, _dlse):
+    if dout is None:
+        return (*[None] * 8,)
     return *_attention_bwd_op(dout, *ctx.saved_tensors, *ctx.options), *[None] * 5
 
 
@@ -321,6 +323,8 @@ def _setup_context_qkvpacked(ctx, inputs, output):
 
 
 def _backward_qkvpacked(ctx, dout, _dlse):
+    if dout is None:
+        return (*[None] * 7,)
     dqkv = _attention_qkvpacked_bwd_op(dout, *ctx.saved_tensors, *ctx.options)
     return dqkv, *[None] * 6
 

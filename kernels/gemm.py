@@ -119,7 +119,7 @@ def linear_gelu(
             x.stride(0),
             _matrix(weight, block_n, block_k),
             weight.stride(0),
-            bias,
+            None if bias is None else bias.contiguous(),
             _matrix(pre, block_m, block_n // 2),
             _matrix(act, block_m, block_n // 2),
             n_rows,

@@ -62,7 +62,7 @@ def _linear_op(
     eps: float,
 ) -> Tensor:
     bias = None if bias is None else bias.to(x.dtype)
-    return F.linear(rows(x), cast(weight, x.dtype), bias).view(*x.shape[:-1], -1)
+    return F.linear(rows(x), cast(weight, x.dtype), bias).view(*x.shape[:-1], weight.shape[0])
 
 
 @_linear_op.register_fake

@@ -48,7 +48,7 @@ def _mlp_op(
 ) -> list[Tensor]:
     """y; then, if it ``saves`` for a backward, pre and, unless it is made again, act."""
     pre, act = gemm.linear_gelu(rows(x), cast(fc_weight, x.dtype), fc_bias, approximate)
-    y = F.linear(act, cast(proj_weight, x.dtype)).view(*x.shape[:-1], -1)
+    y = F.linear(act, cast(proj_weight, x.dtype)).view(*x.shape[:-1], proj_weight.shape[0])
     if not saves:
         return [y]
     return [y, pre, act] if source is None else [y, pre]
@@ -121,6 +121,8 @@ def _setup_context(ctx, inputs, output):
 
 
 def _backward(ctx, grads):
+    if grads[0] is None:
+        return (*[None] * 10,)
     wants_dx, wants_dfc_weight, wants_dfc_bias, wants_dproj, *_ = ctx.needs_input_grad
     wants_dfc = wants_dfc_weight or wants_dfc_bias
     gradients = iter(

@@ -11,16 +11,16 @@ import torch
 from sanitizer import sanitize
 from torch import Tensor
 
-from fastgpt.kernels import attention, fused, reference
+from fastgpt.kernels import attention, attention_tiles, fused, reference
 
 # Every ratio of the two sides that a launch table holds.
 TILES = sorted(
     {
         (block_m, block_n)
         for table in (
-            attention.TENSOR_CORE_TILES,
-            attention.SMALL_MEMORY_TILES,
-            attention.FLOAT32_TILES,
+            attention_tiles.TENSOR_CORE_TILES,
+            attention_tiles.SMALL_MEMORY_TILES,
+            attention_tiles.FLOAT32_TILES,
         )
         for block_m, block_n, _, _ in table.values()
     }
@@ -103,7 +103,7 @@ def test_every_tile_shape_gives_the_same(
     """Wide and tall tiles meet the diagonal, the ends and the dropout mask in different places."""
     block_m, block_n = tile
     launch = dict(BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_D=16, num_warps=4, num_stages=1)
-    monkeypatch.setattr(attention, "_launch", lambda *args: launch)
+    monkeypatch.setattr(attention, "launch", lambda *args: launch)
     q, k, v = (torch.randn(1, 2, t, 16) for t in (n_queries, n_keys, n_keys))
     for causal in (True, False):
         options: dict[str, Any] = dict(causal=causal, dropout_p=0.2, seed=torch.tensor([7]))
