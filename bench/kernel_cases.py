@@ -104,12 +104,12 @@ def _linear_cross_entropy(n_classes: tuple[int, ...], dtype: str) -> None:
 CASES = {
     "gelu": partial(_gelu),
     **{
-        f"layer_norm-{dtype}": partial(_layer_norm, (65, 384, 768, 1600, 8192, 16384), dtype)
+        f"layer_norm-{dtype}": partial(_layer_norm, (65, 384, 768, 1600, 4096, 8192, 16384), dtype)
         for dtype in ("bf16", "fp32")
     },
     **{
         f"residual_layer_norm-{dtype}-{residual_dtype}": partial(
-            _residual_layer_norm, (65, 384, 768, 1600, 8192, 16384), dtype, residual_dtype
+            _residual_layer_norm, (65, 384, 768, 1600, 4096, 8192, 16384), dtype, residual_dtype
         )
         for dtype, residual_dtype in (("bf16", "bf16"), ("fp16", "fp32"), ("fp32", "fp32"))
     },

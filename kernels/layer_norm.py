@@ -4,8 +4,6 @@ The host functions also serve ``residual_layer_norm``. The equations, what is sa
 stand in ``layer_norm_kernels.py``.
 """
 
-from typing import Any
-
 import torch
 import triton
 from torch import Tensor
@@ -13,7 +11,7 @@ from torch import Tensor
 from fastgpt.kernels import _checks, _common
 from fastgpt.kernels.layer_norm_kernels import (
     _layer_norm_bwd_kernel,
-    _layer_norm_bwd_params_kernel,
+    _layer_norm_bwd_means_kernel,
     _layer_norm_fwd_kernel,
     _sum_bands_kernel,
 )
@@ -21,10 +19,10 @@ from fastgpt.kernels.layer_norm_kernels import (
 MAX_WIDTH = 16384
 
 # One tile spans a whole row, 8 to 32 elements a thread. Chosen by ahead-of-time compilation
-# (registers, no spill on sm_80, sm_90, sm_100), not yet measured. Where the sums of the parameters'
-# gradients (columns times parameters) no longer fit into the registers beside dx, a kernel of their
-# own reads again what they need.
-MAX_FUSED_SUMS = 16384
+# (registers, no spill on sm_80, sm_90, sm_100), not yet measured. A tile of the backward also keeps
+# the sums of the parameters' gradients. Past MAX_FUSED_WIDTH they no longer fit into the registers
+# beside a whole row: a kernel of its own finds the means of a row, and the tiles are narrow.
+MAX_FUSED_WIDTH = 4096
 
 
 def _launch(n_cols: int, elements: int, max_rows: int) -> dict[str, int]:
@@ -34,7 +32,7 @@ def _launch(n_cols: int, elements: int, max_rows: int) -> dict[str, int]:
     return dict(BLOCK_M=block_m, BLOCK_N=block_n, num_warps=max(4, block_n // 512))
 
 
-_PARAMS_LAUNCH = dict(BLOCK_M=16, BLOCK_N=128, num_warps=4)
+_NARROW_LAUNCH = dict(BLOCK_M=8, BLOCK_N=128, num_warps=4)
 _BANDS_LAUNCH = dict(BLOCK_M=128, BLOCK_N=16, num_warps=4)
 
 
@@ -131,32 +129,28 @@ def layer_norm_bwd(
             p.zero_()
         return
 
-    fused = n_cols * len(params) <= MAX_FUSED_SUMS
-    launch = _launch(n_cols, elements=2048, max_rows=8)
-    tile_rows = launch["BLOCK_M"] if fused else _PARAMS_LAUNCH["BLOCK_M"]
-    programs = min(4 * _common.multiprocessors(x.device), triton.cdiv(n_rows, tile_rows))
-    rows_per_program = triton.cdiv(triton.cdiv(n_rows, tile_rows), programs) * tile_rows
+    row_launch = _launch(n_cols, elements=2048, max_rows=8)
+    fused = n_cols <= MAX_FUSED_WIDTH
+    launch = row_launch if fused else _NARROW_LAUNCH
+    tiles = triton.cdiv(n_rows, launch["BLOCK_M"])
+    programs = min(4 * _common.multiprocessors(x.device), tiles)
+    rows_per_program = triton.cdiv(tiles, programs) * launch["BLOCK_M"]
     programs = triton.cdiv(n_rows, rows_per_program)
     partial = torch.empty(len(params), programs, n_cols, dtype=mean.dtype, device=x.device)
     threshold, keep_scale = _common.dropout_numbers(dropout_p)
     acc = _common.accumulator(x.dtype)
-    options: dict[str, Any] = dict(
-        threshold=threshold,
-        keep_scale=keep_scale,
-        HAS_BIAS=dbias is not None,
-        HAS_DELTA_BIAS=ddelta_bias is not None,
-        DROPOUT=threshold > 0,
-        ACC=acc,
-    )
+    inputs = rows, rows.stride(0), weight.contiguous(), mean, rstd
+    means = None if fused else torch.empty(2, n_rows, dtype=mean.dtype, device=x.device)
     with _common.on_device(x):
-        _layer_norm_bwd_kernel[(programs,)](
+        if not fused:
+            _layer_norm_bwd_means_kernel[(triton.cdiv(n_rows, row_launch["BLOCK_M"]),)](
+                dy, *inputs, means, n_rows, n_cols, ACC=acc, **row_launch
+            )
+        _layer_norm_bwd_kernel[(programs, triton.cdiv(n_cols, launch["BLOCK_N"]))](
             dy,
             dtotal,
-            rows,
-            rows.stride(0),
-            weight.contiguous(),
-            mean,
-            rstd,
+            *inputs,
+            means,
             dx,
             ddelta,
             partial,
@@ -165,30 +159,14 @@ def layer_norm_bwd(
             n_rows,
             n_cols,
             rows_per_program,
-            FUSED=fused,
-            **options,
+            threshold,
+            keep_scale,
+            HAS_BIAS=dbias is not None,
+            HAS_DELTA_BIAS=ddelta_bias is not None,
+            DROPOUT=threshold > 0,
+            ACC=acc,
             **launch,
         )
-        if not fused:
-            _layer_norm_bwd_params_kernel[
-                (programs, triton.cdiv(n_cols, _PARAMS_LAUNCH["BLOCK_N"]))
-            ](
-                dy,
-                rows,
-                rows.stride(0),
-                mean,
-                rstd,
-                dx if ddelta is not None or ddelta_bias is not None else None,
-                ddelta,
-                partial,
-                seed,
-                stream,
-                n_rows,
-                n_cols,
-                rows_per_program,
-                **options,
-                **_PARAMS_LAUNCH,
-            )
         _sum_bands_kernel[(triton.cdiv(n_cols, _BANDS_LAUNCH["BLOCK_N"]), len(params))](
             partial,
             *params,

@@ -141,6 +141,39 @@ def _store_partial(partial_ptr, parameter, acc, offs_n, n_cols):
     tl.store(partial_ptr + row * n_cols + offs_n, tl.sum(acc, axis=0), mask=offs_n < n_cols)
 
 
+@triton.jit
+def _row_means(w, x_hat, n_cols):
+    return tl.sum(w, axis=1) / n_cols, tl.sum(w * x_hat, axis=1) / n_cols
+
+
+@triton.jit(do_not_specialize=NOT_SPECIALISED)
+def _layer_norm_bwd_means_kernel(
+    dy_ptr,  # (n_rows, n_cols), contiguous
+    x_ptr,  # (n_rows, n_cols), columns adjacent: x, or total
+    x_stride_row,
+    weight_ptr,  # (n_cols)
+    mean_ptr,  # (n_rows)
+    rstd_ptr,  # (n_rows)
+    means_ptr,  # (2, n_rows): the means of w and of w * x̂
+    n_rows,
+    n_cols,
+    ACC: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """What the next kernel needs of a row, where a row is too wide for one tile of it."""
+    start = tl.program_id(0).to(tl.int64) * BLOCK_M
+    offs_m, offs_n = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
+    dy, x_hat, _ = _load_tile(
+        dy_ptr, x_ptr, x_stride_row, mean_ptr, rstd_ptr, start, offs_m, offs_n, n_rows, n_cols, ACC
+    )
+    weight = tl.load(weight_ptr + offs_n, mask=offs_n < n_cols, other=0.0).to(ACC)
+    mean_w, mean_wx = _row_means(weight[None, :] * dy, x_hat, n_cols)
+    mask_m = start + offs_m < n_rows
+    tl.store(means_ptr + start + offs_m, mean_w, mask=mask_m)
+    tl.store(means_ptr + n_rows + start + offs_m, mean_wx, mask=mask_m)
+
+
 @triton.jit(do_not_specialize=NOT_SPECIALISED, do_not_specialize_on_alignment=["seed_ptr"])
 def _layer_norm_bwd_kernel(
     dy_ptr,  # (n_rows, n_cols), contiguous
@@ -150,78 +183,9 @@ def _layer_norm_bwd_kernel(
     weight_ptr,  # (n_cols)
     mean_ptr,  # (n_rows)
     rstd_ptr,  # (n_rows)
+    means_ptr,  # (2, n_rows), or None: the tile spans the row, so they are at hand
     dx_ptr,  # (n_rows, n_cols), contiguous: dx, or dresidual
     ddelta_ptr,  # (n_rows, n_cols), contiguous, or None: it is equal to dx, or there is no delta
-    partial_ptr,  # (1 to 3, programs, n_cols): dweight, dbias, ddelta_bias; written if FUSED
-    seed_ptr,  # (1), read only if DROPOUT
-    stream,
-    n_rows,
-    n_cols,
-    rows_per_program,  # a multiple of BLOCK_M
-    threshold,
-    keep_scale,
-    HAS_BIAS: tl.constexpr,
-    HAS_DELTA_BIAS: tl.constexpr,
-    DROPOUT: tl.constexpr,
-    FUSED: tl.constexpr,  # else the next kernel does ddelta and the sums
-    ACC: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
-    offs_m, offs_n = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
-    mask_n = offs_n < n_cols
-    offs = offs_m[:, None] * n_cols + offs_n[None, :]  # in a tile of what is contiguous
-    acc_dweight = tl.zeros([BLOCK_M, BLOCK_N], dtype=ACC)
-    acc_dbias = tl.zeros([BLOCK_M, BLOCK_N], dtype=ACC)
-    acc_ddelta_bias = tl.zeros([BLOCK_M, BLOCK_N], dtype=ACC)
-
-    first = tl.program_id(0).to(tl.int64) * rows_per_program
-    for start in range(first, tl.minimum(first + rows_per_program, n_rows), BLOCK_M):
-        mask = (start + offs_m < n_rows)[:, None] & mask_n[None, :]
-        dy, x_hat, rstd = _load_tile(
-            dy_ptr, x_ptr, x_stride_row, mean_ptr, rstd_ptr, start, offs_m, offs_n, n_rows, n_cols,
-            ACC,
-        )  # fmt: skip
-        # read again for each tile, from the cache: between tiles it would hold registers
-        w = tl.load(weight_ptr + offs_n, mask=mask_n, other=0.0).to(ACC)[None, :] * dy
-        mean_w = tl.sum(w, axis=1) / n_cols
-        mean_wx = tl.sum(w * x_hat, axis=1) / n_cols
-        dx = (w - mean_w[:, None] - x_hat * mean_wx[:, None]) * rstd[:, None]
-        if dtotal_ptr is not None:
-            dx += tl.load(dtotal_ptr + start * n_cols + offs, mask=mask, other=0.0).to(ACC)
-        tl.store(dx_ptr + start * n_cols + offs, dx.to(dx_ptr.dtype.element_ty), mask=mask)
-        if FUSED:
-            ddelta = dx
-            if DROPOUT:
-                ddelta = _dropped(
-                    dx, seed_ptr, stream, start, 0, threshold, keep_scale, BLOCK_M, BLOCK_N
-                )
-            if ddelta_ptr is not None:
-                ddelta_ptrs = ddelta_ptr + start * n_cols + offs
-                tl.store(ddelta_ptrs, ddelta.to(ddelta_ptr.dtype.element_ty), mask=mask)
-            acc_dweight += dy * x_hat
-            if HAS_BIAS:
-                acc_dbias += dy
-            if HAS_DELTA_BIAS:
-                acc_ddelta_bias += ddelta
-
-    if FUSED:
-        _store_partial(partial_ptr, 0, acc_dweight, offs_n, n_cols)
-        if HAS_BIAS:
-            _store_partial(partial_ptr, 1, acc_dbias, offs_n, n_cols)
-        if HAS_DELTA_BIAS:
-            _store_partial(partial_ptr, 2 if HAS_BIAS else 1, acc_ddelta_bias, offs_n, n_cols)
-
-
-@triton.jit(do_not_specialize=NOT_SPECIALISED, do_not_specialize_on_alignment=["seed_ptr"])
-def _layer_norm_bwd_params_kernel(
-    dy_ptr,  # (n_rows, n_cols), contiguous
-    x_ptr,  # (n_rows, n_cols), columns adjacent: x, or total
-    x_stride_row,
-    mean_ptr,  # (n_rows)
-    rstd_ptr,  # (n_rows)
-    dx_ptr,  # (n_rows, n_cols), contiguous, or None: there is no ddelta to make or to sum
-    ddelta_ptr,  # (n_rows, n_cols), contiguous, or None: it is equal to dx
     partial_ptr,  # (1 to 3, programs, n_cols): dweight, dbias, ddelta_bias
     seed_ptr,  # (1), read only if DROPOUT
     stream,
@@ -237,35 +201,46 @@ def _layer_norm_bwd_params_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    offs_m = tl.arange(0, BLOCK_M)
-    offs_n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    start_n = tl.program_id(1) * BLOCK_N
+    offs_m, offs_n = tl.arange(0, BLOCK_M), start_n + tl.arange(0, BLOCK_N)
+    mask_n = offs_n < n_cols
+    offs = offs_m[:, None] * n_cols + offs_n[None, :]  # in a tile of what is contiguous
     acc_dweight = tl.zeros([BLOCK_M, BLOCK_N], dtype=ACC)
     acc_dbias = tl.zeros([BLOCK_M, BLOCK_N], dtype=ACC)
     acc_ddelta_bias = tl.zeros([BLOCK_M, BLOCK_N], dtype=ACC)
 
     first = tl.program_id(0).to(tl.int64) * rows_per_program
     for start in range(first, tl.minimum(first + rows_per_program, n_rows), BLOCK_M):
-        dy, x_hat, _ = _load_tile(
+        mask_m = start + offs_m < n_rows
+        mask = mask_m[:, None] & mask_n[None, :]
+        dy, x_hat, rstd = _load_tile(
             dy_ptr, x_ptr, x_stride_row, mean_ptr, rstd_ptr, start, offs_m, offs_n, n_rows, n_cols,
             ACC,
         )  # fmt: skip
+        # read again for each tile, from the cache: between tiles it would hold registers
+        w = tl.load(weight_ptr + offs_n, mask=mask_n, other=0.0).to(ACC)[None, :] * dy
+        if means_ptr is None:
+            mean_w, mean_wx = _row_means(w, x_hat, n_cols)
+        else:
+            mean_w = tl.load(means_ptr + start + offs_m, mask=mask_m, other=0.0)
+            mean_wx = tl.load(means_ptr + n_rows + start + offs_m, mask=mask_m, other=0.0)
+        dx = (w - mean_w[:, None] - x_hat * mean_wx[:, None]) * rstd[:, None]
+        if dtotal_ptr is not None:
+            dx += tl.load(dtotal_ptr + start * n_cols + offs, mask=mask, other=0.0).to(ACC)
+        tl.store(dx_ptr + start * n_cols + offs, dx.to(dx_ptr.dtype.element_ty), mask=mask)
+        ddelta = dx
+        if DROPOUT:
+            ddelta = _dropped(
+                dx, seed_ptr, stream, start, start_n, threshold, keep_scale, BLOCK_M, BLOCK_N
+            )
+        if ddelta_ptr is not None:
+            ddelta_ptrs = ddelta_ptr + start * n_cols + offs
+            tl.store(ddelta_ptrs, ddelta.to(ddelta_ptr.dtype.element_ty), mask=mask)
         acc_dweight += dy * x_hat
         if HAS_BIAS:
             acc_dbias += dy
-        if dx_ptr is not None:
-            mask = (start + offs_m < n_rows)[:, None] & (offs_n < n_cols)[None, :]
-            dx_ptrs = _tile_ptrs(dx_ptr, n_cols, start, offs_m, offs_n)
-            ddelta = tl.load(dx_ptrs, mask=mask, other=0.0).to(ACC)
-            if DROPOUT:
-                ddelta = _dropped(
-                    ddelta, seed_ptr, stream, start, tl.program_id(1) * BLOCK_N, threshold,
-                    keep_scale, BLOCK_M, BLOCK_N,
-                )  # fmt: skip
-            if ddelta_ptr is not None:
-                ddelta_ptrs = _tile_ptrs(ddelta_ptr, n_cols, start, offs_m, offs_n)
-                tl.store(ddelta_ptrs, ddelta.to(ddelta_ptr.dtype.element_ty), mask=mask)
-            if HAS_DELTA_BIAS:
-                acc_ddelta_bias += ddelta
+        if HAS_DELTA_BIAS:
+            acc_ddelta_bias += ddelta
 
     _store_partial(partial_ptr, 0, acc_dweight, offs_n, n_cols)
     if HAS_BIAS:
