@@ -97,7 +97,9 @@ class Compiled:
         }
 
     def __str__(self) -> str:
-        constexprs = ", ".join(f"{key}={value}" for key, value in self.constexprs.items())
+        constexprs = ", ".join(
+            f"{name}={value}" for name, value in self.constexprs.items() if value is not None
+        )
         return (
             f"{self.name} on sm_{self.capability} "
             f"({constexprs}, num_warps={self.num_warps}, num_stages={self.num_stages})"

@@ -79,25 +79,23 @@ class Edge:
 
 
 def _definition(run: partial[object]) -> str:
-    """Source of a case's function, and of the functions of its file that it calls."""
-    sources: dict[str, str] = {}
-    todo: list[FunctionType] = [run.func]  # type: ignore[list-item]
+    """Source of a case's function, and of the functions and constants of its file that it uses."""
+    function: FunctionType = run.func  # type: ignore[assignment]
+    file = function.__globals__
+    found: dict[str, str] = {}
+    todo = [function.__name__]
     while todo:
-        function = todo.pop()
-        if function.__name__ not in sources:
-            sources[function.__name__] = textwrap.dedent(inspect.getsource(function))
-            names = {
-                node.id
-                for node in ast.walk(ast.parse(sources[function.__name__]))
-                if isinstance(node, ast.Name)
-            }
-            called = [function.__globals__.get(name) for name in sorted(names)]
-            todo += [
-                other
-                for other in called
-                if isinstance(other, FunctionType) and other.__module__ == function.__module__
-            ]
-    return "\n".join(sources.values())
+        name = todo.pop()
+        value = file.get(name)
+        if name in found:
+            continue
+        if isinstance(value, FunctionType) and value.__module__ == file["__name__"]:
+            found[name] = textwrap.dedent(inspect.getsource(value))
+            tree = ast.parse(found[name])
+            todo += [node.id for node in ast.walk(tree) if isinstance(node, ast.Name)]
+        elif isinstance(value, (bool, int, float, str, tuple, dict)):
+            found[name] = repr(value)
+    return "\n".join(found[name] for name in sorted(found))
 
 
 def _imported(code: str, folder: Path) -> set[Path]:
@@ -268,7 +266,12 @@ def main(argv: list[str] | None = None) -> int:
     console = Console(highlight=False)
     console.print(table(records))
     console.print(f"wrote {OUT / 'manifest.json'}", soft_wrap=True)
-    faults = [fault for record in records for k in record["kernels"] for fault in k["faults"]]
+    faults = [
+        f"{record['case']}: {fault}"
+        for record in records
+        for kernel in record["kernels"]
+        for fault in kernel["faults"]
+    ]
     for fault in faults:
         errors.print(fault, style="red")
     return int(bool(faults))

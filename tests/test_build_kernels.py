@@ -25,8 +25,11 @@ import torch
 from _static import case_main
 
 
+_WARPS = 1
+
+
 def _options(block):
-    return dict(BLOCK=block, num_warps=1)
+    return dict(BLOCK=block, num_warps=_WARPS)
 
 
 def _add(block):
@@ -111,7 +114,7 @@ def test_build_again_and_after_changes(project: Path, run) -> None:
     """In order: each build finds what the one before left."""
     status, compiled, printed = run("--jobs", "2")
     assert (status, compiled) == (1, {"add", "hold"})
-    assert "hold_kernel on sm_80 (BLOCK=8192, num_warps=1, num_stages=3): spills" in printed
+    assert "hold: hold_kernel on sm_80 (BLOCK=8192, num_warps=1, num_stages=3): spills" in printed
     assert "add_kernel on" not in printed
     add, hold = manifest(project)["cases"]
     assert (add["case"], add["capability"]) == ("add", 80)
@@ -156,8 +159,9 @@ def test_what_makes_a_case_another(project: Path) -> None:
     assert keys(CASES + "\n# more\n") == (add, hold)
     other_add, same_hold = keys(CASES.replace("partial(_add, 64)", "partial(_add, 128)"))
     assert other_add != add and same_hold == hold
-    other_add, other_hold = keys(CASES.replace("num_warps=1", "num_warps=2"))  # both call it
-    assert other_add != add and other_hold != hold
+    for text in ("BLOCK=block", "BLOCK=2 * block"), ("_WARPS = 1", "_WARPS = 2"):  # for both
+        other_add, other_hold = keys(CASES.replace(*text))
+        assert other_add != add and other_hold != hold
 
 
 def test_wrong_arguments(run, monkeypatch: pytest.MonkeyPatch) -> None:
