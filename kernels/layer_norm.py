@@ -129,7 +129,7 @@ def layer_norm_bwd(
             p.zero_()
         return
 
-    row_launch = _launch(n_cols, elements=2048, max_rows=8)
+    row_launch = _launch(n_cols, elements=2048, max_rows=4)
     fused = n_cols <= MAX_FUSED_WIDTH
     launch = row_launch if fused else _NARROW_LAUNCH
     tiles = triton.cdiv(n_rows, launch["BLOCK_M"])
