@@ -162,6 +162,16 @@ def test_float16_gradients_do_not_underflow(ops, device: str) -> None:
         assert (value - truth).norm() <= 2e-3 * truth.norm()
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_the_mean_divides_in_float32(device: str, dtype: torch.dtype) -> None:
+    """n / n is 1; n times the rounded 1 / n often is not."""
+    one, nothing = torch.ones((), device=device), torch.empty(0, device=device)
+    for n in range(1, 257, 5):
+        dx = torch.full((3,), float(n), dtype=dtype, device=device)
+        scaled, _ = chunked_loss._scale_op(one, n * one, dx, nothing, dtype, torch.float32)
+        assert torch.equal(scaled, torch.ones_like(scaled))
+
+
 def test_a_gradient_of_the_gradients_is_refused(ops, device: str) -> None:
     (x, weight), targets = inputs((5,), 8, 17, device)
     loss = ops.linear_cross_entropy(x.requires_grad_(), weight, targets)
