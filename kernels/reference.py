@@ -137,7 +137,13 @@ def residual_layer_norm(
         delta = delta + delta_bias.to(delta.dtype)
     rows = _dropout(delta.reshape(-1, delta.shape[-1]), dropout_p, seed, stream)
     total = (residual + rows.view_as(residual)).to(residual.dtype)
-    return layer_norm(total.to(delta.dtype), weight, bias, eps), total
+    params = (widened(p, total.dtype) for p in (weight, bias))
+    return layer_norm(total, *params, eps).to(delta.dtype), total
+
+
+def widened(param: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """A parameter in no less than the precision of what it meets."""
+    return None if param is None else param.to(torch.promote_types(param.dtype, dtype))
 
 
 def linear(

@@ -48,11 +48,14 @@ def batch(length: int, device: str) -> tuple[Tensor, Tensor]:
 
 
 def outcome(model: torch.nn.Module, x: Tensor, y: Tensor) -> dict[str, Tensor]:
-    """Logits, loss and every gradient, by name."""
-    logits, loss = model(x, y, return_logits=True)
+    """Logits, the loss of training, which builds none, and its every gradient, by name."""
+    with torch.no_grad():
+        logits = model(x, y)[0]
+    nothing, loss = model(x, y)
+    assert nothing is None
     loss.backward()
     grads = {name.removeprefix("_orig_mod."): p.grad for name, p in model.named_parameters()}
-    return {"logits": logits.detach(), "loss": loss.detach(), **grads}
+    return {"logits": logits, "loss": loss.detach(), **grads}
 
 
 def largest_differences(a: dict[str, Tensor], b: dict[str, Tensor]) -> dict[str, float]:
@@ -69,6 +72,18 @@ def test_logits_loss_and_gradients(ops, device, case, gelu):
     plain = outcome(model_with(reference, config, device, gelu), x, y)
     too_far = {k: d for k, d in largest_differences(ours, plain).items() if not d <= 1e-5}
     assert not too_far
+
+
+def test_logits_on_request_change_nothing_else(ops, device):
+    x, y = batch(BLOCK, device)
+    model = model_with(ops, small_config(), device)
+    fused_loss = outcome(model, x, y)
+    model.zero_grad()
+    logits, loss = model(x, y, return_logits=True)
+    loss.backward()
+    assert torch.equal(logits, fused_loss["logits"])
+    got = {"logits": logits, "loss": loss, **{k: p.grad for k, p in model.named_parameters()}}
+    assert max(largest_differences(got, fused_loss).values()) <= 1e-5
 
 
 def test_the_two_gelus_can_be_told_apart(ops, device):
@@ -180,12 +195,13 @@ def test_compiled_autocast_and_dropout(ops, device):
 
 
 def test_few_recompilations_for_many_lengths(ops, device):
-    """One graph for the first length, one for every other; length 1 may have its own."""
+    """Of 20 lengths: one graph for the first, one for every other; length 1 may have its own."""
     torch._dynamo.reset()
     counter = CompileCounterWithBackend("aot_eager")
-    model = model_with(ops, small_config(n_layer=1), device)
+    model = model_with(ops, small_config(n_layer=1, block_size=20), device)
     compiled = torch.compile(model, fullgraph=True, backend=counter)
-    for length in (16, 7, 12, 9, 3, 15, 1, 2):
+    lengths = [20, *(torch.randperm(19) + 1).tolist()]
+    for length in lengths:
         x, y = batch(length, device)
         expected = model(x, y)[1]
         torch.testing.assert_close(compiled(x, y)[1], expected, atol=1e-6, rtol=0)
