@@ -34,7 +34,11 @@ NOT_SPECIALISED = ["n_rows", "rows_per_program", "stream", "threshold"]
 def _tile_ptrs(ptr, stride_row, start, offs_m, offs_n):
     """Pointers to a tile whose first row is ``start``: that alone needs 64 bits, and registers
     for addresses are what narrow tiles run out of."""
-    return ptr + start * stride_row + (offs_m[:, None] * stride_row + offs_n[None, :])
+    return (
+        ptr
+        + tl.cast(start, tl.int64) * stride_row
+        + (offs_m[:, None] * stride_row + offs_n[None, :])
+    )
 
 
 @triton.jit
@@ -81,7 +85,6 @@ def _layer_norm_fwd_kernel(
     offs_m, offs_n = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
     mask_m, mask_n = start + offs_m < n_rows, offs_n < n_cols
     mask = mask_m[:, None] & mask_n[None, :]
-    offs = offs_m[:, None] * n_cols + offs_n[None, :]  # in a tile of what is contiguous
 
     x_ptrs = _tile_ptrs(x_ptr, x_stride_row, start, offs_m, offs_n)
     if delta_ptr is None:
@@ -97,7 +100,8 @@ def _layer_norm_fwd_kernel(
             )
         residual = tl.load(x_ptrs, mask=mask, other=0.0).to(ACC)
         total = (residual + delta).to(total_ptr.dtype.element_ty)
-        tl.store(total_ptr + start * n_cols + offs, total, mask=mask)
+        total_ptrs = _tile_ptrs(total_ptr, n_cols, start, offs_m, offs_n)
+        tl.store(total_ptrs, total, mask=mask)
         x = total.to(ACC)
 
     mean = tl.sum(x, axis=1) / n_cols  # padding is 0
@@ -109,7 +113,8 @@ def _layer_norm_fwd_kernel(
     if bias_ptr is not None:
         y += tl.load(bias_ptr + offs_n, mask=mask_n, other=0.0).to(ACC)[None, :]
 
-    tl.store(y_ptr + start * n_cols + offs, y.to(y_ptr.dtype.element_ty), mask=mask)
+    y_ptrs = _tile_ptrs(y_ptr, n_cols, start, offs_m, offs_n)
+    tl.store(y_ptrs, y.to(y_ptr.dtype.element_ty), mask=mask)
     tl.store(mean_ptr + start + offs_m, mean, mask=mask_m)
     tl.store(rstd_ptr + start + offs_m, rstd, mask=mask_m)
 
@@ -204,7 +209,6 @@ def _layer_norm_bwd_kernel(
     start_n = tl.program_id(1) * BLOCK_N
     offs_m, offs_n = tl.arange(0, BLOCK_M), start_n + tl.arange(0, BLOCK_N)
     mask_n = offs_n < n_cols
-    offs = offs_m[:, None] * n_cols + offs_n[None, :]  # in a tile of what is contiguous
     acc_dweight = tl.zeros([BLOCK_M, BLOCK_N], dtype=ACC)
     acc_dbias = tl.zeros([BLOCK_M, BLOCK_N], dtype=ACC)
     acc_ddelta_bias = tl.zeros([BLOCK_M, BLOCK_N], dtype=ACC)
@@ -226,15 +230,17 @@ def _layer_norm_bwd_kernel(
             mean_wx = tl.load(means_ptr + n_rows + start + offs_m, mask=mask_m, other=0.0)
         dx = (w - mean_w[:, None] - x_hat * mean_wx[:, None]) * rstd[:, None]
         if dtotal_ptr is not None:
-            dx += tl.load(dtotal_ptr + start * n_cols + offs, mask=mask, other=0.0).to(ACC)
-        tl.store(dx_ptr + start * n_cols + offs, dx.to(dx_ptr.dtype.element_ty), mask=mask)
+            dtotal_ptrs = _tile_ptrs(dtotal_ptr, n_cols, start, offs_m, offs_n)
+            dx += tl.load(dtotal_ptrs, mask=mask, other=0.0).to(ACC)
+        dx_ptrs = _tile_ptrs(dx_ptr, n_cols, start, offs_m, offs_n)
+        tl.store(dx_ptrs, dx.to(dx_ptr.dtype.element_ty), mask=mask)
         ddelta = dx
         if DROPOUT:
             ddelta = _dropped(
                 dx, seed_ptr, stream, start, start_n, threshold, keep_scale, BLOCK_M, BLOCK_N
             )
         if ddelta_ptr is not None:
-            ddelta_ptrs = ddelta_ptr + start * n_cols + offs
+            ddelta_ptrs = _tile_ptrs(ddelta_ptr, n_cols, start, offs_m, offs_n)
             tl.store(ddelta_ptrs, ddelta.to(ddelta_ptr.dtype.element_ty), mask=mask)
         acc_dweight += dy * x_hat
         if HAS_BIAS:

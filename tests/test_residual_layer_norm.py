@@ -36,7 +36,7 @@ NAMES = ["residual", "delta", "weight", "bias", "delta_bias"]
 
 def _inputs(
     shape: tuple[int, ...], dtype: torch.dtype, device: str, layout: str = "contiguous"
-) -> dict[str, Tensor]:
+) -> dict[str, Any]:
     wide = [parity.randn(shape, dtype, device, layout) for _ in range(2)]
     narrow = [parity.randn(shape[-1:], dtype, device, "strided") for _ in range(3)]
     return dict(zip(NAMES, wide + narrow, strict=True))
@@ -60,9 +60,11 @@ def _assert_parity(
     def stacked(op: Callable[..., tuple[Tensor, Tensor]]) -> Callable[..., Tensor]:
         return lambda *args: torch.stack(op(**dict(zip(names, args, strict=True)), **options))
 
-    ops = [stacked(op) for op in (fused.residual_layer_norm, common, reference.residual_layer_norm)]
+    kernel, pytorch, plain = map(
+        stacked, (fused.residual_layer_norm, common, reference.residual_layer_norm)
+    )
     grad = parity.randn((2, *shape), dtype, device, "transposed")
-    parity.assert_parity(*ops, list(inputs.values()), grad, names)
+    parity.assert_parity(kernel, pytorch, plain, list(inputs.values()), grad, names)
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -98,9 +100,9 @@ def test_float32_residual_with_a_half_precision_delta(
     dtotal, dy = torch.randn(9, 96, device=device), torch.randn(9, 96, device=device).to(half)
     gradients = torch.autograd.grad((y, total), leaves, (dy, dtotal))
 
-    exact = [x.detach().double().requires_grad_() for x in leaves]
-    expected = reference.residual_layer_norm(**dict(zip(NAMES, exact, strict=True)), **options)
-    expected += torch.autograd.grad(expected, exact, (dy.double(), dtotal.double()))
+    exact: list[Any] = [x.detach().double().requires_grad_() for x in leaves]
+    outputs = reference.residual_layer_norm(**dict(zip(NAMES, exact, strict=True)), **options)
+    expected = [*outputs, *torch.autograd.grad(outputs, exact, (dy.double(), dtotal.double()))]
     results = (y, total, *gradients)
     halves = [half, torch.float32, torch.float32, half, *[torch.float32] * 3]
     assert [x.dtype for x in results] == halves
@@ -231,7 +233,7 @@ def test_gradcheck(dropout_p: float) -> None:
     seed = torch.tensor([1])
 
     def op(*args: Tensor) -> tuple[Tensor, Tensor]:
-        inputs = dict(zip(NAMES, args, strict=True))
+        inputs: dict[str, Any] = dict(zip(NAMES, args, strict=True))
         return fused.residual_layer_norm(**inputs, dropout_p=dropout_p, seed=seed)
 
     assert torch.autograd.gradcheck(op, leaves)
@@ -284,7 +286,7 @@ def test_compiles_without_a_graph_break(device: str) -> None:
     leaves = [x.requires_grad_() for x in inputs.values()]
     seed = torch.tensor([1], device=device)
 
-    def step(inputs: dict[str, Tensor]) -> Tensor:
+    def step(inputs: dict[str, Any]) -> Tensor:
         y, total = fused.residual_layer_norm(**inputs, dropout_p=0.5, seed=seed)
         return fused.residual_layer_norm(total, y, inputs["weight"])[0].square().sum()
 
