@@ -89,6 +89,20 @@ def _gelu() -> None:
             gelu(_leaf(4096, dtype=dtype), form).sum().backward()
 
 
+def _mlp(biases: tuple[bool, ...], forms: tuple[str, ...], dtype: str) -> None:
+    """Both products with an epilogue and the weight gradients, keeping all and recomputing."""
+    from fastgpt.kernels.mlp import mlp
+
+    x, ln_weight = _leaf(256, 64, dtype=dtype), _leaf(64, dtype="fp32")
+    fc_weight, proj_weight = _leaf(256, 64, dtype=dtype), _leaf(64, 256, dtype=dtype)
+    for bias in biases:
+        fc_bias = _leaf(256, dtype=dtype) if bias else None
+        for form in forms:
+            for recompute in (None, (x, ln_weight, None, 1e-5)):
+                y = mlp(x, fc_weight, fc_bias, proj_weight, approximate=form, recompute=recompute)
+                y.sum().backward()
+
+
 def _linear_cross_entropy(n_classes: tuple[int, ...], dtype: str) -> None:
     """With gradients, plain and with label smoothing; without."""
     from fastgpt.kernels.linear_cross_entropy import linear_cross_entropy
@@ -114,6 +128,8 @@ CASES = {
         for dtype, residual_dtype in (("bf16", "bf16"), ("fp16", "fp32"), ("fp32", "fp32"))
     },
     **{f"embedding-{dtype}": partial(_embedding, (65, 384, 768, 1600), dtype) for dtype in _DTYPES},
+    "mlp-bf16": partial(_mlp, (False, True), ("none", "tanh"), "bf16"),
+    "mlp-fp16": partial(_mlp, (True,), ("none",), "fp16"),
     **{
         f"linear_cross_entropy-{dtype}": partial(
             _linear_cross_entropy, (65, 1000, 50257, 50304), dtype
