@@ -158,7 +158,8 @@ def _cost(
 ):
     n_cols, width = weight.shape
     n_rows, size = targets.numel(), dtype.itemsize
-    chunks = -(-n_rows // chunk_rows(n_cols, dtype, x.device))
+    # As on a GPU, which the bytes are of, wherever the tensors are that stand for it.
+    chunks = -(-n_rows // chunk_rows(n_cols, dtype, torch.device("cuda")))
     flops = 2 * n_rows * n_cols * width
     logits, x_bytes = size * n_rows * n_cols, size * n_rows * width
     weights = chunks * size * n_cols * width  # read once a chunk

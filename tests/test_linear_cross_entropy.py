@@ -18,6 +18,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.flop_counter import FlopCounterMode
 
 from fastgpt.kernels import chunked_loss, fused, linear_cross_entropy, portable, reference
+from fastgpt.kernels._costs import COSTS
 
 CHUNK = 8
 # x without its last dimension, C, V: one token, one class, V below and beyond a tile and odd, rows
@@ -337,6 +338,24 @@ def test_flops(ops, device: str, x_needs_gradient: bool) -> None:
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         ops.linear_cross_entropy(x, weight, targets)
     assert counter.get_total_flops() == product
+
+
+def test_bytes_by_hand(ops, device: str) -> None:
+    """Three chunks: each product reads its operands and writes its result, the rows are read and
+    written, the sum for dweight is read and written but for the first time; weight is cast."""
+    (x, weight), targets = inputs((3 * CHUNK,), 16, 65, device)
+    op = {fused: linear_cross_entropy, portable: portable}[ops]._linear_cross_entropy_op
+    args = (x, weight, targets, torch.bfloat16, -1, True, 0.0, 0.0, True, True)
+    costs = COSTS[getattr(torch.ops.fastgpt, op._name)](op(*args), *args)
+    rows, logits, weights = 2 * 24 * 16, 2 * 24 * 65, 2 * 65 * 16
+    assert {cost.name: cost.bytes for cost in costs} == {
+        "logits": rows + 3 * weights + logits,
+        "rows": 2 * logits + 8 * 24,
+        "dx": logits + 3 * weights + rows,
+        "dweight": logits + rows + 5 * 4 * 65 * 16,
+        "cast x": 3 * rows,
+        "cast weight": 3 * weights,
+    }
 
 
 def test_kept_for_the_backward_pass(ops, device: str) -> None:
