@@ -1,0 +1,36 @@
+"""Token plus position embedding, forward and backward with the gradients of both tables."""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from _op_bench import Draw, Op, Row
+from torch import Tensor
+
+
+def inputs(draw: Draw, B: int, T: int, C: int, V: int) -> tuple[Tensor, Tensor, Tensor]:
+    return draw.ids(V, B, T), draw(V, C, std=0.02), draw(T, C, std=0.02)
+
+
+def eager(idx: Tensor, token_weight: Tensor, position_weight: Tensor) -> Tensor:
+    positions = torch.arange(idx.shape[1], device=idx.device)  # (T)
+    return F.embedding(idx, token_weight) + F.embedding(positions, position_weight)
+
+
+OP = Op(
+    name="embedding",
+    inputs=inputs,
+    eager=eager,
+    gpu_sizes=[
+        {"B": 32, "T": 1024, "C": 768, "V": 50304},  # GPT-2 124M
+        {"B": 32, "T": 1024, "C": 768, "V": 50257},
+        {"B": 8, "T": 1024, "C": 1600, "V": 50304},  # GPT-2 XL
+        {"B": 64, "T": 256, "C": 384, "V": 65},  # nanoGPT's character model
+    ],
+    cpu_sizes=[{"B": 2, "T": 128, "C": 128, "V": 65}],
+)
+
+
+@OP.rows
+def test_embedding(row: Row, benchmark: Any, record_property: Any) -> None:
+    row.measure(benchmark, record_property)

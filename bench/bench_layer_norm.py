@@ -1,0 +1,42 @@
+"""LayerNorm, forward and backward with the gradients of weight and bias."""
+
+from typing import Any
+
+import torch.nn.functional as F
+from _op_bench import Draw, Op, Row
+from torch import Tensor
+
+
+def inputs(draw: Draw, M: int, C: int) -> tuple[Tensor, Tensor, Tensor]:
+    return draw(M, C), draw(C), draw(C)
+
+
+def eager(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return F.layer_norm(x, x.shape[-1:], weight, bias, 1e-5)
+
+
+def liger(x: Tensor, weight: Tensor, bias: Tensor) -> Any:
+    from liger_kernel.transformers.functional import liger_layer_norm
+
+    return liger_layer_norm(x, weight, bias, 1e-5)
+
+
+OP = Op(
+    name="layer_norm",
+    inputs=inputs,
+    eager=eager,
+    liger=liger,
+    gpu_sizes=[
+        {"M": 32768, "C": 768},  # GPT-2 124M, B=32, T=1024
+        {"M": 16384, "C": 384},  # nanoGPT's character model, B=64, T=256
+        {"M": 16384, "C": 1024},
+        {"M": 8192, "C": 1280},
+        {"M": 8192, "C": 1600},
+    ],
+    cpu_sizes=[{"M": 256, "C": 384}],
+)
+
+
+@OP.rows
+def test_layer_norm(row: Row, benchmark: Any, record_property: Any) -> None:
+    row.measure(benchmark, record_property)

@@ -1,0 +1,35 @@
+"""pytest's side of ``bench_<op>.py``: alone on the machine, which is described without the names of
+hosts and users; at the end a table for each op.
+"""
+
+from dataclasses import asdict
+
+import _machine
+import _op_bench
+import _op_report
+import pytest
+from rich.console import Console
+
+
+def pytest_configure(config):
+    if config.getoption("numprocesses", None):
+        raise pytest.UsageError("a benchmark wants the machine for itself: pytest -n0 bench")
+    config.option.benchmark_quiet = True  # its table has no room for rates; ours comes instead
+
+
+def pytest_benchmark_generate_machine_info():
+    found = _machine.facts(_op_bench.DEVICE)
+    found["gpu_state"] = _machine.gpu_state(_op_bench.DEVICE)
+    ceilings = _op_bench.machine_ceilings()
+    found["ceilings"] = None if ceilings is None else asdict(ceilings)
+    return found
+
+
+def pytest_terminal_summary(terminalreporter):
+    passed = terminalreporter.stats.get("passed", [])
+    figures = [dict(report.user_properties).get("figures") for report in passed]
+    console = Console(width=120, highlight=False)
+    with console.capture() as text:
+        for table in _op_report.tables(row for row in figures if row):
+            console.print(table)
+    terminalreporter.write(text.get())
