@@ -104,9 +104,15 @@ def residual_layer_norm(
         residual, delta, weight, bias, eps, delta_bias, dropout_p, seed, stream
     )
     _refuse(seed)
+    total = delta
     if delta_bias is not None:
-        delta = delta + delta_bias.to(delta.dtype)
-    total = residual + (F.dropout(delta, dropout_p) if dropout_p > 0.0 else delta)
+        total = total + delta_bias.to(delta.dtype)
+    if dropout_p > 0.0:
+        total = F.dropout(total, dropout_p)
+    if total is delta or total.dtype != residual.dtype:
+        total = residual + total
+    else:
+        total = total.add_(residual)  # in place: one tensor less in memory, the same number
     params = (widened(p, total.dtype) for p in (weight, bias))
     return F.layer_norm(total, total.shape[-1:], *params, eps).to(delta.dtype), total
 
@@ -201,7 +207,7 @@ def mlp(
     )
 
 
-_BLOCK_ROWS = 32  # few enough logits (6 MB of GPT-2's in float32) to stay in a CPU's cache
+_BLOCK_LOGITS = 2**21  # at a time: 8 MB in float32, few enough to stay in a CPU's cache
 
 
 def _cross_entropy_rows(
@@ -223,8 +229,9 @@ def _cross_entropy_rows(
             f"got {targets[unknown][0].item()}"
         )
     known = targets.where(valid & ~unknown, 0).long()
-    for start in range(0, logits.shape[0], _BLOCK_ROWS):
-        block = slice(start, start + _BLOCK_ROWS)
+    step = max(1, _BLOCK_LOGITS // n_cols)
+    for start in range(0, logits.shape[0], step):
+        block = slice(start, start + step)
         tile, target = logits[block], known[block, None]
         p = torch.softmax(tile, dim=-1, dtype=losses.dtype)
         peak = tile.amax(dim=-1, keepdim=True).to(losses.dtype)
