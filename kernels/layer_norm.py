@@ -133,7 +133,8 @@ def layer_norm_bwd(
     fused = n_cols <= MAX_FUSED_WIDTH
     launch = row_launch if fused else _NARROW_LAUNCH
     tiles = triton.cdiv(n_rows, launch["BLOCK_M"])
-    programs = min(4 * _common.multiprocessors(x.device), tiles)
+    resident = 3 if dropout_p else 4  # of a multiprocessor's registers, at 768 columns in bfloat16
+    programs = min(resident * _common.multiprocessors(x.device), tiles)
     rows_per_program = triton.cdiv(tiles, programs) * launch["BLOCK_M"]
     programs = triton.cdiv(n_rows, rows_per_program)
     partial = torch.empty(len(params), programs, n_cols, dtype=mean.dtype, device=x.device)

@@ -209,6 +209,7 @@ def _layer_norm_bwd_kernel(
     start_n = tl.program_id(1) * BLOCK_N
     offs_m, offs_n = tl.arange(0, BLOCK_M), start_n + tl.arange(0, BLOCK_N)
     mask_n = offs_n < n_cols
+    weight = tl.load(weight_ptr + offs_n, mask=mask_n, other=0.0).to(ACC)
     acc_dweight = tl.zeros([BLOCK_M, BLOCK_N], dtype=ACC)
     acc_dbias = tl.zeros([BLOCK_M, BLOCK_N], dtype=ACC)
     acc_ddelta_bias = tl.zeros([BLOCK_M, BLOCK_N], dtype=ACC)
@@ -221,8 +222,7 @@ def _layer_norm_bwd_kernel(
             dy_ptr, x_ptr, x_stride_row, mean_ptr, rstd_ptr, start, offs_m, offs_n, n_rows, n_cols,
             ACC,
         )  # fmt: skip
-        # read again for each tile, from the cache: between tiles it would hold registers
-        w = tl.load(weight_ptr + offs_n, mask=mask_n, other=0.0).to(ACC)[None, :] * dy
+        w = weight[None, :] * dy
         if means_ptr is None:
             mean_w, mean_wx = _row_means(w, x_hat, n_cols)
         else:
