@@ -77,6 +77,8 @@ class Model:
     dropout: float = 0.0
     # Biases in Linear and LayerNorm.
     bias: bool = False
+    # Make GELU's and LayerNorm's results again in the backward pass: less memory, the same numbers.
+    recompute: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)

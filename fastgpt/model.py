@@ -164,28 +164,28 @@ class Block(nn.Module):
     """
 
     def __init__(
-        self,
-        config: GPTConfig,
-        ops: ModuleType = default_ops,
-        gelu: str = "none",
-        recompute: bool = False,
+        self, config: GPTConfig, ops: ModuleType = default_ops, gelu: str = "none"
     ) -> None:
         super().__init__()
         self.ln_1 = LayerNorm(config.n_embd, config.bias, ops)
         self.attn = CausalSelfAttention(config, ops)
         self.ln_2 = LayerNorm(config.n_embd, config.bias, ops)
         self.mlp = MLP(config, ops, gelu)
-        self._recompute = recompute
 
     def forward(
-        self, x: Tensor, residual: Tensor, next_norm: LayerNorm, dropout: _Dropout
+        self,
+        x: Tensor,
+        residual: Tensor,
+        next_norm: LayerNorm,
+        dropout: _Dropout,
+        recompute: bool,
     ) -> tuple[Tensor, Tensor]:
         """``x`` is ``ln_1(residual)``, both (B, T, C); returns their likes for the next block."""
         attn, mlp = self.attn, self.mlp
-        delta = attn(x, self.ln_1.recipe(residual) if self._recompute else None, dropout)
+        delta = attn(x, self.ln_1.recipe(residual) if recompute else None, dropout)
         drop = dropout.arguments(attn.resid_dropout, attn.resid_dropout.p)
         x, residual = self.ln_2.of_sum(residual, delta, attn.c_proj.bias, drop)
-        delta = mlp(x, self.ln_2.recipe(residual) if self._recompute else None)
+        delta = mlp(x, self.ln_2.recipe(residual) if recompute else None)
         drop = dropout.arguments(mlp.dropout, mlp.dropout.p)
         return next_norm.of_sum(residual, delta, mlp.c_proj.bias, drop)
 
@@ -380,7 +380,8 @@ class GPT(LanguageModel):
     ``portable`` or ``reference`` of ``fastgpt.kernels``. ``gelu`` is "none" for the exact erf form,
     as in nanoGPT, or "tanh" for the one that OpenAI's weights were trained with;
     ``gelu_approximate`` holds the choice. With ``recompute`` the results of GELU and LayerNorm are
-    made again in the backward rather than kept: less memory, the same numbers.
+    made again in the backward rather than kept: less memory, the same numbers. The attribute
+    ``recompute`` may be changed at any time.
 
     With the same seed the initial weights are nanoGPT's, bit for bit.
     """
@@ -396,6 +397,7 @@ class GPT(LanguageModel):
         if gelu not in ("none", "tanh"):
             raise ValueError(f"gelu must be 'none' or 'tanh', got {gelu!r}")
         self.gelu_approximate = gelu
+        self.recompute = recompute
         self._dropout_seed = ops.dropout_seed
         self._embedding = ops.embedding
         self._linear_cross_entropy = ops.linear_cross_entropy
@@ -406,9 +408,7 @@ class GPT(LanguageModel):
                 "wte": nn.Embedding(config.vocab_size, config.n_embd),
                 "wpe": nn.Embedding(config.block_size, config.n_embd),
                 "drop": nn.Dropout(config.dropout),
-                "h": nn.ModuleList(
-                    Block(config, ops, gelu, recompute) for _ in range(config.n_layer)
-                ),
+                "h": nn.ModuleList(Block(config, ops, gelu) for _ in range(config.n_layer)),
                 "ln_f": LayerNorm(config.n_embd, config.bias, ops),
             }
         )
@@ -436,7 +436,7 @@ class GPT(LanguageModel):
         following = [*(block.ln_1 for block in trunk.h), trunk.ln_f]
         x = following[0](residual)
         for block, next_norm in zip(trunk.h, following[1:], strict=True):
-            x, residual = block(x, residual, next_norm, dropout)
+            x, residual = block(x, residual, next_norm, dropout, self.recompute)
         return x
 
     def _logits(self, idx: Tensor, last_only: bool) -> Tensor:

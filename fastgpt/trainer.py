@@ -61,6 +61,8 @@ class Trainer:
         self.tokenizer = CharTokenizer.load(meta) if meta.exists() else None
         saved, path = self._saved_state()
         model = self._build_model(saved, path)
+        if isinstance(model, GPT):
+            model.recompute = config.recompute
         self.config = config = self._with_shape_of(model)
         self.batches = Batches(
             config.data_dir,

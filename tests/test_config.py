@@ -51,7 +51,13 @@ NANOGPT_DEFAULTS = {
 def test_nanogpts_keys_and_defaults() -> None:
     ours = asdict(TrainConfig())
     assert NANOGPT_DEFAULTS.items() <= ours.items()
-    own = {"dtype": "auto", "seed": 1337, "model": "gpt", "data_root": "data"}
+    own = {
+        "dtype": "auto",
+        "seed": 1337,
+        "model": "gpt",
+        "recompute": False,
+        "data_root": "data",
+    }
     assert ours == NANOGPT_DEFAULTS | own
 
 
@@ -106,6 +112,7 @@ def test_an_int_is_accepted_for_a_float_and_becomes_one() -> None:
         ({"model": "rnn"}, ValueError, "model must be one of gpt, bigram, got 'rnn'"),
         ({"init_from": "gpt3"}, ValueError, "init_from must be one of scratch, .* got 'gpt3'"),
         ({"model": "bigram", "init_from": "gpt2"}, ValueError, "init_from must be scratch or"),
+        ({"recompute": 1}, TypeError, "recompute must be True or False, got 1"),
         ({"n_head": 5}, ValueError, "n_embd=768 with n_head=5"),
         ({"batch_size": 0}, ValueError, "batch_size must be at least 1, got 0"),
         ({"eval_interval": 0}, ValueError, "eval_interval must be at least 1, got 0"),

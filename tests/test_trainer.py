@@ -81,6 +81,17 @@ def test_training_learns_and_reports(tmp_path: Path) -> None:
     assert "mfu" not in text  # it is a share of a GPU's peak
 
 
+def test_recompute_trains_to_the_same_weights_and_losses(tmp_path: Path) -> None:
+    kept, again = (trained(tmp_path, recompute=recompute) for recompute in (False, True))
+    assert isinstance(kept.model, GPT) and isinstance(again.model, GPT)
+    assert (kept.model.recompute, again.model.recompute) == (False, True)
+    assert kept.val_loss == again.val_loss
+    assert_same(dict(kept.model.state_dict()), dict(again.model.state_dict()))
+    assert state_of(tmp_path)["config"]["recompute"] is True
+    resumed = Trainer(small_config(tmp_path, recompute=True, init_from="resume"), quiet())
+    assert isinstance(resumed.model, GPT) and resumed.model.recompute
+
+
 def test_a_terminal_gets_a_bar(tmp_path: Path) -> None:
     out = io.StringIO()
     console = Console(file=out, force_terminal=True, width=140, highlight=False)
@@ -244,9 +255,10 @@ def test_pretrained_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     (tmp_path / "small" / "meta.pkl").unlink()
     with pytest.raises(ValueError, match="block_size must be at most 32 .* got 33"):
         Trainer(small_config(tmp_path, init_from="gpt2-medium", block_size=33))
-    trainer = trained(tmp_path, init_from="gpt2-medium", dropout=0.2)
+    trainer = trained(tmp_path, init_from="gpt2-medium", dropout=0.2, recompute=True)
     assert trainer.model.config.dropout == 0.2 and trainer.model.config.block_size == 16
     assert trainer.config.n_layer == 3 and trainer.config.bias
+    assert isinstance(trainer.model, GPT) and trainer.model.recompute
     assert state_of(tmp_path)["fastgpt"]["gelu"] == "tanh"
 
 
