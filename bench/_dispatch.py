@@ -2,7 +2,7 @@
 
 import weakref
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -32,12 +32,13 @@ _ATTENTION = {
 
 @dataclass
 class OpTotal:
-    """One operator, all of its calls together."""
+    """One operator, all of its calls together; the kernels inside it by name."""
 
     calls: int = 0
     bytes: int = 0
     flops: int = 0
     ms: float = 0.0
+    kernels_ms: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -122,7 +123,9 @@ class CostMode(TorchDispatchMode):
             for kernel in kernels:
                 total.bytes += kernel.bytes
                 total.flops += kernel.flops
-                total.ms += self._ceilings.ms(kernel.flops, kernel.bytes, half)
+                ms = self._ceilings.ms(kernel.flops, kernel.bytes, half)
+                total.ms += ms
+                total.kernels_ms[kernel.name] = total.kernels_ms.get(kernel.name, 0.0) + ms
         return out
 
 

@@ -7,32 +7,33 @@ from typing import Any
 from rich import box
 from rich.table import Table
 
-# Kinds of work, from the foot of a bar to its end, and what the names of their operators contain;
-# the first that fits. A fused operator goes where most of its time does.
+# Kinds of work, from the foot of a bar to its end, and what the names of their operators, a colon
+# and the name of the kernel contain; the first that fits. A GEMM's epilogue is part of it.
 KINDS: dict[str, tuple[str, ...]] = {
-    "loss": ("log_softmax", "nll_loss"),
+    "loss": ("log_softmax", "nll_loss", ": rows", ": scale"),
     "attention": ("attention", "bmm", "softmax", "masked_fill", "tril"),
+    "casts": ("_to_copy", "cast"),
+    "LayerNorm and residual": ("layer_norm", "aten::add:", "LayerNorm"),
     "matrix products": ("mm", "linear", "mlp"),
-    "LayerNorm and residual": ("layer_norm", "aten::add"),
     "GELU": ("gelu",),
-    "casts": ("_to_copy",),
     "embedding": ("embedding",),
     "copies and sums": ("",),
 }
 _COLOURS = (
     "#33415c",
     "#c2571a",
-    "#5c7fa8",
-    "#6a994e",
-    "#e0a458",
     "#a4133c",
+    "#6a994e",
+    "#5c7fa8",
+    "#e0a458",
     "#9d8189",
     "#c9ccd3",
 )
 
 
-def kind(op: str) -> str:
-    return next(kind for kind, parts in KINDS.items() if any(part in op for part in parts))
+def kind(op: str, kernel: str) -> str:
+    name = f"{op}: {kernel}"
+    return next(kind for kind, parts in KINDS.items() if any(part in name for part in parts))
 
 
 def title(run: dict[str, Any]) -> str:
@@ -92,7 +93,8 @@ def by_kind(run: dict[str, Any]) -> dict[str, dict[str, float]]:
     for name, variant in run["variants"].items():
         out[name] = dict.fromkeys(KINDS, 0.0)
         for op, total in variant["ops"].items():
-            out[name][kind(op)] += total["ms"]
+            for kernel, ms in total["kernels_ms"].items():
+                out[name][kind(op, kernel)] += ms
     out["floor"] = dict.fromkeys(KINDS, 0.0)
     for row in run["floor"]["rows"]:
         out["floor"][row["kind"]] += row["ms"]

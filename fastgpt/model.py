@@ -317,7 +317,7 @@ class LanguageModel(nn.Module):
         betas: tuple[float, float],
         device_type: str,
     ) -> torch.optim.AdamW:
-        """AdamW (Loshchilov & Hutter 2019), eps 1e-8, fused on CUDA.
+        """AdamW (Loshchilov & Hutter 2019), eps 1e-8, fused on CUDA and on the CPU.
 
         Group 0 holds the matrices and is decayed, group 1 the vectors and is not. Each keeps the
         order of ``named_parameters()``, by which a saved optimizer state is indexed.
@@ -327,8 +327,9 @@ class LanguageModel(nn.Module):
             {"params": [p for p in params if p.dim() >= 2], "weight_decay": weight_decay},
             {"params": [p for p in params if p.dim() < 2], "weight_decay": 0.0},
         ]
-        # None lets PyTorch choose for other devices, as nanoGPT does
-        fused = True if torch.device(device_type).type == "cuda" else None
+        # None lets PyTorch choose for other devices. On the CPU too (nanoGPT leaves that out) one
+        # pass takes a fraction of the loop's time and none of its temporaries.
+        fused = True if torch.device(device_type).type in ("cuda", "cpu") else None
         return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, eps=1e-8, fused=fused)
 
     def load_state_dict(
@@ -433,9 +434,9 @@ class GPT(LanguageModel):
             trunk.wpe.weight,
             **dropout.arguments(trunk.drop, trunk.drop.p),
         )
-        following = [*(block.ln_1 for block in trunk.h), trunk.ln_f]
-        x = following[0](residual)
-        for block, next_norm in zip(trunk.h, following[1:], strict=True):
+        norms: list[Any] = [*(block.ln_1 for block in trunk.h), trunk.ln_f]
+        x = norms[0](residual)
+        for block, next_norm in zip(trunk.h, norms[1:], strict=True):
             x, residual = block(x, residual, next_norm, dropout, self.recompute)
         return x
 

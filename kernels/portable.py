@@ -5,6 +5,7 @@ Same names and signatures as in ``fused`` and ``reference``.
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastgpt.kernels import _checks, chunked_loss
+from fastgpt.kernels._precision import autocast_dtype
 from fastgpt.kernels.reference import dropout_seed as dropout_seed
 from fastgpt.kernels.reference import unpacked, widened
 
@@ -113,8 +115,11 @@ def residual_layer_norm(
         total = residual + total
     else:
         total = total.add_(residual)  # in place: one tensor less in memory, the same number
-    params = (widened(p, total.dtype) for p in (weight, bias))
-    return F.layer_norm(total, total.shape[-1:], *params, eps).to(delta.dtype), total
+    return _layer_norm(total, weight, bias, eps).to(delta.dtype), total
+
+
+def _layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
+    return F.layer_norm(x, x.shape[-1:], *widened(weight, bias, x.dtype), eps)
 
 
 class _RecomputedLinear(torch.autograd.Function):
@@ -154,10 +159,7 @@ def _recomputed_linear(
     rebuild: Callable[..., Tensor],
     *sources: Tensor | None,
 ) -> Tensor:
-    device_type = x.device.type
-    if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
-        # a Function is not cast by autocast, and its backward runs outside of it
-        x = x.to(torch.get_autocast_dtype(device_type))
+    x = x.to(autocast_dtype(x))  # a Function is not cast, and its backward runs outside of autocast
     weight = weight.to(x.dtype)
     bias = None if bias is None else bias.to(x.dtype)
     return _RecomputedLinear.apply(x, weight, bias, rebuild, *sources)
@@ -175,16 +177,8 @@ def linear(
     _checks.recipe(x, recompute)
     if recompute is None:
         return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
-    source, ln_weight, ln_bias, eps = recompute
-    return _recomputed_linear(
-        x,
-        weight,
-        bias,
-        lambda source, *params: F.layer_norm(source, source.shape[-1:], *params, eps),
-        source,
-        ln_weight,
-        ln_bias,
-    )
+    *sources, eps = recompute
+    return _recomputed_linear(x, weight, bias, partial(_layer_norm, eps=eps), *sources)
 
 
 def mlp(
@@ -202,9 +196,7 @@ def mlp(
     act = F.gelu(pre, approximate=approximate)
     if recompute is None:
         return linear(act, proj_weight)
-    return _recomputed_linear(
-        act, proj_weight, None, lambda pre: F.gelu(pre, approximate=approximate), pre
-    )
+    return _recomputed_linear(act, proj_weight, None, partial(F.gelu, approximate=approximate), pre)
 
 
 _BLOCK_LOGITS = 2**21  # at a time: 8 MB in float32, few enough to stay in a CPU's cache

@@ -137,13 +137,16 @@ def residual_layer_norm(
         delta = delta + delta_bias.to(delta.dtype)
     rows = _dropout(delta.reshape(-1, delta.shape[-1]), dropout_p, seed, stream)
     total = (residual + rows.view_as(residual)).to(residual.dtype)
-    params = (widened(p, total.dtype) for p in (weight, bias))
-    return layer_norm(total, *params, eps).to(delta.dtype), total
+    weight, bias = widened(weight, bias, total.dtype)
+    return layer_norm(total, weight, bias, eps).to(delta.dtype), total
 
 
-def widened(param: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    """A parameter in no less than the precision of what it meets."""
-    return None if param is None else param.to(torch.promote_types(param.dtype, dtype))
+def widened(
+    weight: Tensor, bias: Tensor | None, dtype: torch.dtype
+) -> tuple[Tensor, Tensor | None]:
+    """Parameters in no less than the precision of what they meet."""
+    dtype = torch.promote_types(weight.dtype, dtype)
+    return weight.to(dtype), None if bias is None else bias.to(dtype)
 
 
 def linear(

@@ -36,6 +36,7 @@ ALLOWED: dict[str, set[str]] = {
     "fastgpt.kernels.chunked_loss": {"fastgpt.kernels._costs", "fastgpt.kernels._precision"},
     "fastgpt.kernels.portable": {
         "fastgpt.kernels._checks",
+        "fastgpt.kernels._precision",
         "fastgpt.kernels.chunked_loss",
         "fastgpt.kernels.reference",
     },
@@ -279,7 +280,7 @@ def test_every_public_op_has_all_four_implementations() -> None:
     assert tuple(fused.__all__) == OPS
     for name in ("kernels.fused", "kernels.portable", "ops"):
         functions = public_functions(importlib.import_module(f"fastgpt.{name}"))
-        assert functions - {"unpacked", "widened"} == set(OPS), name
+        assert functions - {"autocast_dtype", "unpacked", "widened"} == set(OPS), name
     assert public_functions(importlib.import_module("fastgpt.kernels.reference")) >= set(OPS)
 
 

@@ -73,6 +73,7 @@ def test_any_tile_and_split(
     dy, x = torch.randn(77, 40), torch.randn(77, 48)
     dweight, dbias = gemm.weight_gradient(dy, x, True, torch.float32)
     torch.testing.assert_close(dweight.double(), dy.double().T @ x.double(), rtol=1e-5, atol=1e-5)
+    assert dbias is not None
     torch.testing.assert_close(dbias.double(), dy.double().sum(0), rtol=1e-5, atol=1e-5)
 
 

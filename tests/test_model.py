@@ -380,8 +380,8 @@ def test_optimizer_groups():
     assert len(optimizer.param_groups) == 2
 
 
-@pytest.mark.parametrize(("device", "fused"), [("cpu", None), ("mps", None), ("cuda", True)])
-def test_optimizer_is_fused_on_cuda(device, fused):
+@pytest.mark.parametrize(("device", "fused"), [("cpu", True), ("mps", None), ("cuda", True)])
+def test_where_the_optimizer_is_fused(device, fused):
     optimizer = small_model().configure_optimizers(0.1, 3e-4, (0.9, 0.95), device)
     assert optimizer.defaults["fused"] is fused
 
