@@ -14,6 +14,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fastgpt.kernels import _common
+from fastgpt.kernels._costs import KernelCost, nbytes
 from fastgpt.kernels.gelu import gelu_backward, gelu_forward
 from fastgpt.kernels.gemm_kernels import (
     _linear_gelu_bwd_kernel,
@@ -180,6 +181,20 @@ def splits(n_rows: int, n_cols: int, n_tokens: int, n_tiles: int, slots: int) ->
         return busy * waves * slots / (n_tiles * n) + (8 * n * n_rows * n_cols if n > 1 else 0)
 
     return min(range(1, _MAX_SPLITS + 1), key=cost)
+
+
+def weight_gradient_cost(dy: Tensor, x: Tensor, *gradients: Tensor) -> list[KernelCost]:
+    """As on an H100 or H200, which have 132 multiprocessors; shapes and dtypes are all it reads."""
+    n_cols = x.shape[-1]
+    n_tokens, n_rows = x.numel() // n_cols, gradients[0].shape[0]
+    block_m, block_n, *_, per_multiprocessor = TMA_TILES["weight"]
+    n_tiles = triton.cdiv(n_rows, block_m) * triton.cdiv(n_cols, block_n)
+    n_splits = splits(n_rows, n_cols, n_tokens, n_tiles, per_multiprocessor * 132)
+    partial = 4 * n_splits * n_rows * n_cols
+    return [
+        KernelCost("linear dweight", 2 * n_tokens * n_rows * n_cols, nbytes(dy, x) + partial),
+        KernelCost("linear dweight, its parts added up", 0, partial + nbytes(*gradients)),
+    ]
 
 
 def weight_gradient(

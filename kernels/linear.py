@@ -179,8 +179,7 @@ def _(out, dy, weight, saved, ln_weight, ln_bias, eps, has_bias, wants_dx, wants
         ]
     if wants_dweight:
         kernels += restoring(ln_weight, saved, dy.dtype)
-        x = operand(saved, dy.dtype)
-        kernels.append(product("linear dweight", n, k, tokens, dy, x, *out[wants_dx:]))
+        kernels += gemm.weight_gradient_cost(dy, operand(saved, dy.dtype), *out[wants_dx:])
     return kernels
 
 

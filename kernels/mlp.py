@@ -180,11 +180,10 @@ def _(
         kernels.append(product("linear dx", tokens, c, f, pre, fc, next(gradients)))
     if wants_dfc:
         parameters = [next(gradients) for _ in range(1 + has_bias)]
-        x = operand(saved, dy.dtype)
         kernels += restoring(ln_weight, saved, dy.dtype)
-        kernels.append(product("linear dweight", f, c, tokens, pre, x, *parameters))
+        kernels += gemm.weight_gradient_cost(pre, operand(saved, dy.dtype), *parameters)
     if wants_dproj:
-        kernels.append(product("linear dweight", n, f, tokens, dy, pre, next(gradients)))
+        kernels += gemm.weight_gradient_cost(dy, pre, next(gradients))
     return kernels
 
 

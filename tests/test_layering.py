@@ -56,6 +56,7 @@ ALLOWED: dict[str, set[str]] = {
     "fastgpt.kernels.gemm_kernels": {"fastgpt.kernels._common"},
     "fastgpt.kernels.gemm": {
         "fastgpt.kernels._common",
+        "fastgpt.kernels._costs",
         "fastgpt.kernels.gelu",
         "fastgpt.kernels.gemm_kernels",
     },

@@ -149,6 +149,21 @@ def test_the_fused_step_moves_little() -> None:
     assert recomputing.ms <= 82
 
 
+def test_readme_shows_these_figures() -> None:
+    readme = (Path(__file__).parent.parent / "README.md").read_text()
+    rows = {
+        "nanoGPT, eager with SDPA": gpt2("sdpa"),
+        "fastgpt": gpt2("fastgpt"),
+        "fastgpt, recompute": gpt2("fastgpt-recompute"),
+    }
+    for name, r in rows.items():
+        gigabytes = f"{r.bytes / 1e9:.1f} | {r.saved_bytes / 1e9:.2f}"
+        assert f"| {name} | {r.calls} | {gigabytes} | {r.ms:.1f} |" in readme
+    floor = _ceilings.floor(GPT2, 64, 1024, H200)
+    moved, ms = sum(row.bytes for row in floor), sum(row.ms for row in floor)
+    assert f"| each byte moved once | | {moved / 1e9:.1f} | | {ms:.1f} |" in readme
+
+
 def test_published_floor() -> None:
     """Milliseconds at B=64, in the order of the step."""
     rows = _ceilings.floor(GPT2, 64, 1024, H200)
