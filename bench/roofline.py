@@ -51,7 +51,7 @@ from torch._subclasses import FakeTensorMode
 
 from fastgpt import GPT, GPTConfig
 from fastgpt.kernels import _common, fused
-from fastgpt.model import _PRETRAINED_SHAPES
+from fastgpt.model import PRETRAINED_SHAPES
 
 VariantName = Literal["naive", "sdpa", "fastgpt", "fastgpt-recompute"]
 
@@ -119,7 +119,7 @@ class Options:
 
     @property
     def config(self) -> GPTConfig:
-        n_layer, n_head, n_embd = _PRETRAINED_SHAPES[self.model]
+        n_layer, n_head, n_embd = PRETRAINED_SHAPES[self.model]
         return GPTConfig(self.block_size, self.vocab_size, n_layer, n_head, n_embd, bias=self.bias)
 
     @property

@@ -3,7 +3,8 @@
 from importlib import metadata
 
 from fastgpt.bigram import Bigram
-from fastgpt.model import GPT, GPTConfig
+from fastgpt.language_model import GPTConfig
+from fastgpt.model import GPT
 
 try:
     __version__ = metadata.version("fastgpt-triton")

@@ -2,7 +2,7 @@
 
 from torch import Tensor, nn
 
-from fastgpt.model import GPTConfig, LanguageModel
+from fastgpt.language_model import GPTConfig, LanguageModel
 
 
 class Bigram(LanguageModel):

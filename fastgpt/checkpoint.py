@@ -21,7 +21,8 @@ from typing import Any
 import torch
 
 from fastgpt.bigram import Bigram
-from fastgpt.model import GPT, GPTConfig, LanguageModel
+from fastgpt.language_model import GPTConfig, LanguageModel
+from fastgpt.model import GPT
 from fastgpt.tokenizer import CharTokenizer
 
 BEST, LAST = "ckpt.pt", "last.pt"

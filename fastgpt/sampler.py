@@ -9,7 +9,8 @@ import torch
 from fastgpt import checkpoint as ckpt
 from fastgpt.config import SampleConfig
 from fastgpt.devices import autocast, resolve_device, resolve_dtype
-from fastgpt.model import GPT, LanguageModel
+from fastgpt.language_model import LanguageModel
+from fastgpt.model import GPT
 from fastgpt.tokenizer import CharTokenizer, GPT2Tokenizer, load_tokenizer
 
 _FROM_FILE = "FILE:"

@@ -26,8 +26,9 @@ from fastgpt.bigram import Bigram
 from fastgpt.config import TrainConfig
 from fastgpt.data import Batches
 from fastgpt.devices import autocast, resolve_device, resolve_dtype
+from fastgpt.language_model import GPTConfig, LanguageModel
 from fastgpt.meter import Meter, interrupts
-from fastgpt.model import GPT, GPTConfig, LanguageModel
+from fastgpt.model import GPT
 from fastgpt.tokenizer import CharTokenizer
 
 _GPT2_VOCAB_SIZE = 50304  # for data without a meta.pkl: 50257, padded to a multiple of 64

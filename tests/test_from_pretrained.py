@@ -14,7 +14,7 @@ def published(monkeypatch):
     """A random Hugging Face GPT-2 that ``from_pretrained("gpt2")`` will find."""
     import transformers
 
-    monkeypatch.setitem(fastgpt.model._PRETRAINED_SHAPES, "gpt2", (2, 2, 32))
+    monkeypatch.setitem(fastgpt.model.PRETRAINED_SHAPES, "gpt2", (2, 2, 32))
     torch.manual_seed(3)
     model = transformers.GPT2LMHeadModel(transformers.GPT2Config(n_layer=2, n_head=2, n_embd=32))
     with torch.no_grad():
@@ -48,7 +48,7 @@ def test_from_pretrained_without_dropout(published):
 
 
 def test_pretrained_shapes():
-    assert fastgpt.model._PRETRAINED_SHAPES == {
+    assert fastgpt.model.PRETRAINED_SHAPES == {
         "gpt2": (12, 12, 768),
         "gpt2-medium": (24, 16, 1024),
         "gpt2-large": (36, 20, 1280),

@@ -1,0 +1,217 @@
+"""A language model's shape, and what every model here shares: loss, sampling, optimizer, loading.
+
+In the shape comments B is the batch, T the length, V ``vocab_size``.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+@dataclass
+class GPTConfig:
+    """The shape of a model. Exactly these seven fields: nanoGPT reads them from checkpoints.
+
+    Raises TypeError or ValueError naming the field, the value and what is allowed.
+    """
+
+    block_size: int = 1024
+    vocab_size: int = 50304  # GPT-2's 50257, padded to a multiple of 64 for speed
+    n_layer: int = 12
+    n_head: int = 12
+    n_embd: int = 768
+    dropout: float = 0.0
+    bias: bool = True  # in the Linear and LayerNorm layers
+
+    def __post_init__(self) -> None:
+        for name in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd"):
+            value = getattr(self, name)
+            if not isinstance(value, int):
+                raise TypeError(f"{name} must be an int of at least 1, got {value!r}")
+            if value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+        if self.n_embd % self.n_head:
+            raise ValueError(
+                f"n_embd must be a multiple of n_head, got n_embd={self.n_embd} "
+                f"and n_head={self.n_head}"
+            )
+        if not 0.0 <= self.dropout < 1.0:
+            raise ValueError(f"dropout must lie in [0, 1), got {self.dropout}")
+
+
+class LanguageModel(nn.Module):
+    """What every model here shares: loss, sampling, optimizer, loading. A model adds its
+    parameters and ``_logits``.
+    """
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.config = config
+
+    def _logits(self, idx: Tensor, last_only: bool) -> Tensor:
+        """Token ids (B, T) → logits of the next token (B, T, V), or (B, 1, V) of the last one."""
+        raise NotImplementedError
+
+    def _loss(self, idx: Tensor, targets: Tensor) -> Tensor:
+        """The mean cross-entropy, for training: no logits are asked for."""
+        return _cross_entropy(self._logits(idx, last_only=False), targets)
+
+    def _init_weights(self, module: nn.Module) -> None:
+        if isinstance(module, (nn.Linear, nn.Embedding)):
+            nn.init.normal_(module.weight, mean=0.0, std=0.02)
+        if isinstance(module, nn.Linear) and module.bias is not None:
+            nn.init.zeros_(module.bias)
+
+    def get_num_params(self, non_embedding: bool = True) -> int:
+        """The number of parameters; by default without the position table, if there is one.
+        A tied weight counts once.
+        """
+        return sum(p.numel() for p in self.parameters())
+
+    def forward(
+        self, idx: Tensor, targets: Tensor | None = None, return_logits: bool = False
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Predict the next token.
+
+        ``idx`` and ``targets`` are (B, T) token ids, int64 or int32, 1 <= T <= block_size.
+        Returns ``(logits, loss)``:
+
+        - without targets: logits (B, 1, V) of the last position, and None;
+        - with targets: logits (B, T, V) and the mean cross-entropy in nats, a float32 scalar
+          (float64 for a float64 model). Targets of -1 are ignored; if all are, the loss is NaN.
+        - While training (``self.training``, gradients enabled, targets given) logits is None,
+          unless ``return_logits``: the fused loss never builds them.
+
+        Raises TypeError or ValueError on a wrong dtype, shape or device, and AssertionError, as
+        nanoGPT does, on a T over block_size. Ids are not checked against the vocabulary: on a
+        GPU that would stall every step.
+        """
+        self._check_tokens("idx", idx)
+        t = idx.shape[1]
+        if t > self.config.block_size:
+            raise AssertionError(
+                f"Cannot forward sequence of length {t}, block size is only "
+                f"{self.config.block_size}"
+            )
+        if targets is None:
+            return self._logits(idx, last_only=True), None
+        self._check_tokens("targets", targets)
+        if targets.shape != idx.shape:
+            raise ValueError(
+                f"targets must have the shape of idx {tuple(idx.shape)}, got {tuple(targets.shape)}"
+            )
+        if self.training and torch.is_grad_enabled() and not return_logits:
+            return None, self._loss(idx, targets)
+        logits = self._logits(idx, last_only=False)
+        return logits, _cross_entropy(logits, targets)
+
+    def _check_tokens(self, name: str, tokens: Tensor) -> None:
+        if not isinstance(tokens, Tensor):
+            raise TypeError(f"{name} must be a torch.Tensor, got {type(tokens).__name__}")
+        if tokens.dtype not in (torch.int64, torch.int32):
+            raise TypeError(f"{name} must be torch.int64 or torch.int32, got {tokens.dtype}")
+        if tokens.dim() != 2 or tokens.shape[1] == 0:
+            raise ValueError(
+                f"{name} must have shape (B, T) with T of at least 1, got {tuple(tokens.shape)}"
+            )
+        device = next(self.parameters()).device
+        if tokens.device != device:
+            raise ValueError(
+                f"{name} must be on the model's device ({device}), got {tokens.device}"
+            )
+
+    @torch.no_grad()
+    def generate(
+        self,
+        idx: Tensor,
+        max_new_tokens: int,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+    ) -> Tensor:
+        """Append ``max_new_tokens`` sampled tokens to the prompts ``idx`` (B, T), T >= 1.
+
+        Each token is drawn from the softmax of logits / ``temperature`` (0: the likeliest token),
+        among the ``top_k`` likeliest if given. The model sees the last ``block_size`` tokens.
+        Sampling uses PyTorch's generator; dropout stays on unless ``eval()`` was called.
+
+        Returns (B, T + max_new_tokens). Raises ValueError or TypeError naming the argument.
+        """
+        self._check_tokens("idx", idx)
+        self._check_ids(idx)
+        if max_new_tokens < 0:
+            raise ValueError(f"max_new_tokens must be at least 0, got {max_new_tokens}")
+        if not temperature >= 0.0:
+            raise ValueError(f"temperature must be at least 0 (greedy), got {temperature}")
+        if top_k is not None and top_k < 1:
+            raise ValueError(f"top_k must be at least 1, or None for all tokens, got {top_k}")
+        for _ in range(max_new_tokens):
+            logits, _loss = self(idx[:, -self.config.block_size :])
+            idx = torch.cat((idx, _draw(logits[:, -1, :], temperature, top_k)), dim=1)
+        return idx
+
+    def _check_ids(self, idx: Tensor) -> None:
+        if idx.numel() == 0:
+            return
+        for value in (int(idx.min()), int(idx.max())):
+            if not 0 <= value < self.config.vocab_size:
+                raise ValueError(
+                    f"idx must hold token ids from 0 to {self.config.vocab_size - 1} "
+                    f"(vocab_size {self.config.vocab_size}), got {value}"
+                )
+
+    def configure_optimizers(
+        self,
+        weight_decay: float,
+        learning_rate: float,
+        betas: tuple[float, float],
+        device_type: str,
+    ) -> torch.optim.AdamW:
+        """AdamW (Loshchilov & Hutter 2019), eps 1e-8, fused on CUDA and on the CPU.
+
+        Group 0 holds the matrices and is decayed, group 1 the vectors and is not. Each keeps the
+        order of ``named_parameters()``, by which a saved optimizer state is indexed.
+        """
+        params = [p for p in self.parameters() if p.requires_grad]
+        groups = [
+            {"params": [p for p in params if p.dim() >= 2], "weight_decay": weight_decay},
+            {"params": [p for p in params if p.dim() < 2], "weight_decay": 0.0},
+        ]
+        # None lets PyTorch choose for other devices. On the CPU too (nanoGPT leaves that out) one
+        # pass takes a fraction of the loop's time and none of its temporaries.
+        fused = True if torch.device(device_type).type in ("cuda", "cpu") else None
+        return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, eps=1e-8, fused=fused)
+
+    def load_state_dict(
+        self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
+    ) -> Any:
+        """As ``nn.Module.load_state_dict``; also takes what a compiled model saved (keys with the
+        prefix ``_orig_mod.``) and old files that hold the causal mask.
+        """
+        weights = {
+            name.removeprefix("_orig_mod."): tensor
+            for name, tensor in state_dict.items()
+            if not name.endswith((".attn.bias", ".attn.masked_bias"))
+        }
+        return super().load_state_dict(weights, strict=strict, assign=assign)
+
+
+def _cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+    # half precision holds a loss near 10 to two digits only
+    scores = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return F.cross_entropy(scores.flatten(0, 1), targets.flatten().long(), ignore_index=-1)
+
+
+def _draw(logits: Tensor, temperature: float, top_k: int | None) -> Tensor:
+    """One token (B, 1) from the logits (B, V) of the next one."""
+    if temperature == 0.0:
+        return logits.argmax(dim=-1, keepdim=True)
+    logits = logits / temperature
+    if top_k is not None:
+        kth_best = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
+        logits = logits.masked_fill(logits < kth_best, -math.inf)
+    return torch.multinomial(torch.softmax(logits, dim=-1), num_samples=1)
