@@ -22,9 +22,10 @@ from fastgpt.kernels.layer_norm import layer_norm_fwd
 
 
 def rows(x: Tensor) -> Tensor:
-    """(..., N) → (T, N) with adjacent columns; copied only where no view can say it."""
+    """(..., N) → (T, N) with adjacent columns; copied only where no view can say it, and where rows
+    overlap (an expanded gradient), which no tensor descriptor can say."""
     x = x.reshape(-1, x.shape[-1])
-    return x if x.stride(1) == 1 else x.contiguous()
+    return x if x.stride(1) == 1 and x.stride(0) >= x.shape[1] else x.contiguous()
 
 
 def cast(weight: Tensor, dtype: torch.dtype) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from fastgpt.kernels import fused, gemm, portable, reference
-from fastgpt.kernels.linear import _linear_bwd_op, _linear_op
+from fastgpt.kernels.linear import _linear_bwd_op, _linear_op, rows
 
 # (shape of x, outputs): sizes that are no multiple of a tile; rows that no TMA can copy; empty.
 SHAPES = [
@@ -183,6 +183,18 @@ def test_autocast_rounds_the_weight_and_not_its_gradient(device: str, dtype: tor
     assert weight.grad.dtype == bias.grad.dtype == torch.float32
     expected = torch.ones(9, 24, device=device).T @ x.to(dtype).float()
     torch.testing.assert_close(weight.grad, expected, rtol=1e-5, atol=1e-5)  # not rounded to dtype
+
+
+def test_expanded_gradients_are_copied(device: str) -> None:
+    x, weight, _ = _inputs((9, 16), 24, torch.float32, device, "contiguous")
+    weight.requires_grad_()
+    for grad in (
+        torch.randn(24, device=device).expand(9, 24),
+        torch.ones((), device=device).expand(9, 24),
+    ):
+        (dweight,) = torch.autograd.grad(fused.linear(x, weight), weight, grad)
+        torch.testing.assert_close(dweight, grad.T @ x, rtol=1e-5, atol=1e-5)
+        assert rows(grad).is_contiguous()
 
 
 def test_flops() -> None:

@@ -177,10 +177,12 @@ def test_training_dropout_drops(ops, device):
     assert torch.equal(model(x, y)[1], model(x, y)[1])
 
 
-def test_compiled_whole(ops, device):
+@pytest.mark.parametrize("recompute", [False, True], ids=["", "recompute"])
+def test_compiled_whole(ops, device, recompute):
     x, y = batch(BLOCK, device)
     eager = outcome(model_with(ops, small_config(), device), x, y)
     model = model_with(ops, small_config(), device)
+    model.recompute = recompute
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     assert max(largest_differences(outcome(compiled, x, y), eager).values()) <= 1e-6
 
