@@ -118,7 +118,7 @@ def _linear_cross_entropy(n_classes: tuple[int, ...], dtype: str) -> None:
 CASES = {
     "gelu": partial(_gelu),
     **{
-        f"layer_norm-{dtype}": partial(_layer_norm, (65, 768, 1600, 4096, 8192, 16384), dtype)
+        f"layer_norm-{dtype}": partial(_layer_norm, (65, 384, 768, 1600, 4096, 8192, 16384), dtype)
         for dtype in ("bf16", "fp32")
     },
     **{
@@ -126,8 +126,8 @@ CASES = {
             _residual_layer_norm, widths, dtype, residual_dtype
         )
         for dtype, residual_dtype, widths in (
-            ("bf16", "bf16", (65, 768, 1600, 4096, 8192, 16384)),
-            ("fp32", "fp32", (65, 768, 1600, 4096, 8192, 16384)),
+            ("bf16", "bf16", (65, 384, 768, 1600, 4096, 8192, 16384)),
+            ("fp32", "fp32", (65, 384, 768, 1600, 4096, 8192, 16384)),
             ("fp16", "fp32", (768, 8192)),
         )
     },
