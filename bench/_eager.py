@@ -1,7 +1,7 @@
-"""nanoGPT's training step in eager PyTorch: the baselines that ``roofline.py`` counts.
+"""nanoGPT's training step in eager PyTorch: the baselines of ``run.py`` and ``roofline.py``.
 
 A function of a ``fastgpt.GPT``'s parameters, not a module of ops for it: ``GPT`` leaves the biases
-of its projections and the loss to fused ops, and those would change what PyTorch dispatches here.
+of its projections and the loss to fused ops, and those would change what PyTorch does here.
 """
 
 import math

@@ -14,6 +14,7 @@ from rich.table import Table
 
 CPU_NOTE = "CPU, no claim about GPUs"
 _BASELINES = ("sdpa_compile", "sdpa_autotune")  # the best of them is what a speed-up refers to
+_OVER_EAGER = ("fastgpt", "sdpa")
 _NOISE = ("fastgpt", "fastgpt_again")  # the same thing measured twice
 
 
@@ -45,6 +46,7 @@ def record(
     return {
         "tokens_per_step": tokens_per_step,
         "baseline": baseline,
+        "over_eager": _ratio(rates, *_OVER_EAGER),
         "noise": _difference(rates),
         "reference_losses": reference_losses,
         "variants": {
@@ -52,11 +54,7 @@ def record(
                 **asdict(result),
                 "ms_per_step": asdict(speeds[name]) if name in speeds else None,
                 "tokens_per_s": asdict(rates[name]) if name in rates else None,
-                "speedup": (
-                    rates[name].median / rates[baseline].median
-                    if baseline is not None and name in rates
-                    else None
-                ),
+                "speedup": None if baseline is None else _ratio(rates, name, baseline),
                 **_deviation(result, reference_losses),
             }
             for name, result in results.items()
@@ -64,12 +62,17 @@ def record(
     }
 
 
+def _ratio(rates: Mapping[str, Spread], name: str, base: str) -> float | None:
+    """How many times as fast as ``base``; None unless both were measured."""
+    if name not in rates or base not in rates:
+        return None
+    return rates[name].median / rates[base].median
+
+
 def _difference(rates: Mapping[str, Spread]) -> float | None:
     """By what share two measurements of the same thing differ."""
-    if not all(name in rates for name in _NOISE):
-        return None
-    first, second = (rates[name].median for name in _NOISE)
-    return abs(second / first - 1.0)
+    ratio = _ratio(rates, *reversed(_NOISE))
+    return None if ratio is None else abs(ratio - 1.0)
 
 
 def _deviation(result: Result, reference_losses: list[float]) -> dict[str, float | None]:
@@ -129,7 +132,7 @@ def _cells(variant: dict[str, Any]) -> list[str]:
     return [
         _number(median, "{:,.0f}"),
         _number(variant["speedup"], "{:.2f}x"),
-        "–" if ms is None else f"{ms['median']:.4g}",
+        "–" if ms is None else _four_digits(ms["median"]),
         "–" if ms is None else f"{_three_digits(ms['p10'])}-{_three_digits(ms['p90'])}",
         _number(None if peak is None else peak / 1e9, "{:.2f}"),
         "/".join(starts),
@@ -140,6 +143,10 @@ def _cells(variant: dict[str, Any]) -> list[str]:
 
 def _number(value: float | None, style: str) -> str:
     return "–" if value is None else style.format(value)
+
+
+def _four_digits(value: float) -> str:
+    return f"{value:.4g}" if value < 1000 else f"{value:.0f}"
 
 
 def _three_digits(value: float | None) -> str:
@@ -153,6 +160,9 @@ def _basis(run: dict[str, Any]) -> list[str]:
     lines = list(run["notes"])
     if run["baseline"] is not None:
         lines.append(f"speed-up: over {run['baseline']}")
+    if run["over_eager"] is not None:
+        fast, eager = _OVER_EAGER
+        lines.append(f"{fast} over {eager}: {run['over_eager']:.2f}x")
     if run["noise"] is not None:
         lines.append(
             f"fastgpt measured twice: {100 * run['noise']:.1f}% apart; a smaller difference is none"

@@ -8,16 +8,15 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
 from typing import Literal
 
+import _eager
 import torch
 from torch import Tensor
 
-from fastgpt import GPT, GPTConfig, ops
+from fastgpt import GPT, GPTConfig
 from fastgpt.data import Batches
 from fastgpt.devices import autocast
-from fastgpt.kernels import portable, reference
 
 VariantName = Literal[
     "naive",
@@ -25,28 +24,53 @@ VariantName = Literal[
     "sdpa_compile",
     "sdpa_autotune",
     "fastgpt",
+    "fastgpt_recompute",
     "fastgpt_compile",
     "fastgpt_again",
 ]
+
+Loss = Callable[[GPT, Tensor, Tensor], Tensor]  # model, idx (B, T), targets (B, T) → scalar
+
+
+def _naive_loss(gpt: GPT, idx: Tensor, targets: Tensor) -> Tensor:
+    return _eager.loss(gpt, idx, targets, _eager.naive)
+
+
+def _sdpa_loss(gpt: GPT, idx: Tensor, targets: Tensor) -> Tensor:
+    return _eager.loss(gpt, idx, targets, _eager.sdpa)
+
+
+def _fastgpt_loss(gpt: GPT, idx: Tensor, targets: Tensor) -> Tensor:
+    loss: Tensor = gpt(idx, targets)[1]
+    return loss
 
 
 @dataclass(frozen=True)
 class Variant:
     label: str
-    ops: ModuleType
+    loss: Loss
+    recompute: bool = False
     compile_mode: str | None = None  # of torch.compile; None runs eagerly
+
+    @property
+    def nanogpt(self) -> bool:
+        """Whether it is the baseline, not this library."""
+        return self.loss is not _fastgpt_loss
 
 
 VARIANTS: dict[str, Variant] = {
-    "naive": Variant("eager, masked matmul", reference),
-    "sdpa": Variant("eager, SDPA", portable),
-    "sdpa_compile": Variant("torch.compile, SDPA", portable, "default"),
+    "naive": Variant("nanoGPT, masked matmul", _naive_loss),
+    "sdpa": Variant("nanoGPT, SDPA", _sdpa_loss),
+    "sdpa_compile": Variant("nanoGPT, SDPA, torch.compile", _sdpa_loss, compile_mode="default"),
     "sdpa_autotune": Variant(
-        "torch.compile (max-autotune), SDPA", portable, "max-autotune-no-cudagraphs"
+        "nanoGPT, SDPA, torch.compile (max-autotune)",
+        _sdpa_loss,
+        compile_mode="max-autotune-no-cudagraphs",
     ),
-    "fastgpt": Variant("fastgpt", ops),
-    "fastgpt_compile": Variant("fastgpt, torch.compile", ops, "default"),
-    "fastgpt_again": Variant("fastgpt again", ops),
+    "fastgpt": Variant("fastgpt", _fastgpt_loss),
+    "fastgpt_recompute": Variant("fastgpt, recompute", _fastgpt_loss, recompute=True),
+    "fastgpt_compile": Variant("fastgpt, torch.compile", _fastgpt_loss, compile_mode="default"),
+    "fastgpt_again": Variant("fastgpt again", _fastgpt_loss),
 }
 
 _REFERENCE_SEQUENCES = 2  # at a time: the float32 reference keeps every score and every logit
@@ -55,7 +79,7 @@ _REFERENCE_SEQUENCES = 2  # at a time: the float32 reference keeps every score a
 @dataclass(frozen=True, kw_only=True)
 class Options:
     """Tokens per second, step time, memory, time to the first step and loss of GPT training:
-    eager PyTorch, torch.compile and fastgpt side by side.
+    nanoGPT's step in eager PyTorch and under torch.compile, and fastgpt, side by side.
     """
 
     # What is measured, in this order. fastgpt_again is fastgpt a second time: it shows the noise.
@@ -64,6 +88,7 @@ class Options:
         "sdpa",
         "sdpa_compile",
         "fastgpt",
+        "fastgpt_recompute",
         "fastgpt_compile",
         "fastgpt_again",
     )
@@ -115,8 +140,18 @@ class Options:
             raise ValueError(f"learning_rate must be positive, got {self.learning_rate}")
 
 
+# A minute's worth: half of it is C++ that torch.compile has to have compiled.
 CPU_OPTIONS = Options(
-    batch_size=2, block_size=64, n_layer=2, n_head=4, n_embd=128, vocab_size=256, loss_steps=20
+    variants=("naive", "sdpa", "sdpa_compile", "fastgpt", "fastgpt_recompute", "fastgpt_again"),
+    batch_size=4,
+    block_size=64,
+    n_layer=2,
+    n_head=4,
+    n_embd=128,
+    vocab_size=256,
+    loss_steps=20,
+    warmup=5,
+    steps=10,
 )
 
 
@@ -157,19 +192,27 @@ class Plan:
         return Batches(self.data_dir, o.batch_size, o.block_size, self.device, o.seed, vocab_size)
 
 
+def optimizer_of(model: GPT, variant: Variant, learning_rate: float) -> torch.optim.Optimizer:
+    """The AdamW that a variant's users get."""
+    device_type = model.lm_head.weight.device.type
+    optimizer = model.configure_optimizers(0.1, learning_rate, (0.9, 0.95), device_type)
+    if variant.nanogpt and device_type == "cpu":
+        for group in optimizer.param_groups:
+            group["fused"] = None  # nanoGPT's is fused on CUDA alone
+    return optimizer
+
+
 class Training:
     """A variant in training, from the initial weights and the first batch on."""
 
     def __init__(self, variant: Variant, plan: Plan, dtype: torch.dtype | None = None) -> None:
         torch.manual_seed(plan.options.seed)
-        self._model = GPT(plan.config, variant.ops).to(plan.device)
-        self._forward: Callable[..., tuple[Tensor | None, Tensor]] = self._model
+        self._model = GPT(plan.config, recompute=variant.recompute).to(plan.device)
+        self._loss = variant.loss
         if variant.compile_mode is not None:
-            self._forward = torch.compile(self._model, mode=variant.compile_mode)
+            self._loss = torch.compile(variant.loss, mode=variant.compile_mode)
         self._autocast = autocast(plan.device, dtype or plan.dtype)
-        self._optimizer = self._model.configure_optimizers(
-            0.1, plan.options.learning_rate, (0.9, 0.95), plan.device.type
-        )
+        self._optimizer = optimizer_of(self._model, variant, plan.options.learning_rate)
         self._batches = plan.batches()
 
     def step(self) -> Tensor:
@@ -183,13 +226,13 @@ class Training:
 
     def _backward(self, x: Tensor, y: Tensor) -> Tensor:
         with self._autocast:
-            loss = self._forward(x, y)[1]
+            loss = self._loss(self._model, x, y)
         loss.backward()
         return loss.detach()
 
 
 class ReferenceTraining(Training):
-    """The plain ops in float32. The batch goes through in slices: the same gradients in less
+    """nanoGPT's step in float32. The batch goes through in slices: the same gradients in less
     memory.
     """
 
@@ -200,7 +243,7 @@ class ReferenceTraining(Training):
         total = torch.zeros((), device=x.device)
         slices = zip(x.split(_REFERENCE_SEQUENCES), y.split(_REFERENCE_SEQUENCES), strict=True)
         for x_slice, y_slice in slices:
-            loss = self._forward(x_slice, y_slice)[1] * (len(x_slice) / len(x))
+            loss = self._loss(self._model, x_slice, y_slice) * (len(x_slice) / len(x))
             loss.backward()
             total += loss.detach()
         return total

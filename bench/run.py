@@ -4,10 +4,13 @@
     python bench/run.py --batch_size=8 --variants fastgpt sdpa_compile
     python bench/run.py --out bench/results/h200    # run.json and run.png are written there
 
-Every variant starts from the same weights and sees the same batches of real text. One step is: the
-next batch from host to device, forward, backward, gradient clipping, AdamW; the host reads no loss.
+Every variant starts from the same weights and sees the same batches of real text. naive and sdpa
+are nanoGPT's step as its users run it: whole logits, PyTorch's cross-entropy, AdamW fused on CUDA;
+fastgpt is ``fastgpt.GPT``. One step is: the next batch from host to device, forward, backward,
+gradient clipping, AdamW; the host reads no loss.
 
-1. fp32 reference: ``loss_steps`` steps of the plain ops in float32, for the losses alone.
+1. fp32 reference: ``loss_steps`` steps of nanoGPT's model, eager and with masked matmul attention,
+   in float32, for the losses alone.
 2. Each variant alone on the device: the time to its first step, ``loss_steps`` losses, and the peak
    of allocated memory over those steps but the first.
 3. All variants side by side: built again, warmed up for ``warmup`` steps, then ``rounds`` rounds in
@@ -17,9 +20,8 @@ The time to the first step begins before the model is built and ends when the de
 first step: drawing the weights on the host, moving them, compiling, and one step. Cold: dynamo is
 reset, and the folders in which torch.compile and Triton keep what they compile are new and empty;
 on a GPU torch.compile was loaded before. What an earlier variant of the process compiled stays in
-memory, though: of the fastgpt variants the first alone compiles its kernels, and on a CPU, where
-sdpa_compile and fastgpt_compile are the same graph, the second of them finds its code. Warm: the
-second time, with those folders full. Starting Python and importing torch is in neither.
+memory, though: of the fastgpt variants the first alone compiles its kernels. Warm: the second time,
+with those folders full. Starting Python and importing torch is in neither.
 """
 
 import gc
@@ -200,14 +202,12 @@ def _notes(plan: Plan) -> list[str]:
     """What sets this run apart from the protocol."""
     notes = []
     if plan.device.type == "cpu":
-        notes.append(f"{_report.CPU_NOTE}: fastgpt runs PyTorch's own ops there, SDPA included")
-    few = [
-        f"{key}={getattr(plan.options, key)} (protocol: at least {least})"
-        for key, least in _PROTOCOL.items()
-        if getattr(plan.options, key) < least
-    ]
+        notes.append(f"{_report.CPU_NOTE}: fastgpt runs PyTorch's own ops there")
+    few = {key: n for key in _PROTOCOL if (n := getattr(plan.options, key)) < _PROTOCOL[key]}
     if few:
-        notes.append(f"short run: {', '.join(few)}")
+        given = ", ".join(f"{key}={n}" for key, n in few.items())
+        least = ", ".join(str(_PROTOCOL[key]) for key in few)
+        notes.append(f"short run: {given}; protocol: at least {least}")
     return notes
 
 

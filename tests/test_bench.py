@@ -30,7 +30,7 @@ TINY = [
     "--dtype=float32",
     "--learning_rate=0.01",
 ]
-EAGER = ("naive", "sdpa", "fastgpt", "fastgpt_again")
+EAGER = ("naive", "sdpa", "fastgpt", "fastgpt_recompute", "fastgpt_again")
 
 
 def measured(folder: Path, *more: str) -> dict[str, Any]:
@@ -78,6 +78,19 @@ def test_speeds_follow_from_the_step_times(eager: tuple[Path, dict[str, Any]]) -
         assert min(times) <= ms["p10"] <= ms["median"] <= ms["p90"] <= max(times)
         for low, high in (("median", "median"), ("p10", "p90"), ("p90", "p10")):
             assert speed[low] * ms[high] / 1e3 == pytest.approx(record["tokens_per_step"])
+
+
+def test_fastgpt_is_compared_with_eager_sdpa_and_with_itself(
+    eager: tuple[Path, dict[str, Any]], console_text: Any
+) -> None:
+    _, record = eager
+    fast, again, plain = (
+        record["variants"][name]["tokens_per_s"]["median"]
+        for name in ("fastgpt", "fastgpt_again", "sdpa")
+    )
+    assert record["over_eager"] == pytest.approx(fast / plain)
+    assert record["noise"] == pytest.approx(abs(again / fast - 1))
+    assert f"fastgpt over sdpa: {fast / plain:.2f}x" in console_text(_report.table(record))
 
 
 def test_losses_agree_with_the_reference_and_fall(eager: tuple[Path, dict[str, Any]]) -> None:
@@ -263,9 +276,38 @@ def test_a_variant_twice_is_refused() -> None:
         _training.Options(variants=())
 
 
+def test_variants_are_what_their_names_say(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On equal weights: nanoGPT's forward or ours, kept or recomputed, and whose AdamW."""
+    calls: list[bool] = []
+    forward = _training.GPT.forward
+
+    def noted(self: Any, *args: Any) -> Any:
+        calls.append(self.recompute)
+        return forward(self, *args)
+
+    monkeypatch.setattr(_training.GPT, "forward", noted)
+    config = _training.GPTConfig(16, 32, 1, 2, 16)
+    idx = torch.arange(16).view(1, 16)
+    losses = {}
+    for name, variant in _training.VARIANTS.items():
+        torch.manual_seed(0)
+        gpt = _training.GPT(config, recompute=variant.recompute)
+        calls.clear()
+        losses[name] = variant.loss(gpt, idx, idx).item()
+        assert calls == ([] if variant.nanogpt else [name == "fastgpt_recompute"])
+        optimizer = _training.optimizer_of(gpt, variant, 0.25)
+        for group in optimizer.param_groups:
+            assert (group["lr"], group["fused"]) == (0.25, None if variant.nanogpt else True)
+    assert [name for name in losses if _training.VARIANTS[name].nanogpt] == [
+        name for name in losses if not name.startswith("fastgpt")
+    ]
+    assert list(losses.values()) == pytest.approx([losses["naive"]] * len(losses), abs=1e-5)
+
+
 def test_every_variant_can_be_asked_for() -> None:
     assert get_args(_training.VariantName) == tuple(_training.VARIANTS)
-    assert set(_report._BASELINES) | set(_report._NOISE) <= set(_training.VARIANTS)
+    named = {*_report._BASELINES, *_report._NOISE, *_report._OVER_EAGER}
+    assert named <= set(_training.VARIANTS)
 
 
 # -- arithmetic
