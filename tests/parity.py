@@ -70,3 +70,17 @@ def assert_parity(
 
 def _rms(x: Tensor) -> Tensor:
     return x.square().mean().sqrt()
+
+
+def saved_storages(run: Callable[[], Tensor]) -> dict[int, int]:
+    """What autograd keeps of ``run()`` for the backward: address of the storage → bytes."""
+    kept: dict[int, int] = {}
+
+    def pack(x: Tensor) -> Tensor:
+        kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        out = run()
+    assert out.grad_fn is not None
+    return kept

@@ -7,7 +7,6 @@ import itertools
 import parity
 import pytest
 import torch
-from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from fastgpt.kernels import fused, gemm, portable, reference
@@ -81,11 +80,11 @@ def test_splits_fill_the_multiprocessors() -> None:
     """An H200 takes 264 programs of 128 x 128 at once. GPT-2's projection has 36 tiles: one part
     would leave six sevenths of it idle. Large sums are cut, small ones are not."""
     assert gemm.splits(768, 768, 65536, 36, 264) == 7
-    for rows, cols in itertools.product((768, 2304, 3072), (768, 3072)):
-        tiles = rows * cols // 128**2
-        n = gemm.splits(rows, cols, 65536, tiles, 264)
-        waves = tiles * n / 264
-        assert waves / -(-waves // 1) > 0.8, (rows, cols, n)  # the last wave is no waste
+    for m, n in itertools.product((768, 2304, 3072), (768, 3072)):
+        tiles = m * n // 128**2
+        parts = gemm.splits(m, n, 65536, tiles, 264)
+        waves = tiles * parts / 264
+        assert waves / -(-waves // 1) > 0.8, (m, n, parts)  # the last wave is no waste
     assert gemm.splits(768, 768, 64, 36, 264) == 1
     assert gemm.splits(50304, 768, 4096, 393 * 6, 264) == 1
 
@@ -119,19 +118,6 @@ def test_gradients_agree_to_the_bit_between_runs(device: str) -> None:
     assert all(map(torch.equal, *runs))
 
 
-def _saved_storages(run) -> dict[int, int]:
-    """Storage → bytes of what autograd keeps."""
-    kept: dict[int, int] = {}
-
-    def pack(x: Tensor) -> Tensor:
-        kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
-        return x
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-        run()
-    return kept
-
-
 @pytest.mark.parametrize("op", [fused.linear, portable.linear], ids=["fused", "portable"])
 @pytest.mark.parametrize("bias", [False, True], ids=["", "bias"])
 def test_recompute_keeps_the_source_and_changes_no_bit(op, bias: bool) -> None:
@@ -150,7 +136,7 @@ def test_recompute_keeps_the_source_and_changes_no_bit(op, bias: bool) -> None:
 
     recipe = (source, ln_weight, ln_bias_or_none, 1e-5)
     assert all(map(torch.equal, run(None), run(recipe)))
-    kept = _saved_storages(lambda: op(*leaves, recompute=recipe))
+    kept = parity.saved_storages(lambda: op(*leaves, recompute=recipe))
     assert source.untyped_storage().data_ptr() in kept
     assert x.untyped_storage().data_ptr() not in kept
 

@@ -3,6 +3,7 @@ both ways of loading, what is kept, frozen parameters, errors.
 """
 
 import itertools
+from functools import partial
 
 import parity
 import pytest
@@ -121,20 +122,6 @@ def test_gradients_agree_to_the_bit_between_runs(device: str) -> None:
     assert all(map(torch.equal, *runs))
 
 
-def _saved(run) -> tuple[int, set[int]]:
-    """Bytes that autograd keeps, each storage once, and where they are."""
-    kept: dict[int, int] = {}
-
-    def pack(x: Tensor) -> Tensor:
-        kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
-        return x
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-        y = run()
-    assert y.grad_fn is not None
-    return sum(kept.values()), set(kept)
-
-
 @pytest.mark.parametrize("ops", [fused, portable], ids=["fused", "portable"])
 @pytest.mark.parametrize("form", ["none", "tanh"])
 def test_recompute_keeps_less_and_changes_no_bit(device: str, ops, form: str) -> None:
@@ -152,10 +139,11 @@ def test_recompute_keeps_less_and_changes_no_bit(device: str, ops, form: str) ->
         (y.detach(), *torch.autograd.grad(y, leaves, grad)) for y in (run(None), run(recipe))
     ]
     assert all(map(torch.equal, *results))
-    (full, _), (less, where) = _saved(lambda: run(None)), _saved(lambda: run(recipe))
+    full, less = (parity.saved_storages(partial(run, given)) for given in (None, recipe))
     hidden, narrow = 4 * 40 * 128, 4 * 40 * 32
-    assert full - less == hidden + narrow - (source.nbytes + ln_weight.nbytes)
-    assert x.untyped_storage().data_ptr() not in where
+    spared = sum(full.values()) - sum(less.values())
+    assert spared == hidden + narrow - (source.nbytes + ln_weight.nbytes)
+    assert x.untyped_storage().data_ptr() not in less
 
 
 def test_nothing_is_kept_without_gradients() -> None:
