@@ -25,11 +25,13 @@ MAX_WIDTH = 16384
 MAX_FUSED_WIDTH = 4096
 
 
-def _launch(n_cols: int, elements: int, max_rows: int) -> dict[str, int]:
-    """Tile and warps for a kernel that keeps about ``elements`` of a row block in flight."""
+def _launch(n_cols: int, elements: int, max_rows: int, warp_cols: int) -> dict[str, int]:
+    """Tile and warps for a kernel that keeps about ``elements`` of a row block in flight, and
+    gives at most ``warp_cols`` columns to a warp as long as there are warps."""
     block_n = max(32, triton.next_power_of_2(n_cols))
     block_m = max(1, min(max_rows, elements // block_n))
-    return dict(BLOCK_M=block_m, BLOCK_N=block_n, num_warps=max(4, block_n // 512))
+    num_warps = min(32, max(4, block_n // warp_cols))
+    return dict(BLOCK_M=block_m, BLOCK_N=block_n, num_warps=num_warps)
 
 
 _NARROW_LAUNCH = dict(BLOCK_M=8, BLOCK_N=128, num_warps=4)
@@ -75,7 +77,7 @@ def layer_norm_fwd(
     rstd = torch.empty_like(mean)
     threshold, keep_scale = _common.dropout_numbers(dropout_p)
     if n_rows:
-        launch = _launch(n_cols, elements=4096, max_rows=16)
+        launch = _launch(n_cols, elements=4096, max_rows=8, warp_cols=256)
         with _common.on_device(x):
             _layer_norm_fwd_kernel[(triton.cdiv(n_rows, launch["BLOCK_M"]),)](
                 rows,
@@ -129,7 +131,7 @@ def layer_norm_bwd(
             p.zero_()
         return
 
-    row_launch = _launch(n_cols, elements=2048, max_rows=4)
+    row_launch = _launch(n_cols, elements=2048, max_rows=4, warp_cols=512)
     fused = n_cols <= MAX_FUSED_WIDTH
     launch = row_launch if fused else _NARROW_LAUNCH
     tiles = triton.cdiv(n_rows, launch["BLOCK_M"])
