@@ -53,6 +53,7 @@ _GROUP = 8  # tiles down before the next column
 # an H200; an A100 has 150, a B200 280. Only the number of splits depends on it.
 _FLOPS_PER_BYTE = 183
 _MAX_SPLITS = 32
+_MIN_TOKENS = 256  # in a part: fewer do not pay for the pass over dW
 
 
 def _tma(device: torch.device) -> bool:
@@ -180,7 +181,8 @@ def splits(n_rows: int, n_cols: int, n_tokens: int, n_tiles: int, slots: int) ->
         busy = 2 * n_rows * n_cols * n_tokens / _FLOPS_PER_BYTE
         return busy * waves * slots / (n_tiles * n) + (8 * n * n_rows * n_cols if n > 1 else 0)
 
-    return min(range(1, _MAX_SPLITS + 1), key=cost)
+    most = max(1, min(_MAX_SPLITS, n_tokens // _MIN_TOKENS))
+    return min(range(1, most + 1), key=cost)
 
 
 def weight_gradient_cost(dy: Tensor, x: Tensor, *gradients: Tensor) -> list[KernelCost]:
@@ -191,9 +193,13 @@ def weight_gradient_cost(dy: Tensor, x: Tensor, *gradients: Tensor) -> list[Kern
     n_tiles = triton.cdiv(n_rows, block_m) * triton.cdiv(n_cols, block_n)
     n_splits = splits(n_rows, n_cols, n_tokens, n_tiles, per_multiprocessor * 132)
     partial = 4 * n_splits * n_rows * n_cols
+    if n_splits == 1 and gradients[0].dtype == torch.float32:
+        partial_again = 0
+    else:
+        partial_again = partial + nbytes(*gradients)
     return [
         KernelCost("linear dweight", 2 * n_tokens * n_rows * n_cols, nbytes(dy, x) + partial),
-        KernelCost("linear dweight, its parts added up", 0, partial + nbytes(*gradients)),
+        KernelCost("linear dweight, its parts added up", 0, partial_again),
     ]
 
 

@@ -8,6 +8,7 @@ import os
 os.environ["OMP_NUM_THREADS"] = "1"
 
 import functools
+import sys
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
@@ -82,3 +83,10 @@ def device(request: pytest.FixtureRequest) -> Iterator[str]:
 def _seeded(request: pytest.FixtureRequest) -> None:
     """A test draws the same random numbers whatever ran before it."""
     torch.manual_seed(_seed(request))
+
+
+@pytest.fixture(autouse=True)
+def _compiles_afresh() -> None:
+    """torch.compile counts how often it compiled a function; what ran before must not count."""
+    if "torch._dynamo" in sys.modules:
+        torch._dynamo.reset()
