@@ -1,7 +1,7 @@
 """Matrix products with an epilogue: launch tables and host functions for ``linear`` and ``mlp``.
 
 The equations stand in ``gemm_kernels.py``. Each product is taken by the Triton kernel where the
-tables have a line for it, else by cuBLAS with the epilogue as a kernel of its own.
+tables have tiles for it, else by cuBLAS with the epilogue as a kernel of its own.
 """
 
 import functools
@@ -16,17 +16,14 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from fastgpt.kernels import _common
 from fastgpt.kernels._costs import KernelCost, nbytes
 from fastgpt.kernels.gelu import gelu_backward, gelu_forward
-from fastgpt.kernels.gemm_kernels import (
-    _linear_gelu_bwd_kernel,
-    _linear_gelu_fwd_kernel,
-    _weight_grad_kernel,
-)
+from fastgpt.kernels.gemm_kernels import _linear_gelu_kernel, _weight_grad_kernel
 
 # The launch tables: kernel → (BLOCK_M, BLOCK_N, BLOCK_K, num_warps, num_stages, programs that fit
-# on a multiprocessor). Chosen by ahead-of-time compilation: no spill, and at least two programs
-# side by side, so that one computes its epilogue while the other multiplies. Predicted, not
-# measured.
-_Tiles = dict[str, tuple[int, int, int, int, int, int]]
+# on a multiprocessor), or None for cuBLAS. Chosen by ahead-of-time compilation: no spill, and at
+# least two programs side by side, so that one computes its epilogue while the other multiplies.
+# Predicted, not measured.
+Tile = tuple[int, int, int, int, int, int]
+_Tiles = dict[str, Tile | None]
 
 # sm_90 and sm_100: tiles come by TMA. "bwd_recompute" writes the activation too.
 TMA_TILES: _Tiles = {
@@ -62,11 +59,11 @@ def _tma(device: torch.device) -> bool:
     return capability is None or 90 <= capability < 120
 
 
-def _tile(kernel: str, *matrices: Tensor) -> tuple[int, int, int, int, int, int] | None:
+def _tile(kernel: str, *matrices: Tensor) -> Tile | None:
     """The table's line for the kernel on these matrices, which have adjacent columns; None where
-    cuBLAS is taken instead: for float32 (its TF32 kernels are as good as ours, and IEEE products
-    leave no epilogue to hide), and for rows that do not begin at multiples of 16 bytes, which
-    neither TMA nor cp.async can copy.
+    cuBLAS is taken instead: if the table says so; for float32 (its TF32 kernels are as good as
+    ours, and IEEE products leave no epilogue to hide); and for rows that do not begin at multiples
+    of 16 bytes, which neither TMA nor cp.async can copy.
     """
     for x in matrices:
         if x.data_ptr() % 16 or x.stride(0) * x.element_size() % 16:
@@ -83,7 +80,7 @@ def _matrix(x: Tensor, block_rows: int, block_cols: int) -> Tensor | TensorDescr
     return TensorDescriptor.from_tensor(x, [block_rows, block_cols]) if _tma(x.device) else x
 
 
-def _settings(x: Tensor, tile: tuple[int, int, int, int, int, int]) -> dict:
+def _settings(x: Tensor, tile: Tile) -> dict:
     block_m, block_n, block_k, num_warps, num_stages, _ = tile
     return dict(
         TMA=_tma(x.device),
@@ -98,8 +95,43 @@ def _settings(x: Tensor, tile: tuple[int, int, int, int, int, int]) -> dict:
     )
 
 
-def _persistent_grid(x: Tensor, n_tiles: int, per_multiprocessor: int) -> tuple[int]:
-    return (min(n_tiles, per_multiprocessor * _common.multiprocessors(x.device)),)
+def _linear_gelu(
+    tile: Tile,
+    a: Tensor,
+    w: Tensor,
+    bias: Tensor | None,
+    pre: Tensor,
+    dpre: Tensor | None,
+    act: Tensor | None,
+    approximate: str,
+) -> None:
+    """Fills pre, or dpre if that is asked for, and act if that is."""
+    gradient = dpre is not None
+    block_m, block_n, block_k, *_, per_multiprocessor = tile
+    (n_rows, n_inner), n_cols = a.shape, pre.shape[1]
+    n_tiles = triton.cdiv(n_rows, block_m) * triton.cdiv(n_cols, block_n)
+    n_programs = min(n_tiles, per_multiprocessor * _common.multiprocessors(a.device))
+    half = block_m, block_n // 2  # what the epilogue works on
+    with _common.on_device(a):
+        _linear_gelu_kernel[(n_programs,)](
+            _matrix(a, block_m, block_k),
+            a.stride(0),
+            _matrix(w, block_k, block_n) if gradient else _matrix(w, block_n, block_k),
+            w.stride(0),
+            None if bias is None else bias.contiguous(),
+            _matrix(pre, *half),
+            None if dpre is None else _matrix(dpre, *half),
+            None if act is None else _matrix(act, *half),
+            n_rows,
+            n_cols,
+            n_inner,
+            GRADIENT=gradient,
+            HAS_BIAS=bias is not None,
+            HAS_ACT=act is not None,
+            TANH=approximate == "tanh",
+            FAST=_common.is_half(a.dtype),
+            **_settings(a, tile),
+        )
 
 
 def linear_gelu(
@@ -112,26 +144,7 @@ def linear_gelu(
         pre = F.linear(x, weight, None if bias is None else bias.to(x.dtype))
         return pre, gelu_forward(pre, approximate)
     act = torch.empty_like(pre)
-    (n_rows, n_inner), n_cols = x.shape, weight.shape[0]
-    block_m, block_n, block_k, *_, per_multiprocessor = tile
-    n_tiles = triton.cdiv(n_rows, block_m) * triton.cdiv(n_cols, block_n)
-    with _common.on_device(x):
-        _linear_gelu_fwd_kernel[_persistent_grid(x, n_tiles, per_multiprocessor)](
-            _matrix(x, block_m, block_k),
-            x.stride(0),
-            _matrix(weight, block_n, block_k),
-            weight.stride(0),
-            None if bias is None else bias.contiguous(),
-            _matrix(pre, block_m, block_n // 2),
-            _matrix(act, block_m, block_n // 2),
-            n_rows,
-            n_cols,
-            n_inner,
-            HAS_BIAS=bias is not None,
-            TANH=approximate == "tanh",
-            FAST=_common.is_half(x.dtype),
-            **_settings(x, tile),
-        )
+    _linear_gelu(tile, x, weight, bias, pre, None, act, approximate)
     return pre, act
 
 
@@ -140,34 +153,13 @@ def linear_gelu_gradient(
 ) -> tuple[Tensor, Tensor | None]:
     """dy (M, K), weight (K, N), pre (M, N) → ``(dy weight) * gelu'(pre)`` and, if ``recompute``,
     ``gelu(pre)``, both (M, N)."""
-    kernel = "bwd_recompute" if recompute else "bwd"
-    tile = _tile(kernel, dy, weight, pre) if dy.numel() else None
+    tile = _tile("bwd_recompute" if recompute else "bwd", dy, weight, pre) if dy.numel() else None
     if tile is None:
         dpre = gelu_backward(dy @ weight, pre, approximate)
         return dpre, gelu_forward(pre, approximate) if recompute else None
     dpre = torch.empty_like(pre)
     act = torch.empty_like(pre) if recompute else None
-    (n_rows, n_inner), n_cols = dy.shape, weight.shape[1]
-    block_m, block_n, block_k, *_, per_multiprocessor = tile
-    n_tiles = triton.cdiv(n_rows, block_m) * triton.cdiv(n_cols, block_n)
-    half = (block_m, block_n // 2)
-    with _common.on_device(dy):
-        _linear_gelu_bwd_kernel[_persistent_grid(dy, n_tiles, per_multiprocessor)](
-            _matrix(dy, block_m, block_k),
-            dy.stride(0),
-            _matrix(weight, block_k, block_n),
-            weight.stride(0),
-            _matrix(pre, *half),
-            _matrix(dpre, *half),
-            None if act is None else _matrix(act, *half),
-            n_rows,
-            n_cols,
-            n_inner,
-            RECOMPUTE=recompute,
-            TANH=approximate == "tanh",
-            FAST=_common.is_half(dy.dtype),
-            **_settings(dy, tile),
-        )
+    _linear_gelu(tile, dy, weight, None, pre, dpre, act, approximate)
     return dpre, act
 
 

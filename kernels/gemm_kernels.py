@@ -4,14 +4,16 @@
     GELU gradient    dpre = (dY W) * gelu'(pre)                dY (M, K), W (K, N), dpre (M, N)
     weight gradient  dW = dYᵀ X,  dbias = column sums of dY    dY (T, M), X (T, N), dW (M, N)
 
-The first two are persistent: a program takes every n-th tile, in groups of rows that share columns
-of W while these are in L2. The third has few tiles and a long sum: the sum over the T rows is
-split, each part is written in accumulator precision and a reduction in fixed order adds them (no
-atomics: two runs give the same bits).
+The first two are one persistent kernel: a program takes every n-th tile, in groups of rows that
+share columns of W while these are in L2. The third has few tiles and a long sum: the sum over the T
+rows is split, each part is written in accumulator precision and a reduction in fixed order adds
+them (no atomics: two runs give the same bits).
 
 ``TMA``: the matrices are tensor descriptors and the tensor memory accelerator copies the tiles;
 else they are pointers, and tiles come through cp.async.
 """
+
+from typing import Any
 
 import triton
 import triton.language as tl
@@ -65,33 +67,49 @@ def _halves(x, M: tl.constexpr, N: tl.constexpr):
 
 @triton.jit
 def _gelu_epilogue(
-    acc, pre, act, row, col, n_rows, n_cols,
-    TMA: tl.constexpr, TANH: tl.constexpr, FAST: tl.constexpr, ACC: tl.constexpr,
-    R: tl.constexpr, C: tl.constexpr,
+    acc, pre, dpre, act, row, col, n_rows, n_cols,
+    TMA: tl.constexpr, GRADIENT: tl.constexpr, HAS_ACT: tl.constexpr, TANH: tl.constexpr,
+    FAST: tl.constexpr, ACC: tl.constexpr, R: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
-    # the GELU of what the backward will find, so that value and slope belong together
-    rounded = acc.to(pre.dtype if TMA else pre.dtype.element_ty)
-    _store(pre, n_cols, rounded, row, col, n_rows, n_cols, TMA, R, C)
-    value = gelu_value(rounded.to(ACC), TANH, FAST)
-    _store(act, n_cols, value, row, col, n_rows, n_cols, TMA, R, C)
+    if GRADIENT:
+        x = _load(pre, n_cols, row, col, n_rows, n_cols, TMA, R, C).to(ACC)
+        gradient = acc * gelu_slope(x, TANH, FAST)
+        _store(dpre, n_cols, gradient, row, col, n_rows, n_cols, TMA, R, C)
+    else:
+        # the GELU of what the backward will find, so that value and slope belong together
+        rounded = acc.to(pre.dtype if TMA else pre.dtype.element_ty)
+        _store(pre, n_cols, rounded, row, col, n_rows, n_cols, TMA, R, C)
+        x = rounded.to(ACC)
+    if HAS_ACT:
+        value = gelu_value(x, TANH, FAST)
+        _store(act, n_cols, value, row, col, n_rows, n_cols, TMA, R, C)
 
 
-@triton.jit
-def _linear_gelu_fwd_kernel(
-    a,  # (n_rows, n_inner)
+def _linear_gelu_name(specialization: Any) -> str:
+    """What profilers and compilers call the kernel."""
+    direction = "bwd" if specialization.constants["GRADIENT"] else "fwd"
+    return f"_linear_gelu_{direction}_kernel"
+
+
+@triton.jit(repr=_linear_gelu_name)
+def _linear_gelu_kernel(
+    a,  # (n_rows, n_inner): A, or dY if GRADIENT
     a_stride,
-    w,  # (n_cols, n_inner)
+    w,  # (n_cols, n_inner), or (n_inner, n_cols) if GRADIENT
     w_stride,
     bias_ptr,  # (n_cols), read only if HAS_BIAS
-    pre,  # (n_rows, n_cols), contiguous
-    act,  # (n_rows, n_cols), contiguous
+    pre,  # (n_rows, n_cols), contiguous; written, or read if GRADIENT
+    dpre,  # (n_rows, n_cols), contiguous, written if GRADIENT
+    act,  # (n_rows, n_cols), contiguous, written if HAS_ACT
     n_rows,
     n_cols,
     n_inner,
-    TMA: tl.constexpr,
+    GRADIENT: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    HAS_ACT: tl.constexpr,
     TANH: tl.constexpr,
     FAST: tl.constexpr,
+    TMA: tl.constexpr,
     PRECISION: tl.constexpr,
     ACC: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -109,73 +127,19 @@ def _linear_gelu_fwd_kernel(
             acc += tl.load(bias_ptr + offs, mask=offs < n_cols, other=0.0).to(ACC)[None, :]
         for k in range(0, n_inner, BLOCK_K):
             x = _load(a, a_stride, row, k, n_rows, n_inner, TMA, BLOCK_M, BLOCK_K)
-            y = _load(w, w_stride, col, k, n_cols, n_inner, TMA, BLOCK_N, BLOCK_K)
-            acc = tl.dot(x, y.T, acc, input_precision=PRECISION, out_dtype=ACC)
-        left, right = _halves(acc, BLOCK_M, BLOCK_N)
-        _gelu_epilogue(
-            left, pre, act, row, col, n_rows, n_cols,
-            TMA, TANH, FAST, ACC, BLOCK_M, BLOCK_N // 2,
-        )  # fmt: skip
-        _gelu_epilogue(
-            right, pre, act, row, col + BLOCK_N // 2, n_rows, n_cols,
-            TMA, TANH, FAST, ACC, BLOCK_M, BLOCK_N // 2,
-        )  # fmt: skip
-
-
-@triton.jit
-def _slope_epilogue(
-    acc, pre, dpre, act, row, col, n_rows, n_cols,
-    TMA: tl.constexpr, RECOMPUTE: tl.constexpr, TANH: tl.constexpr, FAST: tl.constexpr,
-    ACC: tl.constexpr, R: tl.constexpr, C: tl.constexpr,
-):  # fmt: skip
-    x = _load(pre, n_cols, row, col, n_rows, n_cols, TMA, R, C).to(ACC)
-    gradient = acc * gelu_slope(x, TANH, FAST)
-    _store(dpre, n_cols, gradient, row, col, n_rows, n_cols, TMA, R, C)
-    if RECOMPUTE:
-        value = gelu_value(x, TANH, FAST)
-        _store(act, n_cols, value, row, col, n_rows, n_cols, TMA, R, C)
-
-
-@triton.jit
-def _linear_gelu_bwd_kernel(
-    dy,  # (n_rows, n_inner)
-    dy_stride,
-    w,  # (n_inner, n_cols)
-    w_stride,
-    pre,  # (n_rows, n_cols), contiguous
-    dpre,  # (n_rows, n_cols), contiguous
-    act,  # (n_rows, n_cols), contiguous, written if RECOMPUTE
-    n_rows,
-    n_cols,
-    n_inner,
-    TMA: tl.constexpr,
-    RECOMPUTE: tl.constexpr,
-    TANH: tl.constexpr,
-    FAST: tl.constexpr,
-    PRECISION: tl.constexpr,
-    ACC: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    GROUP: tl.constexpr,
-):
-    n_tiles_m, n_tiles_n = tl.cdiv(n_rows, BLOCK_M), tl.cdiv(n_cols, BLOCK_N)
-    for tile in range(tl.program_id(0), n_tiles_m * n_tiles_n, tl.num_programs(0)):
-        tile_m, tile_n = _grouped(tile, n_tiles_m, n_tiles_n, GROUP)
-        row, col = tile_m * BLOCK_M, tile_n * BLOCK_N
-        acc = tl.zeros([BLOCK_M, BLOCK_N], dtype=ACC)
-        for k in range(0, n_inner, BLOCK_K):
-            x = _load(dy, dy_stride, row, k, n_rows, n_inner, TMA, BLOCK_M, BLOCK_K)
-            y = _load(w, w_stride, k, col, n_inner, n_cols, TMA, BLOCK_K, BLOCK_N)
+            if GRADIENT:
+                y = _load(w, w_stride, k, col, n_inner, n_cols, TMA, BLOCK_K, BLOCK_N)
+            else:
+                y = _load(w, w_stride, col, k, n_cols, n_inner, TMA, BLOCK_N, BLOCK_K).T
             acc = tl.dot(x, y, acc, input_precision=PRECISION, out_dtype=ACC)
         left, right = _halves(acc, BLOCK_M, BLOCK_N)
-        _slope_epilogue(
+        _gelu_epilogue(
             left, pre, dpre, act, row, col, n_rows, n_cols,
-            TMA, RECOMPUTE, TANH, FAST, ACC, BLOCK_M, BLOCK_N // 2,
+            TMA, GRADIENT, HAS_ACT, TANH, FAST, ACC, BLOCK_M, BLOCK_N // 2,
         )  # fmt: skip
-        _slope_epilogue(
+        _gelu_epilogue(
             right, pre, dpre, act, row, col + BLOCK_N // 2, n_rows, n_cols,
-            TMA, RECOMPUTE, TANH, FAST, ACC, BLOCK_M, BLOCK_N // 2,
+            TMA, GRADIENT, HAS_ACT, TANH, FAST, ACC, BLOCK_M, BLOCK_N // 2,
         )  # fmt: skip
 
 
