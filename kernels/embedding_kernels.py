@@ -1,0 +1,211 @@
+"""Token embedding + position embedding + dropout, forward and backward.
+
+    out[b, t] = dropout(token_weight[idx[b, t]] + position_weight[t])
+
+idx is (B, T), token_weight (V, C), position_weight (P, C) with P >= T, out (B, T, C). Saved for
+backward: idx; the dropout mask is drawn again. With g = dropout's backward of dout:
+
+    dtoken_weight[v] = sum of g[b, t] over idx[b, t] = v      dposition_weight[t] = sum over b of g
+
+Bytes moved, s an element of out and w of the weights: forward s B T C written, w (U + T) C read for
+U different tokens; backward twice s B T C read, w (V + P) C written. A few FLOPs an element (with
+dropout about 25 for its random bits), so memory bounds all.
+
+Both sums have a fixed order and no atomics, so two runs give the same bits. For dtoken_weight the
+ids are sorted once, stably; each run of equal ids is summed by one program, in float32. Lest a
+frequent token be the work of one program, every BAND sorted places that hold one id alone are
+summed beforehand, by a program each.
+"""
+
+import triton
+import triton.language as tl
+
+from fastgpt.kernels._common import dropout_keep
+
+
+@triton.jit(do_not_specialize=["stream"], do_not_specialize_on_alignment=["seed_ptr"])
+def _embedding_fwd_kernel(
+    idx_ptr,  # (n_rows), n_rows = B * T
+    token_ptr,  # (n_vocab, n_cols), contiguous
+    position_ptr,  # (at least T, n_cols), contiguous
+    out_ptr,  # (n_rows, n_cols), contiguous
+    seed_ptr,  # (1), read only if DROPOUT
+    stream,
+    n_rows,
+    length,  # T
+    n_vocab,
+    n_cols,
+    threshold,
+    keep_scale,
+    DROPOUT: tl.constexpr,
+    ACC: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    offs_m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    start_n = tl.program_id(1) * BLOCK_N
+    offs_n = start_n + tl.arange(0, BLOCK_N)
+    mask_m, mask_n = offs_m < n_rows, (offs_n < n_cols)[None, :]
+    mask = mask_m[:, None] & mask_n
+
+    ids = tl.load(idx_ptr + offs_m, mask=mask_m, other=0).to(tl.int64)
+    known = (ids >= 0) & (ids < n_vocab)
+    token_ptrs = token_ptr + ids[:, None] * n_cols + offs_n[None, :]
+    x = tl.load(token_ptrs, mask=mask & known[:, None], other=0.0).to(ACC)
+    position_ptrs = position_ptr + (offs_m % length)[:, None] * n_cols + offs_n[None, :]
+    x += tl.load(position_ptrs, mask=mask, other=0.0).to(ACC)
+    if DROPOUT:
+        seed, rows = tl.load(seed_ptr), offs_m.to(tl.int32)
+        keep = dropout_keep(seed, stream, 0, start_n, rows, threshold, BLOCK_M, BLOCK_N)
+        x = tl.where(keep, x * keep_scale, 0.0)
+    x = tl.where(known[:, None], x, float("nan"))
+    out_ptrs = out_ptr + offs_m[:, None] * n_cols + offs_n[None, :]
+    tl.store(out_ptrs, x.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _load_gradient(
+    dout_ptr, rows, mask_m, seed_ptr, stream, n_cols, threshold, keep_scale,
+    DROPOUT: tl.constexpr, ACC: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """(BLOCK_M, BLOCK_N): these rows of dropout's backward of dout, this program's columns."""
+    start_n = tl.program_id(1) * BLOCK_N
+    offs_n = start_n + tl.arange(0, BLOCK_N)
+    mask = mask_m[:, None] & (offs_n < n_cols)[None, :]
+    grad_ptrs = dout_ptr + rows[:, None] * n_cols + offs_n[None, :]
+    grad = tl.load(grad_ptrs, mask=mask, other=0.0).to(ACC)
+    if DROPOUT:
+        seed = tl.load(seed_ptr)
+        keep = dropout_keep(
+            seed, stream, 0, start_n, rows.to(tl.int32), threshold, BLOCK_M, BLOCK_N
+        )
+        grad = tl.where(keep, grad * keep_scale, 0.0)
+    return grad
+
+
+@triton.jit
+def _sum_places(
+    acc, begin, end, order_ptr,
+    dout_ptr, seed_ptr, stream, n_cols, threshold, keep_scale,
+    DROPOUT: tl.constexpr, ACC: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """acc plus the gradients of the sorted places begin .. end."""
+    for start in range(begin, end, BLOCK_M):
+        places = start + tl.arange(0, BLOCK_M)
+        rows = tl.load(order_ptr + places, mask=places < end, other=0)
+        acc += _load_gradient(
+            dout_ptr, rows, places < end, seed_ptr, stream, n_cols, threshold, keep_scale,
+            DROPOUT, ACC, BLOCK_M, BLOCK_N,
+        )  # fmt: skip
+    return acc
+
+
+@triton.jit(do_not_specialize=["stream"], do_not_specialize_on_alignment=["seed_ptr"])
+def _embedding_bwd_bands_kernel(
+    sorted_ptr,  # (n_rows): the ids in order
+    order_ptr,  # (n_rows): the row of each
+    dout_ptr,  # (n_rows, n_cols), contiguous
+    partial_ptr,  # (bands, n_cols), written where a band holds one id alone
+    seed_ptr,  # (1), read only if DROPOUT
+    stream,
+    n_cols,
+    threshold,
+    keep_scale,
+    DROPOUT: tl.constexpr,
+    BAND: tl.constexpr,
+    ACC: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    band = tl.program_id(0).to(tl.int64)
+    begin = band * BAND
+    if tl.load(sorted_ptr + begin) == tl.load(sorted_ptr + begin + BAND - 1):
+        acc = _sum_places(
+            tl.zeros([BLOCK_M, BLOCK_N], dtype=ACC), begin, begin + BAND, order_ptr,
+            dout_ptr, seed_ptr, stream, n_cols, threshold, keep_scale,
+            DROPOUT, ACC, BLOCK_M, BLOCK_N,
+        )  # fmt: skip
+        offs_n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+        tl.store(partial_ptr + band * n_cols + offs_n, tl.sum(acc, axis=0), mask=offs_n < n_cols)
+
+
+@triton.jit(do_not_specialize=["stream"], do_not_specialize_on_alignment=["seed_ptr"])
+def _embedding_bwd_token_kernel(
+    sorted_ptr,  # (n_rows): the ids in order
+    order_ptr,  # (n_rows): the row of each
+    ends_ptr,  # (n_rows): where the run of equal ids ends
+    dout_ptr,  # (n_rows, n_cols), contiguous
+    partial_ptr,  # (n_rows // BAND, n_cols)
+    dtoken_ptr,  # (n_vocab, n_cols), contiguous; zero
+    seed_ptr,  # (1), read only if DROPOUT
+    stream,
+    n_vocab,
+    n_cols,
+    threshold,
+    keep_scale,
+    DROPOUT: tl.constexpr,
+    BAND: tl.constexpr,
+    ACC: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    begin = tl.program_id(0).to(tl.int64)
+    token = tl.load(sorted_ptr + begin).to(tl.int64)
+    before = tl.load(sorted_ptr + begin - 1, mask=begin > 0, other=-1).to(tl.int64)
+    if (token != before) & (token >= 0) & (token < n_vocab):  # the run's first place
+        end = tl.load(ends_ptr + begin)
+        first_band = (begin + BAND - 1) // BAND
+        last_band = tl.maximum(end // BAND, first_band)  # the first one that is not whole
+        offs_n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+        mask_n = offs_n < n_cols
+        acc = _sum_places(
+            tl.zeros([BLOCK_M, BLOCK_N], dtype=ACC),
+            begin, tl.minimum(first_band * BAND, end), order_ptr,
+            dout_ptr, seed_ptr, stream, n_cols, threshold, keep_scale,
+            DROPOUT, ACC, BLOCK_M, BLOCK_N,
+        )  # fmt: skip
+        for start in range(first_band, last_band, BLOCK_M):
+            bands = start + tl.arange(0, BLOCK_M)
+            mask = (bands < last_band)[:, None] & mask_n[None, :]
+            partial_ptrs = partial_ptr + bands[:, None] * n_cols + offs_n[None, :]
+            acc += tl.load(partial_ptrs, mask=mask, other=0.0)
+        acc = _sum_places(
+            acc, last_band * BAND, end, order_ptr,
+            dout_ptr, seed_ptr, stream, n_cols, threshold, keep_scale,
+            DROPOUT, ACC, BLOCK_M, BLOCK_N,
+        )  # fmt: skip
+        total = tl.sum(acc, axis=0).to(dtoken_ptr.dtype.element_ty)
+        tl.store(dtoken_ptr + token * n_cols + offs_n, total, mask=mask_n)
+
+
+@triton.jit(do_not_specialize=["stream"], do_not_specialize_on_alignment=["seed_ptr"])
+def _embedding_bwd_position_kernel(
+    idx_ptr,  # (batch, length)
+    dout_ptr,  # (batch * length, n_cols), contiguous
+    dposition_ptr,  # (at least length, n_cols), contiguous
+    seed_ptr,  # (1), read only if DROPOUT
+    stream,
+    batch,
+    length,
+    n_vocab,
+    n_cols,
+    threshold,
+    keep_scale,
+    DROPOUT: tl.constexpr,
+    ACC: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    position = tl.program_id(0).to(tl.int64)
+    acc = tl.zeros([BLOCK_M, BLOCK_N], dtype=ACC)
+    for start in range(0, tl.where(position < length, batch, 0), BLOCK_M):
+        offs_b = start + tl.arange(0, BLOCK_M)
+        rows = offs_b.to(tl.int64) * length + position
+        ids = tl.load(idx_ptr + rows, mask=offs_b < batch, other=-1)
+        acc += _load_gradient(
+            dout_ptr, rows, (ids >= 0) & (ids < n_vocab), seed_ptr, stream, n_cols, threshold,
+            keep_scale, DROPOUT, ACC, BLOCK_M, BLOCK_N,
+        )  # fmt: skip
+    offs_n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    total = tl.sum(acc, axis=0).to(dposition_ptr.dtype.element_ty)
+    tl.store(dposition_ptr + position * n_cols + offs_n, total, mask=offs_n < n_cols)
