@@ -89,6 +89,19 @@ def _gelu() -> None:
             gelu(_leaf(4096, dtype=dtype), form).sum().backward()
 
 
+def _adamw() -> None:
+    from fastgpt.kernels.adamw import adamw
+
+    param, grad, exp_avg, exp_avg_sq = (torch.zeros(4096) for _ in range(4))
+    step, lr, clip, skip = (torch.zeros(()) for _ in range(4))
+    options = dict(betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)
+    for rounded in (None, param.bfloat16()):
+        adamw(param, rounded, grad, exp_avg, exp_avg_sq, step, lr, **options)
+        adamw(
+            param, rounded, grad, exp_avg, exp_avg_sq, step, lr, clip=clip, skip=skip, **options
+        )
+
+
 def _mlp(biases: tuple[bool, ...], forms: tuple[str, ...], dtype: str) -> None:
     """Both products with an epilogue and the weight gradients, keeping all and recomputing."""
     from fastgpt.kernels.mlp import mlp
@@ -116,6 +129,7 @@ def _linear_cross_entropy(n_classes: tuple[int, ...], dtype: str) -> None:
 
 
 CASES = {
+    "adamw": partial(_adamw),
     "gelu": partial(_gelu),
     **{
         f"layer_norm-{dtype}": partial(_layer_norm, (65, 384, 768, 1600, 4096, 8192, 16384), dtype)

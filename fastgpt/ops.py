@@ -167,3 +167,35 @@ def linear_cross_entropy(
         label_smoothing=label_smoothing,
         z_loss=z_loss,
     )
+
+
+def adamw(
+    param: Tensor,
+    rounded: Tensor | None,
+    grad: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    step: Tensor,
+    lr: Tensor,
+    *,
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: float,
+    clip: Tensor | None = None,
+    skip: Tensor | None = None,
+) -> None:
+    """See ``kernels.adamw.adamw``."""
+    _implementation(param.device).adamw(
+        param,
+        rounded,
+        grad,
+        exp_avg,
+        exp_avg_sq,
+        step,
+        lr,
+        betas=betas,
+        eps=eps,
+        weight_decay=weight_decay,
+        clip=clip,
+        skip=skip,
+    )

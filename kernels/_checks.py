@@ -291,3 +291,44 @@ def linear_cross_entropy(
         raise ValueError(f"label_smoothing must lie in [0, 1], got {label_smoothing}")
     if not 0.0 <= z_loss < math.inf:
         raise ValueError(f"z_loss must be at least 0 and finite, got {z_loss}")
+
+
+def adamw(
+    param: Tensor,
+    rounded: Tensor | None,
+    grad: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    step: Tensor,
+    lr: Tensor,
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: float,
+    clip: Tensor | None,
+    skip: Tensor | None,
+) -> None:
+    floating(param=param)
+    flat = dict(param=param, grad=grad, exp_avg=exp_avg, exp_avg_sq=exp_avg_sq, rounded=rounded)
+    scalars = dict(step=step, lr=lr, clip=clip, skip=skip)
+    for name, tensor in (flat | scalars).items():
+        if tensor is None:
+            continue
+        half = name == "rounded"
+        allowed = (torch.float16, torch.bfloat16) if half else (torch.float32,)
+        if tensor.dtype not in allowed:
+            wanted = "float16 or bfloat16" if half else "float32"
+            raise TypeError(f"{name} must be {wanted}, got {tensor.dtype}")
+        shape = tuple(param.shape) if name in flat else ()
+        if tensor.shape != shape or tensor.dim() > 1 or not tensor.is_contiguous():
+            wanted = f"the shape (N,) of param, {tuple(param.shape)}" if shape else "shape ()"
+            raise ValueError(
+                f"{name} must have {wanted}, contiguous, got {tuple(tensor.shape)}, "
+                f"strides {tensor.stride()}"
+            )
+    _same_device(param=param, **{k: v for k, v in (flat | scalars).items() if k != "param"})
+    for name, beta in zip(("betas[0]", "betas[1]"), betas, strict=True):
+        if not 0.0 <= beta < 1.0:
+            raise ValueError(f"{name} must lie in [0, 1), got {beta}")
+    for name, number in (("eps", eps), ("weight_decay", weight_decay)):
+        if not 0.0 <= number < math.inf:
+            raise ValueError(f"{name} must be at least 0 and finite, got {number}")

@@ -2,6 +2,7 @@
 
 from fastgpt.kernels import _costs
 from fastgpt.kernels._common import dropout_seed
+from fastgpt.kernels.adamw import adamw
 from fastgpt.kernels.attention import attention, attention_qkvpacked
 from fastgpt.kernels.embedding import embedding
 from fastgpt.kernels.gelu import gelu
@@ -12,6 +13,7 @@ from fastgpt.kernels.mlp import mlp
 from fastgpt.kernels.residual_layer_norm import residual_layer_norm
 
 __all__ = [
+    "adamw",
     "attention",
     "attention_qkvpacked",
     "dropout_seed",

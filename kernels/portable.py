@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.optim.adamw import adamw as _functional_adamw
 
 from fastgpt.kernels import _checks, chunked_loss
 from fastgpt.kernels._precision import autocast_dtype
@@ -270,3 +271,43 @@ def linear_cross_entropy(
         label_smoothing,
         z_loss,
     )
+
+
+def adamw(
+    param: Tensor,
+    rounded: Tensor | None,
+    grad: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    step: Tensor,
+    lr: Tensor,
+    *,
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: float,
+    clip: Tensor | None = None,
+    skip: Tensor | None = None,
+) -> None:
+    """One update by ``torch.optim.AdamW``'s fused kernel. See ``fused.adamw``."""
+    _checks.adamw(
+        param, rounded, grad, exp_avg, exp_avg_sq, step, lr, betas, eps, weight_decay, clip, skip
+    )
+    _functional_adamw(
+        [param],
+        [grad if clip is None else grad * clip],  # by grad_scale, grad itself would change
+        [exp_avg],
+        [exp_avg_sq],
+        [],
+        [step],
+        fused=True,
+        amsgrad=False,
+        maximize=False,
+        beta1=betas[0],
+        beta2=betas[1],
+        lr=lr,
+        weight_decay=weight_decay,
+        eps=eps,
+        found_inf=skip,
+    )
+    if rounded is not None:
+        rounded.copy_(param)

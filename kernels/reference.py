@@ -211,6 +211,38 @@ _PHILOX_W0, _PHILOX_W1 = 0x9E3779B9, 0xBB67AE85
 _LOW = 0xFFFFFFFF
 
 
+def adamw(
+    param: Tensor,
+    rounded: Tensor | None,
+    grad: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    step: Tensor,
+    lr: Tensor,
+    *,
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: float,
+    clip: Tensor | None = None,
+    skip: Tensor | None = None,
+) -> None:
+    """AdamW written out, the scalars in float64."""
+    _checks.adamw(
+        param, rounded, grad, exp_avg, exp_avg_sq, step, lr, betas, eps, weight_decay, clip, skip
+    )
+    if skip is not None and skip.item() != 0.0:
+        return
+    step += 1
+    grad = grad if clip is None else grad * clip
+    exp_avg.mul_(betas[0]).add_((1.0 - betas[0]) * grad)
+    exp_avg_sq.mul_(betas[1]).add_((1.0 - betas[1]) * grad.square())
+    mean = exp_avg / (1.0 - betas[0] ** step.item())
+    square = exp_avg_sq / (1.0 - betas[1] ** step.item())
+    param.mul_(1.0 - lr.item() * weight_decay).sub_(lr * mean / (square.sqrt() + eps))
+    if rounded is not None:
+        rounded.copy_(param)
+
+
 def _mul_hi_lo(a: Tensor, b: int) -> tuple[Tensor, Tensor]:
     """High and low 32 bits of a * b, for a in [0, 2^32) held in int64 (no uint64 in PyTorch)."""
     low = (a & 0xFFFF) * b

@@ -71,6 +71,7 @@ ALLOWED: dict[str, set[str]] = {
     "fastgpt.kernels.fused": {
         "fastgpt.kernels._common",
         "fastgpt.kernels._costs",
+        "fastgpt.kernels.adamw",
         "fastgpt.kernels.attention",
         "fastgpt.kernels.embedding",
         "fastgpt.kernels.gelu",
@@ -248,6 +249,7 @@ def test_how_imports_are_read() -> None:
 # -- the ops
 
 OPS = (
+    "adamw",
     "attention",
     "attention_qkvpacked",
     "dropout_seed",
