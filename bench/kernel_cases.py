@@ -94,12 +94,10 @@ def _adamw() -> None:
 
     param, grad, exp_avg, exp_avg_sq = (torch.zeros(4096) for _ in range(4))
     step, lr, clip, skip = (torch.zeros(()) for _ in range(4))
-    options = dict(betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)
+    update = partial(adamw, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)
     for rounded in (None, param.bfloat16()):
-        adamw(param, rounded, grad, exp_avg, exp_avg_sq, step, lr, **options)
-        adamw(
-            param, rounded, grad, exp_avg, exp_avg_sq, step, lr, clip=clip, skip=skip, **options
-        )
+        update(param, rounded, grad, exp_avg, exp_avg_sq, step, lr)
+        update(param, rounded, grad, exp_avg, exp_avg_sq, step, lr, clip=clip, skip=skip)
 
 
 def _mlp(biases: tuple[bool, ...], forms: tuple[str, ...], dtype: str) -> None:
