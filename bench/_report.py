@@ -16,6 +16,7 @@ CPU_NOTE = "CPU, no claim about GPUs"
 _BASELINES = ("sdpa_compile", "sdpa_autotune")  # the best of them is what a speed-up refers to
 _OVER_EAGER = ("fastgpt", "sdpa")
 _NOISE = ("fastgpt", "fastgpt_again")  # the same thing measured twice
+OURS, OTHERS = "#c2571a", "#8a94a6"  # colours
 
 
 @dataclass
@@ -192,9 +193,17 @@ def chart(run: dict[str, Any], path: Path) -> None:
     """Tokens per second as bars with whiskers from p10 to p90, as a PNG."""
     from matplotlib.figure import Figure
 
-    variants = list(run["variants"].values())
-    figure = Figure(figsize=(9.0, 1.6 + 0.5 * len(variants)), layout="constrained")
+    figure = Figure(figsize=(9.0, 1.6 + 0.5 * len(run["variants"])), layout="constrained")
     axes = figure.subplots()
+    speed_bars(axes, run)
+    axes.set_xlabel("\n".join(["tokens per second (median, p10-p90)", *_basis(run)]))
+    figure.suptitle(title(run))
+    figure.savefig(path, dpi=150)
+
+
+def speed_bars(axes: Any, run: dict[str, Any]) -> None:
+    """A bar with whiskers for each variant."""
+    variants = list(run["variants"].values())
     none = {"median": 0.0, "p10": 0.0, "p90": 0.0}
     speeds = [variant["tokens_per_s"] or none for variant in variants]
     medians = [speed["median"] for speed in speeds]
@@ -202,23 +211,31 @@ def chart(run: dict[str, Any], path: Path) -> None:
         [speed["median"] - speed["p10"] for speed in speeds],
         [speed["p90"] - speed["median"] for speed in speeds],
     ]
-    colours = ["#c2571a" if name.startswith("fastgpt") else "#8a94a6" for name in run["variants"]]
-    axes.barh(range(len(variants)), medians, xerr=whiskers, color=colours, capsize=3, height=0.65)
-    for row, (variant, speed) in enumerate(zip(variants, speeds, strict=True)):
-        axes.annotate(
-            variant["failure"]
-            or f"{speed['median']:,.0f}  {_number(variant['speedup'], '{:.2f}x')}",
-            (speed["p90"], row),
-            xytext=(8, 0),
-            textcoords="offset points",
-            va="center",
-        )
-    axes.set_yticks(range(len(variants)), [variant["label"] for variant in variants])
+    texts = [
+        variant["failure"] or f"{speed['median']:,.0f}  {_number(variant['speedup'], '{:.2f}x')}"
+        for variant, speed in zip(variants, speeds, strict=True)
+    ]
+    bars(axes, run, medians, [speed["p90"] for speed in speeds], texts, xerr=whiskers, capsize=3)
+    axes.xaxis.set_major_formatter("{x:,.0f}")
+
+
+def bars(
+    axes: Any,
+    run: dict[str, Any],
+    widths: list[float],
+    ends: list[float],
+    texts: list[str],
+    **options: Any,
+) -> None:
+    """One below the other, a variant each, with a text behind its end."""
+    rows = range(len(widths))
+    colours = [OURS if name.startswith("fastgpt") else OTHERS for name in run["variants"]]
+    axes.barh(rows, widths, color=colours, height=0.65, **options)
+    for row, end, text in zip(rows, ends, texts, strict=True):
+        axes.annotate(text, (end, row), xytext=(8, 0), textcoords="offset points", va="center")
+    axes.set_yticks(rows, [variant["label"] for variant in run["variants"].values()])
     axes.invert_yaxis()
     axes.margins(x=0.2)
     axes.set_xlim(left=0.0)
-    axes.xaxis.set_major_formatter("{x:,.0f}")
-    axes.set_xlabel("\n".join(["tokens per second (median, p10-p90)", *_basis(run)]))
+    axes.locator_params(axis="x", nbins=6)
     axes.spines[["top", "right"]].set_visible(False)
-    figure.suptitle(title(run))
-    figure.savefig(path, dpi=150)

@@ -1,0 +1,263 @@
+"""bench/publish.py: README and pictures against bench/results, and what is made of made-up runs."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import _report
+import _training
+import publish
+import pytest
+from _report import Result
+from PIL import Image
+
+LABELS = {name: variant.label for name, variant in _training.VARIANTS.items()}
+SPEEDS = {  # milliseconds of a step, and peak memory; made up
+    "naive": (160.0, 60e9),
+    "sdpa": (100.0, 40e9),
+    "sdpa_compile": (64.0, 30e9),
+    "sdpa_autotune": (62.0, 30e9),
+    "fastgpt": (48.0, 17e9),
+    "fastgpt_recompute": (50.0, 12e9),
+    "fastgpt_compile": (49.0, 17e9),
+    "fastgpt_again": (48.3, 17e9),
+}
+
+
+def made_up(batch_size: int) -> dict[str, Any]:
+    """A record as ``run.py`` writes it. The GPU and the figures are TEST DATA, not measurements."""
+    reference = [10.8 * math.exp(-step / 40) + 1 for step in range(100)]
+    results = {}
+    for number, (name, (ms, peak)) in enumerate(SPEEDS.items()):
+        if name == "naive" and batch_size > 32:
+            results[name] = Result(LABELS[name], "out of memory")
+            continue
+        off = [1e-3 * (number + 1) * math.sin(step * (number + 2) / 9) for step in range(100)]
+        results[name] = Result(
+            LABELS[name],
+            cold_start_s=10.0 + number,
+            warm_start_s=1.0 + number,
+            peak_memory_bytes=int(peak * batch_size / 32),
+            losses=[a + b for a, b in zip(reference, off, strict=True)],
+            step_ms=[[ms * batch_size / 32 * (1 + 0.01 * i) for i in range(20)]] * 5,
+        )
+    state = {"driver_version": "0.0"}
+    ceiling = {"matmul_tflops": 700.0, "copy_tb_per_s": 4.0, "gpu_state": state}
+    return {
+        "created": "2000-01-01T12:00:00+00:00",
+        "notes": [],
+        "machine": {
+            "device": "cuda",
+            "gpu": "TEST DATA",
+            "cpu": None,
+            "torch": "0.1",
+            "triton": "0.2",
+            "cuda": "0.3",
+            "cudnn": None,
+            "commit": "0123456789abcdef",
+            "uncommitted_changes": False,
+        },
+        "options": {"batch_size": batch_size, "block_size": 1024},
+        "dtype": "bfloat16",
+        "parameters": 124_000_000,
+        "data": {"source": "test", "train_tokens": 1},
+        "sdpa": {"operator": "aten::test", "kernel": None},
+        "ceilings": {"before": ceiling, "after": ceiling},
+        **_report.record(results, reference, 1024 * batch_size),
+    }
+
+
+def written(root: Path, *runs: dict[str, Any]) -> tuple[Path, Path]:
+    """A folder of results with these runs, and a README with markers."""
+    results, readme = root / "bench" / "results", root / "README.md"
+    (results / "test-data").mkdir(parents=True)
+    for run in runs:
+        path = results / "test-data" / f"run-b{run['options']['batch_size']}.json"
+        path.write_text(json.dumps(run))
+    readme.write_text(f"# title\n\n{publish.BEGIN}\n{publish.END}\n\nthe end\n")
+    return results, readme
+
+
+def test_the_readme_shows_the_results(capsys: pytest.CaptureFixture[str]) -> None:
+    assert publish.stale(publish.RESULTS, publish.README) == []
+    assert publish.main(["--check"]) == 0
+    assert "everything is up to date" in capsys.readouterr().out
+
+
+def test_nothing_measured_is_said(tmp_path: Path) -> None:
+    results, readme = written(tmp_path)
+    assert publish.stale(results, readme) == [f"{readme} differs from {results}"]
+    assert publish.publish(results, readme) == [readme]
+    assert publish.stale(results, readme) == []
+    text = readme.read_text()
+    assert text == f"# title\n\n{publish.BEGIN}\n{publish.NOTHING}{publish.END}\n\nthe end\n"
+    assert publish.publish(results, readme) == []
+
+
+def test_tables(tmp_path: Path) -> None:
+    results, readme = written(tmp_path, *map(made_up, (64, 4, 32)))
+    publish.publish(results, readme)
+    text = readme.read_text()
+    assert text.startswith("# title\n") and text.endswith("the end\n")
+    assert publish.NOTHING not in text
+    titles = [f"**{b} sequences of 1024 tokens**" for b in (4, 32, 64)]
+    assert sorted(titles, key=text.index) == titles
+    for run in map(made_up, (4, 32, 64)):
+        ours, best = run["variants"]["fastgpt"], run["variants"]["sdpa_autotune"]
+        assert run["baseline"] == "sdpa_autotune"
+        speed = ours["tokens_per_s"]
+        assert ours["speedup"] == pytest.approx(62 / 48) and best["speedup"] == 1.0
+        row = (
+            f"| fastgpt | {speed['median']:,.0f} | {speed['p10']:,.0f} – {speed['p90']:,.0f} "
+            f"| 1.29× | {ours['peak_memory_bytes'] / 1e9:.2f} | 14.0 / 5.0 | {ours['loss']:.4f} "
+            f"| {ours['largest_deviation']:.4f} |\n"
+        )
+        assert row in text
+        assert f"\n| {best['label']} | {best['tokens_per_s']['median']:,.0f} |" in text
+    assert text.count("| nanoGPT, masked matmul | out of memory | – | – | – | – / – | – | – |") == 1
+    facts = (
+        "124.0M parameters, bfloat16; 2000-01-01, commit `0123456789ab`; driver 0.0, CUDA 0.3, "
+        "PyTorch 0.1, Triton 0.2."
+    )
+    assert text.count(facts) == 1  # once for all
+    assert text.count("fastgpt measured twice: 0.6% apart; a smaller difference is none") == 3
+    assert text.count("Speed-up over nanoGPT, SDPA, torch.compile (max-autotune).") == 3
+    assert "700 and 700 TFLOP/s, 4.00 and 4.00 TB/s" in text
+    columns = {line.count("|") for line in text.splitlines() if line.startswith("|")}
+    assert columns == {9}
+    for name in ("speed.png", "loss.png", "memory.png"):
+        assert f"](bench/results/test-data/{name})" in text
+        assert (tmp_path / "bench" / "results" / "test-data" / name).exists()
+
+
+def test_runs_at_different_commits_say_so_each(tmp_path: Path) -> None:
+    other = made_up(32)
+    other["machine"] |= {"commit": "fedcba9876543210", "uncommitted_changes": True}
+    results, readme = written(tmp_path, made_up(4), other)
+    publish.publish(results, readme)
+    first, second = readme.read_text().split("**32 sequences")
+    assert "commit `0123456789ab`;" in first and "fedcba987654" not in first
+    assert "commit `fedcba987654` with uncommitted changes;" in second
+
+
+def test_what_is_out_of_date_is_found(tmp_path: Path) -> None:
+    results, readme = written(tmp_path, made_up(4))
+    publish.publish(results, readme)
+    assert publish.stale(results, readme) == []
+
+    right = readme.read_text()
+    readme.write_text(right.replace("| fastgpt | ", "| fastgpt | 1"))
+    assert publish.stale(results, readme) == [f"{readme} differs from {results}"]
+    readme.write_text(right)
+
+    speed, loss = (results / "test-data" / name for name in ("speed.png", "loss.png"))
+    speed.unlink()
+    assert publish.stale(results, readme) == [f"{speed} is missing"]
+    loss.rename(speed)  # of the same results, but another picture
+    assert publish.stale(results, readme) == [
+        f"{speed} was made from other results",
+        f"{loss} is missing",
+    ]
+    assert publish.publish(results, readme) == [speed, loss]
+
+    (results / "test-data" / "run-b32.json").write_text(json.dumps(made_up(32)))
+    found = publish.stale(results, readme)
+    assert len(found) == 4 and found[0] == f"{readme} differs from {results}"
+    assert f"{speed} was made from other results" in found
+    assert len(publish.publish(results, readme)) == 4
+    assert publish.stale(results, readme) == []
+
+
+@pytest.mark.parametrize("batch_sizes", [(32,), (4, 32, 64)], ids=str)
+def test_pictures(tmp_path: Path, batch_sizes: tuple[int, ...]) -> None:
+    results, readme = written(tmp_path, *map(made_up, batch_sizes))
+    publish.publish(results, readme)
+    for name in ("speed.png", "loss.png", "memory.png"):
+        with Image.open(results / "test-data" / name) as image:
+            assert image.width == 1350 and image.height > 450 * len(batch_sizes)
+            assert len(image.convert("L").getcolors() or []) > 20  # something is drawn
+
+
+def test_bars_and_curves_are_the_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is handed to matplotlib, of a run with a variant that ran out of memory."""
+    saved = {}
+    monkeypatch.setattr(
+        publish._pictures, "_save", lambda figure, path, digest: saved.update({path.name: figure})
+    )
+    run = made_up(64)
+    for name, draw in publish._PICTURES.items():
+        draw([run], tmp_path / name, "")
+    variants = run["variants"].values()
+
+    (axes,) = saved["speed.png"].axes
+    speeds = [(v["tokens_per_s"] or {"median": 0.0})["median"] for v in variants]
+    assert [patch.get_width() for patch in axes.patches] == pytest.approx(speeds)
+    assert [t.get_text() for t in axes.get_yticklabels()] == [v["label"] for v in variants]
+    assert [t.get_text() for t in axes.texts][:2] == ["out of memory", f"{speeds[1]:,.0f}  0.62x"]
+    whiskers = axes.collections[0].get_segments()
+    for whisker, variant in list(zip(whiskers, variants, strict=True))[1:]:
+        ends = [variant["tokens_per_s"]["p10"], variant["tokens_per_s"]["p90"]]
+        assert [x for x, _ in whisker] == pytest.approx(ends)
+
+    (axes,) = saved["memory.png"].axes
+    peaks = [(v["peak_memory_bytes"] or 0) / 1e9 for v in variants]
+    assert [patch.get_width() for patch in axes.patches] == pytest.approx(peaks)
+    assert [t.get_text() for t in axes.texts][-1] == "34.00  0.57x"
+
+    left, right = saved["loss.png"].axes
+    with_losses = [v for v in variants if v["losses"]]
+    assert list(left.lines[0].get_ydata()) == run["reference_losses"]
+    assert [list(line.get_ydata()) for line in left.lines[1:]] == [v["losses"] for v in with_losses]
+    for line, variant in zip(right.lines[1:], with_losses, strict=True):
+        assert max(map(abs, line.get_ydata())) == variant["largest_deviation"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"machine": {"device": "cpu"}}, "must be measured on a CUDA GPU, got cpu"),
+        ({"options": {"batch_size": 8}}, "must be called run-b8.json, after its batch size"),
+    ],
+    ids=["cpu", "name"],
+)
+def test_what_cannot_be_published(tmp_path: Path, change: dict[str, Any], message: str) -> None:
+    results, readme = written(tmp_path, made_up(4))
+    before = readme.read_text()
+    (results / "test-data" / "run-b4.json").write_text(json.dumps(made_up(4) | change))
+    with pytest.raises(ValueError, match=message):
+        publish.publish(results, readme)
+    assert readme.read_text() == before
+
+
+def test_files_that_are_no_records(tmp_path: Path) -> None:
+    results, readme = written(tmp_path, made_up(4))
+    path = results / "test-data" / "run-b32.json"
+    path.write_text("{")
+    with pytest.raises(ValueError, match="run-b32.json is no JSON"):
+        publish.stale(results, readme)
+    path.write_text('{"created": ""}')
+    with pytest.raises(ValueError, match="is no record of bench/run.py: it has no machine, opt"):
+        publish.stale(results, readme)
+    other = made_up(32)
+    other["machine"]["gpu"] = "ANOTHER"
+    path.write_text(json.dumps(other))
+    with pytest.raises(ValueError, match="must hold runs of one GPU, got ANOTHER, TEST DATA"):
+        publish.stale(results, readme)
+
+
+def test_the_commands_exit_codes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    results, readme = written(tmp_path, made_up(4))
+    monkeypatch.setattr(publish, "RESULTS", results)
+    monkeypatch.setattr(publish, "README", readme)
+    assert publish.main(["--check"]) == 1
+    assert f"{readme} differs from {results}" in capsys.readouterr().out
+    assert publish.main([]) == 0
+    assert f"wrote {readme}" in capsys.readouterr().out
+    assert publish.main(["--check"]) == 0
+    readme.write_text("no markers\n")
+    assert publish.main([]) == 2
+    assert "README must have one line" in capsys.readouterr().err
+    assert readme.read_text() == "no markers\n"
