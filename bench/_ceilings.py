@@ -8,7 +8,8 @@ from fastgpt import GPTConfig
 @dataclass(frozen=True)
 class Ceilings:
     """``tflops``: matrix products of 16-bit numbers, TFLOP/s; those of float32, in TF32, run at
-    half the rate on every GPU here. ``tb_per_s``: device memory, read plus written, TB/s.
+    half the rate on every GPU here, those of 8-bit numbers at twice the rate on those that have
+    them (not on an A100). ``tb_per_s``: device memory, read plus written, TB/s.
     """
 
     name: str
@@ -20,9 +21,9 @@ class Ceilings:
             if not value > 0:
                 raise ValueError(f"{name} must be positive, got {value}")
 
-    def ms(self, flops: int, nbytes: int, half: bool) -> float:
+    def ms(self, flops: int, nbytes: int, half: bool, fp8: bool = False) -> float:
         """Milliseconds of a kernel that is bound by one of the two alone. ``half``: 16 bits."""
-        rate = self.tflops if half else self.tflops / 2
+        rate = 2 * self.tflops if fp8 else self.tflops if half else self.tflops / 2
         return max(flops / rate, nbytes / self.tb_per_s) / 1e9
 
 

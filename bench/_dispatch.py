@@ -123,7 +123,7 @@ class CostMode(TorchDispatchMode):
             for kernel in kernels:
                 total.bytes += kernel.bytes
                 total.flops += kernel.flops
-                ms = self._ceilings.ms(kernel.flops, kernel.bytes, half)
+                ms = self._ceilings.ms(kernel.flops, kernel.bytes, half, kernel.fp8)
                 total.ms += ms
                 total.kernels_ms[kernel.name] = total.kernels_ms.get(kernel.name, 0.0) + ms
         return out

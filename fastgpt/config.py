@@ -79,6 +79,9 @@ class Model:
     bias: bool = False
     # Make GELU's and LayerNorm's results again in the backward pass: less memory, the same numbers.
     recompute: bool = False
+    # Matrix products of 8-bit numbers in the loss (head) or everywhere (all); needs a GPU of
+    # compute capability 8.9 or newer, n_embd and the vocabulary multiples of 16.
+    fp8: Literal["none", "head", "all"] = "none"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,6 +148,8 @@ class TrainConfig(System, Schedule, Optimizer, Model, Data, Logging, Output):
             raise ValueError(
                 f"init_from must be scratch or resume with model='bigram', got {self.init_from!r}"
             )
+        if self.model == "bigram" and self.fp8 != "none":
+            raise ValueError(f"fp8 must be none with model='bigram', got {self.fp8!r}")
         if self.n_embd % self.n_head:
             raise ValueError(
                 f"n_embd must be a multiple of n_head, "

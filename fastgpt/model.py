@@ -91,11 +91,12 @@ class CausalSelfAttention(nn.Module):
         self._linear = ops.linear
         self._attention = ops.attention_qkvpacked
 
-    def forward(self, x: Tensor, recompute: Recipe | None, dropout: _Dropout) -> Tensor:
+    def forward(self, x: Tensor, recompute: Recipe | None, fp8: bool, dropout: _Dropout) -> Tensor:
         c_attn = self.c_attn
-        qkv = self._linear(x, c_attn.weight, c_attn.bias, recompute=recompute)  # (B, T, 3C)
+        # (B, T, 3C)
+        qkv = self._linear(x, c_attn.weight, c_attn.bias, recompute=recompute, fp8=fp8)
         y = self._attention(qkv, self.n_head, **dropout.arguments(self, self.dropout))
-        return self._linear(y, self.c_proj.weight)  # (B, T, C)
+        return self._linear(y, self.c_proj.weight, fp8=fp8)  # (B, T, C)
 
 
 class MLP(nn.Module):
@@ -111,10 +112,14 @@ class MLP(nn.Module):
         self.gelu = functools.partial(ops.gelu, approximate=gelu)
         self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
         self.dropout = nn.Dropout(config.dropout)
+        self._linear = ops.linear
         self._mlp = ops.mlp
         self._approximate = gelu
 
-    def forward(self, x: Tensor, recompute: Recipe | None) -> Tensor:
+    def forward(self, x: Tensor, recompute: Recipe | None, fp8: bool) -> Tensor:
+        if fp8:  # PyTorch's scaled products have no epilogue to put GELU in
+            x = self._linear(x, self.c_fc.weight, self.c_fc.bias, recompute=recompute, fp8=True)
+            return self._linear(self.gelu(x), self.c_proj.weight, fp8=True)
         return self._mlp(
             x,
             self.c_fc.weight,
@@ -148,13 +153,14 @@ class Block(nn.Module):
         next_norm: LayerNorm,
         dropout: _Dropout,
         recompute: bool,
+        fp8: bool,
     ) -> tuple[Tensor, Tensor]:
         """``x`` is ``ln_1(residual)``, both (B, T, C); returns their likes for the next block."""
         attn, mlp = self.attn, self.mlp
-        delta = attn(x, self.ln_1.recipe(residual) if recompute else None, dropout)
+        delta = attn(x, self.ln_1.recipe(residual) if recompute else None, fp8, dropout)
         drop = dropout.arguments(attn.resid_dropout, attn.resid_dropout.p)
         x, residual = self.ln_2.of_sum(residual, delta, attn.c_proj.bias, drop)
-        delta = mlp(x, self.ln_2.recipe(residual) if recompute else None)
+        delta = mlp(x, self.ln_2.recipe(residual) if recompute else None, fp8)
         drop = dropout.arguments(mlp.dropout, mlp.dropout.p)
         return next_norm.of_sum(residual, delta, mlp.c_proj.bias, drop)
 
@@ -177,8 +183,12 @@ class GPT(LanguageModel):
     ``portable`` or ``reference`` of ``fastgpt.kernels``. ``gelu`` is "none" for the exact erf form,
     as in nanoGPT, or "tanh" for the one that OpenAI's weights were trained with;
     ``gelu_approximate`` holds the choice. With ``recompute`` the results of GELU and LayerNorm are
-    made again in the backward rather than kept: less memory, the same numbers. The attribute
-    ``recompute`` may be changed at any time.
+    made again in the backward rather than kept: less memory, the same numbers. ``fp8`` is "head"
+    for a training loss whose matrix products are of 8-bit numbers, or "all" for the blocks' as
+    well: faster, and other numbers; logits that are asked for never come from them. It needs a GPU
+    of compute capability 8.9 or newer, found out by the first forward pass, and ``n_embd`` and
+    ``vocab_size`` that are multiples of 16. The attributes ``recompute`` and ``fp8`` may be changed
+    at any time.
 
     With the same seed the initial weights are nanoGPT's, bit for bit.
     """
@@ -189,12 +199,14 @@ class GPT(LanguageModel):
         ops: ModuleType = default_ops,
         gelu: str = "none",
         recompute: bool = False,
+        fp8: str = "none",
     ) -> None:
         super().__init__(config)
         if gelu not in ("none", "tanh"):
             raise ValueError(f"gelu must be 'none' or 'tanh', got {gelu!r}")
         self.gelu_approximate = gelu
         self.recompute = recompute
+        self.fp8 = fp8
         self._dropout_seed = ops.dropout_seed
         self._embedding = ops.embedding
         self._linear_cross_entropy = ops.linear_cross_entropy
@@ -216,6 +228,23 @@ class GPT(LanguageModel):
             if name.endswith("c_proj.weight"):  # two additions to the residual stream per layer
                 nn.init.normal_(param, mean=0.0, std=0.02 / math.sqrt(2 * config.n_layer))
 
+    @property
+    def fp8(self) -> str:
+        return self._fp8
+
+    @fp8.setter
+    def fp8(self, which: str) -> None:
+        if which not in ("none", "head", "all"):
+            raise ValueError(f"fp8 must be 'none', 'head' or 'all', got {which!r}")
+        for name in ("n_embd", "vocab_size"):
+            size = getattr(self.config, name)
+            if which != "none" and size % 16:
+                raise ValueError(
+                    f"{name} must be a multiple of 16 with fp8={which!r}, got {size}: pad it, to "
+                    f"{-(-size // 64) * 64} say"
+                )
+        self._fp8 = which
+
     def _tie_weights(self) -> None:
         self.transformer.wte.weight = self.lm_head.weight
 
@@ -233,7 +262,9 @@ class GPT(LanguageModel):
         norms: list[Any] = [*(block.ln_1 for block in trunk.h), trunk.ln_f]
         x = norms[0](residual)
         for block, next_norm in zip(trunk.h, norms[1:], strict=True):
-            x, residual = block(x, residual, next_norm, dropout, self.recompute)
+            x, residual = block(
+                x, residual, next_norm, dropout, self.recompute, fp8=self.fp8 == "all"
+            )
         return x
 
     def _logits(self, idx: Tensor, last_only: bool) -> Tensor:
@@ -242,7 +273,11 @@ class GPT(LanguageModel):
 
     def _loss(self, idx: Tensor, targets: Tensor) -> Tensor:
         return self._linear_cross_entropy(
-            self._hidden(idx), self.lm_head.weight, targets, ignore_index=-1
+            self._hidden(idx),
+            self.lm_head.weight,
+            targets,
+            ignore_index=-1,
+            fp8=self.fp8 != "none",
         )
 
     def get_num_params(self, non_embedding: bool = True) -> int:
@@ -251,6 +286,12 @@ class GPT(LanguageModel):
         """
         n_params = super().get_num_params()
         return n_params - self.transformer.wpe.weight.numel() if non_embedding else n_params
+
+    def rounded_parameters(self) -> list[nn.Parameter]:
+        # The bias behind c_proj is added to the residual stream, beside a LayerNorm in float32.
+        matrices = super().rounded_parameters()
+        biases = [(block.attn.c_attn.bias, block.mlp.c_fc.bias) for block in self.transformer.h]
+        return matrices + [bias for pair in biases for bias in pair if bias is not None]
 
     def load_state_dict(
         self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False

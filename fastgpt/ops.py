@@ -127,9 +127,10 @@ def linear(
     bias: Tensor | None = None,
     *,
     recompute: Recipe | None = None,
+    fp8: bool = False,
 ) -> Tensor:
     """See ``kernels.linear.linear``."""
-    return _implementation(x.device).linear(x, weight, bias, recompute=recompute)
+    return _implementation(x.device).linear(x, weight, bias, recompute=recompute, fp8=fp8)
 
 
 def mlp(
@@ -156,6 +157,7 @@ def linear_cross_entropy(
     reduction: str = "mean",
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
+    fp8: bool = False,
 ) -> Tensor:
     """See ``kernels.linear_cross_entropy.linear_cross_entropy``."""
     return _implementation(x.device).linear_cross_entropy(
@@ -166,6 +168,7 @@ def linear_cross_entropy(
         reduction=reduction,
         label_smoothing=label_smoothing,
         z_loss=z_loss,
+        fp8=fp8,
     )
 
 

@@ -185,7 +185,24 @@ def gelu(x: Tensor, approximate: str) -> None:
         raise ValueError(f"approximate must be 'none' or 'tanh', got {approximate!r}")
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None, names: tuple[str, str]) -> None:
+FP8_MULTIPLE = 16  # rows of 8-bit matrices begin at multiples of 16 bytes
+
+
+def _fp8(name: str, weight: Tensor) -> None:
+    if 0 in weight.shape or any(size % FP8_MULTIPLE for size in weight.shape):
+        raise ValueError(
+            f"both sizes of {name} must be multiples of {FP8_MULTIPLE} with fp8=True, "
+            f"got {tuple(weight.shape)}"
+        )
+
+
+def linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    names: tuple[str, str],
+    fp8: bool = False,
+) -> None:
     """``names``: what the caller calls weight and bias."""
     floating(x=x)
     _parameters("x", x, **{names[0]: weight, names[1]: bias})
@@ -195,6 +212,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, names: tuple[str, str
             f"and x {tuple(x.shape)}"
         )
     _shaped(names[1], bias, (weight.shape[0],), f"{names[0]} {tuple(weight.shape)}")
+    if fp8:
+        _fp8(names[0], weight)
 
 
 Recipe = tuple[Tensor, Tensor, Tensor | None, float]  # the arguments of layer_norm
@@ -278,8 +297,9 @@ def linear_cross_entropy(
     reduction: str,
     label_smoothing: float,
     z_loss: float,
+    fp8: bool,
 ) -> None:
-    linear(x, weight, None, ("weight", ""))
+    linear(x, weight, None, ("weight", ""), fp8)
     _token_ids("targets", targets)
     _shaped("targets", targets, tuple(x.shape[:-1]), f"x {tuple(x.shape)}")
     _same_device(x=x, targets=targets)
@@ -291,6 +311,8 @@ def linear_cross_entropy(
         raise ValueError(f"label_smoothing must lie in [0, 1], got {label_smoothing}")
     if not 0.0 <= z_loss < math.inf:
         raise ValueError(f"z_loss must be at least 0 and finite, got {z_loss}")
+    if fp8 and z_loss:  # no gradient of a logit may pass 1, or the fixed scale would not hold it
+        raise ValueError(f"z_loss must be 0 with fp8=True, got {z_loss}")
 
 
 def adamw(

@@ -110,6 +110,20 @@ def launchable(**tensors: Tensor | None) -> None:
             )
 
 
+def fp8_launchable(x: Tensor, dtype: torch.dtype) -> None:
+    """Refuse what has no fp8 products; ``dtype``: of x, once autocast has cast it."""
+    if not is_half(dtype):
+        raise ValueError(
+            f"x must be float16 or bfloat16 with fp8=True, or cast to it by autocast, got {dtype}"
+        )
+    found = capability(x.device)
+    if found is not None and found < 89:
+        raise ValueError(
+            "fp8 must be False on a GPU of compute capability below 8.9 (Ada, Hopper and Blackwell "
+            f"have it), got {found // 10}.{found % 10} on {x.device}"
+        )
+
+
 def dropout_seed(device: torch.device) -> Tensor | None:
     """An int64 tensor (1,) on the device: the key of the dropout masks of one step, drawn from
     PyTorch's generator for the device."""

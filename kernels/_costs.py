@@ -21,6 +21,7 @@ class KernelCost(NamedTuple):
     name: str
     flops: int  # of matrix products alone, 2 M N K each, as PyTorch counts them
     bytes: int  # read plus written in device memory; what a cache serves again is counted once
+    fp8: bool = False  # the matrices multiplied have 8 bits
 
 
 CostFormula = Callable[..., list[KernelCost]]

@@ -21,7 +21,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from fastgpt.kernels._costs import KernelCost, nbytes, register_cost
+from fastgpt.kernels._costs import CostFormula, KernelCost, nbytes, register_cost
 from fastgpt.kernels._precision import autocast_dtype, matmul_float32
 
 # rows(logits, targets, losses, ignore_index, label_smoothing, z_loss, want_gradient) writes the
@@ -88,11 +88,18 @@ def _forward(
 
     if dweight is None:  # there was no row
         dweight = x.new_zeros(weight.shape, dtype=wide)
+    return *reduced(losses, targets, ignore_index, mean), dx, dweight
+
+
+def reduced(
+    losses: Tensor, targets: Tensor, ignore_index: int, mean: bool
+) -> tuple[Tensor, Tensor]:
+    """The loss, and what its gradients are divided by."""
     if mean:
-        divisor = torch.sum(targets != ignore_index, dtype=wide)
+        divisor = torch.sum(targets != ignore_index, dtype=losses.dtype)
     else:
-        divisor = x.new_ones((), dtype=wide)
-    return losses.sum() / divisor, divisor, dx, dweight
+        divisor = losses.new_ones(())
+    return losses.sum() / divisor, divisor
 
 
 def _fake_forward(
@@ -153,7 +160,7 @@ def _backward(ctx, grad, *_):
     return (dx if ctx.want_dx else None, dweight if ctx.want_dweight else None, *no_gradient)
 
 
-def _cost(
+def cost(
     out, x, weight, targets, dtype, ignore_index, mean, smoothing, z_loss, want_dx, want_dweight
 ):
     n_cols, width = weight.shape
@@ -179,11 +186,13 @@ def _cost(
     return costs
 
 
-def define(name: str, rows: RowsFunction) -> Callable[..., tuple[Tensor, ...]]:
-    """The operator ``fastgpt::name`` that has ``rows`` for its row function."""
+def define(
+    name: str, forward: Callable[..., tuple[Tensor, ...]], cost: CostFormula
+) -> Callable[..., tuple[Tensor, ...]]:
+    """The operator ``fastgpt::name``. ``forward``: as ``chunked`` makes it of a row function."""
     op = torch.library.custom_op(
         f"fastgpt::{name}",
-        partial(_forward, rows),
+        forward,
         mutates_args=(),
         schema="(Tensor x, Tensor weight, Tensor targets, ScalarType dtype, int ignore_index, "
         "bool mean, float label_smoothing, float z_loss, bool want_dx, bool want_dweight) "
@@ -191,8 +200,13 @@ def define(name: str, rows: RowsFunction) -> Callable[..., tuple[Tensor, ...]]:
     )
     op.register_fake(_fake_forward)
     op.register_autograd(_backward, setup_context=_setup_context)
-    register_cost(getattr(torch.ops.fastgpt, name))(_cost)
+    register_cost(getattr(torch.ops.fastgpt, name))(cost)
     return op
+
+
+def chunked(rows: RowsFunction) -> Callable[..., tuple[Tensor, ...]]:
+    """The forward of an operator whose products are those of the inputs' own dtype."""
+    return partial(_forward, rows)
 
 
 def apply(

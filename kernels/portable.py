@@ -27,6 +27,14 @@ def _refuse(seed: Tensor | None) -> None:
         )
 
 
+def _refuse_fp8(fp8: bool, x: Tensor) -> None:
+    if fp8:
+        raise ValueError(
+            "fp8 must be False without the Triton kernels: it needs a CUDA GPU of compute "
+            f"capability 8.9 or newer (Ada, Hopper, Blackwell), got a tensor on {x.device}"
+        )
+
+
 def gelu(x: Tensor, approximate: str = "none") -> Tensor:
     """GELU (Hendrycks & Gimpel 2016): ``x * Phi(x)``, or its tanh form. See ``fused.gelu``."""
     _checks.gelu(x, approximate)
@@ -172,9 +180,11 @@ def linear(
     bias: Tensor | None = None,
     *,
     recompute: _checks.Recipe | None = None,
+    fp8: bool = False,
 ) -> Tensor:
-    """``x @ weight.T + bias``. See ``fused.linear``."""
-    _checks.linear(x, weight, bias, ("weight", "bias"))
+    """``x @ weight.T + bias``. See ``fused.linear``; fp8 is refused."""
+    _checks.linear(x, weight, bias, ("weight", "bias"), fp8)
+    _refuse_fp8(fp8, x)
     _checks.recipe(x, recompute)
     if recompute is None:
         return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
@@ -244,7 +254,11 @@ def _cross_entropy_rows(
             tile.copy_(p.scatter_add_(1, target, weight * (label_smoothing - 1.0)))
 
 
-_linear_cross_entropy_op = chunked_loss.define("linear_cross_entropy_portable", _cross_entropy_rows)
+_linear_cross_entropy_op = chunked_loss.define(
+    "linear_cross_entropy_portable",
+    chunked_loss.chunked(_cross_entropy_rows),
+    chunked_loss.cost,
+)
 
 
 def linear_cross_entropy(
@@ -256,11 +270,14 @@ def linear_cross_entropy(
     reduction: str = "mean",
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
+    fp8: bool = False,
 ) -> Tensor:
     """Cross-entropy of the logits ``x @ weight.T``, never stored whole. Same arguments as
-    ``fused.linear_cross_entropy``, but on the CPU a target out of range is a ValueError.
+    ``fused.linear_cross_entropy``, but on the CPU a target out of range is a ValueError, and fp8
+    is refused.
     """
-    _checks.linear_cross_entropy(x, weight, targets, reduction, label_smoothing, z_loss)
+    _checks.linear_cross_entropy(x, weight, targets, reduction, label_smoothing, z_loss, fp8)
+    _refuse_fp8(fp8, x)
     return chunked_loss.apply(
         _linear_cross_entropy_op,
         x,

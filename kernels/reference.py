@@ -7,6 +7,7 @@ so nothing here shares an idea, or an error, with a hand-written one.
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -149,17 +150,78 @@ def widened(
     return weight.to(dtype), None if bias is None else bias.to(dtype)
 
 
+def fp8_scale(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """The least power of two by which x fits into an fp8 format, at least 2^-126; float64. NaN
+    where x holds an infinity or a NaN."""
+    if x.numel() == 0:
+        return x.new_ones((), dtype=torch.float64)
+    largest = x.detach().abs().amax().double()
+    mantissa, exponent = torch.frexp(largest / torch.finfo(dtype).max)  # mantissa in [1/2, 1)
+    exponent = torch.where(mantissa == 0.5, exponent - 1, exponent).clamp(min=-126)
+    return torch.exp2(exponent.double()).where(largest.isfinite(), math.nan)
+
+
+def fp8_rounded(x: Tensor, dtype: torch.dtype, scale: Tensor) -> Tensor:
+    """What is left of x in fp8, in no less than float32."""
+    x = x.to(torch.promote_types(x.dtype, torch.float32))
+    scale = scale.to(x.dtype)
+    return (x / scale).to(dtype).to(x.dtype) * scale
+
+
+class _InFp8(torch.autograd.Function):
+    """An activation or a weight, rounded to e4m3; the gradient passes unchanged."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.dtype = x.dtype
+        dtype = torch.float8_e4m3fn
+        return fp8_rounded(x, dtype, fp8_scale(x, dtype))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        return grads[0].to(ctx.dtype)
+
+
+class _GradientInFp8(torch.autograd.Function):
+    """x unchanged; its gradient rounded to e5m2."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        dtype = torch.float8_e5m2
+        return fp8_rounded(grads[0], dtype, fp8_scale(grads[0], dtype))
+
+
+def _with_gradient_in_fp8(total: Tensor, logits: Tensor, product: Tensor) -> Tensor:
+    """``total``, a function of the leaf ``logits``, as a function of ``product``, with a gradient
+    that is rounded to e5m2 before any factor. It is at most 1, so its scale is fixed."""
+    if not product.requires_grad:
+        return total.detach()
+    (dlogits,) = torch.autograd.grad(total, logits)
+    dlogits = fp8_rounded(dlogits, torch.float8_e5m2, dlogits.new_tensor(2.0**-15))
+    return total.detach() + ((product - product.detach()) * dlogits).sum()
+
+
 def linear(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None = None,
     *,
     recompute: _checks.Recipe | None = None,
+    fp8: bool = False,
 ) -> Tensor:
     """``x @ weight.T + bias``. See ``fused.linear``; here autograd keeps x whatever
-    ``recompute`` says."""
-    _checks.linear(x, weight, bias, ("weight", "bias"))
+    ``recompute`` says, and fp8 is a rounding before products that are none of fp8's own, for any
+    device and dtype."""
+    _checks.linear(x, weight, bias, ("weight", "bias"), fp8)
     _checks.recipe(x, recompute)
+    if fp8:
+        y = _GradientInFp8.apply(_InFp8.apply(x) @ _InFp8.apply(weight).t())
+        bias = None if bias is None else bias.to(x.dtype)
+        return (y if bias is None else y + bias).to(x.dtype)
     y = x @ weight.to(x.dtype).t()
     return y if bias is None else y + bias.to(y.dtype)
 
@@ -188,18 +250,25 @@ def linear_cross_entropy(
     reduction: str = "mean",
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
+    fp8: bool = False,
 ) -> Tensor:
     """Cross-entropy of the logits ``x @ weight.T``, which are all stored here, in float32. See
-    ``fused.linear_cross_entropy``."""
-    _checks.linear_cross_entropy(x, weight, targets, reduction, label_smoothing, z_loss)
-    logits = linear(x, weight).flatten(0, -2)  # (rows, V)
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    ``fused.linear_cross_entropy``, and for fp8 ``linear``."""
+    _checks.linear_cross_entropy(x, weight, targets, reduction, label_smoothing, z_loss, fp8)
+    if fp8:
+        product = (_InFp8.apply(x) @ _InFp8.apply(weight).t()).flatten(0, -2)
+        logits = product.detach().to(x.dtype).to(product.dtype).requires_grad_()
+    else:
+        logits = linear(x, weight).flatten(0, -2)  # (rows, V)
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     targets = targets.flatten().long()
     valid = targets != ignore_index
     lse = torch.logsumexp(logits, dim=-1)
     at_target = logits.gather(1, targets.where(valid, 0)[:, None])[:, 0]
     loss = lse - (1.0 - label_smoothing) * at_target - label_smoothing * logits.mean(-1)
     total = (loss + z_loss * lse * lse).where(valid, 0.0).sum()
+    if fp8:
+        total = _with_gradient_in_fp8(total, logits, product)
     return total / valid.sum() if reduction == "mean" else total
 
 

@@ -6,6 +6,7 @@ variable is needed. Holds for Triton 3.6 to 3.9, whose interpreter
 
 - computes on the raw bits of bfloat16 and truncates where it should round;
 - fails with NumPy >= 2.4 on a loop bound that is a tensor;
+- rounds to fp8 without a carry;
 - leaves a float argument the Python number that it is, where a compiled kernel gets a float32.
 
 The compiler's rules on launch options, grid limits and the smallest ``tl.dot`` are enforced. Not
@@ -79,6 +80,17 @@ def _matmul_operand(handle: TensorHandle) -> TensorHandle:
     return _widened(handle)
 
 
+_FP8 = {tl.float8e4nv: torch.float8_e4m3fn, tl.float8e5: torch.float8_e5m2}
+
+
+def _to_fp8(src: TensorHandle, dst_type: tl.dtype) -> TensorHandle:
+    """To nearest even and, as the instruction does, to the largest number beyond it; the original
+    does not carry when it rounds up."""
+    largest = torch.finfo(_FP8[dst_type]).max
+    values = torch.from_numpy(np.ascontiguousarray(src.data)).float().clamp(-largest, largest)
+    return TensorHandle(values.to(_FP8[dst_type]).view(torch.uint8).numpy(), dst_type)
+
+
 class Builder(InterpreterBuilder):
     """What computes a block operation; one method for each instruction of Triton's IR."""
 
@@ -96,6 +108,8 @@ class Builder(InterpreterBuilder):
     def create_fp_to_fp(self, src: TensorHandle, dst_type: tl.dtype, *rounding: Any):
         if _is_bf16(src) or dst_type.scalar == tl.bfloat16:
             return self.cast_impl(src, dst_type)
+        if dst_type.scalar in _FP8:
+            return _to_fp8(src, dst_type.scalar)
         return super().create_fp_to_fp(src, dst_type, *rounding)
 
     def unary_op(self, arg: TensorHandle, op: Callable) -> TensorHandle:

@@ -56,6 +56,7 @@ def test_nanogpts_keys_and_defaults() -> None:
         "seed": 1337,
         "model": "gpt",
         "recompute": False,
+        "fp8": "none",
         "data_root": "data",
     }
     assert ours == NANOGPT_DEFAULTS | own
@@ -113,6 +114,12 @@ def test_an_int_is_accepted_for_a_float_and_becomes_one() -> None:
         ({"init_from": "gpt3"}, ValueError, "init_from must be one of scratch, .* got 'gpt3'"),
         ({"model": "bigram", "init_from": "gpt2"}, ValueError, "init_from must be scratch or"),
         ({"recompute": 1}, TypeError, "recompute must be True or False, got 1"),
+        ({"fp8": "mlp"}, ValueError, "fp8 must be one of none, head, all, got 'mlp'"),
+        (
+            {"fp8": "head", "model": "bigram"},
+            ValueError,
+            "fp8 must be none with model='bigram', got 'head'",
+        ),
         ({"n_head": 5}, ValueError, "n_embd=768 with n_head=5"),
         ({"batch_size": 0}, ValueError, "batch_size must be at least 1, got 0"),
         ({"eval_interval": 0}, ValueError, "eval_interval must be at least 1, got 0"),

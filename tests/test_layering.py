@@ -47,7 +47,17 @@ ALLOWED: dict[str, set[str]] = {
     "fastgpt.kernels.layer_norm_kernels": {"fastgpt.kernels._common"},
     "fastgpt.kernels.layer_norm": {*_OP, "fastgpt.kernels.layer_norm_kernels"},
     "fastgpt.kernels.residual_layer_norm": {*_OP, "fastgpt.kernels.layer_norm"},
-    "fastgpt.kernels.linear_cross_entropy": {*_OP, "fastgpt.kernels.chunked_loss"},
+    "fastgpt.kernels.fp8_kernels": set(),
+    "fastgpt.kernels.fp8_products": {
+        "fastgpt.kernels._common",
+        "fastgpt.kernels._costs",
+        "fastgpt.kernels.fp8_kernels",
+    },
+    "fastgpt.kernels.linear_cross_entropy": {
+        *_OP,
+        "fastgpt.kernels.chunked_loss",
+        "fastgpt.kernels.fp8_products",
+    },
     "fastgpt.kernels.attention_kernels": {"fastgpt.kernels._common"},
     "fastgpt.kernels.attention_tiles": {"fastgpt.kernels._common"},
     "fastgpt.kernels.attention": {
@@ -64,6 +74,7 @@ ALLOWED: dict[str, set[str]] = {
     },
     "fastgpt.kernels.linear": {
         *_OP,
+        "fastgpt.kernels.fp8_products",
         "fastgpt.kernels.gemm",
         "fastgpt.kernels.layer_norm",
     },
@@ -89,6 +100,7 @@ ALLOWED: dict[str, set[str]] = {
     "fastgpt.language_model": set(),
     "fastgpt.model": {"fastgpt.language_model", "fastgpt.ops"},
     "fastgpt.bigram": {"fastgpt.language_model"},
+    "fastgpt.optimizer": {"fastgpt.language_model", "fastgpt.ops"},
     "fastgpt._progress": set(),
     "fastgpt.config": set(),
     "fastgpt.devices": set(),
