@@ -96,6 +96,11 @@ def _in_module(
     return put
 
 
+def _formatted(text: str) -> Callable[[Tile], str]:
+    """A line that holds the numbers one by one."""
+    return lambda tile: text.format(*(tile or ()))
+
+
 def _leaf(device: torch.device, dtype: torch.dtype, *shape: int, std: float = 1.0) -> Tensor:
     """Random, never zeros; it wants a gradient."""
     return torch.randn(shape, device=device).mul_(std).to(dtype).requires_grad_()
@@ -151,8 +156,7 @@ def _attention_lines(capability: int | None, dtype: torch.dtype) -> Iterator[Lin
 
 def _attention_forward(device: torch.device, dtype: torch.dtype, sizes: Sizes) -> Call:
     qkv, n_head, product, nbytes = _attention_inputs(device, dtype, sizes)
-    with torch.no_grad():
-        qkv = qkv.detach()
+    qkv = qkv.detach()
     return Call(lambda: [fused.attention_qkvpacked(qkv, n_head)], 2 * product, 4 * nbytes)
 
 
@@ -299,23 +303,21 @@ def _layer_norm_lines(capability: int | None, dtype: torch.dtype) -> Iterator[Li
             ),
             probe=dict(M=64, C=768),
             kernels=(f"_layer_norm_{kernel}_kernel",),
-            text=lambda tile: (
-                "launch = _launch(n_cols, elements={}, max_rows={}, warp_cols={})".format(*tile)
-            ),
+            text=_formatted("launch = _launch(n_cols, elements={}, max_rows={}, warp_cols={})"),
         )
 
 
 def _layer_norm_forward(device: torch.device, dtype: torch.dtype, sizes: Sizes) -> Call:
     """The residual sum and its LayerNorm, as in 24 of GPT-2's 25 places."""
-    inputs = [x.detach() for x in _layer_norm_inputs(device, dtype, sizes)]
-    nbytes = 4 * inputs[0].numel() * dtype.itemsize  # residual, delta; y, total
-    return Call(lambda: fused.residual_layer_norm(*inputs), 0, nbytes)
+    residual, delta, weight, bias = (x.detach() for x in _layer_norm_inputs(device, dtype, sizes))
+    nbytes = 4 * residual.numel() * dtype.itemsize  # residual, delta; y, total
+    return Call(lambda: fused.residual_layer_norm(residual, delta, weight, bias), 0, nbytes)
 
 
 def _layer_norm_backward(device: torch.device, dtype: torch.dtype, sizes: Sizes) -> Call:
-    inputs = _layer_norm_inputs(device, dtype, sizes)
-    backward = _gradients(fused.residual_layer_norm(*inputs), inputs)
-    return Call(backward, 0, 4 * inputs[0].numel() * dtype.itemsize)  # dy, dtotal, total; dresidual
+    inputs = residual, delta, weight, bias = _layer_norm_inputs(device, dtype, sizes)
+    backward = _gradients(fused.residual_layer_norm(residual, delta, weight, bias), inputs)
+    return Call(backward, 0, 4 * residual.numel() * dtype.itemsize)  # dy, dtotal, total; dresidual
 
 
 def _layer_norm_inputs(device: torch.device, dtype: torch.dtype, sizes: Sizes) -> list[Tensor]:
@@ -348,7 +350,7 @@ def _cross_entropy_lines(capability: int | None, dtype: torch.dtype) -> Iterator
         sizes=(dict(M=4096, V=50304), dict(M=4096, V=50257), dict(M=16384, V=65)),
         probe=dict(M=16, V=50304),
         kernels=("_cross_entropy_rows_kernel",),
-        text=lambda tile: "MAX_BLOCK = {}  # num_warps=block_n // {}".format(*tile),  # type: ignore
+        text=_formatted("MAX_BLOCK = {}  # num_warps=block_n // {}"),
     )
 
 

@@ -18,6 +18,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 _TAIL = 30  # lines of a program's output that are kept when it did not end well
 _GRACE_S = 3.0  # to end by itself when told to
+_LOOK_S = 5.0  # between two looks at what a running program has found
 _MISSING = re.compile(r"^ModuleNotFoundError: No module named '([\w.]+)'", re.M)
 
 
@@ -73,31 +74,42 @@ def budget(stages: Sequence[Stage], left: float) -> tuple[float, float]:
     return plan, min(left, plan * first.patience)
 
 
-def run_stage(stage: Stage, plan: float, limit: float) -> dict[str, Any]:
-    """The record: ``status`` is "done", "failed", "timed out" or "not run", ``why`` says more."""
+def run_stage(
+    stage: Stage, plan: float, limit: float, report: Callable[[dict[str, Any]], object]
+) -> dict[str, Any]:
+    """The record: ``status`` is "done", "failed", "timed out", "interrupted" or "not run", ``why``
+    says more. Every few seconds ``report`` gets what there is, with the status "running"."""
     start = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="stage-") as temporary:
         folder = Path(temporary)
         log = folder / "output.txt"
-        status, why = _run(list(stage.command(folder, plan)), limit, log)
+
+        def record(status: str, why: str | None) -> dict[str, Any]:
+            return {
+                "name": stage.name,
+                "status": status,
+                "why": why,
+                "planned_s": round(plan, 1),
+                "seconds": round(time.monotonic() - start, 1),
+                "data": stage.collect(folder),
+            }
+
+        def look() -> None:
+            report(record("running", None))
+
+        status, why = _run(list(stage.command(folder, plan)), limit, log, look)
         output = log.read_text(errors="replace")
         missing = _MISSING.findall(output) if status == "failed" else []
         if missing:
             status, why = "not run", f"needs {missing[-1]}"
-        record: dict[str, Any] = {
-            "name": stage.name,
-            "status": status,
-            "why": why,
-            "planned_s": round(plan, 1),
-            "seconds": round(time.monotonic() - start, 1),
-            "data": stage.collect(folder),
-        }
-        if status != "done":
-            record["output"] = output.splitlines()[-_TAIL:]
-    return record
+        if status == "done":
+            return record(status, why)
+        return record(status, why) | {"output": output.splitlines()[-_TAIL:]}
 
 
-def _run(command: list[str], limit: float, log: Path) -> tuple[str, str | None]:
+def _run(
+    command: list[str], limit: float, log: Path, look: Callable[[], None]
+) -> tuple[str, str | None]:
     """In a process group of its own, all of which is ended with it."""
     search = [str(ROOT), str(ROOT / "bench"), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, search))}
@@ -113,9 +125,11 @@ def _run(command: list[str], limit: float, log: Path) -> tuple[str, str | None]:
             start_new_session=True,
         )
         try:
-            code = process.wait(limit)
+            code = _wait(process, limit, look)
         except subprocess.TimeoutExpired:
             return "timed out", f"ended after {limit:.0f} s"
+        except KeyboardInterrupt:
+            return "interrupted", None
         finally:  # an interrupt, too, leaves nothing running
             _end(process)
     if code == 0:
@@ -123,6 +137,18 @@ def _run(command: list[str], limit: float, log: Path) -> tuple[str, str | None]:
     if code < 0:
         return "failed", f"killed by {signal.Signals(-code).name}"
     return "failed", f"exit code {code}"
+
+
+def _wait(process: subprocess.Popen[bytes], limit: float, look: Callable[[], None]) -> int:
+    end = time.monotonic() + limit
+    while True:
+        left = end - time.monotonic()
+        try:
+            return process.wait(max(0.0, min(left, _LOOK_S)))
+        except subprocess.TimeoutExpired:
+            if left <= _LOOK_S:
+                raise
+            look()
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
@@ -146,7 +172,8 @@ def visit(
     """Run the stages in their order within ``seconds``.
 
     Args:
-        report: gets each record as soon as there is one; False ends the visit.
+        report: gets a stage's record every few seconds while it runs, with the status "running",
+            and when it has ended; False then ends the visit, as an interrupt does.
         begin: hears of a stage and of the seconds after which it will be ended.
     """
     end = time.monotonic() + seconds
@@ -161,8 +188,8 @@ def visit(
             going = [stage, *(later for later in stages[number + 1 :] if later.skip is None)]
             plan, limit = budget(going, left)
             begin(stage, limit)
-            record = run_stage(stage, plan, limit)
-        if not report(record):
+            record = run_stage(stage, plan, limit, report)
+        if not report(record) or record["status"] == "interrupted":
             return
 
 
