@@ -204,6 +204,38 @@ class Contest:
     bytes: int
 
 
+def fault_of(
+    line: Line, tile: Tile, call: Call, present: Sequence[Tensor], dtype: torch.dtype
+) -> str | None:
+    """What is wrong with the candidate's results; None if nothing."""
+    with line.put(tile):
+        call.reset()
+        try:
+            return difference(call.run(), present, dtype)
+        except TritonError as error:
+            return f"does not launch: {last_line(error)}"
+
+
+def wrong(
+    line: Line, tiles: Iterable[Tile], device: torch.device, dtype: torch.dtype
+) -> dict[Tile, str]:
+    """The candidates that do not compute what the present line computes, and where."""
+    found: dict[Tile, str] = {}
+    left = list(tiles)
+    for sizes in line.sizes:
+        torch.manual_seed(0)
+        with line.put(line.current):
+            call = line.call(device, dtype, sizes)
+            call.reset()
+            present = [out.clone() for out in call.run()]
+        for tile in left:
+            fault = fault_of(line, tile, call, present, dtype)
+            if fault is not None:
+                found[tile] = f"{fault} at {label(sizes)}"
+        left = [tile for tile in left if tile not in found]
+    return found
+
+
 def contest(
     line: Line,
     tiles: Iterable[Tile],
@@ -211,27 +243,9 @@ def contest(
     device: torch.device,
     dtype: torch.dtype,
     timer: Timer,
-    rejected: dict[Tile, str],
 ) -> Contest:
-    """Check and time; the wrong ones go into ``rejected``."""
-    torch.manual_seed(0)
     with line.put(line.current):
         call = line.call(device, dtype, sizes)
-        call.reset()
-        present = [out.clone() for out in call.run()]
-    right: list[Tile] = []
-    for tile in tiles:
-        with line.put(tile):
-            call.reset()
-            try:
-                fault = difference(call.run(), present, dtype)
-            except TritonError as error:
-                fault = f"does not launch: {last_line(error)}"
-        if fault is None:
-            right.append(tile)
-        else:
-            rejected[tile] = f"{fault} at {label(sizes)}"
-    del present
 
     def times(entries: Sequence[tuple[Tile, bool]], rounds: int) -> dict[tuple[Tile, bool], float]:
         ms: dict[tuple[Tile, bool], list[float]] = {entry: [] for entry in entries}
@@ -241,7 +255,7 @@ def contest(
         return {entry: statistics.median(values) for entry, values in ms.items()}
 
     own = [(line.current, False), (line.current, True)]  # True: again
-    ms = times([*own, *((tile, False) for tile in right)], ROUNDS[0])
+    ms = times([*own, *((tile, False) for tile in tiles)], ROUNDS[0])
     best = min(ms.values())
     close = sorted((e for e in ms if e not in own and ms[e] <= CLOSE * best), key=ms.__getitem__)
     ms |= times([*own, *close[:FINALISTS]], ROUNDS[1])
@@ -267,29 +281,25 @@ def measured(
     timer: Timer,
     show: Callable[[str], None],
 ) -> tuple[list[Contest], dict[Tile, str]]:
-    """One contest a size; why candidates were rejected."""
-    rejected: dict[Tile, str] = {}
+    """One contest a size; why candidates were rejected before."""
+    show(f"{line.name}: checking {len(tiles)} candidates")
+    rejected = wrong(line, tiles, device, dtype)
+    left = [tile for tile in tiles if tile not in rejected]
     contests = []
     for sizes in line.sizes:
-        show(f"{line.name}: {label(sizes)}")
-        left = [tile for tile in tiles if tile not in rejected]
-        contests.append(contest(line, left, sizes, device, dtype, timer, rejected))
+        show(f"{line.name}: timing {len(left)} candidates at {label(sizes)}")
+        contests.append(contest(line, left, sizes, device, dtype, timer))
     return contests, rejected
 
 
 def verdict(
-    line: Line,
-    contests: Sequence[Contest],
-    rejected: dict[Tile, str],
-    ceilings: Ceilings,
-    half: bool,
+    line: Line, contests: Sequence[Contest], ceilings: Ceilings, half: bool
 ) -> dict[str, Any]:
     """The best candidate over all sizes, or the present line."""
     scores: dict[Tile, float] = {line.current: 1.0}
     for tile in contests[0].ms:
-        if tile not in rejected:
-            ratios = [contest.ms[tile] / contest.present_ms for contest in contests]
-            scores[tile] = statistics.geometric_mean(ratios)
+        ratios = [contest.ms[tile] / contest.present_ms for contest in contests]
+        scores[tile] = statistics.geometric_mean(ratios)
     noise = statistics.geometric_mean(
         [math.exp(abs(math.log(c.again_ms / c.present_ms))) for c in contests]
     )
@@ -300,7 +310,7 @@ def verdict(
     rows = []
     for found in contests:
         ms = {line.current: found.present_ms, **found.ms}
-        own_best = min((tile for tile in ms if tile in scores), key=ms.__getitem__)
+        own_best = min(ms, key=ms.__getitem__)
         rows.append(
             {
                 "sizes": dict(found.sizes),
@@ -353,8 +363,9 @@ def comment(found: dict[str, Any], machine: str, dtype: torch.dtype) -> str:
 
 def static_table(line: Line, found: dict[Tile, Static]) -> Table:
     """Those without a fault, the highest predicted share of the matrix units' rate first."""
-    table = Table(title=line.name, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
-    table.add_column(line.text(line.current), no_wrap=True)
+    title = f"{line.name}: {line.text(line.current)}"
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("candidate\n", no_wrap=True)
     for header in ("registers\n", "shared\nKB", "programs\n/SM", "tensor share,\npredicted"):
         table.add_column(header, justify="right", no_wrap=True)
     good = [(tile, one) for tile, one in found.items() if one.fault is None]
@@ -399,7 +410,7 @@ def sweep_line(
     good = [tile for tile in line.candidates if found[tile].fault is None]
     contests, rejected = measured(line, good, device, dtype, gpu_timer(device), console.print)
     record["rejected"] = [[tile, why] for tile, why in rejected.items()]
-    won = verdict(line, contests, rejected, ceilings, dtype.itemsize == 2)
+    won = verdict(line, contests, ceilings, dtype.itemsize == 2)
     record["measured"] = won
     record["comment"] = comment(won, ceilings.name, dtype)
     console.print(f"{record['comment']}\n{won['line']}\n", markup=False, soft_wrap=True)
