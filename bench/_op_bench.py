@@ -170,7 +170,7 @@ class Row:
 
     @property
     def shape(self) -> str:
-        return "-".join(f"{name}{size}" for name, size in self.sizes)
+        return shape(self.sizes)
 
     def param(self) -> Any:
         """For ``pytest.mark.parametrize``."""
@@ -187,37 +187,72 @@ class Row:
         subject = Subject.of(self.op, self.sizes)
         function = subject.checked(self.provider)
 
-        def setup() -> tuple[tuple[Callable[[], Any]], dict[str, Any]]:
-            work = prepared(self.direction, function, subject.inputs, subject.out_grads)
-            _scratch().fill_(1)
-            return (work,), {}
+        def prepare() -> Callable[[], Any]:
+            return prepared(self.direction, function, subject.inputs, subject.out_grads)
 
-        benchmark.pedantic(
-            self.stopwatch.time, setup=setup, rounds=_ROUNDS, warmup_rounds=_WARMUP_ROUNDS
-        )
-        figures = self.figures(spread(self.stopwatch.ms[-_ROUNDS:]), machine_ceilings())
+        ms = timed(benchmark, self.stopwatch, prepare)
+        figures = self.figures(ms, machine_ceilings())
         benchmark.extra_info.update(figures)
         record_property("figures", figures)
 
     def figures(self, ms: Spread, ceilings: Ceilings | None) -> dict[str, Any]:
         """What is known of the row when it took ``ms``. What does not apply is None."""
         least = cost(self.op, self.sizes, self.direction, DTYPE, ceilings or DEVICES["h200"])
-        return {
-            "op": self.op.name,
-            "shape": self.shape,
-            **dict(self.sizes),
-            "dtype": str(DTYPE).removeprefix("torch."),
-            "direction": self.direction,
-            "provider": self.provider,
-            "ms": ms.median,
-            "ms_p10": ms.p10,
-            "ms_p90": ms.p90,
-            "bytes": least.bytes,
-            "flops": least.flops,
-            "gb_per_s": rate(ms, least.bytes).median / 1e9,
-            "tflop_per_s": rate(ms, least.flops).median / 1e12 if least.flops else None,
-            "share_of_ceiling": least.ms / ms.median if ceilings else None,
-        }
+        return figures(
+            self.op.name,
+            self.sizes,
+            self.direction,
+            self.provider,
+            ms,
+            least.bytes,
+            least.flops,
+            least.ms if ceilings else None,
+        )
+
+
+def timed(benchmark: Any, stopwatch: Stopwatch, prepare: Callable[[], Callable[[], Any]]) -> Spread:
+    """Milliseconds of what ``prepare`` returns, over ``_ROUNDS`` rounds."""
+
+    def setup() -> tuple[tuple[Callable[[], Any]], dict[str, Any]]:
+        work = prepare()
+        _scratch().fill_(1)
+        return (work,), {}
+
+    benchmark.pedantic(stopwatch.time, setup=setup, rounds=_ROUNDS, warmup_rounds=_WARMUP_ROUNDS)
+    return spread(stopwatch.ms[-_ROUNDS:])
+
+
+def figures(
+    op: str,
+    sizes: Sizes,
+    direction: str,
+    provider: str,
+    ms: Spread,
+    nbytes: int,
+    flops: int,
+    least_ms: float | None,
+) -> dict[str, Any]:
+    """A row of a table, and of the JSON file. ``least_ms``: at the machine's ceilings."""
+    return {
+        "op": op,
+        "shape": shape(sizes),
+        **dict(sizes),
+        "dtype": str(DTYPE).removeprefix("torch."),
+        "direction": direction,
+        "provider": provider,
+        "ms": ms.median,
+        "ms_p10": ms.p10,
+        "ms_p90": ms.p90,
+        "bytes": nbytes,
+        "flops": flops,
+        "gb_per_s": rate(ms, nbytes).median / 1e9,
+        "tflop_per_s": rate(ms, flops).median / 1e12 if flops else None,
+        "share_of_ceiling": None if least_ms is None else least_ms / ms.median,
+    }
+
+
+def shape(sizes: Sizes) -> str:
+    return "-".join(f"{name}{size}" for name, size in sizes)
 
 
 class Subject:
@@ -264,7 +299,7 @@ class Subject:
     def _deviations(self, function: Function) -> list[float]:
         """Root mean squares, of each output and then of each gradient."""
         return [
-            float((got.to(right.dtype) - right).square().mean().sqrt())
+            rms(got.to(right.dtype) - right)
             for got, right in zip(self._results(function, DTYPE), self._truth, strict=True)
         ]
 
@@ -278,6 +313,11 @@ class Subject:
         leaves = [x for x in inputs if wants_gradient(x)]
         results = [*outputs, *torch.autograd.grad(outputs, leaves, grads)]
         return [result.detach() for result in results]
+
+
+def rms(x: Tensor) -> float:
+    """Root mean square."""
+    return float(x.square().mean().sqrt())
 
 
 def wants_gradient(x: Any) -> bool:

@@ -7,6 +7,19 @@ from typing import Any
 from rich import box
 from rich.table import Table
 
+# Ways to take a matrix product, providers of ``_product_bench.py``.
+ALONE, SEPARATE, FUSED = "cuBLAS alone", "cuBLAS, then passes", "Triton"
+
+
+def verdict(rows: Iterable[dict[str, Any]]) -> str:
+    """Of the rows of one product and shape: the time of FUSED over that of SEPARATE, and which of
+    them the launch table should say; nothing unless both were measured."""
+    ms = {row["provider"]: row["ms"] for row in rows}
+    if FUSED not in ms or SEPARATE not in ms:
+        return ""
+    ratio = ms[FUSED] / ms[SEPARATE]
+    return f"{ratio:.2f}, {'keeps Triton' if ratio < 1 else 'cuBLAS stays'}"
+
 
 def tables(rows: Iterable[dict[str, Any]]) -> Iterator[Table]:
     """One for each op, of ``Row.figures`` in the order in which they were measured."""
@@ -23,8 +36,13 @@ def _table(op: str, rows: list[dict[str, Any]]) -> Table:
         out.add_column(header, no_wrap=True)
     for header in ("ms", "p10", "p90", "GB/s", "TFLOP/s", "of ceiling"):
         out.add_column(header, justify="right", no_wrap=True)
-    for (shape, direction), group in groupby(rows, lambda row: (row["shape"], row["direction"])):
+    products = any(row["provider"] == FUSED for row in rows)
+    if products:
+        out.add_column("of cuBLAS, then passes", no_wrap=True)
+    for (shape, direction), found in groupby(rows, lambda row: (row["shape"], row["direction"])):
+        group = list(found)
         for row in group:
+            last = [verdict(group) if row["provider"] == FUSED else ""] if products else []
             out.add_row(
                 shape,
                 direction,
@@ -33,6 +51,7 @@ def _table(op: str, rows: list[dict[str, Any]]) -> Table:
                 f"{row['gb_per_s']:.4g}",
                 "" if row["tflop_per_s"] is None else f"{row['tflop_per_s']:.3g}",
                 "" if row["share_of_ceiling"] is None else f"{row['share_of_ceiling']:.0%}",
+                *last,
             )
             shape = direction = ""  # said once for a group
         out.add_section()

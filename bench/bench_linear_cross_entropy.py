@@ -1,16 +1,21 @@
 """Head and loss. Fused, the gradients are computed in the forward pass, so the loss alone is timed
-under no_grad, and with a graph both passes together.
+under no_grad, and with a graph both passes together. And the three products of both passes, bare,
+against the fused op.
 """
 
+from collections.abc import Callable
 from typing import Any
 
+import _product_bench
 import torch
 import torch.nn.functional as F
 from _op_bench import Draw, Op, Row
+from _product_bench import ALONE, FUSED, SEPARATE, Product, Results
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from fastgpt.kernels import reference
+from fastgpt.kernels import fused, reference
+from fastgpt.kernels._common import matmul_float32
 
 _TRUTH_ROWS = 1024  # whose logits are in memory at a time
 
@@ -60,4 +65,43 @@ OP = Op(
 
 @OP.rows
 def test_linear_cross_entropy(row: Row, benchmark: Any, record_property: Any) -> None:
+    row.measure(benchmark, record_property)
+
+
+def three_products(x: Tensor, weight: Tensor, targets: Tensor) -> Results:
+    """The logits, which stand for their own gradient, dx and dweight."""
+    logits = x @ weight.t()
+    return logits @ weight, matmul_float32(logits.t(), x)
+
+
+def with_gradients(op: Callable[..., Tensor]) -> Callable[..., Results]:
+    """The loss, dx and dweight."""
+
+    def run(x: Tensor, weight: Tensor, targets: Tensor) -> Results:
+        leaves = x.detach().requires_grad_(), weight.detach().requires_grad_()
+        loss = op(*leaves, targets)
+        return loss.detach(), *torch.autograd.grad(loss, leaves)
+
+    return run
+
+
+PRODUCTS = [
+    Product(
+        op="linear_cross_entropy",
+        name="logits, dX, dW",
+        inputs=inputs,
+        flops=lambda M, C, V: 3 * 2 * M * C * V,
+        plain=with_gradients(truth),
+        ways={
+            ALONE: three_products,
+            SEPARATE: with_gradients(eager),
+            FUSED: with_gradients(fused.linear_cross_entropy),
+        },
+        gpu_sizes=OP.gpu_sizes,
+    ),
+]
+
+
+@_product_bench.rows(*PRODUCTS)
+def test_products(row: _product_bench.Row, benchmark: Any, record_property: Any) -> None:
     row.measure(benchmark, record_property)

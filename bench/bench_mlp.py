@@ -1,12 +1,18 @@
 """The MLP, forward and backward: Linear, GELU, and Linear without its bias, which the residual sum
-adds.
+adds; and its two products with an epilogue, against cuBLAS.
 """
 
 from typing import Any
 
+import _product_bench
+import torch
 import torch.nn.functional as F
 from _op_bench import Draw, Op, Row
+from _product_bench import ALONE, FUSED, SEPARATE, Product, Results
 from torch import Tensor
+
+from fastgpt.kernels import gemm
+from fastgpt.kernels.gelu import gelu_backward, gelu_forward
 
 
 def inputs(draw: Draw, M: int, C: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -35,4 +41,92 @@ OP = Op(
 
 @OP.rows
 def test_mlp(row: Row, benchmark: Any, record_property: Any) -> None:
+    row.measure(benchmark, record_property)
+
+
+def fc_inputs(draw: Draw, M: int, C: int) -> tuple[Tensor, Tensor, Tensor]:
+    x, weight, bias, _ = inputs(draw, M, C)
+    return x, weight, bias
+
+
+def fc(x: Tensor, weight: Tensor, bias: Tensor) -> Results:
+    pre = F.linear(x, weight, bias)
+    return pre, gelu_forward(pre, "none")
+
+
+def plain_fc(x: Tensor, weight: Tensor, bias: Tensor) -> Results:
+    pre = F.linear(x, weight, bias)
+    return pre, F.gelu(pre)
+
+
+def dx_inputs(draw: Draw, M: int, C: int) -> tuple[Tensor, Tensor, Tensor]:
+    return draw(M, C), draw(C, 4 * C, std=0.02), draw(M, 4 * C)
+
+
+def dx(dy: Tensor, weight: Tensor, pre: Tensor) -> Results:
+    return (gelu_backward(dy @ weight, pre, "none"),)
+
+
+def plain_dx(dy: Tensor, weight: Tensor, pre: Tensor) -> Results:
+    return (torch.ops.aten.gelu_backward(dy @ weight, pre),)
+
+
+def fused_dx(dy: Tensor, weight: Tensor, pre: Tensor) -> Results:
+    return (gemm.linear_gelu_gradient(dy, weight, pre, "none", recompute=False)[0],)
+
+
+def fused_dx_and_act(dy: Tensor, weight: Tensor, pre: Tensor) -> Results:
+    dpre, act = gemm.linear_gelu_gradient(dy, weight, pre, "none", recompute=True)
+    assert act is not None
+    return dpre, act
+
+
+def flops(M: int, C: int) -> int:
+    return 2 * M * C * 4 * C
+
+
+PRODUCTS = [
+    Product(
+        op="mlp",
+        name="FC, GELU",
+        inputs=fc_inputs,
+        flops=flops,
+        plain=plain_fc,
+        ways={
+            ALONE: lambda x, weight, bias: (F.linear(x, weight, bias),),
+            SEPARATE: fc,
+            FUSED: lambda x, weight, bias: gemm.linear_gelu(x, weight, bias, "none"),
+        },
+        gpu_sizes=OP.gpu_sizes,
+        table="fwd",
+    ),
+    Product(
+        op="mlp",
+        name="FC2 dX, GELU'",
+        inputs=dx_inputs,
+        flops=flops,
+        plain=plain_dx,
+        ways={ALONE: lambda dy, weight, pre: (dy @ weight,), SEPARATE: dx, FUSED: fused_dx},
+        gpu_sizes=OP.gpu_sizes,
+        table="bwd",
+    ),
+    Product(
+        op="mlp",
+        name="FC2 dX, GELU', GELU again",
+        inputs=dx_inputs,
+        flops=flops,
+        plain=lambda dy, weight, pre: (*plain_dx(dy, weight, pre), F.gelu(pre)),
+        ways={
+            ALONE: lambda dy, weight, pre: (dy @ weight,),
+            SEPARATE: lambda dy, weight, pre: (*dx(dy, weight, pre), gelu_forward(pre, "none")),
+            FUSED: fused_dx_and_act,
+        },
+        gpu_sizes=OP.gpu_sizes,
+        table="bwd_recompute",
+    ),
+]
+
+
+@_product_bench.rows(*PRODUCTS)
+def test_products(row: _product_bench.Row, benchmark: Any, record_property: Any) -> None:
     row.measure(benchmark, record_property)

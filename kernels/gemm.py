@@ -59,6 +59,13 @@ def _tma(device: torch.device) -> bool:
     return capability is None or 90 <= capability < 120
 
 
+def tiles(device: torch.device) -> _Tiles:
+    """The launch table for the device."""
+    if _common.capability(device) is None:
+        return INTERPRETER_TILES
+    return TMA_TILES if _tma(device) else POINTER_TILES
+
+
 def _tile(kernel: str, *matrices: Tensor) -> Tile | None:
     """The table's line for the kernel on these matrices, which have adjacent columns; None where
     cuBLAS is taken instead: if the table says so; for float32 (its TF32 kernels are as good as
@@ -69,11 +76,9 @@ def _tile(kernel: str, *matrices: Tensor) -> Tile | None:
         if x.data_ptr() % 16 or x.stride(0) * x.element_size() % 16:
             return None
     x = matrices[0]
-    if _common.capability(x.device) is None:
-        return INTERPRETER_TILES[kernel]
-    if not _common.is_half(x.dtype):
+    if _common.capability(x.device) is not None and not _common.is_half(x.dtype):
         return None
-    return (TMA_TILES if _tma(x.device) else POINTER_TILES)[kernel]
+    return tiles(x.device)[kernel]
 
 
 def _matrix(x: Tensor, block_rows: int, block_cols: int) -> Tensor | TensorDescriptor:
@@ -177,21 +182,61 @@ def splits(n_rows: int, n_cols: int, n_tokens: int, n_tiles: int, slots: int) ->
     return min(range(1, most + 1), key=cost)
 
 
+# Cost formulas: as on an H100 or H200, which have 132 multiprocessors; shapes and dtypes are all
+# that they read.
+
+
+def linear_gelu_cost(
+    x: Tensor, weight: Tensor, bias: Tensor | None, hidden: Tensor
+) -> list[KernelCost]:
+    """Of ``linear_gelu``, whose results are like ``hidden`` each."""
+    flops = 2 * hidden.numel() * x.shape[-1]
+    operands = nbytes(x, weight, bias)
+    if TMA_TILES["fwd"] is not None:
+        return [KernelCost("linear + GELU", flops, operands + 2 * nbytes(hidden))]
+    return [
+        KernelCost("linear", flops, operands + nbytes(hidden)),
+        KernelCost("GELU", 0, 2 * nbytes(hidden)),
+    ]
+
+
+def linear_gelu_gradient_cost(
+    dy: Tensor, weight: Tensor, pre: Tensor, recompute: bool
+) -> list[KernelCost]:
+    """Of ``linear_gelu_gradient``."""
+    flops = 2 * pre.numel() * dy.shape[-1]
+    operands = nbytes(dy, weight)
+    if TMA_TILES["bwd_recompute" if recompute else "bwd"] is not None:
+        return [KernelCost("linear dx * GELU'", flops, operands + (2 + recompute) * nbytes(pre))]
+    kernels = [
+        KernelCost("linear dx", flops, operands + nbytes(pre)),
+        KernelCost("GELU'", 0, 3 * nbytes(pre)),
+    ]
+    return [*kernels, KernelCost("GELU again", 0, 2 * nbytes(pre))] if recompute else kernels
+
+
 def weight_gradient_cost(dy: Tensor, x: Tensor, *gradients: Tensor) -> list[KernelCost]:
-    """As on an H100 or H200, which have 132 multiprocessors; shapes and dtypes are all it reads."""
+    """Of ``weight_gradient``, whose results are like ``gradients``."""
     n_cols = x.shape[-1]
     n_tokens, n_rows = x.numel() // n_cols, gradients[0].shape[0]
-    block_m, block_n, *_, per_multiprocessor = TMA_TILES["weight"]
+    flops = 2 * n_tokens * n_rows * n_cols
+    rounded = gradients[0].dtype != torch.float32
+    tile = TMA_TILES["weight"]
+    if tile is None:
+        again = 4 * n_rows * n_cols + nbytes(gradients[0]) if rounded else 0
+        return [
+            KernelCost("linear dweight", flops, nbytes(dy, x) + 4 * n_rows * n_cols),
+            KernelCost("linear dweight, rounded", 0, again),
+            *(KernelCost("linear dbias", 0, nbytes(dy, dbias)) for dbias in gradients[1:]),
+        ]
+    block_m, block_n, *_, per_multiprocessor = tile
     n_tiles = triton.cdiv(n_rows, block_m) * triton.cdiv(n_cols, block_n)
     n_splits = splits(n_rows, n_cols, n_tokens, n_tiles, per_multiprocessor * 132)
     partial = 4 * n_splits * n_rows * n_cols
-    if n_splits == 1 and gradients[0].dtype == torch.float32:
-        partial_again = 0
-    else:
-        partial_again = partial + nbytes(*gradients)
+    again = partial + nbytes(*gradients) if n_splits > 1 or rounded else 0
     return [
-        KernelCost("linear dweight", 2 * n_tokens * n_rows * n_cols, nbytes(dy, x) + partial),
-        KernelCost("linear dweight, its parts added up", 0, partial_again),
+        KernelCost("linear dweight", flops, nbytes(dy, x) + partial),
+        KernelCost("linear dweight, its parts added up", 0, again),
     ]
 
 

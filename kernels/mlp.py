@@ -156,7 +156,7 @@ def _(out, x, fc_weight, fc_bias, proj_weight, *_):
     hidden = x.new_empty(tokens, f, device="meta")
     return [
         *casting(x.dtype, fc_weight, proj_weight),
-        product("linear + GELU", tokens, f, c, x, fc, fc_bias, hidden, hidden),
+        *gemm.linear_gelu_cost(x, fc, fc_bias, hidden),
         product("linear", tokens, n, f, hidden, proj, out[0]),
     ]
 
@@ -167,13 +167,11 @@ def _(
     has_bias, wants_dx, wants_dfc, wants_dproj,
 ):  # fmt: skip
     f, c = fc_weight.shape
-    n = proj_weight.shape[0]
     tokens = pre.shape[0]
     fc, proj = operand(fc_weight, dy.dtype), operand(proj_weight, dy.dtype)
-    act_again = pre if act is None and wants_dproj else None
     kernels: list[KernelCost] = [
         *casting(dy.dtype, proj_weight, fc_weight if wants_dx else None),
-        product("linear dx * GELU'", tokens, f, n, dy, proj, pre, pre, act_again),
+        *gemm.linear_gelu_gradient_cost(dy, proj, pre, act is None and wants_dproj),
     ]
     gradients = iter(out)
     if wants_dx:

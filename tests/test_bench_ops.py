@@ -13,6 +13,7 @@ from typing import Any
 
 import _op_bench
 import _op_report
+import _product_bench
 import bench_attention
 import bench_embedding
 import bench_gelu
@@ -26,10 +27,12 @@ import torch
 import torch.nn.functional as F
 from _ceilings import DEVICES, Ceilings
 from _op_bench import Direction, Op, Row, Stopwatch, Subject, cost
+from _op_report import ALONE, FUSED, SEPARATE, verdict
 from _timing import Spread
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
-from fastgpt.kernels import fused
+from fastgpt.kernels import fused, gemm
 
 ROOT = Path(__file__).resolve().parent.parent
 FILES: list[ModuleType] = [
@@ -43,7 +46,13 @@ FILES: list[ModuleType] = [
     bench_residual_layer_norm,
 ]
 OPS: dict[str, Op] = {file.OP.name: file.OP for file in FILES}
-PRODUCTS = ("attention_qkvpacked", "linear", "linear_cross_entropy", "mlp")
+MATRIX_OPS = ("attention_qkvpacked", "linear", "linear_cross_entropy", "mlp")
+
+PRODUCTS = [
+    *bench_linear.PRODUCTS,
+    *bench_linear_cross_entropy.PRODUCTS,
+    *bench_mlp.PRODUCTS,
+]
 
 TINY = {  # for interpreted kernels
     "attention_qkvpacked": {"B": 1, "T": 33, "H": 2, "D": 16},
@@ -78,7 +87,7 @@ def test_every_size_costs_something(name: str) -> None:
         for direction in op.directions:
             nbytes, flops = bf16(name, direction, sizes)
             assert nbytes > 0
-            assert (flops > 0) == (name in PRODUCTS)
+            assert (flops > 0) == (name in MATRIX_OPS)
 
 
 def test_costs_equal_a_hand_count() -> None:
@@ -204,6 +213,77 @@ def test_table_says_a_shape_once() -> None:
     assert columns["shape"] == ["M20-K24-N40", "", "M20-K24-N40", ""]
     assert columns["provider"] == ["portable", "eager", "portable", "eager"]
     assert all(columns["TFLOP/s"]) and columns["of ceiling"] == [""] * 4
+
+
+# -- products with an epilogue against cuBLAS
+
+
+def tiny_inputs(product: _product_bench.Product) -> tuple[Tensor, ...]:
+    return _product_bench.drawn(product, tuple(TINY[product.op].items()))
+
+
+@pytest.mark.parametrize("product", PRODUCTS, ids=lambda product: product.name)
+def test_the_ways_of_a_product_agree(product: _product_bench.Product, device: str) -> None:
+    if device != _op_bench.DEVICE.type:
+        pytest.skip(f"the benchmarks of this machine run on {_op_bench.DEVICE.type}")
+    inputs = tiny_inputs(product)
+    results = _product_bench.check(product, inputs)
+    alone = product.ways[ALONE](*inputs)
+    assert {x.shape for x in alone} <= {x.shape for x in results}
+
+
+@pytest.mark.parametrize("product", PRODUCTS, ids=lambda product: product.name)
+def test_a_wrong_kernel_is_found(product: _product_bench.Product) -> None:
+    def wrong(*inputs: Tensor) -> tuple[Tensor, ...]:
+        *right, last = product.ways[SEPARATE](*inputs)
+        return *right, 1.01 * last
+
+    ways = {SEPARATE: product.ways[SEPARATE], FUSED: wrong}
+    number = len(product.ways[SEPARATE](*tiny_inputs(product))) - 1
+    with pytest.raises(AssertionError, match=f"{product.op}, {product.name}: result {number} has"):
+        _product_bench.check(replace(product, ways=ways), tiny_inputs(product))
+
+
+@pytest.mark.parametrize("product", PRODUCTS, ids=lambda product: product.name)
+def test_flops_of_products(product: _product_bench.Product) -> None:
+    """As PyTorch counts them, of the way that multiplies and does nothing else."""
+    with FlopCounterMode(display=False) as counter:
+        product.ways[ALONE](*tiny_inputs(product))
+    assert counter.get_total_flops() == product.flops(**TINY[product.op])
+
+
+def test_a_table_that_says_cublas_has_nothing_to_compare(monkeypatch: pytest.MonkeyPatch) -> None:
+    product = bench_mlp.PRODUCTS[0]
+    monkeypatch.setattr(_product_bench, "DEVICE", torch.device("cuda", 0))
+    monkeypatch.setattr(gemm, "tiles", lambda device: {"fwd": (128, 128, 64, 8, 3, 2)})
+    assert [product.why_not(way) for way in (ALONE, SEPARATE, FUSED)] == [None] * 3
+    monkeypatch.setattr(gemm, "tiles", lambda device: {"fwd": None})
+    assert product.why_not(SEPARATE) is None
+    assert product.why_not(FUSED) == "the launch table says cuBLAS"
+
+
+@pytest.mark.parametrize(
+    ("ms", "text"), [(1.2, "0.80, keeps Triton"), (1.8, "1.20, cuBLAS stays")], ids=str
+)
+def test_the_table_says_who_is_faster(ms: float, text: str) -> None:
+    times = {ALONE: 1.0, SEPARATE: 1.5, FUSED: ms}
+    sizes = tuple({"M": 2**15, "C": 768}.items())
+    rows = [
+        _product_bench.Row(product, sizes, way).figures(
+            Spread(time, time, time), 2**20, Ceilings("a GPU", 500.0, 4.0)
+        )
+        for product in bench_mlp.PRODUCTS[:2]
+        for way, time in times.items()
+    ]
+    (table,) = _op_report.tables(rows)
+    assert table.title == f"mlp products, {str(_op_bench.DTYPE).removeprefix('torch.')}"
+    columns = {str(column.header): list(column.cells) for column in table.columns}
+    assert columns["direction"] == ["FC, GELU", "", "", "FC2 dX, GELU'", "", ""]
+    assert columns["of cuBLAS, then passes"] == ["", "", text] * 2
+    rate = 500.0 if _op_bench.DTYPE.itemsize == 2 else 250.0
+    share = 2 * 2**15 * 768 * 4 * 768 / rate / 1e9 / ms
+    assert columns["of ceiling"][2] == f"{share:.0%}"
+    assert verdict(rows[:2]) == ""  # nothing to compare
 
 
 def pytest_on_bench(*options: str) -> subprocess.CompletedProcess[str]:

@@ -88,6 +88,73 @@ def test_any_tile(
     _assert_parity(inputs, 24, "contiguous", form, bias=True)
 
 
+def _tables_say_cublas(monkeypatch: pytest.MonkeyPatch) -> None:
+    for table in ("TMA_TILES", "POINTER_TILES", "INTERPRETER_TILES"):
+        monkeypatch.setattr(gemm, table, dict.fromkeys(gemm.TMA_TILES))
+
+
+@pytest.mark.parametrize("dtype", parity.DTYPES, ids=str)
+def test_tables_that_say_cublas(
+    device: str, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype
+) -> None:
+    """No Triton GEMM is launched, and the numbers are as good, and those of the Triton GEMMs."""
+    inputs = _inputs((37, 48), 104, 24, dtype, device, "contiguous")
+    x, fc_weight, fc_bias, proj_weight = inputs
+    dy = parity.randn((37, 24), dtype, device, "contiguous")
+    pre = parity.randn((37, 104), dtype, device, "contiguous")
+
+    def products() -> list[Tensor | None]:
+        return [
+            *gemm.linear_gelu(x, fc_weight, fc_bias, "none"),
+            *gemm.linear_gelu_gradient(dy, proj_weight, pre, "none", recompute=False),
+            *gemm.linear_gelu_gradient(dy, proj_weight, pre, "none", recompute=True),
+            *gemm.weight_gradient(dy, x, True, torch.float32),
+            *gemm.weight_gradient(dy, x, False, dtype),
+        ]
+
+    with_kernels = products()
+    _tables_say_cublas(monkeypatch)
+    monkeypatch.setattr(gemm, "_linear_gelu_kernel", None)  # whose launch would be a TypeError
+    monkeypatch.setattr(gemm, "_weight_grad_kernel", None)
+    for ours, theirs in zip(with_kernels, products(), strict=True):
+        assert (ours is None) == (theirs is None)
+        if ours is not None and theirs is not None:
+            assert ours.dtype == theirs.dtype
+            tolerance = max(2 * torch.finfo(dtype).eps, 1e-5)  # rounded once or twice
+            torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=tolerance)
+    _assert_parity(inputs, 24, "contiguous", "none", bias=True)
+
+
+@pytest.mark.parametrize("recompute", [False, True], ids=["", "recompute"])
+def test_costs_when_the_tables_say_cublas(monkeypatch: pytest.MonkeyPatch, recompute: bool) -> None:
+    """As many FLOPs; beside the products' own bytes those of passes that an epilogue saves."""
+    t, c, f = 512, 64, 256
+    x, hidden, fc_weight, fc_bias, proj_weight = (
+        torch.empty(*shape, dtype=torch.bfloat16, device="meta")
+        for shape in ((t, c), (t, f), (f, c), (f,), (c, f))
+    )
+    dfc_weight, dfc_bias = (torch.empty(*s, device="meta") for s in ((f, c), (f,)))
+
+    def costs() -> list[tuple[int, int]]:
+        kernels = (
+            gemm.linear_gelu_cost(x, fc_weight, fc_bias, hidden),
+            gemm.linear_gelu_gradient_cost(x, proj_weight, hidden, recompute),
+            gemm.weight_gradient_cost(hidden, x, dfc_weight, dfc_bias),
+        )
+        return [(sum(k.flops for k in of), sum(k.bytes for k in of)) for of in kernels]
+
+    monkeypatch.setattr(gemm, "splits", lambda *args: 1)
+    fused = costs()
+    _tables_say_cublas(monkeypatch)
+    separate = costs()
+    flops = 2 * t * c * f
+    assert [count for count, _ in fused] == [count for count, _ in separate] == [flops] * 3
+    activation = 2 * t * f
+    saved = [theirs - ours for (_, ours), (_, theirs) in zip(fused, separate, strict=True)]
+    # pre is read by GELU; dact is written and read; dpre is read by the sum of dbias, written there
+    assert saved == [activation, (3 if recompute else 2) * activation, activation + 4 * f]
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_large_and_small_pre_activations(device: str, dtype: torch.dtype) -> None:
     """GELU and its slope over all magnitudes that the dtype knows, through the epilogues."""
