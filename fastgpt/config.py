@@ -118,10 +118,13 @@ class System:
     backend: str = "nccl"
     # cuda, cuda:N, cpu, mps, or auto (cuda where there is one, else cpu).
     device: str = "cuda"
-    # Autocast; auto is bfloat16 on a GPU that has it, float16 on an older one, float32 elsewhere.
+    # bfloat16 holds the matrices in it, float32 master weights beside them; float16 is autocast.
+    # auto is bfloat16 on a GPU that has it, float16 on an older one, float32 elsewhere.
     dtype: Dtype = "auto"
     # Run the model through torch.compile.
     compile: bool = True
+    # On a GPU, replay every update as one CUDA graph; not in float16, where the host decides.
+    cuda_graph: bool = True
     # Seed of the weights, the batches and dropout.
     seed: int = 1337
 

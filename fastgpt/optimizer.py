@@ -192,12 +192,6 @@ class MasterAdamW(torch.optim.AdamW):
             for name, value in self._model.state_dict(keep_vars=True).items()
         }
 
-    def state_dict(self) -> dict[str, Any]:
-        packed = super().state_dict()
-        for group in packed["param_groups"]:
-            group["lr"] = float(group["lr"])
-        return packed
-
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over moments and counts from a ``state_dict`` of this class, or of the AdamW that
@@ -229,3 +223,12 @@ class MasterAdamW(torch.optim.AdamW):
                         )
                     target.copy_(found[name])
                 group.step.fill_(float(found["step"]))
+
+
+def saved_state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """``optimizer.state_dict()`` as a run of any kind reads it, nanoGPT's too: without the options
+    that a CUDA graph needed, the learning rate a number."""
+    state = optimizer.state_dict()
+    for group in state["param_groups"]:
+        group.update(lr=float(group["lr"]), capturable=False)
+    return state

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, cast
 
 import torch
 from rich.console import Console
@@ -29,6 +29,8 @@ from fastgpt.devices import autocast, resolve_device, resolve_dtype
 from fastgpt.language_model import GPTConfig, LanguageModel
 from fastgpt.meter import Meter, interrupts
 from fastgpt.model import GPT
+from fastgpt.optimizer import MasterAdamW, saved_state
+from fastgpt.step import Step
 from fastgpt.tokenizer import CharTokenizer
 
 _GPT2_VOCAB_SIZE = 50304  # for data without a meta.pkl: 50257, padded to a multiple of 64
@@ -74,21 +76,23 @@ class Trainer:
             vocab_size=model.config.vocab_size,
         )
         self.model = model.to(self.device)
-        self._forward = torch.compile(self.model) if config.compile else self.model
+        compiled = torch.compile(self.model) if config.compile else self.model
+        self._forward = cast(torch.nn.Module, compiled)
+        self.optimizer = self._build_optimizer()
         self._autocast = autocast(self.device, self.dtype)
-        self.optimizer = self.model.configure_optimizers(
-            config.weight_decay,
-            config.learning_rate,
-            (config.beta1, config.beta2),
-            self.device.type,
-        )
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
-        # 1 once a loss or gradient was not finite. It stays on the device until the host reads it
-        # together with the loss; meanwhile PyTorch's fused AdamW, which knows the attribute
-        # `found_inf` from the gradient scaler, skips every update.
-        self._not_finite = torch.zeros((), device=self.device)
-        if self.device.type == "cuda" and not self.scaler.is_enabled():
-            self.optimizer.found_inf = self._not_finite  # type: ignore[attr-defined]
+        self._step = Step(
+            self._forward,
+            self.optimizer,
+            self.device,
+            micro_batches=config.gradient_accumulation_steps,
+            grad_clip=config.grad_clip,
+            autocast=self._autocast,
+            scaler=self.scaler,
+            cuda_graph=(
+                config.cuda_graph and self.device.type == "cuda" and not self.scaler.is_enabled()
+            ),
+        )
         self.iter_num = 0
         self.val_loss = math.nan
         self.best_val_loss = math.inf
@@ -145,6 +149,15 @@ class Trainer:
             )
         model.crop_block_size(config.block_size)
         return model
+
+    def _build_optimizer(self) -> torch.optim.Optimizer:
+        config, model = self.config, self.model
+        betas = (config.beta1, config.beta2)
+        if self.dtype == torch.bfloat16:
+            return MasterAdamW(model, self.dtype, config.weight_decay, config.learning_rate, betas)
+        return model.configure_optimizers(
+            config.weight_decay, config.learning_rate, betas, self.device.type
+        )
 
     def _with_shape_of(self, model: LanguageModel) -> TrainConfig:
         """The config with the shape that a loaded model really has; what changes is printed."""
@@ -246,38 +259,19 @@ class Trainer:
 
     def _update(self, learning_rate: float) -> Tensor:
         """One optimizer step; the mean loss of its batches, on the device."""
-        config = self.config
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate
-        total = torch.zeros((), device=self.device)
-        for _ in range(config.gradient_accumulation_steps):
-            x, y = self.batches.next("train")
-            loss = self._loss(self._forward, x, y) / config.gradient_accumulation_steps
-            self.scaler.scale(loss).backward()
-            total += loss.detach()
-        self._note_if_not_finite(total)
-        if config.grad_clip != 0.0:
-            self.scaler.unscale_(self.optimizer)
-            norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.grad_clip)
-            if not self.scaler.is_enabled():  # which expects overflows and skips them itself
-                self._note_if_not_finite(norm)
+        count = self.config.gradient_accumulation_steps
+        loss = self._step((self.batches.next("train") for _ in range(count)), learning_rate)
         if self.device.type != "cuda":
             self._check_finite()  # nothing runs ahead here: the host may look at every update
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        self.optimizer.zero_grad(set_to_none=True)
-        return total
+        return loss
 
     def _loss(self, model: Callable[..., Any], x: Tensor, y: Tensor) -> Tensor:
         with self._autocast:
             loss: Tensor = model(x, y)[1]
         return loss
 
-    def _note_if_not_finite(self, value: Tensor) -> None:
-        torch.maximum(self._not_finite, (~value.isfinite()).float(), out=self._not_finite)
-
     def _check_finite(self) -> None:
-        if not self._not_finite:
+        if not self._step.not_finite:
             return
         kept = [path for name in (ckpt.LAST, ckpt.BEST) if (path := self.out_dir / name).exists()]
         raise FloatingPointError(
@@ -319,7 +313,7 @@ class Trainer:
                 }
             )
         if not math.isfinite(losses["val"]):
-            self._not_finite.fill_(1.0)
+            self._step.not_finite.fill_(1.0)
             self._check_finite()
         improved = losses["val"] < self.best_val_loss
         if improved:
@@ -347,9 +341,13 @@ class Trainer:
         }
         if self.device.type == "cuda":
             own["cuda_rng"] = torch.cuda.get_rng_state(self.device)
+        if isinstance(self.optimizer, MasterAdamW):
+            weights = self.optimizer.master_state_dict()
+        else:
+            weights = self.model.state_dict()
         state = {
-            "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
+            "model": weights,
+            "optimizer": saved_state(self.optimizer),
             "model_args": ckpt.model_args(self.model),
             "iter_num": self.iter_num,
             "best_val_loss": torch.tensor(self.best_val_loss),

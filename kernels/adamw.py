@@ -3,7 +3,7 @@
     g' = c g        m' = b1 m + (1 - b1) g'        v' = b2 v + (1 - b2) g'^2
     p' = (1 - lr w) p - lr / (1 - b1^t) * m' / (sqrt(v' / (1 - b2^t)) + eps)
 
-p, g, m and v are (N,), float32. c is the factor that clips the gradient, t the number of the update.
+p, g, m and v are (N,), float32. c is the factor that clips the gradient, t the number of updates.
 p' is written a second time, rounded, where the model computes in half precision. The learning rate,
 c, t and whether the update is made at all are tensors on the device: nothing here waits for the
 host, and a CUDA graph replays it with new values.

@@ -53,6 +53,7 @@ def test_nanogpts_keys_and_defaults() -> None:
     assert NANOGPT_DEFAULTS.items() <= ours.items()
     own = {
         "dtype": "auto",
+        "cuda_graph": True,
         "seed": 1337,
         "model": "gpt",
         "recompute": False,

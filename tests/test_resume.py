@@ -85,10 +85,12 @@ def test_ctrl_c_saves_and_can_be_resumed(tmp_path: Path) -> None:
     assert trainer.iter_num == stopped > 30
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_stop_at_any_iteration_is_seamless(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: str
 ) -> None:
-    whole = trained(tmp_path, max_iters=25)
+    whole = trained(tmp_path, max_iters=25, dtype=dtype)
+    saved = state_of(tmp_path)
     update = Trainer._update
 
     def interrupted(self: Trainer, learning_rate: float) -> Tensor:
@@ -98,11 +100,14 @@ def test_a_stop_at_any_iteration_is_seamless(
 
     monkeypatch.setattr(Trainer, "_update", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        trained(tmp_path, max_iters=25)
+        trained(tmp_path, max_iters=25, dtype=dtype)
     assert state_of(tmp_path)["iter_num"] == 14  # the update in progress was finished
     monkeypatch.setattr(Trainer, "_update", update)
-    resumed = trained(tmp_path, max_iters=25, init_from="resume")
+    resumed = trained(tmp_path, max_iters=25, dtype=dtype, init_from="resume")
     assert_same(dict(resumed.model.state_dict()), dict(whole.model.state_dict()))
+    again = state_of(tmp_path)
+    for key in ("model", "optimizer"):  # master weights and moments
+        assert_same(dict(again[key]), dict(saved[key]))
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 

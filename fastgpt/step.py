@@ -1,0 +1,185 @@
+"""One update of a model: micro-batches forward and backward, clipping, the optimizer.
+
+    step = Step(model, optimizer, device, micro_batches=8, grad_clip=1.0)
+    loss = step(batches, learning_rate=6e-4)     # batches: 8 pairs x, y
+
+On a GPU the whole of it can be replayed as one CUDA graph: the host then launches once an update
+instead of once a kernel. What changes from one update to the next lies in tensors on the device:
+the batches, the learning rate, the optimizer's count, and the state of PyTorch's generator, from
+which each replay draws its own dropout masks.
+"""
+
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import Tensor, nn
+
+from fastgpt.optimizer import MasterAdamW
+
+Batch = tuple[Tensor, Tensor]
+
+# Updates before the capture. They are real ones, made kernel by kernel, in which all that may not
+# happen in a capture does: kernels are compiled and loaded, libraries allocate what they keep.
+_BEFORE_CAPTURE = 3
+
+
+class Step:
+    """An update of a model, to be called once for each.
+
+    The attribute ``not_finite``, a float32 tensor (), is 1 from the first update on whose loss or
+    gradient norm was not finite: that update and all later ones are not made. Without clipping only
+    the loss is looked at. The host need not read it before it logs.
+
+    With a gradient scaler it is the scaler's business to skip updates whose gradients overflow.
+
+    Args:
+        model: ``model(x, y)`` returns a pair, the second of which is the loss; a language model,
+            or what torch.compile made of one.
+        optimizer: ``MasterAdamW``, or PyTorch's AdamW, fused where the device is a GPU.
+        device: of the model.
+        micro_batches: pairs in an update; the loss is the mean of theirs.
+        grad_clip: the largest norm of the gradient; 0 turns clipping off.
+        autocast: the context of the forward pass; None for none.
+        scaler: a gradient scaler for float16, or None.
+        cuda_graph: replay the update as a CUDA graph from the fourth call on. Then every call must
+            bring batches of the same shape.
+
+    Raises:
+        ValueError: a CUDA graph is wanted on another device, or with a gradient scaler, whose
+            updates the host decides upon.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        device: torch.device,
+        *,
+        micro_batches: int = 1,
+        grad_clip: float = 0.0,
+        autocast: AbstractContextManager[object] | None = None,
+        scaler: torch.amp.GradScaler | None = None,
+        cuda_graph: bool = False,
+    ) -> None:
+        self._model = model
+        self._optimizer = optimizer
+        self._device = device
+        self._micro_batches = micro_batches
+        self._grad_clip = grad_clip
+        self._autocast = nullcontext() if autocast is None else autocast
+        self._scaler = scaler or torch.amp.GradScaler(device.type, enabled=False)
+        self.not_finite = torch.zeros((), device=device)
+        if not self._scaler.is_enabled():
+            # PyTorch's fused AdamW knows the attribute from the gradient scaler.
+            optimizer.found_inf = self.not_finite  # type: ignore[attr-defined]
+        self._graph: _Graph | None = None
+        if cuda_graph:
+            if device.type != "cuda":
+                raise ValueError(f"cuda_graph must be False on {device.type}, got True")
+            if self._scaler.is_enabled():
+                raise ValueError("cuda_graph must be False with a gradient scaler, got True")
+            self._graph = _Graph(self._update, device)
+            for group in optimizer.param_groups:
+                group["capturable"] = True
+                group["lr"] = torch.as_tensor(group["lr"], dtype=torch.float32, device=device)
+
+    def __call__(self, batches: Iterable[Batch], learning_rate: float) -> Tensor:
+        """Make one update; the mean loss of its batches, on the device.
+
+        Raises:
+            ValueError: there are more or fewer batches than ``micro_batches``, or with a CUDA graph
+                one of another shape than before.
+        """
+        for group in self._optimizer.param_groups:
+            if isinstance(group["lr"], Tensor):
+                group["lr"].fill_(learning_rate)
+            else:
+                group["lr"] = learning_rate
+        return self._update(batches) if self._graph is None else self._graph(batches)
+
+    def _update(self, batches: Iterable[Batch]) -> Tensor:
+        total = torch.zeros((), device=self._device)
+        count = 0
+        for x, y in batches:
+            with self._autocast:
+                loss = self._model(x, y)[1] / self._micro_batches
+            self._scaler.scale(loss).backward()
+            total += loss.detach()
+            count += 1
+        if count != self._micro_batches:
+            raise ValueError(f"batches must hold {self._micro_batches} pairs, got {count}")
+        self._look_at(total)
+        if self._grad_clip != 0.0:
+            self._scaler.unscale_(self._optimizer)
+            norm = self._clip()
+            if not self._scaler.is_enabled():  # which expects overflows and skips them itself
+                self._look_at(norm)
+        # Off CUDA nothing runs ahead: the host may look, and not every AdamW knows found_inf there.
+        if self._device.type == "cuda" or not self.not_finite:
+            self._scaler.step(self._optimizer)
+            self._scaler.update()
+        self._optimizer.zero_grad(set_to_none=True)
+        return total
+
+    def _clip(self) -> Tensor:
+        if isinstance(self._optimizer, MasterAdamW):
+            return self._optimizer.clip_grad_norm_(self._grad_clip)
+        return nn.utils.clip_grad_norm_(self._model.parameters(), self._grad_clip)
+
+    def _look_at(self, value: Tensor) -> None:
+        torch.maximum(self.not_finite, (~value.isfinite()).float(), out=self.not_finite)
+
+
+class _Graph:
+    """``update`` as a CUDA graph, captured after ``_BEFORE_CAPTURE`` calls.
+
+    All calls run on one stream of its own: a backward pass meets the streams of earlier ones, and
+    a capture may meet no other.
+    """
+
+    def __init__(self, update: Callable[[Iterable[Batch]], Tensor], device: torch.device) -> None:
+        self._update = update
+        self._stream = torch.cuda.Stream(device)
+        self._batches: list[Batch] = []  # what the graph reads
+        self._graph: torch.cuda.CUDAGraph | None = None
+        self._loss: Tensor | None = None  # what it writes
+        self._calls = 0
+
+    def __call__(self, batches: Iterable[Batch]) -> Tensor:
+        self._receive(list(batches))
+        current = torch.cuda.current_stream(self._stream.device)
+        self._stream.wait_stream(current)
+        with torch.cuda.stream(self._stream):
+            loss = self._run()
+        current.wait_stream(self._stream)
+        return loss
+
+    def _receive(self, batches: list[Batch]) -> None:
+        """Copy the batches, which were brought to the device ahead of time, to where the graph
+        reads them."""
+        if not self._batches:
+            self._batches = [(torch.empty_like(x), torch.empty_like(y)) for x, y in batches]
+        if len(batches) != len(self._batches):
+            raise ValueError(f"batches must hold {len(self._batches)} pairs, got {len(batches)}")
+        for mine, given in zip(self._batches, batches, strict=True):
+            for target, source in zip(mine, given, strict=True):
+                if source.shape != target.shape:
+                    raise ValueError(
+                        f"every batch of a CUDA graph must have the shape {tuple(target.shape)}, "
+                        f"got {tuple(source.shape)}"
+                    )
+                target.copy_(source)
+
+    def _run(self) -> Tensor:
+        self._calls += 1
+        if self._calls <= _BEFORE_CAPTURE:
+            return self._update(self._batches)
+        if self._graph is None:
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, stream=self._stream):
+                self._loss = self._update(self._batches)
+            self._graph = graph
+        self._graph.replay()
+        assert self._loss is not None
+        return self._loss.clone()  # the next replay writes there again
