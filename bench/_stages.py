@@ -47,6 +47,8 @@ _KINDS = {
     "loss": ("cross_entropy",),
     "optimizer": ("adam", "multi_tensor", "norm_kernel", "lpnorm"),
     "matrix products": ("gemm", "nvjet", "cutlass", "cublas", "splitk", "_linear_", "_weight_grad"),
+    "GELU": ("gelu",),
+    "casts": ("cast", "amax", "quantise", "transpose"),
     "copies and sums": ("",),
 }
 
@@ -72,12 +74,15 @@ def machine(folder: Path, seconds: float) -> int:
 # ------------------------------------------------------------------------------------------ parity
 
 
+def _pytest(folder: Path) -> list[str]:
+    results = f"--results-to={folder / 'results.jsonl'}"
+    return python("-m", "pytest", "-q", "-p", "_visit_plugin", "-p", "no:cacheprovider", results)
+
+
 def parity_command(folder: Path, seconds: float, workers: int, paths: Iterable[str]) -> list[str]:
     """Every test that needs a GPU. A file that cannot be imported costs its own tests alone."""
-    environment = {"FASTGPT_RESULTS": folder / "results.jsonl", "FASTGPT_WORKERS": workers or ""}
     return [
-        *("env", *(f"{name}={value}" for name, value in environment.items())),
-        *python("-m", "pytest", "-p", "_visit_plugin", "-p", "no:cacheprovider", "-q"),
+        *_pytest(folder),
         *("-m", "gpu and not slow", "--continue-on-collection-errors", "--tb=short"),
         *("-n", str(workers), f"--maxprocesses={workers}", *paths),
     ]
@@ -122,11 +127,7 @@ def kind_of_test(test: str) -> str:
 
 
 def ops_command(folder: Path, seconds: float, paths: Iterable[str] = ("bench",)) -> list[str]:
-    return [
-        *("env", f"FASTGPT_RESULTS={folder / 'results.jsonl'}", "FASTGPT_WORKERS="),
-        *python("-m", "pytest", "-p", "_visit_plugin", "-p", "no:cacheprovider", "-q", "-n0"),
-        *("--continue-on-collection-errors", "--tb=short", *paths),
-    ]
+    return [*_pytest(folder), "-n0", "--continue-on-collection-errors", "--tb=short", *paths]
 
 
 def ops(folder: Path) -> dict[str, Any]:
@@ -145,8 +146,8 @@ def ops(folder: Path) -> dict[str, Any]:
 # ------------------------------------------------------------------------------------------- runs
 
 
-def run(folder: Path, seconds: float, batch_size: int, tiny: tuple[str, ...] = ()) -> int:
-    """run.py in full if there is time, else shorter. ``tiny``: more of its arguments."""
+def run(folder: Path, seconds: float, batch_size: int) -> int:
+    """run.py in full if there is time, else shorter."""
     import run as bench
     from _training import Options
 
@@ -157,7 +158,7 @@ def run(folder: Path, seconds: float, batch_size: int, tiny: tuple[str, ...] = (
         arguments += ["--variants", *variants, *_SHORT_RUN]
     if batch_size == min(BATCHES):
         arguments = [a for a in arguments if not a.startswith("--loss_steps")] + [_LONG_LOSS]
-    return bench.main([*arguments, *tiny])
+    return bench.main(arguments)
 
 
 def run_record(folder: Path) -> dict[str, Any] | None:
@@ -167,8 +168,9 @@ def run_record(folder: Path) -> dict[str, Any] | None:
 # ----------------------------------------------------------------------------------------- profile
 
 
-def profile(folder: Path, seconds: float, tiny: Callable[[Any], Any] | None = None) -> int:
-    """A few steps of fastgpt under PyTorch's profiler, by kernel and by kind of work."""
+def profile(folder: Path, seconds: float, options: Any = None) -> int:
+    """A few steps of fastgpt under PyTorch's profiler, by kernel and by kind of work. ``options``:
+    of run.py, if not its own."""
     import _machine
     import torch
     from _ceilings import Ceilings
@@ -180,7 +182,7 @@ def profile(folder: Path, seconds: float, tiny: Callable[[Any], Any] | None = No
 
     from fastgpt.corpus import prepare_builtin
 
-    options = Options() if tiny is None else tiny(Options)
+    options = options or Options()
     steps = 5
     with tempfile.TemporaryDirectory() as temporary, tf32(True):
         plan = Plan.of(options, prepare_builtin(Path(temporary)).data_dir)
