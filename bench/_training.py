@@ -1,5 +1,6 @@
 """The variants of a training step, the options of a run, and a training of one variant."""
 
+import importlib.util
 import os
 import shutil
 import sys
@@ -8,28 +9,38 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, cast
 
 import _eager
+import _huggingface
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastgpt import GPT, GPTConfig
 from fastgpt.data import Batches
 from fastgpt.devices import autocast
+from fastgpt.language_model import LanguageModel
+from fastgpt.optimizer import MasterAdamW
+from fastgpt.step import Step
 
 VariantName = Literal[
     "naive",
+    "huggingface",
     "sdpa",
     "sdpa_compile",
     "sdpa_autotune",
+    "sdpa_graphs",
     "fastgpt",
     "fastgpt_recompute",
     "fastgpt_compile",
+    "fastgpt_train",
+    "fastgpt_train_recompute",
+    "fastgpt_fp8_head",
+    "fastgpt_fp8_all",
     "fastgpt_again",
 ]
 
-Loss = Callable[[GPT, Tensor, Tensor], Tensor]  # model, idx (B, T), targets (B, T) → scalar
+Loss = Callable[[Any, Tensor, Tensor], Tensor]  # model, idx (B, T), targets (B, T) → scalar
 
 
 def _naive_loss(gpt: GPT, idx: Tensor, targets: Tensor) -> Tensor:
@@ -50,29 +61,47 @@ class Variant:
     label: str
     loss: Loss
     recompute: bool = False
+    fp8: str = "none"
     compile_mode: str | None = None  # of torch.compile; None runs eagerly
+    trainer: bool = False  # the update of `fastgpt train`; else nanoGPT's, its model exchanged
 
     @property
-    def nanogpt(self) -> bool:
-        """Whether it is the baseline, not this library."""
+    def baseline(self) -> bool:
+        """Whether it is something else than this library."""
         return self.loss is not _fastgpt_loss
+
+    @property
+    def huggingface(self) -> bool:
+        return self.loss is _huggingface.loss
+
+
+def _compiled(mode: str) -> Variant:
+    suffix = "" if mode == "default" else f" ({mode.removesuffix('-no-cudagraphs')})"
+    return Variant(f"nanoGPT, SDPA, torch.compile{suffix}", _sdpa_loss, compile_mode=mode)
+
+
+def _ours(label: str, **options: Any) -> Variant:
+    return Variant(label, _fastgpt_loss, **options)
 
 
 VARIANTS: dict[str, Variant] = {
     "naive": Variant("nanoGPT, masked matmul", _naive_loss),
+    "huggingface": Variant("Hugging Face, SDPA", _huggingface.loss),
     "sdpa": Variant("nanoGPT, SDPA", _sdpa_loss),
-    "sdpa_compile": Variant("nanoGPT, SDPA, torch.compile", _sdpa_loss, compile_mode="default"),
-    "sdpa_autotune": Variant(
-        "nanoGPT, SDPA, torch.compile (max-autotune)",
-        _sdpa_loss,
-        compile_mode="max-autotune-no-cudagraphs",
-    ),
-    "fastgpt": Variant("fastgpt", _fastgpt_loss),
-    "fastgpt_recompute": Variant("fastgpt, recompute", _fastgpt_loss, recompute=True),
-    "fastgpt_compile": Variant("fastgpt, torch.compile", _fastgpt_loss, compile_mode="default"),
-    "fastgpt_again": Variant("fastgpt again", _fastgpt_loss),
+    "sdpa_compile": _compiled("default"),
+    "sdpa_autotune": _compiled("max-autotune-no-cudagraphs"),
+    "sdpa_graphs": _compiled("reduce-overhead"),
+    "fastgpt": _ours("fastgpt"),
+    "fastgpt_recompute": _ours("fastgpt, recompute", recompute=True),
+    "fastgpt_compile": _ours("fastgpt, torch.compile", compile_mode="default"),
+    "fastgpt_train": _ours("fastgpt train", trainer=True),
+    "fastgpt_train_recompute": _ours("fastgpt train, recompute", trainer=True, recompute=True),
+    "fastgpt_fp8_head": _ours("fastgpt train, fp8 head", trainer=True, fp8="head"),
+    "fastgpt_fp8_all": _ours("fastgpt train, fp8", trainer=True, fp8="all"),
+    "fastgpt_again": _ours("fastgpt again"),
 }
 
+_WEIGHT_DECAY, _BETAS, _GRAD_CLIP = 0.1, (0.9, 0.95), 1.0  # nanoGPT's
 _REFERENCE_SEQUENCES = 2  # at a time: the float32 reference keeps every score and every logit
 
 
@@ -85,11 +114,15 @@ class Options:
     # What is measured, in this order. fastgpt_again is fastgpt a second time: it shows the noise.
     variants: tuple[VariantName, ...] = (
         "naive",
+        "huggingface",
         "sdpa",
         "sdpa_compile",
+        "sdpa_graphs",
         "fastgpt",
         "fastgpt_recompute",
         "fastgpt_compile",
+        "fastgpt_train",
+        "fastgpt_train_recompute",
         "fastgpt_again",
     )
     # Sequences per batch.
@@ -192,11 +225,14 @@ class Plan:
         return Batches(self.data_dir, o.batch_size, o.block_size, self.device, o.seed, vocab_size)
 
 
-def optimizer_of(model: GPT, variant: Variant, learning_rate: float) -> torch.optim.Optimizer:
+def optimizer_of(model: nn.Module, variant: Variant, learning_rate: float) -> torch.optim.Optimizer:
     """The AdamW that a variant's users get."""
-    device_type = model.lm_head.weight.device.type
-    optimizer = model.configure_optimizers(0.1, learning_rate, (0.9, 0.95), device_type)
-    if variant.nanogpt and device_type == "cpu":
+    device_type = next(model.parameters()).device.type
+    # Hugging Face's model has the same parameters, and no such method.
+    optimizer = LanguageModel.configure_optimizers(
+        cast(LanguageModel, model), _WEIGHT_DECAY, learning_rate, _BETAS, device_type
+    )
+    if variant.baseline and device_type == "cpu":
         for group in optimizer.param_groups:
             group["fused"] = None  # nanoGPT's is fused on CUDA alone
     return optimizer
@@ -206,29 +242,54 @@ class Training:
     """A variant in training, from the initial weights and the first batch on."""
 
     def __init__(self, variant: Variant, plan: Plan, dtype: torch.dtype | None = None) -> None:
+        dtype = dtype or plan.dtype
+        rate = plan.options.learning_rate
         torch.manual_seed(plan.options.seed)
-        self._model = GPT(plan.config, recompute=variant.recompute).to(plan.device)
+        gpt = GPT(plan.config, recompute=variant.recompute, fp8=variant.fp8).to(plan.device)
+        self._model = _huggingface.model_of(gpt) if variant.huggingface else gpt
         self._loss = variant.loss
         if variant.compile_mode is not None:
             self._loss = torch.compile(variant.loss, mode=variant.compile_mode)
-        self._autocast = autocast(plan.device, dtype or plan.dtype)
-        self._optimizer = optimizer_of(self._model, variant, plan.options.learning_rate)
+        self._autocast = autocast(plan.device, dtype)
         self._batches = plan.batches()
+        self._rate = rate
+        self._graphs = variant.compile_mode == "reduce-overhead"
+        self._step: Step | None = None
+        if variant.trainer:
+            self._optimizer: torch.optim.Optimizer = (
+                MasterAdamW(gpt, dtype, _WEIGHT_DECAY, rate, _BETAS)
+                if dtype == torch.bfloat16
+                else optimizer_of(gpt, variant, rate)
+            )
+            self._step = Step(
+                gpt,
+                self._optimizer,
+                plan.device,
+                grad_clip=_GRAD_CLIP,
+                autocast=self._autocast,
+                cuda_graph=plan.device.type == "cuda",
+            )
+        else:
+            self._optimizer = optimizer_of(self._model, variant, rate)
 
     def step(self) -> Tensor:
         """One optimizer step; its loss, on the device."""
         x, y = self._batches.next("train")
+        if self._step is not None:
+            return self._step([(x, y)], self._rate)
         loss = self._backward(x, y)
-        torch.nn.utils.clip_grad_norm_(self._model.parameters(), 1.0)
+        torch.nn.utils.clip_grad_norm_(self._model.parameters(), _GRAD_CLIP)
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
         return loss
 
     def _backward(self, x: Tensor, y: Tensor) -> Tensor:
+        if self._graphs:
+            torch.compiler.cudagraph_mark_step_begin()
         with self._autocast:
             loss = self._loss(self._model, x, y)
         loss.backward()
-        return loss.detach()
+        return loss.detach().clone()  # with CUDA graphs the next step writes there
 
 
 class ReferenceTraining(Training):
@@ -278,14 +339,24 @@ def compiled_code_in(folder: Path) -> Iterator[None]:
 
 def why_not(variant: Variant, device: torch.device) -> str | None:
     """What this machine lacks for a variant; None if nothing."""
+    if variant.huggingface and importlib.util.find_spec("transformers") is None:
+        return "transformers is not installed"
+    if variant.fp8 != "none" and not _has_fp8(device):
+        return "fp8 needs a GPU of compute capability 8.9"
     if variant.compile_mode is None or device.type != "cpu":
         return None
+    if variant.compile_mode == "reduce-overhead":
+        return "CUDA graphs need a GPU"
     compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
     if shutil.which(compiler) is None:
         return f"no C++ compiler ({compiler})"
     if not Path(sysconfig.get_path("include"), "Python.h").is_file():
         return "no Python.h"
     return None
+
+
+def _has_fp8(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9)
 
 
 def load_compiler(device: torch.device) -> None:

@@ -6,8 +6,10 @@
 
 Every variant starts from the same weights and sees the same batches of real text. naive and sdpa
 are nanoGPT's step as its users run it: whole logits, PyTorch's cross-entropy, AdamW fused on CUDA;
-fastgpt is ``fastgpt.GPT``. One step is: the next batch from host to device, forward, backward,
-gradient clipping, AdamW; the host reads no loss.
+fastgpt is that step with ``fastgpt.GPT`` in it; fastgpt_train is the update of ``fastgpt train``:
+bfloat16 weights over float32 masters, as one CUDA graph. The fp8 variants have other numbers and
+are measured only when they are named. One step is: the next batch from host to device, forward,
+backward, gradient clipping, AdamW; the host reads no loss.
 
 1. fp32 reference: ``loss_steps`` steps of nanoGPT's model, eager and with masked matmul attention,
    in float32, for the losses alone.

@@ -66,6 +66,7 @@ class Trainer:
         model = self._build_model(saved, path)
         if isinstance(model, GPT):
             model.recompute = config.recompute
+            model.fp8 = config.fp8
         self.config = config = self._with_shape_of(model)
         self.batches = Batches(
             config.data_dir,

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, get_args
 
+import _huggingface
 import _machine
 import _report
 import _timing
@@ -30,7 +31,15 @@ TINY = [
     "--dtype=float32",
     "--learning_rate=0.01",
 ]
-EAGER = ("naive", "sdpa", "fastgpt", "fastgpt_recompute", "fastgpt_again")
+EAGER = (
+    "naive",
+    "huggingface",
+    "sdpa",
+    "fastgpt",
+    "fastgpt_recompute",
+    "fastgpt_train",
+    "fastgpt_again",
+)
 
 
 def measured(folder: Path, *more: str) -> dict[str, Any]:
@@ -230,6 +239,12 @@ def test_what_compiling_on_a_cpu_needs(monkeypatch: pytest.MonkeyPatch) -> None:
     assert _training.why_not(compiled, cpu) == "no C++ compiler (no-such-compiler)"
     assert _training.why_not(compiled, torch.device("cuda")) is None
     assert _training.why_not(_training.VARIANTS["fastgpt"], cpu) is None
+    assert _training.why_not(_training.VARIANTS["sdpa_graphs"], cpu) == "CUDA graphs need a GPU"
+    fp8 = _training.why_not(_training.VARIANTS["fastgpt_fp8_all"], cpu)
+    assert fp8 == "fp8 needs a GPU of compute capability 8.9"
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    missing = _training.why_not(_training.VARIANTS["huggingface"], cpu)
+    assert missing == "transformers is not installed"
 
 
 # -- arguments
@@ -292,13 +307,15 @@ def test_variants_are_what_their_names_say(monkeypatch: pytest.MonkeyPatch) -> N
     for name, variant in _training.VARIANTS.items():
         torch.manual_seed(0)
         gpt = _training.GPT(config, recompute=variant.recompute)
+        model = _huggingface.model_of(gpt) if variant.huggingface else gpt
         calls.clear()
-        losses[name] = variant.loss(gpt, idx, idx).item()
-        assert calls == ([] if variant.nanogpt else [name == "fastgpt_recompute"])
-        optimizer = _training.optimizer_of(gpt, variant, 0.25)
+        losses[name] = variant.loss(model, idx, idx).item()
+        assert calls == ([] if variant.baseline else ["recompute" in name])
+        optimizer = _training.optimizer_of(model, variant, 0.25)
         for group in optimizer.param_groups:
-            assert (group["lr"], group["fused"]) == (0.25, None if variant.nanogpt else True)
-    assert [name for name in losses if _training.VARIANTS[name].nanogpt] == [
+            assert (group["lr"], group["fused"]) == (0.25, None if variant.baseline else True)
+        assert [len(group["params"]) for group in optimizer.param_groups] == [6, 10]
+    assert [name for name in losses if _training.VARIANTS[name].baseline] == [
         name for name in losses if not name.startswith("fastgpt")
     ]
     assert list(losses.values()) == pytest.approx([losses["naive"]] * len(losses), abs=1e-5)
