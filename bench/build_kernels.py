@@ -124,11 +124,13 @@ def _modules(code: str) -> Iterator[str]:
 
 
 def edges(cases: Path, architectures: Iterable[int]) -> list[Edge]:
-    """Of a file that defines ``CASES``: name → ``functools.partial``."""
+    """Of a file that defines ``CASES``: name → ``functools.partial``; and perhaps
+    ``LEAST_CAPABILITY``: name → the first architecture that can run the case."""
     spec = importlib.util.spec_from_file_location(cases.stem, cases)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
+    least = getattr(module, "LEAST_CAPABILITY", {})
     versions = (sys.version, torch.__version__, triton.__version__)
     found = []
     for case, run in module.CASES.items():
@@ -137,7 +139,8 @@ def edges(cases: Path, architectures: Iterable[int]) -> list[Edge]:
             repr((definition, run.args, run.keywords, versions)).encode()
         ).hexdigest()[:16]
         inputs = sorted({*_TOOL, *_imported(definition, cases.parent)})
-        found += [Edge(case, capability, key, inputs) for capability in architectures]
+        able = [c for c in architectures if c >= least.get(case, 0)]
+        found += [Edge(case, capability, key, inputs) for capability in able]
     return found
 
 

@@ -139,17 +139,18 @@ def product(
     if 0 in a.shape:
         return a.new_zeros(a.shape[0], b.shape[0], dtype=dtype)
     recipe = F.ScalingType.TensorWise
-    return F.scaled_mm(
-        a,
-        b.t(),
-        a_scale,
-        recipe,
-        b_scale,
-        recipe,
-        bias=bias,
-        output_dtype=dtype,
-        use_fast_accum=fast_sums,
-    )
+    with torch.autocast(a.device.type, enabled=False):  # a CPU's product is made of others
+        return F.scaled_mm(
+            a,
+            b.t(),
+            a_scale,
+            recipe,
+            b_scale,
+            recipe,
+            bias=bias,
+            output_dtype=dtype,
+            use_fast_accum=fast_sums,
+        )
 
 
 def quantise_cost(name: str, x: Tensor, copies: int) -> list[KernelCost]:

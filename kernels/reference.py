@@ -257,7 +257,8 @@ def linear_cross_entropy(
     _checks.linear_cross_entropy(x, weight, targets, reduction, label_smoothing, z_loss, fp8)
     if fp8:
         product = (_InFp8.apply(x) @ _InFp8.apply(weight).t()).flatten(0, -2)
-        logits = product.detach().to(x.dtype).to(product.dtype).requires_grad_()
+        logits = product.detach().to(x.dtype)
+        logits = logits.to(torch.promote_types(x.dtype, torch.float32)).requires_grad_()
     else:
         logits = linear(x, weight).flatten(0, -2)  # (rows, V)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
