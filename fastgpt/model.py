@@ -183,10 +183,10 @@ class GPT(LanguageModel):
     ``portable`` or ``reference`` of ``fastgpt.kernels``. ``gelu`` is "none" for the exact erf form,
     as in nanoGPT, or "tanh" for the one that OpenAI's weights were trained with;
     ``gelu_approximate`` holds the choice. With ``recompute`` the results of GELU and LayerNorm are
-    made again in the backward rather than kept: less memory, the same numbers. ``fp8`` is "head"
-    for a training loss whose matrix products are of 8-bit numbers, or "all" for the blocks' as
-    well: faster, and other numbers; logits that are asked for never come from them. It needs a GPU
-    of compute capability 8.9 or newer, found out by the first forward pass, and ``n_embd`` and
+    made again in the backward rather than kept: less memory, the same numbers. With ``fp8="head"``
+    the matrix products of the training loss are of 8-bit numbers, with "all" those of the blocks
+    too: faster, other numbers, and of GELU's results always 8 bits are kept. It needs a GPU of
+    compute capability 8.9 or newer, found out by the first forward pass, and ``n_embd`` and
     ``vocab_size`` that are multiples of 16. The attributes ``recompute`` and ``fp8`` may be changed
     at any time.
 

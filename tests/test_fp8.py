@@ -11,9 +11,13 @@ from functools import partial
 from typing import Any
 from unittest import mock
 
+import _op_bench
+import bench_fp8
+import bench_linear
 import parity
 import pytest
 import torch
+from _ceilings import Ceilings
 from parity import saved_storages
 from small_models import small_config
 from torch import Tensor
@@ -30,7 +34,10 @@ from fastgpt.kernels import (
     portable,
     reference,
 )
+from fastgpt.kernels._costs import COSTS
 from fastgpt.kernels.fp8_products import E4M3, E5M2
+
+LAYER = {"M": 1024, "K": 768, "N": 2304}
 
 HALF = [torch.bfloat16, torch.float16]
 
@@ -273,8 +280,9 @@ def test_only_what_is_asked_for(device: str, wanted: tuple[bool, bool]) -> None:
             again.backward(dy)
     assert again.equal(y) and again.requires_grad == any(wanted)
     assert counter.get_total_flops() == (1 + sum(wanted)) * 2 * 20 * 32 * 48
-    assert x.grad is None if not wanted[0] else dx.equal(x.grad)
-    assert weight.grad is None if not wanted[1] else dweight.equal(weight.grad)
+    for leaf, wants, expected in zip((x, weight), wanted, (dx, dweight), strict=True):
+        assert (leaf.grad is not None) == wants
+        assert leaf.grad is None or leaf.grad.equal(expected)
 
 
 @pytest.mark.parametrize("weight_dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -286,8 +294,8 @@ def test_gradients_have_their_parameters_dtypes(device: str, weight_dtype: torch
     loss = fused.linear_cross_entropy(
         x, leaves[1], torch.zeros(20, dtype=torch.int64, device=device), fp8=True
     )
-    gradients = [t.dtype for t in torch.autograd.grad(loss, leaves[:2])]
-    assert [loss.dtype, *gradients] == [torch.float32, x.dtype, weight_dtype]
+    gradients = [loss, *torch.autograd.grad(loss, leaves[:2])]
+    assert [t.dtype for t in gradients] == [torch.float32, x.dtype, weight_dtype]
 
 
 def test_autocast(device: str) -> None:
@@ -333,7 +341,7 @@ def test_loss(device: str, shape: Any, dtype: torch.dtype, label_smoothing: floa
     each p by a factor between exp(-2 d) and exp(2 d)."""
     leaves, targets = head(shape, dtype, device)
     n_valid = int((targets != -1).sum())
-    options = dict(targets=targets, label_smoothing=label_smoothing)
+    options: dict[str, Any] = dict(targets=targets, label_smoothing=label_smoothing)
     grad = torch.tensor(1.0, device=device)
     got = results(partial(fused.linear_cross_entropy, fp8=True, **options), leaves, grad)
     wide = [t.detach().double().requires_grad_() for t in leaves]
@@ -407,7 +415,7 @@ def test_loss_without_rows_without_gradients_and_with_wrong_targets(device: str)
     assert alone.equal(fused.linear_cross_entropy(x, weight, targets, fp8=True))
     nothing = fused.linear_cross_entropy(x[:0], weight, targets[:0], reduction="sum", fp8=True)
     nothing.backward()
-    assert nothing.item() == 0 and not weight.grad.any()
+    assert nothing.item() == 0 and weight.grad is not None and not weight.grad.any()
     assert (
         reference.linear_cross_entropy(x[:0], weight, targets[:0], reduction="sum", fp8=True).item()
         == 0
@@ -445,8 +453,8 @@ def test_opcheck(device: str) -> None:
         args = (dy, *saved, *source, torch.float32, True, True)
         torch.library.opcheck(linear._linear_fp8_bwd_op, args)
     (x, weight), targets = head((20, 16, 32), torch.bfloat16, device)
-    args = (x, weight, targets, torch.bfloat16, -1, True, 0.1, 0.0, True, True)
-    torch.library.opcheck(linear_cross_entropy._linear_cross_entropy_fp8_op, args)
+    op: Any = linear_cross_entropy._linear_cross_entropy_fp8_op
+    torch.library.opcheck(op, (x, weight, targets, torch.bfloat16, -1, True, 0.1, 0.0, True, True))
 
 
 def model_in_fp8(fp8: str, device: str = "cpu", **options: Any) -> GPT:
@@ -628,3 +636,58 @@ def test_models_that_cannot_have_it() -> None:
     model = model_in_fp8("head")
     with pytest.raises(ValueError, match="it needs a CUDA GPU of compute capability 8.9"):
         model(*batch())
+
+
+# --------------------------------------------------------------------------------- the benchmark
+
+
+@pytest.mark.parametrize("provider", ["fp8", "bf16"])
+@pytest.mark.parametrize("op", ["LINEAR", "LOSS"])
+def test_benchmark_checks_what_it_times(
+    op: str, provider: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chosen = getattr(bench_fp8, op)
+    sizes = {name: 48 for name in chosen.gpu_sizes[0]}
+    row = _op_bench.Row(chosen, tuple(sizes.items()), chosen.directions[-1], provider)
+    inputs = chosen.inputs(_op_bench.Draw(torch.device("cpu"), torch.bfloat16), **sizes)
+    bench_fp8.check(row, inputs)
+    other = {"fp8": "bf16", "bf16": "fp8"}[provider]
+    wrong = chosen.function(other)
+    monkeypatch.setattr(bench_fp8.Fp8Op, "function", lambda self, provider: wrong)
+    with pytest.raises(AssertionError, match="deviates by"):
+        bench_fp8.check(row, inputs)
+
+
+def test_benchmark_counts_products_at_twice_the_rate() -> None:
+    found = [
+        _op_bench.cost(op, tuple(LAYER.items()), "forward", torch.bfloat16, ceilings)
+        for op, ceilings in (
+            (bench_fp8.LINEAR, Ceilings("", 1.0, 1e9)),
+            (bench_linear.OP, Ceilings("", 1.0, 1e9)),
+        )
+    ]
+    assert found[0].flops == found[1].flops == 2 * math.prod(LAYER.values())
+    assert 2 * found[0].ms == pytest.approx(found[1].ms)
+
+
+def test_bytes_by_hand(device: str) -> None:
+    """x and weight are read twice, written along rows and columns, and read by the product."""
+    (x, weight, _), dy = layer((32, 16, 48), torch.bfloat16, device)
+    args = (x.detach(), weight.detach(), None, None, None, None, 0.0, True, True)
+    out = linear._linear_fp8_op(*args)
+    kernels = COSTS[torch.ops.fastgpt.linear_fp8](out, *args)
+    assert {k.name: (k.bytes, k.fp8) for k in kernels} == {
+        "x maximum": (2 * 32 * 16, False),
+        "x to fp8": (4 * 32 * 16, False),
+        "weight maximum": (4 * 48 * 16, False),
+        "weight to fp8": (6 * 48 * 16, False),
+        "linear": (32 * 16 + 48 * 16 + 2 * 32 * 48, True),
+    }
+    args = (dy, *out[1:], None, None, None, 0.0, torch.float32, True, True)
+    kernels = COSTS[torch.ops.fastgpt.linear_fp8_bwd](linear._linear_fp8_bwd_op(*args), *args)
+    assert {k.name: (k.bytes, k.fp8) for k in kernels} == {
+        "dy maximum": (2 * 32 * 48, False),
+        "dy to fp8": (4 * 32 * 48, False),
+        "linear dx": (32 * 48 + 48 * 16 + 2 * 32 * 16, True),
+        "dweight": (32 * 48 + 32 * 16 + 4 * 48 * 16, True),
+    }

@@ -1,0 +1,125 @@
+"""The fp8 mode beside the same ops in bf16: the four linear layers of a block, and head and loss.
+
+Bytes, FLOPs and the share of the ceiling are those of fp8 for both, its products at twice the
+machine's rate for bf16. Before it is timed, an op is compared with its emulation on some of the
+rows: relative to a tensor's norm, outputs may differ by 1% and gradients by 3%. (With Hopper's fast
+sums; a gradient besides passes through two roundings that may fall differently.)
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import _op_bench
+import bench_linear
+import bench_linear_cross_entropy
+import pytest
+import torch
+from _op_bench import DEVICE, DTYPE, Draw, Op, Row, gradients_like, prepared, timed
+from torch import Tensor
+
+from fastgpt.kernels import reference
+
+_CHECKED_ROWS = 1024
+
+
+@dataclass(frozen=True, eq=False)
+class Fp8Op(Op):
+    def function(self, provider: str) -> Callable[..., Any]:
+        return partial(super().function("fused"), fp8=provider != "bf16")
+
+
+LINEAR = Fp8Op(
+    name="linear",
+    inputs=bench_linear.inputs,
+    eager=bench_linear.OP.eager,
+    gpu_sizes=[  # GPT-2 124M, B=32, T=1024
+        {"M": 32768, "K": 768, "N": 2304},  # q, k and v
+        {"M": 32768, "K": 768, "N": 768},  # the projection
+        {"M": 32768, "K": 768, "N": 3072},  # FC
+        {"M": 32768, "K": 3072, "N": 768},  # FC2
+    ],
+    cpu_sizes=[],
+)
+LOSS = Fp8Op(
+    name="linear_cross_entropy",
+    inputs=bench_linear_cross_entropy.inputs,
+    eager=bench_linear_cross_entropy.OP.eager,
+    directions=("inference", "forward+backward"),
+    gpu_sizes=[{"M": 32768, "C": 768, "V": 50304}],
+    cpu_sizes=[],
+)
+
+
+def why_not() -> str | None:
+    if DEVICE.type != "cuda":
+        return "fp8 products need a CUDA GPU"
+    if torch.cuda.get_device_capability(DEVICE) < (8, 9):
+        return "this GPU has no fp8 products: they need compute capability 8.9 or newer"
+    return None
+
+
+def rows() -> list[Any]:
+    reason = why_not()
+    found = []
+    for op in (LINEAR, LOSS):
+        for sizes in op.gpu_sizes:
+            for direction in op.directions:
+                for provider in ("fp8", "bf16"):
+                    row = Row(op, tuple(sizes.items()), direction, provider)
+                    marks = [
+                        pytest.mark.benchmark(
+                            group=f"fp8 {op.name} {row.shape} {direction}", timer=row.stopwatch.read
+                        )
+                    ]
+                    if reason is not None:
+                        marks.append(pytest.mark.skip(reason=reason))
+                    name = f"{op.name}-{row.shape}-{direction}-{provider}"
+                    found.append(pytest.param(row, id=name, marks=marks))
+    return found
+
+
+def check(row: Row, inputs: tuple[Any, ...]) -> None:
+    """AssertionError where an output or a gradient is not what the emulation says."""
+    x, weight, *others = inputs
+    if row.op is LOSS:
+        others = [others[0][:_CHECKED_ROWS]]
+    leaves = [t.detach().clone().requires_grad_() for t in (x[:_CHECKED_ROWS], weight)]
+    plain = partial(getattr(reference, row.op.name), fp8=row.provider == "fp8")
+
+    def results(op: Callable[..., Tensor]) -> list[Tensor]:
+        torch.manual_seed(0)
+        out = op(*leaves, *others)
+        return [out.detach(), *torch.autograd.grad(out, leaves, gradients_like(out))]
+
+    pairs = zip(results(row.op.function(row.provider)), results(plain), strict=True)
+    for number, (got, near) in enumerate(pairs):
+        error = float((got.float() - near.float()).norm() / near.float().norm())
+        allowed = 0.03 if number else 0.01
+        assert error <= allowed, (
+            f"{row}: {'gradient' if number else 'output'} deviates by {error:.3g} from its "
+            f"emulation, allowed are {allowed}"
+        )
+
+
+def measure(row: Row, benchmark: Any, record_property: Callable[[str, Any], None]) -> None:
+    torch.manual_seed(0)
+    inputs = row.op.inputs(Draw(DEVICE, DTYPE), **dict(row.sizes))
+    check(row, inputs)
+    function = row.op.function(row.provider)
+    with torch.no_grad():
+        out_grads = gradients_like(function(*inputs))
+    ms = timed(
+        benchmark,
+        row.stopwatch,
+        partial(prepared, row.direction, function, inputs, out_grads),
+    )
+    figures = row.figures(ms, _op_bench.machine_ceilings())
+    benchmark.extra_info.update(figures)
+    record_property("figures", figures)
+
+
+@pytest.mark.parametrize("row", rows())
+def test_fp8(row: Row, benchmark: Any, record_property: Any) -> None:
+    measure(row, benchmark, record_property)
