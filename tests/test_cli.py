@@ -63,8 +63,10 @@ def test_every_key_is_an_option() -> None:
         key: {bool: not value, int: 8, float: 0.25, str: "x"}[type(value)]
         for key, value in vars(TrainConfig()).items()
     }
-    other |= {"dtype": "float16", "model": "bigram", "init_from": "resume"}
-    assert vars(parsed("--preset=gpt2", *arguments(other))) == other
+    other |= {"dtype": "float16", "init_from": "resume"}
+    for pair in ({"model": "bigram", "fp8": "none"}, {"model": "gpt", "fp8": "head"}):
+        other |= pair  # the two exclude each other
+        assert vars(parsed("--preset=gpt2", *arguments(other))) == other
 
 
 def test_nanogpts_spelling() -> None:
