@@ -151,14 +151,19 @@ def _weight_sum(
 ):  # fmt: skip
     """A tile of dYᵀ X over the tokens from start to stop and, if BIAS, of the sum of dY."""
     acc = tl.zeros([BLOCK_M, BLOCK_N], dtype=ACC)
-    acc_bias = tl.zeros([BLOCK_M], dtype=ACC)
+    EQUAL: tl.constexpr = 16 if TMA else 1  # columns that hold the same sum
+    acc_bias = tl.zeros([BLOCK_M, EQUAL], dtype=ACC)
     for k in range(start, stop, BLOCK_K):
         a = _load(dy, dy_stride, k, row, n_tokens, n_rows, TMA, BLOCK_K, BLOCK_M)
         b = _load(x, x_stride, k, col, n_tokens, n_cols, TMA, BLOCK_K, BLOCK_N)
         acc = tl.dot(a.T, b, acc, input_precision=PRECISION, out_dtype=ACC)
         if BIAS:
-            acc_bias += tl.sum(a.to(ACC), axis=0)
-    return acc, acc_bias
+            if TMA:  # beside a sum in registers the assembler would wait for every wgmma
+                ones = tl.full([BLOCK_K, EQUAL], 1.0, dtype=a.dtype)
+                acc_bias = tl.dot(a.T, ones, acc_bias, input_precision=PRECISION, out_dtype=ACC)
+            else:
+                acc_bias += tl.sum(a.to(ACC), axis=0)[:, None]
+    return acc, tl.sum(acc_bias, axis=1) / EQUAL
 
 
 @triton.jit
