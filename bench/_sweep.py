@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 
 from fastgpt.kernels import (
+    _common,
+    adamw,
     attention_tiles,
     embedding,
     fused,
@@ -59,7 +61,7 @@ class Line:
     probe: Sizes  # small, with the specialisation of those: what is compiled ahead of time
     kernels: tuple[str, ...]  # that the line configures
     text: Callable[[Tile], str]  # as it stands in the source
-    resident: bool = False  # the last number says how many programs a multiprocessor holds
+    resident: bool = False  # the last number is how many programs fit on a multiprocessor
 
 
 def _candidates(current: Tile, *choices: Iterable[int | None]) -> tuple[Tile, ...]:
@@ -117,19 +119,14 @@ def _gradients(outputs: Tensor | Sequence[Tensor], leaves: Sequence[Tensor]) -> 
 
 
 def _attention_lines(capability: int | None, dtype: torch.dtype) -> Iterator[Line]:
-    if capability is None:
-        table = attention_tiles.INTERPRETER_TILES
-    elif dtype == torch.float32:
-        table = attention_tiles.FLOAT32_TILES
-    elif 90 <= capability < 120:
-        table = attention_tiles.TENSOR_CORE_TILES
-    else:
-        table = attention_tiles.SMALL_MEMORY_TILES
+    table = attention_tiles.tiles(capability, dtype)
+    limits = attention_tiles.MAX_REGISTERS
     for head_size in (64, 128):
         for kernel in ("fwd", "dq", "dkdv"):
             key = (kernel, head_size)
-            current = table[key]
-            block_m, block_n, num_warps, num_stages = current
+            block_m, block_n, num_warps, num_stages = table[key]
+            limited = capability == 90 and _common.is_half(dtype) and kernel == "fwd"
+            current = (*table[key], limits.get(key, 0)) if limited else table[key]
             lengths = ((32, 1024), (8, 4096), (128, 256), (2, 16384), (512, 64))
             yield Line(
                 name=f"attention {kernel}, head size {head_size}",
@@ -140,8 +137,9 @@ def _attention_lines(capability: int | None, dtype: torch.dtype) -> Iterator[Lin
                     _around(block_n, 16, 256),
                     (4, 8),
                     _stages(num_stages),
+                    *([(0, 128)] if limited else []),
                 ),
-                put=_in_dict(table, key),
+                put=_with_limit(table, limits, key) if limited else _in_dict(table, key),
                 call=_attention_forward if kernel == "fwd" else _attention_backward,
                 sizes=tuple(dict(B=b, T=t, H=768 // head_size, D=head_size) for b, t in lengths),
                 probe=dict(B=1, T=1024, H=2, D=head_size),
@@ -150,8 +148,39 @@ def _attention_lines(capability: int | None, dtype: torch.dtype) -> Iterator[Lin
                     if kernel == "fwd"
                     else f"_attention_bwd_{kernel}_kernel",
                 ),
-                text=lambda tile, key=key: f'("{key[0]}", {key[1]}): {tile},',  # type: ignore
+                text=_attention_text(key, limited),
             )
+
+
+def _with_limit(
+    table: dict[Any, Any], limits: dict[Any, int], key: tuple[str, int]
+) -> Callable[[Tile], AbstractContextManager[None]]:
+    """The last number of a candidate is the registers that a thread may have; 0 for no limit."""
+
+    @contextmanager
+    def put(tile: Tile) -> Iterator[None]:
+        assert tile is not None
+        *shape, limit = tile
+        with mock.patch.dict(table, {key: tuple(shape)}), mock.patch.dict(limits):
+            limits.pop(key, None)
+            if limit:
+                limits[key] = limit
+            yield
+
+    return put
+
+
+def _attention_text(key: tuple[str, int], limited: bool) -> Callable[[Tile], str]:
+    name = f'("{key[0]}", {key[1]})'
+
+    def text(tile: Tile) -> str:
+        if not limited or tile is None:
+            return f"{name}: {tile},"
+        *shape, limit = tile
+        note = f"{name}: {limit}" if limit else f"nothing for {name}"
+        return f"{name}: {tuple(shape)},  # MAX_REGISTERS: {note}"
+
+    return text
 
 
 def _attention_forward(device: torch.device, dtype: torch.dtype, sizes: Sizes) -> Call:
@@ -211,7 +240,7 @@ def _gemm_lines(capability: int | None, dtype: torch.dtype) -> Iterator[Line]:
             sorted({32, 64, block_k}),
             (4, 8),
             _stages(num_stages),
-            (1, 2, 3),
+            (1,),
         )
         epilogue = kernel != "weight"
         names = ("M", "K", "N") if epilogue else ("T", "M", "N")
@@ -372,7 +401,7 @@ def _cross_entropy(device: torch.device, dtype: torch.dtype, sizes: Sizes) -> Ca
     return Call(run, 0, 2 * m * v * dtype.itemsize, reset)
 
 
-# --------------------------------------------------------------------------------- GELU, embedding
+# --------------------------------------------------------------------------- GELU, embedding, AdamW
 
 
 def _gelu_lines(capability: int | None, dtype: torch.dtype) -> Iterator[Line]:
@@ -418,6 +447,35 @@ def _embedding_lines(capability: int | None, dtype: torch.dtype) -> Iterator[Lin
         kernels=("_embedding_fwd_kernel",),
     )
 
+    most, elements, num_warps = current = (1024, 4096, 4)  # as in the formula
+
+    def launch_of(tile: tuple[int, ...]) -> Callable[[int], dict[str, int]]:
+        most, elements, num_warps = tile
+
+        def formula(n_cols: int) -> dict[str, int]:
+            block_n = min(most, max(32, 2 ** (n_cols - 1).bit_length()))
+            block_m = min(16, max(1, elements // block_n))
+            return dict(BLOCK_M=block_m, BLOCK_N=block_n, num_warps=num_warps)
+
+        return formula
+
+    yield Line(
+        name="embedding bwd token",
+        current=current,
+        candidates=_candidates(
+            current, _around(most, 256, 2048), _around(elements, 1024, 8192), (2, 4, 8)
+        ),
+        put=_in_module(embedding, "_token_launch", launch_of),
+        call=_embedding_backward,
+        sizes=sizes,
+        probe=dict(B=2, T=64, C=768, V=96),
+        kernels=("_embedding_bwd_bands_kernel", "_embedding_bwd_token_kernel"),
+        text=_formatted(
+            "block_n = min({}, max(32, triton.next_power_of_2(n_cols)))"
+            "  # BLOCK_M=min(16, {} // block_n), num_warps={}"
+        ),
+    )
+
 
 def _embedding_forward(device: torch.device, dtype: torch.dtype, sizes: Sizes) -> Call:
     batch, length, width, vocab = (sizes[name] for name in "BTCV")
@@ -427,6 +485,54 @@ def _embedding_forward(device: torch.device, dtype: torch.dtype, sizes: Sizes) -
     rows = idx.numel() + min(idx.numel(), vocab) + length  # out; those of the tables
     nbytes = rows * width * dtype.itemsize + idx.numel() * 8
     return Call(lambda: [fused.embedding(idx, token, position)], 0, nbytes)
+
+
+def _embedding_backward(device: torch.device, dtype: torch.dtype, sizes: Sizes) -> Call:
+    """The gradients of both tables, sorting included."""
+    batch, length, width, vocab = (sizes[name] for name in "BTCV")
+    idx = torch.randint(vocab, (batch, length), device=device)
+    tables = [_leaf(device, dtype, vocab, width), _leaf(device, dtype, length, width)]
+    backward = _gradients(fused.embedding(idx, *tables), tables)
+    nbytes = (2 * idx.numel() + vocab + length) * width * dtype.itemsize
+    return Call(backward, 0, nbytes)
+
+
+def _adamw_lines(capability: int | None, dtype: torch.dtype) -> Iterator[Line]:
+    """float32 masters and moments, a rounded copy of ``dtype``."""
+    yield _dict_line(
+        adamw,
+        "_LAUNCH",
+        name="adamw",
+        choices=(_around(adamw._LAUNCH["BLOCK"], 256, 4096), (2, 4, 8)),
+        call=_adamw,
+        sizes=(dict(N=124_475_904), dict(N=10_770_816)),
+        probe=dict(N=4096),
+        kernels=("_adamw_kernel",),
+    )
+
+
+def _adamw(device: torch.device, dtype: torch.dtype, sizes: Sizes) -> Call:
+    n = sizes["N"]
+    start = [_leaf(device, torch.float32, n, std=0.02).detach() for _ in range(4)]
+    start[3].abs_()  # second moments
+    param, grad, exp_avg, exp_avg_sq = (x.clone() for x in start)
+    rounded = None if dtype == torch.float32 else param.to(dtype)
+    step, lr = torch.ones((), device=device), torch.full((), 1e-3, device=device)
+
+    def run() -> list[Tensor]:
+        fused.adamw(
+            param, rounded, grad, exp_avg, exp_avg_sq, step, lr,
+            betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1,
+        )  # fmt: skip
+        return [x for x in (param, rounded, exp_avg, exp_avg_sq) if x is not None]
+
+    def reset() -> None:
+        for x, y in zip((param, grad, exp_avg, exp_avg_sq), start, strict=True):
+            x.copy_(y)
+        step.fill_(1.0)
+
+    written = 0 if rounded is None else n * dtype.itemsize
+    return Call(run, 0, 28 * n + written, reset)
 
 
 def _dict_line(
@@ -459,6 +565,7 @@ OPS: dict[str, Callable[[int | None, torch.dtype], Iterator[Line]]] = {
     "cross_entropy": _cross_entropy_lines,
     "gelu": _gelu_lines,
     "embedding": _embedding_lines,
+    "adamw": _adamw_lines,
 }
 
 

@@ -111,7 +111,7 @@ def _run(
     command: list[str], limit: float, log: Path, look: Callable[[], None]
 ) -> tuple[str, str | None]:
     """In a process group of its own, all of which is ended with it."""
-    search = [str(ROOT), str(ROOT / "bench"), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")]
+    search = [str(ROOT), str(ROOT / "bench"), os.environ.get("PYTHONPATH", "")]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, search))}
     environment["PYTHONUNBUFFERED"] = "1"
     with log.open("wb") as output:

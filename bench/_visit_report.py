@@ -124,6 +124,13 @@ def _run(run: dict[str, Any]) -> str:
 
 
 def _profile(data: dict[str, Any]) -> str:
+    size = f"B={data['batch_size']}, T={data['block_size']}"
+    return "\n\n".join(
+        f"### {name}, {size}\n\n{_profile_of(one)}" for name, one in data["variants"].items()
+    )
+
+
+def _profile_of(data: dict[str, Any]) -> str:
     rows = [
         (
             row["kind"],
@@ -149,7 +156,7 @@ def _profile(data: dict[str, Any]) -> str:
         for kernel in data["kernels"]
     ]  # fmt: skip
     return (
-        f"B={data['batch_size']}, T={data['block_size']}: {data['step_ms']:.2f} ms a step, "
+        f"{data['step_ms']:.2f} ms a step, "
         f"no kernel running in {max(data['step_ms'] - data['kernels_ms'], 0):.2f} of them.\n\n"
         + _table(("kind", "ms", "share", "floor ms", "times the floor"), rows)
         + "\n\n"

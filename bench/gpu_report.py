@@ -34,7 +34,7 @@ from rich.console import Console
 
 RESULTS = ROOT / "bench" / "results"
 RUNS = tuple(f"run-b{batch}" for batch in _stages.BATCHES)
-_SWEEPS = ("attention", "gemm", "layer_norm", "cross_entropy", "gelu", "embedding")
+_SWEEPS = ("attention", "gemm", "layer_norm", "cross_entropy", "gelu", "embedding", "adamw")
 
 
 class Report:

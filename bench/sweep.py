@@ -6,7 +6,7 @@
 
 1. Every candidate in the neighbourhood of a line is compiled ahead of time, on all cores. One that
    spills a register, asks for more shared memory than there is, multiplies without the tensor
-   cores, fits more or less often on a multiprocessor than it says, or does not compile is rejected.
+   cores or does not compile is rejected.
 2. On a GPU, what is left takes the line's place in its table for the time of a call of the host
    function. Its results have to equal the present line's up to rounding, at every size.
 3. All are timed in interleaved rounds, on inputs that no cache holds, beside the present line,
@@ -38,7 +38,8 @@ import _machine
 import torch
 from _ceilings import Ceilings
 from _multiprocessor import ARCHITECTURES
-from _static import compile_launches, recorded
+from _static import Launch, compile_launches, recorded
+from _static import _no_gpu_needed as no_gpu_needed
 from _sweep import OPS, Call, Line, Sizes, Tile, lines
 from _timing import Clock, interleaved
 from _visit import write_json
@@ -71,6 +72,7 @@ class Task:
     tile: Tile
     capability: int
     dtype: torch.dtype
+    keep: bool = False  # what the compiler makes in Triton's cache, for the process that times it
 
 
 @dataclass(frozen=True)
@@ -94,6 +96,8 @@ def compiled(task: Task) -> Static:
             line.call(torch.device("cpu"), task.dtype, line.probe).run()
         own = [launch for launch in launches if launch.kernel.__name__ in line.kernels]
         records = [one.record() for one in compile_launches(own, task.capability)]
+        if task.keep and not any(record["faults"] for record in records):
+            compile_into_cache(own, task.capability)
     except (TritonError, RuntimeError) as error:
         return Static(f"does not compile: {last_line(error)}")
     if not records:
@@ -102,8 +106,6 @@ def compiled(task: Task) -> Static:
     faults = [fault.partition("): ")[2] for record in records for fault in record["faults"]]
     if not faults and programs == 0:
         faults = ["does not fit on a multiprocessor"]
-    if not faults and line.resident and task.tile[-1] != programs:
-        faults = [f"{programs} programs fit on a multiprocessor, not {task.tile[-1]}"]
     shares = [r["cycles"]["tensor"] / r["cycles"]["serial"] for r in records if r["dots"]]
     return Static(
         faults[0] if faults else None,
@@ -112,6 +114,20 @@ def compiled(task: Task) -> Static:
         programs,
         min(shares, default=None),
     )
+
+
+def compile_into_cache(launches: Iterable[Launch], capability: int) -> None:
+    """Once more, as the launcher of a GPU of this kind would: Triton's cache then has it."""
+    with no_gpu_needed(capability):
+        for launch in launches:
+            launch.kernel.warmup(*launch.args, grid=(1,), **launch.options)
+
+
+def fitted(line: Line, tile: Tile, static: Static) -> Tile:
+    """The candidate, saying how many of its programs fit on a multiprocessor if it has to."""
+    if not line.resident or tile is None or tile == line.current or static.fault is not None:
+        return tile
+    return (*tile[:-1], static.programs)
 
 
 def last_line(error: BaseException) -> str:
@@ -393,8 +409,11 @@ def sweep_line(
     """Compile and, given the ceilings of a GPU, measure; the record."""
     console.print(f"{line.name}: compiling {len(line.candidates)} candidates")
     tiles = [line.current, *line.candidates]
-    tasks = [Task(op, line.name, tile, capability, dtype) for tile in tiles]
-    found = dict(zip(tiles, compile_all(tasks, jobs), strict=True))
+    keep = ceilings is not None
+    tasks = [Task(op, line.name, tile, capability, dtype, keep) for tile in tiles]
+    found: dict[Tile, Static] = {}
+    for tile, one in zip(tiles, compile_all(tasks, jobs), strict=True):
+        found.setdefault(fitted(line, tile, one), one)  # the present line is the first
     record: dict[str, Any] = {
         "op": op,
         "name": line.name,
@@ -407,7 +426,7 @@ def sweep_line(
         console.print(static_table(line, found))
         return record
     device = torch.device("cuda")
-    good = [tile for tile in line.candidates if found[tile].fault is None]
+    good = [tile for tile, one in found.items() if one.fault is None and tile != line.current]
     contests, rejected = measured(line, good, device, dtype, gpu_timer(device), console.print)
     record["rejected"] = [[tile, why] for tile, why in rejected.items()]
     won = verdict(line, contests, ceilings, dtype.itemsize == 2)

@@ -82,16 +82,30 @@ def test_what_the_compiler_makes_of_a_candidate() -> None:
     def of(tile: Tile, line: str = "attention fwd, head size 64", op: str = "attention") -> Static:
         return compiled(Task(op, line, tile, 90, torch.bfloat16))
 
-    good = of((64, 64, 4, 2))
-    assert good.fault is None and good.programs >= 1 and good.registers > 0
+    good = of((64, 64, 4, 2, 0))
+    assert good.fault is None and good.programs >= 1 and good.registers > 128
     assert good.tensor_share is not None and 0.2 < good.tensor_share < 0.8
-    large = of((256, 32, 4, 2))
-    assert large.fault is not None and "spills" in large.fault
-    broken = of((48, 64, 4, 2))
+    limited = of((64, 64, 4, 2, 128))
+    assert limited.fault is not None and "spills" in limited.fault
+    assert limited.registers == 128
+    broken = of((48, 64, 4, 2, 0))
     assert broken.fault is not None and broken.fault.startswith("does not compile")
-    product = of((128, 128, 64, 8, 3, 3), "gemm fwd", "gemm")
-    assert product.fault == "2 programs fit on a multiprocessor, not 3"
+    line = lines("gemm", 90, torch.bfloat16)["gemm fwd"]
+    product = of((128, 64, 64, 8, 3, 1), "gemm fwd", "gemm")
+    assert product.fault is None and product.programs == 2
+    assert sweep.fitted(line, (128, 64, 64, 8, 3, 1), product) == (128, 64, 64, 8, 3, 2)
+    assert sweep.fitted(line, None, Static(None)) is None
     assert of(None, "gemm fwd", "gemm") == Static(None)
+
+
+def test_the_process_that_times_finds_what_was_compiled(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    task = Task("gelu", "gelu fwd", (512, 2), 90, torch.bfloat16)
+    assert compiled(task).fault is None and not any(tmp_path.iterdir())
+    assert compiled(replace(task, keep=True)).fault is None
+    assert [path.name for path in tmp_path.glob("*/*.cubin")] == ["_gelu_fwd_kernel.cubin"]
 
 
 def test_a_candidate_that_crashes_the_compiler_is_rejected_alone() -> None:
@@ -235,6 +249,8 @@ def test_a_line_serves_all_its_sizes() -> None:
         ("cross_entropy", "cross_entropy rows", {"M": 3, "V": 65}, [(512, 128)]),
         ("gelu", "gelu bwd", {"M": 5, "N": 70}, [(256, 4)]),
         ("embedding", "embedding fwd", {"B": 2, "T": 5, "C": 40, "V": 9}, [(4, 32, 4)]),
+        ("embedding", "embedding bwd token", {"B": 2, "T": 70, "C": 40, "V": 3}, [(512, 64, 4)]),
+        ("adamw", "adamw", {"N": 700}, [(256, 2)]),
     ],
 )
 def test_candidates_of_the_kernels_are_right(
