@@ -9,12 +9,15 @@ import functools
 import itertools
 import math
 from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from fastgpt import huggingface
 from fastgpt import ops as default_ops
 from fastgpt.language_model import GPTConfig, LanguageModel
 from fastgpt.ops import Recipe
@@ -26,8 +29,6 @@ PRETRAINED_SHAPES = {
     "gpt2-large": (36, 20, 1280),
     "gpt2-xl": (48, 25, 1600),
 }
-# Hugging Face stores these as (in, out), nn.Linear as (out, in)
-_TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
 _A100_PEAK_FLOPS = 312e12  # bf16, dense
 
 
@@ -320,38 +321,40 @@ class GPT(LanguageModel):
     def from_pretrained(
         cls, model_type: str, override_args: Mapping[str, Any] | None = None
     ) -> "GPT":
-        """OpenAI's weights, by way of Hugging Face: ``gpt2``, ``gpt2-medium``, ``gpt2-large`` or
-        ``gpt2-xl``, in float32. Of the config only ``dropout`` may be overridden.
+        """Weights from elsewhere, in float32. ``model_type`` is
 
-        The model uses the tanh GELU, which these weights were trained with. That is the one
-        numeric difference from nanoGPT's ``from_pretrained``, which applies the erf form to them.
+        - ``gpt2``, ``gpt2-medium``, ``gpt2-large`` or ``gpt2-xl``: OpenAI's, from Hugging Face's
+          cache or, once, the Hub;
+        - a folder that transformers' GPT2LMHeadModel (or ``fastgpt export --to=hf``) wrote;
+        - a ``.safetensors`` file of such a folder, or from ``fastgpt export --to=safetensors``.
 
-        Raises ValueError on another name or override, ImportError without ``transformers``.
+        Of the config only ``dropout`` may be overridden. The model uses the GELU that the weights
+        were trained with: for OpenAI's the tanh form. That is the one numeric difference from
+        nanoGPT's ``from_pretrained``, which applies the erf form to them.
+
+        Raises ValueError on another name or override and on files of another kind of model,
+        FileNotFoundError if the folder or file is not there, ConnectionError if weights cannot be
+        downloaded, ImportError without the extra ``hf``.
         """
-        if model_type not in PRETRAINED_SHAPES:
-            raise ValueError(
-                f"model_type must be one of {', '.join(PRETRAINED_SHAPES)}, got {model_type!r}"
-            )
         overrides = dict(override_args or {})
         refused = sorted(set(overrides) - {"dropout"})
         if refused:
             raise ValueError(f"override_args may hold 'dropout' only, got {', '.join(refused)}")
+        if model_type in PRETRAINED_SHAPES:
+            source = huggingface.download(model_type)
+        elif huggingface.is_path(model_type):
+            source = Path(model_type)
+        else:
+            raise ValueError(
+                f"model_type must be one of {', '.join(PRETRAINED_SHAPES)}, a folder or a "
+                f".safetensors file, got {model_type!r}"
+            )
+        config, gelu, state = huggingface.read(source)
+        model = cls(replace(config, dropout=overrides.get("dropout", 0.0)), gelu=gelu)
         try:
-            from transformers import GPT2LMHeadModel
-        except ImportError as error:
-            raise ImportError(
-                'from_pretrained needs Hugging Face transformers: pip install "fastgpt-triton[hf]"'
-            ) from error
-        n_layer, n_head, n_embd = PRETRAINED_SHAPES[model_type]
-        config = GPTConfig(1024, 50257, n_layer, n_head, n_embd, bias=True, **overrides)
-        model = cls(config, gelu="tanh")
-        published = GPT2LMHeadModel.from_pretrained(model_type).state_dict()
-        model.load_state_dict(
-            {
-                name: tensor.t() if name.endswith(_TRANSPOSED) else tensor
-                for name, tensor in published.items()
-            }
-        )
+            model.load_state_dict(state)
+        except RuntimeError as error:  # missing, unknown or misshapen tensors
+            raise ValueError(f"{source} does not hold the weights of {config}: {error}") from error
         return model
 
     def estimate_mfu(self, fwdbwd_per_iter: int, dt: float) -> float:

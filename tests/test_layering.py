@@ -65,6 +65,7 @@ ALLOWED: dict[str, set[str]] = {
         "fastgpt.kernels.attention_kernels",
         "fastgpt.kernels.attention_tiles",
     },
+    "fastgpt.kernels.attention_decode": _OP,
     "fastgpt.kernels.gemm_kernels": {"fastgpt.kernels._common"},
     "fastgpt.kernels.gemm": {
         "fastgpt.kernels._common",
@@ -84,6 +85,7 @@ ALLOWED: dict[str, set[str]] = {
         "fastgpt.kernels._costs",
         "fastgpt.kernels.adamw",
         "fastgpt.kernels.attention",
+        "fastgpt.kernels.attention_decode",
         "fastgpt.kernels.embedding",
         "fastgpt.kernels.gelu",
         "fastgpt.kernels.layer_norm",
@@ -98,7 +100,8 @@ ALLOWED: dict[str, set[str]] = {
         "fastgpt.kernels.fused",
     },
     "fastgpt.language_model": set(),
-    "fastgpt.model": {"fastgpt.language_model", "fastgpt.ops"},
+    "fastgpt.huggingface": {"fastgpt.language_model"},
+    "fastgpt.model": {"fastgpt.huggingface", "fastgpt.language_model", "fastgpt.ops"},
     "fastgpt.bigram": {"fastgpt.language_model"},
     "fastgpt.optimizer": {"fastgpt.language_model", "fastgpt.ops"},
     "fastgpt.step": {"fastgpt.optimizer"},
@@ -118,7 +121,17 @@ ALLOWED: dict[str, set[str]] = {
 
 # Libraries that the plain ops, hence a machine without Triton, do not need.
 TORCH_ALONE = ("_checks", "_costs", "_precision", "chunked_loss", "reference", "portable")
-LATE = {"matplotlib", "wandb", "transformers", "tiktoken"}  # optional: imported where used
+# optional: imported where used
+LATE = {
+    "huggingface_hub",
+    "matplotlib",
+    "safetensors",
+    "tensorboard",
+    "tiktoken",
+    "tokenizers",
+    "transformers",
+    "wandb",
+}
 
 
 @dataclass(frozen=True)
@@ -264,6 +277,7 @@ def test_how_imports_are_read() -> None:
 OPS = (
     "adamw",
     "attention",
+    "attention_decode",
     "attention_qkvpacked",
     "dropout_seed",
     "embedding",
@@ -299,7 +313,7 @@ def test_every_public_op_has_all_four_implementations() -> None:
     assert tuple(fused.__all__) == OPS
     for name in ("kernels.fused", "kernels.portable", "ops"):
         functions = public_functions(importlib.import_module(f"fastgpt.{name}"))
-        assert functions - {"autocast_dtype", "unpacked", "widened"} == set(OPS), name
+        assert functions - {"autocast_dtype", "split_heads", "unpacked", "widened"} == set(OPS), name
     assert public_functions(importlib.import_module("fastgpt.kernels.reference")) >= set(OPS)
 
 

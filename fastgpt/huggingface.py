@@ -1,0 +1,267 @@
+"""GPT-2 as Hugging Face's transformers stores it, and in safetensors files.
+
+The same model differs in its files: transformers keeps the four matrices of a block as (in, out),
+has biases everywhere, names the GELU (``gelu`` exact, ``gelu_new`` by tanh) in ``config.json``, and
+leaves out the head, which is the token table. All functions here move weights between that and the
+state dict of ``GPT``; none of them builds a model. Needs safetensors, and huggingface_hub where
+weights are downloaded; transformers itself is not used.
+"""
+
+import json
+import os
+import pickle
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastgpt.language_model import GPTConfig
+
+CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
+_WEIGHTS_FILES = (WEIGHTS_FILE, "model.safetensors.index.json", "pytorch_model.bin")
+
+_TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
+_TOKEN_TABLE, _HEAD = "transformer.wte.weight", "lm_head.weight"
+_GELUS = {"gelu": "none", "gelu_new": "tanh", "gelu_pytorch_tanh": "tanh"}
+_METADATA = "fastgpt"  # the key in a safetensors header that holds config and GELU
+
+# GPTConfig's name → config.json's and what transformers takes where it is missing
+_SHAPE = {
+    "block_size": ("n_positions", 1024),
+    "vocab_size": ("vocab_size", 50257),
+    "n_layer": ("n_layer", 12),
+    "n_head": ("n_head", 12),
+    "n_embd": ("n_embd", 768),
+}
+# options of transformers that would make it another model, and the values that GPT has
+_FIXED = {
+    "layer_norm_epsilon": 1e-5,
+    "scale_attn_weights": True,
+    "scale_attn_by_inverse_layer_idx": False,
+    "add_cross_attention": False,
+    "tie_word_embeddings": True,
+}
+
+
+class Weights(NamedTuple):
+    """A model without its class: ``GPT(config, gelu=gelu).load_state_dict(state)``."""
+
+    config: GPTConfig
+    gelu: str
+    state: dict[str, Tensor]
+
+
+def is_path(source: str) -> bool:
+    """Whether ``source`` means a folder or file rather than a published name: it is there, or has
+    a separator or the ending ``.safetensors``.
+    """
+    return (
+        "/" in source
+        or os.sep in source
+        or source.endswith(".safetensors")
+        or Path(source).exists()
+    )
+
+
+def missing_package(what: str, error: ImportError) -> ImportError:
+    """The error to raise when one of the libraries of the extra ``hf`` is not installed."""
+    return ImportError(f'{what} needs {error.name}: pip install "fastgpt-triton[hf]"')
+
+
+def read(source: str | Path) -> Weights:
+    """The weights of a folder that transformers wrote (``config.json`` beside
+    ``model.safetensors``, its shards, or ``pytorch_model.bin``), of a ``.safetensors`` file from
+    such a folder, or of one that ``write_safetensors`` made. Dropout is 0.
+
+    Raises:
+        FileNotFoundError: the folder or file, or one that it needs, is not there.
+        ValueError: a file is damaged, or the model is not a GPT-2 that ``GPT`` can be.
+        ImportError: safetensors is not installed.
+    """
+    source = Path(source)
+    if source.is_dir():
+        return _in_folder(source, _weights_file(source))
+    if not source.is_file():
+        raise FileNotFoundError(f"there is no folder or file {source}")
+    header = _read_header(source)
+    if _METADATA not in header:
+        return _in_folder(source.parent, source)
+    state = _read_tensors(source)
+    try:
+        saved = json.loads(header[_METADATA])
+        config, gelu = GPTConfig(**saved["config"]), saved["gelu"]
+        state[_HEAD] = state[_TOKEN_TABLE]
+    except (KeyError, ValueError, TypeError) as error:
+        raise ValueError(f"{source} holds no model that fastgpt can build: {error!r}") from error
+    return Weights(config, gelu, state)
+
+
+def download(name: str) -> Path:
+    """The folder of the published model ``name`` in Hugging Face's cache; the Hub fills it.
+
+    Raises ConnectionError if it is not in the cache and cannot be fetched, ImportError without
+    huggingface_hub.
+    """
+    try:
+        from huggingface_hub import snapshot_download
+    except ImportError as error:
+        raise missing_package(f"the download of {name!r}", error) from error
+    try:
+        return Path(snapshot_download(name, allow_patterns=[CONFIG_FILE, WEIGHTS_FILE]))
+    except OSError as error:
+        raise ConnectionError(
+            f"{name!r} is not in Hugging Face's cache and could not be downloaded "
+            f"({str(error).splitlines()[0]}); from_pretrained also takes a folder"
+        ) from error
+
+
+def write(weights: Weights, folder: Path) -> None:
+    """Write ``config.json`` and ``model.safetensors``, from which transformers' GPT2LMHeadModel
+    computes the same logits. ``folder`` must be there. Absent biases are written as zeros, for
+    transformers knows none without.
+    """
+    config, gelu, state = weights
+    activation = {kind: name for name, kind in reversed(_GELUS.items())}[gelu]
+    shape = {theirs: getattr(config, ours) for ours, (theirs, _) in _SHAPE.items()}
+    dropout = dict.fromkeys(("attn_pdrop", "embd_pdrop", "resid_pdrop"), config.dropout)
+    facts = {
+        "architectures": ["GPT2LMHeadModel"],
+        "model_type": "gpt2",
+        "activation_function": activation,
+        **shape,
+        **dropout,
+        **_FIXED,
+        "bos_token_id": None,
+        "eos_token_id": None,
+    }
+    _write_tensors(_theirs(state), folder / WEIGHTS_FILE, {"format": "pt"})
+    (folder / CONFIG_FILE).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+
+
+def write_safetensors(weights: Weights, path: Path) -> None:
+    """Write one file with the names and shapes of ``GPT.state_dict()`` (without the tied head),
+    config and GELU in its header, for ``read``.
+    """
+    header = json.dumps({"config": asdict(weights.config), "gelu": weights.gelu})
+    state = {name: tensor for name, tensor in weights.state.items() if name != _HEAD}
+    _write_tensors(state, path, {"format": "pt", _METADATA: header})
+
+
+def _in_folder(folder: Path, weights_file: Path) -> Weights:
+    facts = _read_json(folder / CONFIG_FILE)
+    try:
+        config, gelu = _shape_and_gelu(facts)
+        state = _ours(_read_all_tensors(weights_file))
+    except (KeyError, TypeError, ValueError) as error:
+        reason = f"it lacks {error}" if isinstance(error, KeyError) else error
+        raise ValueError(f"{folder} holds no model that fastgpt can build: {reason}") from error
+    return Weights(config, gelu, state)
+
+
+def _weights_file(folder: Path) -> Path:
+    for name in _WEIGHTS_FILES:
+        if (folder / name).is_file():
+            return folder / name
+    raise FileNotFoundError(f"{folder} has none of the files {', '.join(_WEIGHTS_FILES)}")
+
+
+def _shape_and_gelu(facts: Mapping[str, Any]) -> tuple[GPTConfig, str]:
+    if facts.get("model_type") != "gpt2":
+        raise ValueError(f"model_type must be 'gpt2', got {facts.get('model_type')!r}")
+    shape = {ours: facts.get(theirs, default) for ours, (theirs, default) in _SHAPE.items()}
+    config = GPTConfig(bias=True, **shape)
+    for name, value in _FIXED.items():
+        if facts.get(name, value) != value:
+            raise ValueError(f"{name} must be {value}, got {facts[name]!r}")
+    if facts.get("n_inner") not in (None, 4 * config.n_embd):
+        raise ValueError(f"n_inner must be null or 4 * n_embd, got {facts['n_inner']!r}")
+    activation = facts.get("activation_function", "gelu_new")
+    if activation not in _GELUS:
+        raise ValueError(
+            f"activation_function must be one of {', '.join(_GELUS)}, got {activation!r}"
+        )
+    return config, _GELUS[activation]
+
+
+def _ours(published: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The state dict of ``GPT``. The files that OpenAI's weights came in name the trunk alone."""
+    state = {}
+    for name, tensor in published.items():
+        name = name if name.startswith(("transformer.", "lm_head.")) else f"transformer.{name}"
+        state[name] = tensor.t() if name.endswith(_TRANSPOSED) else tensor
+    head = state.setdefault(_HEAD, state[_TOKEN_TABLE])
+    if not torch.equal(head, state[_TOKEN_TABLE]):
+        raise ValueError("its head lm_head.weight is not the token table transformer.wte.weight")
+    return state
+
+
+def _theirs(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    found = {
+        name: tensor.t() if name.endswith(_TRANSPOSED) else tensor
+        for name, tensor in state.items()
+        if name != _HEAD
+    }
+    for name in [name for name in found if name.startswith(("transformer.h.", "transformer.ln_f"))]:
+        bias = name.removesuffix("weight") + "bias"
+        if name.endswith(".weight") and bias not in found:
+            found[bias] = torch.zeros(found[name].shape[-1], dtype=found[name].dtype)
+    return found
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no {path}")
+    try:
+        facts = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from error
+    if not isinstance(facts, dict):
+        raise ValueError(f"{path} must hold a JSON object, got {type(facts).__name__}")
+    return facts
+
+
+def _read_all_tensors(path: Path) -> dict[str, Tensor]:
+    if path.suffix == ".json":
+        shards = sorted(set(_read_json(path)["weight_map"].values()))
+        return {k: v for shard in shards for k, v in _read_tensors(path.parent / shard).items()}
+    if path.suffix == ".bin":
+        try:
+            found: dict[str, Tensor] = torch.load(path, map_location="cpu", weights_only=True)
+        except (RuntimeError, pickle.UnpicklingError, EOFError) as error:
+            raise ValueError(f"{path} is not a PyTorch file, or is damaged: {error}") from error
+        return found
+    return _read_tensors(path)
+
+
+def _read_tensors(path: Path) -> dict[str, Tensor]:
+    with _opened(path) as file:
+        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+
+
+def _read_header(path: Path) -> dict[str, str]:
+    with _opened(path) as file:
+        return file.metadata() or {}
+
+
+def _opened(path: Path) -> Any:
+    try:
+        from safetensors import SafetensorError, safe_open
+    except ImportError as error:
+        raise missing_package(f"reading {path}", error) from error
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no {path}")
+    try:
+        return safe_open(path, framework="pt")
+    except SafetensorError as error:
+        raise ValueError(f"{path} is not a safetensors file, or is damaged: {error}") from error
+
+
+def _write_tensors(state: Mapping[str, Tensor], path: Path, header: dict[str, str]) -> None:
+    try:
+        from safetensors.torch import save_file
+    except ImportError as error:
+        raise missing_package(f"writing {path}", error) from error
+    save_file({name: tensor.contiguous() for name, tensor in state.items()}, path, header)
