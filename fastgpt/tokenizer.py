@@ -1,273 +1,115 @@
-"""Text to token ids and back: characters, as nanoGPT's ``meta.pkl`` describes them, or GPT-2's BPE.
+"""Tokenizers: which one stands beside a data set, and which one a user names.
 
-Knows numpy and the standard library alone; tiktoken is imported where the BPE is asked for.
+    tokenizer = load_tokenizer("data/shakespeare_char")   # beside train.bin
+    tokenizer = tokenizer_from("gpt2")                    # or a path: tokenizer.json, x.model, ...
+    tokenizer.decode(tokenizer.encode("To be"))           # "To be"
+
+What a tokenizer has is written in ``Tokenizer``.
 """
 
-import pickle
-import pickletools
-from collections import Counter
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-import numpy as np
-import numpy.typing as npt
+from fastgpt.char_tokenizer import MAX_VOCAB_SIZE, CharTokenizer
+from fastgpt.subword_tokenizers import (
+    GPT2Tokenizer,
+    JsonTokenizer,
+    SentencePieceTokenizer,
+    gpt2_folder_has_vocabulary,
+)
+from fastgpt.tokenizer_base import END_OF_TEXT, TokenIds, Tokenizer
 
-from fastgpt._progress import spans
+__all__ = [
+    "END_OF_TEXT",
+    "MAX_VOCAB_SIZE",
+    "TOKENIZER_FILES",
+    "CharTokenizer",
+    "GPT2Tokenizer",
+    "JsonTokenizer",
+    "SentencePieceTokenizer",
+    "TokenIds",
+    "Tokenizer",
+    "load_tokenizer",
+    "saved_tokenizer",
+    "tokenizer_from",
+]
 
-MAX_VOCAB_SIZE = 1 << 16  # train.bin and val.bin hold ids as uint16
-END_OF_TEXT = "<|endoftext|>"
-
-TokenIds = Sequence[int] | npt.NDArray[np.integer[Any]]
-
-
-class CharTokenizer:
-    """One id per character.
-
-    Args:
-        itos: the character of each id; the ids are 0 .. len(itos) - 1, the characters distinct.
-
-    Attributes:
-        itos: id → character (``dict[int, str]``).
-        stoi: character → id (``dict[str, int]``).
-        vocab_size: the number of characters.
-
-    Raises:
-        TypeError: a key is no int, or a value no str.
-        ValueError: no character, more than 65,536, ids with a gap, a value that is not one
-            character, or the same character twice.
-    """
-
-    def __init__(self, itos: dict[int, str]) -> None:
-        _check_itos(itos)
-        self.itos = dict(sorted(itos.items()))
-        self.stoi = {char: i for i, char in self.itos.items()}
-        self.vocab_size = len(self.itos)
-        self._code_points = _code_points("".join(self.itos.values()))  # of each id
-        # The id of each code point, -1 where there is none; the last entry stands for all beyond.
-        self._ids = np.full(int(self._code_points.max()) + 2, -1, dtype=np.int32)
-        self._ids[self._code_points] = np.arange(self.vocab_size)
-
-    @classmethod
-    def from_text(cls, text: str) -> "CharTokenizer":
-        """The characters of ``text`` in the order of their code points.
-
-        Raises:
-            ValueError: the text is empty or has more than 65,536 distinct characters.
-        """
-        seen = np.zeros(0x110000, dtype=np.bool_)  # one flag per Unicode code point
-        for span in spans(len(text), "Collecting characters"):
-            seen[_code_points(text[span])] = True
-        codes: list[int] = np.flatnonzero(seen).tolist()
-        if not 1 <= len(codes) <= MAX_VOCAB_SIZE:
-            raise ValueError(
-                f"text must have 1 to {MAX_VOCAB_SIZE} distinct characters (ids are stored as "
-                f"uint16), got {len(codes)}"
-            )
-        return cls({i: chr(code) for i, code in enumerate(codes)})
-
-    def encode(self, text: str) -> list[int]:
-        """The ids of ``text``, one per character.
-
-        Raises:
-            TypeError: ``text`` is no str.
-            ValueError: a character is not in the vocabulary; the message has its position.
-        """
-        ids: list[int] = self.encode_array(text).tolist()
-        return ids
-
-    def encode_array(self, text: str) -> npt.NDArray[np.uint16]:
-        """The same as a uint16 array of shape (len(text),): no Python object per character."""
-        if not isinstance(text, str):
-            raise TypeError(f"text must be a str, got {type(text).__name__}")
-        ids = self._ids.take(_code_points(text), mode="clip")
-        if ids.size and ids.min() < 0:
-            position = int(np.argmax(ids < 0))
-            raise ValueError(
-                f"text holds {text[position]!r} at position {position}, which is not among the "
-                f"{self.vocab_size} characters of the vocabulary"
-            )
-        return ids.astype(np.uint16)
-
-    def decode(self, ids: TokenIds) -> str:
-        """The text of ``ids``: a sequence or one-dimensional array of integers.
-
-        Raises:
-            TypeError: ``ids`` does not hold integers.
-            ValueError: an id is negative or not below ``vocab_size``.
-        """
-        array = _checked_ids(ids, self.vocab_size)
-        return self._code_points[array].tobytes().decode("utf-32-le", "surrogatepass")
-
-    def save(self, path: str | Path) -> None:
-        """Write nanoGPT's ``meta.pkl``."""
-        meta = {"vocab_size": self.vocab_size, "itos": self.itos, "stoi": self.stoi}
-        Path(path).write_bytes(pickle.dumps(meta, protocol=4))
-
-    @classmethod
-    def load(cls, path: str | Path) -> "CharTokenizer":
-        """Read nanoGPT's ``meta.pkl``. Nothing in the file is executed.
-
-        Raises:
-            FileNotFoundError: there is no such file.
-            ValueError: the file is no pickle, holds anything but dicts, strings and ints, or its
-                entries contradict each other.
-        """
-        meta = _read_meta(Path(path))
-        try:
-            tokenizer = cls(meta["itos"])
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"{path} is not a usable meta.pkl: {error}") from error
-        if meta["vocab_size"] != tokenizer.vocab_size:
-            raise ValueError(
-                f"{path} is not a usable meta.pkl: vocab_size is {meta['vocab_size']}, but itos "
-                f"has {tokenizer.vocab_size} entries"
-            )
-        if meta["stoi"] != tokenizer.stoi:
-            raise ValueError(f"{path} is not a usable meta.pkl: stoi is not the inverse of itos")
-        return tokenizer
-
-
-class GPT2Tokenizer:
-    """GPT-2's byte-pair encoding by tiktoken, with ``<|endoftext|>`` read as one token.
-
-    Attributes:
-        vocab_size: 50,257.
-
-    Raises:
-        ImportError: tiktoken is not installed.
-        ConnectionError: tiktoken has not stored the vocabulary yet and cannot download it.
-    """
-
-    def __init__(self) -> None:
-        try:
-            import tiktoken
-        except ImportError as error:
-            raise ImportError(
-                'GPT-2\'s BPE needs tiktoken: pip install "fastgpt-triton[bpe]"'
-            ) from error
-        try:
-            self._encoding = tiktoken.get_encoding("gpt2")
-        except OSError as error:  # every network error of tiktoken's is one
-            raise ConnectionError(
-                f"tiktoken could not get GPT-2's vocabulary: {error}. It is downloaded once; "
-                "offline, let TIKTOKEN_CACHE_DIR name a folder that already has it"
-            ) from error
-        self.vocab_size: int = self._encoding.n_vocab
-
-    def encode(self, text: str) -> list[int]:
-        """The ids of ``text``.
-
-        Raises:
-            TypeError: ``text`` is no str.
-        """
-        if not isinstance(text, str):
-            raise TypeError(f"text must be a str, got {type(text).__name__}")
-        ids: list[int] = self._encoding.encode(text, allowed_special={END_OF_TEXT})
-        return ids
-
-    def decode(self, ids: TokenIds) -> str:
-        """The text of ``ids``; bytes that are not UTF-8 become U+FFFD.
-
-        Raises:
-            TypeError: ``ids`` does not hold integers.
-            ValueError: an id is negative or not below ``vocab_size``.
-        """
-        text: str = self._encoding.decode(_checked_ids(ids, self.vocab_size).tolist())
-        return text
-
-
-def load_tokenizer(data_dir: str | Path) -> CharTokenizer | GPT2Tokenizer:
-    """The tokenizer of a prepared data set: its ``meta.pkl``, or GPT-2's BPE where there is none.
-
-    Raises:
-        ValueError: see ``CharTokenizer.load``.
-        ImportError, ConnectionError: see ``GPT2Tokenizer``.
-    """
-    path = Path(data_dir) / "meta.pkl"
-    return CharTokenizer.load(path) if path.exists() else GPT2Tokenizer()
-
-
-def _code_points(text: str) -> npt.NDArray[np.uint32]:
-    """The code points of ``text``; lone surrogates, which a str may hold, are kept."""
-    return np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype="<u4")
-
-
-def _check_itos(itos: dict[int, str]) -> None:
-    if not 1 <= len(itos) <= MAX_VOCAB_SIZE:
-        raise ValueError(
-            f"itos must have 1 to {MAX_VOCAB_SIZE} characters (ids are stored as uint16), "
-            f"got {len(itos)}"
-        )
-    for i, char in itos.items():
-        if type(i) is not int or type(char) is not str:
-            raise TypeError(f"itos must map int to str, got the entry {i!r}: {char!r}")
-        if len(char) != 1:
-            raise ValueError(f"itos must map to single characters, got the entry {i}: {char!r}")
-        if not 0 <= i < len(itos):
-            raise ValueError(f"itos must have the ids 0 to {len(itos) - 1}, got {i}")
-    if len(set(itos.values())) != len(itos):
-        ((twice, _),) = Counter(itos.values()).most_common(1)
-        raise ValueError(f"itos must have distinct characters, got {twice!r} more than once")
-
-
-def _checked_ids(ids: TokenIds, vocab_size: int) -> npt.NDArray[np.int64]:
-    array = np.asarray(ids)
-    if array.ndim != 1:
-        raise ValueError(f"ids must have one dimension, got shape {array.shape}")
-    if array.size == 0:
-        return np.empty(0, dtype=np.int64)
-    if array.dtype.kind not in "iu":
-        raise TypeError(f"ids must be integers, got {array.dtype}")
-    wrong = (array < 0) | (array >= vocab_size)
-    if wrong.any():
-        position = int(np.argmax(wrong))
-        raise ValueError(
-            f"ids must lie in [0, {vocab_size}), got {array[position]} at position {position}"
-        )
-    return array.astype(np.int64)
-
-
-_PLAIN_CODES = frozenset(
-    "PROTO FRAME STOP MARK EMPTY_DICT DICT SETITEM SETITEMS UNICODE BINUNICODE SHORT_BINUNICODE "
-    "INT BININT BININT1 BININT2 LONG LONG1 PUT BINPUT LONG_BINPUT MEMOIZE GET BINGET "
-    "LONG_BINGET".split()
+# The files that ``Tokenizer.save`` leaves in the folder of a data set.
+TOKENIZER_FILES = tuple(
+    kind.FILE for kind in (CharTokenizer, GPT2Tokenizer, JsonTokenizer, SentencePieceTokenizer)
 )
 
 
-def _unpickle_plain(data: bytes) -> Any:
-    """Unpickle dicts, strings and ints: every code is checked before the first one is run."""
-    names = ["", ""]  # the last two strings: what STACK_GLOBAL looks up
-    for code, argument, position in pickletools.genops(data):
-        if code.name in ("GLOBAL", "INST", "STACK_GLOBAL"):
-            name = ".".join(names[-2:]) if argument is None else argument.replace(" ", ".")
-            raise pickle.UnpicklingError(f"it asks for {name} at byte {position}")
-        if code.name not in _PLAIN_CODES:
-            raise pickle.UnpicklingError(f"it has {code.name} at byte {position}")
-        # The memo is an array: a damaged index could ask for 64 GB.
-        if code.name.endswith("PUT") and int(argument or 0) > len(data):
-            raise pickle.UnpicklingError(f"it has the memo entry {argument} at byte {position}")
-        if isinstance(argument, str):
-            names.append(argument)
-    return pickle.loads(data)
+def saved_tokenizer(folder: str | Path) -> Tokenizer | None:
+    """The tokenizer that was saved in ``folder``; None where there is none.
 
-
-def _read_meta(path: Path) -> dict[str, Any]:
-    """The three entries of a ``meta.pkl``, each of its right type."""
-    try:
-        meta = _unpickle_plain(path.read_bytes())
-    except (pickle.UnpicklingError, LookupError, OverflowError, TypeError, ValueError) as error:
+    Raises:
+        ValueError: there are two, or the file is not usable.
+        ImportError: the library that it needs is not installed.
+    """
+    folder = Path(folder)
+    found = [name for name in TOKENIZER_FILES if (folder / name).is_file()]
+    if len(found) > 1:
         raise ValueError(
-            f"{path} is not a usable meta.pkl, which holds dicts, strings and ints only: {error}"
-        ) from error
-    if type(meta) is not dict:
-        raise ValueError(
-            f"{path} is not a usable meta.pkl: it is no dict but {type(meta).__name__}"
+            f"{folder} has more than one tokenizer: {', '.join(found)}; remove all but the one "
+            "that its tokens were made with"
         )
-    for key, kind in (("vocab_size", int), ("itos", dict), ("stoi", dict)):
-        if type(meta.get(key)) is not kind:
-            found = type(meta[key]).__name__ if key in meta else "missing"
-            raise ValueError(
-                f"{path} is not a usable meta.pkl: {key} must be {kind.__name__}, is {found}"
-            )
-    return meta
+    if not found:
+        return None
+    path = folder / found[0]
+    return CharTokenizer.load(path) if path.name == CharTokenizer.FILE else tokenizer_from(path)
+
+
+def load_tokenizer(data_dir: str | Path) -> Tokenizer:
+    """The tokenizer of a prepared data set: the one saved there, or GPT-2's BPE where there is
+    none, as nanoGPT has it.
+
+    Raises:
+        ValueError, ImportError: see ``saved_tokenizer``.
+        ImportError, ConnectionError: see ``GPT2Tokenizer``.
+    """
+    return saved_tokenizer(data_dir) or GPT2Tokenizer()
+
+
+def tokenizer_from(spec: str | Path) -> Tokenizer:
+    """The tokenizer that ``spec`` names.
+
+    Args:
+        spec: ``"gpt2"``; or the path of a ``tokenizer.json``, of a SentencePiece ``.model``, of a
+            ``.tiktoken`` file with GPT-2's vocabulary, or of a folder with any of them or with
+            GPT-2's vocabulary as two files (see ``GPT2Tokenizer``).
+
+    Raises:
+        FileNotFoundError: there is no such file or folder.
+        ValueError: it is none of these, or not usable.
+        ImportError: the library that it needs is not installed.
+        ConnectionError: see ``GPT2Tokenizer``.
+    """
+    path = Path(spec)
+    if spec == "gpt2":
+        return GPT2Tokenizer()
+    if not path.exists():
+        raise FileNotFoundError(f"tokenizer must be char, gpt2 or a path, but there is no {path}")
+    if path.is_dir():
+        return _tokenizer_in(path)
+    if path.suffix == ".model":
+        return SentencePieceTokenizer(path)
+    if path.suffix == ".tiktoken":
+        return GPT2Tokenizer(path)
+    if path.suffix == ".json":
+        return JsonTokenizer(path)
+    raise ValueError(
+        f"tokenizer must be char, gpt2, a folder, or a file that ends in .json, .model or "
+        f".tiktoken, got {path}"
+    )
+
+
+def _tokenizer_in(folder: Path) -> Tokenizer:
+    saved = saved_tokenizer(folder)
+    if saved is not None:
+        return saved
+    if gpt2_folder_has_vocabulary(folder):
+        return GPT2Tokenizer(folder)
+    raise FileNotFoundError(
+        f"the folder {folder} has no tokenizer: none of {', '.join(TOKENIZER_FILES)}, encoder.json "
+        "with vocab.bpe, vocab.json with merges.txt"
+    )

@@ -108,7 +108,14 @@ ALLOWED: dict[str, set[str]] = {
     "fastgpt._progress": set(),
     "fastgpt.config": set(),
     "fastgpt.devices": set(),
-    "fastgpt.tokenizer": {"fastgpt._progress"},
+    "fastgpt.tokenizer_base": set(),
+    "fastgpt.char_tokenizer": {"fastgpt._progress", "fastgpt.tokenizer_base"},
+    "fastgpt.subword_tokenizers": {"fastgpt.tokenizer_base"},
+    "fastgpt.tokenizer": {
+        "fastgpt.char_tokenizer",
+        "fastgpt.subword_tokenizers",
+        "fastgpt.tokenizer_base",
+    },
     "fastgpt.data": {"fastgpt._progress"},
     "fastgpt.corpus": _DATA,
     "fastgpt.checkpoint": {"fastgpt.tokenizer", *_MODEL},
@@ -313,7 +320,9 @@ def test_every_public_op_has_all_four_implementations() -> None:
     assert tuple(fused.__all__) == OPS
     for name in ("kernels.fused", "kernels.portable", "ops"):
         functions = public_functions(importlib.import_module(f"fastgpt.{name}"))
-        assert functions - {"autocast_dtype", "split_heads", "unpacked", "widened"} == set(OPS), name
+        assert functions - {"autocast_dtype", "split_heads", "unpacked", "widened"} == set(OPS), (
+            name
+        )
     assert public_functions(importlib.import_module("fastgpt.kernels.reference")) >= set(OPS)
 
 

@@ -1,0 +1,210 @@
+"""One id per character, as nanoGPT's ``meta.pkl`` describes them."""
+
+import hashlib
+import pickle
+import pickletools
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from fastgpt._progress import spans
+from fastgpt.tokenizer_base import TokenIds, Tokenizer, check_text, checked_ids
+
+MAX_VOCAB_SIZE = 1 << 16  # train.bin and val.bin hold ids as uint16
+
+
+class CharTokenizer(Tokenizer):
+    """One id per character; a line feed, where there is one, stands behind each document.
+
+    Args:
+        itos: the character of each id; the ids are 0 .. len(itos) - 1, the characters distinct.
+
+    Attributes:
+        itos: id → character (``dict[int, str]``).
+        stoi: character → id (``dict[str, int]``).
+        vocab_size: the number of characters.
+
+    Raises:
+        TypeError: a key is no int, or a value no str.
+        ValueError: no character, more than 65,536, ids with a gap, a value that is not one
+            character, or the same character twice.
+    """
+
+    FILE = "meta.pkl"
+
+    def __init__(self, itos: dict[int, str]) -> None:
+        _check_itos(itos)
+        self.itos = dict(sorted(itos.items()))
+        self.stoi = {char: i for i, char in self.itos.items()}
+        self.vocab_size = len(self.itos)
+        self._code_points = _code_points("".join(self.itos.values()))  # of each id
+        # The id of each code point, -1 where there is none; the last entry stands for all beyond.
+        self._ids = np.full(int(self._code_points.max()) + 2, -1, dtype=np.int32)
+        self._ids[self._code_points] = np.arange(self.vocab_size)
+        self.name = "characters"
+        self.end_of_text = self.stoi.get("\n")
+        self.fingerprint = hashlib.sha256(self._code_points.tobytes()).hexdigest()
+
+    @property
+    def padded_vocab_size(self) -> int:
+        """V: nanoGPT pads no characters."""
+        return self.vocab_size
+
+    @classmethod
+    def from_text(cls, text: str) -> "CharTokenizer":
+        """The characters of ``text`` in the order of their code points.
+
+        Raises:
+            ValueError: the text is empty or has more than 65,536 distinct characters.
+        """
+        return cls.from_texts(text[span] for span in spans(len(text), "Collecting characters"))
+
+    @classmethod
+    def from_texts(cls, texts: Iterable[str]) -> "CharTokenizer":
+        """The characters of all ``texts``, of which one is held at a time.
+
+        Raises:
+            ValueError: they are empty or have more than 65,536 distinct characters.
+        """
+        seen = np.zeros(0x110000, dtype=np.bool_)  # one flag per Unicode code point
+        for text in texts:
+            seen[_code_points(text)] = True
+        codes: list[int] = np.flatnonzero(seen).tolist()
+        if not 1 <= len(codes) <= MAX_VOCAB_SIZE:
+            raise ValueError(
+                f"text must have 1 to {MAX_VOCAB_SIZE} distinct characters (ids are stored as "
+                f"uint16), got {len(codes)}"
+            )
+        return cls({i: chr(code) for i, code in enumerate(codes)})
+
+    def encode(self, text: str) -> list[int]:
+        """The ids of ``text``, one per character.
+
+        Raises:
+            TypeError: ``text`` is no str.
+            ValueError: a character is not in the vocabulary; the message has its position.
+        """
+        ids: list[int] = self.encode_array(text).tolist()
+        return ids
+
+    def encode_array(self, text: str) -> npt.NDArray[np.uint16]:
+        """The same as a uint16 array of shape (len(text),): no Python object per character."""
+        check_text(text)
+        ids = self._ids.take(_code_points(text), mode="clip")
+        if ids.size and ids.min() < 0:
+            position = int(np.argmax(ids < 0))
+            raise ValueError(
+                f"text holds {text[position]!r} at position {position}, which is not among the "
+                f"{self.vocab_size} characters of the vocabulary"
+            )
+        return ids.astype(np.uint16)
+
+    def decode(self, ids: TokenIds) -> str:
+        """The text of ``ids``: a sequence or one-dimensional array of integers.
+
+        Raises:
+            TypeError: ``ids`` does not hold integers.
+            ValueError: an id is negative or not below ``vocab_size``.
+        """
+        array = checked_ids(ids, self.vocab_size)
+        return self._code_points[array].tobytes().decode("utf-32-le", "surrogatepass")
+
+    def save(self, path: str | Path) -> None:
+        """Write nanoGPT's ``meta.pkl``."""
+        meta = {"vocab_size": self.vocab_size, "itos": self.itos, "stoi": self.stoi}
+        Path(path).write_bytes(pickle.dumps(meta, protocol=4))
+
+    @classmethod
+    def load(cls, path: str | Path) -> "CharTokenizer":
+        """Read nanoGPT's ``meta.pkl``. Nothing in the file is executed.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            ValueError: the file is no pickle, holds anything but dicts, strings and ints, or its
+                entries contradict each other.
+        """
+        meta = _read_meta(Path(path))
+        try:
+            tokenizer = cls(meta["itos"])
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{path} is not a usable meta.pkl: {error}") from error
+        if meta["vocab_size"] != tokenizer.vocab_size:
+            raise ValueError(
+                f"{path} is not a usable meta.pkl: vocab_size is {meta['vocab_size']}, but itos "
+                f"has {tokenizer.vocab_size} entries"
+            )
+        if meta["stoi"] != tokenizer.stoi:
+            raise ValueError(f"{path} is not a usable meta.pkl: stoi is not the inverse of itos")
+        return tokenizer
+
+
+def _code_points(text: str) -> npt.NDArray[np.uint32]:
+    """The code points of ``text``; lone surrogates, which a str may hold, are kept."""
+    return np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype="<u4")
+
+
+def _check_itos(itos: dict[int, str]) -> None:
+    if not 1 <= len(itos) <= MAX_VOCAB_SIZE:
+        raise ValueError(
+            f"itos must have 1 to {MAX_VOCAB_SIZE} characters (ids are stored as uint16), "
+            f"got {len(itos)}"
+        )
+    for i, char in itos.items():
+        if type(i) is not int or type(char) is not str:
+            raise TypeError(f"itos must map int to str, got the entry {i!r}: {char!r}")
+        if len(char) != 1:
+            raise ValueError(f"itos must map to single characters, got the entry {i}: {char!r}")
+        if not 0 <= i < len(itos):
+            raise ValueError(f"itos must have the ids 0 to {len(itos) - 1}, got {i}")
+    if len(set(itos.values())) != len(itos):
+        ((twice, _),) = Counter(itos.values()).most_common(1)
+        raise ValueError(f"itos must have distinct characters, got {twice!r} more than once")
+
+
+_PLAIN_CODES = frozenset(
+    "PROTO FRAME STOP MARK EMPTY_DICT DICT SETITEM SETITEMS UNICODE BINUNICODE SHORT_BINUNICODE "
+    "INT BININT BININT1 BININT2 LONG LONG1 PUT BINPUT LONG_BINPUT MEMOIZE GET BINGET "
+    "LONG_BINGET".split()
+)
+
+
+def _unpickle_plain(data: bytes) -> Any:
+    """Unpickle dicts, strings and ints: every code is checked before the first one is run."""
+    names = ["", ""]  # the last two strings: what STACK_GLOBAL looks up
+    for code, argument, position in pickletools.genops(data):
+        if code.name in ("GLOBAL", "INST", "STACK_GLOBAL"):
+            name = ".".join(names[-2:]) if argument is None else argument.replace(" ", ".")
+            raise pickle.UnpicklingError(f"it asks for {name} at byte {position}")
+        if code.name not in _PLAIN_CODES:
+            raise pickle.UnpicklingError(f"it has {code.name} at byte {position}")
+        # The memo is an array: a damaged index could ask for 64 GB.
+        if code.name.endswith("PUT") and int(argument or 0) > len(data):
+            raise pickle.UnpicklingError(f"it has the memo entry {argument} at byte {position}")
+        if isinstance(argument, str):
+            names.append(argument)
+    return pickle.loads(data)
+
+
+def _read_meta(path: Path) -> dict[str, Any]:
+    """The three entries of a ``meta.pkl``, each of its right type."""
+    try:
+        meta = _unpickle_plain(path.read_bytes())
+    except (pickle.UnpicklingError, LookupError, OverflowError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{path} is not a usable meta.pkl, which holds dicts, strings and ints only: {error}"
+        ) from error
+    if type(meta) is not dict:
+        raise ValueError(
+            f"{path} is not a usable meta.pkl: it is no dict but {type(meta).__name__}"
+        )
+    for key, kind in (("vocab_size", int), ("itos", dict), ("stoi", dict)):
+        if type(meta.get(key)) is not kind:
+            found = type(meta[key]).__name__ if key in meta else "missing"
+            raise ValueError(
+                f"{path} is not a usable meta.pkl: {key} must be {kind.__name__}, is {found}"
+            )
+    return meta

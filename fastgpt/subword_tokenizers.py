@@ -1,0 +1,290 @@
+"""Tokenizers of other libraries: tiktoken, tokenizers, sentencepiece, imported when one is made.
+
+Ids need no second check: every one that a library returns lies below its vocabulary's size.
+"""
+
+import base64
+import binascii
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from fastgpt.tokenizer_base import END_OF_TEXT, TokenIds, Tokenizer, check_text, checked_ids
+
+# What GPT-2 cuts a text into before bytes are merged, without backtracking where none can help.
+_GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
+# Files of GPT-2's vocabulary: OpenAI's names and Hugging Face's. Ids, then merges.
+_GPT2_FILES = (("encoder.json", "vocab.bpe"), ("vocab.json", "merges.txt"))
+_END_NAMES = (END_OF_TEXT, "</s>", "<|end_of_text|>", "<eos>", "[EOS]", "<|im_end|>", "[SEP]")
+
+
+class GPT2Tokenizer(Tokenizer):
+    """GPT-2's byte-pair encoding by tiktoken, with ``<|endoftext|>`` read as one token.
+
+    Args:
+        path: the vocabulary, where it is not to be downloaded: a ``.tiktoken`` file, or a folder
+            with ``encoder.json`` and ``vocab.bpe``, or with ``vocab.json`` and ``merges.txt``. Any
+            other vocabulary of this form is as good: its size is what the files have.
+
+    Attributes:
+        vocab_size: 50,257 for GPT-2's own.
+
+    Raises:
+        ImportError: tiktoken is not installed.
+        ConnectionError: tiktoken has not stored the vocabulary yet and cannot download it.
+        FileNotFoundError: there is no vocabulary at ``path``.
+        ValueError: the files are damaged or contradict each other.
+    """
+
+    FILE = "gpt2.tiktoken"
+
+    def __init__(self, path: str | Path | None = None) -> None:
+        try:
+            import tiktoken
+        except ImportError as error:
+            raise ImportError(
+                'GPT-2\'s BPE needs tiktoken: pip install "fastgpt-triton[bpe]"'
+            ) from error
+        if path is None:
+            try:
+                self._encoding = tiktoken.get_encoding("gpt2")
+            except OSError as error:  # every network error of tiktoken's is one
+                raise ConnectionError(
+                    f"tiktoken could not get GPT-2's vocabulary: {error}. It is downloaded once; "
+                    "offline, let TIKTOKEN_CACHE_DIR name a folder that already has it, or "
+                    "--tokenizer a folder with encoder.json and vocab.bpe"
+                ) from error
+        else:
+            ranks = _gpt2_ranks(Path(path))
+            self._encoding = tiktoken.Encoding(
+                "gpt2",
+                pat_str=_GPT2_PATTERN,
+                mergeable_ranks=ranks,
+                special_tokens={END_OF_TEXT: len(ranks)},
+            )
+        self.name = "GPT-2 BPE"
+        self.vocab_size: int = self._encoding.n_vocab
+        self.end_of_text: int = self._encoding.eot_token
+        self.fingerprint = hashlib.sha256(self._file()).hexdigest()
+
+    def encode(self, text: str) -> list[int]:
+        check_text(text)
+        ids: list[int] = self._encoding.encode(text, allowed_special={END_OF_TEXT})
+        return ids
+
+    def encode_array(self, text: str) -> npt.NDArray[np.uint32]:
+        check_text(text)
+        return self._encoding.encode_to_numpy(text, disallowed_special=())
+
+    def decode(self, ids: TokenIds) -> str:
+        """The text of ``ids``; bytes that are not UTF-8 become U+FFFD. Errors: as ``Tokenizer``."""
+        text: str = self._encoding.decode(checked_ids(ids, self.vocab_size).tolist())
+        return text
+
+    def save(self, path: str | Path) -> None:
+        """Write tiktoken's format: a line for each token, its bytes in base64 and its id."""
+        Path(path).write_bytes(self._file())
+
+    def _file(self) -> bytes:
+        tokens = map(self._encoding.decode_single_token_bytes, range(self.end_of_text))
+        lines = (base64.b64encode(token) + b" %d\n" % i for i, token in enumerate(tokens))
+        return b"".join(lines)
+
+
+class JsonTokenizer(Tokenizer):
+    """A ``tokenizer.json`` of the library tokenizers, and so of Hugging Face's models.
+
+    Args:
+        path: the file.
+        end_of_text: the token behind each document; by default the first that the vocabulary has
+            of ``<|endoftext|>``, ``</s>``, ``<|end_of_text|>``, ``<eos>``, ``[EOS]``,
+            ``<|im_end|>``, ``[SEP]``.
+
+    Raises:
+        ImportError: tokenizers is not installed.
+        FileNotFoundError: there is no such file.
+        ValueError: the file is no such tokenizer, or has no token ``end_of_text``.
+    """
+
+    FILE = "tokenizer.json"
+
+    def __init__(self, path: str | Path, end_of_text: str | None = None) -> None:
+        try:
+            import tokenizers
+        except ImportError as error:
+            raise ImportError(
+                'a tokenizer.json needs tokenizers: pip install "fastgpt-triton[data]"'
+            ) from error
+        data = _read(Path(path))
+        try:
+            self._prompts = tokenizers.Tokenizer.from_buffer(data)
+            self._data = tokenizers.Tokenizer.from_buffer(data)
+        except ValueError as error:
+            raise ValueError(f"{path} is not a usable tokenizer.json: {error}") from error
+        for tokenizer in (self._prompts, self._data):  # the file may ask for either
+            tokenizer.no_padding()
+            tokenizer.no_truncation()
+        self._data.encode_special_tokens = True
+        ids = self._prompts.get_vocab()
+        if not ids:
+            raise ValueError(f"{path} is not a usable tokenizer.json: its vocabulary is empty")
+        self._bytes = data
+        self.vocab_size: int = max(ids.values()) + 1
+        self.end_of_text: int | None = _end_of_text(path, ids, end_of_text)
+        self.name = f"{type(self._data.model).__name__} of {self.vocab_size} tokens"
+        self.fingerprint = hashlib.sha256(data).hexdigest()
+
+    def encode(self, text: str) -> list[int]:
+        check_text(text)
+        ids: list[int] = self._prompts.encode(text, add_special_tokens=False).ids
+        return ids
+
+    def encode_array(self, text: str) -> npt.NDArray[np.uint32]:
+        check_text(text)
+        (encoding,) = self._data.encode_batch_fast([text], add_special_tokens=False)
+        return np.asarray(encoding.ids, dtype=np.uint32)
+
+    def decode(self, ids: TokenIds) -> str:
+        text: str = self._prompts.decode(
+            checked_ids(ids, self.vocab_size).tolist(), skip_special_tokens=False
+        )
+        return text
+
+    def save(self, path: str | Path) -> None:
+        Path(path).write_bytes(self._bytes)
+
+
+class SentencePieceTokenizer(Tokenizer):
+    """A model of SentencePiece, BPE or unigram.
+
+    Args:
+        path: the ``.model`` file.
+
+    Raises:
+        ImportError: sentencepiece is not installed.
+        FileNotFoundError: there is no such file.
+        ValueError: the file is no such model.
+    """
+
+    FILE = "tokenizer.model"
+
+    def __init__(self, path: str | Path) -> None:
+        try:
+            import sentencepiece
+        except ImportError as error:
+            raise ImportError(
+                'a SentencePiece model needs sentencepiece: pip install "fastgpt-triton[data]"'
+            ) from error
+        self._bytes = _read(Path(path))
+        self._model: Any = sentencepiece.SentencePieceProcessor()
+        try:
+            self._model.LoadFromSerializedProto(self._bytes)
+        except RuntimeError as error:
+            raise ValueError(f"{path} is not a usable SentencePiece model: {error}") from error
+        self.vocab_size: int = self._model.vocab_size()
+        if not self.vocab_size:
+            raise ValueError(f"{path} is not a usable SentencePiece model: it has no pieces")
+        end: int = self._model.eos_id()
+        self.end_of_text: int | None = end if end >= 0 else None
+        self.name = f"SentencePiece of {self.vocab_size} tokens"
+        self.fingerprint = hashlib.sha256(self._bytes).hexdigest()
+
+    def encode(self, text: str) -> list[int]:
+        check_text(text)
+        ids: list[int] = self._model.encode(text)
+        return ids
+
+    def encode_array(self, text: str) -> npt.NDArray[np.uint32]:
+        check_text(text)
+        return np.asarray(self._model.encode(text), dtype=np.uint32)
+
+    def decode(self, ids: TokenIds) -> str:
+        text: str = self._model.decode(checked_ids(ids, self.vocab_size).tolist())
+        return text
+
+    def save(self, path: str | Path) -> None:
+        Path(path).write_bytes(self._bytes)
+
+
+def gpt2_folder_has_vocabulary(folder: Path) -> bool:
+    """Whether ``GPT2Tokenizer(folder)`` finds its files there."""
+    return any(all((folder / name).is_file() for name in names) for names in _GPT2_FILES)
+
+
+def _read(path: Path) -> bytes:
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no tokenizer file {path}")
+    return path.read_bytes()
+
+
+def _end_of_text(path: str | Path, ids: dict[str, int], name: str | None) -> int | None:
+    if name is None:
+        return next((ids[known] for known in _END_NAMES if known in ids), None)
+    if name not in ids:
+        raise ValueError(f"{path} has no token {name!r} to stand behind each document")
+    return ids[name]
+
+
+def _gpt2_ranks(path: Path) -> dict[bytes, int]:
+    """Token → id: the 256 bytes and what they are merged to, in the order of the merges."""
+    if path.is_dir():
+        ranks = _ranks_of_folder(path)
+    else:
+        ranks = {}
+        for number, line in enumerate(_read(path).splitlines(), 1):
+            try:
+                token, rank = line.split()
+                ranks[base64.b64decode(token, validate=True)] = int(rank)
+            except (ValueError, binascii.Error) as error:
+                raise ValueError(
+                    f"{path} is not a .tiktoken file: line {number} is {line[:40]!r}, but must be "
+                    "a token in base64 and its id"
+                ) from error
+    if sorted(ranks.values()) != list(range(len(ranks))):
+        raise ValueError(f"{path} has {len(ranks)} tokens, whose ids are not 0 to {len(ranks) - 1}")
+    missing = [byte for byte in range(256) if bytes([byte]) not in ranks]
+    if missing:
+        raise ValueError(f"{path} has no token for the byte 0x{missing[0]:02x}")
+    return ranks
+
+
+def _ranks_of_folder(folder: Path) -> dict[bytes, int]:
+    for ids_name, merges_name in _GPT2_FILES:
+        if (folder / ids_name).is_file() and (folder / merges_name).is_file():
+            break
+    else:
+        wanted = " nor ".join(" with ".join(names) for names in _GPT2_FILES)
+        raise FileNotFoundError(f"{folder} has no vocabulary of GPT-2's form: neither {wanted}")
+    to_byte = _byte_of_character()
+    try:
+        ids = json.loads((folder / ids_name).read_text(encoding="utf-8"))
+        ids.pop(END_OF_TEXT, None)
+        ranks = {bytes(to_byte[c] for c in token): int(i) for token, i in ids.items()}
+        lines = (folder / merges_name).read_text(encoding="utf-8").splitlines()
+        pairs = [line.split(" ") for line in lines if line and not line.startswith("#version")]
+        merges = [bytes(to_byte[c] for c in left + right) for left, right in pairs]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{folder} has no usable {ids_name} and {merges_name}: {error}") from error
+    # tiktoken merges in the order of the ids.
+    in_order = sorted((token for token in ranks if len(token) > 1), key=ranks.__getitem__)
+    if in_order != merges:
+        raise ValueError(
+            f"{folder / ids_name} and {folder / merges_name} contradict each other: the ids are "
+            "not in the order of the merges"
+        )
+    return ranks
+
+
+def _byte_of_character() -> dict[str, int]:
+    """How byte-level vocabularies write a byte in JSON: printable Latin-1 characters as they are,
+    the other 68 bytes in their order as the characters from U+0100 on.
+    """
+    printable = [byte for byte in range(256) if chr(byte).isprintable() and byte != 0x20]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {
+        chr(256 + i): byte for i, byte in enumerate(others)
+    }
