@@ -14,6 +14,7 @@ from typing import Any
 import _op_bench
 import _op_report
 import _product_bench
+import bench_adamw
 import bench_attention
 import bench_embedding
 import bench_gelu
@@ -73,11 +74,13 @@ def bf16(name: str, direction: Direction, sizes: dict[str, int]) -> tuple[int, i
 
 
 def test_every_op_has_a_file() -> None:
-    others = {"attention", "dropout_seed"}  # measured as attention_qkvpacked; no op
+    # measured as attention_qkvpacked; no op; no forward and backward
+    others = {"attention", "dropout_seed", "adamw"}
     assert set(OPS) == set(fused.__all__) - others
     names = {Path(str(file.__file__)).name for file in FILES}
-    of_a_mode = {"bench_fp8.py"}  # of ops that have their files: test_fp8.py
-    assert names | of_a_mode == {path.name for path in (ROOT / "bench").glob("bench_*.py")}
+    # a mode of ops that have their files (test_fp8.py); an op with rows of its own
+    special = {"bench_fp8.py", "bench_adamw.py"}
+    assert names | special == {path.name for path in (ROOT / "bench").glob("bench_*.py")}
 
 
 @pytest.mark.parametrize("name", OPS)
@@ -88,6 +91,16 @@ def test_every_size_costs_something(name: str) -> None:
             nbytes, flops = bf16(name, direction, sizes)
             assert nbytes > 0
             assert (flops > 0) == (name in MATRIX_OPS)
+
+
+@pytest.mark.parametrize("provider", ["fused", "portable", "eager"])
+def test_adamw_is_checked_before_it_is_timed(
+    provider: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench_adamw.check(provider)
+    monkeypatch.setattr(bench_adamw, "work", lambda state, provider: lambda: None)
+    with pytest.raises(AssertionError, match="not close"):
+        bench_adamw.check(provider)
 
 
 def test_costs_equal_a_hand_count() -> None:
