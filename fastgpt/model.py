@@ -291,8 +291,9 @@ class GPT(LanguageModel):
     def rounded_parameters(self) -> list[nn.Parameter]:
         # The bias behind c_proj is added to the residual stream, beside a LayerNorm in float32.
         matrices = super().rounded_parameters()
-        biases = [(block.attn.c_attn.bias, block.mlp.c_fc.bias) for block in self.transformer.h]
-        return matrices + [bias for pair in biases for bias in pair if bias is not None]
+        layers = (m for m in self.modules() if isinstance(m, (CausalSelfAttention, MLP)))
+        first = (m.c_fc if isinstance(m, MLP) else m.c_attn for m in layers)
+        return matrices + [layer.bias for layer in first if layer.bias is not None]
 
     def load_state_dict(
         self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
