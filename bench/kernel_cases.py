@@ -47,6 +47,16 @@ def _attention_other_variants() -> None:
         torch.set_float32_matmul_precision(before)
 
 
+def _attention_decode(head_sizes: tuple[int, ...], dtype: str) -> None:
+    from fastgpt.kernels.attention_decode import attention_decode
+
+    positions = torch.zeros(2, dtype=torch.int64)
+    for head_size in head_sizes:
+        qkv = torch.zeros(2, 1, 3 * 2 * head_size, dtype=_DTYPES[dtype])
+        cache = torch.zeros(2, 2, 2, 1024, head_size, dtype=_DTYPES[dtype])
+        attention_decode(qkv, cache, positions)
+
+
 def _layer_norm(widths: tuple[int, ...], dtype: str) -> None:
     from fastgpt.kernels.layer_norm import layer_norm
 
@@ -181,6 +191,10 @@ CASES = {
         for dtype in ("bf16", "fp32")
     },
     "attention-others": partial(_attention_other_variants),
+    **{
+        f"attention_decode-{dtype}": partial(_attention_decode, (25, 32, 64, 128, 256), dtype)
+        for dtype in ("bf16", "fp32")
+    },
     "fp8-bf16": partial(_fp8, "bf16"),
     "fp8-fp16": partial(_fp8, "fp16"),
 }

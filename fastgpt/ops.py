@@ -80,6 +80,13 @@ def attention_qkvpacked(
     )
 
 
+def attention_decode(
+    qkv: Tensor, cache: Tensor, positions: Tensor, *, scale: float | None = None
+) -> Tensor:
+    """See ``kernels.attention_decode.attention_decode``."""
+    return _implementation(qkv.device).attention_decode(qkv, cache, positions, scale=scale)
+
+
 def embedding(
     idx: Tensor,
     token_weight: Tensor,

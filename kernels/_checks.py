@@ -151,6 +151,32 @@ def qkvpacked(
     dropout(qkv.device, dropout_p, seed, stream)
 
 
+def attention_decode(qkv: Tensor, cache: Tensor, positions: Tensor, scale: float | None) -> None:
+    floating(qkv=qkv, cache=cache)
+    if qkv.dim() != 3 or qkv.shape[1] != 1:
+        raise ValueError(f"qkv must have shape (B, 1, 3C), got {tuple(qkv.shape)}")
+    batch, _, width = qkv.shape
+    fits = cache.dim() == 5 and cache.shape[:2] == (2, batch) and cache.shape[3] > 0
+    if not fits or width == 0 or 3 * cache.shape[2] * cache.shape[4] != width:
+        raise ValueError(
+            f"cache must have shape (2, {batch}, H, S, D) with 3 * H * D = {width} to go with qkv "
+            f"{tuple(qkv.shape)}, got {tuple(cache.shape)}"
+        )
+    if not cache.is_contiguous():
+        raise ValueError(f"cache must be contiguous, got strides {cache.stride()}")
+    same_dtype_and_device(qkv=qkv, cache=cache)
+    _token_ids("positions", positions)
+    _shaped("positions", positions, (batch,), f"qkv {tuple(qkv.shape)}")
+    _same_device(qkv=qkv, positions=positions)
+    if not positions.is_contiguous():
+        raise ValueError(f"positions must be contiguous, got strides {positions.stride()}")
+    _scale(scale)
+    if batch and positions.device.type == "cpu" and not torch.compiler.is_compiling():
+        for place in (int(positions.min()), int(positions.max())):
+            if not 0 <= place < cache.shape[3]:
+                raise ValueError(f"positions must lie in [0, {cache.shape[3]}), got {place}")
+
+
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> None:
     floating(x=x)
     _normalised("x", x, weight, bias, eps)

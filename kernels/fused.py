@@ -4,6 +4,7 @@ from fastgpt.kernels import _costs
 from fastgpt.kernels._common import dropout_seed
 from fastgpt.kernels.adamw import adamw
 from fastgpt.kernels.attention import attention, attention_qkvpacked
+from fastgpt.kernels.attention_decode import attention_decode
 from fastgpt.kernels.embedding import embedding
 from fastgpt.kernels.gelu import gelu
 from fastgpt.kernels.layer_norm import layer_norm
@@ -15,6 +16,7 @@ from fastgpt.kernels.residual_layer_norm import residual_layer_norm
 __all__ = [
     "adamw",
     "attention",
+    "attention_decode",
     "attention_qkvpacked",
     "dropout_seed",
     "embedding",

@@ -16,7 +16,7 @@ from torch.optim.adamw import adamw as _functional_adamw
 from fastgpt.kernels import _checks, chunked_loss
 from fastgpt.kernels._precision import autocast_dtype
 from fastgpt.kernels.reference import dropout_seed as dropout_seed
-from fastgpt.kernels.reference import unpacked, widened
+from fastgpt.kernels.reference import split_heads, unpacked, widened
 
 
 def _refuse(seed: Tensor | None) -> None:
@@ -80,6 +80,30 @@ def attention_qkvpacked(
 ) -> Tensor:
     """The same on packed (B, T, 3C), giving (B, T, C). See ``fused.attention_qkvpacked``."""
     return unpacked(attention, qkv, n_head, causal, scale, dropout_p, seed, stream)
+
+
+def attention_decode(
+    qkv: Tensor, cache: Tensor, positions: Tensor, *, scale: float | None = None
+) -> Tensor:
+    """Attention of one new token of each sequence over a cache of keys and values. See
+    ``fused.attention_decode``."""
+    _checks.attention_decode(qkv, cache, positions, scale)
+    _, batch, n_head, n_slots, _ = cache.shape
+    if not batch:
+        return qkv.new_empty(0, 1, qkv.shape[2] // 3)
+    q, k, v = split_heads(qkv, n_head)  # (B, H, 1, D)
+    rows, places = torch.arange(batch, device=qkv.device), positions.clamp(0, n_slots - 1)
+    inside = (positions == places)[:, None, None]
+    for new, old in zip((k, v), cache, strict=True):
+        old[rows, :, places] = new[:, :, 0].where(inside, old[rows, :, places])
+    # The host must not wait for a GPU, so there all of the cache is read.
+    n_keys = n_slots if positions.is_cuda else int(places.max()) + 1
+    slots = torch.arange(n_keys, device=qkv.device)
+    visible = (slots <= places[:, None])[:, None, None, :]
+    y = F.scaled_dot_product_attention(
+        q, cache[0, :, :, :n_keys], cache[1, :, :, :n_keys], attn_mask=visible, scale=scale
+    )
+    return y.transpose(1, 2).flatten(2).where(inside, math.nan)
 
 
 def embedding(

@@ -103,6 +103,28 @@ def split_heads(qkv: Tensor, n_head: int) -> tuple[Tensor, Tensor, Tensor]:
     return q, k, v
 
 
+def attention_decode(
+    qkv: Tensor, cache: Tensor, positions: Tensor, *, scale: float | None = None
+) -> Tensor:
+    """Attention of one new token of each sequence over a cache of keys and values. See
+    ``fused.attention_decode``."""
+    _checks.attention_decode(qkv, cache, positions, scale)
+    n_head, n_slots, head_size = cache.shape[2:]
+    if scale is None:
+        scale = 1.0 / math.sqrt(head_size)
+    q, k, v = split_heads(qkv, n_head)  # (B, H, 1, D)
+    slots = torch.arange(n_slots, device=qkv.device)
+    place = positions[:, None]
+    inside = (place >= 0) & (place < n_slots)
+    here = (slots == place)[:, None, :, None]
+    cache.copy_(torch.stack([new.where(here, old) for new, old in zip((k, v), cache, strict=True)]))
+    visible = ((slots <= place) & inside)[:, None, None, :]
+    scores = (q @ cache[0].transpose(-2, -1)) * scale  # (B, H, 1, S)
+    probs = torch.softmax(scores.masked_fill(~visible, float("-inf")), dim=-1)
+    values = cache[1].where(visible.transpose(-2, -1), 0.0)  # what is not filled may be NaN
+    return (probs @ values).transpose(1, 2).flatten(2)
+
+
 def embedding(
     idx: Tensor,
     token_weight: Tensor,

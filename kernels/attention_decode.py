@@ -1,0 +1,232 @@
+"""Attention of one new token a sequence over the keys and values of those before it: decoding.
+
+    K[:, p] = k     V[:, p] = v     S = scale * q Kᵀ     O = softmax(S over keys 0 .. p) V
+
+for each sequence b and head h, where p = positions[b] is the new token's place. The cache is
+(2, B, H, S, D): K and V of up to S tokens. A single query gives no tensor core anything to do, and
+a sequence has few heads, so the keys are split (Flash-Decoding, Dao et al. 2023): a program owns
+BLOCK_N neighbouring keys of one head and leaves their largest score, the sum of their exponentials
+and the sum of their values weighted so; a second kernel puts the parts of a head together. The one
+whose keys include p puts k and v into the cache, taking them from the input itself.
+
+Where the new tokens go is read on the device, and the grid depends on the cache's size alone: a
+CUDA graph replays the same launches for every token. A part is the same keys whatever the batch,
+and the parts are added in order: two runs give the same bits, alone or in a batch.
+
+Bytes, s an element: 2 s D (p + 1) for each head, which bounds the time; of the parts, in float32, a
+share of 2 / (s BLOCK_N). FLOPs: 4 D (p + 1) for each head.
+"""
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastgpt.kernels import _checks, _common
+from fastgpt.kernels._costs import KernelCost, nbytes, register_cost
+
+
+@triton.jit
+def _attention_decode_kernel(
+    qkv_ptr, qkv_stride_b,  # (B, 3 * n_head * HEAD), columns adjacent
+    cache_ptr,  # (2, B, n_head, n_slots, HEAD), contiguous; slot p of each head is written
+    positions_ptr,  # (B)
+    max_ptr, sum_ptr,  # (B, n_head, n_parts)
+    acc_ptr,  # (B, n_head, n_parts, HEAD)
+    n_head, n_slots, n_parts, qk_scale, value_offset,
+    ACC: tl.constexpr, HEAD: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    part = tl.program_id(0) % n_parts
+    batch_head = tl.program_id(0) // n_parts
+    batch, head = (batch_head // n_head).to(tl.int64), batch_head % n_head
+    position = tl.load(positions_ptr + batch)
+    start_n = part * BLOCK_N
+    # A part behind the new token is neither written nor read.
+    if (position >= start_n) & (position < n_slots):
+        offs_n, offs_d = start_n + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D)
+        mask_d = offs_d < HEAD
+        width = n_head * HEAD
+        row_ptr = qkv_ptr + batch * qkv_stride_b + head * HEAD + offs_d
+        q = tl.load(row_ptr, mask=mask_d, other=0.0).to(ACC)
+        new_k = tl.load(row_ptr + width, mask=mask_d, other=0.0)
+        new_v = tl.load(row_ptr + 2 * width, mask=mask_d, other=0.0)
+
+        head_ptr = cache_ptr + batch_head.to(tl.int64) * n_slots * HEAD
+        tile_ptrs = head_ptr + offs_n.to(tl.int64)[:, None] * HEAD + offs_d[None, :]
+        mask = (offs_n < position)[:, None] & mask_d[None, :]
+        is_new = (offs_n == position)[:, None]
+        k = tl.load(tile_ptrs, mask=mask, other=0.0)
+        v = tl.load(tile_ptrs + value_offset, mask=mask, other=0.0)
+        k = tl.where(is_new, new_k[None, :], k)
+        v = tl.where(is_new, new_v[None, :], v)
+        if position < start_n + BLOCK_N:
+            slot_ptr = head_ptr + position.to(tl.int64) * HEAD + offs_d
+            tl.store(slot_ptr, new_k, mask=mask_d)
+            tl.store(slot_ptr + value_offset, new_v, mask=mask_d)
+
+        scores = tl.sum(q[None, :] * k.to(ACC), axis=1) * qk_scale
+        scores = tl.where(offs_n <= position, scores, float("-inf"))
+        largest = tl.max(scores, axis=0)
+        probs = tl.exp2(scores - largest)
+        acc = tl.sum(probs[:, None] * v.to(ACC), axis=0)
+        place = batch_head.to(tl.int64) * n_parts + part
+        tl.store(max_ptr + place, largest)
+        tl.store(sum_ptr + place, tl.sum(probs, axis=0))
+        tl.store(acc_ptr + place * HEAD + offs_d, acc, mask=mask_d)
+
+
+@triton.jit
+def _attention_decode_sum_kernel(
+    max_ptr, sum_ptr,  # (B, n_head, n_parts)
+    acc_ptr,  # (B, n_head, n_parts, HEAD)
+    positions_ptr,  # (B)
+    out_ptr,  # (B, n_head * HEAD), contiguous
+    n_head, n_slots, n_parts,
+    ACC: tl.constexpr, HEAD: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    PARTS: tl.constexpr,
+):  # fmt: skip
+    batch_head = tl.program_id(0).to(tl.int64)
+    position = tl.load(positions_ptr + batch_head // n_head)
+    # Outside of the cache there is no part, and 0 / 0 is NaN.
+    inside = (position >= 0) & (position < n_slots)
+    stop = tl.where(inside, position // BLOCK_N + 1, 0).to(tl.int32)
+    offs_d = tl.arange(0, BLOCK_D)
+    mask_d = offs_d < HEAD
+    largest = tl.full([1], float("-inf"), dtype=ACC)
+    total = tl.zeros([1], dtype=ACC)
+    acc = tl.zeros([BLOCK_D], dtype=ACC)
+    for start in range(0, stop, PARTS):
+        parts = start + tl.arange(0, PARTS)
+        mask = parts < stop
+        places = batch_head * n_parts + parts
+        maxima = tl.load(max_ptr + places, mask=mask, other=float("-inf"))
+        sums = tl.load(sum_ptr + places, mask=mask, other=0.0)
+        accs_ptrs = acc_ptr + places[:, None] * HEAD + offs_d[None, :]
+        accs = tl.load(accs_ptrs, mask=mask[:, None] & mask_d[None, :], other=0.0)
+        new_largest = tl.maximum(largest, tl.max(maxima, axis=0))
+        weights = tl.exp2(maxima - new_largest)
+        rescale = tl.exp2(largest - new_largest)
+        total = total * rescale + tl.sum(weights * sums, axis=0)
+        acc = acc * rescale + tl.sum(weights[:, None] * accs, axis=0)
+        largest = new_largest
+    out = (acc / total).to(out_ptr.dtype.element_ty)
+    tl.store(out_ptr + batch_head * HEAD + offs_d, out, mask=mask_d)
+
+
+# Head size, rounded up → (BLOCK_N, num_warps). K and V of a part lie in registers: 64 of a thread's
+# 255 where elements have two bytes. Predicted, not measured.
+_TILES = {16: (128, 4), 32: (128, 4), 64: (64, 4), 128: (64, 8), 256: (32, 8)}
+_PARTS = 8  # parts that the second kernel adds up at a time
+
+
+def _tile(head_size: int) -> tuple[int, int, int]:
+    """BLOCK_N, BLOCK_D and num_warps."""
+    block_d = max(16, triton.next_power_of_2(head_size))
+    block_n, num_warps = _TILES[block_d]
+    return block_n, block_d, num_warps
+
+
+def _scratch(cache: Tensor, n_parts: int) -> tuple[Tensor, Tensor, Tensor]:
+    """What the parts of every head leave: maximum, sum, weighted values."""
+    _, batch, n_head, _, head_size = cache.shape
+    dtype = torch.float64 if cache.dtype == torch.float64 else torch.float32
+    parts = (batch, n_head, n_parts)
+    largest = torch.empty(parts, dtype=dtype, device=cache.device)
+    return largest, torch.empty_like(largest), largest.new_empty(*parts, head_size)
+
+
+@torch.library.custom_op("fastgpt::attention_decode", mutates_args=("cache",))
+def _attention_decode_op(qkv: Tensor, cache: Tensor, positions: Tensor, scale: float) -> Tensor:
+    _, batch, n_head, n_slots, head_size = cache.shape
+    out = torch.empty(batch, 1, n_head * head_size, dtype=qkv.dtype, device=qkv.device)
+    if not batch:
+        return out
+    qkv = qkv if qkv.stride(2) == 1 else qkv.contiguous()
+    block_n, block_d, num_warps = _tile(head_size)
+    n_parts = triton.cdiv(n_slots, block_n)
+    parts = _scratch(cache, n_parts)
+    sizes = dict(
+        ACC=_common.accumulator(qkv.dtype), HEAD=head_size, BLOCK_N=block_n, BLOCK_D=block_d
+    )
+    with _common.on_device(qkv):
+        _attention_decode_kernel[(batch * n_head * n_parts,)](
+            qkv,
+            qkv.stride(0),
+            cache,
+            positions,
+            *parts,
+            n_head,
+            n_slots,
+            n_parts,
+            scale * _common.LOG2_E,
+            cache.stride(0),
+            **sizes,
+            num_warps=num_warps,
+        )
+        _attention_decode_sum_kernel[(batch * n_head,)](
+            *parts,
+            positions,
+            out,
+            n_head,
+            n_slots,
+            n_parts,
+            **sizes,
+            PARTS=_PARTS,
+            num_warps=4,
+        )
+    return out
+
+
+@_attention_decode_op.register_fake
+def _(qkv, cache, positions, scale):
+    return qkv.new_empty(*qkv.shape[:2], qkv.shape[2] // 3)
+
+
+@register_cost(torch.ops.fastgpt.attention_decode)
+def _(out, qkv, cache, positions, scale):
+    """Of a full cache: how far it is filled stands on the device."""
+    _, batch, n_head, n_slots, head_size = cache.shape
+    block_n, _, _ = _tile(head_size)
+    n_parts = triton.cdiv(n_slots, block_n)
+    wide = 8 if cache.dtype == torch.float64 else 4
+    parts = batch * n_head * n_parts * (head_size + 2) * wide
+    flops = 4 * batch * n_head * n_slots * head_size
+    return [
+        KernelCost("decode", flops, nbytes(qkv, cache, positions) + parts),
+        KernelCost("decode sum", 0, nbytes(positions, out) + parts),
+    ]
+
+
+def attention_decode(
+    qkv: Tensor, cache: Tensor, positions: Tensor, *, scale: float | None = None
+) -> Tensor:
+    """Attention of one new token of each sequence, whose key and value are put into ``cache``:
+    what ``attention_qkvpacked`` gives for that token after all before it. No gradients.
+
+    Args:
+        qkv: (B, 1, 3C), q, k and v side by side, heads side by side in each; float32, float16 or
+            bfloat16, on a CUDA device.
+        cache: (2, B, H, S, D), C = H * D, D at most 256: keys and values of up to S tokens;
+            contiguous, of qkv's dtype and device. Changed in place.
+        positions: (B,) int64 or int32, on the same device: the new token's place in the cache, from
+            0 to S - 1, where all places before it are filled. Checked on the CPU; elsewhere the
+            host would have to wait for it, so a row whose place is not in the cache gets NaN there,
+            and nothing is written.
+        scale: factor of q kᵀ, positive; 1 / sqrt(D) if None.
+
+    Returns:
+        (B, 1, C) of qkv's dtype. Softmax and sums are float32.
+
+    Raises:
+        TypeError: qkv or cache is no floating-point tensor, or positions holds no integers.
+        ValueError: shapes, dtypes or devices do not go together, or an argument is out of range.
+    """
+    _checks.attention_decode(qkv, cache, positions, scale)
+    _common.launchable(qkv=qkv)
+    head_size = cache.shape[4]
+    if head_size > max(_TILES):
+        raise ValueError(f"cache must have a head size of at most {max(_TILES)}, got {head_size}")
+    scale = 1.0 / math.sqrt(head_size) if scale is None else scale
+    return _attention_decode_op(qkv, cache, positions, scale)
