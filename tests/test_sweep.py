@@ -13,9 +13,11 @@ import pytest
 import sweep
 import torch
 from _ceilings import Ceilings
+from _contest import ROUNDS, Contest, comment, contest, difference, measured, verdict, wrong
+from _line import Call, Line, Sizes, Tile
 from _static import recorded
-from _sweep import OPS, Call, Line, Sizes, Tile, lines
-from sweep import Contest, Static, Task, compile_all, compiled, contest, difference, verdict, wrong
+from _sweep import OPS, lines
+from _sweep_compile import Static, Task, compile_all, compiled, fitted
 from torch import Tensor
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -93,8 +95,8 @@ def test_what_the_compiler_makes_of_a_candidate() -> None:
     line = lines("gemm", 90, torch.bfloat16)["gemm fwd"]
     product = of((128, 64, 64, 8, 3, 1), "gemm fwd", "gemm")
     assert product.fault is None and product.programs == 2
-    assert sweep.fitted(line, (128, 64, 64, 8, 3, 1), product) == (128, 64, 64, 8, 3, 2)
-    assert sweep.fitted(line, None, Static(None)) is None
+    assert fitted(line, (128, 64, 64, 8, 3, 1), product) == (128, 64, 64, 8, 3, 2)
+    assert fitted(line, None, Static(None)) is None
     assert of(None, "gemm fwd", "gemm") == Static(None)
 
 
@@ -175,7 +177,7 @@ class Table:
         return self.ms[self.says] * call.flops / 1e9
 
     def result(self) -> dict[str, Any]:
-        contests, rejected = sweep.measured(
+        contests, rejected = measured(
             self.line, self.line.candidates, CPU, torch.float32, self.timer, lambda text: None
         )
         found = verdict(self.line, contests, CEILINGS, half=True)
@@ -190,18 +192,18 @@ def test_the_fastest_right_candidate_wins_and_a_wrong_one_is_rejected() -> None:
     assert found["noise"] == 0.0
     assert found["rejected"] == {(13,): "result 0 differs in 8 of 8 elements at N2"}
     assert [tile for tile, _ in found["scores"]] == [(3,), (2,), None, (1,), (4,)]
-    assert table.timed.count((4,)) == 2 * sweep.ROUNDS[0]  # too slow for the second part
-    assert table.timed.count((3,)) == 2 * sum(sweep.ROUNDS)
-    assert table.timed.count((1,)) == 2 * 2 * sum(sweep.ROUNDS)  # and once more for the noise
+    assert table.timed.count((4,)) == 2 * ROUNDS[0]  # too slow for the second part
+    assert table.timed.count((3,)) == 2 * sum(ROUNDS)
+    assert table.timed.count((1,)) == 2 * 2 * sum(ROUNDS)  # and once more for the noise
     assert [row["ms"] for row in found["sizes"]] == pytest.approx([0.7, 1.4])
     first = found["sizes"][0]
     assert first["tflop_per_s"] == pytest.approx(1 / 0.7)
     assert first["share_of_ceiling"] == pytest.approx(1e9 / 500.0 / 1e9 / 0.7)
     assert table.says == (1,)
-    comment = sweep.comment(found, "NVIDIA H200", torch.bfloat16)
-    assert "NVIDIA H200, bfloat16: 0.7 ms at N1" in comment
-    assert "1.43x of (1,) over 2 sizes" in comment.replace("\n# ", " ")
-    assert all(row.startswith("# ") and len(row) <= 98 for row in comment.splitlines())
+    text = comment(found, "NVIDIA H200", torch.bfloat16)
+    assert "NVIDIA H200, bfloat16: 0.7 ms at N1" in text
+    assert "1.43x of (1,) over 2 sizes" in text.replace("\n# ", " ")
+    assert all(row.startswith("# ") and len(row) <= 98 for row in text.splitlines())
 
 
 def test_a_gain_within_the_noise_changes_nothing() -> None:
@@ -216,7 +218,7 @@ def test_a_gain_within_the_noise_changes_nothing() -> None:
     assert found["noise"] > 0.01
     still = Table({(1,): 1.0, (2,): 0.995}).result()
     assert still["best"] == (1,) and still["gain"] == 1.0
-    assert "none of 1 others is faster" in sweep.comment(still, "a GPU", torch.bfloat16)
+    assert "none of 1 others is faster" in comment(still, "a GPU", torch.bfloat16)
 
 
 def test_a_line_serves_all_its_sizes() -> None:
@@ -228,8 +230,8 @@ def test_a_line_serves_all_its_sizes() -> None:
     found = verdict(line, contests, CEILINGS, half=True)
     assert found["best"] == (3,) and found["gain"] == pytest.approx(1.25)
     assert [row["own_best"] for row in found["sizes"]] == [(2,), (3,)]
-    comment = sweep.comment(found, "a GPU", torch.bfloat16).replace("\n# ", " ")
-    assert "(faster at one size: (2,) 1.60x at N1)" in comment
+    text = comment(found, "a GPU", torch.bfloat16).replace("\n# ", " ")
+    assert "(faster at one size: (2,) 1.60x at N1)" in text
     noisy = [replace(one, again_ms=1.3) for one in contests]
     assert verdict(line, noisy, CEILINGS, half=True)["best"] == (1,)
 
