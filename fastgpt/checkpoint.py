@@ -13,7 +13,7 @@ import contextlib
 import os
 import pickle
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -157,12 +157,12 @@ def build_model(checkpoint: Checkpoint, path: Path, dropout: float | None = None
     return model
 
 
-def set_aside(out_dir: Path) -> Path | None:
-    """Move an earlier run's checkpoints out of the way of a new run, into ``out_dir/previous-N``.
+def set_aside(out_dir: Path, names: Iterable[str] = (BEST, LAST)) -> Path | None:
+    """Move an earlier run's files out of the way of a new run, into ``out_dir/previous-N``.
 
     Returns that folder, or None if there was nothing to move.
     """
-    found = [out_dir / name for name in (BEST, LAST) if (out_dir / name).exists()]
+    found = [out_dir / name for name in names if (out_dir / name).exists()]
     if not found:
         return None
     number = 1

@@ -23,7 +23,7 @@ INIT_FROM = ("scratch", "resume", "gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"
 
 @dataclass(frozen=True, kw_only=True)
 class Output:
-    # Folder of the checkpoints ckpt.pt (best, or newest) and last.pt (where to resume).
+    # Folder of ckpt.pt (best, or newest), last.pt (where to resume) and log.jsonl (the losses).
     out_dir: str = "out"
     # Updates between two evaluations; checkpoints are written there.
     eval_interval: int = 2000
@@ -47,6 +47,8 @@ class Logging:
     wandb_project: str = "owt"
     # Its name for this run.
     wandb_run_name: str = "gpt2"
+    # Write TensorBoard's files to out_dir/tensorboard (the same extra).
+    tensorboard_log: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -72,14 +72,17 @@ class Meter:
         yield
         self._since += time.perf_counter() - start
 
-    def report(self, iteration: int, loss: float) -> None:
-        """Show the loss of an iteration that just ended, and the speed since the last report."""
+    def report(self, iteration: int, loss: float) -> float:
+        """Show the loss of an iteration that just ended, and the speed since the last report,
+        which is returned in tokens per second.
+        """
         config = self._config
         now, done = time.perf_counter(), iteration + 1
         seconds = (now - self._since) / (done - self._from_iter)  # per iteration
         self._since, self._from_iter = now, done
         sequences = config.batch_size * config.gradient_accumulation_steps
-        facts = f"loss {loss:.4f}, {sequences * config.block_size / seconds:,.0f} tokens/s"
+        speed = sequences * config.block_size / seconds
+        facts = f"loss {loss:.4f}, {speed:,.0f} tokens/s"
         if self._estimate_mfu is not None and self._warm:
             mfu = self._estimate_mfu(sequences, seconds)
             self.mfu = mfu if self.mfu is None else 0.9 * self.mfu + 0.1 * mfu
@@ -90,6 +93,7 @@ class Meter:
             self._console.print(
                 f"iter {iteration}: {facts}, {1000 * seconds:.1f} ms", highlight=False
             )
+        return speed
 
 
 @contextmanager

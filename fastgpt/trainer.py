@@ -14,7 +14,6 @@ import os
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
-from types import ModuleType
 from typing import Any, cast
 
 import torch
@@ -27,6 +26,7 @@ from fastgpt.config import TrainConfig
 from fastgpt.data import Batches
 from fastgpt.devices import autocast, resolve_device, resolve_dtype
 from fastgpt.language_model import GPTConfig, LanguageModel
+from fastgpt.log import LOG, TENSORBOARD, RunLog
 from fastgpt.meter import Meter, interrupts
 from fastgpt.model import GPT
 from fastgpt.optimizer import MasterAdamW, saved_state
@@ -55,7 +55,7 @@ class Trainer:
         self.dtype = resolve_dtype(config.dtype, self.device)
         self.out_dir = Path(config.out_dir)
         self._refuse_several_processes()
-        self._wandb = _import_wandb() if config.wandb_log else None
+        self._log = RunLog(config)
         torch.manual_seed(config.seed)
         torch.backends.cuda.matmul.allow_tf32 = True
         torch.backends.cudnn.allow_tf32 = True
@@ -220,19 +220,22 @@ class Trainer:
             self._report_losses(losses)
             return
         self._prepare_out_dir()
-        if self._wandb is not None:
-            self._wandb.init(
-                project=config.wandb_project, name=config.wandb_run_name, config=asdict(config)
-            )
-        with self._meter() as meter, interrupts() as interrupted:
+        with (
+            self._log.opened(config, self.iter_num),
+            self._meter() as meter,
+            interrupts() as interrupted,
+        ):
             while self.iter_num <= config.max_iters:
                 if self.iter_num % config.eval_interval == 0:
                     with meter.paused():
                         self._evaluate_and_save(meter.mfu)
-                loss = self._update(self.learning_rate(self.iter_num))
+                learning_rate = self.learning_rate(self.iter_num)
+                loss = self._update(learning_rate)
                 if self.iter_num % config.log_interval == 0:
                     self._check_finite()
-                    meter.report(self.iter_num, loss.item())
+                    mean = loss.item()
+                    speed = meter.report(self.iter_num, mean)
+                    self._log.report(self.iter_num, mean, learning_rate, speed, meter.mfu)
                 self.iter_num += 1
                 if interrupted.is_set():
                     break
@@ -255,8 +258,11 @@ class Trainer:
 
     def _prepare_out_dir(self) -> None:
         self.out_dir.mkdir(parents=True, exist_ok=True)
-        if self.config.init_from != "resume" and (moved := ckpt.set_aside(self.out_dir)):
-            self.console.print(f"the checkpoints of an earlier run are now in {moved}")
+        if self.config.init_from == "resume":
+            return
+        names = (ckpt.BEST, ckpt.LAST, LOG, TENSORBOARD)
+        if moved := ckpt.set_aside(self.out_dir, names):
+            self.console.print(f"the checkpoints and logs of an earlier run are now in {moved}")
 
     def _update(self, learning_rate: float) -> Tensor:
         """One optimizer step; the mean loss of its batches, on the device."""
@@ -303,16 +309,8 @@ class Trainer:
         losses = self.evaluate()
         self.val_loss = losses["val"]
         self._report_losses(losses)
-        if self._wandb is not None:
-            self._wandb.log(
-                {
-                    "iter": self.iter_num,
-                    "train/loss": losses["train"],
-                    "val/loss": losses["val"],
-                    "lr": self.learning_rate(self.iter_num),
-                    "mfu": -1.0 if mfu is None else 100 * mfu,
-                }
-            )
+        learning_rate = self.learning_rate(self.iter_num)
+        self._log.evaluation(self.iter_num, losses["train"], losses["val"], learning_rate, mfu)
         if not math.isfinite(losses["val"]):
             self._step.not_finite.fill_(1.0)
             self._check_finite()
@@ -356,13 +354,3 @@ class Trainer:
             "fastgpt": own,
         }
         ckpt.save(state, self.out_dir / name)
-
-
-def _import_wandb() -> ModuleType:
-    try:
-        import wandb
-    except ImportError as error:
-        raise ImportError(
-            'wandb_log=True needs wandb: pip install "fastgpt-triton[log]"'
-        ) from error
-    return wandb

@@ -58,6 +58,7 @@ def test_nanogpts_keys_and_defaults() -> None:
         "model": "gpt",
         "recompute": False,
         "fp8": "none",
+        "tensorboard_log": False,
         "data_root": "data",
     }
     assert ours == NANOGPT_DEFAULTS | own

@@ -3,7 +3,6 @@
 import functools
 import io
 import math
-import sys
 import threading
 from pathlib import Path
 from typing import Any
@@ -173,7 +172,7 @@ def test_ignored_targets_change_no_weight(tmp_path: Path, monkeypatch: pytest.Mo
     with pytest.raises(FloatingPointError, match="every target of a batch is ignored.*none yet"):
         trainer.run()
     assert_same(dict(trainer.model.state_dict()), before)
-    assert not list((tmp_path / "out").iterdir())
+    assert not list((tmp_path / "out").glob("*.pt"))
 
 
 @pytest.mark.gpu
@@ -222,7 +221,7 @@ def test_a_validation_loss_that_is_not_finite_is_not_saved(
     monkeypatch.setattr(Trainer, "evaluate", lambda self: {"train": 0.0, "val": next(losses)})
     with pytest.raises(FloatingPointError, match="at iteration 10"):
         trained(tmp_path)
-    assert not list((tmp_path / "out").iterdir())
+    assert not list((tmp_path / "out").glob("*.pt"))
 
 
 def test_bfloat16_on_the_cpu(tmp_path: Path) -> None:
@@ -288,30 +287,6 @@ def test_what_a_run_refuses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         Trainer(small_config(tmp_path, block_size=100000))
     with pytest.raises(ValueError, match="device must be one that this machine has .* got 'cudo'"):
         Trainer(small_config(tmp_path, device="cudo"))
-    monkeypatch.setitem(sys.modules, "wandb", None)
-    with pytest.raises(ImportError, match=r'pip install "fastgpt-triton\[log\]"'):
-        Trainer(small_config(tmp_path, wandb_log=True))
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ValueError, match="WORLD_SIZE must be 1 or unset, got 2"):
         Trainer(small_config(tmp_path))
-
-
-def test_wandb_gets_nanogpts_figures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    class Recorder:
-        def __init__(self) -> None:
-            self.started: dict[str, Any] = {}
-            self.logged: list[dict[str, float]] = []
-
-        def init(self, **facts: Any) -> None:
-            self.started = facts
-
-        def log(self, row: dict[str, float]) -> None:
-            self.logged.append(row)
-
-    recorder = Recorder()
-    monkeypatch.setitem(sys.modules, "wandb", recorder)
-    trainer = trained(tmp_path, wandb_log=True, wandb_project="p", wandb_run_name="r")
-    assert (recorder.started["project"], recorder.started["name"]) == ("p", "r")
-    assert recorder.started["config"] == vars(trainer.config)
-    assert [row["iter"] for row in recorder.logged] == [0, 10, 20, 21]
-    assert sorted(recorder.logged[1]) == ["iter", "lr", "mfu", "train/loss", "val/loss"]

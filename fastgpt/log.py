@@ -1,0 +1,154 @@
+"""What a run writes down as it goes: ``log.jsonl`` always, TensorBoard and Weights & Biases on
+request.
+
+A line of ``log.jsonl`` is one JSON object with ``iter``, the number of an update, and ``time`` in
+seconds since 1970. A report has besides ``loss``, ``lr``, ``tokens_per_second`` and, on a GPU,
+``mfu`` in percent; an evaluation has nanoGPT's keys: ``train/loss``, ``val/loss``, ``lr``, ``mfu``.
+A figure that is not finite is null.
+"""
+
+import json
+import math
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, TextIO
+
+from fastgpt.config import TrainConfig
+
+LOG, TENSORBOARD = "log.jsonl", "tensorboard"
+
+Row = dict[str, Any]
+
+
+class RunLog:
+    """Where a run's figures go.
+
+        log = RunLog(config)
+        with log.opened(config, first_iter=0):
+            log.report(0, loss=4.2, lr=1e-3, tokens_per_second=1e5, mfu=None)
+            log.evaluation(0, train=4.2, val=4.2, lr=1e-3, mfu=None)
+
+    Raises ImportError, before any work is done, when a package that the config asks for is not
+    installed.
+    """
+
+    def __init__(self, config: TrainConfig) -> None:
+        self._wandb = _import_wandb() if config.wandb_log else None
+        self._writer_class = _import_summary_writer() if config.tensorboard_log else None
+        self._file: TextIO | None = None
+        self._writer: Any = None
+
+    @contextmanager
+    def opened(self, config: TrainConfig, first_iter: int) -> Iterator[None]:
+        """Write into the folder ``out_dir``, which must be there.
+
+        A log that is there already is continued: what it says of iterations that are now made
+        again is dropped, so that none stands in it twice. ValueError if it cannot be read.
+        """
+        out_dir = Path(config.out_dir)
+        path = out_dir / LOG
+        if path.exists():
+            evaluated_again = first_iter % config.eval_interval == 0
+            _drop_from(path, first_iter, keep_evaluation=not evaluated_again)
+        if self._wandb is not None:
+            self._wandb.init(
+                project=config.wandb_project, name=config.wandb_run_name, config=asdict(config)
+            )
+        if self._writer_class is not None:
+            self._writer = self._writer_class(str(out_dir / TENSORBOARD), purge_step=first_iter)
+        with open(path, "a", encoding="utf-8") as self._file:
+            try:
+                yield
+            finally:
+                if self._writer is not None:
+                    self._writer.close()
+                if self._wandb is not None:
+                    self._wandb.finish()
+
+    def report(
+        self, iteration: int, loss: float, lr: float, tokens_per_second: float, mfu: float | None
+    ) -> None:
+        """The loss of one update and the speed since the last report; ``mfu`` as a share of 1."""
+        row = {"iter": iteration, "loss": loss, "lr": lr, "tokens_per_second": tokens_per_second}
+        self._write(row if mfu is None else {**row, "mfu": 100 * mfu})
+
+    def evaluation(
+        self, iteration: int, train: float, val: float, lr: float, mfu: float | None
+    ) -> None:
+        """The mean losses of both splits before the update ``iteration``."""
+        row = {"iter": iteration, "train/loss": train, "val/loss": val, "lr": lr}
+        row["mfu"] = -1.0 if mfu is None else 100 * mfu  # as nanoGPT has it
+        self._write(row)
+        if self._wandb is not None:
+            self._wandb.log(row)
+
+    def _write(self, row: Row) -> None:
+        assert self._file is not None, "opened() comes first"
+        finite = {k: v if math.isfinite(v) else None for k, v in row.items()}
+        line = json.dumps({**finite, "time": round(time.time(), 3)}, allow_nan=False)
+        self._file.write(line + "\n")
+        self._file.flush()
+        if self._writer is not None:
+            for key, value in row.items():
+                if key != "iter":
+                    self._writer.add_scalar(key, value, row["iter"])
+            self._writer.flush()
+
+
+def read(path: Path) -> list[Row]:
+    """The rows of a ``log.jsonl``. A last line that was cut off, as a crash may leave it, is left
+    out.
+
+    Raises FileNotFoundError, or ValueError naming file and line if a line is no row.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no {path}: `fastgpt train` writes it")
+    rows = []
+    for number, line in enumerate(path.read_bytes().splitlines(keepends=True), start=1):
+        if not line.endswith(b"\n"):
+            break
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise ValueError(f"{path}:{number}: not a line of JSON: {error}") from error
+        if not isinstance(row, dict) or not isinstance(row.get("iter"), int):
+            raise ValueError(f"{path}:{number}: must be an object with an integer 'iter'")
+        rows.append(row)
+    return rows
+
+
+def _drop_from(path: Path, first_iter: int, keep_evaluation: bool) -> None:
+    """Keep the rows before ``first_iter``, and its evaluation if it will not be made again."""
+    kept = [
+        row
+        for row in read(path)
+        if row["iter"] < first_iter
+        or (keep_evaluation and row["iter"] == first_iter and "val/loss" in row)
+    ]
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def _import_wandb() -> Any:
+    try:
+        import wandb
+    except ImportError as error:
+        raise ImportError(
+            'wandb_log=True needs wandb: pip install "fastgpt-triton[log]"'
+        ) from error
+    return wandb
+
+
+def _import_summary_writer() -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise ImportError(
+            'tensorboard_log=True needs tensorboard: pip install "fastgpt-triton[log]"'
+        ) from error
+    return SummaryWriter
