@@ -13,7 +13,8 @@ from rich import box
 from rich.table import Table
 
 CPU_NOTE = "CPU, no claim about GPUs"
-_BASELINES = ("sdpa_compile", "sdpa_autotune", "sdpa_graphs")  # the best of them is what a speed-up refers to
+# the best of them is what a speed-up refers to
+_BASELINES = ("sdpa_compile", "sdpa_autotune", "sdpa_graphs")
 _OVER_EAGER = ("fastgpt", "sdpa")
 _NOISE = ("fastgpt", "fastgpt_again")  # the same thing measured twice
 OURS, OTHERS = "#c2571a", "#8a94a6"  # colours
