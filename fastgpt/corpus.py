@@ -28,7 +28,7 @@ from rich.console import Console
 from rich.progress import wrap_file
 
 from fastgpt._progress import spans
-from fastgpt.data import SPLITS, TokenFile
+from fastgpt.data import token_files
 from fastgpt.tokenizer import CharTokenizer
 
 SHAKESPEARE_URL = (
@@ -177,13 +177,13 @@ def bigram_counts(data_dir: str | Path, split: str, vocab_size: int) -> npt.NDAr
             f"vocab_size must lie in [1, {MAX_BIGRAM_VOCAB_SIZE}] for a table of bigrams, "
             f"got {vocab_size}"
         )
-    file = _token_file(data_dir, split)
-    file.check_ids(vocab_size)
     counts = np.zeros(vocab_size * vocab_size, dtype=np.int64)
-    for span in spans(len(file) - 1, f"Counting bigrams of {file.path.name}"):
-        current = file.tokens[span].astype(np.int64)
-        following = file.tokens[span.start + 1 : span.stop + 1]
-        counts += np.bincount(current * vocab_size + following, minlength=len(counts))
+    for file in token_files(data_dir, split):
+        file.check_ids(vocab_size)
+        for span in spans(len(file) - 1, f"Counting bigrams of {file.path.name}"):
+            current = file.tokens[span].astype(np.int64)
+            following = file.tokens[span.start + 1 : span.stop + 1]
+            counts += np.bincount(current * vocab_size + following, minlength=len(counts))
     return counts.reshape(vocab_size, vocab_size)
 
 
@@ -201,24 +201,22 @@ def bigram_entropy(data_dir: str | Path, split: str = "val") -> float:
         FileNotFoundError: the file is missing.
         ValueError: it has fewer than 2 tokens, or an id of 4096 or more.
     """
-    file = _token_file(data_dir, split)
-    if len(file) < 2:
-        raise ValueError(f"{file.path} has {len(file)} token, but a bigram needs at least 2")
-    largest = max(int(file.tokens[span].max()) for span in spans(len(file), "Finding ids"))
-    if largest >= MAX_BIGRAM_VOCAB_SIZE:
-        raise ValueError(
-            f"{file.path} holds the token id {largest}, but a table of bigrams takes ids below "
-            f"{MAX_BIGRAM_VOCAB_SIZE}"
-        )
+    files = token_files(data_dir, split)
+    pairs = sum(len(file) - 1 for file in files)
+    if not pairs:
+        raise ValueError(f"{files[0].path} has 1 token, but a bigram needs at least 2")
+    largest = 0
+    for file in files:
+        for span in spans(len(file), "Finding ids"):
+            largest = max(largest, int(file.tokens[span].max()))
+        if largest >= MAX_BIGRAM_VOCAB_SIZE:
+            raise ValueError(
+                f"{file.path} holds the token id {largest}, but a table of bigrams takes ids below "
+                f"{MAX_BIGRAM_VOCAB_SIZE}"
+            )
     counts = bigram_counts(data_dir, split, largest + 1)
     # H = -sum_ab p(ab) log(n_ab / n_a)
-    return (_sum_n_log_n(counts.sum(1)) - _sum_n_log_n(counts)) / (len(file) - 1)
-
-
-def _token_file(data_dir: str | Path, split: str) -> TokenFile:
-    if split not in SPLITS:
-        raise ValueError(f"split must be one of {SPLITS}, got {split!r}")
-    return TokenFile(Path(data_dir) / f"{split}.bin")
+    return (_sum_n_log_n(counts.sum(1)) - _sum_n_log_n(counts)) / pairs
 
 
 def _sum_n_log_n(counts: np.ndarray) -> float:

@@ -1,6 +1,8 @@
 """Token files and the batches drawn from them.
 
-A data set is a folder with ``train.bin`` and ``val.bin``: token ids as native uint16, no header.
+A data set is a folder with ``train.bin`` and ``val.bin``, token ids as native uint16, no header; or
+with a ``manifest.json`` that names the token files of each split, their lengths, and whether they
+hold uint16 or uint32.
 
     batches = Batches("data/shakespeare", batch_size=64, block_size=256, device="cuda", seed=1337)
     x, y = batches.next("train")                      # int64, (B, T), on the device
@@ -16,24 +18,29 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fastgpt import manifest
 from fastgpt._progress import spans
 
 SPLITS = ("train", "val")
 
 
 class TokenFile:
-    """One file of uint16 token ids, mapped into memory.
+    """One file of token ids, mapped into memory.
+
+    Args:
+        path: the file.
+        dtype: ``"uint16"`` or ``"uint32"``.
 
     Attributes:
         path: the file.
-        tokens: its ids, a read-only uint16 array of shape (N,).
+        tokens: its ids, a read-only array of shape (N,).
 
     Raises:
         FileNotFoundError: there is no such file; the message has the command that makes it.
-        ValueError: the file is empty or its size is odd.
+        ValueError: the file is empty or has a part of an id at its end.
     """
 
-    def __init__(self, path: str | Path) -> None:
+    def __init__(self, path: str | Path, dtype: str = "uint16") -> None:
         self.path = Path(path)
         if not self.path.is_file():
             raise FileNotFoundError(
@@ -41,14 +48,14 @@ class TokenFile:
                 f"'fastgpt prepare --input FILE --out_dir {self.path.parent}', or from the "
                 f"built-in corpus with 'fastgpt prepare --out_dir {self.path.parent}'"
             )
-        size = self.path.stat().st_size
-        if size == 0 or size % 2:
+        size, itemsize = self.path.stat().st_size, np.dtype(dtype).itemsize
+        if size == 0 or size % itemsize:
             raise ValueError(
-                f"{self.path} has {size} bytes, but must hold at least one token id of 2 bytes "
-                "each (uint16)"
+                f"{self.path} has {size} bytes, but must hold at least one token id of {itemsize} "
+                f"bytes each ({dtype})"
             )
-        self.tokens: np.ndarray[Any, np.dtype[np.uint16]] = np.memmap(
-            self.path, dtype=np.uint16, mode="r"
+        self.tokens: np.ndarray[Any, np.dtype[np.unsignedinteger[Any]]] = np.memmap(
+            self.path, dtype=dtype, mode="r"
         )
 
     def __len__(self) -> int:
@@ -60,7 +67,7 @@ class TokenFile:
         Raises:
             ValueError: an id is not below ``vocab_size``.
         """
-        if vocab_size > np.iinfo(np.uint16).max:
+        if vocab_size > np.iinfo(self.tokens.dtype).max:
             return
         for span in spans(len(self), f"Checking {self.path.name}"):
             chunk = self.tokens[span]
@@ -72,13 +79,38 @@ class TokenFile:
                 )
 
 
+def token_files(data_dir: str | Path, split: str) -> list[TokenFile]:
+    """The token files of ``split`` in order: those of the manifest, or ``{split}.bin`` without one.
+
+    Raises:
+        FileNotFoundError: a file is missing.
+        ValueError: ``split`` is neither "train" nor "val"; the manifest is damaged, or a file has
+            another length than it says.
+    """
+    _check_split(split)
+    folder = Path(data_dir)
+    found = manifest.read_manifest(folder)
+    if found is None:
+        return [TokenFile(folder / f"{split}.bin")]
+    shards = found.splits[split].shards
+    files = [TokenFile(folder / shard.file, found.dtype) for shard in shards]
+    for file, shard in zip(files, shards, strict=True):
+        if len(file) != shard.tokens:
+            raise ValueError(
+                f"{file.path} has {len(file)} tokens, but {folder / manifest.NAME} says "
+                f"{shard.tokens}: it is not the file that was prepared"
+            )
+    return files
+
+
 class Batches:
-    """Random batches from the ``train.bin`` and ``val.bin`` of a data set.
+    """Random batches from the two splits of a data set.
 
     A batch is ``x = d[i : i + T]``, ``y = d[i + 1 : i + 1 + T]`` for B starts i, each drawn by
-    ``torch.randint`` over all starts that leave room for y. Every split has a generator of its own,
-    seeded here: nothing else moves it, and it moves nothing else. The next batch is always drawn
-    ahead; on CUDA it is copied from pinned memory on a stream of its own while the GPU works.
+    ``torch.randint`` over all starts that leave room for y within their file. Every split has a
+    generator of its own, seeded here: nothing else moves it, and it moves nothing else. The next
+    batch is always drawn ahead; on CUDA it is copied from pinned memory on a stream of its own
+    while the GPU works.
 
     Args:
         data_dir: the folder of the data set.
@@ -86,13 +118,14 @@ class Batches:
         block_size: T.
         device: where the batches shall lie.
         seed: in [0, 2^63): seed is train's, seed + 1 val's, seed + 2 that of ``evaluation``.
-        vocab_size: where given, every id of both files is checked to lie below it.
+        vocab_size: where given, every id of all files is checked to lie below it.
 
     Raises:
         FileNotFoundError: a file is missing.
         TypeError: batch_size, block_size or seed is no int.
-        ValueError: a file is empty, has an odd size, holds an id that is too large or fewer than
-            T + 1 tokens; batch_size or block_size is below 1, or seed out of range.
+        ValueError: a file is empty, has an odd size or holds an id that is too large; no file of a
+            split has T + 1 tokens; the manifest is not usable (see ``token_files``); batch_size or
+            block_size is below 1, or seed out of range.
     """
 
     def __init__(
@@ -113,15 +146,17 @@ class Batches:
         self._seed = seed
         # One for all copies: PyTorch's allocator keeps the memory of every stream apart.
         self._stream = torch.cuda.Stream(self._device) if self._device.type == "cuda" else None
-        self._files = {split: TokenFile(Path(data_dir) / f"{split}.bin") for split in SPLITS}
-        for file in self._files.values():
-            if len(file) < block_size + 1:
+        self._files = {split: token_files(data_dir, split) for split in SPLITS}
+        for files in self._files.values():
+            longest = max(files, key=len)
+            if len(longest) < block_size + 1:
                 raise ValueError(
-                    f"{file.path} has {len(file)} tokens, but block_size={block_size} needs at "
-                    f"least {block_size + 1}"
+                    f"{longest.path} has {len(longest)} tokens, but block_size={block_size} needs "
+                    f"at least {block_size + 1}"
                 )
             if vocab_size is not None:
-                file.check_ids(vocab_size)
+                for file in files:
+                    file.check_ids(vocab_size)
         self._cursors = {
             "train": self._cursor("train", seed),
             "val": self._cursor("val", seed + 1),
@@ -173,7 +208,7 @@ class Batches:
 
 
 class _Cursor:
-    """A random walk through one file, one batch ahead.
+    """A random walk through the files of a split, one batch ahead.
 
     ``state`` is the generator's state before the batch that ``next`` will return, which is the
     pending one if there is one.
@@ -181,7 +216,7 @@ class _Cursor:
 
     def __init__(
         self,
-        file: TokenFile,
+        files: list[TokenFile],
         batch_size: int,
         block_size: int,
         device: torch.device,
@@ -189,8 +224,15 @@ class _Cursor:
         seed: int,
     ) -> None:
         self._batch_size = batch_size
-        # Row i is the window tokens[i : i + T + 1]: one row for each legal start. A view.
-        self._windows = np.lib.stride_tricks.sliding_window_view(file.tokens, block_size + 1)
+        self._block_size = block_size
+        # Of each file a view whose row i is the window tokens[i : i + T + 1]: one row for each
+        # legal start, counted through all files.
+        self._windows = [
+            np.lib.stride_tricks.sliding_window_view(file.tokens, block_size + 1)
+            for file in files
+            if len(file) > block_size
+        ]
+        self._ends = np.cumsum([len(windows) for windows in self._windows])
         self._device = device
         self._stream = stream  # of the copies to a GPU
         self._generator = torch.Generator().manual_seed(seed)
@@ -220,12 +262,16 @@ class _Cursor:
 
     def _draw(self) -> Tensor:
         """x and y as one int64 tensor (2, B, T) on the host, pinned where the device is a GPU."""
-        starts = torch.randint(len(self._windows), (self._batch_size,), generator=self._generator)
-        windows = self._windows[starts.numpy()]  # (B, T + 1)
-        shape = (2, self._batch_size, windows.shape[1] - 1)
+        total, count = int(self._ends[-1]), self._batch_size
+        starts = torch.randint(total, (count,), generator=self._generator).numpy()
+        where = np.searchsorted(self._ends, starts, side="right")  # the file of each start
+        shape = (2, count, self._block_size)
         pair = torch.empty(shape, dtype=torch.int64, pin_memory=self._stream is not None)
-        pair.numpy()[0] = windows[:, :-1]
-        pair.numpy()[1] = windows[:, 1:]
+        for i in np.unique(where):
+            rows = where == i
+            windows = self._windows[i][starts[rows] - (self._ends[i] - len(self._windows[i]))]
+            pair.numpy()[0, rows] = windows[:, :-1]
+            pair.numpy()[1, rows] = windows[:, 1:]
         return pair
 
 

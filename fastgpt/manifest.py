@@ -1,0 +1,132 @@
+"""``manifest.json``: what a data set consists of, beside its token files.
+
+manifest = read_manifest("data/owt")      # None for a data set of nanoGPT's
+manifest.verify("data/owt")               # every file as it was written
+"""
+
+import hashlib
+import json
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+NAME = "manifest.json"
+DTYPES = ("uint16", "uint32")
+_VERSION = 1
+_KEYS = {"version", "dtype", "vocab_size", "tokenizer", "splits", "settings"}
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One token file.
+
+    Attributes:
+        file: its name within the folder.
+        tokens: how many ids it holds.
+        sha256: of its bytes, in hex.
+    """
+
+    file: str
+    tokens: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Split:
+    """The shards of one split in order, and the number of documents in them."""
+
+    documents: int
+    shards: tuple[Shard, ...]
+
+    @property
+    def tokens(self) -> int:
+        return sum(shard.tokens for shard in self.shards)
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """A data set.
+
+    Attributes:
+        dtype: of the token files, ``"uint16"`` or ``"uint32"``, in the machine's byte order.
+        vocab_size: every id lies below it.
+        tokenizer: its name, file and fingerprint.
+        splits: ``"train"`` and ``"val"``.
+        settings: what the data was made from and how, as JSON has it.
+    """
+
+    dtype: str
+    vocab_size: int
+    tokenizer: dict[str, str]
+    splits: dict[str, Split]
+    settings: dict[str, Any]
+
+    def write(self, folder: Path) -> None:
+        """Replace ``folder/manifest.json``: by the old one or the new one, whole."""
+        write_json({"version": _VERSION, **asdict(self)}, folder / NAME)
+
+    def verify(self, folder: Path) -> None:
+        """Read every token file.
+
+        Raises:
+            FileNotFoundError: one is missing.
+            ValueError: one is not what was written.
+        """
+        for split in self.splits.values():
+            for shard in split.shards:
+                found = sha256_of(folder / shard.file)
+                if found != shard.sha256:
+                    raise ValueError(
+                        f"{folder / shard.file} is damaged: its SHA-256 is {found}, but "
+                        f"{folder / NAME} has {shard.sha256}"
+                    )
+
+
+def read_manifest(folder: str | Path) -> Manifest | None:
+    """The manifest in ``folder``; None where there is none.
+
+    Raises:
+        ValueError: it is damaged, or of another version.
+    """
+    path = Path(folder) / NAME
+    if not path.exists():
+        return None
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        if found["version"] != _VERSION or set(found) != _KEYS or found["dtype"] not in DTYPES:
+            raise ValueError(f"it is none of version {_VERSION}")
+        splits = {
+            name: Split(split["documents"], tuple(Shard(**shard) for shard in split["shards"]))
+            for name, split in found["splits"].items()
+        }
+        if set(splits) != {"train", "val"} or not all(split.shards for split in splits.values()):
+            raise ValueError("splits must be train and val, each with a shard")
+        for shard in (shard for split in splits.values() for shard in split.shards):
+            if Path(shard.file).name != shard.file or type(shard.tokens) is not int:
+                raise ValueError(f"{shard} is no token file of this folder")
+        return Manifest(
+            found["dtype"], found["vocab_size"], found["tokenizer"], splits, found["settings"]
+        )
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} is not a usable manifest: {error}") from error
+
+
+def sha256_of(path: Path) -> str:
+    """The SHA-256 of a file, in hex; a few MB of it are in memory at a time."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        for data in iter(lambda: file.read(1 << 20), b""):
+            digest.update(data)
+    return digest.hexdigest()
+
+
+def write_json(value: Any, path: Path) -> None:
+    """Write ``value`` beside ``path`` first and rename it when it is on the disk."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    with temporary.open("w", encoding="utf-8") as file:
+        json.dump(value, file, indent=1)
+        file.write("\n")
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)

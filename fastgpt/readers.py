@@ -1,0 +1,176 @@
+"""Files to texts, a few MB at a time: UTF-8 text, ``.jsonl``, Parquet; plain, ``.gz`` or ``.zst``.
+
+Every reader yields pairs (text, position): position is how many bytes of the file were read.
+"""
+
+import codecs
+import gzip
+import json
+import zlib
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+_CHUNK = 1 << 20  # bytes
+_ROWS = 256  # of Parquet at a time
+_COMPRESSED = (".gz", ".zst")
+
+
+def format_of(path: Path) -> str:
+    """``"jsonl"``, ``"parquet"`` or ``"text"``, by the name without ``.gz`` and ``.zst``."""
+    name = path.with_suffix("") if path.suffix in _COMPRESSED else path
+    return {".jsonl": "jsonl", ".parquet": "parquet"}.get(name.suffix, "text")
+
+
+def read_text(path: Path) -> Iterator[tuple[str, int]]:
+    """The text of one file in chunks, not changed, not even its line ends.
+
+    Raises:
+        ValueError: it is not UTF-8 (the message has the position of the byte), or its compression
+            is damaged.
+        ImportError: it needs zstandard, which is not installed.
+    """
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    start = 0  # of the chunk, in the text's bytes
+    data, position = b"", 0
+    try:
+        for data, position in _chunks(path):
+            if text := decoder.decode(data):
+                yield text, position
+            start += len(data)
+        data = b""
+        decoder.decode(data, final=True)
+    except UnicodeDecodeError as error:
+        place = start - (len(error.object) - len(data)) + error.start
+        raise ValueError(
+            f"the input {path} is not UTF-8: byte 0x{error.object[error.start]:02x} at position "
+            f"{place} ({error.reason})"
+        ) from error
+
+
+def read_jsonl(path: Path, text_key: str) -> Iterator[tuple[str, int]]:
+    """The texts of a file with a JSON object in each line; lines of white space alone are skipped.
+
+    Raises:
+        ValueError: a line is no JSON object, or has no text under ``text_key``; or see
+            ``read_text``.
+    """
+    for number, (line, position) in enumerate(_lines(_chunks(path)), 1):
+        if line.isspace() or not line:
+            continue
+        where = f"line {number} of the input {path}"
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise ValueError(f"{where} is not JSON: {error}") from error
+        if type(row) is not dict:
+            raise ValueError(f"{where} must be a JSON object, but is {type(row).__name__}")
+        yield checked_text(row, text_key, where), position
+
+
+def read_parquet(path: Path, text_key: str) -> Iterator[tuple[str, int]]:
+    """The texts of one column.
+
+    Raises:
+        ValueError: the file is no Parquet, has no such column, or a value that is no text.
+        ImportError: pyarrow is not installed.
+    """
+    try:
+        import pyarrow
+        from pyarrow import parquet
+    except ImportError as error:
+        raise ImportError(
+            f'the input {path} needs pyarrow: pip install "fastgpt-triton[data]"'
+        ) from error
+    size, row = path.stat().st_size, 0
+    try:
+        with parquet.ParquetFile(path, pre_buffer=False) as file:
+            if text_key not in file.schema_arrow.names:
+                raise ValueError(
+                    f"the input {path} has no column {text_key!r}, but the columns "
+                    f"{', '.join(file.schema_arrow.names)}; name one with --text_key"
+                )
+            rows = max(file.metadata.num_rows, 1)
+            for batch in file.iter_batches(_ROWS, columns=[text_key]):
+                for value in batch.column(0).to_pylist():
+                    row += 1
+                    where = f"row {row} of the input {path}"
+                    yield checked_text({text_key: value}, text_key, where), size * row // rows
+    except pyarrow.ArrowInvalid as error:
+        raise ValueError(f"the input {path} is damaged: {error}") from error
+
+
+def checked_text(row: dict[str, Any], text_key: str, where: str) -> str:
+    """``row[text_key]``; lone surrogates, which JSON may hold and UTF-8 not, become U+FFFD.
+
+    Raises:
+        ValueError: there is no such key, or its value is no str.
+    """
+    if text_key not in row:
+        raise ValueError(
+            f"{where} has no {text_key!r}, but {', '.join(map(repr, row)) or 'nothing'}; name one "
+            "with --text_key"
+        )
+    text = row[text_key]
+    if not isinstance(text, str):
+        raise ValueError(f"{where} must have a text as {text_key!r}, got {type(text).__name__}")
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return text
+
+
+def _chunks(path: Path) -> Iterator[tuple[bytes, int]]:
+    """The content, decompressed, and how many bytes of the file it took so far."""
+    with path.open("rb") as raw:
+        if path.suffix == ".zst":
+            content = _zstd(path, iter(lambda: raw.read(_CHUNK // 16), b""))  # may grow 100 times
+        elif path.suffix == ".gz":
+            content = _gzip(path, gzip.GzipFile(fileobj=raw))
+        else:
+            content = iter(lambda: raw.read(_CHUNK), b"")
+        for data in content:
+            yield data, raw.tell()
+
+
+def _gzip(path: Path, file: gzip.GzipFile) -> Iterator[bytes]:
+    try:
+        yield from iter(lambda: file.read(_CHUNK), b"")
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise ValueError(f"the input {path} is damaged: {error}") from error
+
+
+def _zstd(path: Path, chunks: Iterable[bytes]) -> Iterator[bytes]:
+    """All frames, one after the other; an end within one is an error."""
+    try:
+        import zstandard
+    except ImportError as error:
+        raise ImportError(
+            f'the input {path} needs zstandard: pip install "fastgpt-triton[data]"'
+        ) from error
+    frame = None
+    try:
+        for chunk in chunks:
+            while chunk:
+                frame = frame or zstandard.ZstdDecompressor().decompressobj()
+                yield frame.decompress(chunk)
+                chunk = frame.unused_data if frame.eof else b""
+                frame = None if frame.eof else frame
+    except zstandard.ZstdError as error:
+        raise ValueError(f"the input {path} is damaged: {error}") from error
+    if frame is not None:
+        raise ValueError(f"the input {path} is damaged: it ends within its last frame")
+
+
+def _lines(chunks: Iterable[tuple[bytes, int]]) -> Iterator[tuple[bytes, int]]:
+    parts: list[bytes] = []  # of a line that goes on in the next chunk
+    position = 0
+    for data, position in chunks:
+        first, *more = data.split(b"\n")
+        parts.append(first)
+        for line in more:
+            yield b"".join(parts), position
+            parts = [line]
+    if parts:
+        yield b"".join(parts), position

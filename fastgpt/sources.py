@@ -1,0 +1,245 @@
+"""Where texts come from: a file, a folder, a data set of Hugging Face's; read piece by piece.
+
+    for piece in FileSource("texts").pieces(val_share=0.01, seed=0): ...
+
+A **document** is a text file, a line of ``.jsonl``, a row of Parquet or of a data set; each goes to
+one split whole. One text alone is no document: its beginning is for training and its end for
+validation, as nanoGPT has it.
+
+Memory holds a few MB, whatever the size of the input: a document longer than about a million
+characters comes in pieces. They end where GPT-2's BPE, and whatever cuts a text at its white space,
+cannot tell the difference: behind a single line feed, else before a single space; only where half a
+million characters have neither, anywhere.
+"""
+
+import hashlib
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fastgpt.readers import checked_text, format_of, read_jsonl, read_parquet, read_text
+
+PIECE = 1 << 20  # characters
+
+# A part of a document, and the fraction of the input read so far, None where the size is unknown.
+Chunk = tuple[str, float | None]
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """A document, or a part of a long one.
+
+    Attributes:
+        text: at least one character.
+        split: ``"train"`` or ``"val"``.
+        ends_document: whether the document ends here.
+        fraction: how much of the input has been read, 0 to 1; None where its size is unknown.
+    """
+
+    text: str
+    split: str
+    ends_document: bool
+    fraction: float | None
+
+
+class Source(ABC):
+    """An input that can be read again and again, always with the same pieces.
+
+    Attributes:
+        one_text: whether it is one text rather than documents.
+    """
+
+    one_text = False
+
+    @abstractmethod
+    def identity(self) -> dict[str, Any]:
+        """What the pieces depend on, as JSON has it: names, sizes, times."""
+
+    @abstractmethod
+    def documents(self) -> Iterator[Iterable[Chunk]]:
+        """The chunks of each document; they are to be read before the next document is."""
+
+    def pieces(self, val_share: float, seed: int) -> Iterator[Piece]:
+        """All pieces in order. A document is for validation with the probability ``val_share``, by
+        ``seed`` and its number alone.
+        """
+        for index, chunks in enumerate(self.documents()):
+            split = "val" if _uniform(seed, index) < val_share else "train"
+            yield from _pieces(chunks, split)
+
+    def texts(self) -> Iterator[str]:
+        """The text of all pieces."""
+        return (piece.text for piece in self.pieces(0.0, 0))
+
+
+class TextSource(Source):
+    """One text, in a UTF-8 file or in memory."""
+
+    one_text = True
+
+    def __init__(self, text: Path | str) -> None:
+        self._text = text
+
+    def identity(self) -> dict[str, Any]:
+        if isinstance(self._text, Path):
+            return {"text": _stamp(self._text)}
+        data = self._text.encode("utf-8", "surrogatepass")
+        return {"text": hashlib.sha256(data).hexdigest()}
+
+    def documents(self) -> Iterator[Iterable[Chunk]]:
+        yield ((text, None) for text in self._chunks())
+
+    def pieces(self, val_share: float, seed: int) -> Iterator[Piece]:
+        """The first ``1 - val_share`` of the characters are for training, the rest for validation;
+        ``seed`` plays no part.
+        """
+        total = sum(map(len, self._chunks()))
+        cut = int(total * (1 - val_share))
+        yield from _pieces(_between(self._chunks(), 0, cut, total), "train")
+        yield from _pieces(_between(self._chunks(), cut, total, total), "val")
+
+    def _chunks(self) -> Iterator[str]:
+        if isinstance(self._text, Path):
+            return (text for text, _ in read_text(self._text))
+        return iter([self._text])
+
+
+class FileSource(Source):
+    """A file of documents, or a folder: its files and those of its folders, in the order of their
+    names, without hidden ones.
+
+    ``.jsonl`` has in each line a JSON object with the key ``text_key``, ``.parquet`` a column of
+    this name; every other file is one UTF-8 text. ``.gz`` and ``.zst`` are decompressed.
+
+    Raises:
+        FileNotFoundError: there is nothing at ``path``.
+        ValueError: the folder has no files. While it is read: a file is damaged or not UTF-8, or a
+            line or row has no text under ``text_key``; the message has the file and the place.
+        ImportError, while it is read: pyarrow or zstandard is not installed.
+    """
+
+    def __init__(self, path: str | Path, text_key: str = "text") -> None:
+        path = Path(path)
+        if not path.exists():
+            raise FileNotFoundError(f"the input {path} does not exist")
+        self.paths = _files_of(path) if path.is_dir() else [path]
+        if not self.paths:
+            raise ValueError(f"the input {path} is a folder without files")
+        self._text_key = text_key
+
+    def identity(self) -> dict[str, Any]:
+        return {"files": [_stamp(path) for path in self.paths], "text_key": self._text_key}
+
+    def documents(self) -> Iterator[Iterable[Chunk]]:
+        sizes = [path.stat().st_size for path in self.paths]
+        before, total = 0, max(sum(sizes), 1)
+        for path, size in zip(self.paths, sizes, strict=True):
+            yield from self._documents_of(path, before, total)
+            before += size
+
+    def _documents_of(self, path: Path, before: int, total: int) -> Iterator[Iterable[Chunk]]:
+        kind = format_of(path)
+        if kind == "text":
+            yield ((text, (before + position) / total) for text, position in read_text(path))
+            return
+        read = read_jsonl if kind == "jsonl" else read_parquet
+        for text, position in read(path, self._text_key):
+            yield [(text, (before + position) / total)]
+
+
+class DatasetSource(Source):
+    """A data set of Hugging Face's, streamed: ``name`` on the hub, or a folder.
+
+    Raises:
+        ImportError: datasets is not installed.
+        FileNotFoundError, ValueError, ConnectionError: what datasets raises where there is no such
+            data set, configuration or split, or no connection.
+        ValueError, while it is read: a row has no text under ``text_key``.
+    """
+
+    def __init__(
+        self, name: str, config: str | None = None, split: str = "train", text_key: str = "text"
+    ) -> None:
+        try:
+            import datasets
+        except ImportError as error:
+            raise ImportError(
+                'a data set of Hugging Face\'s needs datasets: pip install "fastgpt-triton[data]"'
+            ) from error
+        self._identity = {"dataset": name, "config": config, "split": split, "text_key": text_key}
+        self._name, self._text_key = name, text_key
+        self._rows = datasets.load_dataset(name, config, split=split, streaming=True)
+
+    def identity(self) -> dict[str, Any]:
+        return self._identity
+
+    def documents(self) -> Iterator[Iterable[Chunk]]:
+        for number, row in enumerate(self._rows, 1):
+            where = f"row {number} of the data set {self._name}"
+            yield [(checked_text(row, self._text_key, where), None)]
+
+
+def source_of(path: str | Path, text_key: str = "text") -> Source:
+    """A ``TextSource`` where ``path`` is one text file, or a folder with nothing else; else a
+    ``FileSource``. Errors: see there.
+    """
+    source = FileSource(path, text_key)
+    if len(source.paths) == 1 and format_of(source.paths[0]) == "text":
+        return TextSource(source.paths[0])
+    return source
+
+
+def _files_of(folder: Path) -> list[Path]:
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    names = {path: path.relative_to(folder).parts for path in files}
+    shown = [path for path in files if not any(part.startswith(".") for part in names[path])]
+    return sorted(shown, key=names.__getitem__)
+
+
+def _stamp(path: Path) -> list[str | int]:
+    """Name, size and time of change: what tells an input from another one without reading it."""
+    stat = path.stat()
+    return [str(path), stat.st_size, stat.st_mtime_ns]
+
+
+def _uniform(seed: int, index: int) -> float:
+    """A number in [0, 1) that depends on nothing but the arguments."""
+    digest = hashlib.blake2b(f"{seed}/{index}".encode(), digest_size=8).digest()
+    return (int.from_bytes(digest, "big") >> 11) / (1 << 53)
+
+
+def _between(chunks: Iterable[str], start: int, stop: int, total: int) -> Iterator[Chunk]:
+    """The characters ``start`` to ``stop`` of a text of ``total``."""
+    position = 0
+    for chunk in chunks:
+        if part := chunk[max(start - position, 0) : max(stop - position, 0)]:
+            yield part, min(position + len(chunk), stop) / total
+        position += len(chunk)
+        if position >= stop:
+            return
+
+
+def _pieces(chunks: Iterable[Chunk], split: str) -> Iterator[Piece]:
+    """The pieces of one document."""
+    buffer, fraction = "", None
+    for chunk, fraction in chunks:
+        buffer += chunk
+        while len(buffer) > PIECE:
+            end = _end_of_piece(buffer)
+            yield Piece(buffer[:end], split, False, fraction)
+            buffer = buffer[end:]
+    if buffer:
+        yield Piece(buffer, split, True, fraction)
+
+
+def _end_of_piece(text: str) -> int:
+    """Where to cut a text longer than ``PIECE``; see the module's docstring."""
+    for character, behind in (("\n", 1), (" ", 0)):
+        place = text.rfind(character, PIECE // 2, PIECE)
+        while place > 0:
+            if not text[place - 1].isspace() and not text[place + 1].isspace():
+                return place + behind
+            place = text.rfind(character, PIECE // 2, place)
+    return PIECE
