@@ -112,6 +112,10 @@ class Batches:
     batch is always drawn ahead; on CUDA it is copied from pinned memory on a stream of its own
     while the GPU works.
 
+    Several processes share the batches that one would draw alone: of ``world_size`` batches in a
+    row each takes one, the first takes the first. All draw all starts, so ``state_dict`` is the same
+    in each, whatever their number.
+
     Args:
         data_dir: the folder of the data set.
         batch_size: B.
@@ -119,13 +123,15 @@ class Batches:
         device: where the batches shall lie.
         seed: in [0, 2^63): seed is train's, seed + 1 val's, seed + 2 that of ``evaluation``.
         vocab_size: where given, every id of all files is checked to lie below it.
+        rank: which of the processes this is, in [0, world_size).
+        world_size: the number of processes.
 
     Raises:
         FileNotFoundError: a file is missing.
         TypeError: batch_size, block_size or seed is no int.
         ValueError: a file is empty, has an odd size or holds an id that is too large; no file of a
             split has T + 1 tokens; the manifest is not usable (see ``token_files``); batch_size or
-            block_size is below 1, or seed out of range.
+            block_size is below 1, or seed or rank out of range.
     """
 
     def __init__(
@@ -136,10 +142,15 @@ class Batches:
         device: str | torch.device,
         seed: int,
         vocab_size: int | None = None,
+        rank: int = 0,
+        world_size: int = 1,
     ) -> None:
         _check_range("batch_size", batch_size, 1, 1 << 31)
         _check_range("block_size", block_size, 1, 1 << 31)
         _check_range("seed", seed, 0, 1 << 63)
+        _check_range("world_size", world_size, 1, 1 << 31)
+        _check_range("rank", rank, 0, world_size)
+        self._rank, self._world_size = rank, world_size
         self._batch_size = batch_size
         self._block_size = block_size
         self._device = torch.device(device)
@@ -168,12 +179,13 @@ class Batches:
         return self._cursors[split].next()
 
     def evaluation(self, split: str, count: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """``count`` batches of ``split``, the same ones at every call, so that two losses differ by
-        the model alone. Neither moves the batches of ``next`` nor needs to be saved.
+        """This process's share of ``count`` batches of ``split``, the same ones at every call, so
+        that two losses differ by the model alone. Neither moves the batches of ``next`` nor needs
+        to be saved.
         """
         _check_split(split)
         cursor = self._cursor(split, self._seed + 2)
-        return (cursor.next() for _ in range(count))
+        return (cursor.next() for _ in range(self._rank, count, self._world_size))
 
     def state_dict(self) -> dict[str, Tensor]:
         """Where each split stands: the uint8 state of its generator before the next batch that is
@@ -204,6 +216,8 @@ class Batches:
             self._device,
             self._stream,
             seed,
+            self._rank,
+            self._world_size,
         )
 
 
@@ -222,8 +236,11 @@ class _Cursor:
         device: torch.device,
         stream: torch.cuda.Stream | None,
         seed: int,
+        rank: int,
+        world_size: int,
     ) -> None:
         self._batch_size = batch_size
+        self._rank, self._world_size = rank, world_size
         self._block_size = block_size
         # Of each file a view whose row i is the window tokens[i : i + T + 1]: one row for each
         # legal start, counted through all files.
@@ -263,10 +280,12 @@ class _Cursor:
     def _draw(self) -> Tensor:
         """x and y as one int64 tensor (2, B, T) on the host, pinned where the device is a GPU."""
         total, count = int(self._ends[-1]), self._batch_size
-        starts = torch.randint(total, (count,), generator=self._generator).numpy()
+        shape = (self._world_size, count)
+        starts = torch.randint(total, shape, generator=self._generator).numpy()[self._rank]
         where = np.searchsorted(self._ends, starts, side="right")  # the file of each start
-        shape = (2, count, self._block_size)
-        pair = torch.empty(shape, dtype=torch.int64, pin_memory=self._stream is not None)
+        pair = torch.empty(
+            (2, count, self._block_size), dtype=torch.int64, pin_memory=self._stream is not None
+        )
         for i in np.unique(where):
             rows = where == i
             windows = self._windows[i][starts[rows] - (self._ends[i] - len(self._windows[i]))]

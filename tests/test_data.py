@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from small_runs import data_set
 from torch import Tensor
 
 from fastgpt import _progress
@@ -206,3 +207,23 @@ def test_an_unknown_split_is_refused(data_dir: Path) -> None:
         batches.next("test")
     with pytest.raises(ValueError, match="got 'test'"):
         batches.evaluation("test", 1)
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_processes_share_the_batches_of_one(tmp_path: Path, world_size: int) -> None:
+    folder = data_set(tmp_path)
+    alone = Batches(folder, 4, 16, "cpu", 1)
+    ranks = [Batches(folder, 4, 16, "cpu", 1, None, rank, world_size) for rank in range(world_size)]
+    for _ in range(5):
+        for batches in ranks:
+            for mine, expected in zip(batches.next("train"), alone.next("train"), strict=True):
+                assert torch.equal(mine, expected)
+    states = [batches.state_dict()["train"] for batches in ranks]
+    assert all(torch.equal(state, alone.state_dict()["train"]) for state in states)
+    # of a number of batches that they cannot share evenly too
+    shares = [list(batches.evaluation("val", 7)) for batches in ranks]
+    for number, (x, _) in enumerate(alone.evaluation("val", 7)):
+        assert torch.equal(shares[number % world_size][number // world_size][0], x)
+    assert sum(map(len, shares)) == 7
+    with pytest.raises(ValueError, match=r"rank must lie in \[0, 2\), got 2"):
+        Batches(folder, 4, 16, "cpu", 1, rank=2, world_size=2)
