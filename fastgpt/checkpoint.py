@@ -23,12 +23,14 @@ import torch
 from fastgpt.bigram import Bigram
 from fastgpt.language_model import GPTConfig, LanguageModel
 from fastgpt.model import GPT
-from fastgpt.tokenizer import CharTokenizer
+from fastgpt.tokenizer import CharTokenizer, GPT2Tokenizer, Tokenizer, saved_tokenizer
 
 BEST, LAST = "ckpt.pt", "last.pt"
 
 FOR_SAMPLING = ("model", "model_args")
 FOR_RESUMING = (*FOR_SAMPLING, "optimizer", "iter_num", "best_val_loss")
+
+_GPT2_VOCAB_SIZE = 50257
 
 Checkpoint = dict[str, Any]
 
@@ -128,6 +130,34 @@ def characters(checkpoint: Checkpoint) -> CharTokenizer | None:
     """The characters that the model was trained on; None for GPT-2's tokens, or from nanoGPT."""
     found: str = own_state(checkpoint).get("characters", "")
     return CharTokenizer(dict(enumerate(found))) if found else None
+
+
+def tokenizer_of(checkpoint: Checkpoint, path: Path) -> Tokenizer:
+    """The tokenizer of the data that a model was trained on: its characters, else what stands
+    beside the data set, else GPT-2's BPE, as nanoGPT has it.
+
+    Raises ValueError, for ``path``, if it is not there or is not that of the model's vocabulary;
+    ImportError or ConnectionError if a library or GPT-2's vocabulary is missing.
+    """
+    size = checkpoint["model_args"]["vocab_size"]
+    run = checkpoint.get("config", {})
+    data_dir = Path(run.get("data_root", "data")) / run.get("dataset", "")
+    tokenizer = characters(checkpoint) or saved_tokenizer(data_dir)
+    if tokenizer is None:
+        if size < _GPT2_VOCAB_SIZE:
+            raise ValueError(
+                f"{path} has a vocabulary of {size} tokens, but its data set {data_dir} has no "
+                "tokenizer (meta.pkl, say) to say which; start in the folder in which it was "
+                "trained"
+            )
+        tokenizer = GPT2Tokenizer()
+    padded = not isinstance(tokenizer, CharTokenizer)
+    if tokenizer.vocab_size > size or tokenizer.vocab_size < size and not padded:
+        raise ValueError(
+            f"{path} has a vocabulary of {size} tokens, but its data set has "
+            f"{tokenizer.vocab_size}: the data was prepared anew from another text?"
+        )
+    return tokenizer
 
 
 def kind(model: LanguageModel) -> str:

@@ -66,9 +66,9 @@ def is_path(source: str) -> bool:
     )
 
 
-def missing_package(what: str, error: ImportError) -> ImportError:
-    """The error to raise when one of the libraries of the extra ``hf`` is not installed."""
-    return ImportError(f'{what} needs {error.name}: pip install "fastgpt-triton[hf]"')
+def missing_package(what: str, package: str) -> ImportError:
+    """The error to raise when ``package``, of the extra ``hf``, is not installed."""
+    return ImportError(f'{what} needs {package}: pip install "fastgpt-triton[hf]"')
 
 
 def read(source: str | Path) -> Weights:
@@ -108,7 +108,7 @@ def download(name: str) -> Path:
     try:
         from huggingface_hub import snapshot_download
     except ImportError as error:
-        raise missing_package(f"the download of {name!r}", error) from error
+        raise missing_package(f"the download of {name!r}", "huggingface_hub") from error
     try:
         return Path(snapshot_download(name, allow_patterns=[CONFIG_FILE, WEIGHTS_FILE]))
     except OSError as error:
@@ -118,10 +118,10 @@ def download(name: str) -> Path:
         ) from error
 
 
-def write(weights: Weights, folder: Path) -> None:
+def write(weights: Weights, folder: Path, end_of_text: int | None = None) -> None:
     """Write ``config.json`` and ``model.safetensors``, from which transformers' GPT2LMHeadModel
     computes the same logits. ``folder`` must be there. Absent biases are written as zeros, for
-    transformers knows none without.
+    transformers knows no GPT-2 without. ``end_of_text``: the id at which its ``generate`` stops.
     """
     config, gelu, state = weights
     activation = {kind: name for name, kind in reversed(_GELUS.items())}[gelu]
@@ -134,8 +134,8 @@ def write(weights: Weights, folder: Path) -> None:
         **shape,
         **dropout,
         **_FIXED,
-        "bos_token_id": None,
-        "eos_token_id": None,
+        "bos_token_id": end_of_text,
+        "eos_token_id": end_of_text,
     }
     _write_tensors(_theirs(state), folder / WEIGHTS_FILE, {"format": "pt"})
     (folder / CONFIG_FILE).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
@@ -250,7 +250,7 @@ def _opened(path: Path) -> Any:
     try:
         from safetensors import SafetensorError, safe_open
     except ImportError as error:
-        raise missing_package(f"reading {path}", error) from error
+        raise missing_package("a safetensors file", "safetensors") from error
     if not path.is_file():
         raise FileNotFoundError(f"there is no {path}")
     try:
@@ -263,5 +263,5 @@ def _write_tensors(state: Mapping[str, Tensor], path: Path, header: dict[str, st
     try:
         from safetensors.torch import save_file
     except ImportError as error:
-        raise missing_package(f"writing {path}", error) from error
+        raise missing_package("a safetensors file", "safetensors") from error
     save_file({name: tensor.contiguous() for name, tensor in state.items()}, path, header)

@@ -259,7 +259,7 @@ def _ranks_of_folder(folder: Path) -> dict[bytes, int]:
     else:
         wanted = " nor ".join(" with ".join(names) for names in _GPT2_FILES)
         raise FileNotFoundError(f"{folder} has no vocabulary of GPT-2's form: neither {wanted}")
-    to_byte = _byte_of_character()
+    to_byte = byte_of_character()
     try:
         ids = json.loads((folder / ids_name).read_text(encoding="utf-8"))
         ids.pop(END_OF_TEXT, None)
@@ -279,7 +279,7 @@ def _ranks_of_folder(folder: Path) -> dict[bytes, int]:
     return ranks
 
 
-def _byte_of_character() -> dict[str, int]:
+def byte_of_character() -> dict[str, int]:
     """How byte-level vocabularies write a byte in JSON: printable Latin-1 characters as they are,
     the other 68 bytes in their order as the characters from U+0100 on.
     """

@@ -1,0 +1,238 @@
+"""``fastgpt export``: a model of ours, of nanoGPT's or of Hugging Face's, written for others.
+
+| ``to`` | what is written | who reads it |
+|---|---|---|
+| hf | folder: config.json, model.safetensors, tokenizer | transformers, ``GPT.from_pretrained`` |
+| safetensors | one file, names and shapes as in ``GPT.state_dict()`` | ``GPT.from_pretrained`` |
+| nanogpt | folder: ckpt.pt | nanoGPT, ``fastgpt`` |
+"""
+
+import base64
+import json
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import torch
+import tyro
+
+from fastgpt import checkpoint as ckpt
+from fastgpt import huggingface
+from fastgpt.model import GPT, PRETRAINED_SHAPES
+from fastgpt.subword_tokenizers import byte_of_character
+from fastgpt.tokenizer import (
+    END_OF_TEXT,
+    CharTokenizer,
+    GPT2Tokenizer,
+    JsonTokenizer,
+    Tokenizer,
+    saved_tokenizer,
+)
+
+_DEFAULT_NAMES = {"hf": "hf", "safetensors": "model.safetensors", "nanogpt": "nanogpt"}
+_NANOGPT_KEYS = ("optimizer", "iter_num", "best_val_loss", "config")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportConfig:
+    """Write a trained model for other programs."""
+
+    # hf: a folder for transformers. safetensors: one file. nanogpt: a folder with a ckpt.pt.
+    to: Literal["hf", "safetensors", "nanogpt"]
+    # resume (ckpt.pt in out_dir), gpt2, gpt2-medium, gpt2-large, gpt2-xl, or the path of a folder
+    # or file that `export` or transformers wrote.
+    init_from: str = "resume"
+    # Folder of the checkpoint.
+    out_dir: str = "out"
+    # Where to write; nothing may be there yet.
+    output: Annotated[
+        Path | None,
+        tyro.conf.arg(
+            metavar="PATH",
+            help_behavior_hint="(default: hf, model.safetensors or nanogpt in out_dir)",
+        ),
+    ] = None
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What ``export`` wrote, and what its reader should know."""
+
+    path: Path
+    notes: list[str]
+
+
+@dataclass(frozen=True)
+class _Source:
+    model: GPT
+    name: str
+    find_tokenizer: Callable[[], Tokenizer | None]
+    training: dict[str, Any]  # what a checkpoint of nanoGPT's has beside the model
+
+
+def export(config: ExportConfig) -> Exported:
+    """Write the model. Whenever the process dies, the output is there whole or not at all.
+
+    Raises:
+        FileNotFoundError: there is no such checkpoint.
+        FileExistsError: the output is there already.
+        ValueError: the checkpoint is damaged, or holds no GPT.
+        ImportError: a package is missing.
+    """
+    output = config.output or Path(config.out_dir) / _DEFAULT_NAMES[config.to]
+    if output.exists():
+        raise FileExistsError(f"output {output} is there already; remove it, or name another")
+    source = _source(config)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    temporary = output.with_name(f".{output.name}.tmp")
+    _remove(temporary)
+    write = {"hf": _write_hf, "safetensors": _write_safetensors, "nanogpt": _write_nanogpt}
+    try:
+        notes = write[config.to](source, temporary)
+        os.rename(temporary, output)
+    finally:
+        _remove(temporary)
+    return Exported(output, notes)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _source(config: ExportConfig) -> _Source:
+    if config.init_from == "resume":
+        path = Path(config.out_dir) / ckpt.BEST
+        saved = ckpt.load(path)
+        model = ckpt.build_model(saved, path)
+        if not isinstance(model, GPT):
+            raise ValueError(f"{path} holds a {ckpt.kind(model)}: only a gpt can be exported")
+        training = {key: saved[key] for key in _NANOGPT_KEYS if key in saved}
+        return _Source(model, str(path), lambda: ckpt.tokenizer_of(saved, path), training)
+    model, name = GPT.from_pretrained(config.init_from), config.init_from
+    optimizer = model.configure_optimizers(0.1, 6e-4, (0.9, 0.95), "cpu")  # nanoGPT's defaults
+    training = {
+        "optimizer": optimizer.state_dict(),
+        "iter_num": 0,
+        "best_val_loss": torch.tensor(1e9),
+        "config": {},
+    }
+    if name in PRETRAINED_SHAPES:
+        return _Source(model, name, GPT2Tokenizer, training)
+    folder = Path(name) if Path(name).is_dir() else Path(name).parent
+    return _Source(model, name, lambda: saved_tokenizer(folder), training)
+
+
+def _weights(model: GPT) -> huggingface.Weights:
+    return huggingface.Weights(model.config, model.gelu_approximate, model.state_dict())
+
+
+def _write_hf(source: _Source, folder: Path) -> list[str]:
+    folder.mkdir()
+    notes = []
+    if not source.model.config.bias:
+        notes.append("the model has no biases, transformers' GPT-2 always has: they are zeros")
+    end_of_text = None
+    try:
+        end_of_text = _write_tokenizer(source, folder)
+    except (ValueError, ImportError, ConnectionError) as error:
+        notes.append(f"no tokenizer: {error}")
+    huggingface.write(_weights(source.model), folder, end_of_text)
+    return notes
+
+
+def _write_safetensors(source: _Source, path: Path) -> list[str]:
+    huggingface.write_safetensors(_weights(source.model), path)
+    return []
+
+
+def _write_nanogpt(source: _Source, folder: Path) -> list[str]:
+    folder.mkdir()
+    model = source.model
+    state = {"model": model.state_dict(), "model_args": ckpt.model_args(model), **source.training}
+    ckpt.save(state, folder / ckpt.BEST)
+    if model.gelu_approximate == "none":
+        return []
+    return [
+        "these weights were trained with the tanh form of GELU, nanoGPT has the exact one: logits "
+        "differ slightly there"
+    ]
+
+
+def _write_tokenizer(source: _Source, folder: Path) -> int | None:
+    """Write what AutoTokenizer reads; returns the id that ends a text, if there is one.
+
+    Raises ValueError if there is no tokenizer, or none that transformers reads.
+    """
+    tokenizer = source.find_tokenizer()
+    path = folder / JsonTokenizer.FILE
+    facts: dict[str, Any] = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "model_max_length": source.model.config.block_size,
+        "clean_up_tokenization_spaces": False,
+    }
+    end: int | None = None
+    if isinstance(tokenizer, CharTokenizer):
+        _of_characters(tokenizer).save(str(path))
+    elif isinstance(tokenizer, GPT2Tokenizer):
+        end = tokenizer.end_of_text
+        _of_byte_pairs(tokenizer, folder / GPT2Tokenizer.FILE).save(str(path))
+    elif isinstance(tokenizer, JsonTokenizer):
+        end = tokenizer.end_of_text
+        tokenizer.save(path)
+    elif tokenizer is None:
+        raise ValueError(f"there is none beside {source.name}")
+    else:
+        raise ValueError(f"{tokenizer.name} has no form that transformers reads")
+    if end is not None:
+        facts["bos_token"] = facts["eos_token"] = tokenizer.decode([end])
+    (folder / "tokenizer_config.json").write_text(json.dumps(facts, indent=2) + "\n")
+    return end
+
+
+def _of_characters(tokenizer: CharTokenizer) -> Any:
+    """A tokenizer of the library tokenizers with one token for each character."""
+    tokenizers = _tokenizers()
+    json_form = tokenizers.Tokenizer(tokenizers.models.WordLevel(tokenizer.stoi))
+    every = tokenizers.Regex(r"[\s\S]")
+    json_form.pre_tokenizer = tokenizers.pre_tokenizers.Split(every, "isolated")
+    json_form.decoder = tokenizers.decoders.Fuse()
+    return json_form
+
+
+def _of_byte_pairs(tokenizer: GPT2Tokenizer, scratch: Path) -> Any:
+    """The same for GPT-2's byte pairs: the merges are those by which a token can be reached."""
+    tokenizers = _tokenizers()
+    tokenizer.save(scratch)
+    lines = [line.split() for line in scratch.read_bytes().splitlines()]
+    scratch.unlink()
+    ranks = {base64.b64decode(token): int(rank) for token, rank in lines}
+    char_of = {byte: char for char, byte in byte_of_character().items()}
+    names = {token: "".join(char_of[byte] for byte in token) for token in ranks}
+    merges = [
+        (names[token[:cut]], names[token[cut:]])
+        for token in sorted(ranks, key=ranks.__getitem__)
+        for cut in range(1, len(token))
+        if token[:cut] in ranks and token[cut:] in ranks
+    ]
+    vocab = {names[token]: rank for token, rank in ranks.items()}
+    json_form = tokenizers.Tokenizer(
+        tokenizers.models.BPE(vocab=vocab, merges=merges, ignore_merges=True)
+    )
+    json_form.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    json_form.decoder = tokenizers.decoders.ByteLevel()
+    json_form.add_special_tokens([tokenizers.AddedToken(END_OF_TEXT, normalized=False)])
+    return json_form
+
+
+def _tokenizers() -> Any:
+    try:
+        import tokenizers
+    except ImportError as error:
+        raise huggingface.missing_package("the exported tokenizer", "tokenizers") from error
+    return tokenizers
