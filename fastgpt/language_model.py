@@ -3,14 +3,15 @@
 In the shape comments B is the batch, T the length, V ``vocab_size``.
 """
 
-import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from fastgpt.generation import Generator, Sampling, check_finite
 
 
 @dataclass
@@ -136,31 +137,65 @@ class LanguageModel(nn.Module):
         """Append ``max_new_tokens`` sampled tokens to the prompts ``idx`` (B, T), T >= 1.
 
         Each token is drawn from the softmax of logits / ``temperature`` (0: the likeliest token),
-        among the ``top_k`` likeliest if given. The model sees the last ``block_size`` tokens.
-        Sampling uses PyTorch's generator; dropout stays on unless ``eval()`` was called.
+        among the ``top_k`` likeliest if given. The model sees the last ``block_size`` tokens: up to
+        there a token is one step of the model, over keys and values that are kept, and beyond it a
+        forward pass over the whole window. Sampling uses PyTorch's generator; dropout stays on
+        unless ``eval()`` was called, and then nothing is kept.
 
-        Returns (B, T + max_new_tokens). Raises ValueError or TypeError naming the argument.
+        Returns (B, T + max_new_tokens). Raises ValueError or TypeError naming the argument, and
+        FloatingPointError if logits are NaN or infinite.
         """
         self._check_tokens("idx", idx)
-        self._check_ids(idx)
-        if max_new_tokens < 0:
-            raise ValueError(f"max_new_tokens must be at least 0, got {max_new_tokens}")
-        if not temperature >= 0.0:
-            raise ValueError(f"temperature must be at least 0 (greedy), got {temperature}")
-        if top_k is not None and top_k < 1:
-            raise ValueError(f"top_k must be at least 1, or None for all tokens, got {top_k}")
-        for _ in range(max_new_tokens):
-            logits, _loss = self(idx[:, -self.config.block_size :])
-            idx = torch.cat((idx, _draw(logits[:, -1, :], temperature, top_k)), dim=1)
-        return idx
+        self._check_ids("idx", idx)
+        _check_max_new_tokens(max_new_tokens)
+        generator = Generator(self, Sampling(temperature=temperature, top_k=top_k))
+        new = torch.zeros(len(idx), max_new_tokens, dtype=torch.int64, device=idx.device)
+        if new.numel():
+            for step, tokens in enumerate(generator(list(idx), max_new_tokens)):
+                new[:, step] = tokens
+            check_finite([int(new.min())])
+        return torch.cat((idx, new), dim=1) if max_new_tokens else idx
 
-    def _check_ids(self, idx: Tensor) -> None:
+    def stream(
+        self, prompts: Sequence[Tensor], max_new_tokens: int, sampling: Sampling | None = None
+    ) -> Iterator[list[int]]:
+        """Continue several prompts of any lengths together, token by token.
+
+        ``prompts`` are token ids (T,), T >= 1, each of its own T, int64 or int32. Yields the next
+        token of each, ``max_new_tokens`` times; to stop earlier, stop asking. ``sampling`` says how
+        they are drawn, by default from the whole softmax. Window and dropout: see ``generate``.
+
+        Raises, at once, ValueError or TypeError naming the argument, and while it yields
+        FloatingPointError if logits are NaN or infinite.
+        """
+        _check_max_new_tokens(max_new_tokens)
+        if not len(prompts):
+            raise ValueError("prompts must hold at least one prompt, got none")
+        for number, prompt in enumerate(prompts):
+            name = f"prompts[{number}]"
+            if isinstance(prompt, Tensor) and prompt.dim() != 1:
+                raise ValueError(f"{name} must have shape (T,), got {tuple(prompt.shape)}")
+            self._check_tokens(name, prompt[None] if isinstance(prompt, Tensor) else prompt)
+            self._check_ids(name, prompt)
+        return _on_host(Generator(self, sampling or Sampling())(prompts, max_new_tokens))
+
+    def _caches(self) -> bool:
+        """Whether ``_prefill`` and ``_decode`` may be used; see ``generation.Predictor``."""
+        return False
+
+    def _prefill(self, idx: Tensor, last: Tensor, n_slots: int, cache: list[Tensor]) -> Tensor:
+        raise NotImplementedError
+
+    def _decode(self, tokens: Tensor, positions: Tensor, cache: list[Tensor]) -> Tensor:
+        raise NotImplementedError
+
+    def _check_ids(self, name: str, idx: Tensor) -> None:
         if idx.numel() == 0:
             return
         for value in (int(idx.min()), int(idx.max())):
             if not 0 <= value < self.config.vocab_size:
                 raise ValueError(
-                    f"idx must hold token ids from 0 to {self.config.vocab_size - 1} "
+                    f"{name} must hold token ids from 0 to {self.config.vocab_size - 1} "
                     f"(vocab_size {self.config.vocab_size}), got {value}"
                 )
 
@@ -212,12 +247,13 @@ def _cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
     return F.cross_entropy(scores.flatten(0, 1), targets.flatten().long(), ignore_index=-1)
 
 
-def _draw(logits: Tensor, temperature: float, top_k: int | None) -> Tensor:
-    """One token (B, 1) from the logits (B, V) of the next one."""
-    if temperature == 0.0:
-        return logits.argmax(dim=-1, keepdim=True)
-    logits = logits / temperature
-    if top_k is not None:
-        kth_best = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
-        logits = logits.masked_fill(logits < kth_best, -math.inf)
-    return torch.multinomial(torch.softmax(logits, dim=-1), num_samples=1)
+def _check_max_new_tokens(max_new_tokens: int) -> None:
+    if max_new_tokens < 0:
+        raise ValueError(f"max_new_tokens must be at least 0, got {max_new_tokens}")
+
+
+def _on_host(steps: Iterator[Tensor]) -> Iterator[list[int]]:
+    for step in steps:
+        tokens: list[int] = step.tolist()
+        check_finite(tokens)
+        yield tokens

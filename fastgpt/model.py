@@ -8,7 +8,7 @@ T the length, C the width ``n_embd``.
 import functools
 import itertools
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
@@ -30,6 +30,8 @@ PRETRAINED_SHAPES = {
     "gpt2-xl": (48, 25, 1600),
 }
 _A100_PEAK_FLOPS = 312e12  # bf16, dense
+
+Attend = Callable[[Tensor], Tensor]  # qkv (B, T, 3C) → (B, T, C), in the place of attention
 
 
 class _Dropout:
@@ -91,13 +93,39 @@ class CausalSelfAttention(nn.Module):
         self.dropout = config.dropout
         self._linear = ops.linear
         self._attention = ops.attention_qkvpacked
+        self._attention_decode = ops.attention_decode
 
-    def forward(self, x: Tensor, recompute: Recipe | None, fp8: bool, dropout: _Dropout) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        recompute: Recipe | None,
+        fp8: bool,
+        dropout: _Dropout,
+        attend: Attend | None,
+    ) -> Tensor:
         c_attn = self.c_attn
         # (B, T, 3C)
         qkv = self._linear(x, c_attn.weight, c_attn.bias, recompute=recompute, fp8=fp8)
-        y = self._attention(qkv, self.n_head, **dropout.arguments(self, self.dropout))
+        if attend is None:
+            y = self._attention(qkv, self.n_head, **dropout.arguments(self, self.dropout))
+        else:
+            y = attend(qkv)
         return self._linear(y, self.c_proj.weight, fp8=fp8)  # (B, T, C)
+
+    def prefill(self, cache: list[Tensor], layer: int, n_slots: int, qkv: Tensor) -> Tensor:
+        """Attention of whole sequences, whose keys and values go to ``cache[layer]``,
+        (2, B, H, n_slots, D), which is made where there is none yet.
+        """
+        heads = qkv.unflatten(2, (3, self.n_head, -1)).permute(2, 0, 3, 1, 4)  # (3, B, H, T, D)
+        if layer == len(cache):
+            batch, n_head, _, head_size = heads.shape[1:]
+            cache.append(qkv.new_zeros(2, batch, n_head, n_slots, head_size))
+        cache[layer][:, :, :, : qkv.shape[1]] = heads[1:]
+        return self._attention(qkv, self.n_head)
+
+    def decode(self, cache: Tensor, positions: Tensor, qkv: Tensor) -> Tensor:
+        """Attention of one more token of each sequence, at its position (B,)."""
+        return self._attention_decode(qkv, cache, positions)
 
 
 class MLP(nn.Module):
@@ -118,9 +146,11 @@ class MLP(nn.Module):
         self._approximate = gelu
 
     def forward(self, x: Tensor, recompute: Recipe | None, fp8: bool) -> Tensor:
-        if fp8:  # PyTorch's scaled products have no epilogue to put GELU in
-            x = self._linear(x, self.c_fc.weight, self.c_fc.bias, recompute=recompute, fp8=True)
-            return self._linear(self.gelu(x), self.c_proj.weight, fp8=True)
+        # PyTorch's scaled products have no epilogue to put GELU in; and with one token a sequence
+        # there are few rows, where the product that has one computes 128 at a time.
+        if fp8 or x.shape[1] == 1:
+            x = self._linear(x, self.c_fc.weight, self.c_fc.bias, recompute=recompute, fp8=fp8)
+            return self._linear(self.gelu(x), self.c_proj.weight, fp8=fp8)
         return self._mlp(
             x,
             self.c_fc.weight,
@@ -155,10 +185,11 @@ class Block(nn.Module):
         dropout: _Dropout,
         recompute: bool,
         fp8: bool,
+        attend: Attend | None,
     ) -> tuple[Tensor, Tensor]:
         """``x`` is ``ln_1(residual)``, both (B, T, C); returns their likes for the next block."""
         attn, mlp = self.attn, self.mlp
-        delta = attn(x, self.ln_1.recipe(residual) if recompute else None, fp8, dropout)
+        delta = attn(x, self.ln_1.recipe(residual) if recompute else None, fp8, dropout, attend)
         drop = dropout.arguments(attn.resid_dropout, attn.resid_dropout.p)
         x, residual = self.ln_2.of_sum(residual, delta, attn.c_proj.bias, drop)
         delta = mlp(x, self.ln_2.recipe(residual) if recompute else None, fp8)
@@ -249,7 +280,7 @@ class GPT(LanguageModel):
     def _tie_weights(self) -> None:
         self.transformer.wte.weight = self.lm_head.weight
 
-    def _hidden(self, idx: Tensor) -> Tensor:
+    def _hidden(self, idx: Tensor, attends: Iterable[Attend | None] | None = None) -> Tensor:
         """Token ids (B, T) → the final LayerNorm's output (B, T, C)."""
         trunk = self.transformer
         drops = self.training and self.config.dropout > 0.0
@@ -260,12 +291,17 @@ class GPT(LanguageModel):
             trunk.wpe.weight,
             **dropout.arguments(trunk.drop, trunk.drop.p),
         )
+        return self._through_blocks(residual, dropout, attends or [None] * len(trunk.h))
+
+    def _through_blocks(
+        self, residual: Tensor, dropout: _Dropout, attends: Iterable[Attend | None]
+    ) -> Tensor:
+        trunk = self.transformer
         norms: list[Any] = [*(block.ln_1 for block in trunk.h), trunk.ln_f]
         x = norms[0](residual)
-        for block, next_norm in zip(trunk.h, norms[1:], strict=True):
-            x, residual = block(
-                x, residual, next_norm, dropout, self.recompute, fp8=self.fp8 == "all"
-            )
+        fp8 = self.fp8 == "all"
+        for block, next_norm, attend in zip(trunk.h, norms[1:], attends, strict=True):
+            x, residual = block(x, residual, next_norm, dropout, self.recompute, fp8, attend)
         return x
 
     def _logits(self, idx: Tensor, last_only: bool) -> Tensor:
@@ -280,6 +316,29 @@ class GPT(LanguageModel):
             ignore_index=-1,
             fp8=self.fp8 != "none",
         )
+
+    def _caches(self) -> bool:
+        drops = self.config.dropout > 0.0 and any(module.training for module in self.modules())
+        return not drops
+
+    def _prefill(self, idx: Tensor, last: Tensor, n_slots: int, cache: list[Tensor]) -> Tensor:
+        blocks: list[Any] = list(self.transformer.h)
+        attends = [
+            functools.partial(block.attn.prefill, cache, layer, n_slots)
+            for layer, block in enumerate(blocks)
+        ]
+        x = self._hidden(idx, attends)
+        return self.lm_head(x[torch.arange(len(idx), device=idx.device), last])
+
+    def _decode(self, tokens: Tensor, positions: Tensor, cache: list[Tensor]) -> Tensor:
+        trunk = self.transformer
+        x = (trunk.wte(tokens) + trunk.wpe(positions))[:, None]  # (B, 1, C)
+        blocks: list[Any] = list(trunk.h)
+        attends = [
+            functools.partial(block.attn.decode, of_layer, positions)
+            for block, of_layer in zip(blocks, cache, strict=True)
+        ]
+        return self.lm_head(self._through_blocks(x, _Dropout(None), attends)[:, 0])
 
     def get_num_params(self, non_embedding: bool = True) -> int:
         """The number of parameters; by default without the position table. The token table

@@ -207,6 +207,7 @@ def linear(
     fp8: bool = False,
 ) -> Tensor:
     """``x @ weight.T + bias``. See ``fused.linear``; fp8 is refused."""
+    x = x.to(autocast_dtype(x))  # before the check: weights may have that dtype already
     _checks.linear(x, weight, bias, ("weight", "bias"), fp8)
     _refuse_fp8(fp8, x)
     _checks.recipe(x, recompute)
@@ -226,6 +227,7 @@ def mlp(
     recompute: _checks.Recipe | None = None,
 ) -> Tensor:
     """``linear``, GELU, ``linear`` without a bias. See ``fused.mlp``."""
+    x = x.to(autocast_dtype(x))
     _checks.mlp(x, fc_weight, fc_bias, proj_weight, approximate, recompute)
     pre = linear(x, fc_weight, fc_bias, recompute=recompute)
     act = F.gelu(pre, approximate=approximate)
