@@ -1,0 +1,117 @@
+"""``fastgpt plot``: the learning curves of one run or of several, from their ``log.jsonl``."""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+
+from fastgpt import log
+
+_CURVES = "curves.png"
+# key in the log → title and unit of its panel
+_PANELS = {
+    "loss": "training loss (nats per token; dots: evaluated)",
+    "val/loss": "validation loss (nats per token)",
+    "lr": "learning rate",
+    "tokens_per_second": "tokens per second",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlotConfig:
+    """Draw learning curves as PNG: losses, learning rate, tokens per second."""
+
+    folders: Annotated[
+        tyro.conf.Positional[tuple[Path, ...]],
+        tyro.conf.arg(
+            metavar="OUT_DIR ...",
+            help="Folders of runs, to be compared.",
+            help_behavior_hint="(default: out)",
+        ),
+    ] = (Path("out"),)
+    output: Annotated[
+        Path | None,
+        tyro.conf.arg(
+            metavar="FILE.png",
+            help="The picture.",
+            help_behavior_hint="(default: curves.png in the folder; for several, here)",
+        ),
+    ] = None
+
+
+def plot(config: PlotConfig) -> Path:
+    """Draw the curves; returns the path of the picture, which replaces an older one.
+
+    Raises FileNotFoundError if a folder has no ``log.jsonl``, ValueError if it cannot be read or is
+    empty or if the output is not to be a PNG, ImportError without matplotlib.
+    """
+    if not config.folders:
+        raise ValueError("folders must name at least one run, got none")
+    one = config.folders[0] if len(config.folders) == 1 else Path()
+    output = config.output or one / _CURVES
+    if output.suffix != ".png":
+        raise ValueError(f"output must end in .png, got {output}")
+    figure = draw({str(folder): _rows(folder) for folder in config.folders})
+    output.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(output, dpi=150)
+    return output
+
+
+def draw(runs: dict[str, list[log.Row]]) -> Any:
+    """The curves of runs, name → rows of the log, as a ``matplotlib.figure.Figure``."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError('plot needs matplotlib: pip install "fastgpt-triton[log]"') from error
+    figure = Figure(figsize=(11, 7), layout="constrained")
+    panels = figure.subplots(2, 2, sharex=True).flat
+    for axes, (key, title) in zip(panels, _PANELS.items(), strict=True):
+        for number, (name, rows) in enumerate(runs.items()):
+            _draw(axes, rows, key, f"C{number}", _label(name, rows))
+        axes.set_title(title)
+        axes.grid(alpha=0.3)
+        axes.spines[["top", "right"]].set_visible(False)
+        if key == "tokens_per_second":
+            axes.set_ylim(bottom=0)
+            axes.yaxis.set_major_formatter("{x:,.0f}")
+    for axes in figure.axes[2:]:
+        axes.set_xlabel("iteration")
+    handles, labels = figure.axes[1].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", frameon=False)
+    return figure
+
+
+def _rows(folder: Path) -> list[log.Row]:
+    rows = log.read(folder / log.LOG)
+    if not rows:
+        raise ValueError(f"{folder / log.LOG} is empty: nothing was reported yet")
+    return rows
+
+
+def _points(rows: list[log.Row], key: str) -> tuple[list[int], list[float]]:
+    found = [
+        (row["iter"], math.nan if row[key] is None else row[key]) for row in rows if key in row
+    ]
+    return [x for x, _ in found], [y for _, y in found]
+
+
+def _draw(axes: Any, rows: list[log.Row], key: str, colour: str, label: str) -> None:
+    x, y = _points(rows, key)
+    if key == "val/loss":
+        axes.plot(x, y, color=colour, marker="o", markersize=3, label=label)
+        return
+    # The loss of one update is noisy: the evaluations of the same split lie on top of it.
+    noisy = key == "loss"
+    axes.plot(x, y, color=colour, linewidth=1, alpha=0.4 if noisy else 1.0, label=label)
+    if noisy:
+        axes.plot(*_points(rows, "train/loss"), color=colour, marker="o", markersize=3)
+
+
+def _label(name: str, rows: list[log.Row]) -> str:
+    found = [(y, x) for x, y in zip(*_points(rows, "val/loss"), strict=True) if math.isfinite(y)]
+    if not found:
+        return name
+    best, iteration = min(found)
+    return f"{name}: best validation loss {best:.4f} at iteration {iteration}"

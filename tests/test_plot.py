@@ -1,0 +1,105 @@
+"""``fastgpt plot``: which points are drawn, where the picture goes, what is refused."""
+
+import json
+import math
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fastgpt.plot import PlotConfig, draw, plot
+
+matplotlib = pytest.importorskip("matplotlib", reason="needs the extra log")
+
+
+def rows(offset: float = 0.0) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = []
+    for i in range(0, 50, 5):
+        if i % 10 == 0:
+            loss = offset + 3.0 - i / 50
+            found.append({"iter": i, "train/loss": loss, "val/loss": loss + 0.1, "lr": 1e-3})
+        figures = {"loss": offset + 3.0 - i / 50, "lr": 1e-3, "tokens_per_second": 1e5 + i}
+        found.append({"iter": i, **figures})
+    return found
+
+
+def written(folder: Path, found: list[dict[str, Any]]) -> Path:
+    folder.mkdir()
+    (folder / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in found))
+    return folder
+
+
+def lines(figure: Any, panel: int) -> list[dict[int, float]]:
+    return [
+        dict(zip(line.get_xdata(), line.get_ydata(), strict=True))
+        for line in figure.axes[panel].get_lines()
+    ]
+
+
+def test_the_curves_are_those_of_the_log() -> None:
+    runs = {"a": rows(), "b": rows(offset=1.0)}
+    figure = draw(runs)
+    expected = [
+        [
+            {row["iter"]: row[key] for row in found if key in row}
+            for found in runs.values()
+            for key in keys
+        ]
+        for keys in (("loss", "train/loss"), ("val/loss",), ("lr",), ("tokens_per_second",))
+    ]
+    assert [lines(figure, panel) for panel in range(4)] == expected
+    colours = [line.get_color() for line in figure.axes[0].get_lines()]
+    assert colours == ["C0", "C0", "C1", "C1"]
+    (legend,) = figure.legends
+    assert [text.get_text() for text in legend.get_texts()] == [
+        "a: best validation loss 2.3000 at iteration 40",
+        "b: best validation loss 3.3000 at iteration 40",
+    ]
+
+
+def test_a_figure_that_was_not_finite_is_a_gap() -> None:
+    figure = draw({"a": [*rows(), {"iter": 50, "val/loss": None, "train/loss": None, "lr": 0.0}]})
+    assert math.isnan(lines(figure, 1)[0][50])
+    assert "2.3000 at iteration 40" in figure.legends[0].get_texts()[0].get_text()
+
+
+def test_a_run_without_an_evaluation_is_drawn() -> None:
+    figure = draw({"a": [row for row in rows() if "loss" in row]})
+    assert lines(figure, 1) == [{}]
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["a"]
+
+
+def test_the_picture_of_one_run_stands_beside_its_log(tmp_path: Path) -> None:
+    folder = written(tmp_path / "out", rows())
+    path = plot(PlotConfig(folders=(folder,)))
+    assert path == folder / "curves.png"
+    pixels = matplotlib.image.imread(path)
+    assert pixels.shape == (1050, 1650, 4) and pixels[:, :, :3].std() > 0.05
+    assert plot(PlotConfig(folders=(folder,))) == path  # a new picture replaces it
+
+
+def test_the_picture_of_several_runs_stands_here(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    folders = (written(Path("a"), rows()), written(Path("b"), rows(1.0)))
+    assert plot(PlotConfig(folders=folders)) == Path("curves.png")
+    named = Path("new/both.png")
+    assert plot(PlotConfig(folders=folders, output=named)) == named and named.is_file()
+
+
+def test_what_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(FileNotFoundError, match="there is no .*absent/log.jsonl: `fastgpt train`"):
+        plot(PlotConfig(folders=(tmp_path / "absent",)))
+    empty = written(tmp_path / "empty", [])
+    with pytest.raises(ValueError, match="log.jsonl is empty"):
+        plot(PlotConfig(folders=(empty,)))
+    folder = written(tmp_path / "out", rows())
+    with pytest.raises(ValueError, match="output must end in .png, got .*train.py"):
+        plot(PlotConfig(folders=(folder,), output=tmp_path / "train.py"))
+    with pytest.raises(ValueError, match="folders must name at least one run"):
+        plot(PlotConfig(folders=()))
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(ImportError, match=r'pip install "fastgpt-triton\[log\]"'):
+        plot(PlotConfig(folders=(folder,)))
