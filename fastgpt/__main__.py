@@ -28,47 +28,21 @@ from fastgpt.config import (
     automatic_keys,
     read_config_file,
 )
+from fastgpt.data_commands import (
+    BUILTIN,
+    Prepare,
+    TrainTokenizer,
+    report_prepared,
+    run_prepare,
+    run_train_tokenizer,
+)
 from fastgpt.devices import autocast
 from fastgpt.sampler import Sampler, write
 from fastgpt.tokenizer import GPT2Tokenizer
 from fastgpt.trainer import Trainer
 
-_SHAKESPEARE = "shakespeare_char"
-_BUILTIN = "builtin"
 # the sample at the end of a training run
 _SAMPLE_TOKENS, _SAMPLE_TEMPERATURE, _SAMPLE_TOP_K = 300, 0.8, 200
-
-
-@dataclass(frozen=True, kw_only=True)
-class Prepare:
-    """Make a data set from a text: character level, in nanoGPT's format."""
-
-    corpus: Annotated[
-        tyro.conf.Positional[Literal["builtin", "shakespeare"] | None],
-        tyro.conf.arg(
-            metavar="[builtin|shakespeare]",
-            help="builtin: the sources of this Python's standard library. shakespeare: Tiny "
-            "Shakespeare, downloaded (1.1 MB).",
-            help_behavior_hint="(default: builtin)",
-        ),
-    ] = None
-    input: Annotated[
-        Path | None,
-        tyro.conf.arg(
-            metavar="FILE",
-            help="A UTF-8 text of your own, instead of a corpus.",
-            help_behavior_hint="(default: none)",
-        ),
-    ] = None
-    out_dir: Annotated[
-        Path | None,
-        tyro.conf.arg(
-            metavar="DIR",
-            help="Folder for train.bin, val.bin and meta.pkl.",
-            help_behavior_hint="(default: data/builtin, data/shakespeare_char or data/NAME of "
-            "FILE)",
-        ),
-    ] = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,9 +106,10 @@ def _train_defaults(base: dict[str, Any]) -> Train:
     return Train(**groups)
 
 
-def _parse(argv: list[str], defaults: Train) -> Prepare | Train | SampleConfig:
+def _parse(argv: list[str], defaults: Train) -> Prepare | TrainTokenizer | Train | SampleConfig:
     return tyro.cli(
         Annotated[Prepare, tyro.conf.subcommand("prepare")]
+        | Annotated[TrainTokenizer, tyro.conf.subcommand("tokenizer")]
         | Annotated[Train, tyro.conf.subcommand("train", default=defaults)]
         | Annotated[SampleConfig, tyro.conf.subcommand("sample")],
         prog="fastgpt",
@@ -173,37 +148,11 @@ def _saved_keys(out_dir: Path) -> dict[str, Any]:
     return {key: value for key, value in saved.items() if key in known}
 
 
-def _prepare(command: Prepare, console: Console) -> None:
-    if command.input is not None:
-        if command.corpus is not None:
-            raise ValueError(
-                f"give a corpus or --input, not both: got {command.corpus!r} and "
-                f"--input={command.input}"
-            )
-        out_dir = command.out_dir or Path("data") / command.input.stem
-        prepared = corpus.prepare_file(command.input, out_dir)
-    elif command.corpus == "shakespeare":
-        prepared = corpus.prepare_shakespeare(command.out_dir or Path("data") / _SHAKESPEARE)
-    else:
-        prepared = corpus.prepare_builtin(command.out_dir or Path("data") / _BUILTIN)
-    _report_prepared(prepared, console)
-    root, name = prepared.data_dir.parent, prepared.data_dir.name
-    where = "" if root == Path("data") else f" --data_root={root}"
-    console.print(f"train on it: fastgpt train{where} --dataset={name}")
-
-
-def _report_prepared(prepared: corpus.Prepared, console: Console) -> None:
-    console.print(
-        f"prepared {prepared.data_dir}: {prepared.vocab_size} different characters, "
-        f"{prepared.train_tokens:,} for training, {prepared.val_tokens:,} for validation"
-    )
-
-
 def _train(config: TrainConfig, console: Console) -> None:
     changed = ", ".join(f"{key}={value}" for key, value in config.differences().items())
     console.print(f"keys that differ from the defaults: {changed or 'none'}")
-    if config.dataset == _BUILTIN and not (config.data_dir / "train.bin").exists():
-        _report_prepared(corpus.prepare_builtin(config.data_dir), console)
+    if config.dataset == BUILTIN and not (config.data_dir / "train.bin").exists():
+        report_prepared(corpus.prepare_builtin(config.data_dir), console)
     trainer = Trainer(config, console)
     console.print(
         f"{config.model} with {trainer.model.get_num_params():,} parameters on {trainer.device}, "
@@ -281,7 +230,9 @@ def main(argv: list[str] | None = None) -> int:
         if isinstance(command, Train):
             _train(_train_config(argv, command), console)
         elif isinstance(command, Prepare):
-            _prepare(command, console)
+            run_prepare(command, console)
+        elif isinstance(command, TrainTokenizer):
+            run_train_tokenizer(command, console)
         else:
             _sample(command, console)
     except (FloatingPointError, ConnectionError, torch.OutOfMemoryError) as error:

@@ -19,6 +19,7 @@ import sys
 import sysconfig
 import tempfile
 import urllib.request
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,6 +30,8 @@ from rich.progress import wrap_file
 
 from fastgpt._progress import spans
 from fastgpt.data import token_files
+from fastgpt.manifest import NAME
+from fastgpt.readers import read_text
 from fastgpt.tokenizer import CharTokenizer
 
 SHAKESPEARE_URL = (
@@ -65,31 +68,14 @@ def prepare_text(text: str, out_dir: str | Path) -> Prepared:
     Raises:
         ValueError: the text has fewer than 11 characters or more than 65,536 distinct ones.
         NotADirectoryError: ``out_dir`` is a file.
-        FileExistsError: ``out_dir`` holds a ``train.bin`` or ``val.bin`` without a ``meta.pkl``:
-            tokens that no ``prepare_*`` wrote, and that could have taken hours to make.
+        FileExistsError: ``out_dir`` holds a ``train.bin`` or ``val.bin`` without a ``meta.pkl``, or
+            a ``manifest.json``: tokens that could have taken hours to make.
     """
-    if len(text) < MIN_CHARACTERS:
-        raise ValueError(
-            f"the text has {len(text)} characters, but needs at least {MIN_CHARACTERS} to be split "
-            "into 90% for training and the rest for validation"
-        )
-    out_dir = Path(out_dir)
-    _check_out_dir(out_dir)
-    tokenizer = CharTokenizer.from_text(text)
-    split = len(text) * 9 // 10
-    out_dir.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".prepare-", dir=out_dir) as temporary:
-        aside = Path(temporary)
-        _write_ids(aside / "train.bin", tokenizer, text, 0, split)
-        _write_ids(aside / "val.bin", tokenizer, text, split, len(text))
-        tokenizer.save(aside / "meta.pkl")
-        for name in ("train.bin", "val.bin", "meta.pkl"):
-            os.replace(aside / name, out_dir / name)
-    return Prepared(out_dir, tokenizer.vocab_size, split, len(text) - split)
+    return _prepare(lambda: (text[span] for span in spans(len(text), "Reading")), out_dir)
 
 
 def prepare_file(path: str | Path, out_dir: str | Path) -> Prepared:
-    """Write the UTF-8 text in ``path`` as a data set.
+    """Write the UTF-8 text in ``path`` as a data set. It is read twice, a few MB at a time.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -102,22 +88,47 @@ def prepare_file(path: str | Path, out_dir: str | Path) -> Prepared:
         raise FileNotFoundError(f"the input {path} does not exist")
     if path.is_dir():
         raise IsADirectoryError(f"the input {path} is a folder, but must be one UTF-8 text file")
-    data = path.read_bytes()
-    if not data:
+    if not path.stat().st_size:
         raise ValueError(f"the input {path} is empty")
-    try:
-        text = data.decode("utf-8")
-    except UnicodeDecodeError as error:
+    return _prepare(lambda: (text for text, _ in read_text(path)), out_dir)
+
+
+def _prepare(read: Callable[[], Iterator[str]], out_dir: str | Path) -> Prepared:
+    """Write the text whose parts ``read`` gives, the same ones at every call."""
+    length = sum(map(len, read()))
+    if length < MIN_CHARACTERS:
         raise ValueError(
-            f"the input {path} is not UTF-8: byte 0x{data[error.start]:02x} at position "
-            f"{error.start} ({error.reason})"
-        ) from error
-    del data  # a large text is held once
-    return prepare_text(text, out_dir)
+            f"the text has {length} characters, but needs at least {MIN_CHARACTERS} to be split "
+            "into 90% for training and the rest for validation"
+        )
+    out_dir = Path(out_dir)
+    _check_out_dir(out_dir)
+    tokenizer = CharTokenizer.from_texts(read())
+    split = length * 9 // 10
+    out_dir.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".prepare-", dir=out_dir) as temporary:
+        aside = Path(temporary)
+        with (aside / "train.bin").open("wb") as train, (aside / "val.bin").open("wb") as val:
+            position = 0
+            for part in read():
+                ids = tokenizer.encode_array(part)
+                cut = max(split - position, 0)
+                ids[:cut].tofile(train)
+                ids[cut:].tofile(val)
+                position += len(part)
+        tokenizer.save(aside / "meta.pkl")
+        for name in ("train.bin", "val.bin", "meta.pkl"):
+            os.replace(aside / name, out_dir / name)
+    return Prepared(out_dir, tokenizer.vocab_size, split, length - split)
 
 
 def prepare_builtin(out_dir: str | Path) -> Prepared:
-    """Write the built-in corpus as a data set: real text that every machine with Python has.
+    """Write the built-in corpus as a data set: see ``builtin_text``."""
+    return prepare_text(builtin_text(), out_dir)
+
+
+def builtin_text() -> str:
+    """The built-in corpus: real text that every machine with Python has.
 
     It is the standard library's sources, joined in the order of their names: of every module in
     ``sys.stdlib_module_names`` that is one file, ``<stdlib>/<name>.py``, those that are pure ASCII.
@@ -136,28 +147,32 @@ def prepare_builtin(out_dir: str | Path) -> Prepared:
             f"the built-in corpus needs the standard library's sources, but {stdlib} has none; "
             "use a text of your own: fastgpt prepare --input FILE"
         )
-    return prepare_text(text, out_dir)
+    return text
 
 
 def prepare_shakespeare(out_dir: str | Path, url: str = SHAKESPEARE_URL) -> Prepared:
     """Download Tiny Shakespeare and write it as a data set: 65 characters, 1,003,854 tokens for
-    training and 111,540 for validation.
+    training and 111,540 for validation. Errors: see ``shakespeare_text``; nothing is downloaded
+    where ``out_dir`` cannot be written.
+    """
+    _check_out_dir(Path(out_dir))
+    return prepare_text(shakespeare_text(url), out_dir)
 
-    The text is held in memory until its size and its SHA-256 are known to be right; nothing is
-    written before.
+
+def shakespeare_text(url: str = SHAKESPEARE_URL) -> str:
+    """Download Tiny Shakespeare, into memory, until its size and SHA-256 are known to be right.
 
     Raises:
         ConnectionError: the file cannot be had from ``url``.
         ValueError: what came is not Tiny Shakespeare.
     """
-    _check_out_dir(Path(out_dir))
     data = _download(url, SHAKESPEARE_BYTES)
     digest = hashlib.sha256(data).hexdigest()
     if digest != SHAKESPEARE_SHA256:
         raise ValueError(
             f"{url} is not Tiny Shakespeare: its SHA-256 is {digest}, expected {SHAKESPEARE_SHA256}"
         )
-    return prepare_text(data.decode("ascii"), out_dir)
+    return data.decode("ascii")
 
 
 def bigram_counts(data_dir: str | Path, split: str, vocab_size: int) -> npt.NDArray[np.int64]:
@@ -227,6 +242,11 @@ def _sum_n_log_n(counts: np.ndarray) -> float:
 def _check_out_dir(out_dir: Path) -> None:
     if out_dir.exists() and not out_dir.is_dir():
         raise NotADirectoryError(f"out_dir must be a folder, but {out_dir} is a file")
+    if (out_dir / NAME).exists():
+        raise FileExistsError(
+            f"{out_dir} holds a data set with a {NAME}, which is not replaced; choose another "
+            "out_dir or remove it"
+        )
     if (out_dir / "meta.pkl").exists():
         return
     for name in ("train.bin", "val.bin"):
@@ -235,13 +255,6 @@ def _check_out_dir(out_dir: Path) -> None:
                 f"{out_dir / name} exists without a meta.pkl, so it was not made by "
                 "'fastgpt prepare' and is not replaced; choose another out_dir or remove it"
             )
-
-
-def _write_ids(path: Path, tokenizer: CharTokenizer, text: str, start: int, stop: int) -> None:
-    with path.open("wb") as file:
-        for span in spans(stop - start, f"Encoding {path.name}"):
-            chunk = text[start + span.start : start + span.stop]
-            tokenizer.encode_array(chunk).tofile(file)
 
 
 def _download(url: str, size: int) -> bytes:

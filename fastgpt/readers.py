@@ -11,14 +11,15 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+COMPRESSED = (".gz", ".zst")
+
 _CHUNK = 1 << 20  # bytes
 _ROWS = 256  # of Parquet at a time
-_COMPRESSED = (".gz", ".zst")
 
 
 def format_of(path: Path) -> str:
     """``"jsonl"``, ``"parquet"`` or ``"text"``, by the name without ``.gz`` and ``.zst``."""
-    name = path.with_suffix("") if path.suffix in _COMPRESSED else path
+    name = path.with_suffix("") if path.suffix in COMPRESSED else path
     return {".jsonl": "jsonl", ".parquet": "parquet"}.get(name.suffix, "text")
 
 

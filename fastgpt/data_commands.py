@@ -1,0 +1,298 @@
+"""The commands that make data: ``fastgpt prepare`` and ``fastgpt tokenizer``."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+from rich.console import Console
+
+from fastgpt import corpus
+from fastgpt.prepare import (
+    DOCUMENTS_VAL_SHARE,
+    SEED,
+    SHARD_TOKENS,
+    TEXT_VAL_SHARE,
+    characters_of,
+    prepare,
+)
+from fastgpt.readers import COMPRESSED, format_of
+from fastgpt.sources import DatasetSource, Source, TextSource, source_of
+from fastgpt.tokenizer import Tokenizer, tokenizer_from
+from fastgpt.tokenizer_training import train_tokenizer
+
+BUILTIN = "builtin"
+_SHAKESPEARE = "shakespeare_char"
+_CHARACTERS = "char"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prepare:
+    """Make a data set from texts.
+
+    By default at character level, in nanoGPT's format. With another tokenizer, from several files
+    or with any option below --out_dir: in a stream, by all cores, whatever the size; stopped, the
+    same command goes on where it was.
+    """
+
+    corpus: Annotated[
+        tyro.conf.Positional[Literal["builtin", "shakespeare"] | None],
+        tyro.conf.arg(
+            metavar="[builtin|shakespeare]",
+            help="builtin: the sources of this Python's standard library. shakespeare: Tiny "
+            "Shakespeare, downloaded (1.1 MB).",
+            help_behavior_hint="(default: builtin)",
+        ),
+    ] = None
+    input: Annotated[
+        Path | None,
+        tyro.conf.arg(
+            metavar="PATH",
+            help="Texts of your own, instead of a corpus: a UTF-8 text, .jsonl, .parquet, any of "
+            "them as .gz or .zst, or a folder of such files. A text in a folder, a line or a row "
+            "is a document.",
+            help_behavior_hint="(default: none)",
+        ),
+    ] = None
+    hf_dataset: Annotated[
+        str | None,
+        tyro.conf.arg(
+            metavar="NAME",
+            help="A data set of Hugging Face's, streamed, instead of a corpus.",
+            help_behavior_hint="(default: none)",
+        ),
+    ] = None
+    hf_config: Annotated[
+        str | None,
+        tyro.conf.arg(
+            metavar="NAME",
+            help="Its configuration.",
+            help_behavior_hint="(default: none)",
+        ),
+    ] = None
+    hf_split: Annotated[
+        str | None,
+        tyro.conf.arg(metavar="NAME", help="Its split.", help_behavior_hint="(default: train)"),
+    ] = None
+    text_key: Annotated[
+        str,
+        tyro.conf.arg(metavar="KEY", help="Where a line or a row has its text."),
+    ] = "text"
+    tokenizer: Annotated[
+        str,
+        tyro.conf.arg(
+            metavar="char|gpt2|PATH",
+            help="char: a token for each character. gpt2: GPT-2's BPE. PATH: a tokenizer.json, a "
+            "SentencePiece .model, a .tiktoken file, or a folder with one of them or with "
+            "encoder.json and vocab.bpe.",
+        ),
+    ] = _CHARACTERS
+    out_dir: Annotated[
+        Path | None,
+        tyro.conf.arg(
+            metavar="DIR",
+            help="Folder for the tokens and the tokenizer.",
+            help_behavior_hint="(default: data/builtin, data/shakespeare_char or data/NAME of "
+            "the input)",
+        ),
+    ] = None
+    val_share: Annotated[
+        float | None,
+        tyro.conf.arg(
+            metavar="SHARE",
+            help="Share of validation: of the documents, by chance, or the end of one text.",
+            help_behavior_hint=f"(default: {DOCUMENTS_VAL_SHARE} of documents, {TEXT_VAL_SHARE} "
+            "of one text)",
+        ),
+    ] = None
+    seed: Annotated[
+        int | None,
+        tyro.conf.arg(
+            metavar="N",
+            help="Decides which documents are for validation.",
+            help_behavior_hint=f"(default: {SEED})",
+        ),
+    ] = None
+    end_of_text: Annotated[
+        str | None,
+        tyro.conf.arg(
+            metavar="TOKEN",
+            help="The token behind each document.",
+            help_behavior_hint="(default: the tokenizer's, such as <|endoftext|>; a line feed "
+            "with char)",
+        ),
+    ] = None
+    shard_tokens: Annotated[
+        int | None,
+        tyro.conf.arg(
+            metavar="N",
+            help="Tokens in one file.",
+            help_behavior_hint=f"(default: {SHARD_TOKENS})",
+        ),
+    ] = None
+    workers: Annotated[
+        int | None,
+        tyro.conf.arg(
+            metavar="N",
+            help="Threads that encode.",
+            help_behavior_hint="(default: one for each core)",
+        ),
+    ] = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainTokenizer:
+    """Learn a tokenizer from texts: fastgpt tokenizer train --input PATH --out_dir DIR.
+
+    Then use it: fastgpt prepare --tokenizer DIR --input PATH.
+    """
+
+    action: Annotated[
+        tyro.conf.Positional[Literal["train"]], tyro.conf.arg(help="The only one there is.")
+    ]
+    input: Annotated[
+        Path,
+        tyro.conf.arg(
+            metavar="PATH",
+            help="A UTF-8 text, .jsonl, .parquet, any of them as .gz or .zst, or a folder.",
+        ),
+    ]
+    out_dir: Annotated[
+        Path,
+        tyro.conf.arg(metavar="DIR", help="Folder for tokenizer.json (bpe) or tokenizer.model."),
+    ]
+    kind: Annotated[
+        Literal["bpe", "unigram"],
+        tyro.conf.arg(
+            help="bpe: byte-level byte-pair encoding, like GPT-2's. unigram: by SentencePiece."
+        ),
+    ] = "bpe"
+    vocab_size: Annotated[int, tyro.conf.arg(metavar="N", help="Tokens, at least 257.")] = 32768
+    text_key: Annotated[
+        str,
+        tyro.conf.arg(metavar="KEY", help="Where a line or a row has its text."),
+    ] = "text"
+
+
+def run_prepare(command: Prepare, console: Console) -> None:
+    """Do it, and print what was made."""
+    inputs = {
+        "a corpus": command.corpus,
+        "--input": command.input,
+        "--hf_dataset": command.hf_dataset,
+    }
+    given = [name for name, value in inputs.items() if value is not None]
+    if len(given) > 1:
+        raise ValueError(
+            f"give {' or '.join(given)}, not both: got "
+            + " and ".join(str(inputs[name]) for name in given)
+        )
+    if command.hf_dataset is None and (command.hf_config or command.hf_split):
+        raise ValueError("--hf_config and --hf_split need --hf_dataset")
+    out_dir = command.out_dir or _default_out_dir(command)
+    if _is_plain(command):
+        report_prepared(_prepare_characters(command, out_dir), console)
+    else:
+        _prepare_stream(command, out_dir, console)
+    where = "" if out_dir.parent == Path("data") else f" --data_root={out_dir.parent}"
+    console.print(f"train on it: fastgpt train{where} --dataset={out_dir.name}")
+
+
+def report_prepared(prepared: corpus.Prepared, console: Console) -> None:
+    """One line about a data set at character level."""
+    console.print(
+        f"prepared {prepared.data_dir}: {prepared.vocab_size} different characters, "
+        f"{prepared.train_tokens:,} for training, {prepared.val_tokens:,} for validation"
+    )
+
+
+def run_train_tokenizer(command: TrainTokenizer, console: Console) -> None:
+    """Do it, and print what was made."""
+    source = source_of(command.input, command.text_key)
+    tokenizer = train_tokenizer(source, command.kind, command.vocab_size, command.out_dir)
+    console.print(
+        f"wrote {command.out_dir / tokenizer.FILE}: {tokenizer.name}\n"
+        f"use it: fastgpt prepare --tokenizer {command.out_dir} --input {command.input}"
+    )
+
+
+def _is_plain(command: Prepare) -> bool:
+    """Whether this is nanoGPT's character level: one text and no option that asks for more."""
+    options = ("val_share", "seed", "end_of_text", "shard_tokens", "workers")
+    if command.tokenizer != _CHARACTERS or command.hf_dataset is not None:
+        return False
+    if any(getattr(command, option) is not None for option in options):
+        return False
+    path = command.input
+    return path is None or not path.exists() or path.is_file() and format_of(path) == "text"
+
+
+def _default_out_dir(command: Prepare) -> Path:
+    if command.input is not None:
+        path = command.input.resolve()
+        path = path.with_suffix("") if path.suffix in COMPRESSED else path
+        return Path("data") / (path.name if path.is_dir() else path.stem)
+    if command.hf_dataset is not None:
+        return Path("data") / command.hf_dataset.rstrip("/").rpartition("/")[2]
+    name = command.corpus or BUILTIN
+    if command.tokenizer == _CHARACTERS:
+        return Path("data") / (_SHAKESPEARE if name == "shakespeare" else name)
+    return Path("data") / ("builtin_bpe" if name == BUILTIN else name)
+
+
+def _prepare_characters(command: Prepare, out_dir: Path) -> corpus.Prepared:
+    if command.input is not None:
+        return corpus.prepare_file(command.input, out_dir)
+    if command.corpus == "shakespeare":
+        return corpus.prepare_shakespeare(out_dir)
+    return corpus.prepare_builtin(out_dir)
+
+
+def _prepare_stream(command: Prepare, out_dir: Path, console: Console) -> None:
+    source = _source(command)
+    tokenizer = (
+        characters_of(source)
+        if command.tokenizer == _CHARACTERS
+        else tokenizer_from(command.tokenizer)
+    )
+    if command.seed is not None and source.one_text:
+        raise ValueError(f"seed={command.seed}: one text is cut at its end, not by chance")
+    end = command.end_of_text
+    try:
+        manifest = prepare(
+            source,
+            tokenizer,
+            out_dir,
+            val_share=command.val_share,
+            seed=SEED if command.seed is None else command.seed,
+            shard_tokens=SHARD_TOKENS if command.shard_tokens is None else command.shard_tokens,
+            end_of_text=None if end is None else _one_token(tokenizer, end),
+            workers=command.workers,
+        )
+    except KeyboardInterrupt:
+        console.print("stopped; the same command goes on from here")
+        raise
+    parts = ", ".join(
+        f"{split.tokens:,} tokens for {'training' if name == 'train' else 'validation'} "
+        f"({len(split.shards)} {'file' if len(split.shards) == 1 else 'files'})"
+        for name, split in manifest.splits.items()
+    )
+    console.print(f"prepared {out_dir}: {tokenizer.name}, {parts}, {manifest.dtype}")
+
+
+def _source(command: Prepare) -> Source:
+    if command.hf_dataset is not None:
+        split = command.hf_split or "train"
+        return DatasetSource(command.hf_dataset, command.hf_config, split, command.text_key)
+    if command.input is not None:
+        return source_of(command.input, command.text_key)
+    if command.corpus == "shakespeare":
+        return TextSource(corpus.shakespeare_text())
+    return TextSource(corpus.builtin_text())
+
+
+def _one_token(tokenizer: Tokenizer, token: str) -> int:
+    ids = tokenizer.encode(token)
+    if len(ids) != 1:
+        raise ValueError(f"end_of_text must be one token, but {token!r} is {len(ids)}")
+    return ids[0]

@@ -1,0 +1,268 @@
+"""Texts to token files: in a stream, by several threads, and going on where it was stopped.
+
+    source = source_of("texts")
+    prepare(source, tokenizer_from("gpt2"), "data/texts")
+
+leaves ``manifest.json``, the tokenizer, and for each split its shards: ``train.bin`` if there is
+one and it is uint16, as nanoGPT reads it, else ``train_000000.bin``, ``train_000001.bin`` and so
+on, of ``shard_tokens`` ids each but the last. Behind each document stands the tokenizer's end of
+text; one text alone has none.
+
+While it works, all is in the folder ``.prepare`` within ``out_dir``. If it is stopped, the same
+call goes on from there, with the same bytes in the end as if it had never been.
+
+The tokenizers work outside of Python's lock, so threads keep all cores busy.
+"""
+
+import json
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import chain, islice
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
+
+from fastgpt.manifest import NAME, Manifest, read_manifest
+from fastgpt.shards import ShardWriter, publish
+from fastgpt.sources import PIECE, Piece, Source
+from fastgpt.tokenizer import CharTokenizer, Tokenizer, saved_tokenizer
+
+SHARD_TOKENS = 100_000_000
+SEED = 2357  # nanoGPT's
+TEXT_VAL_SHARE = 0.1  # nanoGPT's share of one text
+DOCUMENTS_VAL_SHARE = 0.01
+
+_WORK = ".prepare"
+_BATCH = 1 << 20  # characters of one task, or one longer piece
+
+_T = TypeVar("_T")
+_R = TypeVar("_R")
+
+
+@dataclass(frozen=True)
+class _Encoded:
+    """A batch as ids, and the documents that end in it, by split."""
+
+    ids: dict[str, npt.NDArray[np.integer[Any]]]
+    documents: dict[str, int]
+    characters: int
+    fraction: float | None
+
+
+def prepare(
+    source: Source,
+    tokenizer: Tokenizer,
+    out_dir: str | Path,
+    *,
+    val_share: float | None = None,
+    seed: int = SEED,
+    shard_tokens: int = SHARD_TOKENS,
+    end_of_text: int | None = None,
+    workers: int | None = None,
+) -> Manifest:
+    """Write the tokens of ``source`` as a data set, or go on writing them.
+
+    Where ``out_dir`` already has what the same arguments gave, nothing is written but the files are
+    compared with their checksums.
+
+    Args:
+        source: the texts.
+        tokenizer: its ids are stored as uint16 if its vocabulary has at most 65,536, else uint32.
+        out_dir: the folder of the data set.
+        val_share: the share of validation, above 0 and below 1: of the documents, by default
+            0.01, or of one text's characters, by default 0.1.
+        seed: decides which documents those are.
+        shard_tokens: the length of a token file, at least 1.
+        end_of_text: the id behind each document, by default the tokenizer's own.
+        workers: threads, by default one for each core that this process may use.
+
+    Raises:
+        ValueError: an argument is out of range; the tokenizer has no end of text; ``out_dir`` has
+            an unfinished preparation with other arguments; a finished file is damaged; a split got
+            nothing; or what ``source`` and ``tokenizer`` raise.
+        NotADirectoryError: ``out_dir`` is a file.
+        FileExistsError: ``out_dir`` holds another data set or tokenizer.
+    """
+    out_dir = Path(out_dir)
+    if val_share is None:
+        val_share = TEXT_VAL_SHARE if source.one_text else DOCUMENTS_VAL_SHARE
+    if not 0 < val_share < 1:
+        raise ValueError(f"val_share must lie between 0 and 1, got {val_share}")
+    workers = _cores() if workers is None else workers
+    for name, value in (("shard_tokens", shard_tokens), ("workers", workers)):
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
+    separator = None if source.one_text else _separator(tokenizer, end_of_text)
+    settings = {
+        "source": source.identity(),
+        "tokenizer": tokenizer.fingerprint,
+        "end_of_text": separator,
+        "val_share": val_share,
+        "seed": seed,
+        "shard_tokens": shard_tokens,
+        "piece": PIECE,
+        "batch": _BATCH,
+    }
+    settings = json.loads(json.dumps(settings))  # as it will be read
+    finished = _finished(out_dir, settings, tokenizer)
+    if finished is not None:
+        return finished
+
+    def encode(batch: list[Piece]) -> _Encoded:
+        return _encode(batch, tokenizer, separator)
+
+    work = out_dir / _WORK
+    dtype = "uint16" if tokenizer.vocab_size <= 1 << 16 else "uint32"
+    writer = ShardWriter(work, settings, dtype, shard_tokens)
+    try:
+        # What is already written is read again but not encoded.
+        batches = islice(_batches(source.pieces(val_share, seed)), writer.batches, None)
+        for encoded in _shown(_ordered(encode, batches, workers)):
+            writer.append(encoded.ids, encoded.documents)
+        if not writer.batches:
+            raise ValueError("the input is empty: it has no text")
+        tokenizer.save(work / tokenizer.FILE)
+        about = {
+            "name": tokenizer.name,
+            "file": tokenizer.FILE,
+            "fingerprint": tokenizer.fingerprint,
+        }
+        return writer.finish(out_dir, tokenizer.vocab_size, about)
+    finally:
+        writer.close()
+
+
+def characters_of(source: Source) -> CharTokenizer:
+    """The characters of all texts, by reading them; with the line feed that stands behind a
+    document.
+
+    Raises:
+        ValueError: there are more than 65,536; or what ``source`` raises.
+    """
+    return CharTokenizer.from_texts(
+        source.texts() if source.one_text else chain(["\n"], source.texts())
+    )
+
+
+def _separator(tokenizer: Tokenizer, end_of_text: int | None) -> int:
+    separator = tokenizer.end_of_text if end_of_text is None else end_of_text
+    if separator is None:
+        raise ValueError(
+            f"the tokenizer ({tokenizer.name}) has no token to stand behind each document: name "
+            "one with --end_of_text"
+        )
+    if not 0 <= separator < tokenizer.vocab_size:
+        raise ValueError(f"end_of_text must lie in [0, {tokenizer.vocab_size}), got {separator}")
+    return separator
+
+
+def _finished(out_dir: Path, settings: dict[str, Any], tokenizer: Tokenizer) -> Manifest | None:
+    """The manifest of a preparation that ``out_dir`` already has; None if it is to be made."""
+    if out_dir.exists() and not out_dir.is_dir():
+        raise NotADirectoryError(f"out_dir must be a folder, but {out_dir} is a file")
+    found = read_manifest(out_dir)
+    if found is None and (out_dir / _WORK / NAME).exists():  # stopped while files were moved
+        found = publish(out_dir / _WORK, out_dir)
+    if found is not None:
+        if found.settings != settings:
+            changed = [key for key in settings if found.settings.get(key) != settings[key]]
+            raise FileExistsError(
+                f"{out_dir} holds a data set with another {', '.join(changed)}; choose another "
+                "out_dir or remove it"
+            )
+        found.verify(out_dir)
+        return found
+    for name in ("train.bin", "val.bin"):
+        if (out_dir / name).exists():
+            raise FileExistsError(
+                f"{out_dir / name} exists and is not replaced; choose another out_dir or remove it"
+            )
+    beside = saved_tokenizer(out_dir)
+    if beside is not None and beside.fingerprint != tokenizer.fingerprint:
+        raise FileExistsError(
+            f"{out_dir / beside.FILE} is another tokenizer and is not replaced; choose another "
+            "out_dir or remove it"
+        )
+    return None
+
+
+def _batches(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
+    """Pieces with about ``_BATCH`` characters together."""
+    batch: list[Piece] = []
+    size = 0
+    for piece in pieces:
+        if batch and size + len(piece.text) > _BATCH:
+            yield batch
+            batch, size = [], 0
+        batch.append(piece)
+        size += len(piece.text)
+    if batch:
+        yield batch
+
+
+def _encode(batch: list[Piece], tokenizer: Tokenizer, separator: int | None) -> _Encoded:
+    arrays: dict[str, list[npt.NDArray[np.integer[Any]]]] = {"train": [], "val": []}
+    documents = {"train": 0, "val": 0}
+    end = np.array([] if separator is None else [separator], dtype=np.uint32)
+    for piece in batch:
+        arrays[piece.split].append(tokenizer.encode_array(piece.text))
+        if piece.ends_document:
+            arrays[piece.split].append(end)
+            documents[piece.split] += 1
+    return _Encoded(
+        {split: np.concatenate([end[:0], *parts]) for split, parts in arrays.items()},
+        documents,
+        sum(len(piece.text) for piece in batch),
+        batch[-1].fraction,
+    )
+
+
+def _ordered(work: Callable[[_T], _R], items: Iterable[_T], workers: int) -> Iterator[_R]:
+    """``map(work, items)`` by threads, which are never more than a few items ahead."""
+    pending: deque[Future[_R]] = deque()
+    with ThreadPoolExecutor(workers) as pool:
+        try:
+            for item in items:
+                pending.append(pool.submit(work, item))
+                if len(pending) > 2 * workers:
+                    yield pending.popleft().result()
+            while pending:
+                yield pending.popleft().result()
+        finally:
+            for future in pending:
+                future.cancel()
+
+
+def _shown(batches: Iterable[_Encoded]) -> Iterator[_Encoded]:
+    """The same with a progress bar on stderr."""
+    columns = (
+        TextColumn("Encoding"),
+        BarColumn(),
+        TaskProgressColumn(),
+        TextColumn("{task.fields[done]}"),
+        TimeElapsedColumn(),
+    )
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task("", total=None, done="")
+        characters, tokens = 0, 0
+        for encoded in batches:
+            yield encoded
+            characters += encoded.characters
+            tokens += sum(map(len, encoded.ids.values()))
+            seconds = progress.tasks[0].elapsed or 1e-9
+            done = f"{tokens:,} tokens, {characters / 1e6 / seconds:.1f} M characters/s"
+            total = None if encoded.fraction is None else 1.0
+            progress.update(task, total=total, completed=encoded.fraction or 0.0, done=done)
+
+
+def _cores() -> int:
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1

@@ -1,0 +1,122 @@
+"""New tokenizers from a user's texts, by the libraries that use them.
+
+train_tokenizer(source_of("texts"), "bpe", 8192, "tokenizers/mine")
+"""
+
+import io
+from collections.abc import Iterator
+from pathlib import Path
+
+from fastgpt.sources import Source
+from fastgpt.subword_tokenizers import JsonTokenizer, SentencePieceTokenizer
+from fastgpt.tokenizer_base import END_OF_TEXT, Tokenizer
+
+KINDS = ("bpe", "unigram")
+
+_MIN_VOCAB_SIZE = 257  # the bytes, and the end of text
+_SENTENCES = 1_000_000  # of the input that unigram learns from, drawn by chance
+_SENTENCE = 1000  # characters of one at most
+
+
+def train_tokenizer(source: Source, kind: str, vocab_size: int, out_dir: str | Path) -> Tokenizer:
+    """Learn a vocabulary from the texts of ``source`` and write it into ``out_dir``.
+
+    Either kind can encode every text and gives it back unchanged.
+
+    Args:
+        source: the texts.
+        kind: ``"bpe"``: byte-level byte-pair encoding cut like GPT-2's, as ``tokenizer.json``;
+            ``"unigram"``: a unigram model with bytes for what it does not know, by SentencePiece,
+            as ``tokenizer.model``.
+        vocab_size: the tokens, at least 257. A short text may have fewer worth a token: bpe then
+            has fewer, unigram is refused.
+        out_dir: the folder.
+
+    Raises:
+        ImportError: the library is not installed.
+        ValueError: an argument is out of range, the texts are empty or too few for ``vocab_size``.
+        NotADirectoryError: ``out_dir`` is a file.
+        FileExistsError: ``out_dir`` has a tokenizer of this kind.
+    """
+    if kind not in KINDS:
+        raise ValueError(f"kind must be one of {KINDS}, got {kind!r}")
+    if vocab_size < _MIN_VOCAB_SIZE:
+        raise ValueError(f"vocab_size must be at least {_MIN_VOCAB_SIZE}, got {vocab_size}")
+    out_dir = Path(out_dir)
+    if out_dir.exists() and not out_dir.is_dir():
+        raise NotADirectoryError(f"out_dir must be a folder, but {out_dir} is a file")
+    path = out_dir / (JsonTokenizer if kind == "bpe" else SentencePieceTokenizer).FILE
+    if path.exists():
+        raise FileExistsError(f"{path} exists and is not replaced; choose another out_dir")
+    data = _bpe(source, vocab_size) if kind == "bpe" else _unigram(source, vocab_size)
+    out_dir.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(data)
+    return JsonTokenizer(path) if kind == "bpe" else SentencePieceTokenizer(path)
+
+
+def _bpe(source: Source, vocab_size: int) -> bytes:
+    try:
+        from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    except ImportError as error:
+        raise ImportError(
+            'kind="bpe" needs tokenizers: pip install "fastgpt-triton[data]"'
+        ) from error
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[END_OF_TEXT],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    )
+    tokenizer.train_from_iterator(_not_empty(source.texts()), trainer)
+    return bytes(tokenizer.to_str().encode())
+
+
+def _unigram(source: Source, vocab_size: int) -> bytes:
+    try:
+        import sentencepiece
+    except ImportError as error:
+        raise ImportError(
+            'kind="unigram" needs sentencepiece: pip install "fastgpt-triton[data]"'
+        ) from error
+    model = io.BytesIO()
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=_sentences(_not_empty(source.texts())),
+            model_writer=model,
+            model_type="unigram",
+            vocab_size=vocab_size,
+            byte_fallback=True,
+            input_sentence_size=_SENTENCES,
+            shuffle_input_sentence=True,
+            max_sentence_length=4 * _SENTENCE,  # bytes
+            random_seed=0,
+            minloglevel=1,  # warnings
+            # a text comes back as it was
+            normalization_rule_name="identity",
+            add_dummy_prefix=False,
+            remove_extra_whitespaces=False,
+            allow_whitespace_only_pieces=True,
+        )
+    except RuntimeError as error:
+        raise ValueError(
+            f"SentencePiece could not learn {vocab_size} tokens from this text: {error}"
+        ) from error
+    return model.getvalue()
+
+
+def _not_empty(texts: Iterator[str]) -> Iterator[str]:
+    first = next(texts, None)
+    if first is None:
+        raise ValueError("the input is empty: it has no text")
+    yield first
+    yield from texts
+
+
+def _sentences(texts: Iterator[str]) -> Iterator[str]:
+    """Lines, the long ones in parts: SentencePiece leaves out what is longer than its limit."""
+    for text in texts:
+        for line in text.splitlines():
+            for start in range(0, len(line), _SENTENCE):
+                yield line[start : start + _SENTENCE]
