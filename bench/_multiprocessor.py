@@ -83,31 +83,75 @@ class Cycles:
     alu: float
     shuffle: float
     issue: float  # four warp instructions a cycle
+    alone: float | None  # a program with no other beside it; see ``_alone``. None without wgmma
 
     @property
     def serial(self) -> float:
-        """The tensor cores and the busiest other pipe one after the other. As far as one program
-        computes a softmax between two products, nothing else is possible."""
-        return self.tensor + max(value for name, value in asdict(self).items() if name != "tensor")
+        """The tensor cores and the busiest other pipe one after the other: what a program takes
+        that has nothing to do while its products run."""
+        return self.tensor + max(
+            value for name, value in asdict(self).items() if name not in ("tensor", "alone")
+        )
 
 
 def cycles(
     capability: int, instructions: Sequence[Instruction], num_warps: int, macs: int
 ) -> Cycles:
     """``macs``: multiply-adds of the matrix products among the instructions, of a program."""
+    pipes = _pipes(capability, instructions, num_warps)
+    pipes["shared"] += num_warps / 4 * sum(map(_operand_cycles, instructions))
+    return Cycles(
+        tensor=macs / ARCHITECTURES[capability].macs,
+        alone=_alone(capability, instructions, num_warps),
+        **pipes,
+    )
+
+
+def _pipes(
+    capability: int, instructions: Sequence[Instruction], num_warps: int
+) -> dict[str, float]:
+    """Cycles by pipe, but for those of the tensor cores and of what they read."""
     count = kinds(instructions)
     alu = ("COMPARE", "CONVERT", "INTEGER")
     fp32 = count["FP32"] + 2 * count["FP32X2"] + count["HALF"] + count["IMAD"]
     shared = count["LDS"] + count["STS"] + 4 * count["LDSM"]  # LDSM.x4: four matrices
-    return Cycles(
-        tensor=macs / ARCHITECTURES[capability].macs,
-        shared=num_warps * shared + num_warps / 4 * sum(map(_operand_cycles, instructions)),
+    return dict(
+        shared=float(num_warps * shared),
         mufu=num_warps * count["MUFU"] * 2.0,
         fp32=num_warps * max(fp32 / ARCHITECTURES[capability].fp32, count["IMAD"] / 2.0),
         alu=num_warps * sum(count[name] for name in alu) / 2.0,
         shuffle=float(num_warps * count["SHUFFLE"]),
         issue=num_warps * len(instructions) / 4.0,
     )
+
+
+def _alone(capability: int, instructions: Sequence[Instruction], num_warps: int) -> float | None:
+    """wgmma runs beside what stands between it and its wait in the machine code: of a program that
+    has the multiprocessor for itself, the cycles from one run through the loop to the next. The
+    warps run in step, and nothing else takes time: no latency, no barrier."""
+    if not any(instruction.kind == "HGMMA" for instruction in instructions):
+        return None
+    since = 0.0  # when the last wait was over; then, what was issued behind it
+    issued: list[Instruction] = []
+    free = 0.0  # when the tensor cores will be
+    groups: list[float] = []  # when those that can be waited for end
+    ends = []
+    for _ in range(4):  # until each run takes as long as the one before
+        for instruction in instructions:
+            if instruction.kind == "HGMMA":
+                start = max(free, since + max(_pipes(capability, issued, num_warps).values()))
+                macs = instruction.macs() / ARCHITECTURES[capability].macs
+                free = start + num_warps / 4 * max(macs, _operand_cycles(instruction))
+                if "gsb" in instruction.operands:
+                    groups.append(free)
+            elif instruction.opcode.startswith("WARPGROUP.DEPBAR"):
+                pending = int(instruction.operands.rpartition(",")[2], 16)
+                now = since + max(_pipes(capability, issued, num_warps).values())
+                done = groups[: len(groups) - pending]
+                since, issued, groups = max([now, *done]), [], groups[len(done) :]
+            issued.append(instruction)
+        ends.append(since)
+    return ends[-1] - ends[-2]
 
 
 def _operand_cycles(instruction: Instruction) -> float:

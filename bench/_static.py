@@ -78,6 +78,7 @@ class Compiled:
     spill_store_bytes: int
     spill_load_bytes: int
     stack_bytes: int
+    serialised: str | None  # why the assembler waits for each wgmma before the next
     shared_memory: int  # bytes per program
     tensor_memory: int  # columns per program, sm_100
     occupancy: Occupancy
@@ -118,6 +119,8 @@ def faults(compiled: Compiled) -> list[str]:
     spilled = compiled.spill_store_bytes + compiled.spill_load_bytes
     if spilled:
         found.append(f"spills {spilled} bytes")
+    if compiled.serialised is not None:
+        found.append(f"waits for each wgmma before the next: {compiled.serialised}")
     limit = max_shared_memory(compiled.capability)
     if compiled.shared_memory > limit:
         found.append(f"needs {compiled.shared_memory} bytes of shared memory, of {limit}")
@@ -229,6 +232,7 @@ def _examine(binary: Any, log: str, code: Code, capability: int) -> Compiled:
     dots = find_dots(binary.asm["ttir"])
     registers = _number(r"Used (\d+) registers", log)
     tensor_memory = getattr(metadata, "tmem_size", 0) or 0
+    serialised = re.search(r"wgmma\S* instructions are serialized due to (.*?) (in|for) the", log)
     signature, constexprs = _arguments(binary.src)
     return Compiled(
         name=metadata.name,
@@ -241,6 +245,7 @@ def _examine(binary: Any, log: str, code: Code, capability: int) -> Compiled:
         spill_store_bytes=_number(r"(\d+) bytes spill stores", log),
         spill_load_bytes=_number(r"(\d+) bytes spill loads", log),
         stack_bytes=_number(r"(\d+) bytes stack frame", log),
+        serialised=serialised[1] if serialised else None,
         shared_memory=metadata.shared,
         tensor_memory=tensor_memory,
         occupancy=occupancy(

@@ -90,15 +90,33 @@ def _finite_or_zero(x):
 
 
 @triton.jit
-def _visible(offs_m, offs_n, n_keys, CAUSAL: tl.constexpr):
-    """(M, N): query i sees key j if j exists and, when causal, j <= i."""
-    visible = (offs_n < n_keys)[None, :]
+def _visible(offs_m, start_n, n_keys, CAUSAL: tl.constexpr, BLOCK_N: tl.constexpr):
+    """(M, BLOCK_N): query i sees key j if j exists and, when causal, j <= i. One comparison an
+    element, of 32 bits, however wide the compiler makes start_n."""
+    last = tl.zeros_like(offs_m) + (n_keys - 1)
     if CAUSAL:
-        visible = visible & (offs_m[:, None] >= offs_n[None, :])
-    return visible
+        last = tl.minimum(last, offs_m)
+    return (last - start_n)[:, None] >= tl.arange(0, BLOCK_N)[None, :]
 
 
 # -------------------------------------------------------------------------------------- forward
+
+
+@triton.jit
+def _softmax_step(
+    scores, row_max, row_sum, offs_m, start_n, qk_scale, seed, stream, batch_head, threshold,
+    DROPOUT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Probabilities (BLOCK_M, BLOCK_N) of the keys from start_n on in terms of the new maximum,
+    what sums in terms of the old one are to be multiplied by, and the new maximum and sum."""
+    new_max = tl.maximum(row_max, tl.max(scores, axis=1) * qk_scale)
+    probs = tl.exp2(scores * qk_scale - new_max[:, None])
+    rescale = tl.exp2(row_max - new_max)
+    row_sum = row_sum * rescale + tl.sum(probs, axis=1)
+    if DROPOUT:
+        keep = dropout_keep(seed, stream, batch_head, start_n, offs_m, threshold, BLOCK_M, BLOCK_N)
+        probs = tl.where(keep, probs, 0.0)
+    return probs, rescale, new_max, row_sum
 
 
 @triton.jit
@@ -119,22 +137,54 @@ def _attention_fwd_tiles(
         if MASKED:
             # A value that is not finite must reach the rows that see it and no other.
             all_finite = tl.min(_finite(v).to(tl.int32), axis=1)
-            scores = scores + tl.where(all_finite == 1, 0.0, float("nan"))[None, :]
+            scores = tl.where((all_finite == 1)[None, :], scores, float("nan"))
             v = _finite_or_zero(v)
-            offs_n = start_n + tl.arange(0, BLOCK_N)
-            scores = tl.where(_visible(offs_m, offs_n, n_keys, CAUSAL), scores, float("-inf"))
-        new_max = tl.maximum(row_max, tl.max(scores, axis=1) * qk_scale)
-        probs = tl.exp2(scores * qk_scale - new_max[:, None])
-        rescale = tl.exp2(row_max - new_max)
-        row_sum = row_sum * rescale + tl.sum(probs, axis=1)
-        row_max = new_max
-        if DROPOUT:
-            keep = dropout_keep(
-                seed, stream, batch_head, start_n, offs_m, threshold, BLOCK_M, BLOCK_N
-            )
-            probs = tl.where(keep, probs, 0.0)
+            visible = _visible(offs_m, start_n, n_keys, CAUSAL, BLOCK_N)
+            scores = tl.where(visible, scores, float("-inf"))
+        probs, rescale, row_max, row_sum = _softmax_step(
+            scores, row_max, row_sum, offs_m, start_n, qk_scale, seed, stream, batch_head,
+            threshold, DROPOUT, BLOCK_M, BLOCK_N,
+        )  # fmt: skip
         acc = acc * rescale[:, None]
         acc = tl.dot(probs.to(v.dtype), v, acc, input_precision=PRECISION, out_dtype=ACC)
+    return acc, row_max, row_sum
+
+
+@triton.jit
+def _attention_fwd_tiles_late(
+    acc, row_max, row_sum, q, offs_m,
+    k_ptr, k_stride_t, v_ptr, v_stride_t,
+    start, stop, n_keys, qk_scale, seed, stream, batch_head, threshold,
+    DROPOUT: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr, HEAD: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """The same for whole tiles, one or more, in 16 bits. The product with v comes a tile late: it
+    runs beside the next tile's softmax, as neither waits for the other (FlashAttention-3, Shah et
+    al. 2024, arXiv:2407.08608, section 3.2)."""
+    k = _load_tile(k_ptr, k_stride_t, start, n_keys, False, HEAD, BLOCK_N, BLOCK_D)
+    scores = tl.dot(q, tl.trans(k), input_precision=PRECISION, out_dtype=ACC)
+    probs, rescale, row_max, row_sum = _softmax_step(
+        scores, row_max, row_sum, offs_m, start, qk_scale, seed, stream, batch_head,
+        threshold, DROPOUT, BLOCK_M, BLOCK_N,
+    )  # fmt: skip
+    # Carried as integers, for an operand that a loop carries as it is goes through shared memory.
+    late = probs.to(q.dtype).to(tl.int16, bitcast=True)
+    for start_n in range(start + BLOCK_N, stop, BLOCK_N):
+        k = _load_tile(k_ptr, k_stride_t, start_n, n_keys, False, HEAD, BLOCK_N, BLOCK_D)
+        v = _load_tile(v_ptr, v_stride_t, start_n - BLOCK_N, n_keys, False, HEAD, BLOCK_N, BLOCK_D)
+        scores = tl.dot(q, tl.trans(k), input_precision=PRECISION, out_dtype=ACC)
+        acc = acc * rescale[:, None]
+        late = late.to(v.dtype, bitcast=True)
+        acc = tl.dot(late, v, acc, input_precision=PRECISION, out_dtype=ACC)
+        probs, rescale, row_max, row_sum = _softmax_step(
+            scores, row_max, row_sum, offs_m, start_n, qk_scale, seed, stream, batch_head,
+            threshold, DROPOUT, BLOCK_M, BLOCK_N,
+        )  # fmt: skip
+        late = probs.to(q.dtype).to(tl.int16, bitcast=True)
+    v = _load_tile(v_ptr, v_stride_t, stop - BLOCK_N, n_keys, False, HEAD, BLOCK_N, BLOCK_D)
+    acc = acc * rescale[:, None]
+    late = late.to(v.dtype, bitcast=True)
+    acc = tl.dot(late, v, acc, input_precision=PRECISION, out_dtype=ACC)
     return acc, row_max, row_sum
 
 
@@ -150,6 +200,7 @@ def _attention_fwd_kernel(
     n_head, n_queries, n_keys, qk_scale, threshold, keep_scale,
     CAUSAL: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr,
     HEAD: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    LATE: tl.constexpr = False,
 ):  # fmt: skip
     # One grid dimension holds 2^31 programs; y and z only 65,535. The blocks of a head are
     # neighbours, so that its keys stay in L2, and the longest row of tiles goes first.
@@ -167,22 +218,34 @@ def _attention_fwd_kernel(
     acc = tl.zeros([BLOCK_M, BLOCK_D], dtype=ACC)
     row_max = tl.full([BLOCK_M], float("-inf"), dtype=ACC)
     row_sum = tl.zeros([BLOCK_M], dtype=ACC)
-    # Keys that every query of the block sees, in whole tiles; then those that some see.
+    # Tiles of keys that every query of the block sees: 0 .. full. Behind them those with a mask,
+    # whose first key every query sees: row_max is finite from the first tile on. ptxas waits for
+    # each wgmma before the next, everywhere, unless the loop that leaves a product in flight is the
+    # last and stands on a condition.
     if CAUSAL:
-        full = tl.minimum(start_m + 1, n_keys) // BLOCK_N * BLOCK_N
+        full = tl.minimum(start_m, n_keys) // BLOCK_N * BLOCK_N
         stop = tl.minimum(start_m + BLOCK_M, n_keys)
     else:
         full = n_keys // BLOCK_N * BLOCK_N
         stop = n_keys
-    for masked in tl.static_range(2):
-        acc, row_max, row_sum = _attention_fwd_tiles(
-            acc, row_max, row_sum, q, offs_m,
-            k_ptr, k_stride_t, v_ptr, v_stride_t,
-            full if masked else 0, stop if masked else full,
-            n_keys, qk_scale, seed, stream, batch_head, threshold,
-            masked == 1, CAUSAL, DROPOUT, PRECISION, ACC, HEAD, BLOCK_M, BLOCK_N, BLOCK_D,
-        )  # fmt: skip
-
+    acc, row_max, row_sum = _attention_fwd_tiles(
+        acc, row_max, row_sum, q, offs_m, k_ptr, k_stride_t, v_ptr, v_stride_t,
+        full, stop, n_keys, qk_scale, seed, stream, batch_head, threshold,
+        True, CAUSAL, DROPOUT, PRECISION, ACC, HEAD, BLOCK_M, BLOCK_N, BLOCK_D,
+    )  # fmt: skip
+    if full > 0:
+        if LATE:
+            acc, row_max, row_sum = _attention_fwd_tiles_late(
+                acc, row_max, row_sum, q, offs_m, k_ptr, k_stride_t, v_ptr, v_stride_t,
+                0, full, n_keys, qk_scale, seed, stream, batch_head, threshold,
+                DROPOUT, PRECISION, ACC, HEAD, BLOCK_M, BLOCK_N, BLOCK_D,
+            )  # fmt: skip
+        else:
+            acc, row_max, row_sum = _attention_fwd_tiles(
+                acc, row_max, row_sum, q, offs_m, k_ptr, k_stride_t, v_ptr, v_stride_t,
+                0, full, n_keys, qk_scale, seed, stream, batch_head, threshold,
+                False, CAUSAL, DROPOUT, PRECISION, ACC, HEAD, BLOCK_M, BLOCK_N, BLOCK_D,
+            )  # fmt: skip
     out = acc / row_sum[:, None]
     if DROPOUT:
         out = out * keep_scale
@@ -219,8 +282,8 @@ def _attention_dq_tiles(
             dprobs = tl.where(keep, dprobs * keep_scale, 0.0)
         dscores = probs * (dprobs - delta[:, None])
         if MASKED:
-            offs_n = start_n + tl.arange(0, BLOCK_N)
-            dscores = tl.where(_visible(offs_m, offs_n, n_keys, CAUSAL), dscores, 0.0)
+            visible = _visible(offs_m, start_n, n_keys, CAUSAL, BLOCK_N)
+            dscores = tl.where(visible, dscores, 0.0)
             k = _finite_or_zero(k)
         dq = tl.dot(dscores.to(k.dtype), k, dq, input_precision=PRECISION, out_dtype=ACC)
     return dq
@@ -267,19 +330,19 @@ def _attention_bwd_dq_kernel(
 
     dq = tl.zeros([BLOCK_M, BLOCK_D], dtype=ACC)
     if CAUSAL:
-        full = tl.minimum(start_m + 1, n_keys) // BLOCK_N * BLOCK_N
-        stop = tl.minimum(start_m + BLOCK_M, n_keys)
+        full = tl.minimum(start_m, n_keys) // BLOCK_N * BLOCK_N
+        end = tl.minimum(start_m + BLOCK_M, n_keys)
     else:
         full = n_keys // BLOCK_N * BLOCK_N
-        stop = n_keys
-    for masked in tl.static_range(2):
-        dq = _attention_dq_tiles(
-            dq, q, dout, lse, delta, offs_m,
-            k_ptr, k_stride_t, v_ptr, v_stride_t,
-            full if masked else 0, stop if masked else full,
-            n_keys, qk_scale, seed, stream, batch_head, threshold, keep_scale,
-            masked == 1, CAUSAL, DROPOUT, PRECISION, ACC, HEAD, BLOCK_M, BLOCK_N, BLOCK_D,
-        )  # fmt: skip
+        end = n_keys
+    for whole in tl.static_range(2):  # in this order, each on a condition: as forward
+        start, stop = (0, full) if whole else (full, end)
+        if start < stop:
+            dq = _attention_dq_tiles(
+                dq, q, dout, lse, delta, offs_m, k_ptr, k_stride_t, v_ptr, v_stride_t,
+                start, stop, n_keys, qk_scale, seed, stream, batch_head, threshold, keep_scale,
+                whole == 0, CAUSAL, DROPOUT, PRECISION, ACC, HEAD, BLOCK_M, BLOCK_N, BLOCK_D,
+            )  # fmt: skip
     dq_ptr = _head(dq_ptr, n_queries.to(tl.int64) * dq_stride_t, HEAD, batch_head, n_head)
     _store_tile(dq_ptr, dq_stride_t, start_m, n_queries, dq * scale, HEAD, BLOCK_M, BLOCK_D)
 
@@ -361,22 +424,27 @@ def _attention_bwd_dkdv_kernel(
     seed = tl.load(seed_ptr) if DROPOUT else 0
     dk = tl.zeros([BLOCK_N, BLOCK_D], dtype=ACC)
     dv = tl.zeros([BLOCK_N, BLOCK_D], dtype=ACC)
-    # Queries on the diagonal; below it in whole tiles; the rest, which fill no tile.
+    # Queries on the diagonal; the last ones, which fill no tile; between them whole tiles.
     if CAUSAL:
         first = start_n // BLOCK_M * BLOCK_M
         full = tl.cdiv(start_n + BLOCK_N - 1, BLOCK_M) * BLOCK_M
     else:
         first, full = 0, 0
     tail = tl.maximum(full, n_queries // BLOCK_M * BLOCK_M)
-    for stage in tl.static_range(3):
-        dk, dv = _attention_dkdv_tiles(
-            dk, dv, k, v, start_n, offs_n,
-            q_ptr, q_stride_t, dout_ptr, dout_stride_t, lse_ptr, delta_ptr,
-            first if stage == 0 else (full if stage == 1 else tail),
-            tl.minimum(full, n_queries) if stage == 0 else (tail if stage == 1 else n_queries),
-            n_queries, qk_scale, seed, stream, batch_head, threshold, keep_scale,
-            stage != 1, CAUSAL, DROPOUT, PRECISION, ACC, HEAD, BLOCK_M, BLOCK_N, BLOCK_D,
-        )  # fmt: skip
+    for stage in tl.static_range(3):  # in this order, each on a condition: as forward
+        if stage == 0:
+            start, stop = first, tl.minimum(full, n_queries)
+        elif stage == 1:
+            start, stop = tail, n_queries
+        else:
+            start, stop = full, tail
+        if start < stop:
+            dk, dv = _attention_dkdv_tiles(
+                dk, dv, k, v, start_n, offs_n,
+                q_ptr, q_stride_t, dout_ptr, dout_stride_t, lse_ptr, delta_ptr,
+                start, stop, n_queries, qk_scale, seed, stream, batch_head, threshold, keep_scale,
+                stage < 2, CAUSAL, DROPOUT, PRECISION, ACC, HEAD, BLOCK_M, BLOCK_N, BLOCK_D,
+            )  # fmt: skip
     if DROPOUT:
         dv = dv * keep_scale
     stride_b = n_keys.to(tl.int64) * dkdv_stride_t

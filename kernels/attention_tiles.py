@@ -10,39 +10,59 @@ from fastgpt.kernels import _common
 # Philox takes registers: where dropout needs a smaller tile, it has a line of its own.
 _Tiles = dict[tuple[str, int] | tuple[str, int, str], tuple[int, int, int, int]]
 
-# sm_90 and sm_100: wgmma and tcgen05 leave the operands in shared memory, of which there is 227 KB.
+# sm_90: wgmma leaves the operands in shared memory, of which there is 227 KB.
 TENSOR_CORE_TILES: _Tiles = {
     ("fwd", 16): (128, 64, 4, 3),
+    ("fwd", 16, "dropout"): (64, 64, 4, 3),
     ("fwd", 32): (128, 64, 4, 3),
-    ("fwd", 64): (128, 64, 8, 3),
+    ("fwd", 32, "dropout"): (64, 64, 4, 2),
+    ("fwd", 64): (128, 64, 8, 4),
+    ("fwd", 64, "dropout"): (64, 64, 4, 3),
     ("fwd", 128): (128, 64, 8, 2),
+    ("fwd", 128, "dropout"): (64, 32, 4, 2),
     ("fwd", 256): (64, 32, 8, 2),
     ("dq", 16): (64, 64, 4, 2),
     ("dq", 32): (64, 64, 4, 2),
-    ("dq", 64): (64, 64, 4, 2),
+    ("dq", 64): (64, 64, 4, 3),
     ("dq", 128): (64, 32, 4, 2),
     ("dq", 256): (64, 32, 8, 2),
     ("dq", 256, "dropout"): (64, 16, 8, 2),
     ("dkdv", 16): (64, 64, 4, 2),
     ("dkdv", 32): (32, 64, 8, 2),
-    ("dkdv", 64): (32, 128, 8, 2),
-    ("dkdv", 128): (32, 64, 8, 2),
-    ("dkdv", 256): (16, 64, 8, 3),
+    ("dkdv", 64): (64, 64, 4, 3),
+    ("dkdv", 64, "dropout"): (32, 64, 4, 2),
+    ("dkdv", 128): (32, 128, 8, 2),
+    ("dkdv", 128, "dropout"): (16, 128, 8, 2),
+    ("dkdv", 256): (16, 32, 4, 1),
     ("dkdv", 256, "dropout"): (16, 32, 8, 1),
+}
+
+# sm_100: tcgen05 keeps its sums in tensor memory, 128 rows for four warps.
+TENSOR_MEMORY_TILES: _Tiles = TENSOR_CORE_TILES | {
+    ("fwd", 64): (128, 64, 4, 3),
+    ("dq", 64): (128, 64, 4, 2),
+    ("dq", 64, "dropout"): (64, 64, 4, 3),
+    ("dkdv", 128): (64, 64, 4, 2),
 }
 
 # Elsewhere (sm_80, sm_86, sm_89, sm_120) operands pass through registers, and some have 99 KB only.
 SMALL_MEMORY_TILES: _Tiles = TENSOR_CORE_TILES | {
+    ("fwd", 16): (64, 64, 4, 2),
     ("fwd", 32): (64, 64, 4, 2),
+    ("fwd", 64): (128, 64, 8, 3),
     ("fwd", 64, "dropout"): (64, 32, 4, 2),
     ("fwd", 128): (64, 32, 4, 2),
     ("dq", 16): (64, 32, 4, 2),
     ("dq", 32): (64, 32, 4, 2),
     ("dq", 64): (64, 32, 4, 2),
     ("dq", 64, "dropout"): (64, 32, 8, 2),
+    ("dq", 128, "dropout"): (64, 16, 4, 2),
     ("dq", 256): (32, 32, 8, 1),
     ("dq", 256, "dropout"): (32, 32, 8, 1),
+    ("dkdv", 64): (32, 128, 8, 2),
+    ("dkdv", 64, "dropout"): (32, 128, 8, 2),
     ("dkdv", 128): (32, 64, 8, 1),
+    ("dkdv", 128, "dropout"): (32, 64, 8, 1),
     ("dkdv", 256): (16, 32, 8, 1),
 }
 
@@ -54,11 +74,10 @@ FLOAT32_TILES: _Tiles = {
     ("fwd", 64): (64, 32, 8, 1),
     ("fwd", 64, "dropout"): (16, 16, 8, 1),
     ("fwd", 128): (16, 16, 4, 1),
-    ("fwd", 128, "dropout"): (16, 16, 8, 1),
     ("fwd", 256): (16, 16, 8, 1),
     ("fwd", 256, "dropout"): (32, 16, 8, 2),
     ("dq", 16): (32, 32, 4, 1),
-    ("dq", 32): (32, 32, 8, 1),
+    ("dq", 32): (32, 32, 4, 1),
     ("dq", 64): (32, 32, 8, 1),
     ("dq", 128): (16, 16, 8, 1),
     ("dq", 256): (16, 16, 8, 2),
@@ -67,7 +86,7 @@ FLOAT32_TILES: _Tiles = {
     ("dkdv", 32): (32, 64, 8, 1),
     ("dkdv", 64): (32, 32, 8, 1),
     ("dkdv", 64, "dropout"): (16, 32, 8, 1),
-    ("dkdv", 128): (16, 16, 8, 3),
+    ("dkdv", 128): (16, 16, 4, 1),
     ("dkdv", 256): (16, 16, 8, 1),
     ("dkdv", 256, "dropout"): (16, 16, 8, 3),
 }
@@ -76,27 +95,43 @@ FLOAT32_TILES: _Tiles = {
 INTERPRETER_TILES: _Tiles = dict.fromkeys(TENSOR_CORE_TILES, (64, 64, 4, 1))
 
 
+# Programs that shall share a multiprocessor of sm_90, without dropout: the loop leaves registers
+# for them, but without a limit ptxas takes more for the masked tiles.
+PROGRAMS = {("fwd", 64): 2}
+
+
+def tiles(capability: int | None, dtype: torch.dtype) -> _Tiles:
+    """The table for a GPU, or for the interpreter: None."""
+    if capability is None:
+        return INTERPRETER_TILES
+    if dtype == torch.float32:
+        return FLOAT32_TILES
+    if 100 <= capability < 120:
+        return TENSOR_MEMORY_TILES
+    return TENSOR_CORE_TILES if capability == 90 else SMALL_MEMORY_TILES
+
+
 def launch(
     kernel: str, device: torch.device, head_size: int, dtype: torch.dtype, dropout: bool
 ) -> dict[str, int]:
     block_d = max(16, triton.next_power_of_2(head_size))
     capability = _common.capability(device)
-    if capability is None:
-        tiles = INTERPRETER_TILES
-    elif dtype == torch.float32:
-        tiles = FLOAT32_TILES
-    elif 90 <= capability < 120:
-        tiles = TENSOR_CORE_TILES
-    else:
-        tiles = SMALL_MEMORY_TILES
-    tile = tiles[kernel, block_d]
+    table = tiles(capability, dtype)
+    tile = table[kernel, block_d]
     if dropout:
-        tile = tiles.get((kernel, block_d, "dropout"), tile)
+        tile = table.get((kernel, block_d, "dropout"), tile)
     block_m, block_n, num_warps, num_stages = tile
-    return dict(
+    constexprs = dict(
         BLOCK_M=block_m,
         BLOCK_N=block_n,
         BLOCK_D=block_d,
         num_warps=num_warps,
         num_stages=num_stages,
     )
+    # Elsewhere no product runs beside a softmax of its own program, or (sm_100) Triton sees to it.
+    if kernel == "fwd" and _common.is_half(dtype) and capability in (None, 90):
+        constexprs["LATE"] = True
+    if table is TENSOR_CORE_TILES and not dropout and (kernel, block_d) in PROGRAMS:
+        registers = 65536 // (PROGRAMS[kernel, block_d] * num_warps * 32)
+        constexprs["maxnreg"] = min(255, registers)
+    return constexprs

@@ -11,7 +11,7 @@ import torch
 from sanitizer import sanitize
 from torch import Tensor
 
-from fastgpt.kernels import attention, attention_tiles, fused, reference
+from fastgpt.kernels import _common, attention, attention_tiles, fused, reference
 
 # Every ratio of the two sides that a launch table holds.
 TILES = sorted(
@@ -19,6 +19,7 @@ TILES = sorted(
         (block_m, block_n)
         for table in (
             attention_tiles.TENSOR_CORE_TILES,
+            attention_tiles.TENSOR_MEMORY_TILES,
             attention_tiles.SMALL_MEMORY_TILES,
             attention_tiles.FLOAT32_TILES,
         )
@@ -113,6 +114,38 @@ def test_every_tile_shape_gives_the_same(
         gradients = [torch.autograd.grad(out, leaves, grad) for out in (y, z)]
         for a, b in zip((y, *gradients[0]), (z, *gradients[1]), strict=True):
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("block_m,block_n", [(64, 16), (32, 32), (16, 64)])
+@pytest.mark.parametrize("causal", [True, False], ids=["causal", "full"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("n_queries,n_keys", [(64, 64), (150, 150), (20, 150), (150, 20), (9, 5)])
+def test_values_a_tile_late_give_the_same_bits(
+    monkeypatch: pytest.MonkeyPatch, n_queries: int, n_keys: int, dtype: torch.dtype,
+    causal: bool, block_m: int, block_n: int,
+) -> None:  # fmt: skip
+    """No whole tile, one and several, with dropout: the same products in the same order."""
+    q, k, v = (torch.randn(1, 2, t, 16).to(dtype) for t in (n_queries, n_keys, n_keys))
+    runs = []
+    for late in (False, True):
+        launch = dict(BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_D=16, LATE=late)
+        monkeypatch.setattr(attention, "launch", lambda *args, launch=launch: launch)
+        options: dict[str, Any] = dict(causal=causal, dropout_p=0.2, seed=torch.tensor([7]))
+        with sanitize(), torch.no_grad():
+            runs.append(fused.attention(q, k, v, **options))
+    assert torch.equal(*runs)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_hopper_takes_values_a_tile_late(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype
+) -> None:
+    for capability in (80, 90, 100):
+        monkeypatch.setattr(_common, "capability", lambda device, c=capability: c)
+        launch = attention_tiles.launch("fwd", torch.device("cuda"), 64, dtype, dropout=False)
+        late = capability == 90 and dtype == torch.bfloat16
+        assert launch.get("LATE", False) == late
+        assert launch.get("maxnreg") == (128 if late else None)
 
 
 # ------------------------------------------------------------------------------------- dropout

@@ -134,6 +134,13 @@ def test_a_product_without_its_tensor_cores_is_a_fault() -> None:
     assert missing(100, 128, TC5MMA=1, HMMA=1) == ["HMMA where TC5MMA is possible"]
 
 
+def test_products_that_wait_for_each_other_are_a_fault() -> None:
+    compiled = compile_launch(matmul(), 90)
+    assert compiled.serialised is None and faults(compiled) == []
+    (fault,) = faults(replace(compiled, serialised="insufficient register resources"))
+    assert fault.endswith("waits for each wgmma before the next: insufficient register resources")
+
+
 def copy_registers(*args: object) -> int:
     launch = Launch(toy_kernels.cast_kernel, args, dict(BLOCK=1024, num_warps=4))
     return compile_launch(launch, 80).registers
@@ -267,6 +274,37 @@ def test_cycles_by_hand() -> None:
     assert found.shuffle == 8
     assert found.issue == 8 * len(loop) / 4
     assert found.serial == 128 + max(96, 8 * 5 + operands)
+
+
+S = "HGMMA.64x64x16.F32.BF16 R24, gdesc[UR8], RZ, !UPT, gsb0"  # 32 cycles
+P = "HGMMA.64x64x16.F32.BF16 R56, R4, gdesc[UR8], R56, gsb0"
+ALL, ALL_BUT_ONE = (f"WARPGROUP.DEPBAR.LE gsb0, 0x{n}" for n in (0, 1))
+SOFTMAX = ["MUFU.EX2 R1, R1"] * 5  # 40 cycles of four warps
+
+
+@pytest.mark.parametrize(
+    ("expected", "loop"),
+    [
+        (32 + 40 + 32, [S, ALL, *SOFTMAX, P]),  # the product still runs when the loop comes back
+        (32 + 40 + 32, [S, ALL, *SOFTMAX, P, ALL]),
+        (32 + 40, [S, ALL, P, *SOFTMAX]),  # 32 beside 40
+        (32 + 64, [S, ALL, P, P, *SOFTMAX[:2]]),  # 64 beside 16
+        (64, [S, ALL_BUT_ONE, P, ALL_BUT_ONE]),  # the tensor cores alone
+        (64 + 40 - 32, [S, P, ALL_BUT_ONE, *SOFTMAX, ALL]),  # waits for S, not for P
+        (40 + 32, [*SOFTMAX, S, ALL]),
+    ],
+)
+def test_what_stands_between_a_product_and_its_wait_runs_beside_it(
+    expected: int, loop: list[str]
+) -> None:
+    found = cycles(90, instructions(*loop), num_warps=4, macs=1)
+    # Beside the pipe that binds, a product takes an issue slot, and so does a wait.
+    assert found.alone == pytest.approx(expected, abs=4)
+
+
+def test_without_wgmma_nothing_is_known_of_what_runs_beside_what() -> None:
+    loop = instructions("HMMA.16816.F32.BF16 R1, R2, R3", *SOFTMAX)
+    assert cycles(80, loop, num_warps=4, macs=2048).alone is None
 
 
 # --------------------------------------------------------------------------------- machine code
