@@ -146,6 +146,8 @@ ALLOWED: dict[str, set[str]] = {
     "fastgpt.checkpoint": {"fastgpt.tokenizer", *_MODEL},
     "fastgpt.log": {"fastgpt.config"},
     "fastgpt.meter": {"fastgpt.config"},
+    "fastgpt.doctor": {"fastgpt.devices", "fastgpt.ops"},
+    "fastgpt.plot": {"fastgpt.log"},
     "fastgpt.export": {
         "fastgpt.checkpoint",
         "fastgpt.huggingface",
