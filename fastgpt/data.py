@@ -113,8 +113,8 @@ class Batches:
     while the GPU works.
 
     Several processes share the batches that one would draw alone: of ``world_size`` batches in a
-    row each takes one, the first takes the first. All draw all starts, so ``state_dict`` is the same
-    in each, whatever their number.
+    row each takes one, the first takes the first. All draw all starts, so all have one
+    ``state_dict``, whatever their number.
 
     Args:
         data_dir: the folder of the data set.

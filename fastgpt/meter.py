@@ -1,4 +1,4 @@
-"""What a running training shows, and how it hears Ctrl-C."""
+"""What a running training shows, and how it hears that it shall stop."""
 
 import signal
 import threading
@@ -98,7 +98,7 @@ class Meter:
 
 @contextmanager
 def interrupts() -> Iterator[threading.Event]:
-    """An event that the first Ctrl-C sets; a second one interrupts at once, as ever.
+    """An event that the first Ctrl-C or SIGTERM sets; a second one interrupts at once, as ever.
 
     Signals reach the main thread only; in another one the event stays unset.
     """
@@ -106,14 +106,19 @@ def interrupts() -> Iterator[threading.Event]:
     if threading.current_thread() is not threading.main_thread():
         yield event
         return
-    before = signal.getsignal(signal.SIGINT)
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def restore() -> None:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
     def on_interrupt(number: int, frame: FrameType | None) -> None:
         event.set()
-        signal.signal(signal.SIGINT, before)
+        restore()
 
-    signal.signal(signal.SIGINT, on_interrupt)
+    for number in before:
+        signal.signal(number, on_interrupt)
     try:
         yield event
     finally:
-        signal.signal(signal.SIGINT, before)
+        restore()

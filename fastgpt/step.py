@@ -14,8 +14,10 @@ from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from fastgpt.optimizer import MasterAdamW
+from fastgpt.parallel import ALONE, World
 
 Batch = tuple[Tensor, Tensor]
 
@@ -33,21 +35,25 @@ class Step:
 
     With a gradient scaler it is the scaler's business to skip updates whose gradients overflow.
 
+    The loss of an update is the mean over all its targets that are not -1, in all micro-batches of
+    all processes. Gradients are exchanged once, in the backward of the last micro-batch.
+
     Args:
-        model: ``model(x, y)`` returns a pair, the second of which is the loss; a language model,
-            or what torch.compile made of one.
+        model: ``model(x, y)`` returns a pair, the second of which is the loss: a language model,
+            what torch.compile made of one, or DistributedDataParallel around either.
         optimizer: ``MasterAdamW``, or PyTorch's AdamW, fused where the device is a GPU.
         device: of the model.
-        micro_batches: pairs in an update; the loss is the mean of theirs.
+        micro_batches: pairs in an update, of this process.
         grad_clip: the largest norm of the gradient; 0 turns clipping off.
         autocast: the context of the forward pass; None for none.
         scaler: a gradient scaler for float16, or None.
         cuda_graph: replay the update as a CUDA graph from the fourth call on. Then every call must
             bring batches of the same shape.
+        world: the processes that make the update together.
 
     Raises:
-        ValueError: a CUDA graph is wanted on another device, or with a gradient scaler, whose
-            updates the host decides upon.
+        ValueError: a CUDA graph is wanted on another device, by several processes, or with a
+            gradient scaler, whose updates the host decides upon.
     """
 
     def __init__(
@@ -61,7 +67,9 @@ class Step:
         autocast: AbstractContextManager[object] | None = None,
         scaler: torch.amp.GradScaler | None = None,
         cuda_graph: bool = False,
+        world: World = ALONE,
     ) -> None:
+        self._world = world
         self._model = model
         self._optimizer = optimizer
         self._device = device
@@ -79,6 +87,8 @@ class Step:
                 raise ValueError(f"cuda_graph must be False on {device.type}, got True")
             if self._scaler.is_enabled():
                 raise ValueError("cuda_graph must be False with a gradient scaler, got True")
+            if world.size > 1:
+                raise ValueError(f"cuda_graph must be False in {world.size} processes, got True")
             self._graph = _Graph(self._update, device)
             for group in optimizer.param_groups:
                 group["capturable"] = True
@@ -99,16 +109,20 @@ class Step:
         return self._update(batches) if self._graph is None else self._graph(batches)
 
     def _update(self, batches: Iterable[Batch]) -> Tensor:
+        batches = list(batches)
+        if len(batches) != self._micro_batches:
+            raise ValueError(f"batches must hold {self._micro_batches} pairs, got {len(batches)}")
+        valid = torch.stack([(y != -1).sum() for _, y in batches])
+        all_valid = self._world.sum(valid.sum())
         total = torch.zeros((), device=self._device)
-        count = 0
-        for x, y in batches:
-            with self._autocast:
-                loss = self._model(x, y)[1] / self._micro_batches
-            self._scaler.scale(loss).backward()
+        for number, (x, y) in enumerate(batches):
+            last = number == len(batches) - 1
+            with self._exchanging(last):
+                with self._autocast:
+                    loss = self._share(self._model(x, y)[1], valid[number], all_valid)
+                self._scaler.scale(loss).backward()
             total += loss.detach()
-            count += 1
-        if count != self._micro_batches:
-            raise ValueError(f"batches must hold {self._micro_batches} pairs, got {count}")
+        total = self._world.sum(total) / self._world.size
         self._look_at(total)
         if self._grad_clip != 0.0:
             self._scaler.unscale_(self._optimizer)
@@ -121,6 +135,18 @@ class Step:
             self._scaler.update()
         self._optimizer.zero_grad(set_to_none=True)
         return total
+
+    def _share(self, loss: Tensor, valid: Tensor, all_valid: Tensor) -> Tensor:
+        """What a micro-batch's mean ``loss`` adds to the update's, times the number of processes,
+        over which gradients are averaged. NaN, as ``loss`` is, if there is no valid target at all.
+        """
+        share = loss / (all_valid / (valid * self._world.size))
+        return torch.where((valid > 0) | (all_valid == 0), share, 0.0)
+
+    def _exchanging(self, gradients: bool) -> AbstractContextManager[object]:
+        if gradients or not isinstance(self._model, DistributedDataParallel):
+            return nullcontext()
+        return self._model.no_sync()
 
     def _clip(self) -> Tensor:
         if isinstance(self._optimizer, MasterAdamW):

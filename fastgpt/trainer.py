@@ -10,8 +10,8 @@ checkpoint is the run that was never stopped.
 """
 
 import math
-import os
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, cast
@@ -19,6 +19,7 @@ from typing import Any, cast
 import torch
 from rich.console import Console
 from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 
 from fastgpt import checkpoint as ckpt
 from fastgpt.bigram import Bigram
@@ -30,8 +31,9 @@ from fastgpt.log import LOG, TENSORBOARD, RunLog
 from fastgpt.meter import Meter, interrupts
 from fastgpt.model import GPT
 from fastgpt.optimizer import MasterAdamW, saved_state
+from fastgpt.parallel import ALONE, World
 from fastgpt.step import Step
-from fastgpt.tokenizer import CharTokenizer
+from fastgpt.tokenizer import CharTokenizer, packed, saved_tokenizer
 
 _GPT2_VOCAB_SIZE = 50304  # for data without a meta.pkl: 50257, padded to a multiple of 64
 _SHAPE_KEYS = ("n_layer", "n_head", "n_embd", "block_size", "bias")
@@ -48,20 +50,22 @@ class Trainer:
     FileNotFoundError, ImportError.
     """
 
-    def __init__(self, config: TrainConfig, console: Console | None = None) -> None:
+    def __init__(
+        self, config: TrainConfig, console: Console | None = None, world: World = ALONE
+    ) -> None:
         self.config = config
+        self.world = world
         self.console = console or Console(markup=False, highlight=False, soft_wrap=True)
-        self.device = resolve_device(config.device)
+        self.device = world.device(resolve_device(config.device))
         self.dtype = resolve_dtype(config.dtype, self.device)
         self.out_dir = Path(config.out_dir)
-        self._refuse_several_processes()
+        self._micro_batches = self._share_of_micro_batches()
         self._log = RunLog(config)
         torch.manual_seed(config.seed)
         torch.backends.cuda.matmul.allow_tf32 = True
         torch.backends.cudnn.allow_tf32 = True
 
-        meta = config.data_dir / "meta.pkl"
-        self.tokenizer = CharTokenizer.load(meta) if meta.exists() else None
+        self.tokenizer = saved_tokenizer(config.data_dir)
         saved, path = self._saved_state()
         model = self._build_model(saved, path)
         if isinstance(model, GPT):
@@ -75,24 +79,34 @@ class Trainer:
             self.device,
             config.seed,
             vocab_size=model.config.vocab_size,
+            rank=world.rank,
+            world_size=world.size,
         )
         self.model = model.to(self.device)
         compiled = torch.compile(self.model) if config.compile else self.model
         self._forward = cast(torch.nn.Module, compiled)
+        trained = self._forward
+        if world.size > 1:
+            torch.manual_seed(config.seed + world.rank)  # each drops other activations
+            trained = DistributedDataParallel(trained, gradient_as_bucket_view=True)
         self.optimizer = self._build_optimizer()
         self._autocast = autocast(self.device, self.dtype)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
         self._step = Step(
-            self._forward,
+            trained,
             self.optimizer,
             self.device,
-            micro_batches=config.gradient_accumulation_steps,
+            micro_batches=self._micro_batches,
             grad_clip=config.grad_clip,
             autocast=self._autocast,
             scaler=self.scaler,
             cuda_graph=(
-                config.cuda_graph and self.device.type == "cuda" and not self.scaler.is_enabled()
+                config.cuda_graph
+                and self.device.type == "cuda"
+                and not self.scaler.is_enabled()
+                and world.size == 1
             ),
+            world=world,
         )
         self.iter_num = 0
         self.val_loss = math.nan
@@ -101,23 +115,25 @@ class Trainer:
         if saved is not None:
             self._restore(saved, path)
 
-    def _refuse_several_processes(self) -> None:
-        world_size = os.environ.get("WORLD_SIZE", "1")
-        if world_size != "1":
+    def _share_of_micro_batches(self) -> int:
+        count, size = self.config.gradient_accumulation_steps, self.world.size
+        if count % size:
             raise ValueError(
-                f"WORLD_SIZE must be 1 or unset, got {world_size}: fastgpt trains on one GPU, "
-                "several processes would write over each other"
+                f"gradient_accumulation_steps must be a multiple of the {size} processes that "
+                f"share them, got {count}"
             )
+        return count // size
 
     def _saved_state(self) -> tuple[ckpt.Checkpoint | None, Path]:
         if self.config.init_from != "resume":
             return None, self.out_dir
         path = ckpt.newest(self.out_dir)
         saved = ckpt.load(path, ckpt.FOR_RESUMING)
-        known = ckpt.characters(saved)
-        if known and (self.tokenizer is None or self.tokenizer.itos != known.itos):
+        known = ckpt.own_tokenizer(saved)
+        if known and (self.tokenizer is None or self.tokenizer.fingerprint != known.fingerprint):
+            tokens = "characters" if isinstance(known, CharTokenizer) else "tokens"
             raise ValueError(
-                f"{path} was trained on {known.vocab_size} characters that are not those of the "
+                f"{path} was trained on {known.vocab_size} {tokens} that are not those of the "
                 f"data set {self.config.data_dir}: resume with the data it was trained on"
             )
         return saved, path
@@ -129,7 +145,7 @@ class Trainer:
         if config.init_from != "scratch":
             return self._pretrained()
         shape = GPTConfig(
-            vocab_size=self.tokenizer.vocab_size if self.tokenizer else _GPT2_VOCAB_SIZE,
+            vocab_size=self.tokenizer.padded_vocab_size if self.tokenizer else _GPT2_VOCAB_SIZE,
             dropout=config.dropout,
             **{key: getattr(config, key) for key in _SHAPE_KEYS},
         )
@@ -137,10 +153,15 @@ class Trainer:
 
     def _pretrained(self) -> GPT:
         config = self.config
-        if self.tokenizer is not None:
+        if isinstance(self.tokenizer, CharTokenizer):
             raise ValueError(
                 f"init_from={config.init_from!r} needs a data set of GPT-2's tokens, but "
                 f"{config.data_dir} is character level (it has a meta.pkl)"
+            )
+        if self.tokenizer and self.tokenizer.padded_vocab_size != _GPT2_VOCAB_SIZE:
+            raise ValueError(
+                f"init_from={config.init_from!r} needs a data set of GPT-2's tokens, but "
+                f"{config.data_dir} has others ({self.tokenizer.name})"
             )
         model = GPT.from_pretrained(config.init_from, {"dropout": config.dropout})
         if config.block_size > model.config.block_size:
@@ -154,7 +175,8 @@ class Trainer:
     def _build_optimizer(self) -> torch.optim.Optimizer:
         config, model = self.config, self.model
         betas = (config.beta1, config.beta2)
-        if self.dtype == torch.bfloat16:
+        # Several processes exchange float32 gradients of float32 weights, under autocast.
+        if self.dtype == torch.bfloat16 and self.world.size == 1:
             return MasterAdamW(model, self.dtype, config.weight_decay, config.learning_rate, betas)
         return model.configure_optimizers(
             config.weight_decay, config.learning_rate, betas, self.device.type
@@ -183,14 +205,28 @@ class Trainer:
             if own:
                 self.best_iter = own["best_iter"]
                 self.batches.load_state_dict(own["data"])
-                torch.set_rng_state(own["rng"])
-                if self.device.type == "cuda" and "cuda_rng" in own:
-                    torch.cuda.set_rng_state(own["cuda_rng"], self.device)
+                self._restore_generators(own["generators"])
                 if self.scaler.is_enabled() and own["scaler"]:
                     self.scaler.load_state_dict(own["scaler"])
         except (KeyError, ValueError, TypeError, RuntimeError) as error:
             raise ValueError(f"{path} holds no state to go on from: {error}") from error
         self.console.print(f"going on from {path} at iteration {self.iter_num}")
+
+    def _generators(self) -> dict[str, Tensor]:
+        """The state of PyTorch's generators in this process."""
+        states = {"cpu": torch.get_rng_state()}
+        if self.device.type == "cuda":
+            states["cuda"] = torch.cuda.get_rng_state(self.device)
+        return states
+
+    def _restore_generators(self, of_ranks: list[dict[str, Tensor]]) -> None:
+        """A process that was not there before keeps its own."""
+        if self.world.rank >= len(of_ranks):
+            return
+        states = of_ranks[self.world.rank]
+        torch.set_rng_state(states["cpu"])
+        if self.device.type == "cuda" and "cuda" in states:
+            torch.cuda.set_rng_state(states["cuda"], self.device)
 
     def learning_rate(self, iteration: int) -> float:
         """Linear warm-up, cosine down to ``min_lr``, then ``min_lr``."""
@@ -221,10 +257,11 @@ class Trainer:
             return
         self._prepare_out_dir()
         with (
-            self._log.opened(config, self.iter_num),
+            self._log.opened(config, self.iter_num) if self.world.first else nullcontext(),
             self._meter() as meter,
             interrupts() as interrupted,
         ):
+            stopped = False
             while self.iter_num <= config.max_iters:
                 if self.iter_num % config.eval_interval == 0:
                     with meter.paused():
@@ -235,12 +272,13 @@ class Trainer:
                     self._check_finite()
                     mean = loss.item()
                     speed = meter.report(self.iter_num, mean)
-                    self._log.report(self.iter_num, mean, learning_rate, speed, meter.mfu)
+                    if self.world.first:
+                        self._log.report(self.iter_num, mean, learning_rate, speed, meter.mfu)
                 self.iter_num += 1
-                if interrupted.is_set():
+                if stopped := self.world.any(interrupted.is_set()):
                     break
             self._check_finite()
-            if not interrupted.is_set():
+            if not stopped:
                 self._evaluate_and_save(meter.mfu)  # the last updates count too
                 return
         self._save(ckpt.LAST)
@@ -251,12 +289,19 @@ class Trainer:
         raise KeyboardInterrupt
 
     def _meter(self) -> Meter:
-        model = self.model
-        on_gpu = self.device.type == "cuda"
-        estimate_mfu = model.estimate_mfu if on_gpu and isinstance(model, GPT) else None
-        return Meter(self.config, self.console, self.iter_num, estimate_mfu)
+        on_gpu = self.device.type == "cuda" and isinstance(self.model, GPT)
+        return Meter(
+            self.config, self.console, self.iter_num, self._estimate_mfu if on_gpu else None
+        )
+
+    def _estimate_mfu(self, sequences: int, seconds: float) -> float:
+        """Of one GPU: of the sequences of all processes each has its share."""
+        assert isinstance(self.model, GPT)
+        return self.model.estimate_mfu(sequences // self.world.size, seconds)
 
     def _prepare_out_dir(self) -> None:
+        if not self.world.first:
+            return
         self.out_dir.mkdir(parents=True, exist_ok=True)
         if self.config.init_from == "resume":
             return
@@ -266,8 +311,8 @@ class Trainer:
 
     def _update(self, learning_rate: float) -> Tensor:
         """One optimizer step; the mean loss of its batches, on the device."""
-        count = self.config.gradient_accumulation_steps
-        loss = self._step((self.batches.next("train") for _ in range(count)), learning_rate)
+        batches = [self.batches.next("train") for _ in range(self._micro_batches)]
+        loss = self._step(batches, learning_rate)
         if self.device.type != "cuda":
             self._check_finite()  # nothing runs ahead here: the host may look at every update
         return loss
@@ -290,16 +335,17 @@ class Trainer:
 
     @torch.no_grad()
     def mean_loss(self, model: LanguageModel, split: str) -> float:
-        """The loss of any model over ``eval_iters`` batches of a split, the same at every call."""
+        """The loss of any model over ``eval_iters`` batches of a split, the same at every call. All
+        processes share them, and have to ask.
+        """
         was_training = model.training
         model.eval()
         forward = self._forward if model is self.model else model
-        losses = [
-            self._loss(forward, x, y)
-            for x, y in self.batches.evaluation(split, self.config.eval_iters)
-        ]
+        count = self.config.eval_iters
+        losses = [self._loss(forward, x, y) for x, y in self.batches.evaluation(split, count)]
         model.train(was_training)
-        return torch.stack(losses).mean().item()
+        total = torch.stack([torch.zeros((), device=self.device), *losses]).sum()
+        return (self.world.sum(total) / count).item()
 
     def evaluate(self) -> dict[str, float]:
         """The mean loss of ``eval_iters`` batches of each split: ``{"train": .., "val": ..}``."""
@@ -309,8 +355,9 @@ class Trainer:
         losses = self.evaluate()
         self.val_loss = losses["val"]
         self._report_losses(losses)
-        learning_rate = self.learning_rate(self.iter_num)
-        self._log.evaluation(self.iter_num, losses["train"], losses["val"], learning_rate, mfu)
+        if self.world.first:
+            learning_rate = self.learning_rate(self.iter_num)
+            self._log.evaluation(self.iter_num, losses["train"], losses["val"], learning_rate, mfu)
         if not math.isfinite(losses["val"]):
             self._step.not_finite.fill_(1.0)
             self._check_finite()
@@ -332,14 +379,12 @@ class Trainer:
         own: dict[str, Any] = {
             "model": ckpt.kind(self.model),
             "gelu": getattr(self.model, "gelu_approximate", "none"),
-            "characters": "".join(self.tokenizer.itos.values()) if self.tokenizer else "",
-            "rng": torch.get_rng_state(),
+            **packed(self.tokenizer),
+            "generators": self.world.gathered(self._generators()),
             "data": self.batches.state_dict(),
             "scaler": self.scaler.state_dict(),
             "best_iter": self.best_iter,
         }
-        if self.device.type == "cuda":
-            own["cuda_rng"] = torch.cuda.get_rng_state(self.device)
         if isinstance(self.optimizer, MasterAdamW):
             weights = self.optimizer.master_state_dict()
         else:
@@ -353,4 +398,5 @@ class Trainer:
             "config": asdict(self.config),
             "fastgpt": own,
         }
-        ckpt.save(state, self.out_dir / name)
+        if self.world.first:
+            ckpt.save(state, self.out_dir / name)

@@ -16,6 +16,7 @@ from torch import Tensor
 from fastgpt import GPT, GPTConfig
 from fastgpt import checkpoint as ckpt
 from fastgpt.data import Batches
+from fastgpt.parallel import World
 from fastgpt.trainer import Trainer
 
 
@@ -287,6 +288,6 @@ def test_what_a_run_refuses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         Trainer(small_config(tmp_path, block_size=100000))
     with pytest.raises(ValueError, match="device must be one that this machine has .* got 'cudo'"):
         Trainer(small_config(tmp_path, device="cudo"))
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(ValueError, match="WORLD_SIZE must be 1 or unset, got 2"):
-        Trainer(small_config(tmp_path))
+    keys = small_config(tmp_path, gradient_accumulation_steps=5)
+    with pytest.raises(ValueError, match="must be a multiple of the 2 processes .* got 5"):
+        Trainer(keys, world=World(size=2))
