@@ -38,7 +38,7 @@ from fastgpt.data_commands import (
 )
 from fastgpt.devices import autocast
 from fastgpt.sampler import Sampler, write
-from fastgpt.tokenizer import GPT2Tokenizer
+from fastgpt.tokenizer import CharTokenizer, GPT2Tokenizer
 from fastgpt.trainer import Trainer
 
 # the sample at the end of a training run
@@ -196,11 +196,11 @@ def _print_sample(trainer: Trainer) -> None:
     except (ImportError, ConnectionError) as error:
         trainer.console.print(f"no sample: {error}")
         return
-    known = trainer.tokenizer is None or "\n" in trainer.tokenizer.stoi
+    unknown = isinstance(tokenizer, CharTokenizer) and "\n" not in tokenizer.stoi
     text = write(
         trainer.model.eval(),
         tokenizer,
-        tokenizer.encode("\n") if known else [0],
+        ([] if unknown else tokenizer.encode("\n")) or [0],
         _SAMPLE_TOKENS,
         _SAMPLE_TEMPERATURE,
         _SAMPLE_TOP_K,

@@ -4,7 +4,7 @@ A run's folder holds two: ``ckpt.pt``, which nanoGPT and ``fastgpt sample`` read
 validation loss, or the newest with ``always_save_checkpoint``), and ``last.pt``, the newest state,
 from which a run that was stopped or killed goes on. Both have nanoGPT's keys (``model``,
 ``optimizer``, ``model_args``, ``iter_num``, ``best_val_loss``, ``config``) and one of ours,
-``fastgpt``, which holds what nanoGPT does not know: the kind of model, its GELU, its characters,
+``fastgpt``, which holds what nanoGPT does not know: the kind of model, its GELU, its tokenizer,
 the random generators, the data cursor and the gradient scaler. All of it loads under
 ``weights_only=True``.
 """
@@ -23,7 +23,13 @@ import torch
 from fastgpt.bigram import Bigram
 from fastgpt.language_model import GPTConfig, LanguageModel
 from fastgpt.model import GPT
-from fastgpt.tokenizer import CharTokenizer, GPT2Tokenizer, Tokenizer, saved_tokenizer
+from fastgpt.tokenizer import (
+    CharTokenizer,
+    GPT2Tokenizer,
+    Tokenizer,
+    saved_tokenizer,
+    unpacked,
+)
 
 BEST, LAST = "ckpt.pt", "last.pt"
 
@@ -126,14 +132,17 @@ def own_state(checkpoint: Checkpoint) -> dict[str, Any]:
     return checkpoint.get("fastgpt", {})
 
 
-def characters(checkpoint: Checkpoint) -> CharTokenizer | None:
-    """The characters that the model was trained on; None for GPT-2's tokens, or from nanoGPT."""
-    found: str = own_state(checkpoint).get("characters", "")
-    return CharTokenizer(dict(enumerate(found))) if found else None
+def own_tokenizer(checkpoint: Checkpoint) -> Tokenizer | None:
+    """The tokenizer that came with the checkpoint; None in one of nanoGPT's, or where the data had
+    none beside it.
+
+    Raises ImportError if the library that it needs is not installed.
+    """
+    return unpacked(own_state(checkpoint))
 
 
 def tokenizer_of(checkpoint: Checkpoint, path: Path) -> Tokenizer:
-    """The tokenizer of the data that a model was trained on: its characters, else what stands
+    """The tokenizer of the data that a model was trained on: its own, else what stands
     beside the data set, else GPT-2's BPE, as nanoGPT has it.
 
     Raises ValueError, for ``path``, if it is not there or is not that of the model's vocabulary;
@@ -142,13 +151,13 @@ def tokenizer_of(checkpoint: Checkpoint, path: Path) -> Tokenizer:
     size = checkpoint["model_args"]["vocab_size"]
     run = checkpoint.get("config", {})
     data_dir = Path(run.get("data_root", "data")) / run.get("dataset", "")
-    tokenizer = characters(checkpoint) or saved_tokenizer(data_dir)
+    tokenizer = own_tokenizer(checkpoint) or saved_tokenizer(data_dir)
     if tokenizer is None:
         if size < _GPT2_VOCAB_SIZE:
             raise ValueError(
-                f"{path} has a vocabulary of {size} tokens, but its data set {data_dir} has no "
-                "tokenizer (meta.pkl, say) to say which; start in the folder in which it was "
-                "trained"
+                f"{path} has a vocabulary of {size} tokens, but its data set's folder {data_dir} "
+                "has no tokenizer (meta.pkl, say) to say which; start in the folder in which it "
+                "was trained"
             )
         tokenizer = GPT2Tokenizer()
     padded = not isinstance(tokenizer, CharTokenizer)

@@ -11,7 +11,7 @@ from fastgpt.config import SampleConfig
 from fastgpt.devices import autocast, resolve_device, resolve_dtype
 from fastgpt.language_model import LanguageModel
 from fastgpt.model import GPT
-from fastgpt.tokenizer import CharTokenizer, GPT2Tokenizer, load_tokenizer
+from fastgpt.tokenizer import GPT2Tokenizer, Tokenizer
 
 _FROM_FILE = "FILE:"
 
@@ -52,7 +52,7 @@ class Sampler:
 
 def write(
     model: LanguageModel,
-    tokenizer: CharTokenizer | GPT2Tokenizer,
+    tokenizer: Tokenizer,
     start: list[int],
     max_new_tokens: int,
     temperature: float,
@@ -85,36 +85,10 @@ def _prompt(start: str) -> str:
     return text
 
 
-def _load(config: SampleConfig) -> tuple[LanguageModel, CharTokenizer | GPT2Tokenizer]:
+def _load(config: SampleConfig) -> tuple[LanguageModel, Tokenizer]:
     if config.init_from != "resume":
         return GPT.from_pretrained(config.init_from), GPT2Tokenizer()
     path = Path(config.out_dir) / ckpt.BEST
     checkpoint = ckpt.load(path)
     model = ckpt.build_model(checkpoint, path)
-    tokenizer = ckpt.characters(checkpoint) or _tokenizer_beside_data(checkpoint, path)
-    size = model.config.vocab_size
-    if (
-        tokenizer.vocab_size > size
-        or isinstance(tokenizer, CharTokenizer)
-        and (tokenizer.vocab_size != size)
-    ):
-        raise ValueError(
-            f"{path} has a vocabulary of {size} tokens, but its data set has "
-            f"{tokenizer.vocab_size}: the data was prepared anew from another text?"
-        )
-    return model, tokenizer
-
-
-def _tokenizer_beside_data(
-    checkpoint: ckpt.Checkpoint, path: Path
-) -> CharTokenizer | GPT2Tokenizer:
-    """For checkpoints of nanoGPT and of GPT-2's tokens: the data set's ``meta.pkl``, else BPE."""
-    saved = checkpoint.get("config", {})
-    data_dir = Path(saved.get("data_root", "data")) / saved.get("dataset", "")
-    if not (data_dir / "meta.pkl").exists() and checkpoint["model_args"]["vocab_size"] < 50257:
-        raise ValueError(
-            f"{path} has a vocabulary of {checkpoint['model_args']['vocab_size']} tokens, but its "
-            f"data set's {data_dir / 'meta.pkl'} is not there to say which; start in the folder "
-            "in which it was trained"
-        )
-    return load_tokenizer(data_dir)
+    return model, ckpt.tokenizer_of(checkpoint, path)

@@ -7,7 +7,9 @@
 What a tokenizer has is written in ``Tokenizer``.
 """
 
+import tempfile
 from pathlib import Path
+from typing import Any
 
 from fastgpt.char_tokenizer import MAX_VOCAB_SIZE, CharTokenizer
 from fastgpt.subword_tokenizers import (
@@ -29,8 +31,10 @@ __all__ = [
     "TokenIds",
     "Tokenizer",
     "load_tokenizer",
+    "packed",
     "saved_tokenizer",
     "tokenizer_from",
+    "unpacked",
 ]
 
 # The files that ``Tokenizer.save`` leaves in the folder of a data set.
@@ -101,6 +105,37 @@ def tokenizer_from(spec: str | Path) -> Tokenizer:
         f"tokenizer must be char, gpt2, a folder, or a file that ends in .json, .model or "
         f".tiktoken, got {path}"
     )
+
+
+def packed(tokenizer: Tokenizer | None) -> dict[str, Any]:
+    """What a checkpoint keeps of a tokenizer, of str and bytes: its characters, or its file."""
+    if isinstance(tokenizer, CharTokenizer):
+        return {"characters": "".join(tokenizer.itos.values())}
+    if tokenizer is None:
+        return {}
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / tokenizer.FILE
+        tokenizer.save(path)
+        return {"tokenizer_file": tokenizer.FILE, "tokenizer": path.read_bytes()}
+
+
+def unpacked(entries: dict[str, Any]) -> Tokenizer | None:
+    """The tokenizer of which ``packed`` made these entries, others aside; None if it had none.
+
+    Raises:
+        ValueError: the entries are damaged.
+        ImportError: the library that it needs is not installed.
+    """
+    if characters := entries.get("characters"):
+        return CharTokenizer(dict(enumerate(characters)))
+    if "tokenizer" not in entries:
+        return None
+    name, data = entries.get("tokenizer_file"), entries["tokenizer"]
+    if name not in TOKENIZER_FILES or not isinstance(data, bytes):
+        raise ValueError(f"the tokenizer is damaged: {name!r} with {type(data).__name__}")
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / name).write_bytes(data)
+        return saved_tokenizer(folder)
 
 
 def _tokenizer_in(folder: Path) -> Tokenizer:

@@ -81,6 +81,7 @@ def _unigram(source: Source, vocab_size: int) -> bytes:
             'kind="unigram" needs sentencepiece: pip install "fastgpt-triton[data]"'
         ) from error
     model = io.BytesIO()
+    sentencepiece.set_random_generator_seed(0)
     try:
         sentencepiece.SentencePieceTrainer.train(
             sentence_iterator=_sentences(_not_empty(source.texts())),
@@ -91,7 +92,6 @@ def _unigram(source: Source, vocab_size: int) -> bytes:
             input_sentence_size=_SENTENCES,
             shuffle_input_sentence=True,
             max_sentence_length=4 * _SENTENCE,  # bytes
-            random_seed=0,
             minloglevel=1,  # warnings
             # a text comes back as it was
             normalization_rule_name="identity",

@@ -68,7 +68,7 @@ def test_the_characters_become_a_tokenizer(tmp_path: Path) -> None:
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
     line = TEXT[:40]
     ids = tokenizer(line)["input_ids"]
-    own = ckpt.characters(ckpt.load(tmp_path / "out" / "ckpt.pt"))
+    own = ckpt.own_tokenizer(ckpt.load(tmp_path / "out" / "ckpt.pt"))
     assert own is not None and ids == own.encode(line) and len(ids) == 40
     assert tokenizer.decode(ids) == line
     assert tokenizer.eos_token is None and tokenizer.model_max_length == 16
