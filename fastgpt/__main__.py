@@ -1,7 +1,7 @@
-"""The command line: ``fastgpt prepare``, ``fastgpt train``, ``fastgpt sample``."""
+"""The command line: ``fastgpt prepare``, ``train``, ``sample``, ``export``, and what is around."""
 
 import sys
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -36,8 +36,13 @@ from fastgpt.data_commands import (
     run_prepare,
     run_train_tokenizer,
 )
-from fastgpt.devices import autocast
-from fastgpt.sampler import Sampler, write
+from fastgpt.devices import autocast, resolve_device
+from fastgpt.doctor import DoctorConfig, doctor
+from fastgpt.export import ExportConfig, export
+from fastgpt.parallel import World
+from fastgpt.plot import PlotConfig, plot
+from fastgpt.sample_command import run_sample
+from fastgpt.sampler import write
 from fastgpt.tokenizer import CharTokenizer, GPT2Tokenizer
 from fastgpt.trainer import Trainer
 
@@ -106,18 +111,27 @@ def _train_defaults(base: dict[str, Any]) -> Train:
     return Train(**groups)
 
 
-def _parse(argv: list[str], defaults: Train) -> Prepare | TrainTokenizer | Train | SampleConfig:
-    return tyro.cli(
-        Annotated[Prepare, tyro.conf.subcommand("prepare")]
-        | Annotated[TrainTokenizer, tyro.conf.subcommand("tokenizer")]
-        | Annotated[Train, tyro.conf.subcommand("train", default=defaults)]
-        | Annotated[SampleConfig, tyro.conf.subcommand("sample")],
+Command = Prepare | TrainTokenizer | Train | SampleConfig | ExportConfig | PlotConfig | DoctorConfig
+
+
+def _parse(argv: list[str], defaults: Train) -> Command:
+    command: Command = tyro.cli(
+        Annotated[Prepare, tyro.conf.FlagConversionOff, tyro.conf.subcommand("prepare")]
+        | Annotated[TrainTokenizer, tyro.conf.FlagConversionOff, tyro.conf.subcommand("tokenizer")]
+        | Annotated[
+            Train, tyro.conf.FlagConversionOff, tyro.conf.subcommand("train", default=defaults)
+        ]
+        | Annotated[SampleConfig, tyro.conf.FlagCreatePairsOff, tyro.conf.subcommand("sample")]
+        | Annotated[ExportConfig, tyro.conf.subcommand("export")]
+        | Annotated[PlotConfig, tyro.conf.subcommand("plot")]
+        | Annotated[DoctorConfig, tyro.conf.subcommand("doctor")],
         prog="fastgpt",
         description="Train GPT-2-class models and sample from them.",
         args=argv,
         use_underscores=True,
-        config=(tyro.conf.FlagConversionOff, tyro.conf.OmitArgPrefixes),
+        config=(tyro.conf.OmitArgPrefixes,),
     )
+    return command
 
 
 def _train_config(argv: list[str], first: Train) -> TrainConfig:
@@ -148,12 +162,22 @@ def _saved_keys(out_dir: Path) -> dict[str, Any]:
     return {key: value for key, value in saved.items() if key in known}
 
 
-def _train(config: TrainConfig, console: Console) -> None:
+def _train(config: TrainConfig, world: World, console: Console) -> None:
+    out_dir = Path(config.out_dir)
+    if world.restarts and any((out_dir / name).exists() for name in (ckpt.LAST, ckpt.BEST)):
+        config = replace(config, init_from="resume")  # torchrun started the same command again
+    device = world.device(resolve_device(config.device))
+    with world.connected(device, config.backend):
+        _train_connected(config, world, console)
+
+
+def _train_connected(config: TrainConfig, world: World, console: Console) -> None:
     changed = ", ".join(f"{key}={value}" for key, value in config.differences().items())
     console.print(f"keys that differ from the defaults: {changed or 'none'}")
-    if config.dataset == BUILTIN and not (config.data_dir / "train.bin").exists():
+    if world.first and config.dataset == BUILTIN and not (config.data_dir / "train.bin").exists():
         report_prepared(corpus.prepare_builtin(config.data_dir), console)
-    trainer = Trainer(config, console)
+    world.wait()
+    trainer = Trainer(config, console, world)
     console.print(
         f"{config.model} with {trainer.model.get_num_params():,} parameters on {trainer.device}, "
         f"{str(trainer.dtype).removeprefix('torch.')}"
@@ -161,7 +185,8 @@ def _train(config: TrainConfig, console: Console) -> None:
     trainer.run()
     if not config.eval_only:
         console.print(_summary(trainer))
-        _print_sample(trainer)
+        if world.first:
+            _print_sample(trainer)
 
 
 def _summary(trainer: Trainer) -> Table:
@@ -210,10 +235,11 @@ def _print_sample(trainer: Trainer) -> None:
     trainer.console.out(text)  # as it is: print would expand its tabs
 
 
-def _sample(config: SampleConfig, console: Console) -> None:
-    for text in Sampler(config):
-        console.out(text)  # as it is: print would expand its tabs
-        console.rule()
+def _export(config: ExportConfig, console: Console) -> None:
+    exported = export(config)
+    console.print(f"wrote {exported.path}")
+    for note in exported.notes:
+        console.print(f"note: {note}")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -222,19 +248,26 @@ def main(argv: list[str] | None = None) -> int:
     0: done. 1: the run failed (diverged, out of memory, no connection, disk full). 2: a wrong
     argument, configuration, data set or checkpoint. 130: interrupted (training saves ``last.pt``).
     """
-    console = Console(markup=False, highlight=False, soft_wrap=True)
     errors = Console(stderr=True, markup=False, highlight=False, soft_wrap=True)
     argv = sys.argv[1:] if argv is None else argv
     try:
+        world = World.from_environment()
+        console = Console(markup=False, highlight=False, soft_wrap=True, quiet=not world.first)
         command = _parse(argv, Train())
         if isinstance(command, Train):
-            _train(_train_config(argv, command), console)
+            _train(_train_config(argv, command), world, console)
         elif isinstance(command, Prepare):
             run_prepare(command, console)
         elif isinstance(command, TrainTokenizer):
             run_train_tokenizer(command, console)
+        elif isinstance(command, ExportConfig):
+            _export(command, console)
+        elif isinstance(command, PlotConfig):
+            console.print(f"wrote {plot(command)}")
+        elif isinstance(command, DoctorConfig):
+            return doctor(console)
         else:
-            _sample(command, console)
+            run_sample(command, console, errors)
     except (FloatingPointError, ConnectionError, torch.OutOfMemoryError) as error:
         errors.print(f"error: {error}", style="bold red")
         return 1

@@ -57,7 +57,7 @@ class Data:
     data_root: str = "data"
     # The data set: a folder in data_root, written by `fastgpt prepare` or by nanoGPT.
     dataset: str = "openwebtext"
-    # Batches summed up into one update.
+    # Batches summed up into one update, of all processes together.
     gradient_accumulation_steps: int = 40
     # Sequences per batch.
     batch_size: int = 12
@@ -116,7 +116,7 @@ class Schedule:
 
 @dataclass(frozen=True, kw_only=True)
 class System:
-    # Accepted for nanoGPT's configurations; fastgpt trains on one GPU.
+    # What several processes exchange gradients with, on GPUs; on the CPU it is gloo.
     backend: str = "nccl"
     # cuda, cuda:N, cpu, mps, or auto (cuda where there is one, else cpu).
     device: str = "cuda"
@@ -182,22 +182,42 @@ class SampleConfig:
     out_dir: str = "out"
     # The prompt, or FILE:path to read it from a file.
     start: Annotated[str, tyro.conf.arg(help_behavior_hint="(default: a line break)")] = "\n"
-    # Number of samples.
+    # Every line of the prompt is a prompt of its own; empty ones are left out.
+    lines: bool = False
+    # Read prompts from the terminal or a pipe, line by line, and write one sample for each.
+    interactive: bool = False
+    # Number of samples, of each prompt.
     num_samples: int = 10
+    # Samples written side by side: with 1 the text is shown as it grows, more are faster.
+    batch_size: int = 1
     # Tokens to write per sample.
     max_new_tokens: int = 500
     # Below 1 is more cautious, above 1 bolder; 0 always takes the likeliest token.
     temperature: float = 0.8
     # Draw from this many of the likeliest tokens.
     top_k: int = 200
+    # Draw from the fewest tokens that together have this probability; 1 for all.
+    top_p: float = 1.0
+    # Draw no token that is less likely than this share of the likeliest.
+    min_p: float = 0.0
+    # Above 1, tokens that are in the text already become less likely.
+    repetition_penalty: float = 1.0
+    # End a sample before this text; may be given several times.
+    stop: Annotated[
+        tuple[str, ...],
+        tyro.conf.UseAppendAction,
+        tyro.conf.arg(metavar="TEXT", help_behavior_hint="(default: none)"),
+    ] = ()
+    # Print a JSON object per sample: prompt, completion, tokens, finish (length or stop).
+    json: bool = False
     # Seed of the draws.
     seed: int = 1337
     # cuda, cuda:N, cpu, mps, or auto (cuda where there is one, else cpu).
     device: str = "auto"
     # Autocast; auto is bfloat16 on a GPU that has it, float16 on an older one, float32 elsewhere.
     dtype: Dtype = "auto"
-    # Run the model through torch.compile.
-    compile: bool = False
+    # Run whole passes of the model (a text longer than its context) through torch.compile.
+    compile: Annotated[bool, tyro.conf.FlagConversionOff] = False
 
     def __post_init__(self) -> None:
         _check_types(self)
@@ -209,6 +229,10 @@ class SampleConfig:
             )
         if not self.start:
             raise ValueError("start must hold at least one character, got ''")
+        if "" in self.stop:
+            raise ValueError("stop must hold texts of at least one character, got ''")
+        if self.interactive and self.lines:
+            raise ValueError("lines must be False with interactive, whose prompts are lines anyway")
 
 
 _CHAR: dict[str, Any] = {
@@ -290,6 +314,9 @@ _LIMITS: dict[str, tuple[float, float]] = {
     "max_new_tokens": (1, math.inf),
     "temperature": (0, math.inf),
     "top_k": (1, math.inf),
+    "top_p": (0, 1),
+    "min_p": (0, 1),
+    "repetition_penalty": (0.01, 100),
 }
 
 
@@ -319,6 +346,10 @@ def _typed(owner: type, key: str, value: Any) -> Any:
         if value not in typing.get_args(kind):
             allowed = ", ".join(typing.get_args(kind))
             raise ValueError(f"{key} must be one of {allowed}, got {value!r}")
+        return value
+    if typing.get_origin(kind) is tuple:
+        if type(value) is not tuple or not all(type(item) is str for item in value):
+            raise TypeError(f"{key} must be a tuple of strings, got {value!r}")
         return value
     if kind is float and type(value) is int:
         return float(value)

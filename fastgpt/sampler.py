@@ -1,7 +1,8 @@
 """From a checkpoint to text."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -9,11 +10,22 @@ import torch
 from fastgpt import checkpoint as ckpt
 from fastgpt.config import SampleConfig
 from fastgpt.devices import autocast, resolve_device, resolve_dtype
+from fastgpt.generation import Generator, Sampling, check_finite
 from fastgpt.language_model import LanguageModel
 from fastgpt.model import GPT
 from fastgpt.tokenizer import GPT2Tokenizer, Tokenizer
 
 _FROM_FILE = "FILE:"
+
+
+@dataclass(frozen=True)
+class Completion:
+    """What the model made of a prompt."""
+
+    prompt: str
+    text: str  # what it added
+    tokens: int  # of which that was made, with those of a text where it stopped
+    finish: str  # "length": max_new_tokens; "stop": one of the texts where it shall stop
 
 
 class Sampler:
@@ -27,27 +39,140 @@ class Sampler:
     def __init__(self, config: SampleConfig) -> None:
         self.config = config
         self.device = resolve_device(config.device)
-        self._autocast = autocast(self.device, resolve_dtype(config.dtype, self.device))
+        dtype = resolve_dtype(config.dtype, self.device)
+        self._autocast = autocast(self.device, dtype)
         model, self.tokenizer = _load(config)
-        self.model = model.to(self.device).eval()
+        self.model = _rounded(model, dtype).to(self.device).eval()
         if config.compile:
             self.model.compile()
-        self.start = self.tokenizer.encode(_prompt(config.start))
+        sampling = Sampling(
+            temperature=config.temperature,
+            top_k=config.top_k,
+            top_p=config.top_p,
+            min_p=config.min_p,
+            repetition_penalty=config.repetition_penalty,
+        )
+        self._generator = Generator(self.model, sampling)
+        self.prompts = [] if config.interactive else read_prompts(config.start, config.lines)
+        for prompt in self.prompts:  # what the model does not know is said before it begins
+            self._encode(prompt)
 
     def __iter__(self) -> Iterator[str]:
-        """``num_samples`` texts, each the prompt and ``max_new_tokens`` more tokens."""
-        config = self.config
-        torch.manual_seed(config.seed)
-        for _ in range(config.num_samples):
-            yield write(
-                self.model,
-                self.tokenizer,
-                self.start,
-                config.max_new_tokens,
-                config.temperature,
-                config.top_k,
-                self._autocast,
-            )
+        """``num_samples`` texts for each prompt, each the prompt and what the model added."""
+        for batch in self.batches():
+            for completion in self.complete(batch):
+                yield completion.prompt + completion.text
+
+    def batches(self) -> Iterator[list[str]]:
+        """Every prompt ``num_samples`` times, ``batch_size`` at a time, from the seed on."""
+        torch.manual_seed(self.config.seed)
+        prompts = [p for p in self.prompts for _ in range(self.config.num_samples)]
+        for start in range(0, len(prompts), self.config.batch_size):
+            yield prompts[start : start + self.config.batch_size]
+
+    def complete(self, prompts: Sequence[str]) -> list[Completion]:
+        """Continue the prompts, all at the same time.
+
+        Raises ValueError as the constructor, FloatingPointError if the model's logits are not
+        finite.
+        """
+        rows = [_Row(self.tokenizer, self._encode(p), p, self.config.stop) for p in prompts]
+        for _ in self._grow(rows):
+            pass
+        return [row.completion() for row in rows]
+
+    def stream(self, prompt: str) -> Iterator[str]:
+        """Continue one prompt: what is added, in pieces, as soon as it is certain. Raises as
+        ``complete``.
+        """
+        row = _Row(self.tokenizer, self._encode(prompt), prompt, self.config.stop)
+        shown = 0
+        for _ in self._grow([row]):
+            text = row.certain()
+            if len(text) > shown:
+                yield text[shown:]
+                shown = len(text)
+        rest = row.completion().text[shown:]
+        if rest:
+            yield rest
+
+    def _encode(self, prompt: str) -> list[int]:
+        ids = self.tokenizer.encode(prompt)
+        if not ids:
+            raise ValueError(f"a prompt must hold at least one token, got {prompt!r}")
+        return ids
+
+    def _grow(self, rows: Sequence["_Row"]) -> Iterator[None]:
+        """Give the rows a token each, until all are finished."""
+        prompts = [torch.tensor(row.ids, device=self.device) for row in rows]
+        steps = self._generator(prompts, self.config.max_new_tokens)
+        for _ in range(self.config.max_new_tokens):
+            with self._autocast:  # not around the loop: it must not hold for who asked for this
+                tokens: list[int] = next(steps).tolist()
+            check_finite(tokens)
+            for row, token in zip(rows, tokens, strict=True):
+                row.add(token)
+            yield
+            if all(row.stopped for row in rows):
+                return
+
+
+class _Row:
+    """One text that grows by tokens."""
+
+    def __init__(
+        self, tokenizer: Tokenizer, ids: list[int], prompt: str, stop: Sequence[str]
+    ) -> None:
+        self.ids = ids
+        self.stopped = False
+        self._tokenizer = tokenizer
+        self._prompt = prompt
+        self._stop = stop
+        self._behind = len(tokenizer.decode(ids))
+        self._tokens = 0
+        self._text = ""
+
+    def add(self, token: int) -> None:
+        if self.stopped:
+            return
+        self._tokens += 1
+        # A vocabulary padded for speed (50304 for GPT-2) has ids that stand for no text.
+        if token >= self._tokenizer.vocab_size:
+            return
+        self.ids.append(token)
+        # All ids anew: what a token stands for may depend on those before it.
+        self._text = self._tokenizer.decode(self.ids)[self._behind :]
+        ends = [place for place in map(self._text.find, self._stop) if place >= 0]
+        if ends:
+            self._text, self.stopped = self._text[: min(ends)], True
+
+    def certain(self) -> str:
+        """What later tokens cannot change: without the bytes of a character that is not complete,
+        and without what may be the beginning of a text where it stops."""
+        if self.stopped:
+            return self._text
+        text = self._text.rstrip("\ufffd")
+        held = 0
+        for stop in self._stop:
+            lengths = range(min(len(stop) - 1, len(text)), held, -1)
+            held = next((n for n in lengths if text.endswith(stop[:n])), held)
+        return text[: len(text) - held]
+
+    def completion(self) -> Completion:
+        finish = "stop" if self.stopped else "length"
+        return Completion(self._prompt, self._text, self._tokens, finish)
+
+
+def _rounded(model: LanguageModel, dtype: torch.dtype) -> LanguageModel:
+    """With the matrices that autocast would round for each product rounded once: same numbers,
+    half the bytes to read for each token. Not the tables, whose rows are added in full."""
+    if dtype == torch.float32:
+        return model
+    tables = {id(m.weight) for m in model.modules() if isinstance(m, torch.nn.Embedding)}
+    for param in model.rounded_parameters():
+        if id(param) not in tables:
+            param.data = param.data.to(dtype)
+    return model
 
 
 def write(
@@ -70,7 +195,21 @@ def write(
     return tokenizer.decode([i for i in ids if i < tokenizer.vocab_size])
 
 
-def _prompt(start: str) -> str:
+def read_prompts(start: str, lines: bool = False) -> list[str]:
+    """The prompt that a key ``start`` says, or those, if each line is one.
+
+    Raises FileNotFoundError, or ValueError for a file that is empty or not UTF-8.
+    """
+    text = _read(start)
+    if not lines:
+        return [text]
+    prompts = [line for line in text.splitlines() if line]
+    if not prompts:
+        raise ValueError(f"start={start!r} must hold a line that is not empty, with lines")
+    return prompts
+
+
+def _read(start: str) -> str:
     if not start.startswith(_FROM_FILE):
         return start
     path = Path(start.removeprefix(_FROM_FILE))

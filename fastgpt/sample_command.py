@@ -1,0 +1,74 @@
+"""What ``fastgpt sample`` prints."""
+
+import json
+import sys
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict
+
+import torch
+from rich.console import Console
+
+from fastgpt.config import SampleConfig
+from fastgpt.sampler import Completion, Sampler, read_prompts
+
+
+def run_sample(config: SampleConfig, console: Console, errors: Console) -> None:
+    """Write samples to ``console``; in the dialogue, what is wrong with a prompt to ``errors``.
+
+    Raises as ``Sampler`` does.
+    """
+    sampler = Sampler(config)
+    if config.interactive:
+        _dialogue(sampler, console, errors)
+        return
+    for batch in sampler.batches():
+        if config.json:
+            _print_json(sampler.complete(batch), console)
+        elif config.batch_size == 1:
+            _print_growing(sampler, batch[0], console)
+            console.rule()
+        else:
+            for completion in sampler.complete(batch):
+                console.out(completion.prompt + completion.text)  # print would expand its tabs
+                console.rule()
+
+
+def _print_json(completions: Iterable[Completion], console: Console) -> None:
+    for completion in completions:
+        fields = asdict(completion)
+        fields["completion"] = fields.pop("text")
+        console.out(json.dumps(fields, ensure_ascii=False))
+
+
+def _print_growing(sampler: Sampler, prompt: str, console: Console) -> None:
+    console.out(prompt, end="")
+    for piece in sampler.stream(prompt):
+        console.out(piece, end="")
+        console.file.flush()
+    console.out("")
+
+
+def _dialogue(sampler: Sampler, console: Console, errors: Console) -> None:
+    torch.manual_seed(sampler.config.seed)
+    for line in _lines("> " if sys.stdin.isatty() and not sampler.config.json else ""):
+        try:
+            (prompt,) = read_prompts(line)
+            if sampler.config.json:
+                _print_json(sampler.complete([prompt]), console)
+            else:
+                _print_growing(sampler, prompt, console)
+        except (ValueError, FileNotFoundError) as error:
+            errors.print(f"error: {error}", style="bold red")
+        except KeyboardInterrupt:  # ends the sample; at the next prompt it ends the dialogue
+            console.out("")
+
+
+def _lines(prompt: str) -> Iterator[str]:
+    """Lines of the standard input that are not empty, until it ends."""
+    while True:
+        try:
+            line = input(prompt)
+        except EOFError:
+            return
+        if line:
+            yield line
