@@ -210,7 +210,7 @@ def test_old_files_of_nanogpt_are_exported(tmp_path: Path) -> None:
     saved = {"model": state, "model_args": ckpt.model_args(model)}
     torch.save(saved, tmp_path / "out" / "ckpt.pt")
     (note,) = exported(tmp_path, "hf").notes
-    assert "vocabulary of 65 tokens, but its data set data has no tokenizer" in note
+    assert "vocabulary of 65 tokens, but its data set's folder data has no tokenizer" in note
     again = GPT.from_pretrained(str(tmp_path / "out" / "hf"))
     for name, tensor in model.state_dict().items():
         assert torch.equal(again.state_dict()[name], tensor)
