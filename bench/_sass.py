@@ -73,13 +73,14 @@ class Instruction:
 
     @property
     def ends_block(self) -> bool:
-        return self.opcode.partition(".")[0] in ("BRA", "EXIT", "RET")
+        return self.opcode.partition(".")[0] in ("BRA", "EXIT", "RET", "CALL")
 
     @property
     def falls_through(self) -> bool:
         """Whether the next instruction may follow. "BRA.U UP0, 0xb20" may, "BRA 0xb20" not."""
         condition = self.opcode.startswith("BRA") and "," in self.operands
-        return not self.ends_block or self.predicated or condition
+        call = self.opcode.startswith("CALL")
+        return not self.ends_block or self.predicated or condition or call
 
     def macs(self) -> int:
         """Multiply-adds of a matrix product, by a warp (HMMA) or four (HGMMA); tcgen05's code
@@ -172,11 +173,15 @@ def _listed(listing: str) -> dict[int, Instruction]:
 
 
 def _analyse(instructions: dict[int, Instruction]) -> Code:
-    """What the kernel calls, traps of the system, lies behind it and is left out."""
+    """What the kernel calls, traps of the system, lies behind it, behind a branch to itself, and is
+    left out. A call of the kernel's own code is a jump: ptxas leaves loops that way."""
+    last = min((at for at, i in instructions.items() if i.ends_block and i.target == at), default=0)
     called = [
         target
         for instruction in instructions.values()
-        if instruction.opcode.startswith("CALL") and (target := instruction.target) is not None
+        if instruction.opcode.startswith("CALL")
+        and (target := instruction.target) is not None
+        and target > last
     ]
     end = min(called, default=max(instructions) + 1)
     kernel = {at: instruction for at, instruction in instructions.items() if at < end}

@@ -95,9 +95,9 @@ FLOAT32_TILES: _Tiles = {
 INTERPRETER_TILES: _Tiles = dict.fromkeys(TENSOR_CORE_TILES, (64, 64, 4, 1))
 
 
-# Programs that shall share a multiprocessor of sm_90, without dropout: the loop leaves registers
-# for them, but without a limit ptxas takes more for the masked tiles.
-PROGRAMS = {("fwd", 64): 2}
+# Registers a thread may have, so that two programs share a multiprocessor: the loop leaves them, but
+# without a limit ptxas takes more for the masked tiles. sm_90, half precision, without dropout.
+MAX_REGISTERS = {("fwd", 64): 128}
 
 
 def tiles(capability: int | None, dtype: torch.dtype) -> _Tiles:
@@ -131,7 +131,6 @@ def launch(
     # Elsewhere no product runs beside a softmax of its own program, or (sm_100) Triton sees to it.
     if kernel == "fwd" and _common.is_half(dtype) and capability in (None, 90):
         constexprs["LATE"] = True
-    if table is TENSOR_CORE_TILES and not dropout and (kernel, block_d) in PROGRAMS:
-        registers = 65536 // (PROGRAMS[kernel, block_d] * num_warps * 32)
-        constexprs["maxnreg"] = min(255, registers)
+    if table is TENSOR_CORE_TILES and not dropout and (kernel, block_d) in MAX_REGISTERS:
+        constexprs["maxnreg"] = MAX_REGISTERS[kernel, block_d]
     return constexprs

@@ -409,6 +409,27 @@ def test_a_loop_contains_what_was_moved_behind_the_end_and_its_waiting() -> None
     assert kinds(loop) == {"TC5MMA": 1, "BARRIER": 2, "FP32": 1, "BRANCH": 6}
 
 
+def test_a_call_may_be_a_jump_to_the_next_loop() -> None:
+    found = code(
+        "a:",
+        "HMMA.16816.F32 R1, R2, R3",
+        "FSEL R1, R2, R3",
+        "@P0 CALL.REL.NOINC b",
+        "BRA a",
+        "b:",
+        "HMMA.16816.F32 R1, R2, R3",
+        "@P1 BRA b",
+        "@P2 CALL.REL.NOINC d",
+        "EXIT",
+        "c:",
+        "BRA c",
+        "d:",
+        "BPT.TRAP",
+    )
+    assert [len(loop) for loop in found.loops] == [4, 2]
+    assert len(found.instructions) == 9
+
+
 def test_without_a_loop_the_whole_kernel_counts() -> None:
     found = code("MOV R1, R2", "@P0 EXIT", "FADD R1, R1, R1", "EXIT")
     assert found.loops == [] and found.main_loop() == found.instructions
