@@ -95,8 +95,8 @@ FLOAT32_TILES: _Tiles = {
 INTERPRETER_TILES: _Tiles = dict.fromkeys(TENSOR_CORE_TILES, (64, 64, 4, 1))
 
 
-# Registers a thread may have, so that two programs share a multiprocessor: the loop leaves them, but
-# without a limit ptxas takes more for the masked tiles. sm_90, half precision, without dropout.
+# Registers a thread may have, so that two programs share a multiprocessor: the loop needs no more,
+# but without a limit ptxas takes more for the masked tiles. sm_90, half precision, no dropout.
 MAX_REGISTERS = {("fwd", 64): 128}
 
 
