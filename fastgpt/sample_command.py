@@ -3,7 +3,6 @@
 import json
 import sys
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict
 
 import torch
 from rich.console import Console
@@ -35,14 +34,19 @@ def run_sample(config: SampleConfig, console: Console, errors: Console) -> None:
 
 def _print_json(completions: Iterable[Completion], console: Console) -> None:
     for completion in completions:
-        fields = asdict(completion)
-        fields["completion"] = fields.pop("text")
+        fields = {
+            "prompt": completion.prompt,
+            "completion": completion.text,
+            "tokens": completion.tokens,
+            "finish": completion.finish,
+        }
         console.out(json.dumps(fields, ensure_ascii=False))
 
 
 def _print_growing(sampler: Sampler, prompt: str, console: Console) -> None:
+    pieces = sampler.stream(prompt)
     console.out(prompt, end="")
-    for piece in sampler.stream(prompt):
+    for piece in pieces:
         console.out(piece, end="")
         console.file.flush()
     console.out("")

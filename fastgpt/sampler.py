@@ -82,10 +82,13 @@ class Sampler:
         return [row.completion() for row in rows]
 
     def stream(self, prompt: str) -> Iterator[str]:
-        """Continue one prompt: what is added, in pieces, as soon as it is certain. Raises as
-        ``complete``.
+        """Continue one prompt: what is added, in pieces, as soon as it is certain.
+
+        Raises as ``complete``: for the prompt at once.
         """
-        row = _Row(self.tokenizer, self._encode(prompt), prompt, self.config.stop)
+        return self._pieces(_Row(self.tokenizer, self._encode(prompt), prompt, self.config.stop))
+
+    def _pieces(self, row: "_Row") -> Iterator[str]:
         shown = 0
         for _ in self._grow([row]):
             text = row.certain()

@@ -116,3 +116,135 @@ def test_a_bigram_writes_too(tmp_path: Path) -> None:
     saved = ckpt.load(tmp_path / "out" / "ckpt.pt")
     assert list(saved["model"]) == ["table.weight"]
     assert len(next(iter(sampler(tmp_path / "out")))) == 21
+
+
+# -- stop texts, pieces, batches
+
+
+def test_the_default_draws_are_those_of_generate(out_dir: Path) -> None:
+    """One sample after the other, from one seed."""
+    made = sampler(out_dir, start="12 t", num_samples=2)
+    ids = torch.tensor([made.tokenizer.encode("12 t")])
+    torch.manual_seed(1337)
+    rows = [made.model.generate(ids, 20, 0.8, 200)[0].tolist() for _ in range(2)]
+    assert list(made) == [made.tokenizer.decode(row) for row in rows]
+
+
+@pytest.mark.parametrize("stop", [(";",), (" is", ";"), ("never there",), ("mes 291",), ("é",)])
+def test_pieces_add_up_to_the_completion(out_dir: Path, stop: tuple[str, ...]) -> None:
+    made = sampler(out_dir, start="12 ti", stop=stop, max_new_tokens=40)
+    for seed in range(3):
+        torch.manual_seed(seed)
+        pieces = list(made.stream("12 ti"))
+        torch.manual_seed(seed)
+        (completion,) = made.complete(["12 ti"])
+        assert "".join(pieces) == completion.text and all(pieces)
+        assert not any(text in completion.text for text in stop)
+        stopped = completion.finish == "stop"
+        assert stopped == (completion.tokens < 40 or len(completion.text) < 40)
+
+
+def test_a_stop_text_ends_only_its_own_row(out_dir: Path) -> None:
+    made = sampler(out_dir, temperature=0.0, stop=(";",), max_new_tokens=30)
+    prompts = ["12 times 13 is 15", "7 t"]
+    together = made.complete(prompts)
+    assert together == [made.complete([prompt])[0] for prompt in prompts]
+    assert together[0].tokens != together[1].tokens
+    assert [c.finish for c in together] == ["stop", "stop"]
+
+
+def test_batches_and_lines(out_dir: Path, tmp_path: Path) -> None:
+    path = tmp_path / "prompts.txt"
+    path.write_text("12 t\n\n7 times 8\n")
+    made = sampler(out_dir, start=f"FILE:{path}", lines=True, batch_size=4)
+    assert [len(batch) for batch in made.batches()] == [4, 2]
+    texts = list(made)
+    assert [text[:4] for text in texts] == ["12 t"] * 3 + ["7 ti"] * 3
+    assert [len(text) for text in texts] == [24] * 3 + [29] * 3 and len(set(texts)) > 4
+    path.write_text("\n\n")
+    with pytest.raises(ValueError, match="must hold a line that is not empty"):
+        sampler(out_dir, start=f"FILE:{path}", lines=True)
+
+
+@pytest.mark.parametrize(
+    "changes", [{"top_p": 0.0}, {"min_p": 1.0}, {"top_k": 1}], ids=lambda c: next(iter(c))
+)
+def test_every_cut_reaches_the_draw(out_dir: Path, changes: dict[str, Any]) -> None:
+    greedy = list(sampler(out_dir, start="12 times 1", temperature=0.0))
+    assert list(sampler(out_dir, start="12 times 1")) != greedy
+    assert list(sampler(out_dir, start="12 times 1", temperature=5.0, **changes)) == greedy
+
+
+def test_the_penalty_reaches_the_draw(out_dir: Path) -> None:
+    made: Any = {"start": "1", "num_samples": 1, "max_new_tokens": 16, "temperature": 0.0}
+    (plain,) = sampler(out_dir, **made)
+    (text,) = sampler(out_dir, **made, repetition_penalty=99.0)
+    assert len(set(text)) > len(set(plain))
+
+
+def test_half_precision_holds_half_the_bytes_of_the_matrices(out_dir: Path) -> None:
+    made = sampler(out_dir, dtype="bfloat16", temperature=0.0)
+    dtypes = {name: p.dtype for name, p in made.model.named_parameters()}
+    assert dtypes["transformer.h.0.attn.c_attn.weight"] == torch.bfloat16
+    assert dtypes["transformer.wte.weight"] == dtypes["transformer.ln_f.weight"] == torch.float32
+    assert len(next(iter(made))) == 21
+
+
+class Bytes:
+    """A tokenizer of UTF-8 bytes; characters may take several tokens."""
+
+    vocab_size = 256
+
+    def encode(self, text: str) -> list[int]:
+        return list(text.encode())
+
+    def decode(self, ids: list[int]) -> str:
+        return bytes(ids).decode(errors="replace")
+
+
+def grown(text: str, stop: tuple[str, ...]) -> tuple[list[str], Any]:
+    row = sampling._Row(Bytes(), list(b"go: "), "go: ", stop)  # type: ignore[arg-type]
+    shown = []
+    for byte in text.encode():
+        row.add(byte)
+        shown.append(row.certain())
+    return shown, row.completion()
+
+
+def test_incomplete_characters_and_stop_texts_are_held_back() -> None:
+    shown, completion = grown("aé€b", ())
+    assert shown == ["a", "a", "aé", "aé", "aé", "aé€", "aé€b"]
+    assert completion.text == "aé€b" and completion.tokens == 7
+
+    shown, completion = grown("x..y...z", ("...",))
+    assert shown == ["x", "x", "x", "x..y", "x..y", "x..y", "x..y", "x..y"]
+    assert completion == sampling.Completion("go: ", "x..y", 7, "stop")
+
+    shown, completion = grown("abc", ("abd", "bcd"))
+    assert shown == ["", "", "a"] and completion.text == "abc" and completion.finish == "length"
+
+    row = sampling._Row(Bytes(), [1], "", ())  # type: ignore[arg-type]
+    row.add(256)  # an id that only pads the vocabulary
+    assert row.completion() == sampling.Completion("", "", 1, "length")
+
+
+def test_what_is_wrong_with_a_prompt_is_said_at_once(out_dir: Path) -> None:
+    made = sampler(out_dir)
+    with pytest.raises(ValueError, match="'é' at position 0"):
+        made.stream("é")
+    with pytest.raises(ValueError, match="a prompt must hold at least one token, got ''"):
+        made.complete(["1", ""])
+
+
+def test_autocast_does_not_hold_between_two_pieces(out_dir: Path) -> None:
+    pieces = sampler(out_dir, dtype="bfloat16").stream("12 t")
+    next(pieces)
+    assert not torch.is_autocast_enabled("cpu")
+
+
+def test_damaged_weights_are_named(out_dir: Path) -> None:
+    made = sampler(out_dir)
+    with torch.no_grad():
+        next(made.model.parameters()).fill_(float("nan"))
+    with pytest.raises(FloatingPointError, match="logits are NaN or infinite"):
+        list(made)
