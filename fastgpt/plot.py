@@ -26,7 +26,7 @@ class PlotConfig:
     folders: Annotated[
         tyro.conf.Positional[tuple[Path, ...]],
         tyro.conf.arg(
-            metavar="OUT_DIR ...",
+            metavar="[OUT_DIR ...]",
             help="Folders of runs, to be compared.",
             help_behavior_hint="(default: out)",
         ),

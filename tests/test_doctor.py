@@ -17,6 +17,7 @@ import torch
 from rich.console import Console
 
 from fastgpt import doctor as doctoring
+from fastgpt.__main__ import main
 from fastgpt.doctor import Finding, doctor, examine
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -219,7 +220,7 @@ def test_the_extras_are_those_of_the_metadata(monkeypatch: pytest.MonkeyPatch) -
 def test_training_that_cannot_run_at_all(no_gpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctoring, "_TRIAL", "import sys; sys.exit('no memory')")
     code, text = report()
-    assert code == 1 and text.rstrip().endswith("training cannot run")
+    assert code == 1 == main(["doctor"]) and text.rstrip().endswith("training cannot run")
     assert re.search(r"trial on cpu +failed: no memory", text)
     assert "- trial on cpu: fastgpt train --device=cpu --max_iters=1 shows" in text
 

@@ -14,6 +14,7 @@ from test_from_pretrained import assert_same_logits, theirs
 from fastgpt import GPT, GPTConfig
 from fastgpt import checkpoint as ckpt
 from fastgpt import export as exporting
+from fastgpt.__main__ import main
 from fastgpt.export import ExportConfig, Exported, export
 from fastgpt.subword_tokenizers import byte_of_character
 from fastgpt.tokenizer import END_OF_TEXT, GPT2Tokenizer
@@ -236,6 +237,22 @@ def test_nothing_is_overwritten_and_nothing_left_half(
     assert sorted(os.listdir(tmp_path / "out")) == before
     with pytest.raises(FileExistsError, match="out is there already; remove it, or name another"):
         exported(tmp_path, "hf", output=tmp_path / "out")
+
+
+def test_the_command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    run(tmp_path)
+    assert main(["export", "--to=hf"]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith("wrote out/hf\nnote: the model has no biases, ")
+    assert main(["export", "--to=nanogpt", "--init_from=out/hf", "--output=back"]) == 0
+    assert capsys.readouterr().out == "wrote back\n"
+    assert main(["export", "--to=hf"]) == 2
+    assert "out/hf is there already" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["export", "--to=gguf"])
 
 
 def test_what_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

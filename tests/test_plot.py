@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from fastgpt.__main__ import main
 from fastgpt.plot import PlotConfig, draw, plot
 
 matplotlib = pytest.importorskip("matplotlib", reason="needs the extra log")
@@ -87,6 +88,20 @@ def test_the_picture_of_several_runs_stands_here(
     assert plot(PlotConfig(folders=folders)) == Path("curves.png")
     named = Path("new/both.png")
     assert plot(PlotConfig(folders=folders, output=named)) == named and named.is_file()
+
+
+def test_the_command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("out", "other"):
+        written(Path(name), rows())
+    assert main(["plot"]) == 0
+    assert capsys.readouterr().out == "wrote out/curves.png\n"
+    assert main(["plot", "out", "other", "--output=both.png"]) == 0
+    assert capsys.readouterr().out == "wrote both.png\n" and Path("both.png").is_file()
+    assert main(["plot", "absent"]) == 2
+    assert "there is no absent/log.jsonl" in capsys.readouterr().err
 
 
 def test_what_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
