@@ -42,7 +42,8 @@ class Sampler:
         dtype = resolve_dtype(config.dtype, self.device)
         self._autocast = autocast(self.device, dtype)
         model, self.tokenizer = _load(config)
-        self.model = _rounded(model, dtype).to(self.device).eval()
+        round_matrices(model, dtype)
+        self.model = model.to(self.device).eval()
         if config.compile:
             self.model.compile()
         sampling = Sampling(
@@ -166,16 +167,15 @@ class _Row:
         return Completion(self._prompt, self._text, self._tokens, finish)
 
 
-def _rounded(model: LanguageModel, dtype: torch.dtype) -> LanguageModel:
-    """With the matrices that autocast would round for each product rounded once: same numbers,
-    half the bytes to read for each token. Not the tables, whose rows are added in full."""
-    if dtype == torch.float32:
-        return model
+def round_matrices(model: LanguageModel, dtype: torch.dtype) -> None:
+    """Hold in ``dtype``, that of autocast, the matrices that autocast would round to it for each
+    product: the same numbers, but half the bytes to read for a token. Not the tables, whose rows
+    are added in full.
+    """
     tables = {id(m.weight) for m in model.modules() if isinstance(m, torch.nn.Embedding)}
     for param in model.rounded_parameters():
         if id(param) not in tables:
             param.data = param.data.to(dtype)
-    return model
 
 
 def write(

@@ -74,12 +74,12 @@ def bf16(name: str, direction: Direction, sizes: dict[str, int]) -> tuple[int, i
 
 
 def test_every_op_has_a_file() -> None:
-    # measured as attention_qkvpacked; no op; no forward and backward
-    others = {"attention", "dropout_seed", "adamw"}
+    # measured as attention_qkvpacked; as part of a step; no op; no forward and backward
+    others = {"attention", "attention_decode", "dropout_seed", "adamw"}
     assert set(OPS) == set(fused.__all__) - others
     names = {Path(str(file.__file__)).name for file in FILES}
-    # a mode of ops that have their files (test_fp8.py); an op with rows of its own
-    special = {"bench_fp8.py", "bench_adamw.py"}
+    # a mode of ops that have their files (test_fp8.py); an op with rows of its own; a whole method
+    special = {"bench_fp8.py", "bench_adamw.py", "bench_decode.py"}
     assert names | special == {path.name for path in (ROOT / "bench").glob("bench_*.py")}
 
 
