@@ -130,7 +130,10 @@ def _drop_from(path: Path, first_iter: int, keep_evaluation: bool) -> None:
         or (keep_evaluation and row["iter"] == first_iter and "val/loss" in row)
     ]
     temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
+    with open(temporary, "w", encoding="utf-8") as file:
+        file.writelines(json.dumps(row) + "\n" for row in kept)
+        file.flush()
+        os.fsync(file.fileno())  # before the old log is gone
     os.replace(temporary, path)
 
 

@@ -8,6 +8,7 @@ T the length, C the width ``n_embd``.
 import functools
 import itertools
 import math
+import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -291,15 +292,15 @@ class GPT(LanguageModel):
             trunk.wpe.weight,
             **dropout.arguments(trunk.drop, trunk.drop.p),
         )
-        return self._through_blocks(residual, dropout, attends or [None] * len(trunk.h))
+        attends = attends or [None] * len(trunk.h)
+        return self._through_blocks(residual, dropout, self.fp8 == "all", attends)
 
     def _through_blocks(
-        self, residual: Tensor, dropout: _Dropout, attends: Iterable[Attend | None]
+        self, residual: Tensor, dropout: _Dropout, fp8: bool, attends: Iterable[Attend | None]
     ) -> Tensor:
         trunk = self.transformer
         norms: list[Any] = [*(block.ln_1 for block in trunk.h), trunk.ln_f]
         x = norms[0](residual)
-        fp8 = self.fp8 == "all"
         for block, next_norm, attend in zip(trunk.h, norms[1:], attends, strict=True):
             x, residual = block(x, residual, next_norm, dropout, self.recompute, fp8, attend)
         return x
@@ -338,7 +339,9 @@ class GPT(LanguageModel):
             functools.partial(block.attn.decode, of_layer, positions)
             for block, of_layer in zip(blocks, cache, strict=True)
         ]
-        return self.lm_head(self._through_blocks(x, _Dropout(None), attends)[:, 0])
+        # Not in fp8: to round the weights for one token takes longer than to read them.
+        x = self._through_blocks(x, _Dropout(None), False, attends)
+        return self.lm_head(x[:, 0])
 
     def get_num_params(self, non_embedding: bool = True) -> int:
         """The number of parameters; by default without the position table. The token table
@@ -379,7 +382,7 @@ class GPT(LanguageModel):
 
     @classmethod
     def from_pretrained(
-        cls, model_type: str, override_args: Mapping[str, Any] | None = None
+        cls, model_type: str | os.PathLike[str], override_args: Mapping[str, Any] | None = None
     ) -> "GPT":
         """Weights from elsewhere, in float32. ``model_type`` is
 
@@ -400,10 +403,11 @@ class GPT(LanguageModel):
         refused = sorted(set(overrides) - {"dropout"})
         if refused:
             raise ValueError(f"override_args may hold 'dropout' only, got {', '.join(refused)}")
-        if model_type in PRETRAINED_SHAPES:
-            source = huggingface.download(model_type)
-        elif huggingface.is_path(model_type):
-            source = Path(model_type)
+        name = os.fspath(model_type)
+        if name in PRETRAINED_SHAPES:
+            source = huggingface.download(name)
+        elif huggingface.is_path(name):
+            source = Path(name)
         else:
             raise ValueError(
                 f"model_type must be one of {', '.join(PRETRAINED_SHAPES)}, a folder or a "

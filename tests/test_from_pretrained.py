@@ -129,7 +129,7 @@ def test_the_forms_of_a_folder(form: Callable[[Path], None], folder: Path) -> No
 def test_a_safetensors_file_takes_the_config_beside_it(folder: Path) -> None:
     path = folder / "other.safetensors"
     (folder / "model.safetensors").rename(path)
-    assert_same_logits(GPT.from_pretrained(str(path)), theirs())
+    assert_same_logits(GPT.from_pretrained(path), theirs())
     (folder / "config.json").unlink()
     with pytest.raises(FileNotFoundError, match=r"there is no .*config.json"):
         GPT.from_pretrained(str(path))
@@ -202,6 +202,8 @@ def test_what_from_pretrained_refuses() -> None:
         GPT.from_pretrained("gpt3")
     with pytest.raises(ValueError, match="override_args may hold 'dropout' only, got block_size"):
         GPT.from_pretrained("gpt2", {"dropout": 0.0, "block_size": 64})
+    with pytest.raises(TypeError, match="expected str, bytes or os.PathLike object, not int"):
+        GPT.from_pretrained(2)  # type: ignore[arg-type]
 
 
 def test_a_missing_package_is_named(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
