@@ -113,10 +113,10 @@ def read_manifest(folder: str | Path) -> Manifest | None:
 
 
 def sha256_of(path: Path) -> str:
-    """The SHA-256 of a file, in hex; a few MB of it are in memory at a time."""
+    """The SHA-256 of a file, in hex."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
-        for data in iter(lambda: file.read(1 << 20), b""):
+        for data in iter(lambda: file.read(1 << 16), b""):
             digest.update(data)
     return digest.hexdigest()
 

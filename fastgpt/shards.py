@@ -99,8 +99,9 @@ class ShardWriter:
         """
         for split, other in (("val", "train"), ("train", "val")):
             if not self.tokens[split]:
+                # With other arguments, which it takes, every token is made again.
+                (self._work / _STATE).unlink(missing_ok=True)
                 self.close()
-                shutil.rmtree(self._work)  # with other arguments every token is made again
                 raise ValueError(
                     f"nothing fell to {split}: all {self._documents[other]:,} documents went to "
                     f"{other}; choose another --val_share or --seed"

@@ -1,0 +1,598 @@
+"""From texts to token files: what is written, the same from every form of input, however often it
+was stopped, in memory that does not grow with the input.
+"""
+
+import gzip
+import json
+import os
+import sys
+import tracemalloc
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+
+from fastgpt import prepare as module
+from fastgpt import readers, shards, sources
+from fastgpt.data import Batches, token_files
+from fastgpt.manifest import read_manifest, sha256_of
+from fastgpt.prepare import characters_of, prepare
+from fastgpt.sources import DatasetSource, FileSource, Source, TextSource, source_of
+from fastgpt.tokenizer import CharTokenizer, Tokenizer, load_tokenizer
+
+DOCUMENTS = [f"Document {i}\n" + "naïve Ω 文 🙂 and so on; " * (i % 7) + "." for i in range(60)]
+
+
+class Wide(CharTokenizer):
+    """Characters again, with ids that need 32 bits and an end of text of its own."""
+
+    OFFSET = 70_000
+
+    def __init__(self, itos: dict[int, str]) -> None:
+        super().__init__(itos)
+        self.end_of_text = self.OFFSET - 1
+        self.vocab_size = self.OFFSET + len(itos)
+
+    def encode_array(self, text: str) -> npt.NDArray[Any]:
+        return super().encode_array(text) + np.uint32(self.OFFSET)
+
+
+def jsonl(path: Path, documents: list[str] = DOCUMENTS, key: str = "text") -> Path:
+    lines = [json.dumps({"id": i, key: text}) + "\n" for i, text in enumerate(documents)]
+    path.write_text("".join(lines) + "\n")
+    return path
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> FileSource:
+    return FileSource(jsonl(tmp_path / "documents.jsonl"))
+
+
+@pytest.fixture
+def tokenizer() -> CharTokenizer:
+    return CharTokenizer.from_texts(["\n", *DOCUMENTS])
+
+
+def ids_of(data_dir: Path, split: str) -> npt.NDArray[Any]:
+    return np.concatenate([file.tokens for file in token_files(data_dir, split)])
+
+
+def texts_of(data_dir: Path, tokenizer: Tokenizer) -> list[str]:
+    """The text of train and that of val."""
+    return [tokenizer.decode(ids_of(data_dir, split)) for split in ("train", "val")]
+
+
+def expected(source: Source, share: float, seed: int) -> list[str]:
+    """The rule written out: each document whole to its split, a line feed behind it."""
+    texts = {"train": "", "val": ""}
+    for piece in source.pieces(share, seed):
+        texts[piece.split] += piece.text + ("\n" if piece.ends_document else "")
+    return [texts["train"], texts["val"]]
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+
+
+@pytest.fixture
+def small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_BATCH", 300)
+    monkeypatch.setattr(shards, "_SAVE_EVERY", 4)
+
+
+def test_documents(source: FileSource, tokenizer: CharTokenizer, tmp_path: Path) -> None:
+    out_dir = tmp_path / "new" / "data"
+    manifest = prepare(source, tokenizer, out_dir, val_share=0.3, seed=5)
+    train, val = texts_of(out_dir, tokenizer)
+    assert [train, val] == expected(source, 0.3, 5)
+    counts = {name: split.documents for name, split in manifest.splits.items()}
+    assert sum(counts.values()) == len(DOCUMENTS) and 8 <= counts["val"] <= 28
+    # every document is there once, whole and in order
+    places = [[text.find(document + "\n") for text in (train, val)] for document in DOCUMENTS]
+    assert all((a < 0) != (b < 0) for a, b in places)
+    for places_in_split in zip(*places, strict=True):
+        found = [place for place in places_in_split if place >= 0]
+        assert found == sorted(found)
+    assert sorted(contents(out_dir)) == ["manifest.json", "meta.pkl", "train.bin", "val.bin"]
+    assert sorted(os.listdir(out_dir)) == sorted(contents(out_dir))  # nothing is left aside
+    assert read_manifest(out_dir) == manifest and manifest.vocab_size == tokenizer.vocab_size
+    assert load_tokenizer(out_dir).fingerprint == tokenizer.fingerprint
+    for name, split in manifest.splits.items():
+        (shard,) = split.shards
+        path = out_dir / f"{name}.bin"
+        assert (shard.file, shard.sha256) == (path.name, sha256_of(path))
+        assert shard.tokens == split.tokens == path.stat().st_size // 2
+        # as nanoGPT reads it
+        assert np.array_equal(np.fromfile(path, dtype=np.uint16), ids_of(out_dir, name))
+
+
+def test_the_seed_and_the_share_choose_the_documents(source: FileSource) -> None:
+    def chosen(share: float, seed: int) -> set[int]:
+        splits = [piece.split for piece in source.pieces(share, seed)]
+        return {i for i, split in enumerate(splits) if split == "val"}
+
+    assert chosen(0.3, 1) == chosen(0.3, 1) != chosen(0.3, 2)
+    assert chosen(0.1, 1) < chosen(0.3, 1) < chosen(0.9, 1)
+    many = sum(sources._uniform(0, i) < 0.1 for i in range(20000))
+    assert 1850 < many < 2150  # 3.5 standard deviations
+
+
+@pytest.mark.parametrize("form", ["gz", "zst", "parquet", "folder", "dataset", "mixed"])
+def test_every_form_of_input_gives_the_same_tokens(
+    form: str, source: FileSource, tokenizer: CharTokenizer, tmp_path: Path
+) -> None:
+    plain = tmp_path / "documents.jsonl"
+    other: Source
+    if form == "gz":
+        path = tmp_path / "a.jsonl.gz"
+        half = plain.read_bytes().index(b'{"id": 30')
+        data = plain.read_bytes()
+        path.write_bytes(gzip.compress(data[:half]) + gzip.compress(data[half:]))
+        other = FileSource(path)
+    elif form == "zst":
+        zstandard = pytest.importorskip("zstandard", reason="needs the extra [data]")
+        path, data = tmp_path / "a.jsonl.zst", plain.read_bytes()
+        path.write_bytes(zstandard.compress(data[:999]) + zstandard.compress(data[999:]))
+        other = FileSource(path)
+    elif form == "parquet":
+        parquet = pytest.importorskip("pyarrow.parquet", reason="needs the extra [data]")
+        import pyarrow
+
+        table = pyarrow.table({"id": range(len(DOCUMENTS)), "content": DOCUMENTS})
+        parquet.write_table(table, tmp_path / "a.parquet", row_group_size=7)
+        other = FileSource(tmp_path / "a.parquet", text_key="content")
+    elif form == "dataset":
+        pytest.importorskip("datasets", reason="needs the extra [data]")
+        (tmp_path / "local").mkdir()
+        plain.rename(tmp_path / "local" / "train.jsonl")
+        plain = jsonl(tmp_path / "documents.jsonl")
+        other = DatasetSource(str(tmp_path / "local"))
+    else:
+        folder = tmp_path / "texts"
+        for i, text in enumerate(DOCUMENTS):
+            path = folder / f"{i // 10}" / f"{i:03d}.txt"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            if i % 10 == 0 and form == "mixed":
+                jsonl(path.with_suffix(".jsonl"), DOCUMENTS[i : i + 3])
+            elif i % 10 > 2 or form == "folder":
+                path.write_bytes(text.encode())
+        (folder / ".hidden").write_text("not this")
+        (folder / ".git").mkdir()
+        (folder / ".git" / "config").write_text("nor this")
+        other = source_of(folder)
+    manifest = prepare(other, tokenizer, tmp_path / "other", val_share=0.3)
+    same = prepare(FileSource(plain), tokenizer, tmp_path / "plain", val_share=0.3)
+    assert manifest.splits == same.splits
+    texts = texts_of(tmp_path / "other", tokenizer)
+    assert texts == expected(FileSource(plain), 0.3, module.SEED)
+
+
+@pytest.mark.parametrize("in_memory", [True, False])
+def test_one_text_is_cut_at_its_end_and_gets_no_separator(
+    in_memory: bool, tokenizer: CharTokenizer, tmp_path: Path
+) -> None:
+    text = "".join(DOCUMENTS)
+    path = tmp_path / "only" / "a.txt"
+    path.parent.mkdir()
+    path.write_text(text, newline="")
+    one = TextSource(text) if in_memory else source_of(path.parent)
+    assert one.one_text
+    prepare(one, tokenizer, tmp_path / "data")
+    cut = int(0.9 * len(text))
+    assert texts_of(tmp_path / "data", tokenizer) == [text[:cut], text[cut:]]
+    assert characters_of(one).itos == CharTokenizer.from_text(text).itos
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+@pytest.mark.parametrize("shard_tokens", [1, 97, 10**6])
+def test_shards_joined_are_the_whole(
+    shard_tokens: int,
+    workers: int,
+    source: FileSource,
+    tokenizer: CharTokenizer,
+    tmp_path: Path,
+    small_batches: None,
+) -> None:
+    if shard_tokens == 1:
+        source = FileSource(jsonl(tmp_path / "few.jsonl", DOCUMENTS[:9]))
+    manifest = prepare(
+        source,
+        tokenizer,
+        tmp_path / "data",
+        val_share=0.3,
+        seed=3,
+        shard_tokens=shard_tokens,
+        workers=workers,
+    )
+    assert texts_of(tmp_path / "data", tokenizer) == expected(source, 0.3, 3)
+    for split in manifest.splits.values():
+        assert [s.tokens for s in split.shards[:-1]] == [shard_tokens] * (len(split.shards) - 1)
+        assert 0 < split.shards[-1].tokens <= shard_tokens
+    names = [shard.file for shard in manifest.splits["train"].shards]
+    assert names[0] == ("train.bin" if shard_tokens == 10**6 else "train_000000.bin")
+    manifest.verify(tmp_path / "data")
+
+
+def test_large_vocabularies_get_32_bits(source: FileSource, tmp_path: Path) -> None:
+    wide = Wide(dict(enumerate(sorted(set("".join(DOCUMENTS))))))
+    manifest = prepare(source, wide, tmp_path / "data", val_share=0.3)
+    assert manifest.dtype == "uint32"
+    # nanoGPT, which reads train.bin as uint16, must not find one
+    names = [split.shards[0].file for split in manifest.splits.values()]
+    assert names == ["train_000000.bin", "val_000000.bin"]
+    ids = ids_of(tmp_path / "data", "train")
+    assert ids.dtype == np.uint32 and ids.max() >= Wide.OFFSET
+    assert (ids == Wide.OFFSET - 1).sum() == manifest.splits["train"].documents
+    x, y = Batches(tmp_path / "data", 4, 8, "cpu", 0, wide.vocab_size).next("train")
+    assert int(x.max()) >= Wide.OFFSET and x[0, 1:].tolist() == y[0, :-1].tolist()
+    with pytest.raises(ValueError, match="holds the token id 7"):
+        Batches(tmp_path / "data", 4, 8, "cpu", 0, vocab_size=70_000)
+
+
+def test_another_end_of_text(source: FileSource, tmp_path: Path) -> None:
+    bare = CharTokenizer.from_texts([text.replace("\n", "") for text in ["#", *DOCUMENTS]])
+    lines = FileSource(jsonl(tmp_path / "l.jsonl", [d.replace("\n", "") for d in DOCUMENTS]))
+    with pytest.raises(ValueError, match="no token to stand behind .* name one with --end_of_text"):
+        prepare(lines, bare, tmp_path / "data")
+    with pytest.raises(ValueError, match=r"end_of_text must lie in \[0, \d+\), got 10000"):
+        prepare(lines, bare, tmp_path / "data", end_of_text=10_000)
+    prepare(lines, bare, tmp_path / "data", end_of_text=bare.stoi["#"], val_share=0.3)
+    assert "".join(texts_of(tmp_path / "data", bare)).count("#") == len(DOCUMENTS)
+
+
+# ---- stopped and continued
+
+
+class Stopping(CharTokenizer):
+    """Is interrupted at a document; remembers what it encoded."""
+
+    def __init__(self, stop_at: int | None = None) -> None:
+        super().__init__(dict(enumerate(sorted(set("".join(DOCUMENTS))))))
+        self._stop = None if stop_at is None else DOCUMENTS[stop_at]
+        self.encoded: list[str] = []
+
+    def encode_array(self, text: str) -> npt.NDArray[np.uint16]:
+        if text == self._stop:
+            raise KeyboardInterrupt
+        self.encoded.append(text)
+        return super().encode_array(text)
+
+
+@pytest.mark.parametrize("shard_tokens", [97, 10**6])
+@pytest.mark.parametrize("workers", [1, 3])
+def test_a_stopped_preparation_goes_on(
+    workers: int, shard_tokens: int, source: FileSource, tmp_path: Path, small_batches: None
+) -> None:
+    def run(out_dir: Path, tokenizer: Tokenizer) -> None:
+        prepare(
+            source,
+            tokenizer,
+            out_dir,
+            val_share=0.3,
+            shard_tokens=shard_tokens,
+            workers=workers,
+        )
+
+    uninterrupted = Stopping()
+    run(tmp_path / "a", uninterrupted)
+    assert sorted(uninterrupted.encoded) == sorted(DOCUMENTS)
+    saved = 0
+    for stop_at in (20, 35, 50):
+        with pytest.raises(KeyboardInterrupt):
+            run(tmp_path / "b", Stopping(stop_at))
+        work = tmp_path / "b" / ".prepare"
+        state = json.loads((work / "state.json").read_text())
+        assert state["batches"] > saved
+        saved = state["batches"]
+        # what a crash can leave behind what counts: half a batch, a further shard
+        for path in work.glob("*.bin"):
+            if path.stat().st_size < 2 * shard_tokens:
+                with path.open("ab") as file:
+                    file.write(b"torn")
+        (work / "train_000900.bin").write_bytes(b"torn")
+        with pytest.raises(FileNotFoundError):
+            token_files(tmp_path / "b", "train")
+    assert saved >= 8
+    last = Stopping()
+    run(tmp_path / "b", last)
+    assert len(last.encoded) < 25  # what was written was not encoded again
+    assert contents(tmp_path / "b") == contents(tmp_path / "a")
+    assert not (tmp_path / "b" / ".prepare").exists()
+
+
+@pytest.mark.parametrize("after", range(5))
+def test_stopped_while_the_files_are_moved(
+    after: int,
+    source: FileSource,
+    tokenizer: CharTokenizer,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    prepare(source, tokenizer, tmp_path / "a", val_share=0.3)
+    moved = 0
+    move = os.replace
+
+    def replace(source: Path, target: Path) -> None:
+        nonlocal moved
+        if target.parent == tmp_path / "b":
+            if moved == after:
+                raise KeyboardInterrupt
+            moved += 1
+        move(source, target)
+
+    monkeypatch.setattr(shards.os, "replace", replace)
+    if after < 4:  # train, val, tokenizer, manifest
+        with pytest.raises(KeyboardInterrupt):
+            prepare(source, tokenizer, tmp_path / "b", val_share=0.3)
+        monkeypatch.undo()
+    prepare(source, tokenizer, tmp_path / "b", val_share=0.3)
+    assert contents(tmp_path / "b") == contents(tmp_path / "a")
+    assert sorted(os.listdir(tmp_path / "b")) == sorted(contents(tmp_path / "a"))
+
+
+def test_other_arguments_do_not_continue(
+    source: FileSource, tmp_path: Path, small_batches: None
+) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        prepare(source, Stopping(30), tmp_path / "data", val_share=0.3, workers=1)
+    tokenizer = Stopping()
+    before = contents(tmp_path / "data" / ".prepare")
+    with pytest.raises(ValueError, match="unfinished preparation with another val_share, seed"):
+        prepare(source, tokenizer, tmp_path / "data", val_share=0.2, seed=9)
+    assert contents(tmp_path / "data" / ".prepare") == before
+    os.utime(tmp_path / "documents.jsonl", ns=(0, 0))
+    with pytest.raises(ValueError, match="preparation with another source: finish it with"):
+        prepare(source, tokenizer, tmp_path / "data", val_share=0.3)
+    (tmp_path / "data" / ".prepare" / "state.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"state\.json is damaged .* remove .* to start over"):
+        prepare(source, tokenizer, tmp_path / "data", val_share=0.3)
+
+
+def test_a_missing_part_of_an_unfinished_one_is_noticed(
+    source: FileSource, tmp_path: Path, small_batches: None
+) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        prepare(source, Stopping(30), tmp_path / "data", val_share=0.3, workers=1)
+    tokenizer = Stopping()
+    (tmp_path / "data" / ".prepare" / "train_000000.bin").unlink()
+    with pytest.raises(ValueError, match=r"train_000000\.bin should have \d+ bytes and has not"):
+        prepare(source, tokenizer, tmp_path / "data", val_share=0.3)
+
+
+def test_a_finished_one_is_checked_and_not_made_again(source: FileSource, tmp_path: Path) -> None:
+    tokenizer = Stopping()
+    manifest = prepare(source, tokenizer, tmp_path / "data", val_share=0.3)
+    before = contents(tmp_path / "data")
+    tokenizer.encoded.clear()
+    assert prepare(source, tokenizer, tmp_path / "data", val_share=0.3) == manifest
+    with pytest.raises(FileExistsError, match="data set with another val_share; choose another"):
+        prepare(source, tokenizer, tmp_path / "data", val_share=0.4)
+    assert contents(tmp_path / "data") == before and not tokenizer.encoded
+    ids = np.memmap(tmp_path / "data" / "val.bin", dtype=np.uint16, mode="r+")
+    ids[3] += 1
+    ids.flush()
+    with pytest.raises(ValueError, match=r"val\.bin is damaged: its SHA-256 is"):
+        prepare(source, tokenizer, tmp_path / "data", val_share=0.3)
+
+
+# ---- memory
+
+
+@pytest.mark.parametrize("form", ["jsonl", "text", "gz"])
+def test_memory_does_not_grow_with_the_input(
+    form: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "_BATCH", 1 << 14)
+    monkeypatch.setattr(sources, "PIECE", 1 << 14)
+    monkeypatch.setattr(readers, "_CHUNK", 1 << 14)
+    rng = np.random.default_rng(0)
+    words = rng.integers(97, 123, size=(400_000, 8), dtype=np.uint8)
+    words[:, 7] = 32
+    text = words.tobytes().decode()  # 3.2 MB
+    lines = [text[i : i + 3200] for i in range(0, len(text), 3200)]
+    tokenizer = CharTokenizer.from_text("\n abcdefghijklmnopqrstuvwxyz")
+
+    def peak(share: int) -> int:
+        part = lines[:: 1000 // share] if share < 1000 else lines
+        if form == "jsonl":
+            source: Source = FileSource(jsonl(tmp_path / f"{share}.jsonl", part))
+        else:
+            path = tmp_path / (f"{share}.txt" if form == "text" else f"{share}.txt.gz")
+            data = "\n".join(part).encode()
+            path.write_bytes(data if form == "text" else gzip.compress(data, 1))
+            source = TextSource(path)
+        tracemalloc.start()
+        prepare(source, tokenizer, tmp_path / f"{form}{share}", val_share=0.1, workers=2)
+        _, peak = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        return peak
+
+    peak(100)  # imports, caches
+    small, large = peak(200), peak(1000)
+    assert large < 1.2 * small + 50_000, (small, large)
+    assert large < 1_000_000  # of 3.2 MB of text, twice as much as tokens
+
+
+# ---- what is refused
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"val_share": 0.0}, "val_share must lie between 0 and 1, got 0.0"),
+        ({"val_share": 1.0}, "val_share must lie between 0 and 1, got 1.0"),
+        ({"shard_tokens": 0}, "shard_tokens must be at least 1, got 0"),
+        ({"workers": 0}, "workers must be at least 1, got 0"),
+        ({"val_share": 1e-9}, "nothing fell to val: all 60 documents went to train"),
+        ({"val_share": 1 - 1e-9}, "nothing fell to train: all 60 documents went to val"),
+    ],
+)
+def test_arguments_out_of_range(
+    arguments: dict[str, Any],
+    message: str,
+    source: FileSource,
+    tokenizer: CharTokenizer,
+    tmp_path: Path,
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        prepare(source, tokenizer, tmp_path / "data", **arguments)
+    # another value is free to be tried
+    prepare(source, tokenizer, tmp_path / "data", val_share=0.3)
+
+
+def test_nothing_that_is_there_is_replaced(
+    source: FileSource, tokenizer: CharTokenizer, tmp_path: Path
+) -> None:
+    for name in ("train.bin", "val.bin"):
+        (tmp_path / name).write_bytes(b"hours of BPE")
+        with pytest.raises(FileExistsError, match=rf"{name} exists and is not replaced"):
+            prepare(source, tokenizer, tmp_path, val_share=0.3)
+        (tmp_path / name).unlink()
+    CharTokenizer.from_text("other").save(tmp_path / "meta.pkl")
+    with pytest.raises(FileExistsError, match=r"meta\.pkl is another tokenizer"):
+        prepare(source, tokenizer, tmp_path, val_share=0.3)
+    tokenizer.save(tmp_path / "meta.pkl")
+    prepare(source, tokenizer, tmp_path, val_share=0.3)
+    with pytest.raises(NotADirectoryError, match="train.bin is a file"):
+        prepare(source, tokenizer, tmp_path / "train.bin", val_share=0.3)
+
+
+def test_inputs_without_text(tokenizer: CharTokenizer, tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="the input .*nowhere does not exist"):
+        source_of(tmp_path / "nowhere")
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(ValueError, match="folder is a folder without files"):
+        source_of(tmp_path / "folder")
+    for name in ("a.txt", "a.jsonl"):
+        (tmp_path / name).touch()
+        with pytest.raises(ValueError, match="the input is empty"):
+            prepare(source_of(tmp_path / name), tokenizer, tmp_path / "data")
+    assert os.listdir(tmp_path / "data") == []
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "message"),
+    [
+        ("a.jsonl", b'{"text": "a"}\n{"text": ', r"line 2 of the input .*a\.jsonl is not JSON"),
+        ("a.jsonl", b'\n["text"]\n', r"line 2 .* must be a JSON object, but is list"),
+        ("a.jsonl", b'{"body": "a", "id": 1}', r"line 1 .* has no 'text', but 'body', 'id'; name"),
+        ("a.jsonl", b'{"text": null}', r"line 1 .* must have a text as 'text', got NoneType"),
+        ("a.jsonl", b'{"text": "\xff"}', r"line 1 .* is not JSON"),
+        ("a.txt", b"caf\xc3\xa9 caf\xe9 au", r"a\.txt is not UTF-8: byte 0xe9 at position 9"),
+        ("a.txt", b"caf\xc3", r"is not UTF-8: byte 0xc3 at position 3 \(unexpected end"),
+        ("a.txt.gz", b"no gzip", r"a\.txt\.gz is damaged: Not a gzipped file"),
+        ("a.txt.gz", gzip.compress(b"text" * 99)[:-9], r"a\.txt\.gz is damaged: .* ended before"),
+        ("a.txt.zst", b"no zstd", r"a\.txt\.zst is damaged: "),
+        ("a.parquet", b"no parquet", r"a\.parquet is damaged: "),
+    ],
+)
+@pytest.mark.parametrize("chunk", [1 << 20, 3])
+def test_damaged_inputs_are_named(
+    chunk: int,
+    name: str,
+    data: bytes,
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    pytest.importorskip("pyarrow", reason="needs the extra [data]")
+    monkeypatch.setattr(readers, "_CHUNK", 16 * chunk if name.endswith(".zst") else chunk)
+    (tmp_path / name).write_bytes(data)
+    with pytest.raises(ValueError, match=message):
+        list(source_of(tmp_path / name).pieces(0.1, 0))
+
+
+def test_a_cut_off_zst_is_noticed(tmp_path: Path) -> None:
+    zstandard = pytest.importorskip("zstandard", reason="needs the extra [data]")
+    data = zstandard.compress(os.urandom(50_000).hex().encode())
+    (tmp_path / "a.txt.zst").write_bytes(data[: len(data) // 2])
+    with pytest.raises(ValueError, match=r"a\.txt\.zst is damaged: it ends within its last frame"):
+        list(source_of(tmp_path / "a.txt.zst").texts())
+
+
+def test_a_parquet_without_the_column(tmp_path: Path) -> None:
+    parquet = pytest.importorskip("pyarrow.parquet", reason="needs the extra [data]")
+    import pyarrow
+
+    parquet.write_table(pyarrow.table({"body": ["a"], "id": [1]}), tmp_path / "a.parquet")
+    with pytest.raises(ValueError, match="no column 'text', but the columns body, id; name one"):
+        list(source_of(tmp_path / "a.parquet").texts())
+    with pytest.raises(ValueError, match="row 1 of .* must have a text as 'id', got int"):
+        list(source_of(tmp_path / "a.parquet", "id").texts())
+
+
+@pytest.mark.parametrize(
+    ("library", "read"),
+    [
+        ("zstandard", lambda folder: list(source_of(folder / "a.txt.zst").texts())),
+        ("pyarrow", lambda folder: list(source_of(folder / "a.parquet").texts())),
+        ("datasets", lambda folder: DatasetSource(str(folder))),
+    ],
+)
+def test_a_missing_library_names_the_extra(
+    library: str, read: Callable[[Path], object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("a.txt.zst", "a.parquet"):
+        (tmp_path / name).write_bytes(b"x")
+    monkeypatch.setitem(sys.modules, library, None)
+    with pytest.raises(ImportError, match=r'pip install "fastgpt-triton\[data\]"'):
+        read(tmp_path)
+
+
+def test_lone_surrogates_of_json_become_a_replacement(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b'{"text": "a\\ud800b \\ud83d\\ude42"}\n')
+    assert list(source_of(path).texts()) == ["a\ufffdb 🙂"]
+
+
+# ---- long documents
+
+
+def pieces_of(text: str, monkeypatch: pytest.MonkeyPatch, length: int) -> list[str]:
+    monkeypatch.setattr(sources, "PIECE", length)
+    return list(TextSource(text).texts())
+
+
+def test_pieces_end_where_a_bpe_cannot_tell(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("tokenizers", reason="needs the extra [data]")
+    from tokenizers.pre_tokenizers import ByteLevel
+
+    words = ByteLevel(add_prefix_space=False)
+    text = Path(__file__).read_text() + " \n".join(DOCUMENTS)
+    whole = [word for word, _ in words.pre_tokenize_str(text)]
+    for length in (1000, 3000):
+        pieces = pieces_of(text, monkeypatch, length)
+        assert "".join(pieces) == text and max(map(len, pieces)) <= length
+        assert len(pieces) < 2.2 * len(text) / length + 2
+        cut = [word for piece in pieces for word, _ in words.pre_tokenize_str(piece)]
+        assert cut == whole
+
+
+def test_text_without_a_good_place_is_cut_anywhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    pieces = pieces_of("x" * 95 + "\n\n" + "  " * 50, monkeypatch, 10)
+    assert "".join(pieces) == "x" * 95 + "\n\n" + "  " * 50
+    assert {len(piece) for piece in pieces[:-1]} == {10}
+
+
+def test_a_long_document_stays_in_one_split(
+    tokenizer: CharTokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sources, "PIECE", 40)
+    source = FileSource(jsonl(tmp_path / "a.jsonl"))
+    pieces = list(source.pieces(0.5, 0))
+    assert len(pieces) > 2 * len(DOCUMENTS)
+    documents: list[tuple[str, set[str]]] = []
+    parts: Iterator[sources.Piece] = iter(pieces)
+    for piece in parts:
+        text, splits = piece.text, {piece.split}
+        while not piece.ends_document:
+            piece = next(parts)
+            text, splits = text + piece.text, splits | {piece.split}
+        documents.append((text, splits))
+    assert [text for text, _ in documents] == DOCUMENTS
+    assert all(len(splits) == 1 for _, splits in documents)
+    fractions = [piece.fraction or 0.0 for piece in pieces]
+    assert fractions == sorted(fractions) and fractions[-1] == 1.0
