@@ -13,11 +13,11 @@ from torch import Tensor
 
 from fastgpt.kernels import _checks, _common
 from fastgpt.kernels._costs import KernelCost, attention_pairs, nbytes, register_cost
-from fastgpt.kernels.attention_kernels import (
+from fastgpt.kernels.attention_backward_kernels import (
     _attention_bwd_dkdv_kernel,
     _attention_bwd_dq_kernel,
-    _attention_fwd_kernel,
 )
+from fastgpt.kernels.attention_kernels import _attention_fwd_kernel
 from fastgpt.kernels.attention_tiles import launch
 from fastgpt.kernels.reference import split_heads, unpacked
 

@@ -7,7 +7,14 @@ import torch
 from torch import Tensor
 from triton.runtime.jit import JITFunction
 
-from fastgpt.kernels import _common, attention_kernels, embedding, fused, layer_norm_kernels
+from fastgpt.kernels import (
+    _common,
+    attention_backward_kernels,
+    attention_kernels,
+    embedding,
+    fused,
+    layer_norm_kernels,
+)
 
 ROWS, COLS, P = 96, 128, 0.5
 
@@ -42,7 +49,12 @@ SITES = {
 }
 KERNELS = [
     kernel
-    for module in (attention_kernels, embedding, layer_norm_kernels)
+    for module in (
+        attention_backward_kernels,
+        attention_kernels,
+        embedding,
+        layer_norm_kernels,
+    )
     for name, kernel in vars(module).items()
     if isinstance(kernel, JITFunction) and "stream" in kernel.arg_names and name.endswith("_kernel")
 ]

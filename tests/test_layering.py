@@ -59,9 +59,14 @@ ALLOWED: dict[str, set[str]] = {
         "fastgpt.kernels.fp8_products",
     },
     "fastgpt.kernels.attention_kernels": {"fastgpt.kernels._common"},
+    "fastgpt.kernels.attention_backward_kernels": {
+        "fastgpt.kernels._common",
+        "fastgpt.kernels.attention_kernels",
+    },
     "fastgpt.kernels.attention_tiles": {"fastgpt.kernels._common"},
     "fastgpt.kernels.attention": {
         *_OP,
+        "fastgpt.kernels.attention_backward_kernels",
         "fastgpt.kernels.attention_kernels",
         "fastgpt.kernels.attention_tiles",
     },

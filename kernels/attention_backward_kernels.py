@@ -1,0 +1,209 @@
+"""The backward kernels of attention: one owns queries (dQ, and delta on its way), one owns keys
+(dK, dV). The equations stand in ``attention_kernels.py``."""
+
+import triton
+import triton.language as tl
+
+from fastgpt.kernels._common import dropout_keep
+from fastgpt.kernels.attention_kernels import (
+    _finite_or_zero,
+    _head,
+    _load_tile,
+    _store_tile,
+    _visible,
+)
+
+
+@triton.jit
+def _attention_dq_tiles(
+    dq, q, dout, lse, delta, offs_m,
+    k_ptr, k_stride_t, v_ptr, v_stride_t,
+    start, stop, n_keys, qk_scale, seed, stream, batch_head, threshold, keep_scale,
+    MASKED: tl.constexpr, CAUSAL: tl.constexpr, DROPOUT: tl.constexpr,
+    PRECISION: tl.constexpr, ACC: tl.constexpr, HEAD: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Add what keys start .. stop give to dq / scale."""
+    for start_n in range(start, stop, BLOCK_N):
+        k = _load_tile(k_ptr, k_stride_t, start_n, n_keys, MASKED, HEAD, BLOCK_N, BLOCK_D)
+        v = _load_tile(v_ptr, v_stride_t, start_n, n_keys, MASKED, HEAD, BLOCK_N, BLOCK_D)
+        scores = tl.dot(q, tl.trans(k), input_precision=PRECISION, out_dtype=ACC)
+        probs = tl.exp2(scores * qk_scale - lse[:, None])
+        dprobs = tl.dot(dout, tl.trans(v), input_precision=PRECISION, out_dtype=ACC)
+        if DROPOUT:
+            keep = dropout_keep(
+                seed, stream, batch_head, start_n, offs_m, threshold, BLOCK_M, BLOCK_N
+            )
+            dprobs = tl.where(keep, dprobs * keep_scale, 0.0)
+        dscores = probs * (dprobs - delta[:, None])
+        if MASKED:
+            visible = _visible(offs_m, start_n, n_keys, CAUSAL, BLOCK_N)
+            dscores = tl.where(visible, dscores, 0.0)
+            k = _finite_or_zero(k)
+        dq = tl.dot(dscores.to(k.dtype), k, dq, input_precision=PRECISION, out_dtype=ACC)
+    return dq
+
+
+@triton.jit(do_not_specialize=["stream"], do_not_specialize_on_alignment=["seed_ptr"])
+def _attention_bwd_dq_kernel(
+    q_ptr, q_stride_b, q_stride_h, q_stride_t,  # (B, H, n_queries, HEAD), HEAD adjacent
+    k_ptr, k_stride_b, k_stride_h, k_stride_t,  # (B, H, n_keys, HEAD)
+    v_ptr, v_stride_b, v_stride_h, v_stride_t,  # (B, H, n_keys, HEAD)
+    out_ptr,  # (B, n_queries, H, HEAD), contiguous
+    dout_ptr,  # (B, n_queries, H, HEAD), contiguous
+    lse_ptr,  # (B, H, n_queries), contiguous; base 2
+    delta_ptr,  # (B, H, n_queries), contiguous; written here, read by the other kernel
+    dq_ptr, dq_stride_t,  # (B, n_queries, H, HEAD) but for the distance of two tokens
+    seed_ptr,  # (1), read only if DROPOUT
+    stream,
+    n_head, n_queries, n_keys, qk_scale, scale, threshold, keep_scale,
+    CAUSAL: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr,
+    HEAD: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    n_blocks = tl.cdiv(n_queries, BLOCK_M)
+    batch_head = tl.program_id(0) // n_blocks
+    start_m = (n_blocks - 1 - tl.program_id(0) % n_blocks) * BLOCK_M
+    offs_m = start_m + tl.arange(0, BLOCK_M)
+    mask_m = offs_m < n_queries
+
+    q_ptr = _head(q_ptr, q_stride_b, q_stride_h, batch_head, n_head)
+    k_ptr = _head(k_ptr, k_stride_b, k_stride_h, batch_head, n_head)
+    v_ptr = _head(v_ptr, v_stride_b, v_stride_h, batch_head, n_head)
+    out_stride_t = n_head * HEAD
+    out_stride_b = n_queries.to(tl.int64) * out_stride_t
+    out_ptr = _head(out_ptr, out_stride_b, HEAD, batch_head, n_head)
+    dout_ptr = _head(dout_ptr, out_stride_b, HEAD, batch_head, n_head)
+    row_offset = batch_head.to(tl.int64) * n_queries
+
+    out = _load_tile(out_ptr, out_stride_t, start_m, n_queries, True, HEAD, BLOCK_M, BLOCK_D)
+    dout = _load_tile(dout_ptr, out_stride_t, start_m, n_queries, True, HEAD, BLOCK_M, BLOCK_D)
+    delta = tl.sum(out.to(ACC) * dout.to(ACC), axis=1)
+    tl.store(delta_ptr + row_offset + offs_m, delta, mask=mask_m)
+    lse = tl.load(lse_ptr + row_offset + offs_m, mask=mask_m, other=0.0)
+    q = _load_tile(q_ptr, q_stride_t, start_m, n_queries, True, HEAD, BLOCK_M, BLOCK_D)
+    seed = tl.load(seed_ptr) if DROPOUT else 0
+
+    dq = tl.zeros([BLOCK_M, BLOCK_D], dtype=ACC)
+    if CAUSAL:
+        full = tl.minimum(start_m, n_keys) // BLOCK_N * BLOCK_N
+        end = tl.minimum(start_m + BLOCK_M, n_keys)
+    else:
+        full = n_keys // BLOCK_N * BLOCK_N
+        end = n_keys
+    for whole in tl.static_range(2):  # in this order, each on a condition: as forward
+        start, stop = (0, full) if whole else (full, end)
+        if start < stop:
+            dq = _attention_dq_tiles(
+                dq, q, dout, lse, delta, offs_m, k_ptr, k_stride_t, v_ptr, v_stride_t,
+                start, stop, n_keys, qk_scale, seed, stream, batch_head, threshold, keep_scale,
+                whole == 0, CAUSAL, DROPOUT, PRECISION, ACC, HEAD, BLOCK_M, BLOCK_N, BLOCK_D,
+            )  # fmt: skip
+    dq_ptr = _head(dq_ptr, n_queries.to(tl.int64) * dq_stride_t, HEAD, batch_head, n_head)
+    _store_tile(dq_ptr, dq_stride_t, start_m, n_queries, dq * scale, HEAD, BLOCK_M, BLOCK_D)
+
+
+@triton.jit
+def _attention_dkdv_tiles(
+    dk, dv, k, v, start_n, offs_n,
+    q_ptr, q_stride_t, dout_ptr, dout_stride_t, lse_ptr, delta_ptr,
+    start, stop, n_queries, qk_scale, seed, stream, batch_head, threshold, keep_scale,
+    MASKED: tl.constexpr, CAUSAL: tl.constexpr, DROPOUT: tl.constexpr,
+    PRECISION: tl.constexpr, ACC: tl.constexpr, HEAD: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Add what queries start .. stop give to dk / scale and dv / keep_scale. Transposed, (N, M), so
+    that each product takes what the one before it left in registers."""
+    for start_m in range(start, stop, BLOCK_M):
+        offs_m = start_m + tl.arange(0, BLOCK_M)
+        q = _load_tile(q_ptr, q_stride_t, start_m, n_queries, MASKED, HEAD, BLOCK_M, BLOCK_D)
+        dout = _load_tile(
+            dout_ptr, dout_stride_t, start_m, n_queries, MASKED, HEAD, BLOCK_M, BLOCK_D
+        )
+        # Past the last query q, dout and delta are 0, so those rows add 0 to both sums.
+        mask_m = offs_m < n_queries
+        lse = tl.load(lse_ptr + offs_m, mask=mask_m, other=0.0)
+        delta = tl.load(delta_ptr + offs_m, mask=mask_m, other=0.0)
+        scores_t = tl.dot(k, tl.trans(q), input_precision=PRECISION, out_dtype=ACC)
+        probs_t = tl.exp2(scores_t * qk_scale - lse[None, :])
+        dprobs_t = tl.dot(v, tl.trans(dout), input_precision=PRECISION, out_dtype=ACC)
+        dropped_t = probs_t
+        if DROPOUT:
+            keep = dropout_keep(
+                seed, stream, batch_head, start_n, offs_m, threshold, BLOCK_M, BLOCK_N
+            )
+            keep_t = tl.trans(keep)
+            dropped_t = tl.where(keep_t, probs_t, 0.0)
+            dprobs_t = tl.where(keep_t, dprobs_t * keep_scale, 0.0)
+        dscores_t = probs_t * (dprobs_t - delta[None, :])
+        if MASKED and CAUSAL:
+            visible_t = offs_m[None, :] >= offs_n[:, None]
+            dropped_t = tl.where(visible_t, dropped_t, 0.0)
+            dscores_t = tl.where(visible_t, dscores_t, 0.0)
+        dv = tl.dot(dropped_t.to(dout.dtype), dout, dv, input_precision=PRECISION, out_dtype=ACC)
+        dk = tl.dot(dscores_t.to(q.dtype), q, dk, input_precision=PRECISION, out_dtype=ACC)
+    return dk, dv
+
+
+@triton.jit(do_not_specialize=["stream"], do_not_specialize_on_alignment=["seed_ptr"])
+def _attention_bwd_dkdv_kernel(
+    q_ptr, q_stride_b, q_stride_h, q_stride_t,  # (B, H, n_queries, HEAD), HEAD adjacent
+    k_ptr, k_stride_b, k_stride_h, k_stride_t,  # (B, H, n_keys, HEAD)
+    v_ptr, v_stride_b, v_stride_h, v_stride_t,  # (B, H, n_keys, HEAD)
+    dout_ptr,  # (B, n_queries, H, HEAD), contiguous
+    lse_ptr,  # (B, H, n_queries), contiguous; base 2
+    delta_ptr,  # (B, H, n_queries), contiguous
+    dk_ptr, dv_ptr, dkdv_stride_t,  # (B, n_keys, H, HEAD) but for the distance of two tokens
+    seed_ptr,  # (1), read only if DROPOUT
+    stream,
+    n_head, n_queries, n_keys, qk_scale, scale, threshold, keep_scale,
+    CAUSAL: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr,
+    HEAD: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    # The first keys have the most queries: the longest column of tiles goes first.
+    n_blocks = tl.cdiv(n_keys, BLOCK_N)
+    batch_head = tl.program_id(0) // n_blocks
+    start_n = (tl.program_id(0) % n_blocks) * BLOCK_N
+    offs_n = start_n + tl.arange(0, BLOCK_N)
+
+    q_ptr = _head(q_ptr, q_stride_b, q_stride_h, batch_head, n_head)
+    k_ptr = _head(k_ptr, k_stride_b, k_stride_h, batch_head, n_head)
+    v_ptr = _head(v_ptr, v_stride_b, v_stride_h, batch_head, n_head)
+    dout_stride_t = n_head * HEAD
+    dout_stride_b = n_queries.to(tl.int64) * dout_stride_t
+    dout_ptr = _head(dout_ptr, dout_stride_b, HEAD, batch_head, n_head)
+    lse_ptr += batch_head.to(tl.int64) * n_queries
+    delta_ptr += batch_head.to(tl.int64) * n_queries
+
+    k = _load_tile(k_ptr, k_stride_t, start_n, n_keys, True, HEAD, BLOCK_N, BLOCK_D)
+    v = _load_tile(v_ptr, v_stride_t, start_n, n_keys, True, HEAD, BLOCK_N, BLOCK_D)
+    seed = tl.load(seed_ptr) if DROPOUT else 0
+    dk = tl.zeros([BLOCK_N, BLOCK_D], dtype=ACC)
+    dv = tl.zeros([BLOCK_N, BLOCK_D], dtype=ACC)
+    # Queries on the diagonal; the last ones, which fill no tile; between them whole tiles.
+    if CAUSAL:
+        first = start_n // BLOCK_M * BLOCK_M
+        full = tl.cdiv(start_n + BLOCK_N - 1, BLOCK_M) * BLOCK_M
+    else:
+        first, full = 0, 0
+    tail = tl.maximum(full, n_queries // BLOCK_M * BLOCK_M)
+    for stage in tl.static_range(3):  # in this order, each on a condition: as forward
+        if stage == 0:
+            start, stop = first, tl.minimum(full, n_queries)
+        elif stage == 1:
+            start, stop = tail, n_queries
+        else:
+            start, stop = full, tail
+        if start < stop:
+            dk, dv = _attention_dkdv_tiles(
+                dk, dv, k, v, start_n, offs_n,
+                q_ptr, q_stride_t, dout_ptr, dout_stride_t, lse_ptr, delta_ptr,
+                start, stop, n_queries, qk_scale, seed, stream, batch_head, threshold, keep_scale,
+                stage < 2, CAUSAL, DROPOUT, PRECISION, ACC, HEAD, BLOCK_M, BLOCK_N, BLOCK_D,
+            )  # fmt: skip
+    if DROPOUT:
+        dv = dv * keep_scale
+    stride_b = n_keys.to(tl.int64) * dkdv_stride_t
+    dk_ptr = _head(dk_ptr, stride_b, HEAD, batch_head, n_head)
+    dv_ptr = _head(dv_ptr, stride_b, HEAD, batch_head, n_head)
+    _store_tile(dk_ptr, dkdv_stride_t, start_n, n_keys, dk * scale, HEAD, BLOCK_N, BLOCK_D)
+    _store_tile(dv_ptr, dkdv_stride_t, start_n, n_keys, dv, HEAD, BLOCK_N, BLOCK_D)
