@@ -176,6 +176,7 @@ ALLOWED: dict[str, set[str]] = {
         "fastgpt.data_commands",
         "fastgpt.doctor",
         "fastgpt.export",
+        "fastgpt.parallel",
         "fastgpt.plot",
         "fastgpt.sample_command",
         "fastgpt.sampler",
