@@ -11,9 +11,9 @@ float32.
     delta = sum over d of dO * O     dP = dropout(dO Vᵀ)     dS = P * (dP - delta)
     dQ = scale * dS K                dK = scale * dSᵀ Q      dV = dropout(P)ᵀ dO
 
-The backward (``attention_backward_kernels.py``) recomputes P in two kernels, one owning queries (dQ,
-and delta on its way), one owning keys (dK, dV): each sum has one owner and one order, so there are
-no atomics and two runs give the same bits.
+The backward (``attention_backward_kernels.py``) recomputes P in two kernels, one owning queries
+(dQ, and delta on its way), one owning keys (dK, dV): each sum has one owner and one order, so there
+are no atomics and two runs give the same bits.
 
 Bytes, s an element, C = H * D: 4 s B T C forward (q, k, v in; O out), 8 s B T C backward (q, k, v,
 O, dO in; dQ, dK, dV out), beside what is read again, mostly from L2. FLOPs: 4 B H Tq Tk D forward,
