@@ -106,9 +106,10 @@ def taking_turns(
 
 def bytes_per_token(model: GPT, options: Options) -> float:
     """What a cached step has to read: the weights once, and each row's keys and values."""
-    weights = sum(p.numel() * p.element_size() for p in model.parameters())
-    table = model.transformer.wpe.weight
-    weights -= table.numel() * table.element_size()
+    head = model.lm_head.weight
+    tables = [model.transformer.wte.weight, model.transformer.wpe.weight]
+    read = [p for p in model.parameters() if p is head or all(p is not table for table in tables)]
+    weights = sum(p.numel() * p.element_size() for p in read)
     mean_length = options.prompt + options.new_tokens / 2
     element = model.transformer.h[0].attn.c_attn.weight.element_size()  # type: ignore
     cache = 2 * options.n_layer * options.n_embd * mean_length * element

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from fastgpt import checkpoint as ckpt
 from fastgpt.config import SampleConfig
@@ -169,13 +170,18 @@ class _Row:
 
 def round_matrices(model: LanguageModel, dtype: torch.dtype) -> None:
     """Hold in ``dtype``, that of autocast, the matrices that autocast would round to it for each
-    product: the same numbers, but half the bytes to read for a token. Not the tables, whose rows
-    are added in full.
+    product: the same numbers, but half the bytes to read for a token. The tables, whose rows are
+    added in full, stay; a head that is tied to one gets its own, rounded.
     """
-    tables = {id(m.weight) for m in model.modules() if isinstance(m, torch.nn.Embedding)}
+    if dtype == torch.float32:
+        return
+    tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
     for param in model.rounded_parameters():
         if id(param) not in tables:
             param.data = param.data.to(dtype)
+    for module in model.modules():
+        if isinstance(module, nn.Linear) and id(module.weight) in tables:
+            module.weight = nn.Parameter(module.weight.detach().to(dtype))
 
 
 def write(

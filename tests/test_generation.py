@@ -14,6 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from fastgpt import GPT, Bigram, GPTConfig
 from fastgpt.generation import NOT_FINITE, Generator, Sampling, draw
 from fastgpt.kernels import fused, portable, reference
+from fastgpt.sampler import round_matrices
 
 GREEDY = Sampling(temperature=0.0)
 
@@ -141,15 +142,16 @@ def test_other_dtypes(dtype: torch.dtype) -> None:
     assert error < 8 * torch.finfo(dtype).eps
 
 
-def test_autocast_with_half_precision_matrices() -> None:
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("ops", [fused, portable], ids=["fused", "portable"])
+def test_autocast_with_half_precision_matrices(ops: Any, bias: bool) -> None:
     """What `fastgpt sample` does: the same numbers as when autocast casts them for each product."""
-    model = sharp_model()
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(BLOCK, V, 1, 2, 32, bias=bias), ops=ops).eval()
     with torch.autocast("cpu", torch.bfloat16):
         expected = model.generate(tokens(2, 3), 20, temperature=0.0)
-    tables = (model.transformer.wte.weight, model.transformer.wpe.weight)
-    for param in model.rounded_parameters():
-        if all(param is not table for table in tables):
-            param.data = param.data.bfloat16()
+    round_matrices(model, torch.bfloat16)
+    assert {p.dtype for p in model.transformer.h.parameters() if p.dim() == 2} == {torch.bfloat16}
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(model.generate(tokens(2, 3), 20, temperature=0.0), expected)
 

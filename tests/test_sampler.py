@@ -186,6 +186,7 @@ def test_half_precision_holds_half_the_bytes_of_the_matrices(out_dir: Path) -> N
     made = sampler(out_dir, dtype="bfloat16", temperature=0.0)
     dtypes = {name: p.dtype for name, p in made.model.named_parameters()}
     assert dtypes["transformer.h.0.attn.c_attn.weight"] == torch.bfloat16
+    assert dtypes["lm_head.weight"] == torch.bfloat16
     assert dtypes["transformer.wte.weight"] == dtypes["transformer.ln_f.weight"] == torch.float32
     assert len(next(iter(made))) == 21
 
