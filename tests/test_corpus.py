@@ -12,13 +12,14 @@ import signal
 import socket
 import sysconfig
 import threading
+import tracemalloc
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from fastgpt import _progress, corpus
+from fastgpt import _progress, corpus, readers
 from fastgpt.corpus import (
     Prepared,
     prepare_builtin,
@@ -119,6 +120,27 @@ def test_tokens_that_were_not_prepared_here_are_kept(name: str, tmp_path: Path) 
     with pytest.raises(FileExistsError, match=rf"{name} exists without a meta\.pkl"):
         prepare_text(TEXT, tmp_path)
     assert contents(tmp_path) == {name: b"hours of BPE"}
+
+
+def test_a_data_set_with_a_manifest_is_kept(tmp_path: Path) -> None:
+    prepare_text(TEXT, tmp_path)
+    (tmp_path / "manifest.json").write_text("{}")
+    before = contents(tmp_path)
+    with pytest.raises(FileExistsError, match=r"data set with a manifest\.json, .* not replaced"):
+        prepare_text(TEXT, tmp_path)
+    assert contents(tmp_path) == before
+
+
+def test_a_large_file_takes_little_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(readers, "_CHUNK", 1 << 14)
+    path = tmp_path / "large.txt"
+    path.write_bytes(b"To be, or not to be.\n" * 300_000)  # 6.3 MB
+    prepare_text(TEXT, tmp_path / "warm")
+    tracemalloc.start()
+    prepare_file(path, tmp_path / "data")
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 3 << 20  # of which 1.1 MB is a flag for each Unicode character
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, OSError])

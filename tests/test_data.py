@@ -11,7 +11,7 @@ import torch
 from small_runs import data_set
 from torch import Tensor
 
-from fastgpt import _progress
+from fastgpt import _progress, manifest
 from fastgpt.data import SPLITS, Batches, TokenFile
 
 BATCH, BLOCK, SEED, VOCAB = 5, 7, 1337, 1000
@@ -227,3 +227,108 @@ def test_processes_share_the_batches_of_one(tmp_path: Path, world_size: int) -> 
     assert sum(map(len, shares)) == 7
     with pytest.raises(ValueError, match=r"rank must lie in \[0, 2\), got 2"):
         Batches(folder, 4, 16, "cpu", 1, rank=2, world_size=2)
+
+
+# ---- data sets of several files
+
+
+def write_shards(folder: Path, lengths: dict[str, list[int]], dtype: str, high: int) -> Path:
+    """Random ids below ``high`` in files of these lengths, and the manifest that names them."""
+    rng = np.random.default_rng(1)
+    splits = {}
+    for split, counts in lengths.items():
+        found = []
+        for i, count in enumerate(counts):
+            path = folder / f"{split}_{i}.bin"
+            rng.integers(high, size=count, dtype=dtype).tofile(path)
+            found.append(manifest.Shard(path.name, count, manifest.sha256_of(path)))
+        splits[split] = manifest.Split(1, tuple(found))
+    manifest.Manifest(dtype, high, {}, splits, {}).write(folder)
+    return folder
+
+
+@pytest.mark.parametrize(("dtype", "high"), [("uint16", 1000), ("uint32", 200_000)])
+def test_windows_of_all_shards_and_none_across_two(
+    dtype: str, high: int, tmp_path: Path, device: str
+) -> None:
+    lengths = {"train": [BLOCK + 3, 2, BLOCK + 1, BLOCK, 40], "val": [1, 30]}
+    write_shards(tmp_path, lengths, dtype, high)
+    shards = [np.fromfile(tmp_path / f"train_{i}.bin", dtype) for i in range(5)]
+    windows = [
+        shard[i : i + BLOCK + 1].astype(np.int64)
+        for shard in shards
+        for i in range(max(len(shard) - BLOCK, 0))
+    ]
+    generator = torch.Generator().manual_seed(SEED)
+    batches = make(tmp_path, device, batch_size=50, vocab_size=high)
+    for _ in range(4):
+        starts = torch.randint(len(windows), (50,), generator=generator).tolist()
+        rows = torch.from_numpy(np.stack([windows[i] for i in starts]))
+        assert_same([batches.next("train")], [(rows[:, :-1], rows[:, 1:])])
+    x, _ = batches.next("val")
+    assert x.max() < high
+
+
+def test_one_shard_draws_what_a_plain_file_draws(data_dir: Path, tmp_path: Path) -> None:
+    plain = [make(data_dir).next("train") for _ in range(2)]
+    splits = {
+        split: manifest.Split(
+            1,
+            (
+                manifest.Shard(
+                    f"{split}.bin", length, manifest.sha256_of(data_dir / f"{split}.bin")
+                ),
+            ),
+        )
+        for split, length in LENGTHS.items()
+    }
+    manifest.Manifest("uint16", VOCAB, {}, splits, {}).write(data_dir)
+    assert_same([make(data_dir).next("train") for _ in range(2)], plain)
+
+
+def test_shards_that_are_not_those_of_the_manifest(tmp_path: Path) -> None:
+    write_shards(tmp_path, {"train": [50, 50], "val": [50]}, "uint16", 9)
+    make(tmp_path, block_size=49)
+    with pytest.raises(ValueError, match=r"has 50 tokens, but block_size=50 needs at least 51"):
+        make(tmp_path, block_size=50)
+    np.full(50, 9, dtype=np.uint16).tofile(tmp_path / "train_1.bin")
+    with pytest.raises(ValueError, match=r"train_1\.bin holds the token id 9 at position 0"):
+        make(tmp_path, vocab_size=9)
+    np.zeros(49, dtype=np.uint16).tofile(tmp_path / "train_1.bin")
+    with pytest.raises(
+        ValueError, match=r"train_1\.bin has 49 tokens, but .*manifest.json says 50"
+    ):
+        make(tmp_path)
+    (tmp_path / "train_1.bin").unlink()
+    with pytest.raises(FileNotFoundError, match=r"train_1\.bin is not a file"):
+        make(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        b"{",
+        b"[]",
+        b'{"version": 2}',
+        b'{"version": 1, "dtype": "uint8", "vocab_size": 9, "tokenizer": {}, "splits": {}, '
+        b'"settings": {}}',
+    ],
+)
+def test_a_damaged_manifest_is_named(damage: bytes, tmp_path: Path) -> None:
+    write_shards(tmp_path, {"train": [50], "val": [50]}, "uint16", 9)
+    (tmp_path / "manifest.json").write_bytes(damage)
+    with pytest.raises(ValueError, match=r"manifest\.json is not a usable manifest"):
+        make(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [('"train_0.bin"', '"../train_0.bin"'), ('"val": {', '"test": {'), (" 50,", ' "50",')],
+)
+def test_a_manifest_of_other_files_is_refused(old: str, new: str, tmp_path: Path) -> None:
+    write_shards(tmp_path, {"train": [50], "val": [50]}, "uint16", 9)
+    path = tmp_path / "manifest.json"
+    assert old in path.read_text()
+    path.write_text(path.read_text().replace(old, new))
+    with pytest.raises(ValueError, match=r"manifest\.json is not a usable manifest"):
+        make(tmp_path)
