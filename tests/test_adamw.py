@@ -135,9 +135,7 @@ def test_errors(module: Any) -> None:
         update(param=[0.0])
     with pytest.raises(ValueError, match=r"exp_avg must have the shape \(N,\) of param, \(4,\)"):
         update(exp_avg=torch.zeros(5))
-    with pytest.raises(
-        ValueError, match=r"grad must .*contiguous, got \(4,\), strides \(2,\)"
-    ):
+    with pytest.raises(ValueError, match=r"grad must .*contiguous, got \(4,\), strides \(2,\)"):
         update(grad=torch.zeros(8)[::2])
     with pytest.raises(ValueError, match=r"param must have .* got \(2, 2\)"):
         update(param=x.view(2, 2))

@@ -1,4 +1,4 @@
-"""What ``fastgpt prepare`` and ``fastgpt tokenizer`` do as a user types them, and what train and sample
+"""``fastgpt prepare`` and ``fastgpt tokenizer`` as a user types them, and what train and sample
 make of the result.
 """
 
