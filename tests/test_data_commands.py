@@ -1,5 +1,5 @@
-"""``fastgpt prepare`` and ``fastgpt tokenizer`` as a user types them, and what train and sample
-make of the result.
+"""``fastgpt prepare`` and ``fastgpt tokenizer`` as a user types them, and what
+``train`` and ``sample`` make of the result.
 """
 
 import json

@@ -301,7 +301,10 @@ def test_the_plain_ops_need_torch_alone(name: str) -> None:
         assert allowed or found.module.removeprefix("fastgpt.kernels.") in TORCH_ALONE
 
 
-@pytest.mark.parametrize("name", ["tokenizer", "data", "config", "corpus", "_progress"])
+@pytest.mark.parametrize(
+    "name",
+    ["tokenizer", "data", "config", "corpus", "_progress", "prepare", "tokenizer_training"],
+)
 def test_the_way_of_the_data_never_loads_the_model_by_its_own_imports(name: str) -> None:
     seen, todo = set[str](), [f"fastgpt.{name}"]
     while todo:
