@@ -40,7 +40,7 @@ def tables(run: dict[str, Any]) -> Iterator[Table]:
             "exposed\nms",
             "comm.\nms",
             "sent\nGB a GPU",
-            "tokens\na step",
+            "M tokens\na step",
             "tokens\n/s",
             "efficiency\n",
         ):
@@ -52,7 +52,7 @@ def tables(run: dict[str, Any]) -> Iterator[Table]:
                 f"{row['exposed_ms']:.2f}",
                 f"{row['communication_ms']:.2f}",
                 f"{row['sent_bytes'] / 1e9:.3f}",
-                f"{row['tokens']:,}",
+                f"{row['tokens'] / 1e6:.2f}",
                 f"{row['tokens_per_s']:,.0f}",
                 f"{row['efficiency']:.1%}",
             )

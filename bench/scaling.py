@@ -11,8 +11,8 @@ from the order in which PyTorch issues it (``_scaling_step.py``). Each GPU has a
 more GPUs, more tokens a step. Efficiency is tokens per second over those of as many single GPUs
 without DDP or FSDP2; FSDP2's can pass 100%, since each GPU updates its share of the parameters.
 
-``tests/test_scaling.py`` runs two processes and holds every collective of theirs, in order and to
-the byte, against these predictions.
+``tests/test_scaling_processes.py`` runs two processes and holds every collective of theirs, in
+order and to the byte, against these predictions.
 """
 
 import importlib.util

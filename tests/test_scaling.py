@@ -1,233 +1,25 @@
-"""bench/scaling.py: its collectives against those of two real processes, in order and to the byte,
-and what they put on the wire; its times against sums by hand.
-
-Run as a program, this file is one of the two processes.
+"""bench/scaling.py: its times against sums by hand, its timeline against the roofline, and its
+output. That the predicted collectives are the real ones: test_scaling_processes.py.
 """
 
-import functools
 import json
-import os
-import socket
-import struct
-import subprocess
-import sys
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import roofline
 import scaling
 import torch
-import torch.distributed as dist
 from _ceilings import DEVICES
 from _scaling_links import Cluster, sent_bytes
-from _scaling_step import Step, buckets, ddp, fsdp
+from _scaling_step import buckets, ddp, fsdp
 from _scaling_timeline import Gradient, Timeline, timeline
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor
-from torch.nn.parallel import DistributedDataParallel
-from torch.utils._python_dispatch import TorchDispatchMode
+from small_models import small_config
 
 from fastgpt import GPT, GPTConfig
 
-ROOT = Path(__file__).resolve().parent.parent
 H200 = DEVICES["h200"]
 NODES = Cluster(450.0)
-
-# -- two processes
-
-WORLD = 2
-BATCH = 2
-# An odd vocabulary cannot be halved, and the gradients, 3.2 MB, fill more than DDP's first bucket.
-SMALL = GPTConfig(block_size=16, vocab_size=1001, n_layer=3, n_head=2, n_embd=136)
-
-
-class Case(NamedTuple):
-    parallel: str
-    params: str = "float32"  # as the model computes with them
-    micro_batches: int = 1
-    recompute: bool = False
-
-
-CASES = {
-    "DDP": Case("ddp"),
-    "DDP, accumulated": Case("ddp", micro_batches=2),
-    "FSDP2, float32": Case("fsdp"),
-    "FSDP2, recompute": Case("fsdp", recompute=True),
-    "FSDP2, bfloat16": Case("fsdp", "bfloat16"),
-    "FSDP2, accumulated": Case("fsdp", "bfloat16", micro_batches=2),
-}
-
-_KINDS = {
-    "c10d::allreduce_": "all-reduce",
-    "c10d::_allgather_base_": "all-gather",
-    "c10d::_reduce_scatter_base_": "reduce-scatter",
-    "_c10d_functional::all_reduce": "all-reduce",
-}
-
-
-class Collectives(TorchDispatchMode):
-    """Writes down every collective and the bytes of its whole tensor."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.found: list[tuple[str, int]] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if DTensor in types:
-            return NotImplemented  # ask again with what it is made of
-        if func.name() in _KINDS:
-            tensors = [
-                tensor
-                for argument in args
-                for tensor in (argument if isinstance(argument, (list, tuple)) else [argument])
-                if isinstance(tensor, torch.Tensor)
-            ]
-            nbytes = max(tensor.numel() * tensor.itemsize for tensor in tensors)
-            self.found.append((_KINDS[func.name()], nbytes))
-        return func(*args, **(kwargs or {}))
-
-
-def received_bytes() -> int:
-    """What has come in on all TCP connections of this process, by the kernel's own count."""
-    total = 0
-    for name in os.listdir("/proc/self/fd"):
-        try:
-            is_socket = os.readlink(f"/proc/self/fd/{name}").startswith("socket:")
-        except FileNotFoundError:  # the listing's own
-            continue
-        if is_socket:
-            with socket.socket(fileno=os.dup(int(name))) as found:
-                if found.family != socket.AF_UNIX and found.type == socket.SOCK_STREAM:
-                    info = found.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 256)
-                    total += struct.unpack_from("Q", info, 128)[0]  # tcpi_bytes_received
-    return total
-
-
-def parallel_model(case: Case) -> torch.nn.Module:
-    torch.manual_seed(0)
-    gpt = GPT(SMALL, recompute=case.recompute)
-    if case.parallel == "ddp":
-        return DistributedDataParallel(gpt, gradient_as_bucket_view=True)
-    policy = MixedPrecisionPolicy(getattr(torch, case.params), torch.float32)
-    blocks: list[Any] = list(gpt.transformer.h)
-    norms = [*(block.ln_1 for block in blocks), gpt.transformer.ln_f]
-    fully_shard(norms, mp_policy=policy, reshard_after_forward=False)
-    for block in blocks:
-        fully_shard(block, mp_policy=policy)
-    fully_shard(gpt, mp_policy=policy)
-    return gpt
-
-
-def update(model: torch.nn.Module, optimizer: torch.optim.Optimizer, micro_batches: int) -> float:
-    x, y = torch.randint(SMALL.vocab_size, (2, BATCH, SMALL.block_size))
-    dist.all_reduce(torch.tensor(y.numel()))
-    for micro_batch in range(micro_batches):
-        last = micro_batch == micro_batches - 1
-        if isinstance(model, FSDPModule):
-            model.set_requires_gradient_sync(last)
-        silence: AbstractContextManager[None] = nullcontext()
-        if isinstance(model, DistributedDataParallel) and not last:
-            silence = model.no_sync()
-        with silence:
-            loss = model(x, y)[1]
-            loss.backward()
-    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-    optimizer.step()
-    optimizer.zero_grad()
-    return loss.item()
-
-
-def process(rank: int, folder: Path) -> None:
-    """Three updates of every case; the last one is watched. DDP makes its buckets in the second."""
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo", init_method=f"file://{folder / 'store'}", rank=rank, world_size=WORLD
-    )
-    found = {}
-    for name, case in CASES.items():
-        model = parallel_model(case)
-        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-        for _ in range(2):
-            update(model, optimizer, case.micro_batches)
-        dist.barrier()
-        before = received_bytes() if sys.platform == "linux" else 0
-        with Collectives() as collectives:
-            loss = update(model, optimizer, case.micro_batches)
-        after = received_bytes() if sys.platform == "linux" else 0
-        found[name] = {
-            "collectives": collectives.found,
-            "received": after - before,
-            "loss": loss,
-        }
-    dist.destroy_process_group()
-    (folder / f"{rank}.json").write_text(json.dumps(found))
-
-
-@pytest.fixture(scope="module")
-def processes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[dict[str, Any]]]:
-    """What each of them found."""
-    folder = tmp_path_factory.mktemp("processes")
-    path = os.pathsep.join(str(ROOT / name) for name in (".", "bench", "tests"))
-    environment = {**os.environ, "PYTHONPATH": path}
-    if sys.platform == "linux":
-        environment["GLOO_SOCKET_IFNAME"] = "lo"
-    children = [
-        subprocess.Popen(
-            [sys.executable, __file__, str(rank), str(folder)],
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(WORLD)
-    ]
-    try:
-        said = [child.communicate(timeout=120)[0] for child in children]
-    finally:
-        for child in children:
-            child.kill()
-    assert [child.returncode for child in children] == [0] * WORLD, "\n".join(said)
-    yield [json.loads((folder / f"{rank}.json").read_text()) for rank in range(WORLD)]
-
-
-@functools.cache
-def predicted(case: Case) -> Step:
-    one = timeline(SMALL, BATCH, case.params, H200, case.recompute)
-    step = {"ddp": ddp, "fsdp": fsdp}[case.parallel]
-    return step(one, NODES, H200, WORLD, case.micro_batches)
-
-
-@pytest.mark.parametrize("name", CASES)
-def test_two_processes_send_what_is_predicted(processes: list[dict[str, Any]], name: str) -> None:
-    """Every collective, its order and its bytes, the padding of odd rows among them."""
-    for found in processes:
-        collectives = [(kind, nbytes) for kind, nbytes in found[name]["collectives"]]
-        assert collectives == list(predicted(CASES[name]).collectives)
-    assert len(collectives) > 2
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="only Linux counts a connection's bytes")
-@pytest.mark.parametrize("name", CASES)
-def test_bytes_on_the_wire(processes: list[dict[str, Any]], name: str) -> None:
-    """By the kernel's count, within gloo's headers: less than 1 KiB a collective. Gloo, unlike
-    NCCL, reduce-scatters by an all-reduce of which it keeps a part."""
-    collectives = predicted(CASES[name]).collectives
-    expected = sum(
-        sent_bytes("all-reduce" if kind == "reduce-scatter" else kind, nbytes, WORLD)
-        for kind, nbytes in collectives
-    )
-    for found in processes:
-        assert 0 <= found[name]["received"] - expected < 1024 * len(collectives)
-
-
-def test_the_groups_of_fsdp_train_as_ddp_does(processes: list[dict[str, Any]]) -> None:
-    for found in processes:
-        for name in ("FSDP2, float32", "FSDP2, recompute"):
-            assert found[name]["loss"] == pytest.approx(found["DDP"]["loss"], abs=1e-5)
-
 
 # -- a collective
 
@@ -392,16 +184,17 @@ def test_fsdp_gathers_twice_a_micro_batch_and_pads_rows() -> None:
 @pytest.mark.parametrize("params", ["float32", "bfloat16"])
 @pytest.mark.parametrize("recompute", [False, True])
 def test_timeline_is_the_roofline_cut_into_pieces(params: str, recompute: bool) -> None:
+    config = small_config()
     variant = "fastgpt-recompute" if recompute else "fastgpt"
-    whole = roofline.measure(variant, SMALL, 8, params=params)
-    found = timeline(SMALL, 8, params, H200, recompute)
+    whole = roofline.measure(variant, config, 8, params=params)
+    found = timeline(config, 8, params, H200, recompute)
     assert found.ms == pytest.approx(whole.ms)
-    assert len(found.forward) == len(found.backward) == SMALL.n_layer + 2
+    assert len(found.forward) == len(found.backward) == config.n_layer + 2
     assert min(found.forward[1:-1]) > 0 and min(found.backward[1:-1]) > 0
     ready = [g.ready_ms for g in found.gradients]
     assert ready == sorted(ready) and ready[0] >= 0
     with torch.device("meta"):
-        expected = dict(GPT(SMALL).named_parameters())
+        expected = dict(GPT(config).named_parameters())
     assert {g.name: g.shape for g in found.gradients} == {n: p.shape for n, p in expected.items()}
     # the embeddings come last: the tied weight gets its second part there
     assert {g.name for g in found.gradients[-2:]} == {
@@ -467,7 +260,3 @@ def test_wrong_arguments(
         scaling.main(wrong)
     assert left.value.code == 2
     assert said in " ".join(capsys.readouterr().err.split())
-
-
-if __name__ == "__main__":
-    process(int(sys.argv[1]), Path(sys.argv[2]))
