@@ -100,19 +100,20 @@ class JsonTokenizer(Tokenizer):
 
     Args:
         path: the file.
-        end_of_text: the token behind each document; by default the first that the vocabulary has
-            of ``<|endoftext|>``, ``</s>``, ``<|end_of_text|>``, ``<eos>``, ``[EOS]``,
-            ``<|im_end|>``, ``[SEP]``.
+
+    Attributes:
+        end_of_text: the first that the vocabulary has of ``<|endoftext|>``, ``</s>``,
+            ``<|end_of_text|>``, ``<eos>``, ``[EOS]``, ``<|im_end|>``, ``[SEP]``.
 
     Raises:
         ImportError: tokenizers is not installed.
         FileNotFoundError: there is no such file.
-        ValueError: the file is no such tokenizer, or has no token ``end_of_text``.
+        ValueError: the file is no such tokenizer.
     """
 
     FILE = "tokenizer.json"
 
-    def __init__(self, path: str | Path, end_of_text: str | None = None) -> None:
+    def __init__(self, path: str | Path) -> None:
         try:
             import tokenizers
         except ImportError as error:
@@ -134,7 +135,7 @@ class JsonTokenizer(Tokenizer):
             raise ValueError(f"{path} is not a usable tokenizer.json: its vocabulary is empty")
         self._bytes = data
         self.vocab_size: int = max(ids.values()) + 1
-        self.end_of_text: int | None = _end_of_text(path, ids, end_of_text)
+        self.end_of_text: int | None = next((ids[n] for n in _END_NAMES if n in ids), None)
         self.name = f"{type(self._data.model).__name__} of {self.vocab_size} tokens"
         self.fingerprint = hashlib.sha256(data).hexdigest()
 
@@ -219,14 +220,6 @@ def _read(path: Path) -> bytes:
     if not path.is_file():
         raise FileNotFoundError(f"there is no tokenizer file {path}")
     return path.read_bytes()
-
-
-def _end_of_text(path: str | Path, ids: dict[str, int], name: str | None) -> int | None:
-    if name is None:
-        return next((ids[known] for known in _END_NAMES if known in ids), None)
-    if name not in ids:
-        raise ValueError(f"{path} has no token {name!r} to stand behind each document")
-    return ids[name]
 
 
 def _gpt2_ranks(path: Path) -> dict[bytes, int]:

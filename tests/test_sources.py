@@ -1,0 +1,176 @@
+"""Texts from files: what is refused, where long ones are cut, which split a document goes to."""
+
+import gzip
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from fastgpt import readers, sources
+from fastgpt.prepare import prepare
+from fastgpt.sources import DatasetSource, FileSource, TextSource, source_of
+from fastgpt.tokenizer import CharTokenizer
+
+DOCUMENTS = [f"Document {i}\n" + "naïve Ω 文 🙂 and so on; " * (i % 7) + "." for i in range(60)]
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> FileSource:
+    path = tmp_path / "documents.jsonl"
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in DOCUMENTS))
+    return FileSource(path)
+
+
+def test_the_seed_and_the_share_choose_the_documents(source: FileSource) -> None:
+    def chosen(share: float, seed: int) -> set[int]:
+        splits = [piece.split for piece in source.pieces(share, seed)]
+        return {i for i, split in enumerate(splits) if split == "val"}
+
+    assert chosen(0.3, 1) == chosen(0.3, 1) != chosen(0.3, 2)
+    assert chosen(0.1, 1) < chosen(0.3, 1) < chosen(0.9, 1)
+    many = sum(sources._uniform(0, i) < 0.1 for i in range(20000))
+    assert 1850 < many < 2150  # 3.5 standard deviations
+
+
+def test_inputs_without_text(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="the input .*nowhere does not exist"):
+        source_of(tmp_path / "nowhere")
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(ValueError, match="folder is a folder without files"):
+        source_of(tmp_path / "folder")
+    for name in ("a.txt", "a.jsonl"):
+        (tmp_path / name).touch()
+        with pytest.raises(ValueError, match="the input is empty"):
+            prepare(source_of(tmp_path / name), CharTokenizer.from_text("\n"), tmp_path / "data")
+    assert os.listdir(tmp_path / "data") == []
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "message"),
+    [
+        ("a.jsonl", b'{"text": "a"}\n{"text": ', r"line 2 of the input .*a\.jsonl is not JSON"),
+        ("a.jsonl", b'\n["text"]\n', r"line 2 .* must be a JSON object, but is list"),
+        ("a.jsonl", b'{"body": "a", "id": 1}', r"line 1 .* has no 'text', but 'body', 'id'; name"),
+        ("a.jsonl", b'{"text": null}', r"line 1 .* must have a text as 'text', got NoneType"),
+        ("a.jsonl", b'{"text": "\xff"}', r"line 1 .* is not JSON"),
+        ("a.txt", b"caf\xc3\xa9 caf\xe9 au", r"a\.txt is not UTF-8: byte 0xe9 at position 9"),
+        ("a.txt", b"caf\xc3", r"is not UTF-8: byte 0xc3 at position 3 \(unexpected end"),
+        ("a.txt.gz", b"no gzip", r"a\.txt\.gz is damaged: Not a gzipped file"),
+        (
+            "a.txt.gz",
+            gzip.compress(b"text" * 99, mtime=0)[:-9],
+            r"a\.txt\.gz is damaged: .* ended before",
+        ),
+        ("a.txt.zst", b"no zstd", r"a\.txt\.zst is damaged: "),
+        ("a.parquet", b"no parquet", r"a\.parquet is damaged: "),
+    ],
+)
+@pytest.mark.parametrize("chunk", [1 << 20, 3])
+def test_damaged_inputs_are_named(
+    chunk: int,
+    name: str,
+    data: bytes,
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    pytest.importorskip("pyarrow", reason="needs the extra [data]")
+    monkeypatch.setattr(readers, "_CHUNK", 16 * chunk if name.endswith(".zst") else chunk)
+    (tmp_path / name).write_bytes(data)
+    with pytest.raises(ValueError, match=message):
+        list(source_of(tmp_path / name).pieces(0.1, 0))
+
+
+def test_a_cut_off_zst_is_noticed(tmp_path: Path) -> None:
+    zstandard = pytest.importorskip("zstandard", reason="needs the extra [data]")
+    data = zstandard.compress(os.urandom(50_000).hex().encode())
+    (tmp_path / "a.txt.zst").write_bytes(data[: len(data) // 2])
+    with pytest.raises(ValueError, match=r"a\.txt\.zst is damaged: it ends within its last frame"):
+        list(source_of(tmp_path / "a.txt.zst").texts())
+
+
+def test_a_parquet_without_the_column(tmp_path: Path) -> None:
+    parquet = pytest.importorskip("pyarrow.parquet", reason="needs the extra [data]")
+    import pyarrow
+
+    parquet.write_table(pyarrow.table({"body": ["a"], "id": [1]}), tmp_path / "a.parquet")
+    with pytest.raises(ValueError, match="no column 'text', but the columns body, id; name one"):
+        list(source_of(tmp_path / "a.parquet").texts())
+    with pytest.raises(ValueError, match="row 1 of .* must have a text as 'id', got int"):
+        list(source_of(tmp_path / "a.parquet", "id").texts())
+
+
+@pytest.mark.parametrize(
+    ("library", "read"),
+    [
+        ("zstandard", lambda folder: list(source_of(folder / "a.txt.zst").texts())),
+        ("pyarrow", lambda folder: list(source_of(folder / "a.parquet").texts())),
+        ("datasets", lambda folder: DatasetSource(str(folder))),
+    ],
+)
+def test_a_missing_library_names_the_extra(
+    library: str, read: Callable[[Path], object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("a.txt.zst", "a.parquet"):
+        (tmp_path / name).write_bytes(b"x")
+    monkeypatch.setitem(sys.modules, library, None)
+    with pytest.raises(ImportError, match=r'pip install "fastgpt-triton\[data\]"'):
+        read(tmp_path)
+
+
+def test_lone_surrogates_of_json_become_a_replacement(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b'{"text": "a\\ud800b \\ud83d\\ude42"}\n')
+    assert list(source_of(path).texts()) == ["a\ufffdb 🙂"]
+
+
+# ---- long documents
+
+
+def pieces_of(text: str, monkeypatch: pytest.MonkeyPatch, length: int) -> list[str]:
+    monkeypatch.setattr(sources, "PIECE", length)
+    return list(TextSource(text).texts())
+
+
+def test_pieces_end_where_a_bpe_cannot_tell(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("tokenizers", reason="needs the extra [data]")
+    from tokenizers.pre_tokenizers import ByteLevel
+
+    words = ByteLevel(add_prefix_space=False)
+    text = Path(__file__).read_text() + " \n".join(DOCUMENTS)
+    whole = [word for word, _ in words.pre_tokenize_str(text)]
+    for length in (1000, 3000):
+        pieces = pieces_of(text, monkeypatch, length)
+        assert "".join(pieces) == text and max(map(len, pieces)) <= length
+        assert len(pieces) < 2.2 * len(text) / length + 2
+        cut = [word for piece in pieces for word, _ in words.pre_tokenize_str(piece)]
+        assert cut == whole
+
+
+def test_text_without_a_good_place_is_cut_anywhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    pieces = pieces_of("x" * 95 + "\n\n" + "  " * 50, monkeypatch, 10)
+    assert "".join(pieces) == "x" * 95 + "\n\n" + "  " * 50
+    assert {len(piece) for piece in pieces[:-1]} == {10}
+
+
+def test_a_long_document_stays_in_one_split(
+    source: FileSource, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sources, "PIECE", 40)
+    pieces = list(source.pieces(0.5, 0))
+    assert len(pieces) > 2 * len(DOCUMENTS)
+    documents: list[tuple[str, set[str]]] = []
+    parts: Iterator[sources.Piece] = iter(pieces)
+    for piece in parts:
+        text, splits = piece.text, {piece.split}
+        while not piece.ends_document:
+            piece = next(parts)
+            text, splits = text + piece.text, splits | {piece.split}
+        documents.append((text, splits))
+    assert [text for text, _ in documents] == DOCUMENTS
+    assert all(len(splits) == 1 for _, splits in documents)
+    fractions = [piece.fraction or 0.0 for piece in pieces]
+    assert fractions == sorted(fractions) and fractions[-1] == 1.0
