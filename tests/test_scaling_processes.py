@@ -4,14 +4,12 @@ the byte, and on the wire.
 Run as a program, this file is one of the two processes.
 """
 
-import functools
 import json
 import os
 import socket
 import struct
 import subprocess
 import sys
-from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -161,10 +159,8 @@ def process(rank: int, folder: Path) -> None:
     (folder / f"{rank}.json").write_text(json.dumps(found))
 
 
-@pytest.fixture(scope="module")
-def processes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[dict[str, Any]]]:
+def run_processes(folder: Path) -> list[dict[str, Any]]:
     """What each of them found."""
-    folder = tmp_path_factory.mktemp("processes")
     path = os.pathsep.join(str(ROOT / name) for name in (".", "bench", "tests"))
     environment = {**os.environ, "PYTHONPATH": path}
     if sys.platform == "linux":
@@ -185,43 +181,39 @@ def processes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[dict[st
         for child in children:
             child.kill()
     assert [child.returncode for child in children] == [0] * WORLD, "\n".join(said)
-    yield [json.loads((folder / f"{rank}.json").read_text()) for rank in range(WORLD)]
+    return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(WORLD)]
 
 
-@functools.cache
-def _predicted(case: Case) -> Step:
+def predicted(case: Case) -> Step:
     one = timeline(SMALL, BATCH, case.params, H200, case.recompute)
     step = {"ddp": ddp, "fsdp": fsdp}[case.parallel]
     return step(one, Cluster(450.0), H200, WORLD, case.micro_batches)
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_two_processes_send_what_is_predicted(processes: list[dict[str, Any]], name: str) -> None:
-    """Every collective, its order and its bytes, the padding of odd rows among them."""
-    for found in processes:
-        collectives = [(kind, nbytes) for kind, nbytes in found[name]["collectives"]]
-        assert collectives == list(_predicted(CASES[name]).collectives)
-    assert len(collectives) > 2
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="only Linux counts a connection's bytes")
-@pytest.mark.parametrize("name", CASES)
-def test_bytes_on_the_wire(processes: list[dict[str, Any]], name: str) -> None:
+def check_wire(found: dict[str, Any], expected: Step) -> None:
     """By the kernel's count, within gloo's headers: less than 1 KiB a collective. Gloo, unlike
     NCCL, reduce-scatters by an all-reduce of which it keeps a part."""
-    collectives = _predicted(CASES[name]).collectives
-    expected = sum(
-        sent_bytes("all-reduce" if kind == "reduce-scatter" else kind, nbytes, WORLD)
-        for kind, nbytes in collectives
+    nbytes = sum(
+        sent_bytes("all-reduce" if kind == "reduce-scatter" else kind, payload, WORLD)
+        for kind, payload in expected.collectives
     )
-    for found in processes:
-        assert 0 <= found[name]["received"] - expected < 1024 * len(collectives)
+    assert 0 <= found["received"] - nbytes < 1024 * len(expected.collectives)
 
 
-def test_the_groups_of_fsdp_train_as_ddp_does(processes: list[dict[str, Any]]) -> None:
-    for found in processes:
-        for name in ("FSDP2, float32", "FSDP2, recompute"):
-            assert found[name]["loss"] == pytest.approx(found["DDP"]["loss"], abs=1e-5)
+def test_two_processes_send_what_is_predicted(tmp_path: Path) -> None:
+    """Every collective, its order and its bytes, the padding of odd rows among them; and that such
+    groups train as DDP does. One test, for the processes take seconds to start."""
+    processes = run_processes(tmp_path)
+    for name, case in CASES.items():
+        expected = predicted(case)
+        assert len(expected.collectives) > 2
+        for found in processes:
+            collectives = [(kind, nbytes) for kind, nbytes in found[name]["collectives"]]
+            assert collectives == list(expected.collectives), name
+            if sys.platform == "linux":
+                check_wire(found[name], expected)
+            if case.parallel == "fsdp" and case.params == "float32":
+                assert found[name]["loss"] == pytest.approx(found["DDP"]["loss"], abs=1e-5)
 
 
 if __name__ == "__main__":
