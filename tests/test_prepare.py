@@ -372,9 +372,9 @@ def test_a_finished_one_is_checked_and_not_made_again(source: FileSource, tmp_pa
 def test_memory_does_not_grow_with_the_input(
     form: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "_BATCH", 1 << 14)
-    monkeypatch.setattr(sources, "PIECE", 1 << 14)
-    monkeypatch.setattr(readers, "_CHUNK", 1 << 14)
+    monkeypatch.setattr(module, "_BATCH", 1 << 12)
+    monkeypatch.setattr(sources, "PIECE", 1 << 12)
+    monkeypatch.setattr(readers, "_CHUNK", 1 << 12)
     rng = np.random.default_rng(0)
     words = rng.integers(97, 123, size=(400_000, 8), dtype=np.uint8)
     words[:, 7] = 32
@@ -398,9 +398,8 @@ def test_memory_does_not_grow_with_the_input(
         return peak
 
     peak(100)  # imports, caches
-    small, large = peak(200), peak(1000)
-    assert large < 1.2 * small + 50_000, (small, large)
-    assert large < 1_000_000  # of 3.2 MB of text, twice as much as tokens
+    # Of 3.2 MB of text, twice as much as tokens: what the threads can be ahead, and no more.
+    assert peak(1000) < 1_000_000
 
 
 # ---- what is refused
