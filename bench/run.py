@@ -65,6 +65,7 @@ from torch import Tensor
 
 from fastgpt import GPT
 from fastgpt.corpus import prepare_builtin
+from fastgpt.data import token_files
 
 _UNTIMED = 2  # steps at the start of a turn, in which the allocator finds its blocks again
 _PROTOCOL = {"loss_steps": 100, "warmup": 20, "rounds": 5, "steps": 20}  # at least
@@ -222,7 +223,7 @@ def _data_facts(plan: Plan) -> dict[str, Any]:
     given = plan.options.data_dir
     return {
         "source": "built-in corpus" if given is None else given.resolve().name,
-        "train_tokens": (plan.data_dir / "train.bin").stat().st_size // 2,
+        "train_tokens": sum(map(len, token_files(plan.data_dir, "train"))),
     }
 
 
