@@ -193,7 +193,9 @@ def main(argv: list[str] | None = None) -> int:
             raise FileExistsError(f"{options.out} is there already: it would be replaced")
         record = measure(options)
     except (ValueError, FileExistsError) as error:
-        Console(stderr=True).print(f"error: {error}", style="bold red")
+        Console(stderr=True, markup=False, highlight=False, soft_wrap=True).print(
+            f"error: {error}", style="bold red"
+        )
         return 2
     Console().print(table(record))
     if options.out is not None:
