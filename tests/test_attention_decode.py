@@ -124,6 +124,19 @@ def test_large_scores_and_strided_input(device: str) -> None:
     torch.testing.assert_close(y.double(), expected, rtol=1e-4, atol=1e-3)
 
 
+def test_more_parts_than_are_added_at_a_time(device: str) -> None:
+    """The largest score of each group of parts is larger than that of the one before."""
+    torch.manual_seed(0)
+    n_slots, head_size = 700, 64
+    qkv = torch.randn(1, 1, 3 * head_size, device=device)
+    cache = torch.randn(2, 1, 1, n_slots, head_size, device=device)
+    cache[0] *= torch.linspace(0.1, 3.0, n_slots, device=device)[:, None]
+    positions = torch.tensor([n_slots - 1], device=device)
+    expected = reference.attention_decode(qkv, cache.clone(), positions)
+    got = fused.attention_decode(qkv, cache, positions)
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
+
+
 @IMPLEMENTATIONS
 def test_no_rows(ops: Any, device: str) -> None:
     qkv, cache, positions = _inputs([], device=device)
