@@ -26,8 +26,8 @@ from fastgpt.config import (
     System,
     TrainConfig,
     automatic_keys,
-    read_config_file,
 )
+from fastgpt.config_file import read_config_file
 from fastgpt.data_commands import (
     BUILTIN,
     Prepare,

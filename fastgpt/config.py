@@ -1,11 +1,9 @@
-"""What a run can be told: nanoGPT's keys and defaults, presets, and the reader of nanoGPT's
-configuration files.
+"""What a run can be told: nanoGPT's keys and defaults, and presets.
 
 The keys stand in small dataclasses, one per heading of ``--help``; ``TrainConfig`` is their flat
 sum. A key's type is its annotation, its help the comment above it.
 """
 
-import ast
 import difflib
 import math
 import typing
@@ -23,7 +21,7 @@ INIT_FROM = ("scratch", "resume", "gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"
 
 @dataclass(frozen=True, kw_only=True)
 class Output:
-    # Folder of ckpt.pt (best, or newest), last.pt (where to resume) and log.jsonl (the losses).
+    # Folder of ckpt.pt (best, or newest), iter-*.pt (where to resume) and log.jsonl (the losses).
     out_dir: str = "out"
     # Updates between two evaluations; checkpoints are written there.
     eval_interval: int = 2000
@@ -35,7 +33,10 @@ class Output:
     eval_only: bool = False
     # Write ckpt.pt at every evaluation, not only when the validation loss improves.
     always_save_checkpoint: bool = True
-    # scratch, resume (from out_dir), or pretrained weights: gpt2, gpt2-medium, gpt2-large, gpt2-xl.
+    # Newest checkpoints to keep, besides the best.
+    keep_last: int = 2
+    # scratch, resume (from out_dir), or pretrained weights: gpt2, gpt2-medium, gpt2-large, gpt2-xl,
+    # or the path of a folder or .safetensors file that transformers or `fastgpt export` wrote.
     init_from: str = "scratch"
 
 
@@ -63,6 +64,8 @@ class Data:
     batch_size: int = 12
     # Tokens per sequence: the context length.
     block_size: int = 1024
+    # Tokens attend, and count positions, within their document only.
+    pack: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,6 +119,9 @@ class Schedule:
 
 @dataclass(frozen=True, kw_only=True)
 class System:
+    # How several processes share the model: each has all of it (ddp), or a part of each tensor
+    # (fsdp), which takes less memory and exchanges more.
+    parallel: Literal["ddp", "fsdp"] = "ddp"
     # What several processes exchange gradients with, on GPUs; on the CPU it is gloo.
     backend: str = "nccl"
     # cuda, cuda:N, cpu, mps, or auto (cuda where there is one, else cpu).
@@ -293,6 +299,7 @@ _LIMITS: dict[str, tuple[float, float]] = {
     "eval_interval": (1, math.inf),
     "log_interval": (1, math.inf),
     "eval_iters": (1, math.inf),
+    "keep_last": (1, math.inf),
     "gradient_accumulation_steps": (1, math.inf),
     "batch_size": (1, math.inf),
     "block_size": (1, math.inf),
@@ -333,14 +340,16 @@ def _check_limits(config: TrainConfig | SampleConfig) -> None:
 
 def _check_types(config: TrainConfig | SampleConfig) -> None:
     for key, value in vars(config).copy().items():
-        object.__setattr__(config, key, _typed(type(config), key, value))
+        object.__setattr__(config, key, typed(type(config), key, value))
 
 
 _KINDS = {bool: "True or False", int: "an integer", float: "a number", str: "a string"}
 
 
-def _typed(owner: type, key: str, value: Any) -> Any:
-    """``value`` as key's type; an int becomes a float where one is wanted, nothing else changes."""
+def typed(owner: type, key: str, value: Any) -> Any:
+    """``value`` as the type of ``owner``'s ``key``; an int becomes a float where one is wanted,
+    nothing else changes. TypeError or ValueError for another type.
+    """
     kind = typing.get_type_hints(owner)[key]
     if typing.get_origin(kind) is Literal:
         if value not in typing.get_args(kind):
@@ -366,74 +375,3 @@ def check_key(key: str) -> None:
     near = difflib.get_close_matches(key, known, n=1)
     hint = f": did you mean {near[0]!r}?" if near else f"; allowed: {', '.join(sorted(known))}"
     raise ValueError(f"unknown key {key!r}{hint}")
-
-
-def read_config_file(path: str | Path) -> dict[str, Any]:
-    """The keys that a nanoGPT configuration file sets, read without executing anything.
-
-    Such a file is Python: one plain assignment per line (``n_layer = 6``). A value is a number, a
-    string, True or False, arithmetic on numbers (``5 * 8``) or a key that was set before. Anything
-    else is a ValueError (a value of the wrong type a TypeError) naming file and line.
-    """
-    path = Path(path)
-    try:
-        tree = ast.parse(path.read_text(encoding="utf-8"), filename=str(path))
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not UTF-8 text ({error.reason} at {error.start})") from None
-    except SyntaxError as error:
-        raise ValueError(f"{path}:{error.lineno}: not a Python assignment: {error.msg}") from None
-    except ValueError as error:  # a NUL character, before Python 3.12
-        raise ValueError(f"{path}: {error}") from None
-    values: dict[str, Any] = {}
-    for statement in tree.body:
-        if isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Constant):
-            continue  # a docstring
-        try:
-            key, value = _assignment(statement, values)
-            check_key(key)
-            values[key] = _typed(TrainConfig, key, value)
-        except (ValueError, TypeError, ZeroDivisionError) as error:
-            kind = TypeError if isinstance(error, TypeError) else ValueError
-            raise kind(f"{path}:{statement.lineno}: {error}") from None
-    return values
-
-
-_ALLOWED = "allowed: key = a number, a string, True, False, arithmetic on numbers or an earlier key"
-
-_OPERATORS: dict[type[ast.operator], typing.Callable[[Any, Any], int | float]] = {
-    ast.Add: lambda a, b: a + b,
-    ast.Sub: lambda a, b: a - b,
-    ast.Mult: lambda a, b: a * b,
-    ast.Div: lambda a, b: a / b,
-    ast.FloorDiv: lambda a, b: a // b,
-    ast.Mod: lambda a, b: a % b,
-}
-
-
-def _assignment(statement: ast.stmt, values: dict[str, Any]) -> tuple[str, Any]:
-    match statement:
-        case ast.Assign(targets=[ast.Name(id=key)], value=expression):
-            return key, _evaluate(expression, values)
-    raise ValueError(f"{ast.unparse(statement).splitlines()[0]!r} is not read; {_ALLOWED}")
-
-
-def _evaluate(node: ast.expr, values: dict[str, Any]) -> bool | int | float | str:
-    match node:
-        case ast.Constant(value=bool() | int() | float() | str() as constant):
-            return constant
-        case ast.Name(id=name) if name in values:
-            return values[name]
-        case ast.UnaryOp(op=ast.USub(), operand=operand):
-            return -_number(operand, values)
-        case ast.UnaryOp(op=ast.UAdd(), operand=operand):
-            return _number(operand, values)
-        case ast.BinOp(left=left, op=op, right=right) if type(op) in _OPERATORS:
-            return _OPERATORS[type(op)](_number(left, values), _number(right, values))
-    raise ValueError(f"{ast.unparse(node)!r} is not read; {_ALLOWED}")
-
-
-def _number(node: ast.expr, values: dict[str, Any]) -> int | float:
-    value = _evaluate(node, values)
-    if isinstance(value, (bool, str)):
-        raise ValueError(f"{ast.unparse(node)!r} is not a number; {_ALLOWED}")
-    return value

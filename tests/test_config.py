@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from fastgpt import config as configuration
-from fastgpt.config import PRESETS, SampleConfig, TrainConfig, automatic_keys, read_config_file
+from fastgpt.config import PRESETS, SampleConfig, TrainConfig, automatic_keys
+from fastgpt.config_file import read_config_file
 from fastgpt.devices import autocast, resolve_device, resolve_dtype
 
 NANOGPT_DEFAULTS = {

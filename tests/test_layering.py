@@ -114,6 +114,7 @@ ALLOWED: dict[str, set[str]] = {
     "fastgpt.step": {"fastgpt.optimizer", "fastgpt.parallel"},
     "fastgpt._progress": set(),
     "fastgpt.config": set(),
+    "fastgpt.config_file": {"fastgpt.config"},
     "fastgpt.devices": set(),
     "fastgpt.tokenizer_base": set(),
     "fastgpt.char_tokenizer": {"fastgpt._progress", "fastgpt.tokenizer_base"},
@@ -172,6 +173,7 @@ ALLOWED: dict[str, set[str]] = {
     "fastgpt.sample_command": {"fastgpt.config", "fastgpt.sampler"},
     "fastgpt.__main__": {
         *_RUN,
+        "fastgpt.config_file",
         "fastgpt.corpus",
         "fastgpt.data_commands",
         "fastgpt.doctor",
