@@ -78,7 +78,8 @@ def test_every_op_has_a_file() -> None:
     others = {"attention", "attention_decode", "dropout_seed", "adamw"}
     assert set(OPS) == set(fused.__all__) - others
     names = {Path(str(file.__file__)).name for file in FILES}
-    # a mode of ops that have their files (test_bench_fp8.py); an op with rows of its own; a whole method
+    # a mode of ops that have their files (test_bench_fp8.py); an op with rows of its own; a whole
+    # method
     special = {"bench_fp8.py", "bench_adamw.py", "bench_decode.py"}
     assert names | special == {path.name for path in (ROOT / "bench").glob("bench_*.py")}
 

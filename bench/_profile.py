@@ -1,0 +1,138 @@
+"""Where the time of a training step goes, by kernel and by kind of work, against the floor: a stage
+of ``gpu_report.py``, which leaves profile.json in FOLDER.
+
+    python bench/_profile.py FOLDER
+"""
+
+import sys
+import tempfile
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import _machine
+import torch
+from _ceilings import Ceilings, floor
+from _timing import Clock, spread, synchronize
+from _training import VARIANTS, Options, Plan, Training, tf32
+from _visit import write_json
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity
+from torch.profiler import profile as profiler
+
+from fastgpt import GPT, GPTConfig
+from fastgpt.corpus import prepare_builtin
+
+# What a GPU kernel's name contains → the kind of work, as in ``_ceilings.floor``; the first that
+# fits counts.
+_KINDS = {
+    "attention": ("attention", "flash", "fmha"),
+    "LayerNorm and residual": ("layer_norm", "_sum_bands"),
+    "embedding": ("embedding", "radix", "sort", "searchsorted"),
+    "loss": ("cross_entropy",),
+    "optimizer": ("adam", "multi_tensor", "norm_kernel", "lpnorm"),
+    "matrix products": ("gemm", "nvjet", "cutlass", "cublas", "splitk", "_linear_", "_weight_grad"),
+    "GELU": ("gelu",),
+    "casts": ("cast", "amax", "quantise", "transpose"),
+    "copies and sums": ("",),
+}
+
+
+def profile(folder: Path, options: Options | None = None) -> int:
+    """A few updates of ``fastgpt train``, and steps of its model in nanoGPT's loop, under PyTorch's
+    profiler, by kernel and by kind of work. ``options``: of run.py, if not its own."""
+    options = options or Options()
+    with tempfile.TemporaryDirectory() as temporary, tf32(True):
+        plan = Plan.of(options, prepare_builtin(Path(temporary)).data_dir)
+        measured = _machine.ceilings(plan.device)
+        ceilings = Ceilings("measured", measured["matmul_tflops"], measured["copy_tb_per_s"])
+        floor_ms = floor_by_kind(plan.config, options, ceilings)
+        found: dict[str, Any] = {
+            "batch_size": options.batch_size,
+            "block_size": options.block_size,
+            "variants": {},
+        }
+        for name in ("fastgpt_train", "fastgpt"):
+            training = Training(VARIANTS[name], plan)
+            step_ms, kernels = _profiled(training, plan.device)
+            found["variants"][name] = {"step_ms": step_ms, **by_kind(kernels, floor_ms)}
+            write_json(folder / "profile.json", found)
+    return 0
+
+
+def _profiled(
+    training: Training, device: torch.device, steps: int = 5
+) -> tuple[float, list[dict[str, Any]]]:
+    """Milliseconds of a step without the profiler, which takes time; the kernels of a step."""
+    on_gpu = device.type == "cuda"
+    for _ in range(3):
+        training.step()
+    clock = Clock(device)
+    for _ in range(steps):
+        clock.mark()
+        training.step()
+    clock.mark()
+    step_ms = spread(clock.durations_ms()).median
+    with profiler(activities=[getattr(ProfilerActivity, "CUDA" if on_gpu else "CPU")]) as found:
+        for _ in range(steps):
+            training.step()
+        synchronize(device)
+    return step_ms, [
+        {
+            "name": event.key,
+            "calls": event.count / steps,
+            "ms": (event.self_device_time_total if on_gpu else event.self_cpu_time_total)
+            / steps
+            / 1e3,
+        }
+        for event in found.key_averages()
+        if not on_gpu or event.device_type == DeviceType.CUDA
+    ]
+
+
+def floor_by_kind(config: GPTConfig, options: Options, ceilings: Ceilings) -> dict[str, float]:
+    """Milliseconds of a step: forward and backward as in ``_ceilings``, and AdamW, which moves 28
+    bytes a float32 parameter."""
+    with torch.device("meta"):
+        n_parameters = GPT(config).get_num_params(non_embedding=False)
+    found: defaultdict[str, float] = defaultdict(float)
+    for row in floor(config, options.batch_size, options.block_size, ceilings):
+        found[row.kind] += row.ms
+    found["optimizer"] = ceilings.ms(0, 28 * n_parameters, True)
+    return dict(found)
+
+
+def kind_of_kernel(name: str) -> str:
+    name = name.lower()
+    return next(kind for kind, parts in _KINDS.items() if any(part in name for part in parts))
+
+
+def by_kind(kernels: list[dict[str, Any]], floor_ms: dict[str, float]) -> dict[str, Any]:
+    """Share of the kernels' time, the floor and the ratio for each kind; the kernels themselves,
+    the slowest first. The floor counts the logits' rows among the matrix products."""
+    total = sum(kernel["ms"] for kernel in kernels)
+    sums: defaultdict[str, float] = defaultdict(float)
+    for kernel in kernels:
+        kernel["kind"] = kind_of_kernel(kernel["name"])
+        kernel["share"] = kernel["ms"] / total if total else 0.0
+        sums[kernel["kind"]] += kernel["ms"]
+    kinds = [
+        {
+            "kind": kind,
+            "ms": sums.get(kind, 0.0),
+            "share": sums.get(kind, 0.0) / total if total else 0.0,
+            "floor_ms": floor_ms.get(kind),
+            "ratio": sums.get(kind, 0.0) / floor_ms[kind] if floor_ms.get(kind) else None,
+        }
+        for kind in dict.fromkeys((*sums, *floor_ms))
+    ]
+    return {
+        "kernels_ms": total,
+        "floor_ms": sum(floor_ms.values()),
+        "kinds": sorted(kinds, key=lambda row: -row["ms"]),
+        "kernels": sorted(kernels, key=lambda kernel: -kernel["ms"])[:40],
+    }
+
+
+if __name__ == "__main__":
+    sys.exit(profile(Path(sys.argv[1])))
