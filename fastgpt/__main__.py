@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from fastgpt import checkpoint as ckpt
-from fastgpt import corpus
+from fastgpt import corpus, run_folder
 from fastgpt.bigram import Bigram
 from fastgpt.config import (
     GROUPS,
@@ -39,6 +39,7 @@ from fastgpt.data_commands import (
 from fastgpt.devices import autocast, resolve_device
 from fastgpt.doctor import DoctorConfig, doctor
 from fastgpt.export import ExportConfig, export
+from fastgpt.language_model import LanguageModel
 from fastgpt.parallel import World
 from fastgpt.plot import PlotConfig, plot
 from fastgpt.sample_command import run_sample
@@ -157,14 +158,15 @@ def _train_config(argv: list[str], first: Train) -> TrainConfig:
 
 def _saved_keys(out_dir: Path) -> dict[str, Any]:
     """The keys of the run to be resumed (a checkpoint of nanoGPT's has its keys only)."""
-    saved = ckpt.load(ckpt.newest(out_dir)).get("config", {})
+    header, _ = run_folder.read_newest(out_dir, ckpt.header)
+    saved = header.get("config", {})
     known = {f.name for f in fields(TrainConfig)}
     return {key: value for key, value in saved.items() if key in known}
 
 
 def _train(config: TrainConfig, world: World, console: Console) -> None:
     out_dir = Path(config.out_dir)
-    if world.restarts and any((out_dir / name).exists() for name in (ckpt.LAST, ckpt.BEST)):
+    if world.restarts and (run_folder.saved(out_dir) or (out_dir / ckpt.BEST).exists()):
         config = replace(config, init_from="resume")  # torchrun started the same command again
     device = world.device(resolve_device(config.device))
     with world.connected(device, config.backend):
@@ -185,8 +187,9 @@ def _train_connected(config: TrainConfig, world: World, console: Console) -> Non
     trainer.run()
     if not config.eval_only:
         console.print(_summary(trainer))
+        model = trainer.whole_model()
         if world.first:
-            _print_sample(trainer)
+            _print_sample(trainer, model)
 
 
 def _summary(trainer: Trainer) -> Table:
@@ -215,7 +218,7 @@ def _summary(trainer: Trainer) -> Table:
     return table
 
 
-def _print_sample(trainer: Trainer) -> None:
+def _print_sample(trainer: Trainer, model: LanguageModel) -> None:
     try:
         tokenizer = trainer.tokenizer or GPT2Tokenizer()
     except (ImportError, ConnectionError) as error:
@@ -223,7 +226,7 @@ def _print_sample(trainer: Trainer) -> None:
         return
     unknown = isinstance(tokenizer, CharTokenizer) and "\n" not in tokenizer.stoi
     text = write(
-        trainer.model.eval(),
+        model.eval(),
         tokenizer,
         ([] if unknown else tokenizer.encode("\n")) or [0],
         _SAMPLE_TOKENS,
@@ -246,7 +249,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run the command line (``sys.argv`` by default); returns the exit code.
 
     0: done. 1: the run failed (diverged, out of memory, no connection, disk full). 2: a wrong
-    argument, configuration, data set or checkpoint. 130: interrupted (training saves ``last.pt``).
+    argument, configuration, data set or checkpoint. 130: interrupted (training saves its state).
     """
     errors = Console(stderr=True, markup=False, highlight=False, soft_wrap=True)
     argv = sys.argv[1:] if argv is None else argv

@@ -1,25 +1,25 @@
 """Checkpoints in nanoGPT's format, written so that a crash never leaves half a file.
 
-A run's folder holds two: ``ckpt.pt``, which nanoGPT and ``fastgpt sample`` read (the best state by
-validation loss, or the newest with ``always_save_checkpoint``), and ``last.pt``, the newest state,
-from which a run that was stopped or killed goes on. Both have nanoGPT's keys (``model``,
-``optimizer``, ``model_args``, ``iter_num``, ``best_val_loss``, ``config``) and one of ours,
-``fastgpt``, which holds what nanoGPT does not know: the kind of model, its GELU, its tokenizer,
-the random generators, the data cursor and the gradient scaler. All of it loads under
-``weights_only=True``.
+A checkpoint has nanoGPT's keys (``model``, ``optimizer``, ``model_args``, ``iter_num``,
+``best_val_loss``, ``config``) and one of ours, ``fastgpt``, which holds what nanoGPT does not know:
+the kind of model, its GELU, its tokenizer, the random generators, the data cursor and the gradient
+scaler. All of it loads under ``weights_only=True``. Which checkpoints a run keeps stands in
+``run_folder.py``, those of sharded runs in ``sharded.py``.
 """
 
 import contextlib
-import os
 import pickle
+import shutil
 import zipfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from fastgpt import sharded
+from fastgpt._files import replacing
 from fastgpt.bigram import Bigram
 from fastgpt.language_model import GPTConfig, LanguageModel
 from fastgpt.model import GPT
@@ -31,7 +31,7 @@ from fastgpt.tokenizer import (
     unpacked,
 )
 
-BEST, LAST = "ckpt.pt", "last.pt"
+BEST = "ckpt.pt"  # its name, where nanoGPT looks for it
 
 FOR_SAMPLING = ("model", "model_args")
 FOR_RESUMING = (*FOR_SAMPLING, "optimizer", "iter_num", "best_val_loss")
@@ -45,21 +45,17 @@ def save(checkpoint: Checkpoint, path: Path) -> None:
     """Write ``checkpoint`` to ``path``: to a temporary file beside it first, which then replaces
     it. Whenever the process dies, ``path`` holds the old checkpoint or the new one, whole.
     """
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            torch.save(checkpoint, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    if os.name == "posix":
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)  # the new name survives a power cut too
-        finally:
-            os.close(folder)
+    with replacing(path) as file:
+        torch.save(checkpoint, file)
+
+
+def publish(source: Path, path: Path) -> None:
+    """Make one file, ``path``, of the checkpoint ``source``: a file, or a sharded run's folder."""
+    if source.is_dir():
+        save(load(source), path)
+        return
+    with open(source, "rb") as original, replacing(path) as file:
+        shutil.copyfileobj(original, file, 1 << 24)
 
 
 @contextlib.contextmanager
@@ -74,19 +70,38 @@ def _reading(path: Path) -> Iterator[None]:
 
 
 def load(path: Path, required: tuple[str, ...] = FOR_SAMPLING) -> Checkpoint:
-    """Read a checkpoint of ours or of nanoGPT, all tensors on the CPU.
+    """Read a checkpoint of ours or of nanoGPT, or the folder of a sharded run; all tensors on the
+    CPU.
 
-    Raises FileNotFoundError, or ValueError when the file is damaged or lacks a ``required`` key.
+    Raises FileNotFoundError, or ValueError when it is damaged or lacks a ``required`` key.
     """
-    if not path.is_file():
+    if path.is_dir():
+        checkpoint = sharded.load(path)
+    elif path.is_file():
+        with _reading(path):
+            with zipfile.ZipFile(path) as archive:  # PyTorch itself does not look at the checksums
+                damaged = archive.testzip()
+            if damaged is not None:
+                raise zipfile.BadZipFile(f"wrong checksum of {damaged}")
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    else:
         raise FileNotFoundError(f"there is no checkpoint {path}")
-    with _reading(path):
-        with zipfile.ZipFile(path) as archive:  # PyTorch itself does not look at the checksums
-            damaged = archive.testzip()
-        if damaged is not None:
-            raise zipfile.BadZipFile(f"wrong checksum of {damaged}")
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     _check_keys(path, checkpoint, required)
+    return checkpoint
+
+
+def header(path: Path) -> Checkpoint:
+    """A checkpoint of which hardly more than the numbers is read: the tensors of a file are read
+    when they are looked at, a folder's are left out. Not looked over for damage as ``load`` does.
+
+    Raises FileNotFoundError, or ValueError when it is damaged or lacks the key ``iter_num``.
+    """
+    if path.is_dir():
+        checkpoint = sharded.header(path)
+    else:
+        with _reading(path):
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    _check_keys(path, checkpoint, ("iter_num",))
     return checkpoint
 
 
@@ -101,25 +116,6 @@ def _check_keys(path: Path, checkpoint: object, required: tuple[str, ...]) -> No
         raise ValueError(
             f"{path} lacks the checkpoint key {', '.join(missing)}; needed: {', '.join(required)}"
         )
-
-
-def newest(out_dir: Path) -> Path:
-    """The file from which a run in ``out_dir`` goes on: the one with more iterations.
-
-    Usually that is ``last.pt``; ``ckpt.pt`` where nanoGPT wrote it. FileNotFoundError if neither
-    is there.
-    """
-    found = [out_dir / name for name in (LAST, BEST) if (out_dir / name).is_file()]
-    if not found:
-        raise FileNotFoundError(f"there is no {LAST} or {BEST} in {out_dir}")
-    return max(found, key=_iterations)  # the first of equals: last.pt
-
-
-def _iterations(path: Path) -> int:
-    with _reading(path):
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    _check_keys(path, checkpoint, ("iter_num",))
-    return int(checkpoint["iter_num"])
 
 
 def model_args(model: LanguageModel) -> dict[str, int | float | bool]:
@@ -174,41 +170,34 @@ def kind(model: LanguageModel) -> str:
     return "bigram" if isinstance(model, Bigram) else "gpt"
 
 
-def build_model(checkpoint: Checkpoint, path: Path, dropout: float | None = None) -> LanguageModel:
-    """The model of a checkpoint with its weights, on the CPU; ``dropout`` replaces the saved one.
+def new_model(checkpoint: Checkpoint, path: Path, dropout: float | None = None) -> LanguageModel:
+    """A model as the checkpoint's, with weights of its own, on the CPU; ``dropout`` replaces the
+    saved one.
 
     ``path`` is where it came from, for the messages of ValueError.
     """
     own = own_state(checkpoint)
-    try:
+    with _building(path):
         args = dict(checkpoint["model_args"])
         if dropout is not None:
             args["dropout"] = dropout
         config = GPTConfig(**args)
-        model: LanguageModel
         if own.get("model", "gpt") == "bigram":
-            model = Bigram(config)
-        else:
-            model = GPT(config, gelu=own.get("gelu", "none"))
+            return Bigram(config)
+        return GPT(config, gelu=own.get("gelu", "none"))
+
+
+def build_model(checkpoint: Checkpoint, path: Path, dropout: float | None = None) -> LanguageModel:
+    """``new_model`` with the checkpoint's weights."""
+    model = new_model(checkpoint, path, dropout)
+    with _building(path):
         model.load_state_dict(checkpoint["model"])
-    except (ValueError, TypeError, RuntimeError) as error:
-        raise ValueError(f"{path} holds no model that fastgpt can build: {error}") from error
     return model
 
 
-def set_aside(out_dir: Path, names: Iterable[str] = (BEST, LAST)) -> Path | None:
-    """Move an earlier run's files out of the way of a new run, into ``out_dir/previous-N``.
-
-    Returns that folder, or None if there was nothing to move.
-    """
-    found = [out_dir / name for name in names if (out_dir / name).exists()]
-    if not found:
-        return None
-    number = 1
-    while (out_dir / f"previous-{number}").exists():
-        number += 1
-    folder = out_dir / f"previous-{number}"
-    folder.mkdir()
-    for path in found:
-        path.rename(folder / path.name)
-    return folder
+@contextlib.contextmanager
+def _building(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except (ValueError, TypeError, RuntimeError) as error:
+        raise ValueError(f"{path} holds no model that fastgpt can build: {error}") from error

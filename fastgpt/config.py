@@ -14,6 +14,8 @@ from typing import Annotated, Any, Literal
 import torch
 import tyro
 
+from fastgpt._files import is_path
+
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
 INIT_FROM = ("scratch", "resume", "gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
@@ -151,11 +153,8 @@ class TrainConfig(System, Schedule, Optimizer, Model, Data, Logging, Output):
     def __post_init__(self) -> None:
         _check_types(self)
         _check_limits(self)
-        if self.init_from not in INIT_FROM:
-            raise ValueError(
-                f"init_from must be one of {', '.join(INIT_FROM)}, got {self.init_from!r}"
-            )
-        if self.model == "bigram" and self.init_from.startswith("gpt2"):
+        _check_init_from(self.init_from, INIT_FROM)
+        if self.model == "bigram" and self.init_from not in ("scratch", "resume"):
             raise ValueError(
                 f"init_from must be scratch or resume with model='bigram', got {self.init_from!r}"
             )
@@ -182,7 +181,8 @@ class TrainConfig(System, Schedule, Optimizer, Model, Data, Logging, Output):
 class SampleConfig:
     """Write text with a trained model."""
 
-    # resume (ckpt.pt in out_dir), or pretrained weights: gpt2, gpt2-medium, gpt2-large, gpt2-xl.
+    # resume (ckpt.pt in out_dir), or pretrained weights: gpt2, gpt2-medium, gpt2-large, gpt2-xl, or
+    # the path of a folder or .safetensors file that transformers or `fastgpt export` wrote.
     init_from: str = "resume"
     # Folder of the checkpoint.
     out_dir: str = "out"
@@ -228,11 +228,7 @@ class SampleConfig:
     def __post_init__(self) -> None:
         _check_types(self)
         _check_limits(self)
-        allowed = [name for name in INIT_FROM if name != "scratch"]
-        if self.init_from not in allowed:
-            raise ValueError(
-                f"init_from must be one of {', '.join(allowed)}, got {self.init_from!r}"
-            )
+        _check_init_from(self.init_from, INIT_FROM[1:])
         if not self.start:
             raise ValueError("start must hold at least one character, got ''")
         if "" in self.stop:
@@ -325,6 +321,14 @@ _LIMITS: dict[str, tuple[float, float]] = {
     "min_p": (0, 1),
     "repetition_penalty": (0.01, 100),
 }
+
+
+def _check_init_from(source: str, names: tuple[str, ...]) -> None:
+    if source not in names and not is_path(source):
+        raise ValueError(
+            f"init_from must be one of {', '.join(names)}, or the path of a folder or of a "
+            f".safetensors file, got {source!r}"
+        )
 
 
 def _check_limits(config: TrainConfig | SampleConfig) -> None:

@@ -8,7 +8,6 @@ weights are downloaded; transformers itself is not used.
 """
 
 import json
-import os
 import pickle
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -52,18 +51,6 @@ class Weights(NamedTuple):
     config: GPTConfig
     gelu: str
     state: dict[str, Tensor]
-
-
-def is_path(source: str) -> bool:
-    """Whether ``source`` means a folder or file rather than a published name: it is there, or has
-    a separator or the ending ``.safetensors``.
-    """
-    return (
-        "/" in source
-        or os.sep in source
-        or source.endswith(".safetensors")
-        or Path(source).exists()
-    )
 
 
 def missing_package(what: str, package: str) -> ImportError:

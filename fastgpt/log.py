@@ -9,7 +9,6 @@ A figure that is not finite is null.
 
 import json
 import math
-import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,6 +16,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TextIO
 
+from fastgpt._files import replacing
 from fastgpt.config import TrainConfig
 
 LOG, TENSORBOARD = "log.jsonl", "tensorboard"
@@ -129,12 +129,8 @@ def _drop_from(path: Path, first_iter: int, keep_evaluation: bool) -> None:
         if row["iter"] < first_iter
         or (keep_evaluation and row["iter"] == first_iter and "val/loss" in row)
     ]
-    temporary = path.with_name(f".{path.name}.tmp")
-    with open(temporary, "w", encoding="utf-8") as file:
-        file.writelines(json.dumps(row) + "\n" for row in kept)
-        file.flush()
-        os.fsync(file.fileno())  # before the old log is gone
-    os.replace(temporary, path)
+    with replacing(path) as file:
+        file.writelines((json.dumps(row) + "\n").encode() for row in kept)
 
 
 def _import_wandb() -> Any:

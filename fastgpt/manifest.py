@@ -4,12 +4,12 @@ manifest = read_manifest("data/owt")      # None for a data set of nanoGPT's
 manifest.verify("data/owt")               # every file as it was written
 """
 
-import hashlib
 import json
-import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+
+from fastgpt._files import sha256_of, write_json
 
 NAME = "manifest.json"
 DTYPES = ("uint16", "uint32")
@@ -110,23 +110,3 @@ def read_manifest(folder: str | Path) -> Manifest | None:
         )
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is not a usable manifest: {error}") from error
-
-
-def sha256_of(path: Path) -> str:
-    """The SHA-256 of a file, in hex."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        for data in iter(lambda: file.read(1 << 16), b""):
-            digest.update(data)
-    return digest.hexdigest()
-
-
-def write_json(value: Any, path: Path) -> None:
-    """Write ``value`` beside ``path`` first and rename it when it is on the disk."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        json.dump(value, file, indent=1)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from fastgpt import huggingface
 from fastgpt import ops as default_ops
+from fastgpt._files import is_path
 from fastgpt.language_model import GPTConfig, LanguageModel
 from fastgpt.ops import Recipe
 
@@ -406,7 +407,7 @@ class GPT(LanguageModel):
         name = os.fspath(model_type)
         if name in PRETRAINED_SHAPES:
             source = huggingface.download(name)
-        elif huggingface.is_path(name):
+        elif is_path(name):
             source = Path(name)
         else:
             raise ValueError(

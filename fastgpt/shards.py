@@ -15,7 +15,8 @@ from typing import Any, BinaryIO
 import numpy as np
 import numpy.typing as npt
 
-from fastgpt.manifest import NAME, Manifest, Shard, Split, read_manifest, sha256_of, write_json
+from fastgpt._files import sha256_of, write_json
+from fastgpt.manifest import NAME, Manifest, Shard, Split, read_manifest
 
 _STATE = "state.json"
 _SAVE_EVERY = 16  # batches

@@ -14,8 +14,10 @@ from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 
+from fastgpt.fsdp import whole
 from fastgpt.optimizer import MasterAdamW
 from fastgpt.parallel import ALONE, World
 
@@ -40,7 +42,8 @@ class Step:
 
     Args:
         model: ``model(x, y)`` returns a pair, the second of which is the loss: a language model,
-            what torch.compile made of one, or DistributedDataParallel around either.
+            what torch.compile made of one, DistributedDataParallel around either, or a model that
+            FSDP2 shards.
         optimizer: ``MasterAdamW``, or PyTorch's AdamW, fused where the device is a GPU.
         device: of the model.
         micro_batches: pairs in an update, of this process.
@@ -144,6 +147,8 @@ class Step:
         return torch.where((valid > 0) | (all_valid == 0), share, 0.0)
 
     def _exchanging(self, gradients: bool) -> AbstractContextManager[object]:
+        if isinstance(self._model, FSDPModule):
+            self._model.set_requires_gradient_sync(gradients)
         if gradients or not isinstance(self._model, DistributedDataParallel):
             return nullcontext()
         return self._model.no_sync()
@@ -151,7 +156,7 @@ class Step:
     def _clip(self) -> Tensor:
         if isinstance(self._optimizer, MasterAdamW):
             return self._optimizer.clip_grad_norm_(self._grad_clip)
-        return nn.utils.clip_grad_norm_(self._model.parameters(), self._grad_clip)
+        return whole(nn.utils.clip_grad_norm_(self._model.parameters(), self._grad_clip))
 
     def _look_at(self, value: Tensor) -> None:
         torch.maximum(self.not_finite, (~value.isfinite()).float(), out=self.not_finite)

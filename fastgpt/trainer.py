@@ -22,21 +22,18 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from fastgpt import checkpoint as ckpt
-from fastgpt.bigram import Bigram
+from fastgpt import fsdp, run_folder, sharded, start
 from fastgpt.config import TrainConfig
 from fastgpt.data import Batches
 from fastgpt.devices import autocast, resolve_device, resolve_dtype
-from fastgpt.language_model import GPTConfig, LanguageModel
+from fastgpt.language_model import LanguageModel
 from fastgpt.log import LOG, TENSORBOARD, RunLog
 from fastgpt.meter import Meter, interrupts
 from fastgpt.model import GPT
 from fastgpt.optimizer import MasterAdamW, saved_state
 from fastgpt.parallel import ALONE, World
 from fastgpt.step import Step
-from fastgpt.tokenizer import CharTokenizer, packed, saved_tokenizer
-
-_GPT2_VOCAB_SIZE = 50304  # for data without a meta.pkl: 50257, padded to a multiple of 64
-_SHAPE_KEYS = ("n_layer", "n_head", "n_embd", "block_size", "bias")
+from fastgpt.tokenizer import packed, saved_tokenizer
 
 
 class Trainer:
@@ -58,6 +55,9 @@ class Trainer:
         self.console = console or Console(markup=False, highlight=False, soft_wrap=True)
         self.device = world.device(resolve_device(config.device))
         self.dtype = resolve_dtype(config.dtype, self.device)
+        self._sharded = start.is_sharded(config, world)
+        if self._sharded and self.dtype == torch.float16:
+            raise ValueError("dtype must be float32 or bfloat16 with parallel='fsdp', got float16")
         self.out_dir = Path(config.out_dir)
         self._micro_batches = self._share_of_micro_batches()
         self._log = RunLog(config)
@@ -66,11 +66,10 @@ class Trainer:
         torch.backends.cudnn.allow_tf32 = True
 
         self.tokenizer = saved_tokenizer(config.data_dir)
-        saved, path = self._saved_state()
+        saved, path = None, self.out_dir
+        if config.init_from == "resume":
+            saved, path = start.saved_state(config, self.tokenizer, world)
         model = self._build_model(saved, path)
-        if isinstance(model, GPT):
-            model.recompute = config.recompute
-            model.fp8 = config.fp8
         self.config = config = self._with_shape_of(model)
         self.batches = Batches(
             config.data_dir,
@@ -83,12 +82,7 @@ class Trainer:
             world_size=world.size,
         )
         self.model = model.to(self.device)
-        compiled = torch.compile(self.model) if config.compile else self.model
-        self._forward = cast(torch.nn.Module, compiled)
-        trained = self._forward
-        if world.size > 1:
-            torch.manual_seed(config.seed + world.rank)  # each drops other activations
-            trained = DistributedDataParallel(trained, gradient_as_bucket_view=True)
+        trained = self._shared()
         self.optimizer = self._build_optimizer()
         self._autocast = autocast(self.device, self.dtype)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
@@ -115,6 +109,21 @@ class Trainer:
         if saved is not None:
             self._restore(saved, path)
 
+    def _shared(self) -> torch.nn.Module:
+        """The model as ``Step`` takes it: compiled if it shall be, with all processes in it."""
+        self._forward: torch.nn.Module = self.model
+        if self._sharded:
+            fsdp.shard(self.model, self.device, self.world, self.dtype)
+            if self.config.compile:
+                self.model.compile()
+        elif self.config.compile:
+            self._forward = cast(torch.nn.Module, torch.compile(self.model))
+        if self.world.size > 1:
+            torch.manual_seed(self.config.seed + self.world.rank)  # each drops other activations
+        if self.world.size == 1 or self._sharded:
+            return self._forward
+        return DistributedDataParallel(self._forward, gradient_as_bucket_view=True)
+
     def _share_of_micro_batches(self) -> int:
         count, size = self.config.gradient_accumulation_steps, self.world.size
         if count % size:
@@ -124,52 +133,18 @@ class Trainer:
             )
         return count // size
 
-    def _saved_state(self) -> tuple[ckpt.Checkpoint | None, Path]:
-        if self.config.init_from != "resume":
-            return None, self.out_dir
-        path = ckpt.newest(self.out_dir)
-        saved = ckpt.load(path, ckpt.FOR_RESUMING)
-        known = ckpt.own_tokenizer(saved)
-        if known and (self.tokenizer is None or self.tokenizer.fingerprint != known.fingerprint):
-            tokens = "characters" if isinstance(known, CharTokenizer) else "tokens"
-            raise ValueError(
-                f"{path} was trained on {known.vocab_size} {tokens} that are not those of the "
-                f"data set {self.config.data_dir}: resume with the data it was trained on"
-            )
-        return saved, path
-
     def _build_model(self, saved: ckpt.Checkpoint | None, path: Path) -> LanguageModel:
         config = self.config
-        if saved is not None:
-            return ckpt.build_model(saved, path, dropout=config.dropout)
-        if config.init_from != "scratch":
-            return self._pretrained()
-        shape = GPTConfig(
-            vocab_size=self.tokenizer.padded_vocab_size if self.tokenizer else _GPT2_VOCAB_SIZE,
-            dropout=config.dropout,
-            **{key: getattr(config, key) for key in _SHAPE_KEYS},
-        )
-        return Bigram(shape) if config.model == "bigram" else GPT(shape)
-
-    def _pretrained(self) -> GPT:
-        config = self.config
-        if isinstance(self.tokenizer, CharTokenizer):
-            raise ValueError(
-                f"init_from={config.init_from!r} needs a data set of GPT-2's tokens, but "
-                f"{config.data_dir} is character level (it has a meta.pkl)"
-            )
-        if self.tokenizer and self.tokenizer.padded_vocab_size != _GPT2_VOCAB_SIZE:
-            raise ValueError(
-                f"init_from={config.init_from!r} needs a data set of GPT-2's tokens, but "
-                f"{config.data_dir} has others ({self.tokenizer.name})"
-            )
-        model = GPT.from_pretrained(config.init_from, {"dropout": config.dropout})
-        if config.block_size > model.config.block_size:
-            raise ValueError(
-                f"block_size must be at most {model.config.block_size} with "
-                f"init_from={config.init_from!r}, got {config.block_size}"
-            )
-        model.crop_block_size(config.block_size)
+        if saved is None:
+            model = start.new_model(config, self.tokenizer)
+        elif self._sharded and path.is_dir():  # whose tensors are read when they have been cut
+            model = ckpt.new_model(saved, path, dropout=config.dropout)
+        else:
+            model = ckpt.build_model(saved, path, dropout=config.dropout)
+        if isinstance(model, GPT):
+            model.recompute = config.recompute
+            model.fp8 = config.fp8
+            model.separator = start.separator(config, self.tokenizer)
         return model
 
     def _build_optimizer(self) -> torch.optim.Optimizer:
@@ -184,8 +159,7 @@ class Trainer:
 
     def _with_shape_of(self, model: LanguageModel) -> TrainConfig:
         """The config with the shape that a loaded model really has; what changes is printed."""
-        shape: dict[str, Any] = {key: getattr(model.config, key) for key in _SHAPE_KEYS}
-        shape["model"] = ckpt.kind(model)
+        shape = start.shape_of(model)
         for key, value in shape.items():
             asked = getattr(self.config, key)
             if value != asked:
@@ -199,6 +173,11 @@ class Trainer:
             state = saved["optimizer"]
             for old, new in zip(state["param_groups"], self.optimizer.param_groups, strict=True):
                 old.update({k: v for k, v in new.items() if k != "params"})
+            if self._sharded and path.is_dir():
+                moments = fsdp.empty_state(self.optimizer)
+                state["state"] = sharded.load_into(self.model, moments, path)
+            elif self._sharded:
+                state["state"] = fsdp.cut(state["state"], self.optimizer)
             self.optimizer.load_state_dict(state)
             self.iter_num = int(saved["iter_num"])
             self.best_val_loss = float(saved["best_val_loss"])
@@ -245,7 +224,7 @@ class Trainer:
     def run(self) -> None:
         """Train up to and including iteration ``max_iters``; evaluate and save on the way.
 
-        Ctrl-C ends the update in progress, writes ``last.pt`` and raises KeyboardInterrupt. A loss
+        Ctrl-C ends the update in progress, saves and raises KeyboardInterrupt. A loss
         that is not finite raises FloatingPointError: that update is not made, nothing is saved.
         """
         config = self.config
@@ -281,9 +260,9 @@ class Trainer:
             if not stopped:
                 self._evaluate_and_save(meter.mfu)  # the last updates count too
                 return
-        self._save(ckpt.LAST)
+        saved = self._save(publish=False)
         self.console.print(
-            f"stopped before iteration {self.iter_num}; saved {self.out_dir / ckpt.LAST}. Go on "
+            f"stopped before iteration {self.iter_num}; saved {saved}. Go on "
             f"with: fastgpt train --init_from=resume --out_dir={config.out_dir}"
         )
         raise KeyboardInterrupt
@@ -305,8 +284,7 @@ class Trainer:
         self.out_dir.mkdir(parents=True, exist_ok=True)
         if self.config.init_from == "resume":
             return
-        names = (ckpt.BEST, ckpt.LAST, LOG, TENSORBOARD)
-        if moved := ckpt.set_aside(self.out_dir, names):
+        if moved := run_folder.set_aside(self.out_dir, (LOG, TENSORBOARD)):
             self.console.print(f"the checkpoints and logs of an earlier run are now in {moved}")
 
     def _update(self, learning_rate: float) -> Tensor:
@@ -325,7 +303,7 @@ class Trainer:
     def _check_finite(self) -> None:
         if not self._step.not_finite:
             return
-        kept = [path for name in (ckpt.LAST, ckpt.BEST) if (path := self.out_dir / name).exists()]
+        kept = run_folder.saved(self.out_dir)
         raise FloatingPointError(
             f"the loss or its gradient is not finite at iteration {self.iter_num} or since the "
             "last report before it; no update was made from there on. Either training diverged "
@@ -342,10 +320,13 @@ class Trainer:
         model.eval()
         forward = self._forward if model is self.model else model
         count = self.config.eval_iters
-        losses = [self._loss(forward, x, y) for x, y in self.batches.evaluation(split, count)]
+        # A sharded model's processes run it together, equally often: the last may do so in vain.
+        rounds = -(-count // self.world.size)
+        batches = self.batches.evaluation(split, rounds * self.world.size)
+        losses = torch.stack([self._loss(forward, x, y) for x, y in batches])
         model.train(was_training)
-        total = torch.stack([torch.zeros((), device=self.device), *losses]).sum()
-        return (self.world.sum(total) / count).item()
+        mine = len(range(self.world.rank, count, self.world.size))
+        return (self.world.sum(losses[:mine].sum()) / count).item()
 
     def evaluate(self) -> dict[str, float]:
         """The mean loss of ``eval_iters`` batches of each split: ``{"train": .., "val": ..}``."""
@@ -366,16 +347,15 @@ class Trainer:
             self.best_val_loss, self.best_iter = losses["val"], self.iter_num
         if self.iter_num == 0:
             return  # nothing was learnt yet
-        if improved or self.config.always_save_checkpoint:
-            self._save(ckpt.BEST)
-        self._save(ckpt.LAST)
+        self._save(publish=improved or self.config.always_save_checkpoint)
 
     def _report_losses(self, losses: dict[str, float]) -> None:
         self.console.print(
             f"step {self.iter_num}: train loss {losses['train']:.4f}, val loss {losses['val']:.4f}"
         )
 
-    def _save(self, name: str) -> None:
+    def _save(self, publish: bool) -> Path:
+        """Save the state before ``iter_num``, as ``ckpt.pt`` too to ``publish`` it."""
         own: dict[str, Any] = {
             "model": ckpt.kind(self.model),
             "gelu": getattr(self.model, "gelu_approximate", "none"),
@@ -388,7 +368,7 @@ class Trainer:
         if isinstance(self.optimizer, MasterAdamW):
             weights = self.optimizer.master_state_dict()
         else:
-            weights = self.model.state_dict()
+            weights = self.model.state_dict(keep_vars=self._sharded)
         state = {
             "model": weights,
             "optimizer": saved_state(self.optimizer),
@@ -398,5 +378,28 @@ class Trainer:
             "config": asdict(self.config),
             "fastgpt": own,
         }
+        path = run_folder.path_of(self.out_dir, self.iter_num, self._sharded)
+        if self._sharded:
+            sharded.save(state, path, self.world)
+        elif self.world.first:
+            ckpt.save(state, path)
         if self.world.first:
-            ckpt.save(state, self.out_dir / name)
+            if publish:
+                ckpt.publish(path, self.out_dir / ckpt.BEST)
+            run_folder.prune(self.out_dir, self.config.keep_last, self.best_iter)
+        return path
+
+    def whole_model(self) -> LanguageModel:
+        """The model, for one process to use alone. Of a sharded one a copy; all have to ask."""
+        if not self._sharded:
+            return self.model
+        own = {
+            "model": ckpt.kind(self.model),
+            "gelu": getattr(self.model, "gelu_approximate", "none"),
+        }
+        state = {
+            "model": fsdp.gathered(self.model),
+            "model_args": ckpt.model_args(self.model),
+            "fastgpt": own,
+        }
+        return ckpt.build_model(state, self.out_dir).to(self.device)

@@ -8,6 +8,8 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
+from fastgpt import checkpoint as ckpt
+from fastgpt import run_folder
 from fastgpt.config import TrainConfig
 from fastgpt.corpus import prepare_text
 from fastgpt.trainer import Trainer
@@ -67,8 +69,8 @@ def trained(root: Path, **changes: Any) -> Trainer:
 
 
 def state_of(root: Path) -> dict[str, Any]:
-    """What ``last.pt`` holds."""
-    return torch.load(root / "out" / "last.pt", weights_only=True)
+    """What the newest checkpoint holds."""
+    return ckpt.load(run_folder.saved(root / "out")[0])
 
 
 def assert_same(a: Any, b: Any, where: str = "") -> None:

@@ -63,7 +63,7 @@ def test_every_key_is_an_option() -> None:
         key: {bool: not value, int: 8, float: 0.25, str: "x"}[type(value)]
         for key, value in vars(TrainConfig()).items()
     }
-    other |= {"dtype": "float16", "init_from": "resume"}
+    other |= {"dtype": "float16", "init_from": "resume", "parallel": "fsdp"}
     for pair in ({"model": "bigram", "fp8": "none"}, {"model": "gpt", "fp8": "head"}):
         other |= pair  # the two exclude each other
         assert vars(parsed("--preset=gpt2", *arguments(other))) == other
@@ -179,7 +179,7 @@ def test_prepare_chooses_the_corpus(
         (["train", "--preset=gpt2", "--device=cpu"], "train.bin is not a file"),
         (["train", "--preset=gpt2", "--n_head=7"], "n_embd=768 with n_head=7"),
         (["train", "--dropout=2"], "dropout must lie between 0 and 0.999, got 2.0"),
-        (["train", "--init_from=resume"], "no last.pt or ckpt.pt in out"),
+        (["train", "--init_from=resume"], "no ckpt.pt or iter-*.pt in out"),
         (["sample"], "there is no checkpoint out/ckpt.pt"),
         (["prepare", "--input=absent.txt"], "absent.txt does not exist"),
         (["prepare", "builtin", "--input=a.txt"], "a corpus or --input, not both"),

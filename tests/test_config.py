@@ -61,6 +61,9 @@ def test_nanogpts_keys_and_defaults() -> None:
         "fp8": "none",
         "tensorboard_log": False,
         "data_root": "data",
+        "keep_last": 2,
+        "pack": False,
+        "parallel": "ddp",
     }
     assert ours == NANOGPT_DEFAULTS | own
 

@@ -77,7 +77,7 @@ def test_a_run_that_goes_on_writes_the_log_of_one_that_was_never_stopped(tmp_pat
     for root in (one, other):
         data_set(root)
     trained(one)
-    trained(other, max_iters=13)  # last.pt holds iteration 14
+    trained(other, max_iters=13)  # the last checkpoint is that of 14
     assert places(other) == ([0, 5, 10], [0, 10, 14])
     trained(other, init_from="resume")
     assert places(other) == ([0, 5, 10, 15, 20], [0, 10, 14, 20, 21])
@@ -86,7 +86,7 @@ def test_a_run_that_goes_on_writes_the_log_of_one_that_was_never_stopped(tmp_pat
 
 
 def test_what_was_lost_with_a_crash_is_not_logged_twice(tmp_path: Path) -> None:
-    """Killed at iteration 18: last.pt is that of 10, and the last line was half written."""
+    """Killed at iteration 18: the checkpoint is that of 10, and the last line was half written."""
     data_set(tmp_path)
     trained(tmp_path, max_iters=9)
     expected = without_clock(tmp_path)

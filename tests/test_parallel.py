@@ -62,15 +62,18 @@ def assert_near(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
 # of the keys), the order of two sums decides on the sign of an update. So: no biases.
 
 
-def test_two_processes_train_as_one(tmp_path: Path) -> None:
-    """The same batches, one half each; one speaks, one log, one checkpoint."""
-    keys = small_keys(tmp_path, **SHORT)
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_two_processes_train_as_one(tmp_path: Path, parallel: str) -> None:
+    """The same batches, one half each; one speaks, one log, one checkpoint. The evaluation has one
+    batch more for the first."""
+    keys = small_keys(tmp_path, **{**SHORT, "eval_iters": 3, "gradient_accumulation_steps": 4})
+    keys |= {"parallel": parallel, "recompute": parallel == "fsdp"}
     output = finished(started(keys))
     assert output.count("step 0: train loss") == output.count("iter 15: loss") == 1
     two, saved = weights(tmp_path), state_of(tmp_path)
     log = [json.loads(line) for line in (tmp_path / "out" / "log.jsonl").read_text().splitlines()]
     assert [row["iter"] for row in log if "loss" in row] == [0, 5, 10, 15]
-    one = trained(tmp_path, **SHORT)
+    one = trained(tmp_path, **{**SHORT, "eval_iters": 3, "gradient_accumulation_steps": 4})
     assert_near(two, weights(tmp_path))
     assert saved["best_val_loss"].item() == pytest.approx(one.best_val_loss, abs=1e-5)
     assert len(saved["fastgpt"]["generators"]) == 2
@@ -79,13 +82,16 @@ def test_two_processes_train_as_one(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
 @pytest.mark.parametrize("first", [1, 2])
-def test_a_run_goes_on_in_another_number_of_processes(tmp_path: Path, first: int) -> None:
+def test_a_run_goes_on_in_another_number_of_processes(
+    tmp_path: Path, first: int, parallel: str
+) -> None:
     whole = trained(tmp_path, **SHORT)
     expected = {name: tensor.clone() for name, tensor in whole.model.state_dict().items()}
     for processes, keys in (
-        (first, small_keys(tmp_path, **{**SHORT, "max_iters": 9})),
-        (3 - first, small_keys(tmp_path, **SHORT, init_from="resume")),
+        (first, small_keys(tmp_path, **{**SHORT, "max_iters": 9}, parallel=parallel)),
+        (3 - first, small_keys(tmp_path, **SHORT, init_from="resume", parallel=parallel)),
     ):
         finished(started(keys, processes=processes))
     assert state_of(tmp_path)["iter_num"] == 20
@@ -102,7 +108,7 @@ def wait_for(path: Path, process: "subprocess.Popen[str]") -> None:
 
 def test_sigterm_saves_and_ends(tmp_path: Path) -> None:
     process = started(small_keys(tmp_path, **{**SHORT, "max_iters": 10**6}))
-    wait_for(tmp_path / "out" / "last.pt", process)
+    wait_for(tmp_path / "out" / "iter-0000010.pt", process)
     start = time.monotonic()
     process.send_signal(signal.SIGTERM)
     output, _ = process.communicate(timeout=60)
@@ -114,15 +120,17 @@ def test_sigterm_saves_and_ends(tmp_path: Path) -> None:
     assert state_of(tmp_path)["iter_num"] == before + 2
 
 
-def test_a_killed_process_is_started_again_and_goes_on(tmp_path: Path) -> None:
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_a_killed_process_is_started_again_and_goes_on(tmp_path: Path, parallel: str) -> None:
     """To the bit as if nothing had happened, dropout included."""
-    changes = {**SHORT, "max_iters": 200, "eval_interval": 20, "dropout": 0.1}
+    changes = {**SHORT, "max_iters": 200, "eval_interval": 20, "dropout": 0.1, "parallel": parallel}
     finished(started(small_keys(tmp_path, **changes)))
     whole = state_of(tmp_path)
     (tmp_path / "out").rename(tmp_path / "whole")
 
     process = started(small_keys(tmp_path, **changes), "--max-restarts=1")
-    wait_for(tmp_path / "out" / "last.pt", process)
+    name = "iter-0000020" if parallel == "fsdp" else "iter-0000020.pt"
+    wait_for(tmp_path / "out" / name, process)
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     os.kill(int(children[-1]), signal.SIGKILL)
     output = finished(process)

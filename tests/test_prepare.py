@@ -15,8 +15,9 @@ import pytest
 
 from fastgpt import prepare as module
 from fastgpt import readers, shards, sources
+from fastgpt._files import sha256_of
 from fastgpt.data import Batches, token_files
-from fastgpt.manifest import read_manifest, sha256_of
+from fastgpt.manifest import read_manifest
 from fastgpt.prepare import characters_of, prepare
 from fastgpt.sources import DatasetSource, FileSource, Source, TextSource, source_of
 from fastgpt.tokenizer import CharTokenizer, Tokenizer, load_tokenizer

@@ -104,28 +104,51 @@ def test_a_terminal_gets_a_bar(tmp_path: Path) -> None:
 def test_when_checkpoints_are_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     losses = iter([3.0, 2.0, 2.5, 1.0, 2.2])
     monkeypatch.setattr(Trainer, "evaluate", lambda self: {"train": 0.0, "val": next(losses)})
-    written: list[tuple[str, int]] = []
-    save = ckpt.save
+    written: list[str] = []
+    save, publish = ckpt.save, ckpt.publish
 
     def noted(state: ckpt.Checkpoint, path: Path) -> None:
-        written.append((path.name, state["iter_num"]))
+        written.append(path.name)
+        assert path.name == f"iter-{state['iter_num']:07d}.pt"
         save(state, path)
 
+    def published(source: Path, path: Path) -> None:
+        written.append(path.name)
+        publish(source, path)
+        assert path.read_bytes() == source.read_bytes()
+
     monkeypatch.setattr(ckpt, "save", noted)
+    monkeypatch.setattr(ckpt, "publish", published)
     trained(tmp_path, max_iters=32, always_save_checkpoint=False)
     assert written == [
-        ("ckpt.pt", 10),  # iteration 0 is never written
-        ("last.pt", 10),
-        ("last.pt", 20),
-        ("ckpt.pt", 30),
-        ("last.pt", 30),
-        ("last.pt", 33),
+        "iter-0000010.pt",  # iteration 0 is never written
+        "ckpt.pt",
+        "iter-0000020.pt",
+        "iter-0000030.pt",
+        "ckpt.pt",
+        "iter-0000033.pt",
     ]
     assert state_of(tmp_path)["best_val_loss"].item() == 1.0
     losses = iter([3.0, 2.0, 2.5])
     written.clear()
     trained(tmp_path, max_iters=12, always_save_checkpoint=True)
-    assert written == [("ckpt.pt", 10), ("last.pt", 10), ("ckpt.pt", 13), ("last.pt", 13)]
+    assert written == ["iter-0000010.pt", "ckpt.pt", "iter-0000013.pt", "ckpt.pt"]
+
+
+@pytest.mark.parametrize(
+    ("keep_last", "best", "kept"),
+    [(2, 10, [10, 40, 43]), (2, 40, [40, 43]), (1, 30, [30, 43]), (9, 20, [10, 20, 30, 40, 43])],
+)
+def test_the_last_checkpoints_and_the_best_are_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, keep_last: int, best: int, kept: list[int]
+) -> None:
+    def evaluate(self: Trainer) -> dict[str, float]:
+        return {"train": 0.0, "val": 1.0 if self.iter_num == best else 2.0}
+
+    monkeypatch.setattr(Trainer, "evaluate", evaluate)
+    trained(tmp_path, max_iters=42, keep_last=keep_last)
+    left = sorted(path.name for path in (tmp_path / "out").glob("iter-*"))
+    assert left == [f"iter-{iteration:07d}.pt" for iteration in kept]
 
 
 def test_eval_only_changes_nothing(tmp_path: Path) -> None:
@@ -154,10 +177,11 @@ def test_divergence_stops_before_the_step(tmp_path: Path) -> None:
         ),
         quiet(),
     )
-    before = (tmp_path / "out" / "last.pt").read_bytes()
-    with pytest.raises(FloatingPointError, match="not finite at iteration .*1e.30.*out/last.pt"):
+    last = tmp_path / "out" / "iter-0000011.pt"
+    before = last.read_bytes()
+    with pytest.raises(FloatingPointError, match=f"not finite at iteration .*1e.30.*{last.name}"):
         trainer.run()
-    assert (tmp_path / "out" / "last.pt").read_bytes() == before
+    assert last.read_bytes() == before
 
 
 def test_ignored_targets_change_no_weight(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -262,7 +286,9 @@ def test_pretrained_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         return GPT(GPTConfig(32, 300, 3, 2, 8, bias=True, **override_args), gelu="tanh")  # type: ignore[arg-type]
 
     monkeypatch.setattr(GPT, "from_pretrained", pretrained)
-    with pytest.raises(ValueError, match="small is character level"):
+    with pytest.raises(
+        ValueError, match="needs a data set of GPT-2's tokens, but .*small has others"
+    ):
         Trainer(small_config(tmp_path, init_from="gpt2-medium"))
     (tmp_path / "small" / "meta.pkl").unlink()
     with pytest.raises(ValueError, match="block_size must be at most 32 .* got 33"):
@@ -282,7 +308,7 @@ def test_data_without_a_meta_file_gets_gpt2s_vocabulary(tmp_path: Path) -> None:
 def test_what_a_run_refuses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(FileNotFoundError, match="absent.*train.bin"):
         Trainer(small_config(tmp_path, dataset="absent"))
-    with pytest.raises(FileNotFoundError, match="no last.pt or ckpt.pt in .*out"):
+    with pytest.raises(FileNotFoundError, match="no ckpt.pt or iter-.*.pt in .*out"):
         Trainer(small_config(tmp_path, init_from="resume"))
     with pytest.raises(ValueError, match="block_size=100000"):
         Trainer(small_config(tmp_path, block_size=100000))

@@ -1,0 +1,64 @@
+"""Files that are there whole or not at all, whenever the process dies."""
+
+import contextlib
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Any
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[IO[bytes]]:
+    """A file to write in the with block. It becomes ``path`` at the end of it, on the disk; if the
+    block raises, ``path`` is what it was.
+    """
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """The names in ``folder`` survive a power cut from here on."""
+    if os.name != "posix":
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_json(value: Any, path: Path) -> None:
+    """``value`` as JSON in ``path``."""
+    with replacing(path) as file:
+        file.write((json.dumps(value, indent=1) + "\n").encode())
+
+
+def sha256_of(path: Path) -> str:
+    """The SHA-256 of a file, in hex."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        for data in iter(lambda: file.read(1 << 16), b""):
+            digest.update(data)
+    return digest.hexdigest()
+
+
+def is_path(source: str) -> bool:
+    """Whether ``source`` means a folder or file rather than a published name: it is there, or has
+    a separator or the ending ``.safetensors``.
+    """
+    return (
+        "/" in source
+        or os.sep in source
+        or source.endswith(".safetensors")
+        or Path(source).exists()
+    )

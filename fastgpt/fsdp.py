@@ -1,0 +1,93 @@
+"""A model of which every process holds a part: PyTorch's FSDP2 (``fully_shard``).
+
+Each tensor is cut along its rows. A block's are put together for its forward and again for its
+backward, whose gradients are summed into the parts; what outlives a step, weights, gradients and
+moments, is 1/N of the model. The tied table of tokens, which begins and ends a pass, is one tensor
+of the outermost group. So are the LayerNorms' few vectors one group, kept whole from forward to
+backward, as a block applies the LayerNorm of the next.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from fastgpt.language_model import LanguageModel
+from fastgpt.model import GPT
+from fastgpt.parallel import World
+
+
+def shard(model: LanguageModel, device: torch.device, world: World, dtype: torch.dtype) -> None:
+    """Leave to this process its part of ``model``, which is on ``device`` and the same in all.
+
+    The parts are float32. With ``dtype`` bfloat16 the blocks and the tables travel and work in it;
+    gradients are summed in float32.
+    """
+    mesh = init_device_mesh(device.type, (world.size,))
+    # Autocast has the say over activations.
+    plain = MixedPrecisionPolicy(cast_forward_inputs=False)
+    rounded = plain
+    if dtype == torch.bfloat16:
+        rounded = MixedPrecisionPolicy(
+            param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
+        )
+    if isinstance(model, GPT):
+        trunk = model.transformer
+        blocks: list[Any] = list(trunk.h)
+        norms = [trunk.ln_f, *(norm for block in blocks for norm in (block.ln_1, block.ln_2))]
+        fully_shard(norms, mesh=mesh, mp_policy=plain, reshard_after_forward=False)
+        for block in blocks:
+            fully_shard(block, mesh=mesh, mp_policy=rounded)
+    fully_shard(model, mesh=mesh, mp_policy=rounded)
+
+
+def gathered(model: LanguageModel) -> dict[str, Tensor]:
+    """The whole ``state_dict``, in every process. All have to ask."""
+    return {name: whole(value) for name, value in model.state_dict().items()}
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A tensor of which the processes hold parts, in every process; others as they are."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def cut(
+    state: dict[int, dict[str, Tensor]], optimizer: torch.optim.Optimizer
+) -> dict[int, dict[str, Tensor]]:
+    """Of the whole tensors of an optimizer's ``state`` this process's parts.
+
+    Raises KeyError or ValueError if it belongs to other parameters.
+    """
+    return {
+        index: {name: _cut(tensor, p) for name, tensor in state[index].items()}
+        for index, p in _numbered(optimizer).items()
+    }
+
+
+def _cut(tensor: Tensor, like: Tensor) -> Tensor:
+    if tensor.dim() == 0:
+        return tensor
+    if tensor.shape != like.shape:
+        raise ValueError(f"expected a tensor {tuple(like.shape)}, got {tuple(tensor.shape)}")
+    assert isinstance(like, DTensor)
+    tensor = tensor.to(like.device)
+    return distribute_tensor(tensor, like.device_mesh, like.placements, src_data_rank=None)
+
+
+def empty_state(optimizer: torch.optim.Optimizer) -> dict[int, dict[str, Tensor]]:
+    """AdamW's state before the first update, by the numbers of the parameters."""
+    return {
+        index: {
+            "step": torch.zeros(()),
+            "exp_avg": torch.zeros_like(p),
+            "exp_avg_sq": torch.zeros_like(p),
+        }
+        for index, p in _numbered(optimizer).items()
+    }
+
+
+def _numbered(optimizer: torch.optim.Optimizer) -> dict[int, Tensor]:
+    return dict(enumerate(p for group in optimizer.param_groups for p in group["params"]))

@@ -1,0 +1,233 @@
+"""Checkpoints of sharded runs: a folder to which each process writes its own part
+(``torch.distributed.checkpoint``), to be read by any number of processes.
+
+    iter-0002000/
+        .metadata, __0_0.distcp, ...   the tensors: "model.<name>", "optimizer.<index>.<name>"
+        run.pt                         all else, as ``checkpoint.py`` has it
+        complete.json                  size and SHA-256 of each of these files; written last
+
+The folder has its name only from then on. Nothing in it is executed: tensors and ``run.pt`` load
+under ``weights_only=True``, and of the pickled ``.metadata`` no class is taken but those that
+describe tensors.
+"""
+
+import contextlib
+import json
+import pickle
+import shutil
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import Tensor, nn
+from torch.distributed.checkpoint import CheckpointException
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+
+from fastgpt._files import replacing, sha256_of, sync_folder, write_json
+from fastgpt.parallel import ALONE, World
+
+_METADATA, _REST, _COMPLETE = ".metadata", "run.pt", "complete.json"
+_OUT_OF_REACH = "is not a complete checkpoint, or it is damaged"
+
+
+def save(checkpoint: dict[str, Any], path: Path, world: World) -> None:
+    """Write ``checkpoint``, whose tensors may be shards, to the folder ``path``. All processes have
+    to ask. Whenever one dies, ``path`` holds the old checkpoint or the new one, whole.
+
+    Raises OSError if a process could not write.
+    """
+    temporary, old = path.with_name(f".{path.name}.tmp"), path.with_name(f".{path.name}.old")
+    if world.first:
+        for folder in (temporary, old):
+            shutil.rmtree(folder, ignore_errors=True)
+        temporary.mkdir()
+    world.wait()
+    tensors, rest = _split(checkpoint)
+    try:
+        with _quiet():
+            dcp.save(tensors, storage_writer=dcp.FileSystemWriter(temporary, sync_files=True))
+    except CheckpointException as error:
+        raise OSError(f"could not write {temporary}: {error}") from error
+    if world.first:
+        with replacing(temporary / _REST) as file:
+            torch.save(rest, file)
+    world.wait()
+    names = sorted(file.name for file in temporary.iterdir())[world.rank :: world.size]
+    mine = {name: _measured(temporary / name) for name in names}
+    files = {name: value for part in world.gathered(mine) for name, value in part.items()}
+    if world.first:
+        write_json(dict(sorted(files.items())), temporary / _COMPLETE)
+        if path.exists():
+            path.rename(old)
+        temporary.rename(path)
+        sync_folder(path.parent)
+        shutil.rmtree(old, ignore_errors=True)
+    world.wait()
+
+
+def _split(checkpoint: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The tensors of the model and of its optimizer, each once, and all else."""
+    tensors: dict[str, Tensor] = {}
+    names: dict[int, str] = {}  # of the tensors that are there
+    tied: dict[str, str] = {}
+    for name, tensor in checkpoint["model"].items():
+        if id(tensor) in names:
+            tied[name] = names[id(tensor)]
+        else:
+            names[id(tensor)] = name
+            tensors[f"model.{name}"] = tensor
+    for index, state in checkpoint["optimizer"]["state"].items():
+        tensors.update({f"optimizer.{index}.{name}": value for name, value in state.items()})
+    rest = {
+        **checkpoint,
+        "model": {"tied": tied},
+        "optimizer": {"param_groups": checkpoint["optimizer"]["param_groups"]},
+    }
+    return tensors, rest
+
+
+def _measured(path: Path) -> dict[str, Any]:
+    return {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
+
+
+def check(path: Path, world: World = ALONE) -> None:
+    """Read every file of the folder; of several processes, which all have to ask, each a share.
+
+    Raises ValueError if one is missing or is not what was written.
+    """
+    try:
+        files = json.loads((path / _COMPLETE).read_text(encoding="utf-8"))
+        wrong = [
+            name
+            for name in sorted(files)[world.rank :: world.size]
+            if Path(name).name != name
+            or not (path / name).is_file()
+            or _measured(path / name) != files[name]
+        ]
+    except (FileNotFoundError, ValueError, TypeError) as error:
+        wrong = [f"{_COMPLETE} ({error})"]
+    wrong = [name for part in world.gathered(wrong) for name in part]
+    if wrong:
+        raise ValueError(f"{path} {_OUT_OF_REACH}: {', '.join(sorted(set(wrong)))}")
+
+
+def header(path: Path) -> dict[str, Any]:
+    """The checkpoint without its tensors.
+
+    Raises ValueError if it cannot be read.
+    """
+    try:
+        return torch.load(path / _REST, weights_only=True)
+    except (FileNotFoundError, RuntimeError, pickle.UnpicklingError, EOFError) as error:
+        raise ValueError(f"{path} {_OUT_OF_REACH}: {_REST}: {error}") from error
+
+
+def load(path: Path) -> dict[str, Any]:
+    """The whole checkpoint, as one process alone would have written it; tensors on the CPU.
+
+    Raises ValueError if it is damaged.
+    """
+    check(path)
+    checkpoint = header(path)
+    tensors = {
+        name: torch.empty(stored.size, dtype=stored.properties.dtype)
+        for name, stored in _Reader(path).read_metadata().state_dict_metadata.items()
+        if isinstance(stored, TensorStorageMetadata)  # as all are
+    }
+    _read(tensors, path, no_dist=True)
+    model: dict[str, Tensor] = {}
+    state: dict[int, dict[str, Tensor]] = {}
+    for key, tensor in tensors.items():
+        part, name = key.split(".", 1)
+        if part == "model":
+            model[name] = tensor
+        else:
+            index, name = name.split(".", 1)
+            state.setdefault(int(index), {})[name] = tensor
+    for name, first in checkpoint["model"]["tied"].items():
+        model[name] = model[first]
+    checkpoint["model"] = model
+    checkpoint["optimizer"]["state"] = dict(sorted(state.items()))
+    return checkpoint
+
+
+def load_into(
+    model: nn.Module, state: dict[int, dict[str, Tensor]], path: Path
+) -> dict[int, dict[str, Tensor]]:
+    """Read the weights into ``model`` and the optimizer's tensors into ``state``, which is
+    returned: the shards of this process, however they were cut when they were written. All
+    processes have to ask.
+
+    Raises ValueError if the checkpoint is of another model.
+    """
+    tensors = {f"model.{name}": p.detach() for name, p in model.named_parameters()}
+    for index, entries in state.items():
+        tensors.update({f"optimizer.{index}.{name}": value for name, value in entries.items()})
+    _read(tensors, path, no_dist=False)
+    return state
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without PyTorch's warning that a process is alone."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        yield
+
+
+def _read(tensors: dict[str, Tensor], path: Path, no_dist: bool) -> None:
+    try:
+        with _quiet():
+            dcp.load(tensors, storage_reader=_Reader(path), no_dist=no_dist)
+    except CheckpointException as error:
+        reasons = "; ".join(str(failure[0]) for failure in error.failures.values())
+        raise ValueError(f"{path} holds no state to go on from: {reasons}") from error
+
+
+class _Unpickler(pickle.Unpickler):
+    """Takes the classes that describe tensors, and no other."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        described = module == dcp.metadata.__name__ and isinstance(
+            getattr(dcp.metadata, name), type
+        )
+        if (
+            described
+            or (module, name) in _KNOWN
+            or isinstance(_of_torch(module, name), torch.dtype)
+        ):
+            return super().find_class(module, name)
+        raise pickle.UnpicklingError(f"{module}.{name} does not belong into {_METADATA}")
+
+
+_KNOWN = {
+    ("torch", "Size"),
+    ("torch.serialization", "_get_layout"),
+    ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
+    *(("pathlib", name) for name in ("PosixPath", "WindowsPath")),
+}
+
+
+def _of_torch(module: str, name: str) -> Any:
+    return getattr(torch, name, None) if module == "torch" else None
+
+
+class _Reader(dcp.FileSystemReader):
+    """PyTorch's reader, which would execute what a pickled file says."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
+        self._metadata = path / _METADATA
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        try:
+            with open(self._metadata, "rb") as file:
+                metadata: Metadata = _Unpickler(file).load()
+        except (pickle.UnpicklingError, EOFError, AttributeError) as error:
+            raise ValueError(f"{self._metadata} {_OUT_OF_REACH}: {error}") from error
+        if metadata.storage_meta is not None:
+            metadata.storage_meta.load_id = self.load_id
+        return metadata

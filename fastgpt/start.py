@@ -1,0 +1,132 @@
+"""What a run begins with: new weights, those of somebody else, or a checkpoint of its own."""
+
+from pathlib import Path
+from typing import Any
+
+from fastgpt import checkpoint as ckpt
+from fastgpt import run_folder, sharded
+from fastgpt._files import is_path
+from fastgpt.bigram import Bigram
+from fastgpt.config import TrainConfig
+from fastgpt.language_model import GPTConfig, LanguageModel
+from fastgpt.model import GPT
+from fastgpt.parallel import World
+from fastgpt.tokenizer import CharTokenizer, Tokenizer, saved_tokenizer
+
+GPT2_VOCAB_SIZE = 50304  # for data without a tokenizer: 50257, padded to a multiple of 64
+GPT2_END_OF_TEXT = 50256
+SHAPE_KEYS = ("n_layer", "n_head", "n_embd", "block_size", "bias")
+
+
+def new_model(config: TrainConfig, tokenizer: Tokenizer | None) -> LanguageModel:
+    """A model with new weights, or the pretrained one that ``init_from`` names.
+
+    Raises ValueError if the pretrained one does not fit the data or the config, and what
+    ``GPT.from_pretrained`` raises.
+    """
+    if config.init_from != "scratch":
+        return _pretrained(config, tokenizer)
+    shape = GPTConfig(
+        vocab_size=tokenizer.padded_vocab_size if tokenizer else GPT2_VOCAB_SIZE,
+        dropout=config.dropout,
+        **{key: getattr(config, key) for key in SHAPE_KEYS},
+    )
+    return Bigram(shape) if config.model == "bigram" else GPT(shape)
+
+
+def _pretrained(config: TrainConfig, tokenizer: Tokenizer | None) -> GPT:
+    source = f"init_from={config.init_from!r}"
+    if is_path(config.init_from):
+        model = GPT.from_pretrained(config.init_from, {"dropout": config.dropout})
+        _check_tokens(config, tokenizer, model)
+    else:
+        if tokenizer and tokenizer.padded_vocab_size != GPT2_VOCAB_SIZE:
+            raise ValueError(
+                f"{source} needs a data set of GPT-2's tokens, but {config.data_dir} has others "
+                f"({tokenizer.name})"
+            )
+        model = GPT.from_pretrained(config.init_from, {"dropout": config.dropout})
+    if config.block_size > model.config.block_size:
+        raise ValueError(
+            f"block_size must be at most {model.config.block_size} with {source}, "
+            f"got {config.block_size}"
+        )
+    model.crop_block_size(config.block_size)
+    return model
+
+
+def _check_tokens(config: TrainConfig, tokenizer: Tokenizer | None, model: GPT) -> None:
+    """ValueError unless the data's ids mean to the model what they mean in the data."""
+    path, rows = Path(config.init_from), model.config.vocab_size
+    ids = tokenizer.vocab_size if tokenizer else GPT2_END_OF_TEXT + 1
+    exact = isinstance(tokenizer, CharTokenizer)  # others' models may have rows to spare
+    if ids > rows or exact and ids < rows:
+        raise ValueError(
+            f"init_from={config.init_from!r} has a vocabulary of {rows} tokens, but the data set "
+            f"{config.data_dir} has {ids}"
+        )
+    theirs = saved_tokenizer(path if path.is_dir() else path.parent)
+    if tokenizer is None or theirs is None or theirs.fingerprint == tokenizer.fingerprint:
+        return
+    # The same vocabulary may stand in files of two kinds.
+    for token in range(ids):
+        if token >= theirs.vocab_size or theirs.decode([token]) != tokenizer.decode([token]):
+            raise ValueError(
+                f"init_from={config.init_from!r} was trained on other tokens than those of the "
+                f"data set {config.data_dir}: they differ from id {token} on"
+            )
+
+
+def saved_state(
+    config: TrainConfig, tokenizer: Tokenizer | None, world: World
+) -> tuple[ckpt.Checkpoint, Path]:
+    """The newest checkpoint in ``out_dir`` and its path. Of a folder of shards, where the run is
+    sharded itself, all but the tensors, which ``sharded.load_into`` reads.
+
+    Raises FileNotFoundError if there is none, ValueError if it is damaged or was trained on other
+    tokens.
+    """
+
+    def read(path: Path) -> ckpt.Checkpoint:
+        if path.is_dir() and is_sharded(config, world):
+            sharded.check(path, world)
+            return sharded.header(path)
+        return ckpt.load(path, ckpt.FOR_RESUMING)
+
+    saved, path = run_folder.read_newest(Path(config.out_dir), read)
+    known = ckpt.own_tokenizer(saved)
+    if known and (tokenizer is None or tokenizer.fingerprint != known.fingerprint):
+        tokens = "characters" if isinstance(known, CharTokenizer) else "tokens"
+        raise ValueError(
+            f"{path} was trained on {known.vocab_size} {tokens} that are not those of the "
+            f"data set {config.data_dir}: resume with the data it was trained on"
+        )
+    return saved, path
+
+
+def is_sharded(config: TrainConfig, world: World) -> bool:
+    """One process has nobody to share with."""
+    return config.parallel == "fsdp" and world.size > 1
+
+
+def shape_of(model: LanguageModel) -> dict[str, Any]:
+    """The keys of the config that a model decides."""
+    shape: dict[str, Any] = {key: getattr(model.config, key) for key in SHAPE_KEYS}
+    return {**shape, "model": ckpt.kind(model)}
+
+
+def separator(config: TrainConfig, tokenizer: Tokenizer | None) -> int | None:
+    """The token that stands between two documents, for ``pack``; None without it.
+
+    Raises ValueError if the data set has none.
+    """
+    if not config.pack:
+        return None
+    if tokenizer is None:
+        return GPT2_END_OF_TEXT
+    if tokenizer.end_of_text is None:
+        raise ValueError(
+            f"pack must be False with the data set {config.data_dir}, whose tokenizer "
+            f"({tokenizer.name}) has no token that ends a document"
+        )
+    return tokenizer.end_of_text
