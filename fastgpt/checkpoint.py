@@ -100,6 +100,7 @@ def header(path: Path) -> Checkpoint:
         checkpoint = sharded.header(path)
     else:
         with _reading(path):
+            zipfile.ZipFile(path).close()  # half a file makes PyTorch's reader raise OSError
             checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     _check_keys(path, checkpoint, ("iter_num",))
     return checkpoint

@@ -7,7 +7,7 @@ import pytest
 import torch
 from small_runs import data_set, small_config, small_keys
 
-from fastgpt import GPT, GPTConfig, run_folder
+from fastgpt import GPT, GPTConfig
 from fastgpt import checkpoint as ckpt
 from fastgpt.config import SampleConfig, TrainConfig
 from fastgpt.sampler import Sampler
@@ -103,16 +103,6 @@ def test_nanogpts_is_sampled_by_the_meta_file_of_its_data(
         Sampler(sampling)
 
 
-def test_the_file_with_more_iterations_is_resumed(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match="no ckpt.pt or iter-.*.pt in"):
-        run_folder.newest(tmp_path)
-    torch.save({"iter_num": 10}, tmp_path / "ckpt.pt")
-    assert run_folder.newest(tmp_path).name == "ckpt.pt"
-    for iterations, newest in ((9, "ckpt.pt"), (10, "iter-0000010.pt"), (11, "iter-0000011.pt")):
-        torch.save({"iter_num": iterations}, run_folder.path_of(tmp_path, iterations, False))
-        assert run_folder.newest(tmp_path).name == newest
-
-
 def test_a_crash_while_saving_leaves_the_old_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -171,16 +161,6 @@ def test_a_checkpoint_with_wrong_contents_is_named(
     torch.save({**torch.load(path), **change}, path)
     with pytest.raises(ValueError, match=f"iter-0000021.pt holds no {message}"):
         Trainer(small_config(tmp_path, init_from="resume"))
-
-
-def test_a_new_run_sets_an_earlier_one_aside(run: Trainer, tmp_path: Path) -> None:
-    before = {name: (run.out_dir / name).read_bytes() for name in ("ckpt.pt", "iter-0000021.pt")}
-    for number in (1, 2):
-        Trainer(small_config(tmp_path, seed=number)).run()
-        assert (run.out_dir / f"previous-{number}").is_dir()
-    for name, content in before.items():
-        assert (run.out_dir / "previous-1" / name).read_bytes() == content
-    assert run_folder.set_aside(tmp_path / "nowhere") is None
 
 
 def test_the_models_of_the_key_model_survive(tmp_path: Path) -> None:
