@@ -243,6 +243,7 @@ class GPT(LanguageModel):
         self.fp8 = fp8
         self._dropout_seed = ops.dropout_seed
         self._embedding = ops.embedding
+        self._linear = ops.linear
         self._linear_cross_entropy = ops.linear_cross_entropy
         # The order of construction, of initialisation and of the state dict is part of the
         # contract: it fixes which random numbers a weight gets and how saved state is indexed.
@@ -342,7 +343,7 @@ class GPT(LanguageModel):
         ]
         # Not in fp8: to round the weights for one token takes longer than to read them.
         x = self._through_blocks(x, _Dropout(None), False, attends)
-        return self.lm_head(x[:, 0])
+        return self._linear(x[:, 0], self.lm_head.weight)
 
     def get_num_params(self, non_embedding: bool = True) -> int:
         """The number of parameters; by default without the position table. The token table

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.optim.adamw import adamw as _functional_adamw
 
-from fastgpt.kernels import _checks, chunked_loss
+from fastgpt.kernels import _checks, chunked_loss, few_rows
 from fastgpt.kernels._precision import autocast_dtype
 from fastgpt.kernels.reference import dropout_seed as dropout_seed
 from fastgpt.kernels.reference import split_heads, unpacked, widened
@@ -91,19 +91,33 @@ def attention_decode(
     _, batch, n_head, n_slots, _ = cache.shape
     if not batch:
         return qkv.new_empty(0, 1, qkv.shape[2] // 3)
-    q, k, v = split_heads(qkv, n_head)  # (B, H, 1, D)
-    rows, places = torch.arange(batch, device=qkv.device), positions.clamp(0, n_slots - 1)
+    q, k, v = (heads[:, :, 0] for heads in split_heads(qkv, n_head))  # (B, H, D)
+    rows = torch.arange(batch, device=qkv.device)
+    if positions.is_cpu:  # where they were checked
+        n_keys = int(positions.max()) + 1
+        cache[0, rows, :, positions], cache[1, rows, :, positions] = k, v
+        visible = None
+        if int(positions.min()) + 1 < n_keys:
+            visible = (torch.arange(n_keys) <= positions[:, None])[:, None, None, :]
+        return _attend_cached(q, cache[:, :, :, :n_keys], visible, scale)
+    # The host must not wait for a GPU, so there all of the cache is read.
+    places = positions.clamp(0, n_slots - 1)
     inside = (positions == places)[:, None, None]
     for new, old in zip((k, v), cache, strict=True):
-        old[rows, :, places] = new[:, :, 0].where(inside, old[rows, :, places])
-    # The host must not wait for a GPU, so there all of the cache is read.
-    n_keys = n_slots if positions.is_cuda else int(places.max()) + 1
-    slots = torch.arange(n_keys, device=qkv.device)
+        old[rows, :, places] = new.where(inside, old[rows, :, places])
+    slots = torch.arange(n_slots, device=qkv.device)
     visible = (slots <= places[:, None])[:, None, None, :]
+    return _attend_cached(q, cache, visible, scale).where(inside, math.nan)
+
+
+def _attend_cached(
+    q: Tensor, cache: Tensor, visible: Tensor | None, scale: float | None
+) -> Tensor:
+    """(B, H, D), keys and values (2, B, H, n, D) → (B, 1, H * D)."""
     y = F.scaled_dot_product_attention(
-        q, cache[0, :, :, :n_keys], cache[1, :, :, :n_keys], attn_mask=visible, scale=scale
+        q[:, :, None], cache[0], cache[1], attn_mask=visible, scale=scale
     )
-    return y.transpose(1, 2).flatten(2).where(inside, math.nan)
+    return y.transpose(1, 2).flatten(2)
 
 
 def embedding(
@@ -212,7 +226,11 @@ def linear(
     _refuse_fp8(fp8, x)
     _checks.recipe(x, recompute)
     if recompute is None:
-        return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+        weight, bias = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
+        if few_rows.suits(x, weight):
+            y = few_rows.linear(x, weight)
+            return y if bias is None else y + bias
+        return F.linear(x, weight, bias)
     *sources, eps = recompute
     return _recomputed_linear(x, weight, bias, partial(_layer_norm, eps=eps), *sources)
 

@@ -34,10 +34,12 @@ ALLOWED: dict[str, set[str]] = {
     "fastgpt.kernels._precision": set(),
     "fastgpt.kernels.reference": {"fastgpt.kernels._checks"},
     "fastgpt.kernels.chunked_loss": {"fastgpt.kernels._costs", "fastgpt.kernels._precision"},
+    "fastgpt.kernels.few_rows": {"fastgpt.kernels._costs"},
     "fastgpt.kernels.portable": {
         "fastgpt.kernels._checks",
         "fastgpt.kernels._precision",
         "fastgpt.kernels.chunked_loss",
+        "fastgpt.kernels.few_rows",
         "fastgpt.kernels.reference",
     },
     "fastgpt.kernels.adamw": _OP,
