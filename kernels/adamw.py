@@ -126,6 +126,7 @@ def _adamw_op(
             HAS_CLIP=clip is not None,
             HAS_SKIP=skip is not None,
             num_warps=1,
+            **_common.FMA,
         )
         _adamw_kernel[(triton.cdiv(param.numel(), _LAUNCH["BLOCK"]),)](
             param,
@@ -140,6 +141,7 @@ def _adamw_op(
             BETA2=beta2,
             ROUNDED=rounded is not None,
             **_LAUNCH,
+            **_common.FMA,
         )
 
 

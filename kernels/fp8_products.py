@@ -76,7 +76,7 @@ def quantise(
     )
     partials = x.new_empty(n_partials, dtype=torch.int32)
     with _common.on_device(x):
-        _amax_kernel[(n_partials,)](x, partials, x.numel(), **_AMAX)
+        _amax_kernel[(n_partials,)](x, partials, x.numel(), **_AMAX, **_common.FMA)
         _quantise_kernel[(n_tiles, triton.cdiv(n_cols, _TILE["BLOCK_N"]))](
             x,
             partials,
@@ -95,6 +95,7 @@ def quantise(
             SUMS=sums,
             MAX_PARTIALS=triton.next_power_of_2(n_partials),
             **_TILE,
+            **_common.FMA,
         )
     return Quantised(x8, x8_columns, scale, None if parts is None else parts.sum(0))
 
@@ -115,6 +116,7 @@ def transposed(x8: Tensor) -> Tensor:
             n_cols,
             columns.shape[1],
             **_TILE,
+            **_common.FMA,
         )
     return columns
 

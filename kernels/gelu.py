@@ -69,6 +69,7 @@ def gelu_forward(x: Tensor, approximate: str) -> Tensor:
                 FAST=_common.is_half(x.dtype),
                 ACC=_common.accumulator(x.dtype),
                 **_LAUNCH,
+                **_common.FMA,
             )
     return y
 
@@ -87,6 +88,7 @@ def gelu_backward(dy: Tensor, x: Tensor, approximate: str) -> Tensor:
                 FAST=_common.is_half(x.dtype),
                 ACC=_common.accumulator(x.dtype),
                 **_LAUNCH,
+                **_common.FMA,
             )
     return dx
 

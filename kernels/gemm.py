@@ -98,6 +98,7 @@ def _settings(x: Tensor, tile: Tile) -> dict:
         GROUP=_GROUP,
         num_warps=num_warps,
         num_stages=num_stages,
+        **_common.FMA,
     )
 
 

@@ -30,7 +30,7 @@ def _launch(n_cols: int, elements: int, max_rows: int, warp_cols: int) -> dict[s
     gives at most ``warp_cols`` columns to a warp as long as there are warps."""
     block_n = max(32, triton.next_power_of_2(n_cols))
     block_m = max(1, min(max_rows, elements // block_n))
-    num_warps = min(32, max(4, block_n // warp_cols))
+    num_warps = min(16, max(4, block_n // warp_cols))
     return dict(BLOCK_M=block_m, BLOCK_N=block_n, num_warps=num_warps)
 
 
@@ -101,6 +101,7 @@ def layer_norm_fwd(
                 DROPOUT=threshold > 0,
                 ACC=_common.accumulator(x.dtype),
                 **launch,
+                **_common.FMA,
             )
     return y, total, mean, rstd
 
@@ -147,7 +148,7 @@ def layer_norm_bwd(
     with _common.on_device(x):
         if not fused:
             _layer_norm_bwd_means_kernel[(triton.cdiv(n_rows, row_launch["BLOCK_M"]),)](
-                dy, *inputs, means, n_rows, n_cols, ACC=acc, **row_launch
+                dy, *inputs, means, n_rows, n_cols, ACC=acc, **row_launch, **_common.FMA
             )
         _layer_norm_bwd_kernel[(programs, triton.cdiv(n_cols, launch["BLOCK_N"]))](
             dy,
@@ -169,6 +170,7 @@ def layer_norm_bwd(
             DROPOUT=threshold > 0,
             ACC=acc,
             **launch,
+            **_common.FMA,
         )
         _sum_bands_kernel[(triton.cdiv(n_cols, _BANDS_LAUNCH["BLOCK_N"]), len(params))](
             partial,
@@ -178,6 +180,7 @@ def layer_norm_bwd(
             n_cols,
             ACC=acc,
             **_BANDS_LAUNCH,
+            **_common.FMA,
         )
 
 

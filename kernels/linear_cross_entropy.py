@@ -145,6 +145,7 @@ def _rows(
             GRADIENT=want_gradient,
             ACC=_common.accumulator(logits.dtype),
             **_launch(n_cols),
+            **_common.FMA,
         )
 
 
