@@ -1,4 +1,5 @@
-"""nanoGPT's training step in eager PyTorch: the baselines of ``run.py`` and ``roofline.py``.
+"""nanoGPT's forward pass in eager PyTorch: the baselines of ``run.py``, ``roofline.py`` and
+``bench_decode.py``.
 
 A function of a ``fastgpt.GPT``'s parameters, not a module of ops for it: ``GPT`` leaves the biases
 of its projections and the loss to fused ops, and those would change what PyTorch does here.
@@ -19,8 +20,19 @@ Attention = Callable[[Tensor, Tensor, Tensor, float], Tensor]  # q, k, v (B, H, 
 
 def loss(gpt: GPT, idx: Tensor, targets: Tensor, attention: Attention) -> Tensor:
     """The mean cross-entropy of ``targets`` (B, T) after ``idx`` (B, T)."""
-    config = gpt.config
-    dropout = config.dropout if gpt.training else 0.0
+    logits = _linear(gpt.lm_head, _hidden(gpt, idx, attention))  # (B, T, V)
+    return F.cross_entropy(
+        _wide(logits).view(-1, gpt.config.vocab_size), targets.view(-1), ignore_index=-1
+    )
+
+
+def last_logits(gpt: GPT, idx: Tensor, attention: Attention) -> Tensor:
+    """Those of the token behind ``idx`` (B, T): (B, V)."""
+    return _linear(gpt.lm_head, _hidden(gpt, idx, attention)[:, -1])
+
+
+def _hidden(gpt: GPT, idx: Tensor, attention: Attention) -> Tensor:
+    dropout = gpt.config.dropout if gpt.training else 0.0
     trunk: Any = gpt.transformer
     positions = torch.arange(idx.shape[1], device=idx.device)  # (T)
     x = F.embedding(idx, trunk.wte.weight) + F.embedding(positions, trunk.wpe.weight)
@@ -29,10 +41,7 @@ def loss(gpt: GPT, idx: Tensor, targets: Tensor, attention: Attention) -> Tensor
         x = x + _attend(block.attn, _norm(block.ln_1, x), attention, dropout)
         h = F.gelu(_linear(block.mlp.c_fc, _norm(block.ln_2, x)))  # (B, T, 4C)
         x = x + F.dropout(_linear(block.mlp.c_proj, h), dropout)
-    logits = _linear(gpt.lm_head, _norm(trunk.ln_f, x))  # (B, T, V)
-    return F.cross_entropy(
-        _wide(logits).view(-1, config.vocab_size), targets.view(-1), ignore_index=-1
-    )
+    return _norm(trunk.ln_f, x)
 
 
 def sdpa(q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Tensor:
