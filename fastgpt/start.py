@@ -9,6 +9,7 @@ from fastgpt._files import is_path
 from fastgpt.bigram import Bigram
 from fastgpt.config import TrainConfig
 from fastgpt.language_model import GPTConfig, LanguageModel
+from fastgpt.manifest import read_manifest
 from fastgpt.model import GPT
 from fastgpt.parallel import World
 from fastgpt.tokenizer import CharTokenizer, Tokenizer, saved_tokenizer
@@ -116,17 +117,24 @@ def shape_of(model: LanguageModel) -> dict[str, Any]:
 
 
 def separator(config: TrainConfig, tokenizer: Tokenizer | None) -> int | None:
-    """The token that stands between two documents, for ``pack``; None without it.
+    """The token that stands between two documents of the data set, for ``pack``; None without it.
 
-    Raises ValueError if the data set has none.
+    Raises ValueError if there is none, or one that documents have within, too.
     """
     if not config.pack:
         return None
-    if tokenizer is None:
+    manifest = read_manifest(config.data_dir)
+    if manifest is not None:
+        token, why = manifest.settings.get("end_of_text"), "is one text"
+    elif tokenizer is None:  # nanoGPT's
         return GPT2_END_OF_TEXT
-    if tokenizer.end_of_text is None:
+    else:
+        token, why = tokenizer.end_of_text, f"has a tokenizer ({tokenizer.name}) without one"
+    if isinstance(tokenizer, CharTokenizer):
+        token, why = None, "consists of characters"
+    if token is None:
         raise ValueError(
-            f"pack must be False with the data set {config.data_dir}, whose tokenizer "
-            f"({tokenizer.name}) has no token that ends a document"
+            f"pack must be False with the data set {config.data_dir}: it {why}, so no token of its "
+            "own ends a document"
         )
-    return tokenizer.end_of_text
+    return int(token)

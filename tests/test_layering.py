@@ -164,6 +164,7 @@ ALLOWED: dict[str, set[str]] = {
     "fastgpt.start": {
         *_RUN,
         "fastgpt._files",
+        "fastgpt.manifest",
         "fastgpt.parallel",
         "fastgpt.run_folder",
         "fastgpt.sharded",
