@@ -85,11 +85,11 @@ def _exchange(root: Path, world: World) -> None:
 
 
 def _same_numbers(root: Path, world: World) -> None:
-    """Compiled or not, in bfloat16 nearly; as many times as there are processes at once."""
-    plain = _updates(_built(root, world), 4)
+    """Compiled or not; in bfloat16, with biases, nearly."""
+    plain = _updates(_built(root, world, bias=True), 4)
     one = [_updates(_built(root, world, n_layer=1, compile=c), 3) for c in (False, True)]
     assert one[0] == pytest.approx(one[1], abs=1e-5)
-    trainer = _built(root, world, dtype="bfloat16")
+    trainer = _built(root, world, bias=True, dtype="bfloat16")
     rounded = _updates(trainer, 4)
     assert plain != rounded and plain == pytest.approx(rounded, abs=2e-2)
     assert all(p.dtype == torch.float32 for p in trainer.model.parameters())
