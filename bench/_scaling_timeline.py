@@ -9,12 +9,11 @@ from itertools import pairwise
 from math import prod
 from typing import Any
 
-import roofline
 import torch
 from _ceilings import Ceilings
 from _dispatch import CostMode, LiveMemory
+from _fake_model import fake_model
 from torch import Tensor, nn
-from torch._subclasses import FakeTensorMode
 
 from fastgpt import GPT, GPTConfig
 
@@ -55,8 +54,7 @@ def timeline(
 ) -> Timeline:
     """Forward and backward of ``GPT`` on the fused ops, with bfloat16 products; ``params`` as in
     ``roofline.Options``."""
-    with FakeTensorMode(), roofline._fused_ops_on_fake_tensors():
-        gpt = roofline._model(config, getattr(torch, params), recompute)
+    with fake_model(config, getattr(torch, params), recompute) as gpt:
         idx = torch.empty(batch_size, config.block_size, dtype=torch.int64)
         clock = _Clock(gpt, ceilings)
         with clock.mode:

@@ -27,6 +27,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
+import _command
 import _stages
 from _visit import ROOT, Stage, read_json, visit, write_json, write_text
 from _visit_report import markdown
@@ -159,24 +160,20 @@ def _interrupted(number: int, frame: Any) -> None:
 def main(argv: Sequence[str] | None = None, stages: Sequence[Stage] | None = None) -> int:
     """The exit code: 0, or 2 for a wrong argument or without a CUDA GPU. ``stages``: others than
     those of ``_stages.plan``."""
-    errors = Console(stderr=True, markup=False, highlight=False, soft_wrap=True)
     names = [stage.name for stage in stages or _stages.plan((), 0, True)]
     o = parse(argv, names)
     if o.keep is not None:
         try:
             print(f"kept as {keep(o.keep)}")
         except (ValueError, FileNotFoundError) as error:
-            errors.print(f"error: {error}", style="bold red")
-            return 2
+            return _command.failed(error)
         return 0
     now = datetime.now(timezone.utc).strftime("%Y-%m-%dT%H-%M-%S")
     folder = o.out or ROOT / "bench" / "out" / f"report-{now}"
     if (folder / "report.json").exists():
-        errors.print(
-            f"error: --out must be a folder without a report, but {folder / 'report.json'} exists",
-            style="bold red",
+        return _command.failed(
+            f"--out must be a folder without a report, but {folder / 'report.json'} exists"
         )
-        return 2
     if stages is None:
         workers = min(16, os.cpu_count() or 1)
         has_sanitizer = shutil.which("compute-sanitizer") is not None
@@ -205,8 +202,7 @@ def main(argv: Sequence[str] | None = None, stages: Sequence[Stage] | None = Non
         signal.signal(signal.SIGTERM, before)
     console.print(f"wrote {folder / 'report.md'}", soft_wrap=True)
     if report.without_gpu:
-        errors.print("error: this needs a CUDA GPU; see report.md", style="bold red")
-        return 2
+        return _command.failed("this needs a CUDA GPU; see report.md")
     return 0
 
 

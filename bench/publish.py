@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import _command
 import _machine
 import _pictures
 import tyro
@@ -260,10 +261,7 @@ def main(argv: list[str] | None = None) -> int:
             lines = [f"wrote {path}" for path in publish(RESULTS, README)]
             code = 0
     except ValueError as error:
-        Console(stderr=True, markup=False, highlight=False, soft_wrap=True).print(
-            f"error: {error}", style="bold red"
-        )
-        return 2
+        return _command.failed(error)
     for line in lines or ["everything is up to date"]:
         console.print(line)
     return code

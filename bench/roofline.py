@@ -28,29 +28,25 @@ run there as they do under ``TRITON_INTERPRET=1``; of PyTorch's operators only t
 attention kernels differ. Where CUDA's autocast casts and the CPU's does not, ``_eager.py`` casts.
 """
 
-import importlib.util
-import json
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
-from unittest import mock
 
+import _command
 import _eager
 import _roofline_report
 import torch
-import tyro
 from _ceilings import DEVICES, Ceilings, floor
 from _dispatch import Report, count
+from _fake_model import fake_model
 from rich.console import Console
 from torch import Tensor
-from torch._subclasses import FakeTensorMode
 
 from fastgpt import GPT, GPTConfig
-from fastgpt.kernels import _common, fused
 from fastgpt.model import PRETRAINED_SHAPES
 
 VariantName = Literal["naive", "sdpa", "fastgpt", "fastgpt-recompute"]
@@ -152,8 +148,7 @@ def measure(
     if variant not in VARIANTS:
         raise ValueError(f"variant must be one of {', '.join(VARIANTS)}, got {variant!r}")
     chosen = VARIANTS[variant]
-    with FakeTensorMode(), _fused_ops_on_fake_tensors():
-        gpt = _model(config, getattr(torch, params), chosen.recompute)
+    with fake_model(config, getattr(torch, params), chosen.recompute) as gpt:
         idx = torch.empty(batch_size, length, dtype=torch.int64)
         targets = torch.empty_like(idx)
 
@@ -176,25 +171,6 @@ def _check(config: GPTConfig, batch_size: int, length: int, dtype: str, params: 
         raise ValueError(f"dropout must be 0: the CPU's SDPA has none, got {config.dropout}")
     if params not in ("float32", dtype):
         raise ValueError(f"params must be float32 or the dtype ({dtype}), got {params!r}")
-
-
-def _model(config: GPTConfig, dtype: torch.dtype, recompute: bool) -> GPT:
-    options: dict[str, Any] = {"recompute": True} if recompute else {}
-    with torch.device("meta"):
-        gpt = GPT(config, ops=fused, **options)
-    weights = {
-        name: torch.empty_like(w, device="cpu", dtype=dtype) for name, w in gpt.state_dict().items()
-    }
-    gpt.load_state_dict(weights, assign=True)
-    return gpt
-
-
-@contextmanager
-def _fused_ops_on_fake_tensors() -> Iterator[None]:
-    """What ``TRITON_INTERPRET=1`` does, for a while: the Triton ops take tensors of the CPU. On
-    fake ones no kernel is launched, so none is interpreted either."""
-    with mock.patch.object(_common, "INTERPRETED", True):
-        yield
 
 
 def record(options: Options) -> dict[str, Any]:
@@ -224,20 +200,11 @@ def _itemsize(dtype: str) -> int:
 
 def _planned(argv: list[str] | None) -> Options:
     """All that a user can get wrong is found here."""
-    options = tyro.cli(
-        Options, args=argv, use_underscores=True, config=(tyro.conf.FlagConversionOff,)
-    )
+    options = _command.options(Options(), argv)
     _check(options.config, options.batch_size, options.block_size, options.dtype, options.params)
     _ = options.ceilings
     if options.out is not None:
-        if importlib.util.find_spec("matplotlib") is None:
-            raise ModuleNotFoundError('the chart needs matplotlib: pip install -e ".[bench]"')
-        for name in ("roofline.json", "roofline.png"):
-            if (options.out / name).exists():
-                raise FileExistsError(
-                    f"out must be a folder without results, but {options.out / name} exists"
-                )
-        options.out.mkdir(parents=True, exist_ok=True)
+        _command.results_folder(options.out, "roofline")
     return options
 
 
@@ -248,23 +215,13 @@ def main(argv: list[str] | None = None) -> int:
     console = Console(highlight=False)
     try:
         options = _planned(argv)
-    except (ValueError, FileExistsError, NotADirectoryError, ModuleNotFoundError) as error:
-        Console(stderr=True, markup=False, highlight=False, soft_wrap=True).print(
-            f"error: {error}", style="bold red"
-        )
-        return 2
+    except _command.USER_ERRORS as error:
+        return _command.failed(error)
     run = record(options)
     for table in _roofline_report.tables(run):
         console.print(table)
     if options.out is not None:
-        (options.out / "roofline.json").write_text(
-            json.dumps(run, indent=1, allow_nan=False) + "\n"
-        )
-        _roofline_report.chart(run, options.out / "roofline.png")
-        console.print(
-            f"wrote {options.out / 'roofline.json'} and {options.out / 'roofline.png'}",
-            soft_wrap=True,
-        )
+        _command.write_results(options.out, "roofline", run, _roofline_report.chart, console)
     return 0
 
 

@@ -27,8 +27,6 @@ with those folders full. Starting Python and importing torch is in neither.
 """
 
 import gc
-import importlib.util
-import json
 import math
 import sys
 import tempfile
@@ -40,10 +38,10 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
+import _command
 import _machine
 import _report
 import torch
-import tyro
 from _report import Result
 from _timing import Clock, interleaved, synchronize
 from _training import (
@@ -259,29 +257,17 @@ def _planned(argv: list[str] | None, folder: Path) -> tuple[Plan, Path]:
     """What is to be measured and the folder for the results. All that a user can get wrong is
     found here.
     """
-    options = tyro.cli(
-        Options,
-        default=Options() if torch.cuda.is_available() else CPU_OPTIONS,
-        args=argv,
-        use_underscores=True,
-        config=(tyro.conf.FlagConversionOff,),
-    )
+    options = _command.options(Options() if torch.cuda.is_available() else CPU_OPTIONS, argv)
     if options.data_dir is None:
         plan = Plan.of(options, prepare_builtin(folder / "data").data_dir)
     else:
         plan = Plan.of(options, options.data_dir)
     plan.batches(options.vocab_size)
-    if importlib.util.find_spec("matplotlib") is None:
-        raise ModuleNotFoundError('the chart needs matplotlib: pip install -e ".[bench]"')
     out = options.out
     if out is None:
         now = datetime.now(timezone.utc).strftime("%Y-%m-%dT%H-%M-%S")
         out = _machine.ROOT / "bench" / "out" / now
-    for name in ("run.json", "run.png"):
-        if (out / name).exists():
-            raise FileExistsError(f"out must be a folder without results, but {out / name} exists")
-    out.mkdir(parents=True, exist_ok=True)
-    return plan, out
+    return plan, _command.results_folder(out, "run")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -293,26 +279,15 @@ def main(argv: list[str] | None = None) -> int:
         folder = Path(temporary)
         try:
             plan, out = _planned(argv, folder)
-        except (
-            ValueError,
-            FileNotFoundError,
-            FileExistsError,
-            NotADirectoryError,
-            ModuleNotFoundError,
-        ) as error:
-            Console(stderr=True, markup=False, highlight=False, soft_wrap=True).print(
-                f"error: {error}", style="bold red"
-            )
-            return 2
+        except _command.USER_ERRORS as error:
+            return _command.failed(error)
         if plan.device.type == "cpu":
             # At this size threads only wait for each other, and the longer the busier the machine.
             torch.set_num_threads(1)
             console.print("No CUDA GPU: a small size on the CPU, in one thread.")
         run = _measure(plan, folder, console)
-    (out / "run.json").write_text(json.dumps(run, indent=1, allow_nan=False) + "\n")
+    _command.write_results(out, "run", run, _report.chart, console)
     console.print(_report.table(run))
-    _report.chart(run, out / "run.png")
-    console.print(f"wrote {out / 'run.json'} and {out / 'run.png'}", soft_wrap=True)
     return 0
 
 

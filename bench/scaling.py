@@ -15,8 +15,6 @@ without DDP or FSDP2; FSDP2's can pass 100%, since each GPU updates its share of
 order and to the byte, against these predictions.
 """
 
-import importlib.util
-import json
 import math
 import sys
 from collections.abc import Callable
@@ -25,18 +23,16 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
+import _command
 import _scaling_report
 import roofline
 import torch
-import tyro
 from _scaling_links import NVLINK_GB_PER_S, Cluster
 from _scaling_step import Step, ddp, fsdp
 from _scaling_timeline import timeline
 from rich.console import Console
 
 from fastgpt import GPTConfig
-
-_FILES = ("scaling.json", "scaling.png")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -163,18 +159,9 @@ def _rows(options: Options, steps: dict[int, Step]) -> list[dict[str, Any]]:
 
 def _planned(argv: list[str] | None) -> Options:
     """All that a user can get wrong is found here."""
-    options = tyro.cli(
-        Options, args=argv, use_underscores=True, config=(tyro.conf.FlagConversionOff,)
-    )
+    options = _command.options(Options(), argv)
     if options.out is not None:
-        if importlib.util.find_spec("matplotlib") is None:
-            raise ModuleNotFoundError('the chart needs matplotlib: pip install -e ".[bench]"')
-        for name in _FILES:
-            if (options.out / name).exists():
-                raise FileExistsError(
-                    f"out must be a folder without results, but {options.out / name} exists"
-                )
-        options.out.mkdir(parents=True, exist_ok=True)
+        _command.results_folder(options.out, "scaling")
     return options
 
 
@@ -185,19 +172,13 @@ def main(argv: list[str] | None = None) -> int:
     console = Console(highlight=False)
     try:
         options = _planned(argv)
-    except (ValueError, FileExistsError, NotADirectoryError, ModuleNotFoundError) as error:
-        Console(stderr=True, markup=False, highlight=False, soft_wrap=True).print(
-            f"error: {error}", style="bold red"
-        )
-        return 2
+    except _command.USER_ERRORS as error:
+        return _command.failed(error)
     run = record(options)
     for table in _scaling_report.tables(run):
         console.print(table)
     if options.out is not None:
-        numbers, picture = (options.out / name for name in _FILES)
-        numbers.write_text(json.dumps(run, indent=1, allow_nan=False) + "\n")
-        _scaling_report.chart(run, picture)
-        console.print(f"wrote {numbers} and {picture}", soft_wrap=True)
+        _command.write_results(options.out, "scaling", run, _scaling_report.chart, console)
     return 0
 
 

@@ -29,6 +29,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import _command
 import _machine
 import torch
 from _ceilings import Ceilings
@@ -131,7 +132,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     start = time.monotonic()
     o = parse(argv)
     console = Console(highlight=False)
-    errors = Console(stderr=True, markup=False, highlight=False, soft_wrap=True)
     dtype: torch.dtype = getattr(torch, o.dtype)
     ceilings = None
     capability = o.arch or 90
@@ -140,8 +140,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         own = _common.capability(device)
         assert own is not None
         if o.arch not in (None, own):
-            errors.print(f"error: --arch is {o.arch}, but the GPU here has {own}", style="bold red")
-            return 2
+            return _command.failed(f"--arch is {o.arch}, but the GPU here has {own}")
         capability = own
         found = _machine.ceilings(device)
         name = torch.cuda.get_device_name(device)
@@ -152,8 +151,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             "candidates apart that differ by more than 10%."
         )
     if capability not in ARCHITECTURES:
-        errors.print(f"error: sm_{capability} is none of {sorted(ARCHITECTURES)}", style="bold red")
-        return 2
+        return _command.failed(f"sm_{capability} is none of {sorted(ARCHITECTURES)}")
     ops = list(OPS) if "all" in o.ops else list(dict.fromkeys(o.ops))
     chosen = [
         (op, line)
@@ -163,11 +161,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     ]
     if not chosen:
         names = ", ".join(name for op in ops for name in lines(op, capability, dtype)) or "none"
-        errors.print(
-            f"error: --only must match a line, got {o.only!r}; in {o.dtype} there are: {names}",
-            style="bold red",
+        return _command.failed(
+            f"--only must match a line, got {o.only!r}; in {o.dtype} there are: {names}"
         )
-        return 2
     records: list[dict[str, Any]] = []
     for op, line in chosen:
         if time.monotonic() - start > 60 * o.minutes:

@@ -1,0 +1,73 @@
+"""What the command lines of this folder share: options, errors, and the files they write."""
+
+import importlib.util
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+from rich.console import Console
+
+T = TypeVar("T")
+
+# What a user can cause: each is one line on stderr and the exit code 2.
+USER_ERRORS = (
+    ValueError,
+    FileNotFoundError,
+    FileExistsError,
+    NotADirectoryError,
+    PermissionError,
+    ModuleNotFoundError,
+)
+
+
+def options(default: T, argv: list[str] | None) -> T:
+    """The dataclass as the command line fills it, --like_this; the rest is as in ``default``."""
+    import tyro  # not above: gpu_report.py runs where it is missing
+
+    return tyro.cli(
+        type(default),
+        default=default,
+        args=argv,
+        use_underscores=True,
+        config=(tyro.conf.FlagConversionOff,),
+    )
+
+
+def failed(error: object) -> int:
+    """Say so; the exit code."""
+    Console(stderr=True, markup=False, highlight=False, soft_wrap=True).print(
+        f"error: {error}", style="bold red"
+    )
+    return 2
+
+
+def results_folder(out: Path, name: str) -> Path:
+    """``out``, made where it is not there, for name.json and name.png; before anything is computed.
+
+    Raises ModuleNotFoundError without matplotlib, FileExistsError where such results are."""
+    if importlib.util.find_spec("matplotlib") is None:
+        raise ModuleNotFoundError('the chart needs matplotlib: pip install -e ".[bench]"')
+    for path in _results(out, name):
+        if path.exists():
+            raise FileExistsError(f"out must be a folder without results, but {path} exists")
+    out.mkdir(parents=True, exist_ok=True)
+    return out
+
+
+def write_results(
+    out: Path,
+    name: str,
+    run: dict[str, Any],
+    chart: Callable[[dict[str, Any], Path], object],
+    console: Console,
+) -> None:
+    """name.json, and name.png as ``chart(run, path)`` draws it."""
+    numbers, picture = _results(out, name)
+    numbers.write_text(json.dumps(run, indent=1, allow_nan=False) + "\n")
+    chart(run, picture)
+    console.print(f"wrote {numbers} and {picture}", soft_wrap=True)
+
+
+def _results(out: Path, name: str) -> tuple[Path, Path]:
+    return out / f"{name}.json", out / f"{name}.png"
