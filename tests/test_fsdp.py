@@ -6,13 +6,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import interpreter
 import pytest
 import torch
 from small_runs import data_set, quiet, small_config
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from fastgpt import GPT, GPTConfig, fsdp
 from fastgpt.bigram import Bigram
+from fastgpt.devices import autocast
+from fastgpt.kernels import _common, fused
 from fastgpt.parallel import World
 from fastgpt.trainer import Trainer
 
@@ -101,7 +105,28 @@ def _same_numbers(root: Path, world: World) -> None:
     assert isinstance(bigram.whole_model(), Bigram)
 
 
-@pytest.mark.parametrize("check", [_parts, _exchange, _same_numbers])
+def _kernels(root: Path, world: World) -> None:
+    """What the kernels keep for the backward is taken apart and put together in between."""
+    interpreter.install()
+    _common.INTERPRETED = True
+    config = GPTConfig(8, 64, 2, 2, 32, dropout=0.0, bias=True)
+    idx = torch.randint(64, (2, 9), generator=torch.Generator().manual_seed(world.rank))
+    for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 2e-2)):
+        torch.manual_seed(0)
+        plain, model = GPT(config), GPT(config, ops=fused, recompute=True)
+        model.load_state_dict(plain.state_dict())
+        fsdp.shard(model, torch.device("cpu"), world, dtype)
+        with autocast(torch.device("cpu"), dtype):
+            model(idx[:, :-1], idx[:, 1:])[1].backward()
+        plain(idx[:, :-1], idx[:, 1:])[1].backward()
+        for p, q in zip(plain.parameters(), model.parameters(), strict=True):
+            assert p.grad is not None and q.grad is not None
+            expected = world.sum(p.grad) / world.size
+            error = (fsdp.whole(q.grad) - expected).norm() / (expected.norm() + 1e-3)
+            assert error < tolerance, tuple(p.shape)
+
+
+@pytest.mark.parametrize("check", [_parts, _exchange, _same_numbers, _kernels])
 def test_in_two_processes(check: Callable[[Path, World], None], tmp_path: Path) -> None:
     data_set(tmp_path)
     in_two_processes(check, tmp_path)
