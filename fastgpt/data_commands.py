@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 from rich.console import Console
@@ -26,6 +26,11 @@ _SHAKESPEARE = "shakespeare_char"
 _CHARACTERS = "char"
 
 
+def _shown(metavar: str, default: str) -> Any:
+    """How ``--help`` shows a value and what holds without one."""
+    return tyro.conf.arg(metavar=metavar, help_behavior_hint=f"(default: {default})")
+
+
 @dataclass(frozen=True, kw_only=True)
 class Prepare:
     """Make a data set from texts.
@@ -35,109 +40,48 @@ class Prepare:
     same command goes on where it was.
     """
 
+    # builtin: the sources of this Python's standard library. shakespeare: Tiny Shakespeare,
+    # downloaded (1.1 MB).
     corpus: Annotated[
         tyro.conf.Positional[Literal["builtin", "shakespeare"] | None],
-        tyro.conf.arg(
-            metavar="[builtin|shakespeare]",
-            help="builtin: the sources of this Python's standard library. shakespeare: Tiny "
-            "Shakespeare, downloaded (1.1 MB).",
-            help_behavior_hint="(default: builtin)",
-        ),
+        _shown("[builtin|shakespeare]", "builtin"),
     ] = None
-    input: Annotated[
-        Path | None,
-        tyro.conf.arg(
-            metavar="PATH",
-            help="Texts of your own, instead of a corpus: a UTF-8 text, .jsonl, .parquet, any of "
-            "them as .gz or .zst, or a folder of such files. A text in a folder, a line or a row "
-            "is a document.",
-            help_behavior_hint="(default: none)",
-        ),
-    ] = None
-    hf_dataset: Annotated[
-        str | None,
-        tyro.conf.arg(
-            metavar="NAME",
-            help="A data set of Hugging Face's, streamed, instead of a corpus.",
-            help_behavior_hint="(default: none)",
-        ),
-    ] = None
-    hf_config: Annotated[
-        str | None,
-        tyro.conf.arg(
-            metavar="NAME",
-            help="Its configuration.",
-            help_behavior_hint="(default: none)",
-        ),
-    ] = None
-    hf_split: Annotated[
-        str | None,
-        tyro.conf.arg(metavar="NAME", help="Its split.", help_behavior_hint="(default: train)"),
-    ] = None
-    text_key: Annotated[
-        str,
-        tyro.conf.arg(metavar="KEY", help="Where a line or a row has its text."),
-    ] = "text"
-    tokenizer: Annotated[
-        str,
-        tyro.conf.arg(
-            metavar="char|gpt2|PATH",
-            help="char: a token for each character. gpt2: GPT-2's BPE. PATH: a tokenizer.json, a "
-            "SentencePiece .model, a .tiktoken file, or a folder with one of them or with "
-            "encoder.json and vocab.bpe.",
-        ),
-    ] = _CHARACTERS
+    # Texts of your own, instead of a corpus: a UTF-8 text, .jsonl, .parquet, any of them as .gz
+    # or .zst, or a folder of such files. A text in a folder, a line or a row is a document.
+    input: Annotated[Path | None, _shown("PATH", "none")] = None
+    # A data set of Hugging Face's, streamed, instead of a corpus.
+    hf_dataset: Annotated[str | None, _shown("NAME", "none")] = None
+    # Its configuration.
+    hf_config: Annotated[str | None, _shown("NAME", "none")] = None
+    # Its split.
+    hf_split: Annotated[str | None, _shown("NAME", "train")] = None
+    # Where a line or a row has its text.
+    text_key: Annotated[str, tyro.conf.arg(metavar="KEY")] = "text"
+    # char: a token for each character. gpt2: GPT-2's BPE. PATH: a tokenizer.json, a
+    # SentencePiece .model, a .tiktoken file, or a folder with one of them or with encoder.json and
+    # vocab.bpe.
+    tokenizer: Annotated[str, tyro.conf.arg(metavar="char|gpt2|PATH")] = _CHARACTERS
+    # Folder for the tokens and the tokenizer.
     out_dir: Annotated[
         Path | None,
-        tyro.conf.arg(
-            metavar="DIR",
-            help="Folder for the tokens and the tokenizer.",
-            help_behavior_hint="(default: data/builtin, data/shakespeare_char or data/NAME of "
-            "the input)",
-        ),
+        _shown("DIR", "data/builtin, data/shakespeare_char or data/NAME of the input"),
     ] = None
+    # Share of validation: of the documents, by chance, or the end of one text.
     val_share: Annotated[
         float | None,
-        tyro.conf.arg(
-            metavar="SHARE",
-            help="Share of validation: of the documents, by chance, or the end of one text.",
-            help_behavior_hint=f"(default: {DOCUMENTS_VAL_SHARE} of documents, {TEXT_VAL_SHARE} "
-            "of one text)",
-        ),
+        _shown("SHARE", f"{DOCUMENTS_VAL_SHARE} of documents, {TEXT_VAL_SHARE} of one text"),
     ] = None
-    seed: Annotated[
-        int | None,
-        tyro.conf.arg(
-            metavar="N",
-            help="Decides which documents are for validation.",
-            help_behavior_hint=f"(default: {SEED})",
-        ),
-    ] = None
+    # Decides which documents are for validation.
+    seed: Annotated[int | None, _shown("N", str(SEED))] = None
+    # The token behind each document.
     end_of_text: Annotated[
         str | None,
-        tyro.conf.arg(
-            metavar="TOKEN",
-            help="The token behind each document.",
-            help_behavior_hint="(default: the tokenizer's, such as <|endoftext|>; a line feed "
-            "with char)",
-        ),
+        _shown("TOKEN", "the tokenizer's, such as <|endoftext|>; a line feed with char"),
     ] = None
-    shard_tokens: Annotated[
-        int | None,
-        tyro.conf.arg(
-            metavar="N",
-            help="Tokens in one file.",
-            help_behavior_hint=f"(default: {SHARD_TOKENS})",
-        ),
-    ] = None
-    workers: Annotated[
-        int | None,
-        tyro.conf.arg(
-            metavar="N",
-            help="Threads that encode.",
-            help_behavior_hint="(default: one for each core)",
-        ),
-    ] = None
+    # Tokens in one file.
+    shard_tokens: Annotated[int | None, _shown("N", str(SHARD_TOKENS))] = None
+    # Threads that encode.
+    workers: Annotated[int | None, _shown("N", "one for each core")] = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,31 +91,18 @@ class TrainTokenizer:
     Then use it: fastgpt prepare --tokenizer DIR --input PATH.
     """
 
-    action: Annotated[
-        tyro.conf.Positional[Literal["train"]], tyro.conf.arg(help="The only one there is.")
-    ]
-    input: Annotated[
-        Path,
-        tyro.conf.arg(
-            metavar="PATH",
-            help="A UTF-8 text, .jsonl, .parquet, any of them as .gz or .zst, or a folder.",
-        ),
-    ]
-    out_dir: Annotated[
-        Path,
-        tyro.conf.arg(metavar="DIR", help="Folder for tokenizer.json (bpe) or tokenizer.model."),
-    ]
-    kind: Annotated[
-        Literal["bpe", "unigram"],
-        tyro.conf.arg(
-            help="bpe: byte-level byte-pair encoding, like GPT-2's. unigram: by SentencePiece."
-        ),
-    ] = "bpe"
-    vocab_size: Annotated[int, tyro.conf.arg(metavar="N", help="Tokens, at least 257.")] = 32768
-    text_key: Annotated[
-        str,
-        tyro.conf.arg(metavar="KEY", help="Where a line or a row has its text."),
-    ] = "text"
+    # The only one there is.
+    action: tyro.conf.Positional[Literal["train"]]
+    # A UTF-8 text, .jsonl, .parquet, any of them as .gz or .zst, or a folder.
+    input: Annotated[Path, tyro.conf.arg(metavar="PATH")]
+    # Folder for tokenizer.json (bpe) or tokenizer.model.
+    out_dir: Annotated[Path, tyro.conf.arg(metavar="DIR")]
+    # bpe: byte-level byte-pair encoding, like GPT-2's. unigram: by SentencePiece.
+    kind: Literal["bpe", "unigram"] = "bpe"
+    # Tokens, at least 257.
+    vocab_size: Annotated[int, tyro.conf.arg(metavar="N")] = 32768
+    # Where a line or a row has its text.
+    text_key: Annotated[str, tyro.conf.arg(metavar="KEY")] = "text"
 
 
 def run_prepare(command: Prepare, console: Console) -> None:

@@ -23,19 +23,16 @@ _PANELS = {
 class PlotConfig:
     """Draw learning curves as PNG: losses, learning rate, tokens per second."""
 
+    # Folders of runs, to be compared.
     folders: Annotated[
         tyro.conf.Positional[tuple[Path, ...]],
-        tyro.conf.arg(
-            metavar="[OUT_DIR ...]",
-            help="Folders of runs, to be compared.",
-            help_behavior_hint="(default: out)",
-        ),
+        tyro.conf.arg(metavar="[OUT_DIR ...]", help_behavior_hint="(default: out)"),
     ] = (Path("out"),)
+    # The picture.
     output: Annotated[
         Path | None,
         tyro.conf.arg(
             metavar="FILE.png",
-            help="The picture.",
             help_behavior_hint="(default: curves.png in the folder; for several, here)",
         ),
     ] = None
