@@ -14,6 +14,22 @@ from torch import Tensor
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 LAYOUTS = ["contiguous", "transposed", "strided", "offset"]
 
+# What LayerNorm normalises, over the last dimension: one number, ragged, wide, nothing.
+NORM_SHAPES = [
+    (1, 1),
+    (1, 768),
+    (37, 65),
+    (129, 128),
+    (2, 17, 768),
+    (3, 1, 1600),
+    (5, 4097),
+    (3, 8192),
+    (19, 8193),
+    (2, 16384),
+    (0, 32),
+    (257, 25),
+]
+
 
 def randn(shape: Sequence[int], dtype: torch.dtype, device: str, layout: str) -> Tensor:
     """N(0, 1) in a memory layout: dense; last two dimensions swapped; every second element of the

@@ -8,21 +8,6 @@ from sanitizer import sanitize
 from fastgpt.kernels import fused, portable, reference
 from fastgpt.kernels.layer_norm import MAX_WIDTH, _layer_norm_bwd_op, _layer_norm_op
 
-SHAPES = [
-    (1, 1),
-    (1, 768),
-    (37, 65),
-    (129, 128),
-    (2, 17, 768),
-    (3, 1, 1600),
-    (5, 4097),
-    (3, 8192),
-    (19, 8193),
-    (2, 16384),
-    (0, 32),
-    (257, 25),
-]
-
 
 def _inputs(
     shape: tuple[int, ...], dtype: torch.dtype, device: str, layout: str, bias: bool
@@ -33,10 +18,10 @@ def _inputs(
     return inputs, ["x", "weight", "bias"][: len(inputs)]
 
 
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("shape", parity.NORM_SHAPES, ids=str)
 @pytest.mark.parametrize("dtype", parity.DTYPES, ids=str)
 def test_parity(device: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
-    i = SHAPES.index(shape)
+    i = parity.NORM_SHAPES.index(shape)
     layout = parity.LAYOUTS[i % len(parity.LAYOUTS)]
     inputs, names = _inputs(shape, dtype, device, layout, bias=i % 3 != 0)
     grad = parity.randn(shape, dtype, device, "transposed")

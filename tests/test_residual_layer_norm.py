@@ -17,20 +17,6 @@ from fastgpt.kernels.residual_layer_norm import (
     _residual_layer_norm_op,
 )
 
-SHAPES = [
-    (1, 1),
-    (1, 768),
-    (37, 65),
-    (129, 128),
-    (2, 17, 768),
-    (3, 1, 1600),
-    (5, 4097),
-    (3, 8192),
-    (19, 8193),
-    (2, 16384),
-    (0, 32),
-    (257, 25),
-]
 NAMES = ["residual", "delta", "weight", "bias", "delta_bias"]
 
 
@@ -67,10 +53,10 @@ def _assert_parity(
     parity.assert_parity(kernel, pytorch, plain, list(inputs.values()), grad, names)
 
 
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("shape", parity.NORM_SHAPES, ids=str)
 @pytest.mark.parametrize("dtype", parity.DTYPES, ids=str)
 def test_parity(device: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
-    i = SHAPES.index(shape)
+    i = parity.NORM_SHAPES.index(shape)
     layout = parity.LAYOUTS[i % len(parity.LAYOUTS)]
     without = [(), ("bias",), ("delta_bias",), ("bias", "delta_bias")][i // 2 % 4]
     _assert_parity(shape, dtype, device, layout, without, portable.residual_layer_norm)
