@@ -5,21 +5,21 @@ DDP: gradients are gathered into buckets in the order in which they come; a full
 all-reduced beside the rest of the backward. The embedding's gradient comes last, since the head's
 weight is tied to it, so the largest bucket is never hidden.
 
-FSDP2: every block is a group of its own; the LayerNorms that a block borrows (``ln_1`` of the
-next, ``ln_f``) are a group that stays whole until its backward, and the embeddings are the root's.
+FSDP2, as ``fastgpt.fsdp`` has it: every block is a group of its own; the LayerNorms are one that
+travels in float32 and stays whole until its backward, and the embeddings are the root's.
 A group is all-gathered before it computes, forward and backward, while the ones before it compute,
 and its gradients are reduce-scattered behind it. The first gathers of a micro-batch have nothing
 to hide behind, nor have the last reduce-scatters, of norms and embeddings. The copies into and out
 of the buffers are computation.
 
-Both sum the number of valid targets over all GPUs before the step, FSDP2 the squares of all
-gradients behind it. Not counted: kernels slowed down by the collectives beside them, the host, and
-waiting for the slowest GPU.
+Both sum the number of valid targets over all GPUs before the step and the loss behind it, FSDP2
+the squares of all gradients too. Not counted: kernels slowed down by the collectives beside them,
+the host, and waiting for the slowest GPU.
 """
 
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import prod
 
 from _ceilings import Ceilings
@@ -28,7 +28,8 @@ from _scaling_timeline import Gradient, Timeline
 
 FIRST_BUCKET_BYTES, BUCKET_BYTES = 1 << 20, 25 << 20  # DDP's defaults
 
-_COUNT_BYTES, _NORM_BYTES = 8, 4  # of valid targets, int64; of each gradient, float32
+_COUNT_BYTES, _LOSS_BYTES = 8, 4  # of valid targets, int64; float32
+_NORM_BYTES = 4  # of each gradient, float32
 # AdamW reads and writes a parameter and its moments and reads its gradient, which was read before
 # for the norm; a parameter held in half precision is written a second time.
 _UPDATE_BYTES, _ROUNDED_BYTES = 28 + 4, 2
@@ -138,6 +139,7 @@ def ddp(
                 lanes.send("all-reduce", _nbytes(bucket), ready)
         lanes.compute(sum(timeline.backward))
     lanes.wait(lanes.sent)
+    lanes.sum(_LOSS_BYTES)
     rounded = sum(g.numel for g in gradients if g.itemsize == 2)
     lanes.move(_UPDATE_BYTES * timeline.numel + _ROUNDED_BYTES * rounded)
     return lanes.step()
@@ -161,6 +163,7 @@ def fsdp(
             lanes.accumulate(timeline.gradients, reduce_itemsize)
         lanes.backward(timeline, last_gather, synchronise=micro_batch == micro_batches - 1)
     lanes.wait(lanes.sent)
+    lanes.sum(_LOSS_BYTES)
     lanes.sum(_NORM_BYTES * len(timeline.gradients))
     lanes.move(_UPDATE_BYTES * -(-timeline.numel // gpus))
     return lanes.step()
@@ -228,14 +231,14 @@ _IN_BLOCK = re.compile(r"transformer\.h\.(\d+)\.(.+)")
 
 
 def _groups(gradients: Iterable[Gradient]) -> list[list[Gradient]]:
-    """The root's, the LayerNorms' that blocks borrow, and each block's in order."""
+    """The root's, the LayerNorms', and each block's in order."""
     root: list[Gradient] = []
     norms: list[Gradient] = []
     blocks: dict[int, list[Gradient]] = {}
     for gradient in gradients:
         found = _IN_BLOCK.fullmatch(gradient.name)
-        if gradient.name.startswith("transformer.ln_f.") or (found and found[2][:5] == "ln_1."):
-            norms.append(gradient)
+        if gradient.name.startswith("transformer.ln_f.") or (found and found[2].startswith("ln_")):
+            norms.append(replace(gradient, itemsize=4))
         elif found:
             blocks.setdefault(int(found[1]), []).append(gradient)
         else:

@@ -120,10 +120,12 @@ def test_ddp_hides_all_but_the_last_bucket() -> None:
         ("all-reduce", 8),
         ("all-reduce", int(2.25 * MIB)),
         ("all-reduce", int(34.5 * MIB)),
+        ("all-reduce", 4),
     )
     last = NODES.ms("all-reduce", int(34.5 * MIB), 8)  # the embeddings, and what came before them
-    assert found.exposed_ms == pytest.approx(count + last)
-    assert found.ms == pytest.approx(count + 33 + last + memory_ms(32 * NUMEL))
+    loss = NODES.ms("all-reduce", 4, 8)
+    assert found.exposed_ms == pytest.approx(count + last + loss)
+    assert found.ms == pytest.approx(count + 33 + last + loss + memory_ms(32 * NUMEL))
 
 
 def test_ddp_on_slow_links_waits_for_them() -> None:
@@ -150,12 +152,12 @@ def test_fsdp_cannot_hide_the_first_gather_and_the_last_scatter() -> None:
         *4 * [gather],  # embeddings, norms, two blocks
         *[gather, gather, scatter, scatter],  # the blocks again, then their gradients
         *2 * [scatter],  # norms, embeddings
-        "all-reduce",
+        *2 * ["all-reduce"],  # the loss, the gradients' norms
     ]
     embeddings = 32 * MIB
     root = NODES.ms("all-gather", embeddings, 8)
     last = sum(NODES.ms("reduce-scatter", nbytes, 8) for nbytes in (3 * MIB // 4, embeddings))
-    sums = sum(NODES.ms("all-reduce", nbytes, 8) for nbytes in (8, 4 * 6))
+    sums = sum(NODES.ms("all-reduce", nbytes, 8) for nbytes in (8, 4, 4 * 6))
     # the copy of the embeddings into the buffer runs beside the norms' reduce-scatter
     hidden = min(memory_ms(2 * embeddings), NODES.ms("reduce-scatter", 3 * MIB // 4, 8))
     assert found.exposed_ms == pytest.approx(root + last + sums, abs=hidden + 1e-9)
@@ -229,7 +231,7 @@ def test_files_and_tables(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
         assert 0.5 < many["efficiency"] < eight["efficiency"] < 1
         assert many["tokens"] == 64 * 2 * 32 * 1024
         assert many["tokens_per_s"] == pytest.approx(64 * one["tokens_per_s"] * many["efficiency"])
-    assert run["parallel"]["ddp"][1]["sent_bytes"] == 2 * (payload + 8) * 7 / 8
+    assert run["parallel"]["ddp"][1]["sent_bytes"] == 2 * (payload + 8 + 4) * 7 / 8
     assert scaling.main(arguments) == 2
     assert str(folder / "scaling.json") in capsys.readouterr().err
 

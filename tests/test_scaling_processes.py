@@ -10,7 +10,7 @@ import socket
 import struct
 import subprocess
 import sys
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,12 +21,15 @@ from _ceilings import DEVICES
 from _scaling_links import Cluster, sent_bytes
 from _scaling_step import Step, ddp, fsdp
 from _scaling_timeline import timeline
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastgpt import GPT, GPTConfig
+from fastgpt.devices import autocast
+from fastgpt.fsdp import shard
+from fastgpt.parallel import World
+from fastgpt.step import Step as Update
 
 ROOT = Path(__file__).resolve().parent.parent
 H200 = DEVICES["h200"]
@@ -99,38 +102,32 @@ def received_bytes() -> int:
     return total
 
 
-def parallel_model(case: Case) -> torch.nn.Module:
+def updating(case: Case, world: World) -> Callable[[], float]:
+    """Makes an update as ``fastgpt train`` does, and returns its loss."""
+    cpu, dtype = torch.device("cpu"), getattr(torch, case.params)
     torch.manual_seed(0)
     gpt = GPT(SMALL, recompute=case.recompute)
+    model: torch.nn.Module = gpt
     if case.parallel == "ddp":
-        return DistributedDataParallel(gpt, gradient_as_bucket_view=True)
-    policy = MixedPrecisionPolicy(getattr(torch, case.params), torch.float32)
-    blocks: list[Any] = list(gpt.transformer.h)
-    norms = [*(block.ln_1 for block in blocks), gpt.transformer.ln_f]
-    fully_shard(norms, mp_policy=policy, reshard_after_forward=False)
-    for block in blocks:
-        fully_shard(block, mp_policy=policy)
-    fully_shard(gpt, mp_policy=policy)
-    return gpt
+        model = DistributedDataParallel(gpt, gradient_as_bucket_view=True)
+    else:
+        shard(gpt, cpu, world, dtype)
+    step = Update(
+        model,
+        gpt.configure_optimizers(0.1, 1e-3, (0.9, 0.95), "cpu"),
+        cpu,
+        micro_batches=case.micro_batches,
+        grad_clip=1.0,
+        autocast=autocast(cpu, dtype),
+        world=world,
+    )
 
+    def update() -> float:
+        shape = (2, BATCH, SMALL.block_size)
+        batches = [torch.randint(SMALL.vocab_size, shape) for _ in range(case.micro_batches)]
+        return step([(x, y) for x, y in batches], 1e-3).item()
 
-def update(model: torch.nn.Module, optimizer: torch.optim.Optimizer, micro_batches: int) -> float:
-    x, y = torch.randint(SMALL.vocab_size, (2, BATCH, SMALL.block_size))
-    dist.all_reduce(torch.tensor(y.numel()))
-    for micro_batch in range(micro_batches):
-        last = micro_batch == micro_batches - 1
-        if isinstance(model, FSDPModule):
-            model.set_requires_gradient_sync(last)
-        silence: AbstractContextManager[None] = nullcontext()
-        if isinstance(model, DistributedDataParallel) and not last:
-            silence = model.no_sync()
-        with silence:
-            loss = model(x, y)[1]
-            loss.backward()
-    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-    optimizer.step()
-    optimizer.zero_grad()
-    return loss.item()
+    return update
 
 
 def process(rank: int, folder: Path) -> None:
@@ -139,16 +136,16 @@ def process(rank: int, folder: Path) -> None:
     dist.init_process_group(
         "gloo", init_method=f"file://{folder / 'store'}", rank=rank, world_size=WORLD
     )
+    world = World(rank, rank, WORLD)
     found = {}
     for name, case in CASES.items():
-        model = parallel_model(case)
-        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        update = updating(case, world)
         for _ in range(2):
-            update(model, optimizer, case.micro_batches)
+            update()
         dist.barrier()
         before = received_bytes() if sys.platform == "linux" else 0
         with Collectives() as collectives:
-            loss = update(model, optimizer, case.micro_batches)
+            loss = update()
         after = received_bytes() if sys.platform == "linux" else 0
         found[name] = {
             "collectives": collectives.found,
