@@ -212,7 +212,15 @@ ALLOWED: dict[str, set[str]] = {
 }
 
 # Libraries that the plain ops, hence a machine without Triton, do not need.
-TORCH_ALONE = ("_checks", "_costs", "_precision", "chunked_loss", "reference", "portable")
+TORCH_ALONE = (
+    "_checks",
+    "_costs",
+    "_precision",
+    "chunked_loss",
+    "few_rows",
+    "reference",
+    "portable",
+)
 # optional: imported where used
 LATE = {
     "huggingface_hub",
@@ -321,9 +329,9 @@ def test_triton_and_optional_libraries_load_late(module: str) -> None:
 
 
 @pytest.mark.parametrize("name", TORCH_ALONE)
-def test_the_plain_ops_need_torch_alone(name: str) -> None:
+def test_the_plain_ops_need_no_triton(name: str) -> None:
     for found in imports_of(f"fastgpt.kernels.{name}"):
-        allowed = found.package in ("torch", *sys.stdlib_module_names)
+        allowed = found.package in ("torch", "numpy", *sys.stdlib_module_names)
         assert allowed or found.module.removeprefix("fastgpt.kernels.") in TORCH_ALONE
 
 
