@@ -182,7 +182,8 @@ class SampleConfig:
     """Write text with a trained model."""
 
     # resume (ckpt.pt in out_dir), or pretrained weights: gpt2, gpt2-medium, gpt2-large, gpt2-xl, or
-    # the path of a folder or .safetensors file that transformers or `fastgpt export` wrote.
+    # the path of a folder or .safetensors file that transformers or `fastgpt export` wrote; the
+    # tokenizer is the one beside it (tokenizer.json, say), else GPT-2's.
     init_from: str = "resume"
     # Folder of the checkpoint.
     out_dir: str = "out"

@@ -13,10 +13,17 @@ from fastgpt.config import SampleConfig
 from fastgpt.devices import autocast, resolve_device, resolve_dtype
 from fastgpt.generation import Generator, Sampling, check_finite
 from fastgpt.language_model import LanguageModel
-from fastgpt.model import GPT
-from fastgpt.tokenizer import GPT2Tokenizer, Tokenizer
+from fastgpt.model import GPT, PRETRAINED_SHAPES
+from fastgpt.tokenizer import (
+    TOKENIZER_FILES,
+    CharTokenizer,
+    GPT2Tokenizer,
+    Tokenizer,
+    tokenizer_in,
+)
 
 _FROM_FILE = "FILE:"
+_GPT2_VOCAB_SIZE = 50257
 
 
 @dataclass(frozen=True)
@@ -32,9 +39,9 @@ class Completion:
 class Sampler:
     """A trained model that writes text: ``for text in Sampler(SampleConfig()): ...``
 
-    Raises FileNotFoundError without a checkpoint (or prompt file) and ValueError for a checkpoint
-    that cannot be read, a device that is not there, an empty prompt or one with characters that
-    the model does not know.
+    Raises FileNotFoundError without a checkpoint, weights or prompt file, ValueError for one that
+    cannot be read, weights whose tokenizer is not known, a device that is not there, an empty
+    prompt or one with characters that the model does not know; and see ``GPT.from_pretrained``.
     """
 
     def __init__(self, config: SampleConfig) -> None:
@@ -234,9 +241,33 @@ def _read(start: str) -> str:
 
 
 def _load(config: SampleConfig) -> tuple[LanguageModel, Tokenizer]:
-    if config.init_from != "resume":
-        return GPT.from_pretrained(config.init_from), GPT2Tokenizer()
-    path = Path(config.out_dir) / ckpt.BEST
-    checkpoint = ckpt.load(path)
-    model = ckpt.build_model(checkpoint, path)
-    return model, ckpt.tokenizer_of(checkpoint, path)
+    if config.init_from == "resume":
+        path = Path(config.out_dir) / ckpt.BEST
+        checkpoint = ckpt.load(path)
+        return ckpt.build_model(checkpoint, path), ckpt.tokenizer_of(checkpoint, path)
+    model = GPT.from_pretrained(config.init_from)
+    if config.init_from in PRETRAINED_SHAPES:
+        return model, GPT2Tokenizer()
+    return model, _tokenizer_beside(Path(config.init_from), model.config.vocab_size)
+
+
+def _tokenizer_beside(path: Path, vocab_size: int) -> Tokenizer:
+    """That in the folder of somebody's weights, of so many tokens, else GPT-2's BPE.
+
+    Raises ValueError if it cannot be that of the weights.
+    """
+    tokenizer = tokenizer_in(path if path.is_dir() else path.parent)
+    if tokenizer is None:
+        if vocab_size < _GPT2_VOCAB_SIZE:
+            raise ValueError(
+                f"init_from={str(path)!r} has a vocabulary of {vocab_size} tokens, but beside it "
+                f"there is no tokenizer to say which: none of {', '.join(TOKENIZER_FILES)}"
+            )
+        return GPT2Tokenizer()
+    padded = not isinstance(tokenizer, CharTokenizer)
+    if tokenizer.vocab_size > vocab_size or tokenizer.vocab_size < vocab_size and not padded:
+        raise ValueError(
+            f"init_from={str(path)!r} has a vocabulary of {vocab_size} tokens, but the tokenizer "
+            f"beside it ({tokenizer.FILE}) has {tokenizer.vocab_size}"
+        )
+    return tokenizer

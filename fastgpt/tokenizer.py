@@ -34,6 +34,7 @@ __all__ = [
     "packed",
     "saved_tokenizer",
     "tokenizer_from",
+    "tokenizer_in",
     "unpacked",
 ]
 
@@ -61,6 +62,16 @@ def saved_tokenizer(folder: str | Path) -> Tokenizer | None:
         return None
     path = folder / found[0]
     return CharTokenizer.load(path) if path.name == CharTokenizer.FILE else tokenizer_from(path)
+
+
+def tokenizer_in(folder: str | Path) -> Tokenizer | None:
+    """The tokenizer in a folder of somebody's model: a saved one, or GPT-2's vocabulary as two
+    files (see ``GPT2Tokenizer``); None where there is neither. Errors: as of both.
+    """
+    saved = saved_tokenizer(folder)
+    if saved is None and gpt2_folder_has_vocabulary(Path(folder)):
+        return GPT2Tokenizer(folder)
+    return saved
 
 
 def load_tokenizer(data_dir: str | Path) -> Tokenizer:
@@ -94,7 +105,13 @@ def tokenizer_from(spec: str | Path) -> Tokenizer:
     if not path.exists():
         raise FileNotFoundError(f"tokenizer must be char, gpt2 or a path, but there is no {path}")
     if path.is_dir():
-        return _tokenizer_in(path)
+        tokenizer = tokenizer_in(path)
+        if tokenizer is None:
+            raise FileNotFoundError(
+                f"the folder {path} has no tokenizer: none of {', '.join(TOKENIZER_FILES)}, "
+                "encoder.json with vocab.bpe, vocab.json with merges.txt"
+            )
+        return tokenizer
     if path.suffix == ".model":
         return SentencePieceTokenizer(path)
     if path.suffix == ".tiktoken":
@@ -136,15 +153,3 @@ def unpacked(entries: dict[str, Any]) -> Tokenizer | None:
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / name).write_bytes(data)
         return saved_tokenizer(folder)
-
-
-def _tokenizer_in(folder: Path) -> Tokenizer:
-    saved = saved_tokenizer(folder)
-    if saved is not None:
-        return saved
-    if gpt2_folder_has_vocabulary(folder):
-        return GPT2Tokenizer(folder)
-    raise FileNotFoundError(
-        f"the folder {folder} has no tokenizer: none of {', '.join(TOKENIZER_FILES)}, encoder.json "
-        "with vocab.bpe, vocab.json with merges.txt"
-    )

@@ -1,5 +1,6 @@
 """Text from checkpoints."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,10 @@ from fastgpt import GPT, GPTConfig
 from fastgpt import checkpoint as ckpt
 from fastgpt import sampler as sampling
 from fastgpt.config import SampleConfig
+from fastgpt.export import ExportConfig, export
+from fastgpt.huggingface import Weights, write
 from fastgpt.sampler import Sampler
+from fastgpt.subword_tokenizers import byte_of_character
 from fastgpt.tokenizer import CharTokenizer
 from fastgpt.trainer import Trainer
 
@@ -108,6 +112,67 @@ def test_pretrained_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     (text,) = Sampler(config)
     assert asked == ["gpt2-xl"]
     assert text[0] == "\n" and 5 < len(text) < 200 and set(text) <= set("\nabc")
+
+
+@pytest.fixture
+def hf_folder(out_dir: Path, tmp_path: Path) -> Path:
+    """What `fastgpt export --to=hf` makes of the run: weights, and a tokenizer.json beside them."""
+    for name in ("safetensors", "tokenizers"):
+        pytest.importorskip(name, reason="needs the extra hf")
+    keys = ExportConfig(to="hf", out_dir=str(out_dir), output=tmp_path / "weights")
+    return export(keys).path
+
+
+def written(init_from: Path | str, **changes: Any) -> list[str]:
+    keys = {"num_samples": 2, "max_new_tokens": 20, "start": "7 ti", "device": "cpu", **changes}
+    return list(Sampler(SampleConfig(init_from=str(init_from), **keys)))
+
+
+def test_weights_by_their_path(out_dir: Path, hf_folder: Path) -> None:
+    """A folder, a file in it, and a file of our own with the tokenizer beside it."""
+    expected = list(sampler(out_dir, start="7 ti", num_samples=2))
+    assert written(hf_folder) == written(hf_folder / "model.safetensors") == expected
+    keys = ExportConfig(
+        to="safetensors", out_dir=str(out_dir), output=hf_folder / "own.safetensors"
+    )
+    assert written(export(keys).path) == expected
+
+
+def test_weights_with_gpt2s_tokens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a tokenizer beside them they are taken for GPT-2's, if there are enough."""
+    pytest.importorskip("safetensors", reason="needs the extra hf")
+    model = GPT(GPTConfig(8, 50304, 1, 1, 2, bias=True))
+    weights = Weights(model.config, model.gelu_approximate, model.state_dict())
+    write(weights, tmp_path)
+    tokenizer = CharTokenizer(dict(enumerate("\n7 ti")))
+    monkeypatch.setattr(sampling, "GPT2Tokenizer", lambda: tokenizer)
+    assert all(text.startswith("7 ti") for text in written(tmp_path))
+
+    pytest.importorskip("tiktoken", reason="needs the extra bpe")
+    ids = {character: place for place, character in enumerate(byte_of_character())}
+    (tmp_path / "vocab.json").write_text(json.dumps(ids))
+    (tmp_path / "merges.txt").write_text("#version: 0.2\n")
+    config = SampleConfig(init_from=str(tmp_path), device="cpu")
+    assert Sampler(config).tokenizer.vocab_size == 257  # with the end of text
+
+
+def test_weights_that_cannot_write(hf_folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(FileNotFoundError, match="empty has none of the files model.safetensors"):
+        written(tmp_path / "empty")
+    for absent in (tmp_path / "absent", tmp_path / "absent.safetensors"):
+        with pytest.raises(FileNotFoundError, match="there is no folder or file .*absent"):
+            written(absent)
+    tokenizer = hf_folder / "tokenizer.json"
+    tokenizer.rename(tmp_path / "tokenizer.json")
+    message = "vocabulary of .* tokens, but beside it there is no tokenizer to say which: none of"
+    with pytest.raises(ValueError, match=message):
+        written(hf_folder)
+    for characters in ("7 ti", "".join(map(chr, range(100, 300)))):
+        CharTokenizer(dict(enumerate(characters))).save(hf_folder / "meta.pkl")
+        message = rf"tokens, but the tokenizer beside it \(meta.pkl\) has {len(characters)}"
+        with pytest.raises(ValueError, match=message):
+            written(hf_folder)
 
 
 def test_a_bigram_writes_too(tmp_path: Path) -> None:
