@@ -13,8 +13,8 @@ A row is one op, shape, direction and provider:
   err twice as much as ``eager``, plus 1e-5. (A loss plus 1e-5 of itself: how much one number errs
   in one run of ``eager`` is luck.)
 - Timed are ``forward`` (the graph for the backward is recorded, as in training), ``backward`` (of a
-  graph made for this one time) and, for an op that takes its gradients in the forward pass,
-  ``inference`` (under no_grad) and ``forward+backward``.
+  graph made for this one time); for an op that takes its gradients in the forward pass,
+  ``inference`` (under no_grad) and ``forward+backward``; and ``inference`` alone for one without.
 - A round is one call on inputs that no cache holds: a large buffer is written before it. On CUDA
   two events enclose the call, and the host prepares it while the GPU still writes the buffer, at
   least 0.1 ms: what is measured is the GPU's time, unless the host needs longer than that and than
@@ -82,7 +82,8 @@ class Op:
     ``name``: of the function in ``fused``, ``portable`` and ``reference``, all of which take
     ``inputs(draw, **sizes)`` as positional arguments, as ``eager``, ``truth`` and ``liger`` do.
     ``truth``: the plain op where ``reference`` would not fit into memory. ``flops(direction,
-    **sizes)``: what the op needs, where our kernels compute a product twice.
+    **sizes)``: what the op needs, where our kernels compute a product twice. ``traced``: what is
+    counted, where the fused op's function looks at numbers.
     """
 
     name: str
@@ -94,6 +95,7 @@ class Op:
     liger: Function | None = None
     truth: Function | None = None
     flops: Callable[..., int] | None = None
+    traced: Function | None = None
 
     @property
     def rows(self) -> pytest.MarkDecorator:
@@ -305,19 +307,24 @@ class Subject:
 
     def _results(self, function: Function, dtype: torch.dtype) -> list[Tensor]:
         """Outputs, then gradients, computed in ``dtype``."""
-        inputs = tuple(
-            x.detach().to(dtype).requires_grad_() if wants_gradient(x) else x for x in self.inputs
-        )
+        inputs = tuple(converted(x, dtype) for x in self.inputs)
         outputs = tensors(function(*inputs))
         grads = [g.to(out.dtype) for g, out in zip(self.out_grads, outputs, strict=True)]
         leaves = [x for x in inputs if wants_gradient(x)]
-        results = [*outputs, *torch.autograd.grad(outputs, leaves, grads)]
-        return [result.detach() for result in results]
+        found = torch.autograd.grad(outputs, leaves, grads) if leaves else ()
+        return [result.detach() for result in (*outputs, *found)]
 
 
 def rms(x: Tensor) -> float:
     """Root mean square."""
     return float(x.square().mean().sqrt())
+
+
+def converted(x: Any, dtype: torch.dtype) -> Any:
+    """``x`` in ``dtype`` if it is a tensor of floating-point numbers; a leaf of its own."""
+    if not isinstance(x, Tensor) or not x.is_floating_point():
+        return x
+    return x.detach().to(dtype).requires_grad_(x.requires_grad)
 
 
 def wants_gradient(x: Any) -> bool:
@@ -354,7 +361,7 @@ def cost(
 ) -> OpTotal:
     """Bytes and FLOPs of the fused op, and its milliseconds at the ceilings, by its cost formula.
     Nothing is allocated or launched, as in ``roofline.py``."""
-    function = op.function("fused")
+    function = op.traced or op.function("fused")
     with FakeTensorMode(), mock.patch.object(_common, "INTERPRETED", True):
         inputs = op.inputs(Draw(torch.device("cpu"), dtype), **dict(sizes))
         out_grads = gradients_like(function(*inputs))

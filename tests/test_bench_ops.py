@@ -16,6 +16,7 @@ import _op_report
 import _product_bench
 import bench_adamw
 import bench_attention
+import bench_attention_decode
 import bench_embedding
 import bench_gelu
 import bench_layer_norm
@@ -38,6 +39,7 @@ from fastgpt.kernels import fused, gemm
 ROOT = Path(__file__).resolve().parent.parent
 FILES: list[ModuleType] = [
     bench_attention,
+    bench_attention_decode,
     bench_embedding,
     bench_gelu,
     bench_layer_norm,
@@ -47,7 +49,7 @@ FILES: list[ModuleType] = [
     bench_residual_layer_norm,
 ]
 OPS: dict[str, Op] = {file.OP.name: file.OP for file in FILES}
-MATRIX_OPS = ("attention_qkvpacked", "linear", "linear_cross_entropy", "mlp")
+MATRIX_OPS = ("attention_decode", "attention_qkvpacked", "linear", "linear_cross_entropy", "mlp")
 
 PRODUCTS = [
     *bench_linear.PRODUCTS,
@@ -56,6 +58,7 @@ PRODUCTS = [
 ]
 
 TINY = {  # for interpreted kernels
+    "attention_decode": {"B": 2, "S": 70, "H": 2, "D": 16},
     "attention_qkvpacked": {"B": 1, "T": 33, "H": 2, "D": 16},
     "embedding": {"B": 2, "T": 9, "C": 24, "V": 11},
     "gelu": {"M": 5, "N": 24},
@@ -74,8 +77,8 @@ def bf16(name: str, direction: Direction, sizes: dict[str, int]) -> tuple[int, i
 
 
 def test_every_op_has_a_file() -> None:
-    # measured as attention_qkvpacked; as part of a step; no op; no forward and backward
-    others = {"attention", "attention_decode", "dropout_seed", "adamw"}
+    # measured as attention_qkvpacked; no op; changes six tensors, with rows of its own
+    others = {"attention", "dropout_seed", "adamw"}
     assert set(OPS) == set(fused.__all__) - others
     names = {Path(str(file.__file__)).name for file in FILES}
     # a mode of ops that have their files (test_bench_fp8.py); an op with rows of its own; a whole
@@ -120,6 +123,12 @@ def test_costs_equal_a_hand_count() -> None:
     sizes = {"M": m, "C": k, "V": 65}
     assert bf16("linear_cross_entropy", "inference", sizes)[1] == 2 * m * k * 65
     assert bf16("linear_cross_entropy", "forward+backward", sizes)[1] == 6 * m * k * 65
+
+    # q, k and v of the new token, the cache, the result, the positions for both kernels; parts of
+    # 128 keys, written and read in float32: a maximum, a sum, a row
+    sizes = {"B": 3, "S": 256, "H": 2, "D": 16}
+    nbytes = 2 * (3 * 3 * 32 + 2 * 3 * 256 * 32 + 3 * 32) + 2 * 8 * 3 + 2 * 4 * 3 * 2 * 2 * 18
+    assert bf16("attention_decode", "inference", sizes) == (nbytes, 4 * 3 * 2 * 256 * 16)
 
 
 def test_attention_costs_equal_a_hand_count() -> None:

@@ -1,0 +1,60 @@
+"""Attention of one new token a sequence over a full cache: a provider stores the token's key and
+value, too. Memory bounds it: each key and value is read once and used once.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from _op_bench import Draw, Op, Row
+from torch import Tensor
+
+from fastgpt.kernels.reference import split_heads
+
+
+def inputs(draw: Draw, B: int, S: int, H: int, D: int) -> tuple[Tensor, Tensor, Tensor]:
+    qkv, cache = draw(B, 1, 3 * H * D), draw(2, B, H, S, D)
+    last = torch.full((B,), S - 1, device=draw.device)
+    return qkv.detach(), cache.detach(), last  # no gradients
+
+
+def eager(qkv: Tensor, cache: Tensor, positions: Tensor) -> Tensor:
+    """As gpt-fast has it: a static cache, and a mask for what of it is not filled."""
+    q, k, v = split_heads(qkv, cache.shape[2])  # (B, H, 1, D)
+    rows = torch.arange(len(positions), device=qkv.device)
+    cache[0, rows, :, positions] = k[:, :, 0]
+    cache[1, rows, :, positions] = v[:, :, 0]
+    slots = torch.arange(cache.shape[3], device=qkv.device)
+    visible = (slots <= positions[:, None])[:, None, None, :]
+    y = F.scaled_dot_product_attention(q, cache[0], cache[1], attn_mask=visible)
+    return y.transpose(1, 2).flatten(2)
+
+
+def traced(qkv: Tensor, cache: Tensor, positions: Tensor) -> Tensor:
+    """The operator alone: on a CPU the public function looks at the positions, which fake tensors
+    have not."""
+    out: Tensor = torch.ops.fastgpt.attention_decode(qkv, cache, positions, 1.0)
+    return out
+
+
+OP = Op(
+    name="attention_decode",
+    inputs=inputs,
+    eager=eager,
+    traced=traced,
+    directions=("inference",),
+    gpu_sizes=[
+        {"B": 1, "S": 1024, "H": 12, "D": 64},  # GPT-2 124M
+        {"B": 8, "S": 1024, "H": 12, "D": 64},
+        {"B": 64, "S": 1024, "H": 12, "D": 64},
+        {"B": 1, "S": 1024, "H": 25, "D": 64},  # GPT-2 XL
+        {"B": 1, "S": 16384, "H": 12, "D": 64},
+        {"B": 8, "S": 4096, "H": 6, "D": 128},
+    ],
+    cpu_sizes=[{"B": 1, "S": 256, "H": 12, "D": 64}, {"B": 4, "S": 256, "H": 12, "D": 64}],
+)
+
+
+@OP.rows
+def test_attention_decode(row: Row, benchmark: Any, record_property: Any) -> None:
+    row.measure(benchmark, record_property)
