@@ -12,7 +12,7 @@ from fastgpt.language_model import GPTConfig, LanguageModel
 from fastgpt.manifest import read_manifest
 from fastgpt.model import GPT
 from fastgpt.parallel import World
-from fastgpt.tokenizer import CharTokenizer, Tokenizer, saved_tokenizer
+from fastgpt.tokenizer import CharTokenizer, Tokenizer, tokenizer_in
 
 GPT2_VOCAB_SIZE = 50304  # for data without a tokenizer: 50257, padded to a multiple of 64
 GPT2_END_OF_TEXT = 50256
@@ -66,7 +66,7 @@ def _check_tokens(config: TrainConfig, tokenizer: Tokenizer | None, model: GPT) 
             f"init_from={config.init_from!r} has a vocabulary of {rows} tokens, but the data set "
             f"{config.data_dir} has {ids}"
         )
-    theirs = saved_tokenizer(path if path.is_dir() else path.parent)
+    theirs = tokenizer_in(path if path.is_dir() else path.parent)
     if tokenizer is None or theirs is None or theirs.fingerprint == tokenizer.fingerprint:
         return
     # The same vocabulary may stand in files of two kinds.

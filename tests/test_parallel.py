@@ -71,12 +71,14 @@ def test_two_processes_train_as_one(tmp_path: Path, parallel: str) -> None:
     output = finished(started(keys))
     assert output.count("step 0: train loss") == output.count("iter 15: loss") == 1
     two, saved = weights(tmp_path), state_of(tmp_path)
+    published = torch.load(tmp_path / "out" / "ckpt.pt", weights_only=True)  # one file in any case
     log = [json.loads(line) for line in (tmp_path / "out" / "log.jsonl").read_text().splitlines()]
     assert [row["iter"] for row in log if "loss" in row] == [0, 5, 10, 15]
     one = trained(tmp_path, **{**SHORT, "eval_iters": 3, "gradient_accumulation_steps": 4})
     assert_near(two, weights(tmp_path))
     assert saved["best_val_loss"].item() == pytest.approx(one.best_val_loss, abs=1e-5)
     assert len(saved["fastgpt"]["generators"]) == 2
+    assert_near(published["model"], two)
     assert torch.equal(
         saved["fastgpt"]["data"]["train"], state_of(tmp_path)["fastgpt"]["data"]["train"]
     )
