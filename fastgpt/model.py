@@ -1,15 +1,14 @@
 """GPT-2 as nanoGPT defines it (same names, same numbers) on the ops of ``fastgpt.ops``.
 
 ``from fastgpt import GPTConfig, GPT`` replaces nanoGPT's ``from model import GPTConfig, GPT``.
-What is not particular to GPT stands in ``language_model``. In the shape comments B is the batch,
-T the length, C the width ``n_embd``.
+Its layers stand in ``blocks``, what is not particular to GPT in ``language_model``. In the shape
+comments B is the batch, T the length, C the width ``n_embd``.
 """
 
 import functools
-import itertools
 import math
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
@@ -21,8 +20,8 @@ from torch import Tensor, nn
 from fastgpt import huggingface
 from fastgpt import ops as default_ops
 from fastgpt._files import is_path
+from fastgpt.blocks import MLP, Attend, Block, CausalSelfAttention, Dropout, LayerNorm
 from fastgpt.language_model import GPTConfig, LanguageModel
-from fastgpt.ops import Recipe
 
 # layers, heads and width of the checkpoints that OpenAI published
 PRETRAINED_SHAPES = {
@@ -32,171 +31,6 @@ PRETRAINED_SHAPES = {
     "gpt2-xl": (48, 25, 1600),
 }
 _A100_PEAK_FLOPS = 312e12  # bf16, dense
-
-Attend = Callable[[Tensor], Tensor]  # qkv (B, T, 3C) → (B, T, C), in the place of attention
-
-
-class _Dropout:
-    """The dropout of one forward pass: every place that drops has a stream of its own under one
-    seed, so that no mask is ever stored. Without a seed PyTorch's generator draws the masks.
-    """
-
-    def __init__(self, seed: Tensor | None) -> None:
-        self._seed = seed
-        self._places = itertools.count()
-
-    def arguments(self, module: nn.Module, p: float) -> dict[str, Any]:
-        """For the op in the place of ``module``, whose mode says whether it drops."""
-        p = p if module.training else 0.0
-        seed = self._seed if p > 0.0 else None
-        return dict(dropout_p=p, seed=seed, stream=next(self._places))
-
-
-class LayerNorm(nn.Module):
-    """LayerNorm over the last dimension (``ndim``), with or without a bias; eps is 1e-5."""
-
-    def __init__(self, ndim: int, bias: bool, ops: ModuleType = default_ops) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(ndim))
-        self.bias = nn.Parameter(torch.zeros(ndim)) if bias else None
-        self._layer_norm = ops.layer_norm
-        self._residual_layer_norm = ops.residual_layer_norm
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self._layer_norm(x, self.weight, self.bias, 1e-5)
-
-    def of_sum(
-        self, residual: Tensor, delta: Tensor, delta_bias: Tensor | None, dropout: dict[str, Any]
-    ) -> tuple[Tensor, Tensor]:
-        """The norm of ``residual + dropout(delta + delta_bias)``, and that sum."""
-        return self._residual_layer_norm(
-            residual, delta, self.weight, self.bias, 1e-5, delta_bias=delta_bias, **dropout
-        )
-
-    def recipe(self, x: Tensor) -> Recipe:
-        """How to make ``self(x)`` again."""
-        return x, self.weight, self.bias, 1e-5
-
-
-class CausalSelfAttention(nn.Module):
-    """Multi-head causal self-attention on (B, T, C), with scale 1 / sqrt(head size). The bias of
-    ``c_proj`` and the dropout behind it are left to the residual sum.
-    """
-
-    def __init__(self, config: GPTConfig, ops: ModuleType = default_ops) -> None:
-        super().__init__()
-        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
-        self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
-        # part of the interface only: the op drops probabilities itself, at the rate `dropout`
-        self.attn_dropout = nn.Dropout(config.dropout)
-        self.resid_dropout = nn.Dropout(config.dropout)
-        self.n_head = config.n_head
-        self.n_embd = config.n_embd
-        self.dropout = config.dropout
-        self._linear = ops.linear
-        self._attention = ops.attention_qkvpacked
-        self._attention_decode = ops.attention_decode
-
-    def forward(
-        self,
-        x: Tensor,
-        recompute: Recipe | None,
-        fp8: bool,
-        dropout: _Dropout,
-        attend: Attend | None,
-    ) -> Tensor:
-        c_attn = self.c_attn
-        # (B, T, 3C)
-        qkv = self._linear(x, c_attn.weight, c_attn.bias, recompute=recompute, fp8=fp8)
-        if attend is None:
-            y = self._attention(qkv, self.n_head, **dropout.arguments(self, self.dropout))
-        else:
-            y = attend(qkv)
-        return self._linear(y, self.c_proj.weight, fp8=fp8)  # (B, T, C)
-
-    def prefill(self, cache: list[Tensor], layer: int, n_slots: int, qkv: Tensor) -> Tensor:
-        """Attention of whole sequences, whose keys and values go to ``cache[layer]``,
-        (2, B, H, n_slots, D), which is made where there is none yet.
-        """
-        heads = qkv.unflatten(2, (3, self.n_head, -1)).permute(2, 0, 3, 1, 4)  # (3, B, H, T, D)
-        if layer == len(cache):
-            batch, n_head, _, head_size = heads.shape[1:]
-            cache.append(qkv.new_zeros(2, batch, n_head, n_slots, head_size))
-        cache[layer][:, :, :, : qkv.shape[1]] = heads[1:]
-        return self._attention(qkv, self.n_head)
-
-    def decode(self, cache: Tensor, positions: Tensor, qkv: Tensor) -> Tensor:
-        """Attention of one more token of each sequence, at its position (B,)."""
-        return self._attention_decode(qkv, cache, positions)
-
-
-class MLP(nn.Module):
-    """Linear to 4C, GELU, Linear back to C. The bias of ``c_proj`` and the dropout behind it are
-    left to the residual sum.
-    """
-
-    def __init__(
-        self, config: GPTConfig, ops: ModuleType = default_ops, gelu: str = "none"
-    ) -> None:
-        super().__init__()
-        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
-        self.gelu = functools.partial(ops.gelu, approximate=gelu)
-        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
-        self.dropout = nn.Dropout(config.dropout)
-        self._linear = ops.linear
-        self._mlp = ops.mlp
-        self._approximate = gelu
-
-    def forward(self, x: Tensor, recompute: Recipe | None, fp8: bool) -> Tensor:
-        # PyTorch's scaled products have no epilogue to put GELU in; and with one token a sequence
-        # there are few rows, where the product that has one computes 128 at a time.
-        if fp8 or x.shape[1] == 1:
-            x = self._linear(x, self.c_fc.weight, self.c_fc.bias, recompute=recompute, fp8=fp8)
-            return self._linear(self.gelu(x), self.c_proj.weight, fp8=fp8)
-        return self._mlp(
-            x,
-            self.c_fc.weight,
-            self.c_fc.bias,
-            self.c_proj.weight,
-            approximate=self._approximate,
-            recompute=recompute,
-        )
-
-
-class Block(nn.Module):
-    """A pre-LayerNorm transformer block: attention, then MLP, each added to its input.
-
-    A sum and the LayerNorm behind it are one op, so a block begins with a normalised x beside the
-    residual that it was made from, and ends with the next LayerNorm.
-    """
-
-    def __init__(
-        self, config: GPTConfig, ops: ModuleType = default_ops, gelu: str = "none"
-    ) -> None:
-        super().__init__()
-        self.ln_1 = LayerNorm(config.n_embd, config.bias, ops)
-        self.attn = CausalSelfAttention(config, ops)
-        self.ln_2 = LayerNorm(config.n_embd, config.bias, ops)
-        self.mlp = MLP(config, ops, gelu)
-
-    def forward(
-        self,
-        x: Tensor,
-        residual: Tensor,
-        next_norm: LayerNorm,
-        dropout: _Dropout,
-        recompute: bool,
-        fp8: bool,
-        attend: Attend | None,
-    ) -> tuple[Tensor, Tensor]:
-        """``x`` is ``ln_1(residual)``, both (B, T, C); returns their likes for the next block."""
-        attn, mlp = self.attn, self.mlp
-        delta = attn(x, self.ln_1.recipe(residual) if recompute else None, fp8, dropout, attend)
-        drop = dropout.arguments(attn.resid_dropout, attn.resid_dropout.p)
-        x, residual = self.ln_2.of_sum(residual, delta, attn.c_proj.bias, drop)
-        delta = mlp(x, self.ln_2.recipe(residual) if recompute else None, fp8)
-        drop = dropout.arguments(mlp.dropout, mlp.dropout.p)
-        return next_norm.of_sum(residual, delta, mlp.c_proj.bias, drop)
 
 
 class _Transformer(nn.ModuleDict):
@@ -221,8 +55,11 @@ class GPT(LanguageModel):
     the matrix products of the training loss are of 8-bit numbers, with "all" those of the blocks
     too: faster, other numbers, and of GELU's results always 8 bits are kept. It needs a GPU of
     compute capability 8.9 or newer, found out by the first forward pass, and ``n_embd`` and
-    ``vocab_size`` that are multiples of 16. The attributes ``recompute`` and ``fp8`` may be changed
-    at any time.
+    ``vocab_size`` that are multiples of 16. ``separator`` is the id of the token that opens a
+    document: no token attends to, or is placed by, what stands before the last separator at or
+    before it, so that sequences of several documents give what each of them gives on its own (and
+    ``generate`` keeps no cache). The attributes ``recompute``, ``fp8`` and ``separator`` may be
+    changed at any time.
 
     With the same seed the initial weights are nanoGPT's, bit for bit.
     """
@@ -234,6 +71,7 @@ class GPT(LanguageModel):
         gelu: str = "none",
         recompute: bool = False,
         fp8: str = "none",
+        separator: int | None = None,
     ) -> None:
         super().__init__(config)
         if gelu not in ("none", "tanh"):
@@ -241,6 +79,7 @@ class GPT(LanguageModel):
         self.gelu_approximate = gelu
         self.recompute = recompute
         self.fp8 = fp8
+        self.separator = separator
         self._dropout_seed = ops.dropout_seed
         self._embedding = ops.embedding
         self._linear = ops.linear
@@ -280,6 +119,27 @@ class GPT(LanguageModel):
                 )
         self._fp8 = which
 
+    @property
+    def separator(self) -> int | None:
+        return self._separator
+
+    @separator.setter
+    def separator(self, token: int | None) -> None:
+        if token is not None and (not isinstance(token, int) or isinstance(token, bool)):
+            raise TypeError(f"separator must be a token id or None, got {token!r}")
+        if token is not None and not 0 <= token < self.config.vocab_size:
+            raise ValueError(
+                f"separator must lie in [0, {self.config.vocab_size}) or be None, got {token}"
+            )
+        self._separator = token
+
+    def _starts(self, idx: Tensor) -> Tensor | None:
+        """(B, T), int32: the position where the document of each token starts."""
+        if self._separator is None:
+            return None
+        places = torch.arange(idx.shape[1], dtype=torch.int32, device=idx.device)
+        return places.where(idx == self._separator, 0).cummax(dim=1).values
+
     def _tie_weights(self) -> None:
         self.transformer.wte.weight = self.lm_head.weight
 
@@ -287,24 +147,33 @@ class GPT(LanguageModel):
         """Token ids (B, T) → the final LayerNorm's output (B, T, C)."""
         trunk = self.transformer
         drops = self.training and self.config.dropout > 0.0
-        dropout = _Dropout(self._dropout_seed(idx.device) if drops else None)
+        dropout = Dropout(self._dropout_seed(idx.device) if drops else None)
+        starts = self._starts(idx)
         residual = self._embedding(
             idx,
             trunk.wte.weight,
             trunk.wpe.weight,
+            starts=starts,
             **dropout.arguments(trunk.drop, trunk.drop.p),
         )
         attends = attends or [None] * len(trunk.h)
-        return self._through_blocks(residual, dropout, self.fp8 == "all", attends)
+        return self._through_blocks(residual, dropout, self.fp8 == "all", starts, attends)
 
     def _through_blocks(
-        self, residual: Tensor, dropout: _Dropout, fp8: bool, attends: Iterable[Attend | None]
+        self,
+        residual: Tensor,
+        dropout: Dropout,
+        fp8: bool,
+        starts: Tensor | None,
+        attends: Iterable[Attend | None],
     ) -> Tensor:
         trunk = self.transformer
         norms: list[Any] = [*(block.ln_1 for block in trunk.h), trunk.ln_f]
         x = norms[0](residual)
         for block, next_norm, attend in zip(trunk.h, norms[1:], attends, strict=True):
-            x, residual = block(x, residual, next_norm, dropout, self.recompute, fp8, attend)
+            x, residual = block(
+                x, residual, next_norm, dropout, self.recompute, fp8, starts, attend
+            )
         return x
 
     def _logits(self, idx: Tensor, last_only: bool) -> Tensor:
@@ -322,7 +191,7 @@ class GPT(LanguageModel):
 
     def _caches(self) -> bool:
         drops = self.config.dropout > 0.0 and any(module.training for module in self.modules())
-        return not drops
+        return not drops and self._separator is None
 
     def _prefill(self, idx: Tensor, last: Tensor, n_slots: int, cache: list[Tensor]) -> Tensor:
         blocks: list[Any] = list(self.transformer.h)
@@ -342,7 +211,7 @@ class GPT(LanguageModel):
             for block, of_layer in zip(blocks, cache, strict=True)
         ]
         # Not in fp8: to round the weights for one token takes longer than to read them.
-        x = self._through_blocks(x, _Dropout(None), False, attends)
+        x = self._through_blocks(x, Dropout(None), False, None, attends)
         return self._linear(x[:, 0], self.lm_head.weight)
 
     def get_num_params(self, non_embedding: bool = True) -> int:

@@ -57,10 +57,19 @@ def attention(
     dropout_p: float = 0.0,
     seed: Tensor | None = None,
     stream: int = 0,
+    starts: Tensor | None = None,
 ) -> Tensor:
     """See ``kernels.attention.attention``."""
     return _implementation(q.device).attention(
-        q, k, v, causal=causal, scale=scale, dropout_p=dropout_p, seed=seed, stream=stream
+        q,
+        k,
+        v,
+        causal=causal,
+        scale=scale,
+        dropout_p=dropout_p,
+        seed=seed,
+        stream=stream,
+        starts=starts,
     )
 
 
@@ -73,10 +82,18 @@ def attention_qkvpacked(
     dropout_p: float = 0.0,
     seed: Tensor | None = None,
     stream: int = 0,
+    starts: Tensor | None = None,
 ) -> Tensor:
     """See ``kernels.attention.attention_qkvpacked``."""
     return _implementation(qkv.device).attention_qkvpacked(
-        qkv, n_head, causal=causal, scale=scale, dropout_p=dropout_p, seed=seed, stream=stream
+        qkv,
+        n_head,
+        causal=causal,
+        scale=scale,
+        dropout_p=dropout_p,
+        seed=seed,
+        stream=stream,
+        starts=starts,
     )
 
 
@@ -95,10 +112,17 @@ def embedding(
     dropout_p: float = 0.0,
     seed: Tensor | None = None,
     stream: int = 0,
+    starts: Tensor | None = None,
 ) -> Tensor:
     """See ``kernels.embedding.embedding``."""
     return _implementation(idx.device).embedding(
-        idx, token_weight, position_weight, dropout_p=dropout_p, seed=seed, stream=stream
+        idx,
+        token_weight,
+        position_weight,
+        dropout_p=dropout_p,
+        seed=seed,
+        stream=stream,
+        starts=starts,
     )
 
 

@@ -99,14 +99,36 @@ def _scale(scale: float | None) -> None:
         raise ValueError(f"scale must be positive and finite, or None, got {scale}")
 
 
+def _starts(starts: Tensor | None, x_name: str, x: Tensor, shape: tuple[int, int]) -> None:
+    """``shape``: (B, T) of x."""
+    if starts is None:
+        return
+    if not isinstance(starts, Tensor):
+        raise TypeError(f"starts must be a torch.Tensor, got {type(starts).__name__}")
+    if starts.dtype != torch.int32:
+        raise TypeError(f"starts must be torch.int32, got {starts.dtype}")
+    _shaped("starts", starts, shape, f"{x_name} {tuple(x.shape)}")
+    _same_device(**{x_name: x, "starts": starts})
+
+
+def _documents(
+    starts: Tensor | None, x_name: str, x: Tensor, shape: tuple[int, int], causal: bool
+) -> None:
+    if starts is not None and not causal:
+        raise ValueError("starts must be None with causal=False, got a tensor")
+    _starts(starts, x_name, x, shape)
+
+
 def attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
+    causal: bool,
     scale: float | None,
     dropout_p: float,
     seed: Tensor | None,
     stream: int,
+    starts: Tensor | None,
 ) -> None:
     floating(q=q, k=k, v=v)
     for name, tensor in (("q", q), ("k", k), ("v", v)):
@@ -127,15 +149,23 @@ def attention(
         raise ValueError(f"q must have a head size of at least 1, got shape {tuple(q.shape)}")
     _scale(scale)
     dropout(q.device, dropout_p, seed, stream)
+    if starts is not None and q.shape[2] != k.shape[2]:
+        raise ValueError(
+            f"starts must be None unless q and k are equally long, got q {tuple(q.shape)} "
+            f"and k {tuple(k.shape)}"
+        )
+    _documents(starts, "q", q, (batch, q.shape[2]), causal)
 
 
 def qkvpacked(
     qkv: Tensor,
     n_head: int,
+    causal: bool,
     scale: float | None,
     dropout_p: float,
     seed: Tensor | None,
     stream: int,
+    starts: Tensor | None,
 ) -> None:
     floating(qkv=qkv)
     if qkv.dim() != 3:
@@ -149,6 +179,7 @@ def qkvpacked(
         raise ValueError(f"qkv must hold at least one token, got shape {tuple(qkv.shape)}")
     _scale(scale)
     dropout(qkv.device, dropout_p, seed, stream)
+    _documents(starts, "qkv", qkv, (qkv.shape[0], qkv.shape[1]), causal)
 
 
 def attention_decode(qkv: Tensor, cache: Tensor, positions: Tensor, scale: float | None) -> None:
@@ -293,6 +324,7 @@ def embedding(
     dropout_p: float,
     seed: Tensor | None,
     stream: int,
+    starts: Tensor | None,
 ) -> None:
     _token_ids("idx", idx)
     if idx.dim() != 2:
@@ -314,6 +346,7 @@ def embedding(
             f"got {tuple(position_weight.shape)}"
         )
     dropout(idx.device, dropout_p, seed, stream)
+    _starts(starts, "idx", idx, (idx.shape[0], idx.shape[1]))
 
 
 def linear_cross_entropy(

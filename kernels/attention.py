@@ -1,189 +1,27 @@
-"""Attention: host functions, operators and the two public functions.
+"""Attention: operators and the two public functions.
 
-The equations, what is saved, bytes and FLOPs stand in ``attention_kernels.py``, the launch tables
-in ``attention_tiles.py``.
+The equations, what is saved, bytes and FLOPs stand in ``attention_kernels.py``, the host functions
+in ``attention_launch.py``.
 """
 
 import math
 
 import torch
 import torch.nn.functional as F
-import triton
 from torch import Tensor
 
 from fastgpt.kernels import _checks, _common
-from fastgpt.kernels._costs import KernelCost, attention_pairs, nbytes, register_cost
-from fastgpt.kernels.attention_backward_kernels import (
-    _attention_bwd_dkdv_kernel,
-    _attention_bwd_dq_kernel,
+from fastgpt.kernels._costs import register_cost
+from fastgpt.kernels.attention_launch import (
+    attention_bwd,
+    attention_fwd,
+    bwd_cost,
+    fwd_cost,
+    statistic,
 )
-from fastgpt.kernels.attention_kernels import _attention_fwd_kernel
-from fastgpt.kernels.attention_tiles import launch
 from fastgpt.kernels.reference import split_heads, unpacked
 
 MAX_HEAD_SIZE = 256
-
-
-def _statistic(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
-
-
-def _aligned(x: Tensor) -> Tensor:
-    """x (B, H, T, D), D a multiple of 16, so that every row begins at a multiple of 16 elements.
-    Where its strides do not, one copy is less work than loads of single elements for every tile,
-    whose addresses also take the registers."""
-    strides = x.stride()
-    if strides[3] == 1 and x.data_ptr() % 16 == 0 and not any(s % 16 for s in strides[:3]):
-        return x
-    return x.clone(memory_format=torch.contiguous_format)
-
-
-def _settings(
-    kernel: str, q: Tensor, causal: bool, dropout_p: float
-) -> tuple[dict[str, float], dict]:
-    """What every kernel takes beside its tensors: the dropout's numbers, and the constexprs."""
-    threshold, keep_scale = _common.dropout_numbers(dropout_p)
-    numbers = dict(threshold=threshold, keep_scale=keep_scale)
-    constexprs = dict(
-        CAUSAL=causal,
-        DROPOUT=threshold > 0,
-        PRECISION=_common.dot_precision(q.dtype),
-        ACC=_common.accumulator(q.dtype),
-        HEAD=q.shape[3],
-        **launch(kernel, q.device, q.shape[3], q.dtype, threshold > 0),
-    )
-    return numbers, constexprs
-
-
-def _attention_fwd(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    seed: Tensor | None,
-    causal: bool,
-    scale: float,
-    dropout_p: float,
-    stream: int,
-) -> tuple[Tensor, Tensor]:
-    """O (B, Tq, H, D), contiguous, and lse (B, H, Tq)."""
-    q, k, v = _aligned(q), _aligned(k), _aligned(v)
-    batch, n_head, n_queries, head_size = q.shape
-    out = torch.empty(batch, n_queries, n_head, head_size, dtype=q.dtype, device=q.device)
-    lse = torch.empty(batch, n_head, n_queries, dtype=_statistic(q), device=q.device)
-    if out.numel():
-        numbers, constexprs = _settings("fwd", q, causal, dropout_p)
-        blocks = triton.cdiv(n_queries, constexprs["BLOCK_M"])
-        with _common.on_device(q):
-            _attention_fwd_kernel[(blocks * batch * n_head,)](
-                q,
-                *q.stride()[:3],
-                k,
-                *k.stride()[:3],
-                v,
-                *v.stride()[:3],
-                out,
-                lse,
-                seed,
-                stream,
-                n_head,
-                n_queries,
-                k.shape[2],
-                qk_scale=scale * _common.LOG2_E,
-                **numbers,
-                **constexprs,
-            )
-    return out, lse
-
-
-def _attention_bwd(
-    dout: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    dq: Tensor,
-    dk: Tensor,
-    dv: Tensor,
-    seed: Tensor | None,
-    causal: bool,
-    scale: float,
-    dropout_p: float,
-    stream: int,
-) -> None:
-    """Writes dq, dk, dv: (B, T, H, D), contiguous but for the distance between two tokens."""
-    q, k, v = _aligned(q), _aligned(k), _aligned(v)
-    batch, n_head, n_queries, _ = q.shape
-    n_keys = k.shape[2]
-    dout = dout.contiguous()
-    delta = torch.empty_like(lse)
-    scales = dict(qk_scale=scale * _common.LOG2_E, scale=scale)
-    inputs = (q, *q.stride()[:3], k, *k.stride()[:3], v, *v.stride()[:3])
-    with _common.on_device(q):
-        if dq.numel():
-            numbers, constexprs = _settings("dq", q, causal, dropout_p)
-            blocks = triton.cdiv(n_queries, constexprs["BLOCK_M"])
-            _attention_bwd_dq_kernel[(blocks * batch * n_head,)](
-                *inputs,
-                out,
-                dout,
-                lse,
-                delta,
-                dq,
-                dq.stride(1),
-                seed,
-                stream,
-                n_head,
-                n_queries,
-                n_keys,
-                **scales,
-                **numbers,
-                **constexprs,
-            )
-        if dk.numel():
-            numbers, constexprs = _settings("dkdv", q, causal, dropout_p)
-            blocks = triton.cdiv(n_keys, constexprs["BLOCK_N"])
-            _attention_bwd_dkdv_kernel[(blocks * batch * n_head,)](
-                *inputs,
-                dout,
-                lse,
-                delta,
-                dk,
-                dv,
-                dk.stride(1),
-                seed,
-                stream,
-                n_head,
-                n_queries,
-                n_keys,
-                **scales,
-                **numbers,
-                **constexprs,
-            )
-
-
-def _fwd_cost(
-    q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, causal: bool
-) -> KernelCost:
-    """q, k, v as (B, H, T, D). Two products a tile."""
-    return KernelCost("fwd", 2 * _product(q, k, causal), nbytes(q, k, v, out, lse))
-
-
-def _bwd_cost(
-    q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, causal: bool
-) -> list[KernelCost]:
-    """Three products a tile, then four: each kernel computes the scores and dP for itself."""
-    product = _product(q, k, causal)
-    dq, dk, dv, dout, delta = q, k, v, out, lse  # of the same sizes
-    return [
-        KernelCost("dq", 3 * product, nbytes(q, k, v, out, dout, lse, delta, dq)),
-        KernelCost("dkdv", 4 * product, nbytes(q, k, v, dout, lse, delta, dk, dv)),
-    ]
-
-
-def _product(q: Tensor, k: Tensor, causal: bool) -> int:
-    batch, n_head, n_queries, head_size = q.shape
-    return 2 * batch * n_head * attention_pairs(n_queries, k.shape[2], causal) * head_size
 
 
 # -------------------------------------------------------------------------- separate q, k and v
@@ -201,18 +39,19 @@ def _attention_op(
     k: Tensor,
     v: Tensor,
     seed: Tensor | None,
+    starts: Tensor | None,
     causal: bool,
     scale: float,
     dropout_p: float,
     stream: int,
 ) -> tuple[Tensor, Tensor]:
-    out, lse = _attention_fwd(q, k, v, seed, causal, scale, dropout_p, stream)
+    out, lse = attention_fwd(q, k, v, seed, starts, causal, scale, dropout_p, stream)
     return out.transpose(1, 2), lse
 
 
 @_attention_op.register_fake
-def _(q, k, v, seed, causal, scale, dropout_p, stream):
-    return _token_major(q).transpose(1, 2), q.new_empty(q.shape[:3], dtype=_statistic(q))
+def _(q, k, v, seed, starts, causal, scale, dropout_p, stream):
+    return _token_major(q).transpose(1, 2), q.new_empty(q.shape[:3], dtype=statistic(q))
 
 
 @torch.library.custom_op("fastgpt::attention_bwd", mutates_args=())
@@ -224,6 +63,7 @@ def _attention_bwd_op(
     out: Tensor,
     lse: Tensor,
     seed: Tensor | None,
+    starts: Tensor | None,
     causal: bool,
     scale: float,
     dropout_p: float,
@@ -231,39 +71,41 @@ def _attention_bwd_op(
 ) -> tuple[Tensor, Tensor, Tensor]:
     dq, dk, dv = _token_major(q), _token_major(k), _token_major(v)
     dout, out = dout.transpose(1, 2), out.transpose(1, 2)
-    _attention_bwd(dout, q, k, v, out, lse, dq, dk, dv, seed, causal, scale, dropout_p, stream)
+    attention_bwd(
+        dout, q, k, v, out, lse, dq, dk, dv, seed, starts, causal, scale, dropout_p, stream
+    )
     return dq.transpose(1, 2), dk.transpose(1, 2), dv.transpose(1, 2)
 
 
 @_attention_bwd_op.register_fake
-def _(dout, q, k, v, out, lse, seed, causal, scale, dropout_p, stream):
+def _(dout, q, k, v, out, lse, seed, starts, causal, scale, dropout_p, stream):
     dq, dk, dv = _token_major(q), _token_major(k), _token_major(v)
     return dq.transpose(1, 2), dk.transpose(1, 2), dv.transpose(1, 2)
 
 
 def _setup_context(ctx, inputs, output):
-    q, k, v, seed, *ctx.options = inputs
+    q, k, v, seed, starts, *ctx.options = inputs
     ctx.set_materialize_grads(False)  # no zeros for lse
-    ctx.save_for_backward(q, k, v, *output, seed)
+    ctx.save_for_backward(q, k, v, *output, seed, starts)
 
 
 def _backward(ctx, dout, _dlse):
     if dout is None:
-        return (*[None] * 8,)
-    return *_attention_bwd_op(dout, *ctx.saved_tensors, *ctx.options), *[None] * 5
+        return (*[None] * 9,)
+    return *_attention_bwd_op(dout, *ctx.saved_tensors, *ctx.options), *[None] * 6
 
 
 _attention_op.register_autograd(_backward, setup_context=_setup_context)
 
 
 @register_cost(torch.ops.fastgpt.attention)
-def _(out, q, k, v, seed, causal, scale, dropout_p, stream):
-    return [_fwd_cost(q, k, v, *out, causal)]
+def _(out, q, k, v, seed, starts, causal, scale, dropout_p, stream):
+    return [fwd_cost(q, k, v, *out, causal)]
 
 
 @register_cost(torch.ops.fastgpt.attention_bwd)
-def _(grads, dout, q, k, v, out, lse, seed, causal, scale, dropout_p, stream):
-    return _bwd_cost(q, k, v, out, lse, causal)
+def _(grads, dout, q, k, v, out, lse, seed, starts, causal, scale, dropout_p, stream):
+    return bwd_cost(q, k, v, out, lse, causal)
 
 
 # ------------------------------------------------------------------------------------ packed qkv
@@ -273,21 +115,24 @@ def _(grads, dout, q, k, v, out, lse, seed, causal, scale, dropout_p, stream):
 def _attention_qkvpacked_op(
     qkv: Tensor,
     seed: Tensor | None,
+    starts: Tensor | None,
     n_head: int,
     causal: bool,
     scale: float,
     dropout_p: float,
     stream: int,
 ) -> tuple[Tensor, Tensor]:
-    out, lse = _attention_fwd(*split_heads(qkv, n_head), seed, causal, scale, dropout_p, stream)
+    out, lse = attention_fwd(
+        *split_heads(qkv, n_head), seed, starts, causal, scale, dropout_p, stream
+    )
     return out.flatten(2), lse
 
 
 @_attention_qkvpacked_op.register_fake
-def _(qkv, seed, n_head, causal, scale, dropout_p, stream):
+def _(qkv, seed, starts, n_head, causal, scale, dropout_p, stream):
     batch, length, width = qkv.shape
     out = qkv.new_empty(batch, length, width // 3)
-    return out, qkv.new_empty(batch, n_head, length, dtype=_statistic(qkv))
+    return out, qkv.new_empty(batch, n_head, length, dtype=statistic(qkv))
 
 
 @torch.library.custom_op("fastgpt::attention_qkvpacked_bwd", mutates_args=())
@@ -297,6 +142,7 @@ def _attention_qkvpacked_bwd_op(
     out: Tensor,
     lse: Tensor,
     seed: Tensor | None,
+    starts: Tensor | None,
     n_head: int,
     causal: bool,
     scale: float,
@@ -307,26 +153,28 @@ def _attention_qkvpacked_bwd_op(
     q, k, v = split_heads(qkv, n_head)
     dq, dk, dv = (x.transpose(1, 2) for x in split_heads(dqkv, n_head))
     dout, out = (x.unflatten(2, (n_head, -1)) for x in (dout, out))
-    _attention_bwd(dout, q, k, v, out, lse, dq, dk, dv, seed, causal, scale, dropout_p, stream)
+    attention_bwd(
+        dout, q, k, v, out, lse, dq, dk, dv, seed, starts, causal, scale, dropout_p, stream
+    )
     return dqkv
 
 
 @_attention_qkvpacked_bwd_op.register_fake
-def _(dout, qkv, out, lse, seed, n_head, causal, scale, dropout_p, stream):
+def _(dout, qkv, out, lse, seed, starts, n_head, causal, scale, dropout_p, stream):
     return qkv.new_empty(qkv.shape)
 
 
 def _setup_context_qkvpacked(ctx, inputs, output):
-    qkv, seed, *ctx.options = inputs
+    qkv, seed, starts, *ctx.options = inputs
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(qkv, *output, seed)
+    ctx.save_for_backward(qkv, *output, seed, starts)
 
 
 def _backward_qkvpacked(ctx, dout, _dlse):
     if dout is None:
-        return (*[None] * 7,)
+        return (*[None] * 8,)
     dqkv = _attention_qkvpacked_bwd_op(dout, *ctx.saved_tensors, *ctx.options)
-    return dqkv, *[None] * 6
+    return dqkv, *[None] * 7
 
 
 _attention_qkvpacked_op.register_autograd(
@@ -335,13 +183,13 @@ _attention_qkvpacked_op.register_autograd(
 
 
 @register_cost(torch.ops.fastgpt.attention_qkvpacked)
-def _(out, qkv, seed, n_head, causal, scale, dropout_p, stream):
-    return [_fwd_cost(*split_heads(qkv, n_head), *out, causal)]
+def _(out, qkv, seed, starts, n_head, causal, scale, dropout_p, stream):
+    return [fwd_cost(*split_heads(qkv, n_head), *out, causal)]
 
 
 @register_cost(torch.ops.fastgpt.attention_qkvpacked_bwd)
-def _(dqkv, dout, qkv, out, lse, seed, n_head, causal, scale, dropout_p, stream):
-    return _bwd_cost(*split_heads(qkv, n_head), out, lse, causal)
+def _(dqkv, dout, qkv, out, lse, seed, starts, n_head, causal, scale, dropout_p, stream):
+    return bwd_cost(*split_heads(qkv, n_head), out, lse, causal)
 
 
 # ------------------------------------------------------------------------------ public functions
@@ -364,6 +212,7 @@ def attention(
     dropout_p: float = 0.0,
     seed: Tensor | None = None,
     stream: int = 0,
+    starts: Tensor | None = None,
 ) -> Tensor:
     """Softmax attention (Vaswani et al. 2017) by the tiles of FlashAttention-2 (Dao 2023,
     arXiv:2307.08691). Memory is linear in Tq and Tk; the backward is deterministic.
@@ -381,6 +230,10 @@ def attention(
             is a function of seed, stream and position alone (``reference.dropout_mask``). If None,
             each call draws one from PyTorch's generator for the device.
         stream: which of the independent masks of that seed, from 0 to 2^31 - 1.
+        starts: int32 (B, T), for causal attention with Tq = Tk = T of several documents in one
+            sequence: query i sees the keys starts[b, i] <= j <= i. 0 <= starts[b, i] <= i, never
+            falling along T. The values stay on the device unread: with others the result is wrong,
+            but nothing outside of the tensors is touched.
 
     Returns:
         (B, H, Tq, D) of q's dtype, in the memory order of (B, Tq, H, D). Softmax and sums are
@@ -392,7 +245,7 @@ def attention(
     """
     _checks.floating(q=q, k=k, v=v)
     q, k, v = (x.to(_common.autocast_dtype(x)) for x in (q, k, v))
-    _checks.attention(q, k, v, scale, dropout_p, seed, stream)
+    _checks.attention(q, k, v, causal, scale, dropout_p, seed, stream, starts)
     _common.launchable(q=q, k=k, v=v)
     _check_head_size("q", q.shape[3])
     head_size = q.shape[3]
@@ -400,7 +253,8 @@ def attention(
     if head_size % 16:  # columns of zeros change no product
         q, k, v = (F.pad(x, (0, -head_size % 16)) for x in (q, k, v))
     seed = _common.drawn_seed(seed, dropout_p, q.device)
-    return _attention_op(q, k, v, seed, causal, scale, dropout_p, stream)[0][..., :head_size]
+    out, _ = _attention_op(q, k, v, seed, starts, causal, scale, dropout_p, stream)
+    return out[..., :head_size]
 
 
 def attention_qkvpacked(
@@ -412,6 +266,7 @@ def attention_qkvpacked(
     dropout_p: float = 0.0,
     seed: Tensor | None = None,
     stream: int = 0,
+    starts: Tensor | None = None,
 ) -> Tensor:
     """``attention`` of a block's projection as it stands: q, k and v side by side, heads side by
     side in each. With D a multiple of 16 nothing is split, transposed or gathered, forward or
@@ -420,7 +275,7 @@ def attention_qkvpacked(
     Args:
         qkv: (B, T, 3C), T at least 1, C = n_head * D; else as q in ``attention``.
         n_head: number of heads.
-        causal, scale, dropout_p, seed, stream: as in ``attention``.
+        causal, scale, dropout_p, seed, stream, starts: as in ``attention``.
 
     Returns:
         (B, T, C), contiguous.
@@ -428,13 +283,13 @@ def attention_qkvpacked(
     Raises:
         TypeError, ValueError: as ``attention``.
     """
-    _checks.qkvpacked(qkv, n_head, scale, dropout_p, seed, stream)
+    _checks.qkvpacked(qkv, n_head, causal, scale, dropout_p, seed, stream, starts)
     _common.launchable(qkv=qkv)
     head_size = qkv.shape[2] // (3 * n_head)
     _check_head_size("qkv", head_size)
     if head_size % 16:
-        return unpacked(attention, qkv, n_head, causal, scale, dropout_p, seed, stream)
+        return unpacked(attention, qkv, n_head, causal, scale, dropout_p, seed, stream, starts)
     qkv = qkv.to(_common.autocast_dtype(qkv))
     scale = 1.0 / math.sqrt(head_size) if scale is None else scale
     seed = _common.drawn_seed(seed, dropout_p, qkv.device)
-    return _attention_qkvpacked_op(qkv, seed, n_head, causal, scale, dropout_p, stream)[0]
+    return _attention_qkvpacked_op(qkv, seed, starts, n_head, causal, scale, dropout_p, stream)[0]

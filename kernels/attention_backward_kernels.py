@@ -6,9 +6,12 @@ import triton.language as tl
 
 from fastgpt.kernels._common import dropout_keep
 from fastgpt.kernels.attention_kernels import (
+    _document_tiles,
     _finite_or_zero,
+    _first_keys,
     _head,
     _load_tile,
+    _past_gap,
     _store_tile,
     _visible,
 )
@@ -16,15 +19,16 @@ from fastgpt.kernels.attention_kernels import (
 
 @triton.jit
 def _attention_dq_tiles(
-    dq, q, dout, lse, delta, offs_m,
+    dq, q, dout, lse, delta, offs_m, n_queries, starts_ptr,
     k_ptr, k_stride_t, v_ptr, v_stride_t,
-    start, stop, n_keys, qk_scale, seed, stream, batch_head, threshold, keep_scale,
-    MASKED: tl.constexpr, CAUSAL: tl.constexpr, DROPOUT: tl.constexpr,
+    start, stop, gap_at, gap, n_keys, qk_scale, seed, stream, batch_head, threshold, keep_scale,
+    MASKED: tl.constexpr, CAUSAL: tl.constexpr, PACKED: tl.constexpr, DROPOUT: tl.constexpr,
     PRECISION: tl.constexpr, ACC: tl.constexpr, HEAD: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Add what keys start .. stop give to dq / scale."""
-    for start_n in range(start, stop, BLOCK_N):
+    for at in range(start, stop, BLOCK_N):
+        start_n = _past_gap(at, gap_at, gap, MASKED and PACKED)
         k = _load_tile(k_ptr, k_stride_t, start_n, n_keys, MASKED, HEAD, BLOCK_N, BLOCK_D)
         v = _load_tile(v_ptr, v_stride_t, start_n, n_keys, MASKED, HEAD, BLOCK_N, BLOCK_D)
         scores = tl.dot(q, tl.trans(k), input_precision=PRECISION, out_dtype=ACC)
@@ -37,7 +41,10 @@ def _attention_dq_tiles(
             dprobs = tl.where(keep, dprobs * keep_scale, 0.0)
         dscores = probs * (dprobs - delta[:, None])
         if MASKED:
-            visible = _visible(offs_m, start_n, n_keys, CAUSAL, BLOCK_N)
+            first_m = offs_m
+            if PACKED:  # loaded here, the registers are free elsewhere
+                first_m = _first_keys(starts_ptr, offs_m, n_queries)
+            visible = _visible(offs_m, first_m, start_n, n_keys, CAUSAL, PACKED, BLOCK_N)
             dscores = tl.where(visible, dscores, 0.0)
             k = _finite_or_zero(k)
         dq = tl.dot(dscores.to(k.dtype), k, dq, input_precision=PRECISION, out_dtype=ACC)
@@ -54,10 +61,12 @@ def _attention_bwd_dq_kernel(
     lse_ptr,  # (B, H, n_queries), contiguous; base 2
     delta_ptr,  # (B, H, n_queries), contiguous; written here, read by the other kernel
     dq_ptr, dq_stride_t,  # (B, n_queries, H, HEAD) but for the distance of two tokens
+    starts_ptr,  # (B, n_queries), contiguous; read only if PACKED
     seed_ptr,  # (1), read only if DROPOUT
     stream,
     n_head, n_queries, n_keys, qk_scale, scale, threshold, keep_scale,
-    CAUSAL: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr,
+    CAUSAL: tl.constexpr, PACKED: tl.constexpr, DROPOUT: tl.constexpr,
+    PRECISION: tl.constexpr, ACC: tl.constexpr,
     HEAD: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     n_blocks = tl.cdiv(n_queries, BLOCK_M)
@@ -90,13 +99,23 @@ def _attention_bwd_dq_kernel(
     else:
         full = n_keys // BLOCK_N * BLOCK_N
         end = n_keys
-    for whole in tl.static_range(2):  # in this order, each on a condition: as forward
-        start, stop = (0, full) if whole else (full, end)
+    low, whole = 0, 0
+    if PACKED:
+        starts_ptr += (batch_head // n_head).to(tl.int64) * n_queries
+        low, whole = _document_tiles(starts_ptr, start_m, n_queries, full, BLOCK_M, BLOCK_N)
+    gap = full - whole
+    for stage in tl.static_range(2):  # in this order, each on a condition: as forward
+        if stage == 1:
+            start, stop = whole, full
+        else:
+            start, stop = (low, end - gap) if PACKED else (full, end)
         if start < stop:
             dq = _attention_dq_tiles(
-                dq, q, dout, lse, delta, offs_m, k_ptr, k_stride_t, v_ptr, v_stride_t,
-                start, stop, n_keys, qk_scale, seed, stream, batch_head, threshold, keep_scale,
-                whole == 0, CAUSAL, DROPOUT, PRECISION, ACC, HEAD, BLOCK_M, BLOCK_N, BLOCK_D,
+                dq, q, dout, lse, delta, offs_m, n_queries, starts_ptr,
+                k_ptr, k_stride_t, v_ptr, v_stride_t,
+                start, stop, whole, gap, n_keys, qk_scale, seed, stream, batch_head,
+                threshold, keep_scale, stage == 0, CAUSAL, PACKED, DROPOUT, PRECISION, ACC, HEAD,
+                BLOCK_M, BLOCK_N, BLOCK_D,
             )  # fmt: skip
     dq_ptr = _head(dq_ptr, n_queries.to(tl.int64) * dq_stride_t, HEAD, batch_head, n_head)
     _store_tile(dq_ptr, dq_stride_t, start_m, n_queries, dq * scale, HEAD, BLOCK_M, BLOCK_D)
@@ -105,15 +124,16 @@ def _attention_bwd_dq_kernel(
 @triton.jit
 def _attention_dkdv_tiles(
     dk, dv, k, v, start_n, offs_n,
-    q_ptr, q_stride_t, dout_ptr, dout_stride_t, lse_ptr, delta_ptr,
-    start, stop, n_queries, qk_scale, seed, stream, batch_head, threshold, keep_scale,
-    MASKED: tl.constexpr, CAUSAL: tl.constexpr, DROPOUT: tl.constexpr,
+    q_ptr, q_stride_t, dout_ptr, dout_stride_t, lse_ptr, delta_ptr, starts_ptr,
+    start, stop, gap_at, gap, n_queries, qk_scale, seed, stream, batch_head, threshold, keep_scale,
+    MASKED: tl.constexpr, CAUSAL: tl.constexpr, PACKED: tl.constexpr, DROPOUT: tl.constexpr,
     PRECISION: tl.constexpr, ACC: tl.constexpr, HEAD: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Add what queries start .. stop give to dk / scale and dv / keep_scale. Transposed, (N, M), so
     that each product takes what the one before it left in registers."""
-    for start_m in range(start, stop, BLOCK_M):
+    for at in range(start, stop, BLOCK_M):
+        start_m = _past_gap(at, gap_at, gap, MASKED and PACKED)
         offs_m = start_m + tl.arange(0, BLOCK_M)
         q = _load_tile(q_ptr, q_stride_t, start_m, n_queries, MASKED, HEAD, BLOCK_M, BLOCK_D)
         dout = _load_tile(
@@ -137,6 +157,9 @@ def _attention_dkdv_tiles(
         dscores_t = probs_t * (dprobs_t - delta[None, :])
         if MASKED and CAUSAL:
             visible_t = offs_m[None, :] >= offs_n[:, None]
+            if PACKED:
+                first_m = _first_keys(starts_ptr, offs_m, n_queries)
+                visible_t = visible_t & (first_m[None, :] <= offs_n[:, None])
             dropped_t = tl.where(visible_t, dropped_t, 0.0)
             dscores_t = tl.where(visible_t, dscores_t, 0.0)
         dv = tl.dot(dropped_t.to(dout.dtype), dout, dv, input_precision=PRECISION, out_dtype=ACC)
@@ -153,10 +176,13 @@ def _attention_bwd_dkdv_kernel(
     lse_ptr,  # (B, H, n_queries), contiguous; base 2
     delta_ptr,  # (B, H, n_queries), contiguous
     dk_ptr, dv_ptr, dkdv_stride_t,  # (B, n_keys, H, HEAD) but for the distance of two tokens
+    starts_ptr,  # (B, n_queries), contiguous; read only if PACKED
+    ends_ptr,  # (B, n_keys), contiguous; read only if PACKED: where a key's queries end
     seed_ptr,  # (1), read only if DROPOUT
     stream,
     n_head, n_queries, n_keys, qk_scale, scale, threshold, keep_scale,
-    CAUSAL: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr,
+    CAUSAL: tl.constexpr, PACKED: tl.constexpr, DROPOUT: tl.constexpr,
+    PRECISION: tl.constexpr, ACC: tl.constexpr,
     HEAD: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     # The first keys have the most queries: the longest column of tiles goes first.
@@ -179,26 +205,36 @@ def _attention_bwd_dkdv_kernel(
     seed = tl.load(seed_ptr) if DROPOUT else 0
     dk = tl.zeros([BLOCK_N, BLOCK_D], dtype=ACC)
     dv = tl.zeros([BLOCK_N, BLOCK_D], dtype=ACC)
-    # Queries on the diagonal; the last ones, which fill no tile; between them whole tiles.
+    # Queries on the diagonal; the last ones, which fill no tile or do not see every key; between
+    # them whole tiles.
+    whole_end, end = n_queries, n_queries
+    if PACKED:
+        starts_ptr += (batch_head // n_head).to(tl.int64) * n_queries
+        ends_ptr += (batch_head // n_head).to(tl.int64) * n_keys
+        whole_end = tl.load(ends_ptr + start_n)
+        end = tl.load(ends_ptr + tl.minimum(start_n + BLOCK_N, n_keys) - 1)
     if CAUSAL:
         first = start_n // BLOCK_M * BLOCK_M
         full = tl.cdiv(start_n + BLOCK_N - 1, BLOCK_M) * BLOCK_M
     else:
         first, full = 0, 0
-    tail = tl.maximum(full, n_queries // BLOCK_M * BLOCK_M)
-    for stage in tl.static_range(3):  # in this order, each on a condition: as forward
+    tail = tl.maximum(full, whole_end // BLOCK_M * BLOCK_M)
+    gap = tail - full
+    # In this order, each on a condition: as forward. PACKED: the first two in one.
+    for stage in tl.static_range(1 if PACKED else 0, 3):
         if stage == 0:
             start, stop = first, tl.minimum(full, n_queries)
         elif stage == 1:
-            start, stop = tail, n_queries
+            start, stop = (first, end - gap) if PACKED else (tail, n_queries)
         else:
             start, stop = full, tail
         if start < stop:
             dk, dv = _attention_dkdv_tiles(
                 dk, dv, k, v, start_n, offs_n,
-                q_ptr, q_stride_t, dout_ptr, dout_stride_t, lse_ptr, delta_ptr,
-                start, stop, n_queries, qk_scale, seed, stream, batch_head, threshold, keep_scale,
-                stage < 2, CAUSAL, DROPOUT, PRECISION, ACC, HEAD, BLOCK_M, BLOCK_N, BLOCK_D,
+                q_ptr, q_stride_t, dout_ptr, dout_stride_t, lse_ptr, delta_ptr, starts_ptr,
+                start, stop, full, gap, n_queries, qk_scale, seed, stream, batch_head,
+                threshold, keep_scale, stage < 2, CAUSAL, PACKED, DROPOUT, PRECISION, ACC, HEAD,
+                BLOCK_M, BLOCK_N, BLOCK_D,
             )  # fmt: skip
     if DROPOUT:
         dv = dv * keep_scale

@@ -15,9 +15,17 @@ The backward (``attention_backward_kernels.py``) recomputes P in two kernels, on
 (dQ, and delta on its way), one owning keys (dK, dV): each sum has one owner and one order, so there
 are no atomics and two runs give the same bits.
 
+Several documents in one sequence (PACKED): query i sees the keys starts[i] <= j <= i, where starts
+never falls, so a block of queries sees the keys from its first row's start on, and whole tiles of
+them from its last row's start on; only tiles between the two, which a border crosses, are masked.
+Of a tile of keys the queries end with its last key's document, and see all of it as far as its
+first key's: they are looked up in ends[j], the number of starts up to j. (Counted by each program
+they would take a reduction, after which the compiler keeps all of a tile in registers in float32.)
+
 Bytes, s an element, C = H * D: 4 s B T C forward (q, k, v in; O out), 8 s B T C backward (q, k, v,
 O, dO in; dQ, dK, dV out), beside what is read again, mostly from L2. FLOPs: 4 B H Tq Tk D forward,
-14 B H Tq Tk D backward (10 if S and dP were computed once); half of that if causal.
+14 B H Tq Tk D backward (10 if S and dP were computed once); half of that if causal. With documents
+it is less, which depends on what stands in starts.
 """
 
 import triton
@@ -90,13 +98,49 @@ def _finite_or_zero(x):
 
 
 @triton.jit
-def _visible(offs_m, start_n, n_keys, CAUSAL: tl.constexpr, BLOCK_N: tl.constexpr):
-    """(M, BLOCK_N): query i sees key j if j exists and, when causal, j <= i. One comparison an
-    element, of 32 bits, however wide the compiler makes start_n."""
+def _visible(
+    offs_m, first_m, start_n, n_keys,
+    CAUSAL: tl.constexpr, PACKED: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """(M, BLOCK_N): query i sees key j if j exists and, when causal, j <= i, and when PACKED,
+    j >= first_m of i. One comparison an element for each, of 32 bits, however wide the compiler
+    makes start_n."""
     last = tl.zeros_like(offs_m) + (n_keys - 1)
     if CAUSAL:
         last = tl.minimum(last, offs_m)
-    return (last - start_n)[:, None] >= tl.arange(0, BLOCK_N)[None, :]
+    visible = (last - start_n)[:, None] >= tl.arange(0, BLOCK_N)[None, :]
+    if PACKED:
+        visible = visible & ((first_m - start_n)[:, None] <= tl.arange(0, BLOCK_N)[None, :])
+    return visible
+
+
+@triton.jit
+def _first_keys(starts_ptr, rows, length):
+    """starts of these rows; whatever it holds, every query sees a key: itself."""
+    first = tl.load(starts_ptr + rows, mask=rows < length, other=0)
+    return tl.maximum(tl.minimum(first, rows), 0)
+
+
+@triton.jit
+def _past_gap(at, gap_at, gap, SKIPS: tl.constexpr):
+    """Where a tile begins if the loop, now at ``at``, leaves out as much as ``gap`` at gap_at."""
+    if SKIPS:
+        at += tl.where(at < gap_at, 0, gap)
+    return at
+
+
+@triton.jit
+def _document_tiles(
+    starts_ptr, start_m, n_queries, full, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
+):  # fmt: skip
+    """Of the tiles of keys before ``full``: where the first begins that the block of queries sees,
+    and where the first that all of them see whole."""
+    first = _first_keys(starts_ptr, start_m, n_queries)
+    last = _first_keys(starts_ptr, tl.minimum(start_m + BLOCK_M, n_queries) - 1, n_queries)
+    return (
+        tl.minimum(first // BLOCK_N * BLOCK_N, full),
+        tl.minimum(tl.cdiv(last, BLOCK_N) * BLOCK_N, full),
+    )
 
 
 # -------------------------------------------------------------------------------------- forward
@@ -122,15 +166,17 @@ def _softmax_step(
 @triton.jit
 def _attention_fwd_tiles(
     acc, row_max, row_sum,  # (BLOCK_M, BLOCK_D), (BLOCK_M), (BLOCK_M): the state of the softmax
-    q, offs_m,
+    q, offs_m, first_m,
     k_ptr, k_stride_t, v_ptr, v_stride_t,
-    start, stop, n_keys, qk_scale, seed, stream, batch_head, threshold,
-    MASKED: tl.constexpr, CAUSAL: tl.constexpr, DROPOUT: tl.constexpr,
+    start, stop, gap_at, gap, n_keys, qk_scale, seed, stream, batch_head, threshold,
+    MASKED: tl.constexpr, CAUSAL: tl.constexpr, PACKED: tl.constexpr, DROPOUT: tl.constexpr,
     PRECISION: tl.constexpr, ACC: tl.constexpr, HEAD: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Attend to keys start .. stop. MASKED: the tiles cross the diagonal or the end of the keys."""
-    for start_n in range(start, stop, BLOCK_N):
+    """Attend to keys start .. stop. MASKED: the tiles cross the diagonal, the end of the keys or a
+    border of documents; if PACKED, whole ones may lie between them, which are left out."""
+    for at in range(start, stop, BLOCK_N):
+        start_n = _past_gap(at, gap_at, gap, MASKED and PACKED)
         k = _load_tile(k_ptr, k_stride_t, start_n, n_keys, MASKED, HEAD, BLOCK_N, BLOCK_D)
         v = _load_tile(v_ptr, v_stride_t, start_n, n_keys, MASKED, HEAD, BLOCK_N, BLOCK_D)
         scores = tl.dot(q, tl.trans(k), input_precision=PRECISION, out_dtype=ACC)
@@ -139,7 +185,7 @@ def _attention_fwd_tiles(
             all_finite = tl.min(_finite(v).to(tl.int32), axis=1)
             scores = tl.where((all_finite == 1)[None, :], scores, float("nan"))
             v = _finite_or_zero(v)
-            visible = _visible(offs_m, start_n, n_keys, CAUSAL, BLOCK_N)
+            visible = _visible(offs_m, first_m, start_n, n_keys, CAUSAL, PACKED, BLOCK_N)
             scores = tl.where(visible, scores, float("-inf"))
         probs, rescale, row_max, row_sum = _softmax_step(
             scores, row_max, row_sum, offs_m, start_n, qk_scale, seed, stream, batch_head,
@@ -195,10 +241,12 @@ def _attention_fwd_kernel(
     v_ptr, v_stride_b, v_stride_h, v_stride_t,  # (B, H, n_keys, HEAD)
     out_ptr,  # (B, n_queries, H, HEAD), contiguous
     lse_ptr,  # (B, H, n_queries), contiguous; base 2
+    starts_ptr,  # (B, n_queries), contiguous; read only if PACKED
     seed_ptr,  # (1), read only if DROPOUT
     stream,
     n_head, n_queries, n_keys, qk_scale, threshold, keep_scale,
-    CAUSAL: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr,
+    CAUSAL: tl.constexpr, PACKED: tl.constexpr, DROPOUT: tl.constexpr,
+    PRECISION: tl.constexpr, ACC: tl.constexpr,
     HEAD: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
     LATE: tl.constexpr = False,
 ):  # fmt: skip
@@ -216,35 +264,42 @@ def _attention_fwd_kernel(
     seed = tl.load(seed_ptr) if DROPOUT else 0
 
     acc = tl.zeros([BLOCK_M, BLOCK_D], dtype=ACC)
-    row_max = tl.full([BLOCK_M], float("-inf"), dtype=ACC)
     row_sum = tl.zeros([BLOCK_M], dtype=ACC)
-    # Tiles of keys that every query of the block sees: 0 .. full. Behind them those with a mask,
-    # whose first key every query sees: row_max is finite from the first tile on. ptxas waits for
-    # each wgmma before the next, everywhere, unless the loop that leaves a product in flight is the
-    # last and stands on a condition.
+    # Tiles of keys that every query of the block sees: whole .. full. Behind them those with a
+    # mask, whose first key every query sees, but in its own document only: there row_max must be
+    # finite before it is known. ptxas waits for each wgmma before the next, everywhere, unless the
+    # loop that leaves a product in flight is the last and stands on a condition.
+    row_max = tl.full([BLOCK_M], -3.4028234663852886e38 if PACKED else float("-inf"), dtype=ACC)
     if CAUSAL:
         full = tl.minimum(start_m, n_keys) // BLOCK_N * BLOCK_N
         stop = tl.minimum(start_m + BLOCK_M, n_keys)
     else:
         full = n_keys // BLOCK_N * BLOCK_N
         stop = n_keys
+    low, whole, first_m = 0, 0, offs_m
+    if PACKED:
+        starts_ptr += (batch_head // n_head).to(tl.int64) * n_queries
+        low, whole = _document_tiles(starts_ptr, start_m, n_queries, full, BLOCK_M, BLOCK_N)
+        first_m = _first_keys(starts_ptr, offs_m, n_queries)
+    gap = full - whole
     acc, row_max, row_sum = _attention_fwd_tiles(
-        acc, row_max, row_sum, q, offs_m, k_ptr, k_stride_t, v_ptr, v_stride_t,
-        full, stop, n_keys, qk_scale, seed, stream, batch_head, threshold,
-        True, CAUSAL, DROPOUT, PRECISION, ACC, HEAD, BLOCK_M, BLOCK_N, BLOCK_D,
+        acc, row_max, row_sum, q, offs_m, first_m, k_ptr, k_stride_t, v_ptr, v_stride_t,
+        low if PACKED else full, stop - gap if PACKED else stop, whole, gap,
+        n_keys, qk_scale, seed, stream, batch_head, threshold,
+        True, CAUSAL, PACKED, DROPOUT, PRECISION, ACC, HEAD, BLOCK_M, BLOCK_N, BLOCK_D,
     )  # fmt: skip
-    if full > 0:
+    if full > whole:
         if LATE:
             acc, row_max, row_sum = _attention_fwd_tiles_late(
                 acc, row_max, row_sum, q, offs_m, k_ptr, k_stride_t, v_ptr, v_stride_t,
-                0, full, n_keys, qk_scale, seed, stream, batch_head, threshold,
+                whole, full, n_keys, qk_scale, seed, stream, batch_head, threshold,
                 DROPOUT, PRECISION, ACC, HEAD, BLOCK_M, BLOCK_N, BLOCK_D,
             )  # fmt: skip
         else:
             acc, row_max, row_sum = _attention_fwd_tiles(
-                acc, row_max, row_sum, q, offs_m, k_ptr, k_stride_t, v_ptr, v_stride_t,
-                0, full, n_keys, qk_scale, seed, stream, batch_head, threshold,
-                False, CAUSAL, DROPOUT, PRECISION, ACC, HEAD, BLOCK_M, BLOCK_N, BLOCK_D,
+                acc, row_max, row_sum, q, offs_m, first_m, k_ptr, k_stride_t, v_ptr, v_stride_t,
+                whole, full, full, 0, n_keys, qk_scale, seed, stream, batch_head, threshold,
+                False, CAUSAL, PACKED, DROPOUT, PRECISION, ACC, HEAD, BLOCK_M, BLOCK_N, BLOCK_D,
             )  # fmt: skip
     out = acc / row_sum[:, None]
     if DROPOUT:

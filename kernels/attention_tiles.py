@@ -7,8 +7,11 @@ from fastgpt.kernels import _common
 
 # Kernel and head size, rounded up → (BLOCK_M, BLOCK_N, num_warps, num_stages).
 # Chosen by ahead-of-time compilation: large tiles that spill no register. Predicted, not measured.
-# Philox takes registers: where dropout needs a smaller tile, it has a line of its own.
-_Tiles = dict[tuple[str, int] | tuple[str, int, str], tuple[int, int, int, int]]
+# Philox and the borders of documents take registers: where dropout, documents or both need another
+# tile, they have a line of their own.
+_Tiles = dict[
+    tuple[str, int] | tuple[str, int, str] | tuple[str, int, str, str], tuple[int, int, int, int]
+]
 
 # sm_90: wgmma leaves the operands in shared memory, of which there is 227 KB.
 TENSOR_CORE_TILES: _Tiles = {
@@ -52,6 +55,7 @@ SMALL_MEMORY_TILES: _Tiles = TENSOR_CORE_TILES | {
     ("fwd", 64): (128, 64, 8, 3),
     ("fwd", 64, "dropout"): (64, 32, 4, 2),
     ("fwd", 128): (64, 32, 4, 2),
+    ("fwd", 128, "dropout", "documents"): (64, 32, 4, 1),
     ("dq", 16): (64, 32, 4, 2),
     ("dq", 32): (64, 32, 4, 2),
     ("dq", 64): (64, 32, 4, 2),
@@ -61,6 +65,7 @@ SMALL_MEMORY_TILES: _Tiles = TENSOR_CORE_TILES | {
     ("dq", 256, "dropout"): (32, 32, 8, 1),
     ("dkdv", 64): (32, 128, 8, 2),
     ("dkdv", 64, "dropout"): (32, 128, 8, 2),
+    ("dkdv", 64, "dropout", "documents"): (32, 128, 8, 1),
     ("dkdv", 128): (32, 64, 8, 1),
     ("dkdv", 128, "dropout"): (32, 64, 8, 1),
     ("dkdv", 256): (16, 32, 8, 1),
@@ -69,15 +74,19 @@ SMALL_MEMORY_TILES: _Tiles = TENSOR_CORE_TILES | {
 # float32: IEEE products are FMAs from registers; TF32 fits wherever they do.
 FLOAT32_TILES: _Tiles = {
     ("fwd", 16): (32, 32, 4, 1),
+    ("fwd", 16, "dropout", "documents"): (32, 16, 4, 1),
     ("fwd", 32): (32, 32, 4, 1),
     ("fwd", 32, "dropout"): (32, 16, 4, 2),
     ("fwd", 64): (64, 32, 8, 1),
     ("fwd", 64, "dropout"): (16, 16, 8, 1),
     ("fwd", 128): (16, 16, 4, 1),
+    ("fwd", 128, "documents"): (32, 16, 8, 1),
+    ("fwd", 128, "dropout", "documents"): (16, 16, 4, 2),
     ("fwd", 256): (16, 16, 8, 1),
     ("fwd", 256, "dropout"): (32, 16, 8, 2),
     ("dq", 16): (32, 32, 4, 1),
     ("dq", 32): (32, 32, 4, 1),
+    ("dq", 32, "documents"): (32, 32, 4, 2),
     ("dq", 64): (32, 32, 8, 1),
     ("dq", 128): (16, 16, 8, 1),
     ("dq", 256): (16, 16, 8, 2),
@@ -89,6 +98,7 @@ FLOAT32_TILES: _Tiles = {
     ("dkdv", 128): (16, 16, 4, 1),
     ("dkdv", 256): (16, 16, 8, 1),
     ("dkdv", 256, "dropout"): (16, 16, 8, 3),
+    ("dkdv", 256, "dropout", "documents"): (16, 16, 4, 1),
 }
 
 # The interpreter pays by the operation, not by the register.
@@ -115,7 +125,12 @@ def tiles(capability: int | None, dtype: torch.dtype) -> _Tiles:
 
 
 def launch(
-    kernel: str, device: torch.device, head_size: int, dtype: torch.dtype, dropout: bool
+    kernel: str,
+    device: torch.device,
+    head_size: int,
+    dtype: torch.dtype,
+    dropout: bool,
+    documents: bool,
 ) -> dict[str, int]:
     block_d = max(16, triton.next_power_of_2(head_size))
     capability = _common.capability(device)
@@ -123,6 +138,10 @@ def launch(
     tile = table[kernel, block_d]
     if dropout:
         tile = table.get((kernel, block_d, "dropout"), tile)
+    if documents and dropout:
+        tile = table.get((kernel, block_d, "dropout", "documents"), tile)
+    elif documents:
+        tile = table.get((kernel, block_d, "documents"), tile)
     block_m, block_n, num_warps, num_stages = tile
     constexprs = dict(
         BLOCK_M=block_m,

@@ -39,6 +39,7 @@ def _embedding_op(
     token_weight: Tensor,
     position_weight: Tensor,
     seed: Tensor | None,
+    starts: Tensor | None,
     dropout_p: float,
     stream: int,
     out_dtype: torch.dtype,
@@ -53,12 +54,14 @@ def _embedding_op(
                 token_weight.contiguous(),
                 position_weight.contiguous(),
                 out,
+                None if starts is None else starts.contiguous(),
                 seed,
                 stream,
                 idx.numel(),
                 idx.shape[1],
                 n_vocab,
                 n_cols,
+                PACKED=starts is not None,
                 ACC=_common.accumulator(token_weight.dtype),
                 **_dropout_numbers(dropout_p),
                 **_LAUNCH,
@@ -76,7 +79,7 @@ def _token_bwd_op(
     dropout_p: float,
     stream: int,
 ) -> Tensor:
-    """The gradient of token_weight (n_vocab, C), dense."""
+    """The gradient of token_weight (n_vocab, C), dense; or of another table's rows idx (B, T)."""
     n_rows, n_cols = idx.numel(), dout.shape[2]
     dtoken = torch.zeros(n_vocab, n_cols, dtype=dtype, device=dout.device)
     if n_rows == 0:
@@ -137,7 +140,7 @@ def _position_bwd_op(
 
 
 @_embedding_op.register_fake
-def _(idx, token_weight, position_weight, seed, dropout_p, stream, out_dtype):
+def _(idx, token_weight, position_weight, seed, starts, dropout_p, stream, out_dtype):
     return token_weight.new_empty(*idx.shape, token_weight.shape[1], dtype=out_dtype)
 
 
@@ -152,21 +155,31 @@ def _(dout, idx, seed, n_vocab, n_positions, dtype, dropout_p, stream):
 
 
 def _setup_context(ctx, inputs, output):
-    idx, token_weight, position_weight, seed, ctx.dropout_p, ctx.stream, _ = inputs
-    ctx.save_for_backward(idx, seed)
+    idx, token_weight, position_weight, seed, starts, ctx.dropout_p, ctx.stream, _ = inputs
+    ctx.save_for_backward(idx, seed, starts)
     ctx.n_vocab, ctx.n_positions = token_weight.shape[0], position_weight.shape[0]
     ctx.dtype = token_weight.dtype
 
 
 def _backward(ctx, dout):
-    idx, seed = ctx.saved_tensors
+    idx, seed, starts = ctx.saved_tensors
     options = ctx.dtype, ctx.dropout_p, ctx.stream
     dtoken = dposition = None
     if ctx.needs_input_grad[1]:
         dtoken = _token_bwd_op(dout, idx, seed, ctx.n_vocab, *options)
-    if ctx.needs_input_grad[2]:
+    if ctx.needs_input_grad[2] and starts is not None:
+        positions = _positions(idx, starts, ctx.n_vocab)
+        dposition = _token_bwd_op(dout, positions, seed, ctx.n_positions, *options)
+    elif ctx.needs_input_grad[2]:
         dposition = _position_bwd_op(dout, idx, seed, ctx.n_vocab, ctx.n_positions, *options)
-    return None, dtoken, dposition, *[None] * 4
+    return None, dtoken, dposition, *[None] * 5
+
+
+def _positions(idx: Tensor, starts: Tensor, n_vocab: int) -> Tensor:
+    """(B, T) of int32: the positions that the kernel adds; -1 where an id is out of range."""
+    places = torch.arange(idx.shape[1], dtype=torch.int32, device=idx.device)
+    positions = (places - starts.clamp(min=0)).clamp(min=0)
+    return positions.where((idx >= 0) & (idx < n_vocab), -1)
 
 
 _embedding_op.register_autograd(_backward, setup_context=_setup_context)
@@ -197,6 +210,7 @@ def embedding(
     dropout_p: float = 0.0,
     seed: Tensor | None = None,
     stream: int = 0,
+    starts: Tensor | None = None,
 ) -> Tensor:
     """Sum of a token's and a position's embedding vector, with dropout. The backward is
     deterministic.
@@ -212,6 +226,9 @@ def embedding(
             which is a function of seed, stream and position alone (``reference.dropout_mask`` of
             (B * T, C)). If None, each call draws one from PyTorch's generator for the device.
         stream: which of the independent masks of that seed, from 0 to 2^31 - 1.
+        starts: int32 (B, T), for several documents in one sequence: the position of token t is
+            t - starts[b, t]. 0 <= starts[b, t] <= t; the values stay on the device unread, and
+            others count as the nearest of these.
 
     Returns:
         (B, T, C), contiguous: the head of the residual stream. Its dtype is the weights'; under
@@ -222,9 +239,11 @@ def embedding(
         TypeError: idx holds no int64 or int32, or a weight no floating-point numbers.
         ValueError: shapes, dtypes or devices do not go together, or an argument is out of range.
     """
-    _checks.embedding(idx, token_weight, position_weight, dropout_p, seed, stream)
+    _checks.embedding(idx, token_weight, position_weight, dropout_p, seed, stream, starts)
     _common.launchable(token_weight=token_weight, position_weight=position_weight)
     seed = _common.drawn_seed(seed, dropout_p, idx.device)
     autocast = _common.autocast_dtype(token_weight)
     out_dtype = autocast if autocast == torch.bfloat16 else token_weight.dtype
-    return _embedding_op(idx, token_weight, position_weight, seed, dropout_p, stream, out_dtype)
+    return _embedding_op(
+        idx, token_weight, position_weight, seed, starts, dropout_p, stream, out_dtype
+    )

@@ -7,6 +7,9 @@ backward: idx; the dropout mask is drawn again. With g = dropout's backward of d
 
     dtoken_weight[v] = sum of g[b, t] over idx[b, t] = v      dposition_weight[t] = sum over b of g
 
+Several documents in one sequence (PACKED): the position of token t is t - starts[b, t] instead, and
+dposition_weight is summed as dtoken_weight is, positions in the place of ids.
+
 Bytes moved, s an element of out and w of the weights: forward s B T C written, w (U + T) C read for
 U different tokens; backward twice s B T C read, w (V + P) C written. A few FLOPs an element (with
 dropout about 25 for its random bits), so memory bounds all.
@@ -29,6 +32,7 @@ def _embedding_fwd_kernel(
     token_ptr,  # (n_vocab, n_cols), contiguous
     position_ptr,  # (at least T, n_cols), contiguous
     out_ptr,  # (n_rows, n_cols), contiguous
+    starts_ptr,  # (n_rows), read only if PACKED
     seed_ptr,  # (1), read only if DROPOUT
     stream,
     n_rows,
@@ -37,6 +41,7 @@ def _embedding_fwd_kernel(
     n_cols,
     threshold,
     keep_scale,
+    PACKED: tl.constexpr,
     DROPOUT: tl.constexpr,
     ACC: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -52,7 +57,11 @@ def _embedding_fwd_kernel(
     known = (ids >= 0) & (ids < n_vocab)
     token_ptrs = token_ptr + ids[:, None] * n_cols + offs_n[None, :]
     x = tl.load(token_ptrs, mask=mask & known[:, None], other=0.0).to(ACC)
-    position_ptrs = position_ptr + (offs_m % length)[:, None] * n_cols + offs_n[None, :]
+    positions = offs_m % length
+    if PACKED:  # whatever starts holds, no position before the first or after the token's own
+        starts = tl.load(starts_ptr + offs_m, mask=mask_m, other=0)
+        positions = tl.maximum(positions - tl.maximum(starts, 0), 0)
+    position_ptrs = position_ptr + positions[:, None] * n_cols + offs_n[None, :]
     x += tl.load(position_ptrs, mask=mask, other=0.0).to(ACC)
     if DROPOUT:
         seed, rows = tl.load(seed_ptr), offs_m.to(tl.int32)

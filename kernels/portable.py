@@ -15,8 +15,8 @@ from torch.optim.adamw import adamw as _functional_adamw
 
 from fastgpt.kernels import _checks, chunked_loss, few_rows
 from fastgpt.kernels._precision import autocast_dtype
+from fastgpt.kernels.reference import document_mask, split_heads, unpacked, widened
 from fastgpt.kernels.reference import dropout_seed as dropout_seed
-from fastgpt.kernels.reference import split_heads, unpacked, widened
 
 
 def _refuse(seed: Tensor | None) -> None:
@@ -57,14 +57,16 @@ def attention(
     dropout_p: float = 0.0,
     seed: Tensor | None = None,
     stream: int = 0,
+    starts: Tensor | None = None,
 ) -> Tensor:
     """Attention by ``F.scaled_dot_product_attention``. Same arguments as ``fused.attention``, but
     PyTorch's generator alone draws the dropout mask here: a ``seed`` is refused.
     """
-    _checks.attention(q, k, v, scale, dropout_p, seed, stream)
+    _checks.attention(q, k, v, causal, scale, dropout_p, seed, stream, starts)
     _refuse(seed)
+    visible = None if starts is None else document_mask(starts)
     return F.scaled_dot_product_attention(
-        q, k, v, is_causal=causal, scale=scale, dropout_p=dropout_p
+        q, k, v, visible, dropout_p, is_causal=causal and visible is None, scale=scale
     )
 
 
@@ -77,9 +79,10 @@ def attention_qkvpacked(
     dropout_p: float = 0.0,
     seed: Tensor | None = None,
     stream: int = 0,
+    starts: Tensor | None = None,
 ) -> Tensor:
     """The same on packed (B, T, 3C), giving (B, T, C). See ``fused.attention_qkvpacked``."""
-    return unpacked(attention, qkv, n_head, causal, scale, dropout_p, seed, stream)
+    return unpacked(attention, qkv, n_head, causal, scale, dropout_p, seed, stream, starts)
 
 
 def attention_decode(
@@ -128,11 +131,17 @@ def embedding(
     dropout_p: float = 0.0,
     seed: Tensor | None = None,
     stream: int = 0,
+    starts: Tensor | None = None,
 ) -> Tensor:
     """Token plus position embedding, with dropout. See ``fused.embedding``."""
-    _checks.embedding(idx, token_weight, position_weight, dropout_p, seed, stream)
+    _checks.embedding(idx, token_weight, position_weight, dropout_p, seed, stream, starts)
     _refuse(seed)
-    x = F.embedding(idx, token_weight) + position_weight.narrow(0, 0, idx.shape[1])
+    if starts is None:
+        positional = position_weight.narrow(0, 0, idx.shape[1])
+    else:
+        places = torch.arange(idx.shape[1], dtype=torch.int32, device=idx.device)
+        positional = F.embedding(places - starts, position_weight)
+    x = F.embedding(idx, token_weight) + positional
     return F.dropout(x, dropout_p) if dropout_p > 0.0 else x
 
 

@@ -48,19 +48,28 @@ def attention(
     dropout_p: float = 0.0,
     seed: Tensor | None = None,
     stream: int = 0,
+    starts: Tensor | None = None,
 ) -> Tensor:
     """Attention as a masked matrix product: the (Tq, Tk) scores are all stored. Same arguments as
     ``fused.attention``; without a ``seed`` the dropout mask comes from PyTorch's generator.
     """
-    _checks.attention(q, k, v, scale, dropout_p, seed, stream)
+    _checks.attention(q, k, v, causal, scale, dropout_p, seed, stream, starts)
     if scale is None:
         scale = 1.0 / math.sqrt(q.shape[-1])
     scores = (q @ k.transpose(-2, -1)) * scale  # (B, H, Tq, Tk)
     if causal:
         visible = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()
+        if starts is not None:
+            visible = document_mask(starts)
         scores = scores.masked_fill(~visible, float("-inf"))
     probs = torch.softmax(scores, dim=-1)
     return _dropout(probs, dropout_p, seed, stream) @ v
+
+
+def document_mask(starts: Tensor) -> Tensor:
+    """(B, 1, T, T) of bool: which keys a query sees, those from its start to itself."""
+    keys = torch.arange(starts.shape[1], device=starts.device)
+    return ((keys >= starts[..., None]) & (keys <= keys[:, None]))[:, None]
 
 
 def attention_qkvpacked(
@@ -72,9 +81,10 @@ def attention_qkvpacked(
     dropout_p: float = 0.0,
     seed: Tensor | None = None,
     stream: int = 0,
+    starts: Tensor | None = None,
 ) -> Tensor:
     """The same on packed (B, T, 3C), giving (B, T, C). See ``fused.attention_qkvpacked``."""
-    return unpacked(attention, qkv, n_head, causal, scale, dropout_p, seed, stream)
+    return unpacked(attention, qkv, n_head, causal, scale, dropout_p, seed, stream, starts)
 
 
 def unpacked(
@@ -86,12 +96,21 @@ def unpacked(
     dropout_p: float,
     seed: Tensor | None,
     stream: int,
+    starts: Tensor | None,
 ) -> Tensor:
     """``attention_qkvpacked`` by an ``attention`` that wants q, k and v apart."""
-    _checks.qkvpacked(qkv, n_head, scale, dropout_p, seed, stream)
+    _checks.qkvpacked(qkv, n_head, causal, scale, dropout_p, seed, stream, starts)
     q, k, v = split_heads(qkv, n_head)
     y = attention(
-        q, k, v, causal=causal, scale=scale, dropout_p=dropout_p, seed=seed, stream=stream
+        q,
+        k,
+        v,
+        causal=causal,
+        scale=scale,
+        dropout_p=dropout_p,
+        seed=seed,
+        stream=stream,
+        starts=starts,
     )
     return y.transpose(1, 2).reshape(*qkv.shape[:2], -1)  # (B, T, C)
 
@@ -133,10 +152,14 @@ def embedding(
     dropout_p: float = 0.0,
     seed: Tensor | None = None,
     stream: int = 0,
+    starts: Tensor | None = None,
 ) -> Tensor:
     """Token plus position embedding, with dropout. See ``fused.embedding``."""
-    _checks.embedding(idx, token_weight, position_weight, dropout_p, seed, stream)
-    x = token_weight[idx] + position_weight[: idx.shape[1]]  # (B, T, C)
+    _checks.embedding(idx, token_weight, position_weight, dropout_p, seed, stream, starts)
+    positions = torch.arange(idx.shape[1], device=idx.device)
+    if starts is not None:
+        positions = positions - starts
+    x = token_weight[idx] + position_weight[positions]  # (B, T, C)
     return _dropout(x.flatten(0, 1), dropout_p, seed, stream).view_as(x)
 
 

@@ -60,7 +60,7 @@ def test_embedding() -> None:
     out = _meta(1, length, width)
     last = length - 1
     with checked_addresses({"idx_ptr": last}):
-        _embedding_op._init_fn(idx, table, table, SEED, 0.1, 0, table.dtype)
+        _embedding_op._init_fn(idx, table, table, SEED, None, 0.1, 0, table.dtype)
     with checked_addresses({"idx_ptr": last}):
         _position_bwd_op._init_fn(out, idx, SEED, length, length, table.dtype, 0.1, 0)
     # the only band of the run is its last one; all ids are the last of the table

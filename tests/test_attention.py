@@ -8,6 +8,7 @@ from typing import Any
 import parity
 import pytest
 import torch
+from documents import starts_of
 from torch import Tensor
 
 from fastgpt.kernels import _common, fused, portable, reference
@@ -184,17 +185,17 @@ def test_autocast_casts_like_sdpa(device: str) -> None:
 def test_opcheck(device: str) -> None:
     q, k, v = (torch.randn(1, 2, t, 16, device=device, requires_grad=True) for t in (9, 7, 7))
     qkv = torch.randn(1, 9, 96, device=device, requires_grad=True)
-    seed = _seed(device)
-    torch.library.opcheck(_attention_op, (q, k, v, None, True, 0.25, 0.0, 0))
-    torch.library.opcheck(_attention_op, (q, k, v, seed, False, 0.25, 0.5, 3))
-    torch.library.opcheck(_attention_qkvpacked_op, (qkv, seed, 2, True, 0.25, 0.5, 3))
+    seed, starts = _seed(device), starts_of(9, [2, 5], device=device)
+    torch.library.opcheck(_attention_op, (q, k, v, None, None, True, 0.25, 0.0, 0))
+    torch.library.opcheck(_attention_op, (q, k, v, seed, None, False, 0.25, 0.5, 3))
+    torch.library.opcheck(_attention_qkvpacked_op, (qkv, seed, starts, 2, True, 0.25, 0.5, 3))
     q, k, v, qkv = (x.detach() for x in (q, k, v, qkv))
-    out, lse = _attention_op(q, k, v, None, True, 0.25, 0.0, 0)
+    out, lse = _attention_op(q, k, v, None, None, True, 0.25, 0.0, 0)
     dout = torch.randn(1, 2, 16, 9, device=device).mT
-    separate = (dout, q, k, v, out, lse, None, True, 0.25, 0.0, 0)
+    separate = (dout, q, k, v, out, lse, None, None, True, 0.25, 0.0, 0)
     torch.library.opcheck(_attention_bwd_op, separate)
-    out, lse = _attention_qkvpacked_op(qkv, None, 2, True, 0.25, 0.0, 0)
-    packed = (torch.randn_like(out), qkv, out, lse, None, 2, True, 0.25, 0.0, 0)
+    out, lse = _attention_qkvpacked_op(qkv, None, starts, 2, True, 0.25, 0.0, 0)
+    packed = (torch.randn_like(out), qkv, out, lse, None, starts, 2, True, 0.25, 0.0, 0)
     torch.library.opcheck(_attention_qkvpacked_bwd_op, packed)
 
 

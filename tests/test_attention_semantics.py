@@ -11,7 +11,7 @@ import torch
 from sanitizer import sanitize
 from torch import Tensor
 
-from fastgpt.kernels import _common, attention, attention_tiles, fused, reference
+from fastgpt.kernels import _common, attention_launch, attention_tiles, fused, reference
 
 # Every ratio of the two sides that a launch table holds.
 TILES = sorted(
@@ -104,7 +104,7 @@ def test_every_tile_shape_gives_the_same(
     """Wide and tall tiles meet the diagonal, the ends and the dropout mask in different places."""
     block_m, block_n = tile
     launch = dict(BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_D=16, num_warps=4, num_stages=1)
-    monkeypatch.setattr(attention, "launch", lambda *args: launch)
+    monkeypatch.setattr(attention_launch, "launch", lambda *args: launch)
     q, k, v = (torch.randn(1, 2, t, 16) for t in (n_queries, n_keys, n_keys))
     for causal in (True, False):
         options: dict[str, Any] = dict(causal=causal, dropout_p=0.2, seed=torch.tensor([7]))
@@ -129,7 +129,7 @@ def test_values_a_tile_late_give_the_same_bits(
     runs = []
     for late in (False, True):
         launch = dict(BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_D=16, LATE=late)
-        monkeypatch.setattr(attention, "launch", lambda *args, launch=launch: launch)
+        monkeypatch.setattr(attention_launch, "launch", lambda *args, launch=launch: launch)
         options: dict[str, Any] = dict(causal=causal, dropout_p=0.2, seed=torch.tensor([7]))
         with sanitize(), torch.no_grad():
             runs.append(fused.attention(q, k, v, **options))
@@ -142,7 +142,7 @@ def test_hopper_takes_values_a_tile_late(
 ) -> None:
     for capability in (80, 90, 100):
         monkeypatch.setattr(_common, "capability", lambda device, c=capability: c)
-        launch = attention_tiles.launch("fwd", torch.device("cuda"), 64, dtype, dropout=False)
+        launch = attention_tiles.launch("fwd", torch.device("cuda"), 64, dtype, False, False)
         late = capability == 90 and dtype == torch.bfloat16
         assert launch.get("LATE", False) == late
         limit = attention_tiles.MAX_REGISTERS.get(("fwd", 64))

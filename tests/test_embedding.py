@@ -7,6 +7,7 @@ from typing import Any
 import parity
 import pytest
 import torch
+from documents import starts_of
 from sanitizer import sanitize
 from torch import Tensor
 
@@ -37,6 +38,14 @@ def _inputs(
     return idx, [parity.randn((n, width), dtype, device, layout) for n in (n_vocab, n_positions)]
 
 
+def _starts(device: str, length: int, batch: int) -> Tensor:
+    """Another border in each sequence, and a document of one token in those that are long enough"""
+    rows = [
+        [b for b in (1 + 2 * i, length // 2, length // 2 + 1) if b < length] for i in range(batch)
+    ]
+    return starts_of(length, *rows, device=device)
+
+
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("dtype", parity.DTYPES, ids=str)
 def test_parity(device: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
@@ -50,14 +59,64 @@ def test_parity(device: str, shape: tuple[int, ...], dtype: torch.dtype) -> None
 
 @pytest.mark.parametrize("shape", [(3, 17, 17, 50, 65), (1, 70, 70, 3, 1025)], ids=str)
 @pytest.mark.parametrize("dtype", parity.DTYPES, ids=str)
-def test_parity_with_dropout(device: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("documents", [False, True])
+def test_parity_with_dropout(
+    device: str, documents: bool, shape: tuple[int, ...], dtype: torch.dtype
+) -> None:
     idx, weights = _inputs(shape, dtype, device)
     grad = parity.randn((*shape[:2], shape[4]), dtype, device, "contiguous")
     options: dict[str, Any] = dict(
         dropout_p=0.2, seed=torch.tensor([2**40 + 3], device=device), stream=5
     )
+    options["starts"] = _starts(device, shape[1], shape[0]) if documents else None
     kernel, plain = (partial(m.embedding, idx, **options) for m in (fused, reference))
     parity.assert_parity(kernel, plain, plain, weights, grad, NAMES)
+
+
+@pytest.mark.parametrize("shape", [s for s in SHAPES if s[4] < 768], ids=str)
+@pytest.mark.parametrize("dtype", parity.DTYPES, ids=str)
+def test_parity_of_documents(device: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    i = SHAPES.index(shape)
+    idx, weights = _inputs(shape, dtype, device, parity.LAYOUTS[i % len(parity.LAYOUTS)])
+    grad = parity.randn((*shape[:2], shape[4]), dtype, device, "transposed")
+    starts = _starts(device, shape[1], shape[0])
+    kernel, pytorch, plain = (
+        partial(m.embedding, idx, starts=starts) for m in (fused, portable, reference)
+    )
+    parity.assert_parity(kernel, pytorch, plain, weights, grad, NAMES)
+
+
+def test_one_document_gives_the_same_output_as_none(device: str) -> None:
+    idx, weights = _inputs((3, 17, 17, 50, 65), torch.float32, device)
+    starts = torch.zeros(3, 17, dtype=torch.int32, device=device)
+    assert torch.equal(
+        fused.embedding(idx, *weights, starts=starts), fused.embedding(idx, *weights)
+    )
+
+
+def test_positions_of_documents(device: str) -> None:
+    """Ones: a gradient counts how often a position occurs."""
+    idx, (token, position) = _inputs((2, 6, 9, 20, 16), torch.float32, device)
+    starts = starts_of(6, [2], [1, 2, 5], device=device)
+    leaf = position.requires_grad_()
+    out = fused.embedding(idx, token, leaf, starts=starts)
+    places = torch.tensor([[0, 1, 0, 1, 2, 3], [0, 0, 0, 1, 2, 0]], device=device)
+    torch.testing.assert_close(out, token[idx] + position[places])
+    (dposition,) = torch.autograd.grad(out, leaf, torch.ones_like(out))
+    counts = torch.tensor([6, 3, 2, 1, 0, 0, 0, 0, 0], device=device)
+    assert torch.equal(dposition, counts[:, None].expand(9, 16).float())
+
+
+def test_whatever_starts_holds_counts_as_the_nearest_that_is_allowed(device: str) -> None:
+    idx, weights = _inputs((2, 5, 5, 7, 16), torch.float32, device)
+    wild = torch.tensor([[-1, 2, -(2**31), 2**31 - 1, 0], [4, 3, 2, 1, 0]], dtype=torch.int32)
+    places = torch.arange(5, dtype=torch.int32)
+    runs = []
+    for starts in (wild, torch.minimum(wild.clamp(min=0), places)):
+        leaves = [x.clone().requires_grad_() for x in weights]
+        out = fused.embedding(idx, *leaves, starts=starts.to(device))
+        runs.append([out, *torch.autograd.grad(out, leaves, torch.ones_like(out))])
+    assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
 
 
 @pytest.mark.parametrize("before", [0, 1, 5, BAND - 1, BAND, BAND + 1])
@@ -86,13 +145,17 @@ def test_positions_beyond_the_length_and_unused_tokens_get_zeros(device: str) ->
 
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64], ids=str)
 @pytest.mark.parametrize("dropout_p", [0.0, 0.5])
-def test_ids_out_of_range(device: str, dtype: torch.dtype, dropout_p: float) -> None:
+@pytest.mark.parametrize("documents", [False, True])
+def test_ids_out_of_range(
+    device: str, documents: bool, dtype: torch.dtype, dropout_p: float
+) -> None:
     """Their rows are NaN, all of it; no gradient knows them, and the others are what they were."""
     info = torch.iinfo(dtype)
     idx = torch.tensor([[3, -1, 0], [info.min, 5, info.max], [6, 2, 3]], device=device, dtype=dtype)
     wrong = (idx < 0) | (idx >= 6)
     weights = [torch.randn(n, 40, device=device, requires_grad=True) for n in (6, 3)]
     options: dict[str, Any] = dict(dropout_p=dropout_p, seed=torch.tensor([1], device=device))
+    options["starts"] = starts_of(3, [1], [], [2], device=device) if documents else None
     out = fused.embedding(idx, *weights, **options)
     expected = reference.embedding(idx.clamp(0, 5), *weights, **options)
     assert out[wrong].isnan().all()
@@ -156,26 +219,29 @@ def test_autocast(device: str) -> None:
 
 
 @pytest.mark.parametrize("width", [32, 1030])
-def test_two_runs_give_the_same_bits(device: str, width: int) -> None:
+@pytest.mark.parametrize("documents", [False, True])
+def test_two_runs_give_the_same_bits(device: str, documents: bool, width: int) -> None:
     idx, weights = _inputs((3, 60, 60, 4, width), torch.float32, device)
     leaves = [x.requires_grad_() for x in weights]
     grad = torch.randn(3, 60, width, device=device)
     seed = torch.tensor([9], device=device)
+    starts = starts_of(60, [10], [], [1, 50], device=device) if documents else None
     runs = []
     for order in (1, 2):
         with sanitize(seed=order):  # interpreted: also in another order of the programs
-            out = fused.embedding(idx, *leaves, dropout_p=0.1, seed=seed)
+            out = fused.embedding(idx, *leaves, dropout_p=0.1, seed=seed, starts=starts)
             runs.append([out, *torch.autograd.grad(out, leaves, grad)])
     assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
 
 
 @pytest.mark.parametrize("dropout_p", [0.0, 0.5])
-def test_gradcheck(dropout_p: float) -> None:
+@pytest.mark.parametrize("starts", [None, starts_of(3, [1], [2])], ids=["one", "several"])
+def test_gradcheck(starts: Tensor | None, dropout_p: float) -> None:
     idx = torch.tensor([[0, 2, 2], [2, 1, 0]])
     leaves = [torch.randn(n, 5, dtype=torch.float64, requires_grad=True) for n in (4, 3)]
     seed = torch.tensor([1])
     assert torch.autograd.gradcheck(
-        lambda *weights: fused.embedding(idx, *weights, dropout_p=dropout_p, seed=seed), leaves
+        partial(fused.embedding, idx, dropout_p=dropout_p, seed=seed, starts=starts), leaves
     )
 
 
@@ -184,19 +250,23 @@ def test_opcheck(device: str, dropout_p: float) -> None:
     idx, weights = _inputs((2, 5, 6, 7, 16), torch.float32, device)
     leaves = [x.requires_grad_() for x in weights]
     seed = torch.tensor([1], device=device) if dropout_p else None
-    torch.library.opcheck(_embedding_op, (idx, *leaves, seed, dropout_p, 2, torch.bfloat16))
+    starts = _starts(device, 5, 2) if dropout_p else None
+    torch.library.opcheck(_embedding_op, (idx, *leaves, seed, starts, dropout_p, 2, torch.bfloat16))
     dout = torch.randn(5, 2, 16, device=device).transpose(0, 1)
     torch.library.opcheck(_token_bwd_op, (dout, idx, seed, 7, torch.float32, dropout_p, 2))
     torch.library.opcheck(_position_bwd_op, (dout, idx, seed, 7, 6, torch.float32, dropout_p, 2))
 
 
-def test_compiles_without_a_graph_break(device: str) -> None:
+@pytest.mark.parametrize("documents", [False, True])
+def test_compiles_without_a_graph_break(device: str, documents: bool) -> None:
     idx, weights = _inputs((2, 5, 6, 7, 16), torch.float32, device)
     leaves = [x.requires_grad_() for x in weights]
     seed = torch.tensor([1], device=device)
+    starts = _starts(device, 5, 2) if documents else None
 
     def step(idx: Tensor, *weights: Tensor) -> Tensor:
-        return fused.embedding(idx, *weights, dropout_p=0.5, seed=seed).square().sum()
+        y = fused.embedding(idx, *weights, dropout_p=0.5, seed=seed, starts=starts)
+        return y.square().sum()
 
     compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
     for x, z in zip(
@@ -228,3 +298,8 @@ def test_errors() -> None:
     refuses(ValueError, "stream must lie in", idx, token, position, stream=2**31)
     seed = torch.tensor([1, 2])
     refuses(ValueError, "seed must be an int64 tensor", idx, token, position, seed=seed)
+    starts = starts_of(5, [], [1])
+    args = idx, token, position
+    refuses(TypeError, "starts must be torch.int32, got torch.int64", *args, starts=starts.long())
+    refuses(ValueError, r"starts must have shape \(2, 5\) to go with idx", *args, starts=starts[0])
+    refuses(ValueError, "starts must be on the device of idx", *args, starts=starts.to("meta"))

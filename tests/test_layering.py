@@ -66,12 +66,14 @@ ALLOWED: dict[str, set[str]] = {
         "fastgpt.kernels.attention_kernels",
     },
     "fastgpt.kernels.attention_tiles": {"fastgpt.kernels._common"},
-    "fastgpt.kernels.attention": {
-        *_OP,
+    "fastgpt.kernels.attention_launch": {
+        "fastgpt.kernels._common",
+        "fastgpt.kernels._costs",
         "fastgpt.kernels.attention_backward_kernels",
         "fastgpt.kernels.attention_kernels",
         "fastgpt.kernels.attention_tiles",
     },
+    "fastgpt.kernels.attention": {*_OP, "fastgpt.kernels.attention_launch"},
     "fastgpt.kernels.attention_decode": _OP,
     "fastgpt.kernels.gemm_kernels": {"fastgpt.kernels._common"},
     "fastgpt.kernels.gemm": {
@@ -109,8 +111,10 @@ ALLOWED: dict[str, set[str]] = {
     "fastgpt.generation": set(),
     "fastgpt.language_model": {"fastgpt.generation"},
     "fastgpt.huggingface": {"fastgpt.language_model"},
+    "fastgpt.blocks": {"fastgpt.language_model", "fastgpt.ops"},
     "fastgpt.model": {
         "fastgpt._files",
+        "fastgpt.blocks",
         "fastgpt.huggingface",
         "fastgpt.language_model",
         "fastgpt.ops",
@@ -416,9 +420,13 @@ def test_every_public_op_has_all_four_implementations() -> None:
     assert tuple(fused.__all__) == OPS
     for name in ("kernels.fused", "kernels.portable", "ops"):
         functions = public_functions(importlib.import_module(f"fastgpt.{name}"))
-        assert functions - {"autocast_dtype", "split_heads", "unpacked", "widened"} == set(OPS), (
-            name
-        )
+        assert functions - {
+            "autocast_dtype",
+            "document_mask",
+            "split_heads",
+            "unpacked",
+            "widened",
+        } == set(OPS), name
     assert public_functions(importlib.import_module("fastgpt.kernels.reference")) >= set(OPS)
 
 
