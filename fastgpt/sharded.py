@@ -30,12 +30,13 @@ from fastgpt._files import replacing, sha256_of, sync_folder, write_json
 from fastgpt.parallel import ALONE, World
 
 _METADATA, _REST, _COMPLETE = ".metadata", "run.pt", "complete.json"
-_OUT_OF_REACH = "is not a complete checkpoint, or it is damaged"
+_DAMAGED = "is not a complete checkpoint, or it is damaged"
 
 
 def save(checkpoint: dict[str, Any], path: Path, world: World) -> None:
     """Write ``checkpoint``, whose tensors may be shards, to the folder ``path``. All processes have
-    to ask. Whenever one dies, ``path`` holds the old checkpoint or the new one, whole.
+    to ask. Whenever one dies, ``path`` is whole or not there; it is replaced if it was there, in two
+    renames, between which the old one is called ``.{name}.old``.
 
     Raises OSError if a process could not write.
     """
@@ -111,7 +112,7 @@ def check(path: Path, world: World = ALONE) -> None:
         wrong = [f"{_COMPLETE} ({error})"]
     wrong = [name for part in world.gathered(wrong) for name in part]
     if wrong:
-        raise ValueError(f"{path} {_OUT_OF_REACH}: {', '.join(sorted(set(wrong)))}")
+        raise ValueError(f"{path} {_DAMAGED}: {', '.join(sorted(set(wrong)))}")
 
 
 def header(path: Path) -> dict[str, Any]:
@@ -122,7 +123,7 @@ def header(path: Path) -> dict[str, Any]:
     try:
         return torch.load(path / _REST, weights_only=True)
     except (FileNotFoundError, RuntimeError, pickle.UnpicklingError, EOFError) as error:
-        raise ValueError(f"{path} {_OUT_OF_REACH}: {_REST}: {error}") from error
+        raise ValueError(f"{path} {_DAMAGED}: {_REST}: {error}") from error
 
 
 def load(path: Path) -> dict[str, Any]:
@@ -227,7 +228,7 @@ class _Reader(dcp.FileSystemReader):
             with open(self._metadata, "rb") as file:
                 metadata: Metadata = _Unpickler(file).load()
         except (pickle.UnpicklingError, EOFError, AttributeError) as error:
-            raise ValueError(f"{self._metadata} {_OUT_OF_REACH}: {error}") from error
+            raise ValueError(f"{self._metadata} {_DAMAGED}: {error}") from error
         if metadata.storage_meta is not None:
             metadata.storage_meta.load_id = self.load_id
         return metadata
