@@ -35,8 +35,8 @@ _DAMAGED = "is not a complete checkpoint, or it is damaged"
 
 def save(checkpoint: dict[str, Any], path: Path, world: World) -> None:
     """Write ``checkpoint``, whose tensors may be shards, to the folder ``path``. All processes have
-    to ask. Whenever one dies, ``path`` is whole or not there; it is replaced if it was there, in two
-    renames, between which the old one is called ``.{name}.old``.
+    to ask. Whenever one dies, ``path`` is whole or not there; it is replaced if it was there, by
+    two renames, between which the old one is called ``.{name}.old``.
 
     Raises OSError if a process could not write.
     """
@@ -192,28 +192,23 @@ class _Unpickler(pickle.Unpickler):
     """Takes the classes that describe tensors, and no other."""
 
     def find_class(self, module: str, name: str) -> Any:
-        described = module == dcp.metadata.__name__ and isinstance(
-            getattr(dcp.metadata, name), type
-        )
-        if (
-            described
-            or (module, name) in _KNOWN
-            or isinstance(_of_torch(module, name), torch.dtype)
-        ):
-            return super().find_class(module, name)
-        raise pickle.UnpicklingError(f"{module}.{name} does not belong into {_METADATA}")
+        known = (module, name) in _KNOWN
+        if module == "torch":
+            known = known or isinstance(getattr(torch, name, None), torch.dtype)
+        if module == dcp.metadata.__name__:
+            known = getattr(getattr(dcp.metadata, name, None), "__module__", None) == module
+        if not known:
+            raise pickle.UnpicklingError(f"{module}.{name} does not belong into {_METADATA}")
+        return super().find_class(module, name)
 
 
 _KNOWN = {
     ("torch", "Size"),
     ("torch.serialization", "_get_layout"),
     ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
-    *(("pathlib", name) for name in ("PosixPath", "WindowsPath")),
+    ("pathlib", "PosixPath"),
+    ("pathlib", "WindowsPath"),
 }
-
-
-def _of_torch(module: str, name: str) -> Any:
-    return getattr(torch, name, None) if module == "torch" else None
 
 
 class _Reader(dcp.FileSystemReader):
