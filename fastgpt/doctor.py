@@ -116,9 +116,12 @@ def _triton() -> Finding:
         if sys.platform != "linux":
             return Finding("Triton", f"not installed; there is none for {sys.platform}")
         return Finding("Triton", "not installed", f'pip install "triton>={needed}"')
-    version = metadata.version("triton")
-    old = _version(version) < _TRITON_VERSION
-    return Finding("Triton", version, f'pip install "triton>={needed}"' if old else "")
+    try:
+        import triton  # its distribution may have another name: pytorch-triton, say
+    except ImportError as error:
+        return Finding("Triton", f"cannot be imported: {error}", f'pip install "triton>={needed}"')
+    old = _version(triton.__version__) < _TRITON_VERSION
+    return Finding("Triton", triton.__version__, f'pip install "triton>={needed}"' if old else "")
 
 
 def _driver() -> Finding:

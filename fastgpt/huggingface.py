@@ -99,9 +99,10 @@ def download(name: str) -> Path:
     try:
         return Path(snapshot_download(name, allow_patterns=[CONFIG_FILE, WEIGHTS_FILE]))
     except OSError as error:
+        reason = str(error).partition("\n")[0] or type(error).__name__
         raise ConnectionError(
-            f"{name!r} is not in Hugging Face's cache and could not be downloaded "
-            f"({str(error).splitlines()[0]}); from_pretrained also takes a folder"
+            f"{name!r} is not in Hugging Face's cache and could not be downloaded ({reason}); "
+            "from_pretrained also takes a folder"
         ) from error
 
 
@@ -178,6 +179,8 @@ def _ours(published: Mapping[str, Tensor]) -> dict[str, Tensor]:
     state = {}
     for name, tensor in published.items():
         name = name if name.startswith(("transformer.", "lm_head.")) else f"transformer.{name}"
+        if name.endswith(_TRANSPOSED) and tensor.dim() != 2:
+            raise ValueError(f"{name} must be a matrix, got the shape {tuple(tensor.shape)}")
         state[name] = tensor.t() if name.endswith(_TRANSPOSED) else tensor
     head = state.setdefault(_HEAD, state[_TOKEN_TABLE])
     if not torch.equal(head, state[_TOKEN_TABLE]):
@@ -212,13 +215,18 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 def _read_all_tensors(path: Path) -> dict[str, Tensor]:
     if path.suffix == ".json":
-        shards = sorted(set(_read_json(path)["weight_map"].values()))
+        places = _read_json(path)["weight_map"]
+        if not isinstance(places, dict):
+            raise ValueError(f"weight_map must be a JSON object, got {type(places).__name__}")
+        shards = sorted(set(places.values()))
         return {k: v for shard in shards for k, v in _read_tensors(path.parent / shard).items()}
     if path.suffix == ".bin":
         try:
-            found: dict[str, Tensor] = torch.load(path, map_location="cpu", weights_only=True)
+            found = torch.load(path, map_location="cpu", weights_only=True)
         except (RuntimeError, pickle.UnpicklingError, EOFError) as error:
             raise ValueError(f"{path} is not a PyTorch file, or is damaged: {error}") from error
+        if not isinstance(found, dict) or not all(isinstance(x, Tensor) for x in found.values()):
+            raise ValueError(f"{path.name} must hold tensors by name, got {type(found).__name__}")
         return found
     return _read_tensors(path)
 
@@ -248,7 +256,11 @@ def _opened(path: Path) -> Any:
 
 def _write_tensors(state: Mapping[str, Tensor], path: Path, header: dict[str, str]) -> None:
     try:
+        from safetensors import SafetensorError
         from safetensors.torch import save_file
     except ImportError as error:
         raise missing_package("a safetensors file", "safetensors") from error
-    save_file({name: tensor.contiguous() for name, tensor in state.items()}, path, header)
+    try:
+        save_file({name: tensor.contiguous() for name, tensor in state.items()}, path, header)
+    except SafetensorError as error:
+        raise OSError(f"{path} cannot be written: {error}") from error

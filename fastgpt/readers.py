@@ -15,6 +15,7 @@ COMPRESSED = (".gz", ".zst")
 
 _CHUNK = 1 << 20  # bytes
 _ROWS = 256  # of Parquet at a time
+_MAX_WINDOW = 1 << 31  # bytes: what `zstd --long=31` refers back to, and no writer goes beyond
 
 
 def format_of(path: Path) -> str:
@@ -62,7 +63,7 @@ def read_jsonl(path: Path, text_key: str) -> Iterator[tuple[str, int]]:
         where = f"line {number} of the input {path}"
         try:
             row = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{where} is not JSON: {error}") from error
         if type(row) is not dict:
             raise ValueError(f"{where} must be a JSON object, but is {type(row).__name__}")
@@ -73,7 +74,8 @@ def read_parquet(path: Path, text_key: str) -> Iterator[tuple[str, int]]:
     """The texts of one column.
 
     Raises:
-        ValueError: the file is no Parquet, has no such column, or a value that is no text.
+        ValueError: the file is no Parquet, is damaged, or has no such column, or a value that is
+            no text.
         ImportError: pyarrow is not installed.
     """
     try:
@@ -97,7 +99,11 @@ def read_parquet(path: Path, text_key: str) -> Iterator[tuple[str, int]]:
                     row += 1
                     where = f"row {row} of the input {path}"
                     yield checked_text({text_key: value}, text_key, where), size * row // rows
-    except pyarrow.ArrowInvalid as error:
+    except (pyarrow.ArrowException, UnicodeDecodeError) as error:
+        raise ValueError(f"the input {path} is damaged: {error}") from error
+    except OSError as error:
+        if error.errno is not None:  # the system's, not pyarrow's
+            raise
         raise ValueError(f"the input {path} is damaged: {error}") from error
 
 
@@ -150,11 +156,11 @@ def _zstd(path: Path, chunks: Iterable[bytes]) -> Iterator[bytes]:
         raise ImportError(
             f'the input {path} needs zstandard: pip install "fastgpt-triton[data]"'
         ) from error
-    frame = None
+    decompressor, frame = zstandard.ZstdDecompressor(max_window_size=_MAX_WINDOW), None
     try:
         for chunk in chunks:
             while chunk:
-                frame = frame or zstandard.ZstdDecompressor().decompressobj()
+                frame = frame or decompressor.decompressobj()
                 yield frame.decompress(chunk)
                 chunk = frame.unused_data if frame.eof else b""
                 frame = None if frame.eof else frame

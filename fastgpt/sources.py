@@ -170,7 +170,10 @@ class DatasetSource(Source):
             ) from error
         self._identity = {"dataset": name, "config": config, "split": split, "text_key": text_key}
         self._name, self._text_key = name, text_key
-        self._rows = datasets.load_dataset(name, config, split=split, streaming=True)
+        try:
+            self._rows = datasets.load_dataset(name, config, split=split, streaming=True)
+        except RuntimeError as error:  # it is a program, which datasets does not run any more
+            raise ValueError(f"the data set {name}: {error}") from error
 
     def identity(self) -> dict[str, Any]:
         return self._identity

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+import triton
 from rich.console import Console
 
 from fastgpt import doctor as doctoring
@@ -102,7 +103,7 @@ def test_gpus_that_are_too_old_for_something(gpu: Callable[[int, int], None]) ->
 
 def test_versions_that_are_too_old(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "__version__", "2.4.1")
-    monkeypatch.setattr(doctoring.metadata, "version", lambda name: "3.1.0")
+    monkeypatch.setattr(triton, "__version__", "3.1.0")
     facts = found()
     assert facts["PyTorch"].fix.startswith('pip install "torch>=2.11,<2.14"')
     assert facts["Triton"] == Finding("Triton", "3.1.0", 'pip install "triton>=3.6"')
@@ -123,6 +124,16 @@ def test_no_triton(gpu: Callable[[int, int], None], monkeypatch: pytest.MonkeyPa
     assert facts["Triton"].fix == 'pip install "triton>=3.6"' and "ops on PyTorch" in facts
     monkeypatch.setattr(sys, "platform", "darwin")
     assert found()["Triton"] == Finding("Triton", "not installed; there is none for darwin")
+
+
+def test_a_triton_of_another_distribution(monkeypatch: pytest.MonkeyPatch) -> None:
+    """pytorch-triton, which nightly builds of PyTorch bring, or a folder on the path."""
+
+    def version(name: str) -> str:
+        raise doctoring.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(doctoring.metadata, "version", version)
+    assert found()["Triton"] == Finding("Triton", triton.__version__, "")
 
 
 @pytest.mark.parametrize(

@@ -188,6 +188,9 @@ def test_damaged_and_missing_files_are_named(folder: Path, tmp_path: Path) -> No
     (folder / "model.safetensors.index.json").write_text("{}")
     with pytest.raises(ValueError, match="it lacks 'weight_map'"):
         GPT.from_pretrained(str(folder))
+    (folder / "model.safetensors.index.json").write_text('{"weight_map": ["a"]}')
+    with pytest.raises(ValueError, match="weight_map must be a JSON object, got list"):
+        GPT.from_pretrained(str(folder))
     for text, message in (("{", "is not JSON"), ("[]", "must hold a JSON object, got list")):
         (folder / "config.json").write_text(text)
         with pytest.raises(ValueError, match=f"config.json {message}"):
@@ -195,6 +198,21 @@ def test_damaged_and_missing_files_are_named(folder: Path, tmp_path: Path) -> No
     for absent in (tmp_path / "absent", tmp_path / "absent.safetensors"):
         with pytest.raises(FileNotFoundError, match="there is no folder or file .*absent"):
             GPT.from_pretrained(str(absent))
+
+
+@pytest.mark.parametrize(
+    ("contents", "message"),
+    [
+        (["a"], "must hold tensors by name, got list"),
+        ({"wte.weight": 3}, "must hold tensors by name, got dict"),
+        ({"h.0.attn.c_attn.weight": torch.zeros(2, 3, 4)}, r"c_attn.weight must be a matrix.*2, 3"),
+    ],
+)
+def test_a_pickle_of_something_else(contents: Any, message: str, folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+    torch.save(contents, folder / "pytorch_model.bin")
+    with pytest.raises(ValueError, match=message):
+        GPT.from_pretrained(str(folder))
 
 
 def test_what_from_pretrained_refuses() -> None:
@@ -247,6 +265,14 @@ def test_what_we_write_has_the_same_logits_there_and_back(
     assert ours.config == model.config and ours.gelu_approximate == gelu
     for name, tensor in model.state_dict().items():
         assert torch.equal(ours.state_dict()[name], tensor)
+
+
+def test_a_disk_that_refuses_is_an_os_error(tmp_path: Path) -> None:
+    """Not one that only safetensors knows."""
+    model = GPT(GPTConfig(8, 16, 1, 1, 8))
+    weights = huggingface.Weights(model.config, "none", model.state_dict())
+    with pytest.raises(OSError, match="cannot be written: .*directory"):
+        huggingface.write_safetensors(weights, tmp_path)
 
 
 def test_a_safetensors_file_of_ours_with_wrong_contents(tmp_path: Path) -> None:

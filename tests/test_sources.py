@@ -52,6 +52,7 @@ def test_inputs_without_text(tmp_path: Path) -> None:
     ("name", "data", "message"),
     [
         ("a.jsonl", b'{"text": "a"}\n{"text": ', r"line 2 of the input .*a\.jsonl is not JSON"),
+        ("a.jsonl", b"[" * 100_000, r"line 1 of the input .*a\.jsonl is not JSON"),
         ("a.jsonl", b'\n["text"]\n', r"line 2 .* must be a JSON object, but is list"),
         ("a.jsonl", b'{"body": "a", "id": 1}', r"line 1 .* has no 'text', but 'body', 'id'; name"),
         ("a.jsonl", b'{"text": null}', r"line 1 .* must have a text as 'text', got NoneType"),
@@ -92,6 +93,32 @@ def test_a_cut_off_zst_is_noticed(tmp_path: Path) -> None:
         list(source_of(tmp_path / "a.txt.zst").texts())
 
 
+def test_a_zst_with_a_long_window_and_frames_to_be_skipped(tmp_path: Path) -> None:
+    """As ``zstd --long=30`` writes it, and ``pzstd``."""
+    zstandard = pytest.importorskip("zstandard", reason="needs the extra [data]")
+    options = zstandard.ZstdCompressionParameters(window_log=30, enable_ldm=True)
+    compressor = zstandard.ZstdCompressor(compression_params=options).compressobj()
+    data = compressor.compress(b"of unknown length") + compressor.flush()
+    skipped = (0x184D2A50).to_bytes(4, "little") + (4).to_bytes(4, "little") + b"none"
+    (tmp_path / "a.txt.zst").write_bytes(skipped + data + skipped + data)
+    assert "".join(source_of(tmp_path / "a.txt.zst").texts()) == 2 * "of unknown length"
+
+
+@pytest.mark.parametrize("compression", ["snappy", "none"])
+def test_a_parquet_that_is_damaged_inside(compression: str, tmp_path: Path) -> None:
+    parquet = pytest.importorskip("pyarrow.parquet", reason="needs the extra [data]")
+    import pyarrow
+
+    path = tmp_path / "a.parquet"
+    texts = pyarrow.table({"text": [f"{i} text " * 50 for i in range(500)]})
+    parquet.write_table(texts, path, compression=compression)
+    data = bytearray(path.read_bytes())
+    data[len(data) // 3 : len(data) // 3 + 200] = b"\xff" * 200
+    path.write_bytes(data)
+    with pytest.raises(ValueError, match=r"the input .*a\.parquet is damaged: "):
+        list(source_of(path).texts())
+
+
 def test_a_parquet_without_the_column(tmp_path: Path) -> None:
     parquet = pytest.importorskip("pyarrow.parquet", reason="needs the extra [data]")
     import pyarrow
@@ -119,6 +146,13 @@ def test_a_missing_library_names_the_extra(
     monkeypatch.setitem(sys.modules, library, None)
     with pytest.raises(ImportError, match=r'pip install "fastgpt-triton\[data\]"'):
         read(tmp_path)
+
+
+def test_a_data_set_that_is_a_program_is_refused(tmp_path: Path) -> None:
+    pytest.importorskip("datasets", reason="needs the extra [data]")
+    (tmp_path / f"{tmp_path.name}.py").write_text("print('never run')\n")
+    with pytest.raises(ValueError, match=r"the data set .*: Dataset scripts are no longer"):
+        DatasetSource(str(tmp_path))
 
 
 def test_lone_surrogates_of_json_become_a_replacement(tmp_path: Path) -> None:
