@@ -164,6 +164,7 @@ def _attention_decode_op(qkv: Tensor, cache: Tensor, positions: Tensor, scale: f
             cache.stride(0),
             **sizes,
             num_warps=num_warps,
+            **_common.FMA,
         )
         _attention_decode_sum_kernel[(batch * n_head,)](
             *parts,
@@ -175,6 +176,7 @@ def _attention_decode_op(qkv: Tensor, cache: Tensor, positions: Tensor, scale: f
             **sizes,
             PARTS=_PARTS,
             num_warps=4,
+            **_common.FMA,
         )
     return out
 

@@ -47,6 +47,7 @@ def _settings(
         ACC=_common.accumulator(q.dtype),
         HEAD=q.shape[3],
         **launch(kernel, q.device, q.shape[3], q.dtype, threshold > 0, starts is not None),
+        **_common.FMA,
     )
     return numbers, constexprs
 

@@ -65,6 +65,7 @@ def _embedding_op(
                 ACC=_common.accumulator(token_weight.dtype),
                 **_dropout_numbers(dropout_p),
                 **_LAUNCH,
+                **_common.FMA,
             )
     return out
 
@@ -92,7 +93,11 @@ def _token_bwd_op(
     launch = _token_launch(n_cols)
     column_blocks = triton.cdiv(n_cols, launch["BLOCK_N"])
     options = dict(
-        BAND=BAND, ACC=_common.accumulator(dtype), **_dropout_numbers(dropout_p), **launch
+        BAND=BAND,
+        ACC=_common.accumulator(dtype),
+        **_dropout_numbers(dropout_p),
+        **launch,
+        **_common.FMA,
     )
     with _common.on_device(dout):
         if len(partial):
@@ -135,6 +140,7 @@ def _position_bwd_op(
             ACC=_common.accumulator(dtype),
             **_dropout_numbers(dropout_p),
             **_LAUNCH,
+            **_common.FMA,
         )
     return dposition
 

@@ -13,7 +13,7 @@ import build_kernels
 import kernel_cases
 import pytest
 from _multiprocessor import ARCHITECTURES
-from _static import compile_case, compile_launches, faults, recorded
+from _static import Launch, compile_case, compile_launches, faults, recorded
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -198,14 +198,28 @@ def defined_kernels() -> set[str]:
     }
 
 
-def test_every_kernel_is_launched_by_a_case() -> None:
-    launched: set[str] = set()
+@pytest.fixture(scope="module")
+def launches_of_cases() -> dict[str, list[Launch]]:
+    found = {}
     for case, run in kernel_cases.CASES.items():
-        with recorded(90) as launches:
+        with recorded(90) as found[case]:
             run()
-        assert launches, case
-        launched |= {launch.kernel.__name__ for launch in launches}
-    assert launched == defined_kernels()
+    return found
+
+
+def test_every_kernel_is_launched_by_a_case(launches_of_cases: dict[str, list[Launch]]) -> None:
+    assert all(launches_of_cases.values())
+    every = [launch for launches in launches_of_cases.values() for launch in launches]
+    assert {launch.kernel.__name__ for launch in every} == defined_kernels()
+
+
+def test_no_launch_leaves_multiply_adds_to_triton(
+    launches_of_cases: dict[str, list[Launch]],
+) -> None:
+    """Whose answer changes with its version."""
+    for case, launches in launches_of_cases.items():
+        for launch in launches:
+            assert launch.options["enable_fp_fusion"], (case, launch.kernel.__name__)
 
 
 @pytest.mark.parametrize("capability", [80, 90, 100])
