@@ -46,7 +46,7 @@ def randn(shape: Sequence[int], dtype: torch.dtype, device: str, layout: str) ->
     return torch.randn(*shape, device=device).to(dtype)
 
 
-def _run(
+def results(
     op: Callable[..., Tensor], inputs: Sequence[Tensor], grad: Tensor, dtype: torch.dtype
 ) -> list[Tensor]:
     """The output and the gradients of all inputs, in float64."""
@@ -67,9 +67,9 @@ def assert_parity(
     """``kernel`` and ``pytorch`` in the inputs' dtype against ``plain`` in float64. ``names``: of
     the inputs, for the message."""
     dtype = inputs[0].dtype
-    got = _run(kernel, inputs, grad, dtype)
-    common = _run(pytorch, inputs, grad, dtype)
-    truth = _run(plain, inputs, grad.double(), torch.float64)
+    got = results(kernel, inputs, grad, dtype)
+    common = results(pytorch, inputs, grad, dtype)
+    truth = results(plain, inputs, grad.double(), torch.float64)
     for name, x, y, z in zip(
         ("output", *(f"d{n}" for n in names)), got, common, truth, strict=True
     ):
