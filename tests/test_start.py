@@ -1,5 +1,6 @@
 """What a run begins with: weights from a folder or file, checked against the tokens of the data."""
 
+import itertools
 import json
 from pathlib import Path
 
@@ -7,6 +8,7 @@ import pytest
 import torch
 from small_runs import TEXT, data_set, quiet, small_config, trained
 
+from fastgpt import GPT
 from fastgpt.export import ExportConfig, export
 from fastgpt.prepare import prepare
 from fastgpt.sources import TextSource, source_of
@@ -89,6 +91,29 @@ def test_the_separator_of_the_documents(tmp_path: Path, bpe: Tokenizer) -> None:
     (tmp_path / "small" / "manifest.json").unlink()
     assert separator(config, bpe) == bpe.end_of_text
     assert separator(config, None) == 50256  # nanoGPT's data
+
+
+def test_documents_are_packed(tmp_path: Path, bpe: Tokenizer) -> None:
+    """The loss of an update is that of each document on its own; so it is after resuming."""
+    documents(tmp_path, bpe)
+    keys = dict(pack=True, dropout=0.0, gradient_accumulation_steps=1, max_iters=3)
+    trained(tmp_path, **keys)
+    trainer = Trainer(small_config(tmp_path, **keys, init_from="resume"), quiet())
+    assert trainer.iter_num == 4
+    assert isinstance(trainer.model, GPT) and trainer.model.separator == bpe.end_of_text
+    alone, total, count = trainer.model, torch.zeros(()), 0
+    x, y = trainer.batches.next("train")
+    opening = bpe.end_of_text
+    assert opening is not None and opening in x[:, 1:]
+    packed = alone(x, y)[1].item()
+    alone.separator = None
+    for row, targets in zip(x, y, strict=True):
+        borders = [i for i in range(1, len(row)) if row[i] == opening]
+        for start, stop in itertools.pairwise([0, *borders, len(row)]):
+            loss = alone(row[None, start:stop], targets[None, start:stop])[1]
+            total, count = total + loss.item() * (stop - start), count + stop - start
+    assert packed == pytest.approx(total.item() / count, abs=1e-5)
+    assert packed != pytest.approx(alone(x, y)[1].item(), abs=1e-4)
 
 
 def test_data_without_a_separator_cannot_be_packed(tmp_path: Path, bpe: Tokenizer) -> None:
