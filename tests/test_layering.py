@@ -325,7 +325,8 @@ def test_triton_and_optional_libraries_load_late(module: str) -> None:
     for found in imports_of(module):
         where = f"{module}, line {found.line}: {found.module}"
         if found.package == "triton":
-            assert in_kernels == "kernels" and name not in TORCH_ALONE, where
+            asked = module == "fastgpt.doctor" and not found.at_import  # for its version
+            assert asked or in_kernels == "kernels" and name not in TORCH_ALONE, where
         if found.package in LATE:
             assert not found.at_import and in_kernels != "kernels", where
         # `fused` and the op files import Triton, so whoever imports them does
