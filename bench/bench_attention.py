@@ -1,16 +1,17 @@
 """Causal attention on packed q, k and v, forward and backward, as the model calls it: what a
-provider copies to split and to gather heads is part of its time.
+provider copies to split and to gather heads is part of its time. Sizes with an L: each sequence
+holds documents of L tokens, and no token attends to another document.
 """
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
-from _op_bench import Direction, Draw, Op, Row
+from _op_bench import Direction, Draw, Function, Op, Row
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from fastgpt.kernels import reference
+from fastgpt.kernels import fused, portable, reference
 from fastgpt.kernels._costs import attention_pairs
 
 
@@ -72,4 +73,63 @@ OP = Op(
 
 @OP.rows
 def test_attention(row: Row, benchmark: Any, record_property: Any) -> None:
+    row.measure(benchmark, record_property)
+
+
+def starts(B: int, T: int, L: int) -> Tensor:
+    """(B, T) of int32: where each token's document starts. The first is cut off, elsewhere in each
+    sequence, as where data is cut into sequences."""
+    shift = 37 * torch.arange(B)[:, None] % L
+    return ((torch.arange(T) + shift) // L * L - shift).clamp(min=0).int()
+
+
+def inputs_of_documents(
+    draw: Draw, B: int, T: int, H: int, D: int, L: int
+) -> tuple[Tensor, int, Tensor]:
+    return draw(B, T, 3 * H * D), H, starts(B, T, L).to(draw.device)
+
+
+def eager_of_documents(qkv: Tensor, n_head: int, starts: Tensor) -> Tensor:
+    """nanoGPT's with a mask, which the call makes, as it does for each layer."""
+    q, k, v = reference.split_heads(qkv, n_head)
+    y = F.scaled_dot_product_attention(q, k, v, reference.document_mask(starts))
+    return y.transpose(1, 2).flatten(2)
+
+
+def flops_of_documents(direction: Direction, B: int, T: int, H: int, D: int, L: int) -> int:
+    """Of the scores within documents."""
+    pairs = int((torch.arange(T) - starts(B, T, L)).sum())
+    products = {"forward": 2, "backward": 5}[direction]
+    return products * 2 * H * pairs * D
+
+
+class _OfDocuments(Op):
+    """The third input has a name."""
+
+    def function(self, provider: str) -> Function:
+        modules = {"fused": fused, "portable": portable, "reference": reference}
+        if provider not in modules:
+            return super().function(provider)
+        op = cast(Function, getattr(modules[provider], self.name))
+        return lambda qkv, n_head, starts: op(qkv, n_head, starts=starts)
+
+    def plain(self) -> Function:
+        return self.function("reference")
+
+
+DOCUMENTS = _OfDocuments(
+    name=OP.name,
+    inputs=inputs_of_documents,
+    eager=eager_of_documents,
+    flops=flops_of_documents,
+    gpu_sizes=[
+        {"B": 32, "T": 1024, "H": 12, "D": 64, "L": 256},
+        {"B": 4, "T": 8192, "H": 12, "D": 64, "L": 512},
+    ],
+    cpu_sizes=[{"B": 1, "T": 128, "H": 2, "D": 32, "L": 48}],
+)
+
+
+@DOCUMENTS.rows
+def test_attention_of_documents(row: Row, benchmark: Any, record_property: Any) -> None:
     row.measure(benchmark, record_property)

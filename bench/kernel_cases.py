@@ -33,6 +33,16 @@ def _attention(head_sizes: tuple[int, ...], dtype: str) -> None:
             attention_qkvpacked(qkv, 2, dropout_p=dropout_p).sum().backward()
 
 
+def _attention_of_documents(head_sizes: tuple[int, ...], dtype: str) -> None:
+    from fastgpt.kernels.attention import attention_qkvpacked
+
+    starts = torch.zeros(1, 1024, dtype=torch.int32)
+    for head_size in head_sizes:
+        for dropout_p in (0.0, 0.1):
+            qkv = _leaf(1, 1024, 3 * 2 * head_size, dtype=dtype)
+            attention_qkvpacked(qkv, 2, dropout_p=dropout_p, starts=starts).sum().backward()
+
+
 def _attention_other_variants() -> None:
     """Separate q, k and v of an odd head size, in fp16, without the causal mask; TF32."""
     from fastgpt.kernels.attention import attention, attention_qkvpacked
@@ -86,9 +96,11 @@ def _embedding(widths: tuple[int, ...], dtype: str) -> None:
 
     idx = torch.zeros(2, 64, dtype=torch.int64)
     for width in widths:
-        for dropout_p in (0.0, 0.1):
-            token, position = _leaf(96, width, dtype=dtype), _leaf(64, width, dtype=dtype)
-            embedding(idx, token, position, dropout_p=dropout_p).sum().backward()
+        for starts in (None, idx.int()):
+            for dropout_p in (0.0, 0.1):
+                token, position = _leaf(96, width, dtype=dtype), _leaf(64, width, dtype=dtype)
+                y = embedding(idx, token, position, dropout_p=dropout_p, starts=starts)
+                y.sum().backward()
 
 
 def _gelu() -> None:
@@ -187,6 +199,11 @@ CASES = {
     },
     **{
         f"attention-{sizes[-1]}-{dtype}": partial(_attention, sizes, dtype)
+        for sizes in ((16, 25, 32), (64,), (80, 128), (256,))
+        for dtype in ("bf16", "fp32")
+    },
+    **{
+        f"attention_documents-{sizes[-1]}-{dtype}": partial(_attention_of_documents, sizes, dtype)
         for sizes in ((16, 25, 32), (64,), (80, 128), (256,))
         for dtype in ("bf16", "fp32")
     },

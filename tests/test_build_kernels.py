@@ -222,11 +222,12 @@ def test_no_launch_leaves_multiply_adds_to_triton(
             assert launch.options["enable_fp_fusion"], (case, launch.kernel.__name__)
 
 
+@pytest.mark.parametrize("case", ["attention-64-bf16", "attention_documents-64-bf16"])
 @pytest.mark.parametrize("capability", [80, 90, 100])
-def test_attention_of_gpt2_has_no_fault(capability: int) -> None:
+def test_attention_of_gpt2_has_no_fault(capability: int, case: str) -> None:
     """The build compiles every configuration; this shows the ones that GPT-2 trains with."""
     with recorded(capability) as launches:
-        kernel_cases.CASES["attention-64-bf16"]()
+        kernel_cases.CASES[case]()
     plain = [launch for launch in launches if not launch.options["DROPOUT"]]
     compiled = compile_launches(plain, capability)
     assert len(compiled) == 3
