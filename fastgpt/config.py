@@ -121,8 +121,8 @@ class Schedule:
 
 @dataclass(frozen=True, kw_only=True)
 class System:
-    # How several processes share the model: each has all of it (ddp), or a part of each tensor
-    # (fsdp), which takes less memory and exchanges more.
+    # How several processes share the model. ddp: each has all of it. fsdp: each has a part of every
+    # tensor, which takes less memory and exchanges more.
     parallel: Literal["ddp", "fsdp"] = "ddp"
     # What several processes exchange gradients with, on GPUs; on the CPU it is gloo.
     backend: str = "nccl"
