@@ -337,10 +337,12 @@ def compiled_code_in(folder: Path) -> Iterator[None]:
                 os.environ[key] = value
 
 
-def why_not(variant: Variant, device: torch.device) -> str | None:
-    """What this machine lacks for a variant; None if nothing."""
+def why_not(variant: Variant, device: torch.device, bias: bool = True) -> str | None:
+    """What this machine lacks for a variant, or a model without biases; None if nothing."""
     if variant.huggingface and importlib.util.find_spec("transformers") is None:
         return "transformers is not installed"
+    if variant.huggingface and not bias:
+        return "transformers' GPT-2 always has biases"
     if variant.fp8 != "none" and not _has_fp8(device):
         return "fp8 needs a GPU of compute capability 8.9"
     if variant.compile_mode is None or device.type != "cpu":

@@ -180,7 +180,10 @@ def main(argv: Sequence[str] | None = None, stages: Sequence[Stage] | None = Non
         stages = _stages.plan(tuple(o.sweep), workers, has_sanitizer)
     # Without its machine a figure says nothing.
     chosen = [s for s in stages if o.stages is None or s.name in (*o.stages, "machine")]
-    report = Report(folder, o.minutes, o.commit)
+    try:
+        report = Report(folder, o.minutes, o.commit)
+    except OSError as error:
+        return _command.failed(f"--out={folder}: {error}")
     console = Console(highlight=False)
 
     def done(record: dict[str, Any]) -> bool:

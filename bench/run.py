@@ -69,6 +69,10 @@ _UNTIMED = 2  # steps at the start of a turn, in which the allocator finds its b
 _PROTOCOL = {"loss_steps": 100, "warmup": 20, "rounds": 5, "steps": 20}  # at least
 
 
+def _why_not(plan: Plan, name: str) -> str | None:
+    return why_not(VARIANTS[name], plan.device, plan.config.bias)
+
+
 def _free_memory(device: torch.device) -> None:
     """What earlier variants left behind, references in a circle included."""
     gc.collect()
@@ -95,7 +99,7 @@ def _measure_alone(variant: Variant, plan: Plan, result: Result) -> None:
     if on_gpu:
         torch.cuda.reset_peak_memory_stats()
     losses = [loss, *(training.step() for _ in range(plan.options.loss_steps - 1))]
-    result.losses = _finite(variant.label, losses)
+    result.losses = _finite(losses)
     if on_gpu:
         result.peak_memory_bytes = torch.cuda.max_memory_allocated() - before
 
@@ -103,19 +107,17 @@ def _measure_alone(variant: Variant, plan: Plan, result: Result) -> None:
 def _reference_losses(plan: Plan) -> list[float]:
     training = ReferenceTraining(plan)
     losses = [training.step() for _ in range(plan.options.loss_steps)]
-    return _finite("the float32 reference", losses)
+    return _finite(losses)
 
 
-def _finite(label: str, losses: list[Tensor]) -> list[float]:
+def _finite(losses: list[Tensor]) -> list[float]:
     """The losses on the host; FloatingPointError where one is not finite, since the speed of a
     training that diverged says nothing.
     """
     values: list[float] = torch.stack(losses).tolist()
     for step, loss in enumerate(values, start=1):
         if not math.isfinite(loss):
-            raise FloatingPointError(
-                f"the loss of {label} is {loss} at step {step}: try a smaller learning_rate"
-            )
+            raise FloatingPointError(f"the loss is {loss} at step {step}")
     return values
 
 
@@ -137,7 +139,7 @@ class Measurement:
     def __init__(self, plan: Plan, folder: Path, progress: Progress) -> None:
         self.plan = plan
         self.results: dict[str, Result] = {
-            name: Result(VARIANTS[name].label, why_not(VARIANTS[name], plan.device))
+            name: Result(VARIANTS[name].label, _why_not(plan, name))
             for name in plan.options.variants
         }
         self.reference_losses: list[float] = []
@@ -191,12 +193,14 @@ class Measurement:
 
     @contextmanager
     def _variant(self, name: str) -> Iterator[None]:
-        """Running out of memory ends a variant, not the run."""
+        """To run out of memory, or to diverge, ends a variant, not the run."""
         try:
             with compiled_code_in(self._folder / name):
                 yield
         except torch.OutOfMemoryError:
             self.results[name].failure = "out of memory"
+        except FloatingPointError as error:
+            self.results[name].failure = str(error)
 
 
 def _notes(plan: Plan) -> list[str]:
@@ -263,6 +267,10 @@ def _planned(argv: list[str] | None, folder: Path) -> tuple[Plan, Path]:
     else:
         plan = Plan.of(options, options.data_dir)
     plan.batches(options.vocab_size)
+    with torch.device("meta"):
+        for name in options.variants:
+            if _why_not(plan, name) is None:  # then fp8 may still refuse the sizes
+                GPT(plan.config, fp8=VARIANTS[name].fp8)
     out = options.out
     if out is None:
         now = datetime.now(timezone.utc).strftime("%Y-%m-%dT%H-%M-%S")
@@ -271,8 +279,8 @@ def _planned(argv: list[str] | None, folder: Path) -> tuple[Plan, Path]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Measure, print the table, write run.json and run.png; the exit code: 0, or 2 for a wrong
-    argument or data set, or without matplotlib.
+    """Measure, write run.json and run.png, print the table; the exit code: 0, or 2 for a wrong
+    argument or data set, without matplotlib, or where the float32 reference cannot be trained.
     """
     console = Console(highlight=False)
     with tempfile.TemporaryDirectory() as temporary:
@@ -285,7 +293,13 @@ def main(argv: list[str] | None = None) -> int:
             # At this size threads only wait for each other, and the longer the busier the machine.
             torch.set_num_threads(1)
             console.print("No CUDA GPU: a small size on the CPU, in one thread.")
-        run = _measure(plan, folder, console)
+        try:
+            run = _measure(plan, folder, console)
+        except (FloatingPointError, torch.OutOfMemoryError) as error:  # a variant's ends nothing
+            return _command.failed(
+                f"the float32 reference cannot be trained: {error}; try a smaller learning_rate, "
+                "batch_size or model"
+            )
     _command.write_results(out, "run", run, _report.chart, console)
     console.print(_report.table(run))
     return 0

@@ -124,6 +124,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         parser.error(f"--jobs must be at least 1, got {options.jobs}")
     if not options.minutes > 0:
         parser.error(f"--minutes must be positive, got {options.minutes:g}")
+    if options.json is not None and not options.json.absolute().parent.is_dir():
+        parser.error(f"--json must be a file in a folder that is there, got {options.json}")
     return options
 
 

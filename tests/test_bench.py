@@ -2,7 +2,9 @@
 
 import functools
 import json
+import math
 import os
+import re
 import statistics
 from collections.abc import Iterator
 from pathlib import Path
@@ -228,9 +230,32 @@ def test_other_errors_end_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         measured(tmp_path, f"--data_dir={data_set(tmp_path)}")
 
 
-def test_a_diverged_training_is_no_measurement(tmp_path: Path) -> None:
-    with pytest.raises(FloatingPointError, match="float32 reference is (nan|inf) at step"):
-        measured(tmp_path, "--learning_rate=1e30", f"--data_dir={data_set(tmp_path)}")
+def test_a_diverged_training_is_no_measurement(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = [*TINY, f"--out={tmp_path}", f"--data_dir={data_set(tmp_path)}"]
+    assert bench.main([*options, "--learning_rate=1e30"]) == 2
+    said = r"error: the float32 reference cannot be trained: the loss is (nan|inf) at step [1-4]"
+    assert re.search(said, capsys.readouterr().err)
+    assert not (tmp_path / "run.json").exists()
+
+
+def test_what_diverges_ends_one_variant_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step = _training.Training.step
+
+    @functools.wraps(step)
+    def diverging(self: Any) -> torch.Tensor:
+        ours = self._loss is _training._fastgpt_loss
+        return step(self) * (math.nan if ours else 1.0)
+
+    monkeypatch.setattr(_training.Training, "step", diverging)
+    data_dir = data_set(tmp_path)
+    record = measured(tmp_path, "--variants", "sdpa", "fastgpt", f"--data_dir={data_dir}")
+    fine, failed = record["variants"]["sdpa"], record["variants"]["fastgpt"]
+    assert failed["failure"] == "the loss is nan at step 1" and failed["tokens_per_s"] is None
+    assert fine["failure"] is None and len(fine["step_ms"]) == 3
 
 
 def test_what_compiling_on_a_cpu_needs(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -242,9 +267,27 @@ def test_what_compiling_on_a_cpu_needs(monkeypatch: pytest.MonkeyPatch) -> None:
     assert _training.why_not(_training.VARIANTS["sdpa_graphs"], cpu) == "CUDA graphs need a GPU"
     fp8 = _training.why_not(_training.VARIANTS["fastgpt_fp8_all"], cpu)
     assert fp8 == "fp8 needs a GPU of compute capability 8.9"
+    unbiased = _training.why_not(_training.VARIANTS["huggingface"], cpu, bias=False)
+    assert unbiased == "transformers' GPT-2 always has biases"
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     missing = _training.why_not(_training.VARIANTS["huggingface"], cpu)
     assert missing == "transformers is not installed"
+
+
+def test_a_model_that_a_variant_cannot_have(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data_dir = data_set(tmp_path)
+    record = measured(
+        tmp_path, "--variants", "huggingface", "fastgpt", "--bias=False", f"--data_dir={data_dir}"
+    )
+    assert record["variants"]["huggingface"]["failure"] == "transformers' GPT-2 always has biases"
+    assert record["variants"]["fastgpt"]["failure"] is None
+    monkeypatch.setattr(_training, "_has_fp8", lambda device: True)
+    options = [*TINY, f"--out={tmp_path / 'out'}", f"--data_dir={data_dir}", "--vocab_size=50257"]
+    assert bench.main([*options, "--variants", "sdpa", "fastgpt_fp8_head"]) == 2
+    assert "vocab_size must be a multiple of 16" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 # -- arguments

@@ -193,12 +193,19 @@ def test_wrong_arguments(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     (tmp_path / "report.json").write_text("{}")
     assert gpu_report.main([f"--out={tmp_path}"]) == 2
     assert gpu_report.main([f"--keep={tmp_path / 'none'}"]) == 2
+    assert gpu_report.main([f"--out={tmp_path / 'report.json'}"]) == 2
     for wrong in ("--minutes=0", "--sweep=softmax", "--stages=nothing"):
         with pytest.raises(SystemExit, match="2"):
             gpu_report.main([wrong])
     printed = capsys.readouterr().err
-    for part in ("folder without a report", "folder with report.json", "must be positive, got 0",
-                 "choose from", "invalid choice: 'nothing'"):  # fmt: skip
+    for part in (
+        "folder without a report",
+        "folder with report.json",
+        "File exists",
+        "must be positive, got 0",
+        "choose from",
+        "invalid choice: 'nothing'",
+    ):
         assert part in printed, part
 
 

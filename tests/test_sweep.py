@@ -299,6 +299,7 @@ def test_without_a_gpu_it_compiles_and_says_so(
         (["softmax"], "invalid choice: 'softmax'"),
         (["gelu", "--jobs=0"], "--jobs must be at least 1, got 0"),
         (["gelu", "--minutes=0"], "--minutes must be positive, got 0"),
+        (["gelu", "--json=no/such/a.json"], "--json must be a file in a folder that is there, got"),
     ],
 )
 def test_wrong_arguments(
