@@ -43,7 +43,6 @@ import torch
 from _ceilings import DEVICES, Ceilings, floor
 from _dispatch import Report, count
 from _fake_model import fake_model
-from rich.console import Console
 from torch import Tensor
 
 from fastgpt import GPT, GPTConfig
@@ -203,26 +202,12 @@ def _planned(argv: list[str] | None) -> Options:
     options = _command.options(Options(), argv)
     _check(options.config, options.batch_size, options.block_size, options.dtype, options.params)
     _ = options.ceilings
-    if options.out is not None:
-        _command.results_folder(options.out, "roofline")
     return options
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Count, print the tables, write the files that were asked for; the exit code: 0, or 2 for a
-    wrong argument.
-    """
-    console = Console(highlight=False)
-    try:
-        options = _planned(argv)
-    except _command.USER_ERRORS as error:
-        return _command.failed(error)
-    run = record(options)
-    for table in _roofline_report.tables(run):
-        console.print(table)
-    if options.out is not None:
-        _command.write_results(options.out, "roofline", run, _roofline_report.chart, console)
-    return 0
+    """The exit code: 0, or 2 for a wrong argument."""
+    return _command.prediction("roofline", lambda: _planned(argv), record, _roofline_report)
 
 
 if __name__ == "__main__":

@@ -30,7 +30,6 @@ import torch
 from _scaling_links import NVLINK_GB_PER_S, Cluster
 from _scaling_step import Step, ddp, fsdp
 from _scaling_timeline import timeline
-from rich.console import Console
 
 from fastgpt import GPTConfig
 
@@ -157,29 +156,13 @@ def _rows(options: Options, steps: dict[int, Step]) -> list[dict[str, Any]]:
     ]
 
 
-def _planned(argv: list[str] | None) -> Options:
-    """All that a user can get wrong is found here."""
-    options = _command.options(Options(), argv)
-    if options.out is not None:
-        _command.results_folder(options.out, "scaling")
-    return options
-
-
 def main(argv: list[str] | None = None) -> int:
-    """Predict, print the tables, write the files that were asked for; the exit code: 0, or 2 for a
-    wrong argument.
-    """
-    console = Console(highlight=False)
-    try:
-        options = _planned(argv)
-    except _command.USER_ERRORS as error:
-        return _command.failed(error)
-    run = record(options)
-    for table in _scaling_report.tables(run):
-        console.print(table)
-    if options.out is not None:
-        _command.write_results(options.out, "scaling", run, _scaling_report.chart, console)
-    return 0
+    """The exit code: 0, or 2 for a wrong argument."""
+
+    def planned() -> Options:
+        return _command.options(Options(), argv)
+
+    return _command.prediction("scaling", planned, record, _scaling_report)
 
 
 if __name__ == "__main__":
