@@ -170,18 +170,22 @@ def _gpus() -> list[Finding]:
 
 
 def _compiler() -> Finding:
-    """What Triton compiles its launchers with, and torch.compile everything on a CPU."""
-    program = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
+    """Of C, which Triton's launchers are in; on a CPU of C++, which torch.compile writes there."""
+    on_gpu = torch.cuda.is_available()
+    if on_gpu:
+        program = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
+    else:
+        program = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
     header = Path(sysconfig.get_paths()["include"]) / "Python.h"
     missing = []
     if program is None or shutil.which(program) is None:
-        missing.append("C compiler")
+        missing.append("C compiler" if on_gpu else "C++ compiler")
     if not header.is_file():
         missing.append(f"{header}")
     if not missing:
         return Finding("compiler", str(program))
     found = f"no {' and no '.join(missing)}: no torch.compile (--compile=False)"
-    if not torch.cuda.is_available():
+    if not on_gpu:
         return Finding("compiler", found)
     return Finding(
         "compiler",

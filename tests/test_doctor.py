@@ -73,7 +73,7 @@ def test_a_machine_without_a_gpu(no_gpu: None, monkeypatch: pytest.MonkeyPatch) 
     facts = found()
     assert facts["NVIDIA driver"] == Finding("NVIDIA driver", "not found (no nvidia-smi)")
     assert facts["GPU"].found == "none"
-    assert facts["compiler"].found.startswith("no C compiler") and not facts["compiler"].fix
+    assert facts["compiler"].found.startswith("no C++ compiler") and not facts["compiler"].fix
     assert facts["device auto"].found == "cpu: --device=cpu"
     assert facts["dtype auto"].found == "float32"
     assert facts["CUDA graph"].found.startswith("no: ") and facts["fp8"].found.startswith("no: ")
@@ -187,6 +187,22 @@ def test_a_gpu_without_a_compiler(
     a_program(tmp_path / "absent-cc", "true")
     (tmp_path / "Python.h").touch()
     assert found()["compiler"] == Finding("compiler", "absent-cc")
+
+
+def test_a_cpu_with_a_compiler_of_c_alone(
+    no_gpu: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torch.compile writes C++ for a CPU."""
+    monkeypatch.setattr(sys, "platform", "linux")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CXX", raising=False)
+    a_program(tmp_path / "gcc", "true")
+    finding = found()["compiler"]
+    assert finding == Finding("compiler", "no C++ compiler: no torch.compile (--compile=False)")
+    a_program(tmp_path / "g++", "true")
+    assert found()["compiler"] == Finding("compiler", "g++")
+    monkeypatch.setenv("CXX", "icpx")
+    assert found()["compiler"].found.startswith("no C++ compiler")
 
 
 def test_the_cache_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
