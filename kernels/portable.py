@@ -15,7 +15,7 @@ from torch.optim.adamw import adamw as _functional_adamw
 
 from fastgpt.kernels import _checks, chunked_loss, few_rows
 from fastgpt.kernels._precision import autocast_dtype
-from fastgpt.kernels.reference import document_mask, split_heads, unpacked, widened
+from fastgpt.kernels.reference import document_mask, unpacked, widened
 from fastgpt.kernels.reference import dropout_seed as dropout_seed
 
 
@@ -94,28 +94,28 @@ def attention_decode(
     _, batch, n_head, n_slots, _ = cache.shape
     if not batch:
         return qkv.new_empty(0, 1, qkv.shape[2] // 3)
-    q, k, v = (heads[:, :, 0] for heads in split_heads(qkv, n_head))  # (B, H, D)
-    rows = torch.arange(batch, device=qkv.device)
+    heads = qkv[:, 0].unflatten(1, (3, n_head, -1)).transpose(0, 1)  # (3, B, H, D)
+    q, new = heads[0], heads[1:]
     if positions.is_cpu:  # where they were checked
-        n_keys = int(positions.max()) + 1
-        cache[0, rows, :, positions], cache[1, rows, :, positions] = k, v
+        first, last = int(positions.min()), int(positions.max())
         visible = None
-        if int(positions.min()) + 1 < n_keys:
-            visible = (torch.arange(n_keys) <= positions[:, None])[:, None, None, :]
-        return _attend_cached(q, cache[:, :, :, :n_keys], visible, scale)
+        if first == last:
+            cache[:, :, :, last] = new
+        else:
+            cache[:, torch.arange(batch), :, positions] = new.transpose(0, 1)
+            visible = (torch.arange(last + 1) <= positions[:, None])[:, None, None, :]
+        return _attend_cached(q, cache[:, :, :, : last + 1], visible, scale)
     # The host must not wait for a GPU, so there all of the cache is read.
-    places = positions.clamp(0, n_slots - 1)
+    rows, places = torch.arange(batch, device=qkv.device), positions.clamp(0, n_slots - 1)
     inside = (positions == places)[:, None, None]
-    for new, old in zip((k, v), cache, strict=True):
-        old[rows, :, places] = new.where(inside, old[rows, :, places])
+    old = cache[:, rows, :, places]  # (B, 2, H, D)
+    cache[:, rows, :, places] = new.transpose(0, 1).where(inside[..., None], old)
     slots = torch.arange(n_slots, device=qkv.device)
     visible = (slots <= places[:, None])[:, None, None, :]
     return _attend_cached(q, cache, visible, scale).where(inside, math.nan)
 
 
-def _attend_cached(
-    q: Tensor, cache: Tensor, visible: Tensor | None, scale: float | None
-) -> Tensor:
+def _attend_cached(q: Tensor, cache: Tensor, visible: Tensor | None, scale: float | None) -> Tensor:
     """(B, H, D), keys and values (2, B, H, n, D) → (B, 1, H * D)."""
     y = F.scaled_dot_product_attention(
         q[:, :, None], cache[0], cache[1], attn_mask=visible, scale=scale
