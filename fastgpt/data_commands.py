@@ -16,7 +16,7 @@ from fastgpt.prepare import (
     characters_of,
     prepare,
 )
-from fastgpt.readers import COMPRESSED, format_of
+from fastgpt.readers import decompressed, format_of
 from fastgpt.sources import DatasetSource, Source, TextSource, source_of
 from fastgpt.tokenizer import Tokenizer, tokenizer_from
 from fastgpt.tokenizer_training import train_tokenizer
@@ -160,8 +160,7 @@ def _is_plain(command: Prepare) -> bool:
 
 def _default_out_dir(command: Prepare) -> Path:
     if command.input is not None:
-        path = command.input.resolve()
-        path = path.with_suffix("") if path.suffix in COMPRESSED else path
+        path = decompressed(command.input.resolve())
         return Path("data") / (path.name if path.is_dir() else path.stem)
     if command.hf_dataset is not None:
         return Path("data") / command.hf_dataset.rstrip("/").rpartition("/")[2]

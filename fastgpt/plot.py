@@ -107,6 +107,7 @@ def _draw(axes: Any, rows: list[log.Row], key: str, colour: str, label: str) -> 
 
 
 def _label(name: str, rows: list[log.Row]) -> str:
+    name = f"./{name}" if name.startswith("_") else name  # matplotlib's sign for: not shown
     found = [(y, x) for x, y in zip(*_points(rows, "val/loss"), strict=True) if math.isfinite(y)]
     if not found:
         return name

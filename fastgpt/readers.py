@@ -11,17 +11,22 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-COMPRESSED = (".gz", ".zst")
+_COMPRESSED = (".gz", ".zst")
 
 _CHUNK = 1 << 20  # bytes
 _ROWS = 256  # of Parquet at a time
 _MAX_WINDOW = 1 << 31  # bytes: what `zstd --long=31` refers back to, and no writer goes beyond
 
 
+def decompressed(path: Path) -> Path:
+    """The path without ``.gz`` and ``.zst``."""
+    return path.with_suffix("") if path.suffix.lower() in _COMPRESSED else path
+
+
 def format_of(path: Path) -> str:
     """``"jsonl"``, ``"parquet"`` or ``"text"``, by the name without ``.gz`` and ``.zst``."""
-    name = path.with_suffix("") if path.suffix in COMPRESSED else path
-    return {".jsonl": "jsonl", ".parquet": "parquet"}.get(name.suffix, "text")
+    suffix = decompressed(path).suffix.lower()
+    return {".jsonl": "jsonl", ".parquet": "parquet"}.get(suffix, "text")
 
 
 def read_text(path: Path) -> Iterator[tuple[str, int]]:
@@ -131,9 +136,9 @@ def checked_text(row: dict[str, Any], text_key: str, where: str) -> str:
 def _chunks(path: Path) -> Iterator[tuple[bytes, int]]:
     """The content, decompressed, and how many bytes of the file it took so far."""
     with path.open("rb") as raw:
-        if path.suffix == ".zst":
+        if path.suffix.lower() == ".zst":
             content = _zstd(path, iter(lambda: raw.read(_CHUNK // 16), b""))  # may grow 100 times
-        elif path.suffix == ".gz":
+        elif path.suffix.lower() == ".gz":
             content = _gzip(path, gzip.GzipFile(fileobj=raw))
         else:
             content = iter(lambda: raw.read(_CHUNK), b"")

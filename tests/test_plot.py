@@ -71,6 +71,12 @@ def test_a_run_without_an_evaluation_is_drawn() -> None:
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["a"]
 
 
+def test_a_name_that_matplotlib_would_hide() -> None:
+    figure = draw({"_a": rows(), "b": rows()})
+    names = [text.get_text().partition(":")[0] for text in figure.legends[0].get_texts()]
+    assert names == ["./_a", "b"]
+
+
 def test_the_picture_of_one_run_stands_beside_its_log(tmp_path: Path) -> None:
     folder = written(tmp_path / "out", rows())
     path = plot(PlotConfig(folders=(folder,)))

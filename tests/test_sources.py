@@ -85,6 +85,12 @@ def test_damaged_inputs_are_named(
         list(source_of(tmp_path / name).pieces(0.1, 0))
 
 
+def test_endings_in_capitals(tmp_path: Path) -> None:
+    path = tmp_path / "A.JSONL.GZ"
+    path.write_bytes(gzip.compress(b'{"text": "one"}\n{"text": "two"}\n'))
+    assert list(source_of(path).texts()) == ["one", "two"]
+
+
 def test_a_cut_off_zst_is_noticed(tmp_path: Path) -> None:
     zstandard = pytest.importorskip("zstandard", reason="needs the extra [data]")
     data = zstandard.compress(os.urandom(50_000).hex().encode())
