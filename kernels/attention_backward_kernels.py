@@ -125,15 +125,14 @@ def _attention_bwd_dq_kernel(
 def _attention_dkdv_tiles(
     dk, dv, k, v, start_n, offs_n,
     q_ptr, q_stride_t, dout_ptr, dout_stride_t, lse_ptr, delta_ptr, starts_ptr,
-    start, stop, gap_at, gap, n_queries, qk_scale, seed, stream, batch_head, threshold, keep_scale,
+    start, stop, n_queries, qk_scale, seed, stream, batch_head, threshold, keep_scale,
     MASKED: tl.constexpr, CAUSAL: tl.constexpr, PACKED: tl.constexpr, DROPOUT: tl.constexpr,
     PRECISION: tl.constexpr, ACC: tl.constexpr, HEAD: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Add what queries start .. stop give to dk / scale and dv / keep_scale. Transposed, (N, M), so
     that each product takes what the one before it left in registers."""
-    for at in range(start, stop, BLOCK_M):
-        start_m = _past_gap(at, gap_at, gap, MASKED and PACKED)
+    for start_m in range(start, stop, BLOCK_M):
         offs_m = start_m + tl.arange(0, BLOCK_M)
         q = _load_tile(q_ptr, q_stride_t, start_m, n_queries, MASKED, HEAD, BLOCK_M, BLOCK_D)
         dout = _load_tile(
@@ -219,22 +218,19 @@ def _attention_bwd_dkdv_kernel(
     else:
         first, full = 0, 0
     tail = tl.maximum(full, whole_end // BLOCK_M * BLOCK_M)
-    gap = tail - full
-    # In this order, each on a condition: as forward. PACKED: the first two in one.
-    for stage in tl.static_range(1 if PACKED else 0, 3):
+    for stage in tl.static_range(3):  # in this order, each on a condition: as forward
         if stage == 0:
-            start, stop = first, tl.minimum(full, n_queries)
+            start, stop = first, tl.minimum(full, end)
         elif stage == 1:
-            start, stop = (first, end - gap) if PACKED else (tail, n_queries)
+            start, stop = tail, end
         else:
             start, stop = full, tail
         if start < stop:
             dk, dv = _attention_dkdv_tiles(
                 dk, dv, k, v, start_n, offs_n,
                 q_ptr, q_stride_t, dout_ptr, dout_stride_t, lse_ptr, delta_ptr, starts_ptr,
-                start, stop, full, gap, n_queries, qk_scale, seed, stream, batch_head,
-                threshold, keep_scale, stage < 2, CAUSAL, PACKED, DROPOUT, PRECISION, ACC, HEAD,
-                BLOCK_M, BLOCK_N, BLOCK_D,
+                start, stop, n_queries, qk_scale, seed, stream, batch_head, threshold, keep_scale,
+                stage < 2, CAUSAL, PACKED, DROPOUT, PRECISION, ACC, HEAD, BLOCK_M, BLOCK_N, BLOCK_D,
             )  # fmt: skip
     if DROPOUT:
         dv = dv * keep_scale

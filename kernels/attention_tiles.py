@@ -65,7 +65,6 @@ SMALL_MEMORY_TILES: _Tiles = TENSOR_CORE_TILES | {
     ("dq", 256, "dropout"): (32, 32, 8, 1),
     ("dkdv", 64): (32, 128, 8, 2),
     ("dkdv", 64, "dropout"): (32, 128, 8, 2),
-    ("dkdv", 64, "dropout", "documents"): (32, 128, 8, 1),
     ("dkdv", 128): (32, 64, 8, 1),
     ("dkdv", 128, "dropout"): (32, 64, 8, 1),
     ("dkdv", 256): (16, 32, 8, 1),
