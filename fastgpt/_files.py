@@ -37,6 +37,29 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
+@contextlib.contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """No other process is in such a block for ``folder``. The lock ends with the process; there is
+    none but on POSIX systems.
+
+    Raises ValueError if another process is.
+    """
+    if os.name != "posix":
+        yield
+        return
+    import fcntl
+
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ValueError(f"another process is writing to {folder}") from error
+        yield
+    finally:
+        os.close(descriptor)
+
+
 def write_json(value: Any, path: Path) -> None:
     """``value`` as JSON in ``path``."""
     with replacing(path) as file:

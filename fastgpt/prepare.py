@@ -29,6 +29,7 @@ import numpy.typing as npt
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
+from fastgpt._files import alone_in
 from fastgpt.manifest import NAME, Manifest, read_manifest
 from fastgpt.shards import ShardWriter, publish
 from fastgpt.sources import PIECE, Piece, Source
@@ -85,8 +86,9 @@ def prepare(
 
     Raises:
         ValueError: an argument is out of range; the tokenizer has no end of text; ``out_dir`` has
-            an unfinished preparation with other arguments; a finished file is damaged; a split got
-            nothing; or what ``source`` and ``tokenizer`` raise.
+            an unfinished preparation with other arguments, or another process is writing to it; a
+            finished file is damaged; a split got nothing; or what ``source`` and ``tokenizer``
+            raise.
         NotADirectoryError: ``out_dir`` is a file.
         FileExistsError: ``out_dir`` holds another data set or tokenizer.
     """
@@ -111,20 +113,34 @@ def prepare(
         "batch": _BATCH,
     }
     settings = json.loads(json.dumps(settings))  # as it will be read
-    finished = _finished(out_dir, settings, tokenizer)
-    if finished is not None:
-        return finished
+    if out_dir.exists() and not out_dir.is_dir():
+        raise NotADirectoryError(f"out_dir must be a folder, but {out_dir} is a file")
+    out_dir.mkdir(parents=True, exist_ok=True)
+    with alone_in(out_dir):
+        finished = _finished(out_dir, settings, tokenizer)
+        if finished is not None:
+            return finished
+        batches = _batches(source.pieces(val_share, seed))
+        return _written(batches, tokenizer, out_dir, settings, workers)
 
+
+def _written(
+    batches: Iterable[list[Piece]],
+    tokenizer: Tokenizer,
+    out_dir: Path,
+    settings: dict[str, Any],
+    workers: int,
+) -> Manifest:
     def encode(batch: list[Piece]) -> _Encoded:
-        return _encode(batch, tokenizer, separator)
+        return _encode(batch, tokenizer, settings["end_of_text"])
 
     work = out_dir / _WORK
     dtype = "uint16" if tokenizer.vocab_size <= 1 << 16 else "uint32"
-    writer = ShardWriter(work, settings, dtype, shard_tokens)
+    writer = ShardWriter(work, settings, dtype, settings["shard_tokens"])
     try:
         # What is already written is read again but not encoded.
-        batches = islice(_batches(source.pieces(val_share, seed)), writer.batches, None)
-        for encoded in _shown(_ordered(encode, batches, workers)):
+        left = islice(batches, writer.batches, None)
+        for encoded in _shown(_ordered(encode, left, workers)):
             writer.append(encoded.ids, encoded.documents)
         if not writer.batches:
             raise ValueError("the input is empty: it has no text")
@@ -165,8 +181,6 @@ def _separator(tokenizer: Tokenizer, end_of_text: int | None) -> int:
 
 def _finished(out_dir: Path, settings: dict[str, Any], tokenizer: Tokenizer) -> Manifest | None:
     """The manifest of a preparation that ``out_dir`` already has; None if it is to be made."""
-    if out_dir.exists() and not out_dir.is_dir():
-        raise NotADirectoryError(f"out_dir must be a folder, but {out_dir} is a file")
     found = read_manifest(out_dir)
     if found is None and (out_dir / _WORK / NAME).exists():  # stopped while files were moved
         found = publish(out_dir / _WORK, out_dir)

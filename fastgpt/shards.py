@@ -15,7 +15,7 @@ from typing import Any, BinaryIO
 import numpy as np
 import numpy.typing as npt
 
-from fastgpt._files import sha256_of, write_json
+from fastgpt._files import sha256_of, sync_folder, write_json
 from fastgpt.manifest import NAME, Manifest, Shard, Split, read_manifest
 
 _STATE = "state.json"
@@ -187,7 +187,9 @@ def publish(work: Path, out_dir: Path) -> Manifest:
     for source, target in places.items():
         if (work / source).exists():
             os.replace(work / source, out_dir / target)
+    sync_folder(out_dir)
     os.replace(work / NAME, out_dir / NAME)
+    sync_folder(out_dir)
     shutil.rmtree(work)
     return manifest
 

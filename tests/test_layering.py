@@ -158,6 +158,7 @@ ALLOWED: dict[str, set[str]] = {
         "fastgpt.tokenizer_training",
     },
     "fastgpt.prepare": {
+        "fastgpt._files",
         "fastgpt.manifest",
         "fastgpt.shards",
         "fastgpt.sources",

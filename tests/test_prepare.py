@@ -291,6 +291,21 @@ def test_a_stopped_preparation_goes_on(
     assert not (tmp_path / "b" / ".prepare").exists()
 
 
+@pytest.mark.skipif(os.name != "posix", reason="folders are locked on POSIX systems")
+def test_two_at_a_time_are_refused(source: FileSource, tmp_path: Path) -> None:
+    """They would write into each other's shards."""
+
+    class Second(Stopping):
+        def encode_array(self, text: str) -> npt.NDArray[np.uint16]:
+            with pytest.raises(ValueError, match="another process is writing to .*data"):
+                prepare(source, Stopping(), tmp_path / "data", val_share=0.3)
+            return super().encode_array(text)
+
+    prepare(source, Second(), tmp_path / "data", val_share=0.3)
+    prepare(source, Stopping(), tmp_path / "other", val_share=0.3)
+    assert contents(tmp_path / "data") == contents(tmp_path / "other")
+
+
 @pytest.mark.parametrize("after", range(5))
 def test_stopped_while_the_files_are_moved(
     after: int,
