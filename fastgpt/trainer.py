@@ -10,8 +10,8 @@ checkpoint is the run that was never stopped.
 """
 
 import math
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, cast
@@ -23,6 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from fastgpt import checkpoint as ckpt
 from fastgpt import fsdp, run_folder, sharded, start
+from fastgpt._files import alone_in
 from fastgpt.config import TrainConfig
 from fastgpt.data import Batches
 from fastgpt.devices import autocast, resolve_device, resolve_dtype
@@ -226,6 +227,7 @@ class Trainer:
 
         Ctrl-C ends the update in progress, saves and raises KeyboardInterrupt. A loss
         that is not finite raises FloatingPointError: that update is not made, nothing is saved.
+        ValueError if another process trains into ``out_dir``.
         """
         config = self.config
         self.model.train()
@@ -234,8 +236,8 @@ class Trainer:
             self.val_loss = losses["val"]
             self._report_losses(losses)
             return
-        self._prepare_out_dir()
         with (
+            self._own_out_dir(),
             self._log.opened(config, self.iter_num) if self.world.first else nullcontext(),
             self._meter() as meter,
             interrupts() as interrupted,
@@ -278,14 +280,20 @@ class Trainer:
         assert isinstance(self.model, GPT)
         return self.model.estimate_mfu(sequences // self.world.size, seconds)
 
-    def _prepare_out_dir(self) -> None:
+    @contextmanager
+    def _own_out_dir(self) -> Iterator[None]:
+        """``out_dir`` for this run alone, without an earlier one's files."""
         if not self.world.first:
+            yield
             return
         self.out_dir.mkdir(parents=True, exist_ok=True)
-        if self.config.init_from == "resume":
-            return
-        if moved := run_folder.set_aside(self.out_dir, (LOG, TENSORBOARD)):
-            self.console.print(f"the checkpoints and logs of an earlier run are now in {moved}")
+        with alone_in(self.out_dir):
+            if self.config.init_from != "resume":
+                if moved := run_folder.set_aside(self.out_dir, (LOG, TENSORBOARD)):
+                    self.console.print(
+                        f"the checkpoints and logs of an earlier run are now in {moved}"
+                    )
+            yield
 
     def _update(self, learning_rate: float) -> Tensor:
         """One optimizer step; the mean loss of its batches, on the device."""

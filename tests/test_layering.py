@@ -188,6 +188,7 @@ ALLOWED: dict[str, set[str]] = {
     },
     "fastgpt.trainer": {
         *_RUN,
+        "fastgpt._files",
         "fastgpt.fsdp",
         "fastgpt.log",
         "fastgpt.meter",

@@ -3,6 +3,7 @@
 import functools
 import io
 import math
+import os
 import threading
 from pathlib import Path
 from typing import Any
@@ -149,6 +150,27 @@ def test_the_last_checkpoints_and_the_best_are_kept(
     trained(tmp_path, max_iters=42, keep_last=keep_last)
     left = sorted(path.name for path in (tmp_path / "out").glob("iter-*"))
     assert left == [f"iter-{iteration:07d}.pt" for iteration in kept]
+
+
+@pytest.mark.skipif(os.name != "posix", reason="folders are locked on POSIX systems")
+def test_two_runs_do_not_write_into_one_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer, second = (Trainer(small_config(tmp_path), quiet()) for _ in range(2))
+    evaluate = Trainer.evaluate
+
+    def meanwhile(self: Trainer) -> dict[str, float]:
+        if self is trainer:
+            with pytest.raises(ValueError, match="another process is writing to .*out"):
+                second.run()
+        return evaluate(self)
+
+    monkeypatch.setattr(Trainer, "evaluate", meanwhile)
+    trainer.run()
+    assert state_of(tmp_path)["iter_num"] == 21
+    assert not (tmp_path / "out" / "previous-1").exists()
+    second.run()
+    assert (tmp_path / "out" / "previous-1").exists()
 
 
 def test_eval_only_changes_nothing(tmp_path: Path) -> None:
