@@ -36,7 +36,7 @@ BEST = "ckpt.pt"  # its name, where nanoGPT looks for it
 FOR_SAMPLING = ("model", "model_args")
 FOR_RESUMING = (*FOR_SAMPLING, "optimizer", "iter_num", "best_val_loss")
 
-_GPT2_VOCAB_SIZE = 50257
+GPT2_VOCAB_SIZE = 50257  # the last token ends a document
 
 Checkpoint = dict[str, Any]
 
@@ -150,7 +150,7 @@ def tokenizer_of(checkpoint: Checkpoint, path: Path) -> Tokenizer:
     data_dir = Path(run.get("data_root", "data")) / run.get("dataset", "")
     tokenizer = own_tokenizer(checkpoint) or saved_tokenizer(data_dir)
     if tokenizer is None:
-        if size < _GPT2_VOCAB_SIZE:
+        if size < GPT2_VOCAB_SIZE:
             raise ValueError(
                 f"{path} has a vocabulary of {size} tokens, but its data set's folder {data_dir} "
                 "has no tokenizer (meta.pkl, say) to say which; start in the folder in which it "

@@ -23,7 +23,6 @@ from fastgpt.tokenizer import (
 )
 
 _FROM_FILE = "FILE:"
-_GPT2_VOCAB_SIZE = 50257
 
 
 @dataclass(frozen=True)
@@ -258,7 +257,7 @@ def _tokenizer_beside(path: Path, vocab_size: int) -> Tokenizer:
     """
     tokenizer = tokenizer_in(path if path.is_dir() else path.parent)
     if tokenizer is None:
-        if vocab_size < _GPT2_VOCAB_SIZE:
+        if vocab_size < ckpt.GPT2_VOCAB_SIZE:
             raise ValueError(
                 f"init_from={str(path)!r} has a vocabulary of {vocab_size} tokens, but beside it "
                 f"there is no tokenizer to say which: none of {', '.join(TOKENIZER_FILES)}"

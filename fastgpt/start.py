@@ -14,8 +14,7 @@ from fastgpt.model import GPT
 from fastgpt.parallel import World
 from fastgpt.tokenizer import CharTokenizer, Tokenizer, tokenizer_in
 
-GPT2_VOCAB_SIZE = 50304  # for data without a tokenizer: 50257, padded to a multiple of 64
-GPT2_END_OF_TEXT = 50256
+PADDED_GPT2_VOCAB_SIZE = -(-ckpt.GPT2_VOCAB_SIZE // 64) * 64  # for data without a tokenizer
 SHAPE_KEYS = ("n_layer", "n_head", "n_embd", "block_size", "bias")
 
 
@@ -28,7 +27,7 @@ def new_model(config: TrainConfig, tokenizer: Tokenizer | None) -> LanguageModel
     if config.init_from != "scratch":
         return _pretrained(config, tokenizer)
     shape = GPTConfig(
-        vocab_size=tokenizer.padded_vocab_size if tokenizer else GPT2_VOCAB_SIZE,
+        vocab_size=tokenizer.padded_vocab_size if tokenizer else PADDED_GPT2_VOCAB_SIZE,
         dropout=config.dropout,
         **{key: getattr(config, key) for key in SHAPE_KEYS},
     )
@@ -41,7 +40,7 @@ def _pretrained(config: TrainConfig, tokenizer: Tokenizer | None) -> GPT:
         model = GPT.from_pretrained(config.init_from, {"dropout": config.dropout})
         _check_tokens(config, tokenizer, model)
     else:
-        if tokenizer and tokenizer.padded_vocab_size != GPT2_VOCAB_SIZE:
+        if tokenizer and tokenizer.padded_vocab_size != PADDED_GPT2_VOCAB_SIZE:
             raise ValueError(
                 f"{source} needs a data set of GPT-2's tokens, but {config.data_dir} has others "
                 f"({tokenizer.name})"
@@ -59,7 +58,7 @@ def _pretrained(config: TrainConfig, tokenizer: Tokenizer | None) -> GPT:
 def _check_tokens(config: TrainConfig, tokenizer: Tokenizer | None, model: GPT) -> None:
     """ValueError unless the data's ids mean to the model what they mean in the data."""
     path, rows = Path(config.init_from), model.config.vocab_size
-    ids = tokenizer.vocab_size if tokenizer else GPT2_END_OF_TEXT + 1
+    ids = tokenizer.vocab_size if tokenizer else ckpt.GPT2_VOCAB_SIZE
     exact = isinstance(tokenizer, CharTokenizer)  # others' models may have rows to spare
     if ids > rows or exact and ids < rows:
         raise ValueError(
@@ -127,7 +126,7 @@ def separator(config: TrainConfig, tokenizer: Tokenizer | None) -> int | None:
     if manifest is not None:
         token, why = manifest.settings.get("end_of_text"), "is one text"
     elif tokenizer is None:  # nanoGPT's
-        return GPT2_END_OF_TEXT
+        return ckpt.GPT2_VOCAB_SIZE - 1
     else:
         token, why = tokenizer.end_of_text, f"has a tokenizer ({tokenizer.name}) without one"
     if isinstance(tokenizer, CharTokenizer):
