@@ -54,6 +54,9 @@ class CharTokenizer(Tokenizer):
         """V: nanoGPT pads no characters."""
         return self.vocab_size
 
+    def fits(self, vocab_size: int) -> bool:
+        return self.vocab_size == vocab_size
+
     @classmethod
     def from_text(cls, text: str) -> "CharTokenizer":
         """The characters of ``text`` in the order of their code points.

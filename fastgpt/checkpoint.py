@@ -24,7 +24,6 @@ from fastgpt.bigram import Bigram
 from fastgpt.language_model import GPTConfig, LanguageModel
 from fastgpt.model import GPT
 from fastgpt.tokenizer import (
-    CharTokenizer,
     GPT2Tokenizer,
     Tokenizer,
     saved_tokenizer,
@@ -157,8 +156,7 @@ def tokenizer_of(checkpoint: Checkpoint, path: Path) -> Tokenizer:
                 "was trained"
             )
         tokenizer = GPT2Tokenizer()
-    padded = not isinstance(tokenizer, CharTokenizer)
-    if tokenizer.vocab_size > size or tokenizer.vocab_size < size and not padded:
+    if not tokenizer.fits(size):
         raise ValueError(
             f"{path} has a vocabulary of {size} tokens, but its data set has "
             f"{tokenizer.vocab_size}: the data was prepared anew from another text?"

@@ -16,7 +16,6 @@ from fastgpt.language_model import LanguageModel
 from fastgpt.model import GPT, PRETRAINED_SHAPES
 from fastgpt.tokenizer import (
     TOKENIZER_FILES,
-    CharTokenizer,
     GPT2Tokenizer,
     Tokenizer,
     tokenizer_in,
@@ -263,8 +262,7 @@ def _tokenizer_beside(path: Path, vocab_size: int) -> Tokenizer:
                 f"there is no tokenizer to say which: none of {', '.join(TOKENIZER_FILES)}"
             )
         return GPT2Tokenizer()
-    padded = not isinstance(tokenizer, CharTokenizer)
-    if tokenizer.vocab_size > vocab_size or tokenizer.vocab_size < vocab_size and not padded:
+    if not tokenizer.fits(vocab_size):
         raise ValueError(
             f"init_from={str(path)!r} has a vocabulary of {vocab_size} tokens, but the tokenizer "
             f"beside it ({tokenizer.FILE}) has {tokenizer.vocab_size}"

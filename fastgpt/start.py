@@ -59,8 +59,7 @@ def _check_tokens(config: TrainConfig, tokenizer: Tokenizer | None, model: GPT) 
     """ValueError unless the data's ids mean to the model what they mean in the data."""
     path, rows = Path(config.init_from), model.config.vocab_size
     ids = tokenizer.vocab_size if tokenizer else ckpt.GPT2_VOCAB_SIZE
-    exact = isinstance(tokenizer, CharTokenizer)  # others' models may have rows to spare
-    if ids > rows or exact and ids < rows:
+    if not (tokenizer.fits(rows) if tokenizer else ids <= rows):
         raise ValueError(
             f"init_from={config.init_from!r} has a vocabulary of {rows} tokens, but the data set "
             f"{config.data_dir} has {ids}"

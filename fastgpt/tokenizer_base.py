@@ -38,6 +38,10 @@ class Tokenizer(ABC):
         """The vocabulary of a model for these ids: V, or more, where matrix products are faster."""
         return -(-self.vocab_size // 64) * 64
 
+    def fits(self, vocab_size: int) -> bool:
+        """Whether it can be that of a model with so many tokens, some of them only for speed."""
+        return self.vocab_size <= vocab_size
+
     @abstractmethod
     def encode(self, text: str) -> list[int]:
         """The ids of a prompt; the names of special tokens in it mean these tokens.
