@@ -46,12 +46,12 @@ def _(out, x, weight):
 def suits(x: Tensor, weight: Tensor) -> bool:
     """Whether ``linear`` may be called: few rows of float32 on a CPU, no gradient wanted."""
     return (
-        x.is_cpu
+        not torch.compiler.is_compiling()  # asked first: it would compile again for other lengths
+        and x.is_cpu
         and x.dtype == weight.dtype == torch.float32
         and 0 < x.numel() <= MAX_ROWS * x.shape[-1]
         and not (torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad))
         and torch.backends.mkldnn.is_available()
-        and not torch.compiler.is_compiling()
     )
 
 

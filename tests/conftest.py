@@ -8,6 +8,7 @@ import os
 os.environ["OMP_NUM_THREADS"] = "1"
 
 import functools
+import signal
 import sys
 import zlib
 from collections.abc import Callable, Iterator
@@ -51,6 +52,9 @@ def _poison_uninitialised_memory() -> None:
         setattr(owner, name, _poisoning(getattr(owner, name)))
 
 
+# Jobs that a shell starts in the background ignore Ctrl-C, and so would all that tests start.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 torch.set_num_threads(1)
 interpreter.install()
 _common.INTERPRETED = True
