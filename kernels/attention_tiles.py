@@ -97,6 +97,7 @@ FLOAT32_TILES: _Tiles = {
     ("dkdv", 128): (16, 16, 4, 1),
     ("dkdv", 256): (16, 16, 8, 1),
     ("dkdv", 256, "dropout"): (16, 16, 8, 3),
+    ("dkdv", 32, "dropout", "documents"): (32, 32, 8, 1),
     ("dkdv", 256, "dropout", "documents"): (16, 16, 8, 1),
 }
 
