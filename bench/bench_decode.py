@@ -26,6 +26,7 @@ import _eager
 import _machine
 import torch
 import tyro
+from _command import USER_ERRORS, failed
 from _timing import Clock
 from rich.console import Console
 from rich.table import Table
@@ -191,12 +192,11 @@ def main(argv: list[str] | None = None) -> int:
     try:
         if options.out is not None and options.out.exists():
             raise FileExistsError(f"{options.out} is there already: it would be replaced")
+        if options.out is not None:
+            options.out.parent.mkdir(parents=True, exist_ok=True)
         record = measure(options)
-    except (ValueError, FileExistsError) as error:
-        Console(stderr=True, markup=False, highlight=False, soft_wrap=True).print(
-            f"error: {error}", style="bold red"
-        )
-        return 2
+    except USER_ERRORS as error:
+        return failed(error)
     Console().print(table(record))
     if options.out is not None:
         options.out.write_text(json.dumps(record, indent=1) + "\n")

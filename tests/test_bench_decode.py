@@ -23,7 +23,7 @@ TINY = [
 
 
 def test_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    path = tmp_path / "decode.json"
+    path = tmp_path / "new" / "decode.json"
     assert bench_decode.main([*TINY, f"--out={path}"]) == 0
     assert "fastgpt over nanoGPT's method: " in " ".join(capsys.readouterr().out.split())
     record = json.loads(path.read_text())
