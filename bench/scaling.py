@@ -2,46 +2,57 @@
 
     python bench/scaling.py                               # GPT-2 124M, 1 to 1024 H200s
     python bench/scaling.py --model=gpt2-xl --batch_size=8 --gradient_accumulation_steps=4
-    python bench/scaling.py --parallel fsdp --gpus 8 64 512 --network=200 --out=bench/out/mine
 
-The computation is the roofline's (``roofline.py``): a real step takes longer, so that more of the
-communication hides behind it. The communication is NCCL's model of itself on NVLink and a network
-(``_scaling_links.py``: where the bandwidths and latencies come from), and what of it hides follows
-from the order in which PyTorch issues it (``_scaling_step.py``). Each GPU has a batch of its own:
-more GPUs, more tokens a step. Efficiency is tokens per second over those of as many single GPUs
-without DDP or FSDP2; FSDP2's can pass 100%, since each GPU updates its share of the parameters.
+The computation is the roofline's step on one GPU (``roofline.py``) plus the bytes of AdamW. A
+collective takes its bytes over the bandwidth of a ring (Patarasuk & Yuan 2009) plus the latency of
+its steps. How much of that hides behind the computation depends on the order of the collectives, so
+each row has both ends: none of it hidden, and all. Each GPU has a batch of its own. Efficiency is
+tokens per second over those of as many single GPUs; FSDP2's can pass 100%, since each GPU updates
+its share of the parameters.
 
-``tests/test_scaling_processes.py`` runs two processes and holds every collective of theirs, in
-order and to the byte, against these predictions.
+``tests/test_scaling.py`` holds the bytes of each kind of collective against two real processes.
 """
 
 import math
+import re
 import sys
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
-from functools import partial
-from pathlib import Path
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Literal
 
 import _command
-import _scaling_report
 import roofline
 import torch
-from _scaling_links import NVLINK_GB_PER_S, Cluster
-from _scaling_step import Step, ddp, fsdp
-from _scaling_timeline import timeline
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
 
-from fastgpt import GPTConfig
+from fastgpt import GPT, GPTConfig
+
+# Rate of the links to the other GPUs of a node in one direction, GB/s: half of what NVIDIA's data
+# sheets give for NVLink 3, 4 and 5.
+NVLINK_GB_PER_S = {"a100": 300.0, "h100": 450.0, "h200": 450.0, "b200": 900.0}
+# Shares that are left for data: 370 of 450 GB/s over NVLink (NVIDIA/nccl-tests issue 212), 46 to 48
+# of 50 GB/s over InfiniBand (issue 290).
+_NVLINK_SHARE, _NETWORK_SHARE = 370 / 450, 47 / 50
+
+# Latency in µs of a start and of a step over NVLink and over the network: NCCL's own model of its
+# protocol LL128 (src/graph/tuning.cc, v2.28).
+_START_US, _NVLINK_US, _NETWORK_US = 14.0, 1.9, 4.0
+
+_BUCKET_BYTES = 25 << 20  # of gradients that DDP reduces at a time
+# AdamW reads and writes a parameter and its moments and reads its gradient, which the norm has read
+# before; a parameter held in bfloat16 is written a second time.
+_UPDATE_BYTES = 28 + 4 + 2
+
+Parallel = Literal["ddp", "fsdp"]
+Collective = tuple[Literal["all-reduce", "all-gather", "reduce-scatter"], int]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """Predicted tokens per second and efficiency of training GPT on many GPUs, from the roofline of
-    a step, the bytes of its collectives and the links that carry them. Needs no GPU.
-    """
+    """Predicted speed and efficiency of training GPT on many GPUs. Needs no GPU."""
 
-    # Ways of going parallel, side by side.
-    parallel: tuple[Literal["ddp", "fsdp"], ...] = ("ddp", "fsdp")
     # Numbers of GPUs: up to a node, or whole nodes.
     gpus: tuple[int, ...] = tuple(2**power for power in range(11))
     # Layers, heads and width.
@@ -50,119 +61,139 @@ class Options:
     batch_size: int = 32
     # Batches of each GPU in a step.
     gradient_accumulation_steps: int = 1
-    # Tokens per sequence.
-    block_size: int = GPTConfig.block_size
-    # Rows of the embedding and of the head.
-    vocab_size: int = GPTConfig.vocab_size
-    # Biases in Linear and LayerNorm.
-    bias: bool = True
-    # GELU and LayerNorm are computed again in the backward.
-    recompute: bool = False
-    # Gradients on the wire, and with DDP the parameters. FSDP2 gathers bfloat16 ones always.
-    gradients: Literal["float32", "bfloat16"] = "float32"
-    # Whose ceilings: a100 and so on are data sheets, h200 was measured.
+    # Whose ceilings and NVLink: a100 and so on are data sheets, h200 was measured.
     device: Literal["a100", "h100", "h200", "b200"] = "h200"
-    # TFLOP/s of 16-bit products, instead of the device's.
-    tflops: float | None = None
-    # TB/s of device memory, read plus written, instead of the device's.
-    tbps: float | None = None
-    # GB/s that a GPU can send over NVLink, instead of the device's data sheet.
-    nvlink: float | None = None
     # Gb/s that a GPU can send to other nodes.
     network: float = 400.0
     # GPUs that NVLink joins.
     gpus_per_node: int = 8
-    # Folder for scaling.json and scaling.png, which must not be there yet. Default: neither.
-    out: Path | None = None
 
     def __post_init__(self) -> None:
-        for name in ("parallel", "gpus"):
-            values = getattr(self, name)
-            if not values or len(set(values)) < len(values):
-                given = " ".join(map(str, values)) or "none"
-                raise ValueError(f"{name} must be one or more, each once, got {given}")
-        for name in ("batch_size", "gradient_accumulation_steps", "block_size", "gpus_per_node"):
+        for name in ("batch_size", "gradient_accumulation_steps", "gpus_per_node"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("nvlink", "network"):
-            rate = getattr(self, name)
-            if rate is not None and not 0 < rate < math.inf:
-                raise ValueError(f"{name} must be positive and finite, got {rate}")
-        for number in self.gpus:
-            self.cluster.nodes(number)
-        _ = self.one_gpu.ceilings
+        if not 0 < self.network < math.inf:
+            raise ValueError(f"network must be positive and finite, got {self.network}")
+        if not self.gpus:
+            raise ValueError("gpus must be one or more numbers, got none")
+        for gpus in self.gpus:
+            if gpus < 1 or (gpus > self.gpus_per_node and gpus % self.gpus_per_node):
+                raise ValueError(
+                    f"gpus must lie between 1 and gpus_per_node ({self.gpus_per_node}) or be a "
+                    f"multiple of it, got {gpus}"
+                )
 
     @property
-    def one_gpu(self) -> roofline.Options:
-        return roofline.Options(
-            model=self.model,
-            batch_size=self.batch_size,
-            block_size=self.block_size,
-            vocab_size=self.vocab_size,
-            bias=self.bias,
-            device=self.device,
-            tflops=self.tflops,
-            tbps=self.tbps,
-        )
-
-    @property
-    def cluster(self) -> Cluster:
-        nvlink = NVLINK_GB_PER_S[self.device] if self.nvlink is None else self.nvlink
-        return Cluster(nvlink, self.network / 8, self.gpus_per_node)
+    def step(self) -> roofline.Options:
+        """The micro-batch of one GPU."""
+        return roofline.Options(model=self.model, batch_size=self.batch_size, device=self.device)
 
 
-def predict(options: Options, parallel: str) -> dict[int, Step]:
-    """A step on every number of ``options.gpus``, and on one GPU."""
-    o, ceilings = options, options.one_gpu.ceilings
-    params = "bfloat16" if parallel == "fsdp" else o.gradients
-    one = timeline(o.one_gpu.config, o.batch_size, params, ceilings, o.recompute)
-    step: Callable[..., Step] = ddp
-    if parallel == "fsdp":
-        step = partial(fsdp, reduce_itemsize=getattr(torch, o.gradients).itemsize)
-    return {
-        gpus: step(one, o.cluster, ceilings, gpus, o.gradient_accumulation_steps)
-        for gpus in (1, *o.gpus)
-    }
+def collectives(
+    config: GPTConfig,
+    parallel: Parallel,
+    gpus: int,
+    micro_batches: int = 1,
+    gather_dtype: torch.dtype = torch.bfloat16,
+) -> list[Collective]:
+    """What one update sends: the kind and the bytes of the whole tensor, which an all-gather
+    returns and a reduce-scatter is given. Gradients travel in float32; ``gather_dtype`` is that of
+    FSDP2's parameters but for LayerNorm's, which are float32 (see ``fastgpt.fsdp.shard``).
+    """
+    with torch.device("meta"):
+        parameters = dict(GPT(config).named_parameters())
+    found: list[Collective] = [("all-reduce", 8), ("all-reduce", 4)]  # valid targets, the loss
+    if parallel == "ddp":  # the last micro-batch reduces the sum of all
+        nbytes = 4 * sum(p.numel() for p in parameters.values())
+        buckets = range(0, nbytes, _BUCKET_BYTES)
+        return found + [("all-reduce", min(_BUCKET_BYTES, nbytes - begin)) for begin in buckets]
+    groups: dict[str, list[Tensor]] = {}
+    for name, p in parameters.items():
+        block = re.search(r"\.h\.\d+\.", name)
+        group = "norms" if "ln_" in name else block[0] if block else "tables"
+        groups.setdefault(group, []).append(p)
+    for group, members in groups.items():
+        numel = sum(_padded_numel(p, gpus) for p in members)
+        itemsize = 4 if group == "norms" else gather_dtype.itemsize
+        # A block's weights are dropped after the forward and gathered again for the backward.
+        gathers = micro_batches * (2 if group.startswith(".h.") else 1)
+        found += gathers * [("all-gather", itemsize * numel)] + [("reduce-scatter", 4 * numel)]
+    return [*found, ("all-reduce", 4 * len(parameters))]  # squared norms of the gradients
 
 
-def record(options: Options) -> dict[str, Any]:
-    """All that the tables and the chart are made from."""
-    o = options
-    return {
-        "options": {key: value for key, value in asdict(o).items() if key != "out"},
-        "torch": torch.__version__,
-        "ceilings": asdict(o.one_gpu.ceilings),
-        "cluster": asdict(o.cluster),
-        "parallel": {name: _rows(o, predict(o, name)) for name in o.parallel},
-    }
+def _padded_numel(p: Tensor, gpus: int) -> int:
+    """FSDP2 pads each parameter to the same number of rows on every GPU."""
+    rows = p.shape[0]
+    return -(-rows // gpus) * gpus * (p.numel() // rows)
 
 
-def _rows(options: Options, steps: dict[int, Step]) -> list[dict[str, Any]]:
-    batch = options.batch_size * options.block_size * options.gradient_accumulation_steps
-    return [
-        {
-            "gpus": gpus,
-            "nodes": options.cluster.nodes(gpus),
-            "ms": steps[gpus].ms,
-            "exposed_ms": steps[gpus].exposed_ms,
-            "communication_ms": steps[gpus].communication_ms,
-            "collectives": len(steps[gpus].collectives),
-            "sent_bytes": steps[gpus].sent_bytes,
-            "tokens": gpus * batch,
-            "tokens_per_s": gpus * batch / steps[gpus].ms * 1e3,
-            "efficiency": steps[1].ms / steps[gpus].ms,
-        }
-        for gpus in sorted(options.gpus)
-    ]
+def sent_bytes(sent: list[Collective], gpus: int) -> float:
+    """What each GPU sends in rings; an all-reduce is a reduce-scatter and an all-gather."""
+    return sum((1 + (kind == "all-reduce")) * n for kind, n in sent) * (gpus - 1) / gpus
+
+
+def communication_ms(sent: list[Collective], gpus: int, options: Options) -> float:
+    """Of all of them, one after the other. Between nodes their adapters together carry what each
+    NVLink port does. An all-reduce's latency is a tree's, whose steps grow with the logarithm."""
+    if gpus == 1:
+        return 0.0
+    o, nodes = options, -(-gpus // options.gpus_per_node)
+    gb_per_s = _NVLINK_SHARE * NVLINK_GB_PER_S[o.device]
+    if nodes > 1:
+        gb_per_s = min(gb_per_s, _NETWORK_SHARE * o.network / 8 * o.gpus_per_node)
+    ring = (gpus - nodes) * _NVLINK_US + (nodes - 1) * _NETWORK_US
+    tree = 2 * ((gpus // nodes - 1) * _NVLINK_US + math.log2(nodes) * _NETWORK_US)
+    latency = sum(_START_US + (tree if kind == "all-reduce" else ring) for kind, _ in sent)
+    return sent_bytes(sent, gpus) / gb_per_s / 1e6 + latency / 1e3
+
+
+def table(options: Options, parallel: Parallel, micro_batch_ms: float) -> Table:
+    """A row a number of GPUs; ``micro_batch_ms``: forward and backward on one GPU."""
+    o, config, ceilings = options, options.step.config, options.step.ceilings
+    with torch.device("meta"):
+        numel = sum(p.numel() for p in GPT(config).parameters())
+    out = Table(
+        title=f"{'DDP' if parallel == 'ddp' else 'FSDP2'}, predicted, not measured: {o.model}, "
+        f"B={o.batch_size} x {o.gradient_accumulation_steps} a GPU, T={config.block_size},\n"
+        f"{ceilings.name}, {o.network:g} Gb/s a GPU between nodes of {o.gpus_per_node}",
+        title_justify="left",
+        box=box.SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+        pad_edge=False,
+    )
+    headers = "GPUs\n", "sent\nGB a GPU", "communication\nms", "computation\nms"
+    for header in (*headers, "tokens/s, communication\nnot hidden .. hidden", "efficiency\n"):
+        out.add_column(header, justify="right", no_wrap=True)
+
+    def computed_ms(updated: int) -> float:
+        update = ceilings.ms(0, _UPDATE_BYTES * updated, half=True)
+        return o.gradient_accumulation_steps * micro_batch_ms + update
+
+    for gpus in sorted(o.gpus):
+        sent = collectives(config, parallel, gpus, o.gradient_accumulation_steps)
+        communication = communication_ms(sent, gpus, o)
+        computation = computed_ms(numel if parallel == "ddp" else -(-numel // gpus))
+        steps_ms = computation + communication, max(computation, communication)
+        tokens = gpus * o.batch_size * config.block_size * o.gradient_accumulation_steps
+        speeds = [f"{tokens / ms * 1e3:,.0f}" for ms in steps_ms]
+        shares = [f"{computed_ms(numel) / ms:.1%}" for ms in steps_ms]
+        gigabytes = f"{sent_bytes(sent, gpus) / 1e9:.3f}"
+        times = f"{communication:.2f}", f"{computation:.2f}"
+        out.add_row(str(gpus), gigabytes, *times, " .. ".join(speeds), " .. ".join(shares))
+    return out
 
 
 def main(argv: list[str] | None = None) -> int:
     """The exit code: 0, or 2 for a wrong argument."""
-
-    def planned() -> Options:
-        return _command.options(Options(), argv)
-
-    return _command.prediction("scaling", planned, record, _scaling_report)
+    try:
+        o = _command.options(Options(), argv)
+    except ValueError as error:
+        return _command.failed(error)
+    one = roofline.measure("fastgpt", o.step.config, o.batch_size, ceilings=o.step.ceilings)
+    console = Console(highlight=False)
+    for parallel in ("ddp", "fsdp"):
+        console.print(table(o, parallel, one.ms))
+    return 0
 
 
 if __name__ == "__main__":
