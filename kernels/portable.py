@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.optim.adamw import adamw as _functional_adamw
 
-from fastgpt.kernels import _checks, chunked_loss, few_rows
+from fastgpt.kernels import _checks, chunked_loss
 from fastgpt.kernels._precision import autocast_dtype
 from fastgpt.kernels.reference import document_mask, unpacked, widened
 from fastgpt.kernels.reference import dropout_seed as dropout_seed
@@ -236,9 +236,6 @@ def linear(
     _checks.recipe(x, recompute)
     if recompute is None:
         weight, bias = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
-        if few_rows.suits(x, weight):
-            y = few_rows.linear(x, weight)
-            return y if bias is None else y + bias
         return F.linear(x, weight, bias)
     *sources, eps = recompute
     return _recomputed_linear(x, weight, bias, partial(_layer_norm, eps=eps), *sources)

@@ -29,12 +29,10 @@ ALLOWED: dict[str, set[str]] = {
     "fastgpt.kernels._precision": set(),
     "fastgpt.kernels.reference": {"fastgpt.kernels._checks"},
     "fastgpt.kernels.chunked_loss": {"fastgpt.kernels._costs", "fastgpt.kernels._precision"},
-    "fastgpt.kernels.few_rows": {"fastgpt.kernels._costs"},
     "fastgpt.kernels.portable": {
         "fastgpt.kernels._checks",
         "fastgpt.kernels._precision",
         "fastgpt.kernels.chunked_loss",
-        "fastgpt.kernels.few_rows",
         "fastgpt.kernels.reference",
     },
     "fastgpt.kernels.adamw": _OP,
@@ -219,7 +217,6 @@ TORCH_ALONE = (
     "_costs",
     "_precision",
     "chunked_loss",
-    "few_rows",
     "reference",
     "portable",
 )
@@ -334,7 +331,7 @@ def test_triton_and_optional_libraries_load_late(module: str) -> None:
 @pytest.mark.parametrize("name", TORCH_ALONE)
 def test_the_plain_ops_need_no_triton(name: str) -> None:
     for found in imports_of(f"fastgpt.kernels.{name}"):
-        allowed = found.package in ("torch", "numpy", *sys.stdlib_module_names)
+        allowed = found.package in ("torch", *sys.stdlib_module_names)
         assert allowed or found.module.removeprefix("fastgpt.kernels.") in TORCH_ALONE
 
 
