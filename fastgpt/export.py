@@ -21,8 +21,8 @@ import tyro
 
 from fastgpt import checkpoint as ckpt
 from fastgpt import huggingface
-from fastgpt.byte_level_bpe import byte_of_character
 from fastgpt.model import GPT, PRETRAINED_SHAPES
+from fastgpt.subword_tokenizers import byte_of_character
 from fastgpt.tokenizer import (
     END_OF_TEXT,
     CharTokenizer,

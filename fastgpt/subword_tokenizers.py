@@ -5,21 +5,20 @@ Ids need no second check: every one that a library returns lies below its vocabu
 
 import base64
 import binascii
-import functools
 import hashlib
 import json
-import threading
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from fastgpt.byte_level_bpe import GPT2_PATTERN, ByteLevelBPE, byte_of_character
 from fastgpt.tokenizer_base import END_OF_TEXT, TokenIds, Tokenizer, check_text, checked_ids
 
 # Files of GPT-2's vocabulary: OpenAI's names and Hugging Face's. Ids, then merges.
 _GPT2_FILES = (("encoder.json", "vocab.bpe"), ("vocab.json", "merges.txt"))
+# What GPT-2 splits a text into before it merges bytes, without backtracking where none can help.
+_GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
 _END_NAMES = (END_OF_TEXT, "</s>", "<|end_of_text|>", "<eos>", "[EOS]", "<|im_end|>", "[SEP]")
 
 
@@ -63,7 +62,7 @@ class GPT2Tokenizer(Tokenizer):
             ranks = _gpt2_ranks(Path(path))
             self._encoding = tiktoken.Encoding(
                 "gpt2",
-                pat_str=GPT2_PATTERN,
+                pat_str=_GPT2_PATTERN,
                 mergeable_ranks=ranks,
                 special_tokens={END_OF_TEXT: len(ranks)},
             )
@@ -97,8 +96,7 @@ class GPT2Tokenizer(Tokenizer):
 
 
 class JsonTokenizer(Tokenizer):
-    """A ``tokenizer.json`` of the library tokenizers, and so of Hugging Face's models. One of
-    GPT-2's kind is applied to data by tiktoken, if that is installed: the same ids, sooner.
+    """A ``tokenizer.json`` of the library tokenizers, and so of Hugging Face's models.
 
     Args:
         path: the file.
@@ -136,7 +134,6 @@ class JsonTokenizer(Tokenizer):
         if not ids:
             raise ValueError(f"{path} is not a usable tokenizer.json: its vocabulary is empty")
         self._bytes = data
-        self._lock = threading.Lock()
         self.vocab_size: int = max(ids.values()) + 1
         self.end_of_text: int | None = next((ids[n] for n in _END_NAMES if n in ids), None)
         self.name = f"{type(self._data.model).__name__} of {self.vocab_size} tokens"
@@ -149,16 +146,8 @@ class JsonTokenizer(Tokenizer):
 
     def encode_array(self, text: str) -> npt.NDArray[np.uint32]:
         check_text(text)
-        with self._lock:  # the first of several threads makes it
-            faster = self._faster
-        if faster is not None and faster.knows(text):
-            return faster.encode(text)
         (encoding,) = self._data.encode_batch_fast([text], add_special_tokens=False)
         return np.asarray(encoding.ids, dtype=np.uint32)
-
-    @functools.cached_property
-    def _faster(self) -> ByteLevelBPE | None:
-        return ByteLevelBPE.of(self._bytes, self._data.model)
 
     def decode(self, ids: TokenIds) -> str:
         text: str = self._prompts.decode(
@@ -225,6 +214,17 @@ class SentencePieceTokenizer(Tokenizer):
 def gpt2_folder_has_vocabulary(folder: Path) -> bool:
     """Whether ``GPT2Tokenizer(folder)`` finds its files there."""
     return any(all((folder / name).is_file() for name in names) for names in _GPT2_FILES)
+
+
+def byte_of_character() -> dict[str, int]:
+    """How byte-level vocabularies write a byte in JSON: printable Latin-1 characters as they are,
+    the other 68 bytes in order as the characters from U+0100 on.
+    """
+    printable = [byte for byte in range(256) if chr(byte).isprintable() and byte != 0x20]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {
+        chr(256 + i): byte for i, byte in enumerate(others)
+    }
 
 
 def _read(path: Path) -> bytes:

@@ -15,8 +15,8 @@ from fastgpt import GPT, GPTConfig
 from fastgpt import checkpoint as ckpt
 from fastgpt import export as exporting
 from fastgpt.__main__ import main
-from fastgpt.byte_level_bpe import byte_of_character
 from fastgpt.export import ExportConfig, Exported, export
+from fastgpt.subword_tokenizers import byte_of_character
 from fastgpt.tokenizer import END_OF_TEXT, GPT2Tokenizer
 from fastgpt.trainer import Trainer
 

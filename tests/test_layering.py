@@ -123,8 +123,7 @@ ALLOWED: dict[str, set[str]] = {
     "fastgpt.devices": set(),
     "fastgpt.tokenizer_base": set(),
     "fastgpt.char_tokenizer": {"fastgpt._progress", "fastgpt.tokenizer_base"},
-    "fastgpt.byte_level_bpe": set(),
-    "fastgpt.subword_tokenizers": {"fastgpt.byte_level_bpe", "fastgpt.tokenizer_base"},
+    "fastgpt.subword_tokenizers": {"fastgpt.tokenizer_base"},
     "fastgpt.tokenizer": {
         "fastgpt.char_tokenizer",
         "fastgpt.subword_tokenizers",
@@ -173,9 +172,9 @@ ALLOWED: dict[str, set[str]] = {
     "fastgpt.doctor": {"fastgpt.devices", "fastgpt.ops"},
     "fastgpt.plot": {"fastgpt.log"},
     "fastgpt.export": {
-        "fastgpt.byte_level_bpe",
         "fastgpt.checkpoint",
         "fastgpt.huggingface",
+        "fastgpt.subword_tokenizers",
         "fastgpt.tokenizer",
         *_MODEL,
     },

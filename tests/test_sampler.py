@@ -11,11 +11,11 @@ from small_runs import data_set, small_config
 from fastgpt import GPT, GPTConfig
 from fastgpt import checkpoint as ckpt
 from fastgpt import sampler as sampling
-from fastgpt.byte_level_bpe import byte_of_character
 from fastgpt.config import SampleConfig
 from fastgpt.export import ExportConfig, export
 from fastgpt.huggingface import Weights, write
 from fastgpt.sampler import Sampler
+from fastgpt.subword_tokenizers import byte_of_character
 from fastgpt.tokenizer import CharTokenizer
 from fastgpt.trainer import Trainer
 

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 import torch
 
-from fastgpt.byte_level_bpe import byte_of_character
 from fastgpt.sources import TextSource
+from fastgpt.subword_tokenizers import byte_of_character
 from fastgpt.tokenizer import (
     END_OF_TEXT,
     CharTokenizer,
