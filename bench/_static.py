@@ -24,18 +24,29 @@ from _multiprocessor import (
     ARCHITECTURES,
     RESERVED_SHARED_MEMORY,
     TENSOR_MEMORY,
-    Cycles,
     Occupancy,
-    cycles,
     occupancy,
 )
-from _sass import MATRIX, Code, Instruction, disassemble, kinds
 from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
 from fastgpt.kernels import _common
+
+# Kind of instruction → its beginning in PTX. Matrix products of a warp from registers, of a warp
+# group from shared memory (sm_90), of a program into tensor memory (sm_100); then copies from
+# global to shared memory past the registers, by the threads and by the tensor memory accelerator.
+MATRIX = {
+    "mma": r"mma\.sync\.",
+    "wgmma": r"wgmma\.mma_async\.",
+    "tcgen05": r"tcgen05\.mma\.",
+}
+COPIES = {
+    "cp.async": r"cp\.async\.c[ag]\.",
+    "TMA load": r"cp\.async\.bulk\.tensor\.\S*\.shared::\w+\.global",
+    "TMA store": r"cp\.async\.bulk\.tensor\.\S*\.global\.shared::",
+}
 
 
 @dataclass(frozen=True)
@@ -57,11 +68,6 @@ class Dot:
     k: int
     dtype: str  # of the operands: "bf16", ...
     tf32: bool
-    loop: int | None  # the loop that it stands in, None outside
-
-    @property
-    def macs(self) -> int:
-        return self.m * self.n * self.k
 
 
 @dataclass(frozen=True)
@@ -82,10 +88,8 @@ class Compiled:
     shared_memory: int  # bytes per program
     tensor_memory: int  # columns per program, sm_100
     occupancy: Occupancy
-    instructions: Counter[str]  # how many of each kind: HMMA, HGMMA, TC5MMA, LDGSTS, ...
-    main_loop: Counter[str]  # likewise; all instructions of a kernel without a loop
+    instructions: Counter[str]  # how many of each kind of MATRIX and COPIES
     dots: list[Dot]
-    cycles: Cycles  # of one run through the main loop
 
     def record(self) -> dict[str, Any]:
         """As JSON can hold it, with its faults."""
@@ -93,7 +97,6 @@ class Compiled:
             **vars(self),
             "occupancy": vars(self.occupancy),
             "dots": [vars(dot) for dot in self.dots],
-            "cycles": {**vars(self.cycles), "serial": self.cycles.serial},
             "faults": faults(self),
         }
 
@@ -131,12 +134,12 @@ def faults(compiled: Compiled) -> list[str]:
 
 
 def _missing_tensor_cores(compiled: Compiled) -> list[str]:
-    """16-bit products of 64 rows or more take the architecture's own instruction, others HMMA."""
+    """16-bit products of 64 rows or more take the architecture's own instruction, others mma."""
     own = ARCHITECTURES[compiled.capability].tensor_cores
-    used = {own if dot.m >= 64 else "HMMA" for dot in compiled.dots if dot.dtype in ("bf16", "f16")}
+    used = {own if dot.m >= 64 else "mma" for dot in compiled.dots if dot.dtype in ("bf16", "f16")}
     missing = [f"{kind} is missing" for kind in sorted(used) if not compiled.instructions[kind]]
-    if used == {own} and own != "HMMA" and compiled.instructions["HMMA"]:
-        missing.append(f"HMMA where {own} is possible")
+    if used == {own} and own != "mma" and compiled.instructions["mma"]:
+        missing.append(f"mma where {own} is possible")
     return missing
 
 
@@ -215,21 +218,15 @@ def compile_launches(launches: Iterable[Launch], capability: int) -> list[Compil
         finally:
             for launch in launches:
                 launch.kernel.device_caches.pop(capability, None)
-    codes = disassemble([binary.asm["cubin"] for binary, _ in found.values()], capability)
-    return [
-        _examine(binary, log, code, capability)
-        for (binary, log), code in zip(found.values(), codes, strict=True)
-    ]
+    return [_examine(binary, log, capability) for binary, log in found.values()]
 
 
 def compile_launch(launch: Launch, capability: int) -> Compiled:
     return compile_launches([launch], capability)[0]
 
 
-def _examine(binary: Any, log: str, code: Code, capability: int) -> Compiled:
+def _examine(binary: Any, log: str, capability: int) -> Compiled:
     metadata = binary.metadata
-    loop = code.main_loop()
-    dots = find_dots(binary.asm["ttir"])
     registers = _number(r"Used (\d+) registers", log)
     tensor_memory = getattr(metadata, "tmem_size", 0) or 0
     serialised = re.search(r"wgmma\S* instructions are serialized due to (.*?) (in|for) the", log)
@@ -251,27 +248,15 @@ def _examine(binary: Any, log: str, code: Code, capability: int) -> Compiled:
         occupancy=occupancy(
             capability, registers, metadata.num_warps, metadata.shared, tensor_memory
         ),
-        instructions=kinds(code.instructions),
-        main_loop=kinds(loop),
-        dots=dots,
-        cycles=cycles(capability, loop, metadata.num_warps, _macs(loop, dots, metadata.num_warps)),
+        instructions=kinds(binary.asm["ptx"]),
+        dots=find_dots(binary.asm["ttir"]),
     )
 
 
-def _macs(loop: list[Instruction], dots: list[Dot], num_warps: int) -> int:
-    """Of a run through the loop; tcgen05's code does not tell, so the busiest loop of the source
-    is taken."""
-    warps = {"HMMA": num_warps, "HGMMA": num_warps // 4}
-    if any(instruction.kind == "TC5MMA" for instruction in loop):
-        sums: Counter[int | None] = Counter()
-        for dot in dots:
-            sums[dot.loop] += dot.macs
-        return max(sums.values())
-    return sum(
-        instruction.macs() * warps[instruction.kind]
-        for instruction in loop
-        if instruction.kind in MATRIX
-    )
+def kinds(ptx: str) -> Counter[str]:
+    """How many instructions of each kind."""
+    patterns = {**MATRIX, **COPIES}
+    return Counter({kind: len(re.findall(pattern, ptx)) for kind, pattern in patterns.items()})
 
 
 def _arguments(source: Any) -> tuple[dict[str, str], dict[str, Any]]:
@@ -308,19 +293,10 @@ _DOT = re.compile(r"= tt\.dot (?P<options>.*?) : tensor<(\d+)x(\d+)x(\w+)> \* te
 
 def find_dots(ttir: str) -> list[Dot]:
     """The matrix products in a kernel's first representation, where they still have shapes."""
-    dots: list[Dot] = []
-    scopes: list[int | None] = [None]  # for each open brace the innermost loop around it
-    for number, line in enumerate(ttir.splitlines()):
-        if found := _DOT.search(line):
-            _, m, k, dtype, n = found.groups()
-            tf32 = dtype == "f32" and "inputPrecision = tf32" in found["options"]
-            dots.append(Dot(int(m), int(n), int(k), dtype, tf32, scopes[-1]))
-        line = line.rstrip().partition(" loc(")[0]
-        if line.lstrip().startswith("}"):
-            scopes.pop()
-        if line.endswith("{"):
-            loop = re.search(r"\bscf\.(for|while)\b", line)
-            scopes.append(number if loop else scopes[-1])
+    dots = []
+    for found in _DOT.finditer(ttir):
+        options, m, k, dtype, n = found.groups()
+        dots.append(Dot(int(m), int(n), int(k), dtype, dtype == "f32" and "= tf32" in options))
     return dots
 
 

@@ -34,7 +34,6 @@ class Static:
     registers: int = 0
     shared_memory: int = 0
     programs: int = 0
-    tensor_share: float | None = None  # of the matrix units' rate in the main loop, predicted
 
 
 def compiled(task: Task) -> Static:
@@ -57,13 +56,11 @@ def compiled(task: Task) -> Static:
     faults = [fault.partition("): ")[2] for record in records for fault in record["faults"]]
     if not faults and programs == 0:
         faults = ["does not fit on a multiprocessor"]
-    shares = [r["cycles"]["tensor"] / r["cycles"]["serial"] for r in records if r["dots"]]
     return Static(
         faults[0] if faults else None,
         max(record["registers"] for record in records),
         max(record["shared_memory"] for record in records),
         programs,
-        min(shares, default=None),
     )
 
 

@@ -6,7 +6,7 @@
 One process for each case of ``kernel_cases.py`` and architecture, run by ninja: in parallel, and
 again only when the sources that the case's op imports, the case itself, this tool, Triton or
 PyTorch have changed. ``build/kernels/manifest.json`` holds, for each kernel configuration, its
-registers, spills, shared memory, occupancy, instructions, main loop and predicted cycles.
+registers, spills, shared memory, occupancy, matrix instructions and asynchronous copies.
 
 The exit code is 1, and each culprit is named, where a kernel spills a register, needs more shared
 or tensor memory than the architecture has, or multiplies without its tensor cores.
@@ -37,7 +37,7 @@ from typing import Any, Literal
 import torch
 import triton
 import tyro
-from _sass import MATRIX
+from _static import COPIES, MATRIX
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -46,8 +46,7 @@ _BENCH = Path(__file__).resolve().parent
 _ROOT = _BENCH.parent
 CASES = _BENCH / "kernel_cases.py"
 OUT = _ROOT / "build" / "kernels"
-_TOOL = [_BENCH / name for name in ("_sass.py", "_multiprocessor.py", "_static.py")]
-_COPIES = ("LDGSTS", "TMA_LOAD", "TMA_STORE")
+_TOOL = [_BENCH / name for name in ("_multiprocessor.py", "_static.py")]
 
 
 @dataclass
@@ -238,7 +237,7 @@ def table(records: Iterable[Mapping[str, Any]]) -> Table:
             groups.setdefault((kernel["name"], kernel["capability"]), []).append(kernel)
     for (name, capability), kernels in sorted(groups.items()):
         spilled = [k["spill_store_bytes"] + k["spill_load_bytes"] for k in kernels]
-        found = {kind for kernel in kernels for kind in kernel["instructions"]}
+        found = {kind for k in kernels for kind, n in k["instructions"].items() if n}
         out.add_row(
             name.strip("_").removesuffix("_kernel"),
             str(capability),
@@ -247,7 +246,7 @@ def table(records: Iterable[Mapping[str, Any]]) -> Table:
             str(max(spilled)),
             f"{max(k['shared_memory'] for k in kernels) / 1024:.0f}",
             _range([k["occupancy"]["programs"] for k in kernels]),
-            " ".join(kind for kind in (*MATRIX, *_COPIES) if kind in found) or "-",
+            ", ".join(kind for kind in (*MATRIX, *COPIES) if kind in found) or "-",
         )
     return out
 

@@ -117,7 +117,8 @@ def collectives(
         itemsize = 4 if group == "norms" else gather_dtype.itemsize
         # A block's weights are dropped after the forward and gathered again for the backward.
         gathers = micro_batches * (2 if group.startswith(".h.") else 1)
-        found += gathers * [("all-gather", itemsize * numel)] + [("reduce-scatter", 4 * numel)]
+        found.extend(("all-gather", itemsize * numel) for _ in range(gathers))
+        found.append(("reduce-scatter", 4 * numel))
     return [*found, ("all-reduce", 4 * len(parameters))]  # squared norms of the gradients
 
 

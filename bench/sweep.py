@@ -1,7 +1,7 @@
 """Looks for better lines of the launch tables.
 
     python bench/sweep.py attention                 # on a GPU: compiled, checked, measured
-    python bench/sweep.py gemm --arch 100           # without one: compiled, with predictions
+    python bench/sweep.py gemm --arch 100           # without one: compiled
     python bench/sweep.py attention layer_norm --only '*head size 64*' --minutes 5
 
 1. Every candidate in the neighbourhood of a line is compiled ahead of time, on all cores. One that
@@ -47,20 +47,19 @@ from fastgpt.kernels import _common
 
 
 def static_table(line: Line, found: dict[Tile, Static]) -> Table:
-    """Those without a fault, the highest predicted share of the matrix units' rate first."""
+    """Those without a fault."""
     title = f"{line.name}: {line.text(line.current)}"
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("candidate\n", no_wrap=True)
-    for header in ("registers\n", "shared\nKB", "programs\n/SM", "tensor share,\npredicted"):
+    for header in ("registers\n", "shared\nKB", "programs\n/SM"):
         table.add_column(header, justify="right", no_wrap=True)
     good = [(tile, one) for tile, one in found.items() if one.fault is None]
-    for tile, one in sorted(good, key=lambda item: -(item[1].tensor_share or 0.0)):
+    for tile, one in good:
         name = "cuBLAS" if tile is None else str(tile)
         figures = (str(one.registers), f"{one.shared_memory / 1024:.0f}", str(one.programs))
         table.add_row(
             f"{name} (present)" if tile == line.current else name,
             *("---" if tile is None else figures),
-            "-" if one.tensor_share is None else f"{one.tensor_share:.0%}",
         )
     table.caption = f"{len(found) - len(good)} of {len(found)} rejected"
     return table
@@ -148,10 +147,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         name = torch.cuda.get_device_name(device)
         ceilings = Ceilings(name, found["matmul_tflops"], found["copy_tb_per_s"])
     else:
-        console.print(
-            f"No CUDA GPU: nothing is timed. Compiled for sm_{capability}; predictions tell "
-            "candidates apart that differ by more than 10%."
-        )
+        console.print(f"No CUDA GPU: nothing is timed. Compiled for sm_{capability}.")
     if capability not in ARCHITECTURES:
         return _command.failed(f"sm_{capability} is none of {sorted(ARCHITECTURES)}")
     ops = list(OPS) if "all" in o.ops else list(dict.fromkeys(o.ops))

@@ -122,8 +122,7 @@ def test_build_again_and_after_changes(project: Path, run) -> None:
     assert kernel["name"] == "add_kernel" and kernel["faults"] == []
     assert kernel["constexprs"] == {"BLOCK": 64} and kernel["num_warps"] == 1
     assert kernel["registers"] > 0 and kernel["occupancy"]["programs"] == 32
-    assert kernel["instructions"]["LDG"] == kernel["main_loop"]["LDG"] > 0
-    assert kernel["cycles"]["issue"] > 0
+    assert kernel["instructions"]["mma"] == 0
     assert hold["kernels"][0]["spill_store_bytes"] > 0
 
     status, compiled, printed = run()
@@ -233,4 +232,4 @@ def test_attention_of_gpt2_has_no_fault(capability: int, case: str) -> None:
     assert len(compiled) == 3
     for one in compiled:
         assert faults(one) == []
-        assert one.main_loop[ARCHITECTURES[capability].tensor_cores] > 0
+        assert one.instructions[ARCHITECTURES[capability].tensor_cores] > 0

@@ -1,8 +1,7 @@
-"""The ahead-of-time compiler reports what is known of toy kernels, and leaves no trace; the facts
-about machine code and multiprocessors behind the report.
+"""The ahead-of-time compiler reports what is known of toy kernels, and leaves no trace; how many
+programs fit on a multiprocessor.
 """
 
-import re
 from collections import Counter
 from dataclasses import replace
 
@@ -10,9 +9,8 @@ import _static
 import pytest
 import torch
 import toy_kernels
-from _multiprocessor import ARCHITECTURES, Occupancy, cycles, occupancy
-from _sass import Code, Instruction, kinds, parse
-from _static import Compiled, Dot, Launch, compile_launch, compile_launches, faults, recorded
+from _multiprocessor import ARCHITECTURES, Occupancy, occupancy
+from _static import Dot, Launch, compile_launch, compile_launches, faults, recorded
 from triton import knobs
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
@@ -39,18 +37,13 @@ SPILLING = Launch(
 # ------------------------------------------------------------------------------------ compiling
 
 
-@pytest.mark.parametrize(
-    ("capability", "products", "tensor_cycles"), [(80, 16, 128), (90, 2, 64), (100, 2, 32)]
-)
-def test_a_matmul_uses_the_tensor_cores_of_its_architecture(
-    capability: int, products: int, tensor_cycles: int
-) -> None:
+@pytest.mark.parametrize("capability", CAPABILITIES)
+def test_a_matmul_uses_the_tensor_cores_of_its_architecture(capability: int) -> None:
     compiled = compile_launch(matmul(), capability)
     own = ARCHITECTURES[capability].tensor_cores
-    for name in ("HMMA", "HGMMA", "TC5MMA"):
+    for name in _static.MATRIX:
         assert (compiled.instructions[name] > 0) == (name == own), name
-    assert compiled.instructions["LDGSTS"] > 0
-    assert compiled.instructions["LOCAL"] == 0
+    assert compiled.instructions["cp.async"] > 0
     assert 16 <= compiled.registers <= 255
     assert compiled.spill_store_bytes == compiled.spill_load_bytes == compiled.stack_bytes == 0
     # At least two stages of both operands' tiles lie in shared memory.
@@ -66,11 +59,6 @@ def test_a_matmul_uses_the_tensor_cores_of_its_architecture(
     assert (compiled.num_warps, compiled.num_stages) == (4, 3)
     (dot,) = compiled.dots
     assert (dot.m, dot.n, dot.k, dot.dtype, dot.tf32) == (64, 64, 32, "bf16", False)
-    assert dot.loop is not None
-    # HMMA: 16 x 8 x 16 by each of 4 warps; wgmma and tcgen05: 64 x 64 x 16 at once.
-    assert compiled.main_loop[own] == products
-    assert compiled.cycles.tensor == tensor_cycles == dot.macs / ARCHITECTURES[capability].macs
-    assert compiled.cycles.serial > tensor_cycles
 
 
 @pytest.mark.parametrize(("capability", "tma"), [(80, False), (90, True), (100, True)])
@@ -85,8 +73,8 @@ def test_descriptors_become_tma(capability: int, tma: bool, made_on: str) -> Non
         args = (torch.float32, torch.float32, 256, 256)
         launch = Launch(toy_kernels.copy_tile_kernel, args, options)
     compiled = compile_launch(launch, capability)
-    assert (compiled.instructions["TMA_LOAD"] > 0) == tma
-    assert (compiled.instructions["TMA_STORE"] > 0) == tma
+    assert (compiled.instructions["TMA load"] > 0) == tma
+    assert (compiled.instructions["TMA store"] > 0) == tma
 
 
 def test_spills_are_reported() -> None:
@@ -94,7 +82,6 @@ def test_spills_are_reported() -> None:
     assert compiled.spill_store_bytes > 0
     assert compiled.spill_load_bytes > 0
     assert compiled.stack_bytes > 0
-    assert compiled.instructions["LOCAL"] > 0
     spilled = compiled.spill_store_bytes + compiled.spill_load_bytes
     assert faults(compiled) == [
         f"hold_kernel on sm_80 (BLOCK=8192, num_warps=1, num_stages=3): spills {spilled} bytes"
@@ -121,17 +108,17 @@ def test_a_product_without_its_tensor_cores_is_a_fault() -> None:
         other = replace(
             compiled,
             capability=capability,
-            dots=[Dot(rows, 64, 64, "bf16", False, 0)],
+            dots=[Dot(rows, 64, 64, "bf16", False)],
             instructions=Counter(instructions),
         )
         return [fault.partition("): ")[2] for fault in faults(other)]
 
-    assert missing(90, 64, HGMMA=1) == []
-    assert missing(90, 64) == ["HGMMA is missing"]
-    assert missing(90, 32, HMMA=1) == []
-    assert missing(90, 32) == ["HMMA is missing"]
-    assert missing(80, 64, HMMA=1) == []
-    assert missing(100, 128, TC5MMA=1, HMMA=1) == ["HMMA where TC5MMA is possible"]
+    assert missing(90, 64, wgmma=1) == []
+    assert missing(90, 64) == ["wgmma is missing"]
+    assert missing(90, 32, mma=1) == []
+    assert missing(90, 32) == ["mma is missing"]
+    assert missing(80, 64, mma=1) == []
+    assert missing(100, 128, tcgen05=1, mma=1) == ["mma where tcgen05 is possible"]
 
 
 def test_products_that_wait_for_each_other_are_a_fault() -> None:
@@ -246,202 +233,3 @@ def test_occupancy(
     tensor: int,
 ) -> None:
     assert occupancy(capability, registers, num_warps, shared, tensor) == Occupancy(*expected)
-
-
-def instructions(*texts: str) -> list[Instruction]:
-    return [Instruction(*text.partition(" ")[::2], predicated=False) for text in texts]
-
-
-def test_cycles_by_hand() -> None:
-    loop = instructions(
-        "HGMMA.64x64x16.F32.BF16 R24, gdesc[UR8], R24",  # A and B from shared memory
-        "HGMMA.64x64x16.F32.BF16 R24, R4, gdesc[UR8], R24",  # A from registers
-        *["MUFU.EX2 R1, R1"] * 6,
-        *["FFMA R1, R2, R3, R4"] * 12,
-        *["IMAD R1, R2, R3, R4"] * 4,
-        *["LOP3.LUT R1, R2, R3, R4"] * 5,
-        "LDS R1, [R2]",
-        "LDSM.16.M88.4 R1, [R2]",
-        "SHFL.BFLY R1, R2",
-    )
-    found = cycles(90, loop, num_warps=8, macs=2 * 2 * 64 * 64 * 16)
-    assert found.tensor == 4 * 64 * 64 * 16 / 2048 == 128
-    operands = 2 * (64 * 16 * 2 + 64 * 16 * 2 + 64 * 16 * 2) / 128  # bytes, by two warpgroups
-    assert found.shared == 8 * (1 + 4) + operands
-    assert found.mufu == 8 * 6 * 2
-    assert found.fp32 == 8 * (12 + 4) / 4
-    assert found.alu == 8 * 5 / 2
-    assert found.shuffle == 8
-    assert found.issue == 8 * len(loop) / 4
-    assert found.serial == 128 + max(96, 8 * 5 + operands)
-
-
-S = "HGMMA.64x64x16.F32.BF16 R24, gdesc[UR8], RZ, !UPT, gsb0"  # 32 cycles
-P = "HGMMA.64x64x16.F32.BF16 R56, R4, gdesc[UR8], R56, gsb0"
-ALL, ALL_BUT_ONE = (f"WARPGROUP.DEPBAR.LE gsb0, 0x{n}" for n in (0, 1))
-SOFTMAX = ["MUFU.EX2 R1, R1"] * 5  # 40 cycles of four warps
-
-
-@pytest.mark.parametrize(
-    ("expected", "loop"),
-    [
-        (32 + 40 + 32, [S, ALL, *SOFTMAX, P]),  # the product still runs when the loop comes back
-        (32 + 40 + 32, [S, ALL, *SOFTMAX, P, ALL]),
-        (32 + 40, [S, ALL, P, *SOFTMAX]),  # 32 beside 40
-        (32 + 64, [S, ALL, P, P, *SOFTMAX[:2]]),  # 64 beside 16
-        (64, [S, ALL_BUT_ONE, P, ALL_BUT_ONE]),  # the tensor cores alone
-        (64 + 40 - 32, [S, P, ALL_BUT_ONE, *SOFTMAX, ALL]),  # waits for S, not for P
-        (40 + 32, [*SOFTMAX, S, ALL]),
-    ],
-)
-def test_what_stands_between_a_product_and_its_wait_runs_beside_it(
-    expected: int, loop: list[str]
-) -> None:
-    found = cycles(90, instructions(*loop), num_warps=4, macs=1)
-    # Beside the pipe that binds, a product takes an issue slot, and so does a wait.
-    assert found.alone == pytest.approx(expected, abs=4)
-
-
-def test_without_wgmma_nothing_is_known_of_what_runs_beside_what() -> None:
-    loop = instructions("HMMA.16816.F32.BF16 R1, R2, R3", *SOFTMAX)
-    assert cycles(80, loop, num_warps=4, macs=2048).alone is None
-
-
-# --------------------------------------------------------------------------------- machine code
-
-
-@pytest.mark.parametrize(
-    ("opcode", "kind", "macs"),
-    [
-        ("HMMA.16816.F32.BF16", "HMMA", 16 * 8 * 16),
-        ("HMMA.1688.F32.TF32", "HMMA", 16 * 8 * 8),
-        ("HGMMA.64x128x16.F32.BF16", "HGMMA", 64 * 128 * 16),
-        ("UTCHMMA", "TC5MMA", 0),
-        ("UTMALDG.2D", "TMA_LOAD", 0),
-        ("LDGSTS.E.BYPASS.128", "LDGSTS", 0),
-        ("LDGDEPBAR", "BARRIER", 0),
-        ("LDG.E.128", "LDG", 0),
-        ("LDL.LU", "LOCAL", 0),
-        ("LDSM.16.M88.4", "LDSM", 0),
-        ("LDS.128", "LDS", 0),
-        ("FFMA2", "FP32X2", 0),
-        ("FFMA.FTZ", "FP32", 0),
-        ("FMNMX3", "COMPARE", 0),
-        ("F2FP.BF16.F32.PACK_AB", "CONVERT", 0),
-        ("RED.E.ADD", "ATOMIC", 0),
-        ("REDUX.SUM", "SHUFFLE", 0),
-        ("R2UR", "UNIFORM", 0),
-        ("UIADD3", "UNIFORM", 0),
-        ("IADD3", "INTEGER", 0),
-        ("BRA.U", "BRANCH", 0),
-    ],
-)
-def test_kinds_of_instructions(opcode: str, kind: str, macs: int) -> None:
-    instruction = Instruction(opcode, "", predicated=False)
-    assert (instruction.kind, instruction.macs()) == (kind, macs)
-
-
-def code(*lines: str) -> Code:
-    """Lines of machine code, "a:" or "@P0 BRA a", as nvdisasm would list them."""
-    at, labels, instructions = 0, dict[str, str](), list[str]()
-    for line in lines:
-        if line.endswith(":"):
-            labels[line[:-1]] = f"0x{at:x}"
-        else:
-            instructions.append(f"        /*{at:04x}*/             {line} ;")
-            at += 16
-    listing = "\n".join(['\t.headerflags\t@"EF_CUDA_SM90"', *instructions])
-    return parse(re.sub(r"\b[a-z]\b(?= ;)", lambda found: labels[found[0]], listing))
-
-
-def opcodes(loop: list[Instruction]) -> list[str]:
-    return [instruction.opcode for instruction in loop]
-
-
-def test_the_main_loop_is_innermost_and_multiplies() -> None:
-    found = code(
-        "MOV R1, R2",
-        "a:",  # the outer loop
-        "IADD3 R1, R1, 1",
-        "b:",  # masked: longer
-        "HMMA.16816.F32 R1, R2, R3",
-        "FSEL R1, R2, R3",
-        "@P0 BRA b",
-        "c:",
-        "HMMA.16816.F32 R1, R2, R3",
-        "BRA.U !UP0, c",
-        "d:",
-        *["FADD R1, R2, R3"] * 8,
-        "@P1 BRA d",
-        "@P0 BRA a",
-        "@P0 CALL.REL.NOINC f",
-        "EXIT",
-        "e:",
-        "BRA e",
-        "f:",  # what is called
-        "BPT.TRAP",
-    )
-    assert opcodes(found.main_loop()) == ["HMMA.16816.F32", "BRA.U"]
-    assert [len(loop) for loop in found.loops] == [3, 2, 9]
-    assert "BPT.TRAP" not in opcodes(found.instructions)
-    assert kinds(found.instructions)["BRANCH"] == 7
-
-
-def test_a_loop_contains_what_was_moved_behind_the_end_and_its_waiting() -> None:
-    found = code(
-        "a:",
-        "@P0 BRA c",
-        "b:",
-        "UTCHMMA gdesc[UR6]",
-        "SYNCS.PHASECHK.TRANS64.TRYWAIT P6, [UR9], R8",
-        "@!P6 BRA d",
-        "@P1 BRA a",
-        "EXIT",
-        "c:",
-        "FADD R1, R2, R3",
-        "BRA b",
-        "d:",
-        "SYNCS.PHASECHK.TRANS64.TRYWAIT P6, [UR9], R8",
-        "@!P6 BRA d",
-        "@P1 BRA a",
-    )
-    (loop,) = found.loops
-    assert kinds(loop) == {"TC5MMA": 1, "BARRIER": 2, "FP32": 1, "BRANCH": 6}
-
-
-def test_a_call_may_be_a_jump_to_the_next_loop() -> None:
-    found = code(
-        "a:",
-        "HMMA.16816.F32 R1, R2, R3",
-        "FSEL R1, R2, R3",
-        "@P0 CALL.REL.NOINC b",
-        "BRA a",
-        "b:",
-        "HMMA.16816.F32 R1, R2, R3",
-        "@P1 BRA b",
-        "@P2 CALL.REL.NOINC d",
-        "EXIT",
-        "c:",
-        "BRA c",
-        "d:",
-        "BPT.TRAP",
-    )
-    assert [len(loop) for loop in found.loops] == [4, 2]
-    assert len(found.instructions) == 9
-
-
-def test_without_a_loop_the_whole_kernel_counts() -> None:
-    found = code("MOV R1, R2", "@P0 EXIT", "FADD R1, R1, R1", "EXIT")
-    assert found.loops == [] and found.main_loop() == found.instructions
-    with pytest.raises(RuntimeError, match="no instructions"):
-        parse("nothing")
-
-
-def test_the_longest_loop_where_nothing_multiplies() -> None:
-    compiled: Compiled = compile_launch(
-        Launch(toy_kernels.hold_kernel, (torch.float32, torch.float32, 64), dict(BLOCK=1024)), 90
-    )
-    assert 0 < sum(compiled.main_loop.values()) < sum(compiled.instructions.values())
-    assert compiled.main_loop["LDG"] > 0 and compiled.main_loop["STG"] == 0
-    assert compiled.cycles.tensor == 0 and compiled.dots == []
-    assert compiled.cycles.serial >= compiled.cycles.issue > 0

@@ -86,7 +86,6 @@ def test_what_the_compiler_makes_of_a_candidate() -> None:
 
     good = of((64, 64, 4, 2, 0))
     assert good.fault is None and good.programs >= 1 and good.registers > 128
-    assert good.tensor_share is not None and 0.2 < good.tensor_share < 0.8
     limited = of((64, 64, 4, 2, 128))
     assert limited.fault is not None and "spills" in limited.fault
     assert limited.registers == 128
