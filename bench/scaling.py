@@ -85,7 +85,6 @@ class Options:
 
     @property
     def step(self) -> roofline.Options:
-        """The micro-batch of one GPU."""
         return roofline.Options(model=self.model, batch_size=self.batch_size, device=self.device)
 
 
@@ -178,12 +177,9 @@ def table(options: Options, parallel: Parallel, micro_batch_ms: float) -> Table:
         tokens = gpus * o.batch_size * config.block_size * o.gradient_accumulation_steps
         speeds = [f"{tokens / ms * 1e3:,.0f}" for ms in steps_ms]
         shares = [f"{computed_ms(numel) / ms:.1%}" for ms in steps_ms]
-        figures = (
-            f"{sent_bytes(sent, gpus) / 1e9:.3f}",
-            f"{communication:.2f}",
-            f"{computation:.2f}",
-        )
-        out.add_row(str(gpus), *figures, " .. ".join(speeds), " .. ".join(shares))
+        gigabytes = f"{sent_bytes(sent, gpus) / 1e9:.3f}"
+        times = f"{communication:.2f}", f"{computation:.2f}"
+        out.add_row(str(gpus), gigabytes, *times, " .. ".join(speeds), " .. ".join(shares))
     return out
 
 
