@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import os
 import re
 import sys
 import tempfile
@@ -194,9 +195,11 @@ def _no_gpu_needed(capability: int) -> Iterator[None]:
         driver._active = previous
 
 
-def compile_launches(launches: Iterable[Launch], capability: int) -> list[Compiled]:
+def compile_launches(
+    launches: Iterable[Launch], capability: int, cache: Path | None = None
+) -> list[Compiled]:
     """Each launch as ``capability`` (80, 90, 100, ...) would run it; those that lead to the same
-    machine code once."""
+    machine code once. ``cache``: a folder that keeps what was compiled, and the log of it."""
     launches = list(launches)
     found: dict[int, tuple[Any, str]] = {}  # by identity: the launcher keeps what it has
     with (
@@ -204,21 +207,36 @@ def compile_launches(launches: Iterable[Launch], capability: int) -> list[Compil
         knobs.compilation.scope(),
         knobs.nvidia.scope(),
         knobs.cache.scope(),
-        tempfile.TemporaryDirectory() as cache,
+        tempfile.TemporaryDirectory() as temporary,
     ):
-        knobs.cache.dir = cache
-        knobs.compilation.always_compile = True  # a cached kernel comes without the log
+        folder = Path(temporary) if cache is None else cache
+        knobs.cache.dir = str(folder)
         knobs.nvidia.dump_ptxas_log = True
         try:
             for launch in launches:
-                with contextlib.redirect_stdout(io.StringIO()) as log:
-                    binary = launch.kernel.warmup(*launch.args, grid=(1,), **launch.options)
-                if id(binary) not in found:
-                    found[id(binary)] = binary, log.getvalue()
+                binary, log = _warmed_up(launch, capability, folder)
+                found.setdefault(id(binary), (binary, log))
         finally:
             for launch in launches:
                 launch.kernel.device_caches.pop(capability, None)
     return [_examine(binary, log, capability) for binary, log in found.values()]
+
+
+def _warmed_up(launch: Launch, capability: int, folder: Path) -> tuple[Any, str]:
+    """The compiled kernel and the assembler's log, which lies beside it under Triton's hash."""
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        binary = launch.kernel.warmup(*launch.args, grid=(1,), **launch.options)
+    path = folder / f"{binary.hash}.log"
+    if log := printed.getvalue():
+        partial = path.with_suffix(f".{os.getpid()}")  # other processes may write the same
+        partial.write_text(log)
+        partial.replace(path)
+    elif not path.exists():  # compiled by a process that was stopped before it wrote the log
+        launch.kernel.device_caches.pop(capability, None)
+        with knobs.compilation.scope():
+            knobs.compilation.always_compile = True
+            return _warmed_up(launch, capability, folder)
+    return binary, path.read_text()
 
 
 def compile_launch(launch: Launch, capability: int) -> Compiled:
@@ -303,26 +321,34 @@ def find_dots(ttir: str) -> list[Dot]:
 # ------------------------------------------------------------------------------- files of cases
 
 
-def compile_case(run: Callable[[], object], capability: int) -> list[Compiled]:
+def compile_case(
+    run: Callable[[], object], capability: int, cache: Path | None = None
+) -> list[Compiled]:
     """What ``run()`` would launch on that architecture."""
     with recorded(capability) as launches:
         run()
     if not launches:
         raise ValueError(f"{run} launched no kernel on sm_{capability}")
-    return compile_launches(launches, capability)
+    return compile_launches(launches, capability, cache)
 
 
 def case_main(cases: Mapping[str, Callable[[], object]]) -> int:
-    """The command line of a file of cases: ``CASE ARCHITECTURE`` prints what the compiler makes of
-    it; ``CASE ARCHITECTURE KEY FILE`` writes it, and KEY, as JSON."""
-    case, capability, *rest = sys.argv[1:]
-    records = [compiled.record() for compiled in compile_case(cases[case], int(capability))]
-    if rest:
-        key, path = rest[0], Path(rest[1])
-        record = {"case": case, "capability": int(capability), "key": key, "kernels": records}
-        partial = path.with_suffix(".partial")
-        partial.write_text(json.dumps(record, indent=1, allow_nan=False) + "\n")
-        partial.replace(path)
-        return 0
-    print(json.dumps(records, indent=1, allow_nan=False))
-    return int(any(record["faults"] for record in records))
+    """The command line of a file of cases: ``CASE ARCHITECTURES`` prints what the compiler makes of
+    it; ``CASE ARCHITECTURES FOLDER VERSIONS`` writes it to FOLDER/CASE.json."""
+    case, capabilities, *rest = sys.argv[1:]
+    cache = Path(rest[0]) / "cache" if rest else None
+    if cache is not None:
+        cache.mkdir(exist_ok=True)
+    found: list[dict[str, Any]] = []
+    for capability in map(int, capabilities.split(",")):
+        records = [one.record() for one in compile_case(cases[case], capability, cache)]
+        found.append({"case": case, "capability": capability, "kernels": records})
+    text = json.dumps(found, indent=1, allow_nan=False)
+    if not rest:
+        print(text)
+        return int(any(record["faults"] for one in found for record in one["kernels"]))
+    path = Path(rest[0]) / f"{case}.json"
+    partial = path.with_suffix(".partial")
+    partial.write_text(text + "\n")
+    partial.replace(path)
+    return 0

@@ -3,10 +3,11 @@
     python setup.py build_kernels                        # sm_80, sm_90 and sm_100, on all cores
     python setup.py build_kernels --arch=90 --only='attention*'
 
-One process for each case of ``kernel_cases.py`` and architecture, run by ninja: in parallel, and
-again only when the sources that the case's op imports, the case itself, this tool, Triton or
-PyTorch have changed. ``build/kernels/manifest.json`` holds, for each kernel configuration, its
-registers, spills, shared memory, occupancy, matrix instructions and asynchronous copies.
+One process for each case of ``kernel_cases.py``, run by ninja in parallel, and again only when a
+kernel or this tool has changed; Triton's cache in ``build/kernels/cache`` then compiles only the
+configurations that are different. ``build/kernels/manifest.json`` holds, for each kernel
+configuration, its registers, spills, shared memory, occupancy, matrix instructions and
+asynchronous copies.
 
 The exit code is 1, and each culprit is named, where a kernel spills a register, needs more shared
 or tensor memory than the architecture has, or multiplies without its tensor cores.
@@ -14,11 +15,8 @@ or tensor memory than the architecture has, or multiplies without its tensor cor
 
 from __future__ import annotations
 
-import ast
 import fnmatch
-import hashlib
 import importlib.util
-import inspect
 import json
 import os
 import re
@@ -26,12 +24,9 @@ import shlex
 import shutil
 import subprocess
 import sys
-import textwrap
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from types import FunctionType
 from typing import Any, Literal
 
 import torch
@@ -46,6 +41,7 @@ _BENCH = Path(__file__).resolve().parent
 _ROOT = _BENCH.parent
 CASES = _BENCH / "kernel_cases.py"
 OUT = _ROOT / "build" / "kernels"
+KERNELS = _ROOT / "kernels"
 _TOOL = [_BENCH / name for name in ("_multiprocessor.py", "_static.py")]
 
 
@@ -63,63 +59,13 @@ class Options:
 
 @dataclass(frozen=True)
 class Edge:
-    """One case on one architecture."""
+    """One case on the architectures that can run it."""
 
     case: str
-    capability: int
-    key: str  # changes when the case or a compiler does
-    inputs: list[Path]
+    capabilities: tuple[int, ...]
 
     def output(self, out: Path) -> Path:
-        return out / f"{self.case}.sm_{self.capability}.json"
-
-
-# ------------------------------------------------------------------------- what a case depends on
-
-
-def _definition(run: partial[object]) -> str:
-    """Source of a case's function, and of the functions and constants of its file that it uses."""
-    function: FunctionType = run.func  # type: ignore[assignment]
-    file = function.__globals__
-    found: dict[str, str] = {}
-    todo = [function.__name__]
-    while todo:
-        name = todo.pop()
-        value = file.get(name)
-        if name in found:
-            continue
-        if isinstance(value, FunctionType) and value.__module__ == file["__name__"]:
-            found[name] = textwrap.dedent(inspect.getsource(value))
-            tree = ast.parse(found[name])
-            todo += [node.id for node in ast.walk(tree) if isinstance(node, ast.Name)]
-        elif isinstance(value, (bool, int, float, str, tuple, dict)):
-            found[name] = repr(value)
-    return "\n".join(found[name] for name in sorted(found))
-
-
-def _imported(code: str, folder: Path) -> set[Path]:
-    """Files of kernels, and of modules beside the cases, that the code imports, by others too."""
-    found: set[Path] = set()
-    todo = [code]
-    while todo:
-        for module in _modules(todo.pop()):
-            package, _, name = module.rpartition(".")
-            home = {"fastgpt.kernels": _ROOT / "kernels", "": folder}.get(package)
-            path = home / f"{name}.py" if home is not None else None
-            if path is not None and path not in found and path.exists():
-                found.add(path)
-                todo.append(path.read_text())
-    return found
-
-
-def _modules(code: str) -> Iterator[str]:
-    """What the code imports; ``from a import b`` may be the module a or a.b."""
-    for node in ast.walk(ast.parse(code)):
-        if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom) and node.module:
-            yield node.module
-            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+        return out / f"{self.case}.json"
 
 
 def edges(cases: Path, architectures: Iterable[int]) -> list[Edge]:
@@ -130,17 +76,10 @@ def edges(cases: Path, architectures: Iterable[int]) -> list[Edge]:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     least = getattr(module, "LEAST_CAPABILITY", {})
-    versions = (sys.version, torch.__version__, triton.__version__)
-    found = []
-    for case, run in module.CASES.items():
-        definition = _definition(run)
-        key = hashlib.sha256(
-            repr((definition, run.args, run.keywords, versions)).encode()
-        ).hexdigest()[:16]
-        inputs = sorted({*_TOOL, *_imported(definition, cases.parent)})
-        able = [c for c in architectures if c >= least.get(case, 0)]
-        found += [Edge(case, capability, key, inputs) for capability in able]
-    return found
+    able = {
+        case: tuple(c for c in architectures if c >= least.get(case, 0)) for case in module.CASES
+    }
+    return [Edge(case, capabilities) for case, capabilities in able.items() if capabilities]
 
 
 # ----------------------------------------------------------------------------------------- ninja
@@ -148,19 +87,20 @@ def edges(cases: Path, architectures: Iterable[int]) -> list[Edge]:
 
 def _ninja_file(cases: Path, out: Path, found: Iterable[Edge]) -> str:
     program = _escaped(shlex.join([sys.executable, str(cases)]))
+    inputs = " ".join(map(_escaped, [cases, *_TOOL, *sorted(KERNELS.glob("*.py"))]))
+    # ninja runs a command again that has changed; this one names what compiles.
+    versions = _escaped(shlex.quote(f"triton {triton.__version__}, torch {torch.__version__}"))
     lines = [
         f"builddir = {_escaped(out)}",
         "rule compile",
-        f"  command = {program} $case $arch $key $out",
-        "  description = $case sm_$arch",
+        f"  command = {program} $case $arch {_escaped(shlex.quote(str(out)))} {versions}",
+        "  description = $case",
     ]
     for edge in found:
-        inputs = " ".join(map(_escaped, edge.inputs))
         lines += [
             f"build {_escaped(edge.output(out))}: compile | {inputs}",
             f"  case = {edge.case}",
-            f"  arch = {edge.capability}",
-            f"  key = {edge.key}",
+            f"  arch = {','.join(map(str, edge.capabilities))}",
         ]
     return "\n".join(lines) + "\n"
 
@@ -181,7 +121,7 @@ def _ninja() -> str:
 def build(
     cases: Path, out: Path, *, arch: Iterable[int], jobs: int, only: str = "*"
 ) -> list[dict[str, Any]]:
-    """Compile what is out of date; the record of each case and architecture.
+    """Compile what is out of date; the record of each case on each architecture.
 
     Args:
         cases: a file like ``kernel_cases.py``.
@@ -210,7 +150,7 @@ def build(
     ).returncode
     if status:
         raise CompilationError(f"ninja failed with exit code {status}")
-    records = [json.loads(edge.output(out).read_text()) for edge in chosen]
+    records = [record for edge in chosen for record in json.loads(edge.output(out).read_text())]
     manifest = {"triton": triton.__version__, "torch": torch.__version__, "cases": records}
     (out / "manifest.json").write_text(json.dumps(manifest, indent=1, allow_nan=False) + "\n")
     return records
