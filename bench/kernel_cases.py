@@ -2,10 +2,9 @@
 compiles for each architecture.
 
 A case is one line of ``CASES``: a name, a function of this file and its arguments. The function
-imports its op, from the op's own module (the case is compiled again when that changes, or what it
-imports), and runs it forward and backward on small CPU tensors; nothing is computed, the launches
-are recorded. Equal launches of a case are compiled once, so a case covers several sizes that may
-lead to the same tiles. Tensors have sizes that are as divisible by 16 as those of real models.
+runs its op forward and backward on small CPU tensors; nothing is computed, the launches are
+recorded. Equal launches of a case are compiled once, so a case covers several sizes that may lead
+to the same tiles. Tensors have sizes that are as divisible by 16 as those of real models.
 
     python bench/kernel_cases.py gelu 90                 # one case on one architecture, at once
 """
