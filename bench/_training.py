@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from fastgpt import GPT, GPTConfig
 from fastgpt.data import Batches
-from fastgpt.devices import autocast
+from fastgpt.devices import autocast, has_bfloat16
 from fastgpt.language_model import LanguageModel
 from fastgpt.optimizer import MasterAdamW
 from fastgpt.step import Step
@@ -203,7 +203,7 @@ class Plan:
         on_gpu = torch.cuda.is_available()
         wanted = options.dtype
         if wanted == "auto":
-            wanted = "bfloat16" if on_gpu and torch.cuda.is_bf16_supported() else "float32"
+            wanted = "bfloat16" if on_gpu and has_bfloat16() else "float32"
         config = GPTConfig(
             block_size=options.block_size,
             vocab_size=options.vocab_size,
