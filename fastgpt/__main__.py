@@ -157,10 +157,13 @@ def _train_config(argv: list[str], first: Train) -> TrainConfig:
 
 
 def _saved_keys(out_dir: Path) -> dict[str, Any]:
-    """The keys of the run to be resumed (a checkpoint of nanoGPT's has its keys only)."""
+    """The keys of the run to be resumed. A checkpoint of nanoGPT's has its keys only, and compile
+    is True in it unless somebody asked for the contrary."""
     header, _ = run_folder.read_newest(out_dir, ckpt.header)
     saved = header.get("config", {})
     known = {f.name for f in fields(TrainConfig)}
+    if not ckpt.own_state(header):
+        known.remove("compile")
     return {key: value for key, value in saved.items() if key in known}
 
 

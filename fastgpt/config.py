@@ -131,8 +131,8 @@ class System:
     # bfloat16 holds the matrices in it, float32 master weights beside them; float16 is autocast.
     # auto is bfloat16 on a GPU that has it, float16 on an older one, float32 elsewhere.
     dtype: Dtype = "auto"
-    # Run the model through torch.compile.
-    compile: bool = True
+    # Run the model through torch.compile, and then without cuda_graph.
+    compile: bool = False
     # On a GPU, replay every update as one CUDA graph; not in float16, where the host decides.
     cuda_graph: bool = True
     # Seed of the weights, the batches and dropout.
@@ -274,7 +274,6 @@ PRESETS: dict[str, dict[str, Any]] = {
         "max_iters": 2000,
         "lr_decay_iters": 2000,
         "device": "cpu",
-        "compile": False,
     },
     "gpt2": {},
 }

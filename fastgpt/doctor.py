@@ -184,7 +184,7 @@ def _compiler() -> Finding:
         missing.append(f"{header}")
     if not missing:
         return Finding("compiler", str(program))
-    found = f"no {' and no '.join(missing)}: no torch.compile (--compile=False)"
+    found = f"no {' and no '.join(missing)}: no torch.compile"
     if not on_gpu:
         return Finding("compiler", found)
     return Finding(

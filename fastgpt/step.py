@@ -59,8 +59,8 @@ class Step:
         world: the processes that make the update together.
 
     Raises:
-        ValueError: a CUDA graph is wanted on another device, by several processes, or with a
-            gradient scaler, whose updates the host decides upon.
+        ValueError: a CUDA graph is wanted on another device, by several processes, of a model that
+            is compiled, or with a gradient scaler, whose updates the host decides upon.
     """
 
     def __init__(
@@ -90,6 +90,8 @@ class Step:
             optimizer.found_inf = self.not_finite  # type: ignore[attr-defined]
         self._graph: _Graph | None = None
         if cuda_graph:
+            if _is_compiled(model):
+                raise ValueError("cuda_graph must be False with a compiled model, got True")
             if device.type != "cuda":
                 raise ValueError(f"cuda_graph must be False on {device.type}, got True")
             if self._scaler.is_enabled():
@@ -168,6 +170,11 @@ class Step:
 
     def _look_at(self, value: Tensor) -> None:
         torch.maximum(self.not_finite, (~value.isfinite()).float(), out=self.not_finite)
+
+
+def _is_compiled(model: nn.Module) -> bool:
+    """By torch.compile, which wraps a module, or by its method of that name."""
+    return hasattr(model, "_orig_mod") or model._compiled_call_impl is not None
 
 
 class _Graph:

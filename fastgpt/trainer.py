@@ -95,12 +95,7 @@ class Trainer:
             grad_clip=config.grad_clip,
             autocast=self._autocast,
             scaler=self.scaler,
-            cuda_graph=(
-                config.cuda_graph
-                and self.device.type == "cuda"
-                and not self.scaler.is_enabled()
-                and world.size == 1
-            ),
+            cuda_graph=self._captures(),
             world=world,
         )
         self.iter_num = 0
@@ -124,6 +119,14 @@ class Trainer:
         if self.world.size == 1 or self._sharded:
             return self._forward
         return DistributedDataParallel(self._forward, gradient_as_bucket_view=True)
+
+    def _captures(self) -> bool:
+        given = (self.device, self.dtype, self.world)
+        if start.captures(self.config, *given):
+            return True
+        if start.captures(replace(self.config, compile=False), *given):
+            self.console.print("compile=True: updates are not replayed as a CUDA graph")
+        return False
 
     def _share_of_micro_batches(self) -> int:
         count, size = self.config.gradient_accumulation_steps, self.world.size

@@ -209,7 +209,7 @@ def test_a_cpu_with_a_compiler_of_c_alone(
     monkeypatch.delenv("CXX", raising=False)
     a_program(tmp_path / "gcc", "true")
     finding = found()["compiler"]
-    assert finding == Finding("compiler", "no C++ compiler: no torch.compile (--compile=False)")
+    assert finding == Finding("compiler", "no C++ compiler: no torch.compile")
     a_program(tmp_path / "g++", "true")
     assert found()["compiler"] == Finding("compiler", "g++")
     monkeypatch.setenv("CXX", "icpx")

@@ -179,6 +179,12 @@ def test_errors() -> None:
         step([batch(0)], 1e-3)
     with pytest.raises(ValueError, match="cuda_graph must be False on cpu, got True"):
         step_of(model, torch.float32, cuda_graph=True)
+    wrapped = torch.compile(model, backend="eager")
+    with pytest.raises(ValueError, match="cuda_graph must be False with a compiled model, got T"):
+        Step(wrapped, optimizer_of(model, torch.float32), torch.device("cpu"), cuda_graph=True)  # type: ignore[arg-type]
+    model.compile(backend="eager")
+    with pytest.raises(ValueError, match="cuda_graph must be False with a compiled model, got T"):
+        step_of(model, torch.float32, cuda_graph=True)
 
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")
