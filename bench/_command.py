@@ -22,16 +22,28 @@ USER_ERRORS = (
 
 
 def options(default: T, argv: list[str] | None) -> T:
-    """The dataclass as the command line fills it, --like_this; the rest is as in ``default``."""
-    import tyro  # not above: gpu_report.py runs where it is missing
+    """The dataclass as the command line fills it, --like_this; the rest is as in ``default``.
 
-    return tyro.cli(
+    Raises ModuleNotFoundError as ``tyro``."""
+    found = tyro()
+    return found.cli(
         type(default),
         default=default,
         args=argv,
         use_underscores=True,
-        config=(tyro.conf.FlagConversionOff,),
+        config=(found.conf.FlagConversionOff,),
     )
+
+
+def tyro() -> Any:
+    """The reader of command lines, which nothing else here needs.
+
+    Raises ModuleNotFoundError where it is not installed, saying how to install it."""
+    try:
+        import tyro
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError("the command line needs tyro: pip install tyro") from error
+    return tyro
 
 
 def failed(error: object) -> int:

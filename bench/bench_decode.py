@@ -25,8 +25,7 @@ from typing import Any
 import _eager
 import _machine
 import torch
-import tyro
-from _command import USER_ERRORS, failed
+from _command import USER_ERRORS, failed, tyro
 from _timing import Clock
 from rich.console import Console
 from rich.table import Table
@@ -188,8 +187,8 @@ def table(record: dict[str, Any]) -> Table:
 
 def main(argv: list[str] | None = None) -> int:
     """0: done. 2: a wrong option, or a file that is there already."""
-    options = tyro.cli(Options, description=__doc__, args=argv, use_underscores=True)
     try:
+        options = tyro().cli(Options, description=__doc__, args=argv, use_underscores=True)
         if options.out is not None and options.out.exists():
             raise FileExistsError(f"{options.out} is there already: it would be replaced")
         if options.out is not None:

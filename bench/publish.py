@@ -19,7 +19,6 @@ from typing import Any
 import _command
 import _machine
 import _pictures
-import tyro
 from PIL import Image
 from rich.console import Console
 
@@ -251,16 +250,16 @@ def publish(folder: Path, readme: Path) -> list[Path]:
 
 def main(argv: list[str] | None = None) -> int:
     """The exit code: 0, 1 where --check finds a difference, 2 where results cannot be published."""
-    o = tyro.cli(Options, args=argv)
     console = Console(markup=False, highlight=False, soft_wrap=True)
     try:
+        o = _command.tyro().cli(Options, args=argv)
         if o.check:
             lines = stale(RESULTS, README)
             code = int(bool(lines))
         else:
             lines = [f"wrote {path}" for path in publish(RESULTS, README)]
             code = 0
-    except ValueError as error:
+    except (ValueError, ModuleNotFoundError) as error:
         return _command.failed(error)
     for line in lines or ["everything is up to date"]:
         console.print(line)

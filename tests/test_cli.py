@@ -10,7 +10,7 @@ import pytest
 import torch
 from small_runs import TEXT, arguments, data_set, small_keys
 
-from fastgpt import __main__ as cli
+from fastgpt import command_line as cli
 from fastgpt.config import PRESETS, TrainConfig
 from fastgpt.trainer import Trainer
 
