@@ -1,11 +1,11 @@
 """What the command lines of this folder share: options, errors, and the files they write."""
 
 import importlib.util
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
+from _visit import write_json
 from rich.console import Console
 
 T = TypeVar("T")
@@ -100,7 +100,7 @@ def write_results(
 ) -> None:
     """name.json, and name.png as ``chart(run, path)`` draws it."""
     numbers, picture = _results(out, name)
-    numbers.write_text(json.dumps(run, indent=1, allow_nan=False) + "\n")
+    write_json(numbers, run)
     chart(run, picture)
     console.print(f"wrote {numbers} and {picture}", soft_wrap=True)
 

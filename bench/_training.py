@@ -102,7 +102,7 @@ VARIANTS: dict[str, Variant] = {
 }
 
 _WEIGHT_DECAY, _BETAS, _GRAD_CLIP = 0.1, (0.9, 0.95), 1.0  # nanoGPT's
-_REFERENCE_SEQUENCES = 2  # at a time: the float32 reference keeps every score and every logit
+_REFERENCE_SEQUENCES = 4  # at a time: the float32 reference keeps every score and every logit
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,6 +146,8 @@ class Options:
     learning_rate: float = 3e-4
     # Seed of the weights and of the batches.
     seed: int = 1337
+    # Train nanoGPT's model in float32 too, to compare the losses with.
+    reference: bool = True
     # Steps whose losses are compared with those of the float32 reference.
     loss_steps: int = 100
     # Steps before the first round.

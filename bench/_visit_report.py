@@ -119,6 +119,7 @@ def _run(run: dict[str, Any]) -> str:
         f"B={o['batch_size']}, T={o['block_size']}, {run['dtype']}; {o['loss_steps']} losses "
         f"against float32; speed-up over {run['baseline']}; noise {_number(run['noise'], '.1%')}",
         *run["notes"],
+        *([] if run["complete"] else ["not complete: the run was cut off"]),
     ]
     return _table(headers, rows) + "\n\n" + "\n".join(f"- {note}" for note in notes)
 

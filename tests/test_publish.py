@@ -46,6 +46,7 @@ def made_up(batch_size: int) -> dict[str, Any]:
     ceiling = {"matmul_tflops": 700.0, "copy_tb_per_s": 4.0, "gpu_state": state}
     return {
         "created": "2000-01-01T12:00:00+00:00",
+        "complete": True,
         "notes": [],
         "machine": {
             "device": "cuda",
