@@ -54,6 +54,16 @@ def failed(error: object) -> int:
     return 2
 
 
+def failure_of(error: Exception) -> str:
+    """What went wrong, in one line, of something that ends alone while the rest goes on."""
+    if type(error).__name__ == "OutOfMemoryError":  # PyTorch's, which need not be loaded here
+        return "out of memory"
+    lines = str(error).strip().splitlines()
+    if isinstance(error, FloatingPointError):
+        return lines[0]
+    return ": ".join([type(error).__name__, *lines[:1]])
+
+
 def prediction(
     name: str, planned: Callable[[], Any], record: Callable[[Any], dict[str, Any]], report: Any
 ) -> int:

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from _command import failure_of
 from _report import Group, Result
 from _timing import Clock, interleaved, synchronize
 from _training import (
@@ -144,16 +145,6 @@ def _turn(training: Training, steps: int, device: torch.device) -> list[float]:
         training.step()
         clock.mark()
     return clock.durations_ms()
-
-
-def failure_of(error: Exception) -> str:
-    """In one line."""
-    if isinstance(error, torch.OutOfMemoryError):
-        return "out of memory"
-    lines = str(error).strip().splitlines()
-    if isinstance(error, FloatingPointError):
-        return lines[0]
-    return ": ".join([type(error).__name__, *lines[:1]])
 
 
 # -------------------------------------------------------------------------------------- all of it
