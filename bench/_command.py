@@ -1,11 +1,11 @@
 """What the command lines of this folder share: options, errors, and the files they write."""
 
 import importlib.util
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
+from _visit import write_json
 from rich.console import Console
 
 T = TypeVar("T")
@@ -22,16 +22,28 @@ USER_ERRORS = (
 
 
 def options(default: T, argv: list[str] | None) -> T:
-    """The dataclass as the command line fills it, --like_this; the rest is as in ``default``."""
-    import tyro  # not above: gpu_report.py runs where it is missing
+    """The dataclass as the command line fills it, --like_this; the rest is as in ``default``.
 
-    return tyro.cli(
+    Raises ModuleNotFoundError as ``tyro``."""
+    found = tyro()
+    return found.cli(
         type(default),
         default=default,
         args=argv,
         use_underscores=True,
-        config=(tyro.conf.FlagConversionOff,),
+        config=(found.conf.FlagConversionOff,),
     )
+
+
+def tyro() -> Any:
+    """The reader of command lines, which nothing else here needs.
+
+    Raises ModuleNotFoundError where it is not installed, saying how to install it."""
+    try:
+        import tyro
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError("the command line needs tyro: pip install tyro") from error
+    return tyro
 
 
 def failed(error: object) -> int:
@@ -40,6 +52,16 @@ def failed(error: object) -> int:
         f"error: {error}", style="bold red"
     )
     return 2
+
+
+def failure_of(error: Exception) -> str:
+    """What went wrong, in one line, of something that ends alone while the rest goes on."""
+    if type(error).__name__ == "OutOfMemoryError":  # PyTorch's, which need not be loaded here
+        return "out of memory"
+    lines = str(error).strip().splitlines()
+    if isinstance(error, FloatingPointError):
+        return lines[0]
+    return ": ".join([type(error).__name__, *lines[:1]])
 
 
 def prediction(
@@ -88,7 +110,7 @@ def write_results(
 ) -> None:
     """name.json, and name.png as ``chart(run, path)`` draws it."""
     numbers, picture = _results(out, name)
-    numbers.write_text(json.dumps(run, indent=1, allow_nan=False) + "\n")
+    write_json(numbers, run)
     chart(run, picture)
     console.print(f"wrote {numbers} and {picture}", soft_wrap=True)
 

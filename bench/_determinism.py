@@ -7,6 +7,7 @@ determinism.json in FOLDER; without one every op once, on small shapes, for comp
 
 import sys
 import time
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ import bench_linear_cross_entropy
 import bench_mlp
 import bench_residual_layer_norm
 import torch
+from _command import failure_of
 from _op_bench import DEVICE, DTYPE, Draw, Op, gradients_like, tensors, wants_gradient
 from _timing import synchronize
 from _visit import write_json
@@ -74,20 +76,25 @@ def determinism(
     found: dict[str, Any] = {}
     for name, op in BENCHMARKS.items():
         start = time.monotonic()
-        once = _once(op, dict(op.gpu_sizes[0]) if sizes is None else sizes[name])
-        first = once()
-        different = sum(
-            not all(torch.equal(a, b) for a, b in zip(once(), first, strict=True))
-            for _ in range(repeats - 1)
-        )
-        found[name] = {
-            "repeats": repeats,
-            "different": different,
-            "seconds": round(time.monotonic() - start, 1),
-        }
+        try:
+            once = _once(op, dict(op.gpu_sizes[0]) if sizes is None else sizes[name])
+            found[name] = {"repeats": repeats, "different": _different(once, repeats)}
+        except Exception as error:  # whatever it is, the other ops are looked at all the same
+            traceback.print_exc()
+            found[name] = {"repeats": 0, "different": failure_of(error)}
+        found[name]["seconds"] = round(time.monotonic() - start, 1)
         print(name, found[name])
         write_json(folder / "determinism.json", found)
     return int(any(one["different"] for one in found.values()))
+
+
+def _different(once: Callable[[], list[Tensor]], repeats: int) -> int:
+    """How often the results are not those of the first time."""
+    first = once()
+    return sum(
+        not all(torch.equal(a, b) for a, b in zip(once(), first, strict=True))
+        for _ in range(repeats - 1)
+    )
 
 
 def small(sizes: dict[str, dict[str, int]] = SMALL_SIZES) -> int:

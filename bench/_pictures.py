@@ -43,8 +43,14 @@ def loss(runs: list[dict[str, Any]], path: Path, digest: str) -> None:
     figure, rows = _figure(runs, 2, "loss, and loss less that of the float32 reference")
     for run, (left, right) in zip(runs, rows, strict=True):
         reference = run["reference_losses"]
-        steps = range(1, len(reference) + 1)
-        left.plot(steps, reference, color="black", linewidth=2.5, label="float32 reference")
+        if reference:
+            left.plot(
+                range(1, len(reference) + 1),
+                reference,
+                color="black",
+                linewidth=2.5,
+                label="float32 reference",
+            )
         right.axhline(0.0, color="black", linewidth=0.8)
         for number, (name, variant) in enumerate(run["variants"].items()):
             if not variant["losses"]:
@@ -55,9 +61,11 @@ def loss(runs: list[dict[str, Any]], path: Path, digest: str) -> None:
                 "linewidth": 1.6 if name.startswith("fastgpt") else 1.0,
                 "linestyle": ":" if again else "-",
             }
-            distances = [a - b for a, b in zip(variant["losses"], reference, strict=True)]
-            left.plot(steps, variant["losses"], **style)
-            right.plot(steps, distances, label=variant["label"], **style)
+            steps = range(1, len(variant["losses"]) + 1)
+            left.plot(steps, variant["losses"], label=variant["label"], **style)
+            if reference:
+                distances = [a - b for a, b in zip(variant["losses"], reference, strict=True)]
+                right.plot(steps, distances, **style)
         for axes in (left, right):
             axes.set_xlabel("step")
             axes.spines[["top", "right"]].set_visible(False)

@@ -6,6 +6,7 @@ of ``gpu_report.py``, which leaves profile.json in FOLDER.
 
 import sys
 import tempfile
+import traceback
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 import _machine
 import torch
 from _ceilings import Ceilings, floor
+from _command import failure_of
 from _timing import Clock, spread, synchronize
 from _training import VARIANTS, Options, Plan, Training, tf32
 from _visit import write_json
@@ -53,11 +55,14 @@ def profile(folder: Path, options: Options | None = None) -> int:
             "variants": {},
         }
         for name in ("fastgpt_train", "fastgpt"):
-            training = Training(VARIANTS[name], plan)
-            step_ms, kernels = _profiled(training, plan.device)
-            found["variants"][name] = {"step_ms": step_ms, **by_kind(kernels, floor_ms)}
+            try:
+                step_ms, kernels = _profiled(Training(VARIANTS[name], plan), plan.device)
+                found["variants"][name] = {"step_ms": step_ms, **by_kind(kernels, floor_ms)}
+            except Exception as error:  # whatever it is, the other is profiled all the same
+                traceback.print_exc()
+                found["variants"][name] = {"failure": failure_of(error)}
             write_json(folder / "profile.json", found)
-    return 0
+    return int(any("failure" in one for one in found["variants"].values()))
 
 
 def _profiled(

@@ -2,7 +2,7 @@
 are made from the record alone.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -33,30 +33,47 @@ class Result:
     step_ms: list[list[float]] = field(default_factory=list)  # of each round
 
 
+@dataclass
+class Group:
+    """Variants that were measured side by side, among them ``base``, which is in every group."""
+
+    base: str
+    variants: list[str]
+    base_step_ms: list[list[float]] = field(default_factory=list)  # of each round, in this group
+
+
 def record(
-    results: Mapping[str, Result], reference_losses: list[float], tokens_per_step: int
+    results: Mapping[str, Result],
+    reference_losses: list[float],
+    tokens_per_step: int,
+    groups: Sequence[Group] = (),
+    reference_failure: str | None = None,
 ) -> dict[str, Any]:
-    """The variants, their speeds and losses, and what they are compared with."""
+    """The variants, their speeds and losses, and what they are compared with. Without ``groups``
+    all were measured side by side."""
     speeds = {
         name: spread([ms for times in result.step_ms for ms in times])
         for name, result in results.items()
-        if result.failure is None
+        if result.failure is None and result.step_ms
     }
     rates = {name: rate(ms, tokens_per_step) for name, ms in speeds.items()}
-    measured = [name for name in _BASELINES if name in rates]
-    baseline = max(measured, key=lambda name: rates[name].median, default=None)
+    relative = _relative(speeds, groups)
+    measured = [name for name in _BASELINES if name in relative]
+    baseline = max(measured, key=lambda name: relative[name], default=None)
     return {
         "tokens_per_step": tokens_per_step,
         "baseline": baseline,
-        "over_eager": _ratio(rates, *_OVER_EAGER),
-        "noise": _difference(rates),
+        "over_eager": _ratio(relative, *_OVER_EAGER),
+        "noise": _difference(relative),
+        "groups": [asdict(group) for group in groups],
         "reference_losses": reference_losses,
+        "reference_failure": reference_failure,
         "variants": {
             name: {
                 **asdict(result),
                 "ms_per_step": asdict(speeds[name]) if name in speeds else None,
                 "tokens_per_s": asdict(rates[name]) if name in rates else None,
-                "speedup": None if baseline is None else _ratio(rates, name, baseline),
+                "speedup": None if baseline is None else _ratio(relative, name, baseline),
                 **_deviation(result, reference_losses),
             }
             for name, result in results.items()
@@ -64,23 +81,37 @@ def record(
     }
 
 
-def _ratio(rates: Mapping[str, Spread], name: str, base: str) -> float | None:
+def _relative(speeds: Mapping[str, Spread], groups: Sequence[Group]) -> dict[str, float]:
+    """How many times as fast each variant is as the base of its group."""
+    if len(groups) < 2:
+        return {name: 1.0 / ms.median for name, ms in speeds.items()}
+    out = {}
+    for group in groups:
+        times = [ms for turn in group.base_step_ms for ms in turn]
+        for name in group.variants:
+            if times and name in speeds and name not in out:
+                out[name] = spread(times).median / speeds[name].median
+    return out
+
+
+def _ratio(relative: Mapping[str, float], name: str, base: str) -> float | None:
     """How many times as fast as ``base``; None unless both were measured."""
-    if name not in rates or base not in rates:
+    if name not in relative or base not in relative:
         return None
-    return rates[name].median / rates[base].median
+    return relative[name] / relative[base]
 
 
-def _difference(rates: Mapping[str, Spread]) -> float | None:
+def _difference(relative: Mapping[str, float]) -> float | None:
     """By what share two measurements of the same thing differ."""
-    ratio = _ratio(rates, *reversed(_NOISE))
+    ratio = _ratio(relative, *reversed(_NOISE))
     return None if ratio is None else abs(ratio - 1.0)
 
 
 def _deviation(result: Result, reference_losses: list[float]) -> dict[str, float | None]:
     """The last loss less the reference's, and the largest distance on the way."""
-    if not result.losses:
-        return {"loss": None, "loss_deviation": None, "largest_deviation": None}
+    if not result.losses or not reference_losses:
+        loss = result.losses[-1] if result.losses else None
+        return {"loss": loss, "loss_deviation": None, "largest_deviation": None}
     deviations = [a - b for a, b in zip(result.losses, reference_losses, strict=True)]
     return {
         "loss": result.losses[-1],
@@ -160,6 +191,13 @@ def _three_digits(value: float | None) -> str:
 def _basis(run: dict[str, Any]) -> list[str]:
     """What a reader of the speeds must know."""
     lines = list(run["notes"])
+    if not run["complete"]:
+        lines.append("not complete: the run was cut off")
+    if run["reference_failure"] is not None:
+        lines.append(f"no float32 losses: {run['reference_failure']}")
+    if len(run["groups"]) > 1:
+        base = run["groups"][0]["base"]
+        lines.append(f"in {len(run['groups'])} groups that fit into memory, {base} in each")
     if run["baseline"] is not None:
         lines.append(f"speed-up: over {run['baseline']}")
     if run["over_eager"] is not None:
@@ -173,21 +211,22 @@ def _basis(run: dict[str, Any]) -> list[str]:
 
 
 def _caption(run: dict[str, Any]) -> str:
-    losses = run["reference_losses"]
     failures = [
         f"{name}: {variant['failure']}"
         for name, variant in run["variants"].items()
         if variant["failure"] is not None
     ]
-    return "\n".join(
-        [
-            "",
-            *_basis(run),
-            f"loss: after {len(losses)} steps, where float32 has {losses[-1]:.4f}",
-            "off fp32: the largest distance from the float32 losses on the way",
-            *failures,
-        ]
-    )
+    return "\n".join(["", *_basis(run), *_loss_notes(run), *failures])
+
+
+def _loss_notes(run: dict[str, Any]) -> list[str]:
+    losses = run["reference_losses"]
+    if not losses:
+        return [f"loss: after {run['options']['loss_steps']} steps"]
+    return [
+        f"loss: after {len(losses)} steps, where float32 has {losses[-1]:.4f}",
+        "off fp32: the largest distance from the float32 losses on the way",
+    ]
 
 
 def chart(run: dict[str, Any], path: Path) -> None:
@@ -213,7 +252,9 @@ def speed_bars(axes: Any, run: dict[str, Any]) -> None:
         [speed["p90"] - speed["median"] for speed in speeds],
     ]
     texts = [
-        variant["failure"] or f"{speed['median']:,.0f}  {_number(variant['speedup'], '{:.2f}x')}"
+        f"{speed['median']:,.0f}  {_number(variant['speedup'], '{:.2f}x')}"
+        if variant["tokens_per_s"]
+        else variant["failure"] or "not measured"
         for variant, speed in zip(variants, speeds, strict=True)
     ]
     bars(axes, run, medians, [speed["p90"] for speed in speeds], texts, xerr=whiskers, capsize=3)

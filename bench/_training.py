@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from fastgpt import GPT, GPTConfig
 from fastgpt.data import Batches
-from fastgpt.devices import autocast
+from fastgpt.devices import autocast, has_bfloat16
 from fastgpt.language_model import LanguageModel
 from fastgpt.optimizer import MasterAdamW
 from fastgpt.step import Step
@@ -102,7 +102,7 @@ VARIANTS: dict[str, Variant] = {
 }
 
 _WEIGHT_DECAY, _BETAS, _GRAD_CLIP = 0.1, (0.9, 0.95), 1.0  # nanoGPT's
-_REFERENCE_SEQUENCES = 2  # at a time: the float32 reference keeps every score and every logit
+_REFERENCE_SEQUENCES = 4  # at a time: the float32 reference keeps every score and every logit
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,6 +146,8 @@ class Options:
     learning_rate: float = 3e-4
     # Seed of the weights and of the batches.
     seed: int = 1337
+    # Train nanoGPT's model in float32 too, to compare the losses with.
+    reference: bool = True
     # Steps whose losses are compared with those of the float32 reference.
     loss_steps: int = 100
     # Steps before the first round.
@@ -203,7 +205,7 @@ class Plan:
         on_gpu = torch.cuda.is_available()
         wanted = options.dtype
         if wanted == "auto":
-            wanted = "bfloat16" if on_gpu and torch.cuda.is_bf16_supported() else "float32"
+            wanted = "bfloat16" if on_gpu and has_bfloat16() else "float32"
         config = GPTConfig(
             block_size=options.block_size,
             vocab_size=options.vocab_size,

@@ -115,10 +115,12 @@ def _run(run: dict[str, Any]) -> str:
             )
         )
     o = run["options"]
+    against = " against float32" if run["reference_losses"] else ""
     notes = [
-        f"B={o['batch_size']}, T={o['block_size']}, {run['dtype']}; {o['loss_steps']} losses "
-        f"against float32; speed-up over {run['baseline']}; noise {_number(run['noise'], '.1%')}",
+        f"B={o['batch_size']}, T={o['block_size']}, {run['dtype']}; {o['loss_steps']} losses"
+        f"{against}; speed-up over {run['baseline']}; noise {_number(run['noise'], '.1%')}",
         *run["notes"],
+        *([] if run["complete"] else ["not complete: the run was cut off"]),
     ]
     return _table(headers, rows) + "\n\n" + "\n".join(f"- {note}" for note in notes)
 
@@ -131,6 +133,8 @@ def _profile(data: dict[str, Any]) -> str:
 
 
 def _profile_of(data: dict[str, Any]) -> str:
+    if "failure" in data:
+        return str(data["failure"])
     rows = [
         (
             row["kind"],

@@ -14,8 +14,8 @@ the cache on average. What is reached is given as a share of the rate of a devic
 """
 
 import copy
-import json
 import sys
+import traceback
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field
@@ -25,9 +25,9 @@ from typing import Any
 import _eager
 import _machine
 import torch
-import tyro
-from _command import USER_ERRORS, failed
+from _command import USER_ERRORS, failed, failure_of, tyro
 from _timing import Clock
+from _visit import write_json
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -86,25 +86,40 @@ def same_greedy_tokens(plain: GPT, fast: GPT, idx: Tensor, new_tokens: int) -> b
     return all(torch.equal(a, b) for a, b in pairs)
 
 
+@dataclass
+class Taken:
+    """What a method has done so far."""
+
+    seconds: float = 0.0
+    steps: int = 0
+    failure: str | None = None
+
+
 def taking_turns(
     runs: dict[str, Iterator[Tensor]],
     device: torch.device,
     context: AbstractContextManager[object],
-) -> dict[str, float]:
-    """Seconds that each of the runs took, to its end."""
-    seconds = dict.fromkeys(runs, 0.0)
+    taken: dict[str, Taken],
+) -> None:
+    """Run all to their ends, and keep in ``taken`` what each took. A failure ends one alone."""
+    taken.update({name: Taken() for name in runs})
     left = dict(runs)
     while left:
         for name, steps in list(left.items()):
             clock = Clock(device)
-            with context:
-                clock.mark()
-                taken = sum(1 for _ in zip(range(_TURN), steps, strict=False))
-                clock.mark()
-            seconds[name] += clock.durations_ms()[0] / 1e3
-            if taken < _TURN:
+            try:
+                with context:
+                    clock.mark()
+                    count = sum(1 for _ in zip(range(_TURN), steps, strict=False))
+                    clock.mark()
+                taken[name].seconds += clock.durations_ms()[0] / 1e3
+            except Exception as error:  # whatever it is, the other method is measured all the same
+                traceback.print_exc()
+                taken[name].failure = failure_of(error)
+                count = 0
+            taken[name].steps += count
+            if count < _TURN:
                 del left[name]
-    return seconds
 
 
 def bytes_per_token(model: GPT, options: Options) -> float:
@@ -152,32 +167,54 @@ def measure(options: Options) -> dict[str, Any]:
         }
 
     context = autocast(device, dtype)
-    taking_turns(runs(min(4, options.new_tokens)), device, context)  # what happens once
-    seconds = taking_turns(runs(options.new_tokens), device, context)
-    made = options.batch_size * options.new_tokens
-    rates = {name: made / time for name, time in seconds.items()}
-    copied = _machine.ceilings(device)["copy_tb_per_s"] * 1e12
-    moved = bytes_per_token(fast, options) * options.new_tokens / seconds["fastgpt"]
-    return {
+    taken: dict[str, Taken] = {}
+    complete = True
+    try:
+        taking_turns(runs(min(4, options.new_tokens)), device, context, {})  # what happens once
+        taking_turns(runs(options.new_tokens), device, context, taken)
+    except KeyboardInterrupt:
+        complete = False
+    rates = {
+        name: options.batch_size * one.steps / one.seconds
+        for name, one in taken.items()
+        if one.steps and one.failure is None
+    }
+    record = {
+        "complete": complete and len(rates) == len(taken),
         "machine": _machine.facts(device),
         "options": {**asdict(options), "out": None},
         "dtype": str(dtype).removeprefix("torch."),
         "parameters": fast.get_num_params(),
-        "seconds": seconds,
+        "seconds": {name: one.seconds for name, one in taken.items()},
+        "steps": {name: one.steps for name, one in taken.items()},
+        "failures": {name: one.failure for name, one in taken.items() if one.failure},
         "tokens_per_s": rates,
-        "speedup": rates["fastgpt"] / rates["nanoGPT's method"],
-        "gb_per_s": moved / 1e9,
-        "share_of_copy": moved / copied,
+        "speedup": None,
+        "gb_per_s": None,
+        "share_of_copy": None,
     }
+    if record["complete"]:
+        copied = _machine.ceilings(device)["copy_tb_per_s"] * 1e12
+        moved = bytes_per_token(fast, options) * options.new_tokens / taken["fastgpt"].seconds
+        record["speedup"] = rates["fastgpt"] / rates["nanoGPT's method"]
+        record["gb_per_s"], record["share_of_copy"] = moved / 1e9, moved / copied
+    return record
 
 
 def table(record: dict[str, Any]) -> Table:
     o = record["options"]
+    if record["complete"]:
+        caption = (
+            f"fastgpt over nanoGPT's method: {record['speedup']:.2f}x; it reads "
+            f"{record['gb_per_s']:.1f} GB/s, {record['share_of_copy']:.0%} of what a copy moves"
+        )
+    else:
+        failures = [f"{name}: {failure}" for name, failure in record["failures"].items()]
+        caption = "\n".join(failures or ["not complete: the run was interrupted"])
     out = Table(
         title=f"{_machine.name(record['machine'])}, {record['parameters'] / 1e6:.1f}M parameters, "
         f"{record['dtype']}, {o['batch_size']} x ({o['prompt']} + {o['new_tokens']} tokens)",
-        caption=f"fastgpt over nanoGPT's method: {record['speedup']:.2f}x; it reads "
-        f"{record['gb_per_s']:.1f} GB/s, {record['share_of_copy']:.0%} of what a copy moves",
+        caption=caption,
     )
     for header in ("method", "tokens/s", "s"):
         out.add_column(header, justify="left" if header == "method" else "right")
@@ -187,9 +224,10 @@ def table(record: dict[str, Any]) -> Table:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """0: done. 2: a wrong option, or a file that is there already."""
-    options = tyro.cli(Options, description=__doc__, args=argv, use_underscores=True)
+    """0: done. 1: a method failed. 2: a wrong option, or a file that is there already. 130:
+    interrupted; what was measured until then is written."""
     try:
+        options = tyro().cli(Options, description=__doc__, args=argv, use_underscores=True)
         if options.out is not None and options.out.exists():
             raise FileExistsError(f"{options.out} is there already: it would be replaced")
         if options.out is not None:
@@ -197,10 +235,15 @@ def main(argv: list[str] | None = None) -> int:
         record = measure(options)
     except USER_ERRORS as error:
         return failed(error)
-    Console().print(table(record))
+    except KeyboardInterrupt:
+        failed("interrupted before anything was measured")
+        return 130
     if options.out is not None:
-        options.out.write_text(json.dumps(record, indent=1) + "\n")
-    return 0
+        write_json(options.out, record)
+    Console().print(table(record))
+    if record["complete"]:
+        return 0
+    return 1 if record["failures"] else 130
 
 
 if __name__ == "__main__":

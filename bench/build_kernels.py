@@ -29,9 +29,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import _command
 import torch
 import triton
-import tyro
 from _static import COPIES, MATRIX
 from rich import box
 from rich.console import Console
@@ -198,11 +198,11 @@ def _range(numbers: list[int]) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     """The exit code: 0, 1 where a kernel is faulty or does not compile, 2 for a wrong argument."""
-    o = tyro.cli(Options, args=argv)
     errors = Console(stderr=True, markup=False, highlight=False, soft_wrap=True)
     try:
+        o = _command.tyro().cli(Options, args=argv)
         records = build(CASES, OUT, arch=o.arch, jobs=o.jobs, only=o.only)
-    except (ValueError, FileNotFoundError, CompilationError) as error:
+    except (ValueError, FileNotFoundError, ModuleNotFoundError, CompilationError) as error:
         errors.print(f"error: {error}", style="bold red")
         return 1 if isinstance(error, CompilationError) else 2
     console = Console(highlight=False)

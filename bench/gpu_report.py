@@ -12,8 +12,8 @@ a share of the time that is left: one that crashes, hangs or lacks a library cos
 
 The folder holds ``report.json`` and ``report.md``, written anew after every stage, and
 ``run-b32.json``, ``run-b64.json``, ``run-b4.json`` as ``run.py`` writes them. It may be cut off at
-any time. ``--keep`` makes a good report (no failed test, all three runs, a commit) the one in
-``bench/results/<gpu>``.
+any time. ``--keep`` makes a good report (no failed test, all three runs complete, a commit) the one
+in ``bench/results/<gpu>``.
 """
 
 import argparse
@@ -108,7 +108,12 @@ def not_good(folder: Path) -> list[str]:
     elif parity["data"]["failed"] or not parity["data"]["passed"]:
         counts = parity["data"]
         reasons.append(f"parity: {counts['failed']} failed, {counts['passed']} passed")
-    reasons += [f"{run}.json is missing" for run in RUNS if not (folder / f"{run}.json").is_file()]
+    for name in RUNS:
+        run = read_json(folder / f"{name}.json")
+        if run is None:
+            reasons.append(f"{name}.json is missing")
+        elif not run["complete"]:
+            reasons.append(f"{name}.json is not complete")
     return reasons
 
 

@@ -19,7 +19,6 @@ from typing import Any
 import _command
 import _machine
 import _pictures
-import tyro
 from PIL import Image
 from rich.console import Console
 
@@ -92,12 +91,17 @@ def _run(path: Path) -> dict[str, Any]:
         run = json.loads(path.read_text())
     except ValueError as error:
         raise ValueError(f"{path} is no JSON: {error}") from None
-    keys = ("created", "machine", "options", "dtype", "ceilings", "variants", "reference_losses")
+    keys = (
+        "created", "complete", "machine", "options", "dtype", "ceilings", "variants",
+        "reference_losses",
+    )  # fmt: skip
     missing = [key for key in keys if key not in run] if isinstance(run, dict) else list(keys)
     if missing:
         raise ValueError(f"{path} is no record of bench/run.py: it has no {', '.join(missing)}")
     if run["machine"]["device"] != "cuda":
         raise ValueError(f"{path} must be measured on a CUDA GPU, got {run['machine']['device']}")
+    if not run["complete"]:
+        raise ValueError(f"{path} must be complete, but was cut off")
     expected = f"run-b{run['options']['batch_size']}.json"
     if path.name != expected:
         raise ValueError(f"{path} must be called {expected}, after its batch size")
@@ -179,10 +183,13 @@ def _basis(run: dict[str, Any]) -> str:
         sentences.append(
             f"fastgpt measured twice: {100 * run['noise']:.1f}% apart; a smaller difference is none"
         )
-    sentences.append(
-        f"Loss after {len(losses)} steps, float32 has {losses[-1]:.4f}; off fp32 is the largest "
-        "distance on the way"
-    )
+    if losses:
+        sentences.append(
+            f"Loss after {len(losses)} steps, float32 has {losses[-1]:.4f}; off fp32 is the "
+            "largest distance on the way"
+        )
+    else:
+        sentences.append(f"Loss after {run['options']['loss_steps']} steps")
     if run["sdpa"]:
         sentences.append(f"SDPA took `{run['sdpa']['operator']}`")
     before, after = run["ceilings"]["before"], run["ceilings"]["after"]
@@ -251,16 +258,16 @@ def publish(folder: Path, readme: Path) -> list[Path]:
 
 def main(argv: list[str] | None = None) -> int:
     """The exit code: 0, 1 where --check finds a difference, 2 where results cannot be published."""
-    o = tyro.cli(Options, args=argv)
     console = Console(markup=False, highlight=False, soft_wrap=True)
     try:
+        o = _command.tyro().cli(Options, args=argv)
         if o.check:
             lines = stale(RESULTS, README)
             code = int(bool(lines))
         else:
             lines = [f"wrote {path}" for path in publish(RESULTS, README)]
             code = 0
-    except ValueError as error:
+    except (ValueError, ModuleNotFoundError) as error:
         return _command.failed(error)
     for line in lines or ["everything is up to date"]:
         console.print(line)

@@ -24,6 +24,7 @@ import math
 import os
 import sys
 import time
+import traceback
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -33,6 +34,7 @@ import _command
 import _machine
 import torch
 from _ceilings import Ceilings
+from _command import failure_of
 from _contest import comment, gpu_timer, measured, verdict
 from _line import Line, Tile
 from _multiprocessor import ARCHITECTURES
@@ -129,7 +131,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The exit code: 0, or 2 for a wrong argument."""
+    """The exit code: 0, 1 where a line could not be swept, 2 for a wrong argument, 130 after an
+    interrupt."""
     start = time.monotonic()
     o = parse(argv)
     console = Console(highlight=False)
@@ -163,14 +166,25 @@ def main(argv: Sequence[str] | None = None) -> int:
             f"--only must match a line, got {o.only!r}; in {o.dtype} there are: {names}"
         )
     records: list[dict[str, Any]] = []
+    failures = 0
     for op, line in chosen:
         if time.monotonic() - start > 60 * o.minutes:
             console.print(f"{line.name}: not begun, {o.minutes:g} minutes are over")
             continue
-        records.append(sweep_line(op, line, capability, dtype, o.jobs, ceilings, console))
+        try:
+            records.append(sweep_line(op, line, capability, dtype, o.jobs, ceilings, console))
+        except KeyboardInterrupt:
+            _command.failed(f"interrupted in {line.name}")
+            return 130
+        except Exception as error:  # whatever it is, the other lines are swept all the same
+            traceback.print_exc()
+            records.append({"op": op, "name": line.name, "measured": None})
+            records[-1]["failure"] = failure_of(error)
+            failures += 1
+            console.print(f"{line.name}: {failure_of(error)}", markup=False)
         if o.json is not None:
             write_json(o.json, records)
-    return 0
+    return int(failures > 0)
 
 
 if __name__ == "__main__":

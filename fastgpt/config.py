@@ -9,10 +9,9 @@ import math
 import typing
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import torch
-import tyro
 
 from fastgpt._files import is_path
 
@@ -131,8 +130,8 @@ class System:
     # bfloat16 holds the matrices in it, float32 master weights beside them; float16 is autocast.
     # auto is bfloat16 on a GPU that has it, float16 on an older one, float32 elsewhere.
     dtype: Dtype = "auto"
-    # Run the model through torch.compile.
-    compile: bool = True
+    # Run the model through torch.compile, and then without cuda_graph.
+    compile: bool = False
     # On a GPU, replay every update as one CUDA graph; not in float16, where the host decides.
     cuda_graph: bool = True
     # Seed of the weights, the batches and dropout.
@@ -188,7 +187,7 @@ class SampleConfig:
     # Folder of the checkpoint.
     out_dir: str = "out"
     # The prompt, or FILE:path to read it from a file.
-    start: Annotated[str, tyro.conf.arg(help_behavior_hint="(default: a line break)")] = "\n"
+    start: str = "\n"
     # Every line of the prompt is a prompt of its own; empty ones are left out.
     lines: bool = False
     # Read prompts from the terminal or a pipe, line by line, and write one sample for each.
@@ -210,11 +209,7 @@ class SampleConfig:
     # Above 1, tokens that are in the text already become less likely.
     repetition_penalty: float = 1.0
     # End a sample before this text; may be given several times.
-    stop: Annotated[
-        tuple[str, ...],
-        tyro.conf.UseAppendAction,
-        tyro.conf.arg(metavar="TEXT", help_behavior_hint="(default: none)"),
-    ] = ()
+    stop: tuple[str, ...] = ()
     # Print a JSON object per sample: prompt, completion, tokens, finish (length or stop).
     json: bool = False
     # Seed of the draws.
@@ -224,7 +219,7 @@ class SampleConfig:
     # Autocast; auto is bfloat16 on a GPU that has it, float16 on an older one, float32 elsewhere.
     dtype: Dtype = "auto"
     # Run whole passes of the model (a text longer than its context) through torch.compile.
-    compile: Annotated[bool, tyro.conf.FlagConversionOff] = False
+    compile: bool = False
 
     def __post_init__(self) -> None:
         _check_types(self)
@@ -274,7 +269,6 @@ PRESETS: dict[str, dict[str, Any]] = {
         "max_iters": 2000,
         "lr_decay_iters": 2000,
         "device": "cpu",
-        "compile": False,
     },
     "gpt2": {},
 }

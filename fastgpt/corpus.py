@@ -25,8 +25,6 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-from rich.console import Console
-from rich.progress import wrap_file
 
 from fastgpt._progress import spans
 from fastgpt.data import token_files
@@ -259,6 +257,9 @@ def _check_out_dir(out_dir: Path) -> None:
 
 def _download(url: str, size: int) -> bytes:
     """The ``size`` bytes at ``url``: more or fewer are an error."""
+    from rich.console import Console
+    from rich.progress import wrap_file
+
     try:
         with (
             urllib.request.urlopen(url, timeout=_TIMEOUT_S) as response,

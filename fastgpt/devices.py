@@ -20,12 +20,18 @@ def resolve_device(name: str) -> torch.device:
     return torch.device(name)
 
 
+def has_bfloat16() -> bool:
+    """Whether the current GPU computes in bfloat16 itself. One older than Ampere emulates it, more
+    slowly than it computes in float32."""
+    return torch.cuda.is_bf16_supported(including_emulation=False)
+
+
 def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
     """The autocast dtype of a key ``dtype`` on ``device``; float32 stands for no autocast."""
     if name == "auto":
         if device.type != "cuda":
             return torch.float32
-        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+        return torch.bfloat16 if has_bfloat16() else torch.float16
     if name == "float16" and device.type != "cuda":
         raise ValueError(f"dtype must be auto, float32 or bfloat16 on {device.type}, got 'float16'")
     return {

@@ -15,13 +15,15 @@ import sysconfig
 from dataclasses import dataclass
 from importlib import metadata, util
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
-from rich.console import Console
-from rich.table import Table
 
 from fastgpt import ops
 from fastgpt.devices import resolve_device, resolve_dtype
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 _TORCH_VERSIONS = ((2, 11), (2, 14))  # from, and below
 _TRITON_VERSION = (3, 6)
@@ -61,8 +63,10 @@ class Finding:
     fix: str = ""
 
 
-def doctor(console: Console) -> int:
+def doctor(console: "Console") -> int:
     """Print the report. Returns 0, or 1 if training cannot run at all."""
+    from rich.table import Table
+
     findings = examine()
     device = resolve_device("auto")
     trials = [_trial(device)]
@@ -184,7 +188,7 @@ def _compiler() -> Finding:
         missing.append(f"{header}")
     if not missing:
         return Finding("compiler", str(program))
-    found = f"no {' and no '.join(missing)}: no torch.compile (--compile=False)"
+    found = f"no {' and no '.join(missing)}: no torch.compile"
     if not on_gpu:
         return Finding("compiler", found)
     return Finding(

@@ -14,10 +14,9 @@ import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import torch
-import tyro
 
 from fastgpt import checkpoint as ckpt
 from fastgpt import huggingface
@@ -48,13 +47,7 @@ class ExportConfig:
     # Folder of the checkpoint.
     out_dir: str = "out"
     # Where to write; nothing may be there yet.
-    output: Annotated[
-        Path | None,
-        tyro.conf.arg(
-            metavar="PATH",
-            help_behavior_hint="(default: hf, model.safetensors or nanogpt in out_dir)",
-        ),
-    ] = None
+    output: Path | None = None
 
 
 @dataclass(frozen=True)

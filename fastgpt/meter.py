@@ -6,18 +6,36 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType, TracebackType
+from typing import TYPE_CHECKING
 
-from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
-
+from fastgpt._progress import PlainConsole
 from fastgpt.config import TrainConfig
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.progress import Progress
+
+
+def _bar(console: "Console") -> "Progress":
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    return Progress(
+        TextColumn("iteration"),
+        MofNCompleteColumn(),
+        BarColumn(),
+        TextColumn("{task.fields[facts]}"),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        console=console,
+    )
 
 
 class Meter:
@@ -26,7 +44,7 @@ class Meter:
     def __init__(
         self,
         config: TrainConfig,
-        console: Console,
+        console: "Console | PlainConsole",
         first_iter: int,
         estimate_mfu: Callable[[int, float], float] | None,
     ) -> None:
@@ -34,26 +52,19 @@ class Meter:
         self._config = config
         self._console = console
         self._estimate_mfu = estimate_mfu
-        self._bar = Progress(
-            TextColumn("iteration"),
-            MofNCompleteColumn(),
-            BarColumn(),
-            TextColumn("{task.fields[facts]}"),
-            TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
-            console=self._console,
-            disable=not self._console.is_terminal,
-        )
-        self._task = self._bar.add_task(
-            "train", total=config.max_iters, completed=first_iter, facts=""
-        )
+        self._bar: Progress | None = None
+        if not isinstance(console, PlainConsole) and console.is_terminal:
+            self._bar = _bar(console)
+            self._task = self._bar.add_task(
+                "train", total=config.max_iters, completed=first_iter, facts=""
+            )
         self._since, self._from_iter = time.perf_counter(), first_iter
         self._warm = False  # the first report includes compilation
         self.mfu: float | None = None
 
     def __enter__(self) -> "Meter":
-        self._bar.start()
+        if self._bar is not None:
+            self._bar.start()
         self._since = time.perf_counter()
         return self
 
@@ -63,7 +74,8 @@ class Meter:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._bar.stop()
+        if self._bar is not None:
+            self._bar.stop()
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -88,8 +100,9 @@ class Meter:
             self.mfu = mfu if self.mfu is None else 0.9 * self.mfu + 0.1 * mfu
             facts += f", mfu {100 * self.mfu:.1f}%"
         self._warm = True
-        self._bar.update(self._task, completed=iteration, facts=facts)
-        if not self._console.is_terminal:
+        if self._bar is not None:
+            self._bar.update(self._task, completed=iteration, facts=facts)
+        else:
             self._console.print(
                 f"iter {iteration}: {facts}, {1000 * seconds:.1f} ms", highlight=False
             )

@@ -3,9 +3,7 @@
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
-
-import tyro
+from typing import Any
 
 from fastgpt import log
 
@@ -24,18 +22,9 @@ class PlotConfig:
     """Draw learning curves as PNG: losses, learning rate, tokens per second."""
 
     # Folders of runs, to be compared.
-    folders: Annotated[
-        tyro.conf.Positional[tuple[Path, ...]],
-        tyro.conf.arg(metavar="[OUT_DIR ...]", help_behavior_hint="(default: out)"),
-    ] = (Path("out"),)
+    folders: tuple[Path, ...] = (Path("out"),)
     # The picture.
-    output: Annotated[
-        Path | None,
-        tyro.conf.arg(
-            metavar="FILE.png",
-            help_behavior_hint="(default: curves.png in the folder; for several, here)",
-        ),
-    ] = None
+    output: Path | None = None
 
 
 def plot(config: PlotConfig) -> Path:

@@ -26,8 +26,6 @@ from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
 from fastgpt._files import alone_in
 from fastgpt.manifest import NAME, Manifest, read_manifest
@@ -256,6 +254,9 @@ def _ordered(work: Callable[[_T], _R], items: Iterable[_T], workers: int) -> Ite
 
 def _shown(batches: Iterable[_Encoded]) -> Iterator[_Encoded]:
     """The same with a progress bar on stderr."""
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
+
     columns = (
         TextColumn("Encoding"),
         BarColumn(),

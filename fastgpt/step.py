@@ -27,6 +27,10 @@ Batch = tuple[Tensor, Tensor]
 # happen in a capture does: kernels are compiled and loaded, libraries allocate what they keep.
 _BEFORE_CAPTURE = 3
 
+# Where the learning rate is a float32 tensor, with a graph and without one. PyTorch's AdamW takes a
+# Python number as float64, with which the updates would be others than a graph's.
+_LEARNING_RATE_ON_DEVICE = ("cuda",)
+
 
 class Step:
     """An update of a model, to be called once for each.
@@ -55,8 +59,8 @@ class Step:
         world: the processes that make the update together.
 
     Raises:
-        ValueError: a CUDA graph is wanted on another device, by several processes, or with a
-            gradient scaler, whose updates the host decides upon.
+        ValueError: a CUDA graph is wanted on another device, by several processes, of a model that
+            is compiled, or with a gradient scaler, whose updates the host decides upon.
     """
 
     def __init__(
@@ -86,16 +90,15 @@ class Step:
             optimizer.found_inf = self.not_finite  # type: ignore[attr-defined]
         self._graph: _Graph | None = None
         if cuda_graph:
+            if _is_compiled(model):
+                raise ValueError("cuda_graph must be False with a compiled model, got True")
             if device.type != "cuda":
                 raise ValueError(f"cuda_graph must be False on {device.type}, got True")
             if self._scaler.is_enabled():
                 raise ValueError("cuda_graph must be False with a gradient scaler, got True")
             if world.size > 1:
                 raise ValueError(f"cuda_graph must be False in {world.size} processes, got True")
-            self._graph = _Graph(self._update, device)
-            for group in optimizer.param_groups:
-                group["capturable"] = True
-                group["lr"] = torch.as_tensor(group["lr"], dtype=torch.float32, device=device)
+            self._graph = _Graph(self._update, optimizer, device)
 
     def __call__(self, batches: Iterable[Batch], learning_rate: float) -> Tensor:
         """Make one update; the mean loss of its batches, on the device.
@@ -104,12 +107,19 @@ class Step:
             ValueError: there are more or fewer batches than ``micro_batches``, or with a CUDA graph
                 one of another shape than before.
         """
+        self._set(learning_rate)
+        return self._update(batches) if self._graph is None else self._graph(batches)
+
+    def _set(self, learning_rate: float) -> None:
         for group in self._optimizer.param_groups:
+            if self._device.type in _LEARNING_RATE_ON_DEVICE and not isinstance(
+                group["lr"], Tensor
+            ):
+                group["lr"] = torch.empty((), dtype=torch.float32, device=self._device)
             if isinstance(group["lr"], Tensor):
                 group["lr"].fill_(learning_rate)
             else:
                 group["lr"] = learning_rate
-        return self._update(batches) if self._graph is None else self._graph(batches)
 
     def _update(self, batches: Iterable[Batch]) -> Tensor:
         batches = list(batches)
@@ -162,6 +172,11 @@ class Step:
         torch.maximum(self.not_finite, (~value.isfinite()).float(), out=self.not_finite)
 
 
+def _is_compiled(model: nn.Module) -> bool:
+    """By torch.compile, which wraps a module, or by its method of that name."""
+    return hasattr(model, "_orig_mod") or model._compiled_call_impl is not None
+
+
 class _Graph:
     """``update`` as a CUDA graph, captured after ``_BEFORE_CAPTURE`` calls.
 
@@ -169,8 +184,14 @@ class _Graph:
     a capture may meet no other.
     """
 
-    def __init__(self, update: Callable[[Iterable[Batch]], Tensor], device: torch.device) -> None:
+    def __init__(
+        self,
+        update: Callable[[Iterable[Batch]], Tensor],
+        optimizer: torch.optim.Optimizer,
+        device: torch.device,
+    ) -> None:
         self._update = update
+        self._optimizer = optimizer
         self._stream = torch.cuda.Stream(device)
         self._batches: list[Batch] = []  # what the graph reads
         self._graph: torch.cuda.CUDAGraph | None = None
@@ -207,6 +228,8 @@ class _Graph:
         if self._calls <= _BEFORE_CAPTURE:
             return self._update(self._batches)
         if self._graph is None:
+            for group in self._optimizer.param_groups:
+                group["capturable"] = True  # PyTorch asks for it in a capture, and warns before one
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, stream=self._stream):
                 self._loss = self._update(self._batches)

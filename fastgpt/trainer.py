@@ -14,16 +14,16 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from rich.console import Console
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from fastgpt import checkpoint as ckpt
 from fastgpt import fsdp, run_folder, sharded, start
 from fastgpt._files import alone_in
+from fastgpt._progress import PlainConsole, run_console
 from fastgpt.config import TrainConfig
 from fastgpt.data import Batches
 from fastgpt.devices import autocast, resolve_device, resolve_dtype
@@ -35,6 +35,9 @@ from fastgpt.optimizer import MasterAdamW, saved_state
 from fastgpt.parallel import ALONE, World
 from fastgpt.step import Step
 from fastgpt.tokenizer import packed, saved_tokenizer
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 
 class Trainer:
@@ -49,11 +52,14 @@ class Trainer:
     """
 
     def __init__(
-        self, config: TrainConfig, console: Console | None = None, world: World = ALONE
+        self,
+        config: TrainConfig,
+        console: "Console | PlainConsole | None" = None,
+        world: World = ALONE,
     ) -> None:
         self.config = config
         self.world = world
-        self.console = console or Console(markup=False, highlight=False, soft_wrap=True)
+        self.console = console or run_console()
         self.device = world.device(resolve_device(config.device))
         self.dtype = resolve_dtype(config.dtype, self.device)
         self._sharded = start.is_sharded(config, world)
@@ -95,12 +101,7 @@ class Trainer:
             grad_clip=config.grad_clip,
             autocast=self._autocast,
             scaler=self.scaler,
-            cuda_graph=(
-                config.cuda_graph
-                and self.device.type == "cuda"
-                and not self.scaler.is_enabled()
-                and world.size == 1
-            ),
+            cuda_graph=self._captures(),
             world=world,
         )
         self.iter_num = 0
@@ -124,6 +125,14 @@ class Trainer:
         if self.world.size == 1 or self._sharded:
             return self._forward
         return DistributedDataParallel(self._forward, gradient_as_bucket_view=True)
+
+    def _captures(self) -> bool:
+        given = (self.device, self.dtype, self.world)
+        if start.captures(self.config, *given):
+            return True
+        if start.captures(replace(self.config, compile=False), *given):
+            self.console.print("compile=True: updates are not replayed as a CUDA graph")
+        return False
 
     def _share_of_micro_batches(self) -> int:
         count, size = self.config.gradient_accumulation_steps, self.world.size

@@ -7,7 +7,8 @@ from torch import Tensor
 def autocast_dtype(x: Tensor) -> torch.dtype:
     """The dtype that an autocast region on x's device asks for, else x's own."""
     device_type = x.device.type
-    if x.dtype == torch.float64 or not torch.amp.is_autocast_available(device_type):
+    # Only meta has no autocast; to ask PyTorch 2.11 for that is a graph break under torch.compile.
+    if x.dtype == torch.float64 or device_type == "meta":
         return x.dtype
     enabled = torch.is_autocast_enabled(device_type)
     return torch.get_autocast_dtype(device_type) if enabled else x.dtype

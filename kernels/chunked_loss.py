@@ -68,7 +68,11 @@ def _forward(
 
     step = chunk_rows(n_cols, dtype, x.device)
     stride = -(-n_cols // _ALIGNMENT) * _ALIGNMENT
-    buffer = x.new_empty(min(step, n_rows), stride)[:, :n_cols]
+    buffer = x.new_empty(min(step, n_rows), stride)
+    if x.device.type == "cpu":
+        # oneDNN's AMX kernels multiply what lies behind an odd row by 0, which keeps a NaN.
+        buffer[:, n_cols:].zero_()
+    buffer = buffer[:, :n_cols]
     for start in range(0, n_rows, step):
         chunk = slice(start, min(start + step, n_rows))
         logits = torch.mm(x[chunk], weight.t(), out=buffer[: chunk.stop - start])

@@ -84,6 +84,13 @@ def device(request: pytest.FixtureRequest) -> Iterator[str]:
 
 
 @pytest.fixture(autouse=True)
+def _interpreted(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A test that is for a GPU finds the ops as a user does, who gets no kernel on the CPU."""
+    on_gpu = request.node.get_closest_marker("gpu") is not None
+    monkeypatch.setattr(_common, "INTERPRETED", not on_gpu)
+
+
+@pytest.fixture(autouse=True)
 def _seeded(request: pytest.FixtureRequest) -> None:
     """A test draws the same random numbers whatever ran before it."""
     torch.manual_seed(_seed(request))

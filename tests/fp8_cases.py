@@ -5,6 +5,7 @@ CPU, take PyTorch's scaled products of what the Triton kernels cast.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import parity
 import pytest
@@ -18,6 +19,29 @@ HALF = [torch.bfloat16, torch.float16]
 
 # Relative to the number, and to the scale: half of the last place, half of the least number.
 ROUNDING = {E4M3: (2.0**-4, 2.0**-10), E5M2: (2.0**-3, 2.0**-17)}
+
+
+def _scaled_mm(
+    a: Tensor,
+    b: Tensor,
+    scales_a: list[Tensor],
+    recipe_a: Any,
+    swizzle_a: Any,
+    scales_b: list[Tensor],
+    recipe_b: Any,
+    swizzle_b: Any,
+    bias: Tensor | None,
+    dtype: torch.dtype | None,
+    *_: Any,
+) -> Tensor:
+    product = (a.float() @ b.float()) * (scales_a[0] * scales_b[0])
+    return (product if bias is None else product + bias).to(dtype)
+
+
+# PyTorch 2.11 has the operator behind F.scaled_mm for CUDA alone; for the life of the process.
+if not torch._C._dispatch_has_kernel_for_dispatch_key("aten::_scaled_mm_v2", "CPU"):
+    _library = torch.library.Library("aten", "IMPL")
+    _library.impl("_scaled_mm_v2", _scaled_mm, "CPU")
 
 
 @pytest.fixture(autouse=True)

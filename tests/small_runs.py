@@ -44,7 +44,6 @@ def small_keys(root: Path, **changes: Any) -> dict[str, Any]:
         "warmup_iters": 4,
         "min_lr": 1e-3,
         "device": "cpu",
-        "compile": False,
         **changes,
     }
 

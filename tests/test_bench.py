@@ -6,12 +6,15 @@ import math
 import os
 import re
 import statistics
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, get_args
 
 import _huggingface
 import _machine
+import _measurement
 import _report
 import _timing
 import _training
@@ -221,13 +224,158 @@ def test_out_of_memory_ends_one_variant_only(
     assert "sdpa: out of memory" in console_text(_report.table(record))
 
 
-def test_other_errors_end_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def step(self: Any) -> None:
-        raise RuntimeError("broken kernel")
+def broken(monkeypatch: pytest.MonkeyPatch, *kinds: type | str) -> None:
+    """Steps of these variants, or trainings, fail."""
+    step = _training.Training.step
 
-    monkeypatch.setattr(_training.Training, "step", step)
-    with pytest.raises(RuntimeError, match="broken kernel"):
-        measured(tmp_path, f"--data_dir={data_set(tmp_path)}")
+    def broken_step(self: Any) -> torch.Tensor:
+        if type(self) in kinds or self.label in kinds:
+            raise RuntimeError("broken kernel\nand many lines more")
+        return step(self)
+
+    init = _training.Training.__init__
+
+    def labelled(self: Any, variant: Any, *args: Any) -> None:
+        init(self, variant, *args)
+        self.label = variant.label
+
+    monkeypatch.setattr(_training.Training, "__init__", labelled)
+    monkeypatch.setattr(_training.Training, "step", broken_step)
+
+
+def test_any_error_ends_one_variant_only(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    console_text: Any,
+) -> None:
+    broken(monkeypatch, _training.ReferenceTraining, _training.VARIANTS["sdpa"].label)
+    data_dir = data_set(tmp_path)
+    record = measured(tmp_path, "--variants", "sdpa", "fastgpt", f"--data_dir={data_dir}")
+    assert "and many lines more" in capsys.readouterr().err  # the whole traceback
+    failed, fine = record["variants"]["sdpa"], record["variants"]["fastgpt"]
+    assert record["complete"] and failed["failure"] == "RuntimeError: broken kernel"
+    assert fine["failure"] is None and len(fine["step_ms"]) == 3 and fine["loss"] > 0
+    assert record["reference_failure"] == "RuntimeError: broken kernel"
+    assert record["reference_losses"] == [] and fine["largest_deviation"] is None
+    text = console_text(_report.table(record))
+    assert "sdpa: RuntimeError: broken kernel" in text and "no float32 losses: Runt" in text
+
+
+def test_nothing_to_measure_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    broken(monkeypatch, _training.Training)
+    options = [*TINY, "--reference=False", "--variants=sdpa", f"--out={tmp_path}"]
+    assert bench.main([*options, f"--data_dir={data_set(tmp_path)}"]) == 1
+    record = json.loads((tmp_path / "run.json").read_text())
+    assert record["variants"]["sdpa"]["failure"] == "RuntimeError: broken kernel"
+
+
+# -- a run that is cut off
+
+
+def test_an_interrupt_keeps_what_was_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, console_text: Any
+) -> None:
+    turn, left = _measurement._turn, iter(range(3))
+
+    def interrupted(*args: Any) -> list[float]:
+        if next(left, None) is None:
+            raise KeyboardInterrupt
+        return turn(*args)
+
+    monkeypatch.setattr(_measurement, "_turn", interrupted)
+    options = [*TINY, f"--out={tmp_path}", f"--data_dir={data_set(tmp_path)}"]
+    assert bench.main([*options, "--variants", "sdpa", "fastgpt"]) == 130
+    record = json.loads((tmp_path / "run.json").read_text())
+    assert record["complete"] is False and record["ceilings"]["after"] is None
+    turns = {name: len(v["step_ms"]) for name, v in record["variants"].items()}
+    assert turns == {"sdpa": 1, "fastgpt": 2}  # each round begins with another
+    assert all(v["tokens_per_s"] for v in record["variants"].values())
+    assert (tmp_path / "run.png").exists()
+    assert "not complete" in console_text(_report.table(record))
+
+
+def test_a_killed_run_leaves_what_was_measured(tmp_path: Path) -> None:
+    options = [*TINY, f"--out={tmp_path / 'out'}", f"--data_dir={data_set(tmp_path)}"]
+    code = f"""
+import os, sys
+import _measurement, run
+turn, left = _measurement._turn, iter(range(3))
+_measurement._turn = lambda *args: turn(*args) if next(left, None) is not None else os._exit(9)
+run.main({[*options, "--variants", "sdpa", "fastgpt"]!r})
+"""
+    folders = os.pathsep.join([str(_machine.ROOT), str(_machine.ROOT / "bench")])
+    killed = subprocess.run(
+        [sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": folders}, timeout=600
+    )
+    assert killed.returncode == 9
+    record = json.loads((tmp_path / "out" / "run.json").read_text())
+    assert record["complete"] is False and len(record["reference_losses"]) == 4
+    turns = {name: len(v["step_ms"]) for name, v in record["variants"].items()}
+    assert turns == {"sdpa": 1, "fastgpt": 2}
+
+
+# -- what does not fit into memory together
+
+
+def test_groups_that_fit() -> None:
+    footprints = {name: _measurement.Footprint(10, 30) for name in "abcd"}
+    footprints["e"] = _measurement.Footprint(50, 50)  # a CUDA graph keeps all of it
+    fit = functools.partial(_measurement.groups_that_fit, "abcde", footprints=footprints, base="b")
+    assert fit(capacity=math.inf) == [["b", "a", "c", "d", "e"]]
+    assert fit(capacity=110) == [["b", "a", "c", "d", "e"]]  # 4 x 10 + 50, and 20 in a step
+    assert fit(capacity=109) == [["b", "a", "c", "d"], ["b", "e"]]
+    assert fit(capacity=50) == [["b", "a", "c"], ["b", "d"], ["b", "e"]]
+    assert fit(capacity=1) == [["b", name] for name in "acde"]
+
+
+def test_groups_of_a_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, console_text: Any
+) -> None:
+    alone = _measurement._measure_alone
+
+    def footprint(*args: Any) -> _measurement.Footprint:
+        alone(*args)
+        return _measurement.Footprint(40, 60)
+
+    monkeypatch.setattr(_measurement, "_measure_alone", footprint)
+    monkeypatch.setattr(_measurement, "_capacity", lambda device: 100.0)
+    names = ("fastgpt", "sdpa", "fastgpt_again")
+    record = measured(
+        tmp_path, "--reference=False", "--variants", *names, f"--data_dir={data_set(tmp_path)}"
+    )
+    groups = record["groups"]
+    assert [group["variants"] for group in groups] == [
+        ["sdpa", "fastgpt"],
+        ["sdpa", "fastgpt_again"],
+    ]
+    assert all(len(group["base_step_ms"]) == 3 for group in groups)
+    assert groups[0]["base_step_ms"] == record["variants"]["sdpa"]["step_ms"]
+    assert all(len(variant["step_ms"]) == 3 for variant in record["variants"].values())
+    assert record["over_eager"] > 0 and record["noise"] is not None
+    assert "in 2 groups that fit into memory, sdpa in each" in console_text(_report.table(record))
+
+
+def test_ratios_are_of_one_group() -> None:
+    """The machine is half as fast when it measures the second group."""
+    results = {
+        name: _report.Result("", step_ms=[[ms]])
+        for name, ms in {
+            "sdpa": 10.0,
+            "fastgpt": 5.0,
+            "sdpa_graphs": 16.0,
+            "fastgpt_again": 10.0,
+        }.items()
+    }
+    groups = [
+        _report.Group("sdpa", ["sdpa", "fastgpt"], [[10.0]]),
+        _report.Group("sdpa", ["sdpa", "sdpa_graphs", "fastgpt_again"], [[20.0]]),
+    ]
+    record = _report.record(results, [], 100, groups)
+    assert record["baseline"] == "sdpa_graphs" and record["noise"] == 0.0
+    speedups = [variant["speedup"] for variant in record["variants"].values()]
+    assert speedups == pytest.approx([0.8, 1.6, 1.0, 1.6])
+    assert record["over_eager"] == 2.0
 
 
 def test_a_diverged_training_is_no_measurement(
@@ -362,6 +510,43 @@ def test_variants_are_what_their_names_say(monkeypatch: pytest.MonkeyPatch) -> N
         name for name in losses if not name.startswith("fastgpt")
     ]
     assert list(losses.values()) == pytest.approx([losses["naive"]] * len(losses), abs=1e-5)
+
+
+def test_a_gpu_that_emulates_bfloat16_computes_in_float32(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for has, dtype in ((False, torch.float32), (True, torch.bfloat16)):
+        monkeypatch.setattr(_training, "has_bfloat16", lambda has=has: has)
+        assert _training.Plan.of(_training.Options(), tmp_path).dtype == dtype
+
+
+def test_only_the_command_lines_need_tyro() -> None:
+    code = """
+import importlib, sys
+from pathlib import Path
+
+class Missing:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] == "tyro":
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+sys.meta_path.insert(0, Missing())
+for path in sorted(Path("bench").glob("*.py")):
+    importlib.import_module(path.stem)
+import run
+sys.exit(run.main([]))
+"""
+    folders = os.pathsep.join([str(_machine.ROOT), str(_machine.ROOT / "bench")])
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "PYTHONPATH": folders},
+        cwd=_machine.ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 2, done.stderr
+    assert done.stderr == "error: the command line needs tyro: pip install tyro\n"
 
 
 def test_every_variant_can_be_asked_for() -> None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from small_runs import TEXT, arguments, data_set, small_keys
 
-from fastgpt import __main__ as cli
+from fastgpt import command_line as cli
 from fastgpt.config import PRESETS, TrainConfig
 from fastgpt.trainer import Trainer
 
@@ -47,6 +47,18 @@ def test_defaults_preset_file_command_line() -> None:
 
 def test_the_command_line_wins_even_with_the_default() -> None:
     assert parsed("--preset=char-cpu", "--n_layer=12", "--device=cuda").n_layer == 12
+
+
+def test_nanogpts_checkpoint_does_not_ask_for_torch_compile() -> None:
+    """It has compile=True from anybody who did not think of it; one of ours from who asked."""
+    keys = {"compile": True, "n_layer": 3}
+    state = {"iter_num": 1, "config": keys}
+    Path("out").mkdir()
+    torch.save(state, "out/ckpt.pt")
+    resumed = parsed("--init_from=resume")
+    assert (resumed.n_layer, resumed.compile) == (3, False)
+    torch.save({**state, "fastgpt": {"model": "gpt"}}, "out/ckpt.pt")
+    assert parsed("--init_from=resume").compile
 
 
 def test_no_preset_and_no_file(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 import math
 from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -45,7 +46,6 @@ NANOGPT_DEFAULTS = {
     "min_lr": 6e-5,
     "backend": "nccl",
     "device": "cuda",
-    "compile": True,
 }
 
 
@@ -54,6 +54,7 @@ def test_nanogpts_keys_and_defaults() -> None:
     assert NANOGPT_DEFAULTS.items() <= ours.items()
     own = {
         "dtype": "auto",
+        "compile": False,  # True in nanoGPT
         "cuda_graph": True,
         "seed": 1337,
         "model": "gpt",
@@ -266,11 +267,6 @@ def test_device_and_dtype(monkeypatch: pytest.MonkeyPatch) -> None:
     assert resolve_dtype("bfloat16", cpu) == torch.bfloat16
     with pytest.raises(ValueError, match="dtype must be auto, float32 or bfloat16 on cpu"):
         resolve_dtype("float16", cpu)
-    gpu = torch.device("cuda")
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: False)
-    assert resolve_dtype("auto", gpu) == torch.float16
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: True)
-    assert resolve_dtype("auto", gpu) == torch.bfloat16
     with pytest.raises(ValueError, match="device must be one that this machine has .* got 'tpu'"):
         resolve_device("tpu")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
@@ -278,6 +274,19 @@ def test_device_and_dtype(monkeypatch: pytest.MonkeyPatch) -> None:
     assert resolve_device("auto") == cpu
     with pytest.raises(ValueError, match="got 'cuda'"):
         resolve_device("cuda")
+
+
+@pytest.mark.parametrize(("major", "dtype"), [(7, torch.float16), (8, torch.bfloat16)])
+def test_dtype_of_a_gpu(major: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """PyTorch counts bfloat16 as supported on a T4 (7.5), which emulates it."""
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    facts = SimpleNamespace(major=major, minor=5)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: facts)
+    monkeypatch.setattr(torch.cuda, "_check_bf16_tensor_supported", lambda device: True)
+    assert torch.cuda.is_bf16_supported()
+    assert resolve_dtype("auto", torch.device("cuda")) == dtype
 
 
 def test_autocast_by_dtype() -> None:

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from small_runs import arguments, small_keys
 
-from fastgpt import __main__ as cli
 from fastgpt import checkpoint as ckpt
+from fastgpt import command_line as cli
 from fastgpt import corpus
 from fastgpt.manifest import read_manifest
 from fastgpt.tokenizer import CharTokenizer, JsonTokenizer

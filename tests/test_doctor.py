@@ -51,7 +51,8 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, int], None]:
         monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
         monkeypatch.setattr(torch.cuda, "get_device_properties", lambda i: facts)
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (major, minor))
-        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: major >= 8)
+        monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+        monkeypatch.setattr(torch.version, "cuda", "13.0")  # bfloat16 is asked of both
 
     return imitate
 
@@ -67,7 +68,7 @@ def test_a_machine_without_a_gpu(no_gpu: None, monkeypatch: pytest.MonkeyPatch) 
     code, text = report()
     assert code == 0 and text.rstrip().endswith("training works")
     assert re.search(rf"Python +{platform.python_version()} at {sys.executable}", text)
-    assert re.search(rf"PyTorch +{re.escape(torch.__version__)}, built with", text)
+    assert re.search(rf"PyTorch +{re.escape(torch.__version__)}, built (without|for) CUDA", text)
     assert re.search(r"ops on PyTorch +adamw, attention, .*linear_cross_entropy, mlp", text)
     assert re.search(r"trial on cpu +an update was made \(loss 4\.\d\d\)", text)
     facts = found()
@@ -99,6 +100,16 @@ def test_gpus_that_are_too_old_for_something(gpu: Callable[[int, int], None]) ->
     facts = found()
     assert facts["GPU cuda:0"].fix.endswith("train with --device=cpu")
     assert facts["dtype auto"].found == "float16" and "float16" in facts["CUDA graph"].found
+
+
+@pytest.mark.parametrize(
+    ("cuda", "built"), [(None, "built without CUDA"), ("13.0", "built for CUDA 13.0")]
+)
+def test_what_pytorch_is_built_for(
+    cuda: str | None, built: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.version, "cuda", cuda)
+    assert found()["PyTorch"] == Finding("PyTorch", f"{torch.__version__}, {built}")
 
 
 def test_versions_that_are_too_old(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -198,7 +209,7 @@ def test_a_cpu_with_a_compiler_of_c_alone(
     monkeypatch.delenv("CXX", raising=False)
     a_program(tmp_path / "gcc", "true")
     finding = found()["compiler"]
-    assert finding == Finding("compiler", "no C++ compiler: no torch.compile (--compile=False)")
+    assert finding == Finding("compiler", "no C++ compiler: no torch.compile")
     a_program(tmp_path / "g++", "true")
     assert found()["compiler"] == Finding("compiler", "g++")
     monkeypatch.setenv("CXX", "icpx")

@@ -112,7 +112,8 @@ def reported(folder: Path, *stages: Stage, arguments: tuple[str, ...] = ()) -> d
 
 
 def test_everything_lies_in_one_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    run = {"machine": dict(FACTS), "variants": {}, "options": {"batch_size": 4, "block_size": 8,
+    run = {"complete": True, "reference_losses": [], "machine": dict(FACTS),
+           "variants": {}, "options": {"batch_size": 4, "block_size": 8,
            "loss_steps": 2}, "dtype": "bfloat16", "baseline": None, "noise": None,
            "notes": ["short run"]}  # fmt: skip
     again = replace(MACHINE, name="machine-after")
@@ -235,7 +236,7 @@ def good(tmp_path: Path) -> Path:
     (folder / "report.json").write_text(json.dumps(record))
     (folder / "report.md").write_text("# report\n")
     for run in gpu_report.RUNS:
-        (folder / f"{run}.json").write_text("{}")
+        (folder / f"{run}.json").write_text('{"complete": true}')
     return folder
 
 
@@ -258,11 +259,13 @@ def test_a_good_report_is_kept(good: Path, tmp_path: Path) -> None:
         (lambda r: r["stages"][0]["data"].update(failed=2), "parity: 2 failed, 9 passed"),
         (lambda r: r["stages"][0]["data"].update(passed=0), "parity: 0 failed, 0 passed"),
         (None, "run-b64.json is missing"),
+        (None, "run-b4.json is not complete"),
     ],
 )
 def test_another_is_not(change: Any, reason: str, good: Path, tmp_path: Path) -> None:
     if change is None:
         (good / "run-b64.json").unlink()
+        (good / "run-b4.json").write_text('{"complete": false}')
     else:
         record = read_json(good / "report.json")
         change(record)

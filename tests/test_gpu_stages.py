@@ -14,6 +14,7 @@ import _determinism
 import _profile
 import _stages
 import _training
+import _visit_report
 import pytest
 import run as bench_run
 import torch
@@ -160,7 +161,7 @@ def test_a_run_is_as_long_as_its_time_allows(
     assert _stages.run(tmp_path, 60.0, batch_size) == 0
     long, short = given
     common = {f"--batch_size={batch_size}", f"--out={tmp_path / 'run'}"}
-    losses = {"--loss_steps=200"} if batch_size == 4 else set()
+    losses = {"--loss_steps=200" if batch_size == 4 else "--reference=False"}
     assert set(long) == common | losses
     assert {"--rounds=3", "--steps=10", "sdpa_compile", "fastgpt_train", *common, *losses} <= set(
         short
@@ -186,6 +187,28 @@ def test_the_time_of_a_step_by_kind_of_work(tmp_path: Path) -> None:
         assert sum(kind["share"] for kind in kinds) == pytest.approx(1.0)
         assert sum(kind["ms"] for kind in kinds) == pytest.approx(data["kernels_ms"])
         assert {"attention", "matrix products", "optimizer"} <= {kind["kind"] for kind in kinds}
+
+
+def test_a_variant_that_cannot_be_profiled_costs_itself_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def profiled(training: Any, device: Any) -> tuple[float, list[dict[str, Any]]]:
+        if training._step is not None:
+            raise RuntimeError("broken kernel\nand more")
+        return 1.0, [{"name": "gelu", "calls": 1.0, "ms": 0.5}]
+
+    monkeypatch.setattr(_profile, "_profiled", profiled)
+    options = replace(
+        _training.CPU_OPTIONS, batch_size=2, block_size=16, n_layer=1, n_head=2, n_embd=16
+    )
+    assert _profile.profile(tmp_path, options) == 1
+    found = read_json(tmp_path / "profile.json")["variants"]
+    assert found["fastgpt_train"] == {"failure": "RuntimeError: broken kernel"}
+    assert found["fastgpt"]["step_ms"] == 1.0
+    assert "broken kernel" in _visit_report._profile(
+        {"batch_size": 2, "block_size": 16, "variants": found}
+    )
+    assert "and more" in capsys.readouterr().err
 
 
 def test_shares_and_ratios_by_hand() -> None:
@@ -248,6 +271,25 @@ def test_every_op_is_run_and_found_deterministic(tmp_path: Path) -> None:
     data = read_json(tmp_path / "determinism.json")
     assert list(data) == list(_determinism.SMALL_SIZES)
     assert all(one["repeats"] == 2 and one["different"] == 0 for one in data.values())
+
+
+@pytest.mark.usefixtures("on_cpu")
+def test_an_op_that_fails_costs_itself_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def broken(x: Any) -> Any:
+        raise RuntimeError("broken kernel\nand more")
+
+    gelu = _determinism.BENCHMARKS["gelu"]
+    faulty = replace(gelu)
+    object.__setattr__(faulty, "function", lambda provider: broken)
+    monkeypatch.setattr(_determinism, "BENCHMARKS", {"faulty": faulty, "gelu": gelu})
+    sizes = {name: {"M": 3, "N": 4} for name in ("faulty", "gelu")}
+    assert _determinism.determinism(tmp_path, repeats=2, sizes=sizes) == 1
+    found = read_json(tmp_path / "determinism.json")
+    assert found["faulty"]["different"] == "RuntimeError: broken kernel"
+    assert found["gelu"]["different"] == 0 and "and more" in capsys.readouterr().err
+    assert "| faulty | 0 | RuntimeError: broken kernel |" in _visit_report._determinism(found)
 
 
 @pytest.mark.usefixtures("on_cpu")

@@ -1,6 +1,7 @@
 """The architecture, read from the sources: imports run one way, heavy libraries load late."""
 
 import ast
+import json
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -8,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from small_runs import data_set, small_keys
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -168,7 +170,7 @@ ALLOWED: dict[str, set[str]] = {
         "fastgpt.sharded",
     },
     "fastgpt.log": {"fastgpt._files", "fastgpt.config"},
-    "fastgpt.meter": {"fastgpt.config"},
+    "fastgpt.meter": {"fastgpt._progress", "fastgpt.config"},
     "fastgpt.doctor": {"fastgpt.devices", "fastgpt.ops"},
     "fastgpt.plot": {"fastgpt.log"},
     "fastgpt.export": {
@@ -193,7 +195,7 @@ ALLOWED: dict[str, set[str]] = {
     },
     "fastgpt.sampler": {*_RUN, "fastgpt.generation"},
     "fastgpt.sample_command": {"fastgpt.config", "fastgpt.sampler"},
-    "fastgpt.__main__": {
+    "fastgpt.command_line": {
         *_RUN,
         "fastgpt.config_file",
         "fastgpt.corpus",
@@ -207,8 +209,12 @@ ALLOWED: dict[str, set[str]] = {
         "fastgpt.sampler",
         "fastgpt.trainer",
     },
+    "fastgpt.__main__": {"fastgpt.command_line"},
     "fastgpt": _MODEL,
 }
+
+# Of the command line, which alone needs tyro; progress bars apart it alone needs rich.
+COMMAND_LINE = ("fastgpt.command_line", "fastgpt.data_commands", "fastgpt.sample_command")
 
 # Libraries that the plain ops, hence a machine without Triton, do not need.
 TORCH_ALONE = (
@@ -262,6 +268,8 @@ def imports(code: str, modules: set[str]) -> Iterator[Import]:
         id(inner)
         for outer in ast.walk(tree)
         if isinstance(outer, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda))
+        or isinstance(outer, ast.If)
+        and ast.unparse(outer.test) == "TYPE_CHECKING"
         for inner in ast.walk(outer)
     }
     for node in ast.walk(tree):
@@ -320,6 +328,9 @@ def test_triton_and_optional_libraries_load_late(module: str) -> None:
         if found.package == "triton":
             asked = module == "fastgpt.doctor" and not found.at_import  # for its version
             assert asked or in_kernels == "kernels" and name not in TORCH_ALONE, where
+        if found.package in ("tyro", "rich"):
+            late = found.package == "rich" and not found.at_import
+            assert module in COMMAND_LINE or late, where
         if found.package in LATE:
             assert not found.at_import and in_kernels != "kernels", where
         # `fused` and the op files import Triton, so whoever imports them does
@@ -375,6 +386,34 @@ def test_how_imports_are_read() -> None:
 
 
 # -- a machine without Triton
+
+
+def test_only_the_command_line_needs_tyro_and_rich(tmp_path: Path) -> None:
+    """Every other module is imported without them, and a run makes two updates."""
+    data_set(tmp_path)
+    code = f"""
+import importlib, json, sys
+
+class Missing:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in ("tyro", "rich"):
+            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
+
+sys.meta_path.insert(0, Missing())
+for module in {sorted(set(SOURCES) - set(COMMAND_LINE))}:
+    importlib.import_module(module)
+from fastgpt.__main__ import main
+from fastgpt.config import TrainConfig
+from fastgpt.trainer import Trainer
+trainer = Trainer(TrainConfig(**json.loads({json.dumps(small_keys(tmp_path, max_iters=1))!r})))
+trainer.run()
+assert trainer.iter_num == 2
+sys.exit(main(["train"]))
+"""
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert run.returncode == 2, run.stderr
+    assert run.stderr == "error: the command line needs tyro: pip install tyro\n"
+    assert "iter 0: loss" in run.stdout
 
 
 def test_training_on_a_cpu_needs_no_triton() -> None:

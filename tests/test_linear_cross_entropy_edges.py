@@ -189,6 +189,22 @@ def test_logits_are_never_whole(ops, device: str, small_chunks) -> None:
     assert largest[ops] <= 4 * CHUNK * 1024  # rows begin at multiples of 64 elements
 
 
+def test_what_lies_behind_a_row_is_a_number() -> None:
+    """Rows of the buffer are padded. A CPU with AMX multiplies what lies there by 0."""
+    behind: list[Tensor] = []
+
+    def rows(logits: Tensor, *_: Any) -> None:
+        size, stride = logits.shape[0], logits.stride(0)
+        behind.append(logits.as_strided((size, stride), (stride, 1)).clone())
+
+    x, weight, targets = inputs(16, 32, 65, "cpu")
+    x, weight = x.detach().bfloat16(), weight.detach().bfloat16()
+    options = (torch.bfloat16, -1, True, 0.0, 0.0, True, True)
+    *_, dx, dweight = chunked_loss.chunked(rows)(x, weight, targets, *options)
+    assert behind[0].shape[1] > 65 and behind[0].isfinite().all()
+    assert dx.isfinite().all() and dweight.isfinite().all()
+
+
 def test_chunk_rows() -> None:
     cpu, cuda = torch.device("cpu"), torch.device("cuda")
     assert chunked_loss.chunk_rows(50304, torch.bfloat16, cuda) == 4096

@@ -46,6 +46,7 @@ def made_up(batch_size: int) -> dict[str, Any]:
     ceiling = {"matmul_tflops": 700.0, "copy_tb_per_s": 4.0, "gpu_state": state}
     return {
         "created": "2000-01-01T12:00:00+00:00",
+        "complete": True,
         "notes": [],
         "machine": {
             "device": "cuda",
@@ -58,7 +59,7 @@ def made_up(batch_size: int) -> dict[str, Any]:
             "commit": "0123456789abcdef",
             "uncommitted_changes": False,
         },
-        "options": {"batch_size": batch_size, "block_size": 1024},
+        "options": {"batch_size": batch_size, "block_size": 1024, "loss_steps": 100},
         "dtype": "bfloat16",
         "parameters": 124_000_000,
         "data": {"source": "test", "train_tokens": 1},
@@ -169,6 +170,21 @@ def test_what_is_out_of_date_is_found(tmp_path: Path) -> None:
     assert publish.stale(results, readme) == []
 
 
+def test_a_run_without_float32(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = made_up(32)
+    run["reference_losses"] = []
+    for variant in run["variants"].values():
+        variant.update(loss_deviation=None, largest_deviation=None)
+    results, readme = written(tmp_path, run)
+    publish.publish(results, readme)
+    assert ". Loss after 100 steps. " in readme.read_text()
+    saved = []
+    monkeypatch.setattr(publish._pictures, "_save", lambda figure, *_: saved.append(figure))
+    publish._pictures.loss([run], tmp_path / "loss.png", "")
+    left, _ = saved[0].axes
+    assert len(left.lines) == len(run["variants"])
+
+
 @pytest.mark.parametrize("batch_sizes", [(32,), (4, 32, 64)], ids=str)
 def test_pictures(tmp_path: Path, batch_sizes: tuple[int, ...]) -> None:
     results, readme = written(tmp_path, *map(made_up, batch_sizes))
@@ -217,9 +233,10 @@ def test_bars_and_curves_are_the_runs(tmp_path: Path, monkeypatch: pytest.Monkey
     ("change", "message"),
     [
         ({"machine": {"device": "cpu"}}, "must be measured on a CUDA GPU, got cpu"),
+        ({"complete": False}, "must be complete, but was cut off"),
         ({"options": {"batch_size": 8}}, "must be called run-b8.json, after its batch size"),
     ],
-    ids=["cpu", "name"],
+    ids=["cpu", "incomplete", "name"],
 )
 def test_what_cannot_be_published(tmp_path: Path, change: dict[str, Any], message: str) -> None:
     results, readme = written(tmp_path, made_up(4))
@@ -237,7 +254,7 @@ def test_files_that_are_no_records(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="run-b32.json is no JSON"):
         publish.stale(results, readme)
     path.write_text('{"created": ""}')
-    with pytest.raises(ValueError, match="is no record of bench/run.py: it has no machine, opt"):
+    with pytest.raises(ValueError, match="is no record of bench/run.py: it has no complete, mach"):
         publish.stale(results, readme)
     other = made_up(32)
     other["machine"]["gpu"] = "ANOTHER"

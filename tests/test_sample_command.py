@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from small_runs import data_set, small_config
 
-from fastgpt import __main__ as cli
+from fastgpt import command_line as cli
 from fastgpt.config import SampleConfig
 from fastgpt.sampler import Sampler
 from fastgpt.trainer import Trainer

@@ -290,6 +290,31 @@ def test_without_a_gpu_it_compiles_and_says_so(
     assert f"{len(record['static']) - 1} of {len(record['static'])} rejected" in printed
 
 
+def test_a_line_that_fails_costs_itself_alone(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    swept: list[str] = []
+
+    def sweep_line(op: str, line: Line, *rest: Any) -> dict[str, Any]:
+        swept.append(line.name)
+        if len(swept) == 1:
+            raise RuntimeError("illegal access\nand more")
+        if len(swept) == 3:
+            raise KeyboardInterrupt
+        return {"op": op, "name": line.name, "measured": None}
+
+    monkeypatch.setattr(sweep, "sweep_line", sweep_line)
+    out = tmp_path / "sweep.json"
+    assert sweep.main(["gelu", "adamw", "layer_norm", f"--json={out}"]) == 130
+    records = json.loads(out.read_text())
+    assert [record["name"] for record in records] == swept[:2]
+    assert records[0]["failure"] == "RuntimeError: illegal access" and "failure" not in records[1]
+    captured = capsys.readouterr()
+    assert "and more" in captured.err and f"interrupted in {swept[2]}" in captured.err
+    swept.clear()
+    assert sweep.main(["gelu", "--only=*fwd"]) == 1
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
