@@ -1,11 +1,11 @@
 """What the command lines of this folder share: options, errors, and the files they write."""
 
 import importlib.util
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
-from _visit import write_json
 from rich.console import Console
 
 T = TypeVar("T")
@@ -113,6 +113,13 @@ def write_results(
     write_json(numbers, run)
     chart(run, picture)
     console.print(f"wrote {numbers} and {picture}", soft_wrap=True)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """All of it or nothing: a program that is cut off leaves the old file."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(json.dumps(value, indent=1, allow_nan=False) + "\n")
+    partial.replace(path)
 
 
 def _results(out: Path, name: str) -> tuple[Path, Path]:

@@ -1,4 +1,4 @@
-"""Stages of ``gpu_report.py``: every op again and again, equal to the bit, which leaves
+"""Parts of ``gpu_report.py``: every op again and again, equal to the bit, which leaves
 determinism.json in FOLDER; without one every op once, on small shapes, for compute-sanitizer.
 
     python bench/_determinism.py FOLDER
@@ -21,10 +21,9 @@ import bench_linear_cross_entropy
 import bench_mlp
 import bench_residual_layer_norm
 import torch
-from _command import failure_of
+from _command import failure_of, write_json
 from _op_bench import DEVICE, DTYPE, Draw, Op, gradients_like, tensors, wants_gradient
 from _timing import synchronize
-from _visit import write_json
 from torch import Tensor
 
 REPEATS = 250

@@ -1,4 +1,4 @@
-"""Where the time of a training step goes, by kernel and by kind of work, against the floor: a stage
+"""Where the time of a training step goes, by kernel and by kind of work, against the floor: a part
 of ``gpu_report.py``, which leaves profile.json in FOLDER.
 
     python bench/_profile.py FOLDER
@@ -14,10 +14,9 @@ from typing import Any
 import _machine
 import torch
 from _ceilings import Ceilings, floor
-from _command import failure_of
+from _command import failure_of, write_json
 from _timing import Clock, spread, synchronize
 from _training import VARIANTS, Options, Plan, Training, tf32
-from _visit import write_json
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity
 from torch.profiler import profile as profiler

@@ -1,4 +1,4 @@
-"""A run of ``run.py`` as a record (what run.json holds), as a table and as a chart. Table and chart
+"""A run of ``run.py`` as a record (what its JSON holds), as a table and as a chart. Table and chart
 are made from the record alone.
 """
 

@@ -158,8 +158,8 @@ class Options:
     steps: int = 20
     # Folder with train.bin and val.bin. Default: the built-in corpus, prepared for this run.
     data_dir: Path | None = None
-    # Folder for run.json and run.png, which must not be there yet. Default: a new folder in
-    # bench/out, which git ignores.
+    # Folder for run-b<batch_size>.json and .png, which must not be there yet. Default: a new folder
+    # in bench/out, which git ignores.
     out: Path | None = None
 
     def __post_init__(self) -> None:

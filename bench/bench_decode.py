@@ -25,9 +25,8 @@ from typing import Any
 import _eager
 import _machine
 import torch
-from _command import USER_ERRORS, failed, failure_of, tyro
+from _command import USER_ERRORS, failed, failure_of, tyro, write_json
 from _timing import Clock
-from _visit import write_json
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor

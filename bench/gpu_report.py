@@ -1,216 +1,232 @@
-"""All that a short visit to a GPU should find out, in the order of its worth.
+"""All that a short time on a GPU should find out, in the order of its worth.
 
     python bench/gpu_report.py --minutes 10 --out report
-    python bench/gpu_report.py --minutes 30 --sweep attention gemm
-    python bench/gpu_report.py --keep report             # later, and without a GPU
+    python bench/gpu_report.py --only parity run-b32 profile
 
-The stages: the machine and its ceilings; the tests of every kernel on the GPU (parity); the ops
-against PyTorch; training speed at 32, 64 and 4 sequences (``run.py``; the last with 200 losses
-against float32); a profile by kernel against the floor; a sweep of launch tables; 250 repeats of
-every op, equal to the bit; compute-sanitizer; the ceilings again. Each is a program of its own with
-a share of the time that is left: one that crashes, hangs or lacks a library costs that share.
+Each part is a command of its own, which writes its files into the folder as it goes: the tests of
+every kernel on the GPU (parity), training speed at 32, 4 and 64 sequences (``run.py``; the second
+with 200 losses against float32), a profile by kernel, the ops against PyTorch, 250 repeats of every
+op, equal to the bit, and compute-sanitizer where it is installed. A part that crashes, hangs or
+lacks a library costs its share of the time; what a part did not use is spread over those that
+follow. NAME.log holds a part's output, report.json and report.md what became of each.
 
-The folder holds ``report.json`` and ``report.md``, written anew after every stage, and
-``run-b32.json``, ``run-b64.json``, ``run-b4.json`` as ``run.py`` writes them. It may be cut off at
-any time. ``--keep`` makes a good report (no failed test, all three runs complete, a commit) the one
-in ``bench/results/<gpu>``.
+To publish the speeds, move run-b*.json to ``bench/results/<gpu>`` and run ``bench/publish.py``.
 """
 
 import argparse
+import json
 import os
 import re
 import shutil
 import signal
+import subprocess
 import sys
+import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 import _command
-import _stages
-from _visit import ROOT, Stage, read_json, visit, write_json, write_text
-from _visit_report import markdown
-from rich.console import Console
 
-RESULTS = ROOT / "bench" / "results"
-RUNS = tuple(f"run-b{batch}" for batch in _stages.BATCHES)
-_SWEEPS = ("attention", "gemm", "layer_norm", "cross_entropy", "gelu", "embedding", "adamw")
+ROOT = Path(__file__).resolve().parent.parent
 
-
-class Report:
-    """The folder: what is known so far, on disk after every stage."""
-
-    def __init__(self, folder: Path, minutes: float, commit: str | None) -> None:
-        self.record: dict[str, Any] = {
-            "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-            "minutes": minutes,
-            "machine": None,
-            "ceilings": {"before": None, "after": None},
-            "stages": [],
-        }
-        self.runs: dict[str, dict[str, Any]] = {}
-        self._folder = folder
-        self._commit = commit
-        folder.mkdir(parents=True, exist_ok=True)
-        self._write()
-
-    @property
-    def without_gpu(self) -> bool:
-        machine = self.record["machine"]
-        return machine is not None and "gpu" not in machine
-
-    def add(self, stage: dict[str, Any]) -> None:
-        """A stage's record, in the place of an earlier one of the same stage."""
-        name, data = stage["name"], stage["data"]
-        if name in ("machine", "machine-after") and data is not None:
-            when = "before" if name == "machine" else "after"
-            self.record["ceilings"][when] = data.get("ceilings")
-            if name == "machine":
-                self.record["machine"] = self._with_commit(data["facts"])
-            stage = {**stage, "data": None}
-        if name in RUNS and data is not None:
-            self._with_commit(data["machine"])
-            self.runs[name] = data
-            write_json(self._folder / f"{name}.json", data)
-            stage = {**stage, "data": None}
-        before = [one for one in self.record["stages"] if one["name"] != name]
-        self.record["stages"] = [*before, stage]
-        self._write()
-
-    def _with_commit(self, facts: dict[str, Any]) -> dict[str, Any]:
-        """A copy without its history cannot say which commit it is."""
-        facts["commit"] = facts["commit"] or self._commit
-        return facts
-
-    def _write(self) -> None:
-        write_json(self._folder / "report.json", self.record)
-        write_text(self._folder / "report.md", markdown(self.record, self.runs))
+_BENCH = ROOT / "bench"
+_TAIL = 30  # lines of output that the report has of a part that did not end well
+_GRACE_S = 5.0  # to end by itself when told to
+_MISSING = re.compile(r"^ModuleNotFoundError: No module named '([\w.]+)'", re.M)
 
 
-# ---------------------------------------------------------------------------------- the last good
+@dataclass(frozen=True)
+class Part:
+    """``command``: its program; ``{out}`` stands for the folder. ``weight``: its share of the time
+    among the parts still to come. It is not begun with less than ``least_s`` seconds left."""
+
+    name: str
+    command: tuple[str, ...]
+    weight: float
+    least_s: float = 30.0
 
 
-def not_good(folder: Path) -> list[str]:
-    """Why the report in ``folder`` should not stand in bench/results; empty if it may."""
-    record = read_json(folder / "report.json")
-    if record is None:
-        raise FileNotFoundError(f"keep must be a folder with report.json, got {folder}")
-    reasons = []
-    if record["machine"] is None or "gpu" not in record["machine"]:
-        reasons.append("it names no GPU")
-    elif not record["machine"]["commit"]:
-        reasons.append("it names no commit (--commit)")
-    stages = {stage["name"]: stage for stage in record["stages"]}
-    parity = stages.get("parity", {})
-    if parity.get("status") != "done":
-        reasons.append(f"parity: {parity.get('status', 'not run')}")
-    elif parity["data"]["failed"] or not parity["data"]["passed"]:
-        counts = parity["data"]
-        reasons.append(f"parity: {counts['failed']} failed, {counts['passed']} passed")
-    for name in RUNS:
-        run = read_json(folder / f"{name}.json")
-        if run is None:
-            reasons.append(f"{name}.json is missing")
-        elif not run["complete"]:
-            reasons.append(f"{name}.json is not complete")
-    return reasons
+def _python(*arguments: str) -> tuple[str, ...]:
+    return (sys.executable, *arguments)
 
 
-def slug(gpu: str) -> str:
-    """ "NVIDIA H200" → "nvidia-h200"."""
-    return re.sub(r"[^a-z0-9]+", "-", gpu.lower()).strip("-")
+def _pytest(*arguments: str) -> tuple[str, ...]:
+    common = ("-v", "--tb=short", "--continue-on-collection-errors", "-p", "no:cacheprovider")
+    return _python("-m", "pytest", *common, *arguments)
 
 
-def keep(folder: Path, results: Path = RESULTS) -> Path:
-    """Copy a good report; ValueError where it is none."""
-    reasons = not_good(folder)
-    if reasons:
-        raise ValueError(f"{folder} is not kept: {'; '.join(reasons)}")
-    home = results / slug(read_json(folder / "report.json")["machine"]["gpu"])
-    home.mkdir(parents=True, exist_ok=True)
-    for name in (*(f"{run}.json" for run in RUNS), "report.md", "report.json"):
-        write_text(home / name, (folder / name).read_text())
-    return home
+def _run(batch_size: int, *others: str) -> tuple[str, ...]:
+    command = str(_BENCH / "run.py"), f"--batch_size={batch_size}", "--out={out}"
+    return _python(*command, *others)
 
 
-# ------------------------------------------------------------------------------------- command line
+def _sanitizer(tool: str) -> tuple[str, ...]:
+    """PyTorch's allocator hands out parts of large blocks, past whose ends nobody would notice."""
+    sanitizer = "compute-sanitizer", "--tool", tool, "--error-exitcode", "9"
+    program = _python(str(_BENCH / "_determinism.py"))
+    return ("env", "PYTORCH_NO_CUDA_MEMORY_CACHING=1", *sanitizer, *program)
 
 
-def parse(argv: Sequence[str] | None, names: Sequence[str]) -> argparse.Namespace:
+def parts() -> list[Part]:
+    """All of them, the most worth first."""
+    workers = str(min(16, os.cpu_count() or 1))
+    return [
+        Part("parity", _pytest("-m", "gpu and not slow", "-n", workers, "--maxprocesses=16"), 130),
+        Part("run-b32", _run(32, "--reference=False"), 180, 60),
+        Part("profile", _python(str(_BENCH / "_profile.py"), "{out}"), 25, 15),
+        Part("run-b4", _run(4, "--loss_steps=200"), 110, 60),
+        Part("ops", _pytest("-n0", "bench"), 100),
+        Part("run-b64", _run(64, "--reference=False"), 200, 60),
+        Part("determinism", _python(str(_BENCH / "_determinism.py"), "{out}"), 25, 15),
+        *(Part(tool, _sanitizer(tool), 30, 10) for tool in ("memcheck", "racecheck")),
+    ]
+
+
+def share_s(going: Sequence[Part], left: float) -> float:
+    """Seconds of the first of the parts that are still to come."""
+    share = left * going[0].weight / sum(part.weight for part in going)
+    return min(left, max(share, going[0].least_s))
+
+
+def run_part(part: Part, folder: Path, limit: float) -> dict[str, Any]:
+    """Run it for at most ``limit`` seconds. ``status`` is "done", "failed", "timed out",
+    "interrupted" or "not run"; ``why`` says more; ``output`` is the end of it unless "done"."""
+    start = time.monotonic()
+    log = folder / f"{part.name}.log"
+    status, why = _executed([a.replace("{out}", str(folder)) for a in part.command], log, limit)
+    output = log.read_text(errors="replace")
+    if status == "failed" and (missing := _MISSING.findall(output)):
+        status, why = "not run", f"needs {missing[-1]}"
+    seconds = round(time.monotonic() - start, 1)
+    record: dict[str, Any] = {"name": part.name, "status": status, "why": why, "seconds": seconds}
+    return record if status == "done" else record | {"output": output.splitlines()[-_TAIL:]}
+
+
+def _executed(command: list[str], log: Path, limit: float) -> tuple[str, str | None]:
+    """In a process group of its own, all of which ends with it."""
+    search = [str(ROOT), str(_BENCH), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(search), "PYTHONUNBUFFERED": "1"}
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            command,
+            cwd=ROOT,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+        try:
+            code = process.wait(limit)
+        except subprocess.TimeoutExpired:
+            return "timed out", f"ended after {limit:.0f} s"
+        except KeyboardInterrupt:
+            return "interrupted", None
+        finally:  # an interrupt, too, leaves nothing running
+            _end(process)
+    if code == 0:
+        return "done", None
+    return "failed", f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """SIGINT first, upon which run.py and pytest write what they have."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGKILL):
+        try:
+            os.killpg(process.pid, number)
+        except ProcessLookupError:
+            return  # the whole group has ended
+        try:
+            process.wait(_GRACE_S)
+        except subprocess.TimeoutExpired:
+            continue
+
+
+def _markdown(record: dict[str, Any]) -> str:
+    lines = [f"# {record['created']}, commit {record['commit'] or 'unknown'}", ""]
+    lines += ["| part | status | s | |", "|---|---|---|---|"]
+    for row in record["parts"]:
+        seconds, why = row.get("seconds", ""), row["why"] or ""
+        lines.append(f"| {row['name']} | {row['status']} | {seconds} | {why} |")
+    for row in record["parts"]:
+        if "output" in row:
+            lines += ["", f"## End of {row['name']}.log", "", "```", *row["output"], "```"]
+    return "\n".join(lines) + "\n"
+
+
+def _name_commit(folder: Path, name: str, commit: str | None) -> None:
+    """A copy of the tree without its history cannot say which commit it measured."""
+    path = folder / f"{name}.json"
+    if commit is not None and name.startswith("run-") and path.exists():
+        run = json.loads(path.read_text())
+        run["machine"]["commit"] = run["machine"]["commit"] or commit
+        _command.write_json(path, run)
+
+
+def visit(chosen: Sequence[Part], folder: Path, minutes: float, commit: str | None) -> None:
+    """Run the parts in their order within the time."""
+    end = time.monotonic() + 60 * minutes
+    created = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    record: dict[str, Any] = {"created": created, "commit": commit, "parts": []}
+    for number, part in enumerate(chosen):
+        left = end - time.monotonic()
+        if missing := _missing_program(part):
+            row = {"name": part.name, "status": "not run", "why": f"needs {missing}"}
+        elif left < part.least_s:
+            why = f"{max(left, 0):.0f} s were left, it needs {part.least_s:.0f}"
+            row = {"name": part.name, "status": "not run", "why": why}
+        else:
+            limit = share_s([p for p in chosen[number:] if not _missing_program(p)], left)
+            print(f"{part.name}: at most {limit:.0f} s", flush=True)
+            row = run_part(part, folder, limit)
+            _name_commit(folder, part.name, commit)
+        record["parts"].append(row)
+        _command.write_json(folder / "report.json", record)
+        (folder / "report.md").write_text(_markdown(record))
+        print(f"{part.name}: {row['status']}", *filter(None, [row["why"]]), flush=True)
+        if row["status"] == "interrupted":
+            return
+
+
+def _missing_program(part: Part) -> str | None:
+    needed = [a for a in part.command if a in (part.command[0], "compute-sanitizer")]
+    return next((name for name in needed if shutil.which(name) is None), None)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The exit code: 0, or 2 for a wrong argument or without a CUDA GPU."""
+    every = parts()
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--minutes", type=float, default=10.0, help="for all stages (default: 10)")
-    parser.add_argument(
-        "--out", type=Path, help="a folder without a report (default: in bench/out)"
-    )
-    parser.add_argument("--stages", nargs="+", choices=names, metavar="STAGE",
-                        help=f"these alone: {', '.join(names)}")  # fmt: skip
-    parser.add_argument("--sweep", nargs="+", default=(), choices=_SWEEPS, metavar="OP",
-                        help=f"launch tables to sweep: {', '.join(_SWEEPS)}")  # fmt: skip
+    parser.add_argument("--minutes", type=float, default=10.0, help="for all parts (default: 10)")
+    parser.add_argument("--out", type=Path, help="a folder without a report (default: bench/out)")
+    names = [part.name for part in every]
+    parser.add_argument("--only", nargs="+", choices=names, metavar="PART",
+                        help=f"of {', '.join(names)}")  # fmt: skip
     parser.add_argument("--commit", help="of this tree, where git does not know it")
-    parser.add_argument("--keep", type=Path, metavar="FOLDER",
-                        help="measure nothing; put that report into bench/results")  # fmt: skip
-    options = parser.parse_args(argv)
-    if not 0 < options.minutes < float("inf"):
-        parser.error(f"--minutes must be positive, got {options.minutes:g}")
-    return options
+    o = parser.parse_args(argv)
+    if not 0 < o.minutes < float("inf"):
+        parser.error(f"--minutes must be positive, got {o.minutes:g}")
+    import torch  # not above: --help needs no PyTorch
 
-
-def _interrupted(number: int, frame: Any) -> None:
-    raise KeyboardInterrupt
-
-
-def main(argv: Sequence[str] | None = None, stages: Sequence[Stage] | None = None) -> int:
-    """The exit code: 0, or 2 for a wrong argument or without a CUDA GPU. ``stages``: others than
-    those of ``_stages.plan``."""
-    names = [stage.name for stage in stages or _stages.plan((), 0, True)]
-    o = parse(argv, names)
-    if o.keep is not None:
-        try:
-            print(f"kept as {keep(o.keep)}")
-        except (ValueError, FileNotFoundError) as error:
-            return _command.failed(error)
-        return 0
+    if torch.cuda.device_count() == 0:
+        return _command.failed("this needs a CUDA GPU, and PyTorch finds none")
     now = datetime.now(timezone.utc).strftime("%Y-%m-%dT%H-%M-%S")
-    folder = o.out or ROOT / "bench" / "out" / f"report-{now}"
+    folder = (o.out or _BENCH / "out" / f"report-{now}").resolve()
     if (folder / "report.json").exists():
         return _command.failed(
             f"--out must be a folder without a report, but {folder / 'report.json'} exists"
         )
-    if stages is None:
-        workers = min(16, os.cpu_count() or 1)
-        has_sanitizer = shutil.which("compute-sanitizer") is not None
-        stages = _stages.plan(tuple(o.sweep), workers, has_sanitizer)
-    # Without its machine a figure says nothing.
-    chosen = [s for s in stages if o.stages is None or s.name in (*o.stages, "machine")]
     try:
-        report = Report(folder, o.minutes, o.commit)
+        folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         return _command.failed(f"--out={folder}: {error}")
-    console = Console(highlight=False)
-
-    def done(record: dict[str, Any]) -> bool:
-        report.add(record)
-        if record["status"] != "running":
-            why = f": {record['why']}" if record["why"] else ""
-            console.print(f"{record['name']}: {record['status']}{why}", soft_wrap=True)
-        return not report.without_gpu
-
-    before = signal.signal(signal.SIGTERM, _interrupted)
-    try:
-        visit(
-            chosen,
-            60 * o.minutes,
-            done,
-            lambda stage, limit: console.print(f"{stage.name}: at most {limit:.0f} s"),
-        )
-    finally:
-        signal.signal(signal.SIGTERM, before)
-    console.print(f"wrote {folder / 'report.md'}", soft_wrap=True)
-    if report.without_gpu:
-        return _command.failed("this needs a CUDA GPU; see report.md")
+    visit([p for p in every if o.only is None or p.name in o.only], folder, o.minutes, o.commit)
+    print(f"wrote {folder / 'report.md'}")
     return 0
 
 

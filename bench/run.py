@@ -2,7 +2,7 @@
 
     python bench/run.py                             # GPT-2 124M on a GPU, a small size on a CPU
     python bench/run.py --batch_size=8 --variants fastgpt sdpa_compile
-    python bench/run.py --out bench/results/h200    # run.json and run.png are written there
+    python bench/run.py --out bench/results/h200    # for bench/publish.py
 
 Every variant starts from the same weights and sees the same batches of real text. naive and sdpa
 are nanoGPT's step as its users run it: whole logits, PyTorch's cross-entropy, AdamW fused on CUDA;
@@ -21,8 +21,9 @@ backward, gradient clipping, AdamW; the host reads no loss.
    one variant is in all of them, and two variants of different groups are compared by how many
    times as fast as that one each is in its own.
 
-run.json is written anew after every variant and every turn, and says whether it is ``complete``:
-what an interrupted run measured is kept. Whatever goes wrong with a variant ends that one alone.
+run-b<batch size>.json is written anew after every variant and every turn, and says whether it is
+``complete``: what an interrupted run measured is kept. Whatever goes wrong with a variant ends that
+one alone.
 
 The time to the first step begins before the model is built and ends when the device has done the
 first step: drawing the weights on the host, moving them, compiling, and one step. Cold: dynamo is
@@ -46,7 +47,6 @@ import _report
 import torch
 from _measurement import Measurement, unsupported
 from _training import CPU_OPTIONS, VARIANTS, Options, Plan
-from _visit import write_json
 from rich.console import Console
 from rich.progress import Progress
 
@@ -133,6 +133,11 @@ def _measure(
     return run, False
 
 
+def _name(plan: Plan) -> str:
+    """Of the files, as ``publish.py`` reads them."""
+    return f"run-b{plan.options.batch_size}"
+
+
 def _planned(argv: list[str] | None, folder: Path) -> tuple[Plan, Path]:
     """What is to be measured and the folder for the results. All that a user can get wrong is
     found here.
@@ -151,11 +156,11 @@ def _planned(argv: list[str] | None, folder: Path) -> tuple[Plan, Path]:
     if out is None:
         now = datetime.now(timezone.utc).strftime("%Y-%m-%dT%H-%M-%S")
         out = _machine.ROOT / "bench" / "out" / now
-    return plan, _command.results_folder(out, "run")
+    return plan, _command.results_folder(out, _name(plan))
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Measure, write run.json as it goes and run.png, print the table; the exit code: 0, 1 where no
+    """Measure, write the JSON as it goes and the PNG, print the table; the exit code: 0, 1 where no
     variant could be measured, 2 for a wrong argument or data set, without matplotlib, or where the
     float32 reference diverges, 130 after an interrupt.
     """
@@ -172,7 +177,10 @@ def main(argv: list[str] | None = None) -> int:
             console.print("No CUDA GPU: a small size on the CPU, in one thread.")
         try:
             run, interrupted = _measure(
-                plan, folder, console, lambda run: write_json(out / "run.json", run)
+                plan,
+                folder,
+                console,
+                lambda run: _command.write_json(out / f"{_name(plan)}.json", run),
             )
         except FloatingPointError as error:  # a variant's ends nothing
             return _command.failed(
@@ -181,7 +189,7 @@ def main(argv: list[str] | None = None) -> int:
         except KeyboardInterrupt:
             _command.failed("interrupted before anything was measured")
             return 130
-    _command.write_results(out, "run", run, _report.chart, console)
+    _command.write_results(out, _name(plan), run, _report.chart, console)
     console.print(_report.table(run))
     if interrupted:
         return 130

@@ -34,13 +34,12 @@ import _command
 import _machine
 import torch
 from _ceilings import Ceilings
-from _command import failure_of
+from _command import failure_of, write_json
 from _contest import comment, gpu_timer, measured, verdict
 from _line import Line, Tile
 from _multiprocessor import ARCHITECTURES
 from _sweep import OPS, lines
 from _sweep_compile import Static, Task, compile_all, fitted
-from _visit import write_json
 from rich import box
 from rich.console import Console
 from rich.table import Table

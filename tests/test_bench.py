@@ -50,7 +50,7 @@ EAGER = (
 def measured(folder: Path, *more: str) -> dict[str, Any]:
     """The record of a tiny run."""
     assert bench.main([*TINY, f"--out={folder}", *more]) == 0
-    record: dict[str, Any] = json.loads((folder / "run.json").read_text())
+    record: dict[str, Any] = json.loads((folder / "run-b3.json").read_text())
     return record
 
 
@@ -123,11 +123,11 @@ def test_chart_is_a_png_and_nothing_is_replaced(
     eager: tuple[Path, dict[str, Any]], capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder, _ = eager
-    chart = folder / "run.png"
+    chart = folder / "run-b3.png"
     before = chart.read_bytes()
     assert before.startswith(b"\x89PNG\r\n\x1a\n") and len(before) > 5000
     assert bench.main([*TINY, f"--out={folder}"]) == 2
-    assert str(folder / "run.json") in capsys.readouterr().err
+    assert str(folder / "run-b3.json") in capsys.readouterr().err
     assert chart.read_bytes() == before
 
 
@@ -266,7 +266,7 @@ def test_nothing_to_measure_is_an_error(tmp_path: Path, monkeypatch: pytest.Monk
     broken(monkeypatch, _training.Training)
     options = [*TINY, "--reference=False", "--variants=sdpa", f"--out={tmp_path}"]
     assert bench.main([*options, f"--data_dir={data_set(tmp_path)}"]) == 1
-    record = json.loads((tmp_path / "run.json").read_text())
+    record = json.loads((tmp_path / "run-b3.json").read_text())
     assert record["variants"]["sdpa"]["failure"] == "RuntimeError: broken kernel"
 
 
@@ -286,12 +286,12 @@ def test_an_interrupt_keeps_what_was_measured(
     monkeypatch.setattr(_measurement, "_turn", interrupted)
     options = [*TINY, f"--out={tmp_path}", f"--data_dir={data_set(tmp_path)}"]
     assert bench.main([*options, "--variants", "sdpa", "fastgpt"]) == 130
-    record = json.loads((tmp_path / "run.json").read_text())
+    record = json.loads((tmp_path / "run-b3.json").read_text())
     assert record["complete"] is False and record["ceilings"]["after"] is None
     turns = {name: len(v["step_ms"]) for name, v in record["variants"].items()}
     assert turns == {"sdpa": 1, "fastgpt": 2}  # each round begins with another
     assert all(v["tokens_per_s"] for v in record["variants"].values())
-    assert (tmp_path / "run.png").exists()
+    assert (tmp_path / "run-b3.png").exists()
     assert "not complete" in console_text(_report.table(record))
 
 
@@ -309,7 +309,7 @@ run.main({[*options, "--variants", "sdpa", "fastgpt"]!r})
         [sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": folders}, timeout=600
     )
     assert killed.returncode == 9
-    record = json.loads((tmp_path / "out" / "run.json").read_text())
+    record = json.loads((tmp_path / "out" / "run-b3.json").read_text())
     assert record["complete"] is False and len(record["reference_losses"]) == 4
     turns = {name: len(v["step_ms"]) for name, v in record["variants"].items()}
     assert turns == {"sdpa": 1, "fastgpt": 2}
@@ -385,7 +385,7 @@ def test_a_diverged_training_is_no_measurement(
     assert bench.main([*options, "--learning_rate=1e30"]) == 2
     said = r"error: the float32 reference cannot be trained: the loss is (nan|inf) at step [1-4]"
     assert re.search(said, capsys.readouterr().err)
-    assert not (tmp_path / "run.json").exists()
+    assert not (tmp_path / "run-b3.json").exists()
 
 
 def test_what_diverges_ends_one_variant_only(

@@ -1,275 +1,158 @@
-"""bench/gpu_report.py: its time, stages that crash, hang or lack a library, and what lies on disk
-when it is cut off. What the stages find: test_gpu_stages.py.
-"""
+"""bench/gpu_report.py: its time, what lies on disk, parts that crash, hang or lack a library."""
 
 import json
 import os
-import signal
 import subprocess
 import sys
-from dataclasses import replace
+import time
 from pathlib import Path
 from typing import Any
 
-import _stages
-import _visit
 import gpu_report
 import pytest
 import torch
-from _visit import Stage, budget, read_json, visit
-from small_visits import CEILINGS, FACTS, MACHINE, alive, records, stage, wait_until
+from gpu_report import Part, share_s, visit
 
 ROOT = Path(__file__).resolve().parent.parent
-
-# -- time
-
-
-def test_time_that_was_not_used_goes_to_the_stages_that_follow() -> None:
-    a, b, c = (replace(MACHINE, name=n, weight=w) for n, w in (("a", 1), ("b", 2), ("c", 1)))
-    assert budget([a, b, c], 100.0) == (25.0, 25.0)
-    assert budget([b, c], 90.0) == (60.0, 60.0)  # a took 10 of its 25
-    assert budget([replace(b, patience=1.25), c], 90.0) == (60.0, 75.0)
-    assert budget([replace(b, patience=2.0), c], 90.0) == (60.0, 90.0)
-    assert budget([replace(a, least_s=40.0), b], 60.0) == (40.0, 40.0)  # worth more: goes first
-    assert budget([replace(a, least_s=40.0), b], 30.0) == (30.0, 30.0)
+HANG_GUARD_S = 600.0
 
 
-def test_the_plan_of_ten_minutes_leaves_time_for_every_stage() -> None:
-    left, stages = 600.0, [s for s in _stages.plan((), 4, True) if s.skip is None]
-    for number, one in enumerate(stages):
-        plan, limit = budget(stages[number:], left)
-        assert plan >= one.least_s, one.name
-        left -= plan
+def part(name: str, code: str, weight: float = 1.0, least_s: float = 0.0) -> Part:
+    return Part(name, (sys.executable, "-c", code, "{out}"), weight, least_s)
+
+
+def report(folder: Path, *parts: Part, commit: str | None = None) -> Any:
+    visit(parts, folder, 10.0, commit)
+    rows = json.loads((folder / "report.json").read_text())["parts"]
+    return {row["name"]: row for row in rows}
+
+
+def test_time_that_was_not_used_goes_to_the_parts_that_follow() -> None:
+    a, b, c = part("a", "", 1), part("b", "", 2), part("c", "", 1)
+    assert share_s([a, b, c], 100.0) == 25.0
+    assert share_s([b, c], 90.0) == 60.0  # a took 10 of its 25
+    assert share_s([part("a", "", 1, 40.0), b], 60.0) == 40.0  # worth more: goes first
+    assert share_s([part("a", "", 1, 40.0), b], 30.0) == 30.0
+
+
+def test_ten_minutes_leave_time_for_every_part() -> None:
+    left, parts = 600.0, gpu_report.parts()
+    for number, one in enumerate(parts):
+        limit = share_s(parts[number:], left)
+        assert limit >= one.least_s, one.name
+        left -= limit
     assert left >= 0.0
-    assert [one.name for one in stages] == [
-        *("machine", "parity", "ops", "run-b32", "run-b64", "run-b4", "profile", "determinism"),
-        *("memcheck", "racecheck", "machine-after"),
-    ]
 
 
-# -- stages that do not end well
-
-
-def test_a_stage_that_fails_costs_itself_alone() -> None:
-    out = records(
-        stage("good", "found({'x': 1})"),
-        stage("exits", "found([1]); print('the reason'); sys.exit(3)"),
-        stage("crashes", "os.kill(os.getpid(), 11)"),
-        stage("library", "import nothing_of_this_name"),
-        stage("skipped", "1 / 0", skip="no program"),
-        stage("long", "1 / 0", least_s=1e3),
-        stage("last", "found(sys.argv[2])"),
+def test_a_part_that_fails_costs_itself_alone(tmp_path: Path) -> None:
+    out = report(
+        tmp_path,
+        part("good", "import pathlib, sys; pathlib.Path(sys.argv[1], 'found').write_text('x')"),
+        part("exits", "import sys; print('the reason'); sys.exit(3)"),
+        part("crashes", "import os; os.kill(os.getpid(), 11)"),
+        part("library", "import nothing_of_this_name"),
+        Part("program", ("no-such-program",), 1.0),
+        part("long", "1 / 0", least_s=1e6),
+        part("last", ""),
     )
-    assert out["good"]["status"] == "done" and out["good"]["data"] == {"x": 1}
-    assert out["good"]["why"] is None and "output" not in out["good"]
+    assert out["good"]["status"] == "done" and (tmp_path / "found").read_text() == "x"
     assert (out["exits"]["status"], out["exits"]["why"]) == ("failed", "exit code 3")
-    assert out["exits"]["data"] == [1] and out["exits"]["output"] == ["the reason"]
+    assert out["exits"]["output"] == ["the reason"]
+    assert (tmp_path / "exits.log").read_text() == "the reason\n"
     assert (out["crashes"]["status"], out["crashes"]["why"]) == ("failed", "killed by SIGSEGV")
     library = out["library"]
     assert (library["status"], library["why"]) == ("not run", "needs nothing_of_this_name")
-    assert (out["skipped"]["status"], out["skipped"]["why"]) == ("not run", "no program")
-    assert out["long"]["status"] == "not run" and "it needs 1000" in out["long"]["why"]
-    assert 50.0 < float(out["last"]["data"]) <= 60.0
+    assert out["program"]["why"] == "needs no-such-program"
+    assert out["long"]["status"] == "not run" and "it needs 1000000" in out["long"]["why"]
+    assert out["last"]["status"] == "done"
+    shown = (tmp_path / "report.md").read_text()
+    assert "| exits | failed |" in shown and "the reason" in shown
 
 
-def test_a_stage_that_hangs_is_ended_with_all_its_processes(
-    monkeypatch: pytest.MonkeyPatch,
+def alive(pid: int) -> bool:
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text()
+    except FileNotFoundError:
+        return False
+    return stat.rpartition(")")[2].split()[0] != "Z"
+
+
+def wait_until(condition: Any) -> None:
+    end = time.monotonic() + HANG_GUARD_S
+    while not condition():
+        assert time.monotonic() < end, "hangs"
+        time.sleep(0.02)
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="looks into /proc")
+def test_a_part_that_hangs_is_ended_with_all_its_processes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(_visit, "_GRACE_S", 0.1)
     code = """
-import signal, subprocess
-signal.signal(signal.SIGTERM, signal.SIG_IGN)
+import os, pathlib, signal, subprocess, sys, time
+for number in (signal.SIGINT, signal.SIGTERM):
+    signal.signal(number, signal.SIG_IGN)
 child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
-found({"parent": os.getpid(), "child": child.pid})
+pathlib.Path(sys.argv[1], "pids").write_text(f"{os.getpid()} {child.pid} .")
 time.sleep(600)
 """
-    out = records(stage("hangs", code), stage("next", "found(1)", least_s=0.5), seconds=2.0)
+    said = tmp_path / "pids"
+
+    class Popen(subprocess.Popen):  # type: ignore[type-arg]
+        """Its time is over as soon as the program has said who it is."""
+
+        def wait(self, timeout: float | None = None) -> int:
+            if timeout is not None and timeout > 1.0:
+                wait_until(lambda: said.exists() and said.read_text().endswith("."))
+                raise subprocess.TimeoutExpired(self.args, timeout)
+            return super().wait(timeout)
+
+    monkeypatch.setattr(gpu_report, "_GRACE_S", 0.1)
+    monkeypatch.setattr(subprocess, "Popen", Popen)
+    out = report(tmp_path, part("hangs", code))
     assert out["hangs"]["status"] == "timed out"
-    pids = out["hangs"]["data"]
-    wait_until(lambda: not alive(pids["parent"]) and not alive(pids["child"]))
-    assert out["next"]["data"] == 1
+    pids = [int(word) for word in said.read_text().split()[:2]]
+    wait_until(lambda: not any(map(alive, pids)))
 
 
-def test_what_a_running_stage_has_found_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_visit, "_LOOK_S", 0.05)
-    seen = []
-
-    def report(record: dict[str, Any]) -> bool:
-        seen.append((record["status"], record["data"]))
-        return True
-
-    visit([stage("slow", "found(7); time.sleep(0.6)")], 20.0, report, lambda stage, limit: None)
-    assert ("running", 7) in seen and seen[-1] == ("done", 7)
-
-
-# -- the report
-
-
-def reported(folder: Path, *stages: Stage, arguments: tuple[str, ...] = ()) -> dict[str, Any]:
-    assert gpu_report.main([f"--out={folder}", "--minutes=1", *arguments], [MACHINE, *stages]) == 0
-    record: dict[str, Any] = json.loads((folder / "report.json").read_text())
-    return record
-
-
-def test_everything_lies_in_one_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    run = {"complete": True, "reference_losses": [], "machine": dict(FACTS),
-           "variants": {}, "options": {"batch_size": 4, "block_size": 8,
-           "loss_steps": 2}, "dtype": "bfloat16", "baseline": None, "noise": None,
-           "notes": ["short run"]}  # fmt: skip
-    again = replace(MACHINE, name="machine-after")
-    record = reported(
-        tmp_path,
-        stage("run-b4", f"found({run!r})"),
-        stage("breaks", "print('because'); 1 / 0"),
-        again,
-        arguments=("--commit=abc",),
-    )
-    assert sorted(path.name for path in tmp_path.iterdir()) == [
-        *("report.json", "report.md", "run-b4.json"),
-    ]
-    assert record["machine"] == FACTS | {"commit": "abc"}
-    assert record["ceilings"] == {"before": CEILINGS, "after": CEILINGS}
-    statuses = {one["name"]: one["status"] for one in record["stages"]}
-    assert statuses == {"machine": "done", "run-b4": "done", "breaks": "failed",
-                        "machine-after": "done"}  # fmt: skip
+def test_a_run_names_the_commit_that_git_does_not_know(tmp_path: Path) -> None:
+    code = """
+import json, pathlib, sys
+machine = {"commit": None}
+pathlib.Path(sys.argv[1], "run-b4.json").write_text(json.dumps({"machine": machine}))
+"""
+    report(tmp_path, part("run-b4", code), commit="abc")
     assert json.loads((tmp_path / "run-b4.json").read_text())["machine"]["commit"] == "abc"
-    text = (tmp_path / "report.md").read_text()
-    for part in ("# NVIDIA H200", "commit abc", "788 TFLOP/s", "| breaks | failed |", "because",
-                 "short run"):  # fmt: skip
-        assert part in text, part
-    assert "breaks: failed: exit code 1" in capsys.readouterr().out
+    assert json.loads((tmp_path / "report.json").read_text())["commit"] == "abc"
 
 
-def test_chosen_stages_come_with_the_machine(tmp_path: Path) -> None:
-    stages = stage("a", "found(1)"), stage("b", "found(2)")
-    record = reported(tmp_path, *stages, arguments=("--stages", "b"))
-    assert [one["name"] for one in record["stages"]] == ["machine", "b"]
+def test_the_commands_exist() -> None:
+    """Those of pytest collect the tests for a GPU, those of run.py have the options given."""
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "bench")])}
+
+    def said(command: list[str]) -> str:
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+        return done.stdout + done.stderr
+
+    for one in gpu_report.parts():
+        if one.name == "parity":
+            found = said([*one.command, "--collect-only", "-qq", "-n0", "tests/test_gelu.py"])
+            tests = [line for line in found.splitlines() if "::" in line]
+            assert tests and all("[cuda" in test for test in tests)
+        elif one.name == "run-b4":
+            assert "loss_steps must" in said([*one.command, "--loss_steps=0"])
+        assert all(Path(a).is_file() for a in one.command if a.endswith(".py"))
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
-def test_cut_off_in_the_middle(number: signal.Signals, tmp_path: Path) -> None:
-    """Nothing that was found is lost; but for SIGKILL, nothing goes on running."""
-    program = tmp_path / "program.py"
-    program.write_text(
-        "import sys\nimport _visit, gpu_report, small_visits as t\n_visit._LOOK_S = 0.05\n"
-        "slow = t.stage('slow', 'found(os.getpid()); time.sleep(60)')\n"
-        "gpu_report.main(sys.argv[1:], [t.MACHINE, t.stage('a', 'found(1)'), slow,"
-        " t.stage('never', 'found(2)')])\n"
-    )
-    path = os.pathsep.join(str(ROOT / name) for name in ("", "bench", "tests"))
-    out = tmp_path / "out"
-    process = subprocess.Popen(
-        [sys.executable, program, f"--out={out}"], env={**os.environ, "PYTHONPATH": path}
-    )
-
-    def record() -> dict[str, Any]:
-        return read_json(out / "report.json") or {"stages": []}
-
-    def data() -> dict[str, Any]:
-        return {one["name"]: one["data"] for one in record()["stages"]}
-
-    wait_until(lambda: data().get("slow") is not None, 60.0)
-    process.send_signal(number)
-    process.wait(20.0)
-    pid = data()["slow"]
-    if number == signal.SIGKILL:
-        os.killpg(pid, signal.SIGKILL)
-    wait_until(lambda: not alive(pid))
-    assert data() == {"machine": None, "a": 1, "slow": pid}
-    last = record()["stages"][-1]["status"]
-    assert last == ("running" if number == signal.SIGKILL else "interrupted")
-    assert "| slow |" in (out / "report.md").read_text()
-
-
-def test_without_a_gpu_it_ends_at_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    if torch.cuda.is_available():
-        pytest.skip("there is a GPU")
-    out = tmp_path / "out"
-    assert gpu_report.main([f"--out={out}", "--minutes=2"]) == 2
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_it_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert gpu_report.main([f"--out={tmp_path / 'new'}"]) == 2
     assert "this needs a CUDA GPU" in capsys.readouterr().err
-    assert [one["name"] for one in read_json(out / "report.json")["stages"]] == ["machine"]
+    assert not (tmp_path / "new").exists()
 
 
-def test_wrong_arguments(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (tmp_path / "report.json").write_text("{}")
-    assert gpu_report.main([f"--out={tmp_path}"]) == 2
-    assert gpu_report.main([f"--keep={tmp_path / 'none'}"]) == 2
-    assert gpu_report.main([f"--out={tmp_path / 'report.json'}"]) == 2
-    for wrong in ("--minutes=0", "--sweep=softmax", "--stages=nothing"):
-        with pytest.raises(SystemExit, match="2"):
-            gpu_report.main([wrong])
-    printed = capsys.readouterr().err
-    for part in (
-        "folder without a report",
-        "folder with report.json",
-        "File exists",
-        "must be positive, got 0",
-        "choose from",
-        "invalid choice: 'nothing'",
-    ):
-        assert part in printed, part
-
-
-def test_it_loads_neither_torch_nor_what_may_be_missing() -> None:
-    code = "import sys, gpu_report; print(sorted({'torch', 'triton', 'tyro'} & set(sys.modules)))"
-    path = os.pathsep.join([str(ROOT), str(ROOT / "bench")])
-    environment = {**os.environ, "PYTHONPATH": path}
-    run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True)
-    assert run.stdout.decode().strip() == "[]", run.stderr.decode()
-
-
-def test_the_ops_that_can_be_swept_are_those_of_the_sweep() -> None:
-    import _sweep
-
-    assert set(gpu_report._SWEEPS) == set(_sweep.OPS)
-
-
-# -- the last good report
-
-
-@pytest.fixture
-def good(tmp_path: Path) -> Path:
-    folder = tmp_path / "report"
-    folder.mkdir()
-    parity = {"name": "parity", "status": "done", "data": {"failed": 0, "passed": 9}}
-    record = {"machine": FACTS | {"commit": "abc"}, "stages": [parity]}
-    (folder / "report.json").write_text(json.dumps(record))
-    (folder / "report.md").write_text("# report\n")
-    for run in gpu_report.RUNS:
-        (folder / f"{run}.json").write_text('{"complete": true}')
-    return folder
-
-
-def test_a_good_report_is_kept(good: Path, tmp_path: Path) -> None:
-    home = gpu_report.keep(good, tmp_path / "results")
-    assert home == tmp_path / "results" / "nvidia-h200"
-    assert {p.name for p in home.iterdir()} == {p.name for p in good.iterdir()}
-    (good / "report.md").write_text("# newer\n")
-    gpu_report.keep(good, tmp_path / "results")
-    assert (home / "report.md").read_text() == "# newer\n"
-
-
-@pytest.mark.parametrize(
-    ("change", "reason"),
-    [
-        (lambda r: r["machine"].pop("gpu"), "it names no GPU"),
-        (lambda r: r["machine"].update(commit=None), "it names no commit"),
-        (lambda r: r["stages"].clear(), "parity: not run"),
-        (lambda r: r["stages"][0].update(status="timed out"), "parity: timed out"),
-        (lambda r: r["stages"][0]["data"].update(failed=2), "parity: 2 failed, 9 passed"),
-        (lambda r: r["stages"][0]["data"].update(passed=0), "parity: 0 failed, 0 passed"),
-        (None, "run-b64.json is missing"),
-        (None, "run-b4.json is not complete"),
-    ],
-)
-def test_another_is_not(change: Any, reason: str, good: Path, tmp_path: Path) -> None:
-    if change is None:
-        (good / "run-b64.json").unlink()
-        (good / "run-b4.json").write_text('{"complete": false}')
-    else:
-        record = read_json(good / "report.json")
-        change(record)
-        (good / "report.json").write_text(json.dumps(record))
-    with pytest.raises(ValueError, match=reason):
-        gpu_report.keep(good, tmp_path / "results")
-    assert not (tmp_path / "results").exists()
+@pytest.mark.parametrize("wrong", ["--minutes=0", "--minutes=nan", "--only=nothing"])
+def test_wrong_arguments(wrong: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as left:
+        gpu_report.main([wrong])
+    assert left.value.code == 2 and wrong.partition("=")[0] in capsys.readouterr().err
