@@ -42,7 +42,7 @@ def stage(name: str, code: str, **fields: Any) -> Stage:
 MACHINE = stage("machine", f"found({{'facts': {FACTS!r}, 'ceilings': {CEILINGS!r}}})")
 
 
-def records(*stages: Stage, seconds: float = 60.0) -> dict[str, dict[str, Any]]:
+def records(*stages: Stage, seconds: float = 3600.0) -> dict[str, dict[str, Any]]:
     """Of a visit: the last record of each stage."""
     out: dict[str, dict[str, Any]] = {}
 
@@ -63,8 +63,8 @@ def alive(pid: int) -> bool:
         return False
 
 
-def wait_until(condition: Any, seconds: float = 20.0) -> None:
-    end = time.monotonic() + seconds
+def wait_until(condition: Any) -> None:
+    end = time.monotonic() + 600.0  # it hangs, then, rather than being slow
     while not condition():
         assert time.monotonic() < end
         time.sleep(0.02)

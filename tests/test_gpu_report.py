@@ -17,6 +17,7 @@ import gpu_report
 import pytest
 import torch
 from _visit import Stage, budget, read_json, visit
+from small_runs import HANGS
 from small_visits import CEILINGS, FACTS, MACHINE, alive, records, stage, wait_until
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -57,7 +58,7 @@ def test_a_stage_that_fails_costs_itself_alone() -> None:
         stage("crashes", "os.kill(os.getpid(), 11)"),
         stage("library", "import nothing_of_this_name"),
         stage("skipped", "1 / 0", skip="no program"),
-        stage("long", "1 / 0", least_s=1e3),
+        stage("long", "1 / 0", least_s=1e6),
         stage("last", "found(sys.argv[2])"),
     )
     assert out["good"]["status"] == "done" and out["good"]["data"] == {"x": 1}
@@ -68,37 +69,58 @@ def test_a_stage_that_fails_costs_itself_alone() -> None:
     library = out["library"]
     assert (library["status"], library["why"]) == ("not run", "needs nothing_of_this_name")
     assert (out["skipped"]["status"], out["skipped"]["why"]) == ("not run", "no program")
-    assert out["long"]["status"] == "not run" and "it needs 1000" in out["long"]["why"]
-    assert 50.0 < float(out["last"]["data"]) <= 60.0
+    assert out["long"]["status"] == "not run" and "it needs 1000000" in out["long"]["why"]
+    # What the others did not use of their hour, of which its own share is less than a fifth.
+    assert 1800.0 < float(out["last"]["data"]) <= 3600.0
 
 
 def test_a_stage_that_hangs_is_ended_with_all_its_processes(
-    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    ready, wait = tmp_path / "ready", _visit._wait
+
+    def until_ready(process: Any, limit: float, look: Any) -> int:
+        if ready.exists():
+            return wait(process, limit, look)
+        wait_until(ready.exists)
+        return wait(process, 0.0, look)
+
+    monkeypatch.setattr(_visit, "_wait", until_ready)
     monkeypatch.setattr(_visit, "_GRACE_S", 0.1)
-    code = """
+    code = f"""
 import signal, subprocess
 signal.signal(signal.SIGTERM, signal.SIG_IGN)
 child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
-found({"parent": os.getpid(), "child": child.pid})
+found({{"parent": os.getpid(), "child": child.pid}})
+Path({str(ready)!r}).touch()
 time.sleep(600)
 """
-    out = records(stage("hangs", code), stage("next", "found(1)", least_s=0.5), seconds=2.0)
+    out = records(stage("hangs", code), stage("next", "found(1)"))
     assert out["hangs"]["status"] == "timed out"
     pids = out["hangs"]["data"]
     wait_until(lambda: not alive(pids["parent"]) and not alive(pids["child"]))
     assert out["next"]["data"] == 1
 
 
-def test_what_a_running_stage_has_found_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_stage_is_ended_after_its_time() -> None:
+    out = records(stage("hangs", "time.sleep(3600)"), seconds=0.5)
+    assert (out["hangs"]["status"], out["hangs"]["data"]) == ("timed out", None)
+
+
+def test_what_a_running_stage_has_found_is_reported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(_visit, "_LOOK_S", 0.05)
-    seen = []
+    seen, told = [], tmp_path / "told"
 
     def report(record: dict[str, Any]) -> bool:
         seen.append((record["status"], record["data"]))
+        if record["data"] == 7:
+            told.touch()
         return True
 
-    visit([stage("slow", "found(7); time.sleep(0.6)")], 20.0, report, lambda stage, limit: None)
+    code = f"found(7)\nwhile not Path({str(told)!r}).exists(): time.sleep(0.01)"
+    visit([stage("slow", code)], 3600.0, report, lambda stage, limit: None)
     assert ("running", 7) in seen and seen[-1] == ("done", 7)
 
 
@@ -106,7 +128,7 @@ def test_what_a_running_stage_has_found_is_reported(monkeypatch: pytest.MonkeyPa
 
 
 def reported(folder: Path, *stages: Stage, arguments: tuple[str, ...] = ()) -> dict[str, Any]:
-    assert gpu_report.main([f"--out={folder}", "--minutes=1", *arguments], [MACHINE, *stages]) == 0
+    assert gpu_report.main([f"--out={folder}", "--minutes=60", *arguments], [MACHINE, *stages]) == 0
     record: dict[str, Any] = json.loads((folder / "report.json").read_text())
     return record
 
@@ -152,14 +174,15 @@ def test_cut_off_in_the_middle(number: signal.Signals, tmp_path: Path) -> None:
     program = tmp_path / "program.py"
     program.write_text(
         "import sys\nimport _visit, gpu_report, small_visits as t\n_visit._LOOK_S = 0.05\n"
-        "slow = t.stage('slow', 'found(os.getpid()); time.sleep(60)')\n"
+        "slow = t.stage('slow', 'found(os.getpid()); time.sleep(3600)')\n"
         "gpu_report.main(sys.argv[1:], [t.MACHINE, t.stage('a', 'found(1)'), slow,"
         " t.stage('never', 'found(2)')])\n"
     )
     path = os.pathsep.join(str(ROOT / name) for name in ("", "bench", "tests"))
     out = tmp_path / "out"
     process = subprocess.Popen(
-        [sys.executable, program, f"--out={out}"], env={**os.environ, "PYTHONPATH": path}
+        [sys.executable, program, f"--out={out}", "--minutes=60"],
+        env={**os.environ, "PYTHONPATH": path},
     )
 
     def record() -> dict[str, Any]:
@@ -168,9 +191,9 @@ def test_cut_off_in_the_middle(number: signal.Signals, tmp_path: Path) -> None:
     def data() -> dict[str, Any]:
         return {one["name"]: one["data"] for one in record()["stages"]}
 
-    wait_until(lambda: data().get("slow") is not None, 60.0)
+    wait_until(lambda: data().get("slow") is not None)
     process.send_signal(number)
-    process.wait(20.0)
+    process.wait(HANGS)
     pid = data()["slow"]
     if number == signal.SIGKILL:
         os.killpg(pid, signal.SIGKILL)

@@ -21,6 +21,7 @@ from _ceilings import DEVICES
 from _scaling_links import Cluster, sent_bytes
 from _scaling_step import Step, ddp, fsdp
 from _scaling_timeline import timeline
+from small_runs import HANGS
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -142,11 +143,14 @@ def process(rank: int, folder: Path) -> None:
         update = updating(case, world)
         for _ in range(2):
             update()
+        # Nobody sends before all have read the count, or goes on before all have read it again.
         dist.barrier()
         before = received_bytes() if sys.platform == "linux" else 0
+        dist.barrier()
         with Collectives() as collectives:
             loss = update()
         after = received_bytes() if sys.platform == "linux" else 0
+        dist.barrier()
         found[name] = {
             "collectives": collectives.found,
             "received": after - before,
@@ -173,7 +177,7 @@ def run_processes(folder: Path) -> list[dict[str, Any]]:
         for rank in range(WORLD)
     ]
     try:
-        said = [child.communicate(timeout=120)[0] for child in children]
+        said = [child.communicate(timeout=HANGS)[0] for child in children]
     finally:
         for child in children:
             child.kill()
