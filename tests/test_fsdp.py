@@ -105,6 +105,17 @@ def _same_numbers(root: Path, world: World) -> None:
     assert isinstance(bigram.whole_model(), Bigram)
 
 
+def _after_evaluation(root: Path, world: World) -> None:
+    """A pass without a backward, the LayerNorms of which are not called, changes no update."""
+    plain = _updates(_built(root, world), 2)
+    trainer = _built(root, world)
+    losses = []
+    for _ in range(2):
+        trainer.evaluate()
+        losses += _updates(trainer, 1)
+    assert losses == plain
+
+
 def _learning_rate(root: Path, world: World) -> None:
     """As on CUDA, where it is a tensor that is whole beside tensors in parts."""
     plain = _updates(_built(root, world, n_layer=1), 3)
@@ -135,7 +146,9 @@ def _kernels(root: Path, world: World) -> None:
             assert error < tolerance, tuple(p.shape)
 
 
-@pytest.mark.parametrize("check", [_parts, _exchange, _same_numbers, _learning_rate, _kernels])
+@pytest.mark.parametrize(
+    "check", [_parts, _exchange, _same_numbers, _after_evaluation, _learning_rate, _kernels]
+)
 def test_in_two_processes(check: Callable[[Path, World], None], tmp_path: Path) -> None:
     data_set(tmp_path)
     in_two_processes(check, tmp_path)
