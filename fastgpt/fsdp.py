@@ -7,10 +7,11 @@ of the outermost group. So are the LayerNorms' few vectors one group, kept whole
 backward, as a block applies the LayerNorm of the next.
 """
 
+from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -42,6 +43,15 @@ def shard(model: LanguageModel, device: torch.device, world: World, dtype: torch
         for block in blocks:
             fully_shard(block, mesh=mesh, mp_policy=rounded)
     fully_shard(model, mesh=mesh, mp_policy=rounded)
+    if isinstance(model, GPT):
+        model.register_forward_pre_hook(partial(_begin_pass, norms[0]), prepend=True)
+
+
+def _begin_pass(norm: nn.Module, *_: Any) -> None:
+    """In PyTorch 2.11 a pass without a backward leaves behind which of the LayerNorms were not
+    called (a block applies most of them itself), and the next pass would not put their vectors
+    together."""
+    fully_shard.state(norm)._modules_to_run_forward.clear()  # type: ignore[attr-defined]
 
 
 def gathered(model: LanguageModel) -> dict[str, Tensor]:

