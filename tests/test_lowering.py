@@ -22,7 +22,7 @@ def test_a_method_of_an_argument_compiles_for_most_numbers(large: int) -> None:
 
 
 def test_a_method_of_an_argument_does_not_compile_for_1() -> None:
-    """The launcher hands the kernel the Python number 1, which the interpreter takes no notice of."""
+    """The launcher hands the kernel the Python number 1; the interpreter never does."""
     with pytest.raises(
         lowering.LoweringError, match=r"(?s)arguments_kernel.*'large': 1.*large\.to"
     ):
