@@ -24,7 +24,7 @@ CAPABILITY = 90
 # The compiler must not see triton.language while the interpreter has exchanged its attributes.
 LANGUAGE = threading.Lock()
 
-_lowered: set[tuple[JITFunction, str]] = set()
+_lowered: set[str] = set()
 
 
 class LoweringError(AssertionError):
@@ -41,9 +41,26 @@ class Specialisation:
     target: GPUTarget
 
     @property
-    def types_and_constants(self) -> str:
-        """All that can make lowering fail; not which arguments are divisible by 16."""
-        return f"{self.source.signature} {self.source.constants}"
+    def kind(self) -> str:
+        """What decides whether it lowers: types, and which arguments are constants of which value.
+        It does not matter which are divisible by 16, nor how large a constant past 1 is unless it
+        becomes a block's shape: a power of two then, and not below 16 for a product. The two half
+        precisions count as one."""
+        types = str(self.source.signature).replace("bf16", "fp16")
+        constants = {path: _kind(value) for path, value in self.source.constants.items()}
+        return f"{self.source.name} {types} {constants}"
+
+    @property
+    def program(self) -> str:
+        """What the launcher knows a program by, on one architecture."""
+        o, source = self.options, self.source
+        settings = o.num_warps, o.num_stages, o.maxnreg
+        return f"{source.name} {source.signature} {source.constants} {source.attrs} {settings}"
+
+    def __str__(self) -> str:
+        names = list(self.source.signature)
+        constants = {names[path[0]]: value for path, value in self.source.constants.items()}
+        return f"{self.source.name} with {constants}"
 
     def lower(self) -> Any:
         """The module in Triton's IR; LoweringError where there is none."""
@@ -55,11 +72,24 @@ class Specialisation:
         try:
             return self.source.make_ir(self.target, self.options, functions, modules, context)
         except TritonError as error:
-            names = list(self.source.signature)
-            constants = {names[path[0]]: value for path, value in self.source.constants.items()}
-            raise LoweringError(
-                f"{self.source.name} does not compile with {constants}: {error}"
-            ) from error
+            raise LoweringError(f"{self} does not compile: {error}") from error
+
+    def compile(self) -> dict[str, Any]:
+        """All stages but the assembler; what they found out, ``shared`` bytes for instance."""
+        stages: dict[str, Any] = {}
+        self.backend.add_stages(stages, self.options, self.source.language)
+        metadata = {"target": self.target, **self.options.__dict__}
+        module = self.lower()
+        for stage in ("ttir", "ttgir", "llir", "ptx"):
+            module = stages[stage](module, metadata)
+        return metadata
+
+
+def _kind(constant: Any) -> str:
+    if isinstance(constant, int) and constant > 1:
+        power = constant & (constant - 1) == 0
+        return ("a power of two" if power else "none") + (" below 16" if constant < 16 else "")
+    return str(constant)
 
 
 def specialise(
@@ -78,10 +108,9 @@ def specialise(
 
 
 def lower_once(kernel: JITFunction, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """What this process has lowered already is not lowered again."""
+    """Nothing of a kind that this process has lowered already: that is 50 ms each."""
     found = specialise(kernel, args, kwargs)
-    key = kernel, found.types_and_constants
-    if key not in _lowered:
+    if found.kind not in _lowered:
         with LANGUAGE:
             found.lower()
-        _lowered.add(key)
+        _lowered.add(found.kind)
