@@ -1,8 +1,29 @@
-"""From the keys ``device`` and ``dtype`` to what PyTorch is told."""
+"""From the keys ``device`` and ``dtype`` to what PyTorch is told, and where Triton runs."""
 
+import importlib.util
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
+
+_HAS_TRITON = importlib.util.find_spec("triton") is not None
+_LEAST_CAPABILITY = (8, 0)
+
+
+def triton_refusal(device: torch.device) -> str:
+    """Why a CUDA device runs PyTorch's own kernels, in one line; "" if it runs those in Triton."""
+    if torch.version.hip is not None:
+        reason = "the Triton kernels are for NVIDIA GPUs, and this PyTorch is built for ROCm"
+    elif not _HAS_TRITON:
+        reason = "Triton is not installed (pip install triton)"
+    else:
+        gpu = torch.cuda.get_device_properties(device.index)
+        if (gpu.major, gpu.minor) >= _LEAST_CAPABILITY:
+            return ""
+        reason = (
+            f"the Triton kernels need compute capability {_LEAST_CAPABILITY[0]}."
+            f"{_LEAST_CAPABILITY[1]}, and {gpu.name} has {gpu.major}.{gpu.minor}"
+        )
+    return f"{reason}: CUDA tensors run on PyTorch's kernels"
 
 
 def resolve_device(name: str) -> torch.device:

@@ -20,14 +20,14 @@ from typing import TYPE_CHECKING
 import torch
 
 from fastgpt import ops
-from fastgpt.devices import resolve_device, resolve_dtype
+from fastgpt.devices import resolve_device, resolve_dtype, triton_refusal
 
 if TYPE_CHECKING:
     from rich.console import Console
 
 _TORCH_VERSIONS = ((2, 11), (2, 14))  # from, and below
 _TRITON_VERSION = (3, 6)
-_TRITON_CAPABILITY, _FP8_CAPABILITY = (8, 0), (8, 9)
+_FP8_CAPABILITY = (8, 9)
 _CACHE_BYTES = 1 << 30  # kernels of one model need a few dozen MB
 _USER_EXTRAS = ("bpe", "data", "hf", "log")
 _DRIVER_SECONDS, _TRIAL_SECONDS = 30, 300  # the first run compiles every kernel
@@ -162,14 +162,12 @@ def _gpus() -> list[Finding]:
     findings = []
     for i in range(torch.cuda.device_count()):
         facts = torch.cuda.get_device_properties(i)
-        capability = (facts.major, facts.minor)
         found = (
             f"{facts.name}, compute capability {facts.major}.{facts.minor}, "
             f"{facts.total_memory / 2**30:.1f} GiB"
         )
-        old = capability < _TRITON_CAPABILITY
-        fix = "Triton needs compute capability 8.0: train with --device=cpu" if old else ""
-        findings.append(Finding(f"GPU cuda:{i}", found, fix))
+        refusal = triton_refusal(torch.device("cuda", i))
+        findings.append(Finding(f"GPU cuda:{i}", f"{found}; {refusal}" if refusal else found))
     return findings or [Finding("GPU", "none")]
 
 
@@ -241,7 +239,7 @@ def _what_runs_where() -> list[Finding]:
     device = resolve_device("auto")
     dtype = resolve_dtype("auto", device)
     on_gpu = device.type == "cuda"
-    triton = on_gpu and util.find_spec("triton") is not None
+    triton = on_gpu and not triton_refusal(device)
     public = (name for name, _ in inspect.getmembers(ops, inspect.isfunction))
     names = ", ".join(name for name in public if not name.startswith("_"))
     if not on_gpu:
@@ -250,7 +248,7 @@ def _what_runs_where() -> list[Finding]:
         graph = "no: in float16 the host decides"
     else:
         graph = "yes: an update is replayed as one"
-    fp8 = on_gpu and torch.cuda.get_device_capability(device) >= _FP8_CAPABILITY
+    fp8 = triton and torch.cuda.get_device_capability(device) >= _FP8_CAPABILITY
     return [
         Finding("device auto", str(device) if on_gpu else f"{device}: --device={device}"),
         Finding("dtype auto", str(dtype).removeprefix("torch.")),

@@ -1,39 +1,48 @@
-"""The only dispatch: a CUDA tensor goes to the Triton kernels, any other to PyTorch's own.
+"""The only dispatch: a CUDA tensor goes to the Triton kernels if its GPU can run them, any other to
+PyTorch's own.
 
 Same names and signatures as in ``kernels.reference``, ``kernels.portable`` and ``kernels.fused``;
 a model takes any of the four: ``GPT(config, ops=reference)``.
 """
 
-import importlib.util
+import functools
 import warnings
 from types import ModuleType
 
 import torch
 from torch import Tensor
 
+from fastgpt import devices
 from fastgpt.kernels import portable
 from fastgpt.kernels._checks import Recipe
 
-_HAS_TRITON = importlib.util.find_spec("triton") is not None
+_refusals: dict[int | None, str] = {}  # of each GPU, by its index
 
 
 def _implementation(device: torch.device) -> ModuleType:
     if device.type != "cuda":
         return portable
-    if not _HAS_TRITON:
-        warnings.warn(
-            "Triton is not installed (pip install triton): CUDA tensors run on PyTorch's kernels",
-            stacklevel=3,
-        )
-        return portable
-    from fastgpt.kernels import fused  # at the first CUDA tensor: a CPU run needs no Triton
+    if device.index not in _refusals:
+        _refusals[device.index] = devices.triton_refusal(device)
+    refusal = _refusals[device.index]
+    if not refusal:
+        from fastgpt.kernels import fused  # at the first CUDA tensor: a CPU run needs no Triton
 
-    return fused
+        return fused
+    if not torch.compiler.is_compiling():
+        _notice(refusal)
+    return portable
+
+
+@functools.cache
+def _notice(text: str) -> None:
+    """Once a process."""
+    warnings.warn(text, stacklevel=4)
 
 
 def dropout_seed(device: torch.device) -> Tensor | None:
     """The key of the dropout masks of one step, as int64 tensor (1,), drawn from PyTorch's
-    generator. None off CUDA, where that generator draws every mask itself."""
+    generator. None where that generator draws every mask itself."""
     return _implementation(device).dropout_seed(device)
 
 

@@ -20,7 +20,8 @@ def matmul_float32(a: Tensor, b: Tensor, accumulate_into: Tensor | None = None) 
     With ``accumulate_into``, of the result's shape and dtype, the product is added to it in place
     and it is returned. Only ``out=`` forms are called: autocast leaves those alone.
     """
-    if a.is_cuda and a.dtype in (torch.float16, torch.bfloat16):  # cuBLAS adds up in float32
+    # cuBLAS adds up in float32 and stores that. hipBLAS is not asked to: untested.
+    if a.is_cuda and torch.version.hip is None and a.dtype in (torch.float16, torch.bfloat16):
         if accumulate_into is None:
             return torch.mm(a, b, out_dtype=torch.float32)
         return torch.addmm(accumulate_into, a, b, out_dtype=torch.float32, out=accumulate_into)

@@ -305,7 +305,7 @@ def _attention_fwd_kernel(
     if DROPOUT:
         out = out * keep_scale
     out_stride_t = n_head * HEAD
-    out_ptr = _head(out_ptr, n_queries.to(tl.int64) * out_stride_t, HEAD, batch_head, n_head)
+    out_ptr = _head(out_ptr, tl.cast(n_queries, tl.int64) * out_stride_t, HEAD, batch_head, n_head)
     _store_tile(out_ptr, out_stride_t, start_m, n_queries, out, HEAD, BLOCK_M, BLOCK_D)
     lse_ptr += batch_head.to(tl.int64) * n_queries
     tl.store(lse_ptr + offs_m, row_max + tl.log2(row_sum), mask=offs_m < n_queries)

@@ -68,13 +68,16 @@ def tiles(device: torch.device) -> _Tiles:
 
 
 def _tile(kernel: str, *matrices: Tensor) -> Tile | None:
-    """The table's line for the kernel on these matrices, which have adjacent columns; None where
+    """The table's line for the kernel on these matrices, whose columns are adjacent; None where
     cuBLAS is taken instead: if the table says so; for float32 (its TF32 kernels are as good as
-    ours, and IEEE products leave no epilogue to hide); and for rows that do not begin at multiples
-    of 16 bytes, which neither TMA nor cp.async can copy.
+    ours, and IEEE products leave no epilogue to hide); for rows that do not begin at multiples
+    of 16 bytes, which neither TMA nor cp.async can copy; and where a single row or column has
+    strides that a tensor descriptor refuses.
     """
     for x in matrices:
         if x.data_ptr() % 16 or x.stride(0) * x.element_size() % 16:
+            return None
+        if x.stride(1) != 1 or x.stride(0) < x.shape[1]:
             return None
     x = matrices[0]
     if _common.capability(x.device) is not None and not _common.is_half(x.dtype):

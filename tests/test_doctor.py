@@ -17,6 +17,7 @@ import torch
 import triton
 from rich.console import Console
 
+from fastgpt import devices
 from fastgpt import doctor as doctoring
 from fastgpt.__main__ import main
 from fastgpt.doctor import Finding, doctor, examine
@@ -96,9 +97,12 @@ def test_gpus_that_are_too_old_for_something(gpu: Callable[[int, int], None]) ->
     gpu(8, 6)
     facts = found()
     assert not facts["GPU cuda:0"].fix and facts["fp8"].found.startswith("no: ")
+    assert "ops on Triton" in facts
     gpu(7, 0)
     facts = found()
-    assert facts["GPU cuda:0"].fix.endswith("train with --device=cpu")
+    assert not facts["GPU cuda:0"].fix
+    assert "need compute capability 8.0, and GPU X has 7.0" in facts["GPU cuda:0"].found
+    assert "ops on PyTorch" in facts
     assert facts["dtype auto"].found == "float16" and "float16" in facts["CUDA graph"].found
 
 
@@ -110,6 +114,14 @@ def test_what_pytorch_is_built_for(
 ) -> None:
     monkeypatch.setattr(torch.version, "cuda", cuda)
     assert found()["PyTorch"] == Finding("PyTorch", f"{torch.__version__}, {built}")
+
+
+def test_rocm(gpu: Callable[[int, int], None], monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu(9, 4)
+    monkeypatch.setattr(torch.version, "hip", "7.0")
+    facts = found()
+    assert "built for ROCm" in facts["GPU cuda:0"].found and "ops on PyTorch" in facts
+    assert facts["fp8"].found.startswith("no: ")
 
 
 def test_versions_that_are_too_old(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -130,6 +142,7 @@ def test_the_versions_are_those_of_the_metadata() -> None:
 def test_no_triton(gpu: Callable[[int, int], None], monkeypatch: pytest.MonkeyPatch) -> None:
     gpu(9, 0)
     monkeypatch.setattr(doctoring.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(devices, "_HAS_TRITON", False)
     monkeypatch.setattr(sys, "platform", "linux")
     facts = found()
     assert facts["Triton"].fix == 'pip install "triton>=3.6"' and "ops on PyTorch" in facts

@@ -99,6 +99,7 @@ ALLOWED: dict[str, set[str]] = {
         "fastgpt.kernels.residual_layer_norm",
     },
     "fastgpt.ops": {
+        "fastgpt.devices",
         "fastgpt.kernels._checks",
         "fastgpt.kernels.portable",
         "fastgpt.kernels.fused",

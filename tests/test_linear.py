@@ -183,6 +183,18 @@ def test_expanded_gradients_are_copied(device: str) -> None:
         assert rows(grad).is_contiguous()
 
 
+@pytest.mark.parametrize("shape", [(1, 1), (1, 8), (8, 1)], ids=str)
+def test_the_stride_of_a_single_row_or_column_means_nothing(shape: tuple[int, int], device) -> None:
+    """PyTorch calls such a tensor contiguous whatever its strides; no tensor descriptor does."""
+    x = torch.randn(shape[0], 16, device=device, requires_grad=True)
+    weight = torch.randn(shape[1], 16, device=device, requires_grad=True)
+    dx, dweight = torch.autograd.grad(fused.linear(x, weight).sum(), (x, weight))
+    torch.testing.assert_close(dx, weight.sum(0).expand_as(x))
+    torch.testing.assert_close(dweight, x.sum(0).expand_as(weight))
+    odd, row = torch.randn(1, 8, device=device).as_strided((1, 1), (8, 4)), x.detach()[:1]
+    torch.testing.assert_close(gemm.weight_gradient(odd, row, False, x.dtype)[0], odd * row)
+
+
 def test_flops() -> None:
     x, weight = torch.randn(30, 16, requires_grad=True), torch.randn(24, 16, requires_grad=True)
     with FlopCounterMode(display=False) as counter:

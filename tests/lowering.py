@@ -1,0 +1,116 @@
+"""Lowers launches to Triton's IR as a GPU's launcher would, with no GPU: the compiler's front end.
+
+A launch specialises its arguments: the integer 1 and None become constants, so that a method called
+on one (``n.to(tl.int64)``) exists for 2 and not for 1. The interpreter sees none of that. What the
+compiler's later stages refuse (layouts, shared memory, ptxas) is not seen here either.
+"""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import dataclass
+from typing import Any
+
+from _static import no_gpu_needed
+from triton._C.libtriton import ir
+from triton.backends.compiler import BaseBackend, GPUTarget
+from triton.compiler import ASTSource
+from triton.errors import TritonError
+from triton.runtime.jit import JITFunction
+
+# fp8 needs 89 or more. Up to Triton's IR all else is the same for all architectures.
+CAPABILITY = 90
+
+# The compiler must not see triton.language while the interpreter has exchanged its attributes.
+LANGUAGE = threading.Lock()
+
+_lowered: set[str] = set()
+
+
+class LoweringError(AssertionError):
+    """Names the kernel, the constants and types it was specialised to, and Triton's error."""
+
+
+@dataclass(frozen=True)
+class Specialisation:
+    """One program of a kernel: what a GPU's launcher compiles for these arguments."""
+
+    source: ASTSource
+    options: Any
+    backend: BaseBackend
+    target: GPUTarget
+
+    @property
+    def kind(self) -> str:
+        """What decides whether it lowers: types, and which arguments are constants of which value.
+        It does not matter which are divisible by 16, nor how large a constant past 1 is unless it
+        becomes a block's shape: a power of two then, and not below 16 for a product. The two half
+        precisions count as one."""
+        types = str(self.source.signature).replace("bf16", "fp16")
+        constants = {path: _kind(value) for path, value in self.source.constants.items()}
+        return f"{self.source.name} {types} {constants}"
+
+    @property
+    def program(self) -> str:
+        """What the launcher knows a program by, on one architecture."""
+        o, source = self.options, self.source
+        settings = o.num_warps, o.num_stages, o.maxnreg
+        return f"{source.name} {source.signature} {source.constants} {source.attrs} {settings}"
+
+    def __str__(self) -> str:
+        names = list(self.source.signature)
+        constants = {names[path[0]]: value for path, value in self.source.constants.items()}
+        return f"{self.source.name} with {constants}"
+
+    def lower(self) -> Any:
+        """The module in Triton's IR; LoweringError where there is none."""
+        context = ir.context()
+        ir.load_dialects(context)
+        self.backend.load_dialects(context)
+        functions = self.backend.get_codegen_implementation(self.options)
+        modules = self.backend.get_module_map()
+        try:
+            return self.source.make_ir(self.target, self.options, functions, modules, context)
+        except TritonError as error:
+            raise LoweringError(f"{self} does not compile: {error}") from error
+
+    def compile(self) -> dict[str, Any]:
+        """All stages but the assembler; what they found out, ``shared`` bytes for instance."""
+        stages: dict[str, Any] = {}
+        self.backend.add_stages(stages, self.options, self.source.language)
+        metadata = {"target": self.target, **self.options.__dict__}
+        module = self.lower()
+        for stage in ("ttir", "ttgir", "llir", "ptx"):
+            module = stages[stage](module, metadata)
+        return metadata
+
+
+def _kind(constant: Any) -> str:
+    if isinstance(constant, int) and constant > 1:
+        power = constant & (constant - 1) == 0
+        return ("a power of two" if power else "none") + (" below 16" if constant < 16 else "")
+    return str(constant)
+
+
+def specialise(
+    kernel: JITFunction, args: tuple[Any, ...], kwargs: dict[str, Any], capability: int = CAPABILITY
+) -> Specialisation:
+    """By the launcher's own binder, which Triton 3.6 to 3.9 have."""
+    with no_gpu_needed(capability):
+        _, _, target, backend, bind = kernel.device_caches[capability]
+    bound, specialisation, options = bind(*args, **kwargs)
+    options, signature, constants, attributes = kernel._pack_args(
+        backend, kwargs, bound, specialisation, options
+    )
+    return Specialisation(
+        ASTSource(kernel, signature, constants, attributes), options, backend, target
+    )
+
+
+def lower_once(kernel: JITFunction, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Nothing of a kind that this process has lowered already: that is 50 ms each."""
+    found = specialise(kernel, args, kwargs)
+    if found.kind not in _lowered:
+        with LANGUAGE:
+            found.lower()
+        _lowered.add(found.kind)

@@ -1,0 +1,162 @@
+"""Which kernels a tensor's device gets, and that a GPU which Triton is not for does all the rest.
+
+There is no GPU here: the device's properties are made up, and what is computed is on fake tensors.
+Those have no values, so that code which asks for one, and would wait for a GPU, fails.
+"""
+
+import functools
+import warnings
+from collections.abc import Callable, Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch._subclasses import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from fastgpt import devices, ops
+from fastgpt.kernels import fused, portable
+from fastgpt.kernels._precision import matmul_float32
+
+CUDA = [torch.device("cuda", index) for index in (0, 1)]
+
+
+@pytest.fixture(autouse=True)
+def _no_choice_yet(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ops, "_refusals", {})
+    monkeypatch.setattr(ops, "_notice", functools.cache(ops._notice.__wrapped__))
+
+
+def _gpus(monkeypatch: pytest.MonkeyPatch, *capabilities: tuple[int, int]) -> list[int]:
+    """The indices of the GPUs that are asked about."""
+    asked: list[int] = []
+
+    def properties(index: int) -> Any:
+        asked.append(index)
+        major, minor = capabilities[index]
+        return SimpleNamespace(name="Some GPU", major=major, minor=minor)
+
+    monkeypatch.setattr(torch.cuda, "get_device_properties", properties)
+    return asked
+
+
+@pytest.mark.parametrize("capability", [(8, 0), (8, 6), (9, 0), (12, 0)])
+def test_a_gpu_of_the_kernels(capability: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    _gpus(monkeypatch, capability)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert ops._implementation(CUDA[0]) is fused
+
+
+@pytest.mark.parametrize("capability", [(7, 0), (7, 5), (6, 1)])
+def test_a_gpu_that_is_too_old(
+    capability: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _gpus(monkeypatch, capability, capability)
+    has = f"Some GPU has {capability[0]}.{capability[1]}: CUDA tensors run on PyTorch's kernels"
+    with pytest.warns(UserWarning, match=f"need compute capability 8.0, and {has}") as notices:
+        for device in CUDA * 2:
+            assert ops._implementation(device) is portable
+    assert len(notices) == 1
+
+
+def test_rocm(monkeypatch: pytest.MonkeyPatch) -> None:
+    _gpus(monkeypatch, (9, 4))
+    monkeypatch.setattr(torch.version, "hip", "7.0")
+    with pytest.warns(UserWarning, match="for NVIDIA GPUs, and this PyTorch is built for ROCm"):
+        assert ops._implementation(CUDA[0]) is portable
+
+
+def test_no_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    _gpus(monkeypatch, (9, 0))
+    monkeypatch.setattr(devices, "_HAS_TRITON", False)
+    with pytest.warns(UserWarning, match="Triton is not installed"):
+        assert ops._implementation(CUDA[0]) is portable
+
+
+def test_each_gpu_is_asked_about_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = _gpus(monkeypatch, (9, 0), (7, 5))
+    with pytest.warns(UserWarning, match="has 7.5"):
+        for _ in range(3):
+            assert ops._implementation(CUDA[0]) is fused
+            assert ops._implementation(CUDA[1]) is portable
+    assert asked == [0, 1]
+
+
+def test_no_gpu_is_asked_about_for_other_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = _gpus(monkeypatch)
+    assert ops._implementation(torch.device("cpu")) is portable
+    assert ops._implementation(torch.device("meta")) is portable
+    assert not asked
+
+
+# -- every op, on a GPU that is too old
+
+
+class _Called(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.add(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+def _cuda(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.zeros(shape, dtype=dtype, device=CUDA[0])
+
+
+# Those that PyTorch traces on a device it was not built for.
+OPS: dict[str, Callable[[], object]] = {
+    "attention": lambda: ops.attention(*(_cuda(2, 2, 8, 16) for _ in range(3)), dropout_p=0.5),
+    "embedding": lambda: ops.embedding(
+        _cuda(2, 8, dtype=torch.int64), _cuda(65, 32), _cuda(8, 32), dropout_p=0.5
+    ),
+    "gelu": lambda: ops.gelu(_cuda(4, 16)),
+    "layer_norm": lambda: ops.layer_norm(_cuda(4, 16), _cuda(16)),
+    "linear": lambda: ops.linear(_cuda(4, 16), _cuda(8, 16), _cuda(8)),
+    "linear_cross_entropy": lambda: ops.linear_cross_entropy(
+        _cuda(4, 16), _cuda(65, 16), _cuda(4, dtype=torch.int64)
+    ),
+    "mlp": lambda: ops.mlp(_cuda(4, 16), _cuda(64, 16), None, _cuda(16, 64)),
+    "residual_layer_norm": lambda: ops.residual_layer_norm(
+        _cuda(4, 16), _cuda(4, 16), _cuda(16), dropout_p=0.5
+    ),
+}
+
+
+@pytest.fixture
+def old_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    _gpus(monkeypatch, (7, 5))
+    monkeypatch.setattr(ops, "_notice", lambda text: None)
+    with FakeTensorMode(), torch.no_grad():
+        yield
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_no_op_runs_in_triton_or_waits_for_the_device(op: str, old_gpu: None) -> None:
+    with _Called() as called:
+        OPS[op]()
+    own = {name for name in called.names if name.startswith("fastgpt.")}
+    assert called.names and all("portable" in name for name in own), own
+
+
+def test_the_generator_draws_every_mask(old_gpu: None) -> None:
+    assert ops.dropout_seed(CUDA[0]) is None
+
+
+def test_fp8_is_refused(old_gpu: None) -> None:
+    with pytest.raises(ValueError, match="compute capability 8.9"):
+        ops.linear(_cuda(16, 16), _cuda(16, 16), fp8=True)
+
+
+def test_hipblas_is_asked_for_no_other_dtype(monkeypatch: pytest.MonkeyPatch) -> None:
+    """``mm`` of half precision into float32 is cuBLAS's."""
+    for hip, expected in ((None, "aten.mm.dtype"), ("7.0", "aten.mm.out")):
+        monkeypatch.setattr(torch.version, "hip", hip)
+        with FakeTensorMode(), torch.no_grad(), _Called() as called:
+            out = matmul_float32(_cuda(2, 2, dtype=torch.float16), _cuda(2, 2, dtype=torch.float16))
+        assert out.dtype == torch.float32 and expected in called.names
