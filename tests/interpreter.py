@@ -96,7 +96,7 @@ _PRODUCT = "exact product"  # an attribute of a handle: float64, unrounded
 class Builder(InterpreterBuilder):
     """What computes a block operation; one method for each instruction of Triton's IR."""
 
-    contracting = False
+    gpu_arithmetic = False
 
     def get_bf16(self, value: float) -> TensorHandle:
         return TensorHandle(narrow(np.array([value])), tl.bfloat16)
@@ -122,7 +122,7 @@ class Builder(InterpreterBuilder):
         return _narrowed(super().unary_op(_widened(arg), op))
 
     def binary_op(self, lhs: TensorHandle, rhs: TensorHandle, op: Callable) -> TensorHandle:
-        if self.contracting and lhs.dtype.scalar == tl.float32:
+        if self.gpu_arithmetic and lhs.dtype.scalar == tl.float32:
             return self._contracted(lhs, rhs, op)
         if not _is_bf16(lhs):
             return super().binary_op(lhs, rhs, op)
@@ -171,6 +171,11 @@ class Builder(InterpreterBuilder):
             if exact[1] is not None:
                 return TensorHandle(op(lhs.data, exact[1]).astype(np.float32), tl.float32)
         return super().binary_op(lhs, rhs, op)
+
+    def create_fdiv(self, lhs: TensorHandle, rhs: TensorHandle) -> TensorHandle:
+        if not self.gpu_arithmetic or lhs.dtype.scalar != tl.float32:
+            return super().create_fdiv(lhs, rhs)
+        return TensorHandle(lhs.data * (np.float32(1.0) / rhs.data), tl.float32)
 
     def _reshaped(self, arg: TensorHandle, change: Callable) -> TensorHandle:
         out = change(arg)
@@ -336,17 +341,18 @@ observer = Observer()
 
 
 @contextmanager
-def contracted() -> Iterator[None]:
-    """In here a float32 product that is an operand of a sum or a difference is not rounded, as on a
-    GPU, where the two are one instruction (fma) unless something else stands between them."""
+def gpu_arithmetic() -> Iterator[None]:
+    """In here float32 is computed as a GPU does. A product is not rounded where a sum or difference
+    takes it: the two are one instruction (fma), unless something else stands between them. A
+    quotient is a product with a reciprocal, within 2 ulp; ``tl.div_rn`` stays exact."""
     install()
     builder = triton_interpreter.interpreter_builder
-    before = builder.contracting
-    builder.contracting = True
+    before = builder.gpu_arithmetic
+    builder.gpu_arithmetic = True
     try:
         yield
     finally:
-        builder.contracting = before
+        builder.gpu_arithmetic = before
 
 
 def _scalar(value: Any, dtype: tl.dtype, numpy_dtype: type) -> tl.tensor:

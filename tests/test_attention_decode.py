@@ -62,9 +62,9 @@ def test_parity(device: str, head_size: int, dtype: torch.dtype) -> None:
         assert excess.max() <= allowed, ops.__name__
 
 
-@pytest.mark.parametrize("contracted", [False, True], ids=["rounded", "contracted"])
+@pytest.mark.parametrize("gpu", [False, True], ids=["cpu_arithmetic", "gpu_arithmetic"])
 @pytest.mark.parametrize("dtype", parity.DTYPES, ids=str)
-def test_scores_in_the_thousands(device: str, dtype: torch.dtype, contracted: bool) -> None:
+def test_scores_in_the_thousands(device: str, dtype: torch.dtype, gpu: bool) -> None:
     """Of several parts, whose sums are put together by their maxima."""
     places = [40, 127, 128, 300]
     qkv, cache, positions = _inputs(places, dtype, device, n_head=4, n_slots=301, head_size=64)
@@ -74,7 +74,7 @@ def test_scores_in_the_thousands(device: str, dtype: torch.dtype, contracted: bo
     truth = reference.attention_decode(qkv.double(), wide, positions)
     with RoundedOnce() if qkv.is_cpu else nullcontext():
         common = reference.attention_decode(qkv, cache.clone(), positions)
-    with interpreter.contracted() if contracted else nullcontext():
+    with interpreter.gpu_arithmetic() if gpu else nullcontext():
         got = fused.attention_decode(qkv, cache, positions)
     excess = (got - truth).abs() - torch.finfo(dtype).eps * truth.abs()
     assert excess.max() <= 2 * (common - truth).abs().max() + 1e-5

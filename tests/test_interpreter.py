@@ -112,18 +112,27 @@ def test_dot_does_not_depend_on_the_order_of_its_operands(dtype: torch.dtype):
     assert products[0].equal((a.double() @ b.double()).float())
 
 
-@pytest.mark.parametrize("contracted", [False, True])
-def test_contraction(contracted: bool):
+@pytest.mark.parametrize("gpu", [False, True])
+def test_contraction(gpu: bool):
     """With it, the product in a sum is exact, but for one that a selection has used before."""
     x, y, z = torch.randn(3, 100)
     z[:50] = -(x * y)[:50]  # what is left is the product's rounding
     out = torch.empty(5, 100)
-    with interpreter.contracted() if contracted else nullcontext():
+    with interpreter.gpu_arithmetic() if gpu else nullcontext():
         toy_kernels.contraction_kernel[(1,)](x, y, z, out, 100, BLOCK=128)
-    product = x.double() * y.double() if contracted else x * y
+    product = x.double() * y.double() if gpu else x * y
     expected = [product + z, product - z, z - product, x * y + z, z - product]
     assert torch.equal(out, torch.stack([row.float() for row in expected]))
-    assert bool(out[0, :50].any()) == contracted
+    assert bool(out[0, :50].any()) == gpu
+
+
+def test_division_by_a_reciprocal():
+    x, y = torch.randn(2, 100)
+    out = torch.empty(11, 100)
+    with interpreter.gpu_arithmetic():
+        toy_kernels.binary_kernel[(1,)](x, y, out, 100, BLOCK=128)
+    assert not torch.equal(out[3], x / y)
+    torch.testing.assert_close(out[3], x / y, rtol=2**-22, atol=0)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
