@@ -37,7 +37,7 @@ it is less, which depends on what stands in starts.
 import triton
 import triton.language as tl
 
-from fastgpt.kernels._common import dropout_keep
+from fastgpt.kernels._common import dropout_keep, rounded_quotient
 
 
 @triton.jit
@@ -88,7 +88,9 @@ def _store_tile(
     BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     ptrs = _tile_ptrs(ptr, stride_t, start, BLOCK_T, BLOCK_D)
-    mask = _tile_mask(start, n_rows, HEAD, BLOCK_T, BLOCK_D)
+    # Not the comparison of a load: its result would occupy a register from there to here.
+    rows = tl.arange(0, BLOCK_T) < n_rows - start
+    mask = rows[:, None] & (tl.arange(0, BLOCK_D) < HEAD)[None, :]
     tl.store(ptrs, tile.to(ptr.dtype.element_ty), mask=mask)
 
 
@@ -243,7 +245,12 @@ def _attention_fwd_tiles_late(
 ):  # fmt: skip
     """The same for whole tiles, one or more, in 16 bits. The product with v comes a tile late: it
     runs beside the next tile's softmax, as neither waits for the other (FlashAttention-3, Shah et
-    al. 2024, arXiv:2407.08608, section 3.2)."""
+    al. 2024, arXiv:2407.08608, section 3.2).
+
+    The registers of a wgmma's operand must not be written before the wait for it. What the softmax
+    leaves is carried in others, therefore, and becomes the operand by an operation behind that wait
+    which the compiler cannot leave out: clearing the sign bit, of numbers that have none.
+    """
     k = _load_tile(k_ptr, k_stride_t, start, n_keys, False, HEAD, BLOCK_N, BLOCK_D)
     scores = tl.dot(q, tl.trans(k), input_precision=PRECISION, out_dtype=ACC)
     probs, rescale, row_max, row_sum = _softmax_step(
@@ -256,8 +263,8 @@ def _attention_fwd_tiles_late(
         k = _load_tile(k_ptr, k_stride_t, start_n, n_keys, False, HEAD, BLOCK_N, BLOCK_D)
         v = _load_tile(v_ptr, v_stride_t, start_n - BLOCK_N, n_keys, False, HEAD, BLOCK_N, BLOCK_D)
         scores = tl.dot(q, tl.trans(k), input_precision=PRECISION, out_dtype=ACC)
-        acc = acc * rescale[:, None]
-        late = late.to(v.dtype, bitcast=True)
+        acc = acc * rescale[:, None]  # waits for the product before
+        late = (late & 0x7FFF).to(v.dtype, bitcast=True)
         acc = tl.dot(late, v, acc, input_precision=PRECISION, out_dtype=ACC)
         probs, rescale, row_max, row_sum = _softmax_step(
             scores, row_max, row_sum, offs_m, start_n, qk_scale, seed, stream, batch_head,
@@ -339,7 +346,8 @@ def _attention_fwd_kernel(
                 False, CAUSAL, PACKED, DROPOUT, APART, PRECISION, ACC, HEAD,
                 BLOCK_M, BLOCK_N, BLOCK_D,
             )  # fmt: skip
-    out = acc / row_sum[:, None]
+    # One division a row; the probability of a single key is exactly 1.
+    out = acc * rounded_quotient(tl.full([BLOCK_M], 1.0, ACC), row_sum)[:, None]
     if DROPOUT:
         out = out * keep_scale
     out_stride_t = n_head * HEAD
