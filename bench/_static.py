@@ -182,7 +182,7 @@ class _StubDriver:
 
 
 @contextlib.contextmanager
-def _no_gpu_needed(capability: int) -> Iterator[None]:
+def no_gpu_needed(capability: int) -> Iterator[None]:
     previous = driver._active  # the public property would look for a GPU
     driver.set_active(_StubDriver(capability))
     try:
@@ -197,7 +197,7 @@ def compile_launches(launches: Iterable[Launch], capability: int) -> list[Compil
     launches = list(launches)
     found: dict[int, tuple[Any, str]] = {}  # by identity: the launcher keeps what it has
     with (
-        _no_gpu_needed(capability),
+        no_gpu_needed(capability),
         knobs.compilation.scope(),
         knobs.nvidia.scope(),
         knobs.cache.scope(),

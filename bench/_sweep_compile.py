@@ -8,8 +8,7 @@ from dataclasses import dataclass
 
 import torch
 from _line import Line, Tile
-from _static import Launch, compile_launches, recorded
-from _static import _no_gpu_needed as no_gpu_needed
+from _static import Launch, compile_launches, no_gpu_needed, recorded
 from _sweep import lines
 from triton.errors import TritonError
 

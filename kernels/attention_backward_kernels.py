@@ -82,7 +82,7 @@ def _attention_bwd_dq_kernel(
     k_ptr = _head(k_ptr, k_stride_b, k_stride_h, batch_head, n_head)
     v_ptr = _head(v_ptr, v_stride_b, v_stride_h, batch_head, n_head)
     out_stride_t = n_head * HEAD
-    out_stride_b = n_queries.to(tl.int64) * out_stride_t
+    out_stride_b = tl.cast(n_queries, tl.int64) * out_stride_t
     out_ptr = _head(out_ptr, out_stride_b, HEAD, batch_head, n_head)
     dout_ptr = _head(dout_ptr, out_stride_b, HEAD, batch_head, n_head)
     row_offset = batch_head.to(tl.int64) * n_queries
@@ -121,7 +121,7 @@ def _attention_bwd_dq_kernel(
                 threshold, keep_scale, stage == 0, CAUSAL, PACKED, DROPOUT, APART, PRECISION, ACC,
                 HEAD, BLOCK_M, BLOCK_N, BLOCK_D,
             )  # fmt: skip
-    dq_ptr = _head(dq_ptr, n_queries.to(tl.int64) * dq_stride_t, HEAD, batch_head, n_head)
+    dq_ptr = _head(dq_ptr, tl.cast(n_queries, tl.int64) * dq_stride_t, HEAD, batch_head, n_head)
     _store_tile(dq_ptr, dq_stride_t, start_m, n_queries, dq * scale, HEAD, BLOCK_M, BLOCK_D)
 
 
@@ -197,7 +197,7 @@ def _attention_bwd_dkdv_kernel(
     k_ptr = _head(k_ptr, k_stride_b, k_stride_h, batch_head, n_head)
     v_ptr = _head(v_ptr, v_stride_b, v_stride_h, batch_head, n_head)
     dout_stride_t = n_head * HEAD
-    dout_stride_b = n_queries.to(tl.int64) * dout_stride_t
+    dout_stride_b = tl.cast(n_queries, tl.int64) * dout_stride_t
     dout_ptr = _head(dout_ptr, dout_stride_b, HEAD, batch_head, n_head)
     lse_ptr = _lse_of(lse_ptr, batch_head, n_queries, APART)
     delta_ptr += batch_head.to(tl.int64) * n_queries
@@ -238,7 +238,7 @@ def _attention_bwd_dkdv_kernel(
             )  # fmt: skip
     if DROPOUT:
         dv = dv * keep_scale
-    stride_b = n_keys.to(tl.int64) * dkdv_stride_t
+    stride_b = tl.cast(n_keys, tl.int64) * dkdv_stride_t
     dk_ptr = _head(dk_ptr, stride_b, HEAD, batch_head, n_head)
     dv_ptr = _head(dv_ptr, stride_b, HEAD, batch_head, n_head)
     _store_tile(dk_ptr, dkdv_stride_t, start_n, n_keys, dk * scale, HEAD, BLOCK_N, BLOCK_D)

@@ -351,7 +351,7 @@ def _attention_fwd_kernel(
     if DROPOUT:
         out = out * keep_scale
     out_stride_t = n_head * HEAD
-    out_ptr = _head(out_ptr, n_queries.to(tl.int64) * out_stride_t, HEAD, batch_head, n_head)
+    out_ptr = _head(out_ptr, tl.cast(n_queries, tl.int64) * out_stride_t, HEAD, batch_head, n_head)
     _store_tile(out_ptr, out_stride_t, start_m, n_queries, out, HEAD, BLOCK_M, BLOCK_D)
     lse_ptr = _lse_of(lse_ptr, batch_head, n_queries, APART) + offs_m
     mask_m = offs_m < n_queries

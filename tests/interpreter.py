@@ -9,19 +9,20 @@ variable is needed. Holds for Triton 3.6 to 3.9, whose interpreter
 - rounds to fp8 without a carry;
 - leaves a float argument the Python number that it is, where a compiled kernel gets a float32.
 
-The compiler's rules on launch options, grid limits and the smallest ``tl.dot`` are enforced. Not
-seen here: ``if`` or ``and`` on a block (taken for true), tf32, shared memory, registers.
+The compiler's rules on launch options, grid limits and the smallest ``tl.dot`` are enforced, and
+each launch is first lowered to Triton's IR (``lowering``), which refuses what the interpreter lets
+pass. Not seen here: tf32, shared memory, registers.
 """
 
 from __future__ import annotations
 
 import functools
-import threading
 import types
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import lowering
 import numpy as np
 import torch
 import triton.language as tl
@@ -36,9 +37,6 @@ Program = tuple[int, int, int]
 
 _MAX_GRID = (2**31 - 1, 65535, 65535)
 _LAUNCH_OPTIONS = frozenset(CUDAOptions.__dataclass_fields__)
-
-# Interpreting exchanges attributes of triton.language, which the whole process shares.
-_LOCK = threading.Lock()
 
 
 # ------------------------------------------------------------------------------------ bfloat16
@@ -311,7 +309,8 @@ def _exchanges() -> list[tuple[Any, str, Any, Any]]:
 
 @contextmanager
 def _interpreted_language() -> Iterator[None]:
-    with _LOCK, np.errstate(all="ignore"):  # a GPU does not warn of exp(-inf) or inf - inf
+    # A GPU does not warn of exp(-inf) or inf - inf.
+    with lowering.LANGUAGE, np.errstate(all="ignore"):
         exchanges = _exchanges()
         try:
             for owner, name, interpreted, _ in exchanges:
@@ -430,6 +429,8 @@ def install() -> None:
     def run(self: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
         if warmup or self.is_gluon() or not _all_on_cpu((*args, *kwargs.values())):
             return compiled_run(self, *args, grid=grid, warmup=warmup, **kwargs)
-        return _interpret(self, grid, _bind(self, args, kwargs))
+        arguments = _bind(self, args, kwargs)
+        lowering.lower_once(self, args, kwargs)
+        return _interpret(self, grid, arguments)
 
     JITFunction.run = run
