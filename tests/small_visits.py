@@ -42,8 +42,8 @@ def stage(name: str, code: str, **fields: Any) -> Stage:
 MACHINE = stage("machine", f"found({{'facts': {FACTS!r}, 'ceilings': {CEILINGS!r}}})")
 
 
-def records(*stages: Stage, seconds: float = 60.0) -> dict[str, dict[str, Any]]:
-    """Of a visit: the last record of each stage."""
+def records(*stages: Stage, seconds: float = 6000.0) -> dict[str, dict[str, Any]]:
+    """Of a visit: the last record of each stage. Its time is enough on a machine that is busy."""
     out: dict[str, dict[str, Any]] = {}
 
     def report(record: dict[str, Any]) -> bool:
@@ -63,7 +63,8 @@ def alive(pid: int) -> bool:
         return False
 
 
-def wait_until(condition: Any, seconds: float = 20.0) -> None:
+def wait_until(condition: Any, seconds: float = 300.0) -> None:
+    """What takes that long will never happen."""
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end

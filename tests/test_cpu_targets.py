@@ -52,7 +52,7 @@ def peak_of_a_step(variant: str) -> int:
         text=True,
         check=False,
         env=os.environ | {"PYTHONPATH": f"{ROOT / 'bench'}{os.pathsep}{ROOT}"},
-        timeout=120,
+        timeout=600,
     )
     assert child.returncode == 0, child.stderr
     return int(child.stdout)

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import _stages
@@ -57,7 +58,7 @@ def test_a_stage_that_fails_costs_itself_alone() -> None:
         stage("crashes", "os.kill(os.getpid(), 11)"),
         stage("library", "import nothing_of_this_name"),
         stage("skipped", "1 / 0", skip="no program"),
-        stage("long", "1 / 0", least_s=1e3),
+        stage("long", "1 / 0", least_s=1e4),
         stage("last", "found(sys.argv[2])"),
     )
     assert out["good"]["status"] == "done" and out["good"]["data"] == {"x": 1}
@@ -68,14 +69,18 @@ def test_a_stage_that_fails_costs_itself_alone() -> None:
     library = out["library"]
     assert (library["status"], library["why"]) == ("not run", "needs nothing_of_this_name")
     assert (out["skipped"]["status"], out["skipped"]["why"]) == ("not run", "no program")
-    assert out["long"]["status"] == "not run" and "it needs 1000" in out["long"]["why"]
-    assert 50.0 < float(out["last"]["data"]) <= 60.0
+    assert out["long"]["status"] == "not run" and "it needs 10000" in out["long"]["why"]
+    assert 3000.0 < float(out["last"]["data"]) <= 6000.0
 
 
 def test_a_stage_that_hangs_is_ended_with_all_its_processes(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(_visit, "_GRACE_S", 0.1)
+    """It hangs once it has found something: then its time is up, however long that took."""
+    now = 0.0
+    clock = SimpleNamespace(monotonic=lambda: now)
+    for name, value in (("_GRACE_S", 0.1), ("_LOOK_S", 0.05), ("time", clock)):
+        monkeypatch.setattr(_visit, name, value)
     code = """
 import signal, subprocess
 signal.signal(signal.SIGTERM, signal.SIG_IGN)
@@ -83,22 +88,37 @@ child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
 found({"parent": os.getpid(), "child": child.pid})
 time.sleep(600)
 """
-    out = records(stage("hangs", code), stage("next", "found(1)", least_s=0.5), seconds=2.0)
+    out = {}
+
+    def report(record: dict[str, Any]) -> bool:
+        nonlocal now
+        out[record["name"]] = record
+        if record["data"]:
+            now = 60.0  # of 100, which the two stages share
+        return True
+
+    stages = stage("hangs", code), stage("next", "found(1)")
+    visit(stages, 100.0, report, lambda stage, limit: None)
     assert out["hangs"]["status"] == "timed out"
     pids = out["hangs"]["data"]
     wait_until(lambda: not alive(pids["parent"]) and not alive(pids["child"]))
     assert out["next"]["data"] == 1
 
 
-def test_what_a_running_stage_has_found_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_a_running_stage_has_found_is_reported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(_visit, "_LOOK_S", 0.05)
-    seen = []
+    seen, flag = [], tmp_path / "seen"
 
     def report(record: dict[str, Any]) -> bool:
         seen.append((record["status"], record["data"]))
+        if record["data"] == 7:
+            flag.touch()
         return True
 
-    visit([stage("slow", "found(7); time.sleep(0.6)")], 20.0, report, lambda stage, limit: None)
+    code = f"found(7)\nwhile not os.path.exists({str(flag)!r}): time.sleep(0.01)"
+    visit([stage("slow", code)], 600.0, report, lambda stage, limit: None)
     assert ("running", 7) in seen and seen[-1] == ("done", 7)
 
 
@@ -106,7 +126,7 @@ def test_what_a_running_stage_has_found_is_reported(monkeypatch: pytest.MonkeyPa
 
 
 def reported(folder: Path, *stages: Stage, arguments: tuple[str, ...] = ()) -> dict[str, Any]:
-    assert gpu_report.main([f"--out={folder}", "--minutes=1", *arguments], [MACHINE, *stages]) == 0
+    assert gpu_report.main([f"--out={folder}", "--minutes=60", *arguments], [MACHINE, *stages]) == 0
     record: dict[str, Any] = json.loads((folder / "report.json").read_text())
     return record
 
@@ -151,7 +171,7 @@ def test_cut_off_in_the_middle(number: signal.Signals, tmp_path: Path) -> None:
     program = tmp_path / "program.py"
     program.write_text(
         "import sys\nimport _visit, gpu_report, small_visits as t\n_visit._LOOK_S = 0.05\n"
-        "slow = t.stage('slow', 'found(os.getpid()); time.sleep(60)')\n"
+        "slow = t.stage('slow', 'found(os.getpid()); time.sleep(600)')\n"
         "gpu_report.main(sys.argv[1:], [t.MACHINE, t.stage('a', 'found(1)'), slow,"
         " t.stage('never', 'found(2)')])\n"
     )
@@ -167,9 +187,9 @@ def test_cut_off_in_the_middle(number: signal.Signals, tmp_path: Path) -> None:
     def data() -> dict[str, Any]:
         return {one["name"]: one["data"] for one in record()["stages"]}
 
-    wait_until(lambda: data().get("slow") is not None, 60.0)
+    wait_until(lambda: data().get("slow") is not None)
     process.send_signal(number)
-    process.wait(20.0)
+    process.wait(300.0)
     pid = data()["slow"]
     if number == signal.SIGKILL:
         os.killpg(pid, signal.SIGKILL)

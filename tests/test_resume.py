@@ -44,27 +44,29 @@ def in_a_process(keys: dict[str, Any]) -> "subprocess.Popen[str]":
 
 
 def wait_for(path: Path, process: "subprocess.Popen[str]") -> None:
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 600
     while not path.exists():
         assert process.poll() is None, process.communicate()[0]
-        assert time.monotonic() < deadline, "no checkpoint after a minute"
+        assert time.monotonic() < deadline, "no checkpoint"
         time.sleep(0.002)
 
 
 def test_a_killed_run_goes_on_as_if_nothing_had_happened(tmp_path: Path) -> None:
-    keys = dict(max_iters=150, lr_decay_iters=150, eval_interval=20, always_save_checkpoint=False)
-    process = in_a_process(small_keys(tmp_path, **keys))
+    keys = dict(lr_decay_iters=150, eval_interval=20, always_save_checkpoint=False)
+    process = in_a_process(small_keys(tmp_path, **keys, max_iters=10**6))
     wait_for(tmp_path / "out" / "iter-0000020.pt", process)
     process.kill()
     process.communicate()
     assert process.returncode == -signal.SIGKILL
-    assert 20 <= state_of(tmp_path)["iter_num"] < 150
+    stopped = state_of(tmp_path)["iter_num"]  # however far it came before it was killed
+    assert stopped >= 20 and stopped % 20 == 0
+    keys["max_iters"] = stopped + 50
     trained(tmp_path, **keys, init_from="resume")
     resumed = state_of(tmp_path)
 
     trained(tmp_path, **keys)
     whole = state_of(tmp_path)
-    assert whole["iter_num"] == 151
+    assert whole["iter_num"] == stopped + 51
     for state in (resumed, whole):
         state["config"].pop("init_from")
     assert_same(resumed, whole)
@@ -75,7 +77,7 @@ def test_ctrl_c_saves_and_can_be_resumed(tmp_path: Path) -> None:
     process = in_a_process(small_keys(tmp_path, **keys))
     wait_for(tmp_path / "out" / "iter-0000030.pt", process)
     process.send_signal(signal.SIGINT)
-    output = process.communicate(timeout=60)[0]
+    output = process.communicate(timeout=600)[0]
     assert process.returncode == 130, output
     stopped = state_of(tmp_path)["iter_num"]
     saved = tmp_path / "out" / f"iter-{stopped:07d}.pt"

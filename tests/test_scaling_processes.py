@@ -173,7 +173,7 @@ def run_processes(folder: Path) -> list[dict[str, Any]]:
         for rank in range(WORLD)
     ]
     try:
-        said = [child.communicate(timeout=120)[0] for child in children]
+        said = [child.communicate(timeout=600)[0] for child in children]
     finally:
         for child in children:
             child.kill()
