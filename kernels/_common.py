@@ -27,6 +27,17 @@ _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 @triton.jit
+def rounded_quotient(x, y):
+    """x / y of blocks or scalars of one float dtype, rounded once. In float32 ``/`` is a product
+    with an approximate reciprocal: x / x may differ from 1."""
+    if x.dtype == tl.float32:
+        quotient = tl.div_rn(x, y)
+    else:
+        quotient = x / y
+    return quotient
+
+
+@triton.jit
 def _exp_half_square(x):
     """exp(-x² / 2). tl.exp2 is one instruction, tl.exp also cares for results below 2^-126."""
     return tl.exp2(-0.7213475204444817 * x * x)

@@ -16,8 +16,8 @@ from fastgpt.kernels.attention_launch import (
     attention_bwd,
     attention_fwd,
     bwd_cost,
+    empty_lse,
     fwd_cost,
-    statistic,
 )
 from fastgpt.kernels.reference import split_heads, unpacked
 
@@ -51,7 +51,7 @@ def _attention_op(
 
 @_attention_op.register_fake
 def _(q, k, v, seed, starts, causal, scale, dropout_p, stream):
-    return _token_major(q).transpose(1, 2), q.new_empty(q.shape[:3], dtype=statistic(q))
+    return _token_major(q).transpose(1, 2), empty_lse(q, *q.shape[:3])
 
 
 @torch.library.custom_op("fastgpt::attention_bwd", mutates_args=())
@@ -132,7 +132,7 @@ def _attention_qkvpacked_op(
 def _(qkv, seed, starts, n_head, causal, scale, dropout_p, stream):
     batch, length, width = qkv.shape
     out = qkv.new_empty(batch, length, width // 3)
-    return out, qkv.new_empty(batch, n_head, length, dtype=statistic(qkv))
+    return out, empty_lse(qkv, batch, n_head, length)
 
 
 @torch.library.custom_op("fastgpt::attention_qkvpacked_bwd", mutates_args=())

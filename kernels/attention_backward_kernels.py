@@ -10,8 +10,11 @@ from fastgpt.kernels.attention_kernels import (
     _finite_or_zero,
     _first_keys,
     _head,
+    _load_lse,
     _load_tile,
+    _lse_of,
     _past_gap,
+    _probabilities,
     _store_tile,
     _visible,
 )
@@ -19,11 +22,11 @@ from fastgpt.kernels.attention_kernels import (
 
 @triton.jit
 def _attention_dq_tiles(
-    dq, q, dout, lse, delta, offs_m, n_queries, starts_ptr,
+    dq, q, dout, lse, log_sum, delta, offs_m, n_queries, starts_ptr,
     k_ptr, k_stride_t, v_ptr, v_stride_t,
     start, stop, gap_at, gap, n_keys, qk_scale, seed, stream, batch_head, threshold, keep_scale,
     MASKED: tl.constexpr, CAUSAL: tl.constexpr, PACKED: tl.constexpr, DROPOUT: tl.constexpr,
-    PRECISION: tl.constexpr, ACC: tl.constexpr, HEAD: tl.constexpr,
+    APART: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr, HEAD: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Add what keys start .. stop give to dq / scale."""
@@ -32,7 +35,7 @@ def _attention_dq_tiles(
         k = _load_tile(k_ptr, k_stride_t, start_n, n_keys, MASKED, HEAD, BLOCK_N, BLOCK_D)
         v = _load_tile(v_ptr, v_stride_t, start_n, n_keys, MASKED, HEAD, BLOCK_N, BLOCK_D)
         scores = tl.dot(q, tl.trans(k), input_precision=PRECISION, out_dtype=ACC)
-        probs = tl.exp2(scores * qk_scale - lse[:, None])
+        probs = _probabilities(scores, lse[:, None], log_sum[:, None], qk_scale, APART)
         dprobs = tl.dot(dout, tl.trans(v), input_precision=PRECISION, out_dtype=ACC)
         if DROPOUT:
             keep = dropout_keep(
@@ -58,14 +61,14 @@ def _attention_bwd_dq_kernel(
     v_ptr, v_stride_b, v_stride_h, v_stride_t,  # (B, H, n_keys, HEAD)
     out_ptr,  # (B, n_queries, H, HEAD), contiguous
     dout_ptr,  # (B, n_queries, H, HEAD), contiguous
-    lse_ptr,  # (B, H, n_queries), contiguous; base 2
+    lse_ptr,  # (B, H, 1, n_queries), contiguous; base 2. APART: (B, H, 2, n_queries)
     delta_ptr,  # (B, H, n_queries), contiguous; written here, read by the other kernel
     dq_ptr, dq_stride_t,  # (B, n_queries, H, HEAD) but for the distance of two tokens
     starts_ptr,  # (B, n_queries), contiguous; read only if PACKED
     seed_ptr,  # (1), read only if DROPOUT
     stream,
     n_head, n_queries, n_keys, qk_scale, scale, threshold, keep_scale,
-    CAUSAL: tl.constexpr, PACKED: tl.constexpr, DROPOUT: tl.constexpr,
+    CAUSAL: tl.constexpr, PACKED: tl.constexpr, DROPOUT: tl.constexpr, APART: tl.constexpr,
     PRECISION: tl.constexpr, ACC: tl.constexpr,
     HEAD: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
@@ -88,7 +91,8 @@ def _attention_bwd_dq_kernel(
     dout = _load_tile(dout_ptr, out_stride_t, start_m, n_queries, True, HEAD, BLOCK_M, BLOCK_D)
     delta = tl.sum(out.to(ACC) * dout.to(ACC), axis=1)
     tl.store(delta_ptr + row_offset + offs_m, delta, mask=mask_m)
-    lse = tl.load(lse_ptr + row_offset + offs_m, mask=mask_m, other=0.0)
+    lse_ptr = _lse_of(lse_ptr, batch_head, n_queries, APART)
+    lse, log_sum = _load_lse(lse_ptr, offs_m, n_queries, APART)
     q = _load_tile(q_ptr, q_stride_t, start_m, n_queries, True, HEAD, BLOCK_M, BLOCK_D)
     seed = tl.load(seed_ptr) if DROPOUT else 0
 
@@ -111,11 +115,11 @@ def _attention_bwd_dq_kernel(
             start, stop = (low, end - gap) if PACKED else (full, end)
         if start < stop:
             dq = _attention_dq_tiles(
-                dq, q, dout, lse, delta, offs_m, n_queries, starts_ptr,
+                dq, q, dout, lse, log_sum, delta, offs_m, n_queries, starts_ptr,
                 k_ptr, k_stride_t, v_ptr, v_stride_t,
                 start, stop, whole, gap, n_keys, qk_scale, seed, stream, batch_head,
-                threshold, keep_scale, stage == 0, CAUSAL, PACKED, DROPOUT, PRECISION, ACC, HEAD,
-                BLOCK_M, BLOCK_N, BLOCK_D,
+                threshold, keep_scale, stage == 0, CAUSAL, PACKED, DROPOUT, APART, PRECISION, ACC,
+                HEAD, BLOCK_M, BLOCK_N, BLOCK_D,
             )  # fmt: skip
     dq_ptr = _head(dq_ptr, tl.cast(n_queries, tl.int64) * dq_stride_t, HEAD, batch_head, n_head)
     _store_tile(dq_ptr, dq_stride_t, start_m, n_queries, dq * scale, HEAD, BLOCK_M, BLOCK_D)
@@ -127,7 +131,7 @@ def _attention_dkdv_tiles(
     q_ptr, q_stride_t, dout_ptr, dout_stride_t, lse_ptr, delta_ptr, starts_ptr,
     start, stop, n_queries, qk_scale, seed, stream, batch_head, threshold, keep_scale,
     MASKED: tl.constexpr, CAUSAL: tl.constexpr, PACKED: tl.constexpr, DROPOUT: tl.constexpr,
-    PRECISION: tl.constexpr, ACC: tl.constexpr, HEAD: tl.constexpr,
+    APART: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr, HEAD: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Add what queries start .. stop give to dk / scale and dv / keep_scale. Transposed, (N, M), so
@@ -139,11 +143,10 @@ def _attention_dkdv_tiles(
             dout_ptr, dout_stride_t, start_m, n_queries, MASKED, HEAD, BLOCK_M, BLOCK_D
         )
         # Past the last query q, dout and delta are 0, so those rows add 0 to both sums.
-        mask_m = offs_m < n_queries
-        lse = tl.load(lse_ptr + offs_m, mask=mask_m, other=0.0)
-        delta = tl.load(delta_ptr + offs_m, mask=mask_m, other=0.0)
+        lse, log_sum = _load_lse(lse_ptr, offs_m, n_queries, APART)
+        delta = tl.load(delta_ptr + offs_m, mask=offs_m < n_queries, other=0.0)
         scores_t = tl.dot(k, tl.trans(q), input_precision=PRECISION, out_dtype=ACC)
-        probs_t = tl.exp2(scores_t * qk_scale - lse[None, :])
+        probs_t = _probabilities(scores_t, lse[None, :], log_sum[None, :], qk_scale, APART)
         dprobs_t = tl.dot(v, tl.trans(dout), input_precision=PRECISION, out_dtype=ACC)
         dropped_t = probs_t
         if DROPOUT:
@@ -172,7 +175,7 @@ def _attention_bwd_dkdv_kernel(
     k_ptr, k_stride_b, k_stride_h, k_stride_t,  # (B, H, n_keys, HEAD)
     v_ptr, v_stride_b, v_stride_h, v_stride_t,  # (B, H, n_keys, HEAD)
     dout_ptr,  # (B, n_queries, H, HEAD), contiguous
-    lse_ptr,  # (B, H, n_queries), contiguous; base 2
+    lse_ptr,  # (B, H, 1, n_queries), contiguous; base 2. APART: (B, H, 2, n_queries)
     delta_ptr,  # (B, H, n_queries), contiguous
     dk_ptr, dv_ptr, dkdv_stride_t,  # (B, n_keys, H, HEAD) but for the distance of two tokens
     starts_ptr,  # (B, n_queries), contiguous; read only if PACKED
@@ -180,7 +183,7 @@ def _attention_bwd_dkdv_kernel(
     seed_ptr,  # (1), read only if DROPOUT
     stream,
     n_head, n_queries, n_keys, qk_scale, scale, threshold, keep_scale,
-    CAUSAL: tl.constexpr, PACKED: tl.constexpr, DROPOUT: tl.constexpr,
+    CAUSAL: tl.constexpr, PACKED: tl.constexpr, DROPOUT: tl.constexpr, APART: tl.constexpr,
     PRECISION: tl.constexpr, ACC: tl.constexpr,
     HEAD: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
@@ -196,7 +199,7 @@ def _attention_bwd_dkdv_kernel(
     dout_stride_t = n_head * HEAD
     dout_stride_b = tl.cast(n_queries, tl.int64) * dout_stride_t
     dout_ptr = _head(dout_ptr, dout_stride_b, HEAD, batch_head, n_head)
-    lse_ptr += batch_head.to(tl.int64) * n_queries
+    lse_ptr = _lse_of(lse_ptr, batch_head, n_queries, APART)
     delta_ptr += batch_head.to(tl.int64) * n_queries
 
     k = _load_tile(k_ptr, k_stride_t, start_n, n_keys, True, HEAD, BLOCK_N, BLOCK_D)
@@ -230,7 +233,8 @@ def _attention_bwd_dkdv_kernel(
                 dk, dv, k, v, start_n, offs_n,
                 q_ptr, q_stride_t, dout_ptr, dout_stride_t, lse_ptr, delta_ptr, starts_ptr,
                 start, stop, n_queries, qk_scale, seed, stream, batch_head, threshold, keep_scale,
-                stage < 2, CAUSAL, PACKED, DROPOUT, PRECISION, ACC, HEAD, BLOCK_M, BLOCK_N, BLOCK_D,
+                stage < 2, CAUSAL, PACKED, DROPOUT, APART, PRECISION, ACC, HEAD,
+                BLOCK_M, BLOCK_N, BLOCK_D,
             )  # fmt: skip
     if DROPOUT:
         dv = dv * keep_scale

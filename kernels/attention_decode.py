@@ -66,10 +66,11 @@ def _attention_decode_kernel(
             tl.store(slot_ptr, new_k, mask=mask_d)
             tl.store(slot_ptr + value_offset, new_v, mask=mask_d)
 
-        scores = tl.sum(q[None, :] * k.to(ACC), axis=1) * qk_scale
+        scores = tl.sum(q[None, :] * k.to(ACC), axis=1)
         scores = tl.where(offs_n <= position, scores, float("-inf"))
         largest = tl.max(scores, axis=0)
-        probs = tl.exp2(scores - largest)
+        # Differences first: they are exact near the maximum, where products lose digits.
+        probs = tl.exp2((scores - largest) * qk_scale)
         acc = tl.sum(probs[:, None] * v.to(ACC), axis=0)
         place = batch_head.to(tl.int64) * n_parts + part
         tl.store(max_ptr + place, largest)
@@ -83,7 +84,7 @@ def _attention_decode_sum_kernel(
     acc_ptr,  # (B, n_head, n_parts, HEAD)
     positions_ptr,  # (B)
     out_ptr,  # (B, n_head * HEAD), contiguous
-    n_head, n_slots, n_parts,
+    n_head, n_slots, n_parts, qk_scale,
     ACC: tl.constexpr, HEAD: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
     PARTS: tl.constexpr,
 ):  # fmt: skip
@@ -106,8 +107,8 @@ def _attention_decode_sum_kernel(
         accs_ptrs = acc_ptr + places[:, None] * HEAD + offs_d[None, :]
         accs = tl.load(accs_ptrs, mask=mask[:, None] & mask_d[None, :], other=0.0)
         new_largest = tl.maximum(largest, tl.max(maxima, axis=0))
-        weights = tl.exp2(maxima - new_largest)
-        rescale = tl.exp2(largest - new_largest)
+        weights = tl.exp2((maxima - new_largest) * qk_scale)
+        rescale = tl.exp2((largest - new_largest) * qk_scale)
         total = total * rescale + tl.sum(weights * sums, axis=0)
         acc = acc * rescale + tl.sum(weights[:, None] * accs, axis=0)
         largest = new_largest
@@ -147,6 +148,7 @@ def _attention_decode_op(qkv: Tensor, cache: Tensor, positions: Tensor, scale: f
     block_n, block_d, num_warps = _tile(head_size)
     n_parts = triton.cdiv(n_slots, block_n)
     parts = _scratch(cache, n_parts)
+    qk_scale = scale * _common.LOG2_E
     sizes = dict(
         ACC=_common.accumulator(qkv.dtype), HEAD=head_size, BLOCK_N=block_n, BLOCK_D=block_d
     )
@@ -160,7 +162,7 @@ def _attention_decode_op(qkv: Tensor, cache: Tensor, positions: Tensor, scale: f
             n_head,
             n_slots,
             n_parts,
-            scale * _common.LOG2_E,
+            qk_scale,
             cache.stride(0),
             **sizes,
             num_warps=num_warps,
@@ -173,6 +175,7 @@ def _attention_decode_op(qkv: Tensor, cache: Tensor, positions: Tensor, scale: f
             n_head,
             n_slots,
             n_parts,
+            qk_scale,
             **sizes,
             PARTS=_PARTS,
             num_warps=4,

@@ -5,8 +5,14 @@
 q is (B, H, Tq, D), k and v (B, H, Tk, D), read by strides, packed (B, T, 3C) as much as separate.
 The forward is the online softmax of FlashAttention-2 (Dao 2023, arXiv:2307.08691): a program owns a
 block of queries, walks over the keys and rescales what it has when the running maximum grows. It
-works in base 2: P = 2^(S log2(e) - lse). Saved for backward: q, k, v, O, and lse (B, H, Tq) in
-float32.
+works in base 2: P = 2^(c Q Kᵀ - lse) with c = scale log2(e). Saved for backward: q, k, v, O, and
+lse (B, H, 1, Tq) in float32.
+
+For scores of some thousands lse has three digits behind the point, and an error of lse is one of
+every probability of its row. In 16 bits those are rounded more than that, and c Q Kᵀ - lse is one
+instruction. Where q, k and v have 32 bits, the maximum m of a row of Q Kᵀ and the sum of the
+exponentials are kept APART: P = 2^(c (Q Kᵀ - m) - log2(sum)), where the first difference is exact
+near the maximum. lse is then (B, H, 2, Tq): m and log2(sum).
 
     delta = sum over d of dO * O     dP = dropout(dO Vᵀ)     dS = P * (dP - delta)
     dQ = scale * dS K                dK = scale * dSᵀ Q      dV = dropout(P)ᵀ dO
@@ -31,7 +37,7 @@ it is less, which depends on what stands in starts.
 import triton
 import triton.language as tl
 
-from fastgpt.kernels._common import dropout_keep
+from fastgpt.kernels._common import dropout_keep, rounded_quotient
 
 
 @triton.jit
@@ -82,8 +88,35 @@ def _store_tile(
     BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     ptrs = _tile_ptrs(ptr, stride_t, start, BLOCK_T, BLOCK_D)
-    mask = _tile_mask(start, n_rows, HEAD, BLOCK_T, BLOCK_D)
+    # Not the comparison of a load: its result would occupy a register from there to here.
+    rows = tl.arange(0, BLOCK_T) < n_rows - start
+    mask = rows[:, None] & (tl.arange(0, BLOCK_D) < HEAD)[None, :]
     tl.store(ptrs, tile.to(ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _lse_of(lse_ptr, batch_head, n_queries, APART: tl.constexpr):
+    """Where head ``batch_head`` of lse starts."""
+    return lse_ptr + batch_head.to(tl.int64) * n_queries * (2 if APART else 1)
+
+
+@triton.jit
+def _load_lse(lse_ptr, offs_m, n_queries, APART: tl.constexpr):
+    """lse of these queries of a head, or if APART its two parts; else the second is not used."""
+    mask = offs_m < n_queries
+    lse = tl.load(lse_ptr + offs_m, mask=mask, other=0.0)
+    log_sum = tl.load(lse_ptr + n_queries + offs_m, mask=mask, other=0.0) if APART else lse
+    return lse, log_sum
+
+
+@triton.jit
+def _probabilities(scores, lse, log_sum, qk_scale, APART: tl.constexpr):
+    """From ``_load_lse``'s numbers, of a shape to broadcast."""
+    if APART:
+        exponent = (scores - lse) * qk_scale - log_sum
+    else:
+        exponent = scores * qk_scale - lse
+    return tl.exp2(exponent)
 
 
 @triton.jit
@@ -149,13 +182,19 @@ def _document_tiles(
 @triton.jit
 def _softmax_step(
     scores, row_max, row_sum, offs_m, start_n, qk_scale, seed, stream, batch_head, threshold,
-    DROPOUT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    APART: tl.constexpr, DROPOUT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Probabilities (BLOCK_M, BLOCK_N) of the keys from start_n on in terms of the new maximum,
-    what sums in terms of the old one are to be multiplied by, and the new maximum and sum."""
-    new_max = tl.maximum(row_max, tl.max(scores, axis=1) * qk_scale)
-    probs = tl.exp2(scores * qk_scale - new_max[:, None])
-    rescale = tl.exp2(row_max - new_max)
+    what sums in terms of the old one are to be multiplied by, and the new maximum and sum. The
+    maximum is that of the scores if APART, else of the scores times qk_scale."""
+    if APART:
+        new_max = tl.maximum(row_max, tl.max(scores, axis=1))
+        probs = tl.exp2((scores - new_max[:, None]) * qk_scale)
+        rescale = tl.exp2((row_max - new_max) * qk_scale)
+    else:
+        new_max = tl.maximum(row_max, tl.max(scores, axis=1) * qk_scale)
+        probs = tl.exp2(scores * qk_scale - new_max[:, None])
+        rescale = tl.exp2(row_max - new_max)
     row_sum = row_sum * rescale + tl.sum(probs, axis=1)
     if DROPOUT:
         keep = dropout_keep(seed, stream, batch_head, start_n, offs_m, threshold, BLOCK_M, BLOCK_N)
@@ -170,7 +209,7 @@ def _attention_fwd_tiles(
     k_ptr, k_stride_t, v_ptr, v_stride_t,
     start, stop, gap_at, gap, n_keys, qk_scale, seed, stream, batch_head, threshold,
     MASKED: tl.constexpr, CAUSAL: tl.constexpr, PACKED: tl.constexpr, DROPOUT: tl.constexpr,
-    PRECISION: tl.constexpr, ACC: tl.constexpr, HEAD: tl.constexpr,
+    APART: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr, HEAD: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Attend to keys start .. stop. MASKED: the tiles cross the diagonal, the end of the keys or a
@@ -189,7 +228,7 @@ def _attention_fwd_tiles(
             scores = tl.where(visible, scores, float("-inf"))
         probs, rescale, row_max, row_sum = _softmax_step(
             scores, row_max, row_sum, offs_m, start_n, qk_scale, seed, stream, batch_head,
-            threshold, DROPOUT, BLOCK_M, BLOCK_N,
+            threshold, APART, DROPOUT, BLOCK_M, BLOCK_N,
         )  # fmt: skip
         acc = acc * rescale[:, None]
         acc = tl.dot(probs.to(v.dtype), v, acc, input_precision=PRECISION, out_dtype=ACC)
@@ -206,12 +245,17 @@ def _attention_fwd_tiles_late(
 ):  # fmt: skip
     """The same for whole tiles, one or more, in 16 bits. The product with v comes a tile late: it
     runs beside the next tile's softmax, as neither waits for the other (FlashAttention-3, Shah et
-    al. 2024, arXiv:2407.08608, section 3.2)."""
+    al. 2024, arXiv:2407.08608, section 3.2).
+
+    The registers of a wgmma's operand must not be written before the wait for it. What the softmax
+    leaves is carried in others, therefore, and becomes the operand by an operation behind that wait
+    which the compiler cannot leave out: clearing the sign bit, of numbers that have none.
+    """
     k = _load_tile(k_ptr, k_stride_t, start, n_keys, False, HEAD, BLOCK_N, BLOCK_D)
     scores = tl.dot(q, tl.trans(k), input_precision=PRECISION, out_dtype=ACC)
     probs, rescale, row_max, row_sum = _softmax_step(
         scores, row_max, row_sum, offs_m, start, qk_scale, seed, stream, batch_head,
-        threshold, DROPOUT, BLOCK_M, BLOCK_N,
+        threshold, False, DROPOUT, BLOCK_M, BLOCK_N,
     )  # fmt: skip
     # Carried as integers, for an operand that a loop carries as it is goes through shared memory.
     late = probs.to(q.dtype).to(tl.int16, bitcast=True)
@@ -219,12 +263,12 @@ def _attention_fwd_tiles_late(
         k = _load_tile(k_ptr, k_stride_t, start_n, n_keys, False, HEAD, BLOCK_N, BLOCK_D)
         v = _load_tile(v_ptr, v_stride_t, start_n - BLOCK_N, n_keys, False, HEAD, BLOCK_N, BLOCK_D)
         scores = tl.dot(q, tl.trans(k), input_precision=PRECISION, out_dtype=ACC)
-        acc = acc * rescale[:, None]
-        late = late.to(v.dtype, bitcast=True)
+        acc = acc * rescale[:, None]  # waits for the product before
+        late = (late & 0x7FFF).to(v.dtype, bitcast=True)
         acc = tl.dot(late, v, acc, input_precision=PRECISION, out_dtype=ACC)
         probs, rescale, row_max, row_sum = _softmax_step(
             scores, row_max, row_sum, offs_m, start_n, qk_scale, seed, stream, batch_head,
-            threshold, DROPOUT, BLOCK_M, BLOCK_N,
+            threshold, False, DROPOUT, BLOCK_M, BLOCK_N,
         )  # fmt: skip
         late = probs.to(q.dtype).to(tl.int16, bitcast=True)
     v = _load_tile(v_ptr, v_stride_t, stop - BLOCK_N, n_keys, False, HEAD, BLOCK_N, BLOCK_D)
@@ -240,12 +284,12 @@ def _attention_fwd_kernel(
     k_ptr, k_stride_b, k_stride_h, k_stride_t,  # (B, H, n_keys, HEAD)
     v_ptr, v_stride_b, v_stride_h, v_stride_t,  # (B, H, n_keys, HEAD)
     out_ptr,  # (B, n_queries, H, HEAD), contiguous
-    lse_ptr,  # (B, H, n_queries), contiguous; base 2
+    lse_ptr,  # (B, H, 1, n_queries), contiguous; base 2. APART: (B, H, 2, n_queries)
     starts_ptr,  # (B, n_queries), contiguous; read only if PACKED
     seed_ptr,  # (1), read only if DROPOUT
     stream,
     n_head, n_queries, n_keys, qk_scale, threshold, keep_scale,
-    CAUSAL: tl.constexpr, PACKED: tl.constexpr, DROPOUT: tl.constexpr,
+    CAUSAL: tl.constexpr, PACKED: tl.constexpr, DROPOUT: tl.constexpr, APART: tl.constexpr,
     PRECISION: tl.constexpr, ACC: tl.constexpr,
     HEAD: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
     LATE: tl.constexpr = False,
@@ -286,7 +330,7 @@ def _attention_fwd_kernel(
         acc, row_max, row_sum, q, offs_m, first_m, k_ptr, k_stride_t, v_ptr, v_stride_t,
         low if PACKED else full, stop - gap if PACKED else stop, whole, gap,
         n_keys, qk_scale, seed, stream, batch_head, threshold,
-        True, CAUSAL, PACKED, DROPOUT, PRECISION, ACC, HEAD, BLOCK_M, BLOCK_N, BLOCK_D,
+        True, CAUSAL, PACKED, DROPOUT, APART, PRECISION, ACC, HEAD, BLOCK_M, BLOCK_N, BLOCK_D,
     )  # fmt: skip
     if full > whole:
         if LATE:
@@ -299,13 +343,20 @@ def _attention_fwd_kernel(
             acc, row_max, row_sum = _attention_fwd_tiles(
                 acc, row_max, row_sum, q, offs_m, first_m, k_ptr, k_stride_t, v_ptr, v_stride_t,
                 whole, full, full, 0, n_keys, qk_scale, seed, stream, batch_head, threshold,
-                False, CAUSAL, PACKED, DROPOUT, PRECISION, ACC, HEAD, BLOCK_M, BLOCK_N, BLOCK_D,
+                False, CAUSAL, PACKED, DROPOUT, APART, PRECISION, ACC, HEAD,
+                BLOCK_M, BLOCK_N, BLOCK_D,
             )  # fmt: skip
-    out = acc / row_sum[:, None]
+    # One division a row; the probability of a single key is exactly 1.
+    out = acc * rounded_quotient(tl.full([BLOCK_M], 1.0, ACC), row_sum)[:, None]
     if DROPOUT:
         out = out * keep_scale
     out_stride_t = n_head * HEAD
     out_ptr = _head(out_ptr, tl.cast(n_queries, tl.int64) * out_stride_t, HEAD, batch_head, n_head)
     _store_tile(out_ptr, out_stride_t, start_m, n_queries, out, HEAD, BLOCK_M, BLOCK_D)
-    lse_ptr += batch_head.to(tl.int64) * n_queries
-    tl.store(lse_ptr + offs_m, row_max + tl.log2(row_sum), mask=offs_m < n_queries)
+    lse_ptr = _lse_of(lse_ptr, batch_head, n_queries, APART) + offs_m
+    mask_m = offs_m < n_queries
+    if APART:
+        tl.store(lse_ptr, row_max, mask=mask_m)
+        tl.store(lse_ptr + n_queries, tl.log2(row_sum), mask=mask_m)
+    else:
+        tl.store(lse_ptr, row_max + tl.log2(row_sum), mask=mask_m)

@@ -18,9 +18,10 @@ from fastgpt.kernels.attention_kernels import _attention_fwd_kernel
 from fastgpt.kernels.attention_tiles import launch
 
 
-def statistic(x: Tensor) -> torch.dtype:
-    """Of lse and delta."""
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
+def empty_lse(x: Tensor, batch: int, n_head: int, n_queries: int) -> Tensor:
+    """What a forward with q of x's dtype saves for each query: one number, or two APART."""
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    return x.new_empty(batch, n_head, 1 if _common.is_half(x.dtype) else 2, n_queries, dtype=dtype)
 
 
 def _aligned(x: Tensor) -> Tensor:
@@ -43,6 +44,7 @@ def _settings(
         CAUSAL=causal,
         PACKED=starts is not None,
         DROPOUT=threshold > 0,
+        APART=not _common.is_half(q.dtype),
         PRECISION=_common.dot_precision(q.dtype),
         ACC=_common.accumulator(q.dtype),
         HEAD=q.shape[3],
@@ -73,11 +75,11 @@ def attention_fwd(
     dropout_p: float,
     stream: int,
 ) -> tuple[Tensor, Tensor]:
-    """O (B, Tq, H, D), contiguous, and lse (B, H, Tq)."""
+    """O (B, Tq, H, D), contiguous, and lse (B, H, 1 or 2, Tq)."""
     q, k, v = _aligned(q), _aligned(k), _aligned(v)
     batch, n_head, n_queries, head_size = q.shape
     out = torch.empty(batch, n_queries, n_head, head_size, dtype=q.dtype, device=q.device)
-    lse = torch.empty(batch, n_head, n_queries, dtype=statistic(q), device=q.device)
+    lse = empty_lse(q, batch, n_head, n_queries)
     if out.numel():
         numbers, constexprs = _settings("fwd", q, starts, causal, dropout_p)
         blocks = triton.cdiv(n_queries, constexprs["BLOCK_M"])
@@ -126,7 +128,7 @@ def attention_bwd(
     batch, n_head, n_queries, _ = q.shape
     n_keys = k.shape[2]
     dout, starts = dout.contiguous(), _rows(starts)
-    delta = torch.empty_like(lse)
+    delta = torch.empty_like(lse[:, :, 0])
     scales = dict(qk_scale=scale * _common.LOG2_E, scale=scale)
     inputs = (q, *q.stride()[:3], k, *k.stride()[:3], v, *v.stride()[:3])
     with _common.on_device(q):
@@ -186,7 +188,7 @@ def bwd_cost(
 ) -> list[KernelCost]:
     """Three products a tile, then four: each kernel computes the scores and dP for itself."""
     product = _product(q, k, causal)
-    dq, dk, dv, dout, delta = q, k, v, out, lse  # of the same sizes
+    dq, dk, dv, dout, delta = q, k, v, out, lse[:, :, 0]  # of the same sizes
     return [
         KernelCost("dq", 3 * product, nbytes(q, k, v, out, dout, lse, delta, dq)),
         KernelCost("dkdv", 4 * product, nbytes(q, k, v, dout, lse, delta, dk, dv)),

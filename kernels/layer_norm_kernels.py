@@ -24,7 +24,7 @@ two runs give the same bits.
 import triton
 import triton.language as tl
 
-from fastgpt.kernels._common import dropout_keep
+from fastgpt.kernels._common import dropout_keep, rounded_quotient
 
 # Numbers whose being 1 or divisible by 16 would gain nothing but further compilations.
 NOT_SPECIALISED = ["n_rows", "rows_per_program", "stream", "threshold"]
@@ -104,7 +104,8 @@ def _layer_norm_fwd_kernel(
         tl.store(total_ptrs, total, mask=mask)
         x = total.to(ACC)
 
-    mean = tl.sum(x, axis=1) / n_cols  # padding is 0
+    # Padding is 0. A constant row's mean is what it holds: its variance must be 0.
+    mean = rounded_quotient(tl.sum(x, axis=1), tl.cast(n_cols, ACC))
     centred = tl.where(mask_n[None, :], x - mean[:, None], 0.0)
     rstd = tl.rsqrt(tl.sum(centred * centred, axis=1) / n_cols + eps)
 

@@ -71,14 +71,13 @@ def _narrowed(handle: TensorHandle) -> TensorHandle:
     return TensorHandle(narrow(handle.data), tl.bfloat16)
 
 
-def _matmul_operand(handle: TensorHandle) -> TensorHandle:
-    """NumPy multiplies float16 matrices without BLAS, a hundred times slower."""
-    if handle.data.dtype == np.float16:
-        return TensorHandle(handle.data.astype(np.float32), tl.float32)
-    return _widened(handle)
-
-
 _FP8 = {tl.float8e4nv: torch.float8_e4m3fn, tl.float8e5: torch.float8_e5m2}
+
+
+def _in_float64(handle: TensorHandle) -> np.ndarray:
+    if handle.dtype.scalar in _FP8:
+        return torch.from_numpy(handle.data).view(_FP8[handle.dtype.scalar]).double().numpy()
+    return _widened(handle).data.astype(np.float64)
 
 
 def _to_fp8(src: TensorHandle, dst_type: tl.dtype) -> TensorHandle:
@@ -89,8 +88,13 @@ def _to_fp8(src: TensorHandle, dst_type: tl.dtype) -> TensorHandle:
     return TensorHandle(values.to(_FP8[dst_type]).view(torch.uint8).numpy(), dst_type)
 
 
+_PRODUCT = "exact product"  # an attribute of a handle: float64, unrounded
+
+
 class Builder(InterpreterBuilder):
     """What computes a block operation; one method for each instruction of Triton's IR."""
+
+    gpu_arithmetic = False
 
     def get_bf16(self, value: float) -> TensorHandle:
         return TensorHandle(narrow(np.array([value])), tl.bfloat16)
@@ -116,6 +120,8 @@ class Builder(InterpreterBuilder):
         return _narrowed(super().unary_op(_widened(arg), op))
 
     def binary_op(self, lhs: TensorHandle, rhs: TensorHandle, op: Callable) -> TensorHandle:
+        if self.gpu_arithmetic and lhs.dtype.scalar == tl.float32:
+            return self._contracted(lhs, rhs, op)
         if not _is_bf16(lhs):
             return super().binary_op(lhs, rhs, op)
         return _narrowed(super().binary_op(_widened(lhs), _widened(rhs), op))
@@ -143,7 +149,43 @@ class Builder(InterpreterBuilder):
         return TensorHandle(exact.astype(arg.data.dtype), arg.dtype.scalar)
 
     def create_dot(self, a: TensorHandle, b: TensorHandle, d: TensorHandle, *options: Any):
-        return super().create_dot(_matmul_operand(a), _matmul_operand(b), d, *options)
+        # Rounded once. BLAS adds up float32 in an order that depends on the CPU and on the shapes,
+        # so that Q Kᵀ and K Qᵀ differ.
+        total = np.matmul(_in_float64(a), _in_float64(b)) + d.data
+        return TensorHandle(total.astype(d.data.dtype), d.dtype.scalar)
+
+    # A float32 product carries its exact value, through a change of shape too, to the sum that
+    # takes it unrounded.
+    def _contracted(self, lhs: TensorHandle, rhs: TensorHandle, op: Callable) -> TensorHandle:
+        if op is np.multiply:
+            out = super().binary_op(lhs, rhs, op)
+            out.attr[_PRODUCT] = lhs.data.astype(np.float64) * rhs.data
+            return out
+        if op is np.add or op is np.subtract:
+            # Of two products one stays exact, the left one.
+            exact = [handle.attr.get(_PRODUCT) for handle in (lhs, rhs)]
+            if exact[0] is not None:
+                return TensorHandle(op(exact[0], rhs.data).astype(np.float32), tl.float32)
+            if exact[1] is not None:
+                return TensorHandle(op(lhs.data, exact[1]).astype(np.float32), tl.float32)
+        return super().binary_op(lhs, rhs, op)
+
+    def create_fdiv(self, lhs: TensorHandle, rhs: TensorHandle) -> TensorHandle:
+        if not self.gpu_arithmetic or lhs.dtype.scalar != tl.float32:
+            return super().create_fdiv(lhs, rhs)
+        return TensorHandle(lhs.data * (np.float32(1.0) / rhs.data), tl.float32)
+
+    def _reshaped(self, arg: TensorHandle, change: Callable) -> TensorHandle:
+        out = change(arg)
+        if _PRODUCT in arg.attr:
+            out.attr[_PRODUCT] = change(TensorHandle(arg.attr[_PRODUCT], tl.float64)).data
+        return out
+
+    def create_expand_dims(self, arg: TensorHandle, axis: int) -> TensorHandle:
+        return self._reshaped(arg, lambda x: super(Builder, self).create_expand_dims(x, axis))
+
+    def create_broadcast(self, arg: TensorHandle, shape: Iterable[int]) -> TensorHandle:
+        return self._reshaped(arg, lambda x: super(Builder, self).create_broadcast(x, shape))
 
 
 class _Bf16Reduction:
@@ -295,6 +337,21 @@ class Observer:
 
 
 observer = Observer()
+
+
+@contextmanager
+def gpu_arithmetic() -> Iterator[None]:
+    """In here float32 is computed as a GPU does. A product is not rounded where a sum or difference
+    takes it: the two are one instruction (fma), unless something else stands between them. A
+    quotient is a product with a reciprocal, within 2 ulp; ``tl.div_rn`` stays exact."""
+    install()
+    builder = triton_interpreter.interpreter_builder
+    before = builder.gpu_arithmetic
+    builder.gpu_arithmetic = True
+    try:
+        yield
+    finally:
+        builder.gpu_arithmetic = before
 
 
 def _scalar(value: Any, dtype: tl.dtype, numpy_dtype: type) -> tl.tensor:

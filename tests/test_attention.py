@@ -2,9 +2,11 @@
 registration, errors. What the mask and the dropout promise is in test_attention_semantics.py.
 """
 
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
+import interpreter
 import parity
 import pytest
 import torch
@@ -118,12 +120,17 @@ def test_parity_packed_with_dropout(device: str, dtype: torch.dtype) -> None:
     parity.assert_parity(kernel, plain, plain, [qkv.to(dtype)], grad.to(dtype), ["qkv"])
 
 
-@pytest.mark.parametrize("factor", [30.0, 1e-3])
-def test_scores_of_any_size(device: str, factor: float) -> None:
-    """Scores in the thousands overflow exp without the running maximum."""
-    q, k, v, grad = torch.randn(4, 1, 2, 100, 64, device=device)
-    ops = fused.attention, portable.attention, reference.attention
-    parity.assert_parity(*ops, [factor * q, factor * k, v], grad, ["q", "k", "v"])
+@pytest.mark.parametrize("gpu", [False, True], ids=["cpu_arithmetic", "gpu_arithmetic"])
+@pytest.mark.parametrize("dtype", parity.DTYPES, ids=str)
+@pytest.mark.parametrize("factor", [30.0, 5.0, 1e-3])
+def test_scores_of_any_size(device: str, factor: float, dtype: torch.dtype, gpu: bool) -> None:
+    """Scores in the thousands overflow exp without the running maximum, and have few digits behind
+    the point: what is subtracted from them must be exact, whether the product with the scale is
+    rounded first or not."""
+    q, k, v, grad = torch.randn(4, 1, 2, 100, 64, device=device).to(dtype)
+    ops = fused.attention, reference.attention, reference.attention
+    with interpreter.gpu_arithmetic() if gpu else nullcontext():
+        parity.assert_parity(*ops, [factor * q, factor * k, v], grad, ["q", "k", "v"])
 
 
 def test_packed_equals_separate(device: str) -> None:

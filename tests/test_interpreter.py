@@ -1,5 +1,7 @@
 """The repaired interpreter computes what a GPU would, and leaves no trace of itself."""
 
+from contextlib import nullcontext
+
 import interpreter
 import numpy as np
 import pytest
@@ -93,6 +95,44 @@ def test_dot(dtype: torch.dtype):
     tolerance = 50 * torch.finfo(accumulator).eps
     expected = (a.double() @ b.double()).to(accumulator)
     torch.testing.assert_close(out, expected, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_dot_does_not_depend_on_the_order_of_its_operands(dtype: torch.dtype):
+    """Q Kᵀ and K Qᵀ must be the same numbers, on every CPU: BLAS promises nothing of the kind."""
+    a, b = torch.randn(100, 64).to(dtype), torch.randn(64, 100).to(dtype)
+    products = []
+    for left, right in ((a, b), (b.T.contiguous(), a.T.contiguous())):
+        out = torch.empty(100, 100)
+        toy_kernels.matmul_kernel[(2, 4)](
+            left, right, out, 100, 100, 64, BLOCK_M=64, BLOCK_N=32, BLOCK_K=64
+        )
+        products.append(out)
+    assert products[0].equal(products[1].T)
+    assert products[0].equal((a.double() @ b.double()).float())
+
+
+@pytest.mark.parametrize("gpu", [False, True])
+def test_contraction(gpu: bool):
+    """With it, the product in a sum is exact, but for one that a selection has used before."""
+    x, y, z = torch.randn(3, 100)
+    z[:50] = -(x * y)[:50]  # what is left is the product's rounding
+    out = torch.empty(5, 100)
+    with interpreter.gpu_arithmetic() if gpu else nullcontext():
+        toy_kernels.contraction_kernel[(1,)](x, y, z, out, 100, BLOCK=128)
+    product = x.double() * y.double() if gpu else x * y
+    expected = [product + z, product - z, z - product, x * y + z, z - product]
+    assert torch.equal(out, torch.stack([row.float() for row in expected]))
+    assert bool(out[0, :50].any()) == gpu
+
+
+def test_division_by_a_reciprocal():
+    x, y = torch.randn(2, 100)
+    out = torch.empty(11, 100)
+    with interpreter.gpu_arithmetic():
+        toy_kernels.binary_kernel[(1,)](x, y, out, 100, BLOCK=128)
+    assert not torch.equal(out[3], x / y)
+    torch.testing.assert_close(out[3], x / y, rtol=2**-22, atol=0)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -1,5 +1,8 @@
 """LayerNorm in Triton against the plain op: parity, gradients, determinism, errors."""
 
+from contextlib import nullcontext
+
+import interpreter
 import parity
 import pytest
 import torch
@@ -38,10 +41,15 @@ def test_large_mean_loses_no_more_than_pytorch(device: str, bias: bool) -> None:
     parity.assert_parity(*ops, inputs, grad, names)
 
 
-def test_constant_row(device: str) -> None:
-    x = torch.full((2, 48), 7.0, device=device)
-    weight, bias = torch.randn(2, 48, device=device)
-    assert torch.equal(fused.layer_norm(x, weight, bias), bias.expand(2, 48))
+@pytest.mark.parametrize("gpu", [False, True], ids=["cpu_arithmetic", "gpu_arithmetic"])
+@pytest.mark.parametrize("width", [41, 48, 55, 1600])
+def test_constant_row(device: str, width: int, gpu: bool) -> None:
+    """Its mean is what it holds: a deviation of one bit would be scaled to 0.1 and more."""
+    x = torch.tensor([[7.0], [-3.0], [11.0]], device=device).expand(3, width)
+    weight, bias = torch.randn(2, width, device=device)
+    with interpreter.gpu_arithmetic() if gpu else nullcontext():
+        y = fused.layer_norm(x, weight, bias)
+    assert torch.equal(y, bias.expand(3, width))
 
 
 def test_rows_are_independent(device: str) -> None:

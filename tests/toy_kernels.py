@@ -234,3 +234,19 @@ def copy_by_descriptor_kernel(x_desc, y_desc, BLOCK_M: tl.constexpr, BLOCK_N: tl
     """y = x through tensor descriptors that the host made."""
     offs_m, offs_n = tl.program_id(0) * BLOCK_M, tl.program_id(1) * BLOCK_N
     y_desc.store([offs_m, offs_n], x_desc.load([offs_m, offs_n]))
+
+
+@triton.jit
+def contraction_kernel(x_ptr, y_ptr, z_ptr, out_ptr, n, BLOCK: tl.constexpr):
+    """out: five rows of n, of sums and differences with products in them."""
+    offs = tl.arange(0, BLOCK)
+    mask = offs < n
+    x = tl.load(x_ptr + offs, mask=mask, other=1.0)
+    y = tl.load(y_ptr + offs, mask=mask, other=1.0)
+    z = tl.load(z_ptr + offs, mask=mask, other=1.0)
+    tl.store(out_ptr + 0 * n + offs, x * y + z, mask=mask)
+    tl.store(out_ptr + 1 * n + offs, x * y - z, mask=mask)
+    tl.store(out_ptr + 2 * n + offs, z - x * y, mask=mask)
+    tl.store(out_ptr + 3 * n + offs, tl.where(mask, x * y, 0.0) + z, mask=mask)
+    tile = z[None, :] - (x * y)[None, :]  # (1, BLOCK)
+    tl.store(out_ptr + 4 * n + offs, tl.sum(tile, axis=0), mask=mask)

@@ -1,0 +1,83 @@
+"""PyTorch's operators computed in one fixed way: what a dtype costs, on whatever CPU.
+
+PyTorch's CPU kernels and its BLAS choose the order of their sums, and at times the precision
+between two of them, by the vector instructions of the CPU. A bound taken from their errors is
+another one on each machine. ``RoundedOnce`` computes every operator in float64 and rounds its
+results once, to the dtype that PyTorch gives them. A matrix product is added up in float32 in the
+order of k, with one rounding a term, as a GPU without tensor cores does.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+
+
+def _is_narrow(x: Any) -> bool:
+    return isinstance(x, Tensor) and x.is_floating_point() and x.dtype != torch.float64
+
+
+def _widened(tree: Any) -> Any:
+    return pytree.tree_map(lambda x: x.double() if _is_narrow(x) else x, tree)
+
+
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    """(..., M, K) @ (..., K, N) in float32, returned in float64."""
+    total = a.new_zeros(*a.shape[:-1], b.shape[-1])
+    for k in range(a.shape[-1]):
+        total = total.addcmul(a[..., k, None], b[..., k, None, :]).float().double()
+    return total
+
+
+def _product_and_sum(c: Tensor, a: Tensor, b: Tensor, beta: float = 1, alpha: float = 1) -> Tensor:
+    return beta * c + alpha * _product(a, b)
+
+
+_PRODUCTS = {
+    torch.ops.aten.mm: _product,
+    torch.ops.aten.bmm: _product,
+    torch.ops.aten.addmm: _product_and_sum,
+    torch.ops.aten.baddbmm: _product_and_sum,
+}
+
+
+def _exact(func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
+    if func.overloadpacket not in _PRODUCTS:
+        return func(*args, **kwargs)
+    out = kwargs.pop("out", None)
+    product = _PRODUCTS[func.overloadpacket](*args, **kwargs)
+    return product if out is None else out.copy_(product)
+
+
+class RoundedOnce(TorchDispatchMode):
+    """In here all operators on tensors of less than float64; those of autograd's backward, too."""
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func.namespace != "aten":  # written in Python, of operators that are seen here
+            with self:
+                return func(*args, **kwargs)
+        changed = [i for i, x in enumerate(func._schema.arguments) if x.is_write]
+        is_view = any(x.alias_info for x in func._schema.returns) and not changed
+        is_random = torch.Tag.nondeterministic_seeded in func.tags
+        if is_view or is_random or not any(map(_is_narrow, pytree.tree_leaves((args, kwargs)))):
+            return func(*args, **kwargs)
+        wide_args, wide_kwargs = _widened((args, kwargs))
+        if not changed:
+            dtypes = pytree.tree_map(lambda x: getattr(x, "dtype", None), func(*args, **kwargs))
+            exact = _exact(func, wide_args, wide_kwargs)
+            return pytree.tree_map(
+                lambda x, dtype: x if dtype is None else x.to(dtype), exact, dtypes
+            )
+        _exact(func, wide_args, dict(wide_kwargs))
+        for i in changed:
+            name = func._schema.arguments[i].name
+            narrow, wide = (
+                (kwargs[name], wide_kwargs[name]) if name in kwargs else (args[i], wide_args[i])
+            )
+            narrow.copy_(wide)
+        return narrow
