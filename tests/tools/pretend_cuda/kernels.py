@@ -1,0 +1,131 @@
+"""Triton launches on the device.
+
+Filled: what a kernel would have written gets numbers that are a function of all that it was given,
+so that a run which reads one wrong number anywhere ends with others. What it writes is told from
+its memory, in which nothing was written yet; a kernel that works in place shows nothing of the kind
+and is interpreted, as every kernel is with ``--interpret``.
+"""
+
+import dataclasses
+import zlib
+from typing import Any
+
+import interpreter
+import torch
+from _pretend_cuda import host, is_capturing  # type: ignore[import-not-found]
+from pretend_cuda import device
+from pretend_cuda.graphs import Graph, Place
+from torch import Tensor
+from triton.runtime.jit import JITFunction
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+
+def _base(x: Any) -> Any:
+    return x.base if isinstance(x, TensorDescriptor) else x
+
+
+def _over(x: Any, base: Tensor) -> Any:
+    return dataclasses.replace(x, base=base) if isinstance(x, TensorDescriptor) else base
+
+
+def _specialised(kernel: JITFunction, named: dict[str, Any], options: dict[str, Any]) -> tuple:
+    """What Triton compiles a launch for, as far as two launches of this project can differ."""
+    key: list[Any] = [kernel.fn, tuple(sorted(options.items()))]
+    for param in kernel.params:
+        value = named.get(param.name, param.default)
+        base = _base(value)
+        if param.is_constexpr:
+            key.append(repr(value))
+        elif isinstance(base, Tensor):
+            key.append((type(value), base.dtype, base.data_ptr() % 16 == 0))
+        elif type(value) is int:
+            key.append((value == 1, value % 16 == 0, -(2**31) <= value < 2**31))
+        else:
+            key.append(type(value))
+    return tuple(key)
+
+
+def _unwritten(t: Tensor) -> Tensor | None:
+    """Where floating-point memory is as it was allocated; of integers all or nothing."""
+    if t.dtype.is_floating_point:
+        mask = t.float().isnan() if t.element_size() == 1 else t.isnan()
+    else:
+        mask = (t == (t.dtype == torch.uint8 and 255 or -1)).all().expand(t.shape)
+    return mask if bool(mask.any()) else None
+
+
+def _digest(kernel: JITFunction, tensors: list[Tensor], others: list[Any]) -> int:
+    found = zlib.crc32(repr((kernel.fn.__name__, others)).encode())
+    for t in tensors:
+        found = zlib.crc32(t.contiguous().flatten().view(torch.uint8).numpy(), found)
+    return found
+
+
+def _fill(t: Tensor, mask: Tensor, digest: int) -> None:
+    """Numbers within ± 0.02."""
+    if not t.dtype.is_floating_point:
+        t.masked_fill_(mask, 0)
+        return
+    scattered = (torch.arange(t.numel()) * 40503 + digest) % 65521
+    numbers = (scattered.float() / 65521 - 0.5) * 0.04
+    t.copy_(torch.where(mask, numbers.view(t.shape), t.float()))
+
+
+class _Launches:
+    def __init__(self, run: Any, interpret: bool) -> None:
+        self._run = run  # the interpreter's
+        self._interpret = interpret
+        self._compiled: set[tuple] = set()
+
+    def __call__(self, kernel: JITFunction, args: tuple, grid: Any, options: dict) -> None:
+        given = dict(zip(kernel.arg_names, args, strict=False)) | options
+        launch_options = {k: v for k, v in given.items() if k not in kernel.arg_names}
+        named = {k: v for k, v in given.items() if k in kernel.arg_names}
+        tensors = [t for x in named.values() if isinstance(t := _base(x), Tensor)]
+        if not all(device.on_device(t) for t in tensors):
+            raise ValueError("Pointer argument cannot be accessed from Triton (cpu tensor?)")
+        device.catch_up()
+        key = _specialised(kernel, named, launch_options)
+        if is_capturing() and key not in self._compiled:
+            device.report(f"{kernel.fn.__name__} is compiled in a capture")
+        self._compiled.add(key)
+        device.work(kernel.fn.__name__, [], tensors)
+        if Graph.capturing is not None:
+            Graph.capturing.will_write(tensors)
+
+        places = {k: (x, Place.of(_base(x))) for k, x in named.items() if isinstance(_base(x), Tensor)}
+        masks: dict[str, Tensor] = {}
+        if not self._interpret:
+            for name, (x, _) in places.items():
+                if (mask := _unwritten(host(_base(x)))) is not None:
+                    masks[name] = mask
+        others = [x for k, x in given.items() if k not in places]
+
+        def launch(hosts: dict[str, Tensor]) -> None:
+            if not masks:
+                over = {k: _over(x, hosts[k]) for k, (x, _) in places.items()}
+                self._run(kernel, grid=grid, warmup=False, **given | over)
+                return
+            read = [t for name, t in hosts.items() if name not in masks]
+            digest = _digest(kernel, read, others)
+            for name, mask in masks.items():
+                _fill(hosts[name], mask, digest)
+
+        launch({k: host(_base(x)) for k, (x, _) in places.items()})
+        if Graph.capturing is not None:
+            Graph.capturing.record(
+                lambda: launch({k: place.host() for k, (_, place) in places.items()}), tensors
+            )
+
+
+def install(interpret: bool) -> None:
+    interpreter.install()
+    launches = _Launches(JITFunction.run, interpret)
+    run_on_cpu = JITFunction.run
+
+    def run(self: JITFunction, *args: Any, grid: Any, warmup: bool, **options: Any) -> Any:
+        if warmup or not any(device.on_device(_base(x)) for x in (*args, *options.values())):
+            return run_on_cpu(self, *args, grid=grid, warmup=warmup, **options)
+        return launches(self, args, grid, options)
+
+    JITFunction.run = run
