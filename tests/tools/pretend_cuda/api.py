@@ -110,6 +110,12 @@ def _memory_stats(index: int) -> dict[str, Any]:
     return {name: pools for name in names}
 
 
+def _clone(storage: torch.UntypedStorage) -> torch.UntypedStorage:
+    """The original is refused: a build without CUDA makes no storage there from a size."""
+    empty = torch.empty(storage.nbytes(), dtype=torch.uint8, device=storage.device)
+    return empty.untyped_storage().copy_(storage)
+
+
 def _init() -> None:
     torch.cuda.default_generators = (C.default_generator(),)
     torch.cuda._get_device_properties = lambda index: _Properties()  # type: ignore[assignment]
@@ -162,3 +168,4 @@ def install() -> None:
     cuda._is_in_bad_fork = lambda: False
     cuda._device_count_nvml = lambda: 1
     torch.version.cuda = "13.0"
+    torch.UntypedStorage.clone = _clone  # type: ignore[method-assign]

@@ -242,6 +242,10 @@ TORCH_LIBRARY_IMPL(aten, CUDA, m) {
   m.impl("resize_", at::native::resize_);
   m.impl("unfold", at::native::unfold);
   m.impl("set_.source_Storage_storage_offset", at::native::set_storage_cpu_);
+  m.impl("set_.source_Storage", [](at::Tensor& self, at::Storage source) -> at::Tensor& {
+    return at::native::set_(self, std::move(source));
+  });
+  m.impl("set_.source_Tensor", at::native::set_tensor_);
 }
 
 // ------------------------------------------------------------------------------------ for Python
