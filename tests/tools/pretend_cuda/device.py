@@ -4,6 +4,7 @@ import os
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 
 import _pretend_cuda as C  # type: ignore[import-not-found]  # before torch, which asks for it once
 import torch
@@ -15,7 +16,7 @@ CAPABILITY = int(os.environ.get("PRETEND_CAPABILITY", "90"))  # 10 * major + min
 findings: list[str] = []
 
 _HERE = os.path.dirname(__file__)
-_NOT_SHOWN = (_HERE, os.path.dirname(torch.__file__), os.path.dirname(os.__file__), "<")
+_INSTALLED = (str(Path(torch.__file__).parents[1]), os.path.dirname(os.__file__), "<")
 
 
 def report(what: str) -> None:
@@ -23,7 +24,7 @@ def report(what: str) -> None:
     frame, lines = sys._getframe(1), []
     while frame is not None and len(lines) < 4:
         file = frame.f_code.co_filename
-        if not file.startswith(_NOT_SHOWN):
+        if os.path.dirname(file) != _HERE and not file.startswith(_INSTALLED):
             lines.append(f"{os.path.relpath(file)}:{frame.f_lineno}")
         frame = frame.f_back  # type: ignore[assignment]
     text = f"{what} ({' < '.join(lines) or 'in the backward pass'})"

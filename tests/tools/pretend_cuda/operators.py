@@ -25,14 +25,14 @@ _WAITING = {
     "aten::is_nonzero",
     "aten::masked_select",
     "aten::nonzero",
-    "aten::repeat_interleave.Tensor",
+    "aten::repeat_interleave",
     "aten::unique_consecutive",
     "aten::unique_dim",
 }
 _INDEXING = {
     "aten::_index_put_impl_",
-    "aten::_unsafe_index.Tensor",
-    "aten::index.Tensor",
+    "aten::_unsafe_index",
+    "aten::index",
     "aten::index_put",
     "aten::index_put_",
 }
@@ -51,7 +51,8 @@ def fallback(op: torch._ops.OpOverload, *args: Any, **kwargs: Any) -> Any:
         return None
     kwargs = {key: x for key, x in kwargs.items() if key not in ("device", "pin_memory")}
     args = _numbers_as_tensors(op, args)
-    if name in _WAITING or (name in _INDEXING and _has_mask(args[1])):
+    packet = name.partition(".")[0]
+    if packet in _WAITING or (packet in _INDEXING and _has_mask(args[1])):
         device.refuse_in_capture(name)
         device.host_waits_for_current_stream()
 
@@ -128,7 +129,7 @@ def _checked(name: str, t: Tensor) -> Tensor:
         return alias
     if t.dim() == 0:
         return t
-    if name not in _INDEXING:
+    if name.partition(".")[0] not in _INDEXING:
         raise RuntimeError(
             "Expected all tensors to be on the same device, but found at least two devices, "
             f"cuda:0 and {t.device}! ({name}, {tuple(t.shape)})"
