@@ -7,8 +7,8 @@ from typing import Any
 
 import _pretend_cuda as C  # type: ignore[import-not-found]
 import torch
-from pretend_cuda import device
-from pretend_cuda.graphs import Graph
+from tools.pretend_cuda import device
+from tools.pretend_cuda.graphs import Graph
 
 _CUDA = 1  # the number of the device type
 _MEMORY_BYTES = 80 << 30
@@ -103,6 +103,11 @@ def _exchange_device(index: int) -> int:
     return before
 
 
+def _maybe_exchange_device(index: int) -> int:
+    """Another function: torch.compile knows the two apart."""
+    return _exchange_device(index)
+
+
 def _memory_stats(index: int) -> dict[str, Any]:
     live, peak = C.memory()
     pools = {"all": {"current": live, "peak": peak, "allocated": live, "freed": 0}}
@@ -134,7 +139,7 @@ _NAMES: dict[str, Any] = {
     "_cuda_getDevice": C.current_device,
     "_cuda_setDevice": C.set_device,
     "_cuda_exchangeDevice": _exchange_device,
-    "_cuda_maybeExchangeDevice": _exchange_device,
+    "_cuda_maybeExchangeDevice": _maybe_exchange_device,
     "_cuda_getCurrentStream": lambda index: (C.current_stream(), 0, _CUDA),
     "_cuda_getDefaultStream": lambda index: (0, 0, _CUDA),
     "_cuda_setStream": lambda stream_id, device_index, device_type: C.set_stream(stream_id),
@@ -148,7 +153,8 @@ _NAMES: dict[str, Any] = {
     "_cuda_getArchFlags": lambda: f"sm_{device.CAPABILITY}",
     "_cuda_set_sync_debug_mode": device.Waiting.set_mode,
     "_cuda_get_sync_debug_mode": lambda: device.Waiting.mode,
-    "_cuda_clearCublasWorkspaces": lambda: None,
+    "_cuda_CUDAAllocator_AllocatorState": object,  # torch.compiler.reset() imports the two
+    "_set_cached_tensors_enabled": lambda enabled: None,
 }
 
 
@@ -162,7 +168,7 @@ def install() -> None:
     for name in graphs.__all__:
         setattr(torch.cuda, name, getattr(graphs, name))
     cuda: Any = torch.cuda
-    cuda._exchange_device = cuda._maybe_exchange_device = _exchange_device
+    cuda._exchange_device, cuda._maybe_exchange_device = _exchange_device, _maybe_exchange_device
     cuda._CudaDeviceProperties = _Properties
     cuda._cudart = SimpleNamespace(cudaMemGetInfo=lambda index: (_MEMORY_BYTES, _MEMORY_BYTES))
     cuda._is_in_bad_fork = lambda: False

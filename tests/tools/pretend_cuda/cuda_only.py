@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from pretend_cuda.device import CAPABILITY
+from tools.pretend_cuda.device import CAPABILITY
 from torch import Tensor
 
 aten = torch.ops.aten

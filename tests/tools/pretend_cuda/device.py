@@ -8,7 +8,7 @@ from pathlib import Path
 
 import _pretend_cuda as C  # type: ignore[import-not-found]  # before torch, which asks for it once
 import torch
-from pretend_cuda.order import Block, Order
+from tools.pretend_cuda.order import Block, Order
 from torch import Tensor
 
 CAPABILITY = int(os.environ.get("PRETEND_CAPABILITY", "90"))  # 10 * major + minor

@@ -11,8 +11,8 @@ from _pretend_cuda import (  # type: ignore[import-not-found]
     is_capturing,
     is_pinned,
 )
-from pretend_cuda import cuda_only, device
-from pretend_cuda.graphs import Graph, Place, frozen, thawed
+from tools.pretend_cuda import cuda_only, device
+from tools.pretend_cuda.graphs import Graph, Place, frozen, thawed
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map_only
 
@@ -134,7 +134,6 @@ def _checked(name: str, t: Tensor) -> Tensor:
             "Expected all tensors to be on the same device, but found at least two devices, "
             f"cuda:0 and {t.device}! ({name}, {tuple(t.shape)})"
         )
-    device.refuse_in_capture(f"{name} with an index on the CPU")
     return t
 
 

@@ -46,6 +46,7 @@ class Order:
         self._streams: defaultdict[int, Clock] = defaultdict(dict)
         self._events: dict[int, Clock] = {}
         self._blocks: dict[int, _History] = {}  # by generation
+        self._freed: defaultdict[int, list[_Use]] = defaultdict(list)  # by stream of the memory
         self._number = 0
 
     def record(self, event: int, stream: int) -> None:
@@ -74,6 +75,12 @@ class Order:
         clock = self._streams[stream]
         _merge(clock, self._host)
         clock[stream] = self._number
+        for use in self._freed.pop(stream, []):
+            if clock.get(use.stream, 0) < use.number:
+                self._report(
+                    f"{what} on stream {stream} may get memory that was freed while {use.what} on "
+                    f"stream {use.stream} used it: no record_stream"
+                )
         use = _Use(stream, self._number, what)
         for block in reads:
             history = self._history(block)
@@ -91,16 +98,9 @@ class Order:
     def freed(self, generation: int) -> None:
         """The allocator may give the block to the next work of its stream."""
         history = self._blocks.pop(generation, None)
-        if history is None:
-            return
-        known = dict(self._streams[history.owner])
-        _merge(known, self._host)
-        for use in history.uses():
-            if use.stream not in history.recorded and known.get(use.stream, 0) < use.number:
-                self._report(
-                    f"memory of stream {history.owner} is freed while {use.what} on stream "
-                    f"{use.stream} may still use it: no record_stream"
-                )
+        if history is not None:
+            uses = [use for use in history.uses() if use.stream not in history.recorded]
+            self._freed[history.owner] += uses
 
     def _history(self, block: Block) -> _History:
         return self._blocks.setdefault(block.generation, _History(block.stream))
