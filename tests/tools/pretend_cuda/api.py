@@ -115,10 +115,11 @@ def _memory_stats(index: int) -> dict[str, Any]:
     return {name: pools for name in names}
 
 
-def _clone(storage: torch.UntypedStorage) -> torch.UntypedStorage:
-    """The original is refused: a build without CUDA makes no storage there from a size."""
-    empty = torch.empty(storage.nbytes(), dtype=torch.uint8, device=storage.device)
-    return empty.untyped_storage().copy_(storage)
+def _new_storage(cls: type, *args: Any, device: Any = None, **options: Any) -> Any:
+    """A build without CUDA makes no storage there from a size."""
+    if device is None or torch.device(device).type != "cuda":
+        return torch._C.StorageBase.__new__(cls, *args, device=device, **options)
+    return torch.empty(args, dtype=torch.uint8, device=device).untyped_storage()
 
 
 def _init() -> None:
@@ -174,4 +175,4 @@ def install() -> None:
     cuda._is_in_bad_fork = lambda: False
     cuda._device_count_nvml = lambda: 1
     torch.version.cuda = "13.0"
-    torch.UntypedStorage.clone = _clone  # type: ignore[method-assign]
+    torch.UntypedStorage.__new__ = _new_storage  # type: ignore[assignment]

@@ -89,7 +89,24 @@ def _scaled_mm(
     return (y if bias is None else y + bias.float()).to(out_dtype)
 
 
+def _tight(product: Any) -> Callable[..., Tensor]:
+    """On matrices without padding: with AMX, oneDNN multiplies what lies behind a row by 0 where the
+    number of bfloat16 columns is odd, which keeps a NaN."""
+
+    def tight(*args: Any, **kwargs: Any) -> Tensor:
+        y: Tensor = product(*(x.contiguous() if isinstance(x, Tensor) else x for x in args), **kwargs)
+        return y
+
+    return tight
+
+
 IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {
+    "aten::mm": _tight(aten.mm.default),
+    "aten::mm.out": _tight(aten.mm.out),
+    "aten::bmm": _tight(aten.bmm.default),
+    "aten::bmm.out": _tight(aten.bmm.out),
+    "aten::addmm": _tight(aten.addmm.default),
+    "aten::addmm.out": _tight(aten.addmm.out),
     "aten::mm.dtype": _mm,
     "aten::addmm.dtype": _addmm,
     "aten::addmm.dtype_out": _addmm_out,

@@ -2,9 +2,9 @@
 
 Filled: what a kernel would have written gets numbers that are a function of all that it was given,
 so that a run which reads one wrong number anywhere ends with others. What it writes is told from
-its memory, in which nothing was written yet; a kernel that works in place shows nothing of the kind
-and is interpreted, as every kernel is with ``--interpret``. So are the optimizer's: whether an update
-is made, and the how manieth it is, has to be true.
+its memory: nothing was written there yet, or if there is no such tensor, one is all 0. A kernel that
+works in place on other numbers is interpreted, as every kernel is with ``--interpret``; so are the
+optimizer's, since whether an update is made and how many were has to be true.
 """
 
 import dataclasses
@@ -49,13 +49,22 @@ def _specialised(kernel: JITFunction, named: dict[str, Any], options: dict[str, 
     return tuple(key)
 
 
-def _unwritten(t: Tensor) -> Tensor | None:
-    """Where floating-point memory is as it was allocated; of integers all or nothing."""
+def _unwritten(t: Tensor) -> Tensor:
+    """Where memory is as it was allocated, of integers all or nothing."""
     if t.dtype.is_floating_point:
-        mask = t.float().isnan() if t.element_size() == 1 else t.isnan()
-    else:
-        mask = (t == (t.dtype == torch.uint8 and 255 or -1)).all().expand(t.shape)
-    return mask if bool(mask.any()) else None
+        return t.float().isnan()
+    return (t == (255 if t.dtype == torch.uint8 else -1)).all().expand(t.shape)
+
+
+def _outputs(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Name → mask of what is written; empty if that cannot be told."""
+    masks = {name: _unwritten(t) for name, t in tensors.items()}
+    found = {name: mask for name, mask in masks.items() if mask.any()}
+    return found or {
+        name: torch.ones_like(masks[name])
+        for name, t in tensors.items()
+        if t.dtype.is_floating_point and not t.float().any()
+    }
 
 
 def _digest(kernel: JITFunction, tensors: list[Tensor], others: list[Any]) -> int:
@@ -97,17 +106,17 @@ class _Launches:
         if Graph.capturing is not None:
             Graph.capturing.will_write(tensors)
 
-        places = {k: (x, Place.of(_base(x))) for k, x in named.items() if isinstance(_base(x), Tensor)}
+        given_tensors = {k: x for k, x in named.items() if isinstance(_base(x), Tensor)}
+        places = {k: Place.of(_base(x)) for k, x in given_tensors.items()}
+        hosts = {k: host(_base(x)) for k, x in given_tensors.items()}
         masks: dict[str, Tensor] = {}
         if not self._interpret and kernel.fn.__name__ not in _ALWAYS_INTERPRETED:
-            for name, (x, _) in places.items():
-                if (mask := _unwritten(host(_base(x)))) is not None:
-                    masks[name] = mask
+            masks = _outputs(hosts)
         others = [x for k, x in given.items() if k not in places]
 
         def launch(hosts: dict[str, Tensor]) -> None:
             if not masks:
-                over = {k: _over(x, hosts[k]) for k, (x, _) in places.items()}
+                over = {k: _over(x, hosts[k]) for k, x in given_tensors.items()}
                 self._run(kernel, grid=grid, warmup=False, **given | over)
                 return
             read = [t for name, t in hosts.items() if name not in masks]
@@ -115,10 +124,10 @@ class _Launches:
             for name, mask in masks.items():
                 _fill(hosts[name], mask, digest)
 
-        launch({k: host(_base(x)) for k, (x, _) in places.items()})
+        launch(hosts)
         if Graph.capturing is not None:
             Graph.capturing.record(
-                lambda: launch({k: place.host() for k, (_, place) in places.items()}), tensors
+                lambda: launch({k: place.host() for k, place in places.items()}), tensors
             )
 
 
