@@ -4,8 +4,8 @@
 
 runs a program that finds ``torch.cuda.is_available()`` true. Every CUDA tensor lies in host memory,
 and every operator runs on the CPU. ``torch.cuda``, streams and threads of autograd, autocast,
-``torch.optim`` and custom operators are PyTorch's own code. A Triton launch fills what it would have
-written with numbers that depend on all it reads, or runs in Triton's interpreter (``--interpret``).
+``torch.optim`` and custom operators are PyTorch's own code. A Triton launch fills what it would
+have written with numbers that depend on all it reads, or is interpreted (``--interpret``).
 
 What CUDA refuses in a capture raises. What would be undefined or differ from run to run on a real
 device is a finding (``device.findings``), after which the program ends with status 70:

@@ -7,6 +7,7 @@ from typing import Any
 
 import _pretend_cuda as C  # type: ignore[import-not-found]
 import torch
+
 from tools.pretend_cuda import device
 from tools.pretend_cuda.graphs import Graph
 
@@ -118,13 +119,15 @@ def _memory_stats(index: int) -> dict[str, Any]:
 def _new_storage(cls: type, *args: Any, device: Any = None, **options: Any) -> Any:
     """A build without CUDA makes no storage there from a size."""
     if device is None or torch.device(device).type != "cuda":
-        return torch._C.StorageBase.__new__(cls, *args, device=device, **options)
+        new: Any = torch._C.StorageBase.__new__
+        return new(cls, *args, device=device, **options)
     return torch.empty(args, dtype=torch.uint8, device=device).untyped_storage()
 
 
 def _init() -> None:
-    torch.cuda.default_generators = (C.default_generator(),)
-    torch.cuda._get_device_properties = lambda index: _Properties()  # type: ignore[assignment]
+    cuda: Any = torch.cuda
+    cuda.default_generators = (C.default_generator(),)
+    cuda._get_device_properties = lambda index: _Properties()
 
 
 _NAMES: dict[str, Any] = {

@@ -4,8 +4,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from tools.pretend_cuda.device import CAPABILITY
 from torch import Tensor
+
+from tools.pretend_cuda.device import CAPABILITY
 
 aten = torch.ops.aten
 
@@ -67,7 +68,7 @@ def _scaled_mm(
     use_fast_accum: bool = False,
 ) -> Tensor:
     """With one scale for each whole matrix; refuses what cuBLASLt and PyTorch's check refuse."""
-    (m, k), n = a.shape, b.shape[1]
+    k, n = b.shape
     wrong = [
         text
         for text, met in {
@@ -90,11 +91,12 @@ def _scaled_mm(
 
 
 def _tight(product: Any) -> Callable[..., Tensor]:
-    """On matrices without padding: with AMX, oneDNN multiplies what lies behind a row by 0 where the
-    number of bfloat16 columns is odd, which keeps a NaN."""
+    """On matrices without padding: with AMX, oneDNN multiplies what lies behind a row of an odd
+    number of bfloat16 columns by 0, which keeps a NaN."""
 
     def tight(*args: Any, **kwargs: Any) -> Tensor:
-        y: Tensor = product(*(x.contiguous() if isinstance(x, Tensor) else x for x in args), **kwargs)
+        tight_args = (x.contiguous() if isinstance(x, Tensor) else x for x in args)
+        y: Tensor = product(*tight_args, **kwargs)
         return y
 
     return tight

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import _pretend_cuda as C  # type: ignore[import-not-found]  # before torch, which asks for it once
 import torch
-from tools.pretend_cuda.order import Block, Order
 from torch import Tensor
+
+from tools.pretend_cuda.order import Block, Order
 
 CAPABILITY = int(os.environ.get("PRETEND_CAPABILITY", "90"))  # 10 * major + minor
 
@@ -21,7 +22,8 @@ _INSTALLED = (str(Path(torch.__file__).parents[1]), os.path.dirname(os.__file__)
 
 def report(what: str) -> None:
     """A finding, with the lines of the program that led to it, innermost first."""
-    frame, lines = sys._getframe(1), []
+    lines: list[str] = []
+    frame = sys._getframe(1)
     while frame is not None and len(lines) < 4:
         file = frame.f_code.co_filename
         if os.path.dirname(file) != _HERE and not file.startswith(_INSTALLED):

@@ -12,10 +12,11 @@ from _pretend_cuda import (  # type: ignore[import-not-found]
     is_capturing,
     set_capturing,
 )
-from tools.pretend_cuda import device
-from tools.pretend_cuda.device import Block
 from torch import Tensor
 from torch.utils._pytree import tree_map
+
+from tools.pretend_cuda import device
+from tools.pretend_cuda.device import Block
 
 
 @dataclass(frozen=True)

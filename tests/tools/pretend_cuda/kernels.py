@@ -2,9 +2,9 @@
 
 Filled: what a kernel would have written gets numbers that are a function of all that it was given,
 so that a run which reads one wrong number anywhere ends with others. What it writes is told from
-its memory: nothing was written there yet, or if there is no such tensor, one is all 0. A kernel that
-works in place on other numbers is interpreted, as every kernel is with ``--interpret``; so are the
-optimizer's, since whether an update is made and how many were has to be true.
+its memory: nothing was written there yet, or if there is no such tensor, one is all 0. A kernel
+that works in place on other numbers is interpreted, as every kernel is with ``--interpret``; so are
+the optimizer's, since whether an update is made and how many were has to be true.
 """
 
 import dataclasses
@@ -14,12 +14,12 @@ from typing import Any
 import interpreter
 import torch
 from _pretend_cuda import host, is_capturing  # type: ignore[import-not-found]
-from tools.pretend_cuda import device
-from tools.pretend_cuda.graphs import Graph, Place
 from torch import Tensor
 from triton.runtime.jit import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from tools.pretend_cuda import device
+from tools.pretend_cuda.graphs import Graph, Place
 
 _ALWAYS_INTERPRETED = {"_adamw_kernel", "_adamw_scalars_kernel"}
 
@@ -70,7 +70,7 @@ def _outputs(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 def _digest(kernel: JITFunction, tensors: list[Tensor], others: list[Any]) -> int:
     found = zlib.crc32(repr((kernel.fn.__name__, others)).encode())
     for t in tensors:
-        found = zlib.crc32(t.contiguous().flatten().view(torch.uint8).numpy(), found)
+        found = zlib.crc32(t.contiguous().flatten().view(torch.uint8).numpy().tobytes(), found)
     return found
 
 

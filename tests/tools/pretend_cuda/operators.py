@@ -11,10 +11,11 @@ from _pretend_cuda import (  # type: ignore[import-not-found]
     is_capturing,
     is_pinned,
 )
-from tools.pretend_cuda import cuda_only, device
-from tools.pretend_cuda.graphs import Graph, Place, frozen, thawed
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map_only
+
+from tools.pretend_cuda import cuda_only, device
+from tools.pretend_cuda.graphs import Graph, Place, frozen, thawed
 
 # The host waits for the device to know how large the result is, or what it is.
 _WAITING = {
@@ -230,7 +231,5 @@ def install() -> list[torch.library.Library]:
     of_aten.impl("copy_", _copy_, "CUDA")
     of_aten.impl("_local_scalar_dense", _item, "CUDA")
     for key in ("CUDA", "AutogradCUDA"):
-        of_aten.impl(
-            "scaled_dot_product_attention", cuda_only.scaled_dot_product_attention, key
-        )
+        of_aten.impl("scaled_dot_product_attention", cuda_only.scaled_dot_product_attention, key)
     return [of_all, of_aten]

@@ -1,4 +1,4 @@
-"""Which work on the device is ordered before which: vector clocks of its streams and of the host."""
+"""Which work on the device comes before which: vector clocks of its streams and of the host."""
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable

@@ -1,11 +1,12 @@
 """pytest's side, in a process that pretends a device: a test with a finding fails.
 
-    python -m tools.pretend_cuda -m pytest -n0 -p tools.pretend_cuda.plugin tests/test_step.py
+python -m tools.pretend_cuda -m pytest -n0 -p tools.pretend_cuda.plugin tests/test_step.py
 """
 
 from collections.abc import Iterator
 
 import pytest
+
 from tools.pretend_cuda import device
 
 

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+
 from tools.pretend_cuda import build
 
 _TESTS = Path(__file__).parents[2]

@@ -1,15 +1,13 @@
-"""The benchmarks on the pretended device at toy sizes, kernels filled: what they time means nothing,
-that they run through does. Started by ``test_on_pretended_device.py``.
+"""The benchmarks on the pretended device at toy sizes, kernels filled: that they run through counts,
+not what they time. Started by ``test_on_pretended_device.py``.
 """
 
 import functools
 import json
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
-import _contest
 import _determinism
 import _machine
 import _op_bench
@@ -127,7 +125,7 @@ def test_products(monkeypatch: pytest.MonkeyPatch) -> None:
     for product in PRODUCTS:
         sizes = {key: min(n, 32) for key, n in product.gpu_sizes[0].items()}
         for way in product.ways:
-            monkeypatch.setattr(_product_bench, "check", lambda p, inputs: p.ways[way](*inputs))
+            monkeypatch.setattr(_product_bench, "check", lambda p, x, way=way: p.ways[way](*x))
             run(_product_bench.Row(product, tuple(sizes.items()), way))
 
 

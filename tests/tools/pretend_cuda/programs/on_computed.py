@@ -1,13 +1,14 @@
-"""Runs of ``fastgpt train`` on the pretended device, every kernel interpreted: the numbers are those
-of the CPU. Started by ``test_on_pretended_device.py``, with ``--interpret``.
+"""Runs of ``fastgpt train`` on the pretended device, every kernel interpreted: the numbers are the
+CPU's. Started by ``test_on_pretended_device.py``, with ``--interpret``.
 """
 
 from pathlib import Path
 from typing import Any
 
 import torch
-from tools.pretend_cuda.programs.on_trainer import run
 from small_runs import assert_same
+
+from tools.pretend_cuda.programs.on_trainer import run
 
 SHORT = dict(max_iters=5, lr_decay_iters=5)
 

@@ -7,9 +7,10 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
-from tools.pretend_cuda import device
 from torch import Tensor
 from toy_kernels import cast_kernel
+
+from tools.pretend_cuda import device
 
 N = 8
 
@@ -263,10 +264,10 @@ def test_a_copy_from_pinned_memory_in_a_capture() -> None:
 
 
 def test_memory_of_a_graph_is_freed() -> None:
-    x = ones()
-    graph = captured(lambda: x.add_(1))
+    used = [ones()]
+    graph = captured(lambda: used[0].add_(1))
     graph.replay()
-    del x
+    used.clear()
     with pytest.raises(RuntimeError, match="uses memory that was freed after its capture"):
         graph.replay()
 
