@@ -37,6 +37,8 @@ def main() -> None:
     if reason := build.why_not():
         sys.exit(reason)
     _load()
+    tests = Path(__file__).parents[2]
+    sys.path += [str(tests), str(tests.parent / "bench")]  # of the interpreter and what it imports
     from tools.pretend_cuda import api, device, kernels, operators
 
     libraries = operators.install()

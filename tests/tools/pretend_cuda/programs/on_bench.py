@@ -1,5 +1,6 @@
-"""The benchmarks on the pretended device at toy sizes, kernels filled: their times mean nothing, that
-they run through does. Started by ``test_on_pretended_device.py``."""
+"""The benchmarks on the pretended device at toy sizes, kernels filled: their times mean nothing,
+that they run through does. Started by ``test_on_pretended_device.py``.
+"""
 
 import functools
 import json
