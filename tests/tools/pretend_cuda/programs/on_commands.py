@@ -5,7 +5,6 @@ import json
 import stat
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -22,11 +21,8 @@ HALF = ["float32", "bfloat16", "float16"]
 
 
 @pytest.mark.parametrize("dtype", ["auto", "float16"])
-def test_train_and_sample(
-    tmp_path: Path, dtype: str, capsys: pytest.CaptureFixture[str], monkeypatch: Any
-) -> None:
+def test_train_and_sample(tmp_path: Path, dtype: str, capsys: pytest.CaptureFixture[str]) -> None:
     data_set(tmp_path)
-    monkeypatch.setattr(cli, "_SAMPLE_TOKENS", 20)
     small = dict(n_layer=1, n_head=1, max_iters=5, eval_interval=5, eval_iters=1)
     keys = small_keys(tmp_path, **small, device="auto", dtype=dtype)
     assert cli.main(["train", "--preset=gpt2", *arguments(keys)]) == 0
