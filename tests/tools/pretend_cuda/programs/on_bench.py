@@ -2,12 +2,14 @@
 that they run through does. Started by ``test_on_pretended_device.py``.
 """
 
+import dataclasses
 import functools
 import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import _contest
 import _determinism
 import _machine
 import _op_bench
@@ -20,8 +22,10 @@ import bench_decode
 import bench_fp8
 import pytest
 import run as run_py
+import sweep
 import torch
 from _op_bench import Row, Subject
+from _sweep_compile import Static, lines
 from test_bench_ops import OPS, PRODUCTS, TINY
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
@@ -31,7 +35,7 @@ SMALL = ["--n_layer=1", "--n_head=1", "--n_embd=16", "--block_size=16", "--batch
 STEPS = ["--loss_steps=5", "--warmup=3", "--rounds=2", "--steps=2"]
 
 # That differ from others by what torch.compile is asked for, or in nothing.
-LEFT_OUT = ("sdpa_autotune", "sdpa_graphs", "fastgpt_compile", "fastgpt_again")
+LEFT_OUT = ("sdpa_autotune", "sdpa_compile", "fastgpt_compile", "fastgpt_again")
 
 FP8_SIZES = {
     "linear": {"M": 32, "K": 32, "N": 48},
@@ -162,3 +166,18 @@ def test_decode(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     argv = [*sizes, "--prompt=4", "--new-tokens=20", "--device=cuda", f"--out={out}"]
     assert bench_decode.main(argv) == 0
     assert json.loads(out.read_text())["tokens_per_s"]["fastgpt"] > 0
+
+
+def test_sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compiling ahead of time is not part of it: every candidate counts as good."""
+    monkeypatch.setattr(_contest, "_FLUSH_BYTES", 1 << 12)
+    line = lines("gelu", 90, torch.bfloat16)["gelu fwd"]
+    short = dataclasses.replace(line, sizes=(line.probe,), candidates=line.candidates[:2])
+    monkeypatch.setattr(sweep, "lines", lambda *_: {short.name: short})
+    monkeypatch.setattr(sweep, "compile_all", lambda tasks, jobs: [Static(None) for _ in tasks])
+    monkeypatch.setattr(sweep, "fitted", lambda line, tile, one: tile)
+    out = tmp_path / "sweep.json"
+    assert sweep.main(["gelu", f"--json={out}"]) == 0
+    (record,) = json.loads(out.read_text())
+    assert record["capability"] == 90 and record["measured"] is not None
+    assert "pretended device" in record["comment"]

@@ -8,12 +8,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from small_runs import assert_same, data_set, state_of, trained
 from torch import Tensor
 
 from fastgpt import log
+from fastgpt.kernels import chunked_loss
+from fastgpt.parallel import World
 from fastgpt.prepare import prepare
 from fastgpt.sources import TextSource, source_of
+from fastgpt.step import Step
 from fastgpt.tokenizer_training import train_tokenizer
 from fastgpt.trainer import Trainer
 
@@ -110,3 +114,21 @@ def test_a_stop_is_seamless(tmp_path: Path, dtype: str, monkeypatch: pytest.Monk
 
 def test_bigram(tmp_path: Path) -> None:
     run(tmp_path, model="bigram")
+
+
+def test_a_loss_in_several_chunks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """cuBLAS adds the second one's gradient to the first one's."""
+    monkeypatch.setattr(chunked_loss, "CHUNK_BYTES", {"cuda": 20 * 16 * 2, "other": 20 * 16 * 2})
+    assert chunked_loss.chunk_rows(16, torch.bfloat16, torch.device("cuda")) < 32
+    graphed = run(tmp_path / "graph", dtype="bfloat16")
+    assert_same(graphed, run(tmp_path / "plain", dtype="bfloat16", cuda_graph=False))
+
+
+def test_where_a_graph_is_refused(tmp_path: Path) -> None:
+    model = torch.nn.Linear(2, 2).cuda()
+    options = dict(device=torch.device("cuda"), cuda_graph=True)
+    with pytest.raises(ValueError, match="cuda_graph must be False with a gradient scaler"):
+        scaler = torch.amp.GradScaler("cuda")
+        Step(model, torch.optim.AdamW(model.parameters()), scaler=scaler, **options)
+    with pytest.raises(ValueError, match="cuda_graph must be False in 2 processes"):
+        Step(model, torch.optim.AdamW(model.parameters()), world=World(size=2), **options)
