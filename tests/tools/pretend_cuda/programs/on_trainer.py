@@ -126,7 +126,7 @@ def test_a_loss_in_several_chunks(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 def test_where_a_graph_is_refused(tmp_path: Path) -> None:
     model = torch.nn.Linear(2, 2).cuda()
-    options = dict(device=torch.device("cuda"), cuda_graph=True)
+    options: dict[str, Any] = dict(device=torch.device("cuda"), cuda_graph=True)
     with pytest.raises(ValueError, match="cuda_graph must be False with a gradient scaler"):
         scaler = torch.amp.GradScaler("cuda")
         Step(model, torch.optim.AdamW(model.parameters()), scaler=scaler, **options)
