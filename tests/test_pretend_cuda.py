@@ -51,14 +51,16 @@ def test_it_is_built_once_for_each_source_and_torch(monkeypatch: pytest.MonkeyPa
         (("sysconfig.get_path", lambda name: "/nowhere"), "needs Python's headers"),
     ],
 )
-def test_where_it_is_not(change: tuple, reason: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_where_it_is_not(
+    change: tuple, reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "Python.h").touch()
     monkeypatch.setattr(build.sys, "platform", "linux")
     monkeypatch.setattr(build.platform, "machine", lambda: "x86_64")
     monkeypatch.setattr(build.metadata, "version", lambda name: "2.13.0")
     monkeypatch.setattr(build, "_torch_folder", lambda: Path("/nowhere"))
     monkeypatch.setattr(build.shutil, "which", lambda name: "/usr/bin/" + name)
-    monkeypatch.setattr(build.sysconfig, "get_path", lambda name: str(Path(__file__).parent))
-    monkeypatch.setattr(Path, "is_file", lambda path: "nowhere" not in str(path))
+    monkeypatch.setattr(build.sysconfig, "get_path", lambda name: str(tmp_path))
     assert build.why_not() is None
     monkeypatch.setattr(f"tools.pretend_cuda.build.{change[0]}", change[1])
     found = build.why_not()
