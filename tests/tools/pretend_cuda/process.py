@@ -1,0 +1,45 @@
+"""Tests on the pretended device: pytest in a process of its own, since a process that has imported
+torch cannot have the device any more.
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tools.pretend_cuda import build
+
+_TESTS = Path(__file__).parents[2]
+PROGRAMS = Path(__file__).with_name("programs")
+
+needs_pretended_device = pytest.mark.skipif(
+    build.why_not() is not None, reason=build.why_not() or ""
+)
+
+
+def start(*arguments: str) -> "subprocess.CompletedProcess[str]":
+    """``python -m tools.pretend_cuda ARGUMENTS`` in the project's root."""
+    path = [str(_TESTS), str(_TESTS.parent), os.environ.get("PYTHONPATH")]
+    return subprocess.run(
+        [sys.executable, "-m", "tools.pretend_cuda", *arguments],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, path))},
+        cwd=_TESTS.parent,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def passes(*arguments: str, interpret: bool = False, own: bool = True) -> None:
+    """Assert that these tests pass and leave no finding. ``own``: tests of this tool, which take
+    nothing from the project's conftest; its other tests do."""
+    options = ["-n0", "-q", "-p", "no:cacheprovider", "-p", "tools.pretend_cuda.plugin"]
+    run = start(
+        *(["--interpret"] if interpret else []),
+        *("-m", "pytest", *options, "--tb=short", "--show-capture=no"),
+        *(["--noconftest"] if own else []),
+        *arguments,
+    )
+    assert run.returncode == 0, run.stdout

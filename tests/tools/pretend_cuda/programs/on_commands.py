@@ -1,0 +1,124 @@
+"""The command line, ``GPT.generate`` and nanoGPT's own loop on the pretended device, kernels
+filled. Started by ``test_on_pretended_device.py``."""
+
+import json
+import stat
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from small_models import small_model, tokens
+from small_runs import arguments, data_set, small_keys
+from torch import Tensor
+
+from fastgpt import GPT
+from fastgpt import __main__ as cli
+from fastgpt.generation import Generator, Sampling
+from fastgpt.sampler import round_matrices
+
+HALF = ["float32", "bfloat16", "float16"]
+
+
+@pytest.mark.parametrize("dtype", ["auto", "float16"])
+def test_train_and_sample(tmp_path: Path, dtype: str, capsys: pytest.CaptureFixture[str]) -> None:
+    data_set(tmp_path)
+    small = dict(n_layer=1, n_head=1, max_iters=5, eval_interval=5, eval_iters=1)
+    keys = small_keys(tmp_path, **small, device="auto", dtype=dtype)
+    assert cli.main(["train", "--preset=gpt2", *arguments(keys)]) == 0
+    out = capsys.readouterr().out
+    named = "bfloat16" if dtype == "auto" else dtype
+    assert f"parameters on cuda, {named}" in out and "mfu" in out
+
+    common = ["sample", f"--out_dir={tmp_path / 'out'}", "--max_new_tokens=20", "--device=cuda"]
+    options = ["--num_samples=3", "--json", "--top_k=5", "--repetition_penalty=1.2"]
+    for batch_size in (1, 2):  # past the window of 16 tokens, too
+        assert cli.main([*common, *options, f"--batch_size={batch_size}", "--start=12 t"]) == 0
+        lines = capsys.readouterr().out.splitlines()
+        assert [json.loads(line)["tokens"] for line in lines] == [20] * 3
+    assert cli.main([*common, "--num_samples=1", f"--dtype={dtype}"]) == 0
+
+
+def test_doctor(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its trial is another process, which shall have the pretended device, too."""
+    python = tmp_path / "python"  # python -c PROGRAM DEVICE
+    python.write_text(
+        f'#!/bin/sh\nprintf %s "$2" > {tmp_path}/trial.py\n'
+        f'exec {sys.executable} -m tools.pretend_cuda {tmp_path}/trial.py "$3"\n'
+    )
+    python.chmod(python.stat().st_mode | stat.S_IXUSR)
+    monkeypatch.setattr(sys, "executable", str(python))
+    assert cli.main(["doctor"]) == 0
+    out = capsys.readouterr().out
+    assert "pretended device, compute capability 9.0" in out
+    assert "trial on cuda" in out and "an update was made (loss" in out
+
+
+# ---------------------------------------------------------------------------------- generation
+
+
+@pytest.mark.parametrize("dtype", HALF)
+def test_generate_with_a_captured_step(dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Twice by one generator, whose second batch finds the graph of the first."""
+    model = small_model(n_layer=1).cuda().eval()
+    round_matrices(model, getattr(torch, dtype))
+    prompts = [tokens(1, 3)[0].cuda(), tokens(1, 9)[0].cuda()]
+    sampling = Sampling(temperature=1.0, top_k=50, repetition_penalty=1.2)
+
+    def drawn() -> list[list[int]]:
+        torch.manual_seed(3)
+        generator = Generator(model, sampling)
+        with torch.autocast("cuda", getattr(torch, dtype), enabled=dtype != "float32"):
+            return [t.tolist() for _ in range(2) for t in generator(prompts, 12)]
+
+    captured = drawn()
+    monkeypatch.setattr("fastgpt.generation._Graphed", lambda step, device: step)
+    assert drawn() == captured
+
+
+def test_generate_past_the_window() -> None:
+    model = small_model(n_layer=1).cuda().eval()
+    idx = tokens(2, 10).cuda()
+    out = model.generate(idx, 10, temperature=0.8, top_k=5)
+    assert out.shape == (2, 20) and torch.equal(out[:, :10], idx)
+    assert all(0 <= token < model.config.vocab_size for token in out.flatten().tolist())
+
+
+# ------------------------------------------------------------------------------ nanoGPT's loop
+
+
+@pytest.mark.parametrize("dtype", HALF)
+def test_nanogpts_loop(dtype: str) -> None:
+    """Pinned batches that are copied ahead, autocast, GradScaler, clipping, AdamW."""
+    torch.manual_seed(0)
+    data = torch.randint(64, (200,))
+    model = GPT(small_model(n_layer=1, vocab_size=64, bias=False).config).cuda()
+    context = torch.amp.autocast("cuda", getattr(torch, dtype))
+    scaler = torch.amp.GradScaler("cuda", enabled=dtype == "float16")
+    optimizer = model.configure_optimizers(0.1, 1e-2, (0.9, 0.95), "cuda")
+
+    def batch() -> tuple[Tensor, Tensor]:
+        starts = torch.randint(len(data) - 16, (2,)).tolist()
+        x = torch.stack([data[i : i + 16] for i in starts]).pin_memory()
+        y = torch.stack([data[i + 1 : i + 17] for i in starts]).pin_memory()
+        return x.to("cuda", non_blocking=True), y.to("cuda", non_blocking=True)
+
+    x, y = batch()
+    before = [p.detach().clone() for p in model.parameters()]
+    for _ in range(3):
+        for _ in range(2):
+            with context:
+                _, loss = model(x, y)
+            x, y = batch()
+            scaler.scale(loss / 2).backward()
+        scaler.unscale_(optimizer)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad(set_to_none=True)
+        assert loss.isfinite().item()
+    for old, new in zip(before, model.parameters(), strict=True):
+        assert new.isfinite().all() and not torch.equal(old, new)
+    assert model.estimate_mfu(4, 0.5) > 0

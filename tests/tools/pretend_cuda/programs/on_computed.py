@@ -1,0 +1,33 @@
+"""Runs of ``fastgpt train`` on the pretended device, every kernel interpreted: the numbers are the
+CPU's. Started by ``test_on_pretended_device.py``, with ``--interpret``.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from small_runs import assert_same
+
+from tools.pretend_cuda.programs.on_trainer import run
+
+SHORT = dict(max_iters=5, lr_decay_iters=5)
+
+
+def losses(state: dict[str, Any]) -> torch.Tensor:
+    keys = ("loss", "train/loss", "val/loss")
+    return torch.tensor([row[key] for row in state["log"] for key in keys if row[key] is not None])
+
+
+def test_the_device_trains_as_the_cpu_does(tmp_path: Path) -> None:
+    """In float32; the kernels add up in another order."""
+    keys = dict(SHORT, dtype="float32", dropout=0.0)
+    on_cpu = run(tmp_path / "cpu", device="cpu", **keys)
+    on_device = run(tmp_path / "device", **keys)
+    torch.testing.assert_close(losses(on_device), losses(on_cpu), rtol=0.0, atol=1e-4)
+    assert losses(on_cpu)[-1] < losses(on_cpu)[0] - 0.02
+
+
+def test_a_graph_changes_nothing(tmp_path: Path) -> None:
+    graphed = run(tmp_path / "graph", dtype="bfloat16", **SHORT)
+    plain = run(tmp_path / "plain", dtype="bfloat16", cuda_graph=False, **SHORT)
+    assert_same(graphed, plain)
