@@ -7,6 +7,7 @@ results once, to the dtype that PyTorch gives them. A matrix product is added up
 order of k, with one rounding a term, as a GPU without tensor cores does.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -35,7 +36,7 @@ def _product_and_sum(c: Tensor, a: Tensor, b: Tensor, beta: float = 1, alpha: fl
     return beta * c + alpha * _product(a, b)
 
 
-_PRODUCTS = {
+_PRODUCTS: dict[Any, Callable[..., Tensor]] = {
     torch.ops.aten.mm: _product,
     torch.ops.aten.bmm: _product,
     torch.ops.aten.addmm: _product_and_sum,

@@ -92,7 +92,7 @@ def test_one_document_gives_the_same_bits_as_none(
     monkeypatch: pytest.MonkeyPatch, device: str, length: int, dtype: torch.dtype, dropout_p: float
 ) -> None:
     """By the same tiles, that is: on a GPU documents may have others, and sums another order."""
-    launch = attention_tiles.launch
+    launch: Any = attention_tiles.launch
     monkeypatch.setattr(attention_launch, "launch", lambda *args: launch(*args[:-1], True))
     inputs = _qkv(device, length, 2, dtype)
     grad = torch.randn_like(inputs[0])
