@@ -1,4 +1,9 @@
-"""What every test gets: whether the Triton ops take tensors of the CPU."""
+"""What every test gets: whether the Triton ops take tensors of the CPU; and a GPU that breaks."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -24,3 +29,28 @@ def test_the_fixture_device(device: str) -> None:
 
 def test_interpreted_kernels_on_the_cpu() -> None:
     torch.testing.assert_close(fused.gelu(torch.zeros(2)), torch.zeros(2))
+
+
+BREAKING = """
+def test_breaks_the_gpu():
+    raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+def test_runs_out_of_memory():
+    raise RuntimeError("CUDA error: out of memory")
+
+def test_comes_last():
+    pass
+"""
+
+
+def test_a_worker_whose_gpu_is_broken_ends(tmp_path: Path) -> None:
+    (tmp_path / "test_breaking.py").write_text(BREAKING)
+    root = Path(__file__).resolve().parent.parent
+    path = os.pathsep.join(str(root / name) for name in ("tests", "bench", "."))
+    command = [sys.executable, "-m", "pytest", "-p", "conftest", "-n1", "-rf", "test_breaking.py"]
+    done = subprocess.run(
+        command, cwd=tmp_path, env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True
+    )
+    assert "2 failed, 1 passed" in done.stdout
+    assert "test_breaks_the_gpu" in done.stdout and "crashed" in done.stdout
+    assert "an illegal memory access was encountered" in done.stdout + done.stderr
