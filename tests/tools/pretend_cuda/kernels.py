@@ -116,8 +116,9 @@ class _Launches:
 
         def launch(hosts: dict[str, Tensor]) -> None:
             if not masks:
-                over = {k: _over(x, hosts[k]) for k, x in given_tensors.items()}
-                self._run(kernel, grid=grid, warmup=False, **given | over)
+                over = given | {k: _over(x, hosts[k]) for k, x in given_tensors.items()}
+                positional = [over.pop(name) for name in kernel.arg_names[: len(args)]]
+                self._run(kernel, *positional, grid=grid, warmup=False, **over)
                 return
             read = [t for name, t in hosts.items() if name not in masks]
             digest = _digest(kernel, read, others)
