@@ -1,0 +1,11 @@
+"""The PTX machine: runs what Triton compiles for an NVIDIA GPU on a CPU, and checks it.
+
+    from tools.ptx import launches
+
+    with launches.compiled_for(90):
+        layer_norm(x, weight)  # launches on CPU tensors run as PTX for sm_90
+
+``parser`` reads PTX, ``instructions`` says what each instruction and each of its modifiers means,
+``machine`` builds and drives the C++ program that executes them, ``launches`` compiles what a kernel
+is launched with and lays out its parameters.
+"""
