@@ -27,7 +27,7 @@ _MEMORY = "b8|b16|b32|b64|s8|u8|s16|u16|s32|u32|s64|u64|f32|f64"
 _CACHE = "(L1::evict_first|L1::evict_last|L1::no_allocate)"  # speed alone
 # To nearest even is what an instruction does that names no rounding.
 _FLOAT = [f"(rn) [ftz] f32", "(rn) f64", f"(rn) {_HALF}"]
-_EXTREME = [_INT, "[ftz] [NaN] f32", "f64", _HALF]
+_EXTREME = [_INT, "relu s32", "[ftz] [NaN] f32", "f64", _HALF]
 _SIGN = ["s16|s32|s64", "[ftz] f32", "f64", _HALF]
 _ORDERED, _UNORDERED = "eq|ne|lt|le|gt|ge", "equ|neu|ltu|leu|gtu|geu|num|nan"
 
@@ -40,7 +40,7 @@ FORMS: dict[str, list[str]] = {
     "fma": ["(rn) [ftz] f32", "(rn) f64", f"(rn) {_HALF}"],
     "div": [_INT, "full|rn [ftz] f32", "rn f64"],
     "rem": [_INT],
-    "min": _EXTREME,  # NaN: of a number and NaN, NaN
+    "min": _EXTREME,  # relu: at least 0. NaN: of a number and NaN, NaN
     "max": _EXTREME,
     "neg": _SIGN,
     "abs": _SIGN,
@@ -67,7 +67,7 @@ FORMS: dict[str, list[str]] = {
     "shf": ["l|r wrap b32"],  # wrap: the distance modulo 32
     # Moves, comparisons, conversions
     "mov": [f"pred|{_ANY}"],
-    "cvta": ["(to) global (u64)"],  # every address here is one of one space
+    "cvta": ["(to) (global|param) u64"],  # an address is the same in every space here
     "selp": [_ANY],
     "setp": [
         f"{_ORDERED} [and|or|xor] {_BITS}|{_INT}",

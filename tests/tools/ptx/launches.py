@@ -15,6 +15,7 @@ import ctypes
 import functools
 import struct
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import interpreter
@@ -40,7 +41,9 @@ class PtxError(AssertionError):
     """A compiled kernel did what is undefined, or differs from run to run, on a GPU."""
 
     def __init__(self, launch: str, findings: list[Finding]) -> None:
-        super().__init__("\n".join([f"{launch}: {len(findings)} findings", *map(str, findings)]))
+        first = {(finding.kind, finding.source): finding for finding in reversed(findings)}
+        lines = [f"{launch}: {len(findings)} findings, of each kind and line the first", *first.values()]
+        super().__init__("\n".join(map(str, lines)))
         self.findings = findings
 
 
@@ -50,13 +53,13 @@ class PtxError(AssertionError):
 class _Driver:
     """What the launcher asks of a driver when it only compiles."""
 
-    def __init__(self, capability: int) -> None:
-        self._capability = capability
+    def __init__(self, capability: int, device: str) -> None:
+        self._capability, self._device = capability, device
 
-    def get_current_device(self) -> int:
-        return self._capability  # one cache of compiled kernels for each
+    def get_current_device(self) -> str:
+        return self._device  # each has its own cache of compiled kernels
 
-    def get_current_stream(self, device: int) -> int:
+    def get_current_stream(self, device: str) -> int:
         return 0
 
     def get_current_target(self) -> GPUTarget:
@@ -67,9 +70,11 @@ _launch = JITFunction.run
 
 
 @contextlib.contextmanager
-def _compiling_for(capability: int) -> Iterator[None]:
+def compiling_for(capability: int, device: str) -> Iterator[None]:
+    """The launcher compiles for this architecture, up to PTX. ``device``: a name, for which
+    compiled kernels are kept apart."""
     outside, make_cubin = driver._active, CUDABackend.make_cubin
-    driver.set_active(_Driver(capability))
+    driver.set_active(_Driver(capability, device))
     CUDABackend.make_cubin = lambda *args: b"the PTX is what runs"
     try:
         with knobs.cache.scope():
@@ -79,10 +84,9 @@ def _compiling_for(capability: int) -> Iterator[None]:
         driver._active, CUDABackend.make_cubin = outside, make_cubin
 
 
-def compile_launch(kernel: JITFunction, args: tuple, kwargs: dict[str, Any], capability: int) -> Any:
+def specialise(kernel: JITFunction, args: tuple, kwargs: dict[str, Any]) -> Any:
     """Triton's compiled kernel for these arguments, in the launcher's own specialisation."""
-    with _compiling_for(capability):
-        return _launch(kernel, *args, grid=(1,), warmup=True, **kwargs)
+    return _launch(kernel, *args, grid=(1,), warmup=True, **kwargs)
 
 
 # ---------------------------------------------------------------------------------- parameters
@@ -137,7 +141,7 @@ def _tensor_map(descriptor: TensorDescriptor, meta: Any) -> _TensorMap:
     return out
 
 
-class _Parameters:
+class Parameters:
     """A launch's parameters in the order and alignment that the driver gives them."""
 
     def __init__(self, binary: Any, arguments: dict[str, Any]) -> None:
@@ -194,8 +198,7 @@ def _kernel(ptx: str, num_warps: int, shared_bytes: int) -> Kernel:
     return Kernel(ptx, num_warps, shared_bytes)
 
 
-def prepare(binary: Any, name: str) -> Kernel:
-    """The machine's kernel for Triton's. Raises ``Unsupported``."""
+def _prepared(binary: Any, name: str) -> Kernel:
     meta = binary.metadata
     if meta.num_ctas != 1 or getattr(meta, "cluster_dims", (1, 1, 1)) != (1, 1, 1):
         raise Unsupported(f"{name}: clusters")
@@ -206,25 +209,49 @@ def prepare(binary: Any, name: str) -> Kernel:
     return _kernel(binary.asm["ptx"], meta.num_warps, meta.shared)
 
 
-def launch(
+@dataclass(frozen=True)
+class Prepared:
+    """A launch, compiled and with its parameters laid out."""
+
+    name: str
+    kernel: Kernel
+    grid: tuple[int, ...]
+    parameters: Parameters
+
+    def run(self) -> None:
+        """Raises ``PtxError``."""
+        findings = self.kernel.run(
+            self.grid, bytes(self.parameters.data), self.parameters.storages()
+        )
+        if findings:
+            raise PtxError(self.name, findings)
+
+
+def prepare_launch(
     kernel: JITFunction, args: tuple, kwargs: dict[str, Any], grid: Any, capability: int
-) -> None:
-    binary = compile_launch(kernel, args, kwargs, capability)
+) -> Prepared:
+    """Raises ``Unsupported``."""
+    with compiling_for(capability, f"sm_{capability}"):
+        binary = specialise(kernel, args, kwargs)
     arguments = interpreter._bind(kernel, args, kwargs)
     if callable(grid):
         grid = grid(arguments)
     interpreter._programs(tuple(grid))  # refuses a grid that no GPU takes
-    machine_kernel = prepare(binary, kernel.__name__)
-    parameters = _Parameters(binary, arguments)
-    data = bytes(parameters.data)
-    if len(data) != machine_kernel.parameter_bytes:
+    name = f"{kernel.__name__} on sm_{capability}"
+    machine_kernel = _prepared(binary, name)
+    parameters = Parameters(binary, arguments)
+    if len(parameters.data) != machine_kernel.parameter_bytes:
         raise AssertionError(
-            f"{kernel.__name__}: {len(data)} bytes of parameters for a kernel that takes "
+            f"{name}: {len(parameters.data)} bytes of parameters for a kernel that takes "
             f"{machine_kernel.parameter_bytes}"
         )
-    findings = machine_kernel.run(grid, data, parameters.storages())
-    if findings:
-        raise PtxError(f"{kernel.__name__} on sm_{capability}", findings)
+    return Prepared(name, machine_kernel, tuple(grid), parameters)
+
+
+def launch(
+    kernel: JITFunction, args: tuple, kwargs: dict[str, Any], grid: Any, capability: int
+) -> None:
+    prepare_launch(kernel, args, kwargs, grid, capability).run()
 
 
 @contextlib.contextmanager

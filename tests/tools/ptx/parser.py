@@ -15,7 +15,7 @@ SIZES = {
 }
 
 
-class Unsupported(RuntimeError):
+class Unsupported(Exception):
     """What the machine does not execute, by name."""
 
 

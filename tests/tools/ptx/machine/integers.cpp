@@ -122,6 +122,8 @@ void add_integers(Table& t) {
   t["mul.wide.u32"] = each_lane([](u32 a, u32 b) { return u64(a) * u64(b); });
   t["mad.wide.s32"] = each_lane([](s32 a, s32 b, s64 c) { return s64(u64(s64(a) * b) + u64(c)); });
   t["mad.wide.u32"] = each_lane([](u32 a, u32 b, u64 c) { return u64(a) * b + c; });
+  t["min.relu.s32"] = each_lane([](s32 a, s32 b) { return std::max(std::min(a, b), 0); });
+  t["max.relu.s32"] = each_lane([](s32 a, s32 b) { return std::max(std::max(a, b), 0); });
   t["bfe.u32"] = each_lane([](u32 a, u32 p, u32 n) { return extract_unsigned(a, p, n); });
   t["bfe.s32"] = each_lane([](s32 a, u32 p, u32 n) { return extract_signed(a, p, n); });
   t["bfi.b32"] = each_lane([](u32 a, u32 b, u32 p, u32 n) { return insert(a, b, p, n); });
