@@ -23,10 +23,26 @@ from triton.runtime.jit import JITFunction
 
 from tools.ptx import launches
 
-# File, line, column and which way: "then" or "else"
-Outcome = tuple[str, int, int, str]
-
 _Branch = ast.If | ast.IfExp
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One way of a branch of a jit function: "then" or "else"."""
+
+    path: str
+    line: int
+    column: int
+    way: str
+
+    def __str__(self) -> str:
+        """As in "gemm_kernels.py, then: if TMA"."""
+        for node in ast.walk(ast.parse(Path(self.path).read_text())):
+            if isinstance(node, _Branch) and (node.lineno, node.col_offset) == (self.line, self.column):
+                test = ast.unparse(node.test)
+                whole = f"if {test}" if isinstance(node, ast.If) else ast.unparse(node)
+                return f"{Path(self.path).name}, {self.way}: {whole}"
+        raise LookupError(f"no branch at {self.path}:{self.line}")
 
 
 @dataclass
@@ -38,7 +54,8 @@ class Coverage:
 
 def branches(folder: Path) -> tuple[set[str], set[Outcome]]:
     """The names of the jit functions in a folder's files, and each way of each of their branches."""
-    names, outcomes = set(), set()
+    names: set[str] = set()
+    outcomes: set[Outcome] = set()
     for path in sorted(folder.glob("*.py")):
         for function in ast.walk(ast.parse(path.read_text())):
             if isinstance(function, ast.FunctionDef) and _is_jit(function):
@@ -46,7 +63,7 @@ def branches(folder: Path) -> tuple[set[str], set[Outcome]]:
                 for node in ast.walk(function):
                     if isinstance(node, _Branch):
                         place = str(path.resolve()), node.lineno, node.col_offset
-                        outcomes |= {(*place, "then"), (*place, "else")}
+                        outcomes |= {Outcome(*place, "then"), Outcome(*place, "else")}
     return names, outcomes
 
 
@@ -90,16 +107,16 @@ class _Recorder:
         if isinstance(node, ast.If) and not node.orelse and "then" not in taken:
             taken = {"else"}
         line = generator.begin_line + node.lineno
-        # Helpers are dedented, so columns count from the function's own.
         path = str(Path(generator.file_name).resolve())
-        self._outcomes |= {(path, line, node.col_offset, way) for way in taken}
+        self._outcomes |= {Outcome(path, line, node.col_offset, way) for way in taken}
         return out
 
 
 @contextmanager
 def lowering(capability: int) -> Iterator[Coverage]:
     """Launches on CPU tensors are lowered, not run: their results are whatever was there."""
-    coverage, seen = Coverage(), set()
+    coverage = Coverage()
+    seen: set[tuple[str, str]] = set()
     recorder = _Recorder(coverage.outcomes)
     target = GPUTarget("cuda", capability, 32)
     backend = make_backend(target)

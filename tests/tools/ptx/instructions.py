@@ -78,7 +78,7 @@ FORMS: dict[str, list[str]] = {
         f"{_INT8} {_INT8}",
         f"rn f32|f64 {_INT8}",
         f"rzi|rni {_INT8} f32",
-        f"rzi {_INT8} f64",
+        f"rzi {_INT8} f64|f16|bf16",
         "f32|f64 f16|bf16",
         "f64 f32",
         "rn f32 f64",
@@ -87,7 +87,7 @@ FORMS: dict[str, list[str]] = {
         "rz f16 f32",
         "rn f16x2|bf16x2 f32",
         "rna tf32 f32",
-        "rn satfinite e4m3x2|e5m2x2 f32",
+        "rn satfinite e4m3x2|e5m2x2 f32|f16x2",
         "rn f16x2 e4m3x2|e5m2x2",
     ],
     # Memory

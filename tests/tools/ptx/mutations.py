@@ -45,8 +45,9 @@ MUTATIONS = [
     Mutation(
         "bar.sync deleted",
         r"bar\.sync[^;]*;",
-        harmless="Triton sets barriers between steps that a loop of one turn does not have, and two "
-        "in a row; where one warp alone touches the memory none is needed.",
+        harmless="Triton sets more than it needs: around the setting up of mbarriers and the issue of "
+        "bulk copies, which one thread does; before the end; between the parts of a reduction that "
+        "one warp makes alone; on the way out of a loop.",
     ),
     Mutation(
         "bar.warp.sync deleted",
@@ -70,15 +71,39 @@ MUTATIONS = [
         harmless="the copies join the next group; where the wait covers that one too, or the group "
         "was empty, nothing changes.",
     ),
-    Mutation("wgmma.wait_group deleted", r"wgmma\.wait_group\.sync\.aligned\s+\d+;"),
-    Mutation("wgmma.commit_group deleted", r"wgmma\.commit_group\.sync\.aligned;"),
+    Mutation(
+        "wgmma.wait_group deleted",
+        r"wgmma\.wait_group\.sync\.aligned\s+\d+;",
+        harmless="it lets one or two groups go on, and the loop has no more turns than that.",
+    ),
+    Mutation(
+        "wgmma.commit_group deleted",
+        r"wgmma\.commit_group\.sync\.aligned;",
+        harmless="the products join the next group, and the loop ends before it matters.",
+    ),
     Mutation("wgmma.fence deleted", r"wgmma\.fence\.sync\.aligned;"),
     Mutation("fence.proxy.async deleted", r"fence\.proxy\.async[.:\w]*;"),
     Mutation("mbarrier waited for once", r"@!complete bra\.uni waitLoop;"),
-    Mutation("bulk.wait_group deleted", r"cp\.async\.bulk\.wait_group\.read\s+0;"),
+    Mutation(
+        "bulk.wait_group deleted",
+        r"cp\.async\.bulk\.wait_group\.read\s+0;",
+        harmless="nothing was stored before it yet.",
+    ),
     Mutation("expect_tx halved", r"(mbarrier\.arrive\.expect_tx[^;]*, )(\d+);", _halved),
-    Mutation("load without its mask", r"@%p\d+ (ld\.global)", r"\1"),
-    Mutation("store without its mask", r"@%p\d+ (st\.global)", r"\1"),
+    Mutation(
+        "load without its mask",
+        r"@%p\d+ (ld\.global)",
+        r"\1",
+        harmless="every lane is inside at the sizes of the test, or reads another row of the same "
+        "storage, whose values are not used.",
+    ),
+    Mutation(
+        "store without its mask",
+        r"@%p\d+ (st\.global)",
+        r"\1",
+        harmless="every lane is inside at the sizes of the test, or writes the value that another "
+        "lane writes there too.",
+    ),
     Mutation(
         "copy of another size", r"(cp\.async\.c[ag]\.shared\.global[^;]*), %r\d+;", r"\1, 0x4;"
     ),
@@ -86,7 +111,8 @@ MUTATIONS = [
         "shuffle of another distance",
         r"(shfl\.sync\.bfly\.b32[^;]*, )(\d+)(, 31, -1;)",
         _other_bit(1),
-        harmless="lanes that hold copies of one value: any of them will do.",
+        harmless="the lanes hold copies of one value; or distances 3 and 1 reach the same four lanes "
+        "as 2 and 1, whose maximum does not depend on the order.",
     ),
     Mutation(
         "another swizzle",
@@ -99,7 +125,7 @@ MUTATIONS = [
         "add becomes sub",
         r"add\.f32",
         "sub.f32",
-        harmless="a sum whose second term is 0 at the sizes of the test.",
+        harmless="the second term is the constant 0, or the sum belongs to a row past the end.",
     ),
 ]
 

@@ -123,7 +123,7 @@ void load_lane(Warp& w, const Instruction& i, int lane) {
       std::memcpy(data + x, reinterpret_cast<const void*>(address), map->element_bytes);
       read_global(w, *storage, address, map->element_bytes);
     }
-    check_shared_write(w, piece.shared, piece.bytes);
+    check_shared_write(w, piece.shared, piece.bytes, false, true);
     mark_shared(w, piece.shared, piece.bytes, lane, Content::COPY_UNDER_WAY, Proxy::ASYNC);
     std::memset(&w.cta->shared[piece.shared], 0xff, piece.bytes);
     load.pieces.push_back({piece.shared, piece.bytes});

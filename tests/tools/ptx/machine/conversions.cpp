@@ -24,6 +24,8 @@ template <class D> void add_integer(Table& t, const std::string& d) {
   t["cvt.rn.f64." + d] = each_lane([](D a) { return f64(a); });
   t["cvt.rzi." + d + ".f32"] = each_lane([](f32 a) { return clamp_to<D>(std::trunc(f64(a))); });
   t["cvt.rni." + d + ".f32"] = each_lane([](f32 a) { return clamp_to<D>(std::nearbyint(f64(a))); });
+  t["cvt.rzi." + d + ".f16"] = each_lane([](u16 a) { return clamp_to<D>(std::trunc(f64(Half::wide(a)))); });
+  t["cvt.rzi." + d + ".bf16"] = each_lane([](u16 a) { return clamp_to<D>(std::trunc(f64(Bfloat::wide(a)))); });
   t["cvt.rzi." + d + ".f64"] = each_lane([](f64 a) { return clamp_to<D>(std::trunc(a)); });
 }
 
@@ -65,6 +67,12 @@ void add_conversions(Table& t) {
       [](f32 high, f32 low) { return u16(float_to_e4m3(high) << 8 | float_to_e4m3(low)); });
   t["cvt.rn.satfinite.e5m2x2.f32"] = each_lane(
       [](f32 high, f32 low) { return u16(float_to_e5m2(high) << 8 | float_to_e5m2(low)); });
+  t["cvt.rn.satfinite.e4m3x2.f16x2"] = each_lane([](u32 a) {
+    return u16(float_to_e4m3(half_to_float(a >> 16)) << 8 | float_to_e4m3(half_to_float(u16(a))));
+  });
+  t["cvt.rn.satfinite.e5m2x2.f16x2"] = each_lane([](u32 a) {
+    return u16(float_to_e5m2(half_to_float(a >> 16)) << 8 | float_to_e5m2(half_to_float(u16(a))));
+  });
   t["cvt.rn.f16x2.e4m3x2"] = each_lane([](u16 a) {
     u32 high = float_to_half(e4m3_to_float(a >> 8));
     return high << 16 | float_to_half(e4m3_to_float(u8(a)));

@@ -23,8 +23,8 @@ struct Cells {
 bool read_shared(Warp& w, u32 address, u32 bytes, int lane, bool async = false);
 
 // Reports what forbids a write now. `same`: the bytes stay what they are, as where several warps
-// hold a value and each writes it; no other order of theirs would show.
-void check_shared_write(Warp& w, u32 address, u32 bytes, bool same = false);
+// hold a value and each writes it; no other order of theirs would show. `async`: by a bulk copy.
+void check_shared_write(Warp& w, u32 address, u32 bytes, bool same = false, bool async = false);
 
 void mark_shared(Warp& w, u32 address, u32 bytes, int lane, Content content, Proxy proxy);
 void write_shared(Warp& w, u32 address, const u8* data, u32 bytes, int lane, bool defined);
