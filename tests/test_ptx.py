@@ -4,7 +4,6 @@ what it does not know.
 
 import itertools
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +48,9 @@ def test_bulk_copies_cut_off_at_the_edge(block: tuple[int, int]) -> None:
     descriptors = [TensorDescriptor.from_tensor(t, list(block)) for t in (x, y)]
     grid = -(-70 // block[0]), -(-200 // block[1])
     with launches.compiled_for(90):
-        toy_kernels.copy_by_descriptor_kernel[grid](*descriptors, BLOCK_M=block[0], BLOCK_N=block[1])
+        toy_kernels.copy_by_descriptor_kernel[grid](
+            *descriptors, BLOCK_M=block[0], BLOCK_N=block[1]
+        )
     assert torch.equal(x, y)
 
 
@@ -75,8 +76,17 @@ ALL_HALVES = torch.arange(-(2**15), 2**15, dtype=torch.int16)
 
 @pytest.mark.parametrize("source", [torch.float16, torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize(
-    "to", [torch.float16, torch.bfloat16, torch.float32, torch.int32, torch.float8_e5m2, torch.float8_e4m3fn], ids=str
-)  # fmt: skip
+    "to",
+    [
+        torch.float16,
+        torch.bfloat16,
+        torch.float32,
+        torch.int32,
+        torch.float8_e5m2,
+        torch.float8_e4m3fn,
+    ],
+    ids=str,
+)
 def test_conversions(source: torch.dtype, to: torch.dtype) -> None:
     """All numbers of 16 bits, and for float32 those that lie between two bfloat16s as well."""
     if source == torch.float32:
@@ -217,10 +227,24 @@ def written(body: str, num_warps: int = 2) -> tuple[list[Finding], Tensor]:
 _STORE = "mov.u32 %r3, memory; add.s32 %r4, %r3, %r2; st.shared.b32 [%r4], %r1;"
 _FROM_OTHER_WARP = "xor.b32 %r5, %r4, 128; ld.shared.b32 %r6, [%r5]; st.global.b32 [%rd3], %r6;"
 _FROM_OTHER_LANE = "xor.b32 %r5, %r4, 4; ld.shared.b32 %r6, [%r5]; st.global.b32 [%rd3], %r6;"
-_COPY = "mov.u32 %r3, memory; shl.b32 %r7, %r1, 2; add.s32 %r4, %r3, %r7; cp.async.ca.shared.global [%r4], [%rd3], 4; cp.async.commit_group;"
+_COPY = """
+  mov.u32 %r3, memory;
+  add.s32 %r4, %r3, %r2;
+  cp.async.ca.shared.global [%r4], [%rd3], 4;
+  cp.async.commit_group;
+"""
 _LOAD_COPIED = "ld.shared.b32 %r6, [%r4]; st.global.b32 [%rd3], %r6;"
-_INIT = "mov.u32 %r3, memory; setp.eq.b32 %p1, %r1, 0; @%p1 mbarrier.init.shared::cta.b64 [%r3], 1; bar.sync 0;"
-_WAIT = "{ .reg .pred done; again: mbarrier.try_wait.parity.shared.b64 done, [%r3], 0; @!done bra.uni again; }"
+_INIT = """
+  mov.u32 %r3, memory;
+  setp.eq.b32 %p1, %r1, 0;
+  @%p1 mbarrier.init.shared::cta.b64 [%r3], 1;
+  bar.sync 0;
+"""
+_WAIT = """{
+  .reg .pred done;
+  again: mbarrier.try_wait.parity.shared.b64 done, [%r3], 0;
+  @!done bra.uni again;
+}"""
 
 RIGHT = {
     "barrier": _STORE + "bar.sync 0;" + _FROM_OTHER_WARP,
@@ -234,15 +258,24 @@ RIGHT = {
 WRONG = {
     "no barrier": (_STORE + _FROM_OTHER_WARP, {"race", "uninitialised"}),
     "no warp barrier": (_STORE + _FROM_OTHER_LANE, {"warp-race"}),
-    "nothing written": ("mov.u32 %r3, memory;" + _FROM_OTHER_LANE.replace("%r4", "%r3"), {"uninitialised"}),
+    "nothing written": (
+        "mov.u32 %r3, memory;" + _FROM_OTHER_LANE.replace("%r4", "%r3"),
+        {"uninitialised"},
+    ),
     "undefined register": ("st.global.b32 [%rd3], %r9;", {"uninitialised"}),
     "copy not waited for": (_COPY + _LOAD_COPIED, {"async-read", "uninitialised"}),
     "copy waited for too early": (
         _COPY + "cp.async.wait_group 1;" + _LOAD_COPIED,
         {"async-read", "uninitialised"},
     ),
-    "copy overwritten": (_COPY + "st.shared.b32 [%r4], %r1; cp.async.wait_group 0;", {"async-write"}),
-    "outside of shared memory": ("mov.u32 %r3, memory; ld.shared.b32 %r6, [%r3+1024];", {"shared-bounds"}),
+    "copy overwritten": (
+        _COPY + "st.shared.b32 [%r4], %r1; cp.async.wait_group 0;",
+        {"async-write"},
+    ),
+    "outside of shared memory": (
+        "mov.u32 %r3, memory; ld.shared.b32 %r6, [%r3+1024];",
+        {"shared-bounds"},
+    ),
     "misaligned": ("mov.u32 %r3, memory; st.shared.b32 [%r3+2], %r1;", {"misaligned"}),
     "barrier in a branch": (
         "setp.lt.u32 %p1, %r1, 5; @%p1 bra past; bar.sync 0; past: bar.sync 0;",
@@ -270,7 +303,7 @@ def test_nothing_is_found_where_nothing_is_wrong(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", WRONG)
-def test_faults_are_found(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_faults_are_found(name: str) -> None:
     body, kinds = WRONG[name]
     findings, _ = written(body)
     assert {finding.kind for finding in findings} == kinds
@@ -318,7 +351,10 @@ def test_what_is_not_known_is_refused(instruction: str, named: str) -> None:
 
 def test_device_made_tensor_maps_are_refused() -> None:
     x, y = torch.randn(64, 64), torch.empty(64, 64)
-    with launches.compiled_for(90), pytest.raises(Unsupported, match="copy_tile_kernel on sm_90: scratch"):
+    with (
+        launches.compiled_for(90),
+        pytest.raises(Unsupported, match="copy_tile_kernel on sm_90: scratch"),
+    ):
         toy_kernels.copy_tile_kernel[(2, 2)](x, y, 64, 64, BLOCK_M=32, BLOCK_N=32)
 
 
@@ -326,9 +362,9 @@ def test_every_accepted_form_of_arithmetic_is_executed() -> None:
     """No form is accepted that the machine does not have."""
     library = machine._library()
     special = {
-        "cvta", "mov", "selp", "setp", "ld", "st", "cp", "shfl", "vote", "mma", "wgmma", "bra", "ret",
-        "exit", "trap", "bar", "barrier", "fence", "mbarrier", "ldmatrix", "stmatrix", "elect",
-        "lop3", "redux",
+        "cvta", "mov", "selp", "setp", "ld", "st", "cp", "shfl", "vote", "mma", "wgmma", "bra",
+        "ret", "exit", "trap", "bar", "barrier", "fence", "mbarrier", "ldmatrix", "stmatrix",
+        "elect", "lop3", "redux",
     }  # fmt: skip
     checked = 0
     for base, forms in instructions.FORMS.items():
@@ -351,7 +387,12 @@ def test_every_accepted_form_of_arithmetic_is_executed() -> None:
 
 # Launches whose mutants are cheap: loads by cp.async and mma.sync; bulk copies and wgmma;
 # reductions in shared memory.
-_SMALL = [(80, "attention-bfloat16"), (90, "mlp-float16"), (90, "linear-float16-splits"), (80, "layer_norm-float32")]
+_SMALL = [
+    (80, "attention-bfloat16"),
+    (90, "mlp-float16"),
+    (90, "linear-float16-splits"),
+    (80, "layer_norm-float32"),
+]
 _LARGE = [(sm, each.name) for each in test_ptx_kernels.CASES for sm in each.capabilities]
 
 

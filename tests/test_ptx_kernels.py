@@ -14,8 +14,8 @@ from typing import Any
 import parity
 import pytest
 import torch
-from torch import Tensor
 from tools.ptx import coverage, launches, machine
+from torch import Tensor
 
 from fastgpt.kernels import fused, reference
 
@@ -37,7 +37,9 @@ class Case:
 CASES: list[Case] = []
 
 
-def case(name: str, run: Callable[..., None], *args: Any, sm: tuple[int, ...] = (80, 90), **options: Any) -> None:
+def case(
+    name: str, run: Callable[..., None], *args: Any, sm: tuple[int, ...] = (80, 90), **options: Any
+) -> None:
     CASES.append(Case(name, partial(run, *args, **options), sm))
 
 
@@ -58,7 +60,9 @@ def _tf32() -> Iterator[None]:
 # ----------------------------------------------------------------------------------- attention
 
 
-def _attention(dtype: torch.dtype, head_size: int, length: int, documents: bool = False, **options: Any) -> None:
+def _attention(
+    dtype: torch.dtype, head_size: int, length: int, documents: bool = False, **options: Any
+) -> None:
     """Packed, with two heads."""
     if documents:
         starts = torch.zeros(1, length, dtype=torch.int32)
@@ -101,7 +105,15 @@ def _decode(dtype: torch.dtype, head_size: int) -> None:
 
 
 case("attention-float32", _attention, FLOAT32, 16, 70)
-case("attention-float32-documents-dropout", _attention, FLOAT32, 16, 40, documents=True, dropout_p=0.2)
+case(
+    "attention-float32-documents-dropout",
+    _attention,
+    FLOAT32,
+    16,
+    40,
+    documents=True,
+    dropout_p=0.2,
+)
 case("attention-float16-full", _attention, FLOAT16, 48, 70, causal=False)
 case("attention-bfloat16", _attention, BFLOAT16, 32, 100)
 case("attention-bfloat16-documents", _attention, BFLOAT16, 16, 100, documents=True)
@@ -140,7 +152,9 @@ def _residual(dtype: torch.dtype, columns: int, biases: tuple[str, ...], **optio
     def op(module: Any) -> Callable[..., Tensor]:
         def both(residual: Tensor, delta: Tensor, weight: Tensor, *values: Tensor) -> Tensor:
             named = dict(zip(biases, values, strict=True))
-            return torch.stack(module.residual_layer_norm(residual, delta, weight, **named, **options))
+            return torch.stack(
+                module.residual_layer_norm(residual, delta, weight, **named, **options)
+            )
 
         return both
 
@@ -152,7 +166,9 @@ def _residual(dtype: torch.dtype, columns: int, biases: tuple[str, ...], **optio
 def _embedding(dtype: torch.dtype, documents: bool = False, **options: Any) -> None:
     idx = torch.randint(50, (3, 40))
     if documents:
-        options["starts"] = torch.arange(40, dtype=torch.int32).div(15, rounding_mode="floor").mul(15).expand(3, -1)
+        options["starts"] = (
+            torch.arange(40, dtype=torch.int32).div(15, rounding_mode="floor").mul(15).expand(3, -1)
+        )
     if options.get("dropout_p"):
         options["seed"] = _seed()
     inputs = [torch.randn(50, 72).to(dtype), torch.randn(64, 72).to(dtype)]
@@ -179,7 +195,9 @@ case("embedding-bfloat16", _embedding, BFLOAT16)
 # ------------------------------------------------------------------------- products and losses
 
 
-def _mlp(dtype: torch.dtype, rows: int, bias: bool, approximate: str, recompute: bool = False) -> None:
+def _mlp(
+    dtype: torch.dtype, rows: int, bias: bool, approximate: str, recompute: bool = False
+) -> None:
     shapes = [(rows, 72), (136, 72), (136,), (72, 136)]
     x, weight, fc_bias, proj = (torch.randn(shape).mul(0.3).to(dtype) for shape in shapes)
     inputs = [x, weight, fc_bias, proj] if bias else [x, weight, proj]
@@ -219,7 +237,9 @@ def _loss(dtype: torch.dtype, n_vocab: int, **options: Any) -> None:
     parity.assert_parity(kernel, plain, plain, inputs, torch.tensor(1.0), ["x", "weight"])
 
 
-def _of_targets(loss: Callable[..., Tensor], targets: Tensor, options: Any, x: Tensor, w: Tensor) -> Tensor:
+def _of_targets(
+    loss: Callable[..., Tensor], targets: Tensor, options: Any, x: Tensor, w: Tensor
+) -> Tensor:
     return loss(x, w, targets, **options)
 
 
@@ -311,7 +331,12 @@ _NEVER = {
         *(
             f"fp8_kernels.py, {way}: {test}"
             for way in ("then", "else")
-            for test in ("if ROWS", "if COLUMNS", "if SUMS", "if tl.program_id(0) == 0 and tl.program_id(1) == 0")
+            for test in (
+                "if ROWS",
+                "if COLUMNS",
+                "if SUMS",
+                "if tl.program_id(0) == 0 and tl.program_id(1) == 0",
+            )
         ),
     },
     90: {f"gemm_kernels.py, else: {test}" for test in _TMA},
@@ -332,7 +357,7 @@ _FP8_KERNELS = {"_amax_kernel", "_quantise_kernel", "_transpose_kernel"}
 
 @pytest.mark.parametrize("capability", CAPABILITIES)
 def test_the_cases_are_all_there_is(capability: int) -> None:
-    """Every kernel in every dtype, every branch both ways, unless the tables above say otherwise."""
+    """Every kernel in every dtype, every branch both ways, but for what the tables above say."""
     names, outcomes = coverage.branches(Path(reference.__file__).parent)
     with coverage.lowering(capability) as covered:
         for each in CASES:
@@ -347,4 +372,3 @@ def test_the_cases_are_all_there_is(capability: int) -> None:
     for name in kernels:
         seen = set().union(*covered.dtypes[name])
         assert seen >= _DTYPES.get(name, {"fp32", "fp16", "bf16"}), name
-

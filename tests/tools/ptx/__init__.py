@@ -6,6 +6,6 @@
         layer_norm(x, weight)  # launches on CPU tensors run as PTX for sm_90
 
 ``parser`` reads PTX, ``instructions`` says what each instruction and each of its modifiers means,
-``machine`` builds and drives the C++ program that executes them, ``launches`` compiles what a kernel
-is launched with and lays out its parameters.
+``machine`` builds and drives the C++ program that executes them, ``launches`` compiles kernels for
+their arguments and lays out the parameters. ``coverage`` and ``mutations`` measure what tests see.
 """

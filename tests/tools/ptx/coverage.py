@@ -38,7 +38,10 @@ class Outcome:
     def __str__(self) -> str:
         """As in "gemm_kernels.py, then: if TMA"."""
         for node in ast.walk(ast.parse(Path(self.path).read_text())):
-            if isinstance(node, _Branch) and (node.lineno, node.col_offset) == (self.line, self.column):
+            if isinstance(node, _Branch) and (node.lineno, node.col_offset) == (
+                self.line,
+                self.column,
+            ):
                 test = ast.unparse(node.test)
                 whole = f"if {test}" if isinstance(node, ast.If) else ast.unparse(node)
                 return f"{Path(self.path).name}, {self.way}: {whole}"
@@ -53,7 +56,7 @@ class Coverage:
 
 
 def branches(folder: Path) -> tuple[set[str], set[Outcome]]:
-    """The names of the jit functions in a folder's files, and each way of each of their branches."""
+    """The names of the jit functions of a folder, and each way of each of their branches."""
     names: set[str] = set()
     outcomes: set[Outcome] = set()
     for path in sorted(folder.glob("*.py")):

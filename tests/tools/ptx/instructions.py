@@ -26,8 +26,8 @@ _HALF = "f16|f16x2|bf16|bf16x2"
 _MEMORY = "b8|b16|b32|b64|s8|u8|s16|u16|s32|u32|s64|u64|f32|f64"
 _CACHE = "(L1::evict_first|L1::evict_last|L1::no_allocate)"  # speed alone
 # To nearest even is what an instruction does that names no rounding.
-_FLOAT = [f"(rn) [ftz] f32", "(rn) f64", f"(rn) {_HALF}"]
-_EXTREME = [_INT, "relu s32", "[ftz] [NaN] f32", "f64", _HALF]
+_FLOAT = ["(rn) [ftz] f32", "(rn) f64", f"(rn) {_HALF}"]
+_EXTREME = [_INT, "relu s32", "[ftz] [NaN] f32", "[ftz] xorsign abs f32", "f64", _HALF]
 _SIGN = ["s16|s32|s64", "[ftz] f32", "f64", _HALF]
 _ORDERED, _UNORDERED = "eq|ne|lt|le|gt|ge", "equ|neu|ltu|leu|gtu|geu|num|nan"
 
@@ -40,7 +40,9 @@ FORMS: dict[str, list[str]] = {
     "fma": ["(rn) [ftz] f32", "(rn) f64", f"(rn) {_HALF}"],
     "div": [_INT, "full|rn [ftz] f32", "rn f64"],
     "rem": [_INT],
-    "min": _EXTREME,  # relu: at least 0. NaN: of a number and NaN, NaN
+    # relu: at least 0. NaN: of a number and NaN, NaN. xorsign.abs: of the sizes, with the sign of
+    # the product.
+    "min": _EXTREME,
     "max": _EXTREME,
     "neg": _SIGN,
     "abs": _SIGN,
@@ -121,8 +123,14 @@ FORMS: dict[str, list[str]] = {
     "mma": [
         f"sync aligned m16n8{k} row col f32 {t} {t} f32"
         for k, t in (
-            ("k8", "f16"), ("k8", "bf16"), ("k16", "f16"), ("k16", "bf16"), ("k4", "tf32"),
-            ("k8", "tf32"), ("k32", "e4m3"), ("k32", "e5m2"),
+            ("k8", "f16"),
+            ("k8", "bf16"),
+            ("k16", "f16"),
+            ("k16", "bf16"),
+            ("k4", "tf32"),
+            ("k8", "tf32"),
+            ("k32", "e4m3"),
+            ("k32", "e5m2"),
         )
     ],  # fmt: skip
     "wgmma": [

@@ -42,7 +42,10 @@ class PtxError(AssertionError):
 
     def __init__(self, launch: str, findings: list[Finding]) -> None:
         first = {(finding.kind, finding.source): finding for finding in reversed(findings)}
-        lines = [f"{launch}: {len(findings)} findings, of each kind and line the first", *first.values()]
+        lines = [
+            f"{launch}: {len(findings)} findings, of each kind and line the first",
+            *first.values(),
+        ]
         super().__init__("\n".join(map(str, lines)))
         self.findings = findings
 
@@ -193,7 +196,7 @@ class Parameters:
 # -------------------------------------------------------------------------------------- running
 
 
-@functools.cache
+@functools.lru_cache(maxsize=256)  # some 5 MB each
 def _kernel(ptx: str, num_warps: int, shared_bytes: int) -> Kernel:
     return Kernel(ptx, num_warps, shared_bytes)
 

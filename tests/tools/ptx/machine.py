@@ -13,6 +13,7 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -127,10 +128,15 @@ class Kernel:
         program = parse(ptx)
         self.name, self.parameter_bytes = program.name, program.parameter_bytes
         translation = translate(program)
-        self.rows = translation.rows
+        # For reports: of each step its line of the PTX, its source, its text.
+        self._places = [
+            (row.statement.line, row.statement.source, row.statement.text)
+            for row in translation.rows
+        ]
         numbers: dict[str, int] = {}
-        rows, operands = [], []
-        for row in self.rows:
+        rows: list[tuple[Any, ...]] = []
+        operands: list[int] = []
+        for row in translation.rows:
             number = numbers.setdefault(row.operation, len(numbers))
             immediates = (*row.immediates, 0, 0, 0, 0)[:4]
             rows.append(
@@ -192,13 +198,11 @@ class Kernel:
     def executed_lines(self) -> set[int]:
         """Lines of the PTX that the last run executed."""
         hits = self.library.ptx_hits(self._handle)
-        return {row.statement.line for k, row in enumerate(self.rows) if hits[k]}
+        return {line for k, (line, _, _) in enumerate(self._places) if hits[k]}
 
     def _finding(self, k: int) -> Finding:
         buffer = ctypes.create_string_buffer(2048)
         self.library.ptx_report(self._handle, ctypes.c_int64(k), buffer, ctypes.c_int64(2048))
         kind, instruction, times, message = buffer.value.decode().split("\t", 3)
-        statement = self.rows[min(int(instruction), len(self.rows) - 1)].statement
-        return Finding(
-            kind, message, int(times), statement.text[:160], statement.line, statement.source
-        )
+        line, source, text = self._places[min(int(instruction), len(self._places) - 1)]
+        return Finding(kind, message, int(times), text[:160], line, source)

@@ -45,8 +45,8 @@ MUTATIONS = [
     Mutation(
         "bar.sync deleted",
         r"bar\.sync[^;]*;",
-        harmless="Triton sets more than it needs: around the setting up of mbarriers and the issue of "
-        "bulk copies, which one thread does; before the end; between the parts of a reduction that "
+        harmless="Triton sets more than it needs: around what one thread alone does, to set up "
+        "mbarriers and to issue bulk copies; before the end; between the parts of a reduction that "
         "one warp makes alone; on the way out of a loop.",
     ),
     Mutation(
@@ -111,14 +111,14 @@ MUTATIONS = [
         "shuffle of another distance",
         r"(shfl\.sync\.bfly\.b32[^;]*, )(\d+)(, 31, -1;)",
         _other_bit(1),
-        harmless="the lanes hold copies of one value; or distances 3 and 1 reach the same four lanes "
-        "as 2 and 1, whose maximum does not depend on the order.",
+        harmless="the lanes hold copies of one value; or distances 3 and 1 reach the same four "
+        "lanes as 2 and 1, whose maximum does not depend on the order.",
     ),
     Mutation(
         "another swizzle",
         r"(xor\.b32\s+%r\d+, %r\d+, )(\d+)(;)",
         _other_bit(16),
-        harmless="where both ends of a round trip through shared memory take their address from it.",
+        harmless="where a store and the loads of what it stored both take their address from it.",
     ),
     Mutation("ldmatrix not transposed", r"\.trans\.shared", ".shared"),
     Mutation(
@@ -207,7 +207,9 @@ def _mutants(recording: Recording, mutation: Mutation, most: int) -> Iterator[tu
         for found in re.finditer(mutation.pattern, ptx)
         if ptx.count("\n", 0, found.start()) + 1 in recording.lines
     ]
-    chosen = {round(k * (len(places) - 1) / max(1, most - 1)) for k in range(min(most, len(places)))}
+    chosen = {
+        round(k * (len(places) - 1) / max(1, most - 1)) for k in range(min(most, len(places)))
+    }
     for k in sorted(chosen):
         found = places[k]
         new = (

@@ -53,9 +53,7 @@ _TOKEN = re.compile(
     )""",
     re.VERBOSE,
 )
-_OPERAND = re.compile(
-    r"\{[^{}]*\}|\[(?:[^\[\]{}]|\{[^{}]*\})*\]|[^,\s|]+(?:\s*\|\s*[^,\s|]+)?"
-)
+_OPERAND = re.compile(r"\{[^{}]*\}|\[(?:[^\[\]{}]|\{[^{}]*\})*\]|[^,\s|]+(?:\s*\|\s*[^,\s|]+)?")
 _PARAMETER = re.compile(
     r"""\.param\s+(?:\.align\s+(?P<align>\d+)\s+)?\.(?P<type>\w+)
         (?:\s+\.ptr(?:\s+\.\w+)*(?:\s+\.align\s+\d+)?)?\s+(?P<name>\w+)(?:\[(?P<count>\d+)\])?""",

@@ -117,6 +117,13 @@ void add_floats(Table& t) {
   add_f32(t, "max", [](f32 a, f32 b) { return maximum(a, b); });
   add_f32(t, "min.NaN", [](f32 a, f32 b) { return a != a || b != b ? quiet_nan<f32>() : minimum(a, b); });
   add_f32(t, "max.NaN", [](f32 a, f32 b) { return a != a || b != b ? quiet_nan<f32>() : maximum(a, b); });
+  // The sign is the product's, the size the smaller or larger one.
+  add_f32(t, "min.xorsign.abs", [](f32 a, f32 b) {
+    return std::copysign(minimum(std::fabs(a), std::fabs(b)), std::signbit(a) == std::signbit(b) ? 1.f : -1.f);
+  });
+  add_f32(t, "max.xorsign.abs", [](f32 a, f32 b) {
+    return std::copysign(maximum(std::fabs(a), std::fabs(b)), std::signbit(a) == std::signbit(b) ? 1.f : -1.f);
+  });
   add_f32(t, "div.rn", [](f32 a, f32 b) { return a / b; });
   add_f32(t, "div.full", [](f32 a, f32 b) { return divide_full(a, b); });
   add_f32(t, "rcp.rn", [](f32 a) { return 1 / a; });
