@@ -11,7 +11,7 @@ import pytest
 import test_ptx_kernels
 import torch
 import toy_kernels
-from tools.ptx import instructions, launches, machine, mutations
+from tools.ptx import forms, launches, machine, mutations
 from tools.ptx.launches import PtxError
 from tools.ptx.machine import Finding, Kernel
 from tools.ptx.parser import Unsupported
@@ -367,11 +367,11 @@ def test_every_accepted_form_of_arithmetic_is_executed() -> None:
         "elect", "lop3", "redux",
     }  # fmt: skip
     checked = 0
-    for base, forms in instructions.FORMS.items():
-        for form in forms if base not in special else []:
+    for base, accepted in forms.FORMS.items():
+        for form in accepted if base not in special else []:
             slots = [
                 [*alternatives, *([None] if how == "[" else [])]
-                for how, alternatives in instructions._slots(form)
+                for how, alternatives in forms.slots(form)
                 if how != "("
             ]
             for words in itertools.product(*slots):

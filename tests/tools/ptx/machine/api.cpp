@@ -40,9 +40,9 @@ extern "C" {
 
 int ptx_knows(const char* operation) { return table().count(operation); }
 
-Machine* ptx_new(const char* const* names, const Row* rows, s64 n_rows, const s32* operands, s64 n_operands,
-                 const Register* registers, s64 n_registers, s64 n_warps, s64 shared_bytes, s64 shared_shift,
-                 s64 global_shift) {
+Machine* ptx_new(const char* const* names, const Row* rows, s64 n_rows, const s32* operands,
+                 s64 n_operands, const Register* registers, s64 n_registers, s64 n_warps,
+                 s64 shared_bytes, s64 shared_shift, s64 global_shift) {
   auto* m = new Machine{};
   m->operands.assign(operands, operands + n_operands);
   m->n_warps = n_warps, m->shared_bytes = shared_bytes;
@@ -50,8 +50,13 @@ Machine* ptx_new(const char* const* names, const Row* rows, s64 n_rows, const s3
   lay_out(*m, registers, n_registers);
   for (s64 k = 0; k < n_rows; k++) {
     const Row& row = rows[k];
-    Instruction i{table().at(names[row.operation]), m->operands.data() + row.first_operand, s32(row.count),
-                  s32(row.guard), row.negated != 0, s32(row.target), {}};
+    Instruction i{table().at(names[row.operation]),
+                  m->operands.data() + row.first_operand,
+                  s32(row.count),
+                  s32(row.guard),
+                  row.negated != 0,
+                  s32(row.target),
+                  {}};
     std::memcpy(i.imm, row.imm, sizeof i.imm);
     m->code.push_back(i);
   }
@@ -89,7 +94,8 @@ void ptx_report(const Machine* m, s64 k, char* out, s64 size) {
   auto at = m->reports.begin();
   std::advance(at, k);
   const auto& [place, found] = *at;
-  std::string line = place.first + text("\t%d\t%llu\t", place.second, (unsigned long long)found.times);
+  std::string line =
+      place.first + text("\t%d\t%llu\t", place.second, (unsigned long long)found.times);
   std::snprintf(out, size, "%s%s", line.c_str(), found.message.c_str());
 }
 }

@@ -39,13 +39,15 @@ void release(Cta& cta, CtaBarrier& b) {
 
 // Operands, both optional: the barrier's number, the threads it waits for.
 void bar_sync(Warp& w, const Instruction& i) {
-  if (w.active != w.live) report(w, "divergence", text("bar.sync with lanes %08x of %08x", w.active, w.live));
+  if (w.active != w.live)
+    report(w, "divergence", text("bar.sync with lanes %08x of %08x", w.active, w.live));
   int lane = std::countr_zero(w.active);
   u32 id = i.count > 0 ? u32(number(w, i.op[0], lane)) : 0;
   u32 threads = i.count > 1 ? u32(number(w, i.op[1], lane)) : w.machine->n_warps * 32;
   CtaBarrier& b = w.cta->barriers[id];
   if (threads % 32) report(w, "barrier", text("%u threads, no multiple of 32", threads));
-  if (b.expected && b.expected != threads) report(w, "barrier", "warps disagree about the threads it waits for");
+  if (b.expected && b.expected != threads)
+    report(w, "barrier", "warps disagree about the threads it waits for");
   b.expected = threads, b.arrived += 32;
   b.warps.push_back(w.id);
   w.state = State::AT_BARRIER;
@@ -82,7 +84,8 @@ void init(Warp& w, const Instruction& i) {
   if (b.valid) report(w, "mbarrier", "initialised while it is valid");
   int agent = is_new ? w.machine->n_warps + w.cta->n_mbarrier_agents++ : b.agent;
   if (agent >= MAX_AGENTS) {
-    report(w, "mbarrier", text("more of them than the machine follows, %d", MAX_AGENTS - w.machine->n_warps));
+    report(w, "mbarrier",
+           text("more of them than the machine follows, %d", MAX_AGENTS - w.machine->n_warps));
     w.machine->stopped = true;
     return;
   }

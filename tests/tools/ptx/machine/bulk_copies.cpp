@@ -68,7 +68,8 @@ struct Box {
 
   Box(Warp& w, const TensorMap& map, const s32* coordinates, u32 shared) : map(map) {
     u32 alignment = map.swizzle == NO_SWIZZLE ? 128 : 8 * swizzle_bytes(map.swizzle);
-    if (shared % alignment) report(w, "misaligned", text("a box at shared 0x%x, no multiple of %u", shared, alignment));
+    if (shared % alignment)
+      report(w, "misaligned", text("a box at shared 0x%x, no multiple of %u", shared, alignment));
     u32 row_bytes = map.box[0] * map.element_bytes, n_rows = 1;
     for (u32 d = 1; d < map.rank; d++) n_rows *= map.box[d];
     if (!in_shared(w, shared, n_rows * row_bytes)) {
@@ -84,8 +85,9 @@ struct Box {
         row += at * map.stride[d];
       }
       for (u32 x = 0; x < row_bytes; x += 16)
-        pieces.push_back({swizzled(shared + n * row_bytes + x, map.swizzle), std::min(16u, row_bytes - x),
-                          inside ? row : 0, s64(coordinates[0]) + x / map.element_bytes});
+        pieces.push_back({swizzled(shared + n * row_bytes + x, map.swizzle),
+                          std::min(16u, row_bytes - x), inside ? row : 0,
+                          s64(coordinates[0]) + x / map.element_bytes});
     }
   }
 
@@ -97,7 +99,8 @@ struct Box {
   }
 };
 
-bool get_coordinates(Warp& w, const Instruction& i, int first, const TensorMap& map, int lane, s32* out) {
+bool get_coordinates(Warp& w, const Instruction& i, int first, const TensorMap& map, int lane,
+                     s32* out) {
   if (i.count - first != int(map.rank)) {
     report(w, "tensor-map", text("%d coordinates for rank %u", i.count - first, map.rank));
     return false;
@@ -111,14 +114,17 @@ void load_lane(Warp& w, const Instruction& i, int lane) {
   u32 to = number(w, i.op[0], lane) + i.imm[0], barrier = number(w, i.op[2], lane) + i.imm[1];
   const TensorMap* map = tensor_map(w, number(w, i.op[1], lane));
   s32 coordinates[5];
-  if (!map || !find_mbarrier(w, barrier) || !get_coordinates(w, i, 3, *map, lane, coordinates)) return;
+  if (!map || !find_mbarrier(w, barrier) || !get_coordinates(w, i, 3, *map, lane, coordinates))
+    return;
   BulkLoad load{{}, {}, barrier, w.clock};
   Box box(w, *map, coordinates, to);
   for (const Piece& piece : box.pieces) {
     u8 data[16] = {};
     for (u32 x = 0; x < piece.bytes; x += map->element_bytes) {
       u64 address = box.address(piece, x);
-      Storage* storage = address ? find_global(w, address, map->element_bytes, lane, "a bulk copy reads") : nullptr;
+      Storage* storage =
+          address ? find_global(w, address, map->element_bytes, lane, "a bulk copy reads")
+                  : nullptr;
       if (!storage) continue;
       std::memcpy(data + x, reinterpret_cast<const void*>(address), map->element_bytes);
       read_global(w, *storage, address, map->element_bytes);
@@ -140,20 +146,25 @@ void store_lane(Warp& w, const Instruction& i, int lane) {
   Box box(w, *map, coordinates, number(w, i.op[1], lane) + i.imm[0]);
   for (const Piece& piece : box.pieces) {
     if (!read_shared(w, piece.shared, piece.bytes, NO_LANE, true))
-      report(w, "uninitialised", text("a bulk store reads shared 0x%x, where nothing was written", piece.shared));
+      report(w, "uninitialised",
+             text("a bulk store reads shared 0x%x, where nothing was written", piece.shared));
     begin_async_read(w, {piece.shared, piece.bytes});
     w.bulk_open.push_back({piece.shared, piece.bytes});
     for (u32 x = 0; x < piece.bytes; x += map->element_bytes) {
       u64 address = box.address(piece, x);
-      Storage* storage = address ? find_global(w, address, map->element_bytes, lane, "a bulk copy writes") : nullptr;
+      Storage* storage =
+          address ? find_global(w, address, map->element_bytes, lane, "a bulk copy writes")
+                  : nullptr;
       if (!storage) continue;
       write_global(w, *storage, address, map->element_bytes, false);
-      std::memcpy(reinterpret_cast<void*>(address), &w.cta->shared[piece.shared + x], map->element_bytes);
+      std::memcpy(reinterpret_cast<void*>(address), &w.cta->shared[piece.shared + x],
+                  map->element_bytes);
     }
   }
 }
 
-template <void (*F)(Warp&, const Instruction&, int)> void each_active_lane(Warp& w, const Instruction& i) {
+template <void (*F)(Warp&, const Instruction&, int)>
+void each_active_lane(Warp& w, const Instruction& i) {
   for (int k = 0; k < i.count; k++) require_defined(w, i.op[k], "an operand of a bulk copy");
   for (int l = 0; l < 32 && !w.machine->stopped; l++)
     if (w.runs(l)) F(w, i, l);

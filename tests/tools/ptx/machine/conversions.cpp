@@ -4,14 +4,16 @@
 namespace ptx {
 namespace {
 
-template <class T> T clamp_to(f64 whole) {  // a float beyond the integers becomes the last one
+template <class T>
+T clamp_to(f64 whole) {  // a float beyond the integers becomes the last one
   if (whole != whole) return 0;
   constexpr f64 LOW = f64(std::numeric_limits<T>::min()), HIGH = f64(std::numeric_limits<T>::max());
   if (whole <= LOW) return std::numeric_limits<T>::min();
   return whole >= HIGH ? std::numeric_limits<T>::max() : T(whole);
 }
 
-template <class D> void add_integer(Table& t, const std::string& d) {
+template <class D>
+void add_integer(Table& t, const std::string& d) {
   t["cvt." + d + ".u8"] = each_lane([](u8 a) { return D(a); });
   t["cvt." + d + ".s8"] = each_lane([](s8 a) { return D(a); });
   t["cvt." + d + ".u16"] = each_lane([](u16 a) { return D(a); });
@@ -24,8 +26,10 @@ template <class D> void add_integer(Table& t, const std::string& d) {
   t["cvt.rn.f64." + d] = each_lane([](D a) { return f64(a); });
   t["cvt.rzi." + d + ".f32"] = each_lane([](f32 a) { return clamp_to<D>(std::trunc(f64(a))); });
   t["cvt.rni." + d + ".f32"] = each_lane([](f32 a) { return clamp_to<D>(std::nearbyint(f64(a))); });
-  t["cvt.rzi." + d + ".f16"] = each_lane([](u16 a) { return clamp_to<D>(std::trunc(f64(Half::wide(a)))); });
-  t["cvt.rzi." + d + ".bf16"] = each_lane([](u16 a) { return clamp_to<D>(std::trunc(f64(Bfloat::wide(a)))); });
+  t["cvt.rzi." + d + ".f16"] =
+      each_lane([](u16 a) { return clamp_to<D>(std::trunc(f64(Half::wide(a)))); });
+  t["cvt.rzi." + d + ".bf16"] =
+      each_lane([](u16 a) { return clamp_to<D>(std::trunc(f64(Bfloat::wide(a)))); });
   t["cvt.rzi." + d + ".f64"] = each_lane([](f64 a) { return clamp_to<D>(std::trunc(a)); });
 }
 
@@ -34,13 +38,14 @@ u16 truncate_to_half(f32 f) {
   return std::fabs(half_to_float(rounded)) > std::fabs(f) ? rounded - 1 : rounded;
 }
 
-template <class H> void add_half(Table& t, const std::string& type) {
+template <class H>
+void add_half(Table& t, const std::string& type) {
   t["cvt.f32." + type] = each_lane([](u16 a) { return H::wide(a); });
   t["cvt.f64." + type] = each_lane([](u16 a) { return f64(H::wide(a)); });
   t["cvt.rn." + type + ".f32"] = each_lane([](f32 a) { return H::narrow(a); });
   t["cvt.rn." + type + ".f64"] = each_lane([](f64 a) { return H::narrow(round_to_odd(a)); });
-  t["cvt.rn." + type + "x2.f32"] = each_lane(
-      [](f32 high, f32 low) { return u32(H::narrow(high)) << 16 | H::narrow(low); });
+  t["cvt.rn." + type + "x2.f32"] =
+      each_lane([](f32 high, f32 low) { return u32(H::narrow(high)) << 16 | H::narrow(low); });
 }
 
 }  // namespace

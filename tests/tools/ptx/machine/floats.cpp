@@ -4,7 +4,8 @@
 namespace ptx {
 namespace {
 
-template <class T> void add_comparisons(Table& t, const char* type) {
+template <class T>
+void add_comparisons(Table& t, const char* type) {
   auto add = [&](const char* name, auto f) { t[text("setp.%s.%s", name, type)] = compare<T>(f); };
   add("eq", [](T a, T b) { return a == b; });
   add("ne", [](T a, T b) { return a < b || a > b; });
@@ -23,10 +24,14 @@ template <class T> void add_comparisons(Table& t, const char* type) {
   add("nan", [](T a, T b) { return a != a || b != b; });
 }
 
-template <class H, class F> bool on_wide(F f, u16 a, u16 b) { return f(H::wide(a), H::wide(b)); }
+template <class H, class F>
+bool on_wide(F f, u16 a, u16 b) {
+  return f(H::wide(a), H::wide(b));
+}
 
 // Operands 0 and 1 = f of the low and the high halves of operands 2 and 3.
-template <class H, class F> Operation compare_pairs(F) {
+template <class H, class F>
+Operation compare_pairs(F) {
   return [](Warp& w, const Instruction& i) {
     check_not_in_flight(w, i);
     const u32 *a = w.lanes<u32>(i.op[2]), *b = w.lanes<u32>(i.op[3]);
@@ -40,7 +45,8 @@ template <class H, class F> Operation compare_pairs(F) {
   };
 }
 
-template <class H> void add_half_comparisons(Table& t, const char* type) {
+template <class H>
+void add_half_comparisons(Table& t, const char* type) {
   auto add = [&](const char* name, auto f) {
     t[text("setp.%s.%s", name, type)] =
         compare<u16>([](u16 a, u16 b) { return on_wide<H>(decltype(f){}, a, b); });
@@ -58,7 +64,8 @@ template <class H> void add_half_comparisons(Table& t, const char* type) {
 
 // A float32 has more than twice a half's bits and two, so rounding its sum or product once more
 // rounds correctly; a fused product goes through float64.
-template <class H> void add_halves(Table& t, const std::string& type) {
+template <class H>
+void add_halves(Table& t, const std::string& type) {
   auto add = [&](const char* name, auto f) {
     t[name + ("." + type)] = each_lane(f);
     using F = decltype(f);
@@ -90,7 +97,8 @@ template <class H> void add_halves(Table& t, const std::string& type) {
 }
 
 // f, and as name.ftz with subnormal operands and results flushed to 0.
-template <class F> void add_f32(Table& t, const std::string& name, F f) {
+template <class F>
+void add_f32(Table& t, const std::string& name, F f) {
   t[name + ".f32"] = each_lane(f);
   if constexpr (std::is_invocable_v<F, f32>) {
     t[name + ".ftz.f32"] = each_lane([](f32 a) { return flush(F{}(flush(a))); });
@@ -102,7 +110,10 @@ template <class F> void add_f32(Table& t, const std::string& name, F f) {
   }
 }
 
-template <class T> T quiet_nan() { return std::numeric_limits<T>::quiet_NaN(); }
+template <class T>
+T quiet_nan() {
+  return std::numeric_limits<T>::quiet_NaN();
+}
 
 }  // namespace
 
@@ -115,14 +126,18 @@ void add_floats(Table& t) {
   add_f32(t, "abs", [](f32 a) { return std::fabs(a); });
   add_f32(t, "min", [](f32 a, f32 b) { return minimum(a, b); });
   add_f32(t, "max", [](f32 a, f32 b) { return maximum(a, b); });
-  add_f32(t, "min.NaN", [](f32 a, f32 b) { return a != a || b != b ? quiet_nan<f32>() : minimum(a, b); });
-  add_f32(t, "max.NaN", [](f32 a, f32 b) { return a != a || b != b ? quiet_nan<f32>() : maximum(a, b); });
+  add_f32(t, "min.NaN",
+          [](f32 a, f32 b) { return a != a || b != b ? quiet_nan<f32>() : minimum(a, b); });
+  add_f32(t, "max.NaN",
+          [](f32 a, f32 b) { return a != a || b != b ? quiet_nan<f32>() : maximum(a, b); });
   // The sign is the product's, the size the smaller or larger one.
   add_f32(t, "min.xorsign.abs", [](f32 a, f32 b) {
-    return std::copysign(minimum(std::fabs(a), std::fabs(b)), std::signbit(a) == std::signbit(b) ? 1.f : -1.f);
+    return std::copysign(minimum(std::fabs(a), std::fabs(b)),
+                         std::signbit(a) == std::signbit(b) ? 1.f : -1.f);
   });
   add_f32(t, "max.xorsign.abs", [](f32 a, f32 b) {
-    return std::copysign(maximum(std::fabs(a), std::fabs(b)), std::signbit(a) == std::signbit(b) ? 1.f : -1.f);
+    return std::copysign(maximum(std::fabs(a), std::fabs(b)),
+                         std::signbit(a) == std::signbit(b) ? 1.f : -1.f);
   });
   add_f32(t, "div.rn", [](f32 a, f32 b) { return a / b; });
   add_f32(t, "div.full", [](f32 a, f32 b) { return divide_full(a, b); });

@@ -6,7 +6,8 @@ namespace {
 
 using s128 = __int128;
 
-template <class T> void add_arithmetic(Table& t, const std::string& type) {
+template <class T>
+void add_arithmetic(Table& t, const std::string& type) {
   using U = std::make_unsigned_t<T>;
   constexpr int BITS = sizeof(T) * 8;
   auto add = [&](const char* name, auto f) { t[name + ("." + type)] = each_lane(f); };
@@ -32,8 +33,11 @@ template <class T> void add_arithmetic(Table& t, const std::string& type) {
   add("shr", [](T a, u32 n) { return n >= u32(BITS) ? T(a < 0 ? -1 : 0) : T(a >> n); });
 }
 
-template <class T> void add_comparisons(Table& t, const std::string& type) {
-  auto add = [&](const char* name, auto f) { t[text("setp.%s.%s", name, type.c_str())] = compare<T>(f); };
+template <class T>
+void add_comparisons(Table& t, const std::string& type) {
+  auto add = [&](const char* name, auto f) {
+    t[text("setp.%s.%s", name, type.c_str())] = compare<T>(f);
+  };
   add("eq", [](T a, T b) { return a == b; });
   add("ne", [](T a, T b) { return a != b; });
   add("lt", [](T a, T b) { return a < b; });
@@ -42,7 +46,8 @@ template <class T> void add_comparisons(Table& t, const std::string& type) {
   add("ge", [](T a, T b) { return a >= b; });
 }
 
-template <class T> void add_bits(Table& t, const std::string& type) {
+template <class T>
+void add_bits(Table& t, const std::string& type) {
   constexpr u32 BITS = sizeof(T) * 8;
   auto add = [&](const char* name, auto f) { t[name + ("." + type)] = each_lane(f); };
   add("and", [](T a, T b) { return T(a & b); });
@@ -130,12 +135,10 @@ void add_integers(Table& t) {
   t["prmt.b32"] = each_lane([](u32 a, u32 b, u32 s) { return permute(a, b, s); });
   t["popc.b32"] = each_lane([](u32 a) { return u32(std::popcount(a)); });
   t["clz.b32"] = each_lane([](u32 a) { return u32(std::countl_zero(a)); });
-  t["shf.l.wrap.b32"] = each_lane([](u32 low, u32 high, u32 n) {
-    return u32((u64(high) << 32 | low) << (n & 31) >> 32);
-  });
-  t["shf.r.wrap.b32"] = each_lane([](u32 low, u32 high, u32 n) {
-    return u32((u64(high) << 32 | low) >> (n & 31));
-  });
+  t["shf.l.wrap.b32"] = each_lane(
+      [](u32 low, u32 high, u32 n) { return u32((u64(high) << 32 | low) << (n & 31) >> 32); });
+  t["shf.r.wrap.b32"] =
+      each_lane([](u32 low, u32 high, u32 n) { return u32((u64(high) << 32 | low) >> (n & 31)); });
   t["lop3.b32"] = lop3;
 }
 

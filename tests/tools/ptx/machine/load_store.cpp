@@ -56,7 +56,8 @@ void load_global(Warp& w, const Instruction& i) {
     if (!w.runs(l)) continue;
     u8 data[32] = {};
     Storage* storage = nullptr;
-    if (is_aligned(w, a.address[l], a.bytes, l)) storage = find_global(w, a.address[l], a.bytes, l, "reads");
+    if (is_aligned(w, a.address[l], a.bytes, l))
+      storage = find_global(w, a.address[l], a.bytes, l, "reads");
     if (storage) {
       std::memcpy(data, reinterpret_cast<const void*>(a.address[l]), a.bytes);
       read_global(w, *storage, a.address[l], a.bytes);
@@ -86,7 +87,8 @@ void store_global(Warp& w, const Instruction& i) {
 bool shared_access(Warp& w, u64 address, u32 bytes, int lane, const char* access) {
   if (!is_aligned(w, address, bytes, lane)) return false;
   if (in_shared(w, address, bytes)) return true;
-  report(w, "shared-bounds", text("%s %u bytes at 0x%llx", access, bytes, (unsigned long long)address));
+  report(w, "shared-bounds",
+         text("%s %u bytes at 0x%llx", access, bytes, (unsigned long long)address));
   return false;
 }
 

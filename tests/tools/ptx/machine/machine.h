@@ -86,7 +86,7 @@ struct Machine {
 
   // What came of it
   std::map<std::pair<std::string, int>, Report> reports;  // by kind and instruction
-  std::vector<u64> hits;                                   // by instruction
+  std::vector<u64> hits;                                  // by instruction
   u64 executed = 0;
   bool stopped = false;  // by a finding after which nothing makes sense
 };
@@ -171,7 +171,10 @@ struct Warp {
   std::vector<SharedRange> bulk_open;
   std::deque<std::vector<SharedRange>> bulk_groups;
 
-  template <class T> T* lanes(int r) { return reinterpret_cast<T*>(words + machine->offsets[r]); }
+  template <class T>
+  T* lanes(int r) {
+    return reinterpret_cast<T*>(words + machine->offsets[r]);
+  }
   u32 predicate(int r) { return words[machine->offsets[r]]; }
   bool runs(int lane) const { return active >> lane & 1; }
 };

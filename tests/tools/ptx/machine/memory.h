@@ -1,5 +1,5 @@
-// Shared memory, the tensors' memory, and their shadows: who wrote a granule, by which proxy, who read
-// it, what is on its way there.
+// Shared memory, the tensors' memory, and their shadows: who wrote a granule, by which proxy, who
+// read it, what is on its way there.
 #pragma once
 #include "registers.h"
 

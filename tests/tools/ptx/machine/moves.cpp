@@ -4,7 +4,8 @@
 namespace ptx {
 namespace {
 
-template <class T> void add_move(Table& t, const std::string& type) {
+template <class T>
+void add_move(Table& t, const std::string& type) {
   t["mov." + type] = each_lane([](T a) { return a; });
   // Operand 0 = operand 3 ? operand 1 : operand 2
   t["selp." + type] = [](Warp& w, const Instruction& i) {
@@ -18,7 +19,8 @@ template <class T> void add_move(Table& t, const std::string& type) {
   };
 }
 
-template <class F> Operation on_predicates(F) {
+template <class F>
+Operation on_predicates(F) {
   return [](Warp& w, const Instruction& i) {
     u32 a = w.predicate(i.op[1]), b = i.count > 2 ? w.predicate(i.op[2]) : 0;
     u32 defined = w.defined[i.op[1]] & (i.count > 2 ? w.defined[i.op[2]] : ALL_LANES);
@@ -64,9 +66,21 @@ void special_register(Warp& w, const Instruction& i) {
   const Machine& m = *w.machine;
   for (int l = 0; l < 32; l++) {
     if (!w.runs(l)) continue;
-    u32 values[] = {u32(w.id * 32 + l), 0, 0, w.cta->id[0], w.cta->id[1], w.cta->id[2],
-                    u32(m.n_warps * 32), 1, 1, m.grid[0], m.grid[1], m.grid[2],
-                    u32(l), u32(w.id), 0};
+    u32 values[] = {u32(w.id * 32 + l),
+                    0,
+                    0,
+                    w.cta->id[0],
+                    w.cta->id[1],
+                    w.cta->id[2],
+                    u32(m.n_warps * 32),
+                    1,
+                    1,
+                    m.grid[0],
+                    m.grid[1],
+                    m.grid[2],
+                    u32(l),
+                    u32(w.id),
+                    0};
     set_number(w, i.op[0], l, values[i.imm[0]]);
   }
   set_defined(w, i.op[0], ALL_LANES);
@@ -80,8 +94,8 @@ void parameter_address(Warp& w, const Instruction& i) {
   set_defined(w, i.op[0], ALL_LANES);
 }
 
-// Operands: result, the predicate if imm[1], value, which lane, bounds, mask. imm[0]: 0 idx, 1 bfly,
-// 2 up, 3 down.
+// Operands: result, the predicate if imm[1], value, which lane, bounds, mask. imm[0]: 0 idx, 1
+// bfly, 2 up, 3 down.
 void shuffle(Warp& w, const Instruction& i) {
   check_not_in_flight(w, i);
   const s32* in = i.op + 1 + i.imm[1];
@@ -123,7 +137,8 @@ void vote(Warp& w, const Instruction& i, u32 bits) {
 }
 
 // Operand 0 = operand 1 of the lanes, combined
-template <class T, class F> Operation reduce_lanes(F) {
+template <class T, class F>
+Operation reduce_lanes(F) {
   return [](Warp& w, const Instruction& i) {
     require_defined(w, i.op[1], "what is reduced");
     require_members(w, i.op[2], "redux.sync");

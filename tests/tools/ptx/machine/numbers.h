@@ -34,7 +34,7 @@ inline u16 float_to_half(f32 f) {  // to nearest even
   u16 sign = bits >> 16 & 0x8000;
   if (magnitude > 0x7f800000) return 0x7fff;
   if (magnitude >= 0x477ff000) return sign | 0x7c00;  // 65520 and more round to infinity
-  if (magnitude < 0x38800000)  // a subnormal is a multiple of 2^-24
+  if (magnitude < 0x38800000)                         // a subnormal is a multiple of 2^-24
     return sign | u16(std::nearbyintf(bit_cast<f32>(magnitude) * 0x1p24f));
   magnitude += 0xfff + (magnitude >> 13 & 1);
   return sign | u16((magnitude - (112u << 23)) >> 13);
@@ -71,7 +71,8 @@ inline f32 e5m2_to_float(u8 x) { return half_to_float(u16(x) << 8); }
 inline f32 e4m3_to_float(u8 x) {
   int exponent = x >> 3 & 15, mantissa = x & 7;
   if (exponent == 15 && mantissa == 7) return std::numeric_limits<f32>::quiet_NaN();
-  f32 value = exponent ? std::ldexp(1 + mantissa / 8.f, exponent - 7) : std::ldexp(mantissa / 8.f, -6);
+  f32 value =
+      exponent ? std::ldexp(1 + mantissa / 8.f, exponent - 7) : std::ldexp(mantissa / 8.f, -6);
   return x >> 7 ? -value : value;
 }
 
@@ -95,13 +96,15 @@ inline u8 float_to_e5m2(f32 f) { return float_to_fp8(f, 2, 15, 57344.f); }
 inline f32 flush(f32 x) { return std::fabs(x) < 0x1p-126f ? std::copysign(0.f, x) : x; }
 
 // The smaller or larger number; a NaN loses, and -0 is below +0.
-template <class T> T minimum(T a, T b) {
+template <class T>
+T minimum(T a, T b) {
   if (a != a) return b;
   if (b != b) return a;
   if (a == 0 && b == 0) return std::signbit(a) ? a : b;
   return a < b ? a : b;
 }
-template <class T> T maximum(T a, T b) {
+template <class T>
+T maximum(T a, T b) {
   if (a != a) return b;
   if (b != b) return a;
   if (a == 0 && b == 0) return std::signbit(a) ? b : a;
@@ -133,15 +136,9 @@ inline f32 exp2_approx(f32 a) {
 inline f32 rsqrt_approx(f32 a) {
   return approximate(1 / std::sqrt(f64(a)), bit_cast<u32>(a), std::exp2(-22.4));
 }
-inline f32 sqrt_approx(f32 a) {
-  return approximate(std::sqrt(f64(a)), bit_cast<u32>(a), 0x1p-23);
-}
-inline f32 log2_approx(f32 a) {
-  return approximate(std::log2(f64(a)), bit_cast<u32>(a), 0x1p-22);
-}
-inline f32 tanh_approx(f32 a) {
-  return approximate(std::tanh(f64(a)), bit_cast<u32>(a), 0x1p-11);
-}
+inline f32 sqrt_approx(f32 a) { return approximate(std::sqrt(f64(a)), bit_cast<u32>(a), 0x1p-23); }
+inline f32 log2_approx(f32 a) { return approximate(std::log2(f64(a)), bit_cast<u32>(a), 0x1p-22); }
+inline f32 tanh_approx(f32 a) { return approximate(std::tanh(f64(a)), bit_cast<u32>(a), 0x1p-11); }
 
 // The reciprocal, correctly rounded or a neighbour within one unit in the last place.
 inline f32 reciprocal_approx(f32 b) {

@@ -8,14 +8,16 @@
 
 namespace ptx {
 
-template <class T> T get(const u32* words, int lane) {
+template <class T>
+T get(const u32* words, int lane) {
   if constexpr (sizeof(T) == 8) return bit_cast<T>(reinterpret_cast<const u64*>(words)[lane]);
   else if constexpr (sizeof(T) == 4) return bit_cast<T>(words[lane]);
   else if constexpr (sizeof(T) == 2) return bit_cast<T>(u16(words[lane]));
   else return bit_cast<T>(u8(words[lane]));
 }
 
-template <class T> void put(u32* words, int lane, T value) {
+template <class T>
+void put(u32* words, int lane, T value) {
   if constexpr (sizeof(T) == 8) reinterpret_cast<u64*>(words)[lane] = bit_cast<u64>(value);
   else if constexpr (sizeof(T) == 4) words[lane] = bit_cast<u32>(value);
   else if constexpr (sizeof(T) == 2) words[lane] = bit_cast<u16>(value);
@@ -59,7 +61,8 @@ inline void require_members(Warp& w, int mask, const char* what) {
   require_defined(w, mask, "a member mask");
   for (int l = 0; l < 32; l++)
     if (w.runs(l) && (w.lanes<u32>(mask)[l] & w.live) != w.active) {
-      report(w, "divergence", text("%s with lanes %08x of %08x", what, w.active, w.lanes<u32>(mask)[l]));
+      report(w, "divergence",
+             text("%s with lanes %08x of %08x", what, w.active, w.lanes<u32>(mask)[l]));
       return;
     }
 }
@@ -74,8 +77,10 @@ inline void set_defined(Warp& w, int r, u32 lanes) {
 
 // ------------------------------------------------------------- operations on one lane at a time
 
-template <class F> struct Signature : Signature<decltype(&F::operator())> {};
-template <class F, class R, class... A> struct Signature<R (F::*)(A...) const> {
+template <class F>
+struct Signature : Signature<decltype(&F::operator())> {};
+template <class F, class R, class... A>
+struct Signature<R (F::*)(A...) const> {
   using Result = R;
   using Arguments = std::tuple<A...>;
 };
@@ -97,7 +102,8 @@ void apply_lanes(Warp& w, const Instruction& i, std::tuple<A...>*, std::index_se
 }
 
 // The operation that writes f(operands 1, 2, ...) of each lane to operand 0.
-template <class F> Operation each_lane(F) {
+template <class F>
+Operation each_lane(F) {
   return [](Warp& w, const Instruction& i) {
     using S = Signature<F>;
     using Arguments = typename S::Arguments;
@@ -107,7 +113,8 @@ template <class F> Operation each_lane(F) {
 }
 
 // Operand 0 = f(operand 1, operand 2), f of a lane's values → bool.
-template <class T, class F> Operation compare(F) {
+template <class T, class F>
+Operation compare(F) {
   return [](Warp& w, const Instruction& i) {
     check_not_in_flight(w, i);
     const u32 *a = w.lanes<u32>(i.op[1]), *b = w.lanes<u32>(i.op[2]);

@@ -20,7 +20,8 @@ void report(Warp& w, const char* kind, const std::string& message) {
   auto [place, is_new] = w.machine->reports.try_emplace({kind, w.pc});
   if (is_new) {
     const u32* id = w.cta->id;
-    place->second.message = message + text(" [program %u, %u, %u, warp %d]", id[0], id[1], id[2], w.id);
+    place->second.message =
+        message + text(" [program %u, %u, %u, warp %d]", id[0], id[1], id[2], w.id);
   }
   place->second.times++;
 }
@@ -110,7 +111,8 @@ bool run_warps(Cta& cta, u32& random) {
     while (w.state == State::RUNNING && steps-- && !m.stopped) {
       step(w);
       if (m.executed >= m.instruction_limit) {
-        report(w, "endless", text("more than %llu instructions", (unsigned long long)m.instruction_limit));
+        report(w, "endless",
+               text("more than %llu instructions", (unsigned long long)m.instruction_limit));
         m.stopped = true;
       }
     }
@@ -120,8 +122,10 @@ bool run_warps(Cta& cta, u32& random) {
 }
 
 void report_unfinished(Warp& w) {
-  if (w.bulk_groups.size() || w.bulk_open.size()) report(w, "unfinished", "a bulk store was not waited for");
-  if (w.wgmma_groups.size() || w.wgmma_open.results.size()) report(w, "unfinished", "a wgmma was not waited for");
+  if (w.bulk_groups.size() || w.bulk_open.size())
+    report(w, "unfinished", "a bulk store was not waited for");
+  if (w.wgmma_groups.size() || w.wgmma_open.results.size())
+    report(w, "unfinished", "a wgmma was not waited for");
 }
 
 }  // namespace
@@ -154,7 +158,8 @@ void run_cta(Machine& m, u32 x, u32 y, u32 z) {
 
   u32 random = m.schedule + cta.number * 1000003;
   auto all_done = [&] {
-    return std::all_of(cta.warps.begin(), cta.warps.end(), [](Warp* w) { return w->state == State::DONE; });
+    return std::all_of(cta.warps.begin(), cta.warps.end(),
+                       [](Warp* w) { return w->state == State::DONE; });
   };
   while (!m.stopped && !all_done()) {
     if (run_warps(cta, random) || complete_bulk_load(cta)) continue;
@@ -163,7 +168,8 @@ void run_cta(Machine& m, u32 x, u32 y, u32 z) {
     m.stopped = true;
   }
   if (m.stopped) return;
-  while (complete_bulk_load(cta)) report(*cta.warps[0], "unfinished", "a bulk load was not waited for");
+  while (complete_bulk_load(cta))
+    report(*cta.warps[0], "unfinished", "a bulk load was not waited for");
   for (Warp* w : cta.warps) report_unfinished(*w);
 }
 

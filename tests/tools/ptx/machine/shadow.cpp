@@ -35,13 +35,19 @@ bool read_shared(Warp& w, u32 address, u32 bytes, int lane, bool async) {
     }
     bool other_agent = cell.agent != w.id;
     if (other_agent && w.clock[cell.agent] < cell.clock)
-      report(w, "race", text("reads shared 0x%x that agent %d wrote, with no barrier between", at, cell.agent));
-    if (!other_agent && !async && lane != NO_LANE && cell.lane != lane && cell.warp_epoch >= w.epoch)
-      report(w, "warp-race", text("lane %d reads shared 0x%x that lane %d wrote, with no barrier between",
-                                  lane, at, cell.lane));
+      report(
+          w, "race",
+          text("reads shared 0x%x that agent %d wrote, with no barrier between", at, cell.agent));
+    if (!other_agent && !async && lane != NO_LANE && cell.lane != lane &&
+        cell.warp_epoch >= w.epoch)
+      report(w, "warp-race",
+             text("lane %d reads shared 0x%x that lane %d wrote, with no barrier between", lane, at,
+                  cell.lane));
     if (async && !visible_to_async(w, cell))
-      report(w, "proxy", text("the async proxy reads shared 0x%x that st.shared wrote, with no "
-                              "fence.proxy.async between", at));
+      report(w, "proxy",
+             text("the async proxy reads shared 0x%x that st.shared wrote, with no "
+                  "fence.proxy.async between",
+                  at));
   }
   return holds_value;
 }
@@ -55,17 +61,23 @@ void check_shared_write(Warp& w, u32 address, u32 bytes, bool same, bool async) 
     if (cell.content == Content::COPY_UNDER_WAY)
       report(w, "async-write", text("writes shared 0x%x while a copy to it is under way", at));
     if (async && cell.content == Content::VALUE && !visible_to_async(w, cell))
-      report(w, "proxy", text("a bulk copy overwrites shared 0x%x that st.shared wrote, with no "
-                              "fence.proxy.async between", at));
+      report(w, "proxy",
+             text("a bulk copy overwrites shared 0x%x that st.shared wrote, with no "
+                  "fence.proxy.async between",
+                  at));
     if (same) continue;
     if (cell.content == Content::VALUE && cell.agent != w.id && w.clock[cell.agent] < cell.clock)
-      report(w, "race", text("writes shared 0x%x that agent %d wrote, with no barrier between", at, cell.agent));
+      report(
+          w, "race",
+          text("writes shared 0x%x that agent %d wrote, with no barrier between", at, cell.agent));
     if (cell.async_readers)
-      report(w, "async-overwrite", text("writes shared 0x%x while wgmma or a bulk copy reads it", at));
+      report(w, "async-overwrite",
+             text("writes shared 0x%x while wgmma or a bulk copy reads it", at));
     const u32* reads = &w.cta->reads[size_t(c) * n_warps];
     for (int k = 0; k < n_warps; k++)
       if (reads[k] > w.clock[k] && k != w.id)
-        report(w, "race", text("writes shared 0x%x that warp %d read, with no barrier between", at, k));
+        report(w, "race",
+               text("writes shared 0x%x that warp %d read, with no barrier between", at, k));
   }
 }
 
@@ -118,9 +130,11 @@ Storage* find_global(Warp& w, u64 address, u32 bytes, int lane, const char* acce
   for (const Storage& s : m.storages) {
     s64 distance = s64(address - s.base);
     if (distance > -(1 << 20) && distance < s64(s.size) + (1 << 20))
-      near += text(", %+lld from a tensor of %llu bytes", (long long)distance, (unsigned long long)s.size);
+      near += text(", %+lld from a tensor of %llu bytes", (long long)distance,
+                   (unsigned long long)s.size);
   }
-  report(w, "global-bounds", text("%s %u bytes in lane %d outside of every tensor", access, bytes, lane) + near);
+  report(w, "global-bounds",
+         text("%s %u bytes in lane %d outside of every tensor", access, bytes, lane) + near);
   return nullptr;
 }
 
@@ -130,7 +144,8 @@ void read_global(Warp& w, Storage& storage, u64 address, u32 bytes) {
   if (storage.cells.empty()) return;
   u32 me = w.cta->number + 1;
   int shift = w.machine->global_shift;
-  for (u64 c = (address - storage.base) >> shift; c <= (address + bytes - 1 - storage.base) >> shift; c++) {
+  for (u64 c = (address - storage.base) >> shift;
+       c <= (address + bytes - 1 - storage.base) >> shift; c++) {
     GlobalCell& cell = storage.cells[c];
     if (cell.writer && cell.writer != me)
       report(w, "global-race", text("reads what program %u wrote", cell.writer - 1));
@@ -145,7 +160,8 @@ void write_global(Warp& w, Storage& storage, u64 address, u32 bytes, bool same) 
   if (storage.cells.empty()) return;
   u32 me = w.cta->number + 1;
   int shift = w.machine->global_shift;
-  for (u64 c = (address - storage.base) >> shift; c <= (address + bytes - 1 - storage.base) >> shift; c++) {
+  for (u64 c = (address - storage.base) >> shift;
+       c <= (address + bytes - 1 - storage.base) >> shift; c++) {
     GlobalCell& cell = storage.cells[c];
     if (!same && cell.writer && cell.writer != me)
       report(w, "global-race", text("writes what program %u wrote", cell.writer - 1));
@@ -161,8 +177,9 @@ void write_global(Warp& w, Storage& storage, u64 address, u32 bytes, bool same) 
 
 bool is_aligned(Warp& w, u64 address, u32 bytes, int lane) {
   if (address % bytes == 0) return true;
-  report(w, "misaligned", text("%u bytes in lane %d at an address that is %llu more than a multiple", bytes,
-                               lane, (unsigned long long)(address % bytes)));
+  report(w, "misaligned",
+         text("%u bytes in lane %d at an address that is %llu more than a multiple", bytes, lane,
+              (unsigned long long)(address % bytes)));
   return false;
 }
 

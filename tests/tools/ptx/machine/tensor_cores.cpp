@@ -12,7 +12,8 @@ void mma(Warp& w, const Instruction& i) {
   require_converged(w, "mma.sync");
   int type = i.imm[0], k_size = i.imm[1], per = elements_a_word(type);
   int n_a = k_size / 2 / per, n_b = k_size / 4 / per;
-  const s32 *a_registers = i.op + 4, *b_registers = a_registers + n_a, *c_registers = b_registers + n_b;
+  const s32 *a_registers = i.op + 4, *b_registers = a_registers + n_a,
+            *c_registers = b_registers + n_b;
   u32 defined = ALL_LANES;
   for (int k = 4; k < i.count; k++) defined &= w.defined[i.op[k]];
 
@@ -29,7 +30,8 @@ void mma(Warp& w, const Instruction& i) {
   for (int r = 0; r < 4; r++) {
     for (int l = 0; l < 32; l++)
       w.lanes<f32>(i.op[r])[l] = c[l / 4 + 8 * (r / 2)][l % 4 * 2 + (r & 1)];
-    set_defined(w, i.op[r], defined == ALL_LANES ? ALL_LANES : 0);  // every sum has every lane's part
+    set_defined(w, i.op[r],
+                defined == ALL_LANES ? ALL_LANES : 0);  // every sum has every lane's part
   }
 }
 
@@ -68,7 +70,8 @@ void ldmatrix(Warp& w, const Instruction& i) {
       for (int column = 0; column < 8; column++) {
         Place place(row, column, i.imm[1]);
         values[m][place.lane] |= u32(elements[column]) << 16 * place.half;
-        if (!whole && !read_shared(w, address + 2 * column, 2, NO_LANE)) undefined[m] |= 1u << place.lane;
+        if (!whole && !read_shared(w, address + 2 * column, 2, NO_LANE))
+          undefined[m] |= 1u << place.lane;
       }
     }
   for (int m = 0; m < i.count - 1; m++) {

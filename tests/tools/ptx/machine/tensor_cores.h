@@ -28,8 +28,8 @@ inline f32 accumulate(f32 accumulator, f64 products) {
 
 // C (16, N) += A (16, K) B (K, N), `step` products at a time.
 template <int N_MAX>
-void multiply(f32 (&c)[16][N_MAX], const f32* a, int a_stride, const f32* b, int b_stride, int n, int k_size,
-              int step) {
+void multiply(f32 (&c)[16][N_MAX], const f32* a, int a_stride, const f32* b, int b_stride, int n,
+              int k_size, int step) {
   for (int row = 0; row < 16; row++)
     for (int k0 = 0; k0 < k_size; k0 += step) {
       f64 sums[N_MAX] = {};
@@ -40,7 +40,8 @@ void multiply(f32 (&c)[16][N_MAX], const f32* a, int a_stride, const f32* b, int
 }
 
 // Operand A of 16 rows in the lanes' registers: lane 4g + q has row g and, in odd registers, g + 8.
-inline void unpack_rows(Warp& w, const s32* registers, int n_registers, int type, f32* a, int stride) {
+inline void unpack_rows(Warp& w, const s32* registers, int n_registers, int type, f32* a,
+                        int stride) {
   int per = elements_a_word(type);
   for (int r = 0; r < n_registers; r++) {
     const u32* words = w.lanes<u32>(registers[r]);

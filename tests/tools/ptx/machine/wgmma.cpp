@@ -78,7 +78,13 @@ void require_fenced(Warp& w, s32 r, const char* what) {
     report(w, "wgmma-fence", text("%s was written after the last wgmma.fence", what));
 }
 
-enum Flags { A_IN_REGISTERS = 1, A_TRANSPOSED = 2, B_TRANSPOSED = 4, D_IS_ZERO = 8, D_BY_PREDICATE = 16 };
+enum Flags {
+  A_IN_REGISTERS = 1,
+  A_TRANSPOSED = 2,
+  B_TRANSPOSED = 4,
+  D_IS_ZERO = 8,
+  D_BY_PREDICATE = 16
+};
 
 // D (64, N) = A (64, K) B (K, N) [+ D], of which a warp has 16 rows. Operands: D, A as 4 registers
 // or a descriptor, B's descriptor, the predicate that D counts. Immediates: type, N, flags, K.
@@ -105,7 +111,8 @@ void wgmma(Warp& w, const Instruction& i) {
     for (int r = 0; r < 4; r++) {
       defined &= w.defined[a_op[r]];
       require_fenced(w, a_op[r], "operand A");
-      if (w.wgmma_results[a_op[r]]) report(w, "wgmma-result", "operand A is the result of a wgmma under way");
+      if (w.wgmma_results[a_op[r]])
+        report(w, "wgmma-result", "operand A is the result of a wgmma under way");
       if (w.wgmma_operands[a_op[r]]++ == 0) w.n_wgmma_registers++;
       w.wgmma_open.operands_a.push_back(a_op[r]);
     }
@@ -117,7 +124,9 @@ void wgmma(Warp& w, const Instruction& i) {
   Matrix m{0, n, k_size, type, bool(flags & B_TRANSPOSED)};
   holds_value &= load_matrix(w, b_op[0], m, &b[0][0], 1, 256);
 
-  auto cell = [&](int r, int l) -> f32& { return c[l / 4 + 8 * (r / 2 & 1)][8 * (r / 4) + 2 * (l % 4) + (r & 1)]; };
+  auto cell = [&](int r, int l) -> f32& {
+    return c[l / 4 + 8 * (r / 2 & 1)][8 * (r / 4) + 2 * (l % 4) + (r & 1)];
+  };
   for (int r = 0; r < n_d; r++)
     for (int l = 0; l < 32; l++) cell(r, l) = zero ? 0.f : w.lanes<f32>(i.op[r])[l];
   multiply(c, &a[0][0], 32, &b[0][0], 256, n, k_size, std::min(k_size, 16));
