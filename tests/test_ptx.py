@@ -338,7 +338,7 @@ def test_a_finding_names_the_kernels_line() -> None:
         ("add.rn.s32 %r6, %r1, %r2;", "add.rn.s32, in this combination"),
         ("tcgen05.wait::ld.sync.aligned;", "instruction tcgen05.wait::ld.sync.aligned"),
         ("mov.b64 %rd4, %r1;", "%r1, a register of b32, as an operand of b64"),
-        ("rcp.approx.ftz.f64 %rd4, %rd3;", "modifier .f64 of rcp.approx.ftz.f64"),
+        ("rsqrt.approx.ftz.f64 %rd4, %rd3;", "rsqrt.approx.ftz.f64, in this combination"),
         ("setp.lt.ftz.f32 %p1, %f1, %f2;", "modifier .ftz of setp.lt.ftz.f32"),
         ("barrier.cluster.arrive.aligned;", "modifier .cluster of barrier.cluster"),
     ],

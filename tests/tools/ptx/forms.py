@@ -47,7 +47,7 @@ FORMS: dict[str, list[str]] = {
     "abs": _SIGN,
     "sqrt": ["rn|approx [ftz] f32", "rn f64"],
     "rsqrt": ["approx [ftz] f32", "approx f64"],
-    "rcp": ["rn|approx [ftz] f32"],
+    "rcp": ["rn|approx [ftz] f32", "approx ftz f64"],
     "ex2": ["approx [ftz] f32"],
     "lg2": ["approx [ftz] f32"],
     "tanh": ["approx f32"],

@@ -164,6 +164,7 @@ void add_floats(Table& t) {
   t["sqrt.rn.f64"] = each_lane([](f64 a) { return std::sqrt(a); });
   // The manual gives no bound; the compiler's library counts it as exact to the last place.
   t["rsqrt.approx.f64"] = each_lane([](f64 a) { return 1 / std::sqrt(a); });
+  t["rcp.approx.ftz.f64"] = each_lane([](f64 a) { return reciprocal_approx(a); });
   add_comparisons<f64>(t, "f64");
 
   add_halves<Half>(t, "f16");

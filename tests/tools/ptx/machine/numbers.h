@@ -152,6 +152,11 @@ inline f32 reciprocal_approx(f32 b) {
   return std::fabs(neighbour - exact) <= ulp ? neighbour : rounded;
 }
 
+// Of the upper 32 bits of the operand, with the lower 32 bits of the result 0: what the compiler's
+// library refines to a quotient or a logarithm.
+inline f64 upper_half(f64 x) { return bit_cast<f64>(bit_cast<u64>(x) >> 32 << 32); }
+inline f64 reciprocal_approx(f64 x) { return upper_half(1 / upper_half(x)); }
+
 // div.full multiplies with a reciprocal; outside of these bounds it scales first.
 inline f32 divide_full(f32 a, f32 b) {
   f32 size = std::fabs(b);
