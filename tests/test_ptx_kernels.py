@@ -15,6 +15,7 @@ import parity
 import pytest
 import torch
 from tools.ptx import coverage, launches, machine
+from tools.ptx.launches import PtxError
 from torch import Tensor
 
 from fastgpt.kernels import fused, reference
@@ -307,14 +308,20 @@ case("adamw-no-moments", _adamw, None, False, (0.0, 0.0))
 # ------------------------------------------------------------------------------------- the tests
 
 
+# The late product's operand A is overwritten before its wait.
+_FINDINGS = {"sm_90-attention-bfloat16-head-64": "wgmma-a-overwrite in _attention_fwd_kernel"}
+
+
+def _param(capability: int, of: Case) -> Any:
+    name = f"sm_{capability}-{of.name}"
+    reason = _FINDINGS.get(name)
+    marks = [pytest.mark.xfail(reason=reason, raises=PtxError, strict=True)] if reason else []
+    return pytest.param(capability, of, id=name, marks=marks)
+
+
 @pytest.mark.parametrize(
     ("capability", "of"),
-    [
-        pytest.param(sm, each, id=f"sm_{sm}-{each.name}")
-        for sm in CAPABILITIES
-        for each in CASES
-        if sm in each.capabilities
-    ],
+    [_param(sm, of) for sm in CAPABILITIES for of in CASES if sm in of.capabilities],
 )
 def test_compiled(capability: int, of: Case) -> None:
     with launches.compiled_for(capability):
