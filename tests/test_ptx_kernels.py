@@ -309,12 +309,12 @@ case("adamw-no-moments", _adamw, None, False, (0.0, 0.0))
 
 
 # The late product's operand A is overwritten before its wait.
-_FINDINGS = {"sm_90-attention-bfloat16-head-64": "wgmma-a-overwrite in _attention_fwd_kernel"}
+FINDINGS = {"sm_90-attention-bfloat16-head-64": "wgmma-a-overwrite in _attention_fwd_kernel"}
 
 
 def _param(capability: int, of: Case) -> Any:
     name = f"sm_{capability}-{of.name}"
-    reason = _FINDINGS.get(name)
+    reason = FINDINGS.get(name)
     marks = [pytest.mark.xfail(reason=reason, raises=PtxError, strict=True)] if reason else []
     return pytest.param(capability, of, id=name, marks=marks)
 
