@@ -22,6 +22,7 @@ class CompiledKernels:
     def __init__(self, capability: int) -> None:
         if reason := machine.unavailable():
             raise pytest.UsageError(f"--ptx={capability}: {reason}")
+        self._capability = capability
         self._compiled = launches.compiled_for(capability)
 
     def pytest_sessionstart(self) -> None:
@@ -34,6 +35,9 @@ class CompiledKernels:
         for item in items:
             if item.path.name in _OF_THE_INTERPRETER:
                 item.add_marker(pytest.mark.skip(reason="tests the interpreter"))
+            elif self._capability < 89 and item.path.name.startswith("test_fp8"):
+                reason = f"{_SKIPPED}sm_{self._capability} has no numbers of 8 bits"
+                item.add_marker(pytest.mark.skip(reason=reason))
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_call(self) -> Generator[None, None, None]:
