@@ -234,9 +234,15 @@ def prepare_launch(
     kernel: JITFunction, args: tuple, kwargs: dict[str, Any], grid: Any, capability: int
 ) -> Prepared:
     """Raises ``Unsupported``."""
-    with compiling_for(capability, f"sm_{capability}"):
-        binary = specialise(kernel, args, kwargs)
     arguments = interpreter._bind(kernel, args, kwargs)
+    try:
+        with compiling_for(capability, f"sm_{capability}"):
+            binary = specialise(kernel, args, kwargs)
+    except RuntimeError as e:
+        wide = any(x.dtype == torch.float64 for x in interpreter._tensors(arguments.values()))
+        if wide and "PassManager" in str(e):  # products of float64, which no GPU is asked for
+            raise Unsupported(f"{kernel.__name__}: Triton fails to compile it in float64") from e
+        raise
     if callable(grid):
         grid = grid(arguments)
     interpreter._programs(tuple(grid))  # refuses a grid that no GPU takes

@@ -27,7 +27,7 @@ _FLAGS = [
     "-ffp-contract=off", "-fno-math-errno", "-fPIC",
 ]  # fmt: skip
 
-# More than the longest test takes, by far: a kernel that runs on has lost its way.
+# Of one program. More than the longest one takes, by far: beyond it a kernel has lost its way.
 INSTRUCTION_LIMIT = 50_000_000
 # Bytes of tensors beyond which nobody notes who touched them; bounds are checked all the same.
 _WATCHED_BYTES = 1 << 27

@@ -81,13 +81,13 @@ struct Machine {
   std::vector<u8> parameters;
   std::vector<Storage> storages;
   Storage* last_storage = nullptr;
-  u64 instruction_limit;
+  u64 instruction_limit;  // of one program
   u32 schedule;  // 0: each warp runs until it blocks; else the seed of a random interleaving
 
   // What came of it
   std::map<std::pair<std::string, int>, Report> reports;  // by kind and instruction
   std::vector<u64> hits;                                  // by instruction
-  u64 executed = 0;
+  u64 executed = 0, program_start = 0;
   bool stopped = false;  // by a finding after which nothing makes sense
 };
 

@@ -110,7 +110,7 @@ bool run_warps(Cta& cta, u32& random) {
     progress |= w.state == State::RUNNING;
     while (w.state == State::RUNNING && steps-- && !m.stopped) {
       step(w);
-      if (m.executed >= m.instruction_limit) {
+      if (m.executed - m.program_start >= m.instruction_limit) {
         report(w, "endless",
                text("more than %llu instructions", (unsigned long long)m.instruction_limit));
         m.stopped = true;
@@ -133,6 +133,7 @@ void report_unfinished(Warp& w) {
 void run_cta(Machine& m, u32 x, u32 y, u32 z) {
   Cta cta{};
   cta.machine = &m;
+  m.program_start = m.executed;
   cta.id[0] = x, cta.id[1] = y, cta.id[2] = z;
   cta.number = x + m.grid[0] * (y + m.grid[1] * z);
   cta.shared.assign(m.shared_bytes, 0xff);  // NaN in every float format
