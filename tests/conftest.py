@@ -61,6 +61,22 @@ _common.INTERPRETED = True
 _poison_uninitialised_memory()
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--ptx",
+        type=int,
+        choices=[80, 90],
+        help="run kernels on CPU tensors as compiled for this architecture, in the PTX machine",
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("--ptx"):
+        from tools.ptx.plugin import CompiledKernels
+
+        config.pluginmanager.register(CompiledKernels(config.getoption("--ptx")))
+
+
 def _seed(request: pytest.FixtureRequest) -> int:
     return zlib.crc32(request.node.name.encode())
 
