@@ -56,10 +56,9 @@ _DECODE = dict(
     places=(torch.int32, torch.int64), dtype=("fp32", "bf16", "fp16"),
 )  # fmt: skip
 _ATTENTION = dict(
-    batch=(1, 2), n_head=(1, 2), n_queries=_SIZES, n_keys=_SIZES, head_size=(*_SIZES, 25, 256),
-    causal=(False, True), dropout=_DROPOUT, layout=("heads first", "tokens first"),
-    tf32=(False, True),
-    dtype=("fp32", "bf16", "fp16"),
+    batch=(1, 2), n_head=(1, 2), n_queries=_SIZES, n_keys=_SIZES,
+    head_size=(*_SIZES, 32, 64, 128, 256), mask=("none", "causal", "documents"), dropout=_DROPOUT,
+    layout=("heads first", "tokens first"), tf32=(False, True), dtype=("fp32", "bf16", "fp16"),
 )  # fmt: skip
 _EMBEDDING = dict(
     batch=_SIZES, length=(*_SIZES, 64), n_vocab=_SIZES, width=(*_SIZES, 8), n_positions=(64, 65),
@@ -185,7 +184,7 @@ def _continue(
 
 
 def _attend(
-    batch: int, n_head: int, n_queries: int, n_keys: int, head_size: int, causal: bool,
+    batch: int, n_head: int, n_queries: int, n_keys: int, head_size: int, mask: str,
     dropout: float, layout: str, tf32: bool, dtype: str,
 ) -> None:  # fmt: skip
     def part(length: int) -> Tensor:
@@ -193,12 +192,14 @@ def _attend(
             return _leaf(batch, n_head, length, head_size, dtype=dtype)
         return _leaf(batch, length, n_head, head_size, dtype=dtype).transpose(1, 2)
 
-    n_keys = n_queries if causal else n_keys
+    n_keys = n_keys if mask == "none" else n_queries
     q, k, v = part(n_queries), part(n_keys), part(n_keys)
+    starts = torch.zeros(batch, n_keys, dtype=torch.int32) if mask == "documents" else None
+    options: dict[str, Any] = dict(causal=mask != "none", dropout_p=dropout, starts=starts)
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("high" if tf32 else "highest")
     try:
-        fused.attention(q, k, v, causal=causal, dropout_p=dropout).sum().backward()
+        fused.attention(q, k, v, **options).sum().backward()
     finally:
         torch.set_float32_matmul_precision(before)
 

@@ -52,10 +52,11 @@ class Specialisation:
 
     @property
     def program(self) -> str:
-        """What the launcher knows a program by, on one architecture."""
-        o, source = self.options, self.source
+        """What the launcher knows a program by, on one architecture; but the two half precisions
+        count as one, and it does not matter which arguments are divisible by 16."""
+        o, types = self.options, str(self.source.signature).replace("bf16", "fp16")
         settings = o.num_warps, o.num_stages, o.maxnreg
-        return f"{source.name} {source.signature} {source.constants} {source.attrs} {settings}"
+        return f"{self.source.name} {types} {self.source.constants} {settings}"
 
     def __str__(self) -> str:
         names = list(self.source.signature)
