@@ -88,9 +88,7 @@ def _store_tile(
     BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     ptrs = _tile_ptrs(ptr, stride_t, start, BLOCK_T, BLOCK_D)
-    # Not the comparison of a load: its result would occupy a register from there to here.
-    rows = tl.arange(0, BLOCK_T) < n_rows - start
-    mask = rows[:, None] & (tl.arange(0, BLOCK_D) < HEAD)[None, :]
+    mask = _tile_mask(start, n_rows, HEAD, BLOCK_T, BLOCK_D)
     tl.store(ptrs, tile.to(ptr.dtype.element_ty), mask=mask)
 
 
@@ -352,7 +350,9 @@ def _attention_fwd_kernel(
         out = out * keep_scale
     out_stride_t = n_head * HEAD
     out_ptr = _head(out_ptr, tl.cast(n_queries, tl.int64) * out_stride_t, HEAD, batch_head, n_head)
-    _store_tile(out_ptr, out_stride_t, start_m, n_queries, out, HEAD, BLOCK_M, BLOCK_D)
+    # As rows from 0 on: the mask that loaded q would occupy a register from there to here.
+    out_ptr += start_m.to(tl.int64) * out_stride_t
+    _store_tile(out_ptr, out_stride_t, 0, n_queries - start_m, out, HEAD, BLOCK_M, BLOCK_D)
     lse_ptr = _lse_of(lse_ptr, batch_head, n_queries, APART) + offs_m
     mask_m = offs_m < n_queries
     if APART:

@@ -20,6 +20,7 @@ TENSOR_CORE_TILES: _Tiles = {
     ("fwd", 32): (128, 64, 4, 3),
     ("fwd", 32, "dropout"): (64, 64, 4, 2),
     ("fwd", 64): (128, 64, 8, 3),
+    ("fwd", 64, "documents"): (128, 64, 8, 2),
     ("fwd", 64, "dropout"): (64, 64, 4, 3),
     ("fwd", 128): (128, 64, 8, 2),
     ("fwd", 128, "dropout"): (64, 32, 4, 2),
@@ -43,6 +44,7 @@ TENSOR_CORE_TILES: _Tiles = {
 # sm_100: tcgen05 keeps its sums in tensor memory, 128 rows for four warps.
 TENSOR_MEMORY_TILES: _Tiles = TENSOR_CORE_TILES | {
     ("fwd", 64): (128, 64, 4, 3),
+    ("fwd", 64, "documents"): (128, 64, 4, 3),
     ("dq", 64): (128, 64, 4, 2),
     ("dq", 64, "dropout"): (64, 64, 4, 3),
     ("dkdv", 128): (64, 64, 4, 2),
@@ -53,6 +55,7 @@ SMALL_MEMORY_TILES: _Tiles = TENSOR_CORE_TILES | {
     ("fwd", 16): (64, 64, 4, 2),
     ("fwd", 32): (64, 64, 4, 2),
     ("fwd", 64): (128, 64, 8, 3),
+    ("fwd", 64, "documents"): (128, 64, 8, 3),
     ("fwd", 64, "dropout"): (64, 32, 4, 2),
     ("fwd", 128): (64, 32, 4, 2),
     ("fwd", 128, "dropout", "documents"): (64, 32, 4, 1),
@@ -90,7 +93,7 @@ FLOAT32_TILES: _Tiles = {
     ("dq", 128): (16, 16, 8, 1),
     ("dq", 256): (16, 16, 8, 2),
     ("dkdv", 16): (32, 64, 8, 1),
-    ("dkdv", 16, "dropout"): (32, 32, 4, 1),
+    ("dkdv", 16, "dropout"): (32, 32, 8, 1),
     ("dkdv", 32): (32, 64, 8, 1),
     ("dkdv", 64): (32, 32, 8, 1),
     ("dkdv", 64, "dropout"): (16, 32, 8, 1),
