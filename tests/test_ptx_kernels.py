@@ -308,15 +308,8 @@ case("adamw-no-moments", _adamw, None, False, (0.0, 0.0))
 # ------------------------------------------------------------------------------------- the tests
 
 
-# The late product's operand A is overwritten before its wait.
-FINDINGS = {"sm_90-attention-bfloat16-head-64": "wgmma-a-overwrite in _attention_fwd_kernel"}
-
-
 def _param(capability: int, of: Case) -> Any:
-    name = f"sm_{capability}-{of.name}"
-    reason = FINDINGS.get(name)
-    marks = [pytest.mark.xfail(reason=reason, raises=PtxError, strict=True)] if reason else []
-    return pytest.param(capability, of, id=name, marks=marks)
+    return pytest.param(capability, of, id=f"sm_{capability}-{of.name}")
 
 
 @pytest.mark.parametrize(
