@@ -15,7 +15,6 @@ import parity
 import pytest
 import torch
 from tools.ptx import coverage, launches, machine
-from tools.ptx.launches import PtxError
 from torch import Tensor
 
 from fastgpt.kernels import fused, reference
