@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import functools
 import hashlib
 import os
@@ -68,12 +69,13 @@ def _key() -> str:
 @functools.cache
 def _library() -> ctypes.CDLL:
     built = cache_folder() / "ptx" / f"machine-{_key()}.so"
-    if not built.exists():
-        built.parent.mkdir(parents=True, exist_ok=True)
-        # Several processes may build at once; each renames a library of its own.
-        with tempfile.TemporaryDirectory(dir=built.parent) as folder:
-            _build(Path(folder), Path(folder) / "machine.so")
-            os.replace(Path(folder) / "machine.so", built)
+    built.parent.mkdir(parents=True, exist_ok=True)
+    with open(built.parent / "lock", "w") as lock:  # one of several processes builds
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not built.exists():
+            with tempfile.TemporaryDirectory(dir=built.parent) as folder:
+                _build(Path(folder), Path(folder) / "machine.so")
+                os.replace(Path(folder) / "machine.so", built)
     library = ctypes.CDLL(str(built))
     library.ptx_new.restype = ctypes.c_void_p
     library.ptx_run.restype = ctypes.c_int64
