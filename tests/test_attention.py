@@ -84,7 +84,9 @@ def test_one_key(device: str, dtype: torch.dtype, causal: bool) -> None:
     dq, dk, dv = torch.autograd.grad(y, leaves, grad)
     assert torch.equal(y, v.expand_as(y))
     summed = grad.double().sum(2, keepdim=True)
-    torch.testing.assert_close(dv.double(), summed, rtol=torch.finfo(dtype).eps, atol=1e-5)
+    half_ulp = torch.finfo(torch.float32).eps / 2
+    in_any_order = 127 * half_ulp * grad.double().abs().sum(2, keepdim=True)  # float32 sums
+    assert ((dv - summed).abs() <= in_any_order + torch.finfo(dtype).eps / 2 * summed.abs()).all()
     terms = (grad.float().abs() * v.float().abs()).sum(-1).max()
     rounding = 64 * torch.finfo(torch.float32).eps * terms / 64**0.5
     assert dq.abs().max() <= rounding * k.abs().max()

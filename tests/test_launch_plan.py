@@ -5,8 +5,8 @@ refuses: a method of an argument that is 1, types that do not go together, a blo
 of two. Of each kernel one program, that with the most constants, is compiled to PTX for each
 architecture. Layouts, pipelining, and whether all programs fit into an architecture's shared memory
 are seen by the slow run alone, which compiles every program of the plan to PTX (about a quarter of
-an hour of one core). Neither sees registers and spills: those are ptxas's, and ``setup.py
-build_kernels`` asks it.
+an hour of one core). Neither sees registers and spills: those are ptxas's, and
+``setup.py build_kernels`` asks it.
 """
 
 import functools

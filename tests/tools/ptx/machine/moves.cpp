@@ -6,7 +6,13 @@ namespace {
 
 template <class T>
 void add_move(Table& t, const std::string& type) {
-  t["mov." + type] = each_lane([](T a) { return a; });
+  // A copy is where its source was written for wgmma.fence: ptxas allocates registers itself and
+  // has every copy of an accumulator before the fence (WARPGROUP.ARRIVE), wherever PTX has it.
+  t["mov." + type] = [](Warp& w, const Instruction& i) {
+    u32 written = w.written_epoch[i.op[1]];
+    each_lane([](T a) { return a; })(w, i);
+    w.written_epoch[i.op[0]] = written;
+  };
   // Operand 0 = operand 3 ? operand 1 : operand 2
   t["selp." + type] = [](Warp& w, const Instruction& i) {
     check_not_in_flight(w, i);
