@@ -246,11 +246,22 @@ _WAIT = """{
   @!done bra.uni again;
 }"""
 
+_FENCE = "wgmma.fence.sync.aligned;"
+_PRODUCT = """
+  mov.b64 %rd5, 0;
+  wgmma.mma_async.sync.aligned.m64n8k16.f32.bf16.bf16 {%f0, %f1, %f2, %f3},
+    %rd5, %rd5, 0, 1, 1, 0, 0;
+  wgmma.commit_group.sync.aligned;
+  wgmma.wait_group.sync.aligned 0;
+"""
+
 RIGHT = {
     "barrier": _STORE + "bar.sync 0;" + _FROM_OTHER_WARP,
     "warp barrier": _STORE + "bar.warp.sync -1;" + _FROM_OTHER_LANE,
     "copy": _COPY + "cp.async.wait_group 0;" + _LOAD_COPIED,
     "mbarrier": _INIT + "@%p1 mbarrier.arrive.shared::cta.b64 _, [%r3];" + _WAIT,
+    "products": _FENCE + _PRODUCT + _FENCE + _PRODUCT,
+    "copy behind a fence": "mov.b32 %f1, 0f00000000;" + _FENCE + "mov.b32 %f0, %f1;" + _PRODUCT,
     "divergence": "setp.lt.u32 %p1, %r1, 5; @%p1 bra low; mov.b32 %r6, 1; bra.uni both; low: "
     "mov.b32 %r6, 2; both: bar.sync 0; st.global.b32 [%rd3], %r6;",
 }
@@ -292,6 +303,15 @@ WRONG = {
         {"divergence"},
     ),
     "loop without end": ("again: add.s32 %r6, %r1, 1; bra.uni again;", {"endless"}),
+    "product without a fence": (_PRODUCT, {"wgmma-fence"}),
+    "sums that were waited for, without a fence": (
+        _FENCE + _PRODUCT + _PRODUCT,
+        {"wgmma-fence"},
+    ),
+    "constant behind a fence": (
+        _FENCE + "mov.b32 %f0, 0f00000000;" + _PRODUCT,
+        {"wgmma-fence"},
+    ),
     "trap": ("trap;", {"trap"}),
 }
 
@@ -416,6 +436,12 @@ def _check(cases: list[tuple[int, str]], most: int, share: float) -> None:
 
 def test_changes_of_single_instructions_are_noticed() -> None:
     _check(_SMALL, most=3, share=0.7)
+
+
+def test_every_missing_fence_before_the_weight_gradient_is_noticed() -> None:
+    fences = [each for each in mutations.MUTATIONS if each.name == "wgmma.fence deleted"]
+    found = mutations.scores(_recordings(90, "linear-float16-splits"), 8, fences).values()
+    assert found and all(score.kinds["wgmma-fence"] == score.mutants for score in found)
 
 
 @pytest.mark.slow

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -81,7 +81,11 @@ MUTATIONS = [
         r"wgmma\.commit_group\.sync\.aligned;",
         harmless="the products join the next group, and the loop ends before it matters.",
     ),
-    Mutation("wgmma.fence deleted", r"wgmma\.fence\.sync\.aligned;"),
+    Mutation(
+        "wgmma.fence deleted",
+        r"wgmma\.fence\.sync\.aligned;",
+        harmless="behind another fence, of accumulators that nothing has touched yet.",
+    ),
     Mutation("fence.proxy.async deleted", r"fence\.proxy\.async[.:\w]*;"),
     Mutation("mbarrier waited for once", r"@!complete bra\.uni waitLoop;"),
     Mutation(
@@ -222,11 +226,13 @@ def _mutants(recording: Recording, mutation: Mutation, most: int) -> Iterator[tu
         yield ptx[: found.start()] + new + ptx[found.end() :], where
 
 
-def scores(recordings: list[Recording], most: int) -> dict[tuple[str, str], Score]:
+def scores(
+    recordings: list[Recording], most: int, mutations: Sequence[Mutation] = MUTATIONS
+) -> dict[tuple[str, str], Score]:
     """By kernel and mutation, of up to ``most`` mutants each."""
     out: dict[tuple[str, str], Score] = {}
     for recording in recordings:
-        for mutation in MUTATIONS:
+        for mutation in mutations:
             score = out.setdefault((recording.kernel.name, mutation.name), Score())
             for ptx, where in _mutants(recording, mutation, most):
                 kinds = recording.replay(ptx)

@@ -16,6 +16,7 @@ namespace ptx {
 
 constexpr u32 ALL_LANES = ~0u;
 constexpr int MAX_AGENTS = 96;
+constexpr u32 FIRST_FENCE_EPOCH = 1;
 using Clock = std::array<u32, MAX_AGENTS>;
 
 inline void join(Clock& a, const Clock& b) {
@@ -155,9 +156,9 @@ struct Warp {
   u32* words;    // the register file
   u32* defined;  // by register, a bit for each lane
   // By register. A wgmma under way writes it, or reads it as operand A; the wgmma.fence epoch of
-  // its last write by another instruction.
+  // its last write by another instruction, or of the wait for a wgmma's; 0: never.
   std::vector<u32> wgmma_results, wgmma_operands, written_epoch;
-  u32 n_wgmma_registers = 0, fence_epoch = 1;
+  u32 n_wgmma_registers = 0, fence_epoch = FIRST_FENCE_EPOCH;
 
   Clock clock{};   // what happened before
   Clock fenced{};  // and is visible to the async proxy

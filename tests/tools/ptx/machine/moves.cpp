@@ -8,10 +8,11 @@ template <class T>
 void add_move(Table& t, const std::string& type) {
   // A copy is where its source was written for wgmma.fence: ptxas allocates registers itself and
   // has every copy of an accumulator before the fence (WARPGROUP.ARRIVE), wherever PTX has it.
+  // A constant (0: never written) is no copy: its move is the write.
   t["mov." + type] = [](Warp& w, const Instruction& i) {
     u32 written = w.written_epoch[i.op[1]];
     each_lane([](T a) { return a; })(w, i);
-    w.written_epoch[i.op[0]] = written;
+    if (written) w.written_epoch[i.op[0]] = written;
   };
   // Operand 0 = operand 3 ? operand 1 : operand 2
   t["selp." + type] = [](Warp& w, const Instruction& i) {

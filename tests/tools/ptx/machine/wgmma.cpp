@@ -74,8 +74,10 @@ bool load_matrix(Warp& w, s32 r, const Matrix& m, f32* out, int line_stride, int
 }
 
 void require_fenced(Warp& w, s32 r, const char* what) {
-  if (w.written_epoch[r] == w.fence_epoch)
-    report(w, "wgmma-fence", text("%s was written after the last wgmma.fence", what));
+  if (w.fence_epoch == FIRST_FENCE_EPOCH)
+    report(w, "wgmma-fence", "a wgmma with no wgmma.fence before it");
+  else if (w.written_epoch[r] == w.fence_epoch)
+    report(w, "wgmma-fence", text("%s was in use after the last wgmma.fence", what));
 }
 
 enum Flags {
@@ -152,7 +154,10 @@ void wait(Warp& w, const Instruction& i) {
   while (w.wgmma_groups.size() > size_t(i.imm[0])) {
     const WgmmaGroup& group = w.wgmma_groups.front();
     end_async_reads(w, group.reads);
-    for (int r : group.results) w.n_wgmma_registers -= --w.wgmma_results[r] == 0;
+    for (int r : group.results) {
+      w.n_wgmma_registers -= --w.wgmma_results[r] == 0;
+      w.written_epoch[r] = w.fence_epoch;  // they may be read now, which needs a fence as well
+    }
     for (int r : group.operands_a) w.n_wgmma_registers -= --w.wgmma_operands[r] == 0;
     w.wgmma_groups.pop_front();
   }
