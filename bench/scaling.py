@@ -36,9 +36,10 @@ NVLINK_GB_PER_S = {"a100": 300.0, "h100": 450.0, "h200": 450.0, "b200": 900.0}
 # of 50 GB/s over InfiniBand (issue 290).
 _NVLINK_SHARE, _NETWORK_SHARE = 370 / 450, 47 / 50
 
-# Latency in µs of a start and of a step over NVLink and over the network: NCCL's own model of its
-# protocol LL128 (src/graph/tuning.cc, v2.28).
-_START_US, _NVLINK_US, _NETWORK_US = 14.0, 1.9, 4.0
+# Latency in µs of a start and of a step over NVLink and over the network, in a ring and in a tree:
+# NCCL's own model of its protocol LL128 (src/graph/tuning.cc, v2.28).
+_START_US = 14.0
+_RING_US, _TREE_US = (1.9, 4.0), (1.25, 8.5)
 
 _BUCKET_BYTES = 25 << 20  # of gradients that DDP reduces at a time
 # AdamW reads and writes a parameter and its moments and reads its gradient, which the norm has read
@@ -141,8 +142,8 @@ def communication_ms(sent: list[Collective], gpus: int, options: Options) -> flo
     gb_per_s = _NVLINK_SHARE * NVLINK_GB_PER_S[o.device]
     if nodes > 1:
         gb_per_s = min(gb_per_s, _NETWORK_SHARE * o.network / 8 * o.gpus_per_node)
-    ring = (gpus - nodes) * _NVLINK_US + (nodes - 1) * _NETWORK_US
-    tree = 2 * ((gpus // nodes - 1) * _NVLINK_US + math.log2(nodes) * _NETWORK_US)
+    ring = (gpus - nodes) * _RING_US[0] + (nodes - 1) * _RING_US[1]
+    tree = 2 * ((gpus // nodes - 1) * _TREE_US[0] + math.log2(nodes) * _TREE_US[1])
     latency = sum(_START_US + (tree if kind == "all-reduce" else ring) for kind, _ in sent)
     return sent_bytes(sent, gpus) / gb_per_s / 1e6 + latency / 1e3
 
@@ -161,8 +162,8 @@ def table(options: Options, parallel: Parallel, micro_batch_ms: float) -> Table:
         padding=(0, 1, 0, 0),
         pad_edge=False,
     )
-    headers = "GPUs\n", "sent\nGB a GPU", "communication\nms", "computation\nms"
-    for header in (*headers, "tokens/s, communication\nnot hidden .. hidden", "efficiency\n"):
+    headers = "GPUs\n", "sent\nGB a GPU", "communi-\ncation ms", "compu-\ntation ms"
+    for header in (*headers, "million tokens/s,\nnot hidden .. hidden", "efficiency\n"):
         out.add_column(header, justify="right", no_wrap=True)
 
     def computed_ms(updated: int) -> float:
@@ -175,7 +176,7 @@ def table(options: Options, parallel: Parallel, micro_batch_ms: float) -> Table:
         computation = computed_ms(numel if parallel == "ddp" else -(-numel // gpus))
         steps_ms = computation + communication, max(computation, communication)
         tokens = gpus * o.batch_size * config.block_size * o.gradient_accumulation_steps
-        speeds = [f"{tokens / ms * 1e3:,.0f}" for ms in steps_ms]
+        speeds = [f"{tokens / ms / 1e3:.3f}" for ms in steps_ms]
         shares = [f"{computed_ms(numel) / ms:.1%}" for ms in steps_ms]
         gigabytes = f"{sent_bytes(sent, gpus) / 1e9:.3f}"
         times = f"{communication:.2f}", f"{computation:.2f}"
