@@ -14,8 +14,12 @@ from tools.ptx.parser import Unsupported
 _SKIPPED = "not on the PTX machine: "
 # Their subject is the interpreter, or what watches it.
 _OF_THE_INTERPRETER = ("test_interpreter.py", "test_sanitizer.py", "test_addresses.py")
-# Runs the last of many thousand programs, which the interpreter's observer picks out.
-_ONE_PROGRAM = "test_linear_cross_entropy_edges.py::test_addresses_past_2_to_31"
+_TESTS_OF_THE_INTERPRETER = (
+    # Runs the last of many thousand programs, which the interpreter's observer picks out.
+    "test_linear_cross_entropy_edges.py::test_addresses_past_2_to_31",
+    # Expects the error with which an interpreted launch is refused.
+    "test_lowering.py::test_a_method_of_an_argument_does_not_compile_for_1",
+)
 
 
 class CompiledKernels:
@@ -35,7 +39,8 @@ class CompiledKernels:
 
     def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
         for item in items:
-            if item.path.name in _OF_THE_INTERPRETER or item.nodeid.endswith(_ONE_PROGRAM):
+            of_the_interpreter = item.nodeid.endswith(_TESTS_OF_THE_INTERPRETER)
+            if item.path.name in _OF_THE_INTERPRETER or of_the_interpreter:
                 item.add_marker(pytest.mark.skip(reason="tests the interpreter"))
             elif self._capability < 89 and item.path.name.startswith("test_fp8"):
                 reason = f"{_SKIPPED}sm_{self._capability} has no numbers of 8 bits"
