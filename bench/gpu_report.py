@@ -35,7 +35,8 @@ ROOT = Path(__file__).resolve().parent.parent
 _BENCH = ROOT / "bench"
 _TAIL = 30  # lines of output that the report has of a part that did not end well
 _GRACE_S = 5.0  # to end by itself when told to
-_MISSING = re.compile(r"^ModuleNotFoundError: No module named '([\w.]+)'", re.M)
+# The end of a program that could not begin; further up it is what a test or a variant printed.
+_MISSING = re.compile(r"^ModuleNotFoundError: No module named '([\w.]+)'\s*\Z", re.M)
 
 
 @dataclass(frozen=True)
@@ -98,8 +99,8 @@ def run_part(part: Part, folder: Path, limit: float) -> dict[str, Any]:
     log = folder / f"{part.name}.log"
     status, why = _executed([a.replace("{out}", str(folder)) for a in part.command], log, limit)
     output = log.read_text(errors="replace")
-    if status == "failed" and (missing := _MISSING.findall(output)):
-        status, why = "not run", f"needs {missing[-1]}"
+    if status == "failed" and (missing := _MISSING.search(output)):
+        status, why = "not run", f"needs {missing[1]}"
     seconds = round(time.monotonic() - start, 1)
     record: dict[str, Any] = {"name": part.name, "status": status, "why": why, "seconds": seconds}
     return record if status == "done" else record | {"output": output.splitlines()[-_TAIL:]}

@@ -15,6 +15,7 @@ from gpu_report import Part, share_s, visit
 
 ROOT = Path(__file__).resolve().parent.parent
 HANG_GUARD_S = 600.0
+MISSING = "ModuleNotFoundError: No module named 'of_one_test'"
 
 
 def part(name: str, code: str, weight: float = 1.0, least_s: float = 0.0) -> Part:
@@ -51,6 +52,7 @@ def test_a_part_that_fails_costs_itself_alone(tmp_path: Path) -> None:
         part("exits", "import sys; print('the reason'); sys.exit(3)"),
         part("crashes", "import os; os.kill(os.getpid(), 11)"),
         part("library", "import nothing_of_this_name"),
+        part("prints", f"print({MISSING!r}); print('1 failed'); 1 / 0"),
         Part("program", ("no-such-program",), 1.0),
         part("long", "1 / 0", least_s=1e6),
         part("last", ""),
@@ -62,6 +64,7 @@ def test_a_part_that_fails_costs_itself_alone(tmp_path: Path) -> None:
     assert (out["crashes"]["status"], out["crashes"]["why"]) == ("failed", "killed by SIGSEGV")
     library = out["library"]
     assert (library["status"], library["why"]) == ("not run", "needs nothing_of_this_name")
+    assert (out["prints"]["status"], out["prints"]["why"]) == ("failed", "exit code 1")
     assert out["program"]["why"] == "needs no-such-program"
     assert out["long"]["status"] == "not run" and "it needs 1000000" in out["long"]["why"]
     assert out["last"]["status"] == "done"
