@@ -32,9 +32,16 @@ def test_interpreted_kernels_on_the_cpu() -> None:
 
 
 BREAKING = """
+import pytest
+
+@pytest.mark.gpu
 def test_breaks_the_gpu():
     raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
+def test_shows_what_another_process_said():
+    raise RuntimeError("CUDA error: operation not permitted when stream is capturing")
+
+@pytest.mark.gpu
 def test_runs_out_of_memory():
     raise RuntimeError("CUDA error: out of memory")
 
@@ -52,6 +59,6 @@ def test_a_worker_whose_gpu_is_broken_ends(tmp_path: Path) -> None:
         command, cwd=tmp_path, env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True
     )
     # The broken one counts twice: by its own report and by the end of its worker.
-    assert "3 failed, 1 passed" in done.stdout
+    assert "4 failed, 1 passed" in done.stdout
     assert "test_breaks_the_gpu" in done.stdout and "crashed" in done.stdout
     assert "an illegal memory access was encountered" in done.stdout + done.stderr
