@@ -226,6 +226,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         return _command.failed(f"--out={folder}: {error}")
+    # As Ctrl-C does: what runs is ended, and the report says that it was interrupted.
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.default_int_handler)
     visit([p for p in every if o.only is None or p.name in o.only], folder, o.minutes, o.commit)
     print(f"wrote {folder / 'report.md'}")
     return 0

@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -116,6 +117,30 @@ time.sleep(600)
     assert out["hangs"]["status"] == "timed out"
     pids = [int(word) for word in said.read_text().split()[:2]]
     wait_until(lambda: not any(map(alive, pids)))
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="looks into /proc")
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_report_that_is_told_to_end_leaves_nothing_running(tmp_path: Path, number: int) -> None:
+    """By Ctrl-C, by ``timeout`` or by a terminal that is closed."""
+    child = "import os, pathlib, sys, time; pathlib.Path(sys.argv[1], 'pid').write_text("
+    child += "f'{os.getpid()} .'); time.sleep(600)"
+    code = f"""
+import sys, torch, gpu_report
+torch.cuda.device_count = lambda: 1
+command = (sys.executable, "-c", {child!r}, "{{out}}")
+gpu_report.parts = lambda: [gpu_report.Part(name, command, 1.0) for name in ("first", "second")]
+gpu_report.main(["--out", {str(tmp_path)!r}])
+"""
+    path = os.pathsep.join([str(ROOT), str(ROOT / "bench")])
+    process = subprocess.Popen([sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": path})
+    said = tmp_path / "pid"
+    wait_until(lambda: said.exists() and said.read_text().endswith("."))
+    process.send_signal(number)
+    assert process.wait(HANG_GUARD_S) == 0
+    (row,) = json.loads((tmp_path / "report.json").read_text())["parts"]
+    assert (row["name"], row["status"]) == ("first", "interrupted")
+    assert not alive(int(said.read_text().split()[0]))
 
 
 def test_a_run_names_the_commit_that_git_does_not_know(tmp_path: Path) -> None:
