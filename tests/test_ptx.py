@@ -361,6 +361,7 @@ def test_a_finding_names_the_kernels_line() -> None:
         ("rsqrt.approx.ftz.f64 %rd4, %rd3;", "rsqrt.approx.ftz.f64, in this combination"),
         ("setp.lt.ftz.f32 %p1, %f1, %f2;", "modifier .ftz of setp.lt.ftz.f32"),
         ("barrier.cluster.arrive.aligned;", "modifier .cluster of barrier.cluster"),
+        ("fence.proxy.async.global;", "modifier .global of fence.proxy.async.global"),
     ],
 )
 def test_what_is_not_known_is_refused(instruction: str, named: str) -> None:

@@ -146,7 +146,7 @@ FORMS: dict[str, list[str]] = {
     "trap": [""],
     "bar": ["sync", "warp sync"],
     "barrier": ["sync (aligned)"],
-    "fence": ["proxy async (shared::cta|global)"],  # it orders all memory here
+    "fence": ["proxy async (shared::cta)"],  # nothing else is followed
     "mbarrier": [
         # shared and shared::cta name one memory. Acquire and release within the CTA are what
         # an mbarrier gives here.
