@@ -233,13 +233,15 @@ class Measurement:
             self._show(f"{name}: round {number + 1} of {options.rounds}")
             if name not in trainings:
                 continue
+            went_well = False
             with self._variant(name):
                 times = _turn(trainings[name], options.steps, self.plan.device)
                 if name == group.base:
                     group.base_step_ms.append(times)
                 if first or name != group.base:
                     self.results[name].step_ms.append(times)
-            if self.results[name].failure is not None:
+                went_well = True
+            if not went_well:
                 del trainings[name]
                 _free_memory(self.plan.device)
             self._save(self)
@@ -265,6 +267,9 @@ class Measurement:
             with compiled_code_in(self._folder / name):
                 yield
         except Exception as error:
-            self.results[name].failure = failure_of(error)
+            result = self.results[name]
+            # A later group's base was measured in the first one, and that stays.
+            if len(result.step_ms) < self.plan.options.rounds:
+                result.failure = failure_of(error)
             if not isinstance(error, (torch.OutOfMemoryError, FloatingPointError)):
                 traceback.print_exc(file=sys.stderr)

@@ -74,6 +74,5 @@ def interleaved(items: Sequence[T], rounds: int) -> Iterator[tuple[int, T]]:
     before, so that a drift of the machine meets all of them and none is always first.
     """
     for number in range(rounds):
-        first = number % len(items)
-        for item in (*items[first:], *items[:first]):
-            yield number, item
+        for place in range(len(items)):
+            yield number, items[(number + place) % len(items)]

@@ -358,6 +358,37 @@ def test_groups_of_a_run(
     assert "in 2 groups that fit into memory, sdpa in each" in console_text(_report.table(record))
 
 
+@pytest.mark.parametrize("where", ["_warmed_up", "_turn"])
+def test_a_base_that_fails_later_keeps_what_the_first_group_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    alone = _measurement._measure_alone
+
+    def footprint(*args: Any) -> _measurement.Footprint:
+        alone(*args)
+        return _measurement.Footprint(40, 60)
+
+    monkeypatch.setattr(_measurement, "_measure_alone", footprint)
+    monkeypatch.setattr(_measurement, "_capacity", lambda device: 100.0)
+    measure_group = _measurement.Measurement._measure_group
+
+    def later(self: Any, group: Any) -> None:
+        if group is not self.groups[0]:
+            owner = _measurement if where == "_turn" else _measurement.Measurement
+            monkeypatch.setattr(owner, where, lambda *_: 1 / 0)
+        measure_group(self, group)
+
+    monkeypatch.setattr(_measurement.Measurement, "_measure_group", later)
+    names = ("fastgpt", "sdpa", "fastgpt_again")
+    record = measured(
+        tmp_path, "--reference=False", "--variants", *names, f"--data_dir={data_set(tmp_path)}"
+    )
+    variants = record["variants"]
+    assert variants["sdpa"]["failure"] is None and variants["sdpa"]["tokens_per_s"]
+    assert record["over_eager"] > 0 and len(record["groups"]) == 2
+    assert "ZeroDivisionError" in variants["fastgpt_again"]["failure"]
+
+
 def test_ratios_are_of_one_group() -> None:
     """The machine is half as fast when it measures the second group."""
     results = {
