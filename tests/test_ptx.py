@@ -3,7 +3,7 @@ what it does not know.
 """
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -423,8 +423,12 @@ def _recordings(capability: int, name: str) -> list[mutations.Recording]:
     return mutations.record(capability, case.run)
 
 
-def _check(cases: list[tuple[int, str]], most: int, share: float) -> None:
+def _check(
+    cases: list[tuple[int, str]], most: int, share: float, always: Sequence[str] = ()
+) -> None:
+    """``always``: mutations that may be harmless, but are not in these cases."""
     explained = {mutation.name for mutation in mutations.MUTATIONS if mutation.harmless}
+    explained -= set(always)
     mutants = noticed = 0
     for capability, name in cases:
         for (_, mutation), score in mutations.scores(_recordings(capability, name), most).items():
@@ -436,13 +440,8 @@ def _check(cases: list[tuple[int, str]], most: int, share: float) -> None:
 
 
 def test_changes_of_single_instructions_are_noticed() -> None:
-    _check(_SMALL, most=3, share=0.7)
-
-
-def test_every_missing_fence_before_the_weight_gradient_is_noticed() -> None:
-    fences = [each for each in mutations.MUTATIONS if each.name == "wgmma.fence deleted"]
-    found = mutations.scores(_recordings(90, "linear-float16-splits"), 8, fences).values()
-    assert found and all(score.kinds["wgmma-fence"] == score.mutants for score in found)
+    always = "wgmma.fence deleted", "fence.proxy.async deleted", "copy of another size"
+    _check(_SMALL, most=3, share=0.7, always=always)
 
 
 @pytest.mark.slow

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -86,7 +86,11 @@ MUTATIONS = [
         r"wgmma\.fence\.sync\.aligned;",
         harmless="behind another fence, of accumulators that nothing has touched yet.",
     ),
-    Mutation("fence.proxy.async deleted", r"fence\.proxy\.async[.:\w]*;"),
+    Mutation(
+        "fence.proxy.async deleted",
+        r"fence\.proxy\.async[.:\w]*;",
+        harmless="behind another one, with no store to shared memory between but by cp.async.",
+    ),
     Mutation("mbarrier waited for once", r"@!complete bra\.uni waitLoop;"),
     Mutation(
         "bulk.wait_group deleted",
@@ -109,7 +113,10 @@ MUTATIONS = [
         "lane writes there too.",
     ),
     Mutation(
-        "copy of another size", r"(cp\.async\.c[ag]\.shared\.global[^;]*), %r\d+;", r"\1, 0x4;"
+        "copy of another size",
+        r"(cp\.async\.c[ag]\.shared\.global[^;]*), %r\d+;",
+        r"\1, 0x4;",
+        harmless="of 4 bytes, all of which are inside.",
     ),
     Mutation(
         "shuffle of another distance",
@@ -226,13 +233,11 @@ def _mutants(recording: Recording, mutation: Mutation, most: int) -> Iterator[tu
         yield ptx[: found.start()] + new + ptx[found.end() :], where
 
 
-def scores(
-    recordings: list[Recording], most: int, mutations: Sequence[Mutation] = MUTATIONS
-) -> dict[tuple[str, str], Score]:
+def scores(recordings: list[Recording], most: int) -> dict[tuple[str, str], Score]:
     """By kernel and mutation, of up to ``most`` mutants each."""
     out: dict[tuple[str, str], Score] = {}
     for recording in recordings:
-        for mutation in mutations:
+        for mutation in MUTATIONS:
             score = out.setdefault((recording.kernel.name, mutation.name), Score())
             for ptx, where in _mutants(recording, mutation, most):
                 kinds = recording.replay(ptx)
