@@ -131,7 +131,12 @@ MUTATIONS = [
         _other_bit(16),
         harmless="where a store and the loads of what it stored both take their address from it.",
     ),
-    Mutation("ldmatrix not transposed", r"\.trans\.shared", ".shared"),
+    Mutation(
+        "ldmatrix not transposed",
+        r"\.trans\.shared",
+        ".shared",
+        harmless="of a part of the tile that lies past the edge.",
+    ),
     Mutation(
         "add becomes sub",
         r"add\.f32",
