@@ -393,12 +393,7 @@ _SMALL = [
     (90, "linear-float16-splits"),
     (80, "layer_norm-float32"),
 ]
-_LARGE = [
-    (sm, each.name)
-    for each in test_ptx_kernels.CASES
-    for sm in each.capabilities
-    if f"sm_{sm}-{each.name}" not in test_ptx_kernels.FINDINGS
-]
+_LARGE = [(sm, each.name) for each in test_ptx_kernels.CASES for sm in each.capabilities]
 
 
 def _recordings(capability: int, name: str) -> list[mutations.Recording]:
