@@ -83,7 +83,8 @@ FLOAT32_TILES: _Tiles = {
     ("fwd", 64, "dropout"): (16, 16, 8, 1),
     ("fwd", 128): (16, 16, 4, 1),
     ("fwd", 128, "documents"): (32, 16, 8, 1),
-    ("fwd", 128, "dropout", "documents"): (16, 16, 4, 2),
+    ("fwd", 128, "dropout"): (16, 16, 4, 2),
+    ("fwd", 128, "dropout", "documents"): (16, 16, 4, 1),
     ("fwd", 256): (16, 16, 8, 1),
     ("fwd", 256, "dropout"): (32, 16, 8, 2),
     ("dq", 16): (32, 32, 4, 1),
@@ -93,15 +94,13 @@ FLOAT32_TILES: _Tiles = {
     ("dq", 128): (16, 16, 8, 1),
     ("dq", 256): (16, 16, 8, 2),
     ("dkdv", 16): (32, 64, 8, 1),
-    ("dkdv", 16, "dropout"): (32, 32, 8, 1),
+    ("dkdv", 16, "dropout"): (16, 32, 8, 1),
     ("dkdv", 32): (32, 64, 8, 1),
     ("dkdv", 64): (32, 32, 8, 1),
-    ("dkdv", 64, "dropout"): (16, 32, 8, 1),
+    ("dkdv", 64, "dropout"): (16, 16, 8, 1),
     ("dkdv", 128): (16, 16, 4, 1),
     ("dkdv", 256): (16, 16, 8, 1),
-    ("dkdv", 256, "dropout"): (16, 16, 8, 3),
     ("dkdv", 32, "dropout", "documents"): (32, 32, 8, 1),
-    ("dkdv", 256, "dropout", "documents"): (16, 16, 8, 1),
 }
 
 # The interpreter pays by the operation, not by the register.

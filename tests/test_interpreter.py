@@ -283,3 +283,11 @@ def test_other_devices_are_left_to_the_compiler():
     x = torch.empty(4, device="meta")
     with pytest.raises((RuntimeError, ValueError)):
         toy_kernels.cast_kernel[(1,)](x, x, 4, BLOCK=4)
+
+
+def test_fma_rounds_once(device: str) -> None:
+    x, y = torch.randn(2, 64, device=device)
+    out = torch.empty(64, device=device)
+    toy_kernels.fma_kernel[(1,)](x, y, -x * y, out, BLOCK=64)  # what the product was rounded by
+    assert torch.equal(out, (x.double() * y.double() - (x * y).double()).float())
+    assert out.count_nonzero() > 32

@@ -250,3 +250,10 @@ def contraction_kernel(x_ptr, y_ptr, z_ptr, out_ptr, n, BLOCK: tl.constexpr):
     tl.store(out_ptr + 3 * n + offs, tl.where(mask, x * y, 0.0) + z, mask=mask)
     tile = z[None, :] - (x * y)[None, :]  # (1, BLOCK)
     tl.store(out_ptr + 4 * n + offs, tl.sum(tile, axis=0), mask=mask)
+
+
+@triton.jit
+def fma_kernel(x_ptr, y_ptr, z_ptr, out_ptr, BLOCK: tl.constexpr):
+    offs = tl.arange(0, BLOCK)
+    x, y, z = tl.load(x_ptr + offs), tl.load(y_ptr + offs), tl.load(z_ptr + offs)
+    tl.store(out_ptr + offs, tl.fma(x, y, z))
