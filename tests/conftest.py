@@ -70,7 +70,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
 
+_is_worker = False  # of pytest-xdist
+
+
 def pytest_configure(config: pytest.Config) -> None:
+    global _is_worker
+    _is_worker = hasattr(config, "workerinput")
     if config.getoption("--ptx"):
         from tools.ptx.plugin import CompiledKernels
 
@@ -107,10 +112,9 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
     message = str(report.longrepr)
     broken = "CUDA error" in message or "Triton Error [CUDA]" in message
     on_gpu = "gpu" in report.keywords
-    if report.failed and on_gpu and broken and "out of memory" not in message:
-        if "PYTEST_XDIST_WORKER" in os.environ:
-            os.write(2, f"{report.nodeid}\n{message}\n".encode())
-            os._exit(1)
+    if _is_worker and report.failed and on_gpu and broken and "out of memory" not in message:
+        os.write(2, f"{report.nodeid}\n{message}\n".encode())
+        os._exit(1)
 
 
 @pytest.fixture(autouse=True)
@@ -118,6 +122,13 @@ def _interpreted(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
     """A test that is for a GPU finds the ops as a user does, who gets no kernel on the CPU."""
     on_gpu = request.node.get_closest_marker("gpu") is not None
     monkeypatch.setattr(_common, "INTERPRETED", not on_gpu)
+
+
+@pytest.fixture(autouse=True)
+def _exact_float32_products() -> None:
+    """A trainer allows TF32, as nanoGPT does, for the life of its process; the tests behind it must
+    not get it."""
+    torch.set_float32_matmul_precision("highest")
 
 
 @pytest.fixture(autouse=True)

@@ -31,6 +31,12 @@ def test_interpreted_kernels_on_the_cpu() -> None:
     torch.testing.assert_close(fused.gelu(torch.zeros(2)), torch.zeros(2))
 
 
+@pytest.mark.parametrize("turn", ["first", "second"])
+def test_float32_products_are_exact_whatever_ran_before(turn: str) -> None:
+    assert torch.backends.cuda.matmul.allow_tf32 is False
+    torch.backends.cuda.matmul.allow_tf32 = True
+
+
 BREAKING = """
 import pytest
 

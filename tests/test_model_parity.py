@@ -225,8 +225,9 @@ def test_inductor(device):
     assert max(largest_differences(outcome(compiled, x, y), eager).values()) <= 1e-5
 
 
-def test_dispatch_compiles_for_cuda_without_a_gpu() -> None:
+def test_dispatch_compiles_for_cuda_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """On tensors that only claim to be on CUDA: the whole graph, with the kernels in it."""
+    monkeypatch.setattr("fastgpt.ops._refusals", {0: ""})  # else the GPU is asked what it can do
     found: set[str] = set()
 
     def record(graph: torch.fx.GraphModule, _inputs: list) -> Callable:
