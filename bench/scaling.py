@@ -42,9 +42,8 @@ _START_US = 14.0
 _RING_US, _TREE_US = (1.9, 4.0), (1.25, 8.5)
 
 _BUCKET_BYTES = 25 << 20  # of gradients that DDP reduces at a time
-# AdamW reads and writes a parameter and its moments and reads its gradient, which the norm has read
-# before; a parameter held in bfloat16 is written a second time.
-_UPDATE_BYTES = 28 + 4 + 2
+# Of a parameter: the norm reads its gradient, clipping scales it, AdamW reads it and updates all.
+_UPDATE_BYTES = 4 + 8 + 28
 
 Parallel = Literal["ddp", "fsdp"]
 Collective = tuple[Literal["all-reduce", "all-gather", "reduce-scatter"], int]

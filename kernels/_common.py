@@ -30,7 +30,8 @@ _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 def rounded_quotient(x, y):
     """x / y of blocks or scalars of one float dtype. In float32 ``/`` is a product with an
     approximate reciprocal, for which x / x may differ from 1; adding what is left of x, which an
-    FMA has exactly, leaves one rounding. ``tl.div_rn`` takes more registers: it is a subroutine."""
+    FMA has exactly, leaves one rounding. For finite numbers and quotients: others become NaN.
+    ``tl.div_rn`` takes more registers, since it is a subroutine."""
     quotient = x / y
     return quotient + tl.fma(-quotient, y, x) / y
 
