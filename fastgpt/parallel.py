@@ -87,6 +87,9 @@ class World:
         dist.init_process_group(backend, store=store, rank=self.rank, world_size=self.size)
         try:
             yield
+            # All end together. A thread of gloo's may still be dropping the tensors of the last
+            # collective; if Python ends first, it stops that thread inside C++, which aborts.
+            self.wait()
         finally:
             dist.destroy_process_group()
 

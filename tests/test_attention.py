@@ -46,6 +46,9 @@ def test_parity_packed(device: str, length: int, head_size: int, dtype: torch.dt
 @pytest.mark.parametrize("dtype", parity.DTYPES, ids=str)
 def test_as_accurate_as_sdpa(device: str, dtype: torch.dtype) -> None:
     """PyTorch's flash kernel rounds less than the plain op in low precision: the closer rival."""
+    without_vectors = torch.backends.cpu.get_cpu_capability() == "DEFAULT"
+    if device == "cpu" and dtype == torch.bfloat16 and without_vectors:
+        pytest.skip("PyTorch's SDPA in bfloat16 fails without vector instructions: pack_vnni2")
     qkv = torch.randn(2, 129, 3 * 128, device=device).to(dtype)
     grad = torch.randn(2, 129, 128, device=device).to(dtype)
     kernel, pytorch, plain = (
