@@ -5,6 +5,7 @@ gradient, a training run; causality; autocast and torch.compile.
 import os
 import shutil
 from collections.abc import Callable
+from pathlib import Path
 from types import ModuleType
 
 import pytest
@@ -214,8 +215,10 @@ def _has_cpp_compiler() -> bool:
     return any(shutil.which(name) for name in (os.environ.get("CXX", ""), "g++", "clang++"))
 
 
-def test_inductor(device):
-    """Also the dispatch: on a GPU this compiles the Triton kernels into the graph."""
+def test_inductor(device: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also the dispatch: on a GPU this compiles the Triton kernels into the graph. Inductor's cache
+    does not tell code for one ATEN_CPU_CAPABILITY from another's, so it begins empty."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     if device == "cpu" and not _has_cpp_compiler():
         pytest.skip("Inductor needs a C++ compiler on the CPU")
     if device == "cpu" and torch.backends.cpu.get_cpu_capability() == "DEFAULT":
