@@ -221,8 +221,6 @@ def test_inductor(device: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     if device == "cpu" and not _has_cpp_compiler():
         pytest.skip("Inductor needs a C++ compiler on the CPU")
-    if device == "cpu" and torch.backends.cpu.get_cpu_capability() == "DEFAULT":
-        pytest.skip("Inductor's C++ does not compile without vector instructions: at::vec")
     x, y = batch(BLOCK, device)
     config = small_config(n_layer=1)
     eager = outcome(model_with(reference, config, device), x, y)
