@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -224,7 +225,7 @@ def test_inductor(device: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     x, y = batch(BLOCK, device)
     config = small_config(n_layer=1)
     eager = outcome(model_with(reference, config, device), x, y)
-    compiled = torch.compile(model_with(fastgpt.ops, config, device), fullgraph=True)
+    compiled: Any = torch.compile(model_with(fastgpt.ops, config, device), fullgraph=True)
     assert max(largest_differences(outcome(compiled, x, y), eager).values()) <= 1e-5
 
 
