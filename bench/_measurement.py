@@ -194,7 +194,7 @@ class Measurement:
             self.reference_losses = _reference_losses(self.plan)
         except FloatingPointError:
             raise
-        except Exception as error:  # as of a variant
+        except Exception as error:  # whatever it is, the variants are measured all the same
             self.reference_failure = failure_of(error)
             traceback.print_exc()
         self._save(self)
@@ -269,7 +269,8 @@ class Measurement:
         except Exception as error:
             result = self.results[name]
             # A later group's base was measured in the first one, and that stays.
-            if len(result.step_ms) < self.plan.options.rounds:
+            is_shown = len(result.step_ms) < self.plan.options.rounds
+            if is_shown:
                 result.failure = failure_of(error)
-            if not isinstance(error, (torch.OutOfMemoryError, FloatingPointError)):
+            if not (is_shown and isinstance(error, (torch.OutOfMemoryError, FloatingPointError))):
                 traceback.print_exc(file=sys.stderr)

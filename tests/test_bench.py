@@ -331,9 +331,8 @@ def test_groups_that_fit() -> None:
     assert fit(capacity=1) == [["b", name] for name in "acde"]
 
 
-def test_groups_of_a_run(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, console_text: Any
-) -> None:
+def only_two_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Variants at a time, into the memory."""
     alone = _measurement._measure_alone
 
     def footprint(*args: Any) -> _measurement.Footprint:
@@ -342,6 +341,12 @@ def test_groups_of_a_run(
 
     monkeypatch.setattr(_measurement, "_measure_alone", footprint)
     monkeypatch.setattr(_measurement, "_capacity", lambda device: 100.0)
+
+
+def test_groups_of_a_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, console_text: Any
+) -> None:
+    only_two_fit(monkeypatch)
     names = ("fastgpt", "sdpa", "fastgpt_again")
     record = measured(
         tmp_path, "--reference=False", "--variants", *names, f"--data_dir={data_set(tmp_path)}"
@@ -362,14 +367,7 @@ def test_groups_of_a_run(
 def test_a_base_that_fails_later_keeps_what_the_first_group_found(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
 ) -> None:
-    alone = _measurement._measure_alone
-
-    def footprint(*args: Any) -> _measurement.Footprint:
-        alone(*args)
-        return _measurement.Footprint(40, 60)
-
-    monkeypatch.setattr(_measurement, "_measure_alone", footprint)
-    monkeypatch.setattr(_measurement, "_capacity", lambda device: 100.0)
+    only_two_fit(monkeypatch)
     measure_group = _measurement.Measurement._measure_group
 
     def later(self: Any, group: Any) -> None:
