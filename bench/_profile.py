@@ -22,7 +22,7 @@ from torch.profiler import ProfilerActivity
 from torch.profiler import profile as profiler
 
 from fastgpt import GPT, GPTConfig
-from fastgpt.corpus import prepare_builtin
+from fastgpt.data.builtin_texts import prepare_builtin
 
 # What a GPU kernel's name contains → the kind of work, as in ``_ceilings.floor``; the first that
 # fits counts.

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from fastgpt import GPT, GPTConfig
-from fastgpt.data import Batches
+from fastgpt.data.batches import Batches
 from fastgpt.devices import autocast, has_bfloat16
 from fastgpt.language_model import LanguageModel
 from fastgpt.optimizer import MasterAdamW

@@ -51,8 +51,8 @@ from rich.console import Console
 from rich.progress import Progress
 
 from fastgpt import GPT
-from fastgpt.corpus import prepare_builtin
-from fastgpt.data import token_files
+from fastgpt.data.batches import token_files
+from fastgpt.data.builtin_texts import prepare_builtin
 
 _PROTOCOL = {"loss_steps": 100, "warmup": 20, "rounds": 5, "steps": 20}  # at least
 

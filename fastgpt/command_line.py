@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from fastgpt import checkpoint as ckpt
-from fastgpt import corpus, run_folder
+from fastgpt import run_folder
 from fastgpt.bigram import Bigram
 from fastgpt.config import (
     GROUPS,
@@ -28,6 +28,7 @@ from fastgpt.config import (
     automatic_keys,
 )
 from fastgpt.config_file import read_config_file
+from fastgpt.data import builtin_texts
 from fastgpt.data_commands import (
     BUILTIN,
     Prepare,
@@ -205,7 +206,7 @@ def _train_connected(config: TrainConfig, world: World, console: Console) -> Non
     changed = ", ".join(f"{key}={value}" for key, value in config.differences().items())
     console.print(f"keys that differ from the defaults: {changed or 'none'}")
     if world.first and config.dataset == BUILTIN and not (config.data_dir / "train.bin").exists():
-        report_prepared(corpus.prepare_builtin(config.data_dir), console)
+        report_prepared(builtin_texts.prepare_builtin(config.data_dir), console)
     world.wait()
     trainer = Trainer(config, console, world)
     console.print(
@@ -232,16 +233,16 @@ def _summary(trainer: Trainer) -> Table:
     if trainer.best_iter not in (None, trainer.iter_num):
         kept = f"best, at iteration {trainer.best_iter}"
         table.add_row(kept, parameters, f"{trainer.best_val_loss:.4f}")
-    if shape.vocab_size > corpus.MAX_BIGRAM_VOCAB_SIZE:
+    if shape.vocab_size > builtin_texts.MAX_BIGRAM_VOCAB_SIZE:
         table.caption = f"No bigram table: {shape.vocab_size} x {shape.vocab_size} is too large."
         return table
-    counts = torch.from_numpy(corpus.bigram_counts(data_dir, "train", shape.vocab_size))
+    counts = torch.from_numpy(builtin_texts.bigram_counts(data_dir, "train", shape.vocab_size))
     bigram = Bigram(shape)
     bigram.load_state_dict({"table.weight": (counts + 1.0).log()})  # softmax normalises the rows
     bigram.to(trainer.device)
     loss = trainer.mean_loss(bigram, "val")
     table.add_row("bigram, counted on train.bin", f"{bigram.get_num_params():,}", f"{loss:.4f}")
-    entropy = corpus.bigram_entropy(data_dir)
+    entropy = builtin_texts.bigram_entropy(data_dir)
     table.add_row("bigram entropy of val.bin", "", f"{entropy:.4f}")
     return table
 

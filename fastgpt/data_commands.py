@@ -7,8 +7,9 @@ from typing import Annotated, Any, Literal
 import tyro
 from rich.console import Console
 
-from fastgpt import corpus
-from fastgpt.prepare import (
+from fastgpt.data import builtin_texts
+from fastgpt.data.file_formats import decompressed, format_of
+from fastgpt.data.prepare import (
     DOCUMENTS_VAL_SHARE,
     SEED,
     SHARD_TOKENS,
@@ -16,8 +17,7 @@ from fastgpt.prepare import (
     characters_of,
     prepare,
 )
-from fastgpt.readers import decompressed, format_of
-from fastgpt.sources import DatasetSource, Source, TextSource, source_of
+from fastgpt.data.sources import DatasetSource, Source, TextSource, source_of
 from fastgpt.tokenizer import Tokenizer, tokenizer_from
 from fastgpt.tokenizer_training import train_tokenizer
 
@@ -129,7 +129,7 @@ def run_prepare(command: Prepare, console: Console) -> None:
     console.print(f"train on it: fastgpt train{where} --dataset={out_dir.name}")
 
 
-def report_prepared(prepared: corpus.Prepared, console: Console) -> None:
+def report_prepared(prepared: builtin_texts.Prepared, console: Console) -> None:
     """One line about a data set at character level."""
     console.print(
         f"prepared {prepared.data_dir}: {prepared.vocab_size} different characters, "
@@ -170,12 +170,12 @@ def _default_out_dir(command: Prepare) -> Path:
     return Path("data") / ("builtin_bpe" if name == BUILTIN else name)
 
 
-def _prepare_characters(command: Prepare, out_dir: Path) -> corpus.Prepared:
+def _prepare_characters(command: Prepare, out_dir: Path) -> builtin_texts.Prepared:
     if command.input is not None:
-        return corpus.prepare_file(command.input, out_dir)
+        return builtin_texts.prepare_file(command.input, out_dir)
     if command.corpus == "shakespeare":
-        return corpus.prepare_shakespeare(out_dir)
-    return corpus.prepare_builtin(out_dir)
+        return builtin_texts.prepare_shakespeare(out_dir)
+    return builtin_texts.prepare_builtin(out_dir)
 
 
 def _prepare_stream(command: Prepare, out_dir: Path, console: Console) -> None:
@@ -217,8 +217,8 @@ def _source(command: Prepare) -> Source:
     if command.input is not None:
         return source_of(command.input, command.text_key)
     if command.corpus == "shakespeare":
-        return TextSource(corpus.shakespeare_text())
-    return TextSource(corpus.builtin_text())
+        return TextSource(builtin_texts.shakespeare_text())
+    return TextSource(builtin_texts.builtin_text())
 
 
 def _one_token(tokenizer: Tokenizer, token: str) -> int:

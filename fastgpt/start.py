@@ -10,8 +10,8 @@ from fastgpt import run_folder, sharded
 from fastgpt._files import is_path
 from fastgpt.bigram import Bigram
 from fastgpt.config import TrainConfig
+from fastgpt.data.manifest import read_manifest
 from fastgpt.language_model import GPTConfig, LanguageModel
-from fastgpt.manifest import read_manifest
 from fastgpt.model import GPT
 from fastgpt.parallel import World
 from fastgpt.tokenizer import CharTokenizer, Tokenizer, tokenizer_in

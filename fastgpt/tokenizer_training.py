@@ -7,7 +7,7 @@ import io
 from collections.abc import Iterator
 from pathlib import Path
 
-from fastgpt.sources import Source
+from fastgpt.data.sources import Source
 from fastgpt.subword_tokenizers import JsonTokenizer, SentencePieceTokenizer
 from fastgpt.tokenizer_base import END_OF_TEXT, Tokenizer
 

@@ -25,7 +25,7 @@ from fastgpt import fsdp, run_folder, sharded, start
 from fastgpt._files import alone_in
 from fastgpt._progress import PlainConsole, run_console
 from fastgpt.config import TrainConfig
-from fastgpt.data import Batches
+from fastgpt.data.batches import Batches
 from fastgpt.devices import autocast, resolve_device, resolve_dtype
 from fastgpt.language_model import LanguageModel
 from fastgpt.log import LOG, TENSORBOARD, RunLog

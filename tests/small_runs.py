@@ -11,7 +11,7 @@ from torch import Tensor
 from fastgpt import checkpoint as ckpt
 from fastgpt import run_folder
 from fastgpt.config import TrainConfig
-from fastgpt.corpus import prepare_text
+from fastgpt.data.builtin_texts import prepare_text
 from fastgpt.trainer import Trainer
 
 HANGS = 600  # seconds after which a process is stuck, not slow, however busy the machine is

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from fastgpt import _progress
-from fastgpt.corpus import bigram_counts, bigram_entropy, prepare_text
+from fastgpt.data.builtin_texts import bigram_counts, bigram_entropy, prepare_text
 
 
 def write_val(folder: Path, ids: list[int]) -> Path:

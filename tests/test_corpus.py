@@ -19,15 +19,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fastgpt import _progress, corpus, readers
-from fastgpt.corpus import (
+from fastgpt import _progress
+from fastgpt.data import builtin_texts, file_formats
+from fastgpt.data.batches import Batches
+from fastgpt.data.builtin_texts import (
     Prepared,
     prepare_builtin,
     prepare_file,
     prepare_shakespeare,
     prepare_text,
 )
-from fastgpt.data import Batches
 from fastgpt.tokenizer import CharTokenizer
 
 TEXT = "naïve\r\nΩ 文 🙂; the quick brown fox\n" * 7
@@ -132,7 +133,7 @@ def test_a_data_set_with_a_manifest_is_kept(tmp_path: Path) -> None:
 
 
 def test_a_large_file_takes_little_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(readers, "_CHUNK", 1 << 14)
+    monkeypatch.setattr(file_formats, "_CHUNK", 1 << 14)
     path = tmp_path / "large.txt"
     path.write_bytes(b"To be, or not to be.\n" * 300_000)  # 6.3 MB
     prepare_text(TEXT, tmp_path / "warm")
@@ -279,8 +280,8 @@ def test_tiny_shakespeare(
 def stand_in(monkeypatch: pytest.MonkeyPatch) -> bytes:
     """A text that takes Tiny Shakespeare's place, so that these tests need no file."""
     body = b"First Citizen: before we proceed any further, hear me speak.\n" * 5000
-    monkeypatch.setattr(corpus, "SHAKESPEARE_BYTES", len(body))
-    monkeypatch.setattr(corpus, "SHAKESPEARE_SHA256", hashlib.sha256(body).hexdigest())
+    monkeypatch.setattr(builtin_texts, "SHAKESPEARE_BYTES", len(body))
+    monkeypatch.setattr(builtin_texts, "SHAKESPEARE_SHA256", hashlib.sha256(body).hexdigest())
     return body
 
 
@@ -372,7 +373,7 @@ def test_a_silent_server_is_given_up(
         send(handler, stand_in[:1000], len(stand_in))
         done.wait(10)
 
-    monkeypatch.setattr(corpus, "_TIMEOUT_S", 0.2)
+    monkeypatch.setattr(builtin_texts, "_TIMEOUT_S", 0.2)
     with pytest.raises(ConnectionError, match="timed out"):
         prepare_shakespeare(earlier, url=serve(silent))
     done.set()

@@ -11,8 +11,9 @@ import torch
 from small_runs import data_set
 from torch import Tensor
 
-from fastgpt import _progress, manifest
-from fastgpt.data import SPLITS, Batches, TokenFile
+from fastgpt import _progress
+from fastgpt.data import manifest
+from fastgpt.data.batches import SPLITS, Batches, TokenFile
 
 BATCH, BLOCK, SEED, VOCAB = 5, 7, 1337, 1000
 LENGTHS = {"train": 400, "val": 60}

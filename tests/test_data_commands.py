@@ -13,8 +13,8 @@ from small_runs import arguments, small_keys
 
 from fastgpt import checkpoint as ckpt
 from fastgpt import command_line as cli
-from fastgpt import corpus
-from fastgpt.manifest import read_manifest
+from fastgpt.data import builtin_texts
+from fastgpt.data.manifest import read_manifest
 from fastgpt.tokenizer import CharTokenizer, JsonTokenizer
 
 pytest.importorskip("tokenizers", reason="needs the extra [data]")
@@ -93,8 +93,8 @@ def test_an_option_that_asks_for_more_is_never_ignored() -> None:
 
 
 def test_a_corpus_with_another_tokenizer(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(corpus, "builtin_text", lambda: "".join(DOCUMENTS))
-    monkeypatch.setattr(corpus, "shakespeare_text", lambda: "".join(DOCUMENTS))
+    monkeypatch.setattr(builtin_texts, "builtin_text", lambda: "".join(DOCUMENTS))
+    monkeypatch.setattr(builtin_texts, "shakespeare_text", lambda: "".join(DOCUMENTS))
     run("tokenizer", "train", "--input=text.txt", "--vocab_size=300", "--out_dir=t")
     run("prepare", "--tokenizer=t/tokenizer.json")
     run("prepare", "shakespeare", "--tokenizer=t")

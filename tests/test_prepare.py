@@ -13,13 +13,13 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from fastgpt import prepare as module
-from fastgpt import readers, shards, sources
 from fastgpt._files import sha256_of
-from fastgpt.data import Batches, token_files
-from fastgpt.manifest import read_manifest
-from fastgpt.prepare import characters_of, prepare
-from fastgpt.sources import DatasetSource, FileSource, Source, TextSource, source_of
+from fastgpt.data import file_formats, sources, token_writer
+from fastgpt.data import prepare as module
+from fastgpt.data.batches import Batches, token_files
+from fastgpt.data.manifest import read_manifest
+from fastgpt.data.prepare import characters_of, prepare
+from fastgpt.data.sources import DatasetSource, FileSource, Source, TextSource, source_of
 from fastgpt.tokenizer import CharTokenizer, Tokenizer, load_tokenizer
 
 DOCUMENTS = [f"Document {i}\n" + "naïve Ω 文 🙂 and so on; " * (i % 7) + "." for i in range(60)]
@@ -79,7 +79,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 @pytest.fixture
 def small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "_BATCH", 300)
-    monkeypatch.setattr(shards, "_SAVE_EVERY", 4)
+    monkeypatch.setattr(token_writer, "_SAVE_EVERY", 4)
 
 
 def test_documents(source: FileSource, tokenizer: CharTokenizer, tmp_path: Path) -> None:
@@ -326,7 +326,7 @@ def test_stopped_while_the_files_are_moved(
             moved += 1
         move(source, target)
 
-    monkeypatch.setattr(shards.os, "replace", replace)
+    monkeypatch.setattr(token_writer.os, "replace", replace)
     if after < 4:  # train, val, tokenizer, manifest
         with pytest.raises(KeyboardInterrupt):
             prepare(source, tokenizer, tmp_path / "b", val_share=0.3)
@@ -390,7 +390,7 @@ def test_memory_does_not_grow_with_the_input(
 ) -> None:
     monkeypatch.setattr(module, "_BATCH", 1 << 12)
     monkeypatch.setattr(sources, "PIECE", 1 << 12)
-    monkeypatch.setattr(readers, "_CHUNK", 1 << 12)
+    monkeypatch.setattr(file_formats, "_CHUNK", 1 << 12)
     rng = np.random.default_rng(0)
     words = rng.integers(97, 123, size=(400_000, 8), dtype=np.uint8)
     words[:, 7] = 32

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from fastgpt import readers, sources
-from fastgpt.prepare import prepare
-from fastgpt.sources import DatasetSource, FileSource, TextSource, source_of
+from fastgpt.data import file_formats, sources
+from fastgpt.data.prepare import prepare
+from fastgpt.data.sources import DatasetSource, FileSource, TextSource, source_of
 from fastgpt.tokenizer import CharTokenizer
 
 DOCUMENTS = [f"Document {i}\n" + "naïve Ω 文 🙂 and so on; " * (i % 7) + "." for i in range(60)]
@@ -79,7 +79,7 @@ def test_damaged_inputs_are_named(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     pytest.importorskip("pyarrow", reason="needs the extra [data]")
-    monkeypatch.setattr(readers, "_CHUNK", 16 * chunk if name.endswith(".zst") else chunk)
+    monkeypatch.setattr(file_formats, "_CHUNK", 16 * chunk if name.endswith(".zst") else chunk)
     (tmp_path / name).write_bytes(data)
     with pytest.raises(ValueError, match=message):
         list(source_of(tmp_path / name).pieces(0.1, 0))

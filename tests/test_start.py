@@ -9,9 +9,9 @@ import torch
 from small_runs import TEXT, data_set, quiet, small_config, trained
 
 from fastgpt import GPT
+from fastgpt.data.prepare import prepare
+from fastgpt.data.sources import TextSource, source_of
 from fastgpt.export import ExportConfig, export
-from fastgpt.prepare import prepare
-from fastgpt.sources import TextSource, source_of
 from fastgpt.start import separator
 from fastgpt.tokenizer import Tokenizer
 from fastgpt.tokenizer_training import train_tokenizer

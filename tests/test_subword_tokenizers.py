@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from fastgpt.sources import TextSource
+from fastgpt.data.sources import TextSource
 from fastgpt.subword_tokenizers import byte_of_character
 from fastgpt.tokenizer import (
     END_OF_TEXT,

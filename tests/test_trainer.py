@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fastgpt import GPT, GPTConfig
 from fastgpt import checkpoint as ckpt
-from fastgpt.data import Batches
+from fastgpt.data.batches import Batches
 from fastgpt.parallel import World
 from fastgpt.trainer import Trainer
 

@@ -13,10 +13,10 @@ from small_runs import assert_same, data_set, state_of, trained
 from torch import Tensor
 
 from fastgpt import log
+from fastgpt.data.prepare import prepare
+from fastgpt.data.sources import TextSource, source_of
 from fastgpt.kernels import chunked_loss
 from fastgpt.parallel import World
-from fastgpt.prepare import prepare
-from fastgpt.sources import TextSource, source_of
 from fastgpt.step import Step
 from fastgpt.tokenizer_training import train_tokenizer
 from fastgpt.trainer import Trainer

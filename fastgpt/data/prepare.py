@@ -28,9 +28,9 @@ import numpy as np
 import numpy.typing as npt
 
 from fastgpt._files import alone_in
-from fastgpt.manifest import NAME, Manifest, read_manifest
-from fastgpt.shards import ShardWriter, publish
-from fastgpt.sources import PIECE, Piece, Source
+from fastgpt.data.manifest import NAME, Manifest, read_manifest
+from fastgpt.data.sources import PIECE, Piece, Source
+from fastgpt.data.token_writer import ShardWriter, publish
 from fastgpt.tokenizer import CharTokenizer, Tokenizer, saved_tokenizer
 
 SHARD_TOKENS = 100_000_000

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fastgpt._files import sha256_of, sync_folder, write_json
-from fastgpt.manifest import NAME, Manifest, Shard, Split, read_manifest
+from fastgpt.data.manifest import NAME, Manifest, Shard, Split, read_manifest
 
 _STATE = "state.json"
 _SAVE_EVERY = 16  # batches

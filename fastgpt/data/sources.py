@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fastgpt.readers import checked_text, format_of, read_jsonl, read_parquet, read_text
+from fastgpt.data.file_formats import checked_text, format_of, read_jsonl, read_parquet, read_text
 
 PIECE = 1 << 20  # characters
 

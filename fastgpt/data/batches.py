@@ -18,8 +18,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastgpt import manifest
 from fastgpt._progress import spans
+from fastgpt.data import manifest
 
 SPLITS = ("train", "val")
 

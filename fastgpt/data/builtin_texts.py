@@ -27,9 +27,9 @@ import numpy as np
 import numpy.typing as npt
 
 from fastgpt._progress import spans
-from fastgpt.data import token_files
-from fastgpt.manifest import NAME
-from fastgpt.readers import read_text
+from fastgpt.data.batches import token_files
+from fastgpt.data.file_formats import read_text
+from fastgpt.data.manifest import NAME
 from fastgpt.tokenizer import CharTokenizer
 
 SHAKESPEARE_URL = (
