@@ -19,7 +19,7 @@ from fastgpt.data.prepare import (
 )
 from fastgpt.data.sources import DatasetSource, Source, TextSource, source_of
 from fastgpt.tokenizer import Tokenizer, tokenizer_from
-from fastgpt.tokenizer_training import train_tokenizer
+from fastgpt.tokenizer.training import train_tokenizer
 
 BUILTIN = "builtin"
 _SHAKESPEARE = "shakespeare_char"

@@ -21,7 +21,6 @@ import torch
 from fastgpt import checkpoint as ckpt
 from fastgpt import huggingface
 from fastgpt.model import GPT, PRETRAINED_SHAPES
-from fastgpt.subword_tokenizers import byte_of_character
 from fastgpt.tokenizer import (
     END_OF_TEXT,
     CharTokenizer,
@@ -30,6 +29,7 @@ from fastgpt.tokenizer import (
     Tokenizer,
     saved_tokenizer,
 )
+from fastgpt.tokenizer.subword import byte_of_character
 
 _DEFAULT_NAMES = {"hf": "hf", "safetensors": "model.safetensors", "nanogpt": "nanogpt"}
 _NANOGPT_KEYS = ("optimizer", "iter_num", "best_val_loss", "config")

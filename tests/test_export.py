@@ -16,8 +16,8 @@ from fastgpt import checkpoint as ckpt
 from fastgpt import export as exporting
 from fastgpt.__main__ import main
 from fastgpt.export import ExportConfig, Exported, export
-from fastgpt.subword_tokenizers import byte_of_character
 from fastgpt.tokenizer import END_OF_TEXT, GPT2Tokenizer
+from fastgpt.tokenizer.subword import byte_of_character
 from fastgpt.trainer import Trainer
 
 safetensors_torch = pytest.importorskip("safetensors.torch", reason="needs the extra hf")

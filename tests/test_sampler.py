@@ -15,8 +15,8 @@ from fastgpt.config import SampleConfig
 from fastgpt.export import ExportConfig, export
 from fastgpt.huggingface import Weights, write
 from fastgpt.sampler import Sampler
-from fastgpt.subword_tokenizers import byte_of_character
 from fastgpt.tokenizer import CharTokenizer
+from fastgpt.tokenizer.subword import byte_of_character
 from fastgpt.trainer import Trainer
 
 

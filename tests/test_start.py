@@ -14,7 +14,7 @@ from fastgpt.data.sources import TextSource, source_of
 from fastgpt.export import ExportConfig, export
 from fastgpt.start import separator
 from fastgpt.tokenizer import Tokenizer
-from fastgpt.tokenizer_training import train_tokenizer
+from fastgpt.tokenizer.training import train_tokenizer
 from fastgpt.trainer import Trainer
 
 pytest.importorskip("safetensors", reason='pip install "fastgpt-triton[hf]"')

@@ -12,7 +12,6 @@ import pytest
 import torch
 
 from fastgpt.data.sources import TextSource
-from fastgpt.subword_tokenizers import byte_of_character
 from fastgpt.tokenizer import (
     END_OF_TEXT,
     CharTokenizer,
@@ -26,7 +25,8 @@ from fastgpt.tokenizer import (
     tokenizer_from,
     unpacked,
 )
-from fastgpt.tokenizer_training import train_tokenizer
+from fastgpt.tokenizer.subword import byte_of_character
+from fastgpt.tokenizer.training import train_tokenizer
 
 for library in ("tiktoken", "tokenizers", "sentencepiece"):
     pytest.importorskip(library, reason="needs the extra [data]")

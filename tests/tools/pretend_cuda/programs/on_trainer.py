@@ -18,7 +18,7 @@ from fastgpt.data.sources import TextSource, source_of
 from fastgpt.kernels import chunked_loss
 from fastgpt.parallel import World
 from fastgpt.step import Step
-from fastgpt.tokenizer_training import train_tokenizer
+from fastgpt.tokenizer.training import train_tokenizer
 from fastgpt.trainer import Trainer
 
 # 16 characters, a number that fp8 has products for.

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fastgpt._progress import spans
-from fastgpt.tokenizer_base import TokenIds, Tokenizer, check_text, checked_ids
+from fastgpt.tokenizer.base import TokenIds, Tokenizer, check_text, checked_ids
 
 MAX_VOCAB_SIZE = 1 << 16  # train.bin and val.bin hold ids as uint16
 

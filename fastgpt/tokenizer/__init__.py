@@ -11,14 +11,14 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from fastgpt.char_tokenizer import MAX_VOCAB_SIZE, CharTokenizer
-from fastgpt.subword_tokenizers import (
+from fastgpt.tokenizer.base import END_OF_TEXT, TokenIds, Tokenizer
+from fastgpt.tokenizer.char import MAX_VOCAB_SIZE, CharTokenizer
+from fastgpt.tokenizer.subword import (
     GPT2Tokenizer,
     JsonTokenizer,
     SentencePieceTokenizer,
     gpt2_folder_has_vocabulary,
 )
-from fastgpt.tokenizer_base import END_OF_TEXT, TokenIds, Tokenizer
 
 __all__ = [
     "END_OF_TEXT",

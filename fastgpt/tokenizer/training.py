@@ -8,8 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from fastgpt.data.sources import Source
-from fastgpt.subword_tokenizers import JsonTokenizer, SentencePieceTokenizer
-from fastgpt.tokenizer_base import END_OF_TEXT, Tokenizer
+from fastgpt.tokenizer.base import END_OF_TEXT, Tokenizer
+from fastgpt.tokenizer.subword import JsonTokenizer, SentencePieceTokenizer
 
 KINDS = ("bpe", "unigram")
 

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from fastgpt.tokenizer_base import END_OF_TEXT, TokenIds, Tokenizer, check_text, checked_ids
+from fastgpt.tokenizer.base import END_OF_TEXT, TokenIds, Tokenizer, check_text, checked_ids
 
 # Files of GPT-2's vocabulary: OpenAI's names and Hugging Face's. Ids, then merges.
 _GPT2_FILES = (("encoder.json", "vocab.bpe"), ("vocab.json", "merges.txt"))
