@@ -20,8 +20,8 @@ from fastgpt import GPT, GPTConfig
 from fastgpt.data.batches import Batches
 from fastgpt.devices import autocast, has_bfloat16
 from fastgpt.language_model import LanguageModel
-from fastgpt.optimizer import MasterAdamW
-from fastgpt.step import Step
+from fastgpt.training.optimizer import MasterAdamW
+from fastgpt.training.step import Step
 
 VariantName = Literal[
     "naive",

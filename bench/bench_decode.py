@@ -32,10 +32,10 @@ from rich.table import Table
 from torch import Tensor
 
 from fastgpt import GPT, GPTConfig
-from fastgpt.config import Dtype
 from fastgpt.devices import autocast, resolve_device, resolve_dtype
 from fastgpt.generation import Generator, Sampling
 from fastgpt.sampler import round_matrices
+from fastgpt.training.config import Dtype
 
 _TURN = 16  # tokens
 

@@ -97,7 +97,7 @@ def collectives(
 ) -> list[Collective]:
     """What one update sends: the kind and the bytes of the whole tensor, which an all-gather
     returns and a reduce-scatter is given. Gradients travel in float32; ``gather_dtype`` is that of
-    FSDP2's parameters but for LayerNorm's, which are float32 (see ``fastgpt.fsdp.shard``).
+    FSDP2's parameters but for LayerNorm's, which are float32 (see ``fastgpt.training.fsdp.shard``).
     """
     with torch.device("meta"):
         parameters = dict(GPT(config).named_parameters())

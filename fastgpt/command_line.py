@@ -10,24 +10,7 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from fastgpt import checkpoint as ckpt
-from fastgpt import run_folder
 from fastgpt.bigram import Bigram
-from fastgpt.config import (
-    GROUPS,
-    PRESETS,
-    Data,
-    Logging,
-    Model,
-    Optimizer,
-    Output,
-    SampleConfig,
-    Schedule,
-    System,
-    TrainConfig,
-    automatic_keys,
-)
-from fastgpt.config_file import read_config_file
 from fastgpt.data import builtin_texts
 from fastgpt.data_commands import (
     BUILTIN,
@@ -41,12 +24,29 @@ from fastgpt.devices import autocast, resolve_device
 from fastgpt.doctor import DoctorConfig, doctor
 from fastgpt.export import ExportConfig, export
 from fastgpt.language_model import LanguageModel
-from fastgpt.parallel import World
 from fastgpt.plot import PlotConfig, plot
 from fastgpt.sample_command import run_sample
 from fastgpt.sampler import write
 from fastgpt.tokenizer import CharTokenizer, GPT2Tokenizer
-from fastgpt.trainer import Trainer
+from fastgpt.training import checkpoint as ckpt
+from fastgpt.training import checkpoint_folder
+from fastgpt.training.config import (
+    GROUPS,
+    PRESETS,
+    Data,
+    Logging,
+    Model,
+    Optimizer,
+    Output,
+    SampleConfig,
+    Schedule,
+    System,
+    TrainConfig,
+    automatic_keys,
+)
+from fastgpt.training.config_file import read_config_file
+from fastgpt.training.distributed import World
+from fastgpt.training.trainer import Trainer
 
 # the sample at the end of a training run
 _SAMPLE_TOKENS, _SAMPLE_TEMPERATURE, _SAMPLE_TOP_K = 300, 0.8, 200
@@ -185,7 +185,7 @@ def _train_config(argv: list[str], first: Train) -> TrainConfig:
 def _saved_keys(out_dir: Path) -> dict[str, Any]:
     """The keys of the run to be resumed. A checkpoint of nanoGPT's has its keys only, and compile
     is True in it unless somebody asked for the contrary."""
-    header, _ = run_folder.read_newest(out_dir, ckpt.header)
+    header, _ = checkpoint_folder.read_newest(out_dir, ckpt.header)
     saved = header.get("config", {})
     known = {f.name for f in fields(TrainConfig)}
     if not ckpt.own_state(header):
@@ -195,7 +195,7 @@ def _saved_keys(out_dir: Path) -> dict[str, Any]:
 
 def _train(config: TrainConfig, world: World, console: Console) -> None:
     out_dir = Path(config.out_dir)
-    if world.restarts and (run_folder.saved(out_dir) or (out_dir / ckpt.BEST).exists()):
+    if world.restarts and (checkpoint_folder.saved(out_dir) or (out_dir / ckpt.BEST).exists()):
         config = replace(config, init_from="resume")  # torchrun started the same command again
     device = world.device(resolve_device(config.device))
     with world.connected(device, config.backend):

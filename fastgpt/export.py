@@ -18,7 +18,6 @@ from typing import Any, Literal
 
 import torch
 
-from fastgpt import checkpoint as ckpt
 from fastgpt import huggingface
 from fastgpt.model import GPT, PRETRAINED_SHAPES
 from fastgpt.tokenizer import (
@@ -30,6 +29,7 @@ from fastgpt.tokenizer import (
     saved_tokenizer,
 )
 from fastgpt.tokenizer.subword import byte_of_character
+from fastgpt.training import checkpoint as ckpt
 
 _DEFAULT_NAMES = {"hf": "hf", "safetensors": "model.safetensors", "nanogpt": "nanogpt"}
 _NANOGPT_KEYS = ("optimizer", "iter_num", "best_val_loss", "config")

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fastgpt import log
+from fastgpt.training import log
 
 _CURVES = "curves.png"
 # key in the log → title and unit of its panel

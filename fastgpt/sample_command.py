@@ -7,8 +7,8 @@ from collections.abc import Iterable, Iterator
 import torch
 from rich.console import Console
 
-from fastgpt.config import SampleConfig
 from fastgpt.sampler import Completion, Sampler, read_prompts
+from fastgpt.training.config import SampleConfig
 
 
 def run_sample(config: SampleConfig, console: Console, errors: Console) -> None:

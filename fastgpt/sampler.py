@@ -8,8 +8,6 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from fastgpt import checkpoint as ckpt
-from fastgpt.config import SampleConfig
 from fastgpt.devices import autocast, resolve_device, resolve_dtype
 from fastgpt.generation import Generator, Sampling, check_finite
 from fastgpt.language_model import LanguageModel
@@ -20,6 +18,8 @@ from fastgpt.tokenizer import (
     Tokenizer,
     tokenizer_in,
 )
+from fastgpt.training import checkpoint as ckpt
+from fastgpt.training.config import SampleConfig
 
 _FROM_FILE = "FILE:"
 

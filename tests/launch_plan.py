@@ -20,7 +20,7 @@ from torch import Tensor
 from fastgpt import GPT, GPTConfig, ops
 from fastgpt.generation import Generator, Sampling
 from fastgpt.kernels import fused
-from fastgpt.optimizer import MasterAdamW
+from fastgpt.training.optimizer import MasterAdamW
 
 CAPABILITIES = (80, 86, 89, 90, 100, 120)
 

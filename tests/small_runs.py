@@ -8,11 +8,11 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from fastgpt import checkpoint as ckpt
-from fastgpt import run_folder
-from fastgpt.config import TrainConfig
 from fastgpt.data.builtin_texts import prepare_text
-from fastgpt.trainer import Trainer
+from fastgpt.training import checkpoint as ckpt
+from fastgpt.training import checkpoint_folder
+from fastgpt.training.config import TrainConfig
+from fastgpt.training.trainer import Trainer
 
 HANGS = 600  # seconds after which a process is stuck, not slow, however busy the machine is
 TEXT = "".join(f"{n} times {n + 1} is {n * (n + 1)};\n" for n in range(400))
@@ -70,7 +70,7 @@ def trained(root: Path, **changes: Any) -> Trainer:
 
 def state_of(root: Path) -> dict[str, Any]:
     """What the newest checkpoint holds."""
-    return ckpt.load(run_folder.saved(root / "out")[0])
+    return ckpt.load(checkpoint_folder.saved(root / "out")[0])
 
 
 def assert_same(a: Any, b: Any, where: str = "") -> None:

@@ -8,10 +8,10 @@ import torch
 from small_runs import data_set, small_config, small_keys
 
 from fastgpt import GPT, GPTConfig
-from fastgpt import checkpoint as ckpt
-from fastgpt.config import SampleConfig, TrainConfig
 from fastgpt.sampler import Sampler
-from fastgpt.trainer import Trainer
+from fastgpt.training import checkpoint as ckpt
+from fastgpt.training.config import SampleConfig, TrainConfig
+from fastgpt.training.trainer import Trainer
 
 MODEL_ARGS = ["n_layer", "n_head", "n_embd", "block_size", "bias", "vocab_size", "dropout"]
 

@@ -11,8 +11,8 @@ import torch
 from small_runs import TEXT, arguments, data_set, small_keys
 
 from fastgpt import command_line as cli
-from fastgpt.config import PRESETS, TrainConfig
-from fastgpt.trainer import Trainer
+from fastgpt.training.config import PRESETS, TrainConfig
+from fastgpt.training.trainer import Trainer
 
 
 @pytest.fixture(autouse=True)

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 import torch
 
-from fastgpt import config as configuration
-from fastgpt.config import PRESETS, SampleConfig, TrainConfig, automatic_keys
-from fastgpt.config_file import read_config_file
 from fastgpt.devices import autocast, resolve_device, resolve_dtype
+from fastgpt.training import config as configuration
+from fastgpt.training.config import PRESETS, SampleConfig, TrainConfig, automatic_keys
+from fastgpt.training.config_file import read_config_file
 
 NANOGPT_DEFAULTS = {
     "out_dir": "out",

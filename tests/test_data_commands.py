@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 from small_runs import arguments, small_keys
 
-from fastgpt import checkpoint as ckpt
 from fastgpt import command_line as cli
 from fastgpt.data import builtin_texts
 from fastgpt.data.manifest import read_manifest
 from fastgpt.tokenizer import CharTokenizer, JsonTokenizer
+from fastgpt.training import checkpoint as ckpt
 
 pytest.importorskip("tokenizers", reason="needs the extra [data]")
 pytest.importorskip("sentencepiece", reason="needs the extra [data]")

@@ -13,12 +13,13 @@ from small_runs import data_set, quiet, small_config
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastgpt import GPT, GPTConfig, fsdp, step
+from fastgpt import GPT, GPTConfig
 from fastgpt.bigram import Bigram
 from fastgpt.devices import autocast
 from fastgpt.kernels import _common, fused
-from fastgpt.parallel import World
-from fastgpt.trainer import Trainer
+from fastgpt.training import fsdp, step
+from fastgpt.training.distributed import World
+from fastgpt.training.trainer import Trainer
 
 KEYS: dict[str, Any] = {"dropout": 0.0, "parallel": "fsdp", "gradient_accumulation_steps": 2}
 
@@ -157,7 +158,9 @@ def test_in_two_processes(check: Callable[[Path, World], None], tmp_path: Path) 
 def test_half_precision_that_overflows_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("fastgpt.trainer.resolve_dtype", lambda dtype, device: torch.float16)
+    monkeypatch.setattr(
+        "fastgpt.training.trainer.resolve_dtype", lambda dtype, device: torch.float16
+    )
     config = small_config(tmp_path, parallel="fsdp", dtype="float16")
     with pytest.raises(ValueError, match="dtype must be .* with parallel='fsdp', got float16"):
         Trainer(config, quiet(), World(size=2))

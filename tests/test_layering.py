@@ -223,8 +223,8 @@ sys.meta_path.insert(0, Missing())
 for module in {[name for name in SOURCES if not name.startswith("fastgpt.cli")]}:
     importlib.import_module(module)
 from fastgpt.__main__ import main
-from fastgpt.config import TrainConfig
-from fastgpt.trainer import Trainer
+from fastgpt.training.config import TrainConfig
+from fastgpt.training.trainer import Trainer
 trainer = Trainer(TrainConfig(**json.loads({json.dumps(small_keys(tmp_path, max_iters=1))!r})))
 trainer.run()
 assert trainer.iter_num == 2

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 from small_runs import data_set, quiet, small_config, trained
 
-from fastgpt import log
-from fastgpt.log import RunLog
-from fastgpt.trainer import Trainer
+from fastgpt.training import log
+from fastgpt.training.log import RunLog
+from fastgpt.training.trainer import Trainer
 
 
 def rows(root: Path) -> list[dict[str, Any]]:

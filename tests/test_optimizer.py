@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from fastgpt import GPT
 from fastgpt.bigram import Bigram
-from fastgpt.optimizer import MasterAdamW, saved_state
+from fastgpt.training.optimizer import MasterAdamW, saved_state
 
 BETAS = (0.9, 0.95)
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 from small_runs import HANGS, arguments, assert_same, data_set, small_keys, state_of, trained
 
-from fastgpt.parallel import ALONE, World
+from fastgpt.training.distributed import ALONE, World
 
 ROOT = Path(__file__).resolve().parent.parent
 SHORT = {"dropout": 0.0, "gradient_accumulation_steps": 2, "max_iters": 19, "lr_decay_iters": 20}
@@ -130,7 +130,7 @@ def test_sigterm_saves_and_ends(tmp_path: Path) -> None:
 KILLED_ONCE = """
 import os, signal, sys
 from fastgpt.__main__ import main
-from fastgpt.trainer import Trainer
+from fastgpt.training.trainer import Trainer
 
 update = Trainer._update
 

@@ -26,7 +26,7 @@ from small_runs import (
 )
 from torch import Tensor
 
-from fastgpt.trainer import Trainer
+from fastgpt.training.trainer import Trainer
 
 
 @pytest.fixture(autouse=True)
@@ -38,7 +38,7 @@ def small_data(tmp_path: Path) -> Path:
 KILLED = """
 import os, signal, sys
 from fastgpt.__main__ import main
-from fastgpt.trainer import Trainer
+from fastgpt.training.trainer import Trainer
 
 update = Trainer._update
 

@@ -6,10 +6,10 @@ import pytest
 import torch
 from small_runs import data_set, quiet, small_config, state_of, trained
 
-from fastgpt import run_folder
-from fastgpt.parallel import ALONE
-from fastgpt.sharded import save
-from fastgpt.trainer import Trainer
+from fastgpt.training import checkpoint_folder
+from fastgpt.training.distributed import ALONE
+from fastgpt.training.sharded_checkpoint import save
+from fastgpt.training.trainer import Trainer
 
 
 @pytest.fixture(autouse=True)
@@ -19,12 +19,12 @@ def small_data(tmp_path: Path) -> Path:
 
 def test_the_file_with_more_iterations_is_resumed(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="no ckpt.pt or iter-.*.pt in"):
-        run_folder.newest(tmp_path)
+        checkpoint_folder.newest(tmp_path)
     torch.save({"iter_num": 10}, tmp_path / "ckpt.pt")
-    assert run_folder.newest(tmp_path).name == "ckpt.pt"
+    assert checkpoint_folder.newest(tmp_path).name == "ckpt.pt"
     for iterations, newest in ((9, "ckpt.pt"), (10, "iter-0000010.pt"), (11, "iter-0000011.pt")):
-        torch.save({"iter_num": iterations}, run_folder.path_of(tmp_path, iterations, False))
-        assert run_folder.newest(tmp_path).name == newest
+        torch.save({"iter_num": iterations}, checkpoint_folder.path_of(tmp_path, iterations, False))
+        assert checkpoint_folder.newest(tmp_path).name == newest
 
 
 def test_a_damaged_checkpoint_names_the_newest_intact_one(tmp_path: Path) -> None:
@@ -56,7 +56,7 @@ def test_a_damaged_folder_names_the_newest_intact_one(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match=message):
             Trainer(config, quiet())
     for damaged in (40, 30):
-        run_folder.remove(out / f"iter-{damaged:07d}")
+        checkpoint_folder.remove(out / f"iter-{damaged:07d}")
     assert Trainer(config, quiet()).iter_num == 21
 
 
@@ -65,7 +65,7 @@ def test_what_stands_beside_the_checkpoints_is_left_alone(tmp_path: Path) -> Non
     others = [".iter-0000005.pt.tmp", "iter-6.txt", "iter-best.pt", "notes"]
     for name in names + others:
         (tmp_path / name).mkdir()
-    run_folder.prune(tmp_path, 2, best_iter=1)
+    checkpoint_folder.prune(tmp_path, 2, best_iter=1)
     left = {path.name for path in tmp_path.iterdir()} - {"small", "small.txt"}
     assert left == {*names, *others} - {"iter-0000002"}
 
@@ -81,4 +81,4 @@ def test_a_new_run_sets_an_earlier_one_aside(tmp_path: Path) -> None:
         assert (run.out_dir / f"previous-{number}").is_dir()
     for name, content in before.items():
         assert (run.out_dir / "previous-1" / name).read_bytes() == content
-    assert run_folder.set_aside(tmp_path / "nowhere") is None
+    assert checkpoint_folder.set_aside(tmp_path / "nowhere") is None

@@ -10,9 +10,9 @@ import pytest
 from small_runs import data_set, small_config
 
 from fastgpt import command_line as cli
-from fastgpt.config import SampleConfig
 from fastgpt.sampler import Sampler
-from fastgpt.trainer import Trainer
+from fastgpt.training.config import SampleConfig
+from fastgpt.training.trainer import Trainer
 
 
 @pytest.fixture(scope="module")

@@ -9,15 +9,15 @@ import torch
 from small_runs import data_set, small_config
 
 from fastgpt import GPT, GPTConfig
-from fastgpt import checkpoint as ckpt
 from fastgpt import sampler as sampling
-from fastgpt.config import SampleConfig
 from fastgpt.export import ExportConfig, export
 from fastgpt.huggingface import Weights, write
 from fastgpt.sampler import Sampler
 from fastgpt.tokenizer import CharTokenizer
 from fastgpt.tokenizer.subword import byte_of_character
-from fastgpt.trainer import Trainer
+from fastgpt.training import checkpoint as ckpt
+from fastgpt.training.config import SampleConfig
+from fastgpt.training.trainer import Trainer
 
 
 @pytest.fixture(scope="module")

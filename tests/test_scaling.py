@@ -22,9 +22,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastgpt import GPT, GPTConfig
 from fastgpt.devices import autocast
-from fastgpt.fsdp import shard
-from fastgpt.parallel import World
-from fastgpt.step import Step
+from fastgpt.training.distributed import World
+from fastgpt.training.fsdp import shard
+from fastgpt.training.step import Step
 
 ROOT = Path(__file__).resolve().parent.parent
 

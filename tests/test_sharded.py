@@ -9,9 +9,10 @@ import pytest
 import torch
 from small_runs import assert_same
 
-from fastgpt import GPT, GPTConfig, sharded
-from fastgpt import checkpoint as ckpt
-from fastgpt.parallel import ALONE
+from fastgpt import GPT, GPTConfig
+from fastgpt.training import checkpoint as ckpt
+from fastgpt.training import sharded_checkpoint
+from fastgpt.training.distributed import ALONE
 
 
 @pytest.fixture
@@ -40,7 +41,7 @@ def plain(state: dict[str, Any]) -> dict[str, Any]:
 
 def test_a_folder_is_read_as_the_file_would_be(tmp_path: Path, state: dict[str, Any]) -> None:
     folder, file = tmp_path / "iter-0000004", tmp_path / "iter-0000004.pt"
-    sharded.save(state, folder, ALONE)
+    sharded_checkpoint.save(state, folder, ALONE)
     ckpt.save(plain(state), file)
     expected = ckpt.load(file)
     loaded = ckpt.load(folder)
@@ -64,7 +65,7 @@ def test_a_folder_is_read_as_the_file_would_be(tmp_path: Path, state: dict[str, 
 def test_saving_again_replaces_the_folder(tmp_path: Path, state: dict[str, Any]) -> None:
     folder = tmp_path / "iter-0000004"
     for loss in (2.0, 1.0):
-        sharded.save({**state, "best_val_loss": torch.tensor(loss)}, folder, ALONE)
+        sharded_checkpoint.save({**state, "best_val_loss": torch.tensor(loss)}, folder, ALONE)
         assert ckpt.load(folder)["best_val_loss"] == loss
     assert [p.name for p in tmp_path.iterdir()] == [folder.name]
 
@@ -73,25 +74,25 @@ def test_a_crash_while_saving_leaves_the_old_folder(
     tmp_path: Path, state: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = tmp_path / "iter-0000004"
-    sharded.save(state, folder, ALONE)
+    sharded_checkpoint.save(state, folder, ALONE)
 
     def full(*args: Any) -> None:
         raise OSError("No space left on device")
 
-    for module, name in ((torch, "save"), (sharded, "write_json"), (os, "fsync")):
+    for module, name in ((torch, "save"), (sharded_checkpoint, "write_json"), (os, "fsync")):
         with monkeypatch.context() as patch:
             patch.setattr(module, name, full)
             with pytest.raises(OSError, match="No space left|could not write"):
-                sharded.save({**state, "iter_num": 5}, folder, ALONE)
+                sharded_checkpoint.save({**state, "iter_num": 5}, folder, ALONE)
         assert ckpt.load(folder)["iter_num"] == 4
-    sharded.save({**state, "iter_num": 5}, folder, ALONE)
+    sharded_checkpoint.save({**state, "iter_num": 5}, folder, ALONE)
     assert [p.name for p in tmp_path.iterdir()] == [folder.name]
     assert ckpt.load(folder)["iter_num"] == 5
 
 
 def test_damage_is_found(tmp_path: Path, state: dict[str, Any]) -> None:
     folder = tmp_path / "iter-0000004"
-    sharded.save(state, folder, ALONE)
+    sharded_checkpoint.save(state, folder, ALONE)
     assert {"complete.json", "run.pt", ".metadata"} < {path.name for path in folder.iterdir()}
     for path in sorted(folder.iterdir()):
         whole = path.read_bytes()
@@ -109,10 +110,10 @@ def test_damage_is_found(tmp_path: Path, state: dict[str, Any]) -> None:
 
 def test_another_models_shards_are_refused(tmp_path: Path, state: dict[str, Any]) -> None:
     folder = tmp_path / "iter-0000004"
-    sharded.save(state, folder, ALONE)
+    sharded_checkpoint.save(state, folder, ALONE)
     for other in (GPTConfig(8, 32, 2, 2, 8), GPTConfig(8, 32, 1, 2, 16)):
         with pytest.raises(ValueError, match="iter-0000004 holds no state to go on from: .*"):
-            sharded.load_into(GPT(other), {}, folder)
+            sharded_checkpoint.load_into(GPT(other), {}, folder)
 
 
 class _Attack:
@@ -127,14 +128,18 @@ class _Attack:
 def test_nothing_is_executed(tmp_path: Path, state: dict[str, Any], function: Any) -> None:
     """Even where the sums are right: whoever writes the files writes these, too."""
     folder, trace = tmp_path / "iter-0000004", tmp_path / "executed"
-    sharded.save(state, folder, ALONE)
+    sharded_checkpoint.save(state, folder, ALONE)
     argument = str(trace) if function is os.mkdir else f"__import__('os').mkdir({str(trace)!r})"
     (folder / ".metadata").write_bytes(pickle.dumps(_Attack(function, argument)))
-    sharded.write_json(
-        {p.name: sharded._measured(p) for p in folder.iterdir() if p.name != "complete.json"},
+    sharded_checkpoint.write_json(
+        {
+            p.name: sharded_checkpoint._measured(p)
+            for p in folder.iterdir()
+            if p.name != "complete.json"
+        },
         folder / "complete.json",
     )
-    sharded.check(folder)
+    sharded_checkpoint.check(folder)
     with pytest.raises(ValueError, match=".metadata .* does not belong into"):
         ckpt.load(folder)
     assert not trace.exists()

@@ -12,10 +12,10 @@ from fastgpt import GPT
 from fastgpt.data.prepare import prepare
 from fastgpt.data.sources import TextSource, source_of
 from fastgpt.export import ExportConfig, export
-from fastgpt.start import separator
 from fastgpt.tokenizer import Tokenizer
 from fastgpt.tokenizer.training import train_tokenizer
-from fastgpt.trainer import Trainer
+from fastgpt.training.init_from import separator
+from fastgpt.training.trainer import Trainer
 
 pytest.importorskip("safetensors", reason='pip install "fastgpt-triton[hf]"')
 pytest.importorskip("tokenizers", reason='pip install "fastgpt-triton[data]"')

@@ -14,8 +14,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from fastgpt import GPT
-from fastgpt.optimizer import MasterAdamW
-from fastgpt.step import Batch, Step
+from fastgpt.training.optimizer import MasterAdamW
+from fastgpt.training.step import Batch, Step
 
 BETAS = (0.9, 0.95)
 DTYPES = [torch.float32, torch.bfloat16]
@@ -143,7 +143,7 @@ def test_a_replay_makes_the_same_updates(
 ) -> None:
     """With the learning rate as it is on CUDA. What changes from update to update lies in tensors,
     and both ways compute with the same numbers, to the bit."""
-    monkeypatch.setattr("fastgpt.step._LEARNING_RATE_ON_DEVICE", ("cpu",))
+    monkeypatch.setattr("fastgpt.training.step._LEARNING_RATE_ON_DEVICE", ("cpu",))
 
     def run(replayed: bool) -> tuple[Tensor, dict[str, Tensor]]:
         model = small_model(dropout=0.1)

@@ -15,10 +15,10 @@ from small_runs import assert_same, data_set, quiet, small_config, state_of, tra
 from torch import Tensor
 
 from fastgpt import GPT, GPTConfig
-from fastgpt import checkpoint as ckpt
 from fastgpt.data.batches import Batches
-from fastgpt.parallel import World
-from fastgpt.trainer import Trainer
+from fastgpt.training import checkpoint as ckpt
+from fastgpt.training.distributed import World
+from fastgpt.training.trainer import Trainer
 
 
 @pytest.fixture(autouse=True)

@@ -12,14 +12,14 @@ import torch
 from small_runs import assert_same, data_set, state_of, trained
 from torch import Tensor
 
-from fastgpt import log
 from fastgpt.data.prepare import prepare
 from fastgpt.data.sources import TextSource, source_of
 from fastgpt.kernels import chunked_loss
-from fastgpt.parallel import World
-from fastgpt.step import Step
 from fastgpt.tokenizer.training import train_tokenizer
-from fastgpt.trainer import Trainer
+from fastgpt.training import log
+from fastgpt.training.distributed import World
+from fastgpt.training.step import Step
+from fastgpt.training.trainer import Trainer
 
 # 16 characters, a number that fp8 has products for.
 TEXT = "".join(f"{n} * {n + 1} + 0 = {n * (n + 1)};\n" for n in range(200))

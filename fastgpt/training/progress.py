@@ -9,7 +9,7 @@ from types import FrameType, TracebackType
 from typing import TYPE_CHECKING
 
 from fastgpt._progress import PlainConsole
-from fastgpt.config import TrainConfig
+from fastgpt.training.config import TrainConfig
 
 if TYPE_CHECKING:
     from rich.console import Console

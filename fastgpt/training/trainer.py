@@ -20,21 +20,21 @@ import torch
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from fastgpt import checkpoint as ckpt
-from fastgpt import fsdp, run_folder, sharded, start
 from fastgpt._files import alone_in
 from fastgpt._progress import PlainConsole, run_console
-from fastgpt.config import TrainConfig
 from fastgpt.data.batches import Batches
 from fastgpt.devices import autocast, resolve_device, resolve_dtype
 from fastgpt.language_model import LanguageModel
-from fastgpt.log import LOG, TENSORBOARD, RunLog
-from fastgpt.meter import Meter, interrupts
 from fastgpt.model import GPT
-from fastgpt.optimizer import MasterAdamW, saved_state
-from fastgpt.parallel import ALONE, World
-from fastgpt.step import Step
 from fastgpt.tokenizer import packed, saved_tokenizer
+from fastgpt.training import checkpoint as ckpt
+from fastgpt.training import checkpoint_folder, fsdp, init_from, sharded_checkpoint
+from fastgpt.training.config import TrainConfig
+from fastgpt.training.distributed import ALONE, World
+from fastgpt.training.log import LOG, TENSORBOARD, RunLog
+from fastgpt.training.optimizer import MasterAdamW, saved_state
+from fastgpt.training.progress import Meter, interrupts
+from fastgpt.training.step import Step
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -62,7 +62,7 @@ class Trainer:
         self.console = console or run_console()
         self.device = world.device(resolve_device(config.device))
         self.dtype = resolve_dtype(config.dtype, self.device)
-        self._sharded = start.is_sharded(config, world)
+        self._sharded = init_from.is_sharded(config, world)
         if self._sharded and self.dtype == torch.float16:
             raise ValueError("dtype must be float32 or bfloat16 with parallel='fsdp', got float16")
         self.out_dir = Path(config.out_dir)
@@ -75,7 +75,7 @@ class Trainer:
         self.tokenizer = saved_tokenizer(config.data_dir)
         saved, path = None, self.out_dir
         if config.init_from == "resume":
-            saved, path = start.saved_state(config, self.tokenizer, world)
+            saved, path = init_from.saved_state(config, self.tokenizer, world)
         model = self._build_model(saved, path)
         self.config = config = self._with_shape_of(model)
         self.batches = Batches(
@@ -128,9 +128,9 @@ class Trainer:
 
     def _captures(self) -> bool:
         given = (self.device, self.dtype, self.world)
-        if start.captures(self.config, *given):
+        if init_from.captures(self.config, *given):
             return True
-        if start.captures(replace(self.config, compile=False), *given):
+        if init_from.captures(replace(self.config, compile=False), *given):
             self.console.print("compile=True: updates are not replayed as a CUDA graph")
         return False
 
@@ -146,7 +146,7 @@ class Trainer:
     def _build_model(self, saved: ckpt.Checkpoint | None, path: Path) -> LanguageModel:
         config = self.config
         if saved is None:
-            model = start.new_model(config, self.tokenizer)
+            model = init_from.new_model(config, self.tokenizer)
         elif self._sharded and path.is_dir():  # whose tensors are read when they have been cut
             model = ckpt.new_model(saved, path, dropout=config.dropout)
         else:
@@ -154,7 +154,7 @@ class Trainer:
         if isinstance(model, GPT):
             model.recompute = config.recompute
             model.fp8 = config.fp8
-            model.separator = start.separator(config, self.tokenizer)
+            model.separator = init_from.separator(config, self.tokenizer)
         return model
 
     def _build_optimizer(self) -> torch.optim.Optimizer:
@@ -169,7 +169,7 @@ class Trainer:
 
     def _with_shape_of(self, model: LanguageModel) -> TrainConfig:
         """The config with the shape that a loaded model really has; what changes is printed."""
-        shape = start.shape_of(model)
+        shape = init_from.shape_of(model)
         for key, value in shape.items():
             asked = getattr(self.config, key)
             if value != asked:
@@ -185,7 +185,7 @@ class Trainer:
                 old.update({k: v for k, v in new.items() if k != "params"})
             if self._sharded and path.is_dir():
                 moments = fsdp.empty_state(self.optimizer)
-                state["state"] = sharded.load_into(self.model, moments, path)
+                state["state"] = sharded_checkpoint.load_into(self.model, moments, path)
             elif self._sharded:
                 state["state"] = fsdp.cut(state["state"], self.optimizer)
             self.optimizer.load_state_dict(state)
@@ -298,7 +298,7 @@ class Trainer:
         self.out_dir.mkdir(parents=True, exist_ok=True)
         with alone_in(self.out_dir):
             if self.config.init_from != "resume":
-                if moved := run_folder.set_aside(self.out_dir, (LOG, TENSORBOARD)):
+                if moved := checkpoint_folder.set_aside(self.out_dir, (LOG, TENSORBOARD)):
                     self.console.print(
                         f"the checkpoints and logs of an earlier run are now in {moved}"
                     )
@@ -320,7 +320,7 @@ class Trainer:
     def _check_finite(self) -> None:
         if not self._step.not_finite:
             return
-        kept = run_folder.saved(self.out_dir)
+        kept = checkpoint_folder.saved(self.out_dir)
         raise FloatingPointError(
             f"the loss or its gradient is not finite at iteration {self.iter_num} or since the "
             "last report before it; no update was made from there on. Either training diverged "
@@ -395,15 +395,15 @@ class Trainer:
             "config": asdict(self.config),
             "fastgpt": own,
         }
-        path = run_folder.path_of(self.out_dir, self.iter_num, self._sharded)
+        path = checkpoint_folder.path_of(self.out_dir, self.iter_num, self._sharded)
         if self._sharded:
-            sharded.save(state, path, self.world)
+            sharded_checkpoint.save(state, path, self.world)
         elif self.world.first:
             ckpt.save(state, path)
         if self.world.first:
             if publish:
                 ckpt.publish(path, self.out_dir / ckpt.BEST)
-            run_folder.prune(self.out_dir, self.config.keep_last, self.best_iter)
+            checkpoint_folder.prune(self.out_dir, self.config.keep_last, self.best_iter)
         return path
 
     def whole_model(self) -> LanguageModel:

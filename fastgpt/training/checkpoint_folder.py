@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TypeVar
 
-from fastgpt import checkpoint as ckpt
+from fastgpt.training import checkpoint as ckpt
 
 _NAME = re.compile(r"iter-(\d{7,})(\.pt)?")
 _T = TypeVar("_T")

@@ -27,7 +27,7 @@ from torch.distributed.checkpoint import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
 from fastgpt._files import replacing, sha256_of, sync_folder, write_json
-from fastgpt.parallel import ALONE, World
+from fastgpt.training.distributed import ALONE, World
 
 _METADATA, _REST, _COMPLETE = ".metadata", "run.pt", "complete.json"
 _DAMAGED = "is not a complete checkpoint, or it is damaged"

@@ -5,16 +5,16 @@ from typing import Any
 
 import torch
 
-from fastgpt import checkpoint as ckpt
-from fastgpt import run_folder, sharded
 from fastgpt._files import is_path
 from fastgpt.bigram import Bigram
-from fastgpt.config import TrainConfig
 from fastgpt.data.manifest import read_manifest
 from fastgpt.language_model import GPTConfig, LanguageModel
 from fastgpt.model import GPT
-from fastgpt.parallel import World
 from fastgpt.tokenizer import CharTokenizer, Tokenizer, tokenizer_in
+from fastgpt.training import checkpoint as ckpt
+from fastgpt.training import checkpoint_folder, sharded_checkpoint
+from fastgpt.training.config import TrainConfig
+from fastgpt.training.distributed import World
 
 PADDED_GPT2_VOCAB_SIZE = -(-ckpt.GPT2_VOCAB_SIZE // 64) * 64  # for data without a tokenizer
 SHAPE_KEYS = ("n_layer", "n_head", "n_embd", "block_size", "bias")
@@ -90,11 +90,11 @@ def saved_state(
 
     def read(path: Path) -> ckpt.Checkpoint:
         if path.is_dir() and is_sharded(config, world):
-            sharded.check(path, world)
-            return sharded.header(path)
+            sharded_checkpoint.check(path, world)
+            return sharded_checkpoint.header(path)
         return ckpt.load(path, ckpt.FOR_RESUMING)
 
-    saved, path = run_folder.read_newest(Path(config.out_dir), read)
+    saved, path = checkpoint_folder.read_newest(Path(config.out_dir), read)
     known = ckpt.own_tokenizer(saved)
     if known and (tokenizer is None or tokenizer.fingerprint != known.fingerprint):
         tokens = "characters" if isinstance(known, CharTokenizer) else "tokens"

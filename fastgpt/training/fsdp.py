@@ -18,7 +18,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from fastgpt.language_model import LanguageModel
 from fastgpt.model import GPT
-from fastgpt.parallel import World
+from fastgpt.training.distributed import World
 
 
 def shard(model: LanguageModel, device: torch.device, world: World, dtype: torch.dtype) -> None:

@@ -18,7 +18,6 @@ from typing import Any
 
 import torch
 
-from fastgpt import sharded
 from fastgpt._files import replacing
 from fastgpt.bigram import Bigram
 from fastgpt.language_model import GPTConfig, LanguageModel
@@ -29,6 +28,7 @@ from fastgpt.tokenizer import (
     saved_tokenizer,
     unpacked,
 )
+from fastgpt.training import sharded_checkpoint
 
 BEST = "ckpt.pt"  # its name, where nanoGPT looks for it
 
@@ -75,7 +75,7 @@ def load(path: Path, required: tuple[str, ...] = FOR_SAMPLING) -> Checkpoint:
     Raises FileNotFoundError, or ValueError when it is damaged or lacks a ``required`` key.
     """
     if path.is_dir():
-        checkpoint = sharded.load(path)
+        checkpoint = sharded_checkpoint.load(path)
     elif path.is_file():
         with _reading(path):
             with zipfile.ZipFile(path) as archive:  # PyTorch itself does not look at the checksums
@@ -96,7 +96,7 @@ def header(path: Path) -> Checkpoint:
     Raises FileNotFoundError, or ValueError when it is damaged or lacks the key ``iter_num``.
     """
     if path.is_dir():
-        checkpoint = sharded.header(path)
+        checkpoint = sharded_checkpoint.header(path)
     else:
         with _reading(path):
             zipfile.ZipFile(path).close()  # half a file makes PyTorch's reader raise OSError

@@ -5,7 +5,7 @@ import typing
 from pathlib import Path
 from typing import Any
 
-from fastgpt.config import TrainConfig, check_key, typed
+from fastgpt.training.config import TrainConfig, check_key, typed
 
 
 def read_config_file(path: str | Path) -> dict[str, Any]:

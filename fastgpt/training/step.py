@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 
-from fastgpt.fsdp import whole
-from fastgpt.optimizer import MasterAdamW
-from fastgpt.parallel import ALONE, World
+from fastgpt.training.distributed import ALONE, World
+from fastgpt.training.fsdp import whole
+from fastgpt.training.optimizer import MasterAdamW
 
 Batch = tuple[Tensor, Tensor]
 

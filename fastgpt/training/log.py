@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from fastgpt._files import replacing
-from fastgpt.config import TrainConfig
+from fastgpt.training.config import TrainConfig
 
 LOG, TENSORBOARD = "log.jsonl", "tensorboard"
 
