@@ -4,16 +4,16 @@ import sys
 
 
 def main(argv: list[str] | None = None) -> int:
-    """See ``fastgpt.command_line.main``; 2 where tyro or rich, which it needs, is not installed."""
+    """See ``fastgpt.cli.main.main``; 2 where tyro or rich, which it needs, is not installed."""
     try:
-        from fastgpt import command_line
+        from fastgpt.cli import main
     except ModuleNotFoundError as error:
         if error.name not in ("tyro", "rich"):
             raise
         lacking = f"the command line needs {error.name}: pip install {error.name}"
         print(f"error: {lacking}", file=sys.stderr)
         return 2
-    return command_line.main(argv)
+    return main.main(argv)
 
 
 if __name__ == "__main__":

@@ -17,10 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastgpt import huggingface
 from fastgpt import ops as default_ops
 from fastgpt._files import is_path
 from fastgpt.blocks import MLP, Attend, Block, CausalSelfAttention, Dropout, LayerNorm
+from fastgpt.interop import huggingface
 from fastgpt.language_model import GPTConfig, LanguageModel
 
 # layers, heads and width of the checkpoints that OpenAI published

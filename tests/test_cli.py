@@ -10,7 +10,7 @@ import pytest
 import torch
 from small_runs import TEXT, arguments, data_set, small_keys
 
-from fastgpt import command_line as cli
+from fastgpt.cli import main as cli
 from fastgpt.training.config import PRESETS, TrainConfig
 from fastgpt.training.trainer import Trainer
 

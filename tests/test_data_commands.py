@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from small_runs import arguments, small_keys
 
-from fastgpt import command_line as cli
+from fastgpt.cli import main as cli
 from fastgpt.data import builtin_texts
 from fastgpt.data.manifest import read_manifest
 from fastgpt.tokenizer import CharTokenizer, JsonTokenizer

@@ -18,9 +18,9 @@ import triton
 from rich.console import Console
 
 from fastgpt import devices
-from fastgpt import doctor as doctoring
 from fastgpt.__main__ import main
-from fastgpt.doctor import Finding, doctor, examine
+from fastgpt.cli import doctor as doctoring
+from fastgpt.cli.doctor import Finding, doctor, examine
 
 ROOT = Path(__file__).resolve().parent.parent
 

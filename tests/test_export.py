@@ -12,9 +12,9 @@ from small_runs import TEXT, data_set, quiet, small_config, trained
 from test_from_pretrained import assert_same_logits, theirs
 
 from fastgpt import GPT, GPTConfig
-from fastgpt import export as exporting
 from fastgpt.__main__ import main
-from fastgpt.export import ExportConfig, Exported, export
+from fastgpt.interop import export as exporting
+from fastgpt.interop.export import ExportConfig, Exported, export
 from fastgpt.tokenizer import END_OF_TEXT, GPT2Tokenizer
 from fastgpt.tokenizer.subword import byte_of_character
 from fastgpt.training import checkpoint as ckpt

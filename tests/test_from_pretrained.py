@@ -11,7 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastgpt import GPT, GPTConfig, huggingface
+from fastgpt import GPT, GPTConfig
+from fastgpt.interop import huggingface
 from fastgpt.model import PRETRAINED_SHAPES
 
 safetensors_torch = pytest.importorskip("safetensors.torch", reason="needs the extra hf")

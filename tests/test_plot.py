@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from fastgpt.__main__ import main
-from fastgpt.plot import PlotConfig, draw, plot
+from fastgpt.cli.plot import PlotConfig, draw, plot
 
 matplotlib = pytest.importorskip("matplotlib", reason="needs the extra log")
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from small_runs import data_set, small_config
 
-from fastgpt import command_line as cli
+from fastgpt.cli import main as cli
 from fastgpt.sampler import Sampler
 from fastgpt.training.config import SampleConfig
 from fastgpt.training.trainer import Trainer

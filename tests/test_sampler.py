@@ -10,8 +10,8 @@ from small_runs import data_set, small_config
 
 from fastgpt import GPT, GPTConfig
 from fastgpt import sampler as sampling
-from fastgpt.export import ExportConfig, export
-from fastgpt.huggingface import Weights, write
+from fastgpt.interop.export import ExportConfig, export
+from fastgpt.interop.huggingface import Weights, write
 from fastgpt.sampler import Sampler
 from fastgpt.tokenizer import CharTokenizer
 from fastgpt.tokenizer.subword import byte_of_character

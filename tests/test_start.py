@@ -11,7 +11,7 @@ from small_runs import TEXT, data_set, quiet, small_config, trained
 from fastgpt import GPT
 from fastgpt.data.prepare import prepare
 from fastgpt.data.sources import TextSource, source_of
-from fastgpt.export import ExportConfig, export
+from fastgpt.interop.export import ExportConfig, export
 from fastgpt.tokenizer import Tokenizer
 from fastgpt.tokenizer.training import train_tokenizer
 from fastgpt.training.init_from import separator

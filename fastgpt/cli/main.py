@@ -11,8 +11,9 @@ from rich.console import Console
 from rich.table import Table
 
 from fastgpt.bigram import Bigram
-from fastgpt.data import builtin_texts
-from fastgpt.data_commands import (
+from fastgpt.cli.doctor import DoctorConfig, doctor
+from fastgpt.cli.plot import PlotConfig, plot
+from fastgpt.cli.prepare import (
     BUILTIN,
     Prepare,
     TrainTokenizer,
@@ -20,12 +21,11 @@ from fastgpt.data_commands import (
     run_prepare,
     run_train_tokenizer,
 )
+from fastgpt.cli.sample import run_sample
+from fastgpt.data import builtin_texts
 from fastgpt.devices import autocast, resolve_device
-from fastgpt.doctor import DoctorConfig, doctor
-from fastgpt.export import ExportConfig, export
+from fastgpt.interop.export import ExportConfig, export
 from fastgpt.language_model import LanguageModel
-from fastgpt.plot import PlotConfig, plot
-from fastgpt.sample_command import run_sample
 from fastgpt.sampler import write
 from fastgpt.tokenizer import CharTokenizer, GPT2Tokenizer
 from fastgpt.training import checkpoint as ckpt

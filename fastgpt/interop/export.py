@@ -18,7 +18,7 @@ from typing import Any, Literal
 
 import torch
 
-from fastgpt import huggingface
+from fastgpt.interop import huggingface
 from fastgpt.model import GPT, PRETRAINED_SHAPES
 from fastgpt.tokenizer import (
     END_OF_TEXT,
