@@ -11,7 +11,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from setuptools import Command, setup
+from setuptools import Command, find_packages, setup
 
 ROOT = Path(__file__).resolve().parent
 
@@ -50,7 +50,7 @@ class BuildKernels(Command):
 
 
 setup(
-    packages=["fastgpt", "fastgpt.kernels"],
+    packages=[*find_packages(include=["fastgpt", "fastgpt.*"]), "fastgpt.kernels"],
     package_dir={"fastgpt": "fastgpt", "fastgpt.kernels": "kernels"},
     cmdclass={"build_kernels": BuildKernels},
 )

@@ -11,6 +11,7 @@ import torch
 from small_runs import TEXT, arguments, data_set, small_keys
 
 from fastgpt.cli import main as cli
+from fastgpt.data import builtin_texts
 from fastgpt.training.config import PRESETS, TrainConfig
 from fastgpt.training.trainer import Trainer
 
@@ -166,11 +167,11 @@ def test_prepare_chooses_the_corpus(
     calls: list[tuple[str, Path]] = []
     for name in ("prepare_builtin", "prepare_shakespeare"):
 
-        def prepared(out_dir: Path, name: str = name) -> cli.corpus.Prepared:
+        def prepared(out_dir: Path, name: str = name) -> builtin_texts.Prepared:
             calls.append((name, out_dir))
-            return cli.corpus.Prepared(out_dir, 65, 90, 10)
+            return builtin_texts.Prepared(out_dir, 65, 90, 10)
 
-        monkeypatch.setattr(cli.corpus, name, prepared)
+        monkeypatch.setattr(builtin_texts, name, prepared)
     assert cli.main(["prepare"]) == cli.main(["prepare", "builtin"]) == 0
     assert cli.main(["prepare", "shakespeare"]) == 0
     capsys.readouterr()
@@ -265,7 +266,7 @@ def test_a_bug_shows_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_the_module_runs_and_its_help_names_the_keys() -> None:
     command = [sys.executable, "-m", "fastgpt"]
-    root = Path(cli.__file__).parent.parent
+    root = Path(cli.__file__).parents[2]
     helped = subprocess.run(
         [*command, "train", "--help"], capture_output=True, text=True, cwd=root, check=True
     )

@@ -69,9 +69,10 @@ def declared(key: str) -> str:
 
 
 def test_the_wheel_holds_the_modules_of_the_tree_and_nothing_else(wheel: zipfile.ZipFile) -> None:
-    expected = {f"fastgpt/{path.name}": path for path in (ROOT / "fastgpt").glob("*.py")}
+    modules = (ROOT / "fastgpt").rglob("*.py")
+    expected = {str(path.relative_to(ROOT)): path for path in modules}
     expected |= {f"fastgpt/kernels/{path.name}": path for path in (ROOT / "kernels").glob("*.py")}
-    assert {"fastgpt/model.py", "fastgpt/kernels/attention.py"} <= expected.keys()
+    assert {"fastgpt/data/batches.py", "fastgpt/kernels/attention.py"} <= expected.keys()
     assert contents(wheel) == {name: path.read_bytes() for name, path in expected.items()}
 
 

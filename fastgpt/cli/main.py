@@ -1,116 +1,28 @@
 """The command line: ``fastgpt prepare``, ``train``, ``sample``, ``export``, and what is around."""
 
 import sys
-from dataclasses import asdict, dataclass, field, fields, replace
-from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import torch
 import tyro
 from rich.console import Console
-from rich.table import Table
 
-from fastgpt.bigram import Bigram
 from fastgpt.cli.doctor import DoctorConfig, doctor
 from fastgpt.cli.plot import PlotConfig, plot
 from fastgpt.cli.prepare import (
-    BUILTIN,
     Prepare,
     TrainTokenizer,
-    report_prepared,
     run_prepare,
     run_train_tokenizer,
 )
 from fastgpt.cli.sample import run_sample
-from fastgpt.data import builtin_texts
-from fastgpt.devices import autocast, resolve_device
+from fastgpt.cli.train import Train, keys_below, run_train, train_defaults
 from fastgpt.interop.export import ExportConfig, export
-from fastgpt.language_model import LanguageModel
-from fastgpt.sampler import write
-from fastgpt.tokenizer import CharTokenizer, GPT2Tokenizer
-from fastgpt.training import checkpoint as ckpt
-from fastgpt.training import checkpoint_folder
 from fastgpt.training.config import (
-    GROUPS,
-    PRESETS,
-    Data,
-    Logging,
-    Model,
-    Optimizer,
-    Output,
     SampleConfig,
-    Schedule,
-    System,
     TrainConfig,
-    automatic_keys,
 )
-from fastgpt.training.config_file import read_config_file
 from fastgpt.training.distributed import World
-from fastgpt.training.trainer import Trainer
-
-# the sample at the end of a training run
-_SAMPLE_TOKENS, _SAMPLE_TEMPERATURE, _SAMPLE_TOP_K = 300, 0.8, 200
-
-
-@dataclass(frozen=True, kw_only=True)
-class Train:
-    """Train a model.
-
-    With no argument: a GPT on the built-in corpus, by the preset that fits this machine: char on a
-    CUDA GPU, else the first half of char-cpu. A key takes its value from the command line, else
-    from CONFIG.py, else from the preset, else the default shown here. With --init_from=resume and
-    neither preset nor CONFIG.py, the keys are those of the checkpoint.
-    """
-
-    config_file: Annotated[
-        tyro.conf.Positional[Path | None],
-        tyro.conf.arg(
-            metavar="[CONFIG.py]",
-            help="A configuration file of nanoGPT's kind: assignments such as n_layer = 6. It is "
-            "read, not executed.",
-            help_behavior_hint="(default: none)",
-        ),
-    ] = None
-    preset: Annotated[
-        Literal["char", "char-cpu", "gpt2"] | None,
-        tyro.conf.arg(
-            metavar="{char,char-cpu,gpt2}",
-            help="char: 10.6M parameters on characters, for a GPU. char-cpu: 0.8M, a few minutes "
-            "on a CPU. gpt2: the defaults below, GPT-2 124M on OpenWebText.",
-            help_behavior_hint="(default: by device; none with CONFIG.py)",
-        ),
-    ] = None
-    output: Output = field(default_factory=Output)
-    logging: Logging = field(default_factory=Logging)
-    data: Data = field(default_factory=Data)
-    model: Model = field(default_factory=Model)
-    optimizer: Optimizer = field(default_factory=Optimizer)
-    schedule: Schedule = field(default_factory=Schedule)
-    system: System = field(default_factory=System)
-
-    def keys(self) -> dict[str, Any]:
-        """The values of all keys, flat."""
-        groups = (
-            self.output,
-            self.logging,
-            self.data,
-            self.model,
-            self.optimizer,
-            self.schedule,
-            self.system,
-        )
-        return {key: value for group in groups for key, value in asdict(group).items()}
-
-
-def _train_defaults(base: dict[str, Any]) -> Train:
-    """A ``Train`` in which the keys of ``base`` are set."""
-    groups: dict[str, Any] = {
-        group.__name__.lower(): group(
-            **{f.name: base[f.name] for f in fields(group) if f.name in base}
-        )
-        for group in GROUPS
-    }
-    return Train(**groups)
 
 
 def _marked(command: type, **marks: tuple[Any, ...]) -> None:
@@ -167,104 +79,9 @@ def _train_config(argv: list[str], first: Train) -> TrainConfig:
     ``first`` is what ``argv`` gives on the plain defaults. It names preset and file; with these as
     the defaults ``argv`` is then read again.
     """
-    base: dict[str, Any] = {}
-    if first.preset is not None:
-        base.update(PRESETS[first.preset])
-    if first.config_file is not None:
-        base.update(read_config_file(first.config_file))
-    if first.preset is None and first.config_file is None:
-        if first.output.init_from == "resume":
-            base.update(_saved_keys(Path(first.output.out_dir)))
-        else:
-            base.update(automatic_keys())
-    second = _parse(argv, _train_defaults(base))
+    second = _parse(argv, train_defaults(keys_below(first)))
     assert isinstance(second, Train)
     return TrainConfig(**second.keys())
-
-
-def _saved_keys(out_dir: Path) -> dict[str, Any]:
-    """The keys of the run to be resumed. A checkpoint of nanoGPT's has its keys only, and compile
-    is True in it unless somebody asked for the contrary."""
-    header, _ = checkpoint_folder.read_newest(out_dir, ckpt.header)
-    saved = header.get("config", {})
-    known = {f.name for f in fields(TrainConfig)}
-    if not ckpt.own_state(header):
-        known.remove("compile")
-    return {key: value for key, value in saved.items() if key in known}
-
-
-def _train(config: TrainConfig, world: World, console: Console) -> None:
-    out_dir = Path(config.out_dir)
-    if world.restarts and (checkpoint_folder.saved(out_dir) or (out_dir / ckpt.BEST).exists()):
-        config = replace(config, init_from="resume")  # torchrun started the same command again
-    device = world.device(resolve_device(config.device))
-    with world.connected(device, config.backend):
-        _train_connected(config, world, console)
-
-
-def _train_connected(config: TrainConfig, world: World, console: Console) -> None:
-    changed = ", ".join(f"{key}={value}" for key, value in config.differences().items())
-    console.print(f"keys that differ from the defaults: {changed or 'none'}")
-    if world.first and config.dataset == BUILTIN and not (config.data_dir / "train.bin").exists():
-        report_prepared(builtin_texts.prepare_builtin(config.data_dir), console)
-    world.wait()
-    trainer = Trainer(config, console, world)
-    console.print(
-        f"{config.model} with {trainer.model.get_num_params():,} parameters on {trainer.device}, "
-        f"{str(trainer.dtype).removeprefix('torch.')}"
-    )
-    trainer.run()
-    if not config.eval_only:
-        console.print(_summary(trainer))
-        model = trainer.whole_model()
-        if world.first:
-            _print_sample(trainer, model, console)
-
-
-def _summary(trainer: Trainer) -> Table:
-    """The trained model beside what the bigram can do."""
-    data_dir, shape = trainer.config.data_dir, trainer.model.config
-    table = Table(title="Validation loss in nats per token, lower is better")
-    table.add_column("model")
-    table.add_column("parameters", justify="right")
-    table.add_column("loss", justify="right")
-    parameters = f"{trainer.model.get_num_params():,}"
-    table.add_row(trainer.config.model, parameters, f"{trainer.val_loss:.4f}")
-    if trainer.best_iter not in (None, trainer.iter_num):
-        kept = f"best, at iteration {trainer.best_iter}"
-        table.add_row(kept, parameters, f"{trainer.best_val_loss:.4f}")
-    if shape.vocab_size > builtin_texts.MAX_BIGRAM_VOCAB_SIZE:
-        table.caption = f"No bigram table: {shape.vocab_size} x {shape.vocab_size} is too large."
-        return table
-    counts = torch.from_numpy(builtin_texts.bigram_counts(data_dir, "train", shape.vocab_size))
-    bigram = Bigram(shape)
-    bigram.load_state_dict({"table.weight": (counts + 1.0).log()})  # softmax normalises the rows
-    bigram.to(trainer.device)
-    loss = trainer.mean_loss(bigram, "val")
-    table.add_row("bigram, counted on train.bin", f"{bigram.get_num_params():,}", f"{loss:.4f}")
-    entropy = builtin_texts.bigram_entropy(data_dir)
-    table.add_row("bigram entropy of val.bin", "", f"{entropy:.4f}")
-    return table
-
-
-def _print_sample(trainer: Trainer, model: LanguageModel, console: Console) -> None:
-    try:
-        tokenizer = trainer.tokenizer or GPT2Tokenizer()
-    except (ImportError, ConnectionError) as error:
-        console.print(f"no sample: {error}")
-        return
-    unknown = isinstance(tokenizer, CharTokenizer) and "\n" not in tokenizer.stoi
-    text = write(
-        model.eval(),
-        tokenizer,
-        ([] if unknown else tokenizer.encode("\n")) or [0],
-        _SAMPLE_TOKENS,
-        _SAMPLE_TEMPERATURE,
-        _SAMPLE_TOP_K,
-        autocast(trainer.device, trainer.dtype),
-    )
-    console.rule("sample")
-    console.out(text)  # as it is: print would expand its tabs
 
 
 def _export(config: ExportConfig, console: Console) -> None:
@@ -287,7 +104,7 @@ def main(argv: list[str] | None = None) -> int:
         console = Console(markup=False, highlight=False, soft_wrap=True, quiet=not world.first)
         command = _parse(argv, Train())
         if isinstance(command, Train):
-            _train(_train_config(argv, command), world, console)
+            run_train(_train_config(argv, command), world, console)
         elif isinstance(command, Prepare):
             run_prepare(command, console)
         elif isinstance(command, TrainTokenizer):

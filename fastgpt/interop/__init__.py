@@ -1,0 +1,1 @@
+"""Models from and to the formats of other projects."""

@@ -1,0 +1,1 @@
+"""Training: configuration, the loop and its update, devices and ranks, checkpoints."""
