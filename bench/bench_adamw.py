@@ -10,11 +10,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-import _op_bench
 import pytest
 import torch
-from _op_bench import DEVICE, Sizes, Stopwatch, timed
 
+from bench._ops import op_bench
+from bench._ops.op_bench import DEVICE, Sizes, Stopwatch, timed
 from fastgpt.kernels import fused, portable, reference
 
 _LR, _BETAS, _EPS, _WEIGHT_DECAY, _CLIP = 6e-4, (0.9, 0.95), 1e-8, 0.1, 0.5
@@ -90,9 +90,9 @@ class Row:
     stopwatch: Stopwatch = field(default_factory=Stopwatch)
 
     def param(self) -> Any:
-        shape = _op_bench.shape(self.sizes)
+        shape = op_bench.shape(self.sizes)
         marks = [pytest.mark.benchmark(group=f"adamw {shape}", timer=self.stopwatch.read)]
-        if (reason := _op_bench.why_not(self.provider)) is not None:
+        if (reason := op_bench.why_not(self.provider)) is not None:
             marks.append(pytest.mark.skip(reason=f"{self.provider}: {reason}"))
         return pytest.param(self, id=f"{shape}-{self.provider}", marks=marks)
 
@@ -102,8 +102,8 @@ class Row:
         state = State(n)
         update = work(state, self.provider)
         ms = timed(benchmark, self.stopwatch, lambda: update)
-        ceilings = _op_bench.machine_ceilings()
-        figures = _op_bench.figures(
+        ceilings = op_bench.machine_ceilings()
+        figures = op_bench.figures(
             "adamw",
             self.sizes,
             "update",

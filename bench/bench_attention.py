@@ -7,10 +7,10 @@ from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
-from _op_bench import Direction, Draw, Function, Op, Row
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from bench._ops.op_bench import Direction, Draw, Function, Op, Row
 from fastgpt.kernels import fused, portable, reference
 from fastgpt.kernels._costs import attention_pairs
 

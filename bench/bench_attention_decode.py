@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from _op_bench import Draw, Op, Row
 from torch import Tensor
 
+from bench._ops.op_bench import Draw, Op, Row
 from fastgpt.kernels.reference import split_heads
 
 

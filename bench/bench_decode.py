@@ -22,15 +22,18 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import _eager
-import _machine
 import torch
-from _command import USER_ERRORS, failed, failure_of, tyro, write_json
-from _timing import Clock
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+if __name__ == "__main__":  # Python looks for modules in the folder of the script
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from bench._harness import machine
+from bench._harness.cli import USER_ERRORS, failed, failure_of, tyro, write_json
+from bench._harness.timing import Clock
+from bench._step import eager
 from fastgpt import GPT, GPTConfig
 from fastgpt.devices import autocast, resolve_device, resolve_dtype
 from fastgpt.generation import Generator, Sampling
@@ -66,7 +69,7 @@ def whole_windows(model: GPT, idx: Tensor, new_tokens: int, greedy: bool) -> Ite
     """nanoGPT's method: the next token (B,) of each row, ``new_tokens`` times."""
     for _ in range(new_tokens):
         window = idx[:, -model.config.block_size :]
-        logits = _eager.last_logits(model, window, _eager.sdpa)
+        logits = eager.last_logits(model, window, eager.sdpa)
         if greedy:
             drawn = logits.argmax(-1, keepdim=True)
         else:
@@ -180,7 +183,7 @@ def measure(options: Options) -> dict[str, Any]:
     }
     record = {
         "complete": complete and len(rates) == len(taken),
-        "machine": _machine.facts(device),
+        "machine": machine.facts(device),
         "options": {**asdict(options), "out": None},
         "dtype": str(dtype).removeprefix("torch."),
         "parameters": fast.get_num_params(),
@@ -193,7 +196,7 @@ def measure(options: Options) -> dict[str, Any]:
         "share_of_copy": None,
     }
     if record["complete"]:
-        copied = _machine.ceilings(device)["copy_tb_per_s"] * 1e12
+        copied = machine.ceilings(device)["copy_tb_per_s"] * 1e12
         moved = bytes_per_token(fast, options) * options.new_tokens / taken["fastgpt"].seconds
         record["speedup"] = rates["fastgpt"] / rates["nanoGPT's method"]
         record["gb_per_s"], record["share_of_copy"] = moved / 1e9, moved / copied
@@ -211,7 +214,7 @@ def table(record: dict[str, Any]) -> Table:
         failures = [f"{name}: {failure}" for name, failure in record["failures"].items()]
         caption = "\n".join(failures or ["not complete: the run was interrupted"])
     out = Table(
-        title=f"{_machine.name(record['machine'])}, {record['parameters'] / 1e6:.1f}M parameters, "
+        title=f"{machine.name(record['machine'])}, {record['parameters'] / 1e6:.1f}M parameters, "
         f"{record['dtype']}, {o['batch_size']} x ({o['prompt']} + {o['new_tokens']} tokens)",
         caption=caption,
     )

@@ -4,8 +4,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from _op_bench import Draw, Op, Row
 from torch import Tensor
+
+from bench._ops.op_bench import Draw, Op, Row
 
 
 def inputs(draw: Draw, B: int, T: int, C: int, V: int) -> tuple[Tensor, Tensor, Tensor]:

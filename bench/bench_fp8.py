@@ -11,14 +11,13 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import _op_bench
-import bench_linear
-import bench_linear_cross_entropy
 import pytest
 import torch
-from _op_bench import DEVICE, DTYPE, Draw, Op, Row, gradients_like, prepared, timed
 from torch import Tensor
 
+from bench import bench_linear, bench_linear_cross_entropy
+from bench._ops import op_bench
+from bench._ops.op_bench import DEVICE, DTYPE, Draw, Op, Row, gradients_like, prepared, timed
 from fastgpt.kernels import reference
 
 _CHECKED_ROWS = 1024
@@ -115,7 +114,7 @@ def measure(row: Row, benchmark: Any, record_property: Callable[[str, Any], None
         row.stopwatch,
         partial(prepared, row.direction, function, inputs, out_grads),
     )
-    figures = row.figures(ms, _op_bench.machine_ceilings())
+    figures = row.figures(ms, op_bench.machine_ceilings())
     benchmark.extra_info.update(figures)
     record_property("figures", figures)
 

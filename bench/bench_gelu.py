@@ -3,8 +3,9 @@
 from typing import Any
 
 import torch.nn.functional as F
-from _op_bench import Draw, Op, Row
 from torch import Tensor
+
+from bench._ops.op_bench import Draw, Op, Row
 
 
 def inputs(draw: Draw, M: int, N: int) -> tuple[Tensor]:

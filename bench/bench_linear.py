@@ -4,13 +4,13 @@ that makes the weight's gradient, against cuBLAS.
 
 from typing import Any
 
-import _product_bench
 import torch
 import torch.nn.functional as F
-from _op_bench import Draw, Op, Row
-from _product_bench import ALONE, FUSED, SEPARATE, Product, Results
 from torch import Tensor
 
+from bench._ops import product_bench
+from bench._ops.op_bench import Draw, Op, Row
+from bench._ops.product_bench import ALONE, FUSED, SEPARATE, Product, Results
 from fastgpt.kernels import gemm
 from fastgpt.kernels._common import matmul_float32
 
@@ -77,6 +77,6 @@ PRODUCTS = [
 ]
 
 
-@_product_bench.rows(*PRODUCTS)
-def test_products(row: _product_bench.Row, benchmark: Any, record_property: Any) -> None:
+@product_bench.rows(*PRODUCTS)
+def test_products(row: product_bench.Row, benchmark: Any, record_property: Any) -> None:
     row.measure(benchmark, record_property)

@@ -4,9 +4,10 @@ differently by each provider.
 
 from typing import Any
 
-import bench_layer_norm
-from _op_bench import Draw, Op, Row
 from torch import Tensor
+
+from bench import bench_layer_norm
+from bench._ops.op_bench import Draw, Op, Row
 
 
 def inputs(draw: Draw, M: int, C: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -29,20 +29,24 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import _command
 import torch
 import triton
-from _static import COPIES, MATRIX
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
+if __name__ == "__main__":  # Python looks for modules in the folder of the script
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from bench._compile.static import COPIES, MATRIX
+from bench._harness import cli
+
 _BENCH = Path(__file__).resolve().parent
 _ROOT = _BENCH.parent
-CASES = _BENCH / "kernel_cases.py"
+CASES = _BENCH / "_compile" / "kernel_cases.py"
 OUT = _ROOT / "build" / "kernels"
 KERNELS = _ROOT / "kernels"
-_TOOL = [_BENCH / name for name in ("_multiprocessor.py", "_static.py")]
+_TOOL = [CASES.with_name(name) for name in ("multiprocessor.py", "static.py")]
 
 
 @dataclass
@@ -142,7 +146,7 @@ def build(
     out.mkdir(parents=True, exist_ok=True)
     script = out / "build.ninja"
     script.write_text(_ninja_file(cases, out, every))
-    search = [str(_ROOT), str(_BENCH), *filter(None, [os.environ.get("PYTHONPATH")])]
+    search = [str(_ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     targets = [str(edge.output(out)) for edge in chosen]
     status = subprocess.run(
         [_ninja(), "-f", str(script), "-j", str(jobs), "-k", "0", *targets],
@@ -200,7 +204,7 @@ def main(argv: list[str] | None = None) -> int:
     """The exit code: 0, 1 where a kernel is faulty or does not compile, 2 for a wrong argument."""
     errors = Console(stderr=True, markup=False, highlight=False, soft_wrap=True)
     try:
-        o = _command.tyro().cli(Options, args=argv)
+        o = cli.tyro().cli(Options, args=argv)
         records = build(CASES, OUT, arch=o.arch, jobs=o.jobs, only=o.only)
     except (ValueError, FileNotFoundError, ModuleNotFoundError, CompilationError) as error:
         errors.print(f"error: {error}", style="bold red")

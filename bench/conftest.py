@@ -4,11 +4,11 @@ hosts and users; at the end a table for each op.
 
 from dataclasses import asdict
 
-import _machine
-import _op_bench
-import _op_report
 import pytest
 from rich.console import Console
+
+from bench._harness import machine
+from bench._ops import op_bench, op_report
 
 
 def pytest_configure(config):
@@ -18,9 +18,9 @@ def pytest_configure(config):
 
 
 def pytest_benchmark_generate_machine_info():
-    found = _machine.facts(_op_bench.DEVICE)
-    found["gpu_state"] = _machine.gpu_state(_op_bench.DEVICE)
-    ceilings = _op_bench.machine_ceilings()
+    found = machine.facts(op_bench.DEVICE)
+    found["gpu_state"] = machine.gpu_state(op_bench.DEVICE)
+    ceilings = op_bench.machine_ceilings()
     found["ceilings"] = None if ceilings is None else asdict(ceilings)
     return found
 
@@ -30,6 +30,6 @@ def pytest_terminal_summary(terminalreporter):
     figures = [dict(report.user_properties).get("figures") for report in passed]
     console = Console(width=120, highlight=False)
     with console.capture() as text:
-        for table in _op_report.tables(row for row in figures if row):
+        for table in op_report.tables(row for row in figures if row):
             console.print(table)
     terminalreporter.write(text.get())

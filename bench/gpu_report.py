@@ -28,7 +28,10 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-import _command
+if __name__ == "__main__":  # Python looks for modules in the folder of the script
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from bench._harness import cli
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -67,7 +70,7 @@ def _run(batch_size: int, *others: str) -> tuple[str, ...]:
 def _sanitizer(tool: str) -> tuple[str, ...]:
     """PyTorch's allocator hands out parts of large blocks, past whose ends nobody would notice."""
     sanitizer = "compute-sanitizer", "--tool", tool, "--error-exitcode", "9"
-    program = _python(str(_BENCH / "_determinism.py"))
+    program = _python("-m", "bench._ops.determinism")
     return ("env", "PYTORCH_NO_CUDA_MEMORY_CACHING=1", *sanitizer, *program)
 
 
@@ -77,11 +80,11 @@ def parts() -> list[Part]:
     return [
         Part("parity", _pytest("-m", "gpu and not slow", "-n", workers, "--maxprocesses=16"), 130),
         Part("run-b32", _run(32, "--reference=False"), 180, 60),
-        Part("profile", _python(str(_BENCH / "_profile.py"), "{out}"), 25, 15),
+        Part("profile", _python("-m", "bench._step.profile", "{out}"), 25, 15),
         Part("run-b4", _run(4, "--loss_steps=200"), 110, 60),
         Part("ops", _pytest("-n0", "bench"), 100),
         Part("run-b64", _run(64, "--reference=False"), 200, 60),
-        Part("determinism", _python(str(_BENCH / "_determinism.py"), "{out}"), 25, 15),
+        Part("determinism", _python("-m", "bench._ops.determinism", "{out}"), 25, 15),
         *(Part(tool, _sanitizer(tool), 30, 10) for tool in ("memcheck", "racecheck")),
     ]
 
@@ -164,7 +167,7 @@ def _name_commit(folder: Path, name: str, commit: str | None) -> None:
     if commit is not None and name.startswith("run-") and path.exists():
         run = json.loads(path.read_text())
         run["machine"]["commit"] = run["machine"]["commit"] or commit
-        _command.write_json(path, run)
+        cli.write_json(path, run)
 
 
 def visit(chosen: Sequence[Part], folder: Path, minutes: float, commit: str | None) -> None:
@@ -185,7 +188,7 @@ def visit(chosen: Sequence[Part], folder: Path, minutes: float, commit: str | No
             row = run_part(part, folder, limit)
             _name_commit(folder, part.name, commit)
         record["parts"].append(row)
-        _command.write_json(folder / "report.json", record)
+        cli.write_json(folder / "report.json", record)
         (folder / "report.md").write_text(_markdown(record))
         print(f"{part.name}: {row['status']}", *filter(None, [row["why"]]), flush=True)
         if row["status"] == "interrupted":
@@ -215,17 +218,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     import torch  # not above: --help needs no PyTorch
 
     if torch.cuda.device_count() == 0:
-        return _command.failed("this needs a CUDA GPU, and PyTorch finds none")
+        return cli.failed("this needs a CUDA GPU, and PyTorch finds none")
     now = datetime.now(timezone.utc).strftime("%Y-%m-%dT%H-%M-%S")
     folder = (o.out or _BENCH / "out" / f"report-{now}").resolve()
     if (folder / "report.json").exists():
-        return _command.failed(
+        return cli.failed(
             f"--out must be a folder without a report, but {folder / 'report.json'} exists"
         )
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        return _command.failed(f"--out={folder}: {error}")
+        return cli.failed(f"--out={folder}: {error}")
     # As Ctrl-C does: what runs is ended, and the report says that it was interrupted.
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.default_int_handler)

@@ -16,11 +16,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import _command
-import _machine
-import _pictures
 from PIL import Image
 from rich.console import Console
+
+if __name__ == "__main__":  # Python looks for modules in the folder of the script
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from bench._harness import cli, machine
+from bench._step import pictures
 
 BEGIN = "<!-- results: written by bench/publish.py -->"
 END = "<!-- results: end -->"
@@ -28,12 +31,12 @@ NOTHING = (
     "Not measured yet on a GPU: no figure of one stands here until `python bench/run.py` has\n"
     "produced it.\n"
 )
-RESULTS, README = _machine.ROOT / "bench" / "results", _machine.ROOT / "README.md"
+RESULTS, README = machine.ROOT / "bench" / "results", machine.ROOT / "README.md"
 
 _PICTURES: dict[str, Callable[[list[dict[str, Any]], Path, str], None]] = {
-    "speed.png": _pictures.speed,
-    "loss.png": _pictures.loss,
-    "memory.png": _pictures.memory,
+    "speed.png": pictures.speed,
+    "loss.png": pictures.loss,
+    "memory.png": pictures.memory,
 }
 _ALT = {
     "speed.png": "Tokens per second of each variant",
@@ -78,7 +81,7 @@ def read(folder: Path) -> list[Results]:
         files = sorted(gpu.glob("run-b*.json"), key=lambda path: (len(path.name), path.name))
         if files:
             runs = [_run(path) for path in files]
-            names = sorted({_machine.name(run["machine"]) for run in runs})
+            names = sorted({machine.name(run["machine"]) for run in runs})
             if len(names) > 1:
                 raise ValueError(f"{gpu} must hold runs of one GPU, got {', '.join(names)}")
             digest = hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()
@@ -119,7 +122,7 @@ def text(found: list[Results], root: Path) -> str:
 def _of_gpu(results: Results, root: Path) -> Iterator[str]:
     facts = [_facts(run) for run in results.runs]
     shared = len(set(facts)) == 1
-    yield from (f"### {_machine.name(results.runs[0]['machine'])}", "")
+    yield from (f"### {machine.name(results.runs[0]['machine'])}", "")
     if shared:
         yield from (facts[0], "")
     for run, fact in zip(results.runs, facts, strict=True):
@@ -232,8 +235,8 @@ def stale(folder: Path, readme: Path) -> list[str]:
 
 def _shows(picture: Path, results: Results) -> bool:
     with Image.open(picture) as image:
-        found: object = image.info.get(_pictures.DIGEST)
-    return found == _pictures.signature(picture, results.digest)
+        found: object = image.info.get(pictures.DIGEST)
+    return found == pictures.signature(picture, results.digest)
 
 
 def publish(folder: Path, readme: Path) -> list[Path]:
@@ -260,7 +263,7 @@ def main(argv: list[str] | None = None) -> int:
     """The exit code: 0, 1 where --check finds a difference, 2 where results cannot be published."""
     console = Console(markup=False, highlight=False, soft_wrap=True)
     try:
-        o = _command.tyro().cli(Options, args=argv)
+        o = cli.tyro().cli(Options, args=argv)
         if o.check:
             lines = stale(RESULTS, README)
             code = int(bool(lines))
@@ -268,7 +271,7 @@ def main(argv: list[str] | None = None) -> int:
             lines = [f"wrote {path}" for path in publish(RESULTS, README)]
             code = 0
     except (ValueError, ModuleNotFoundError) as error:
-        return _command.failed(error)
+        return cli.failed(error)
     for line in lines or ["everything is up to date"]:
         console.print(line)
     return code

@@ -36,15 +36,18 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-import _command
-import _eager
-import _roofline_report
 import torch
-from _ceilings import DEVICES, Ceilings, floor
-from _dispatch import Report, count
-from _fake_model import fake_model
 from torch import Tensor
 
+if __name__ == "__main__":  # Python looks for modules in the folder of the script
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from bench._harness import cli
+from bench._roofline import roofline_report
+from bench._roofline.ceilings import DEVICES, Ceilings, floor
+from bench._roofline.counting import Report, count
+from bench._roofline.fake_model import fake_model
+from bench._step import eager
 from fastgpt import GPT, GPTConfig
 from fastgpt.model import PRETRAINED_SHAPES
 
@@ -67,8 +70,8 @@ def _fused_loss(gpt: GPT, idx: Tensor, targets: Tensor) -> Tensor:
 
 
 VARIANTS: dict[str, Variant] = {
-    "naive": Variant("nanoGPT, masked matmul", partial(_eager.loss, attention=_eager.naive)),
-    "sdpa": Variant("nanoGPT, SDPA", partial(_eager.loss, attention=_eager.sdpa)),
+    "naive": Variant("nanoGPT, masked matmul", partial(eager.loss, attention=eager.naive)),
+    "sdpa": Variant("nanoGPT, SDPA", partial(eager.loss, attention=eager.sdpa)),
     "fastgpt": Variant("fastgpt", _fused_loss),
     "fastgpt-recompute": Variant("fastgpt, recompute", _fused_loss, recompute=True),
 }
@@ -199,7 +202,7 @@ def _itemsize(dtype: str) -> int:
 
 def _planned(argv: list[str] | None) -> Options:
     """All that a user can get wrong is found here."""
-    options = _command.options(Options(), argv)
+    options = cli.options(Options(), argv)
     _check(options.config, options.batch_size, options.block_size, options.dtype, options.params)
     _ = options.ceilings
     return options
@@ -207,7 +210,7 @@ def _planned(argv: list[str] | None) -> Options:
 
 def main(argv: list[str] | None = None) -> int:
     """The exit code: 0, or 2 for a wrong argument."""
-    return _command.prediction("roofline", lambda: _planned(argv), record, _roofline_report)
+    return cli.prediction("roofline", lambda: _planned(argv), record, roofline_report)
 
 
 if __name__ == "__main__":

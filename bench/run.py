@@ -41,15 +41,17 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-import _command
-import _machine
-import _report
 import torch
-from _measurement import Measurement, unsupported
-from _training import CPU_OPTIONS, VARIANTS, Options, Plan
 from rich.console import Console
 from rich.progress import Progress
 
+if __name__ == "__main__":  # Python looks for modules in the folder of the script
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from bench._harness import cli, machine
+from bench._step import report
+from bench._step.measurement import Measurement, unsupported
+from bench._step.variants import CPU_OPTIONS, VARIANTS, Options, Plan
 from fastgpt import GPT
 from fastgpt.data.batches import token_files
 from fastgpt.data.builtin_texts import prepare_builtin
@@ -61,7 +63,7 @@ def _notes(plan: Plan) -> list[str]:
     """What sets this run apart from the protocol."""
     notes = []
     if plan.device.type == "cpu":
-        notes.append(f"{_report.CPU_NOTE}: fastgpt runs PyTorch's own ops there")
+        notes.append(f"{report.CPU_NOTE}: fastgpt runs PyTorch's own ops there")
     few = {key: n for key in _PROTOCOL if (n := getattr(plan.options, key)) < _PROTOCOL[key]}
     if few:
         given = ", ".join(f"{key}={n}" for key, n in few.items())
@@ -93,7 +95,7 @@ def _measure(
         "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "complete": False,
         "notes": _notes(plan),
-        "machine": _machine.facts(plan.device),
+        "machine": machine.facts(plan.device),
         "options": {
             key: value for key, value in asdict(o).items() if key not in ("data_dir", "out")
         },
@@ -103,14 +105,14 @@ def _measure(
         "sdpa": None,
     }
     if plan.device.type == "cuda":
-        run["sdpa"] = _machine.sdpa_kernel(
+        run["sdpa"] = machine.sdpa_kernel(
             plan.device, plan.dtype, o.batch_size, o.block_size, o.n_head, o.n_embd
         )
-    run["ceilings"] = {"before": _machine.ceilings(plan.device), "after": None}
+    run["ceilings"] = {"before": machine.ceilings(plan.device), "after": None}
 
     def add(measured: Measurement) -> None:
         run.update(
-            _report.record(
+            report.record(
                 measured.results,
                 measured.reference_losses,
                 plan.tokens_per_step,
@@ -124,7 +126,7 @@ def _measure(
         measurement = Measurement(plan, folder, progress, add)
         try:
             measurement.run()
-            run["ceilings"]["after"] = _machine.ceilings(plan.device)
+            run["ceilings"]["after"] = machine.ceilings(plan.device)
         except KeyboardInterrupt:
             add(measurement)
             return run, True
@@ -142,7 +144,7 @@ def _planned(argv: list[str] | None, folder: Path) -> tuple[Plan, Path]:
     """What is to be measured and the folder for the results. All that a user can get wrong is
     found here.
     """
-    options = _command.options(Options() if torch.cuda.is_available() else CPU_OPTIONS, argv)
+    options = cli.options(Options() if torch.cuda.is_available() else CPU_OPTIONS, argv)
     if options.data_dir is None:
         plan = Plan.of(options, prepare_builtin(folder / "data").data_dir)
     else:
@@ -155,8 +157,8 @@ def _planned(argv: list[str] | None, folder: Path) -> tuple[Plan, Path]:
     out = options.out
     if out is None:
         now = datetime.now(timezone.utc).strftime("%Y-%m-%dT%H-%M-%S")
-        out = _machine.ROOT / "bench" / "out" / now
-    return plan, _command.results_folder(out, _name(plan))
+        out = machine.ROOT / "bench" / "out" / now
+    return plan, cli.results_folder(out, _name(plan))
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -169,8 +171,8 @@ def main(argv: list[str] | None = None) -> int:
         folder = Path(temporary)
         try:
             plan, out = _planned(argv, folder)
-        except _command.USER_ERRORS as error:
-            return _command.failed(error)
+        except cli.USER_ERRORS as error:
+            return cli.failed(error)
         if plan.device.type == "cpu":
             # At this size threads only wait for each other, and the longer the busier the machine.
             torch.set_num_threads(1)
@@ -180,17 +182,17 @@ def main(argv: list[str] | None = None) -> int:
                 plan,
                 folder,
                 console,
-                lambda run: _command.write_json(out / f"{_name(plan)}.json", run),
+                lambda run: cli.write_json(out / f"{_name(plan)}.json", run),
             )
         except FloatingPointError as error:  # a variant's ends nothing
-            return _command.failed(
+            return cli.failed(
                 f"the float32 reference cannot be trained: {error}; try a smaller learning_rate"
             )
         except KeyboardInterrupt:
-            _command.failed("interrupted before anything was measured")
+            cli.failed("interrupted before anything was measured")
             return 130
-    _command.write_results(out, _name(plan), run, _report.chart, console)
-    console.print(_report.table(run))
+    cli.write_results(out, _name(plan), run, report.chart, console)
+    console.print(report.table(run))
     if interrupted:
         return 130
     return int(not any(variant["tokens_per_s"] for variant in run["variants"].values()))

@@ -17,16 +17,20 @@ import math
 import re
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
-import _command
-import roofline
 import torch
 from rich import box
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+if __name__ == "__main__":  # Python looks for modules in the folder of the script
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from bench import roofline
+from bench._harness import cli
 from fastgpt import GPT, GPTConfig
 
 # Rate of the links to the other GPUs of a node in one direction, GB/s: half of what NVIDIA's data
@@ -186,9 +190,9 @@ def table(options: Options, parallel: Parallel, micro_batch_ms: float) -> Table:
 def main(argv: list[str] | None = None) -> int:
     """The exit code: 0, or 2 for a wrong argument."""
     try:
-        o = _command.options(Options(), argv)
+        o = cli.options(Options(), argv)
     except ValueError as error:
-        return _command.failed(error)
+        return cli.failed(error)
     one = roofline.measure("fastgpt", o.step.config, o.batch_size, ceilings=o.step.ceilings)
     console = Console(highlight=False)
     for parallel in ("ddp", "fsdp"):

@@ -30,20 +30,22 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import _command
-import _machine
 import torch
-from _ceilings import Ceilings
-from _command import failure_of, write_json
-from _contest import comment, gpu_timer, measured, verdict
-from _line import Line, Tile
-from _multiprocessor import ARCHITECTURES
-from _sweep import OPS, lines
-from _sweep_compile import Static, Task, compile_all, fitted
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
+if __name__ == "__main__":  # Python looks for modules in the folder of the script
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from bench._compile.multiprocessor import ARCHITECTURES
+from bench._harness import cli, machine
+from bench._harness.cli import failure_of, write_json
+from bench._roofline.ceilings import Ceilings
+from bench._sweep.compile import Static, Task, compile_all, fitted
+from bench._sweep.contest import comment, gpu_timer, measured, verdict
+from bench._sweep.line import Line, Tile
+from bench._sweep.tables import OPS, lines
 from fastgpt.kernels import _common
 
 
@@ -143,15 +145,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         own = _common.capability(device)
         assert own is not None
         if o.arch not in (None, own):
-            return _command.failed(f"--arch is {o.arch}, but the GPU here has {own}")
+            return cli.failed(f"--arch is {o.arch}, but the GPU here has {own}")
         capability = own
-        found = _machine.ceilings(device)
+        found = machine.ceilings(device)
         name = torch.cuda.get_device_name(device)
         ceilings = Ceilings(name, found["matmul_tflops"], found["copy_tb_per_s"])
     else:
         console.print(f"No CUDA GPU: nothing is timed. Compiled for sm_{capability}.")
     if capability not in ARCHITECTURES:
-        return _command.failed(f"sm_{capability} is none of {sorted(ARCHITECTURES)}")
+        return cli.failed(f"sm_{capability} is none of {sorted(ARCHITECTURES)}")
     ops = list(OPS) if "all" in o.ops else list(dict.fromkeys(o.ops))
     chosen = [
         (op, line)
@@ -161,7 +163,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     ]
     if not chosen:
         names = ", ".join(name for op in ops for name in lines(op, capability, dtype)) or "none"
-        return _command.failed(
+        return cli.failed(
             f"--only must match a line, got {o.only!r}; in {o.dtype} there are: {names}"
         )
     records: list[dict[str, Any]] = []
@@ -173,7 +175,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         try:
             records.append(sweep_line(op, line, capability, dtype, o.jobs, ceilings, console))
         except KeyboardInterrupt:
-            _command.failed(f"interrupted in {line.name}")
+            cli.failed(f"interrupted in {line.name}")
             return 130
         except Exception as error:  # whatever it is, the other lines are swept all the same
             traceback.print_exc()

@@ -14,9 +14,9 @@ from typing import Any
 from unittest import mock
 
 import torch
-from _static import Launch, recorded
 from torch import Tensor
 
+from bench._compile.static import Launch, recorded
 from fastgpt import GPT, GPTConfig, ops
 from fastgpt.generation import Generator, Sampling
 from fastgpt.kernels import fused

@@ -11,12 +11,13 @@ import threading
 from dataclasses import dataclass
 from typing import Any
 
-from _static import no_gpu_needed
 from triton._C.libtriton import ir
 from triton.backends.compiler import BaseBackend, GPUTarget
 from triton.compiler import ASTSource
 from triton.errors import TritonError
 from triton.runtime.jit import JITFunction
+
+from bench._compile.static import no_gpu_needed
 
 # fp8 needs 89 or more. Up to Triton's IR all else is the same for all architectures.
 CAPABILITY = 90

@@ -12,16 +12,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, get_args
 
-import _huggingface
-import _machine
-import _measurement
-import _report
-import _timing
-import _training
 import pytest
-import run as bench
 import torch
 from small_runs import HANGS, data_set
+
+from bench import run as bench
+from bench._harness import machine, timing
+from bench._step import huggingface, measurement, report, variants
 
 TINY = [
     "--batch_size=3",
@@ -104,7 +101,7 @@ def test_fastgpt_is_compared_with_eager_sdpa_and_with_itself(
     )
     assert record["over_eager"] == pytest.approx(fast / plain)
     assert record["noise"] == pytest.approx(abs(again / fast - 1))
-    assert f"fastgpt over sdpa: {fast / plain:.2f}x" in console_text(_report.table(record))
+    assert f"fastgpt over sdpa: {fast / plain:.2f}x" in console_text(report.table(record))
 
 
 def test_losses_agree_with_the_reference_and_fall(eager: tuple[Path, dict[str, Any]]) -> None:
@@ -137,9 +134,9 @@ def test_a_cpu_run_claims_nothing_about_gpus(
 ) -> None:
     _, record = eager
     assert record["machine"]["device"] == "cpu" and record["sdpa"] is None
-    assert any(note.startswith(_report.CPU_NOTE) for note in record["notes"])
-    assert _report.title(record).startswith(_report.CPU_NOTE)
-    assert console_text(_report.table(record)).count(_report.CPU_NOTE) == 2
+    assert any(note.startswith(report.CPU_NOTE) for note in record["notes"])
+    assert report.title(record).startswith(report.CPU_NOTE)
+    assert console_text(report.table(record)).count(report.CPU_NOTE) == 2
     assert all(v["peak_memory_bytes"] is None for v in record["variants"].values())
 
 
@@ -157,7 +154,7 @@ def console_text(capsys: pytest.CaptureFixture[str]) -> Any:
 
 def test_the_table_fits_80_columns(eager: tuple[Path, dict[str, Any]], console_text: Any) -> None:
     _, record = eager
-    text = console_text(_report.table(record))
+    text = console_text(report.table(record))
     assert "…" not in text
     for name, variant in record["variants"].items():
         assert name in text
@@ -208,41 +205,41 @@ def out_of_memory_after(steps: int, training: Any) -> Any:
 def test_out_of_memory_ends_one_variant_only(
     steps: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, console_text: Any
 ) -> None:
-    init = _training.Training.__init__
+    init = variants.Training.__init__
 
     @functools.wraps(init)
     def limited(self: Any, variant: Any, *args: Any) -> None:
         init(self, variant, *args)
-        if variant.label == _training.VARIANTS["sdpa"].label:
+        if variant.label == variants.VARIANTS["sdpa"].label:
             self.step = out_of_memory_after(steps, self)
 
-    monkeypatch.setattr(_training.Training, "__init__", limited)
+    monkeypatch.setattr(variants.Training, "__init__", limited)
     data_dir = data_set(tmp_path)
     record = measured(tmp_path, "--variants", "sdpa", "fastgpt", f"--data_dir={data_dir}")
     failed, fine = record["variants"]["sdpa"], record["variants"]["fastgpt"]
     assert failed["failure"] == "out of memory"
     assert failed["tokens_per_s"] is failed["ms_per_step"] is failed["speedup"] is None
     assert fine["failure"] is None and len(fine["step_ms"]) == 3
-    assert "sdpa: out of memory" in console_text(_report.table(record))
+    assert "sdpa: out of memory" in console_text(report.table(record))
 
 
 def broken(monkeypatch: pytest.MonkeyPatch, *kinds: type | str) -> None:
     """Steps of these variants, or trainings, fail."""
-    step = _training.Training.step
+    step = variants.Training.step
 
     def broken_step(self: Any) -> torch.Tensor:
         if type(self) in kinds or self.label in kinds:
             raise RuntimeError("broken kernel\nand many lines more")
         return step(self)
 
-    init = _training.Training.__init__
+    init = variants.Training.__init__
 
     def labelled(self: Any, variant: Any, *args: Any) -> None:
         init(self, variant, *args)
         self.label = variant.label
 
-    monkeypatch.setattr(_training.Training, "__init__", labelled)
-    monkeypatch.setattr(_training.Training, "step", broken_step)
+    monkeypatch.setattr(variants.Training, "__init__", labelled)
+    monkeypatch.setattr(variants.Training, "step", broken_step)
 
 
 def test_any_error_ends_one_variant_only(
@@ -251,7 +248,7 @@ def test_any_error_ends_one_variant_only(
     capsys: pytest.CaptureFixture[str],
     console_text: Any,
 ) -> None:
-    broken(monkeypatch, _training.ReferenceTraining, _training.VARIANTS["sdpa"].label)
+    broken(monkeypatch, variants.ReferenceTraining, variants.VARIANTS["sdpa"].label)
     data_dir = data_set(tmp_path)
     record = measured(tmp_path, "--variants", "sdpa", "fastgpt", f"--data_dir={data_dir}")
     assert "and many lines more" in capsys.readouterr().err  # the whole traceback
@@ -260,12 +257,12 @@ def test_any_error_ends_one_variant_only(
     assert fine["failure"] is None and len(fine["step_ms"]) == 3 and fine["loss"] > 0
     assert record["reference_failure"] == "RuntimeError: broken kernel"
     assert record["reference_losses"] == [] and fine["largest_deviation"] is None
-    text = console_text(_report.table(record))
+    text = console_text(report.table(record))
     assert "sdpa: RuntimeError: broken kernel" in text and "no float32 losses: Runt" in text
 
 
 def test_nothing_to_measure_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    broken(monkeypatch, _training.Training)
+    broken(monkeypatch, variants.Training)
     options = [*TINY, "--reference=False", "--variants=sdpa", f"--out={tmp_path}"]
     assert bench.main([*options, f"--data_dir={data_set(tmp_path)}"]) == 1
     record = json.loads((tmp_path / "run-b3.json").read_text())
@@ -278,14 +275,14 @@ def test_nothing_to_measure_is_an_error(tmp_path: Path, monkeypatch: pytest.Monk
 def test_an_interrupt_keeps_what_was_measured(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, console_text: Any
 ) -> None:
-    turn, left = _measurement._turn, iter(range(3))
+    turn, left = measurement._turn, iter(range(3))
 
     def interrupted(*args: Any) -> list[float]:
         if next(left, None) is None:
             raise KeyboardInterrupt
         return turn(*args)
 
-    monkeypatch.setattr(_measurement, "_turn", interrupted)
+    monkeypatch.setattr(measurement, "_turn", interrupted)
     options = [*TINY, f"--out={tmp_path}", f"--data_dir={data_set(tmp_path)}"]
     assert bench.main([*options, "--variants", "sdpa", "fastgpt"]) == 130
     record = json.loads((tmp_path / "run-b3.json").read_text())
@@ -294,7 +291,7 @@ def test_an_interrupt_keeps_what_was_measured(
     assert turns == {"sdpa": 1, "fastgpt": 2}  # each round begins with another
     assert all(v["tokens_per_s"] for v in record["variants"].values())
     assert (tmp_path / "run-b3.png").exists()
-    assert "not complete" in console_text(_report.table(record))
+    assert "not complete" in console_text(report.table(record))
 
 
 def test_a_killed_run_leaves_what_was_measured(tmp_path: Path) -> None:
@@ -306,7 +303,7 @@ turn, left = _measurement._turn, iter(range(3))
 _measurement._turn = lambda *args: turn(*args) if next(left, None) is not None else os._exit(9)
 run.main({[*options, "--variants", "sdpa", "fastgpt"]!r})
 """
-    folders = os.pathsep.join([str(_machine.ROOT), str(_machine.ROOT / "bench")])
+    folders = os.pathsep.join([str(machine.ROOT), str(machine.ROOT / "bench")])
     killed = subprocess.run(
         [sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": folders}, timeout=HANGS
     )
@@ -321,9 +318,9 @@ run.main({[*options, "--variants", "sdpa", "fastgpt"]!r})
 
 
 def test_groups_that_fit() -> None:
-    footprints = {name: _measurement.Footprint(10, 30) for name in "abcd"}
-    footprints["e"] = _measurement.Footprint(50, 50)  # a CUDA graph keeps all of it
-    fit = functools.partial(_measurement.groups_that_fit, "abcde", footprints=footprints, base="b")
+    footprints = {name: measurement.Footprint(10, 30) for name in "abcd"}
+    footprints["e"] = measurement.Footprint(50, 50)  # a CUDA graph keeps all of it
+    fit = functools.partial(measurement.groups_that_fit, "abcde", footprints=footprints, base="b")
     assert fit(capacity=math.inf) == [["b", "a", "c", "d", "e"]]
     assert fit(capacity=110) == [["b", "a", "c", "d", "e"]]  # 4 x 10 + 50, and 20 in a step
     assert fit(capacity=109) == [["b", "a", "c", "d"], ["b", "e"]]
@@ -333,14 +330,14 @@ def test_groups_that_fit() -> None:
 
 def only_two_fit(monkeypatch: pytest.MonkeyPatch) -> None:
     """Variants at a time, into the memory."""
-    alone = _measurement._measure_alone
+    alone = measurement._measure_alone
 
-    def footprint(*args: Any) -> _measurement.Footprint:
+    def footprint(*args: Any) -> measurement.Footprint:
         alone(*args)
-        return _measurement.Footprint(40, 60)
+        return measurement.Footprint(40, 60)
 
-    monkeypatch.setattr(_measurement, "_measure_alone", footprint)
-    monkeypatch.setattr(_measurement, "_capacity", lambda device: 100.0)
+    monkeypatch.setattr(measurement, "_measure_alone", footprint)
+    monkeypatch.setattr(measurement, "_capacity", lambda device: 100.0)
 
 
 def test_groups_of_a_run(
@@ -360,7 +357,7 @@ def test_groups_of_a_run(
     assert groups[0]["base_step_ms"] == record["variants"]["sdpa"]["step_ms"]
     assert all(len(variant["step_ms"]) == 3 for variant in record["variants"].values())
     assert record["over_eager"] > 0 and record["noise"] is not None
-    assert "in 2 groups that fit into memory, sdpa in each" in console_text(_report.table(record))
+    assert "in 2 groups that fit into memory, sdpa in each" in console_text(report.table(record))
 
 
 @pytest.mark.parametrize("where", ["_warmed_up", "_turn"])
@@ -368,15 +365,15 @@ def test_a_base_that_fails_later_keeps_what_the_first_group_found(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
 ) -> None:
     only_two_fit(monkeypatch)
-    measure_group = _measurement.Measurement._measure_group
+    measure_group = measurement.Measurement._measure_group
 
     def later(self: Any, group: Any) -> None:
         if group is not self.groups[0]:
-            owner = _measurement if where == "_turn" else _measurement.Measurement
+            owner = measurement if where == "_turn" else measurement.Measurement
             monkeypatch.setattr(owner, where, lambda *_: 1 / 0)
         measure_group(self, group)
 
-    monkeypatch.setattr(_measurement.Measurement, "_measure_group", later)
+    monkeypatch.setattr(measurement.Measurement, "_measure_group", later)
     names = ("fastgpt", "sdpa", "fastgpt_again")
     record = measured(
         tmp_path, "--reference=False", "--variants", *names, f"--data_dir={data_set(tmp_path)}"
@@ -390,7 +387,7 @@ def test_a_base_that_fails_later_keeps_what_the_first_group_found(
 def test_ratios_are_of_one_group() -> None:
     """The machine is half as fast when it measures the second group."""
     results = {
-        name: _report.Result("", step_ms=[[ms]])
+        name: report.Result("", step_ms=[[ms]])
         for name, ms in {
             "sdpa": 10.0,
             "fastgpt": 5.0,
@@ -399,10 +396,10 @@ def test_ratios_are_of_one_group() -> None:
         }.items()
     }
     groups = [
-        _report.Group("sdpa", ["sdpa", "fastgpt"], [[10.0]]),
-        _report.Group("sdpa", ["sdpa", "sdpa_graphs", "fastgpt_again"], [[20.0]]),
+        report.Group("sdpa", ["sdpa", "fastgpt"], [[10.0]]),
+        report.Group("sdpa", ["sdpa", "sdpa_graphs", "fastgpt_again"], [[20.0]]),
     ]
-    record = _report.record(results, [], 100, groups)
+    record = report.record(results, [], 100, groups)
     assert record["baseline"] == "sdpa_graphs" and record["noise"] == 0.0
     speedups = [variant["speedup"] for variant in record["variants"].values()]
     assert speedups == pytest.approx([0.8, 1.6, 1.0, 1.6])
@@ -422,14 +419,14 @@ def test_a_diverged_training_is_no_measurement(
 def test_what_diverges_ends_one_variant_only(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    step = _training.Training.step
+    step = variants.Training.step
 
     @functools.wraps(step)
     def diverging(self: Any) -> torch.Tensor:
-        ours = self._loss is _training._fastgpt_loss
+        ours = self._loss is variants._fastgpt_loss
         return step(self) * (math.nan if ours else 1.0)
 
-    monkeypatch.setattr(_training.Training, "step", diverging)
+    monkeypatch.setattr(variants.Training, "step", diverging)
     data_dir = data_set(tmp_path)
     record = measured(tmp_path, "--variants", "sdpa", "fastgpt", f"--data_dir={data_dir}")
     fine, failed = record["variants"]["sdpa"], record["variants"]["fastgpt"]
@@ -438,18 +435,18 @@ def test_what_diverges_ends_one_variant_only(
 
 
 def test_what_compiling_on_a_cpu_needs(monkeypatch: pytest.MonkeyPatch) -> None:
-    cpu, compiled = torch.device("cpu"), _training.VARIANTS["sdpa_compile"]
+    cpu, compiled = torch.device("cpu"), variants.VARIANTS["sdpa_compile"]
     monkeypatch.setenv("CXX", "no-such-compiler")
-    assert _training.why_not(compiled, cpu) == "no C++ compiler (no-such-compiler)"
-    assert _training.why_not(compiled, torch.device("cuda")) is None
-    assert _training.why_not(_training.VARIANTS["fastgpt"], cpu) is None
-    assert _training.why_not(_training.VARIANTS["sdpa_graphs"], cpu) == "CUDA graphs need a GPU"
-    fp8 = _training.why_not(_training.VARIANTS["fastgpt_fp8_all"], cpu)
+    assert variants.why_not(compiled, cpu) == "no C++ compiler (no-such-compiler)"
+    assert variants.why_not(compiled, torch.device("cuda")) is None
+    assert variants.why_not(variants.VARIANTS["fastgpt"], cpu) is None
+    assert variants.why_not(variants.VARIANTS["sdpa_graphs"], cpu) == "CUDA graphs need a GPU"
+    fp8 = variants.why_not(variants.VARIANTS["fastgpt_fp8_all"], cpu)
     assert fp8 == "fp8 needs a GPU of compute capability 8.9"
-    unbiased = _training.why_not(_training.VARIANTS["huggingface"], cpu, bias=False)
+    unbiased = variants.why_not(variants.VARIANTS["huggingface"], cpu, bias=False)
     assert unbiased == "transformers' GPT-2 always has biases"
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    missing = _training.why_not(_training.VARIANTS["huggingface"], cpu)
+    missing = variants.why_not(variants.VARIANTS["huggingface"], cpu)
     assert missing == "transformers is not installed"
 
 
@@ -462,7 +459,7 @@ def test_a_model_that_a_variant_cannot_have(
     )
     assert record["variants"]["huggingface"]["failure"] == "transformers' GPT-2 always has biases"
     assert record["variants"]["fastgpt"]["failure"] is None
-    monkeypatch.setattr(_training, "_has_fp8", lambda device: True)
+    monkeypatch.setattr(variants, "_has_fp8", lambda device: True)
     options = [*TINY, f"--out={tmp_path / 'out'}", f"--data_dir={data_dir}", "--vocab_size=50257"]
     assert bench.main([*options, "--variants", "sdpa", "fastgpt_fp8_head"]) == 2
     assert "vocab_size must be a multiple of 16" in capsys.readouterr().err
@@ -508,36 +505,36 @@ def test_matplotlib_is_missed_before_anything_is_measured(
 
 def test_a_variant_twice_is_refused() -> None:
     with pytest.raises(ValueError, match="each once, got sdpa sdpa"):
-        _training.Options(variants=("sdpa", "sdpa"))
+        variants.Options(variants=("sdpa", "sdpa"))
     with pytest.raises(ValueError, match="got none"):
-        _training.Options(variants=())
+        variants.Options(variants=())
 
 
 def test_variants_are_what_their_names_say(monkeypatch: pytest.MonkeyPatch) -> None:
     """On equal weights: nanoGPT's forward or ours, kept or recomputed, and whose AdamW."""
     calls: list[bool] = []
-    forward = _training.GPT.forward
+    forward = variants.GPT.forward
 
     def noted(self: Any, *args: Any) -> Any:
         calls.append(self.recompute)
         return forward(self, *args)
 
-    monkeypatch.setattr(_training.GPT, "forward", noted)
-    config = _training.GPTConfig(16, 32, 1, 2, 16)
+    monkeypatch.setattr(variants.GPT, "forward", noted)
+    config = variants.GPTConfig(16, 32, 1, 2, 16)
     idx = torch.arange(16).view(1, 16)
     losses = {}
-    for name, variant in _training.VARIANTS.items():
+    for name, variant in variants.VARIANTS.items():
         torch.manual_seed(0)
-        gpt = _training.GPT(config, recompute=variant.recompute)
-        model = _huggingface.model_of(gpt) if variant.huggingface else gpt
+        gpt = variants.GPT(config, recompute=variant.recompute)
+        model = huggingface.model_of(gpt) if variant.huggingface else gpt
         calls.clear()
         losses[name] = variant.loss(model, idx, idx).item()
         assert calls == ([] if variant.baseline else ["recompute" in name])
-        optimizer = _training.optimizer_of(model, variant, 0.25)
+        optimizer = variants.optimizer_of(model, variant, 0.25)
         for group in optimizer.param_groups:
             assert (group["lr"], group["fused"]) == (0.25, None if variant.baseline else True)
         assert [len(group["params"]) for group in optimizer.param_groups] == [6, 10]
-    assert [name for name in losses if _training.VARIANTS[name].baseline] == [
+    assert [name for name in losses if variants.VARIANTS[name].baseline] == [
         name for name in losses if not name.startswith("fastgpt")
     ]
     assert list(losses.values()) == pytest.approx([losses["naive"]] * len(losses), abs=1e-5)
@@ -548,8 +545,8 @@ def test_a_gpu_that_emulates_bfloat16_computes_in_float32(
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     for has, dtype in ((False, torch.float32), (True, torch.bfloat16)):
-        monkeypatch.setattr(_training, "has_bfloat16", lambda has=has: has)
-        assert _training.Plan.of(_training.Options(), tmp_path).dtype == dtype
+        monkeypatch.setattr(variants, "has_bfloat16", lambda has=has: has)
+        assert variants.Plan.of(variants.Options(), tmp_path).dtype == dtype
 
 
 def test_only_the_command_lines_need_tyro() -> None:
@@ -568,11 +565,11 @@ for path in sorted(Path("bench").glob("*.py")):
 import run
 sys.exit(run.main([]))
 """
-    folders = os.pathsep.join([str(_machine.ROOT), str(_machine.ROOT / "bench")])
+    folders = os.pathsep.join([str(machine.ROOT), str(machine.ROOT / "bench")])
     done = subprocess.run(
         [sys.executable, "-c", code],
         env={**os.environ, "PYTHONPATH": folders},
-        cwd=_machine.ROOT,
+        cwd=machine.ROOT,
         capture_output=True,
         text=True,
     )
@@ -581,24 +578,24 @@ sys.exit(run.main([]))
 
 
 def test_every_variant_can_be_asked_for() -> None:
-    assert get_args(_training.VariantName) == tuple(_training.VARIANTS)
-    named = {*_report._BASELINES, *_report._NOISE, *_report._OVER_EAGER}
-    assert named <= set(_training.VARIANTS)
+    assert get_args(variants.VariantName) == tuple(variants.VARIANTS)
+    named = {*report._BASELINES, *report._NOISE, *report._OVER_EAGER}
+    assert named <= set(variants.VARIANTS)
 
 
 # -- arithmetic
 
 
 def test_spread_and_rate() -> None:
-    times = _timing.spread([float(ms) for ms in range(100, 201)])
-    assert times == _timing.Spread(median=150.0, p10=110.0, p90=190.0)
-    assert _timing.rate(times, 300.0) == _timing.Spread(2000.0, 3e5 / 190, 3e5 / 110)
+    times = timing.spread([float(ms) for ms in range(100, 201)])
+    assert times == timing.Spread(median=150.0, p10=110.0, p90=190.0)
+    assert timing.rate(times, 300.0) == timing.Spread(2000.0, 3e5 / 190, 3e5 / 110)
     with pytest.raises(ValueError, match="at least one"):
-        _timing.spread([])
+        timing.spread([])
 
 
 def test_clock_measures_each_interval() -> None:
-    clock = _timing.Clock(torch.device("cpu"))
+    clock = timing.Clock(torch.device("cpu"))
     for _ in range(3):
         clock.mark()
         sum(range(10_000))
@@ -607,16 +604,16 @@ def test_clock_measures_each_interval() -> None:
 
 
 def test_every_round_has_every_variant_and_another_first() -> None:
-    order = list(_timing.interleaved("abc", 4))
+    order = list(timing.interleaved("abc", 4))
     assert "".join(item for _, item in order) == "abcbcacababc"
     assert [number for number, _ in order] == [0, 0, 0, 1, 1, 1, 2, 2, 2, 3, 3, 3]
 
 
 def test_the_fastest_compiled_variant_is_the_baseline() -> None:
-    def result(*ms: float) -> _report.Result:
-        return _report.Result("", losses=[2.0, 1.5], step_ms=[list(ms)])
+    def result(*ms: float) -> report.Result:
+        return report.Result("", losses=[2.0, 1.5], step_ms=[list(ms)])
 
-    record = _report.record(
+    record = report.record(
         {
             "sdpa_compile": result(20.0, 20.0),
             "sdpa_autotune": result(10.0, 10.0),
@@ -640,21 +637,21 @@ def test_the_fastest_compiled_variant_is_the_baseline() -> None:
 
 def test_what_nvidia_smi_says() -> None:
     output = "driver_version, clocks.current.sm [MHz], power.draw [W]\n575.1, 1980 MHz, 612.20 W\n"
-    assert _machine.parse_smi(output) == {
+    assert machine.parse_smi(output) == {
         "driver_version": "575.1",
         "clocks.current.sm": "1980 MHz",
         "power.draw": "612.20 W",
     }
-    assert _machine.gpu_state(torch.device("cpu")) is None
+    assert machine.gpu_state(torch.device("cpu")) is None
 
 
 def test_sdpa_kernel_is_found_by_profiling() -> None:
-    found = _machine.sdpa_kernel(torch.device("cpu"), torch.float32, 2, 16, 2, 32)
+    found = machine.sdpa_kernel(torch.device("cpu"), torch.float32, 2, 16, 2, 32)
     assert found["operator"] is not None and "attention" in found["operator"]
     assert found["kernel"] is None
 
 
 def test_facts_without_git(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "")
-    facts = _machine.facts(torch.device("cpu"))
+    facts = machine.facts(torch.device("cpu"))
     assert facts["commit"] is None and facts["uncommitted_changes"] is None

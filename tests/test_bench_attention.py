@@ -1,11 +1,12 @@
 """bench/bench_attention.py: the rows of several documents."""
 
-import _op_bench
-import bench_attention
 import pytest
 import torch
-from _ceilings import Ceilings
-from _op_bench import Subject, cost
+
+from bench import bench_attention
+from bench._ops import op_bench
+from bench._ops.op_bench import Subject, cost
+from bench._roofline.ceilings import Ceilings
 
 TINY = {"B": 2, "T": 33, "H": 2, "D": 16, "L": 10}
 
@@ -18,8 +19,8 @@ def test_starts() -> None:
 
 @pytest.mark.parametrize("provider", ["fused", "portable", "reference"])
 def test_the_check_passes_our_ops(provider: str, device: str) -> None:
-    if device != _op_bench.DEVICE.type:
-        pytest.skip(f"the benchmarks of this machine run on {_op_bench.DEVICE.type}")
+    if device != op_bench.DEVICE.type:
+        pytest.skip(f"the benchmarks of this machine run on {op_bench.DEVICE.type}")
     op = bench_attention.DOCUMENTS
     subject = Subject(op, tuple(TINY.items()))
     subject.check(provider, op.function(provider))

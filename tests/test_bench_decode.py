@@ -4,9 +4,10 @@ import json
 from pathlib import Path
 from typing import Any
 
-import bench_decode
 import pytest
 import torch
+
+from bench import bench_decode
 
 TINY = [
     "--n_layer=2",

@@ -2,12 +2,12 @@
 
 import math
 
-import _op_bench
-import bench_fp8
-import bench_linear
 import pytest
 import torch
-from _ceilings import Ceilings
+
+from bench import bench_fp8, bench_linear
+from bench._ops import op_bench
+from bench._roofline.ceilings import Ceilings
 
 LAYER = {"M": 1024, "K": 768, "N": 2304}
 
@@ -19,8 +19,8 @@ def test_benchmark_checks_what_it_times(
 ) -> None:
     chosen = getattr(bench_fp8, op)
     sizes = {name: 48 for name in chosen.gpu_sizes[0]}
-    row = _op_bench.Row(chosen, tuple(sizes.items()), chosen.directions[-1], provider)
-    inputs = chosen.inputs(_op_bench.Draw(torch.device("cpu"), torch.bfloat16), **sizes)
+    row = op_bench.Row(chosen, tuple(sizes.items()), chosen.directions[-1], provider)
+    inputs = chosen.inputs(op_bench.Draw(torch.device("cpu"), torch.bfloat16), **sizes)
     bench_fp8.check(row, inputs)
     other = {"fp8": "bf16", "bf16": "fp8"}[provider]
     wrong = chosen.function(other)
@@ -31,7 +31,7 @@ def test_benchmark_checks_what_it_times(
 
 def test_benchmark_counts_products_at_twice_the_rate() -> None:
     found = [
-        _op_bench.cost(op, tuple(LAYER.items()), "forward", torch.bfloat16, ceilings)
+        op_bench.cost(op, tuple(LAYER.items()), "forward", torch.bfloat16, ceilings)
         for op, ceilings in (
             (bench_fp8.LINEAR, Ceilings("", 1.0, 1e9)),
             (bench_linear.OP, Ceilings("", 1.0, 1e9)),

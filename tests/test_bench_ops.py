@@ -11,29 +11,29 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import _op_bench
-import _op_report
-import _product_bench
-import bench_adamw
-import bench_attention
-import bench_attention_decode
-import bench_embedding
-import bench_gelu
-import bench_layer_norm
-import bench_linear
-import bench_linear_cross_entropy
-import bench_mlp
-import bench_residual_layer_norm
 import pytest
 import torch
 import torch.nn.functional as F
-from _ceilings import DEVICES, Ceilings
-from _op_bench import Direction, Op, Row, Stopwatch, Subject, cost
-from _op_report import ALONE, FUSED, SEPARATE, verdict
-from _timing import Spread
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
+from bench import (
+    bench_adamw,
+    bench_attention,
+    bench_attention_decode,
+    bench_embedding,
+    bench_gelu,
+    bench_layer_norm,
+    bench_linear,
+    bench_linear_cross_entropy,
+    bench_mlp,
+    bench_residual_layer_norm,
+)
+from bench._harness.timing import Spread
+from bench._ops import op_bench, op_report, product_bench
+from bench._ops.op_bench import Direction, Op, Row, Stopwatch, Subject, cost
+from bench._ops.op_report import ALONE, FUSED, SEPARATE, verdict
+from bench._roofline.ceilings import DEVICES, Ceilings
 from fastgpt.kernels import fused, gemm
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -153,8 +153,8 @@ def test_attention_costs_equal_a_hand_count() -> None:
 @pytest.mark.parametrize("name", OPS)
 @pytest.mark.parametrize("provider", ["fused", "portable"])
 def test_the_check_passes_our_ops(name: str, provider: str, device: str) -> None:
-    if device != _op_bench.DEVICE.type:
-        pytest.skip(f"the benchmarks of this machine run on {_op_bench.DEVICE.type}")
+    if device != op_bench.DEVICE.type:
+        pytest.skip(f"the benchmarks of this machine run on {op_bench.DEVICE.type}")
     subject = Subject(OPS[name], tuple(TINY[name].items()))
     subject.check(provider, OPS[name].function(provider))
 
@@ -190,7 +190,7 @@ def test_only_the_work_is_timed() -> None:
         stopwatch.time(lambda: time.sleep(0.01))
         assert len(stopwatch.ms) == expected
     assert stopwatch.read() == pytest.approx(sum(stopwatch.ms) / 1e3)
-    assert min(stopwatch.ms) >= 10.0 or _op_bench.DEVICE.type == "cuda"  # which slept through it
+    assert min(stopwatch.ms) >= 10.0 or op_bench.DEVICE.type == "cuda"  # which slept through it
 
 
 def test_backward_is_timed_without_the_forward() -> None:
@@ -201,18 +201,18 @@ def test_backward_is_timed_without_the_forward() -> None:
         return F.gelu(x)
 
     x = torch.randn(3, requires_grad=True)
-    work = _op_bench.prepared("backward", function, (x,), [torch.ones(3)])
+    work = op_bench.prepared("backward", function, (x,), [torch.ones(3)])
     assert calls == [True]
     (dx,) = work()
     assert calls == [True] and dx.shape == x.shape
-    work = _op_bench.prepared("inference", function, (x,), [])
+    work = op_bench.prepared("inference", function, (x,), [])
     assert calls == [True] and not work().requires_grad
     assert calls == [True, False]
 
 
 def test_figures() -> None:
     row = Row(OPS["gelu"], (("M", 1000), ("N", 500)), "forward", "eager")
-    nbytes = 2 * 1000 * 500 * _op_bench.DTYPE.itemsize
+    nbytes = 2 * 1000 * 500 * op_bench.DTYPE.itemsize
     figures = row.figures(Spread(2.0, 1.0, 4.0), Ceilings("a GPU", 500.0, 0.002))
     assert (figures["ms"], figures["ms_p10"], figures["ms_p90"]) == (2.0, 1.0, 4.0)
     assert figures["bytes"] == nbytes and figures["tflop_per_s"] is None
@@ -230,7 +230,7 @@ def test_table_says_a_shape_once() -> None:
         for direction in OPS[name].directions
         for provider in ("portable", "eager")
     ]
-    gelu, linear = _op_report.tables(rows)
+    gelu, linear = op_report.tables(rows)
     assert gelu.row_count == linear.row_count == 4
     columns = {str(column.header): list(column.cells) for column in linear.columns}
     assert columns["shape"] == ["M20-K24-N40", "", "M20-K24-N40", ""]
@@ -241,22 +241,22 @@ def test_table_says_a_shape_once() -> None:
 # -- products with an epilogue against cuBLAS
 
 
-def tiny_inputs(product: _product_bench.Product) -> tuple[Tensor, ...]:
-    return _product_bench.drawn(product, tuple(TINY[product.op].items()))
+def tiny_inputs(product: product_bench.Product) -> tuple[Tensor, ...]:
+    return product_bench.drawn(product, tuple(TINY[product.op].items()))
 
 
 @pytest.mark.parametrize("product", PRODUCTS, ids=lambda product: product.name)
-def test_the_ways_of_a_product_agree(product: _product_bench.Product, device: str) -> None:
-    if device != _op_bench.DEVICE.type:
-        pytest.skip(f"the benchmarks of this machine run on {_op_bench.DEVICE.type}")
+def test_the_ways_of_a_product_agree(product: product_bench.Product, device: str) -> None:
+    if device != op_bench.DEVICE.type:
+        pytest.skip(f"the benchmarks of this machine run on {op_bench.DEVICE.type}")
     inputs = tiny_inputs(product)
-    results = _product_bench.check(product, inputs)
+    results = product_bench.check(product, inputs)
     alone = product.ways[ALONE](*inputs)
     assert {x.shape for x in alone} <= {x.shape for x in results}
 
 
 @pytest.mark.parametrize("product", PRODUCTS, ids=lambda product: product.name)
-def test_a_wrong_kernel_is_found(product: _product_bench.Product) -> None:
+def test_a_wrong_kernel_is_found(product: product_bench.Product) -> None:
     def wrong(*inputs: Tensor) -> tuple[Tensor, ...]:
         *right, last = product.ways[SEPARATE](*inputs)
         return *right, 1.01 * last
@@ -264,11 +264,11 @@ def test_a_wrong_kernel_is_found(product: _product_bench.Product) -> None:
     ways = {SEPARATE: product.ways[SEPARATE], FUSED: wrong}
     number = len(product.ways[SEPARATE](*tiny_inputs(product))) - 1
     with pytest.raises(AssertionError, match=f"{product.op}, {product.name}: result {number} has"):
-        _product_bench.check(replace(product, ways=ways), tiny_inputs(product))
+        product_bench.check(replace(product, ways=ways), tiny_inputs(product))
 
 
 @pytest.mark.parametrize("product", PRODUCTS, ids=lambda product: product.name)
-def test_flops_of_products(product: _product_bench.Product) -> None:
+def test_flops_of_products(product: product_bench.Product) -> None:
     """As PyTorch counts them, of the way that multiplies and does nothing else."""
     with FlopCounterMode(display=False) as counter:
         product.ways[ALONE](*tiny_inputs(product))
@@ -277,7 +277,7 @@ def test_flops_of_products(product: _product_bench.Product) -> None:
 
 def test_a_table_that_says_cublas_has_nothing_to_compare(monkeypatch: pytest.MonkeyPatch) -> None:
     product = bench_mlp.PRODUCTS[0]
-    monkeypatch.setattr(_product_bench, "DEVICE", torch.device("cuda", 0))
+    monkeypatch.setattr(product_bench, "DEVICE", torch.device("cuda", 0))
     monkeypatch.setattr(gemm, "tiles", lambda device: {"fwd": (128, 128, 64, 8, 3, 2)})
     assert [product.why_not(way) for way in (ALONE, SEPARATE, FUSED)] == [None] * 3
     monkeypatch.setattr(gemm, "tiles", lambda device: {"fwd": None})
@@ -292,18 +292,18 @@ def test_the_table_says_who_is_faster(ms: float, text: str) -> None:
     times = {ALONE: 1.0, SEPARATE: 1.5, FUSED: ms}
     sizes = tuple({"M": 2**15, "C": 768}.items())
     rows = [
-        _product_bench.Row(product, sizes, way).figures(
+        product_bench.Row(product, sizes, way).figures(
             Spread(time, time, time), 2**20, Ceilings("a GPU", 500.0, 4.0)
         )
         for product in bench_mlp.PRODUCTS[:2]
         for way, time in times.items()
     ]
-    (table,) = _op_report.tables(rows)
-    assert table.title == f"mlp products, {str(_op_bench.DTYPE).removeprefix('torch.')}"
+    (table,) = op_report.tables(rows)
+    assert table.title == f"mlp products, {str(op_bench.DTYPE).removeprefix('torch.')}"
     columns = {str(column.header): list(column.cells) for column in table.columns}
     assert columns["direction"] == ["FC, GELU", "", "", "FC2 dX, GELU'", "", ""]
     assert columns["of cuBLAS, then passes"] == ["", "", text] * 2
-    rate = 500.0 if _op_bench.DTYPE.itemsize == 2 else 250.0
+    rate = 500.0 if op_bench.DTYPE.itemsize == 2 else 250.0
     share = 2 * 2**15 * 768 * 4 * 768 / rate / 1e9 / ms
     assert columns["of ceiling"][2] == f"{share:.0%}"
     assert verdict(rows[:2]) == ""  # nothing to compare

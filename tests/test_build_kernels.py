@@ -9,11 +9,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import build_kernels
-import kernel_cases
 import pytest
-from _multiprocessor import ARCHITECTURES
-from _static import Launch, compile_case, compile_launches, faults, recorded
+
+from bench import build_kernels
+from bench._compile import kernel_cases
+from bench._compile.multiprocessor import ARCHITECTURES
+from bench._compile.static import Launch, compile_case, compile_launches, faults, recorded
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -9,10 +9,11 @@ import time
 from pathlib import Path
 from typing import Any
 
-import gpu_report
 import pytest
 import torch
-from gpu_report import Part, share_s, visit
+
+from bench import gpu_report
+from bench.gpu_report import Part, share_s, visit
 
 ROOT = Path(__file__).resolve().parent.parent
 HANG_GUARD_S = 600.0

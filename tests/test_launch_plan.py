@@ -13,8 +13,9 @@ import functools
 
 import launch_plan
 import pytest
-from _static import max_shared_memory
 from lowering import LANGUAGE, Specialisation, specialise
+
+from bench._compile.static import max_shared_memory
 
 # sm_86 has the launch tables and the instructions of sm_80, and the check of sm_80 knows how much
 # less shared memory it has; sm_89 adds fp8.

@@ -1,4 +1,4 @@
-"""bench/_profile.py at sizes for a CPU: the time of a step by kernel and by kind of work."""
+"""bench/_step/profile.py at sizes for a CPU: the time of a step by kernel and by kind of work."""
 
 import ast
 import json
@@ -6,12 +6,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import _profile
-import _training
 import pytest
 import torch
-from _ceilings import Ceilings, floor
 
+from bench._roofline.ceilings import Ceilings, floor
+from bench._step import profile, variants
 from fastgpt import GPT, GPTConfig
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -23,11 +22,11 @@ def read(folder: Path) -> Any:
 
 def test_the_time_of_a_step_by_kind_of_work(tmp_path: Path) -> None:
     options = replace(
-        _training.CPU_OPTIONS, batch_size=2, block_size=16, n_layer=1, n_head=2, n_embd=16
+        variants.CPU_OPTIONS, batch_size=2, block_size=16, n_layer=1, n_head=2, n_embd=16
     )
     if torch.cuda.is_available():
         options = replace(options, block_size=64, n_embd=64)
-    assert _profile.profile(tmp_path, options) == 0
+    assert profile.profile(tmp_path, options) == 0
     found = read(tmp_path)
     assert list(found["variants"]) == ["fastgpt_train", "fastgpt"]
     for data in found["variants"].values():
@@ -46,11 +45,11 @@ def test_a_variant_that_cannot_be_profiled_costs_itself_alone(
             raise RuntimeError("broken kernel\nand more")
         return 1.0, [{"name": "gelu", "calls": 1.0, "ms": 0.5}]
 
-    monkeypatch.setattr(_profile, "_profiled", profiled)
+    monkeypatch.setattr(profile, "_profiled", profiled)
     options = replace(
-        _training.CPU_OPTIONS, batch_size=2, block_size=16, n_layer=1, n_head=2, n_embd=16
+        variants.CPU_OPTIONS, batch_size=2, block_size=16, n_layer=1, n_head=2, n_embd=16
     )
-    assert _profile.profile(tmp_path, options) == 1
+    assert profile.profile(tmp_path, options) == 1
     found = read(tmp_path)["variants"]
     assert found["fastgpt_train"] == {"failure": "RuntimeError: broken kernel"}
     assert found["fastgpt"]["step_ms"] == 1.0
@@ -63,7 +62,7 @@ def test_shares_and_ratios_by_hand() -> None:
         {"name": "_attention_fwd_kernel", "calls": 1.0, "ms": 3.0},
         {"name": "Memcpy HtoD", "calls": 1.0, "ms": 1.0},
     ]
-    data = _profile.by_kind(kernels, {"matrix products": 4.0, "attention": 2.0, "optimizer": 1.0})
+    data = profile.by_kind(kernels, {"matrix products": 4.0, "attention": 2.0, "optimizer": 1.0})
     kinds = {kind["kind"]: kind for kind in data["kinds"]}
     assert data["kernels_ms"] == 10.0 and data["floor_ms"] == 7.0
     assert kinds["matrix products"] == {"kind": "matrix products", "ms": 6.0, "share": 0.6,
@@ -75,9 +74,9 @@ def test_shares_and_ratios_by_hand() -> None:
 
 def test_the_floor_is_that_of_the_roofline_and_the_optimizer() -> None:
     ceilings = Ceilings("a GPU", 788.0, 4.3)
-    options = _training.Options(batch_size=2, block_size=64)
+    options = variants.Options(batch_size=2, block_size=64)
     config = GPTConfig(block_size=64, vocab_size=96, n_layer=2, n_head=2, n_embd=32)
-    kinds = _profile.floor_by_kind(config, options, ceilings)
+    kinds = profile.floor_by_kind(config, options, ceilings)
     n_parameters = sum(p.numel() for p in GPT(config).parameters())
     assert kinds["optimizer"] == pytest.approx(28 * n_parameters / 4.3e9)
     rows = floor(config, 2, 64, ceilings)
@@ -91,7 +90,7 @@ def test_every_kernel_of_ours_is_of_a_kind() -> None:
         for node in ast.walk(ast.parse(path.read_text()))
         if isinstance(node, ast.FunctionDef) and node.name.endswith("_kernel")
     }
-    kinds = {name: _profile.kind_of_kernel(name) for name in names}
+    kinds = {name: profile.kind_of_kernel(name) for name in names}
     assert not {name for name, kind in kinds.items() if kind == "copies and sums"}
     assert kinds["_linear_gelu_kernel"] == "matrix products"
     assert kinds["_attention_bwd_dq_kernel"] == "attention"

@@ -5,14 +5,14 @@ import math
 from pathlib import Path
 from typing import Any
 
-import _report
-import _training
-import publish
 import pytest
-from _report import Result
 from PIL import Image
 
-LABELS = {name: variant.label for name, variant in _training.VARIANTS.items()}
+from bench import publish
+from bench._step import report, variants
+from bench._step.report import Result
+
+LABELS = {name: variant.label for name, variant in variants.VARIANTS.items()}
 SPEEDS = {  # milliseconds of a step, and peak memory; made up
     "naive": (160.0, 60e9),
     "sdpa": (100.0, 40e9),
@@ -65,7 +65,7 @@ def made_up(batch_size: int) -> dict[str, Any]:
         "data": {"source": "test", "train_tokens": 1},
         "sdpa": {"operator": "aten::test", "kernel": None},
         "ceilings": {"before": ceiling, "after": ceiling},
-        **_report.record(results, reference, 1024 * batch_size),
+        **report.record(results, reference, 1024 * batch_size),
     }
 
 
@@ -179,8 +179,8 @@ def test_a_run_without_float32(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     publish.publish(results, readme)
     assert ". Loss after 100 steps. " in readme.read_text()
     saved = []
-    monkeypatch.setattr(publish._pictures, "_save", lambda figure, *_: saved.append(figure))
-    publish._pictures.loss([run], tmp_path / "loss.png", "")
+    monkeypatch.setattr(publish.pictures, "_save", lambda figure, *_: saved.append(figure))
+    publish.pictures.loss([run], tmp_path / "loss.png", "")
     left, _ = saved[0].axes
     assert len(left.lines) == len(run["variants"])
 
@@ -199,7 +199,7 @@ def test_bars_and_curves_are_the_runs(tmp_path: Path, monkeypatch: pytest.Monkey
     """What is handed to matplotlib, of a run with a variant that ran out of memory."""
     saved = {}
     monkeypatch.setattr(
-        publish._pictures, "_save", lambda figure, path, digest: saved.update({path.name: figure})
+        publish.pictures, "_save", lambda figure, path, digest: saved.update({path.name: figure})
     )
     run = made_up(64)
     for name, draw in publish._PICTURES.items():

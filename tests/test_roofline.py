@@ -6,12 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import _ceilings
-import _dispatch
-import _eager
-import _roofline_report
 import pytest
-import roofline
 import torch
 import torch.nn.functional as F
 from rich.console import Console
@@ -20,15 +15,18 @@ from torch import Tensor
 from torch._subclasses import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
+from bench import roofline
+from bench._roofline import ceilings, counting, roofline_report
+from bench._step import eager
 from fastgpt import GPTConfig
 from fastgpt.kernels import fused
 
-H200 = _ceilings.DEVICES["h200"]
+H200 = ceilings.DEVICES["h200"]
 GPT2 = GPTConfig()
 
 
 @functools.cache
-def gpt2(variant: str, **options: Any) -> _dispatch.Report:
+def gpt2(variant: str, **options: Any) -> counting.Report:
     """GPT-2 124M at B=64, as published figures have it."""
     return roofline.measure(variant, GPT2, 64, **options)
 
@@ -38,10 +36,10 @@ def gpt2(variant: str, **options: Any) -> _dispatch.Report:
 M, K, N = 48, 16, 32
 
 
-def linear_gelu() -> _dispatch.Report:
+def linear_gelu() -> counting.Report:
     x, weight, bias = torch.ones(M, K), torch.ones(N, K), torch.ones(N)
     parameters = [weight.requires_grad_(), bias.requires_grad_()]
-    return _dispatch.count(
+    return counting.count(
         "", M, lambda: F.gelu(F.linear(x, weight, bias)).sum(), parameters, [x], H200
     )
 
@@ -69,8 +67,8 @@ def test_memory_of_a_linear_and_a_gelu_by_hand() -> None:
 
 
 def test_predicted_time_is_the_longer_of_memory_and_products() -> None:
-    slow_memory = _ceilings.Ceilings("", tflops=1.0, tb_per_s=1e-6)
-    slow_products = _ceilings.Ceilings("", tflops=1e-6, tb_per_s=1.0)
+    slow_memory = ceilings.Ceilings("", tflops=1.0, tb_per_s=1e-6)
+    slow_products = ceilings.Ceilings("", tflops=1e-6, tb_per_s=1.0)
     assert slow_memory.ms(flops=1000, nbytes=1000, half=True) == pytest.approx(1000 / 1e6 * 1e3)
     assert slow_products.ms(flops=1000, nbytes=1000, half=True) == pytest.approx(1000 / 1e6 * 1e3)
     assert slow_products.ms(flops=1000, nbytes=1000, half=False) == pytest.approx(2.0)  # TF32
@@ -159,14 +157,14 @@ def test_readme_shows_these_figures() -> None:
     for name, r in rows.items():
         gigabytes = f"{r.bytes / 1e9:.1f} | {r.saved_bytes / 1e9:.2f}"
         assert f"| {name} | {r.calls} | {gigabytes} | {r.ms:.1f} |" in readme
-    floor = _ceilings.floor(GPT2, 64, 1024, H200)
+    floor = ceilings.floor(GPT2, 64, 1024, H200)
     moved, ms = sum(row.bytes for row in floor), sum(row.ms for row in floor)
     assert f"| each byte moved once | | {moved / 1e9:.1f} | | {ms:.1f} |" in readme
 
 
 def test_published_floor() -> None:
     """Milliseconds at B=64, in the order of the step."""
-    rows = _ceilings.floor(GPT2, 64, 1024, H200)
+    rows = ceilings.floor(GPT2, 64, 1024, H200)
     forward = [0.070, 3.53, 1.57, 1.18, 4.71, 4.71, 1.13, 6.43]
     backward = [12.85, 9.42, 9.42, 2.35, 4.50, 7.06, 2.34]
     for row, ms in zip(rows, forward + backward, strict=False):
@@ -183,7 +181,7 @@ def test_eager_products_are_those_of_the_floor(size: dict[str, Any]) -> None:
     """FLOPs of PyTorch's formulas, and of the floor's own."""
     sizes = dict(block_size=256, vocab_size=320, n_layer=3, n_head=4, n_embd=128) | size
     config = GPTConfig(**sizes)
-    rows = _ceilings.floor(config, 5, 256, H200)
+    rows = ceilings.floor(config, 5, 256, H200)
     assert roofline.measure("sdpa", config, 5).flops == sum(row.flops for row in rows)
 
 
@@ -191,11 +189,11 @@ def test_every_fused_product_has_its_formula() -> None:
     """An operator of ours without one would count as free of FLOPs."""
     config = GPTConfig(block_size=256, vocab_size=320, n_layer=3, n_head=4, n_embd=128)
     report = roofline.measure("fastgpt", config, 5)
-    assert report.flops >= sum(row.flops for row in _ceilings.floor(config, 5, 256, H200))
+    assert report.flops >= sum(row.flops for row in ceilings.floor(config, 5, 256, H200))
 
 
 def test_no_variant_is_faster_than_the_floor() -> None:
-    floor_ms = sum(row.ms for row in _ceilings.floor(GPT2, 64, 1024, H200))
+    floor_ms = sum(row.ms for row in ceilings.floor(GPT2, 64, 1024, H200))
     naive, sdpa, ours = (gpt2(name).ms for name in ("naive", "sdpa", "fastgpt"))
     assert floor_ms < ours < sdpa < naive
 
@@ -235,8 +233,8 @@ def test_autocast_casts_by_hand() -> None:
 
 
 def test_float32_runs_at_half_the_rate_of_16_bits() -> None:
-    row = {row.name: row for row in _ceilings.floor(GPT2, 64, 1024, H200)}["QKV forward"]
-    wide = {row.name: row for row in _ceilings.floor(GPT2, 64, 1024, H200, 4)}["QKV forward"]
+    row = {row.name: row for row in ceilings.floor(GPT2, 64, 1024, H200)}["QKV forward"]
+    wide = {row.name: row for row in ceilings.floor(GPT2, 64, 1024, H200, 4)}["QKV forward"]
     assert wide.ms == pytest.approx(2 * row.ms)
     assert gpt2("sdpa", dtype="float32").ops["aten::addmm"].ms == pytest.approx(
         2 * gpt2("sdpa").ops["aten::addmm"].ms
@@ -254,7 +252,7 @@ def test_work_is_proportional_to_the_batch_and_a_shorter_sequence_is_less() -> N
 # -- the baselines compute what they should
 
 
-@pytest.mark.parametrize("attention", [_eager.naive, _eager.sdpa])
+@pytest.mark.parametrize("attention", [eager.naive, eager.sdpa])
 @pytest.mark.parametrize("bias", [True, False])
 def test_a_baseline_is_the_model(attention: Callable[..., Tensor], bias: bool) -> None:
     model, idx, targets = small_model(bias=bias), tokens(), tokens(seed=2)
@@ -263,7 +261,7 @@ def test_a_baseline_is_the_model(attention: Callable[..., Tensor], bias: bool) -
     expected.backward()
     grads = {name: p.grad for name, p in model.named_parameters()}
     model.zero_grad(set_to_none=True)
-    loss = _eager.loss(model, idx, targets, attention)
+    loss = eager.loss(model, idx, targets, attention)
     loss.backward()
     torch.testing.assert_close(loss, expected)
     for name, p in model.named_parameters():
@@ -299,7 +297,7 @@ def test_attention_is_charged_for_each_kernel() -> None:
     B, H, T, D = 2, 3, 64, 16
     with FakeTensorMode():
         qkv = torch.empty(B, T, 3 * H * D, requires_grad=True)
-        report = _dispatch.count(
+        report = counting.count(
             "", B * T, lambda: fused.attention_qkvpacked(qkv, H).sum(), [qkv], [], H200
         )
     x, delta = 4 * B * T * H * D, 4 * B * T * H
@@ -323,7 +321,7 @@ def test_operators_in_place_and_views() -> None:
         y.copy_(data)  # 100 in, 100 out
         return (y * x).sum()  # 200 in, 100 out; 100 in, 1 out
 
-    report = _dispatch.count("", 1, forward, [x.requires_grad_()], [data], H200)
+    report = counting.count("", 1, forward, [x.requires_grad_()], [data], H200)
     elements = {name: op.bytes // 4 for name, op in report.ops.items() if name != "aten::mul"}
     assert elements["aten::add_"] == 300
     assert elements["aten::zero_"] == 100
@@ -345,7 +343,7 @@ def run_in(folder: Path, *more: str) -> dict[str, Any]:
 def text_of(run: dict[str, Any]) -> str:
     console = Console(width=80, highlight=False)
     with console.capture() as capture:
-        for table in _roofline_report.tables(run):
+        for table in roofline_report.tables(run):
             console.print(table)
     return capture.get()
 
@@ -371,7 +369,7 @@ def test_a_run_writes_its_record_and_its_chart(
 
 def test_sums_and_kinds_of_a_run_agree(tmp_path: Path) -> None:
     run = run_in(tmp_path)
-    kinds = _roofline_report.by_kind(run)
+    kinds = roofline_report.by_kind(run)
     for name, variant in run["variants"].items():
         assert sum(kinds[name].values()) == pytest.approx(variant["ms"])
         for key in ("calls", "bytes", "flops", "ms"):
@@ -391,7 +389,7 @@ def test_tables_fit_80_columns_at_full_size() -> None:
 def test_ceilings_can_be_given() -> None:
     given = roofline.Options(tflops=100.0).ceilings
     assert (given.tflops, given.tb_per_s) == (100.0, H200.tb_per_s)
-    assert roofline.Options(device="b200").ceilings == _ceilings.DEVICES["b200"]
+    assert roofline.Options(device="b200").ceilings == ceilings.DEVICES["b200"]
 
 
 @pytest.mark.parametrize(

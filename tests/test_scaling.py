@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
-import scaling
 import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from bench import scaling
 from fastgpt import GPT, GPTConfig
 from fastgpt.devices import autocast
 from fastgpt.training.distributed import World

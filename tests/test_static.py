@@ -5,17 +5,17 @@ programs fit on a multiprocessor.
 from collections import Counter
 from dataclasses import replace
 
-import _static
 import pytest
 import torch
 import toy_kernels
-from _multiprocessor import ARCHITECTURES, Occupancy, occupancy
-from _static import Dot, Launch, compile_launch, compile_launches, faults, recorded
 from triton import knobs
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from bench._compile import static
+from bench._compile.multiprocessor import ARCHITECTURES, Occupancy, occupancy
+from bench._compile.static import Dot, Launch, compile_launch, compile_launches, faults, recorded
 from fastgpt.kernels import _common
 from fastgpt.kernels.gelu import gelu
 
@@ -41,13 +41,13 @@ SPILLING = Launch(
 def test_a_matmul_uses_the_tensor_cores_of_its_architecture(capability: int) -> None:
     compiled = compile_launch(matmul(), capability)
     own = ARCHITECTURES[capability].tensor_cores
-    for name in _static.MATRIX:
+    for name in static.MATRIX:
         assert (compiled.instructions[name] > 0) == (name == own), name
     assert compiled.instructions["cp.async"] > 0
     assert 16 <= compiled.registers <= 255
     assert compiled.spill_store_bytes == compiled.spill_load_bytes == compiled.stack_bytes == 0
     # At least two stages of both operands' tiles lie in shared memory.
-    limit = _static.max_shared_memory(capability)
+    limit = static.max_shared_memory(capability)
     assert 2 * 2 * 64 * 32 * 2 <= compiled.shared_memory <= limit
     assert (compiled.tensor_memory > 0) == (capability == 100)
     assert compiled.occupancy.programs >= 2
@@ -182,7 +182,7 @@ def test_nothing_is_left_behind(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_a_log_without_the_figures_is_an_error() -> None:
     with pytest.raises(RuntimeError, match="ptxas"):
-        _static._number(r"Used (\d+) registers", "ptxas info: nothing")
+        static._number(r"Used (\d+) registers", "ptxas info: nothing")
 
 
 # ------------------------------------------------------------------------------------ recording

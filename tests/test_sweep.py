@@ -10,15 +10,25 @@ from pathlib import Path
 from typing import Any, cast
 
 import pytest
-import sweep
 import torch
-from _ceilings import Ceilings
-from _contest import ROUNDS, Contest, comment, contest, difference, measured, verdict, wrong
-from _line import Call, Line, Sizes, Tile
-from _static import recorded
-from _sweep import OPS, lines
-from _sweep_compile import Static, Task, compile_all, compiled, fitted
 from torch import Tensor
+
+from bench import sweep
+from bench._compile.static import recorded
+from bench._roofline.ceilings import Ceilings
+from bench._sweep.compile import Static, Task, compile_all, compiled, fitted
+from bench._sweep.contest import (
+    ROUNDS,
+    Contest,
+    comment,
+    contest,
+    difference,
+    measured,
+    verdict,
+    wrong,
+)
+from bench._sweep.line import Call, Line, Sizes, Tile
+from bench._sweep.tables import OPS, lines
 
 ROOT = Path(__file__).resolve().parent.parent
 CPU = torch.device("cpu")

@@ -9,25 +9,21 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import _contest
-import _determinism
-import _machine
-import _op_bench
-import _product_bench
-import _profile
-import _training
-import bench_adamw
-import bench_decode
-import bench_fp8
 import pytest
-import run as run_py
-import sweep
 import torch
-from _op_bench import Row, Subject
-from _sweep_compile import Static, lines
 from test_bench_ops import OPS, PRODUCTS, TINY
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
+
+from bench import bench_adamw, bench_decode, bench_fp8, sweep
+from bench import run as run_py
+from bench._harness import machine
+from bench._ops import determinism, op_bench, product_bench
+from bench._ops.op_bench import Row, Subject
+from bench._step import profile as step_profile
+from bench._step.variants import VARIANTS, Options
+from bench._sweep import contest
+from bench._sweep.compile import Static, lines
 
 CPU = ProfilerActivity.CPU
 SMALL = ["--n_layer=1", "--n_head=1", "--n_embd=16", "--block_size=16", "--batch_size=2"]
@@ -46,9 +42,9 @@ FP8_SIZES = {
 def _short(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Few rounds over little memory, for the machine's ceilings, too; no code of a compiler, and
     of the profiler what it knows of the host."""
-    monkeypatch.setattr(_op_bench, "_ROUNDS", 2)
-    monkeypatch.setattr(_op_bench, "_WARMUP_ROUNDS", 1)
-    monkeypatch.setattr(_op_bench, "_SCRATCH_BYTES", 1 << 12)
+    monkeypatch.setattr(op_bench, "_ROUNDS", 2)
+    monkeypatch.setattr(op_bench, "_WARMUP_ROUNDS", 1)
+    monkeypatch.setattr(op_bench, "_SCRATCH_BYTES", 1 << 12)
     randn, randint, compiled = torch.randn, torch.randint, torch.compile
 
     def small_randn(*size: int, **options: Any) -> Tensor:
@@ -57,7 +53,7 @@ def _short(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     def small_randint(high: int, size: Any, **options: Any) -> Tensor:
         return randint(high, tuple(min(n, 4096) for n in size), **options)
 
-    ceilings = _machine.ceilings
+    ceilings = machine.ceilings
 
     def small_ceilings(device: torch.device) -> dict[str, Any]:
         with pytest.MonkeyPatch.context() as patch:
@@ -65,17 +61,17 @@ def _short(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
             patch.setattr(torch, "randint", small_randint)
             return ceilings(device)
 
-    monkeypatch.setattr(_machine, "ceilings", small_ceilings)
+    monkeypatch.setattr(machine, "ceilings", small_ceilings)
 
     @functools.wraps(compiled)
     def traced(*args: Any, mode: Any = None, **options: Any) -> Any:
         return compiled(*args, **options, backend="aot_eager")
 
     monkeypatch.setattr(torch, "compile", traced)
-    for module, name in ((_machine, "profile"), (_profile, "profiler")):
+    for module, name in ((machine, "profile"), (profile, "profiler")):
         monkeypatch.setattr(module, name, lambda activities: profile(activities=[CPU]))
-    _op_bench.machine_ceilings.cache_clear()
-    _op_bench._scratch.cache_clear()
+    op_bench.machine_ceilings.cache_clear()
+    op_bench._scratch.cache_clear()
     Subject.of.cache_clear()
     yield
 
@@ -100,7 +96,7 @@ def run(row: Any, measure: Any = None) -> None:
 
 @pytest.mark.parametrize("name", OPS)
 def test_ops(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert _op_bench.why_not("fused") is None and _op_bench.DTYPE == torch.bfloat16
+    assert op_bench.why_not("fused") is None and op_bench.DTYPE == torch.bfloat16
     # A filled kernel computes nothing that could be right.
     deviations = Subject._deviations
     monkeypatch.setattr(Subject, "_deviations", lambda *a: [0.0 * x for x in deviations(*a)])
@@ -128,12 +124,12 @@ def test_products(monkeypatch: pytest.MonkeyPatch) -> None:
     for product in PRODUCTS:
         sizes = {key: min(n, 32) for key, n in product.gpu_sizes[0].items()}
         for way in product.ways:
-            monkeypatch.setattr(_product_bench, "check", lambda p, x, way=way: p.ways[way](*x))
-            run(_product_bench.Row(product, tuple(sizes.items()), way))
+            monkeypatch.setattr(product_bench, "check", lambda p, x, way=way: p.ways[way](*x))
+            run(product_bench.Row(product, tuple(sizes.items()), way))
 
 
 def test_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    variants = [name for name in _training.VARIANTS if name not in LEFT_OUT]
+    variants = [name for name in VARIANTS if name not in LEFT_OUT]
     out = tmp_path / "out"
     argv = [*SMALL, *STEPS, "--vocab_size=128", f"--out={out}", "--variants", *variants]
     assert run_py.main(argv) == 0
@@ -144,16 +140,16 @@ def test_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_profile(tmp_path: Path) -> None:
-    options = _training.Options(
+    options = Options(
         n_layer=1, n_head=1, n_embd=16, block_size=16, batch_size=2, vocab_size=128
     )
-    assert _profile.profile(tmp_path, options) == 0
+    assert step_profile.profile(tmp_path, options) == 0
 
 
 def test_determinism(tmp_path: Path) -> None:
-    sizes = {name: TINY[name] for name in _determinism.BENCHMARKS}
-    assert _determinism.determinism(tmp_path, repeats=2, sizes=sizes) == 0
-    assert _determinism.small(sizes) == 0
+    sizes = {name: TINY[name] for name in determinism.BENCHMARKS}
+    assert determinism.determinism(tmp_path, repeats=2, sizes=sizes) == 0
+    assert determinism.small(sizes) == 0
 
 
 def test_decode(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -167,7 +163,7 @@ def test_decode(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Compiling ahead of time is not part of it: every candidate counts as good."""
-    monkeypatch.setattr(_contest, "_FLUSH_BYTES", 1 << 12)
+    monkeypatch.setattr(contest, "_FLUSH_BYTES", 1 << 12)
     line = lines("gelu", 90, torch.bfloat16)["gelu fwd"]
     short = dataclasses.replace(line, sizes=(line.probe,), candidates=line.candidates[:2])
     monkeypatch.setattr(sweep, "lines", lambda *_: {short.name: short})

@@ -3,7 +3,9 @@
 from collections.abc import Callable, Iterator
 
 import torch
-from _line import (
+from torch import Tensor
+
+from bench._sweep.line import (
     Call,
     Line,
     Sizes,
@@ -15,8 +17,6 @@ from _line import (
     in_module,
     leaf,
 )
-from torch import Tensor
-
 from fastgpt.kernels import adamw, embedding, fused, gelu, layer_norm, linear_cross_entropy
 
 # --------------------------------------------------------------------------------------- LayerNorm

@@ -14,15 +14,15 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import _op_bench
 import pytest
 import torch
-from _ceilings import Ceilings
-from _op_bench import DEVICE, DTYPE, Draw, Sizes, Stopwatch, timed
-from _op_report import ALONE, FUSED, SEPARATE
-from _timing import Spread
 from torch import Tensor
 
+from bench._harness.timing import Spread
+from bench._ops import op_bench
+from bench._ops.op_bench import DEVICE, DTYPE, Draw, Sizes, Stopwatch, timed
+from bench._ops.op_report import ALONE, FUSED, SEPARATE
+from bench._roofline.ceilings import Ceilings
 from fastgpt.kernels import gemm
 from fastgpt.kernels._costs import nbytes
 
@@ -72,7 +72,7 @@ class Row:
 
     @property
     def shape(self) -> str:
-        return _op_bench.shape(self.sizes)
+        return op_bench.shape(self.sizes)
 
     def param(self) -> Any:
         """For ``pytest.mark.parametrize``."""
@@ -91,14 +91,14 @@ class Row:
         del results
         way = self.op.ways[self.provider]
         ms = timed(benchmark, self.stopwatch, lambda: lambda: way(*inputs))
-        figures = self.figures(ms, moved, _op_bench.machine_ceilings())
+        figures = self.figures(ms, moved, op_bench.machine_ceilings())
         benchmark.extra_info.update(figures)
         record_property("figures", figures)
 
     def figures(self, ms: Spread, moved: int, ceilings: Ceilings | None) -> dict[str, Any]:
         """What is known of the row when it took ``ms``. ``moved``: bytes that have to be."""
         flops = self.op.flops(**dict(self.sizes))
-        return _op_bench.figures(
+        return op_bench.figures(
             f"{self.op.op} products",
             self.sizes,
             self.op.name,

@@ -11,11 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
 
-import _eager
-import _huggingface
 import torch
 from torch import Tensor, nn
 
+from bench._step import eager, huggingface
 from fastgpt import GPT, GPTConfig
 from fastgpt.data.batches import Batches
 from fastgpt.devices import autocast, has_bfloat16
@@ -44,11 +43,11 @@ Loss = Callable[[Any, Tensor, Tensor], Tensor]  # model, idx (B, T), targets (B,
 
 
 def _naive_loss(gpt: GPT, idx: Tensor, targets: Tensor) -> Tensor:
-    return _eager.loss(gpt, idx, targets, _eager.naive)
+    return eager.loss(gpt, idx, targets, eager.naive)
 
 
 def _sdpa_loss(gpt: GPT, idx: Tensor, targets: Tensor) -> Tensor:
-    return _eager.loss(gpt, idx, targets, _eager.sdpa)
+    return eager.loss(gpt, idx, targets, eager.sdpa)
 
 
 def _fastgpt_loss(gpt: GPT, idx: Tensor, targets: Tensor) -> Tensor:
@@ -72,7 +71,7 @@ class Variant:
 
     @property
     def huggingface(self) -> bool:
-        return self.loss is _huggingface.loss
+        return self.loss is huggingface.loss
 
 
 def _compiled(mode: str) -> Variant:
@@ -86,7 +85,7 @@ def _ours(label: str, **options: Any) -> Variant:
 
 VARIANTS: dict[str, Variant] = {
     "naive": Variant("nanoGPT, masked matmul", _naive_loss),
-    "huggingface": Variant("Hugging Face, SDPA", _huggingface.loss),
+    "huggingface": Variant("Hugging Face, SDPA", huggingface.loss),
     "sdpa": Variant("nanoGPT, SDPA", _sdpa_loss),
     "sdpa_compile": _compiled("default"),
     "sdpa_autotune": _compiled("max-autotune-no-cudagraphs"),
@@ -248,7 +247,7 @@ class Training:
         rate = plan.options.learning_rate
         torch.manual_seed(plan.options.seed)
         gpt = GPT(plan.config, recompute=variant.recompute, fp8=variant.fp8).to(plan.device)
-        self._model = _huggingface.model_of(gpt) if variant.huggingface else gpt
+        self._model = huggingface.model_of(gpt) if variant.huggingface else gpt
         self._loss = variant.loss
         if variant.compile_mode is not None:
             self._loss = torch.compile(variant.loss, mode=variant.compile_mode)

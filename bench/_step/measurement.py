@@ -15,10 +15,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from _command import failure_of
-from _report import Group, Result
-from _timing import Clock, interleaved, synchronize
-from _training import (
+from rich.progress import Progress
+from torch import Tensor
+
+from bench._harness.cli import failure_of
+from bench._harness.timing import Clock, interleaved, synchronize
+from bench._step.report import Group, Result
+from bench._step.variants import (
     VARIANTS,
     Plan,
     ReferenceTraining,
@@ -29,8 +32,6 @@ from _training import (
     tf32,
     why_not,
 )
-from rich.progress import Progress
-from torch import Tensor
 
 _UNTIMED = 2  # steps at the start of a turn, in which the allocator finds its blocks again
 # The first of them that can be measured is in every group, so that all ratios are of one group.

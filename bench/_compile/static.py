@@ -21,18 +21,18 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-from _multiprocessor import (
+from triton import knobs
+from triton.backends.compiler import GPUTarget
+from triton.runtime.driver import driver
+from triton.runtime.jit import JITFunction
+
+from bench._compile.multiprocessor import (
     ARCHITECTURES,
     RESERVED_SHARED_MEMORY,
     TENSOR_MEMORY,
     Occupancy,
     occupancy,
 )
-from triton import knobs
-from triton.backends.compiler import GPUTarget
-from triton.runtime.driver import driver
-from triton.runtime.jit import JITFunction
-
 from fastgpt.kernels import _common
 
 # Kind of instruction → its beginning in PTX. Matrix products of a warp from registers, of a warp

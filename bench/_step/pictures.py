@@ -3,8 +3,8 @@
 from pathlib import Path
 from typing import Any
 
-import _machine
-import _report
+from bench._harness import machine
+from bench._step import report
 
 DIGEST = "results-sha256"  # the name of the text in a PNG that says what it shows
 
@@ -19,7 +19,7 @@ def speed(runs: list[dict[str, Any]], path: Path, digest: str) -> None:
     """Tokens per second as bars with whiskers from p10 to p90."""
     figure, rows = _figure(runs, 1, "tokens per second, median and p10-p90, speed-up")
     for run, (axes,) in zip(runs, rows, strict=True):
-        _report.speed_bars(axes, run)
+        report.speed_bars(axes, run)
     _save(figure, path, digest)
 
 
@@ -34,7 +34,7 @@ def memory(runs: list[dict[str, Any]], path: Path, digest: str) -> None:
             f"{peak:.2f}" + (f"  {1e9 * peak / base:.2f}x" if base else "") if peak else "–"
             for peak in peaks
         ]
-        _report.bars(axes, run, peaks, peaks, texts)
+        report.bars(axes, run, peaks, peaks, texts)
     _save(figure, path, digest)
 
 
@@ -90,7 +90,7 @@ def _figure(runs: list[dict[str, Any]], columns: int, title: str) -> tuple[Any, 
     for run, row in zip(runs, rows, strict=True):
         o = run["options"]
         row[0].set_title(f"B={o['batch_size']}, T={o['block_size']}", loc="left", fontsize=10)
-    figure.suptitle(f"{_machine.name(runs[0]['machine'])}: {title}")
+    figure.suptitle(f"{machine.name(runs[0]['machine'])}: {title}")
     return figure, rows
 
 

@@ -7,10 +7,11 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import _machine
-from _timing import Spread, rate, spread
 from rich import box
 from rich.table import Table
+
+from bench._harness import machine
+from bench._harness.timing import Spread, rate, spread
 
 CPU_NOTE = "CPU, no claim about GPUs"
 # the best of them is what a speed-up refers to
@@ -128,7 +129,7 @@ def title(run: dict[str, Any]) -> str:
         f"{run['dtype']}"
     )
     claim = f"{CPU_NOTE}: " if run["machine"]["device"] == "cpu" else ""
-    return f"{claim}{_machine.name(run['machine'])}, {size}"
+    return f"{claim}{machine.name(run['machine'])}, {size}"
 
 
 def table(run: dict[str, Any]) -> Table:

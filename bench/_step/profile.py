@@ -1,7 +1,7 @@
 """Where the time of a training step goes, by kernel and by kind of work, against the floor: a part
 of ``gpu_report.py``, which leaves profile.json in FOLDER.
 
-    python bench/_profile.py FOLDER
+    python bench/_step/profile.py FOLDER
 """
 
 import sys
@@ -11,16 +11,16 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-import _machine
 import torch
-from _ceilings import Ceilings, floor
-from _command import failure_of, write_json
-from _timing import Clock, spread, synchronize
-from _training import VARIANTS, Options, Plan, Training, tf32
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity
 from torch.profiler import profile as profiler
 
+from bench._harness import machine
+from bench._harness.cli import failure_of, write_json
+from bench._harness.timing import Clock, spread, synchronize
+from bench._roofline.ceilings import Ceilings, floor
+from bench._step.variants import VARIANTS, Options, Plan, Training, tf32
 from fastgpt import GPT, GPTConfig
 from fastgpt.data.builtin_texts import prepare_builtin
 
@@ -45,7 +45,7 @@ def profile(folder: Path, options: Options | None = None) -> int:
     options = options or Options()
     with tempfile.TemporaryDirectory() as temporary, tf32(True):
         plan = Plan.of(options, prepare_builtin(Path(temporary)).data_dir)
-        measured = _machine.ceilings(plan.device)
+        measured = machine.ceilings(plan.device)
         ceilings = Ceilings("measured", measured["matmul_tflops"], measured["copy_tb_per_s"])
         floor_ms = floor_by_kind(plan.config, options, ceilings)
         found: dict[str, Any] = {

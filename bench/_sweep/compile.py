@@ -7,10 +7,11 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 
 import torch
-from _line import Line, Tile
-from _static import Launch, compile_launches, no_gpu_needed, recorded
-from _sweep import lines
 from triton.errors import TritonError
+
+from bench._compile.static import Launch, compile_launches, no_gpu_needed, recorded
+from bench._sweep.line import Line, Tile
+from bench._sweep.tables import lines
 
 
 @dataclass(frozen=True)

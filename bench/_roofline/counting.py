@@ -6,13 +6,13 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
-from _ceilings import Ceilings
 from torch import Tensor
 from torch._ops import OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 from torch.utils.flop_counter import flop_registry
 
+from bench._roofline.ceilings import Ceilings
 from fastgpt.kernels._costs import COSTS, KernelCost, attention_pairs
 
 # They hand out memory and touch none of it.

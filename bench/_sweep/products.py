@@ -6,7 +6,9 @@ from typing import Any
 from unittest import mock
 
 import torch
-from _line import (
+from torch import Tensor
+
+from bench._sweep.line import (
     Call,
     Line,
     Sizes,
@@ -18,8 +20,6 @@ from _line import (
     leaf,
     stage_counts,
 )
-from torch import Tensor
-
 from fastgpt.kernels import _common, attention_tiles, fused, gemm
 from fastgpt.kernels._costs import attention_pairs
 

@@ -32,16 +32,16 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, cast
 from unittest import mock
 
-import _machine
-import _training
 import pytest
 import torch
-from _ceilings import DEVICES, Ceilings
-from _dispatch import CostMode, LiveMemory, OpTotal
-from _timing import Clock, Spread, rate, spread
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
 
+from bench._harness import machine
+from bench._harness.timing import Clock, Spread, rate, spread
+from bench._roofline.ceilings import DEVICES, Ceilings
+from bench._roofline.counting import CostMode, LiveMemory, OpTotal
+from bench._step import variants
 from fastgpt.kernels import _common, fused, portable, reference
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -129,7 +129,7 @@ def why_not(provider: str) -> str | None:
     if provider == "portable" and _ON_GPU:
         return "it serves machines without CUDA"
     if provider == "compile":
-        return _training.why_not(_training.VARIANTS["sdpa_compile"], DEVICE)
+        return variants.why_not(variants.VARIANTS["sdpa_compile"], DEVICE)
     if provider == "liger":
         if not _ON_GPU:
             return "Liger-Kernel needs a CUDA GPU"
@@ -386,7 +386,7 @@ def machine_ceilings() -> Ceilings | None:
     """What this GPU reaches, measured once; None without one."""
     if not _ON_GPU:
         return None
-    found = _machine.ceilings(DEVICE)
+    found = machine.ceilings(DEVICE)
     return Ceilings("measured", found["matmul_tflops"], found["copy_tb_per_s"])
 
 

@@ -1,8 +1,8 @@
 """Parts of ``gpu_report.py``: every op again and again, equal to the bit, which leaves
 determinism.json in FOLDER; without one every op once, on small shapes, for compute-sanitizer.
 
-    python bench/_determinism.py FOLDER
-    python bench/_determinism.py
+    python bench/_ops/determinism.py FOLDER
+    python bench/_ops/determinism.py
 """
 
 import sys
@@ -12,19 +12,22 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import bench_attention
-import bench_embedding
-import bench_gelu
-import bench_layer_norm
-import bench_linear
-import bench_linear_cross_entropy
-import bench_mlp
-import bench_residual_layer_norm
 import torch
-from _command import failure_of, write_json
-from _op_bench import DEVICE, DTYPE, Draw, Op, gradients_like, tensors, wants_gradient
-from _timing import synchronize
 from torch import Tensor
+
+from bench import (
+    bench_attention,
+    bench_embedding,
+    bench_gelu,
+    bench_layer_norm,
+    bench_linear,
+    bench_linear_cross_entropy,
+    bench_mlp,
+    bench_residual_layer_norm,
+)
+from bench._harness.cli import failure_of, write_json
+from bench._harness.timing import synchronize
+from bench._ops.op_bench import DEVICE, DTYPE, Draw, Op, gradients_like, tensors, wants_gradient
 
 REPEATS = 250
 

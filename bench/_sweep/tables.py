@@ -3,9 +3,10 @@
 from collections.abc import Callable, Iterator
 
 import torch
-from _line import Line
-from _sweep_products import attention_lines, gemm_lines
-from _sweep_rows import (
+
+from bench._sweep.line import Line
+from bench._sweep.products import attention_lines, gemm_lines
+from bench._sweep.rows import (
     adamw_lines,
     cross_entropy_lines,
     embedding_lines,

@@ -10,12 +10,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from _ceilings import Ceilings
-from _line import Call, Line, Sizes, Tile
-from _sweep_compile import last_line
-from _timing import Clock, interleaved
 from torch import Tensor
 from triton.errors import TritonError
+
+from bench._harness.timing import Clock, interleaved
+from bench._roofline.ceilings import Ceilings
+from bench._sweep.compile import last_line
+from bench._sweep.line import Call, Line, Sizes, Tile
 
 ROUNDS = (3, 15)  # of all candidates, and of those that are close to the best
 CLOSE = 1.15

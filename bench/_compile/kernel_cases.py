@@ -6,15 +6,16 @@ runs its op forward and backward on small CPU tensors; nothing is computed, the 
 recorded. Equal launches of a case are compiled once, so a case covers several sizes that may lead
 to the same tiles. Tensors have sizes that are as divisible by 16 as those of real models.
 
-    python bench/kernel_cases.py gelu 90                 # one case on one architecture, at once
+    python -m bench._compile.kernel_cases gelu 90      # one case on one architecture, at once
 """
 
 import sys
 from functools import partial
 
 import torch
-from _static import case_main
 from torch import Tensor
+
+from bench._compile.static import case_main
 
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 

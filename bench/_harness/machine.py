@@ -14,13 +14,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from _timing import Clock, rate, spread
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
+from bench._harness.timing import Clock, rate, spread
 from fastgpt.kernels import portable
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 _SMI_FIELDS = (
     "driver_version",

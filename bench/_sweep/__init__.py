@@ -1,0 +1,1 @@
+"""Candidates for the launch tables."""
