@@ -10,7 +10,8 @@ each row has both ends: none of it hidden, and all. Each GPU has a batch of its 
 tokens per second over those of as many single GPUs; FSDP2's can pass 100%, since each GPU updates
 its share of the parameters.
 
-``tests/test_scaling.py`` holds the bytes of each kind of collective against two real processes.
+``tests/bench/test_scaling.py`` holds the bytes of each kind of collective against two
+real processes.
 """
 
 import math

@@ -15,14 +15,14 @@ from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from typing import Any
 
-import interpreter
 import pytest
 import torch
-from sanitizer import sanitize
 from torch import Tensor
 from torch._subclasses import FakeTensor
 
 from fastgpt.kernels import _common
+from tests.tools import interpreter
+from tests.tools.sanitizer import sanitize
 
 
 def _poisoning(allocate: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -77,7 +77,7 @@ def pytest_configure(config: pytest.Config) -> None:
     global _is_worker
     _is_worker = hasattr(config, "workerinput")
     if config.getoption("--ptx"):
-        from tools.ptx.plugin import CompiledKernels
+        from tests.tools.ptx.plugin import CompiledKernels
 
         config.pluginmanager.register(CompiledKernels(config.getoption("--ptx")))
 

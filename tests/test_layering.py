@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from small_runs import data_set, small_keys
+
+from tests.tools.small_runs import data_set, small_keys
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -1,6 +1,6 @@
 """A CUDA device that is none, for a PyTorch built without CUDA: host code is executed on it.
 
-    python -m tools.pretend_cuda [--interpret] (SCRIPT | -m MODULE) ARGUMENTS
+    python -m tests.tools.pretend_cuda [--interpret] (SCRIPT | -m MODULE) ARGUMENTS
 
 runs a program that finds ``torch.cuda.is_available()`` true. Every CUDA tensor lies in host memory,
 and every operator runs on the CPU. ``torch.cuda``, streams and threads of autograd, autocast,

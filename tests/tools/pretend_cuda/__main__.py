@@ -7,13 +7,13 @@ import runpy
 import sys
 from pathlib import Path
 
-from tools.pretend_cuda import build
+from tests.tools.pretend_cuda import build
 
 _STATUS_OF_FINDINGS = 70
 
 
 def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser("python -m tools.pretend_cuda")
+    parser = argparse.ArgumentParser("python -m tests.tools.pretend_cuda")
     parser.add_argument("--interpret", action="store_true", help="run every kernel")
     parser.add_argument("-m", dest="module", action="store_true", help="PROGRAM is a module")
     parser.add_argument("program", metavar="PROGRAM")
@@ -37,9 +37,7 @@ def main() -> None:
     if reason := build.why_not():
         sys.exit(reason)
     _load()
-    tests = Path(__file__).parents[2]
-    sys.path += [str(tests), str(tests.parent / "bench")]  # of the interpreter and what it imports
-    from tools.pretend_cuda import api, device, kernels, operators
+    from tests.tools.pretend_cuda import api, device, kernels, operators
 
     libraries = operators.install()
     api.install()

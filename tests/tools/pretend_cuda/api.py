@@ -8,8 +8,8 @@ from typing import Any
 import _pretend_cuda as C  # type: ignore[import-not-found]
 import torch
 
-from tools.pretend_cuda import device
-from tools.pretend_cuda.graphs import Graph
+from tests.tools.pretend_cuda import device
+from tests.tools.pretend_cuda.graphs import Graph
 
 _CUDA = 1  # the number of the device type
 _MEMORY_BYTES = 80 << 30

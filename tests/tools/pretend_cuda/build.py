@@ -1,7 +1,7 @@
 """Builds ``device.cpp``, in a process of its own: what builds it imports torch, what uses it must
 not have done so yet.
 
-    python -m tools.pretend_cuda.build      # builds it if it is not built; prints where it lies
+    python -m tests.tools.pretend_cuda.build   # builds it if it is not built; prints where it lies
 """
 
 import fcntl
@@ -46,8 +46,8 @@ def library() -> Path:
     """The built module, in the cache folder; built first if it is not there."""
     path = _path()
     if not path.exists():
-        environment = {**os.environ, "PYTHONPATH": str(_SOURCE.parents[2])}
-        command = [sys.executable, "-m", "tools.pretend_cuda.build"]
+        environment = {**os.environ, "PYTHONPATH": str(_SOURCE.parents[3])}
+        command = [sys.executable, "-m", "tests.tools.pretend_cuda.build"]
         subprocess.run(command, check=True, env=environment, stdout=subprocess.DEVNULL)
     return path
 

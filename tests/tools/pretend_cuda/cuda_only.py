@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tools.pretend_cuda.device import CAPABILITY
+from tests.tools.pretend_cuda.device import CAPABILITY
 
 aten = torch.ops.aten
 

@@ -10,7 +10,7 @@ import _pretend_cuda as C  # type: ignore[import-not-found]  # before torch, whi
 import torch
 from torch import Tensor
 
-from tools.pretend_cuda.order import Block, Order
+from tests.tools.pretend_cuda.order import Block, Order
 
 CAPABILITY = int(os.environ.get("PRETEND_CAPABILITY", "90"))  # 10 * major + minor
 

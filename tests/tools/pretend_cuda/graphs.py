@@ -15,8 +15,8 @@ from _pretend_cuda import (  # type: ignore[import-not-found]
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from tools.pretend_cuda import device
-from tools.pretend_cuda.device import Block
+from tests.tools.pretend_cuda import device
+from tests.tools.pretend_cuda.device import Block
 
 
 @dataclass(frozen=True)

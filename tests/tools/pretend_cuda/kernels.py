@@ -11,15 +11,15 @@ import dataclasses
 import zlib
 from typing import Any
 
-import interpreter
 import torch
 from _pretend_cuda import host, is_capturing  # type: ignore[import-not-found]
 from torch import Tensor
 from triton.runtime.jit import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from tools.pretend_cuda import device
-from tools.pretend_cuda.graphs import Graph, Place
+from tests.tools import interpreter
+from tests.tools.pretend_cuda import device
+from tests.tools.pretend_cuda.graphs import Graph, Place
 
 _ALWAYS_INTERPRETED = {"_adamw_kernel", "_adamw_scalars_kernel"}
 

@@ -14,8 +14,8 @@ from _pretend_cuda import (  # type: ignore[import-not-found]
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from tools.pretend_cuda import cuda_only, device
-from tools.pretend_cuda.graphs import Graph, Place, frozen, thawed
+from tests.tools.pretend_cuda import cuda_only, device
+from tests.tools.pretend_cuda.graphs import Graph, Place, frozen, thawed
 
 # The host waits for the device to know how large the result is, or what it is.
 _WAITING = {

@@ -1,13 +1,14 @@
 """pytest's side, in a process that pretends a device: a test with a finding fails.
 
-python -m tools.pretend_cuda -m pytest -n0 -p tools.pretend_cuda.plugin tests/test_step.py
+    python -m tests.tools.pretend_cuda -m pytest -n0 -p tests.tools.pretend_cuda.plugin \\
+        tests/training/test_step.py
 """
 
 from collections.abc import Iterator
 
 import pytest
 
-from tools.pretend_cuda import device
+from tests.tools.pretend_cuda import device
 
 
 @pytest.fixture(autouse=True)

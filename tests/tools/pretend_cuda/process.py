@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from tools.pretend_cuda import build
+from tests.tools.pretend_cuda import build
 
-_TESTS = Path(__file__).parents[2]
+_ROOT = Path(__file__).parents[3]
 PROGRAMS = Path(__file__).with_name("programs")
 
 needs_pretended_device = pytest.mark.skipif(
@@ -20,12 +20,12 @@ needs_pretended_device = pytest.mark.skipif(
 
 
 def start(*arguments: str) -> "subprocess.CompletedProcess[str]":
-    """``python -m tools.pretend_cuda ARGUMENTS`` in the project's root."""
-    path = [str(_TESTS), str(_TESTS.parent), os.environ.get("PYTHONPATH")]
+    """``python -m tests.tools.pretend_cuda ARGUMENTS`` in the project's root."""
+    path = [str(_ROOT), os.environ.get("PYTHONPATH")]
     return subprocess.run(
-        [sys.executable, "-m", "tools.pretend_cuda", *arguments],
+        [sys.executable, "-m", "tests.tools.pretend_cuda", *arguments],
         env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, path))},
-        cwd=_TESTS.parent,
+        cwd=_ROOT,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -35,7 +35,7 @@ def start(*arguments: str) -> "subprocess.CompletedProcess[str]":
 def passes(*arguments: str, interpret: bool = False, own: bool = True) -> None:
     """Assert that these tests pass and leave no finding. ``own``: tests of this tool, which take
     nothing from the project's conftest; its other tests do."""
-    options = ["-n0", "-q", "-p", "no:cacheprovider", "-p", "tools.pretend_cuda.plugin"]
+    options = ["-n0", "-q", "-p", "no:cacheprovider", "-p", "tests.tools.pretend_cuda.plugin"]
     run = start(
         *(["--interpret"] if interpret else []),
         *("-m", "pytest", *options, "--tb=short", "--show-capture=no"),

@@ -1,6 +1,6 @@
 """The PTX machine: runs what Triton compiles for an NVIDIA GPU on a CPU, and checks it.
 
-    from tools.ptx import launches
+    from tests.tools.ptx import launches
 
     with launches.compiled_for(90):
         layer_norm(x, weight)  # launches on CPU tensors run as PTX for sm_90

@@ -21,7 +21,7 @@ from triton.compiler.code_generator import CodeGenerator
 from triton.compiler.compiler import ASTSource, make_backend
 from triton.runtime.jit import JITFunction
 
-from tools.ptx import launches
+from tests.tools.ptx import launches
 
 _Branch = ast.If | ast.IfExp
 

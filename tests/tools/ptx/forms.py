@@ -15,7 +15,7 @@ import functools
 import re
 from collections.abc import Sequence
 
-from tools.ptx.parser import Unsupported
+from tests.tools.ptx.parser import Unsupported
 
 _INT = "s16|u16|s32|u32|s64|u64"
 _INT8 = "s8|u8|" + _INT

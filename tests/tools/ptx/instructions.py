@@ -6,8 +6,8 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from tools.ptx.forms import WGMMA_SHAPE, modifiers
-from tools.ptx.parser import SIZES, Program, Statement, Unsupported
+from tests.tools.ptx.forms import WGMMA_SHAPE, modifiers
+from tests.tools.ptx.parser import SIZES, Program, Statement, Unsupported
 
 SPECIAL_REGISTERS = [
     "%tid.x", "%tid.y", "%tid.z", "%ctaid.x", "%ctaid.y", "%ctaid.z", "%ntid.x", "%ntid.y",

@@ -18,7 +18,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import interpreter
 import torch
 from triton import knobs
 from triton.backends.compiler import GPUTarget
@@ -28,8 +27,9 @@ from triton.runtime.jit import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fastgpt.kernels import _common
-from tools.ptx.machine import Finding, Kernel, cache_folder
-from tools.ptx.parser import Unsupported
+from tests.tools import interpreter
+from tests.tools.ptx.machine import Finding, Kernel, cache_folder
+from tests.tools.ptx.parser import Unsupported
 
 _FORMATS = {
     "i1": "b", "i8": "b", "i16": "h", "i32": "i", "i64": "q", "u1": "B", "u8": "B", "u16": "H",

@@ -18,8 +18,8 @@ from typing import Any
 
 import numpy as np
 
-from tools.ptx.instructions import translate
-from tools.ptx.parser import Unsupported, parse
+from tests.tools.ptx.instructions import translate
+from tests.tools.ptx.parser import Unsupported, parse
 
 _SOURCES = Path(__file__).with_name("machine")
 # Contraction would round once where PTX rounds twice.

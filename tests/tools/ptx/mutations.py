@@ -11,9 +11,9 @@ from typing import Any
 
 from triton.runtime.jit import JITFunction
 
-from tools.ptx import launches
-from tools.ptx.machine import Kernel
-from tools.ptx.parser import Unsupported
+from tests.tools.ptx import launches
+from tests.tools.ptx.machine import Kernel
+from tests.tools.ptx.parser import Unsupported
 
 # Beyond so many times a kernel's own instructions a mutant has lost its way.
 _LIMIT = 20

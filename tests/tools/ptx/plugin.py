@@ -8,8 +8,8 @@ from collections.abc import Generator
 
 import pytest
 
-from tools.ptx import launches, machine
-from tools.ptx.parser import Unsupported
+from tests.tools.ptx import launches, machine
+from tests.tools.ptx.parser import Unsupported
 
 _SKIPPED = "not on the PTX machine: "
 # Their subject is the interpreter, or what watches it.

@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-from test_bench_ops import OPS, PRODUCTS, TINY
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
@@ -24,6 +23,7 @@ from bench._step import profile as step_profile
 from bench._step.variants import VARIANTS, Options
 from bench._sweep import contest
 from bench._sweep.compile import Static, lines
+from tests.bench.test_bench_ops import OPS, PRODUCTS, TINY
 
 CPU = ProfilerActivity.CPU
 SMALL = ["--n_layer=1", "--n_head=1", "--n_embd=16", "--block_size=16", "--batch_size=2"]
@@ -140,9 +140,7 @@ def test_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_profile(tmp_path: Path) -> None:
-    options = Options(
-        n_layer=1, n_head=1, n_embd=16, block_size=16, batch_size=2, vocab_size=128
-    )
+    options = Options(n_layer=1, n_head=1, n_embd=16, block_size=16, batch_size=2, vocab_size=128)
     assert step_profile.profile(tmp_path, options) == 0
 
 

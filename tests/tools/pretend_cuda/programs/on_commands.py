@@ -8,14 +8,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from small_models import small_model, tokens
-from small_runs import arguments, data_set, small_keys
 from torch import Tensor
 
 from fastgpt import GPT
 from fastgpt import __main__ as cli
 from fastgpt.generation import Generator, Sampling
 from fastgpt.sampler import round_matrices
+from tests.tools.small_models import small_model, tokens
+from tests.tools.small_runs import arguments, data_set, small_keys
 
 HALF = ["float32", "bfloat16", "float16"]
 
@@ -46,7 +46,7 @@ def test_doctor(
     python = tmp_path / "python"  # python -c PROGRAM DEVICE
     python.write_text(
         f'#!/bin/sh\nprintf %s "$2" > {tmp_path}/trial.py\n'
-        f'exec {sys.executable} -m tools.pretend_cuda {tmp_path}/trial.py "$3"\n'
+        f'exec {sys.executable} -m tests.tools.pretend_cuda {tmp_path}/trial.py "$3"\n'
     )
     python.chmod(python.stat().st_mode | stat.S_IXUSR)
     monkeypatch.setattr(sys, "executable", str(python))

@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from small_runs import assert_same
 
-from tools.pretend_cuda.programs.on_trainer import run
+from tests.tools.pretend_cuda.programs.on_trainer import run
+from tests.tools.small_runs import assert_same
 
 SHORT = dict(max_iters=5, lr_decay_iters=5)
 

@@ -8,9 +8,9 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 from torch import Tensor
-from toy_kernels import cast_kernel
 
-from tools.pretend_cuda import device
+from tests.tools.pretend_cuda import device
+from tests.tools.toy_kernels import cast_kernel
 
 N = 8
 

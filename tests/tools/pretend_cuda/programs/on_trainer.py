@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from small_runs import assert_same, data_set, state_of, trained
 from torch import Tensor
 
 from fastgpt.data.prepare import prepare
@@ -20,6 +19,7 @@ from fastgpt.training import log
 from fastgpt.training.distributed import World
 from fastgpt.training.step import Step
 from fastgpt.training.trainer import Trainer
+from tests.tools.small_runs import assert_same, data_set, state_of, trained
 
 # 16 characters, a number that fp8 has products for.
 TEXT = "".join(f"{n} * {n + 1} + 0 = {n * (n + 1)};\n" for n in range(200))

@@ -1,0 +1,658 @@
+"""bench/run.py: a whole run at a tiny size, and the arithmetic behind its figures."""
+
+import functools
+import json
+import math
+import os
+import re
+import statistics
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, get_args
+
+import pytest
+import torch
+
+from bench import run as bench
+from bench._harness import machine, timing
+from bench._step import huggingface, measurement, report, variants
+from tests.tools.small_runs import HANGS, data_set
+
+TINY = [
+    "--batch_size=3",
+    "--block_size=16",
+    "--n_layer=1",
+    "--n_head=2",
+    "--n_embd=16",
+    "--loss_steps=4",
+    "--warmup=1",
+    "--rounds=3",
+    "--steps=2",
+    "--dtype=float32",
+    "--learning_rate=0.01",
+]
+EAGER = (
+    "naive",
+    "huggingface",
+    "sdpa",
+    "fastgpt",
+    "fastgpt_recompute",
+    "fastgpt_train",
+    "fastgpt_again",
+)
+
+
+def measured(folder: Path, *more: str) -> dict[str, Any]:
+    """The record of a tiny run."""
+    assert bench.main([*TINY, f"--out={folder}", *more]) == 0
+    record: dict[str, Any] = json.loads((folder / "run-b3.json").read_text())
+    return record
+
+
+@pytest.fixture(scope="module")
+def eager(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, dict[str, Any]]]:
+    folder = tmp_path_factory.mktemp("eager")
+    yield folder, measured(folder, "--variants", *EAGER)
+
+
+# -- a whole run
+
+
+def test_record_is_complete(eager: tuple[Path, dict[str, Any]]) -> None:
+    _, record = eager
+    assert record.keys() >= {"created", "notes", "options", "dtype", "data", "sdpa", "ceilings"}
+    assert record["machine"]["torch"] == torch.__version__
+    assert record["machine"].keys() >= {"device", "cpu", "python", "triton", "cuda", "cudnn"}
+    assert len(record["machine"]["commit"] or 40 * "?") == 40
+    assert record["options"]["rounds"] == 3 and record["dtype"] == "float32"
+    assert record["data"]["source"] == "built-in corpus"
+    assert record["data"]["train_tokens"] > 1_000_000
+    for when in ("before", "after"):
+        ceiling = record["ceilings"][when]
+        assert ceiling["matmul_tflops"] > 0 and ceiling["copy_tb_per_s"] > 0
+    assert list(record["variants"]) == list(EAGER)
+    for variant in record["variants"].values():
+        assert variant["failure"] is None
+        assert variant["cold_start_s"] > 0 and variant["warm_start_s"] > 0
+        assert [len(times) for times in variant["step_ms"]] == [2, 2, 2]
+
+
+def test_speeds_follow_from_the_step_times(eager: tuple[Path, dict[str, Any]]) -> None:
+    _, record = eager
+    assert record["tokens_per_step"] == 3 * 16
+    for variant in record["variants"].values():
+        times = [ms for turn in variant["step_ms"] for ms in turn]
+        ms, speed = variant["ms_per_step"], variant["tokens_per_s"]
+        assert ms["median"] == pytest.approx(statistics.median(times))
+        assert min(times) <= ms["p10"] <= ms["median"] <= ms["p90"] <= max(times)
+        for low, high in (("median", "median"), ("p10", "p90"), ("p90", "p10")):
+            assert speed[low] * ms[high] / 1e3 == pytest.approx(record["tokens_per_step"])
+
+
+def test_fastgpt_is_compared_with_eager_sdpa_and_with_itself(
+    eager: tuple[Path, dict[str, Any]], console_text: Any
+) -> None:
+    _, record = eager
+    fast, again, plain = (
+        record["variants"][name]["tokens_per_s"]["median"]
+        for name in ("fastgpt", "fastgpt_again", "sdpa")
+    )
+    assert record["over_eager"] == pytest.approx(fast / plain)
+    assert record["noise"] == pytest.approx(abs(again / fast - 1))
+    assert f"fastgpt over sdpa: {fast / plain:.2f}x" in console_text(report.table(record))
+
+
+def test_losses_agree_with_the_reference_and_fall(eager: tuple[Path, dict[str, Any]]) -> None:
+    _, record = eager
+    reference = record["reference_losses"]
+    assert len(reference) == 4 and reference[-1] < reference[0]
+    for variant in record["variants"].values():
+        assert variant["losses"] == pytest.approx(reference, abs=1e-4)
+        distances = [a - b for a, b in zip(variant["losses"], reference, strict=True)]
+        assert variant["loss"] == variant["losses"][-1]
+        assert variant["loss_deviation"] == distances[-1]
+        assert variant["largest_deviation"] == max(map(abs, distances))
+
+
+def test_chart_is_a_png_and_nothing_is_replaced(
+    eager: tuple[Path, dict[str, Any]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, _ = eager
+    chart = folder / "run-b3.png"
+    before = chart.read_bytes()
+    assert before.startswith(b"\x89PNG\r\n\x1a\n") and len(before) > 5000
+    assert bench.main([*TINY, f"--out={folder}"]) == 2
+    assert str(folder / "run-b3.json") in capsys.readouterr().err
+    assert chart.read_bytes() == before
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a CUDA GPU")
+def test_a_cpu_run_claims_nothing_about_gpus(
+    eager: tuple[Path, dict[str, Any]], console_text: Any
+) -> None:
+    _, record = eager
+    assert record["machine"]["device"] == "cpu" and record["sdpa"] is None
+    assert any(note.startswith(report.CPU_NOTE) for note in record["notes"])
+    assert report.title(record).startswith(report.CPU_NOTE)
+    assert console_text(report.table(record)).count(report.CPU_NOTE) == 2
+    assert all(v["peak_memory_bytes"] is None for v in record["variants"].values())
+
+
+@pytest.fixture
+def console_text(capsys: pytest.CaptureFixture[str]) -> Any:
+    """What an 80-column terminal shows of something."""
+    from rich.console import Console
+
+    def text(thing: Any) -> str:
+        Console(width=80, highlight=False).print(thing)
+        return capsys.readouterr().out
+
+    return text
+
+
+def test_the_table_fits_80_columns(eager: tuple[Path, dict[str, Any]], console_text: Any) -> None:
+    _, record = eager
+    text = console_text(report.table(record))
+    assert "…" not in text
+    for name, variant in record["variants"].items():
+        assert name in text
+        assert f"{variant['tokens_per_s']['median']:,.0f}" in text
+    assert "short run: loss_steps=4" in text.replace("\n", " ")
+
+
+@pytest.mark.slow
+def test_a_compiled_variant_is_what_speed_ups_refer_to(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch._dynamo.utils.counters.clear()
+    keep = str(tmp_path / "cache")  # set: where it is not, Inductor sets it itself
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", keep)
+    record = measured(
+        tmp_path, "--variants", "sdpa", "sdpa_compile", f"--data_dir={data_set(tmp_path)}"
+    )
+    compiled = record["variants"]["sdpa_compile"]
+    if compiled["failure"] is not None:
+        pytest.skip(compiled["failure"])
+    assert record["data"]["source"] == "small"
+    assert record["baseline"] == "sdpa_compile" and compiled["speedup"] == 1.0
+    eager_speed = record["variants"]["sdpa"]
+    ratio = eager_speed["tokens_per_s"]["median"] / compiled["tokens_per_s"]["median"]
+    assert eager_speed["speedup"] == pytest.approx(ratio)
+    hits = torch._dynamo.utils.counters["inductor"]
+    assert hits["fxgraph_cache_miss"] > 0 and hits["fxgraph_cache_hit"] > 0  # cold, then warm
+    assert compiled["losses"] == pytest.approx(record["reference_losses"], abs=1e-4)
+    assert os.environ.get("TORCHINDUCTOR_CACHE_DIR") == keep
+
+
+# -- variants that cannot be measured
+
+
+def out_of_memory_after(steps: int, training: Any) -> Any:
+    """A step that works that often, then runs out of memory as CUDA does."""
+    step, left = training.step, iter(range(steps))
+
+    def limited() -> Any:
+        if next(left, None) is None:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return step()
+
+    return limited
+
+
+@pytest.mark.parametrize("steps", [0, 2, 6])
+def test_out_of_memory_ends_one_variant_only(
+    steps: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, console_text: Any
+) -> None:
+    init = variants.Training.__init__
+
+    @functools.wraps(init)
+    def limited(self: Any, variant: Any, *args: Any) -> None:
+        init(self, variant, *args)
+        if variant.label == variants.VARIANTS["sdpa"].label:
+            self.step = out_of_memory_after(steps, self)
+
+    monkeypatch.setattr(variants.Training, "__init__", limited)
+    data_dir = data_set(tmp_path)
+    record = measured(tmp_path, "--variants", "sdpa", "fastgpt", f"--data_dir={data_dir}")
+    failed, fine = record["variants"]["sdpa"], record["variants"]["fastgpt"]
+    assert failed["failure"] == "out of memory"
+    assert failed["tokens_per_s"] is failed["ms_per_step"] is failed["speedup"] is None
+    assert fine["failure"] is None and len(fine["step_ms"]) == 3
+    assert "sdpa: out of memory" in console_text(report.table(record))
+
+
+def broken(monkeypatch: pytest.MonkeyPatch, *kinds: type | str) -> None:
+    """Steps of these variants, or trainings, fail."""
+    step = variants.Training.step
+
+    def broken_step(self: Any) -> torch.Tensor:
+        if type(self) in kinds or self.label in kinds:
+            raise RuntimeError("broken kernel\nand many lines more")
+        return step(self)
+
+    init = variants.Training.__init__
+
+    def labelled(self: Any, variant: Any, *args: Any) -> None:
+        init(self, variant, *args)
+        self.label = variant.label
+
+    monkeypatch.setattr(variants.Training, "__init__", labelled)
+    monkeypatch.setattr(variants.Training, "step", broken_step)
+
+
+def test_any_error_ends_one_variant_only(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    console_text: Any,
+) -> None:
+    broken(monkeypatch, variants.ReferenceTraining, variants.VARIANTS["sdpa"].label)
+    data_dir = data_set(tmp_path)
+    record = measured(tmp_path, "--variants", "sdpa", "fastgpt", f"--data_dir={data_dir}")
+    assert "and many lines more" in capsys.readouterr().err  # the whole traceback
+    failed, fine = record["variants"]["sdpa"], record["variants"]["fastgpt"]
+    assert record["complete"] and failed["failure"] == "RuntimeError: broken kernel"
+    assert fine["failure"] is None and len(fine["step_ms"]) == 3 and fine["loss"] > 0
+    assert record["reference_failure"] == "RuntimeError: broken kernel"
+    assert record["reference_losses"] == [] and fine["largest_deviation"] is None
+    text = console_text(report.table(record))
+    assert "sdpa: RuntimeError: broken kernel" in text and "no float32 losses: Runt" in text
+
+
+def test_nothing_to_measure_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    broken(monkeypatch, variants.Training)
+    options = [*TINY, "--reference=False", "--variants=sdpa", f"--out={tmp_path}"]
+    assert bench.main([*options, f"--data_dir={data_set(tmp_path)}"]) == 1
+    record = json.loads((tmp_path / "run-b3.json").read_text())
+    assert record["variants"]["sdpa"]["failure"] == "RuntimeError: broken kernel"
+
+
+# -- a run that is cut off
+
+
+def test_an_interrupt_keeps_what_was_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, console_text: Any
+) -> None:
+    turn, left = measurement._turn, iter(range(3))
+
+    def interrupted(*args: Any) -> list[float]:
+        if next(left, None) is None:
+            raise KeyboardInterrupt
+        return turn(*args)
+
+    monkeypatch.setattr(measurement, "_turn", interrupted)
+    options = [*TINY, f"--out={tmp_path}", f"--data_dir={data_set(tmp_path)}"]
+    assert bench.main([*options, "--variants", "sdpa", "fastgpt"]) == 130
+    record = json.loads((tmp_path / "run-b3.json").read_text())
+    assert record["complete"] is False and record["ceilings"]["after"] is None
+    turns = {name: len(v["step_ms"]) for name, v in record["variants"].items()}
+    assert turns == {"sdpa": 1, "fastgpt": 2}  # each round begins with another
+    assert all(v["tokens_per_s"] for v in record["variants"].values())
+    assert (tmp_path / "run-b3.png").exists()
+    assert "not complete" in console_text(report.table(record))
+
+
+def test_a_killed_run_leaves_what_was_measured(tmp_path: Path) -> None:
+    options = [*TINY, f"--out={tmp_path / 'out'}", f"--data_dir={data_set(tmp_path)}"]
+    code = f"""
+import os, sys
+from bench import run
+from bench._step import measurement
+turn, left = measurement._turn, iter(range(3))
+measurement._turn = lambda *args: turn(*args) if next(left, None) is not None else os._exit(9)
+run.main({[*options, "--variants", "sdpa", "fastgpt"]!r})
+"""
+    killed = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "PYTHONPATH": str(machine.ROOT)},
+        timeout=HANGS,
+    )
+    assert killed.returncode == 9
+    record = json.loads((tmp_path / "out" / "run-b3.json").read_text())
+    assert record["complete"] is False and len(record["reference_losses"]) == 4
+    turns = {name: len(v["step_ms"]) for name, v in record["variants"].items()}
+    assert turns == {"sdpa": 1, "fastgpt": 2}
+
+
+# -- what does not fit into memory together
+
+
+def test_groups_that_fit() -> None:
+    footprints = {name: measurement.Footprint(10, 30) for name in "abcd"}
+    footprints["e"] = measurement.Footprint(50, 50)  # a CUDA graph keeps all of it
+    fit = functools.partial(measurement.groups_that_fit, "abcde", footprints=footprints, base="b")
+    assert fit(capacity=math.inf) == [["b", "a", "c", "d", "e"]]
+    assert fit(capacity=110) == [["b", "a", "c", "d", "e"]]  # 4 x 10 + 50, and 20 in a step
+    assert fit(capacity=109) == [["b", "a", "c", "d"], ["b", "e"]]
+    assert fit(capacity=50) == [["b", "a", "c"], ["b", "d"], ["b", "e"]]
+    assert fit(capacity=1) == [["b", name] for name in "acde"]
+
+
+def only_two_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Variants at a time, into the memory."""
+    alone = measurement._measure_alone
+
+    def footprint(*args: Any) -> measurement.Footprint:
+        alone(*args)
+        return measurement.Footprint(40, 60)
+
+    monkeypatch.setattr(measurement, "_measure_alone", footprint)
+    monkeypatch.setattr(measurement, "_capacity", lambda device: 100.0)
+
+
+def test_groups_of_a_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, console_text: Any
+) -> None:
+    only_two_fit(monkeypatch)
+    names = ("fastgpt", "sdpa", "fastgpt_again")
+    record = measured(
+        tmp_path, "--reference=False", "--variants", *names, f"--data_dir={data_set(tmp_path)}"
+    )
+    groups = record["groups"]
+    assert [group["variants"] for group in groups] == [
+        ["sdpa", "fastgpt"],
+        ["sdpa", "fastgpt_again"],
+    ]
+    assert all(len(group["base_step_ms"]) == 3 for group in groups)
+    assert groups[0]["base_step_ms"] == record["variants"]["sdpa"]["step_ms"]
+    assert all(len(variant["step_ms"]) == 3 for variant in record["variants"].values())
+    assert record["over_eager"] > 0 and record["noise"] is not None
+    assert "in 2 groups that fit into memory, sdpa in each" in console_text(report.table(record))
+
+
+@pytest.mark.parametrize("where", ["_warmed_up", "_turn"])
+def test_a_base_that_fails_later_keeps_what_the_first_group_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    only_two_fit(monkeypatch)
+    measure_group = measurement.Measurement._measure_group
+
+    def later(self: Any, group: Any) -> None:
+        if group is not self.groups[0]:
+            owner = measurement if where == "_turn" else measurement.Measurement
+            monkeypatch.setattr(owner, where, lambda *_: 1 / 0)
+        measure_group(self, group)
+
+    monkeypatch.setattr(measurement.Measurement, "_measure_group", later)
+    names = ("fastgpt", "sdpa", "fastgpt_again")
+    record = measured(
+        tmp_path, "--reference=False", "--variants", *names, f"--data_dir={data_set(tmp_path)}"
+    )
+    variants = record["variants"]
+    assert variants["sdpa"]["failure"] is None and variants["sdpa"]["tokens_per_s"]
+    assert record["over_eager"] > 0 and len(record["groups"]) == 2
+    assert "ZeroDivisionError" in variants["fastgpt_again"]["failure"]
+
+
+def test_ratios_are_of_one_group() -> None:
+    """The machine is half as fast when it measures the second group."""
+    results = {
+        name: report.Result("", step_ms=[[ms]])
+        for name, ms in {
+            "sdpa": 10.0,
+            "fastgpt": 5.0,
+            "sdpa_graphs": 16.0,
+            "fastgpt_again": 10.0,
+        }.items()
+    }
+    groups = [
+        report.Group("sdpa", ["sdpa", "fastgpt"], [[10.0]]),
+        report.Group("sdpa", ["sdpa", "sdpa_graphs", "fastgpt_again"], [[20.0]]),
+    ]
+    record = report.record(results, [], 100, groups)
+    assert record["baseline"] == "sdpa_graphs" and record["noise"] == 0.0
+    speedups = [variant["speedup"] for variant in record["variants"].values()]
+    assert speedups == pytest.approx([0.8, 1.6, 1.0, 1.6])
+    assert record["over_eager"] == 2.0
+
+
+def test_a_diverged_training_is_no_measurement(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = [*TINY, f"--out={tmp_path}", f"--data_dir={data_set(tmp_path)}"]
+    assert bench.main([*options, "--learning_rate=1e30"]) == 2
+    said = r"error: the float32 reference cannot be trained: the loss is (nan|inf) at step [1-4]"
+    assert re.search(said, capsys.readouterr().err)
+    assert not (tmp_path / "run-b3.json").exists()
+
+
+def test_what_diverges_ends_one_variant_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step = variants.Training.step
+
+    @functools.wraps(step)
+    def diverging(self: Any) -> torch.Tensor:
+        ours = self._loss is variants._fastgpt_loss
+        return step(self) * (math.nan if ours else 1.0)
+
+    monkeypatch.setattr(variants.Training, "step", diverging)
+    data_dir = data_set(tmp_path)
+    record = measured(tmp_path, "--variants", "sdpa", "fastgpt", f"--data_dir={data_dir}")
+    fine, failed = record["variants"]["sdpa"], record["variants"]["fastgpt"]
+    assert failed["failure"] == "the loss is nan at step 1" and failed["tokens_per_s"] is None
+    assert fine["failure"] is None and len(fine["step_ms"]) == 3
+
+
+def test_what_compiling_on_a_cpu_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu, compiled = torch.device("cpu"), variants.VARIANTS["sdpa_compile"]
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    assert variants.why_not(compiled, cpu) == "no C++ compiler (no-such-compiler)"
+    assert variants.why_not(compiled, torch.device("cuda")) is None
+    assert variants.why_not(variants.VARIANTS["fastgpt"], cpu) is None
+    assert variants.why_not(variants.VARIANTS["sdpa_graphs"], cpu) == "CUDA graphs need a GPU"
+    fp8 = variants.why_not(variants.VARIANTS["fastgpt_fp8_all"], cpu)
+    assert fp8 == "fp8 needs a GPU of compute capability 8.9"
+    unbiased = variants.why_not(variants.VARIANTS["huggingface"], cpu, bias=False)
+    assert unbiased == "transformers' GPT-2 always has biases"
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    missing = variants.why_not(variants.VARIANTS["huggingface"], cpu)
+    assert missing == "transformers is not installed"
+
+
+def test_a_model_that_a_variant_cannot_have(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data_dir = data_set(tmp_path)
+    record = measured(
+        tmp_path, "--variants", "huggingface", "fastgpt", "--bias=False", f"--data_dir={data_dir}"
+    )
+    assert record["variants"]["huggingface"]["failure"] == "transformers' GPT-2 always has biases"
+    assert record["variants"]["fastgpt"]["failure"] is None
+    monkeypatch.setattr(variants, "_has_fp8", lambda device: True)
+    options = [*TINY, f"--out={tmp_path / 'out'}", f"--data_dir={data_dir}", "--vocab_size=50257"]
+    assert bench.main([*options, "--variants", "sdpa", "fastgpt_fp8_head"]) == 2
+    assert "vocab_size must be a multiple of 16" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+# -- arguments
+
+
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        ("--rounds=0", "rounds must be at least 1, got 0"),
+        ("--loss_steps=1", "loss_steps must be at least 2, got 1"),
+        ("--learning_rate=0", "learning_rate must be positive, got 0"),
+        ("--n_head=3", "n_embd must be a multiple of n_head"),
+        ("--batch_size=0", "batch_size must"),
+        ("--vocab_size=20", "ids must lie below vocab_size=20"),
+        ("--data_dir=nowhere", "nowhere/train.bin is not a file"),
+        ("--variants=fastgpt,fastgpt", "fastgpt,fastgpt"),
+    ],
+)
+def test_refused_arguments(
+    argument: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    try:
+        code = bench.main([*TINY, f"--out={tmp_path / 'out'}", argument])
+    except SystemExit as stop:
+        code = stop.code  # type: ignore[assignment]
+    assert code == 2
+    captured = capsys.readouterr()
+    assert message in captured.err + captured.out
+    assert not (tmp_path / "out").exists()
+
+
+def test_matplotlib_is_missed_before_anything_is_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert bench.main([*TINY, f"--data_dir={data_set(tmp_path)}", f"--out={tmp_path}"]) == 2
+    assert 'pip install -e ".[bench]"' in capsys.readouterr().err
+
+
+def test_a_variant_twice_is_refused() -> None:
+    with pytest.raises(ValueError, match="each once, got sdpa sdpa"):
+        variants.Options(variants=("sdpa", "sdpa"))
+    with pytest.raises(ValueError, match="got none"):
+        variants.Options(variants=())
+
+
+def test_variants_are_what_their_names_say(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On equal weights: nanoGPT's forward or ours, kept or recomputed, and whose AdamW."""
+    calls: list[bool] = []
+    forward = variants.GPT.forward
+
+    def noted(self: Any, *args: Any) -> Any:
+        calls.append(self.recompute)
+        return forward(self, *args)
+
+    monkeypatch.setattr(variants.GPT, "forward", noted)
+    config = variants.GPTConfig(16, 32, 1, 2, 16)
+    idx = torch.arange(16).view(1, 16)
+    losses = {}
+    for name, variant in variants.VARIANTS.items():
+        torch.manual_seed(0)
+        gpt = variants.GPT(config, recompute=variant.recompute)
+        model = huggingface.model_of(gpt) if variant.huggingface else gpt
+        calls.clear()
+        losses[name] = variant.loss(model, idx, idx).item()
+        assert calls == ([] if variant.baseline else ["recompute" in name])
+        optimizer = variants.optimizer_of(model, variant, 0.25)
+        for group in optimizer.param_groups:
+            assert (group["lr"], group["fused"]) == (0.25, None if variant.baseline else True)
+        assert [len(group["params"]) for group in optimizer.param_groups] == [6, 10]
+    assert [name for name in losses if variants.VARIANTS[name].baseline] == [
+        name for name in losses if not name.startswith("fastgpt")
+    ]
+    assert list(losses.values()) == pytest.approx([losses["naive"]] * len(losses), abs=1e-5)
+
+
+def test_a_gpu_that_emulates_bfloat16_computes_in_float32(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for has, dtype in ((False, torch.float32), (True, torch.bfloat16)):
+        monkeypatch.setattr(variants, "has_bfloat16", lambda has=has: has)
+        assert variants.Plan.of(variants.Options(), tmp_path).dtype == dtype
+
+
+def test_only_the_command_lines_need_tyro() -> None:
+    code = """
+import importlib, sys
+from pathlib import Path
+
+class Missing:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] == "tyro":
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+sys.meta_path.insert(0, Missing())
+for path in sorted(Path("bench").rglob("*.py")):
+    importlib.import_module(".".join(path.with_suffix("").parts))
+from bench import run
+sys.exit(run.main([]))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "PYTHONPATH": str(machine.ROOT)},
+        cwd=machine.ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 2, done.stderr
+    assert done.stderr == "error: the command line needs tyro: pip install tyro\n"
+
+
+def test_every_variant_can_be_asked_for() -> None:
+    assert get_args(variants.VariantName) == tuple(variants.VARIANTS)
+    named = {*report._BASELINES, *report._NOISE, *report._OVER_EAGER}
+    assert named <= set(variants.VARIANTS)
+
+
+# -- arithmetic
+
+
+def test_spread_and_rate() -> None:
+    times = timing.spread([float(ms) for ms in range(100, 201)])
+    assert times == timing.Spread(median=150.0, p10=110.0, p90=190.0)
+    assert timing.rate(times, 300.0) == timing.Spread(2000.0, 3e5 / 190, 3e5 / 110)
+    with pytest.raises(ValueError, match="at least one"):
+        timing.spread([])
+
+
+def test_clock_measures_each_interval() -> None:
+    clock = timing.Clock(torch.device("cpu"))
+    for _ in range(3):
+        clock.mark()
+        sum(range(10_000))
+    times = clock.durations_ms()
+    assert len(times) == 2 and all(ms > 0 for ms in times)
+
+
+def test_every_round_has_every_variant_and_another_first() -> None:
+    order = list(timing.interleaved("abc", 4))
+    assert "".join(item for _, item in order) == "abcbcacababc"
+    assert [number for number, _ in order] == [0, 0, 0, 1, 1, 1, 2, 2, 2, 3, 3, 3]
+
+
+def test_the_fastest_compiled_variant_is_the_baseline() -> None:
+    def result(*ms: float) -> report.Result:
+        return report.Result("", losses=[2.0, 1.5], step_ms=[list(ms)])
+
+    record = report.record(
+        {
+            "sdpa_compile": result(20.0, 20.0),
+            "sdpa_autotune": result(10.0, 10.0),
+            "fastgpt": result(5.0, 5.0),
+            "fastgpt_again": result(4.0, 4.0),
+        },
+        [2.25, 1.0],
+        100,
+    )
+    assert record["baseline"] == "sdpa_autotune"
+    speedups = [variant["speedup"] for variant in record["variants"].values()]
+    assert speedups == pytest.approx([0.5, 1.0, 2.0, 2.5])
+    assert record["noise"] == pytest.approx(0.25)
+    assert record["variants"]["fastgpt"]["tokens_per_s"]["median"] == pytest.approx(20_000)
+    assert record["variants"]["fastgpt"]["loss_deviation"] == 0.5
+    assert record["variants"]["fastgpt"]["largest_deviation"] == 0.5
+
+
+# -- the machine
+
+
+def test_what_nvidia_smi_says() -> None:
+    output = "driver_version, clocks.current.sm [MHz], power.draw [W]\n575.1, 1980 MHz, 612.20 W\n"
+    assert machine.parse_smi(output) == {
+        "driver_version": "575.1",
+        "clocks.current.sm": "1980 MHz",
+        "power.draw": "612.20 W",
+    }
+    assert machine.gpu_state(torch.device("cpu")) is None
+
+
+def test_sdpa_kernel_is_found_by_profiling() -> None:
+    found = machine.sdpa_kernel(torch.device("cpu"), torch.float32, 2, 16, 2, 32)
+    assert found["operator"] is not None and "attention" in found["operator"]
+    assert found["kernel"] is None
+
+
+def test_facts_without_git(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "")
+    facts = machine.facts(torch.device("cpu"))
+    assert facts["commit"] is None and facts["uncommitted_changes"] is None

@@ -1,0 +1,224 @@
+"""python setup.py build_kernels: what it compiles, what again and what not, and how it fails."""
+
+import ast
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bench import build_kernels
+from bench._compile import kernel_cases
+from bench._compile.multiprocessor import ARCHITECTURES
+from bench._compile.static import Launch, compile_case, compile_launches, faults, recorded
+
+ROOT = Path(__file__).resolve().parents[2]
+
+CASES = """
+import sys
+from functools import partial
+
+import torch
+from _static import case_main
+
+
+_WARPS = 1
+
+
+def _options(block):
+    return dict(BLOCK=block, num_warps=_WARPS)
+
+
+def _add(block):
+    from first import add_kernel
+
+    add_kernel[(1,)](torch.zeros(64), torch.zeros(64), 64, **_options(block))
+
+
+def _hold(block):
+    from second import hold_kernel
+
+    hold_kernel[(1,)](torch.zeros(64), torch.zeros(64), 64, **_options(block))
+
+
+CASES = {"add": partial(_add, 64), "hold": partial(_hold, 8192)}
+
+if __name__ == "__main__":
+    sys.exit(case_main(CASES))
+"""
+
+SHARED = """
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def plus_one(x):
+    return x + 1
+"""
+
+ADD = """
+import triton
+import triton.language as tl
+from shared import plus_one
+
+
+@triton.jit
+def add_kernel(x_ptr, y_ptr, n, BLOCK: tl.constexpr):
+    offs = tl.arange(0, BLOCK)
+    x = tl.load(x_ptr + offs, mask=offs < n, other=0.0)
+    tl.store(y_ptr + offs, plus_one(x), mask=offs < n)
+"""
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small file of cases with its kernels: one that is fine and one that spills."""
+    folder = tmp_path_factory.mktemp("a $project")
+    (folder / "cases.py").write_text(CASES)
+    (folder / "shared.py").write_text(SHARED)
+    (folder / "first.py").write_text(ADD)
+    shutil.copy(Path(__file__).parent / "toy_kernels.py", folder / "second.py")
+    return folder
+
+
+@pytest.fixture
+def run(project: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]):
+    """run(*arguments): exit code, how many kernels were compiled, and all that was printed."""
+    out = project / "build"
+    monkeypatch.setattr(build_kernels, "CASES", project / "cases.py")
+    monkeypatch.setattr(build_kernels, "KERNELS", project)
+    monkeypatch.setattr(build_kernels, "OUT", out)
+
+    def run(*arguments: str) -> tuple[int, int, str]:
+        before = set(out.glob("cache/*.log"))
+        status = build_kernels.main([*arguments, "--arch", "80"])
+        printed = capfd.readouterr()
+        return status, len(set(out.glob("cache/*.log")) - before), printed.out + printed.err
+
+    return run
+
+
+def manifest(project: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((project / "build" / "manifest.json").read_text())
+    return found
+
+
+def test_build_again_and_after_changes(project: Path, run) -> None:
+    """In order: each build finds what the one before left."""
+    status, compiled, printed = run("--jobs", "2")
+    assert (status, compiled) == (1, 2)
+    assert "hold: hold_kernel on sm_80 (BLOCK=8192, num_warps=1, num_stages=3): spills" in printed
+    assert "add_kernel on" not in printed
+    add, hold = manifest(project)["cases"]
+    assert (add["case"], add["capability"]) == ("add", 80)
+    (kernel,) = add["kernels"]
+    assert kernel["name"] == "add_kernel" and kernel["faults"] == []
+    assert kernel["constexprs"] == {"BLOCK": 64} and kernel["num_warps"] == 1
+    assert kernel["registers"] > 0 and kernel["occupancy"]["programs"] == 32
+    assert kernel["instructions"]["mma"] == 0
+    assert hold["kernels"][0]["spill_store_bytes"] > 0
+
+    status, compiled, printed = run()
+    assert (status, compiled) == (1, 0)  # a fault stays one
+    assert "spills" in printed
+
+    assert run("--only", "a*")[:2] == (0, 0)
+    assert [case["case"] for case in manifest(project)["cases"]] == ["add"]
+
+    shared = project / "shared.py"  # add's kernel imports it
+    shared.write_text(SHARED.replace("x + 1", "x + 2"))
+    assert run()[:2] == (1, 1)
+    shared.write_text(SHARED)
+    assert run()[:2] == (1, 0)  # compiled before
+
+    for log in project.glob("build/cache/*.log"):  # stopped between the compiler and the log
+        log.unlink()
+    os.utime(shared)
+    status, compiled, printed = run()
+    assert (status, compiled) == (1, 2) and "spills" in printed
+
+    cases = project / "cases.py"
+    cases.write_text(CASES.replace("partial(_hold, 8192)", "partial(_hold, 64)"))
+    assert run()[:2] == (0, 1)
+
+    (project / "first.py").write_text(ADD.replace("plus_one(x)", "plus_two(x)"))
+    status, compiled, printed = run()
+    assert (status, compiled) == (1, 0)
+    assert "NameError" in printed and "FAILED" in printed and "add" in printed
+
+
+def test_wrong_arguments(run, monkeypatch: pytest.MonkeyPatch) -> None:
+    status, _, printed = run("--only", "nothing*")
+    assert status == 2 and "only must match a case, got 'nothing*'; there are add, hold" in printed
+    status, _, printed = run("--jobs", "0")
+    assert status == 2 and "jobs must be at least 1, got 0" in printed
+    monkeypatch.setattr(shutil, "which", lambda *args, **options: None)
+    status, _, printed = run()
+    assert status == 2 and "pip install ninja" in printed
+
+
+def test_a_case_that_launches_nothing_is_an_error() -> None:
+    with pytest.raises(ValueError, match="launched no kernel on sm_90"):
+        compile_case(list, 90)
+
+
+def test_the_command_of_setup_passes_arguments_and_exit_code_on() -> None:
+    command = [sys.executable, "setup.py", "build_kernels", "--arch=90,100", "--only=nothing*"]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 2
+    assert "got 'nothing*'; there are" in run.stderr and "gelu" in run.stderr
+
+
+# ------------------------------------------------------------------------------ the real kernels
+
+
+def defined_kernels() -> set[str]:
+    return {
+        node.name
+        for path in (ROOT / "kernels").glob("*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.FunctionDef) and node.name.endswith("_kernel")
+    }
+
+
+@pytest.fixture(scope="module")
+def launches_of_cases() -> dict[str, list[Launch]]:
+    found = {}
+    for case, run in kernel_cases.CASES.items():
+        with recorded(90) as found[case]:
+            run()
+    return found
+
+
+def test_every_kernel_is_launched_by_a_case(launches_of_cases: dict[str, list[Launch]]) -> None:
+    assert all(launches_of_cases.values())
+    every = [launch for launches in launches_of_cases.values() for launch in launches]
+    assert {launch.kernel.__name__ for launch in every} == defined_kernels()
+
+
+def test_no_launch_leaves_multiply_adds_to_triton(
+    launches_of_cases: dict[str, list[Launch]],
+) -> None:
+    """Whose answer changes with its version."""
+    for case, launches in launches_of_cases.items():
+        for launch in launches:
+            assert launch.options["enable_fp_fusion"], (case, launch.kernel.__name__)
+
+
+@pytest.mark.parametrize("case", ["attention-64-bf16", "attention_documents-64-bf16"])
+@pytest.mark.parametrize("capability", [80, 90, 100])
+def test_attention_of_gpt2_has_no_fault(capability: int, case: str) -> None:
+    """The build compiles every configuration; this shows the ones that GPT-2 trains with."""
+    with recorded(capability) as launches:
+        kernel_cases.CASES[case]()
+    plain = [launch for launch in launches if not launch.options["DROPOUT"]]
+    compiled = compile_launches(plain, capability)
+    assert len(compiled) == 3
+    for one in compiled:
+        assert faults(one) == []
+        assert one.instructions[ARCHITECTURES[capability].tensor_cores] > 0

@@ -1,0 +1,274 @@
+"""The command line: precedence of keys, output, exit codes."""
+
+import random
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from fastgpt.cli import main as cli
+from fastgpt.data import builtin_texts
+from fastgpt.training.config import PRESETS, TrainConfig
+from fastgpt.training.trainer import Trainer
+from tests.tools.small_runs import TEXT, arguments, data_set, small_keys
+
+
+@pytest.fixture(autouse=True)
+def in_tmp_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def parsed(*argv: str) -> TrainConfig:
+    args = ["train", *argv]
+    command = cli._parse(args, cli.Train())
+    assert isinstance(command, cli.Train)
+    return cli._train_config(args, command)
+
+
+def small(**changes: Any) -> list[str]:
+    return ["train", "--preset=gpt2", *arguments(small_keys(Path(), **changes))]
+
+
+def test_defaults_preset_file_command_line() -> None:
+    Path("config.py").write_text("n_layer = 5\nbatch_size = 7\nlearning_rate = 1\n")
+    assert parsed("--preset=gpt2") == TrainConfig()
+    assert parsed("--preset=char") == TrainConfig(**PRESETS["char"])
+    assert parsed("config.py") == TrainConfig(n_layer=5, batch_size=7, learning_rate=1.0)
+    changed = PRESETS["char-cpu"] | {"n_layer": 5, "batch_size": 9, "learning_rate": 1.0}
+    for argv in (
+        ["config.py", "--preset=char-cpu", "--batch_size=9"],
+        ["--batch_size", "9", "config.py", "--preset", "char-cpu"],
+        ["--preset=char-cpu", "--batch-size=9", "config.py"],
+    ):
+        assert parsed(*argv) == TrainConfig(**changed)
+
+
+def test_the_command_line_wins_even_with_the_default() -> None:
+    assert parsed("--preset=char-cpu", "--n_layer=12", "--device=cuda").n_layer == 12
+
+
+def test_nanogpts_checkpoint_does_not_ask_for_torch_compile() -> None:
+    """It has compile=True from anybody who did not think of it; one of ours from who asked."""
+    keys = {"compile": True, "n_layer": 3}
+    state = {"iter_num": 1, "config": keys}
+    Path("out").mkdir()
+    torch.save(state, "out/ckpt.pt")
+    resumed = parsed("--init_from=resume")
+    assert (resumed.n_layer, resumed.compile) == (3, False)
+    torch.save({**state, "fastgpt": {"model": "gpt"}}, "out/ckpt.pt")
+    assert parsed("--init_from=resume").compile
+
+
+def test_no_preset_and_no_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    short = PRESETS["char-cpu"] | {"max_iters": 1000, "lr_decay_iters": 1000}
+    assert parsed() == TrainConfig(**short)
+    assert parsed("--n_embd=64").n_embd == 64
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert parsed() == TrainConfig(**PRESETS["char"])
+
+
+def test_every_key_is_an_option() -> None:
+    other = {
+        key: {bool: not value, int: 8, float: 0.25, str: "x"}[type(value)]
+        for key, value in vars(TrainConfig()).items()
+    }
+    other |= {"dtype": "float16", "init_from": "resume", "parallel": "fsdp"}
+    for pair in ({"model": "bigram", "fp8": "none"}, {"model": "gpt", "fp8": "head"}):
+        other |= pair  # the two exclude each other
+        assert vars(parsed("--preset=gpt2", *arguments(other))) == other
+
+
+def test_nanogpts_spelling() -> None:
+    config = parsed("--preset=gpt2", "--compile=False", "--learning_rate=1e-3", "--bias=True")
+    assert (config.compile, config.learning_rate, config.bias) == (False, 1e-3, True)
+
+
+def test_resume_goes_on_with_the_keys_of_the_checkpoint() -> None:
+    data_set(Path())
+    assert cli.main(small(log_interval=7)) == 0
+    config = parsed("--init_from=resume", "--max_iters=30")
+    keys = small_keys(Path(), log_interval=7, max_iters=30, init_from="resume")
+    assert config == TrainConfig(**keys)
+    assert parsed("--init_from=resume", "--preset=gpt2") == TrainConfig(init_from="resume")
+
+
+def test_prepare_train_sample(capsys: pytest.CaptureFixture[str]) -> None:
+    Path("own.txt").write_text(TEXT)
+    assert cli.main(["prepare", "--input", "own.txt"]) == 0
+    out = capsys.readouterr().out
+    assert "prepared data/own: 18 different characters, " in out
+    assert "train on it: fastgpt train --dataset=own" in out
+
+    assert cli.main(small(data_root="data", dataset="own")) == 0
+    out = capsys.readouterr().out
+    assert "keys that differ from the defaults: " in out and "dataset=own" in out
+    assert "step 20: train loss" in out
+    assert "bigram, counted on train.bin" in out and "bigram entropy of val.bin" in out
+    sample = out[out.index(" sample ") :].partition("\n")[2]
+    assert len(sample) > 300 and set(sample) <= set(TEXT)
+
+    assert cli.main(["sample", "--num_samples=2", "--max_new_tokens=30", "--start=12"]) == 0
+    samples = capsys.readouterr().out
+    assert samples.count("12") >= 2 and len(samples) > 60
+
+
+def test_the_counted_bigram_is_near_its_entropy(capsys: pytest.CaptureFixture[str]) -> None:
+    draw = random.Random(0)
+    data_set(Path(), "".join(draw.choice(["ab", "ac", "b ", "cab"]) for _ in range(20000)))
+    assert cli.main(small(max_iters=5, batch_size=64, eval_iters=40)) == 0
+    rows = {
+        cells[1].strip(): float(cells[-2])
+        for cells in (line.split("│") for line in capsys.readouterr().out.splitlines())
+        if len(cells) > 3
+    }
+    counted, entropy = rows["bigram, counted on train.bin"], rows["bigram entropy of val.bin"]
+    assert abs(counted - entropy) < 0.01
+    assert rows["gpt"] > counted  # five updates are too few to beat it
+
+
+def test_the_bigram_trains(capsys: pytest.CaptureFixture[str]) -> None:
+    data_set(Path())
+    assert cli.main(small(model="bigram")) == 0
+    assert "bigram with 324 parameters on cpu" in capsys.readouterr().out
+
+
+def test_a_vocabulary_too_large_for_a_table(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (data_set(Path()) / "meta.pkl").unlink()
+
+    def offline() -> None:
+        raise ImportError("GPT-2's BPE needs tiktoken")
+
+    monkeypatch.setattr(cli, "GPT2Tokenizer", offline)
+    assert cli.main(small(n_layer=1, max_iters=1)) == 0
+    out = capsys.readouterr().out
+    assert "No bigram table: 50304 x 50304 is too large." in out
+    assert "no sample: GPT-2's BPE needs tiktoken" in out
+
+
+def test_the_builtin_corpus_is_prepared_when_it_is_missing(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert cli.main(small(data_root="data", dataset="builtin", max_iters=2)) == 0
+    assert "prepared data/builtin: " in capsys.readouterr().out
+    assert cli.main(small(data_root="data", dataset="builtin", eval_only=True)) == 0
+    out = capsys.readouterr().out
+    assert "prepared" not in out and "bigram" not in out
+
+
+def test_prepare_chooses_the_corpus(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    calls: list[tuple[str, Path]] = []
+    for name in ("prepare_builtin", "prepare_shakespeare"):
+
+        def prepared(out_dir: Path, name: str = name) -> builtin_texts.Prepared:
+            calls.append((name, out_dir))
+            return builtin_texts.Prepared(out_dir, 65, 90, 10)
+
+        monkeypatch.setattr(builtin_texts, name, prepared)
+    assert cli.main(["prepare"]) == cli.main(["prepare", "builtin"]) == 0
+    assert cli.main(["prepare", "shakespeare"]) == 0
+    capsys.readouterr()
+    assert cli.main(["prepare", "shakespeare", "--out_dir=else/where"]) == 0
+    assert "fastgpt train --data_root=else --dataset=where" in capsys.readouterr().out
+    assert calls == [
+        ("prepare_builtin", Path("data/builtin")),
+        ("prepare_builtin", Path("data/builtin")),
+        ("prepare_shakespeare", Path("data/shakespeare_char")),
+        ("prepare_shakespeare", Path("else/where")),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["train", "absent.py"], "absent.py"),
+        (["train", "--preset=gpt2", "--device=cpu"], "train.bin is not a file"),
+        (["train", "--preset=gpt2", "--n_head=7"], "n_embd=768 with n_head=7"),
+        (["train", "--dropout=2"], "dropout must lie between 0 and 0.999, got 2.0"),
+        (["train", "--init_from=resume"], "no ckpt.pt or iter-*.pt in out"),
+        (["sample"], "there is no checkpoint out/ckpt.pt"),
+        (["prepare", "--input=absent.txt"], "absent.txt does not exist"),
+        (["prepare", "builtin", "--input=a.txt"], "a corpus or --input, not both"),
+    ],
+)
+def test_user_errors_are_one_line(
+    argv: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(argv) == 2
+    captured = capsys.readouterr()
+    assert captured.err.startswith("error: ") and message in captured.err
+    assert captured.err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        ([], "prepare"),
+        (["train", "--n_layr=2"], "--n_layer"),
+        (["train", "--compile=yes"], "invalid choice 'yes'"),
+        (["train", "--batch_size=2.5"], "2.5"),
+        (["train", "--preset=huge"], "huge"),
+        (["sample", "--top_k=0"], "top_k must be at least 1, got 0"),
+    ],
+)
+def test_arguments_that_do_not_parse(
+    argv: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(argv)
+    assert stopped.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (FloatingPointError("nan"), 1),
+        (ConnectionError("offline"), 1),
+        (torch.OutOfMemoryError("CUDA out of memory"), 1),
+        (OSError(28, "No space left on device"), 1),
+        (PermissionError(13, "Permission denied", "out"), 2),
+        (ImportError("wandb"), 2),
+        (KeyboardInterrupt(), 130),
+    ],
+)
+def test_exit_codes(
+    error: BaseException,
+    code: int,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def failing(self: Trainer) -> None:
+        raise error
+
+    data_set(Path())
+    monkeypatch.setattr(Trainer, "run", failing)
+    assert cli.main(small()) == code
+    assert str(error) in capsys.readouterr().err
+
+
+def test_a_bug_shows_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    def failing(self: Trainer) -> None:
+        raise RuntimeError("a bug")
+
+    data_set(Path())
+    monkeypatch.setattr(Trainer, "run", failing)
+    with pytest.raises(RuntimeError, match="a bug"):
+        cli.main(small())
+
+
+def test_the_module_runs_and_its_help_names_the_keys() -> None:
+    command = [sys.executable, "-m", "fastgpt"]
+    root = Path(cli.__file__).parents[2]
+    helped = subprocess.run(
+        [*command, "train", "--help"], capture_output=True, text=True, cwd=root, check=True
+    )
+    for word in ("CONFIG.py", "--preset", "--learning_rate", "model options", "--wandb_log"):
+        assert word in helped.stdout

@@ -1,0 +1,142 @@
+"""``fastgpt prepare`` and ``fastgpt tokenizer`` as a user types them, and what
+``train`` and ``sample`` make of the result.
+"""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from fastgpt.cli import main as cli
+from fastgpt.data import builtin_texts
+from fastgpt.data.manifest import read_manifest
+from fastgpt.tokenizer import CharTokenizer, JsonTokenizer
+from fastgpt.training import checkpoint as ckpt
+from tests.tools.small_runs import arguments, small_keys
+
+pytest.importorskip("tokenizers", reason="needs the extra [data]")
+pytest.importorskip("sentencepiece", reason="needs the extra [data]")
+
+DOCUMENTS = [f"Document {i} says: to be, or not to be, that is number {i}.\n" for i in range(400)]
+
+
+@pytest.fixture(autouse=True)
+def _in_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    lines = [json.dumps({"text": text, "body": text[::-1]}) for text in DOCUMENTS]
+    Path("docs.jsonl").write_text("\n".join(lines))
+    Path("text.txt").write_text("".join(DOCUMENTS))
+
+
+def run(*argv: str) -> None:
+    assert cli.main(list(argv)) == 0
+
+
+@pytest.mark.parametrize("kind", ["bpe", "unigram"])
+def test_from_texts_to_a_sample(kind: str, capfd: pytest.CaptureFixture[str]) -> None:
+    run("tokenizer", "train", "--input=docs.jsonl", f"--kind={kind}", "--vocab_size=300",
+        "--out_dir=tokenizers/mine")  # fmt: skip
+    run("prepare", "--input=docs.jsonl", "--tokenizer=tokenizers/mine", "--val_share=0.2",
+        "--shard_tokens=3000", "--workers=2")  # fmt: skip
+    out = capfd.readouterr().out
+    assert "use it: fastgpt prepare --tokenizer tokenizers/mine --input docs.jsonl" in out
+    assert "prepared data/docs: " in out and "train on it: fastgpt train --dataset=docs" in out
+    manifest = read_manifest("data/docs")
+    assert manifest is not None and len(manifest.splits["train"].shards) > 1
+    assert sum(split.documents for split in manifest.splits.values()) == len(DOCUMENTS)
+    keys = small_keys(Path(), data_root="data", dataset="docs", max_iters=4, eval_interval=2)
+    run("train", "--preset=gpt2", *arguments(keys))
+    out = capfd.readouterr().out
+    assert "bigram, counted on" in out and "sample" in out
+    saved = ckpt.load(Path(keys["out_dir"]) / "ckpt.pt")
+    assert saved["model_args"]["vocab_size"] == 320  # 300, padded
+    # the tokenizer came along: the data may go
+    Path("data").rename("elsewhere")
+    run("sample", f"--out_dir={keys['out_dir']}", "--start=to be", "--num_samples=1",
+        "--max_new_tokens=5", "--device=cpu")  # fmt: skip
+    assert "to be" in capfd.readouterr().out
+    # another tokenizer is noticed
+    run("tokenizer", "train", "--input=docs.jsonl", f"--kind={kind}", "--vocab_size=310",
+        "--out_dir=tokenizers/other")  # fmt: skip
+    run("prepare", "--input=docs.jsonl", "--tokenizer=tokenizers/other", "--val_share=0.2")
+    assert cli.main(["train", "--init_from=resume", f"--out_dir={keys['out_dir']}"]) == 2
+    assert "was trained on 300 tokens that are not those of the data" in capfd.readouterr().err
+
+
+def test_characters_of_documents() -> None:
+    run("prepare", "--input=docs.jsonl", "--text_key=body", "--val_share=0.5", "--seed=4")
+    tokenizer = CharTokenizer.load("data/docs/meta.pkl")
+    texts = [
+        tokenizer.decode(np.fromfile(f"data/docs/{split}.bin", np.uint16))
+        for split in ("train", "val")
+    ]
+    lines = [line for text in texts for line in text.split("\n") if line]
+    assert sorted(lines) == sorted(text[-2::-1] for text in DOCUMENTS)
+    assert all(text.count("\n") == 2 * text.count("D") for text in texts)  # own and separator
+    assert all(80 < text.count("D") < 320 for text in texts)
+
+
+def test_an_option_that_asks_for_more_is_never_ignored() -> None:
+    run("prepare", "--input=text.txt")
+    assert sorted(os.listdir("data/text")) == ["meta.pkl", "train.bin", "val.bin"]
+    run("prepare", "--input=text.txt", "--val_share=0.25", "--out_dir=data/quarter")
+    total = len("".join(DOCUMENTS))
+    manifest = read_manifest("data/quarter")
+    assert manifest is not None
+    assert manifest.splits["val"].tokens == total - int(0.75 * total)
+    train = Path("data/quarter/train.bin").read_bytes() + Path("data/quarter/val.bin").read_bytes()
+    plain = Path("data/text/train.bin").read_bytes() + Path("data/text/val.bin").read_bytes()
+    assert train == plain
+
+
+def test_a_corpus_with_another_tokenizer(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(builtin_texts, "builtin_text", lambda: "".join(DOCUMENTS))
+    monkeypatch.setattr(builtin_texts, "shakespeare_text", lambda: "".join(DOCUMENTS))
+    run("tokenizer", "train", "--input=text.txt", "--vocab_size=300", "--out_dir=t")
+    run("prepare", "--tokenizer=t/tokenizer.json")
+    run("prepare", "shakespeare", "--tokenizer=t")
+    tokenizer = JsonTokenizer("t/tokenizer.json")
+    for folder in ("data/builtin_bpe", "data/shakespeare"):
+        ids = [np.fromfile(f"{folder}/{split}.bin", np.uint16) for split in ("train", "val")]
+        assert "".join(map(tokenizer.decode, ids)) == "".join(DOCUMENTS)
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["prepare", "--input=docs.jsonl", "--hf_dataset=x"], "--input or --hf_dataset, not both"),
+        (["prepare", "builtin", "--hf_dataset=x"], "a corpus or --hf_dataset, not both"),
+        (["prepare", "--input=docs.jsonl", "--hf_split=x"], "--hf_split need --hf_dataset"),
+        (["prepare", "--input=docs.jsonl", "--tokenizer=x"], "char, gpt2 or a path, but there is"),
+        (["prepare", "--input=nowhere", "--tokenizer=gpt2"], "the input nowhere does not exist"),
+        (["prepare", "--input=docs.jsonl", "--text_key=x"], "has no 'x', but 'text', 'body'; name"),
+        (["prepare", "--input=docs.jsonl", "--shard_tokens=0"], "shard_tokens must be at least 1"),
+        (["prepare", "--input=docs.jsonl", "--end_of_text=ab"], "must be one token, but 'ab' is 2"),
+        (["prepare", "--input=text.txt", "--seed=1"], "seed=1: one text is cut at its end"),
+        (["tokenizer", "train", "--input=x", "--out_dir=t"], "the input x does not exist"),
+        (
+            ["tokenizer", "train", "--input=text.txt", "--out_dir=t", "--vocab_size=5"],
+            "vocab_size must be at least 257, got 5",
+        ),
+    ],
+)
+def test_errors(argv: list[str], message: str, capfd: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(argv) == 2
+    assert message in capfd.readouterr().err
+    assert not Path("t").exists() and not Path("data/docs/manifest.json").exists()
+
+
+def test_an_interruption_says_how_to_go_on(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(*args: Any) -> Any:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(CharTokenizer, "encode_array", interrupted)
+        assert cli.main(["prepare", "--input=docs.jsonl", "--val_share=0.5"]) == 130
+    assert "the same command goes on from here" in capfd.readouterr().out
+    run("prepare", "--input=docs.jsonl", "--val_share=0.5")

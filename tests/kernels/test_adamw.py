@@ -1,0 +1,149 @@
+"""AdamW in Triton against ``torch.optim.AdamW`` and the plain op."""
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from fastgpt.kernels import fused, portable, reference
+from fastgpt.kernels.adamw import _adamw_op
+from tests.tools.sanitizer import sanitize
+
+OPTIONS: dict[str, Any] = dict(betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)
+SIZES = [1, 7, 1024, 3001]
+
+
+class Buffers:
+    """The state of an optimizer over N numbers, and its update by one of the implementations."""
+
+    def __init__(self, param: Tensor, rounded: torch.dtype | None = None) -> None:
+        self.param = param.clone()
+        self.rounded = None if rounded is None else torch.zeros_like(param, dtype=rounded)
+        self.exp_avg, self.exp_avg_sq = torch.zeros_like(param), torch.zeros_like(param)
+        self.step = torch.zeros((), device=param.device)
+
+    def update(self, module: Any, grad: Tensor, lr: float, **changes: Any) -> None:
+        lr_tensor = torch.tensor(lr, device=grad.device)
+        module.adamw(
+            self.param, self.rounded, grad, self.exp_avg, self.exp_avg_sq, self.step, lr_tensor,
+            **{**OPTIONS, **changes},
+        )  # fmt: skip
+
+    def tensors(self) -> list[Tensor]:
+        return [self.param, self.exp_avg, self.exp_avg_sq, self.step]
+
+
+@pytest.mark.parametrize("n", SIZES)
+@pytest.mark.parametrize("betas", [(0.9, 0.95), (0.9, 0.999), (0.0, 0.5)], ids=str)
+def test_parity(device: str, n: int, betas: tuple[float, float]) -> None:
+    """Ten updates; PyTorch's own optimizer errs as much against float64."""
+    torch.manual_seed(n)
+    start = torch.randn(n, device=device)
+    gradients = [torch.randn(n, device=device) * 10.0 ** (i % 3 - 2) for i in range(10)]
+    ours = Buffers(start)
+    own = torch.nn.Parameter(start.clone())
+    truth = torch.nn.Parameter(start.double())
+    options = {**OPTIONS, "betas": betas}
+    optimizers = [
+        torch.optim.AdamW([own], lr=0.0, fused=True, **options),
+        torch.optim.AdamW([truth], lr=0.0, **options),
+    ]
+    for i, grad in enumerate(gradients):
+        lr = 1e-3 * (i + 1)
+        ours.update(fused, grad, lr, betas=betas)
+        for optimizer in optimizers:
+            (weight,) = optimizer.param_groups[0]["params"]
+            weight.grad = grad.to(weight.dtype)
+            optimizer.param_groups[0]["lr"] = lr
+            optimizer.step()
+    expected, moments = optimizers[1].state[truth], optimizers[0].state[own]
+    for got, common, exact in (
+        (ours.param, own, truth),
+        (ours.exp_avg, moments["exp_avg"], expected["exp_avg"]),
+        (ours.exp_avg_sq, moments["exp_avg_sq"], expected["exp_avg_sq"]),
+    ):
+        error = (got.double() - exact).abs().max()
+        assert error <= 2 * (common.double() - exact).abs().max() + 1e-7
+    assert ours.step.item() == 10
+
+
+@pytest.mark.parametrize("module", [fused, portable], ids=["fused", "portable"])
+@pytest.mark.parametrize("rounded", [None, torch.bfloat16, torch.float16], ids=str)
+def test_clipping_and_the_rounded_copy(
+    device: str, module: Any, rounded: torch.dtype | None
+) -> None:
+    torch.manual_seed(0)
+    start, grad = torch.randn(300, device=device), torch.randn(300, device=device)
+    got, expected = Buffers(start, rounded), Buffers(start, rounded)
+    for scale in (0.25, 1.0, 0.0625):
+        clip = torch.tensor(scale, device=device)
+        got.update(module, grad, 1e-2, clip=clip)
+        expected.update(reference, grad, 1e-2, clip=clip)
+    torch.testing.assert_close(got.tensors(), expected.tensors(), rtol=1e-6, atol=1e-7)
+    assert not torch.equal(got.param, start)
+    if rounded is not None:
+        assert got.rounded is not None and torch.equal(got.rounded, got.param.to(rounded))
+
+
+@pytest.mark.parametrize("module", [fused, portable, reference])
+def test_a_skipped_update_changes_nothing(device: str, module: Any) -> None:
+    start = torch.randn(50, device=device)
+    state = Buffers(start, torch.bfloat16)
+    go_on, skip = torch.zeros((), device=device), torch.ones((), device=device)
+    state.update(module, start, 1e-2, skip=go_on)
+    before = [t.clone() for t in state.tensors()]
+    assert state.rounded is not None
+    rounded = state.rounded.clone()
+    state.update(module, start * math.nan, 1e-2, skip=skip)
+    assert all(map(torch.equal, state.tensors(), before))
+    assert torch.equal(state.rounded, rounded)
+    assert state.step.item() == 1
+
+
+def test_nothing_to_update(device: str) -> None:
+    Buffers(torch.zeros(0, device=device)).update(fused, torch.zeros(0, device=device), 1e-3)
+
+
+def test_opcheck_and_sanitized(device: str) -> None:
+    state, grad = Buffers(torch.randn(1030, device=device), torch.bfloat16), torch.randn(1030)
+    args = (state.param, state.rounded, grad.to(device), state.exp_avg, state.exp_avg_sq)
+    scalars = (state.step, torch.tensor(1e-3, device=device), 0.9, 0.95, 1e-8, 0.1, None, None)
+    torch.library.opcheck(_adamw_op, (*args, *scalars))
+    if device == "cpu":
+        with sanitize():
+            state.update(fused, grad, 1e-3)
+
+
+@pytest.mark.parametrize("module", [fused, portable, reference])
+def test_errors(module: Any) -> None:
+    x = torch.zeros(4)
+
+    def update(**changes: Any) -> None:
+        names = ("param", "grad", "exp_avg", "exp_avg_sq")
+        tensors = {name: x.clone() for name in names}
+        scalars = {"step": torch.zeros(()), "lr": torch.zeros(()), "rounded": None}
+        module.adamw(**{**tensors, **scalars, **OPTIONS, **changes})
+
+    update()
+    with pytest.raises(TypeError, match="grad must be float32, got torch.bfloat16"):
+        update(grad=x.bfloat16())
+    with pytest.raises(TypeError, match="rounded must be float16 or bfloat16, got torch.float32"):
+        update(rounded=x)
+    with pytest.raises(TypeError, match="param must be a torch.Tensor, got list"):
+        update(param=[0.0])
+    with pytest.raises(ValueError, match=r"exp_avg must have the shape \(N,\) of param, \(4,\)"):
+        update(exp_avg=torch.zeros(5))
+    with pytest.raises(ValueError, match=r"grad must .*contiguous, got \(4,\), strides \(2,\)"):
+        update(grad=torch.zeros(8)[::2])
+    with pytest.raises(ValueError, match=r"param must have .* got \(2, 2\)"):
+        update(param=x.view(2, 2))
+    with pytest.raises(ValueError, match=r"lr must have shape \(\), contiguous, got \(1,\)"):
+        update(lr=torch.zeros(1))
+    with pytest.raises(ValueError, match="clip must be on the device of param"):
+        update(clip=torch.zeros((), device="meta"))
+    with pytest.raises(ValueError, match=r"betas\[1\] must lie in \[0, 1\), got 1.0"):
+        update(betas=(0.9, 1.0))
+    with pytest.raises(ValueError, match="weight_decay must be at least 0 and finite, got -1"):
+        update(weight_decay=-1)

@@ -1,0 +1,277 @@
+"""Attention in Triton against the masked matrix product: parity of outputs and gradients, operator
+registration, errors. What the mask and the dropout promise is in test_attention_semantics.py.
+"""
+
+from contextlib import nullcontext
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from fastgpt.kernels import _common, fused, portable, reference
+from fastgpt.kernels.attention import (
+    _attention_bwd_op,
+    _attention_op,
+    _attention_qkvpacked_bwd_op,
+    _attention_qkvpacked_op,
+)
+from tests.tools import interpreter, parity
+from tests.tools.documents import starts_of
+
+LENGTHS = [1, 7, 17, 64, 127, 129]
+HEAD_SIZES = [8, 25, 64, 80, 128]
+
+
+def _seed(device: str) -> Tensor:
+    return torch.tensor([0x1234_5678_9ABC_DEF], device=device)
+
+
+@pytest.mark.parametrize("dtype", parity.DTYPES, ids=str)
+@pytest.mark.parametrize("head_size", HEAD_SIZES)
+@pytest.mark.parametrize("length", LENGTHS)
+def test_parity_packed(device: str, length: int, head_size: int, dtype: torch.dtype) -> None:
+    case = LENGTHS.index(length) + HEAD_SIZES.index(head_size)
+    n_head, batch = 1 + case % 5, 1 + case % 2
+    shape = (batch, length, 3 * n_head * head_size)
+    qkv = parity.randn(shape, dtype, device, parity.LAYOUTS[case % 4])
+    grad = parity.randn((batch, length, n_head * head_size), dtype, device, "transposed")
+    kernel = partial(fused.attention_qkvpacked, n_head=n_head)
+    plain = partial(reference.attention_qkvpacked, n_head=n_head)
+    parity.assert_parity(kernel, plain, plain, [qkv], grad, ["qkv"])
+
+
+@pytest.mark.parametrize("dtype", parity.DTYPES, ids=str)
+def test_as_accurate_as_sdpa(device: str, dtype: torch.dtype) -> None:
+    """PyTorch's flash kernel rounds less than the plain op in low precision: the closer rival."""
+    qkv = torch.randn(2, 129, 3 * 128, device=device).to(dtype)
+    grad = torch.randn(2, 129, 128, device=device).to(dtype)
+    kernel, pytorch, plain = (
+        partial(m.attention_qkvpacked, n_head=2) for m in (fused, portable, reference)
+    )
+    try:
+        pytorch(qkv)
+    except RuntimeError as error:  # where ATEN_CPU_CAPABILITY is less than the CPU's
+        if "pack_vnni2" not in str(error):
+            raise
+        pytest.skip(f"PyTorch's SDPA: {error}")
+    parity.assert_parity(kernel, pytorch, plain, [qkv], grad, ["qkv"])
+
+
+@pytest.mark.parametrize("causal", [True, False], ids=["causal", "full"])
+@pytest.mark.parametrize("head_size", HEAD_SIZES)
+@pytest.mark.parametrize("n_queries", LENGTHS)
+def test_parity_separate(device: str, n_queries: int, head_size: int, causal: bool) -> None:
+    """q, k, v of different lengths and layouts; each dtype, number of heads and scale in turn."""
+    case = LENGTHS.index(n_queries) + HEAD_SIZES.index(head_size) + causal
+    n_keys = LENGTHS[1 + (LENGTHS.index(n_queries) + case) % 5]  # one key: test_one_key
+    dtype, n_head = parity.DTYPES[case % 3], 1 + case % 3
+    q, k, v = (
+        parity.randn((2, n_head, length, head_size), dtype, device, parity.LAYOUTS[(case + i) % 4])
+        for i, length in enumerate((n_queries, n_keys, n_keys))
+    )
+    grad = parity.randn(q.shape, dtype, device, "strided")
+    options: dict[str, Any] = dict(causal=causal, scale=None if case % 2 else 0.3)
+    kernel, plain = (partial(m.attention, **options) for m in (fused, reference))
+    parity.assert_parity(kernel, plain, plain, [q, k, v], grad, ["q", "k", "v"])
+
+
+@pytest.mark.parametrize("causal", [True, False], ids=["causal", "full"])
+@pytest.mark.parametrize("dtype", parity.DTYPES, ids=str)
+def test_one_key(device: str, dtype: torch.dtype, causal: bool) -> None:
+    """Its probability is 1: the output is v, dv the sum of dout. dq and dk are 0, of which the
+    float32 kernels miss the rounding of dP - delta, two sums of D products in another order."""
+    q, grad = torch.randn(2, 2, 3, 127, 64, device=device).to(dtype)
+    k, v = torch.randn(2, 2, 3, 1, 64, device=device).to(dtype)
+    leaves = [x.clone().requires_grad_() for x in (q, k, v)]
+    y = fused.attention(*leaves, causal=causal)
+    dq, dk, dv = torch.autograd.grad(y, leaves, grad)
+    assert torch.equal(y, v.expand_as(y))
+    summed = grad.double().sum(2, keepdim=True)
+    half_ulp = torch.finfo(torch.float32).eps / 2
+    in_any_order = 127 * half_ulp * grad.double().abs().sum(2, keepdim=True)  # float32 sums
+    assert ((dv - summed).abs() <= in_any_order + torch.finfo(dtype).eps / 2 * summed.abs()).all()
+    terms = (grad.float().abs() * v.float().abs()).sum(-1).max()
+    rounding = 64 * torch.finfo(torch.float32).eps * terms / 64**0.5
+    assert dq.abs().max() <= rounding * k.abs().max()
+    assert dk.abs().max() <= rounding * q.abs().sum(2).max()
+
+
+@pytest.mark.parametrize("head_size", [1, 16, 33, 256])
+@pytest.mark.parametrize("dtype", parity.DTYPES, ids=str)
+def test_parity_of_every_size_class(device: str, head_size: int, dtype: torch.dtype) -> None:
+    qkv = torch.randn(1, 70, 3 * 2 * head_size, device=device).to(dtype)
+    grad = torch.randn(1, 70, 2 * head_size, device=device).to(dtype)
+    kernel, plain = (partial(m.attention_qkvpacked, n_head=2) for m in (fused, reference))
+    parity.assert_parity(kernel, plain, plain, [qkv], grad, ["qkv"])
+
+
+@pytest.mark.parametrize("causal", [True, False], ids=["causal", "full"])
+@pytest.mark.parametrize("dtype", parity.DTYPES, ids=str)
+def test_parity_with_dropout(device: str, dtype: torch.dtype, causal: bool) -> None:
+    """The plain op applies the same mask, so output and gradients must agree, not only the rate."""
+    q, k, v, grad = torch.randn(4, 1, 2, 129, 25, device=device).to(dtype)
+    options: dict[str, Any] = dict(causal=causal, dropout_p=0.3, seed=_seed(device))
+    kernel = partial(fused.attention, **options)
+    plain = partial(reference.attention, **options)
+    parity.assert_parity(kernel, plain, plain, [q, k, v], grad, ["q", "k", "v"])
+
+
+@pytest.mark.parametrize("dtype", parity.DTYPES, ids=str)
+def test_parity_packed_with_dropout(device: str, dtype: torch.dtype) -> None:
+    qkv, grad = torch.randn(2, 70, 3 * 48, device=device), torch.randn(2, 70, 48, device=device)
+    options: dict[str, Any] = dict(n_head=3, dropout_p=0.1, seed=_seed(device))
+    kernel = partial(fused.attention_qkvpacked, **options)
+    plain = partial(reference.attention_qkvpacked, **options)
+    parity.assert_parity(kernel, plain, plain, [qkv.to(dtype)], grad.to(dtype), ["qkv"])
+
+
+@pytest.mark.parametrize("gpu", [False, True], ids=["cpu_arithmetic", "gpu_arithmetic"])
+@pytest.mark.parametrize("dtype", parity.DTYPES, ids=str)
+@pytest.mark.parametrize("factor", [30.0, 5.0, 1e-3])
+def test_scores_of_any_size(device: str, factor: float, dtype: torch.dtype, gpu: bool) -> None:
+    """Scores in the thousands overflow exp without the running maximum, and have few digits behind
+    the point: what is subtracted from them must be exact, whether the product with the scale is
+    rounded first or not."""
+    q, k, v, grad = torch.randn(4, 1, 2, 100, 64, device=device).to(dtype)
+    ops = fused.attention, reference.attention, reference.attention
+    with interpreter.gpu_arithmetic() if gpu else nullcontext():
+        parity.assert_parity(*ops, [factor * q, factor * k, v], grad, ["q", "k", "v"])
+
+
+def test_packed_equals_separate(device: str) -> None:
+    qkv = torch.randn(2, 33, 3 * 40, device=device, requires_grad=True)
+    y = fused.attention_qkvpacked(qkv, 2)
+    q, k, v = reference.split_heads(qkv, 2)
+    z = fused.attention(q, k, v).transpose(1, 2).flatten(2)
+    assert torch.equal(y, z)
+    grad = torch.randn_like(y)
+    (dy,), (dz,) = torch.autograd.grad(y, qkv, grad), torch.autograd.grad(z, qkv, grad)
+    assert torch.equal(dy, dz)
+
+
+def test_expanded_inputs_and_gradient(device: str) -> None:
+    q, k, v = (
+        torch.randn(1, 1, 20, 16, device=device).expand(2, 3, 20, 16).requires_grad_()
+        for _ in range(3)
+    )
+    got = torch.autograd.grad(fused.attention(q, k, v).sum(), (q, k, v))
+    expected = torch.autograd.grad(portable.attention(q, k, v).sum(), (q, k, v))
+    for x, y in zip(got, expected, strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(0, 2, 5, 16), (2, 0, 5, 16), (2, 2, 0, 16)], ids=str)
+def test_empty(device: str, shape: tuple[int, ...]) -> None:
+    q = torch.randn(shape, device=device, requires_grad=True)
+    k = torch.randn(*shape[:2], 5, 16, device=device, requires_grad=True)
+    y = fused.attention(q, k, k)
+    assert y.shape == shape
+    y.sum().backward()
+    assert q.grad is not None and k.grad is not None
+    assert q.grad.shape == shape and torch.equal(k.grad, torch.zeros_like(k))
+
+
+@pytest.mark.parametrize("causal", [True, False], ids=["causal", "full"])
+@pytest.mark.parametrize("dropout_p", [0.0, 0.4])
+def test_gradcheck(causal: bool, dropout_p: float) -> None:
+    q, k, v = (torch.randn(1, 2, t, 16, dtype=torch.float64) for t in (9, 7, 7))
+    inputs = [x.requires_grad_() for x in (q, k, v)]
+    op = partial(fused.attention, causal=causal, dropout_p=dropout_p, seed=_seed("cpu"))
+    assert torch.autograd.gradcheck(op, inputs, fast_mode=True)
+
+
+def test_gradcheck_packed() -> None:
+    qkv = torch.randn(2, 9, 3 * 10, dtype=torch.float64, requires_grad=True)
+    op = partial(fused.attention_qkvpacked, n_head=2)
+    assert torch.autograd.gradcheck(op, [qkv], fast_mode=True)
+
+
+def test_autocast_casts_like_sdpa(device: str) -> None:
+    q, k, v = torch.randn(3, 1, 2, 20, 16, device=device)
+    qkv = torch.randn(1, 20, 96, device=device)
+    with torch.autocast(device, dtype=torch.bfloat16):
+        assert fused.attention(q, k.bfloat16(), v).dtype == torch.bfloat16
+        assert fused.attention_qkvpacked(qkv, 2).dtype == torch.bfloat16
+
+
+def test_opcheck(device: str) -> None:
+    q, k, v = (torch.randn(1, 2, t, 16, device=device, requires_grad=True) for t in (9, 7, 7))
+    qkv = torch.randn(1, 9, 96, device=device, requires_grad=True)
+    seed, starts = _seed(device), starts_of(9, [2, 5], device=device)
+    torch.library.opcheck(_attention_op, (q, k, v, None, None, True, 0.25, 0.0, 0))
+    torch.library.opcheck(_attention_op, (q, k, v, seed, None, False, 0.25, 0.5, 3))
+    torch.library.opcheck(_attention_qkvpacked_op, (qkv, seed, starts, 2, True, 0.25, 0.5, 3))
+    q, k, v, qkv = (x.detach() for x in (q, k, v, qkv))
+    out, lse = _attention_op(q, k, v, None, None, True, 0.25, 0.0, 0)
+    dout = torch.randn(1, 2, 16, 9, device=device).mT
+    separate = (dout, q, k, v, out, lse, None, None, True, 0.25, 0.0, 0)
+    torch.library.opcheck(_attention_bwd_op, separate)
+    out, lse = _attention_qkvpacked_op(qkv, None, starts, 2, True, 0.25, 0.0, 0)
+    packed = (torch.randn_like(out), qkv, out, lse, None, starts, 2, True, 0.25, 0.0, 0)
+    torch.library.opcheck(_attention_qkvpacked_bwd_op, packed)
+
+
+def test_float32_products_follow_pytorchs_switch() -> None:
+    before = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision("high")
+        assert _common.dot_precision(torch.float32) == "tf32"
+        assert _common.dot_precision(torch.bfloat16) == "ieee"
+        torch.set_float32_matmul_precision("highest")
+        assert _common.dot_precision(torch.float32) == "ieee"
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+@pytest.mark.parametrize("op", [fused.attention, portable.attention, reference.attention])
+def test_errors(op) -> None:
+    q = torch.randn(1, 2, 4, 8)
+    seed = _seed("cpu")
+    cases: list[tuple[type[Exception], str, tuple[Tensor, ...], dict[str, Any]]] = [
+        (ValueError, r"k must have shape \(1, 2, T, 8\)", (q, torch.randn(1, 3, 4, 8), q), {}),
+        (ValueError, r"v must have the shape of k", (q, q, torch.randn(1, 2, 5, 8)), {}),
+        (ValueError, r"q must have shape \(B, H, T, D\), got \(2, 4, 8\)", (q[0], q, q), {}),
+        (ValueError, r"k must have the dtype of q \(torch.float32\)", (q, q.half(), q.half()), {}),
+        (ValueError, r"v must be on the device of q \(cpu\), got meta", (q, q, q.to("meta")), {}),
+        (ValueError, r"k must hold at least one key", (q, q[:, :, :0], q[:, :, :0]), {}),
+        (ValueError, r"q must have a head size of at least 1", (q[..., :0],) * 3, {}),
+        (TypeError, r"q must be a floating-point tensor", (q.long(), q, q), {}),
+        (ValueError, r"dropout_p must lie in \[0, 0.999\], got 1.0", (q, q, q), {"dropout_p": 1.0}),
+        (ValueError, r"dropout_p must lie .* got -0.1", (q, q, q), {"dropout_p": -0.1}),
+        (ValueError, r"scale must be positive and finite.*got 0", (q, q, q), {"scale": 0.0}),
+        (ValueError, r"seed must be an int64 tensor", (q, q, q), {"seed": seed.int()}),
+        (ValueError, r"seed must be an int64 tensor", (q, q, q), {"seed": seed.repeat(2)}),
+        (ValueError, r"seed must be on the device", (q, q, q), {"seed": seed.to("meta")}),
+    ]
+    for error, message, args, options in cases:
+        with pytest.raises(error, match=message):
+            op(*args, **options)
+
+
+@pytest.mark.parametrize("module", [fused, portable, reference])
+def test_errors_packed(module) -> None:
+    op = module.attention_qkvpacked
+    with pytest.raises(ValueError, match=r"qkv must have shape \(B, T, 3C\), got \(4, 24\)"):
+        op(torch.randn(4, 24), 2)
+    with pytest.raises(ValueError, match="multiple of 3 \\* n_head, got 24 with n_head=5"):
+        op(torch.randn(1, 4, 24), 5)
+    with pytest.raises(ValueError, match="qkv must hold at least one token"):
+        op(torch.randn(1, 0, 24), 2)
+    with pytest.raises(TypeError, match="qkv must be a floating-point tensor, got torch.int64"):
+        op(torch.zeros(1, 4, 24, dtype=torch.int64), 2)
+
+
+def test_head_size_limit_of_the_kernels() -> None:
+    q = torch.randn(1, 1, 2, 257)
+    with pytest.raises(ValueError, match="q must have a head size of at most 256, got 257"):
+        fused.attention(q, q, q)
+    with pytest.raises(ValueError, match="qkv must have a head size of at most 256, got 257"):
+        fused.attention_qkvpacked(torch.randn(1, 2, 3 * 257), 1)
+
+
+def test_portable_refuses_a_seed() -> None:
+    q = torch.randn(1, 1, 2, 8)
+    with pytest.raises(ValueError, match="seed must be None"):
+        portable.attention(q, q, q, dropout_p=0.1, seed=_seed("cpu"))

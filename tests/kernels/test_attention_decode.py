@@ -1,0 +1,204 @@
+"""Attention of a new token over the cache: against the plain op and against attention over all
+tokens at once, on caches that are filled differently far, and what it leaves alone.
+"""
+
+import math
+from contextlib import nullcontext
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from fastgpt.kernels import fused, portable, reference
+from fastgpt.kernels.attention_decode import _attention_decode_op, _tile
+from tests.tools import interpreter, parity
+from tests.tools.rounding import RoundedOnce
+
+IMPLEMENTATIONS = pytest.mark.parametrize(
+    "ops", [fused, portable, reference], ids=["fused", "portable", "reference"]
+)
+
+
+def _inputs(
+    places: list[int],
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
+    *,
+    n_head: int = 2,
+    n_slots: int = 70,
+    head_size: int = 16,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """A cache that is filled up to each row's place, and what is to be put there."""
+    batch = len(places)
+    qkv = torch.randn(batch, 1, 3 * n_head * head_size, device=device).to(dtype)
+    cache = torch.zeros(2, batch, n_head, n_slots, head_size, device=device, dtype=dtype)
+    for row, place in enumerate(places):
+        cache[:, row, :, :place] = torch.randn(2, n_head, place, head_size).to(dtype)
+    return qkv, cache, torch.tensor(places, device=device)
+
+
+@pytest.mark.parametrize("dtype", parity.DTYPES, ids=str)
+@pytest.mark.parametrize("head_size", [1, 8, 25, 64, 80, 128, 256])
+def test_parity(device: str, head_size: int, dtype: torch.dtype) -> None:
+    """Places in the first part, at both sides of a border of two, in the last slot."""
+    block_n = _tile(head_size)[0]
+    places = [0, 5, block_n - 1, block_n, block_n + 6]
+    qkv, cache, positions = _inputs(
+        places, dtype, device, n_head=1, n_slots=block_n + 7, head_size=head_size
+    )
+    wide = cache.double()
+    truth = reference.attention_decode(qkv.double(), wide, positions)
+    results = {}
+    for ops in (fused, portable, reference):
+        mine = cache.clone()
+        with RoundedOnce() if ops is reference and qkv.is_cpu else nullcontext():
+            results[ops] = ops.attention_decode(qkv, mine, positions)
+        assert torch.equal(mine.double(), wide), f"{ops.__name__}: cache"
+    allowed = 2 * (results[reference].double() - truth).abs().max() + 1e-5
+    for ops in (fused, portable):
+        excess = (results[ops] - truth).abs() - torch.finfo(dtype).eps * truth.abs()
+        assert excess.max() <= allowed, ops.__name__
+
+
+@pytest.mark.parametrize("gpu", [False, True], ids=["cpu_arithmetic", "gpu_arithmetic"])
+@pytest.mark.parametrize("dtype", parity.DTYPES, ids=str)
+def test_scores_in_the_thousands(device: str, dtype: torch.dtype, gpu: bool) -> None:
+    """Of several parts, whose sums are put together by their maxima."""
+    places = [40, 127, 128, 300]
+    qkv, cache, positions = _inputs(places, dtype, device, n_head=4, n_slots=301, head_size=64)
+    qkv[..., : 2 * 256] *= 30
+    cache[0] *= 30
+    wide = cache.double()
+    truth = reference.attention_decode(qkv.double(), wide, positions)
+    with RoundedOnce() if qkv.is_cpu else nullcontext():
+        common = reference.attention_decode(qkv, cache.clone(), positions)
+    with interpreter.gpu_arithmetic() if gpu else nullcontext():
+        got = fused.attention_decode(qkv, cache, positions)
+    excess = (got - truth).abs() - torch.finfo(dtype).eps * truth.abs()
+    assert excess.max() <= 2 * (common - truth).abs().max() + 1e-5
+
+
+@IMPLEMENTATIONS
+def test_token_by_token_is_attention_at_once(ops: Any, device: str) -> None:
+    """Across three parts."""
+    batch, n_head, length, head_size = 2, 2, 140, 40
+    qkv = torch.randn(batch, length, 3 * n_head * head_size, device=device)
+    cache = torch.zeros(2, batch, n_head, length, head_size, device=device)
+    together = reference.attention_qkvpacked(qkv, n_head, scale=0.3)
+    for t in range(0, length):
+        positions = torch.full((batch,), t, device=device)
+        if t % 20 and t + 1 != length:  # what another token would put there
+            k, v = qkv[:, t].unflatten(1, (3, n_head, head_size)).unbind(1)[1:]
+            cache[:, :, :, t] = torch.stack([k, v])
+            continue
+        y = ops.attention_decode(qkv[:, t : t + 1], cache, positions, scale=0.3)
+        torch.testing.assert_close(y, together[:, t : t + 1])
+
+
+@IMPLEMENTATIONS
+def test_a_row_has_the_same_bits_alone_and_changes_nothing_but_its_slot(
+    ops: Any, device: str
+) -> None:
+    places = [3, 69, 30]
+    qkv, cache, positions = _inputs(places, device=device)
+    before = cache.clone()
+    y = ops.attention_decode(qkv, cache, positions)
+    again = ops.attention_decode(qkv, before.clone(), positions)
+    assert torch.equal(y, again)
+    for row, place in enumerate(places):
+        alone = before[:, row : row + 1].clone()
+        one = ops.attention_decode(qkv[row : row + 1], alone, positions[row : row + 1])
+        assert torch.equal(alone[:, 0], cache[:, row])
+        if ops is fused:  # PyTorch's own kernels choose by the shape
+            assert torch.equal(one[0], y[row])
+        changed = (cache[:, row] != before[:, row]).any(dim=(0, 1, 3))
+        assert changed.nonzero().flatten().tolist() == [place]
+        k, v = qkv[row, 0].unflatten(0, (3, 2, 16)).unbind(0)[1:]
+        assert torch.equal(cache[:, row, :, place], torch.stack([k, v]))
+
+
+def test_slots_behind_the_token_are_not_read(device: str) -> None:
+    qkv, cache, positions = _inputs([3, 65], device=device)
+    expected = fused.attention_decode(qkv, cache.clone(), positions)
+    for row, place in enumerate([3, 65]):
+        cache[:, row, :, place:] = math.nan
+    assert torch.equal(fused.attention_decode(qkv, cache, positions), expected)
+
+
+def test_a_place_outside_gives_nan_and_writes_nothing(device: str) -> None:
+    """Of the operators themselves: the public functions refuse it where they can."""
+    qkv, cache, _ = _inputs([3, 7, 5], device=device)
+    positions = torch.tensor([70, 7, -1], device=device)
+    before = cache.clone()
+    y = _attention_decode_op(qkv, cache, positions, 0.25)
+    assert y[[0, 2]].isnan().all() and y[1].isfinite().all()
+    assert torch.equal(cache[:, [0, 2]], before[:, [0, 2]])
+
+
+def test_large_scores_and_strided_input(device: str) -> None:
+    qkv, cache, positions = _inputs([40, 66], device=device)
+    wide = torch.stack([qkv * 100, qkv], dim=-1)[..., 0]
+    cache *= 100
+    y = fused.attention_decode(wide, cache.clone(), positions.int())
+    expected = reference.attention_decode(wide.double(), cache.double(), positions)
+    torch.testing.assert_close(y.double(), expected, rtol=1e-4, atol=1e-3)
+
+
+def test_more_parts_than_are_added_at_a_time(device: str) -> None:
+    """The largest score of each group of parts is larger than that of the one before."""
+    torch.manual_seed(0)
+    n_slots, head_size = 700, 64
+    qkv = torch.randn(1, 1, 3 * head_size, device=device)
+    cache = torch.randn(2, 1, 1, n_slots, head_size, device=device)
+    cache[0] *= torch.linspace(0.1, 3.0, n_slots, device=device)[:, None]
+    positions = torch.tensor([n_slots - 1], device=device)
+    expected = reference.attention_decode(qkv, cache.clone(), positions)
+    got = fused.attention_decode(qkv, cache, positions)
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
+
+
+@IMPLEMENTATIONS
+def test_no_rows(ops: Any, device: str) -> None:
+    qkv, cache, positions = _inputs([], device=device)
+    assert ops.attention_decode(qkv, cache, positions.long()).shape == (0, 1, 32)
+
+
+def test_opcheck(device: str) -> None:
+    qkv, cache, positions = _inputs([3, 65], device=device)
+    torch.library.opcheck(_attention_decode_op, (qkv, cache, positions, 0.25))
+
+
+@IMPLEMENTATIONS
+def test_errors(ops: Any) -> None:
+    def run(**changes: Any) -> None:
+        qkv, cache, positions = _inputs([3, 65])
+        ops.attention_decode(**{**dict(qkv=qkv, cache=cache, positions=positions), **changes})
+
+    run()
+    with pytest.raises(ValueError, match=r"qkv must have shape \(B, 1, 3C\), got \(2, 2, 96\)"):
+        run(qkv=torch.zeros(2, 2, 96))
+    with pytest.raises(ValueError, match=r"cache must have shape \(2, 2, H, S, D\) with .* = 96"):
+        run(cache=torch.zeros(2, 2, 2, 70, 15))
+    with pytest.raises(ValueError, match=r"cache must have shape .*got \(2, 2, 2, 0, 16\)"):
+        run(cache=torch.zeros(2, 2, 2, 0, 16))
+    with pytest.raises(ValueError, match="cache must be contiguous, got strides"):
+        run(cache=torch.zeros(2, 2, 70, 2, 16).transpose(2, 3))
+    with pytest.raises(ValueError, match=r"cache must have the dtype of qkv \(torch.float32\)"):
+        run(cache=torch.zeros(2, 2, 2, 70, 16).half())
+    with pytest.raises(TypeError, match="positions must be torch.int64 or torch.int32, got .*floa"):
+        run(positions=torch.zeros(2))
+    with pytest.raises(ValueError, match=r"positions must have shape \(2,\) to go with qkv"):
+        run(positions=torch.zeros(3, dtype=torch.int64))
+    with pytest.raises(ValueError, match=r"positions must lie in \[0, 70\), got 70"):
+        run(positions=torch.tensor([3, 70]))
+    with pytest.raises(ValueError, match=r"positions must lie in \[0, 70\), got -1"):
+        run(positions=torch.tensor([-1, 3]))
+    with pytest.raises(ValueError, match="scale must be positive and finite, or None, got 0"):
+        run(scale=0.0)
+
+
+def test_the_kernels_refuse_large_heads() -> None:
+    qkv, cache, positions = _inputs([3], head_size=257, n_head=1)
+    with pytest.raises(ValueError, match="cache must have a head size of at most 256, got 257"):
+        fused.attention_decode(qkv, cache, positions)

@@ -1,0 +1,277 @@
+"""What attention promises beside numbers: causality, containment of NaN, dropout, determinism,
+memory linear in T, no stray access.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from fastgpt.kernels import _common, attention_launch, attention_tiles, fused, reference
+from tests.tools.sanitizer import sanitize
+
+# Every ratio of the two sides that a launch table holds.
+TILES = sorted(
+    {
+        (block_m, block_n)
+        for table in (
+            attention_tiles.TENSOR_CORE_TILES,
+            attention_tiles.TENSOR_MEMORY_TILES,
+            attention_tiles.SMALL_MEMORY_TILES,
+            attention_tiles.FLOAT32_TILES,
+        )
+        for block_m, block_n, _, _ in table.values()
+    }
+)
+
+
+def _qkv(device: str, length: int, head_size: int = 16, dtype=torch.float32) -> list[Tensor]:
+    return list(torch.randn(3, 1, 2, length, head_size, device=device).to(dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("t", [1, 40, 64, 128])
+def test_later_tokens_change_no_bit_of_earlier_outputs(
+    device: str, t: int, dtype: torch.dtype
+) -> None:
+    q, k, v = _qkv(device, 140, dtype=dtype)
+    before = fused.attention(q, k, v)
+    for x in (q, k, v):
+        x[:, :, t:] = torch.randn_like(x[:, :, t:])
+    after = fused.attention(q, k, v)
+    assert torch.equal(before[:, :, :t], after[:, :, :t])
+    assert not torch.equal(before[:, :, t:], after[:, :, t:])
+
+
+@pytest.mark.parametrize("poison", [float("nan"), float("inf"), float("-inf")], ids=str)
+@pytest.mark.parametrize("which", ["q", "k", "v"])
+def test_what_the_mask_hides_never_leaks(device: str, which: str, poison: float) -> None:
+    """A later token that is not finite: earlier outputs, and their dq, keep every bit."""
+    inputs, t = dict(zip("qkv", _qkv(device, 140), strict=True)), 70
+    grad = torch.randn(1, 2, 140, 16, device=device)
+    grad[:, :, t:] = 0.0
+
+    def run() -> tuple[Tensor, Tensor]:
+        q, k, v = (inputs[name].clone().requires_grad_() for name in "qkv")
+        y = fused.attention(q, k, v)
+        return y.detach(), torch.autograd.grad(y, q, grad)[0]
+
+    y, dq = run()
+    inputs[which][:, :, t] = poison
+    z, dq_poisoned = run()
+    assert torch.equal(y[:, :, :t], z[:, :, :t])
+    assert torch.equal(dq[:, :, :t], dq_poisoned[:, :, :t])
+    assert not z[:, :, t].isfinite().all(), "the token that is not finite must show"
+
+
+@pytest.mark.parametrize("poison", [float("nan"), float("inf")], ids=str)
+def test_a_visible_value_that_is_not_finite_shows(device: str, poison: float) -> None:
+    """What hides masked values must not hide visible ones: rows that see it are not finite."""
+    q, k, v = _qkv(device, 100)
+    v[:, :, 70, 3] = poison
+    y = fused.attention(q, k, v)
+    assert y[:, :, :70].isfinite().all()
+    assert not y[:, :, 70:, 3].isfinite().any()
+
+
+@pytest.mark.parametrize("n_queries,n_keys", [(37, 37), (37, 70), (70, 37)])
+@pytest.mark.parametrize("causal", [True, False], ids=["causal", "full"])
+def test_nothing_past_the_end_is_read(
+    device: str, n_queries: int, n_keys: int, causal: bool
+) -> None:
+    """Views into storage that is NaN outside of them, forward and backward."""
+
+    def inside(length: int) -> Tensor:
+        base = torch.full((1, 2, length + 90, 112), float("nan"), device=device)
+        view = base[:, :, 45 : 45 + length, 32:80]  # aligned: read in place
+        return view.copy_(torch.randn(view.shape, device=device))
+
+    q, k, v, grad = inside(n_queries), inside(n_keys), inside(n_keys), inside(n_queries)
+    leaves = [x.requires_grad_() for x in (q, k, v)]
+    y = fused.attention(*leaves, causal=causal)
+    results = [y, *torch.autograd.grad(y, leaves, grad)]
+    assert all(x.isfinite().all() for x in results)
+
+
+@pytest.mark.parametrize("tile", TILES, ids=str)
+@pytest.mark.parametrize("n_queries,n_keys", [(150, 150), (40, 150), (150, 40)])
+def test_every_tile_shape_gives_the_same(
+    monkeypatch: pytest.MonkeyPatch, tile: tuple[int, int], n_queries: int, n_keys: int
+) -> None:
+    """Wide and tall tiles meet the diagonal, the ends and the dropout mask in different places."""
+    block_m, block_n = tile
+    launch = dict(BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_D=16, num_warps=4, num_stages=1)
+    monkeypatch.setattr(attention_launch, "launch", lambda *args: launch)
+    q, k, v = (torch.randn(1, 2, t, 16) for t in (n_queries, n_keys, n_keys))
+    for causal in (True, False):
+        options: dict[str, Any] = dict(causal=causal, dropout_p=0.2, seed=torch.tensor([7]))
+        leaves = [x.clone().requires_grad_() for x in (q, k, v)]
+        y, z = fused.attention(*leaves, **options), reference.attention(*leaves, **options)
+        grad = torch.randn_like(y)
+        gradients = [torch.autograd.grad(out, leaves, grad) for out in (y, z)]
+        for a, b in zip((y, *gradients[0]), (z, *gradients[1]), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("block_m,block_n", [(64, 16), (32, 32), (16, 64)])
+@pytest.mark.parametrize("causal", [True, False], ids=["causal", "full"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("n_queries,n_keys", [(64, 64), (150, 150), (20, 150), (150, 20), (9, 5)])
+def test_values_a_tile_late_give_the_same_bits(
+    monkeypatch: pytest.MonkeyPatch, n_queries: int, n_keys: int, dtype: torch.dtype,
+    causal: bool, block_m: int, block_n: int,
+) -> None:  # fmt: skip
+    """No whole tile, one and several, with dropout: the same products in the same order."""
+    q, k, v = (torch.randn(1, 2, t, 16).to(dtype) for t in (n_queries, n_keys, n_keys))
+    runs = []
+    for late in (False, True):
+        launch = dict(BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_D=16, LATE=late)
+        monkeypatch.setattr(attention_launch, "launch", lambda *args, launch=launch: launch)
+        options: dict[str, Any] = dict(causal=causal, dropout_p=0.2, seed=torch.tensor([7]))
+        with sanitize(), torch.no_grad():
+            runs.append(fused.attention(q, k, v, **options))
+    assert torch.equal(*runs)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_hopper_takes_values_a_tile_late(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype
+) -> None:
+    for capability in (80, 90, 100):
+        monkeypatch.setattr(_common, "capability", lambda device, c=capability: c)
+        launch = attention_tiles.launch("fwd", torch.device("cuda"), 64, dtype, False, False)
+        late = capability == 90 and dtype == torch.bfloat16
+        assert launch.get("LATE", False) == late
+        limit = attention_tiles.MAX_REGISTERS.get(("fwd", 64))
+        assert launch.get("maxnreg") == (limit if late else None)
+
+
+# ------------------------------------------------------------------------------------- dropout
+
+
+def test_philox_known_answers() -> None:
+    """The test vectors of Random123 (Salmon et al. 2011) for philox4x32-10."""
+    ones, pi = 0xFFFFFFFF, (0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344)
+    for counter, key, expected in [
+        ((0, 0, 0, 0), 0, (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)),
+        ((ones,) * 4, (ones << 32) | ones, (0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD)),
+        (pi, (0x299F31D0 << 32) | 0xA4093822, (0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1)),
+    ]:
+        c0, c1, c2, c3 = (torch.tensor([c]) for c in counter)
+        words = reference.philox_4x32(key, (c0, c1, c2, c3))
+        assert tuple(int(w) for w in words) == expected
+
+
+def _kept(device: str, shape: tuple[int, int, int], p: float, seed: Tensor | None) -> Tensor:
+    """The mask that the forward kernel used, (B, H, Tq, 64): q = 0 makes all probabilities equal,
+    and v = 1 lets each through in a column of its own."""
+    q = torch.zeros(*shape, 64, device=device)
+    k = torch.zeros(*shape[:2], 64, 64, device=device)
+    v = torch.eye(64, device=device).expand(*shape[:2], 64, 64)
+    y = fused.attention(q, k, v, causal=False, dropout_p=p, seed=seed)
+    kept = y * 64 * (1 - p)
+    assert ((kept == 0) | ((kept - 1).abs() < 1e-4)).all()
+    return kept > 0.5
+
+
+@pytest.mark.parametrize("p", [0.1, 0.2, 0.5, 0.9])
+def test_dropout_rate_and_mask(device: str, p: float) -> None:
+    """The rate over 10^6 draws of the plain mask, and the kernel's mask equal to it."""
+    seed = torch.tensor([-(2**40) - 7], device=device)
+    mask, share = reference.dropout_mask(seed, (2, 4, 2048, 64), p)
+    assert mask.numel() >= 10**6
+    assert abs(1 - mask.double().mean() - p) < 0.002
+    assert abs(share - (1 - p)) < 2**-16
+    rows = 2048 if device == "cuda" else 130
+    assert torch.equal(_kept(device, (2, 4, rows), p, seed), mask[:, :, :rows])
+
+
+def test_dropout_scales_what_it_keeps(device: str) -> None:
+    """The expectation over masks is the output without dropout."""
+    q, k, v = (x.expand(32, 2, 16, 16).contiguous() for x in _qkv(device, 16))
+    y = fused.attention(q, k, v, dropout_p=0.25, seed=torch.tensor([3], device=device))
+    error = (y.mean(0) - fused.attention(q[:1], k[:1], v[:1])[0]).abs().max()
+    assert error < 5 * v.abs().max() * (0.25 / 0.75 / 32) ** 0.5
+
+
+def test_each_call_draws_another_mask(device: str) -> None:
+    shape = (1, 1, 64)
+    torch.manual_seed(5)
+    first, second = (_kept(device, shape, 0.5, None) for _ in range(2))
+    torch.manual_seed(5)
+    again = _kept(device, shape, 0.5, None)
+    assert torch.equal(first, again)
+    assert 0.4 < (first != second).double().mean() < 0.6
+
+
+def test_backward_repeats_the_mask_of_its_forward(device: str) -> None:
+    """dv = probsᵀ dout: with equal probabilities and dout = 1 it spells the mask of the backward,
+    though another forward drew another mask in between."""
+    q = torch.zeros(1, 1, 64, 64, device=device)
+    v = torch.eye(64, device=device).view(1, 1, 64, 64).requires_grad_()
+    y = fused.attention(q, q, v, causal=False, dropout_p=0.5)
+    fused.attention(q, q, v, causal=False, dropout_p=0.5)
+    (dv,) = torch.autograd.grad(y, v, torch.eye(64, device=device).view(1, 1, 64, 64))
+    assert torch.equal(dv.mT > 0, y > 0)
+
+
+# -------------------------------------------------------------------- determinism and memory
+
+
+def test_two_runs_give_the_same_bits(device: str) -> None:
+    inputs = [x.requires_grad_() for x in _qkv(device, 130)]
+    grad = torch.randn(1, 2, 130, 16, device=device)
+    runs = []
+    for seed in (1, 2):
+        with sanitize(seed=seed):  # interpreted: also in another order of the programs
+            y = fused.attention(*inputs)
+            runs.append([y, *torch.autograd.grad(y, inputs, grad)])
+    assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+
+
+@pytest.mark.parametrize("dropout_p", [0.0, 0.5])
+@pytest.mark.parametrize("causal", [True, False], ids=["causal", "full"])
+@pytest.mark.parametrize("n_queries,n_keys", [(70, 70), (5, 130), (130, 5)])
+def test_sanitized(n_queries: int, n_keys: int, causal: bool, dropout_p: float) -> None:
+    """No access out of bounds, no read of a masked lane, no race, no overflow."""
+    q, k, v = (torch.randn(1, 2, t, 25, requires_grad=True) for t in (n_queries, n_keys, n_keys))
+    op = partial(fused.attention, causal=causal, dropout_p=dropout_p)
+    with sanitize():
+        op(q, k, v, seed=torch.tensor([11]) if dropout_p else None).sum().backward()
+        fused.attention_qkvpacked(
+            torch.randn(2, 19, 3 * 50, requires_grad=True), 2
+        ).sum().backward()
+
+
+def test_memory_is_linear_in_the_length(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No allocation of forward or backward is larger than dqkv."""
+    sizes: list[int] = []
+
+    def recorded(allocate: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def allocate_recorded(*args, **kwargs) -> Tensor:
+            out = allocate(*args, **kwargs)
+            sizes.append(out.numel())
+            return out
+
+        return allocate_recorded
+
+    for owner, name in ((torch, "empty"), (torch, "empty_like"), (Tensor, "new_empty")):
+        monkeypatch.setattr(owner, name, recorded(getattr(owner, name)))
+    qkv = torch.randn(1, 400, 3 * 16, requires_grad=True)
+    fused.attention_qkvpacked(qkv, 1).sum().backward()
+    assert max(sizes) == qkv.numel() < 400**2
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")
+def test_peak_memory_is_linear_in_the_length() -> None:
+    def peak(length: int) -> int:
+        qkv = torch.randn(1, length, 3 * 64, device="cuda", requires_grad=True)
+        torch.cuda.reset_peak_memory_stats()
+        fused.attention_qkvpacked(qkv, 1).sum().backward()
+        return torch.cuda.max_memory_allocated()
+
+    assert peak(16384) < 2.2 * peak(8192)

@@ -1,0 +1,305 @@
+"""Token + position embedding + dropout in Triton against the plain ops: parity, the mask, ids out
+of range, frequent tokens, determinism, errors."""
+
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from fastgpt.kernels import fused, portable, reference
+from fastgpt.kernels.embedding import BAND, _embedding_op, _position_bwd_op, _token_bwd_op
+from tests.tools import parity
+from tests.tools.documents import starts_of
+from tests.tools.sanitizer import sanitize
+
+SHAPES: list[tuple[int, ...]] = [  # B, T, P, V, C
+    (1, 1, 1, 1, 1),
+    (1, 1, 4, 65, 32),
+    (3, 17, 17, 50, 65),
+    (2, 40, 64, 1, 128),
+    (2, 2 * BAND, 2 * BAND, 3, 25),
+    (5, 3, 3, 1000, 768),
+    (1, 9, 9, 7, 1600),
+    (1, 70, 70, 3, 1025),
+    (33, 2, 5, 40, 48),
+    (0, 5, 8, 11, 16),
+    (3, 0, 4, 11, 16),
+]
+NAMES = ["token_weight", "position_weight"]
+
+
+def _inputs(
+    shape: tuple[int, ...], dtype: torch.dtype, device: str, layout: str = "contiguous"
+) -> tuple[Tensor, list[Tensor]]:
+    batch, length, n_positions, n_vocab, width = shape
+    idx = torch.randint(n_vocab, (length, batch), device=device).t()  # not contiguous
+    return idx, [parity.randn((n, width), dtype, device, layout) for n in (n_vocab, n_positions)]
+
+
+def _starts(device: str, length: int, batch: int) -> Tensor:
+    """Another border in each sequence, and a document of one token in those that are long enough"""
+    rows = [
+        [b for b in (1 + 2 * i, length // 2, length // 2 + 1) if b < length] for i in range(batch)
+    ]
+    return starts_of(length, *rows, device=device)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("dtype", parity.DTYPES, ids=str)
+def test_parity(device: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    i = SHAPES.index(shape)
+    idx, weights = _inputs(shape, dtype, device, parity.LAYOUTS[i % len(parity.LAYOUTS)])
+    idx = idx.int() if i % 2 else idx
+    grad = parity.randn((*shape[:2], shape[4]), dtype, device, "transposed")
+    kernel, pytorch, plain = (partial(m.embedding, idx) for m in (fused, portable, reference))
+    parity.assert_parity(kernel, pytorch, plain, weights, grad, NAMES)
+
+
+@pytest.mark.parametrize("shape", [(3, 17, 17, 50, 65), (1, 70, 70, 3, 1025)], ids=str)
+@pytest.mark.parametrize("dtype", parity.DTYPES, ids=str)
+@pytest.mark.parametrize("documents", [False, True])
+def test_parity_with_dropout(
+    device: str, documents: bool, shape: tuple[int, ...], dtype: torch.dtype
+) -> None:
+    idx, weights = _inputs(shape, dtype, device)
+    grad = parity.randn((*shape[:2], shape[4]), dtype, device, "contiguous")
+    options: dict[str, Any] = dict(
+        dropout_p=0.2, seed=torch.tensor([2**40 + 3], device=device), stream=5
+    )
+    options["starts"] = _starts(device, shape[1], shape[0]) if documents else None
+    kernel, plain = (partial(m.embedding, idx, **options) for m in (fused, reference))
+    parity.assert_parity(kernel, plain, plain, weights, grad, NAMES)
+
+
+@pytest.mark.parametrize("shape", [s for s in SHAPES if s[4] < 768], ids=str)
+@pytest.mark.parametrize("dtype", parity.DTYPES, ids=str)
+def test_parity_of_documents(device: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    i = SHAPES.index(shape)
+    idx, weights = _inputs(shape, dtype, device, parity.LAYOUTS[i % len(parity.LAYOUTS)])
+    grad = parity.randn((*shape[:2], shape[4]), dtype, device, "transposed")
+    starts = _starts(device, shape[1], shape[0])
+    kernel, pytorch, plain = (
+        partial(m.embedding, idx, starts=starts) for m in (fused, portable, reference)
+    )
+    parity.assert_parity(kernel, pytorch, plain, weights, grad, NAMES)
+
+
+def test_one_document_gives_the_same_output_as_none(device: str) -> None:
+    idx, weights = _inputs((3, 17, 17, 50, 65), torch.float32, device)
+    starts = torch.zeros(3, 17, dtype=torch.int32, device=device)
+    assert torch.equal(
+        fused.embedding(idx, *weights, starts=starts), fused.embedding(idx, *weights)
+    )
+
+
+def test_positions_of_documents(device: str) -> None:
+    """Ones: a gradient counts how often a position occurs."""
+    idx, (token, position) = _inputs((2, 6, 9, 20, 16), torch.float32, device)
+    starts = starts_of(6, [2], [1, 2, 5], device=device)
+    leaf = position.requires_grad_()
+    out = fused.embedding(idx, token, leaf, starts=starts)
+    places = torch.tensor([[0, 1, 0, 1, 2, 3], [0, 0, 0, 1, 2, 0]], device=device)
+    torch.testing.assert_close(out, token[idx] + position[places])
+    (dposition,) = torch.autograd.grad(out, leaf, torch.ones_like(out))
+    counts = torch.tensor([6, 3, 2, 1, 0, 0, 0, 0, 0], device=device)
+    assert torch.equal(dposition, counts[:, None].expand(9, 16).float())
+
+
+def test_whatever_starts_holds_counts_as_the_nearest_that_is_allowed(device: str) -> None:
+    idx, weights = _inputs((2, 5, 5, 7, 16), torch.float32, device)
+    wild = torch.tensor([[-1, 2, -(2**31), 2**31 - 1, 0], [4, 3, 2, 1, 0]], dtype=torch.int32)
+    places = torch.arange(5, dtype=torch.int32)
+    runs = []
+    for starts in (wild, torch.minimum(wild.clamp(min=0), places)):
+        leaves = [x.clone().requires_grad_() for x in weights]
+        out = fused.embedding(idx, *leaves, starts=starts.to(device))
+        runs.append([out, *torch.autograd.grad(out, leaves, torch.ones_like(out))])
+    assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+
+
+@pytest.mark.parametrize("before", [0, 1, 5, BAND - 1, BAND, BAND + 1])
+@pytest.mark.parametrize("run", [1, BAND - 1, BAND, BAND + 1, 2 * BAND - 1, 5 * BAND + 3])
+def test_runs_of_one_token_wherever_they_meet_the_bands(device: str, before: int, run: int) -> None:
+    """Head, whole bands and tail of a run, each present or not. Integers: the sums are exact."""
+    idx = torch.tensor([[0] * before + [1] * run + [2] * 3], device=device)
+    idx = idx[:, torch.randperm(idx.shape[1], device=device)]
+    weight = torch.zeros(4, 8, device=device, requires_grad=True)
+    grad = torch.randint(-50, 50, (1, idx.shape[1], 8), device=device).float()
+    out = fused.embedding(idx, weight, torch.zeros(idx.shape[1], 8, device=device))
+    (dweight,) = torch.autograd.grad(out, weight, grad)
+    assert torch.equal(dweight, torch.zeros_like(weight).index_add(0, idx[0], grad[0]))
+
+
+def test_positions_beyond_the_length_and_unused_tokens_get_zeros(device: str) -> None:
+    idx, weights = _inputs((2, 3, 9, 20, 16), torch.float32, device)
+    leaves = [x.requires_grad_() for x in weights]
+    out = fused.embedding(idx, *leaves)
+    dtoken, dposition = torch.autograd.grad(out, leaves, torch.ones_like(out))
+    counts = torch.bincount(idx.flatten(), minlength=20).float()
+    assert torch.equal(dtoken, counts[:, None].expand(20, 16))
+    assert torch.equal(dposition[:3], torch.full((3, 16), 2.0, device=device))
+    assert torch.equal(dposition[3:], torch.zeros(6, 16, device=device))
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64], ids=str)
+@pytest.mark.parametrize("dropout_p", [0.0, 0.5])
+@pytest.mark.parametrize("documents", [False, True])
+def test_ids_out_of_range(
+    device: str, documents: bool, dtype: torch.dtype, dropout_p: float
+) -> None:
+    """Their rows are NaN, all of it; no gradient knows them, and the others are what they were."""
+    info = torch.iinfo(dtype)
+    idx = torch.tensor([[3, -1, 0], [info.min, 5, info.max], [6, 2, 3]], device=device, dtype=dtype)
+    wrong = (idx < 0) | (idx >= 6)
+    weights = [torch.randn(n, 40, device=device, requires_grad=True) for n in (6, 3)]
+    options: dict[str, Any] = dict(dropout_p=dropout_p, seed=torch.tensor([1], device=device))
+    options["starts"] = starts_of(3, [1], [], [2], device=device) if documents else None
+    out = fused.embedding(idx, *weights, **options)
+    expected = reference.embedding(idx.clamp(0, 5), *weights, **options)
+    assert out[wrong].isnan().all()
+    assert torch.equal(out[~wrong], expected[~wrong])
+
+    grad = torch.randn_like(out)
+    blank = grad.masked_fill(wrong[..., None], 0.0)
+    grad[wrong] = float("nan")
+    got = torch.autograd.grad(out, weights, grad)
+    for x, z in zip(got, torch.autograd.grad(expected, weights, blank), strict=True):
+        torch.testing.assert_close(x, z)
+
+
+@pytest.mark.parametrize("frozen", [0, 1])
+def test_a_frozen_table_gets_no_gradient(device: str, frozen: int) -> None:
+    idx, weights = _inputs((2, 5, 6, 7, 16), torch.float32, device)
+    leaf = weights[1 - frozen].requires_grad_()
+    fused.embedding(idx, *weights).square().sum().backward()
+    (expected,) = torch.autograd.grad(portable.embedding(idx, *weights).square().sum(), leaf)
+    assert weights[frozen].grad is None and leaf.grad is not None
+    torch.testing.assert_close(leaf.grad, expected)
+
+
+def test_expanded_gradient(device: str) -> None:
+    idx, weights = _inputs((2, 5, 6, 7, 16), torch.float32, device)
+    leaves = [x.requires_grad_() for x in weights]
+    got = torch.autograd.grad(fused.embedding(idx, *leaves).sum(), leaves)
+    expected = torch.autograd.grad(portable.embedding(idx, *leaves).sum(), leaves)
+    assert all(torch.equal(x, z) for x, z in zip(got, expected, strict=True))
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1), (2, 9, 65), (1, 3, 1600)], ids=str)
+def test_mask_is_the_reference_s_forward_and_backward(
+    device: str, shape: tuple[int, int, int]
+) -> None:
+    batch, length, width = shape
+    seed = torch.tensor([-(2**50) - 11], device=device)
+    idx = torch.arange(batch * length, device=device).view(batch, length)  # each token once
+    token = torch.ones(batch * length, width, device=device, requires_grad=True)
+    position = torch.zeros(length, width, device=device)
+    out = fused.embedding(idx, token, position, dropout_p=0.25, seed=seed, stream=2**31 - 1)
+    (dtoken,) = torch.autograd.grad(out, token, torch.ones_like(out))
+    keep, share = reference.dropout_mask(seed, (batch * length, width), 0.25, 2**31 - 1)
+    for x in (out.flatten(0, 1), dtoken):
+        torch.testing.assert_close(x, keep.float() / share)
+        assert torch.equal(x > 0, keep)
+
+
+def test_autocast(device: str) -> None:
+    """The residual stream is bfloat16 under its autocast, float32 otherwise; gradients are the
+    weights'."""
+    idx, weights = _inputs((2, 5, 6, 7, 16), torch.float32, device)
+    leaves = [x.requires_grad_() for x in weights]
+    plain = fused.embedding(idx, *leaves)
+    with torch.autocast(device, dtype=torch.bfloat16):
+        out = fused.embedding(idx, *leaves)
+    assert torch.equal(out, plain.bfloat16())
+    assert all(g.dtype == torch.float32 for g in torch.autograd.grad(out.sum(), leaves))
+    with torch.autocast(device, dtype=torch.float16):
+        assert fused.embedding(idx, *leaves).dtype == torch.float32
+
+
+@pytest.mark.parametrize("width", [32, 1030])
+@pytest.mark.parametrize("documents", [False, True])
+def test_two_runs_give_the_same_bits(device: str, documents: bool, width: int) -> None:
+    idx, weights = _inputs((3, 60, 60, 4, width), torch.float32, device)
+    leaves = [x.requires_grad_() for x in weights]
+    grad = torch.randn(3, 60, width, device=device)
+    seed = torch.tensor([9], device=device)
+    starts = starts_of(60, [10], [], [1, 50], device=device) if documents else None
+    runs = []
+    for order in (1, 2):
+        with sanitize(seed=order):  # interpreted: also in another order of the programs
+            out = fused.embedding(idx, *leaves, dropout_p=0.1, seed=seed, starts=starts)
+            runs.append([out, *torch.autograd.grad(out, leaves, grad)])
+    assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+
+
+@pytest.mark.parametrize("dropout_p", [0.0, 0.5])
+@pytest.mark.parametrize("starts", [None, starts_of(3, [1], [2])], ids=["one", "several"])
+def test_gradcheck(starts: Tensor | None, dropout_p: float) -> None:
+    idx = torch.tensor([[0, 2, 2], [2, 1, 0]])
+    leaves = [torch.randn(n, 5, dtype=torch.float64, requires_grad=True) for n in (4, 3)]
+    seed = torch.tensor([1])
+    assert torch.autograd.gradcheck(
+        partial(fused.embedding, idx, dropout_p=dropout_p, seed=seed, starts=starts), leaves
+    )
+
+
+@pytest.mark.parametrize("dropout_p", [0.0, 0.5])
+def test_opcheck(device: str, dropout_p: float) -> None:
+    idx, weights = _inputs((2, 5, 6, 7, 16), torch.float32, device)
+    leaves = [x.requires_grad_() for x in weights]
+    seed = torch.tensor([1], device=device) if dropout_p else None
+    starts = _starts(device, 5, 2) if dropout_p else None
+    torch.library.opcheck(_embedding_op, (idx, *leaves, seed, starts, dropout_p, 2, torch.bfloat16))
+    dout = torch.randn(5, 2, 16, device=device).transpose(0, 1)
+    torch.library.opcheck(_token_bwd_op, (dout, idx, seed, 7, torch.float32, dropout_p, 2))
+    torch.library.opcheck(_position_bwd_op, (dout, idx, seed, 7, 6, torch.float32, dropout_p, 2))
+
+
+@pytest.mark.parametrize("documents", [False, True])
+def test_compiles_without_a_graph_break(device: str, documents: bool) -> None:
+    idx, weights = _inputs((2, 5, 6, 7, 16), torch.float32, device)
+    leaves = [x.requires_grad_() for x in weights]
+    seed = torch.tensor([1], device=device)
+    starts = _starts(device, 5, 2) if documents else None
+
+    def step(idx: Tensor, *weights: Tensor) -> Tensor:
+        y = fused.embedding(idx, *weights, dropout_p=0.5, seed=seed, starts=starts)
+        return y.square().sum()
+
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    for x, z in zip(
+        torch.autograd.grad(compiled(idx, *leaves), leaves),
+        torch.autograd.grad(step(idx, *leaves), leaves),
+        strict=True,
+    ):
+        torch.testing.assert_close(x, z)
+
+
+def test_errors() -> None:
+    idx, (token, position) = _inputs((2, 5, 6, 7, 16), torch.float32, "cpu")
+
+    def refuses(kind: type[Exception], message: str, *args: Any, **options: Any) -> None:
+        with pytest.raises(kind, match=message):
+            fused.embedding(*args, **options)
+
+    refuses(TypeError, "idx must be torch.int64 or torch.int32", idx.float(), token, position)
+    refuses(ValueError, r"idx must have shape \(B, T\), got \(5,\)", idx[0], token, position)
+    refuses(ValueError, r"token_weight must have shape \(V, C\)", idx, token[0], position)
+    refuses(ValueError, r"position_weight must have shape \(P, 16\)", idx, token, position[:, :3])
+    refuses(ValueError, "a row for each of the 5 positions of idx", idx, token, position[:4])
+    refuses(ValueError, "position_weight must have the dtype of", idx, token, position.half())
+    refuses(
+        ValueError, "token_weight must be on the device of idx", idx.to("meta"), token, position
+    )
+    refuses(TypeError, "token_weight must be a floating-point", idx, token.int(), position)
+    refuses(ValueError, "dropout_p must lie in", idx, token, position, dropout_p=-0.1)
+    refuses(ValueError, "stream must lie in", idx, token, position, stream=2**31)
+    seed = torch.tensor([1, 2])
+    refuses(ValueError, "seed must be an int64 tensor", idx, token, position, seed=seed)
+    starts = starts_of(5, [], [1])
+    args = idx, token, position
+    refuses(TypeError, "starts must be torch.int32, got torch.int64", *args, starts=starts.long())
+    refuses(ValueError, r"starts must have shape \(2, 5\) to go with idx", *args, starts=starts[0])
+    refuses(ValueError, "starts must be on the device of idx", *args, starts=starts.to("meta"))

@@ -1,0 +1,88 @@
+"""GELU in Triton against the plain op: parity, gradients, operator registration, errors."""
+
+from functools import partial
+
+import pytest
+import torch
+
+from fastgpt.kernels import fused, portable, reference
+from fastgpt.kernels.gelu import _gelu_bwd_op, _gelu_op
+from tests.tools import parity
+from tests.tools.sanitizer import sanitize
+
+SHAPES = [(1,), (7,), (1024,), (3, 1025), (0,), (5, 0, 2), (2, 3, 65), (129, 80)]
+FORMS = ["none", "tanh"]
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("dtype", parity.DTYPES, ids=str)
+@pytest.mark.parametrize("form", FORMS)
+def test_parity(device: str, shape: tuple[int, ...], dtype: torch.dtype, form: str) -> None:
+    layout = parity.LAYOUTS[SHAPES.index(shape) % len(parity.LAYOUTS)]
+    x = parity.randn(shape, dtype, device, layout)
+    kernel, pytorch, plain = (
+        partial(module.gelu, approximate=form) for module in (fused, portable, reference)
+    )
+    parity.assert_parity(
+        kernel, pytorch, plain, [x], parity.randn(shape, dtype, device, "transposed"), ["x"]
+    )
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_tails_and_special_values(device: str, form: str) -> None:
+    x = torch.tensor([-1e4, -40.0, -9.0, -1e-20, 0.0, 1e-20, 9.0, 40.0, 1e4], device=device)
+    x.requires_grad_()
+    y = fused.gelu(x, form)
+    (dx,) = torch.autograd.grad(y.sum(), x)
+    assert torch.equal(y[:2], torch.zeros(2, device=device))
+    assert torch.equal(y[-2:], x[-2:])
+    assert torch.equal(dx[[0, 4, 8]], torch.tensor([0.0, 0.5, 1.0], device=device))
+    assert fused.gelu(torch.tensor([float("nan")], device=device), form).isnan().all()
+
+
+def test_the_two_forms_differ() -> None:
+    x = torch.linspace(-4, 4, 1001)
+    gap = (fused.gelu(x) - fused.gelu(x, "tanh")).abs().max()
+    assert 1e-4 < gap < 5e-4
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_gradcheck(form: str) -> None:
+    x = torch.randn(2, 17, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(partial(fused.gelu, approximate=form), (x,))
+
+
+def test_expanded_gradient(device: str) -> None:
+    x = torch.randn(3, 5, device=device, requires_grad=True)
+    (dx,) = torch.autograd.grad(fused.gelu(x).sum(), x)
+    (expected,) = torch.autograd.grad(portable.gelu(x).sum(), x)
+    torch.testing.assert_close(dx, expected)
+
+
+def test_opcheck(device: str) -> None:
+    x = torch.randn(3, 17, device=device, requires_grad=True)
+    torch.library.opcheck(_gelu_op, (x, "none"))
+    torch.library.opcheck(_gelu_bwd_op, (torch.randn(17, 3, device=device).t(), x.detach(), "tanh"))
+
+
+def test_sanitized() -> None:
+    x = torch.randn(1030, requires_grad=True)
+    with sanitize():
+        fused.gelu(x).sum().backward()
+
+
+def test_errors(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = torch.randn(3)
+    with pytest.raises(ValueError, match="approximate must be 'none' or 'tanh', got 'fast'"):
+        fused.gelu(x, "fast")
+    with pytest.raises(TypeError, match="x must be a floating-point tensor, got torch.int64"):
+        fused.gelu(torch.arange(3))
+    with pytest.raises(TypeError, match="x must be a torch.Tensor, got list"):
+        fused.gelu([1.0])  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="x must be float32, float16 or bfloat16.*float8"):
+        fused.gelu(x.to(torch.float8_e4m3fn))
+    monkeypatch.setattr("fastgpt.kernels._common.INTERPRETED", False)
+    with pytest.raises(ValueError, match="x must be on a CUDA device, got cpu"):
+        fused.gelu(x)
+    with pytest.raises(TypeError, match="x must be float32.*float64"):
+        fused.gelu(x.double().to("meta"))

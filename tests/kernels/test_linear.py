@@ -1,0 +1,236 @@
+"""The linear layer, whose weight gradient is a Triton GEMM, against the plain op: parity on both
+ways of loading, the split of the sum, what is kept, frozen parameters, errors.
+"""
+
+import itertools
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from fastgpt.kernels import fused, gemm, portable, reference
+from fastgpt.kernels.linear import _linear_bwd_op, _linear_op, rows
+from tests.tools import parity
+
+# (shape of x, outputs): sizes that are no multiple of a tile; rows that no TMA can copy; empty.
+SHAPES = [
+    ((1, 16), 8),
+    ((3, 40), 24),
+    ((130, 96), 136),
+    ((2, 65, 72), 200),
+    ((1, 1, 256), 8),
+    ((300, 64), 72),
+    ((9, 25), 31),
+    ((2, 3, 7), 1),
+    ((0, 16), 8),
+]
+NAMES = ["x", "weight", "bias"]
+
+
+@pytest.fixture(params=["tma", "pointers"])
+def loads(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Both ways to load a tile, in the interpreter; a GPU has one of them."""
+    if request.param == "pointers":
+        monkeypatch.setattr(gemm, "_tma", lambda device: False)
+    return request.param
+
+
+def _inputs(shape: tuple[int, ...], n: int, dtype: torch.dtype, device: str, layout: str):
+    k = shape[-1]
+    weight = parity.randn((n, k), dtype, device, layout) * k**-0.5
+    return [
+        parity.randn(shape, dtype, device, layout),
+        weight,
+        parity.randn((n,), dtype, device, "strided"),
+    ]
+
+
+@pytest.mark.parametrize("shape,n", SHAPES, ids=str)
+@pytest.mark.parametrize("dtype", parity.DTYPES, ids=str)
+def test_parity(
+    device: str, loads: str, shape: tuple[int, ...], n: int, dtype: torch.dtype
+) -> None:
+    i = SHAPES.index((shape, n))
+    inputs = _inputs(shape, n, dtype, device, parity.LAYOUTS[i % len(parity.LAYOUTS)])
+    count = 2 if i % 3 == 0 else 3
+    grad = parity.randn((*shape[:-1], n), dtype, device, "transposed")
+    ops = fused.linear, portable.linear, reference.linear
+    parity.assert_parity(*ops, inputs[:count], grad, NAMES[:count])
+
+
+@pytest.mark.parametrize(
+    "tile", [(16, 32, 16, 4, 1, 1), (32, 16, 32, 4, 1, 3), (64, 64, 64, 4, 1, 9)]
+)
+@pytest.mark.parametrize("n_splits", [1, 3])
+def test_any_tile_and_split(
+    device: str, loads: str, monkeypatch: pytest.MonkeyPatch, tile: tuple, n_splits: int
+) -> None:
+    if device == "cuda":
+        pytest.skip("the GPU's tables are its own")
+    monkeypatch.setattr(gemm, "INTERPRETER_TILES", dict.fromkeys(gemm.TMA_TILES, tile))
+    monkeypatch.setattr(gemm, "splits", lambda *args: n_splits)
+    dy, x = torch.randn(77, 40), torch.randn(77, 48)
+    dweight, dbias = gemm.weight_gradient(dy, x, True, torch.float32)
+    torch.testing.assert_close(dweight.double(), dy.double().T @ x.double(), rtol=1e-5, atol=1e-5)
+    assert dbias is not None
+    torch.testing.assert_close(dbias.double(), dy.double().sum(0), rtol=1e-5, atol=1e-5)
+
+
+def test_splits_fill_the_multiprocessors() -> None:
+    """An H200 takes 264 programs of 128 x 128 at once. GPT-2's projection has 36 tiles: one part
+    would leave six sevenths of it idle. Large sums are cut, small ones are not."""
+    assert gemm.splits(768, 768, 65536, 36, 264) == 7
+    for m, n in itertools.product((768, 2304, 3072), (768, 3072)):
+        tiles = m * n // 128**2
+        parts = gemm.splits(m, n, 65536, tiles, 264)
+        waves = tiles * parts / 264
+        assert waves / -(-waves // 1) > 0.8, (m, n, parts)  # the last wave is no waste
+    assert gemm.splits(768, 768, 64, 36, 264) == 1
+    assert gemm.splits(50304, 768, 4096, 393 * 6, 264) == 1
+
+
+def test_a_weight_gradient_is_summed_in_float32(device: str) -> None:
+    """In half precision a sum of 4096 ones and as many small numbers would stop growing."""
+    x = torch.full((4096, 16), 2**-6, dtype=torch.bfloat16, device=device)
+    weight = torch.zeros(16, 16, device=device, requires_grad=True)
+    bias = torch.zeros(16, device=device, requires_grad=True)
+    y = fused.linear(x, weight, bias)
+    assert y.dtype == torch.bfloat16
+    dweight, dbias = torch.autograd.grad(y, (weight, bias), torch.full_like(y, 1.0078125))
+    assert dweight.dtype == dbias.dtype == torch.float32
+    assert torch.equal(dweight, torch.full_like(dweight, 4096 * 1.0078125 * 2**-6))
+    assert torch.equal(dbias, torch.full_like(dbias, 4096 * 1.0078125))
+
+
+@pytest.mark.parametrize("bias", [False, True], ids=["", "bias"])
+def test_gradcheck(bias: bool) -> None:
+    inputs = [
+        torch.randn(*s, dtype=torch.float64, requires_grad=True) for s in ((5, 6), (4, 6), (4,))
+    ]
+    assert torch.autograd.gradcheck(fused.linear, inputs[: 2 + bias], fast_mode=True)
+
+
+def test_gradients_agree_to_the_bit_between_runs(device: str) -> None:
+    inputs = _inputs((300, 64), 72, torch.bfloat16, device, "contiguous")
+    leaves = [x.requires_grad_() for x in inputs]
+    grad = torch.randn(300, 72, device=device).bfloat16()
+    runs = [torch.autograd.grad(fused.linear(*leaves), leaves, grad) for _ in range(2)]
+    assert all(map(torch.equal, *runs))
+
+
+@pytest.mark.parametrize("op", [fused.linear, portable.linear], ids=["fused", "portable"])
+@pytest.mark.parametrize("bias", [False, True], ids=["", "bias"])
+def test_recompute_keeps_the_source_and_changes_no_bit(op, bias: bool) -> None:
+    source = torch.randn(7, 32)
+    ln_weight, ln_bias, b = torch.randn(3, 32).unbind()
+    ln_bias_or_none = ln_bias if bias else None
+    layer_norm = fused.layer_norm if op is fused.linear else portable.layer_norm
+    x = layer_norm(source, ln_weight, ln_bias_or_none, 1e-5).requires_grad_()
+    weight = torch.randn(32, 32, requires_grad=True)
+    leaves = [x, weight, *([b.requires_grad_()] if bias else [])]
+    grad = torch.randn(7, 32)
+
+    def run(recompute):
+        y = op(*leaves, recompute=recompute)
+        return [y.detach(), *torch.autograd.grad(y, leaves, grad)]
+
+    recipe = (source, ln_weight, ln_bias_or_none, 1e-5)
+    assert all(map(torch.equal, run(None), run(recipe)))
+    kept = parity.saved_storages(lambda: op(*leaves, recompute=recipe))
+    assert source.untyped_storage().data_ptr() in kept
+    assert x.untyped_storage().data_ptr() not in kept
+
+
+@pytest.mark.parametrize("frozen", list(itertools.product([False, True], repeat=3)), ids=str)
+def test_frozen(device: str, frozen: tuple[bool, ...]) -> None:
+    inputs = _inputs((9, 16), 24, torch.float32, device, "contiguous")
+    results = []
+    for op in (fused.linear, reference.linear):
+        leaves = [x.detach().requires_grad_(not f) for x, f in zip(inputs, frozen, strict=True)]
+        y = op(*leaves)
+        assert y.requires_grad == (not all(frozen))
+        if y.requires_grad:
+            y.square().sum().backward()
+        results.append([x.grad for x in leaves])
+    for ours, plain, f in zip(*results, frozen, strict=True):
+        assert (ours is None) == (plain is None) == f
+        if not f:
+            torch.testing.assert_close(ours, plain, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_autocast_rounds_the_weight_and_not_its_gradient(device: str, dtype: torch.dtype) -> None:
+    x, weight, bias = _inputs((9, 16), 24, torch.float32, device, "contiguous")
+    weight.requires_grad_(), bias.requires_grad_()
+    with torch.autocast(device, dtype):
+        y = fused.linear(x, weight, bias)
+    assert y.dtype == dtype
+    y.float().sum().backward()
+    assert weight.grad.dtype == bias.grad.dtype == torch.float32
+    expected = torch.ones(9, 24, device=device).T @ x.to(dtype).float()
+    torch.testing.assert_close(weight.grad, expected, rtol=1e-5, atol=1e-5)  # not rounded to dtype
+
+
+def test_expanded_gradients_are_copied(device: str) -> None:
+    x, weight, _ = _inputs((9, 16), 24, torch.float32, device, "contiguous")
+    weight.requires_grad_()
+    for grad in (
+        torch.randn(24, device=device).expand(9, 24),
+        torch.ones((), device=device).expand(9, 24),
+    ):
+        (dweight,) = torch.autograd.grad(fused.linear(x, weight), weight, grad)
+        torch.testing.assert_close(dweight, grad.T @ x, rtol=1e-5, atol=1e-5)
+        assert rows(grad).is_contiguous()
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (1, 8), (8, 1)], ids=str)
+def test_the_stride_of_a_single_row_or_column_means_nothing(shape: tuple[int, int], device) -> None:
+    """PyTorch calls such a tensor contiguous whatever its strides; no tensor descriptor does."""
+    x = torch.randn(shape[0], 16, device=device, requires_grad=True)
+    weight = torch.randn(shape[1], 16, device=device, requires_grad=True)
+    dx, dweight = torch.autograd.grad(fused.linear(x, weight).sum(), (x, weight))
+    torch.testing.assert_close(dx, weight.sum(0).expand_as(x))
+    torch.testing.assert_close(dweight, x.sum(0).expand_as(weight))
+    odd, row = torch.randn(1, 8, device=device).as_strided((1, 1), (8, 4)), x.detach()[:1]
+    torch.testing.assert_close(gemm.weight_gradient(odd, row, False, x.dtype)[0], odd * row)
+
+
+def test_flops() -> None:
+    x, weight = torch.randn(30, 16, requires_grad=True), torch.randn(24, 16, requires_grad=True)
+    with FlopCounterMode(display=False) as counter:
+        fused.linear(x, weight).sum().backward()
+    assert counter.get_total_flops() == 3 * 2 * 30 * 16 * 24
+
+
+def test_opcheck(device: str) -> None:
+    x, weight, bias = (
+        t.requires_grad_() for t in _inputs((2, 9, 16), 24, torch.float32, device, "strided")
+    )
+    source, ln_weight = torch.randn(2, 9, 16, device=device), torch.randn(16, device=device)
+    torch.library.opcheck(_linear_op, (x, weight, bias, None, None, None, 0.0))
+    torch.library.opcheck(_linear_op, (x, weight, None, source, ln_weight, None, 1e-5))
+    dy = torch.randn(24, 2, 9, device=device).permute(1, 2, 0)
+    weight, source = weight.detach(), source
+    for recipe, flags in itertools.product(
+        [(None, None, 0.0), (ln_weight, None, 1e-5)], itertools.product([False, True], repeat=3)
+    ):
+        torch.library.opcheck(_linear_bwd_op, (dy, weight, source, *recipe, *flags))
+
+
+@pytest.mark.parametrize("op", [fused.linear, portable.linear, reference.linear])
+def test_errors(op) -> None:
+    x, weight = torch.randn(2, 16), torch.randn(24, 16)
+    with pytest.raises(TypeError, match="x must be a floating-point tensor, got torch.int64"):
+        op(torch.ones(2, 16, dtype=torch.int64), weight)
+    with pytest.raises(ValueError, match=r"weight must have shape \(N, K\) to go with x"):
+        op(x, weight.T)
+    with pytest.raises(ValueError, match=r"bias must have shape \(24,\) to go with weight"):
+        op(x, weight, torch.randn(16))
+    with pytest.raises(ValueError, match="weight must have the dtype of x .* got torch.float16"):
+        op(x, weight.half())
+    with pytest.raises(ValueError, match="weight must be on the device of x"):
+        op(x, weight.to("meta"))
+    with pytest.raises(ValueError, match="recompute must be .* got 2 items"):
+        op(x, weight, recompute=(x, weight))
+    with pytest.raises(ValueError, match="recompute must begin with a tensor of x's shape"):
+        op(x, weight, recompute=(x[:1], weight[0], None, 1e-5))

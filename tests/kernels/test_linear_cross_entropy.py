@@ -1,0 +1,367 @@
+"""Linear + cross-entropy in chunks, in Triton and portable: parity with whole logits, gradients and
+who asks for them, precision, determinism, the operators, what they cost and keep.
+"""
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from functools import partial
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.utils.flop_counter import FlopCounterMode
+
+from fastgpt.kernels import chunked_loss, fused, linear_cross_entropy, portable, reference
+from fastgpt.kernels._costs import COSTS
+from tests.tools import parity
+from tests.tools.sanitizer import sanitize
+
+CHUNK = 8
+# x without its last dimension, C, V: one token, one class, V below and beyond a tile and odd, rows
+# that fill no chunk, one chunk and several
+SHAPES = [
+    ((1,), 8, 65),
+    ((5,), 3, 1),
+    ((8,), 25, 257),
+    ((2, 17), 24, 1000),
+    ((3, 1, 5), 16, 65),
+    ((9,), 16, 4097),
+    ((40,), 7, 33),
+]
+OPTIONS: list[dict[str, Any]] = [
+    dict(reduction=reduction, label_smoothing=label_smoothing, z_loss=z_loss)
+    for reduction in ("mean", "sum")
+    for label_smoothing, z_loss in ((0.0, 0.0), (0.1, 0.0), (0.0, 0.01), (0.3, 0.02))
+]
+NAMES = ["x", "weight"]
+
+Pair = tuple[Tensor, Tensor]  # x and weight
+
+
+@pytest.fixture(params=[fused, portable], ids=["fused", "portable"])
+def ops(request: pytest.FixtureRequest) -> ModuleType:
+    return request.param
+
+
+@pytest.fixture(autouse=True)
+def _small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(chunked_loss, "chunk_rows", lambda n_cols, dtype, device: CHUNK)
+
+
+def inputs(
+    shape: tuple[int, ...],
+    width: int,
+    n_classes: int,
+    device: str,
+    dtype: torch.dtype = torch.float32,
+    layout: str = "contiguous",
+) -> tuple[Pair, Tensor]:
+    """x and weight for logits of N(0, 2^2); targets of which every third is ignored."""
+    x = parity.randn((*shape, width), dtype, device, layout)
+    weight = parity.randn((n_classes, width), dtype, device, layout) * (2 / width**0.5)
+    targets = torch.randint(n_classes, shape, device=device)
+    targets.view(-1)[1::3] = -1
+    return (x, weight), targets
+
+
+def as_leaves(tensors: Pair) -> Pair:
+    return tensors[0].requires_grad_(), tensors[1].requires_grad_()
+
+
+def whole(
+    x: Tensor, weight: Tensor, targets: Tensor, z_loss: float = 0.0, **options: Any
+) -> Tensor:
+    """What one writes in PyTorch: the products in the inputs' dtype, the rest in float32."""
+    logits = F.linear(x, weight).flatten(0, -2).float()
+    targets = targets.flatten()
+    loss = F.cross_entropy(logits, targets, ignore_index=-1, **options)
+    if z_loss > 0.0:
+        kept = logits[targets != -1].logsumexp(-1).square()
+        loss = loss + z_loss * (kept.sum() if options["reduction"] == "sum" else kept.mean())
+    return loss
+
+
+def assert_parity(ops: ModuleType, tensors: Pair, targets: Tensor, **options: Any) -> None:
+    kernel, plain = (
+        partial(module.linear_cross_entropy, targets=targets, **options)
+        for module in (ops, reference)
+    )
+    pytorch = partial(whole, targets=targets, **options)
+    # A power of two: one token's gradient is one rounded number for each class, and whether 1.7
+    # times it rounds as well as PyTorch's would be luck.
+    grad = torch.tensor(2.0, device=targets.device)
+    parity.assert_parity(kernel, pytorch, plain, tensors, grad, NAMES)
+
+
+def gradients(loss: Tensor, *leaves: Tensor, **options: Any) -> tuple[Tensor, ...]:
+    return torch.autograd.grad(loss, leaves, **options)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("dtype", parity.DTYPES, ids=str)
+def test_parity(ops, device: str, shape: Any, dtype: torch.dtype) -> None:
+    i, (rows, width, n_classes) = SHAPES.index(shape), shape
+    layout = parity.LAYOUTS[i % len(parity.LAYOUTS)]
+    tensors, targets = inputs(rows, width, n_classes, device, dtype, layout)
+    assert_parity(ops, tensors, targets, **OPTIONS[i % len(OPTIONS)])
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_options(ops, device: str, options: dict[str, Any], dtype: torch.dtype) -> None:
+    tensors, targets = inputs((19,), 16, 130, device, dtype)
+    assert_parity(ops, tensors, targets, **options)
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_gradcheck(ops, options: dict[str, Any]) -> None:
+    tensors, targets = inputs((11,), 3, 7, "cpu", torch.float64)
+    leaves = as_leaves(tensors)
+    op = partial(ops.linear_cross_entropy, targets=targets, **options)
+    assert torch.autograd.gradcheck(op, leaves, fast_mode=True)
+
+
+def test_chunks_change_nothing(ops, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    tensors, targets = inputs((29,), 16, 130, device)
+    leaves = as_leaves(tensors)
+    results = []
+    for rows in (1, 7, 29, 4096):
+        monkeypatch.setattr(chunked_loss, "chunk_rows", lambda *_, rows=rows: rows)
+        loss = ops.linear_cross_entropy(*leaves, targets)
+        results.append((loss, *gradients(loss, *leaves)))
+    for result in results[1:]:
+        for value, expected in zip(result, results[0], strict=True):
+            torch.testing.assert_close(value, expected, atol=1e-6, rtol=1e-6)
+
+
+def test_incoming_gradient_and_second_backward(ops, device: str) -> None:
+    """As GradScaler scales the loss; and gradients add up over two backward passes."""
+    tensors, targets = inputs((19,), 16, 65, device, torch.float16)
+    leaves = as_leaves(tensors)
+    loss = ops.linear_cross_entropy(*leaves, targets)
+    once = gradients(loss, *leaves, retain_graph=True)
+    scaled = gradients(1024.0 * loss, *leaves, retain_graph=True)
+    for small, large in zip(once, scaled, strict=True):
+        torch.testing.assert_close(large / 1024.0, small, atol=1e-7, rtol=1e-3)
+    assert all(map(torch.equal, once, gradients(loss, *leaves)))
+
+
+def test_float16_gradients_do_not_underflow(ops, device: str) -> None:
+    """A scaled loss keeps what 1 / rows would have pushed below float16's smallest number."""
+    rows, classes = 40, 500
+    tensors, targets = inputs((rows,), 16, classes, device, torch.float16)
+    tensors[1].mul_(1e-3)  # p is near 1 / 500: divided by the rows 5e-5
+    leaves = as_leaves(tensors)
+    loss = ops.linear_cross_entropy(*leaves, targets) * 2.0**14
+    exact = as_leaves((tensors[0].detach().double(), tensors[1].detach().double()))
+    expected = gradients(reference.linear_cross_entropy(*exact, targets) * 2.0**14, *exact)
+    for value, truth in zip(gradients(loss, *leaves), expected, strict=True):
+        assert (value - truth).norm() <= 2e-3 * truth.norm()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_the_mean_divides_in_float32(device: str, dtype: torch.dtype) -> None:
+    """n / n is 1; n times the rounded 1 / n often is not."""
+    one, nothing = torch.ones((), device=device), torch.empty(0, device=device)
+    for n in range(1, 257, 5):
+        dx = torch.full((3,), float(n), dtype=dtype, device=device)
+        scaled, _ = chunked_loss._scale_op(one, n * one, dx, nothing, dtype, torch.float32)
+        assert torch.equal(scaled, torch.ones_like(scaled))
+
+
+def test_a_gradient_of_the_gradients_is_refused(ops, device: str) -> None:
+    (x, weight), targets = inputs((5,), 8, 17, device)
+    loss = ops.linear_cross_entropy(x.requires_grad_(), weight, targets)
+    (dx,) = gradients(loss, x, create_graph=True)
+    with pytest.raises(RuntimeError, match="no autograd formula was registered"):
+        dx.sum().backward()
+
+
+@pytest.mark.parametrize("with_x", [False, True])
+@pytest.mark.parametrize("with_weight", [False, True])
+@pytest.mark.parametrize("enabled", [False, True])
+def test_only_what_is_asked_for(
+    ops,
+    device: str,
+    monkeypatch: pytest.MonkeyPatch,
+    with_x: bool,
+    with_weight: bool,
+    enabled: bool,
+) -> None:
+    """Frozen tensors, no_grad: the same loss, and no product for a gradient that nobody can use."""
+    (x, weight), targets = inputs((2 * CHUNK,), 16, 65, device)
+    leaves = as_leaves((x.clone(), weight.clone()))
+    loss = ops.linear_cross_entropy(*leaves, targets)
+    expected = gradients(loss, *leaves)
+    products = []
+
+    def counted(product: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def call(*args: Any, **kwargs: Any) -> Tensor:
+            products.append(product)
+            return product(*args, **kwargs)
+
+        return call
+
+    for name in ("mm", "addmm"):
+        monkeypatch.setattr(torch, name, counted(getattr(torch, name)))
+    x.requires_grad_(with_x)
+    weight.requires_grad_(with_weight)
+    with nullcontext() if enabled else torch.no_grad():
+        again = ops.linear_cross_entropy(x, weight, targets)
+    asked = [(x, with_x, expected[0]), (weight, with_weight, expected[1])]
+    assert torch.equal(again, loss)
+    assert len(products) == 2 * (1 + (enabled and with_x) + (enabled and with_weight))
+    assert again.requires_grad == (enabled and (with_x or with_weight))
+    if again.requires_grad:
+        again.backward()
+        for leaf, wanted, gradient in asked:
+            assert (leaf.grad is not None) == wanted
+            assert leaf.grad is None or torch.equal(leaf.grad, gradient)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("x_dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_autocast(ops, device: str, dtype: torch.dtype, x_dtype: torch.dtype) -> None:
+    """Products in autocast's dtype; float32 loss; gradients in the dtypes of x and weight."""
+    tensors, targets = inputs((19,), 16, 257, device)
+
+    def within(op: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def run(x: Tensor, weight: Tensor) -> Tensor:
+            with torch.autocast(device, dtype):
+                return op(x.to(x_dtype), weight, targets)
+
+        return run
+
+    def plain(x: Tensor, weight: Tensor) -> Tensor:
+        return reference.linear_cross_entropy(x, weight, targets)
+
+    grad = torch.tensor(1.0, device=device)
+    parity.assert_parity(
+        within(ops.linear_cross_entropy), within(whole), plain, tensors, grad, NAMES
+    )
+    x, weight = tensors[0].to(x_dtype).requires_grad_(), tensors[1].requires_grad_()
+    with torch.autocast(device, dtype):
+        loss = ops.linear_cross_entropy(x, weight, targets)
+    dtypes = [tensor.dtype for tensor in (loss, *gradients(loss, x, weight))]
+    assert dtypes == [torch.float32, x_dtype, torch.float32]
+
+
+def test_float32_weight_with_low_precision_input(ops, device: str) -> None:
+    """weight is rounded to x's dtype for the products; its gradient is summed in float32."""
+    (x, weight), targets = inputs((40,), 16, 65, device)
+    x, weight = x.bfloat16(), weight.requires_grad_()
+    loss = ops.linear_cross_entropy(x, weight, targets)
+    rounded = weight.detach().bfloat16()
+    low, high = (rounded.to(d).requires_grad_() for d in (torch.bfloat16, torch.float64))
+    expected = whole(x, low, targets)
+    truth = reference.linear_cross_entropy(x.double(), high, targets)
+    (dweight,), (common,), (exact,) = (
+        gradients(a, b) for a, b in ((loss, weight), (expected, low), (truth, high))
+    )
+    assert dweight.dtype == torch.float32
+    assert (dweight - exact).norm() <= (common - exact).norm()
+    assert (loss - truth).abs() <= 2 * (expected - truth).abs() + 1e-5
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_two_runs_give_the_same_bits(ops, device: str, dtype: torch.dtype) -> None:
+    tensors, targets = inputs((30,), 16, 300, device, dtype)
+    leaves = as_leaves(tensors)
+    runs = []
+    for seed in (1, 2):
+        with sanitize(seed=seed):  # interpreted: also in another order of the programs
+            loss = ops.linear_cross_entropy(*leaves, targets, label_smoothing=0.1)
+            runs.append((loss, *gradients(loss, *leaves)))
+    assert all(map(torch.equal, *runs))
+
+
+def test_compiled_whole(ops, device: str) -> None:
+    (x, weight), targets = inputs((2, 10), 16, 65, device)
+    leaves = as_leaves((x, weight))
+    op = partial(ops.linear_cross_entropy, z_loss=1e-4)
+    compiled = torch.compile(op, fullgraph=True, backend="aot_eager")
+    results = []
+    for call in (op, compiled):
+        loss = call(*leaves, targets)
+        results.append((loss, *gradients(loss, *leaves)))
+    assert all(map(torch.equal, *results))
+    with torch.no_grad():
+        assert torch.equal(compiled(*leaves, targets), results[0][0])
+
+
+def test_few_recompilations_for_many_row_counts(ops, device: str) -> None:
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(ops.linear_cross_entropy, fullgraph=True, backend=counter)
+    for rows in (16, 7, 12, 40, 9, 3, 33, 15, 24, 8, 31, 5, 64, 2, 17, 11, 26, 48, 1, 13):
+        (x, weight), targets = inputs((rows,), 16, 65, device)
+        targets[0] = 0  # one that is not ignored
+        results = []
+        for op in (ops.linear_cross_entropy, compiled):
+            leaf = weight.clone().requires_grad_()
+            loss = op(x, leaf, targets)
+            results.append((loss, *gradients(loss, leaf)))
+        assert all(map(torch.equal, *results))
+    assert counter.frame_count <= 3  # the first, and two more
+
+
+def test_opcheck(ops, device: str) -> None:
+    op = {fused: linear_cross_entropy, portable: portable}[ops]._linear_cross_entropy_op
+    (x, weight), targets = inputs((2, 5), 8, 17, device)
+    leaves = as_leaves((x, weight))
+    for dtype in (torch.float32, torch.bfloat16):
+        torch.library.opcheck(op, (*leaves, targets, dtype, -1, True, 0.1, 0.01, True, True))
+    frozen = (x.detach(), leaves[1], targets, torch.float32, -1, False, 0.0, 0.0, False, True)
+    torch.library.opcheck(op, frozen)
+    _, divisor, dx, dweight = op(
+        x.detach(), weight.detach(), targets, torch.float32, -1, True, 0.0, 0.0, True, True
+    )
+    args = (torch.ones((), device=device), divisor, dx, dweight, torch.float16, torch.float32)
+    torch.library.opcheck(chunked_loss._scale_op, args)
+
+
+@pytest.mark.parametrize("x_needs_gradient", [False, True])
+def test_flops(ops, device: str, x_needs_gradient: bool) -> None:
+    """2 M V C for each of the three products, whatever the chunks."""
+    (x, weight), targets = inputs((20,), 16, 65, device)
+    product = 2 * 20 * 65 * 16
+    with FlopCounterMode(display=False) as counter:
+        loss = ops.linear_cross_entropy(
+            x.requires_grad_(x_needs_gradient), weight.requires_grad_(), targets
+        )
+        loss.backward()
+    assert counter.get_total_flops() == (3 if x_needs_gradient else 2) * product
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        ops.linear_cross_entropy(x, weight, targets)
+    assert counter.get_total_flops() == product
+
+
+def test_bytes_by_hand(ops, device: str) -> None:
+    """Three chunks: each product reads its operands and writes its result, the rows are read and
+    written, the sum for dweight is read and written but for the first time; weight is cast."""
+    (x, weight), targets = inputs((3 * CHUNK,), 16, 65, device)
+    op = {fused: linear_cross_entropy, portable: portable}[ops]._linear_cross_entropy_op
+    args = (x, weight, targets, torch.bfloat16, -1, True, 0.0, 0.0, True, True)
+    costs = COSTS[getattr(torch.ops.fastgpt, op._name)](op(*args), *args)
+    rows, logits, weights = 2 * 24 * 16, 2 * 24 * 65, 2 * 65 * 16
+    assert {cost.name: cost.bytes for cost in costs} == {
+        "logits": rows + 3 * weights + logits,
+        "rows": 2 * logits + 8 * 24,
+        "dx": logits + 3 * weights + rows,
+        "dweight": logits + rows + 5 * 4 * 65 * 16,
+        "cast x": 3 * rows,
+        "cast weight": 3 * weights,
+    }
+
+
+def test_kept_for_the_backward_pass(ops, device: str) -> None:
+    """Two gradients and the divisor: nothing as large as the logits."""
+    (x, weight), targets = inputs((40,), 4, 500, device)
+    kept: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(kept.append, lambda _: pytest.fail("unused")):
+        ops.linear_cross_entropy(x.requires_grad_(), weight.requires_grad_(), targets)
+    assert sorted(tensor.numel() for tensor in kept) == [1, x.numel(), weight.numel()]

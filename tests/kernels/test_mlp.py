@@ -1,0 +1,298 @@
+"""The MLP as one operator, GELU in the epilogues of its products, against the plain ops: parity on
+both ways of loading, what is kept, frozen parameters, errors.
+"""
+
+import itertools
+from functools import partial
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from fastgpt.kernels import fused, gemm, portable, reference
+from fastgpt.kernels.mlp import _mlp_bwd_op, _mlp_op
+from tests.tools import parity
+
+# (shape of x, hidden width, outputs): no multiple of a tile; rows that no TMA can copy; empty.
+SHAPES = [
+    ((1, 16), 64, 16),
+    ((130, 40), 136, 24),
+    ((2, 33, 72), 288, 72),
+    ((65, 64), 72, 200),
+    ((9, 25), 31, 7),
+    ((2, 3, 16), 20, 16),
+    ((0, 16), 64, 16),
+]
+NAMES = ["x", "fc_weight", "fc_bias", "proj_weight"]
+TILES = [(16, 32, 16, 4, 1, 1), (32, 64, 32, 4, 1, 3)]
+
+
+@pytest.fixture(params=["tma", "pointers"])
+def loads(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Both ways to load a tile, in the interpreter; a GPU has one of them."""
+    if request.param == "pointers":
+        monkeypatch.setattr(gemm, "_tma", lambda device: False)
+    return request.param
+
+
+def _inputs(
+    shape: tuple[int, ...], hidden: int, n: int, dtype: torch.dtype, device: str, layout: str
+) -> list[Tensor]:
+    width = shape[-1]
+    return [
+        parity.randn(shape, dtype, device, layout),
+        parity.randn((hidden, width), dtype, device, layout) * width**-0.5,
+        parity.randn((hidden,), dtype, device, "strided"),
+        parity.randn((n, hidden), dtype, device, layout) * hidden**-0.5,
+    ]
+
+
+def _assert_parity(inputs: list[Tensor], n: int, layout: str, form: str, bias: bool) -> None:
+    def of(module):
+        def run(x, fc_weight, *rest):
+            fc_bias, proj_weight = rest if bias else (None, *rest)
+            return module.mlp(x, fc_weight, fc_bias, proj_weight, approximate=form)
+
+        return run
+
+    inputs, names = list(inputs), list(NAMES)
+    if not bias:
+        del inputs[2], names[2]
+    x = inputs[0]
+    grad = parity.randn((*x.shape[:-1], n), x.dtype, x.device.type, layout)
+    parity.assert_parity(of(fused), of(portable), of(reference), inputs, grad, names)
+
+
+@pytest.mark.parametrize("shape,hidden,n", SHAPES, ids=str)
+@pytest.mark.parametrize("dtype", parity.DTYPES, ids=str)
+def test_parity(
+    device: str, loads: str, shape: tuple[int, ...], hidden: int, n: int, dtype: torch.dtype
+) -> None:
+    i = SHAPES.index((shape, hidden, n))
+    layout = parity.LAYOUTS[i % len(parity.LAYOUTS)]
+    inputs = _inputs(shape, hidden, n, dtype, device, layout)
+    _assert_parity(inputs, n, "transposed", ["none", "tanh"][i // 2 % 2], bias=i % 3 != 0)
+
+
+@pytest.mark.parametrize("form", ["none", "tanh"])
+@pytest.mark.parametrize("tile", TILES, ids=str)
+def test_any_tile(
+    device: str, loads: str, monkeypatch: pytest.MonkeyPatch, tile: tuple, form: str
+) -> None:
+    """Several tiles for each program, and groups that the number of tiles does not fill."""
+    if device == "cuda":
+        pytest.skip("the GPU's tables are its own")
+    monkeypatch.setattr(gemm, "INTERPRETER_TILES", dict.fromkeys(gemm.TMA_TILES, tile))
+    inputs = _inputs((85, 40), 104, 24, torch.float32, device, "contiguous")
+    _assert_parity(inputs, 24, "contiguous", form, bias=True)
+
+
+def _tables_say_cublas(monkeypatch: pytest.MonkeyPatch) -> None:
+    for table in ("TMA_TILES", "POINTER_TILES", "INTERPRETER_TILES"):
+        monkeypatch.setattr(gemm, table, dict.fromkeys(gemm.TMA_TILES))
+
+
+@pytest.mark.parametrize("dtype", parity.DTYPES, ids=str)
+def test_tables_that_say_cublas(
+    device: str, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype
+) -> None:
+    """No Triton GEMM is launched, and the numbers are as good, and those of the Triton GEMMs."""
+    inputs = _inputs((37, 48), 104, 24, dtype, device, "contiguous")
+    x, fc_weight, fc_bias, proj_weight = inputs
+    dy = parity.randn((37, 24), dtype, device, "contiguous")
+    pre = parity.randn((37, 104), dtype, device, "contiguous")
+
+    def products() -> list[Tensor | None]:
+        return [
+            *gemm.linear_gelu(x, fc_weight, fc_bias, "none"),
+            *gemm.linear_gelu_gradient(dy, proj_weight, pre, "none", recompute=False),
+            *gemm.linear_gelu_gradient(dy, proj_weight, pre, "none", recompute=True),
+            *gemm.weight_gradient(dy, x, True, torch.float32),
+            *gemm.weight_gradient(dy, x, False, dtype),
+        ]
+
+    with_kernels = products()
+    _tables_say_cublas(monkeypatch)
+    monkeypatch.setattr(gemm, "_linear_gelu_kernel", None)  # whose launch would be a TypeError
+    monkeypatch.setattr(gemm, "_weight_grad_kernel", None)
+    for ours, theirs in zip(with_kernels, products(), strict=True):
+        assert (ours is None) == (theirs is None)
+        if ours is not None and theirs is not None:
+            assert ours.dtype == theirs.dtype
+            tolerance = max(2 * torch.finfo(dtype).eps, 1e-5)  # rounded once or twice
+            torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=tolerance)
+    _assert_parity(inputs, 24, "contiguous", "none", bias=True)
+
+
+@pytest.mark.parametrize("recompute", [False, True], ids=["", "recompute"])
+def test_costs_when_the_tables_say_cublas(monkeypatch: pytest.MonkeyPatch, recompute: bool) -> None:
+    """As many FLOPs; beside the products' own bytes those of passes that an epilogue saves."""
+    t, c, f = 512, 64, 256
+    x, hidden, fc_weight, fc_bias, proj_weight = (
+        torch.empty(*shape, dtype=torch.bfloat16, device="meta")
+        for shape in ((t, c), (t, f), (f, c), (f,), (c, f))
+    )
+    dfc_weight, dfc_bias = (torch.empty(*s, device="meta") for s in ((f, c), (f,)))
+
+    def costs() -> list[tuple[int, int]]:
+        kernels = (
+            gemm.linear_gelu_cost(x, fc_weight, fc_bias, hidden),
+            gemm.linear_gelu_gradient_cost(x, proj_weight, hidden, recompute),
+            gemm.weight_gradient_cost(hidden, x, dfc_weight, dfc_bias),
+        )
+        return [(sum(k.flops for k in of), sum(k.bytes for k in of)) for of in kernels]
+
+    monkeypatch.setattr(gemm, "splits", lambda *args: 1)
+    fused = costs()
+    _tables_say_cublas(monkeypatch)
+    separate = costs()
+    flops = 2 * t * c * f
+    assert [count for count, _ in fused] == [count for count, _ in separate] == [flops] * 3
+    activation = 2 * t * f
+    saved = [theirs - ours for (_, ours), (_, theirs) in zip(fused, separate, strict=True)]
+    # pre is read by GELU; dact is written and read; dpre is read by the sum of dbias, written there
+    assert saved == [activation, (3 if recompute else 2) * activation, activation + 4 * f]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_large_and_small_pre_activations(device: str, dtype: torch.dtype) -> None:
+    """GELU and its slope over all magnitudes that the dtype knows, through the epilogues."""
+    values = torch.cat([torch.logspace(-7, 3.5, 64), torch.linspace(-6, 6, 64)]).to(dtype)
+    fc_weight = torch.cat([values, -values]).view(-1, 1).expand(-1, 16).contiguous().to(device)
+    x = torch.zeros(8, 16, dtype=dtype, device=device)
+    x[:, 0] = 1.0
+    proj_weight = torch.eye(256, dtype=dtype, device=device)
+    grad = torch.ones(8, 256, dtype=dtype, device=device)
+
+    def of(module):
+        return lambda x, w: module.mlp(x, w, None, proj_weight.to(w.dtype))
+
+    ops = of(fused), of(portable), of(reference)
+    parity.assert_parity(*ops, [x, fc_weight], grad, ["x", "fc_weight"])
+
+
+@pytest.mark.parametrize("form", ["none", "tanh"])
+def test_gradcheck(form: str) -> None:
+    shapes = ((5, 6), (8, 6), (8,), (4, 8))
+    inputs = [torch.randn(*s, dtype=torch.float64, requires_grad=True) for s in shapes]
+    assert torch.autograd.gradcheck(
+        lambda *args: fused.mlp(*args, approximate=form), inputs, fast_mode=True
+    )
+
+
+def test_gradients_agree_to_the_bit_between_runs(device: str) -> None:
+    inputs = _inputs((130, 64), 256, 64, torch.bfloat16, device, "contiguous")
+    leaves = [x.requires_grad_() for x in inputs]
+    grad = torch.randn(130, 64, device=device).bfloat16()
+    runs = [torch.autograd.grad(fused.mlp(*leaves), leaves, grad) for _ in range(2)]
+    assert all(map(torch.equal, *runs))
+
+
+@pytest.mark.parametrize("ops", [fused, portable], ids=["fused", "portable"])
+@pytest.mark.parametrize("form", ["none", "tanh"])
+def test_recompute_keeps_less_and_changes_no_bit(device: str, ops, form: str) -> None:
+    source, ln_weight = torch.randn(40, 32, device=device), torch.randn(32, device=device)
+    x = ops.layer_norm(source, ln_weight).requires_grad_()
+    leaves = [x, *_inputs((40, 32), 128, 32, torch.float32, device, "contiguous")[1:]]
+    leaves = [leaf.requires_grad_() for leaf in leaves]
+    grad = torch.randn(40, 32, device=device)
+
+    def run(recompute) -> Tensor:
+        return ops.mlp(*leaves, approximate=form, recompute=recompute)
+
+    recipe = (source, ln_weight, None, 1e-5)
+    results = [
+        (y.detach(), *torch.autograd.grad(y, leaves, grad)) for y in (run(None), run(recipe))
+    ]
+    assert all(map(torch.equal, *results))
+    full, less = (parity.saved_storages(partial(run, given)) for given in (None, recipe))
+    hidden, narrow = 4 * 40 * 128, 4 * 40 * 32
+    spared = sum(full.values()) - sum(less.values())
+    assert spared == hidden + narrow - (source.nbytes + ln_weight.nbytes)
+    assert x.untyped_storage().data_ptr() not in less
+
+
+def test_nothing_is_kept_without_gradients() -> None:
+    inputs = _inputs((9, 16), 64, 16, torch.float32, "cpu", "contiguous")
+    with torch.no_grad():
+        leaves = [x.requires_grad_() for x in inputs]
+        assert fused.mlp(*leaves).grad_fn is None
+        assert len(_mlp_op(*leaves, None, None, None, 0.0, "none", False)) == 1
+
+
+@pytest.mark.parametrize("frozen", list(itertools.product([False, True], repeat=4)), ids=str)
+def test_frozen(device: str, frozen: tuple[bool, ...]) -> None:
+    inputs = _inputs((9, 16), 40, 24, torch.float32, device, "contiguous")
+    source, ln_weight = torch.randn(9, 16, device=device), torch.randn(16, device=device)
+    inputs[0] = fused.layer_norm(source, ln_weight)
+    results = []
+    recipe = (source, ln_weight, None, 1e-5)
+    for op, recompute in ((fused.mlp, None), (fused.mlp, recipe), (reference.mlp, None)):
+        leaves = [x.detach().requires_grad_(not f) for x, f in zip(inputs, frozen, strict=True)]
+        y = op(*leaves, recompute=recompute)
+        assert y.requires_grad == (not all(frozen))
+        if y.requires_grad:
+            y.square().sum().backward()
+        results.append([x.grad for x in leaves])
+    for ours, again, plain, f in zip(*results, frozen, strict=True):
+        assert (ours is None) == (again is None) == (plain is None) == f
+        if not f:
+            torch.testing.assert_close(ours, plain, rtol=1e-4, atol=1e-4)
+            assert torch.equal(ours, again)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_autocast(device: str, dtype: torch.dtype) -> None:
+    inputs = _inputs((9, 16), 64, 16, torch.float32, device, "contiguous")
+    leaves = [x.requires_grad_() for x in inputs]
+    with torch.autocast(device, dtype):
+        y = fused.mlp(*leaves)
+    assert y.dtype == dtype
+    y.float().square().sum().backward()
+    assert all(x.grad is not None and x.grad.dtype == torch.float32 for x in leaves)
+    assert torch.equal(y, fused.mlp(inputs[0].detach().to(dtype), *inputs[1:]))
+
+
+def test_flops() -> None:
+    leaves = [
+        x.requires_grad_() for x in _inputs((30, 16), 64, 24, torch.float32, "cpu", "contiguous")
+    ]
+    with FlopCounterMode(display=False) as counter:
+        fused.mlp(*leaves).sum().backward()
+    assert counter.get_total_flops() == 3 * (2 * 30 * 16 * 64 + 2 * 30 * 64 * 24)
+
+
+def test_opcheck(device: str) -> None:
+    x, fc, bias, proj = _inputs((2, 9, 16), 64, 24, torch.float32, device, "strided")
+    source, ln_weight = torch.randn_like(x), torch.randn(16, device=device)
+    leaves = [t.requires_grad_() for t in (x, fc, bias, proj)]
+    torch.library.opcheck(_mlp_op, (*leaves, None, None, None, 0.0, "none", True))
+    torch.library.opcheck(_mlp_op, (*leaves, source, ln_weight, None, 1e-5, "tanh", True))
+    fc, proj = fc.detach(), proj.detach()
+    dy, pre = (
+        torch.randn(24, 2, 9, device=device).permute(1, 2, 0),
+        torch.randn(18, 64, device=device),
+    )
+    for ln, act in ((None, pre.cos()), (ln_weight, None)):
+        for flags in itertools.product([False, True], repeat=4):
+            torch.library.opcheck(
+                _mlp_bwd_op, (dy, fc, proj, source, ln, None, pre, act, 1e-5, "none", *flags)
+            )
+
+
+@pytest.mark.parametrize("op", [fused.mlp, portable.mlp, reference.mlp])
+def test_errors(op) -> None:
+    x, fc, bias, proj = _inputs((2, 16), 64, 16, torch.float32, "cpu", "contiguous")
+    with pytest.raises(ValueError, match=r"fc_weight must have shape \(N, K\) to go with x"):
+        op(x, proj, bias, fc)
+    with pytest.raises(ValueError, match=r"fc_bias must have shape \(64,\) to go with fc_weight"):
+        op(x, fc, bias[:3], proj)
+    with pytest.raises(ValueError, match=r"proj_weight must have shape \(N, 64\)"):
+        op(x, fc, bias, proj.T)
+    with pytest.raises(ValueError, match="proj_weight must have the dtype of x"):
+        op(x, fc, bias, proj.half())
+    with pytest.raises(ValueError, match="approximate must be 'none' or 'tanh', got 'erf'"):
+        op(x, fc, bias, proj, approximate="erf")
+    with pytest.raises(ValueError, match="recompute must begin with a tensor of x's shape"):
+        op(x, fc, bias, proj, recompute=(x[:1], x[0], None, 1e-5))

@@ -1,0 +1,423 @@
+"""Tokens over cached keys and values against tokens without; what the options of a draw promise."""
+
+import itertools
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from fastgpt import GPT, Bigram, GPTConfig
+from fastgpt.generation import NOT_FINITE, Generator, Sampling, draw
+from fastgpt.kernels import fused, portable, reference
+from fastgpt.sampler import round_matrices
+from tests.tools.small_models import BLOCK, V, small_model, tokens
+
+GREEDY = Sampling(temperature=0.0)
+
+
+def sharp_model(**changes: Any) -> GPT:
+    """Logits far apart: rounding decides no token, a wrong key or position does."""
+    model = small_model(**changes).eval()
+    with torch.no_grad():
+        for param in model.parameters():
+            if param.dim() == 2:
+                param.mul_(8)
+    return model
+
+
+@torch.no_grad()
+def without_cache(
+    model: GPT, idx: Tensor, n_tokens: int, temperature: float = 0.0, top_k: int | None = None
+) -> Tensor:
+    """The whole window for every token."""
+    for _ in range(n_tokens):
+        logits = model(idx[:, -model.config.block_size :])[0][:, -1]
+        if temperature == 0.0:
+            drawn = logits.argmax(dim=-1, keepdim=True)
+        else:
+            logits = logits / temperature
+            if top_k is not None:
+                logits[logits < logits.topk(top_k).values[:, -1:]] = -math.inf
+            drawn = torch.multinomial(logits.softmax(-1), 1)
+        idx = torch.cat((idx, drawn), dim=1)
+    return idx
+
+
+class Calls:
+    """How often a model's passes are made."""
+
+    def __init__(self, model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.of = {"forward": 0, "_prefill": 0, "_decode": 0}
+        for name in self.of:
+            monkeypatch.setattr(model, name, self._counted(name, getattr(model, name)))
+
+    def _counted(self, name: str, method: Any) -> Any:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            self.of[name] += 1
+            return method(*args, **kwargs)
+
+        return call
+
+
+# ------------------------------------------------------------------------------ with and without
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("batch, prompt", [(1, 1), (3, 30)])
+def test_greedy_past_the_window(
+    batch: int, prompt: int, bias: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = sharp_model(block_size=150, bias=bias)
+    idx = tokens(batch, prompt)
+    expected = without_cache(model, idx, 200)
+    assert all(len(row.unique()) > 5 for row in expected)
+    calls = Calls(model, monkeypatch)
+    assert torch.equal(model.generate(idx, 200, temperature=0.0), expected)
+    # The last token that is fed in the window is number 150; each further one takes a window.
+    cached = 150 - prompt
+    assert calls.of == {"_prefill": 1, "_decode": cached, "forward": 199 - cached}
+
+
+@pytest.mark.parametrize("gelu", ["none", "tanh"])
+def test_draws_past_the_window(gelu: str) -> None:
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(40, V, 2, 2, 32), gelu=gelu).eval()
+    with torch.no_grad():
+        model.lm_head.weight.mul_(20)
+    for temperature, top_k in ((1.0, None), (0.7, 5)):
+        torch.manual_seed(7)
+        expected = without_cache(model, tokens(2, 3), 60, temperature, top_k)
+        torch.manual_seed(7)
+        assert torch.equal(model.generate(tokens(2, 3), 60, temperature, top_k), expected)
+
+
+@pytest.mark.parametrize("ops", [fused, reference], ids=["fused", "reference"])
+def test_other_implementations(ops: Any, device: str) -> None:
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(BLOCK, V, 2, 2, 32), ops=ops).eval().to(device)
+    with torch.no_grad():
+        model.lm_head.weight.mul_(20)
+    idx = tokens(2, 3).to(device)
+    expected = without_cache(model, idx, BLOCK)
+    assert torch.equal(model.generate(idx, BLOCK, temperature=0.0), expected)
+
+
+@pytest.mark.parametrize("ops", [fused, portable], ids=["fused", "portable"])
+def test_cached_logits_are_those_of_the_forward(ops: Any, device: str) -> None:
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(BLOCK, V, 2, 2, 32), ops=ops).eval().to(device)
+    idx, lengths = tokens(3, BLOCK).to(device), [1, 5, 9]
+    cache: list[Tensor] = []
+    with torch.no_grad():
+        last = torch.tensor(lengths, device=device) - 1
+        logits = model._prefill(idx[:, :9], last, BLOCK, cache)
+        for step in range(4):
+            for row, length in enumerate(lengths):
+                expected = model(idx[row : row + 1, : length + step])[0][0, -1]
+                torch.testing.assert_close(logits[row], expected, rtol=1e-4, atol=1e-5)
+            positions = torch.tensor(lengths, device=device) + step
+            drawn = idx.gather(1, positions[:, None])[:, 0]
+            logits = model._decode(drawn, positions, cache)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
+def test_other_dtypes(dtype: torch.dtype) -> None:
+    """In half precision rounding decides tokens: the caches' logits are near, not equal."""
+    model = sharp_model().to(dtype)
+    idx = tokens(2, 5)
+    if dtype == torch.float64:
+        expected = without_cache(model, idx, 20)
+        assert torch.equal(model.generate(idx, 20, temperature=0.0), expected)
+    cache: list[Tensor] = []
+    with torch.no_grad():
+        model._prefill(idx, torch.tensor([4, 4]), 8, cache)
+        logits = model._decode(torch.tensor([1, 2]), torch.tensor([5, 5]), cache)
+        whole = model(torch.cat((idx, torch.tensor([[1], [2]])), dim=1))[0][:, -1]
+    assert cache[0].dtype == logits.dtype == dtype
+    error = (logits - whole).double().norm() / whole.double().norm()
+    assert error < 8 * torch.finfo(dtype).eps
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("ops", [fused, portable], ids=["fused", "portable"])
+def test_autocast_with_half_precision_matrices(ops: Any, bias: bool) -> None:
+    """What `fastgpt sample` does: the same numbers as when autocast casts them for each product."""
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(BLOCK, V, 1, 2, 32, bias=bias), ops=ops).eval()
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = model.generate(tokens(2, 3), 20, temperature=0.0)
+    round_matrices(model, torch.bfloat16)
+    assert {p.dtype for p in model.transformer.h.parameters() if p.dim() == 2} == {torch.bfloat16}
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(model.generate(tokens(2, 3), 20, temperature=0.0), expected)
+
+
+# --------------------------------------------------------------------------------- several lengths
+
+
+def streamed(model: Any, prompts: list[Tensor], n_tokens: int, sampling: Sampling) -> list[list]:
+    steps = list(model.stream(prompts, n_tokens, sampling))
+    assert len(steps) == n_tokens
+    return [list(row) for row in zip(*steps, strict=True)]
+
+
+@pytest.mark.parametrize("lengths", [(1, 4, 9), (3, 16, 25), (16, 16), (17, 40), (15, 16, 17)])
+def test_prompts_of_several_lengths_continue_as_they_do_alone(lengths: tuple[int, ...]) -> None:
+    """Inside the window, at its end, past it; leaving it at different times."""
+    model = sharp_model()
+    prompts = [tokens(1, length, seed=length)[0] for length in lengths]
+    together = streamed(model, prompts, 20, GREEDY)
+    for prompt, row in zip(prompts, together, strict=True):
+        assert row == without_cache(model, prompt[None], 20)[0, len(prompt) :].tolist()
+
+
+def test_a_row_past_the_window_takes_no_other_row_with_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = sharp_model()
+    prompts = [tokens(1, 4)[0], tokens(1, 14)[0]]
+    calls = Calls(model, monkeypatch)
+    streamed(model, prompts, 10, GREEDY)  # the long one fits for 3 tokens
+    assert calls.of == {"_prefill": 1, "_decode": 9, "forward": 7}
+
+
+def test_a_bigram_and_dropout_take_the_window(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    bigram = Bigram(GPTConfig(BLOCK, V, 1, 1, 1))
+    prompts = [tokens(1, 3)[0], tokens(1, 20)[0].int()]
+    for row, prompt in zip(streamed(bigram, prompts, 5, GREEDY), prompts, strict=True):
+        current = int(prompt[-1])
+        for token in row:
+            assert token == bigram.table.weight[current].argmax()
+            current = token
+
+    model = small_model(dropout=0.3).train()
+    torch.manual_seed(5)
+    expected = without_cache(model, tokens(2, 3), 20, temperature=1.0)
+    torch.manual_seed(5)
+    assert torch.equal(model.generate(tokens(2, 3), 20), expected)
+    streamed(model, prompts, 3, GREEDY)
+    calls = Calls(model, monkeypatch)
+    model.generate(tokens(2, 3), 5)
+    model.eval().generate(tokens(2, 3), 5)
+    small_model().train()
+    assert calls.of == {"_prefill": 1, "_decode": 4, "forward": 5}
+
+
+def test_training_mode_without_dropout_caches(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = small_model().train()
+    calls = Calls(model, monkeypatch)
+    model.generate(tokens(2, 3), 5)
+    assert model.training and calls.of == {"_prefill": 1, "_decode": 4, "forward": 0}
+
+
+@pytest.mark.parametrize("penalty", [1.0, 1.7])
+def test_a_generator_begins_anew_with_each_call(penalty: float) -> None:
+    """Its tensors are used again where the sizes agree."""
+    model = sharp_model()
+    sampling = Sampling(temperature=0.0, repetition_penalty=penalty)
+    generator = Generator(model, sampling)
+    for seed, lengths in enumerate([(3, 9), (9, 2), (9, 14), (9,), (3, 9)]):
+        prompts = [tokens(1, length, seed=seed + length)[0] for length in lengths]
+        got = torch.stack(list(generator(prompts, 12)), dim=1).tolist()
+        assert got == streamed(model, prompts, 12, sampling)
+
+
+def test_no_token_and_no_row() -> None:
+    model = small_model()
+    assert torch.equal(model.generate(tokens(2, 3), 0), tokens(2, 3))
+    assert model.generate(tokens(0, 3), 4).shape == (0, 7)
+    assert list(model.stream([tokens(1, 3)[0]], 0)) == []
+
+
+def test_one_block() -> None:
+    """A window of one token: nothing can be cached."""
+    model = sharp_model(block_size=1)
+    expected = without_cache(model, tokens(2, 1), 5)
+    assert torch.equal(model.generate(tokens(2, 1), 5, temperature=0.0), expected)
+
+
+def test_work_of_cached_tokens() -> None:
+    """256 tokens by the window cost 128 times the products of 256 steps, give or take the head."""
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(256, V, 2, 2, 32)).eval()
+
+    def flops(run: Any) -> int:
+        with FlopCounterMode(display=False) as counter:
+            run()
+        return counter.get_total_flops()
+
+    idx = tokens(1, 1)
+    cached = flops(lambda: model.generate(idx, 256, temperature=0.0))
+    whole = flops(lambda: without_cache(model, idx, 256))
+    assert whole > 60 * cached
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_captured_step_draws_the_same(temperature: float, monkeypatch: Any) -> None:
+    model = sharp_model(block_size=64).cuda()
+    sampling = Sampling(temperature=temperature, top_k=50, repetition_penalty=1.2)
+    prompts = [tokens(1, 3)[0].cuda(), tokens(1, 9)[0].cuda()]
+    torch.manual_seed(3)
+    captured = [streamed(model, prompts, 40, sampling) for _ in range(2)]
+    monkeypatch.setattr("fastgpt.generation._Graphed", lambda step, device: step)
+    torch.manual_seed(3)
+    assert captured == [streamed(model, prompts, 40, sampling) for _ in range(2)]
+
+
+# -------------------------------------------------------------------------------------- the draw
+
+
+def test_draws_are_those_of_multinomial() -> None:
+    logits = torch.randn(5, 1000) * 3
+    torch.manual_seed(1)
+    expected = torch.multinomial(logits.softmax(-1), 1)[:, 0]
+    torch.manual_seed(1)
+    assert torch.equal(draw(logits, Sampling()), expected)
+
+
+def kept(logits: Tensor, **options: Any) -> list[set[int]]:
+    """Which tokens 3000 draws find in each row."""
+    drawn = [draw(logits, Sampling(**options)).tolist() for _ in range(3000)]
+    return [set(row) for row in zip(*drawn, strict=True)]
+
+
+def test_frequencies_after_cuts_are_the_probabilities() -> None:
+    logits = torch.tensor([[2.0, 1.0, 0.0, -1.0, -5.0]])
+    rows = logits.expand(20000, -1)
+    drawn = draw(rows, Sampling(temperature=0.5, top_k=3, min_p=0.01))
+    expected = torch.softmax(logits[0, :3] / 0.5, dim=0)
+    shares = torch.bincount(drawn, minlength=5)[:3] / len(rows)
+    assert drawn.max() <= 2 and (shares - expected).abs().max() < 0.02
+
+
+def test_cuts_keep_what_they_say() -> None:
+    probs = torch.tensor([[0.4, 0.3, 0.2, 0.1], [0.1, 0.1, 0.1, 0.7]])
+    logits = probs.log()
+    assert kept(logits) == [{0, 1, 2, 3}] * 2
+    assert kept(logits, top_k=2) == [{0, 1}, {0, 1, 2, 3}]  # ties stay
+    assert kept(logits, top_p=0.6) == [{0, 1}, {3}]
+    assert kept(logits, top_p=0.75) == [{0, 1, 2}, {0, 3}]
+    assert kept(logits, top_p=0.0) == kept(logits, min_p=1.0) == [{0}, {3}]
+    assert kept(logits, min_p=0.45) == [{0, 1, 2}, {3}]
+
+
+def test_against_hugging_face() -> None:
+    """Which tokens are left, and with which probabilities, option by option and together."""
+    process = pytest.importorskip("transformers.generation.logits_process")
+    logits = torch.randn(4, 50) * 4
+    idx = torch.randint(50, (4, 12))
+    seen = torch.zeros(4, 50, dtype=torch.bool).scatter(1, idx, True)
+    for options in itertools.product((1.0, 0.6), (None, 7), (1.0, 0.8), (0.0, 0.1), (1.0, 1.4)):
+        temperature, top_k, top_p, min_p, penalty = options
+        scores = process.RepetitionPenaltyLogitsProcessor(penalty)(idx, logits)
+        scores = process.TemperatureLogitsWarper(temperature)(idx, scores)
+        if top_k is not None:
+            scores = process.TopKLogitsWarper(top_k)(idx, scores)
+        scores = process.TopPLogitsWarper(top_p)(idx, scores)
+        scores = process.MinPLogitsWarper(min_p)(idx, scores)
+        sampling = Sampling(temperature, top_k, top_p, min_p, penalty)
+        probs = scores.softmax(-1)
+        for seed in range(20):
+            torch.manual_seed(seed)
+            expected = torch.multinomial(probs, 1)[:, 0]
+            torch.manual_seed(seed)
+            assert torch.equal(draw(logits, sampling, seen), expected), options
+
+
+def test_the_penalty_counts_prompt_and_drawn_tokens() -> None:
+    model = sharp_model()
+    prompt = tokens(1, 3)[0]
+    plain = streamed(model, [prompt], 12, GREEDY)[0]
+    strong = Sampling(temperature=0.0, repetition_penalty=1e9)
+    (row,) = streamed(model, [prompt], 12, strong)
+    seen = prompt.tolist() + row
+    assert len(set(plain)) < 12 and len(set(seen)) == len(set(prompt.tolist())) + 12
+
+
+def test_half_precision_logits_are_drawn_in_float32() -> None:
+    logits = torch.randn(3, 500).bfloat16()
+    torch.manual_seed(1)
+    expected = draw(logits.float(), Sampling(top_p=0.9))
+    torch.manual_seed(1)
+    assert torch.equal(draw(logits, Sampling(top_p=0.9)), expected)
+
+
+class NoLook(TorchDispatchMode):
+    """Fails where the host looks at a value, which a GPU would have to compute first."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        looks = ("_local_scalar_dense", "nonzero", "masked_select", "equal", "is_nonzero")
+        assert not any(name in str(func) for name in looks), func
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_draw_never_waits_for_the_device() -> None:
+    logits, seen = torch.randn(3, 50), torch.zeros(3, 50, dtype=torch.bool)
+    with NoLook():
+        draw(logits, Sampling(0.5, 7, 0.8, 0.1, 1.3), seen)
+        draw(logits, GREEDY)
+    with pytest.raises(AssertionError, match="local_scalar_dense"), NoLook():
+        torch.multinomial(logits.softmax(-1), 1)[0].item()
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_logits_that_are_not_finite(value: float, temperature: float) -> None:
+    logits = torch.zeros(2, 5)
+    logits[1, 3] = value
+    drawn = draw(logits, Sampling(temperature=temperature)).tolist()
+    assert drawn[0] >= 0 and drawn[1] == NOT_FINITE
+    model = small_model()
+    with torch.no_grad():
+        model.transformer.ln_f.weight.fill_(value)
+    with pytest.raises(FloatingPointError, match="logits are NaN or infinite"):
+        model.generate(tokens(1, 3), 4, temperature=temperature)
+    steps = model.stream([tokens(1, 3)[0]], 4, Sampling(temperature=temperature))
+    with pytest.raises(FloatingPointError, match="logits are NaN or infinite"):
+        next(steps)
+
+
+# ------------------------------------------------------------------------------------------ errors
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"temperature": -1.0}, r"temperature must be at least 0 .*got -1.0"),
+        ({"temperature": math.inf}, r"temperature must be .*finite, got inf"),
+        ({"top_k": 0}, r"top_k must be at least 1, or None for all tokens, got 0"),
+        ({"top_p": 1.5}, r"top_p must lie between 0 and 1, got 1.5"),
+        ({"min_p": -0.1}, r"min_p must lie between 0 and 1, got -0.1"),
+        ({"min_p": math.nan}, r"min_p must lie between 0 and 1, got nan"),
+        ({"repetition_penalty": 0.0}, r"repetition_penalty must be positive .*got 0.0"),
+    ],
+)
+def test_options_out_of_range(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Sampling(**options)
+
+
+@pytest.mark.parametrize(
+    ("prompts", "error", "message"),
+    [
+        ([], ValueError, "prompts must hold at least one prompt, got none"),
+        ([tokens(1, 3)], ValueError, r"prompts\[0\] must have shape \(T,\), got \(1, 3\)"),
+        ([torch.tensor([1.0])], TypeError, r"prompts\[0\] must be torch.int64 .*float32"),
+        ([tokens(1, 3)[0], torch.tensor([], dtype=torch.int64)], ValueError, r"prompts\[1\] must"),
+        ([torch.tensor([V])], ValueError, r"prompts\[0\] must hold token ids from 0 to 64"),
+        ([[1, 2]], TypeError, r"prompts\[0\] must be a torch.Tensor, got list"),
+    ],
+)
+def test_prompts_that_are_refused(prompts: Any, error: type, message: str) -> None:
+    with pytest.raises(error, match=message):
+        small_model().stream(prompts, 3)
+
+
+def test_a_negative_number_of_tokens_is_refused() -> None:
+    with pytest.raises(ValueError, match="max_new_tokens must be at least 0, got -1"):
+        small_model().stream([tokens(1, 3)[0]], -1)

@@ -1,0 +1,199 @@
+"""A model with a separator: several documents in one sequence are what each of them is alone."""
+
+import re
+from collections.abc import Iterator
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from fastgpt import GPT
+from fastgpt.kernels import fused, portable, reference
+from tests.tools.small_models import BLOCK, V, small_config, small_model, tokens
+
+SEPARATOR = 7
+# (sequence, begin, end) of every document of ``batch``
+DOCUMENTS = [(0, 0, 5), (0, 5, 6), (0, 6, 16), (1, 0, 16), (2, 0, 15), (2, 15, 16), (3, 0, 16)]
+
+
+@pytest.fixture(params=[reference, portable, fused], ids=["reference", "portable", "fused"])
+def ops(request: pytest.FixtureRequest) -> ModuleType:
+    return request.param
+
+
+def batch(device: str = "cpu") -> tuple[Tensor, Tensor]:
+    """Tokens and targets: a separator begins each document, perhaps not a sequence."""
+    x = tokens(4, BLOCK)
+    x[x == SEPARATOR] = SEPARATOR + 1
+    for sequence, begin, _ in DOCUMENTS:
+        if begin or sequence == 3:
+            x[sequence, begin] = SEPARATOR
+    targets = tokens(4, BLOCK, seed=2)
+    targets[:, ::3] = -1
+    return x.to(device), targets.to(device)
+
+
+def model_with(ops: ModuleType, device: str = "cpu", **options: Any) -> GPT:
+    torch.manual_seed(0)
+    model = GPT(small_config(), ops=ops, **options)
+    with torch.no_grad():
+        for param in model.parameters():
+            param.add_(torch.randn_like(param), alpha=0.1)
+    return model.to(device)
+
+
+def pieces(*tensors: Tensor) -> Iterator[list[Tensor]]:
+    for sequence, begin, end in DOCUMENTS:
+        yield [t[sequence : sequence + 1, begin:end] for t in tensors]
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_logits_loss_and_gradients_are_those_of_the_documents(
+    ops: ModuleType, recompute: bool, device: str
+) -> None:
+    if device == "cuda" and ops is portable:
+        pytest.skip("the portable ops serve machines without CUDA")
+    x, y = batch(device)
+    model = model_with(ops, device, recompute=recompute, separator=SEPARATOR)
+    logits, loss = model(x, y, return_logits=True)
+    fused_loss = model(x, y)[1]
+    fused_loss.backward()
+    alone = model_with(ops, device)
+    total = torch.zeros((), device=device)
+    for part_x, part_y, part_logits in pieces(x, y, logits):
+        expected, _ = alone(part_x, part_y, return_logits=True)
+        assert (part_logits - expected).abs().max() <= 1e-5
+        n_targets = (part_y != -1).sum()
+        if n_targets:
+            total = total + alone(part_x, part_y)[1] * n_targets
+    total = total / (y != -1).sum()
+    total.backward()
+    for found in (loss, fused_loss):
+        assert abs(found - total) <= 1e-5
+    for (name, ours), plain in zip(model.named_parameters(), alone.parameters(), strict=True):
+        assert ours.grad is not None and plain.grad is not None
+        assert (ours.grad - plain.grad).abs().max() <= 1e-5, name
+
+
+def test_a_document_changes_no_bit_of_another(ops: ModuleType) -> None:
+    model = model_with(ops, separator=SEPARATOR).eval()
+    x, y = batch()
+    with torch.no_grad():
+        before = model(x, y)[0]
+        for sequence, begin, end in DOCUMENTS:
+            if end - begin == 1:
+                continue
+            changed = x.clone()
+            changed[sequence, begin + 1 : end] = (x[sequence, begin + 1 : end] + 1) % SEPARATOR
+            after = model(changed, y)[0]
+            same = torch.ones_like(x, dtype=torch.bool)
+            same[sequence, begin + 1 : end] = False
+            assert torch.equal(after[same], before[same])
+            assert not torch.equal(after[~same], before[~same])
+
+
+def test_the_last_position_sees_its_document_alone(ops: ModuleType) -> None:
+    model, x = model_with(ops, separator=SEPARATOR), batch()[0]
+    alone = model_with(ops)
+    last = [part for (part,), (_, _, end) in zip(pieces(x), DOCUMENTS, strict=True) if end == BLOCK]
+    expected = torch.cat([alone(part)[0] for part in last])
+    assert (model(x)[0] - expected).abs().max() <= 1e-5
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+def test_without_a_separator_in_the_tokens_nothing_changes(dtype: torch.dtype) -> None:
+    model = model_with(fused)
+    x, y = (t[1:2].to(dtype) for t in batch())
+    expected = model(x, y)[1]
+    model.separator = SEPARATOR
+    assert torch.equal(model(x, y)[1], expected)
+    model.separator = int(x[0, 4])
+    assert not torch.equal(model(x, y)[1], expected)
+    model.separator = None
+    assert torch.equal(model(x, y)[1], expected)
+
+
+def test_weights_draws_and_state_know_no_separator() -> None:
+    torch.manual_seed(0)
+    model = GPT(small_config(), separator=SEPARATOR)
+    drawn = torch.randint(1000, (3,))
+    plain = small_model(0)
+    assert torch.equal(drawn, torch.randint(1000, (3,)))
+    assert model.state_dict().keys() == plain.state_dict().keys()
+    for a, b in zip(model.parameters(), plain.parameters(), strict=True):
+        assert torch.equal(a, b)
+    assert list(model.buffers()) == []
+
+
+def test_dropout_draws_what_it_draws_without(ops: ModuleType) -> None:
+    """One document: the same masks in every place."""
+    losses = []
+    x, y = (t[3:4] for t in batch())  # opened by the separator
+    for separator in (None, SEPARATOR):
+        torch.manual_seed(0)
+        model = GPT(small_config(dropout=0.3), ops=ops, separator=separator)
+        losses.append(model(x, y)[1])
+    torch.testing.assert_close(*losses)
+
+
+def test_generate_continues_the_last_document() -> None:
+    """Greedily, past the window; what stands before the separator has no say."""
+    model = model_with(portable).eval()
+    with torch.no_grad():  # not the token that it sees, again and again
+        model.transformer.wpe.weight.mul_(10)
+        model.transformer.wte.weight.mul_(0.2)
+    prompt = torch.tensor([[3, 1, SEPARATOR, 2, 5]])
+    alone = model.generate(prompt[:, 2:], BLOCK - 5, temperature=0.0)
+    without = model.generate(prompt, BLOCK - 5, temperature=0.0)
+    model.separator = SEPARATOR
+    idx = prompt
+    for _ in range(2 * BLOCK):
+        last = model(idx[:, -BLOCK:])[0][:, -1]
+        idx = torch.cat((idx, last.argmax(-1, keepdim=True)), dim=1)
+    found = model.generate(prompt, 2 * BLOCK, temperature=0.0)
+    assert torch.equal(found, idx)
+    assert torch.equal(found[:, 2:BLOCK], alone)
+    assert not torch.equal(found[:, :BLOCK], without) and len(found.unique()) > 5
+
+
+def test_compiles_without_a_graph_break(ops: ModuleType) -> None:
+    x, y = batch()
+    model = model_with(ops, separator=SEPARATOR)
+    expected = model(x, y)[1]
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    found = compiled(x, y)[1]
+    torch.testing.assert_close(found, expected)
+    found.backward()
+    again = model_with(ops, separator=SEPARATOR)
+    again(x, y)[1].backward()
+    for ours, plain in zip(model.parameters(), again.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, plain.grad)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")
+def test_the_host_never_waits() -> None:
+    """Forward and backward while every wait for the device is an error."""
+    x, y = batch("cuda")
+    model = model_with(fused, "cuda", separator=SEPARATOR)
+    model(x, y)[1].backward()  # compiles the kernels
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        model(x, y)[1].backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize(
+    ("token", "error"),
+    [(-1, ValueError), (V, ValueError), (1.0, TypeError), ("\n", TypeError), (True, TypeError)],
+)
+def test_separators_that_are_refused(token: Any, error: type[Exception]) -> None:
+    with pytest.raises(error, match="separator must .*got " + re.escape(repr(token))):
+        GPT(small_config(), separator=token)
+    model = small_model()
+    with pytest.raises(error, match="separator must "):
+        model.separator = token
+    assert model.separator is None

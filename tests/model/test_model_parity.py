@@ -1,0 +1,259 @@
+"""The whole model on each set of ops against the plain one of ``reference``: logits, loss, every
+gradient, a training run; causality; autocast and torch.compile.
+"""
+
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch._subclasses import FakeTensorMode
+
+import fastgpt.ops
+from fastgpt import GPT, GPTConfig
+from fastgpt.kernels import fused, portable, reference
+from tests.tools.small_models import BLOCK, V, small_config, tokens
+
+CONFIGS = {
+    "even": (small_config(bias=False), BLOCK),
+    "odd": (small_config(n_head=3, n_embd=75, bias=True), 7),
+    "one-token": (small_config(n_layer=1, n_head=1), 1),
+}
+
+
+@pytest.fixture(params=[portable, fused], ids=["portable", "fused"])
+def ops(request: pytest.FixtureRequest) -> ModuleType:
+    return request.param
+
+
+def model_with(ops: ModuleType, config: GPTConfig, device: str, gelu: str = "none") -> GPT:
+    """The same weights for every ops; gains and biases are none of their initial values."""
+    torch.manual_seed(0)
+    model = GPT(config, ops=ops, gelu=gelu)
+    with torch.no_grad():
+        for param in model.parameters():
+            param.add_(torch.randn_like(param), alpha=0.1)
+    return model.to(device)
+
+
+def batch(length: int, device: str) -> tuple[Tensor, Tensor]:
+    x, y = tokens(3, length).to(device), tokens(3, length, seed=2).to(device)
+    y[0, 0] = -1
+    return x, y
+
+
+def outcome(model: torch.nn.Module, x: Tensor, y: Tensor) -> dict[str, Tensor]:
+    """Logits, the loss of training, which builds none, and its every gradient, by name."""
+    with torch.no_grad():
+        logits = model(x, y)[0]
+    nothing, loss = model(x, y)
+    assert nothing is None
+    loss.backward()
+    grads = {name.removeprefix("_orig_mod."): p.grad for name, p in model.named_parameters()}
+    return {"logits": logits, "loss": loss.detach(), **grads}
+
+
+def largest_differences(a: dict[str, Tensor], b: dict[str, Tensor]) -> dict[str, float]:
+    assert a.keys() == b.keys()
+    return {name: (a[name].float() - b[name].float()).abs().max().item() for name in a}
+
+
+@pytest.mark.parametrize("gelu", ["none", "tanh"])
+@pytest.mark.parametrize("case", CONFIGS)
+def test_logits_loss_and_gradients(ops, device, case, gelu):
+    config, length = CONFIGS[case]
+    x, y = batch(length, device)
+    ours = outcome(model_with(ops, config, device, gelu), x, y)
+    plain = outcome(model_with(reference, config, device, gelu), x, y)
+    too_far = {k: d for k, d in largest_differences(ours, plain).items() if not d <= 1e-5}
+    assert not too_far
+
+
+def test_logits_on_request_change_nothing_else(ops, device):
+    x, y = batch(BLOCK, device)
+    model = model_with(ops, small_config(), device)
+    fused_loss = outcome(model, x, y)
+    model.zero_grad()
+    logits, loss = model(x, y, return_logits=True)
+    loss.backward()
+    assert torch.equal(logits, fused_loss["logits"])
+    got = {"logits": logits, "loss": loss, **{k: p.grad for k, p in model.named_parameters()}}
+    assert max(largest_differences(got, fused_loss).values()) <= 1e-5
+
+
+def test_the_two_gelus_can_be_told_apart(ops, device):
+    x, y = batch(BLOCK, device)
+    losses = [model_with(ops, small_config(), device, g)(x, y)[1] for g in ("none", "tanh")]
+    assert 1e-6 < (losses[0] - losses[1]).abs() < 1e-2
+
+
+def following(x: Tensor) -> Tensor:
+    """The next token of a made-up language: one of two, evenly. Its entropy is ln 2."""
+    return (3 * x + torch.randint(1, 3, x.shape)) % V
+
+
+def training_losses(ops: ModuleType, device: str, steps: int) -> Tensor:
+    model = model_with(ops, small_config(bias=False), device)
+    optimizer = model.configure_optimizers(0.1, 3e-3, (0.9, 0.95), "cpu")  # one AdamW for both
+    torch.manual_seed(1)
+    losses = []
+    for _ in range(steps):
+        sequence = [torch.randint(V, (2,))]
+        for _ in range(BLOCK):
+            sequence.append(following(sequence[-1]))
+        text = torch.stack(sequence, dim=1).to(device)
+        loss = model(text[:, :-1], text[:, 1:])[1]
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        losses.append(loss.detach())
+    return torch.stack(losses).cpu()
+
+
+def test_training_for_100_steps(ops, device):
+    ours, plain = (training_losses(o, device, steps=100) for o in (ops, reference))
+    assert plain[-10:].mean() < plain[:10].mean() - 1.0  # it learns
+    assert (ours - plain).abs().max() <= 1e-5
+
+
+@pytest.mark.parametrize("position", [0, 5, BLOCK - 1])
+def test_causality(ops, device, position):
+    model = model_with(ops, small_config(), device).eval()
+    x = tokens(2, BLOCK).to(device)
+    changed = x.clone()
+    changed[:, position] = (x[:, position] + 1) % V
+    with torch.no_grad():
+        before, after = model(x, x)[0], model(changed, x)[0]
+    assert torch.equal(before[:, :position], after[:, :position])
+    assert (before[:, position:] != after[:, position:]).flatten(2).any(2).all()
+
+
+def check_half_precision(ops: ModuleType, device: str, dtype: torch.dtype, autocast: bool) -> None:
+    """No more than twice as far from float32 as the plain model in the same precision."""
+    x, y = batch(BLOCK, device)
+    truth = outcome(model_with(reference, small_config(), device), x, y)
+    del truth["loss"]  # one number may be right by luck; it is held to the logits below
+
+    def errors(which: ModuleType) -> dict[str, float]:
+        model = model_with(which, small_config(), device)
+        if not autocast:
+            model.to(dtype)
+        with torch.autocast(device, dtype, enabled=autocast):
+            result = outcome(model, x, y)
+        logits = result["logits"]
+        assert logits.dtype == dtype and result["loss"].dtype == torch.float32
+        expected = F.cross_entropy(logits.flatten(0, 1).float(), y.flatten(), ignore_index=-1)
+        torch.testing.assert_close(result["loss"], expected)
+        return {k: (result[k].float() - truth[k]).square().mean().sqrt().item() for k in truth}
+
+    ours, plain = errors(ops), errors(reference)
+    too_far = {k: (ours[k], plain[k]) for k in ours if not ours[k] <= 2 * plain[k] + 1e-5}
+    assert not too_far
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+def test_autocast(ops, device, dtype):
+    check_half_precision(ops, device, dtype, autocast=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+def test_half_precision_parameters(device, dtype):
+    """Of the kernels only: PyTorch's own LayerNorm on the CPU sums a bf16 bias gradient in bf16."""
+    check_half_precision(fused, device, dtype, autocast=False)
+
+
+def test_training_dropout_drops(ops, device):
+    model = model_with(ops, small_config(dropout=0.5), device)
+    x, y = batch(BLOCK, device)
+    first, second = outcome(model, x, y)["loss"], outcome(model, x, y)["loss"]
+    assert first.isfinite() and first != second
+    model.eval()
+    assert torch.equal(model(x, y)[1], model(x, y)[1])
+
+
+@pytest.mark.parametrize("recompute", [False, True], ids=["", "recompute"])
+def test_compiled_whole(ops, device, recompute):
+    x, y = batch(BLOCK, device)
+    eager = outcome(model_with(ops, small_config(), device), x, y)
+    model = model_with(ops, small_config(), device)
+    model.recompute = recompute
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    assert max(largest_differences(outcome(compiled, x, y), eager).values()) <= 1e-6
+
+
+def test_compiled_autocast_and_dropout(ops, device):
+    x, y = batch(BLOCK, device)
+    model = model_with(ops, small_config(n_layer=1, dropout=0.1), device)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    with torch.autocast(device, torch.bfloat16):
+        result = outcome(compiled, x, y)
+    assert all(tensor.isfinite().all() for tensor in result.values())
+
+
+def test_few_recompilations_for_many_lengths(ops, device):
+    """Of 20 lengths: one graph for the first, one for every other; length 1 may have its own."""
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    model = model_with(ops, small_config(n_layer=1, block_size=20), device)
+    compiled = torch.compile(model, fullgraph=True, backend=counter)
+    lengths = [20, *(torch.randperm(19) + 1).tolist()]
+    for length in lengths:
+        x, y = batch(length, device)
+        expected = model(x, y)[1]
+        torch.testing.assert_close(compiled(x, y)[1], expected, atol=1e-6, rtol=0)
+    assert counter.frame_count <= 3
+
+
+def _has_cpp_compiler() -> bool:
+    return any(shutil.which(name) for name in (os.environ.get("CXX", ""), "g++", "clang++"))
+
+
+def test_inductor(device: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also the dispatch: on a GPU this compiles the Triton kernels into the graph. Inductor's cache
+    does not tell code for one ATEN_CPU_CAPABILITY from another's, so it begins empty."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    if device == "cpu" and not _has_cpp_compiler():
+        pytest.skip("Inductor needs a C++ compiler on the CPU")
+    x, y = batch(BLOCK, device)
+    config = small_config(n_layer=1)
+    eager = outcome(model_with(reference, config, device), x, y)
+    compiled: Any = torch.compile(model_with(fastgpt.ops, config, device), fullgraph=True)
+    assert max(largest_differences(outcome(compiled, x, y), eager).values()) <= 1e-5
+
+
+def test_dispatch_compiles_for_cuda_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On tensors that only claim to be on CUDA: the whole graph, with the kernels in it."""
+    monkeypatch.setattr("fastgpt.ops._refusals", {0: ""})  # else the GPU is asked what it can do
+    found: set[str] = set()
+
+    def record(graph: torch.fx.GraphModule, _inputs: list) -> Callable:
+        found.update(str(node.target) for node in graph.graph.nodes)
+        return graph.forward
+
+    with torch.device("meta"):
+        model = GPT(small_config(dropout=0.1))
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+        model.to_empty(device="cuda")
+        x = torch.zeros(4, BLOCK, dtype=torch.int64, device="cuda")
+        logits, loss = torch.compile(model, fullgraph=True, backend=record)(x, x)
+    assert logits.shape == (4, BLOCK, V) and loss.device.type == "cuda"
+    ours = {name for name in found if name.startswith("fastgpt")}
+    assert ours == {
+        f"fastgpt.{op}.default"
+        for op in (
+            "attention_qkvpacked",
+            "embedding",
+            "layer_norm",
+            "linear",
+            "mlp",
+            "residual_layer_norm",
+        )
+    }

@@ -1,0 +1,117 @@
+"""Checks a kernel's address arithmetic on tensors that are larger than memory: they exist by shape
+alone, so nothing is read or written.
+
+    with checked_addresses():
+        layer_norm_fwd(torch.empty(2**18, 16384, device="meta"), ...)
+
+Of each launch the first and the last program run, in the interpreter. An access outside of the
+launch's tensors fails, and so does int32 arithmetic that overflows. Loads give 1.0, and for
+integers the number in ``integers`` of the launch's argument, else 0.
+"""
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import torch
+import triton.language as tl
+from torch import Tensor
+from triton.runtime import interpreter as triton_interpreter
+from triton.runtime.interpreter import TensorHandle
+from triton.runtime.jit import JITFunction
+
+from tests.tools import interpreter
+from tests.tools.interpreter import Builder, Observer, Program
+
+_SPACING = 2**44  # bytes between the starts of two tensors
+
+
+class _Virtual:
+    """Stands for a tensor in a launch: a place in an address space of which nothing exists."""
+
+    def __init__(self, tensor: Tensor, number: int, integer: int) -> None:
+        self.dtype = tensor.dtype
+        self.start = number * _SPACING
+        self.n_bytes = tensor.numel() * tensor.element_size()
+        self.integer = integer
+
+    def data_ptr(self) -> int:
+        return self.start
+
+
+class _Ends(Observer):
+    def programs(self, tensors: list[Tensor], programs: list[Program]) -> list[Program]:
+        return sorted({programs[0], programs[-1]})
+
+
+class _AddressBuilder(Builder):
+    launch: str
+    virtual: dict[int, _Virtual]
+    accesses: int
+
+    def _checked(self, ptrs: TensorHandle, mask: TensorHandle) -> None:
+        active = np.broadcast_to(np.asarray(mask.data), ptrs.data.shape)
+        addresses = ptrs.data[active].astype(np.int64)
+        size = max(1, ptrs.get_element_ty().primitive_bitwidth // 8)
+        for address in (addresses.min(initial=2**62), addresses.max(initial=0)):
+            if addresses.size:
+                tensor = self.virtual.get(int(address) // _SPACING)
+                inside = tensor is not None and address - tensor.start + size <= tensor.n_bytes
+                assert inside, f"{self.launch}: access out of bounds at {int(address):#x}"
+        self.accesses += addresses.size
+
+    def create_masked_load(
+        self, ptrs: TensorHandle, mask: TensorHandle, other: TensorHandle | None, *options: Any,
+        **named_options: Any,
+    ) -> TensorHandle:  # fmt: skip
+        self._checked(ptrs, mask)
+        element = ptrs.get_element_ty()
+        dtype = triton_interpreter._get_np_dtype(element)
+        if element.is_floating():
+            ones = TensorHandle(np.ones(ptrs.data.shape, dtype=np.float32), tl.float32)
+            return self.cast_impl(ones, element)
+        tensor = self.virtual.get(int(np.max(ptrs.data)) // _SPACING)
+        loaded = np.full(ptrs.data.shape, tensor.integer if tensor else 0, dtype=dtype)
+        masked = 0 if other is None else other.data
+        return TensorHandle(np.where(mask.data, loaded, masked).astype(dtype), element)
+
+    def create_masked_store(
+        self, ptrs: TensorHandle, value: TensorHandle, mask: TensorHandle, *options: Any
+    ) -> None:
+        self._checked(ptrs, mask)
+
+
+@contextmanager
+def checked_addresses(integers: Mapping[str, int] | None = None) -> Iterator[list[str]]:
+    """Yields the names of the kernels that were launched."""
+    interpreter.install()
+    builder = triton_interpreter.interpreter_builder
+    launched: list[str] = []
+
+    def run(kernel: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
+        arguments = interpreter._bind(kernel, args, kwargs)
+        for number, (name, value) in enumerate(arguments.items(), start=1):
+            if isinstance(value, Tensor):
+                arguments[name] = _Virtual(value, number, (integers or {}).get(name, 0))
+        builder.launch, builder.accesses = kernel.__name__, 0
+        builder.virtual = {
+            v.start // _SPACING: v for v in arguments.values() if isinstance(v, _Virtual)
+        }
+        interpreter._interpret(kernel, grid, arguments)
+        assert builder.accesses, f"{kernel.__name__}: the last program accessed nothing"
+        launched.append(kernel.__name__)
+
+    outside = dict(vars(builder)), builder.__class__, interpreter.observer
+    interpreter.observer = _Ends()
+    builder.options = dataclasses.replace(builder.options, debug=True)  # checks of overflow
+    builder.__class__ = _AddressBuilder
+    try:
+        with mock.patch.object(JITFunction, "run", run), torch.no_grad():
+            yield launched
+    finally:
+        attributes, builder.__class__, interpreter.observer = outside
+        vars(builder).clear()
+        vars(builder).update(attributes)

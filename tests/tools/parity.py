@@ -1,0 +1,107 @@
+"""The one rule by which every op is compared: error(kernel) <= 2 * error(PyTorch) + 1e-5.
+
+Both errors are deviations from the plain op in float64 on the same inputs, for the output and for
+each gradient; PyTorch computes in the dtype of the kernel, on a CPU in a fixed way (``rounding``).
+The rule holds for the root mean square, and for the largest deviation, which has one rounding of
+its element more: among a few hundred elements in half precision the largest of PyTorch's errors is
+a matter of luck.
+"""
+
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+
+import torch
+from torch import Tensor
+
+from tests.tools.rounding import RoundedOnce
+
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+LAYOUTS = ["contiguous", "transposed", "strided", "offset"]
+
+# What LayerNorm normalises, over the last dimension: one number, ragged, wide, nothing.
+NORM_SHAPES = [
+    (1, 1),
+    (1, 768),
+    (37, 65),
+    (129, 128),
+    (2, 17, 768),
+    (3, 1, 1600),
+    (5, 4097),
+    (3, 8192),
+    (19, 8193),
+    (2, 16384),
+    (0, 32),
+    (257, 25),
+]
+
+
+def randn(shape: Sequence[int], dtype: torch.dtype, device: str, layout: str) -> Tensor:
+    """N(0, 1) in a memory layout: dense; last two dimensions swapped; every second element of the
+    last dimension; dense from an odd place of a larger storage on."""
+    *outer, last = shape
+    if layout == "transposed" and outer:
+        base = torch.randn(*outer[:-1], last, outer[-1], dtype=torch.float32, device=device)
+        return base.to(dtype).transpose(-2, -1)
+    if layout == "strided":
+        return torch.randn(*outer, 2 * last, device=device).to(dtype)[..., ::2]
+    if layout == "offset":
+        numel = torch.Size(shape).numel()
+        return torch.randn(numel + 3, device=device).to(dtype)[3:].view(*shape)
+    return torch.randn(*shape, device=device).to(dtype)
+
+
+def results(
+    op: Callable[..., Tensor], inputs: Sequence[Tensor], grad: Tensor, dtype: torch.dtype
+) -> list[Tensor]:
+    """The output and the gradients of all inputs, in float64."""
+    leaves = [x.detach().to(dtype).requires_grad_() for x in inputs]  # strides are kept
+    out = op(*leaves)
+    gradients = torch.autograd.grad(out, leaves, grad.to(out.dtype))
+    return [t.detach().double() for t in (out, *gradients)]
+
+
+def assert_parity(
+    kernel: Callable[..., Tensor],
+    pytorch: Callable[..., Tensor],
+    plain: Callable[..., Tensor],
+    inputs: Sequence[Tensor],
+    grad: Tensor,
+    names: Sequence[str],
+) -> None:
+    """``kernel`` and ``pytorch`` in the inputs' dtype against ``plain`` in float64. ``names``: of
+    the inputs, for the message."""
+    dtype = inputs[0].dtype
+    got = results(kernel, inputs, grad, dtype)
+    with RoundedOnce() if grad.is_cpu else nullcontext():
+        common = results(pytorch, inputs, grad, dtype)
+    truth = results(plain, inputs, grad.double(), torch.float64)
+    for name, x, y, z in zip(
+        ("output", *(f"d{n}" for n in names)), got, common, truth, strict=True
+    ):
+        assert x.shape == z.shape, f"{name}: shape {tuple(x.shape)}, not {tuple(z.shape)}"
+        assert not x.isnan().any(), f"{name}: NaN, or memory that no kernel wrote"
+        if z.numel() == 0:
+            continue
+        error, allowed = (x - z).abs(), 2 * (y - z).abs().max() + 1e-5
+        excess = (error - torch.finfo(dtype).eps * z.abs()).max()
+        assert excess <= allowed, f"{name}: error {error.max():.3g}, allowed {allowed:.3g}"
+        rms, allowed = _rms(x - z), 2 * _rms(y - z) + 1e-5
+        assert rms <= allowed, f"{name}: RMS error {rms:.3g}, allowed {allowed:.3g}"
+
+
+def _rms(x: Tensor) -> Tensor:
+    return x.square().mean().sqrt()
+
+
+def saved_storages(run: Callable[[], Tensor]) -> dict[int, int]:
+    """What autograd keeps of ``run()`` for the backward: address of the storage → bytes."""
+    kept: dict[int, int] = {}
+
+    def pack(x: Tensor) -> Tensor:
+        kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        out = run()
+    assert out.grad_fn is not None
+    return kept

@@ -1,0 +1,70 @@
+"""Tensors of more than 2^31 elements: the addresses of the row-wise kernels, without the memory."""
+
+import pytest
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastgpt.kernels import _common
+from fastgpt.kernels.embedding import _embedding_op, _position_bwd_op, _token_bwd_op
+from fastgpt.kernels.layer_norm import layer_norm_bwd, layer_norm_fwd
+from tests.tools.addresses import checked_addresses
+
+
+def _meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+@pytest.fixture(autouse=True)
+def _one_tile_a_program(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_common, "multiprocessors", lambda device: 2**31)
+
+
+SEED = _meta(1, dtype=torch.int64)
+
+
+@triton.jit
+def _careless_kernel(x_ptr, n_cols, BLOCK: tl.constexpr):
+    offs = tl.program_id(0) * n_cols + tl.arange(0, BLOCK)
+    tl.store(x_ptr + offs, tl.load(x_ptr + offs, mask=offs < 0, other=1.0))
+
+
+def test_the_check_finds_32_bit_offsets() -> None:
+    with checked_addresses():
+        _careless_kernel[(2**15 - 1,)](_meta(2**15, 2**16), 2**16, BLOCK=64)
+    with pytest.raises(AssertionError), checked_addresses():
+        _careless_kernel[(2**15 + 1,)](_meta(2**15 + 1, 2**16), 2**16, BLOCK=64)
+
+
+@pytest.mark.parametrize("width,dropout_p", [(4096, 0.1), (8192, 0.0), (8192, 0.1)])
+def test_layer_norm(width: int, dropout_p: float) -> None:
+    n_rows = 2**31 // width + 5
+    wide, row = _meta(n_rows, width), _meta(width)
+    seed = SEED if dropout_p else None
+    with checked_addresses() as launched:
+        _, total, mean, rstd = layer_norm_fwd(
+            wide, wide, row, row, row, seed, 1e-5, dropout_p, 0, wide.dtype
+        )
+        layer_norm_bwd(
+            wide, wide, wide, row, mean, rstd, seed, dropout_p, 0, wide, _meta(n_rows, width),
+            row, row, row,
+        )  # fmt: skip
+    assert len(launched) == (3 if width == 4096 else 4)
+
+
+def test_embedding() -> None:
+    """More than 2^31 elements in the output and in each table; the last row of each."""
+    width, length = 2**14, 2**17 + 5
+    idx, table = _meta(1, length, dtype=torch.int64), _meta(length, width)
+    out = _meta(1, length, width)
+    last = length - 1
+    with checked_addresses({"idx_ptr": last}):
+        _embedding_op._init_fn(idx, table, table, SEED, None, 0.1, 0, table.dtype)
+    with checked_addresses({"idx_ptr": last}):
+        _position_bwd_op._init_fn(out, idx, SEED, length, length, table.dtype, 0.1, 0)
+    # the only band of the run is its last one; all ids are the last of the table
+    numbers = {"sorted_ptr": last, "order_ptr": last, "ends_ptr": length}
+    with checked_addresses(numbers) as launched:
+        _token_bwd_op._init_fn(out, idx, SEED, length, table.dtype, 0.1, 0)
+    assert len(launched) == 2

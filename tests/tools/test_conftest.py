@@ -1,0 +1,82 @@
+"""What every test gets: whether the Triton ops take tensors of the CPU; and a GPU that breaks."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastgpt.kernels import _common, fused
+
+
+@pytest.mark.gpu  # it needs none: the marker is what is tested
+def test_a_test_for_a_gpu_finds_the_ops_of_production() -> None:
+    assert not _common.INTERPRETED
+    with pytest.raises(ValueError, match="x must be on a CUDA device, got cpu"):
+        fused.gelu(torch.ones(2))
+
+
+@pytest.mark.parametrize("marked", [False, pytest.param(True, marks=pytest.mark.gpu)])
+def test_a_parameter_can_be_for_a_gpu(marked: bool) -> None:
+    assert _common.INTERPRETED is not marked
+
+
+def test_the_fixture_device(device: str) -> None:
+    assert _common.INTERPRETED is (device == "cpu")
+
+
+def test_interpreted_kernels_on_the_cpu() -> None:
+    torch.testing.assert_close(fused.gelu(torch.zeros(2)), torch.zeros(2))
+
+
+@pytest.mark.parametrize("turn", ["first", "second"])
+def test_float32_products_are_exact_whatever_ran_before(turn: str) -> None:
+    assert torch.backends.cuda.matmul.allow_tf32 is False
+    torch.backends.cuda.matmul.allow_tf32 = True
+
+
+BREAKING = """
+import pytest
+
+@pytest.mark.gpu
+def test_breaks_the_gpu():
+    raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+def test_shows_what_another_process_said():
+    raise RuntimeError("CUDA error: operation not permitted when stream is capturing")
+
+@pytest.mark.gpu
+def test_runs_out_of_memory():
+    raise RuntimeError("CUDA error: out of memory")
+
+def test_comes_last():
+    pass
+"""
+
+
+def test_a_worker_whose_gpu_is_broken_ends(tmp_path: Path) -> None:
+    (tmp_path / "test_breaking.py").write_text(BREAKING)
+    root = Path(__file__).resolve().parents[2]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-p",
+        "tests.conftest",
+        "-n1",
+        "-rf",
+        "test_breaking.py",
+    ]
+    done = subprocess.run(
+        command,
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(root)},
+        capture_output=True,
+        text=True,
+    )
+    # The broken one counts twice: by its own report and by the end of its worker.
+    assert "4 failed, 1 passed" in done.stdout
+    assert "test_breaks_the_gpu" in done.stdout and "crashed" in done.stdout
+    assert "an illegal memory access was encountered" in done.stdout + done.stderr

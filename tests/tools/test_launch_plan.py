@@ -1,0 +1,115 @@
+"""Whatever a user's GPU is asked to launch compiles for it: ``launch_plan`` says what that is.
+
+The ordinary run lowers one program of each kind to Triton's IR, which sees what the language
+refuses: a method of an argument that is 1, types that do not go together, a block that is no power
+of two. Of each kernel one program, that with the most constants, is compiled to PTX for each
+architecture. Layouts, pipelining, and whether all programs fit into an architecture's shared memory
+are seen by the slow run alone, which compiles every program of the plan to PTX (about a quarter of
+an hour of one core). Neither sees registers and spills: those are ptxas's, and
+``setup.py build_kernels`` asks it.
+"""
+
+import functools
+
+import pytest
+
+from bench._compile.static import max_shared_memory
+from tests.tools import launch_plan
+from tests.tools.lowering import LANGUAGE, Specialisation, specialise
+
+# sm_86 has the launch tables and the instructions of sm_80, and the check of sm_80 knows how much
+# less shared memory it has; sm_89 adds fp8.
+COMPILED = (80, 89, 90, 100, 120)
+
+# Arguments that the host keeps to multiples of 16, or of 16 bytes.
+_ATTENTION_STRIDES = {f"{x}_stride_{y}" for x in "qkv" for y in "bht"}
+NEVER_1 = {
+    "_attention_fwd_kernel": _ATTENTION_STRIDES,
+    "_attention_bwd_dq_kernel": {*_ATTENTION_STRIDES, "dq_stride_t"},
+    "_attention_bwd_dkdv_kernel": {*_ATTENTION_STRIDES, "dkdv_stride_t"},
+    "_attention_decode_kernel": {"qkv_stride_b"},  # 3 or more
+    "_layer_norm_bwd_means_kernel": {"x_stride_row", "n_cols"},  # for wide rows
+    "_linear_gelu_kernel": {"a_stride", "w_stride", "n_cols", "n_inner"},
+    "_weight_grad_kernel": {"dy_stride", "x_stride", "n_rows", "n_cols", "tokens_per_split"},
+    "_cross_entropy_rows_kernel": {"padded_cols"},
+    "_amax_kernel": {"n"},
+    "_quantise_kernel": {"n_cols", "padded_rows"},
+    "_transpose_kernel": {"n_cols", "padded_rows"},
+}
+
+
+@functools.cache
+def programs(capability: int) -> list[Specialisation]:
+    """Those of the plan, each once: with the most arguments divisible by 16, for which the compiler
+    pipelines more and takes more shared memory."""
+    found: dict[str, Specialisation] = {}
+    for launch in launch_plan.launches(capability):
+        one = specialise(launch.kernel, launch.args, dict(launch.options), capability)
+        best = found.setdefault(one.program, one)
+        if len(one.source.attrs) > len(best.source.attrs):
+            found[one.program] = one
+    return list(found.values())
+
+
+def assert_compiles(program: Specialisation, capability: int) -> None:
+    with LANGUAGE:
+        shared = program.compile()["shared"]
+    limit = max_shared_memory(capability)
+    assert shared <= limit, f"{program} needs {shared} bytes of shared memory, of {limit}"
+
+
+def test_every_pair_of_options_occurs() -> None:
+    chosen = launch_plan.pairs(dict(a=(1, 2, 3), b=("x", "y"), c=(False, True)))
+    for a, b in (("a", "b"), ("a", "c"), ("b", "c")):
+        pairs = {(one[a], one[b]) for one in chosen}
+        assert len(pairs) == len({x for x, _ in pairs}) * len({y for _, y in pairs})
+    assert {one["a"] for one in chosen} == {1, 2, 3} and len(chosen) < 12
+
+
+def test_every_argument_that_is_specialised_is_1_somewhere() -> None:
+    ones: dict[str, set[str]] = {}
+    runtime: dict[str, set[str]] = {}
+    for program in programs(90):
+        for name, kind in program.source.signature.items():
+            path = (program.source.fn.arg_names.index(name),)
+            param = program.source.fn.params[path[0]]
+            if param.is_constexpr or param.do_not_specialize:
+                continue
+            if kind in ("i32", "i64"):
+                runtime.setdefault(program.source.name, set()).add(name)
+            elif program.source.constants.get(path) == 1:
+                ones.setdefault(program.source.name, set()).add(name)
+    for kernel, names in runtime.items():
+        assert names - ones.get(kernel, set()) == NEVER_1.get(kernel, set()), kernel
+    assert all(names <= runtime[kernel] for kernel, names in NEVER_1.items())
+
+
+def test_sm_86_is_asked_what_sm_80_is() -> None:
+    assert {one.program for one in programs(86)} == {one.program for one in programs(80)}
+
+
+def test_every_kind_of_program_lowers() -> None:
+    kinds = {one.kind: one for capability in COMPILED for one in programs(capability)}
+    for program in kinds.values():
+        with LANGUAGE:
+            program.lower()
+
+
+@pytest.mark.parametrize("capability", COMPILED)
+def test_one_program_of_each_kernel_compiles(capability: int) -> None:
+    most: dict[str, Specialisation] = {}
+    for program in programs(capability):
+        best = most.setdefault(program.source.name, program)
+        if len(program.source.constants) > len(best.source.constants):
+            most[program.source.name] = program
+    for program in most.values():
+        assert_compiles(program, capability)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("capability", COMPILED)
+def test_every_program_compiles(capability: int) -> None:
+    known = {one.program for one in programs(80)} if capability == 89 else set()
+    for program in programs(capability):
+        if program.program not in known:
+            assert_compiles(program, capability)

@@ -1,0 +1,52 @@
+"""The host code for a GPU, executed on the pretended device, which must find nothing."""
+
+import pytest
+
+from tests.tools.pretend_cuda.process import PROGRAMS, needs_pretended_device, passes
+
+pytestmark = needs_pretended_device
+
+
+@pytest.mark.parametrize("which", ["graph", "float16 or stop or bigram"])
+def test_runs_of_the_trainer(which: str) -> None:
+    passes(str(PROGRAMS / "on_trainer.py"), "-k", which)
+
+
+def test_commands_generation_and_nanogpts_loop() -> None:
+    passes(str(PROGRAMS / "on_commands.py"))
+
+
+def test_benchmarks() -> None:
+    passes(str(PROGRAMS / "on_bench.py"))
+
+
+def test_computed_runs() -> None:
+    """Every kernel in the interpreter: the numbers are those of the CPU."""
+    passes(str(PROGRAMS / "on_computed.py"), interpret=True)
+
+
+def test_tests_for_a_gpu() -> None:
+    """Kernels filled: that a graph changes nothing, that no wait is hidden."""
+    passes(
+        *("-m", "gpu"),
+        "tests/data/test_batches.py",
+        "tests/model/test_generation.py::test_a_captured_step_draws_the_same",
+        "tests/model/test_model_documents.py::test_the_host_never_waits",
+        "tests/training/test_resume.py",
+        "tests/training/test_step.py",
+        "tests/training/test_trainer.py",
+        own=False,
+    )
+
+
+def test_computed_tests_for_a_gpu() -> None:
+    """Those whose numbers count: a cache, two gradients of one weight, recomputing, benchmarks."""
+    passes(
+        *("-m", "gpu"),
+        "tests/bench/test_bench_ops.py",
+        "tests/model/test_generation.py::test_cached_logits_are_those_of_the_forward",
+        "tests/model/test_model_step.py::test_recomputing_under_autocast",
+        "tests/model/test_model_step.py::test_the_tied_weight_gets_both_gradients",
+        interpret=True,
+        own=False,
+    )

@@ -1,0 +1,450 @@
+"""The PTX machine computes what is known, finds faults that were put there, and refuses by name
+what it does not know.
+"""
+
+import itertools
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from tests.tools import test_ptx_kernels, toy_kernels
+from tests.tools.ptx import forms, launches, machine, mutations
+from tests.tools.ptx.launches import PtxError
+from tests.tools.ptx.machine import Finding, Kernel
+from tests.tools.ptx.parser import Unsupported
+
+pytestmark = pytest.mark.skipif(
+    machine.unavailable() is not None, reason=machine.unavailable() or ""
+)
+
+CAPABILITIES = [80, 90]
+
+
+# --------------------------------------------------------------------------- known answers
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+def test_matmul(capability: int, dtype: torch.dtype) -> None:
+    """Small whole numbers: any order of sums gives the same. wgmma on sm_90, mma.sync on sm_80."""
+    a, b = torch.randint(-8, 9, (2, 100, 100)).to(dtype)
+    c = torch.full((100, 100), float("nan"))
+    with launches.compiled_for(capability):
+        toy_kernels.matmul_kernel[(2, 2)](
+            a, b, c, 100, 100, 100, BLOCK_M=64, BLOCK_N=64, BLOCK_K=32, num_stages=3
+        )
+    assert torch.equal(c, a.float() @ b.float())
+
+
+@pytest.mark.parametrize("block", [(8, 16), (32, 64), (64, 128)], ids=str)
+def test_bulk_copies_cut_off_at_the_edge(block: tuple[int, int]) -> None:
+    """float16 rows of 32, 128 and 256 bytes: each swizzle, and a box in two parts."""
+    x, y = torch.randn(70, 200).half(), torch.zeros(70, 200).half()
+    descriptors = [TensorDescriptor.from_tensor(t, list(block)) for t in (x, y)]
+    grid = -(-70 // block[0]), -(-200 // block[1])
+    with launches.compiled_for(90):
+        toy_kernels.copy_by_descriptor_kernel[grid](
+            *descriptors, BLOCK_M=block[0], BLOCK_N=block[1]
+        )
+    assert torch.equal(x, y)
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+def test_arithmetic(capability: int, dtype: torch.dtype) -> None:
+    x, y = torch.randn(2, 300).to(dtype)
+    out = torch.full((11, 300), float("nan"), dtype=dtype)
+    with launches.compiled_for(capability):
+        toy_kernels.binary_kernel[(1,)](x, y, out, 300, BLOCK=512)
+    expected = [
+        x + y, x - y, x * y, x / y, -x, torch.maximum(x, y), torch.minimum(x, y),
+        torch.minimum(x, y), x.abs(), x * 2.5, x.clamp(-0.5, 0.5),
+    ]  # fmt: skip
+    quotient = out[3]
+    torch.testing.assert_close(quotient, expected[3])  # div.full: within two places
+    for k, value in enumerate(expected):
+        assert k == 3 or torch.equal(out[k], value), k
+
+
+ALL_HALVES = torch.arange(-(2**15), 2**15, dtype=torch.int16)
+
+
+@pytest.mark.parametrize("source", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize(
+    "to",
+    [
+        torch.float16,
+        torch.bfloat16,
+        torch.float32,
+        torch.int32,
+        torch.float8_e5m2,
+        torch.float8_e4m3fn,
+    ],
+    ids=str,
+)
+def test_conversions(source: torch.dtype, to: torch.dtype) -> None:
+    """All numbers of 16 bits, and for float32 those that lie between two bfloat16s as well."""
+    if source == torch.float32:
+        upper = ALL_HALVES.int() << 16
+        x = torch.cat([upper, upper + 0x7FFF, upper + 0x8000, upper + 0x8001]).view(torch.float32)
+    else:
+        x = ALL_HALVES.view(source)
+    out = torch.empty(len(x), dtype=to)
+    with launches.compiled_for(90):
+        toy_kernels.cast_kernel[(1,)](x, out, len(x), BLOCK=len(x), num_warps=8)
+    if to == torch.int32:
+        # Beyond the integers PyTorch does what x86 does, a GPU takes the last one.
+        inside = x.float().abs() < 2**31
+        assert torch.equal(out[inside], x[inside].int())
+        return
+    expected = x.float()
+    if to in (torch.float8_e5m2, torch.float8_e4m3fn):  # satfinite
+        expected = expected.clamp(-torch.finfo(to).max, torch.finfo(to).max)
+    expected = expected.to(to).float()
+    assert torch.equal(out.float().isnan(), expected.isnan())
+    assert torch.equal(out.float().nan_to_num(0.0), expected.nan_to_num(0.0))
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+def test_functions_reductions_shapes_and_programs(capability: int) -> None:
+    x = torch.randn(64).abs() + 0.1
+    exp, exp2, erf, rsqrt = torch.empty(4, 64)
+    matrix = torch.randn(16, 32)
+    sums, largest, cumsum = torch.empty(16), torch.empty(16), torch.empty(16, 32)
+    places = torch.empty(16, dtype=torch.int32)
+    transposed, joined = torch.empty(32, 16), torch.empty(16, 64)
+    programs = torch.full((2, 3, 4), -1, dtype=torch.int32)
+    with launches.compiled_for(capability):
+        toy_kernels.unary_kernel[(1,)](x, exp, exp2, erf, rsqrt, BLOCK=64)
+        toy_kernels.reduce_kernel[(1,)](matrix, sums, largest, places, cumsum, M=16, N=32)
+        toy_kernels.shapes_kernel[(1,)](matrix, transposed, joined, M=16, N=32)
+        toy_kernels.program_kernel[(2, 3, 4)](programs)
+    for got, expected in ((exp, x.exp()), (exp2, x.exp2()), (erf, x.erf()), (rsqrt, x.rsqrt())):
+        torch.testing.assert_close(got, expected, rtol=1e-6, atol=1e-6)
+    assert not torch.equal(rsqrt, x.rsqrt())  # as inexact as the instruction may be
+    torch.testing.assert_close(sums, matrix.sum(1))
+    torch.testing.assert_close(cumsum, matrix.cumsum(1))
+    assert torch.equal(largest, matrix.max(1).values)
+    assert torch.equal(places.long(), matrix.argmax(1))
+    assert torch.equal(transposed, matrix.t())
+    assert torch.equal(joined, torch.stack([matrix, -matrix], -1).flatten(1))
+    assert torch.equal(programs.flatten(), torch.arange(24, dtype=torch.int32))
+
+
+def test_any_interleaving_of_the_warps_gives_the_same() -> None:
+    x, y = torch.randn(2, 64, 64).half()
+    c = torch.empty(64, 64)
+    options = dict(BLOCK_M=64, BLOCK_N=64, BLOCK_K=32, num_stages=2)
+    args = x, y, c, 64, 64, 64
+    prepared = launches.prepare_launch(toy_kernels.matmul_kernel, args, options, (1, 1), 80)
+    prepared.run()
+    expected = c.clone()
+    data, storages = bytes(prepared.parameters.data), prepared.parameters.storages()
+    for schedule in (1, 2, 3):
+        c.zero_()
+        assert prepared.kernel.run((1, 1), data, storages, schedule=schedule) == []
+        assert torch.equal(c, expected)
+
+
+# ---------------------------------------------------------------------- faults of toy kernels
+
+
+def _kinds(run: Callable[[], Any]) -> set[str]:
+    with launches.compiled_for(80), pytest.raises(PtxError) as caught:
+        run()
+    return {finding.kind for finding in caught.value.findings}
+
+
+def test_accesses_outside_of_tensors() -> None:
+    x, y = torch.randn(100), torch.empty(101)
+    copy = toy_kernels.copy_kernel[(1,)]
+    assert "global-bounds" in _kinds(
+        lambda: copy(x, y, 100, MASK_LOAD=False, OTHER=False, BLOCK=128)
+    )
+    with launches.compiled_for(80):
+        copy(x, y, 100, MASK_LOAD=True, OTHER=True, BLOCK=128)
+    assert torch.equal(y[:100], x)
+
+
+def test_races_between_programs_and_between_warps() -> None:
+    y = torch.zeros(512, dtype=torch.int32)
+    store = toy_kernels.store_kernel
+    assert _kinds(lambda: store[(2,)](y, 64, 1, 1, BLOCK=128)) == {"global-race"}
+    assert "global-race" in _kinds(lambda: toy_kernels.pass_on_kernel[(8,)](y, 1))
+    assert "global-race" in _kinds(
+        lambda: toy_kernels.store_then_load_kernel[(1,)](y, torch.empty_like(y), BLOCK=512)
+    )
+    with launches.compiled_for(80):
+        store[(2,)](y, 128, 1, 1, BLOCK=128)
+
+
+def test_an_address_that_the_compiler_was_told_is_aligned_and_is_not() -> None:
+    x, y = torch.randn(1040), torch.empty(1024)
+    args, options = (x, y, 1024), dict(BLOCK=1024)
+    prepared = launches.prepare_launch(toy_kernels.cast_kernel, args, options, (1,), 80)
+    storages = prepared.parameters.storages()
+    for offset, kinds in ((0, set()), (16, set()), (4, {"misaligned", "uninitialised"})):
+        data = (x.data_ptr() + offset).to_bytes(8, "little") + prepared.parameters.data[8:]
+        findings = prepared.kernel.run((1,), data, storages)
+        assert {finding.kind for finding in findings} == kinds
+
+
+# ------------------------------------------------------------------------- written in PTX
+
+_HEAD = """
+.version 8.7
+.target sm_90a
+.address_size 64
+.extern .shared .align 16 .b8 memory[];
+.visible .entry written(.param .u64 .ptr .global .align 16 out)
+{
+  .reg .pred %p<4>;
+  .reg .b32 %r<16>;
+  .reg .b64 %rd<8>;
+  .reg .b32 %f<4>;
+  ld.param.b64 %rd1, [out];
+  mov.u32 %r1, %tid.x;
+  shl.b32 %r2, %r1, 2;
+  mul.wide.u32 %rd2, %r1, 4;
+  add.s64 %rd3, %rd1, %rd2;
+"""
+
+
+def written(body: str, num_warps: int = 2) -> tuple[list[Finding], Tensor]:
+    """Findings and the int32 tensor of one element a thread. %r1 is the thread, %r2 four times
+    that, %rd3 the address of its element, memory 1 KB of shared memory."""
+    out = torch.full((32 * num_warps,), -1, dtype=torch.int32)
+    kernel = Kernel(_HEAD + body + "\n ret;\n}\n", num_warps, 1024)
+    parameters = out.data_ptr().to_bytes(8, "little")
+    return kernel.run((1,), parameters, [(out.data_ptr(), 4 * out.numel())]), out
+
+
+_STORE = "mov.u32 %r3, memory; add.s32 %r4, %r3, %r2; st.shared.b32 [%r4], %r1;"
+_FROM_OTHER_WARP = "xor.b32 %r5, %r4, 128; ld.shared.b32 %r6, [%r5]; st.global.b32 [%rd3], %r6;"
+_FROM_OTHER_LANE = "xor.b32 %r5, %r4, 4; ld.shared.b32 %r6, [%r5]; st.global.b32 [%rd3], %r6;"
+_COPY = """
+  mov.u32 %r3, memory;
+  add.s32 %r4, %r3, %r2;
+  cp.async.ca.shared.global [%r4], [%rd3], 4;
+  cp.async.commit_group;
+"""
+_LOAD_COPIED = "ld.shared.b32 %r6, [%r4]; st.global.b32 [%rd3], %r6;"
+_INIT = """
+  mov.u32 %r3, memory;
+  setp.eq.b32 %p1, %r1, 0;
+  @%p1 mbarrier.init.shared::cta.b64 [%r3], 1;
+  bar.sync 0;
+"""
+_WAIT = """{
+  .reg .pred done;
+  again: mbarrier.try_wait.parity.shared.b64 done, [%r3], 0;
+  @!done bra.uni again;
+}"""
+
+_FENCE = "wgmma.fence.sync.aligned;"
+_PRODUCT = """
+  mov.b64 %rd5, 0;
+  wgmma.mma_async.sync.aligned.m64n8k16.f32.bf16.bf16 {%f0, %f1, %f2, %f3},
+    %rd5, %rd5, 0, 1, 1, 0, 0;
+  wgmma.commit_group.sync.aligned;
+  wgmma.wait_group.sync.aligned 0;
+"""
+
+RIGHT = {
+    "barrier": _STORE + "bar.sync 0;" + _FROM_OTHER_WARP,
+    "warp barrier": _STORE + "bar.warp.sync -1;" + _FROM_OTHER_LANE,
+    "copy": _COPY + "cp.async.wait_group 0;" + _LOAD_COPIED,
+    "mbarrier": _INIT + "@%p1 mbarrier.arrive.shared::cta.b64 _, [%r3];" + _WAIT,
+    "products": _FENCE + _PRODUCT + _FENCE + _PRODUCT,
+    "copy behind a fence": "mov.b32 %f1, 0f00000000;" + _FENCE + "mov.b32 %f0, %f1;" + _PRODUCT,
+    "divergence": "setp.lt.u32 %p1, %r1, 5; @%p1 bra low; mov.b32 %r6, 1; bra.uni both; low: "
+    "mov.b32 %r6, 2; both: bar.sync 0; st.global.b32 [%rd3], %r6;",
+}
+
+WRONG = {
+    "no barrier": (_STORE + _FROM_OTHER_WARP, {"race", "uninitialised"}),
+    "no warp barrier": (_STORE + _FROM_OTHER_LANE, {"warp-race"}),
+    "nothing written": (
+        "mov.u32 %r3, memory;" + _FROM_OTHER_LANE.replace("%r4", "%r3"),
+        {"uninitialised"},
+    ),
+    "undefined register": ("st.global.b32 [%rd3], %r9;", {"uninitialised"}),
+    "copy not waited for": (_COPY + _LOAD_COPIED, {"async-read", "uninitialised"}),
+    "copy waited for too early": (
+        _COPY + "cp.async.wait_group 1;" + _LOAD_COPIED,
+        {"async-read", "uninitialised"},
+    ),
+    "copy overwritten": (
+        _COPY + "st.shared.b32 [%r4], %r1; cp.async.wait_group 0;",
+        {"async-write"},
+    ),
+    "outside of shared memory": (
+        "mov.u32 %r3, memory; ld.shared.b32 %r6, [%r3+1024];",
+        {"shared-bounds"},
+    ),
+    "misaligned": ("mov.u32 %r3, memory; st.shared.b32 [%r3+2], %r1;", {"misaligned"}),
+    "barrier in a branch": (
+        "setp.lt.u32 %p1, %r1, 5; @%p1 bra past; bar.sync 0; past: bar.sync 0;",
+        {"divergence"},
+    ),
+    "barrier that one warp misses": (
+        "setp.lt.u32 %p1, %r1, 32; @%p1 bra past; bar.sync 0; past: mov.b32 %r6, 0;",
+        {"deadlock"},
+    ),
+    "mbarrier that nobody arrives at": (_INIT + _WAIT, {"deadlock"}),
+    "mbarrier that is none": ("mov.u32 %r3, memory;" + _WAIT, {"mbarrier"}),
+    "lane that does not take part": (
+        "setp.lt.u32 %p1, %r1, 5; @%p1 shfl.sync.bfly.b32 %r6, %r1, 16, 31, -1;",
+        {"divergence"},
+    ),
+    "loop without end": ("again: add.s32 %r6, %r1, 1; bra.uni again;", {"endless"}),
+    "product without a fence": (_PRODUCT, {"wgmma-fence"}),
+    "sums that were waited for, without a fence": (
+        _FENCE + _PRODUCT + _PRODUCT,
+        {"wgmma-fence"},
+    ),
+    "constant behind a fence": (
+        _FENCE + "mov.b32 %f0, 0f00000000;" + _PRODUCT,
+        {"wgmma-fence"},
+    ),
+    "trap": ("trap;", {"trap"}),
+}
+
+
+@pytest.mark.parametrize("name", RIGHT)
+def test_nothing_is_found_where_nothing_is_wrong(name: str) -> None:
+    findings, _ = written(RIGHT[name])
+    assert findings == []
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_faults_are_found(name: str) -> None:
+    body, kinds = WRONG[name]
+    findings, _ = written(body)
+    assert {finding.kind for finding in findings} == kinds
+
+
+def test_lanes_of_a_branch_meet_again() -> None:
+    _, out = written(RIGHT["divergence"])
+    assert out[:5].tolist() == [2] * 5 and out[5:].tolist() == [1] * 59
+
+
+def test_a_finding_names_the_kernels_line() -> None:
+    x, y = torch.randn(100), torch.empty(101)
+    with launches.compiled_for(80), pytest.raises(PtxError) as caught:
+        toy_kernels.copy_kernel[(1,)](x, y, 100, MASK_LOAD=False, OTHER=False, BLOCK=128)
+    source = Path(toy_kernels.__file__).read_text().splitlines()
+    finding = next(f for f in caught.value.findings if f.kind == "global-bounds")
+    file, _, line = finding.source.partition(":")
+    assert file == "toy_kernels.py" and source[int(line) - 1].strip() == "x = tl.load(x_ptr + offs)"
+    assert finding.instruction.startswith("ld.global") or "ld.global" in finding.instruction
+
+
+# ------------------------------------------------------------------- refused by its name
+
+
+@pytest.mark.parametrize(
+    ("instruction", "named"),
+    [
+        ("add.sat.s32 %r6, %r1, %r2;", "modifier .sat of add.sat.s32"),
+        ("cvt.rn.satfinite.relu.e4m3x2.f32 %r6, %r1, %r2;", "modifier .relu of cvt"),
+        ("ld.volatile.global.b32 %r6, [%rd3];", "modifier .volatile of ld.volatile"),
+        ("atom.global.add.u32 %r6, [%rd3], 1;", "instruction atom.global.add.u32"),
+        ("add.rn.s32 %r6, %r1, %r2;", "add.rn.s32, in this combination"),
+        ("tcgen05.wait::ld.sync.aligned;", "instruction tcgen05.wait::ld.sync.aligned"),
+        ("mov.b64 %rd4, %r1;", "%r1, a register of b32, as an operand of b64"),
+        ("rsqrt.approx.ftz.f64 %rd4, %rd3;", "rsqrt.approx.ftz.f64, in this combination"),
+        ("setp.lt.ftz.f32 %p1, %f1, %f2;", "modifier .ftz of setp.lt.ftz.f32"),
+        ("barrier.cluster.arrive.aligned;", "modifier .cluster of barrier.cluster"),
+        ("fence.proxy.async.global;", "modifier .global of fence.proxy.async.global"),
+    ],
+)
+def test_what_is_not_known_is_refused(instruction: str, named: str) -> None:
+    with pytest.raises(Unsupported) as caught:
+        written(instruction)
+    assert named in str(caught.value) and "line" in str(caught.value)
+
+
+def test_device_made_tensor_maps_are_refused() -> None:
+    x, y = torch.randn(64, 64), torch.empty(64, 64)
+    with (
+        launches.compiled_for(90),
+        pytest.raises(Unsupported, match="copy_tile_kernel on sm_90: scratch"),
+    ):
+        toy_kernels.copy_tile_kernel[(2, 2)](x, y, 64, 64, BLOCK_M=32, BLOCK_N=32)
+
+
+def test_every_accepted_form_of_arithmetic_is_executed() -> None:
+    """No form is accepted that the machine does not have."""
+    library = machine._library()
+    special = {
+        "cvta", "mov", "selp", "setp", "ld", "st", "cp", "shfl", "vote", "mma", "wgmma", "bra",
+        "ret", "exit", "trap", "bar", "barrier", "fence", "mbarrier", "ldmatrix", "stmatrix",
+        "elect", "lop3", "redux",
+    }  # fmt: skip
+    checked = 0
+    for base, accepted in forms.FORMS.items():
+        for form in accepted if base not in special else []:
+            slots = [
+                [*alternatives, *([None] if how == "[" else [])]
+                for how, alternatives in forms.slots(form)
+                if how != "("
+            ]
+            for words in itertools.product(*slots):
+                *given, type = filter(None, words)
+                given.sort(key="ftz".__eq__)
+                name = ".".join([base, *given, type])
+                assert library.ptx_knows(name.encode()), name
+                checked += 1
+    assert checked > 300
+
+
+# -------------------------------------------------------------------------------- mutations
+
+# Launches whose mutants are cheap: loads by cp.async and mma.sync; bulk copies and wgmma;
+# reductions in shared memory.
+_SMALL = [
+    (80, "attention-bfloat16"),
+    (90, "mlp-float16"),
+    (90, "linear-float16-splits"),
+    (80, "layer_norm-float32"),
+]
+_LARGE = [(sm, each.name) for each in test_ptx_kernels.CASES for sm in each.capabilities]
+
+
+def _recordings(capability: int, name: str) -> list[mutations.Recording]:
+    (case,) = (case for case in test_ptx_kernels.CASES if case.name == name)
+    torch.manual_seed(0)
+    return mutations.record(capability, case.run)
+
+
+def _check(
+    cases: list[tuple[int, str]], most: int, share: float, always: Sequence[str] = ()
+) -> None:
+    """``always``: mutations that may be harmless, but are not in these cases."""
+    explained = {mutation.name for mutation in mutations.MUTATIONS if mutation.harmless}
+    explained -= set(always)
+    mutants = noticed = 0
+    for capability, name in cases:
+        for (_, mutation), score in mutations.scores(_recordings(capability, name), most).items():
+            mutants, noticed = mutants + score.mutants, noticed + score.noticed
+            if mutation not in explained:
+                assert not score.unnoticed, (mutation, score.unnoticed)
+    print(f"{noticed} of {mutants} mutants were noticed")
+    assert noticed >= share * mutants
+
+
+def test_changes_of_single_instructions_are_noticed() -> None:
+    always = "wgmma.fence deleted", "fence.proxy.async deleted", "copy of another size"
+    _check(_SMALL, most=3, share=0.7, always=always)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("capability", "name"), _LARGE, ids=str)
+def test_changes_of_single_instructions_are_noticed_everywhere(capability: int, name: str) -> None:
+    _check([(capability, name)], most=8, share=0.5)

@@ -1,0 +1,373 @@
+"""Every kernel as Triton compiles it for sm_80 and sm_90, executed in the PTX machine.
+
+CASES is the smallest set that compiles each way of each branch of every kernel, in each dtype; the
+last test says what is missing. ``pytest --ptx=90`` runs all other tests of kernels like this.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from fastgpt.kernels import fused, reference
+from tests.tools import parity
+from tests.tools.ptx import coverage, launches, machine
+
+pytestmark = pytest.mark.skipif(
+    machine.unavailable() is not None, reason=machine.unavailable() or ""
+)
+
+CAPABILITIES = [80, 90]
+FLOAT32, FLOAT16, BFLOAT16 = torch.float32, torch.float16, torch.bfloat16
+
+
+@dataclass(frozen=True)
+class Case:
+    name: str
+    run: Callable[[], None]
+    capabilities: tuple[int, ...] = (80, 90)
+
+
+CASES: list[Case] = []
+
+
+def case(
+    name: str, run: Callable[..., None], *args: Any, sm: tuple[int, ...] = (80, 90), **options: Any
+) -> None:
+    CASES.append(Case(name, partial(run, *args, **options), sm))
+
+
+def _seed() -> Tensor:
+    return torch.tensor([0x1234_5678_9ABC_DEF])
+
+
+@contextmanager
+def _tf32() -> Iterator[None]:
+    before = torch.backends.cuda.matmul.fp32_precision
+    torch.backends.cuda.matmul.fp32_precision = "tf32"
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = before
+
+
+# ----------------------------------------------------------------------------------- attention
+
+
+def _attention(
+    dtype: torch.dtype, head_size: int, length: int, documents: bool = False, **options: Any
+) -> None:
+    """Packed, with two heads."""
+    if documents:
+        starts = torch.zeros(1, length, dtype=torch.int32)
+        starts[:, length // 3 :] = length // 3
+        options["starts"] = starts
+    if options.get("dropout_p"):
+        options["seed"] = _seed()
+    qkv = torch.randn(1, length, 3 * 2 * head_size).to(dtype)
+    grad = torch.randn(1, length, 2 * head_size).to(dtype)
+    kernel, plain = (
+        partial(module.attention_qkvpacked, n_head=2, **options) for module in (fused, reference)
+    )
+    parity.assert_parity(kernel, plain, plain, [qkv], grad, ["qkv"])
+
+
+def _attention_tf32() -> None:
+    """Operands of 11 bits: errors between those of float32 and of bfloat16, which has 8."""
+    inputs = [torch.randn(1, 2, 40, 32) for _ in range(3)]
+    grad = torch.randn(1, 2, 40, 32)
+    with _tf32():
+        got = parity.results(fused.attention, inputs, grad, FLOAT32)
+    exact = parity.results(reference.attention, inputs, grad.double(), torch.float64)
+    finer = parity.results(reference.attention, inputs, grad, FLOAT32)
+    coarser = parity.results(reference.attention, inputs, grad, BFLOAT16)
+    for x, z, low, high in zip(got, exact, finer, coarser, strict=True):
+        assert (low - z).norm() < (x - z).norm() < (high - z).norm()
+
+
+def _decode(dtype: torch.dtype, head_size: int) -> None:
+    qkv = torch.randn(2, 1, 3 * 2 * head_size).to(dtype)
+    cache = torch.randn(2, 2, 2, 200, head_size).to(dtype)
+    positions = torch.tensor([0, 150])
+    caches = cache.clone(), cache.clone(), cache.double()
+    got = fused.attention_decode(qkv, caches[0], positions)
+    common = reference.attention_decode(qkv, caches[1], positions)
+    exact = reference.attention_decode(qkv.double(), caches[2], positions)
+    assert torch.equal(caches[0], caches[1])
+    error = (got.double() - exact).abs() - torch.finfo(dtype).eps * exact.abs()
+    assert error.max() <= 2 * (common.double() - exact).abs().max() + 1e-5
+
+
+case("attention-float32", _attention, FLOAT32, 16, 70)
+case(
+    "attention-float32-documents-dropout",
+    _attention,
+    FLOAT32,
+    16,
+    40,
+    documents=True,
+    dropout_p=0.2,
+)
+case("attention-float16-full", _attention, FLOAT16, 48, 70, causal=False)
+case("attention-bfloat16", _attention, BFLOAT16, 32, 100)
+case("attention-bfloat16-documents", _attention, BFLOAT16, 16, 100, documents=True)
+case("attention-bfloat16-head-64", _attention, BFLOAT16, 64, 140, sm=(90,))
+case("attention-float16-dropout", _attention, FLOAT16, 16, 70, dropout_p=0.2)
+case("attention-tf32", _attention_tf32)
+for dtype in parity.DTYPES:
+    case(f"decode-{dtype}".replace("torch.", ""), _decode, dtype, 64)
+
+
+# ---------------------------------------------------------------------- norms, embedding, GELU
+
+
+def _gelu(dtype: torch.dtype, approximate: str) -> None:
+    x, grad = torch.randn(2, 3000).to(dtype)
+    kernel, plain = (partial(m.gelu, approximate=approximate) for m in (fused, reference))
+    parity.assert_parity(kernel, plain, plain, [x], grad, ["x"])
+
+
+def _layer_norm(dtype: torch.dtype, rows: int, columns: int, bias: bool) -> None:
+    shapes = [(rows, columns), (columns,), (columns,)][: 2 + bias]
+    inputs = [torch.randn(shape).to(dtype) for shape in shapes]
+    grad = torch.randn(rows, columns).to(dtype)
+    names = ["x", "weight", "bias"][: 2 + bias]
+    ops = fused.layer_norm, reference.layer_norm, reference.layer_norm
+    parity.assert_parity(*ops, inputs, grad, names)
+
+
+def _residual(dtype: torch.dtype, columns: int, biases: tuple[str, ...], **options: Any) -> None:
+    """Both results at once: the sum, and its norm."""
+    shapes = [(5, columns)] * 2 + [(columns,)] * (1 + len(biases))
+    inputs = [torch.randn(shape).to(dtype) for shape in shapes]
+    if options.get("dropout_p"):
+        options["seed"] = _seed()
+
+    def op(module: Any) -> Callable[..., Tensor]:
+        def both(residual: Tensor, delta: Tensor, weight: Tensor, *values: Tensor) -> Tensor:
+            named = dict(zip(biases, values, strict=True))
+            return torch.stack(
+                module.residual_layer_norm(residual, delta, weight, **named, **options)
+            )
+
+        return both
+
+    names = ["residual", "delta", "weight", *biases]
+    grad = torch.randn(2, 5, columns).to(dtype)
+    parity.assert_parity(op(fused), op(reference), op(reference), inputs, grad, names)
+
+
+def _embedding(dtype: torch.dtype, documents: bool = False, **options: Any) -> None:
+    idx = torch.randint(50, (3, 40))
+    if documents:
+        options["starts"] = (
+            torch.arange(40, dtype=torch.int32).div(15, rounding_mode="floor").mul(15).expand(3, -1)
+        )
+    if options.get("dropout_p"):
+        options["seed"] = _seed()
+    inputs = [torch.randn(50, 72).to(dtype), torch.randn(64, 72).to(dtype)]
+    grad = torch.randn(3, 40, 72).to(dtype)
+    kernel, plain = (partial(m.embedding, idx, **options) for m in (fused, reference))
+    parity.assert_parity(kernel, plain, plain, inputs, grad, ["token", "position"])
+
+
+for dtype, form in zip(parity.DTYPES, ("tanh", "none", "tanh"), strict=True):
+    case(f"gelu-{form}-{dtype}".replace("torch.", ""), _gelu, dtype, form)
+case("gelu-none-float32", _gelu, FLOAT32, "none")
+case("layer_norm-float32", _layer_norm, FLOAT32, 37, 65, True)
+case("layer_norm-float16-wide", _layer_norm, FLOAT16, 3, 8200, False)
+case("layer_norm-bfloat16-wide", _layer_norm, BFLOAT16, 3, 8200, True)
+case("residual-float32-wide", _residual, FLOAT32, 8200, ("bias", "delta_bias"), dropout_p=0.2)
+case("residual-float16", _residual, FLOAT16, 72, ())
+case("residual-bfloat16", _residual, BFLOAT16, 65, ("delta_bias",), dropout_p=0.2)
+case("embedding-float32-documents", _embedding, FLOAT32, documents=True)
+case("embedding-float32", _embedding, FLOAT32)
+case("embedding-float16-dropout", _embedding, FLOAT16, dropout_p=0.2)
+case("embedding-bfloat16", _embedding, BFLOAT16)
+
+
+# ------------------------------------------------------------------------- products and losses
+
+
+def _mlp(
+    dtype: torch.dtype, rows: int, bias: bool, approximate: str, recompute: bool = False
+) -> None:
+    shapes = [(rows, 72), (136, 72), (136,), (72, 136)]
+    x, weight, fc_bias, proj = (torch.randn(shape).mul(0.3).to(dtype) for shape in shapes)
+    inputs = [x, weight, fc_bias, proj] if bias else [x, weight, proj]
+    source, norm_weight = torch.randn(rows, 72).to(dtype), torch.randn(72).to(dtype)
+    if recompute:
+        inputs[0] = x = fused.layer_norm(source, norm_weight).detach()
+
+    def op(module: Any, **options: Any) -> Callable[..., Tensor]:
+        def mlp(x: Tensor, weight: Tensor, *rest: Tensor) -> Tensor:
+            fc_bias, proj = (None, *rest)[-2:]
+            return module.mlp(x, weight, fc_bias, proj, approximate=approximate, **options)
+
+        return mlp
+
+    kernel = op(fused, recompute=(source, norm_weight, None, 1e-5) if recompute else None)
+    names = ["x", "weight", "bias", "proj"] if bias else ["x", "weight", "proj"]
+    grad = torch.randn(rows, 72).to(dtype)
+    parity.assert_parity(kernel, op(reference), op(reference), inputs, grad, names)
+
+
+def _linear(dtype: torch.dtype, bias: bool, tokens: int) -> None:
+    shapes = [(tokens, 72), (136, 72), (136,)][: 2 + bias]
+    inputs = [torch.randn(shape).to(dtype) for shape in shapes]
+    grad = torch.randn(tokens, 136).to(dtype)
+    ops = fused.linear, reference.linear, reference.linear
+    parity.assert_parity(*ops, inputs, grad, ["x", "weight", "bias"][: 2 + bias])
+
+
+def _loss(dtype: torch.dtype, n_vocab: int, **options: Any) -> None:
+    targets = torch.randint(n_vocab, (37,))
+    targets[5] = -1
+    inputs = [torch.randn(37, 32).to(dtype), torch.randn(n_vocab, 32).to(dtype)]
+    kernel, plain = (
+        partial(_of_targets, module.linear_cross_entropy, targets, options)
+        for module in (fused, reference)
+    )
+    parity.assert_parity(kernel, plain, plain, inputs, torch.tensor(1.0), ["x", "weight"])
+
+
+def _of_targets(
+    loss: Callable[..., Tensor], targets: Tensor, options: Any, x: Tensor, w: Tensor
+) -> Tensor:
+    return loss(x, w, targets, **options)
+
+
+def _loss_without_gradient() -> None:
+    x, weight, targets = torch.randn(37, 32), torch.randn(65, 32), torch.randint(65, (37,))
+    got, exact = (module.linear_cross_entropy(x, weight, targets) for module in (fused, reference))
+    torch.testing.assert_close(got, exact, rtol=1e-5, atol=0.0)
+
+
+def _fp8(dtype: torch.dtype, bias: bool) -> None:
+    """Against the emulation in float64 of what is rounded to 8 bits."""
+    shapes = [(37, 48), (80, 48), (80,)][: 2 + bias]
+    inputs = [torch.randn(shape).to(dtype) for shape in shapes]
+    grad = torch.randn(37, 80).to(dtype)
+    kernel, plain = (partial(module.linear, fp8=True) for module in (fused, reference))
+    parity.assert_parity(kernel, plain, plain, inputs, grad, ["x", "weight", "bias"][: 2 + bias])
+
+
+def _fp8_loss(dtype: torch.dtype) -> None:
+    inputs = [torch.randn(37, 32).to(dtype), torch.randn(80, 32).to(dtype)]
+    targets = torch.randint(80, (37,))
+    kernel, plain = (
+        partial(_of_targets, module.linear_cross_entropy, targets, dict(fp8=True))
+        for module in (fused, reference)
+    )
+    parity.assert_parity(kernel, plain, plain, inputs, torch.tensor(1.0), ["x", "weight"])
+
+
+def _adamw(rounded: torch.dtype | None, controlled: bool, betas: tuple[float, float]) -> None:
+    """Three updates, the second skipped if there is a switch."""
+    start, grad = torch.randn(2, 1030)
+    states = []
+    for module in (fused, reference):
+        param, moments = start.clone(), torch.zeros(2, 1030)
+        copy = None if rounded is None else param.to(rounded)
+        step = torch.zeros(())
+        for k in range(3):
+            control = dict(clip=torch.tensor(0.5), skip=torch.tensor(float(k == 1)))
+            module.adamw(
+                param, copy, grad, *moments, step, torch.tensor(1e-2), betas=betas, eps=1e-8,
+                weight_decay=0.1, **(control if controlled else {}),
+            )  # fmt: skip
+        states.append([param, moments, step] + ([] if copy is None else [copy]))
+        if copy is not None:
+            assert torch.equal(copy, param.to(copy.dtype))
+    torch.testing.assert_close(states[0][:3], states[1][:3], rtol=1e-6, atol=1e-7)
+
+
+case("mlp-float16", _mlp, FLOAT16, 140, True, "none")
+case("mlp-bfloat16-recompute", _mlp, BFLOAT16, 70, False, "tanh", recompute=True)
+case("mlp-float32", _mlp, FLOAT32, 40, True, "none")
+case("linear-float16-splits", _linear, FLOAT16, True, 600)
+case("linear-bfloat16", _linear, BFLOAT16, False, 70)
+case("loss-float32-smoothed", _loss, FLOAT32, 65, label_smoothing=0.1)
+case("loss-float16", _loss, FLOAT16, 65, z_loss=1e-3)
+case("loss-bfloat16", _loss, BFLOAT16, 8300)
+case("loss-without-gradient", _loss_without_gradient)
+case("fp8-float16", _fp8, FLOAT16, True, sm=(90,))
+case("fp8-bfloat16-loss", _fp8_loss, BFLOAT16, sm=(90,))
+case("adamw-bfloat16", _adamw, BFLOAT16, True, (0.9, 0.95))
+case("adamw-float16", _adamw, FLOAT16, False, (0.9, 0.95))
+case("adamw-no-moments", _adamw, None, False, (0.0, 0.0))
+
+
+# ------------------------------------------------------------------------------------- the tests
+
+
+def _param(capability: int, of: Case) -> Any:
+    return pytest.param(capability, of, id=f"sm_{capability}-{of.name}")
+
+
+@pytest.mark.parametrize(
+    ("capability", "of"),
+    [_param(sm, of) for sm in CAPABILITIES for of in CASES if sm in of.capabilities],
+)
+def test_compiled(capability: int, of: Case) -> None:
+    with launches.compiled_for(capability):
+        of.run()
+
+
+# What no launch on an architecture takes: tensor maps before sm_90, pointers instead of them from
+# sm_90 on, wgmma's overlapped products, and fp8, which sm_80 lacks.
+_TMA = {"if TMA", "pre.dtype if TMA else pre.dtype.element_ty", "16 if TMA else 1"}
+_NEVER = {
+    80: {
+        *(f"gemm_kernels.py, then: {test}" for test in _TMA),
+        "attention_kernels.py, then: if LATE",
+        *(
+            f"fp8_kernels.py, {way}: {test}"
+            for way in ("then", "else")
+            for test in (
+                "if ROWS",
+                "if COLUMNS",
+                "if SUMS",
+                "if tl.program_id(0) == 0 and tl.program_id(1) == 0",
+            )
+        ),
+    },
+    90: {f"gemm_kernels.py, else: {test}" for test in _TMA},
+}
+
+# The element types of the pointers that a kernel must have seen, where they are not float32,
+# float16 and bfloat16.
+_DTYPES: dict[str, set[str]] = {
+    "_adamw_scalars_kernel": {"fp32"},
+    "_linear_gelu_kernel": {"fp16", "bf16"},  # cuBLAS multiplies float32
+    "_weight_grad_kernel": {"fp16", "bf16"},
+    "_amax_kernel": {"fp16", "bf16"},
+    "_quantise_kernel": {"fp16", "bf16", "fp8e4nv", "fp8e5"},
+    "_transpose_kernel": {"u8"},
+}
+_FP8_KERNELS = {"_amax_kernel", "_quantise_kernel", "_transpose_kernel"}
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+def test_the_cases_are_all_there_is(capability: int) -> None:
+    """Every kernel in every dtype, every branch both ways, but for what the tables above say."""
+    names, outcomes = coverage.branches(Path(reference.__file__).parent)
+    with coverage.lowering(capability) as covered:
+        for each in CASES:
+            if capability in each.capabilities:
+                with suppress(AssertionError):  # nothing is computed, so nothing is right
+                    each.run()
+    missing = {str(outcome) for outcome in outcomes - covered.outcomes}
+    assert missing == _NEVER[capability]
+    kernels = {name for name in names if name.endswith("_kernel")}
+    kernels -= _FP8_KERNELS if capability == 80 else set()
+    assert kernels == covered.dtypes.keys()
+    for name in kernels:
+        seen = set().union(*covered.dtypes[name])
+        assert seen >= _DTYPES.get(name, {"fp32", "fp16", "bf16"}), name

@@ -1,0 +1,180 @@
+"""nanoGPT's checkpoint format both ways, and that no crash leaves half a file."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from fastgpt import GPT, GPTConfig
+from fastgpt.sampler import Sampler
+from fastgpt.training import checkpoint as ckpt
+from fastgpt.training.config import SampleConfig, TrainConfig
+from fastgpt.training.trainer import Trainer
+from tests.tools.small_runs import data_set, small_config, small_keys
+
+MODEL_ARGS = ["n_layer", "n_head", "n_embd", "block_size", "bias", "vocab_size", "dropout"]
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Trainer:
+    data_set(tmp_path)
+    trainer = Trainer(small_config(tmp_path))
+    trainer.run()
+    return trainer
+
+
+def nanogpts(path: Path, config: TrainConfig, vocab_size: int) -> dict[str, Any]:
+    """A checkpoint as nanoGPT writes one: a compiled model, its keys only."""
+    torch.manual_seed(3)
+    args = {key: getattr(config, key) for key in MODEL_ARGS if key != "vocab_size"}
+    args["vocab_size"] = vocab_size
+    model = GPT(GPTConfig(**args))
+    optimizer = model.configure_optimizers(0.1, 1e-3, (0.9, 0.95), "cpu")
+    x = torch.randint(vocab_size, (2, 8))
+    model(x, x)[1].backward()
+    optimizer.step()
+    state = {
+        "model": {f"_orig_mod.{name}": value for name, value in model.state_dict().items()},
+        "optimizer": optimizer.state_dict(),
+        "model_args": args,
+        "iter_num": 7,
+        "best_val_loss": torch.tensor(2.5),
+        "config": {"dataset": "small", "out_dir": str(path.parent), "dtype": "bfloat16"},
+    }
+    path.parent.mkdir(parents=True)
+    torch.save(state, path)
+    return state
+
+
+def test_ours_has_what_nanogpt_reads(run: Trainer) -> None:
+    for name in ("ckpt.pt", "iter-0000021.pt"):
+        saved = torch.load(run.out_dir / name, weights_only=True)
+        assert list(saved)[:6] == [
+            "model",
+            "optimizer",
+            "model_args",
+            "iter_num",
+            "best_val_loss",
+            "config",
+        ]
+        assert sorted(saved["model_args"]) == sorted(MODEL_ARGS)
+        assert saved["best_val_loss"].dim() == 0
+        assert saved["best_val_loss"].item() == run.best_val_loss
+        assert saved["config"] == vars(run.config)
+        model = GPT(GPTConfig(**saved["model_args"]))
+        torch.nn.Module.load_state_dict(model, saved["model"], strict=True)
+        optimizer = model.configure_optimizers(0.1, 1e-3, (0.9, 0.95), "cpu")
+        optimizer.load_state_dict(saved["optimizer"])
+    assert saved["iter_num"] == 21
+    for name, value in run.model.state_dict().items():
+        assert torch.equal(saved["model"][name], value)
+
+
+def test_nanogpts_is_resumed_and_sampled(tmp_path: Path) -> None:
+    data_set(tmp_path)
+    config = small_config(tmp_path, init_from="resume", max_iters=12, weight_decay=0.3)
+    vocab_size = Trainer(small_config(tmp_path)).model.config.vocab_size
+    theirs = nanogpts(tmp_path / "out" / "ckpt.pt", config, vocab_size)
+    trainer = Trainer(config)
+    assert trainer.iter_num == 7 and trainer.best_val_loss == 2.5
+    assert [group["weight_decay"] for group in trainer.optimizer.param_groups] == [0.3, 0.0]
+    for name, value in trainer.model.state_dict().items():
+        assert torch.equal(value, theirs["model"][f"_orig_mod.{name}"])
+    first = next(iter(trainer.optimizer.state.values()))
+    assert torch.equal(first["exp_avg"], theirs["optimizer"]["state"][0]["exp_avg"])
+    trainer.run()
+    assert trainer.iter_num == 13
+
+
+def test_nanogpts_is_sampled_by_the_meta_file_of_its_data(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data_dir = data_set(tmp_path / "data")
+    config = small_config(tmp_path / "data")
+    vocab_size = Trainer(config).model.config.vocab_size
+    nanogpts(tmp_path / "out" / "ckpt.pt", config, vocab_size)
+    monkeypatch.chdir(tmp_path)
+    sampling = SampleConfig(num_samples=2, max_new_tokens=9, device="cpu")
+    texts = list(Sampler(sampling))
+    assert [len(text) for text in texts] == [10, 10]
+    (data_dir / "meta.pkl").unlink()
+    with pytest.raises(ValueError, match=f"vocabulary of {vocab_size} tokens, but its data set's"):
+        Sampler(sampling)
+
+
+def test_a_crash_while_saving_leaves_the_old_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "some.pt"
+    ckpt.save({"iter_num": 1}, path)
+
+    def half(state: object, file: Any) -> None:
+        file.write(b"PK half")
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(torch, "save", half)
+    with pytest.raises(OSError, match="No space left"):
+        ckpt.save({"iter_num": 2}, path)
+    assert torch.load(path)["iter_num"] == 1
+    assert [p.name for p in tmp_path.iterdir()] == ["some.pt"]
+
+
+def test_damaged_and_foreign_files_are_named(run: Trainer) -> None:
+    path = run.out_dir / "ckpt.pt"
+    whole = path.read_bytes()
+    with pytest.raises(FileNotFoundError, match="no checkpoint .*absent.pt"):
+        ckpt.load(run.out_dir / "absent.pt")
+    for damage in (b"", b"hello", whole[: len(whole) // 2], whole[:-10]):
+        path.write_bytes(damage)
+        with pytest.raises(ValueError, match="ckpt.pt is not a checkpoint .* damaged"):
+            ckpt.load(path)
+    middle = len(whole) // 2
+    path.write_bytes(whole[:middle] + bytes([whole[middle] ^ 1]) + whole[middle + 1 :])
+    with pytest.raises(ValueError, match="ckpt.pt is not a checkpoint .* wrong checksum"):
+        ckpt.load(path)
+    torch.save([1, 2], path)
+    with pytest.raises(ValueError, match="ckpt.pt must hold a dict with the keys .* got list"):
+        ckpt.load(path)
+    torch.save({"model": {}}, path)
+    with pytest.raises(ValueError, match="ckpt.pt lacks the checkpoint key model_args"):
+        ckpt.load(path)
+    torch.save({"model": TrainConfig}, path)
+    with pytest.raises(ValueError, match="ckpt.pt is not a checkpoint"):  # it names a class
+        ckpt.load(path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model_args": {"n_layer": 2, "colour": 1}}, "model .*colour"),
+        ({"model_args": None}, "model"),
+        ({"model": {}}, "model (?s:.*)Missing key"),
+        ({"optimizer": {"state": {}, "param_groups": []}}, "state to go on from"),
+        ({"fastgpt": {"data": {}}}, "state to go on from"),
+    ],
+)
+def test_a_checkpoint_with_wrong_contents_is_named(
+    run: Trainer, tmp_path: Path, change: dict[str, Any], message: str
+) -> None:
+    path = run.out_dir / "iter-0000021.pt"
+    torch.save({**torch.load(path), **change}, path)
+    with pytest.raises(ValueError, match=f"iter-0000021.pt holds no {message}"):
+        Trainer(small_config(tmp_path, init_from="resume"))
+
+
+def test_the_models_of_the_key_model_survive(tmp_path: Path) -> None:
+    data_set(tmp_path)
+    Trainer(TrainConfig(**small_keys(tmp_path, model="bigram"))).run()
+    path = tmp_path / "out" / "ckpt.pt"
+    model = ckpt.build_model(ckpt.load(path), path)
+    assert ckpt.kind(model) == "bigram"
+    # a GPT with the tanh GELU, as imported weights have it, keeps it
+    gpt = GPT(GPTConfig(16, 65, 1, 1, 8), gelu="tanh")
+    saved = {
+        "model": gpt.state_dict(),
+        "model_args": ckpt.model_args(gpt),
+        "fastgpt": {"model": "gpt", "gelu": "tanh"},
+    }
+    again = ckpt.build_model(saved, path)
+    assert isinstance(again, GPT) and again.gelu_approximate == "tanh"

@@ -1,0 +1,84 @@
+"""Which checkpoint a run goes on from, what is said of a damaged one, what is removed."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastgpt.training import checkpoint_folder
+from fastgpt.training.distributed import ALONE
+from fastgpt.training.sharded_checkpoint import save
+from fastgpt.training.trainer import Trainer
+from tests.tools.small_runs import data_set, quiet, small_config, state_of, trained
+
+
+@pytest.fixture(autouse=True)
+def small_data(tmp_path: Path) -> Path:
+    return data_set(tmp_path)
+
+
+def test_the_file_with_more_iterations_is_resumed(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="no ckpt.pt or iter-.*.pt in"):
+        checkpoint_folder.newest(tmp_path)
+    torch.save({"iter_num": 10}, tmp_path / "ckpt.pt")
+    assert checkpoint_folder.newest(tmp_path).name == "ckpt.pt"
+    for iterations, newest in ((9, "ckpt.pt"), (10, "iter-0000010.pt"), (11, "iter-0000011.pt")):
+        torch.save({"iter_num": iterations}, checkpoint_folder.path_of(tmp_path, iterations, False))
+        assert checkpoint_folder.newest(tmp_path).name == newest
+
+
+def test_a_damaged_checkpoint_names_the_newest_intact_one(tmp_path: Path) -> None:
+    trained(tmp_path, keep_last=9)
+    out, config = tmp_path / "out", small_config(tmp_path, init_from="resume")
+    names = ("ckpt.pt", "iter-0000021.pt", "iter-0000020.pt", "iter-0000010.pt")
+    for name, intact in zip(names, (*names[1:], None), strict=True):
+        whole = (out / name).read_bytes()
+        (out / name).write_bytes(whole[: len(whole) // 2])
+        advice = f"newest intact checkpoint is {out / intact}: remove" if intact else "No intact"
+        with pytest.raises(ValueError, match=f"ckpt.pt is not a .* damaged: .*{advice}"):
+            Trainer(config, quiet())
+    (out / "ckpt.pt").unlink()
+    with pytest.raises(ValueError, match="0021.pt is not .* damaged: .*No intact checkpoint"):
+        Trainer(config, quiet())
+
+
+def test_a_damaged_folder_names_the_newest_intact_one(tmp_path: Path) -> None:
+    """Which may be a file: the run was not sharded before."""
+    trained(tmp_path)
+    out, state = tmp_path / "out", state_of(tmp_path)
+    for iteration in (30, 40):
+        save({**state, "iter_num": iteration}, out / f"iter-{iteration:07d}", ALONE)
+    config = small_config(tmp_path, init_from="resume")
+    assert Trainer(config, quiet()).iter_num == 40
+    for damaged, intact in ((40, "iter-0000030"), (30, "iter-0000021.pt")):
+        (out / f"iter-{damaged:07d}" / "__0_0.distcp").unlink()
+        message = f"iter-0000040 is not a complete .*__0_0.distcp.* intact .* {out / intact}:"
+        with pytest.raises(ValueError, match=message):
+            Trainer(config, quiet())
+    for damaged in (40, 30):
+        checkpoint_folder.remove(out / f"iter-{damaged:07d}")
+    assert Trainer(config, quiet()).iter_num == 21
+
+
+def test_what_stands_beside_the_checkpoints_is_left_alone(tmp_path: Path) -> None:
+    names = ["iter-0000001.pt", "iter-0000002", "iter-0000003.pt", "iter-0000004", "ckpt.pt"]
+    others = [".iter-0000005.pt.tmp", "iter-6.txt", "iter-best.pt", "notes"]
+    for name in names + others:
+        (tmp_path / name).mkdir()
+    checkpoint_folder.prune(tmp_path, 2, best_iter=1)
+    left = {path.name for path in tmp_path.iterdir()} - {"small", "small.txt"}
+    assert left == {*names, *others} - {"iter-0000002"}
+
+
+def test_a_new_run_sets_an_earlier_one_aside(tmp_path: Path) -> None:
+    run = trained(tmp_path)
+    before = {
+        name: (run.out_dir / name).read_bytes()
+        for name in ("ckpt.pt", "iter-0000020.pt", "iter-0000021.pt")
+    }
+    for number in (1, 2):
+        trained(tmp_path, seed=number)
+        assert (run.out_dir / f"previous-{number}").is_dir()
+    for name, content in before.items():
+        assert (run.out_dir / "previous-1" / name).read_bytes() == content
+    assert checkpoint_folder.set_aside(tmp_path / "nowhere") is None

@@ -1,0 +1,166 @@
+"""A sharded model in two processes: what each holds, what they exchange, and the same numbers."""
+
+import os
+import socket
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from fastgpt import GPT, GPTConfig
+from fastgpt.bigram import Bigram
+from fastgpt.devices import autocast
+from fastgpt.kernels import _common, fused
+from fastgpt.training import fsdp, step
+from fastgpt.training.distributed import World
+from fastgpt.training.trainer import Trainer
+from tests.tools import interpreter
+from tests.tools.small_runs import data_set, quiet, small_config
+
+KEYS: dict[str, Any] = {"dropout": 0.0, "parallel": "fsdp", "gradient_accumulation_steps": 2}
+
+
+def _process(rank: int, check: Callable[[Path, World], None], root: Path, port: int) -> None:
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="localhost")
+    os.environ["MASTER_PORT"] = str(port)
+    torch.set_num_threads(1)
+    world = World.from_environment()
+    with world.connected(torch.device("cpu"), "gloo"):
+        check(root, world)
+
+
+def in_two_processes(check: Callable[[Path, World], None], root: Path) -> None:
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    torch.multiprocessing.spawn(_process, (check, root, port), nprocs=2)
+
+
+def _built(root: Path, world: World, **changes: Any) -> Trainer:
+    return Trainer(small_config(root, **{**KEYS, **changes}), quiet(), world)
+
+
+def _updates(trainer: Trainer, count: int) -> list[float]:
+    return [trainer._update(1e-2).item() for _ in range(count)]
+
+
+def _parts(root: Path, world: World) -> None:
+    """Half of each tensor, rounded up to whole rows; the tied table is one tensor."""
+    trainer = _built(root, world)
+    _updates(trainer, 1)
+    names = dict(trainer.model.named_parameters())
+    assert "lm_head.weight" not in names
+    for p in names.values():
+        assert isinstance(p, DTensor) and p.dtype == torch.float32
+        assert p.to_local().shape[0] <= -(-p.shape[0] // 2)
+        for name in ("exp_avg", "exp_avg_sq"):
+            moment = trainer.optimizer.state[p][name]
+            assert moment.to_local().shape == p.to_local().shape
+    held = sum(p.to_local().numel() for p in names.values() if isinstance(p, DTensor))
+    assert world.gathered(held)[0] + world.gathered(held)[1] == trainer.model.get_num_params() + (
+        trainer.config.block_size * trainer.config.n_embd  # positions, which it leaves out
+    )
+
+
+class _Calls(TorchDispatchMode):
+    """The names of all operators called inside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.append(str(op))
+        return op(*args, **(kwargs or {}))
+
+
+def _exchange(root: Path, world: World) -> None:
+    """Gradients travel once an update, however many micro-batches it has."""
+    for count in (2, 6):
+        trainer = _built(root, world, gradient_accumulation_steps=count)
+        _updates(trainer, 1)
+        with _Calls() as calls:
+            _updates(trainer, 1)
+        scatters = [name for name in calls.names if "reduce_scatter" in name]
+        assert len(scatters) == trainer.config.n_layer + 2  # with the LayerNorms, and the rest
+
+
+def _same_numbers(root: Path, world: World) -> None:
+    """Compiled or not; in bfloat16, with biases, nearly."""
+    plain = _updates(_built(root, world, bias=True), 4)
+    one = [_updates(_built(root, world, n_layer=1, compile=c), 3) for c in (False, True)]
+    assert one[0] == pytest.approx(one[1], abs=1e-5)
+    trainer = _built(root, world, bias=True, dtype="bfloat16")
+    rounded = _updates(trainer, 4)
+    assert plain != rounded and plain == pytest.approx(rounded, abs=2e-2)
+    assert all(p.dtype == torch.float32 for p in trainer.model.parameters())
+    alone = trainer.whole_model()
+    for name, value in trainer.model.state_dict().items():
+        assert torch.equal(alone.state_dict()[name], value.full_tensor())
+    bigram = _built(root, world, model="bigram")
+    _updates(bigram, 1)
+    assert isinstance(bigram.whole_model(), Bigram)
+
+
+def _after_evaluation(root: Path, world: World) -> None:
+    """A pass without a backward, the LayerNorms of which are not called, changes no update."""
+    plain = _updates(_built(root, world), 2)
+    trainer = _built(root, world)
+    losses = []
+    for _ in range(2):
+        trainer.evaluate()
+        losses += _updates(trainer, 1)
+    assert losses == plain
+
+
+def _learning_rate(root: Path, world: World) -> None:
+    """As on CUDA, where it is a tensor that is whole beside tensors in parts."""
+    plain = _updates(_built(root, world, n_layer=1), 3)
+    step._LEARNING_RATE_ON_DEVICE = ("cpu",)
+    trainer = _built(root, world, n_layer=1)
+    assert _updates(trainer, 3) == pytest.approx(plain, rel=1e-5)
+    assert all(type(group["lr"]) is torch.Tensor for group in trainer.optimizer.param_groups)
+
+
+def _kernels(root: Path, world: World) -> None:
+    """What the kernels keep for the backward is taken apart and put together in between."""
+    interpreter.install()
+    _common.INTERPRETED = True
+    config = GPTConfig(8, 64, 2, 2, 32, dropout=0.0, bias=True)
+    idx = torch.randint(64, (2, 9), generator=torch.Generator().manual_seed(world.rank))
+    for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 2e-2)):
+        torch.manual_seed(0)
+        plain, model = GPT(config), GPT(config, ops=fused, recompute=True)
+        model.load_state_dict(plain.state_dict())
+        fsdp.shard(model, torch.device("cpu"), world, dtype)
+        with autocast(torch.device("cpu"), dtype):
+            model(idx[:, :-1], idx[:, 1:])[1].backward()
+        plain(idx[:, :-1], idx[:, 1:])[1].backward()
+        for p, q in zip(plain.parameters(), model.parameters(), strict=True):
+            assert p.grad is not None and q.grad is not None
+            expected = world.sum(p.grad) / world.size
+            error = (fsdp.whole(q.grad) - expected).norm() / (expected.norm() + 1e-3)
+            assert error < tolerance, tuple(p.shape)
+
+
+@pytest.mark.parametrize(
+    "check", [_parts, _exchange, _same_numbers, _after_evaluation, _learning_rate, _kernels]
+)
+def test_in_two_processes(check: Callable[[Path, World], None], tmp_path: Path) -> None:
+    data_set(tmp_path)
+    in_two_processes(check, tmp_path)
+
+
+def test_half_precision_that_overflows_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        "fastgpt.training.trainer.resolve_dtype", lambda dtype, device: torch.float16
+    )
+    config = small_config(tmp_path, parallel="fsdp", dtype="float16")
+    with pytest.raises(ValueError, match="dtype must be .* with parallel='fsdp', got float16"):
+        Trainer(config, quiet(), World(size=2))

@@ -1,0 +1,200 @@
+"""``log.jsonl``, TensorBoard and Weights & Biases."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fastgpt.training import log
+from fastgpt.training.log import RunLog
+from fastgpt.training.trainer import Trainer
+from tests.tools.small_runs import data_set, quiet, small_config, trained
+
+
+def rows(root: Path) -> list[dict[str, Any]]:
+    return log.read(root / "out" / "log.jsonl")
+
+
+def places(root: Path) -> tuple[list[int], list[int]]:
+    """The iterations of the reports and of the evaluations."""
+    found = rows(root)
+    return (
+        [row["iter"] for row in found if "loss" in row],
+        [row["iter"] for row in found if "val/loss" in row],
+    )
+
+
+def without_clock(root: Path) -> list[dict[str, Any]]:
+    return [
+        {key: value for key, value in row.items() if key not in ("time", "tokens_per_second")}
+        for row in rows(root)
+    ]
+
+
+def test_a_run_writes_its_figures(tmp_path: Path) -> None:
+    data_set(tmp_path)
+    trainer = trained(tmp_path)
+    text = (tmp_path / "out" / "log.jsonl").read_text()
+    found = [json.loads(line) for line in text.splitlines()]
+    assert found == rows(tmp_path)
+    assert places(tmp_path) == ([0, 5, 10, 15, 20], [0, 10, 20, 21])
+    reports = [row for row in found if "loss" in row]
+    assert sorted(reports[0]) == ["iter", "loss", "lr", "time", "tokens_per_second"]
+    assert [row["lr"] for row in reports] == [trainer.learning_rate(i) for i in range(0, 21, 5)]
+    assert all(0 < row["loss"] < 5 and row["tokens_per_second"] > 0 for row in reports)
+    evaluations = [row for row in found if "val/loss" in row]
+    assert sorted(evaluations[0]) == ["iter", "lr", "mfu", "time", "train/loss", "val/loss"]
+    assert evaluations[-1]["val/loss"] == trainer.val_loss
+    times = [row["time"] for row in found]
+    assert times == sorted(times)
+
+
+def test_every_line_is_on_disk_as_soon_as_it_is_reported(tmp_path: Path) -> None:
+    config = small_config(tmp_path)
+    (tmp_path / "out").mkdir()
+    run_log = RunLog(config)
+    with run_log.opened(config, 0):
+        for i in range(3):
+            run_log.report(i, loss=1.0, lr=0.1, tokens_per_second=5.0, mfu=0.25)
+            assert len(rows(tmp_path)) == i + 1
+    assert rows(tmp_path)[0]["mfu"] == 25.0
+
+
+def test_figures_that_are_not_finite_are_null(tmp_path: Path) -> None:
+    config = small_config(tmp_path)
+    (tmp_path / "out").mkdir()
+    run_log = RunLog(config)
+    with run_log.opened(config, 0):
+        run_log.evaluation(0, train=float("nan"), val=float("inf"), lr=0.1, mfu=None)
+    (row,) = rows(tmp_path)
+    assert row["train/loss"] is None and row["val/loss"] is None and row["mfu"] == -1.0
+
+
+def test_a_run_that_goes_on_writes_the_log_of_one_that_was_never_stopped(tmp_path: Path) -> None:
+    one, other = tmp_path / "one", tmp_path / "other"
+    for root in (one, other):
+        data_set(root)
+    trained(one)
+    trained(other, max_iters=13)  # the last checkpoint is that of 14
+    assert places(other) == ([0, 5, 10], [0, 10, 14])
+    trained(other, init_from="resume")
+    assert places(other) == ([0, 5, 10, 15, 20], [0, 10, 14, 20, 21])
+    kept = [row for row in without_clock(other) if row["iter"] != 14]
+    assert kept == without_clock(one)
+
+
+def test_what_was_lost_with_a_crash_is_not_logged_twice(tmp_path: Path) -> None:
+    """Killed at iteration 18: the checkpoint is that of 10, and the last line was half written."""
+    data_set(tmp_path)
+    trained(tmp_path, max_iters=9)
+    expected = without_clock(tmp_path)
+    path = tmp_path / "out" / "log.jsonl"
+    with open(path, "a") as file:
+        file.write('{"iter": 10, "train/loss": 1.0, "val/loss": 1.0}\n')  # is made again
+        file.write('{"iter": 10, "loss": 1.0}\n{"iter": 15, "loss": 1.0}\n{"iter": 17, "lo')
+    trained(tmp_path, init_from="resume")
+    assert places(tmp_path) == ([0, 5, 10, 15, 20], [0, 10, 20, 21])
+    assert without_clock(tmp_path)[:3] == expected[:3]
+    assert not list(path.parent.glob(".*"))
+
+
+def test_a_new_run_sets_the_logs_of_an_earlier_one_aside(tmp_path: Path) -> None:
+    data_set(tmp_path)
+    trained(tmp_path)
+    before = (tmp_path / "out" / "log.jsonl").read_bytes()
+    (tmp_path / "out" / "tensorboard").mkdir()
+    trained(tmp_path, seed=2)
+    assert (tmp_path / "out" / "previous-1" / "log.jsonl").read_bytes() == before
+    assert (tmp_path / "out" / "previous-1" / "tensorboard").is_dir()
+    assert places(tmp_path)[1] == [0, 10, 20, 21]
+
+
+def test_a_log_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "log.jsonl"
+    with pytest.raises(FileNotFoundError, match="there is no .*log.jsonl"):
+        log.read(path)
+    for line, message in (
+        ("{", "not a line of JSON"),
+        ("\N{LATIN SMALL LETTER E WITH ACUTE}", "not a line of JSON"),
+        ("[1]", "must be an object with an integer 'iter'"),
+        ('{"iter": "1"}', "must be an object with an integer 'iter'"),
+    ):
+        path.write_bytes(b'{"iter": 0}\n' + line.encode("latin-1") + b"\n")
+        with pytest.raises(ValueError, match=f"log.jsonl:2: {message}"):
+            log.read(path)
+
+
+def test_tensorboard_gets_every_figure(tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard", reason="needs the extra log")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    data_set(tmp_path)
+    trained(tmp_path, max_iters=13, tensorboard_log=True)
+    trained(tmp_path, init_from="resume", tensorboard_log=True)
+    events = EventAccumulator(str(tmp_path / "out" / "tensorboard"))
+    events.Reload()
+    assert sorted(events.Tags()["scalars"]) == [
+        "loss",
+        "lr",
+        "mfu",
+        "tokens_per_second",
+        "train/loss",
+        "val/loss",
+    ]
+    written = {row["iter"]: row["loss"] for row in rows(tmp_path) if "loss" in row}
+    assert {e.step: e.value for e in events.Scalars("loss")} == pytest.approx(written)
+    assert [event.step for event in events.Scalars("loss")] == [0, 5, 10, 15, 20]
+
+
+class Recorder:
+    """In the place of the package wandb."""
+
+    def __init__(self) -> None:
+        self.started: dict[str, Any] = {}
+        self.logged: list[dict[str, float]] = []
+        self.finished = False
+
+    def init(self, **facts: Any) -> None:
+        self.started = facts
+
+    def log(self, row: dict[str, float]) -> None:
+        self.logged.append(row)
+
+    def finish(self) -> None:
+        self.finished = True
+
+
+def test_wandb_gets_nanogpts_figures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recorder = Recorder()
+    monkeypatch.setitem(sys.modules, "wandb", recorder)
+    data_set(tmp_path)
+    trainer = trained(tmp_path, wandb_log=True, wandb_project="p", wandb_run_name="r")
+    assert (recorder.started["project"], recorder.started["name"]) == ("p", "r")
+    assert recorder.started["config"] == vars(trainer.config)
+    assert [row["iter"] for row in recorder.logged] == [0, 10, 20, 21]
+    assert sorted(recorder.logged[1]) == ["iter", "lr", "mfu", "train/loss", "val/loss"]
+    assert recorder.finished
+
+
+def test_wandb_itself_takes_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("wandb", reason="needs the extra log")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_DIR", str(tmp_path))
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    data_set(tmp_path)
+    trained(tmp_path, wandb_log=True)
+    assert list((tmp_path / "wandb").glob("offline-run-*/*.wandb"))
+
+
+@pytest.mark.parametrize(
+    ("key", "module"),
+    [("wandb_log", "wandb"), ("tensorboard_log", "torch.utils.tensorboard")],
+)
+def test_a_missing_package_is_named_before_any_work(
+    key: str, module: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(ImportError, match=rf'{key}=True .*pip install "fastgpt-triton\[log\]"'):
+        Trainer(small_config(tmp_path, **{key: True}), quiet())  # there is no data set either

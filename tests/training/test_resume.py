@@ -1,0 +1,161 @@
+"""A run that was killed, stopped or moved goes on bit for bit."""
+
+import io
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+from torch import Tensor
+
+from fastgpt.training.trainer import Trainer
+from tests.tools.small_runs import (
+    HANGS,
+    arguments,
+    assert_same,
+    data_set,
+    quiet,
+    small_config,
+    small_keys,
+    state_of,
+    trained,
+)
+
+
+@pytest.fixture(autouse=True)
+def small_data(tmp_path: Path) -> Path:
+    return data_set(tmp_path)
+
+
+# fastgpt, killed before iteration 31.
+KILLED = """
+import os, signal, sys
+from fastgpt.__main__ import main
+from fastgpt.training.trainer import Trainer
+
+update = Trainer._update
+
+def killed(self, learning_rate):
+    if self.iter_num == 31:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return update(self, learning_rate)
+
+Trainer._update = killed
+sys.exit(main())
+"""
+
+
+def in_a_process(
+    keys: dict[str, Any], program: Sequence[str] = ("-m", "fastgpt")
+) -> "subprocess.Popen[str]":
+    return subprocess.Popen(
+        [sys.executable, *program, "train", "--preset=gpt2", *arguments(keys)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        cwd=Path(__file__).parents[2],
+    )
+
+
+def wait_for(path: Path, process: "subprocess.Popen[str]") -> None:
+    deadline = time.monotonic() + HANGS
+    while not path.exists():
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < deadline, f"no {path}"
+        time.sleep(0.002)
+
+
+def test_a_killed_run_goes_on_as_if_nothing_had_happened(tmp_path: Path) -> None:
+    keys = dict(max_iters=150, lr_decay_iters=150, eval_interval=20, always_save_checkpoint=False)
+    process = in_a_process(small_keys(tmp_path, **keys), ("-c", KILLED))
+    output = process.communicate(timeout=HANGS)[0]
+    assert process.returncode == -signal.SIGKILL, output
+    assert state_of(tmp_path)["iter_num"] == 20
+    trained(tmp_path, **keys, init_from="resume")
+    resumed = state_of(tmp_path)
+
+    trained(tmp_path, **keys)
+    whole = state_of(tmp_path)
+    assert whole["iter_num"] == 151
+    for state in (resumed, whole):
+        state["config"].pop("init_from")
+    assert_same(resumed, whole)
+
+
+def test_ctrl_c_saves_and_can_be_resumed(tmp_path: Path) -> None:
+    keys = dict(max_iters=100000, eval_interval=30)
+    process = in_a_process(small_keys(tmp_path, **keys))
+    wait_for(tmp_path / "out" / "iter-0000030.pt", process)
+    process.send_signal(signal.SIGINT)
+    output = process.communicate(timeout=HANGS)[0]
+    assert process.returncode == 130, output
+    stopped = state_of(tmp_path)["iter_num"]
+    saved = tmp_path / "out" / f"iter-{stopped:07d}.pt"
+    assert f"stopped before iteration {stopped}; saved {saved}" in output
+    assert "--init_from=resume" in output and "Traceback" not in output
+    trainer = Trainer(small_config(tmp_path, init_from="resume"), quiet())
+    assert trainer.iter_num == stopped > 30
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_stop_at_any_iteration_is_seamless(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: str
+) -> None:
+    whole = trained(tmp_path, max_iters=25, dtype=dtype)
+    saved = state_of(tmp_path)
+    update = Trainer._update
+
+    def interrupted(self: Trainer, learning_rate: float) -> Tensor:
+        if self.iter_num == 13:
+            os.kill(os.getpid(), signal.SIGINT)
+        return update(self, learning_rate)
+
+    monkeypatch.setattr(Trainer, "_update", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        trained(tmp_path, max_iters=25, dtype=dtype)
+    assert state_of(tmp_path)["iter_num"] == 14  # the update in progress was finished
+    monkeypatch.setattr(Trainer, "_update", update)
+    resumed = trained(tmp_path, max_iters=25, dtype=dtype, init_from="resume")
+    assert_same(dict(resumed.model.state_dict()), dict(whole.model.state_dict()))
+    again = state_of(tmp_path)
+    for key in ("model", "optimizer"):  # master weights and moments
+        assert_same(dict(again[key]), dict(saved[key]))
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_the_shape_comes_from_the_checkpoint(tmp_path: Path) -> None:
+    trained(tmp_path)
+    out = io.StringIO()
+    config = small_config(tmp_path, init_from="resume", n_layer=5, block_size=8, dropout=0.3)
+    trainer = Trainer(config, Console(file=out, width=200))
+    assert (trainer.config.n_layer, trainer.config.block_size) == (2, 16)
+    assert trainer.batches.next("train")[0].shape == (4, 16)
+    assert trainer.model.config.dropout == 0.3  # but this one may change
+    assert "n_layer = 2 comes from the loaded model (not 5)" in out.getvalue()
+
+
+def test_resuming_on_other_data_is_refused(tmp_path: Path) -> None:
+    trained(tmp_path)
+    data_set(tmp_path, "an altogether different text, " * 50)
+    with pytest.raises(ValueError, match="0021.pt was trained on .* characters that are not those"):
+        Trainer(small_config(tmp_path, init_from="resume"))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")
+def test_the_gradient_scaler_is_resumed(tmp_path: Path) -> None:
+    trainer = trained(tmp_path, device="cuda", dtype="float16")
+    trainer.scaler.update(1024.0)
+    trainer._save(publish=False)
+    config = small_config(tmp_path, device="cuda", dtype="float16", init_from="resume")
+    again = Trainer(config, quiet())
+    assert again.scaler.get_scale() == 1024.0
+    assert_same(again.scaler.state_dict(), trainer.scaler.state_dict())

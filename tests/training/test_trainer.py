@@ -1,0 +1,371 @@
+"""The loop against one written out by hand, and what stops a run."""
+
+import functools
+import io
+import math
+import os
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+from torch import Tensor
+
+from fastgpt import GPT, GPTConfig
+from fastgpt.data.batches import Batches
+from fastgpt.training import checkpoint as ckpt
+from fastgpt.training.distributed import World
+from fastgpt.training.trainer import Trainer
+from tests.tools.small_runs import assert_same, data_set, quiet, small_config, state_of, trained
+
+
+@pytest.fixture(autouse=True)
+def small_data(tmp_path: Path) -> Path:
+    return data_set(tmp_path)
+
+
+def test_learning_rate_schedule(tmp_path: Path) -> None:
+    trainer = Trainer(
+        small_config(tmp_path, learning_rate=1e-3, min_lr=1e-4, warmup_iters=10, lr_decay_iters=110)
+    )
+    assert trainer.learning_rate(0) == 1e-3 * 1 / 11
+    assert trainer.learning_rate(9) == 1e-3 * 10 / 11
+    assert trainer.learning_rate(10) == 1e-3
+    assert trainer.learning_rate(60) == pytest.approx((1e-3 + 1e-4) / 2)
+    assert trainer.learning_rate(35) == pytest.approx(1e-4 + 0.5 * (1 + math.sqrt(0.5)) * 9e-4)
+    assert trainer.learning_rate(110) == trainer.learning_rate(10**6) == 1e-4
+    constant = Trainer(small_config(tmp_path, decay_lr=False, learning_rate=0.5))
+    assert constant.learning_rate(0) == constant.learning_rate(10**6) == 0.5
+    # a warm-up as long as the decay leaves no cosine in between
+    Trainer(small_config(tmp_path, warmup_iters=20, lr_decay_iters=20)).learning_rate(20)
+
+
+def test_the_loop_is_the_one_written_out_by_hand(tmp_path: Path) -> None:
+    config = small_config(tmp_path, max_iters=11, gradient_accumulation_steps=3, grad_clip=0.5)
+    trainer = Trainer(config, quiet())
+    torch.manual_seed(config.seed)
+    assert trainer.tokenizer is not None
+    model = GPT(
+        GPTConfig(16, trainer.tokenizer.vocab_size, 2, 2, 16, dropout=0.1, bias=False)
+    ).train()
+    state = torch.get_rng_state()
+    trainer.run()
+
+    torch.set_rng_state(state)
+    batches = Batches(config.data_dir, 4, 16, "cpu", config.seed)
+    optimizer = model.configure_optimizers(0.1, 1e-2, (0.9, 0.95), "cpu")
+    for iteration in range(12):  # 0 .. max_iters inclusive
+        for group in optimizer.param_groups:
+            group["lr"] = trainer.learning_rate(iteration)
+        for _ in range(3):
+            x, y = batches.next("train")
+            (model(x, y)[1] / 3).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+        optimizer.step()
+        optimizer.zero_grad()
+    assert_same(dict(trainer.model.state_dict()), dict(model.state_dict()))
+    assert trainer.iter_num == 12
+
+
+def test_training_learns_and_reports(tmp_path: Path) -> None:
+    out = io.StringIO()
+    trainer = Trainer(small_config(tmp_path, max_iters=60, lr_decay_iters=60), Console(file=out))
+    before = trainer.evaluate()
+    assert before == trainer.evaluate()  # the same batches, no dropout, nothing moved
+    trainer.run()
+    assert trainer.best_val_loss < before["val"] - 0.5
+    text = out.getvalue()
+    assert f"step 0: train loss {before['train']:.4f}, val loss {before['val']:.4f}" in text
+    assert "iter 5: loss" in text and "tokens/s" in text and "iter 4:" not in text
+    assert "mfu" not in text  # it is a share of a GPU's peak
+
+
+def test_recompute_trains_to_the_same_weights_and_losses(tmp_path: Path) -> None:
+    kept, again = (trained(tmp_path, recompute=recompute) for recompute in (False, True))
+    assert isinstance(kept.model, GPT) and isinstance(again.model, GPT)
+    assert (kept.model.recompute, again.model.recompute) == (False, True)
+    assert kept.val_loss == again.val_loss
+    assert_same(dict(kept.model.state_dict()), dict(again.model.state_dict()))
+    assert state_of(tmp_path)["config"]["recompute"] is True
+    resumed = Trainer(small_config(tmp_path, recompute=True, init_from="resume"), quiet())
+    assert isinstance(resumed.model, GPT) and resumed.model.recompute
+
+
+def test_a_terminal_gets_a_bar(tmp_path: Path) -> None:
+    out = io.StringIO()
+    console = Console(file=out, force_terminal=True, width=140, highlight=False)
+    Trainer(small_config(tmp_path), console).run()
+    text = out.getvalue()
+    assert "20/20" in text and "tokens/s" in text
+    assert "step 10: train loss" in text and "iter 5:" not in text
+
+
+def test_when_checkpoints_are_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    losses = iter([3.0, 2.0, 2.5, 1.0, 2.2])
+    monkeypatch.setattr(Trainer, "evaluate", lambda self: {"train": 0.0, "val": next(losses)})
+    written: list[str] = []
+    save, publish = ckpt.save, ckpt.publish
+
+    def noted(state: ckpt.Checkpoint, path: Path) -> None:
+        written.append(path.name)
+        assert path.name == f"iter-{state['iter_num']:07d}.pt"
+        save(state, path)
+
+    def published(source: Path, path: Path) -> None:
+        written.append(path.name)
+        publish(source, path)
+        assert path.read_bytes() == source.read_bytes()
+
+    monkeypatch.setattr(ckpt, "save", noted)
+    monkeypatch.setattr(ckpt, "publish", published)
+    trained(tmp_path, max_iters=32, always_save_checkpoint=False)
+    assert written == [
+        "iter-0000010.pt",  # iteration 0 is never written
+        "ckpt.pt",
+        "iter-0000020.pt",
+        "iter-0000030.pt",
+        "ckpt.pt",
+        "iter-0000033.pt",
+    ]
+    assert state_of(tmp_path)["best_val_loss"].item() == 1.0
+    losses = iter([3.0, 2.0, 2.5])
+    written.clear()
+    trained(tmp_path, max_iters=12, always_save_checkpoint=True)
+    assert written == ["iter-0000010.pt", "ckpt.pt", "iter-0000013.pt", "ckpt.pt"]
+
+
+@pytest.mark.parametrize(
+    ("keep_last", "best", "kept"),
+    [(2, 10, [10, 40, 43]), (2, 40, [40, 43]), (1, 30, [30, 43]), (9, 20, [10, 20, 30, 40, 43])],
+)
+def test_the_last_checkpoints_and_the_best_are_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, keep_last: int, best: int, kept: list[int]
+) -> None:
+    def evaluate(self: Trainer) -> dict[str, float]:
+        return {"train": 0.0, "val": 1.0 if self.iter_num == best else 2.0}
+
+    monkeypatch.setattr(Trainer, "evaluate", evaluate)
+    trained(tmp_path, max_iters=42, keep_last=keep_last)
+    left = sorted(path.name for path in (tmp_path / "out").glob("iter-*"))
+    assert left == [f"iter-{iteration:07d}.pt" for iteration in kept]
+
+
+@pytest.mark.skipif(os.name != "posix", reason="folders are locked on POSIX systems")
+def test_two_runs_do_not_write_into_one_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer, second = (Trainer(small_config(tmp_path), quiet()) for _ in range(2))
+    evaluate = Trainer.evaluate
+
+    def meanwhile(self: Trainer) -> dict[str, float]:
+        if self is trainer:
+            with pytest.raises(ValueError, match="another process is writing to .*out"):
+                second.run()
+        return evaluate(self)
+
+    monkeypatch.setattr(Trainer, "evaluate", meanwhile)
+    trainer.run()
+    assert state_of(tmp_path)["iter_num"] == 21
+    assert not (tmp_path / "out" / "previous-1").exists()
+    second.run()
+    assert (tmp_path / "out" / "previous-1").exists()
+
+
+def test_eval_only_changes_nothing(tmp_path: Path) -> None:
+    trainer = trained(tmp_path, eval_only=True)
+    assert trainer.iter_num == 0 and math.isfinite(trainer.val_loss)
+    assert not (tmp_path / "out").exists()
+
+
+def test_training_outside_the_main_thread(tmp_path: Path) -> None:
+    thread = threading.Thread(target=trained, args=(tmp_path,))
+    thread.start()
+    thread.join()
+    assert state_of(tmp_path)["iter_num"] == 21
+
+
+def test_divergence_stops_before_the_step(tmp_path: Path) -> None:
+    trained(tmp_path, max_iters=10)
+    trainer = Trainer(
+        small_config(
+            tmp_path,
+            max_iters=100,
+            learning_rate=1e30,
+            decay_lr=False,
+            grad_clip=0.0,
+            init_from="resume",
+        ),
+        quiet(),
+    )
+    last = tmp_path / "out" / "iter-0000011.pt"
+    before = last.read_bytes()
+    with pytest.raises(FloatingPointError, match=f"not finite at iteration .*1e.30.*{last.name}"):
+        trainer.run()
+    assert last.read_bytes() == before
+
+
+def test_ignored_targets_change_no_weight(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer = Trainer(small_config(tmp_path), quiet())
+    before = {name: value.clone() for name, value in trainer.model.state_dict().items()}
+    following = Batches.next
+
+    def ignored(self: Batches, split: str) -> tuple[Tensor, Tensor]:
+        x, y = following(self, split)
+        return x, torch.full_like(y, -1)
+
+    monkeypatch.setattr(Batches, "next", ignored)
+    with pytest.raises(FloatingPointError, match="every target of a batch is ignored.*none yet"):
+        trainer.run()
+    assert_same(dict(trainer.model.state_dict()), before)
+    assert not list((tmp_path / "out").glob("*.pt"))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_ignored_targets_change_no_weight_on_a_gpu(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: str
+) -> None:
+    """There the host notices later: the optimizer itself has to skip the update."""
+    trainer = Trainer(small_config(tmp_path, device="cuda", dtype=dtype, log_interval=7), quiet())
+    before = {name: value.clone() for name, value in trainer.model.state_dict().items()}
+    following = Batches.next
+
+    def ignored(self: Batches, split: str) -> tuple[Tensor, Tensor]:
+        x, y = following(self, split)
+        return x, torch.full_like(y, -1)
+
+    monkeypatch.setattr(Batches, "next", ignored)
+    trainer.iter_num = 1  # the next look at the loss is at iteration 7
+    with pytest.raises(FloatingPointError):
+        trainer.run()
+    assert_same(dict(trainer.model.state_dict()), before)
+
+
+def test_pytorchs_fused_adamw_skips_a_step_by_found_inf() -> None:
+    """What the trainer relies on where the host does not look at every loss."""
+    weight = torch.nn.Parameter(torch.ones(3))
+    optimizer = torch.optim.AdamW([weight], lr=0.1, fused=True)
+    flag = torch.zeros(())
+    optimizer.found_inf = flag  # type: ignore[attr-defined]
+    weight.grad = torch.ones(3)
+    optimizer.step()
+    after_one = weight.detach().clone()
+    assert not torch.equal(after_one, torch.ones(3))
+    flag.fill_(1.0)
+    weight.grad = torch.full((3,), math.nan)
+    optimizer.step()
+    assert torch.equal(weight.detach(), after_one)
+    assert optimizer.state[weight]["step"].item() == 1
+
+
+def test_a_validation_loss_that_is_not_finite_is_not_saved(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    losses = iter([3.0, math.nan])
+    monkeypatch.setattr(Trainer, "evaluate", lambda self: {"train": 0.0, "val": next(losses)})
+    with pytest.raises(FloatingPointError, match="at iteration 10"):
+        trained(tmp_path)
+    assert not list((tmp_path / "out").glob("*.pt"))
+
+
+def test_bfloat16_on_the_cpu(tmp_path: Path) -> None:
+    """The matrices are held in it; what is saved, to the last bit of an update, is float32."""
+    exact = trained(tmp_path)
+    trainer = trained(tmp_path, dtype="bfloat16")
+    held = trainer.model.get_parameter("lm_head.weight")
+    assert held.dtype == torch.bfloat16
+    assert trainer.val_loss == pytest.approx(exact.val_loss, abs=0.03)
+    saved = state_of(tmp_path)
+    assert all(weight.dtype == torch.float32 for weight in saved["model"].values())
+    weight = saved["model"]["lm_head.weight"]
+    assert not torch.equal(weight, weight.bfloat16().float())
+    assert torch.equal(held, weight.bfloat16())
+    # nanoGPT and a float32 run go on from it
+    resumed = Trainer(small_config(tmp_path, init_from="resume"), quiet())
+    assert_same(dict(resumed.model.state_dict()), dict(saved["model"]))
+    assert saved["optimizer"]["param_groups"][0]["capturable"] is False
+
+
+def test_compile_is_honoured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    graphs = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=backend))
+    trained(tmp_path, compile=True, max_iters=2, dropout=0.0)
+    assert graphs
+    assert list(state_of(tmp_path)["model"])[0] == "transformer.wte.weight"  # no _orig_mod.
+
+
+@pytest.mark.parametrize(
+    ("keys", "dtype", "processes", "replayed", "said"),
+    [
+        ({}, torch.bfloat16, 1, True, False),
+        ({"cuda_graph": False}, torch.bfloat16, 1, False, False),
+        ({"compile": True}, torch.bfloat16, 1, False, True),
+        ({"compile": True, "cuda_graph": False}, torch.float32, 1, False, False),
+        ({"compile": True}, torch.float16, 1, False, False),
+        ({}, torch.bfloat16, 2, False, False),
+    ],
+)
+def test_when_updates_are_replayed_as_a_cuda_graph(
+    tmp_path: Path,
+    keys: dict[str, bool],
+    dtype: torch.dtype,
+    processes: int,
+    replayed: bool,
+    said: bool,
+) -> None:
+    """Never of a compiled model; who asked for that is told."""
+    trainer = Trainer(small_config(tmp_path, **keys), console := quiet())
+    assert not trainer._captures()  # on a CPU
+    trainer.device, trainer.dtype = torch.device("cuda"), dtype
+    trainer.world = World(size=processes)
+    assert trainer._captures() is replayed
+    assert isinstance(console.file, io.StringIO)
+    note = "compile=True: updates are not replayed as a CUDA graph"
+    assert (note in console.file.getvalue()) is said
+
+
+def test_pretrained_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def pretrained(name: str, override_args: dict[str, float]) -> GPT:
+        assert name == "gpt2-medium"
+        return GPT(GPTConfig(32, 300, 3, 2, 8, bias=True, **override_args), gelu="tanh")  # type: ignore[arg-type]
+
+    monkeypatch.setattr(GPT, "from_pretrained", pretrained)
+    with pytest.raises(
+        ValueError, match="needs a data set of GPT-2's tokens, but .*small has others"
+    ):
+        Trainer(small_config(tmp_path, init_from="gpt2-medium"))
+    (tmp_path / "small" / "meta.pkl").unlink()
+    with pytest.raises(ValueError, match="block_size must be at most 32 .* got 33"):
+        Trainer(small_config(tmp_path, init_from="gpt2-medium", block_size=33))
+    trainer = trained(tmp_path, init_from="gpt2-medium", dropout=0.2, recompute=True)
+    assert trainer.model.config.dropout == 0.2 and trainer.model.config.block_size == 16
+    assert trainer.config.n_layer == 3 and trainer.config.bias
+    assert isinstance(trainer.model, GPT) and trainer.model.recompute
+    assert state_of(tmp_path)["fastgpt"]["gelu"] == "tanh"
+
+
+def test_data_without_a_meta_file_gets_gpt2s_vocabulary(tmp_path: Path) -> None:
+    (tmp_path / "small" / "meta.pkl").unlink()
+    assert Trainer(small_config(tmp_path)).model.config.vocab_size == 50304
+
+
+def test_what_a_run_refuses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(FileNotFoundError, match="absent.*train.bin"):
+        Trainer(small_config(tmp_path, dataset="absent"))
+    with pytest.raises(FileNotFoundError, match="no ckpt.pt or iter-.*.pt in .*out"):
+        Trainer(small_config(tmp_path, init_from="resume"))
+    with pytest.raises(ValueError, match="block_size=100000"):
+        Trainer(small_config(tmp_path, block_size=100000))
+    with pytest.raises(ValueError, match="device must be one that this machine has .* got 'cudo'"):
+        Trainer(small_config(tmp_path, device="cudo"))
+    keys = small_config(tmp_path, gradient_accumulation_steps=5)
+    with pytest.raises(ValueError, match="must be a multiple of the 2 processes .* got 5"):
+        Trainer(keys, world=World(size=2))
