@@ -49,8 +49,13 @@ class BuildKernels(Command):
             raise SystemExit(status)
 
 
+# With the link fastgpt/kernels in place, an editable install is this folder on Python's path, and a
+# clone named fastgpt in the working directory does not hide it. With a mapped folder it would be an
+# import hook, which Python asks only after the working directory. Windows may have no link.
+LINKED = (ROOT / "fastgpt" / "kernels").is_dir()
+
 setup(
     packages=[*find_packages(include=["fastgpt", "fastgpt.*"]), "fastgpt.kernels"],
-    package_dir={"fastgpt": "fastgpt", "fastgpt.kernels": "kernels"},
+    package_dir={"": "."} if LINKED else {"fastgpt": "fastgpt", "fastgpt.kernels": "kernels"},
     cmdclass={"build_kernels": BuildKernels},
 )

@@ -1,5 +1,5 @@
 """AdamW, clipping by a known factor included: over flat buffers with a bfloat16 copy of the result
-(``fused``, ``portable``), and as nanoGPT calls it (``eager``: PyTorch's fused AdamW over the
+(``fused``, ``torch_ops``), and as nanoGPT calls it (``eager``: PyTorch's fused AdamW over the
 parameters one by one, float32 alone, the gradients scaled by a kernel before it).
 
 Bytes and share of the ceiling are those of the flat update for all. Before it is timed, the result
@@ -15,7 +15,7 @@ import torch
 
 from bench._ops import op_bench
 from bench._ops.op_bench import DEVICE, Sizes, Stopwatch, timed
-from fastgpt.kernels import fused, portable, reference
+from fastgpt.kernels import fused, reference, torch_ops
 
 _LR, _BETAS, _EPS, _WEIGHT_DECAY, _CLIP = 6e-4, (0.9, 0.95), 1e-8, 0.1, 0.5
 _PIECE = 2**20  # numbers of a parameter in `eager`
@@ -72,7 +72,7 @@ class State:
 def work(state: State, provider: str) -> Callable[[], None]:
     if provider == "eager":
         return state.eager()
-    return state.flat(fused if provider == "fused" else portable)
+    return state.flat(fused if provider == "fused" else torch_ops)
 
 
 def check(provider: str) -> None:
@@ -123,7 +123,7 @@ class Row:
     [
         Row(tuple(sizes.items()), provider).param()
         for sizes in (SIZES if DEVICE.type == "cuda" else CPU_SIZES)
-        for provider in ("fused", "portable", "eager")
+        for provider in ("fused", "torch_ops", "eager")
     ],
 )
 def test_adamw(row: Row, benchmark: Any, record_property: Any) -> None:

@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from bench._ops.op_bench import Direction, Draw, Function, Op, Row
-from fastgpt.kernels import fused, portable, reference
-from fastgpt.kernels._costs import attention_pairs
+from fastgpt.kernels import fused, reference, torch_ops
+from fastgpt.kernels.costs import attention_pairs
 
 
 def inputs(draw: Draw, B: int, T: int, H: int, D: int) -> tuple[Tensor, int]:
@@ -107,7 +107,7 @@ class _OfDocuments(Op):
     """The third input has a name."""
 
     def function(self, provider: str) -> Function:
-        modules = {"fused": fused, "portable": portable, "reference": reference}
+        modules = {"fused": fused, "torch_ops": torch_ops, "reference": reference}
         if provider not in modules:
             return super().function(provider)
         op = cast(Function, getattr(modules[provider], self.name))

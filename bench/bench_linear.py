@@ -12,7 +12,7 @@ from bench._ops import product_bench
 from bench._ops.op_bench import Draw, Op, Row
 from bench._ops.product_bench import ALONE, FUSED, SEPARATE, Product, Results
 from fastgpt.kernels import gemm
-from fastgpt.kernels._common import matmul_float32
+from fastgpt.kernels._host import matmul_float32
 
 
 def inputs(draw: Draw, M: int, K: int, N: int) -> tuple[Tensor, Tensor, Tensor]:

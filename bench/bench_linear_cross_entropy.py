@@ -15,7 +15,7 @@ from bench._ops import product_bench
 from bench._ops.op_bench import Draw, Op, Row
 from bench._ops.product_bench import ALONE, FUSED, SEPARATE, Product, Results
 from fastgpt.kernels import fused, reference
-from fastgpt.kernels._common import matmul_float32
+from fastgpt.kernels._host import matmul_float32
 
 _TRUTH_ROWS = 1024  # whose logits are in memory at a time
 

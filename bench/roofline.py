@@ -11,7 +11,7 @@ is written down. The conventions:
   tensor do not. Ours counts once, however many kernels are inside.
 - Bytes: its inputs and its outputs, a storage that it sees twice once. (For PyTorch's
   ``nll_loss``, which looks at one logit of a row, that is too much: 6 of the 129 ms of ``sdpa``.)
-  An operator with a cost formula of its own (``kernels/_costs.py``) is charged kernel by kernel,
+  An operator with a cost formula of its own (``kernels/costs.py``) is charged kernel by kernel,
   with what passes through memory between them.
 - FLOPs: matrix products alone, 2 M N K, as ``torch.utils.flop_counter``; causal attention as half.
   The kernels' products, not the least possible: a product computed twice counts twice.

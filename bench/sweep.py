@@ -46,7 +46,7 @@ from bench._sweep.compile import Static, Task, compile_all, fitted
 from bench._sweep.contest import comment, gpu_timer, measured, verdict
 from bench._sweep.line import Line, Tile
 from bench._sweep.tables import OPS, lines
-from fastgpt.kernels import _common
+from fastgpt.kernels import _host
 
 
 def static_table(line: Line, found: dict[Tile, Static]) -> Table:
@@ -142,7 +142,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     capability = o.arch or 90
     if torch.cuda.is_available():
         device = torch.device("cuda", torch.cuda.current_device())
-        own = _common.capability(device)
+        own = _host.capability(device)
         assert own is not None
         if o.arch not in (None, own):
             return cli.failed(f"--arch is {o.arch}, but the GPU here has {own}")

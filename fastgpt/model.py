@@ -48,8 +48,8 @@ class GPT(LanguageModel):
     blocks, a final LayerNorm, and a head tied to the token embedding.
 
     ``ops`` is a module of ops: ``fastgpt.ops`` (Triton on CUDA, PyTorch elsewhere), or ``fused``,
-    ``portable`` or ``reference`` of ``fastgpt.kernels``. ``gelu`` is "none" for the exact erf form,
-    as in nanoGPT, or "tanh" for the one that OpenAI's weights were trained with;
+    ``torch_ops`` or ``reference`` of ``fastgpt.kernels``. ``gelu`` is "none" for the exact erf
+    form, as in nanoGPT, or "tanh" for the one that OpenAI's weights were trained with;
     ``gelu_approximate`` holds the choice. With ``recompute`` the results of GELU and LayerNorm are
     made again in the backward rather than kept: less memory, the same numbers. With ``fp8="head"``
     the matrix products of the training loss are of 8-bit numbers, with "all" those of the blocks

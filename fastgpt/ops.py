@@ -1,7 +1,7 @@
 """The only dispatch: a CUDA tensor goes to the Triton kernels if its GPU can run them, any other to
 PyTorch's own.
 
-Same names and signatures as in ``kernels.reference``, ``kernels.portable`` and ``kernels.fused``;
+Same names and signatures as in ``kernels.reference``, ``kernels.torch_ops`` and ``kernels.fused``;
 a model takes any of the four: ``GPT(config, ops=reference)``.
 """
 
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fastgpt import devices
-from fastgpt.kernels import portable
+from fastgpt.kernels import torch_ops
 from fastgpt.kernels._checks import Recipe
 
 _refusals: dict[int | None, str] = {}  # of each GPU, by its index
@@ -21,7 +21,7 @@ _refusals: dict[int | None, str] = {}  # of each GPU, by its index
 
 def _implementation(device: torch.device) -> ModuleType:
     if device.type != "cuda":
-        return portable
+        return torch_ops
     if device.index not in _refusals:
         _refusals[device.index] = devices.triton_refusal(device)
     refusal = _refusals[device.index]
@@ -31,7 +31,7 @@ def _implementation(device: torch.device) -> ModuleType:
         return fused
     if not torch.compiler.is_compiling():
         _notice(refusal)
-    return portable
+    return torch_ops
 
 
 @functools.cache

@@ -1,6 +1,6 @@
 """What every implementation of an op refuses, with the argument, its value and what is allowed.
 
-Needs torch alone, so that ``reference`` and ``portable`` refuse the same input as the Triton
+Needs torch alone, so that ``reference`` and ``torch_ops`` refuse the same input as the Triton
 kernels do, in the same words.
 """
 

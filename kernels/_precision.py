@@ -1,4 +1,4 @@
-"""In which dtype an op computes. Needs torch alone: the portable and the Triton ops share it."""
+"""In which dtype an op computes. Needs torch alone: torch_ops and the Triton ops share it."""
 
 import torch
 from torch import Tensor

@@ -18,8 +18,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastgpt.kernels import _checks, _common
-from fastgpt.kernels._costs import KernelCost, nbytes, register_cost
+from fastgpt.kernels import _checks, _host
+from fastgpt.kernels.costs import KernelCost, nbytes, register_cost
 
 
 @triton.jit
@@ -113,7 +113,7 @@ def _adamw_op(
     if not param.numel():
         return
     scalars = param.new_empty(5)
-    with _common.on_device(param):
+    with _host.on_device(param):
         _adamw_scalars_kernel[(1,)](
             scalars,
             step,
@@ -126,7 +126,7 @@ def _adamw_op(
             HAS_CLIP=clip is not None,
             HAS_SKIP=skip is not None,
             num_warps=1,
-            **_common.FMA,
+            **_host.FMA,
         )
         _adamw_kernel[(triton.cdiv(param.numel(), _LAUNCH["BLOCK"]),)](
             param,
@@ -141,7 +141,7 @@ def _adamw_op(
             BETA2=beta2,
             ROUNDED=rounded is not None,
             **_LAUNCH,
-            **_common.FMA,
+            **_host.FMA,
         )
 
 
@@ -195,7 +195,7 @@ def adamw(
     _checks.adamw(
         param, rounded, grad, exp_avg, exp_avg_sq, step, lr, betas, eps, weight_decay, clip, skip
     )
-    _common.launchable(param=param)
+    _host.launchable(param=param)
     _adamw_op(
         param, rounded, grad, exp_avg, exp_avg_sq, step, lr, *betas, eps, weight_decay, clip, skip
     )

@@ -10,8 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastgpt.kernels import _checks, _common
-from fastgpt.kernels._costs import register_cost
+from fastgpt.kernels import _checks, _host
 from fastgpt.kernels.attention_launch import (
     attention_bwd,
     attention_fwd,
@@ -19,6 +18,7 @@ from fastgpt.kernels.attention_launch import (
     empty_lse,
     fwd_cost,
 )
+from fastgpt.kernels.costs import register_cost
 from fastgpt.kernels.reference import split_heads, unpacked
 
 MAX_HEAD_SIZE = 256
@@ -244,15 +244,15 @@ def attention(
         ValueError: shapes, dtypes or devices do not go together, or an argument is out of range.
     """
     _checks.floating(q=q, k=k, v=v)
-    q, k, v = (x.to(_common.autocast_dtype(x)) for x in (q, k, v))
+    q, k, v = (x.to(_host.autocast_dtype(x)) for x in (q, k, v))
     _checks.attention(q, k, v, causal, scale, dropout_p, seed, stream, starts)
-    _common.launchable(q=q, k=k, v=v)
+    _host.launchable(q=q, k=k, v=v)
     _check_head_size("q", q.shape[3])
     head_size = q.shape[3]
     scale = 1.0 / math.sqrt(head_size) if scale is None else scale
     if head_size % 16:  # columns of zeros change no product
         q, k, v = (F.pad(x, (0, -head_size % 16)) for x in (q, k, v))
-    seed = _common.drawn_seed(seed, dropout_p, q.device)
+    seed = _host.drawn_seed(seed, dropout_p, q.device)
     out, _ = _attention_op(q, k, v, seed, starts, causal, scale, dropout_p, stream)
     return out[..., :head_size]
 
@@ -284,12 +284,12 @@ def attention_qkvpacked(
         TypeError, ValueError: as ``attention``.
     """
     _checks.qkvpacked(qkv, n_head, causal, scale, dropout_p, seed, stream, starts)
-    _common.launchable(qkv=qkv)
+    _host.launchable(qkv=qkv)
     head_size = qkv.shape[2] // (3 * n_head)
     _check_head_size("qkv", head_size)
     if head_size % 16:
         return unpacked(attention, qkv, n_head, causal, scale, dropout_p, seed, stream, starts)
-    qkv = qkv.to(_common.autocast_dtype(qkv))
+    qkv = qkv.to(_host.autocast_dtype(qkv))
     scale = 1.0 / math.sqrt(head_size) if scale is None else scale
-    seed = _common.drawn_seed(seed, dropout_p, qkv.device)
+    seed = _host.drawn_seed(seed, dropout_p, qkv.device)
     return _attention_qkvpacked_op(qkv, seed, starts, n_head, causal, scale, dropout_p, stream)[0]

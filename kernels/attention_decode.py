@@ -24,8 +24,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastgpt.kernels import _checks, _common
-from fastgpt.kernels._costs import KernelCost, nbytes, register_cost
+from fastgpt.kernels import _checks, _host
+from fastgpt.kernels.costs import KernelCost, nbytes, register_cost
 
 
 @triton.jit
@@ -148,11 +148,9 @@ def _attention_decode_op(qkv: Tensor, cache: Tensor, positions: Tensor, scale: f
     block_n, block_d, num_warps = _tile(head_size)
     n_parts = triton.cdiv(n_slots, block_n)
     parts = _scratch(cache, n_parts)
-    qk_scale = scale * _common.LOG2_E
-    sizes = dict(
-        ACC=_common.accumulator(qkv.dtype), HEAD=head_size, BLOCK_N=block_n, BLOCK_D=block_d
-    )
-    with _common.on_device(qkv):
+    qk_scale = scale * _host.LOG2_E
+    sizes = dict(ACC=_host.accumulator(qkv.dtype), HEAD=head_size, BLOCK_N=block_n, BLOCK_D=block_d)
+    with _host.on_device(qkv):
         _attention_decode_kernel[(batch * n_head * n_parts,)](
             qkv,
             qkv.stride(0),
@@ -166,7 +164,7 @@ def _attention_decode_op(qkv: Tensor, cache: Tensor, positions: Tensor, scale: f
             cache.stride(0),
             **sizes,
             num_warps=num_warps,
-            **_common.FMA,
+            **_host.FMA,
         )
         _attention_decode_sum_kernel[(batch * n_head,)](
             *parts,
@@ -179,7 +177,7 @@ def _attention_decode_op(qkv: Tensor, cache: Tensor, positions: Tensor, scale: f
             **sizes,
             PARTS=_PARTS,
             num_warps=4,
-            **_common.FMA,
+            **_host.FMA,
         )
     return out
 
@@ -229,7 +227,7 @@ def attention_decode(
         ValueError: shapes, dtypes or devices do not go together, or an argument is out of range.
     """
     _checks.attention_decode(qkv, cache, positions, scale)
-    _common.launchable(qkv=qkv)
+    _host.launchable(qkv=qkv)
     head_size = cache.shape[4]
     if head_size > max(_TILES):
         raise ValueError(f"cache must have a head size of at most {max(_TILES)}, got {head_size}")

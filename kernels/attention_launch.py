@@ -8,20 +8,20 @@ import torch
 import triton
 from torch import Tensor
 
-from fastgpt.kernels import _common
-from fastgpt.kernels._costs import KernelCost, attention_pairs, nbytes
-from fastgpt.kernels.attention_backward_kernels import (
+from fastgpt.kernels import _host
+from fastgpt.kernels.attention_bwd import (
     _attention_bwd_dkdv_kernel,
     _attention_bwd_dq_kernel,
 )
-from fastgpt.kernels.attention_kernels import _attention_fwd_kernel
+from fastgpt.kernels.attention_fwd import _attention_fwd_kernel
 from fastgpt.kernels.attention_tiles import launch
+from fastgpt.kernels.costs import KernelCost, attention_pairs, nbytes
 
 
 def empty_lse(x: Tensor, batch: int, n_head: int, n_queries: int) -> Tensor:
     """What a forward with q of x's dtype saves for each query: one number, or two APART."""
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-    return x.new_empty(batch, n_head, 1 if _common.is_half(x.dtype) else 2, n_queries, dtype=dtype)
+    return x.new_empty(batch, n_head, 1 if _host.is_half(x.dtype) else 2, n_queries, dtype=dtype)
 
 
 def _aligned(x: Tensor) -> Tensor:
@@ -38,18 +38,18 @@ def _settings(
     kernel: str, q: Tensor, starts: Tensor | None, causal: bool, dropout_p: float
 ) -> tuple[dict[str, float], dict]:
     """What every kernel takes beside its tensors: the dropout's numbers, and the constexprs."""
-    threshold, keep_scale = _common.dropout_numbers(dropout_p)
+    threshold, keep_scale = _host.dropout_numbers(dropout_p)
     numbers = dict(threshold=threshold, keep_scale=keep_scale)
     constexprs = dict(
         CAUSAL=causal,
         PACKED=starts is not None,
         DROPOUT=threshold > 0,
-        APART=not _common.is_half(q.dtype),
-        PRECISION=_common.dot_precision(q.dtype),
-        ACC=_common.accumulator(q.dtype),
+        APART=not _host.is_half(q.dtype),
+        PRECISION=_host.dot_precision(q.dtype),
+        ACC=_host.accumulator(q.dtype),
         HEAD=q.shape[3],
         **launch(kernel, q.device, q.shape[3], q.dtype, threshold > 0, starts is not None),
-        **_common.FMA,
+        **_host.FMA,
     )
     return numbers, constexprs
 
@@ -83,7 +83,7 @@ def attention_fwd(
     if out.numel():
         numbers, constexprs = _settings("fwd", q, starts, causal, dropout_p)
         blocks = triton.cdiv(n_queries, constexprs["BLOCK_M"])
-        with _common.on_device(q):
+        with _host.on_device(q):
             _attention_fwd_kernel[(blocks * batch * n_head,)](
                 q,
                 *q.stride()[:3],
@@ -99,7 +99,7 @@ def attention_fwd(
                 n_head,
                 n_queries,
                 k.shape[2],
-                qk_scale=scale * _common.LOG2_E,
+                qk_scale=scale * _host.LOG2_E,
                 **numbers,
                 **constexprs,
             )
@@ -129,9 +129,9 @@ def attention_bwd(
     n_keys = k.shape[2]
     dout, starts = dout.contiguous(), _rows(starts)
     delta = torch.empty_like(lse[:, :, 0])
-    scales = dict(qk_scale=scale * _common.LOG2_E, scale=scale)
+    scales = dict(qk_scale=scale * _host.LOG2_E, scale=scale)
     inputs = (q, *q.stride()[:3], k, *k.stride()[:3], v, *v.stride()[:3])
-    with _common.on_device(q):
+    with _host.on_device(q):
         if dq.numel():
             numbers, constexprs = _settings("dq", q, starts, causal, dropout_p)
             blocks = triton.cdiv(n_queries, constexprs["BLOCK_M"])

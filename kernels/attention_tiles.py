@@ -3,7 +3,7 @@
 import torch
 import triton
 
-from fastgpt.kernels import _common
+from fastgpt.kernels import _host
 
 # Kernel and head size, rounded up → (BLOCK_M, BLOCK_N, num_warps, num_stages).
 # Chosen by ahead-of-time compilation: large tiles that spill no register. Predicted, not measured.
@@ -135,7 +135,7 @@ def launch(
     documents: bool,
 ) -> dict[str, int]:
     block_d = max(16, triton.next_power_of_2(head_size))
-    capability = _common.capability(device)
+    capability = _host.capability(device)
     table = tiles(capability, dtype)
     tile = table[kernel, block_d]
     if dropout:
@@ -153,7 +153,7 @@ def launch(
         num_stages=num_stages,
     )
     # Elsewhere no product runs beside a softmax of its own program, or (sm_100) Triton sees to it.
-    if kernel == "fwd" and _common.is_half(dtype) and capability in (None, 90):
+    if kernel == "fwd" and _host.is_half(dtype) and capability in (None, 90):
         constexprs["LATE"] = True
     if table is TENSOR_CORE_TILES and not dropout and (kernel, block_d) in MAX_REGISTERS:
         constexprs["maxnreg"] = MAX_REGISTERS[kernel, block_d]

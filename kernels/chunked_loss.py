@@ -1,4 +1,4 @@
-"""Linear + cross-entropy in chunks of rows: what the portable and the Triton op have in common.
+"""Linear + cross-entropy in chunks of rows: what torch_ops and the Triton op have in common.
 
     logits = x @ weight.T              x (M, C), weight (V, C), logits (M, V)
     lse_i = log(sum over j of exp(logits_ij))                       p_ij = exp(logits_ij - lse_i)
@@ -21,8 +21,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from fastgpt.kernels._costs import CostFormula, KernelCost, nbytes, register_cost
 from fastgpt.kernels._precision import autocast_dtype, matmul_float32
+from fastgpt.kernels.costs import CostFormula, KernelCost, nbytes, register_cost
 
 # rows(logits, targets, losses, ignore_index, label_smoothing, z_loss, want_gradient) writes the
 # losses (rows), 0 where ignored, and turns logits (rows, V), columns adjacent, into dlogits in

@@ -7,8 +7,8 @@ import torch
 import triton
 from torch import Tensor
 
-from fastgpt.kernels import _checks, _common
-from fastgpt.kernels._costs import KernelCost, nbytes, register_cost
+from fastgpt.kernels import _checks, _host
+from fastgpt.kernels.costs import KernelCost, nbytes, register_cost
 from fastgpt.kernels.embedding_kernels import (
     _embedding_bwd_bands_kernel,
     _embedding_bwd_position_kernel,
@@ -29,7 +29,7 @@ def _token_launch(n_cols: int) -> dict[str, int]:
 
 
 def _dropout_numbers(dropout_p: float) -> dict[str, float]:
-    threshold, keep_scale = _common.dropout_numbers(dropout_p)
+    threshold, keep_scale = _host.dropout_numbers(dropout_p)
     return dict(threshold=threshold, keep_scale=keep_scale, DROPOUT=threshold > 0)
 
 
@@ -48,7 +48,7 @@ def _embedding_op(
     out = torch.empty(*idx.shape, n_cols, dtype=out_dtype, device=idx.device)
     if idx.numel():
         grid = triton.cdiv(idx.numel(), _LAUNCH["BLOCK_M"]), triton.cdiv(n_cols, _LAUNCH["BLOCK_N"])
-        with _common.on_device(idx):
+        with _host.on_device(idx):
             _embedding_fwd_kernel[grid](
                 idx.contiguous(),
                 token_weight.contiguous(),
@@ -62,10 +62,10 @@ def _embedding_op(
                 n_vocab,
                 n_cols,
                 PACKED=starts is not None,
-                ACC=_common.accumulator(token_weight.dtype),
+                ACC=_host.accumulator(token_weight.dtype),
                 **_dropout_numbers(dropout_p),
                 **_LAUNCH,
-                **_common.FMA,
+                **_host.FMA,
             )
     return out
 
@@ -94,12 +94,12 @@ def _token_bwd_op(
     column_blocks = triton.cdiv(n_cols, launch["BLOCK_N"])
     options = dict(
         BAND=BAND,
-        ACC=_common.accumulator(dtype),
+        ACC=_host.accumulator(dtype),
         **_dropout_numbers(dropout_p),
         **launch,
-        **_common.FMA,
+        **_host.FMA,
     )
-    with _common.on_device(dout):
+    with _host.on_device(dout):
         if len(partial):
             _embedding_bwd_bands_kernel[(len(partial), column_blocks)](
                 ids, order, dout, partial, seed, stream, n_cols, **options
@@ -126,7 +126,7 @@ def _position_bwd_op(
     if idx.numel() == 0:
         return torch.zeros(n_positions, n_cols, dtype=dtype, device=dout.device)
     dposition = torch.empty(n_positions, n_cols, dtype=dtype, device=dout.device)
-    with _common.on_device(dout):
+    with _host.on_device(dout):
         _embedding_bwd_position_kernel[(n_positions, triton.cdiv(n_cols, _LAUNCH["BLOCK_N"]))](
             idx.contiguous(),
             dout.contiguous(),
@@ -137,10 +137,10 @@ def _position_bwd_op(
             length,
             n_vocab,
             n_cols,
-            ACC=_common.accumulator(dtype),
+            ACC=_host.accumulator(dtype),
             **_dropout_numbers(dropout_p),
             **_LAUNCH,
-            **_common.FMA,
+            **_host.FMA,
         )
     return dposition
 
@@ -246,9 +246,9 @@ def embedding(
         ValueError: shapes, dtypes or devices do not go together, or an argument is out of range.
     """
     _checks.embedding(idx, token_weight, position_weight, dropout_p, seed, stream, starts)
-    _common.launchable(token_weight=token_weight, position_weight=position_weight)
-    seed = _common.drawn_seed(seed, dropout_p, idx.device)
-    autocast = _common.autocast_dtype(token_weight)
+    _host.launchable(token_weight=token_weight, position_weight=position_weight)
+    seed = _host.drawn_seed(seed, dropout_p, idx.device)
+    autocast = _host.autocast_dtype(token_weight)
     out_dtype = autocast if autocast == torch.bfloat16 else token_weight.dtype
     return _embedding_op(
         idx, token_weight, position_weight, seed, starts, dropout_p, stream, out_dtype

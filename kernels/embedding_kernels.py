@@ -23,7 +23,7 @@ summed beforehand, by a program each.
 import triton
 import triton.language as tl
 
-from fastgpt.kernels._common import dropout_keep
+from fastgpt.kernels._device_math import dropout_keep
 
 
 @triton.jit(do_not_specialize=["stream"], do_not_specialize_on_alignment=["seed_ptr"])

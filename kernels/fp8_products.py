@@ -22,8 +22,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastgpt.kernels import _common
-from fastgpt.kernels._costs import KernelCost, nbytes
+from fastgpt.kernels import _host
+from fastgpt.kernels.costs import KernelCost, nbytes
 from fastgpt.kernels.fp8_kernels import _amax_kernel, _quantise_kernel, _transpose_kernel
 
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
@@ -71,12 +71,12 @@ def quantise(
     parts = x.new_empty(n_tiles, n_cols, dtype=torch.float32) if sums else None
     n_partials = min(
         triton.cdiv(x.numel(), _AMAX["BLOCK"]),
-        _PROGRAMS * _common.multiprocessors(x.device),
+        _PROGRAMS * _host.multiprocessors(x.device),
         _MAX_PARTIALS,
     )
     partials = x.new_empty(n_partials, dtype=torch.int32)
-    with _common.on_device(x):
-        _amax_kernel[(n_partials,)](x, partials, x.numel(), **_AMAX, **_common.FMA)
+    with _host.on_device(x):
+        _amax_kernel[(n_partials,)](x, partials, x.numel(), **_AMAX, **_host.FMA)
         _quantise_kernel[(n_tiles, triton.cdiv(n_cols, _TILE["BLOCK_N"]))](
             x,
             partials,
@@ -95,7 +95,7 @@ def quantise(
             SUMS=sums,
             MAX_PARTIALS=triton.next_power_of_2(n_partials),
             **_TILE,
-            **_common.FMA,
+            **_host.FMA,
         )
     return Quantised(x8, x8_columns, scale, None if parts is None else parts.sum(0))
 
@@ -108,7 +108,7 @@ def transposed(x8: Tensor) -> Tensor:
         triton.cdiv(columns.shape[1], _TILE["BLOCK_M"]),
         triton.cdiv(n_cols, _TILE["BLOCK_N"]),
     )
-    with _common.on_device(x8):
+    with _host.on_device(x8):
         _transpose_kernel[grid](
             x8.view(torch.uint8),
             columns.view(torch.uint8),
@@ -116,7 +116,7 @@ def transposed(x8: Tensor) -> Tensor:
             n_cols,
             columns.shape[1],
             **_TILE,
-            **_common.FMA,
+            **_host.FMA,
         )
     return columns
 

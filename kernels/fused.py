@@ -1,7 +1,7 @@
-"""The public Triton ops under the names of ``reference`` and ``portable``."""
+"""The public Triton ops under the names of ``reference`` and ``torch_ops``."""
 
-from fastgpt.kernels import _costs
-from fastgpt.kernels._common import dropout_seed
+from fastgpt.kernels import costs
+from fastgpt.kernels._host import dropout_seed
 from fastgpt.kernels.adamw import adamw
 from fastgpt.kernels.attention import attention, attention_qkvpacked
 from fastgpt.kernels.attention_decode import attention_decode
@@ -28,4 +28,4 @@ __all__ = [
     "residual_layer_norm",
 ]
 
-_costs.publish()
+costs.publish()

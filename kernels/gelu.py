@@ -12,8 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastgpt.kernels import _checks, _common
-from fastgpt.kernels._common import gelu_slope, gelu_value
+from fastgpt.kernels import _checks, _host
+from fastgpt.kernels._device_math import gelu_slope, gelu_value
 
 
 @triton.jit
@@ -60,16 +60,16 @@ def gelu_forward(x: Tensor, approximate: str) -> Tensor:
     x = x.contiguous()
     y = torch.empty_like(x)
     if x.numel():
-        with _common.on_device(x):
+        with _host.on_device(x):
             _gelu_fwd_kernel[(triton.cdiv(x.numel(), _LAUNCH["BLOCK"]),)](
                 x,
                 y,
                 x.numel(),
                 TANH=approximate == "tanh",
-                FAST=_common.is_half(x.dtype),
-                ACC=_common.accumulator(x.dtype),
+                FAST=_host.is_half(x.dtype),
+                ACC=_host.accumulator(x.dtype),
                 **_LAUNCH,
-                **_common.FMA,
+                **_host.FMA,
             )
     return y
 
@@ -78,17 +78,17 @@ def gelu_backward(dy: Tensor, x: Tensor, approximate: str) -> Tensor:
     dy, x = dy.contiguous(), x.contiguous()
     dx = torch.empty_like(x)
     if x.numel():
-        with _common.on_device(x):
+        with _host.on_device(x):
             _gelu_bwd_kernel[(triton.cdiv(x.numel(), _LAUNCH["BLOCK"]),)](
                 dy,
                 x,
                 dx,
                 x.numel(),
                 TANH=approximate == "tanh",
-                FAST=_common.is_half(x.dtype),
-                ACC=_common.accumulator(x.dtype),
+                FAST=_host.is_half(x.dtype),
+                ACC=_host.accumulator(x.dtype),
                 **_LAUNCH,
-                **_common.FMA,
+                **_host.FMA,
             )
     return dx
 
@@ -136,5 +136,5 @@ def gelu(x: Tensor, approximate: str = "none") -> Tensor:
         ValueError: x is not on a CUDA device, or ``approximate`` is neither of the two.
     """
     _checks.gelu(x, approximate)
-    _common.launchable(x=x)
+    _host.launchable(x=x)
     return _gelu_op(x, approximate)

@@ -13,8 +13,8 @@ import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from fastgpt.kernels import _common
-from fastgpt.kernels._costs import KernelCost, nbytes
+from fastgpt.kernels import _host
+from fastgpt.kernels.costs import KernelCost, nbytes
 from fastgpt.kernels.gelu import gelu_backward, gelu_forward
 from fastgpt.kernels.gemm_kernels import _linear_gelu_kernel, _weight_grad_kernel
 
@@ -56,13 +56,13 @@ _MIN_TOKENS = 256  # in a part: fewer do not pay for the pass over dW
 
 def _tma(device: torch.device) -> bool:
     """Whether tiles come by TMA. The interpreter knows descriptors too."""
-    capability = _common.capability(device)
+    capability = _host.capability(device)
     return capability is None or 90 <= capability < 120
 
 
 def tiles(device: torch.device) -> _Tiles:
     """The launch table for the device."""
-    if _common.capability(device) is None:
+    if _host.capability(device) is None:
         return INTERPRETER_TILES
     return TMA_TILES if _tma(device) else POINTER_TILES
 
@@ -80,7 +80,7 @@ def _tile(kernel: str, *matrices: Tensor) -> Tile | None:
         if x.stride(1) != 1 or x.stride(0) < x.shape[1]:
             return None
     x = matrices[0]
-    if _common.capability(x.device) is not None and not _common.is_half(x.dtype):
+    if _host.capability(x.device) is not None and not _host.is_half(x.dtype):
         return None
     return tiles(x.device)[kernel]
 
@@ -93,15 +93,15 @@ def _settings(x: Tensor, tile: Tile) -> dict:
     block_m, block_n, block_k, num_warps, num_stages, _ = tile
     return dict(
         TMA=_tma(x.device),
-        PRECISION=_common.dot_precision(x.dtype),
-        ACC=_common.accumulator(x.dtype),
+        PRECISION=_host.dot_precision(x.dtype),
+        ACC=_host.accumulator(x.dtype),
         BLOCK_M=block_m,
         BLOCK_N=block_n,
         BLOCK_K=block_k,
         GROUP=_GROUP,
         num_warps=num_warps,
         num_stages=num_stages,
-        **_common.FMA,
+        **_host.FMA,
     )
 
 
@@ -120,9 +120,9 @@ def _linear_gelu(
     block_m, block_n, block_k, *_, per_multiprocessor = tile
     (n_rows, n_inner), n_cols = a.shape, pre.shape[1]
     n_tiles = triton.cdiv(n_rows, block_m) * triton.cdiv(n_cols, block_n)
-    n_programs = min(n_tiles, per_multiprocessor * _common.multiprocessors(a.device))
+    n_programs = min(n_tiles, per_multiprocessor * _host.multiprocessors(a.device))
     half = block_m, block_n // 2  # what the epilogue works on
-    with _common.on_device(a):
+    with _host.on_device(a):
         _linear_gelu_kernel[(n_programs,)](
             _matrix(a, block_m, block_k),
             a.stride(0),
@@ -139,7 +139,7 @@ def _linear_gelu(
             HAS_BIAS=bias is not None,
             HAS_ACT=act is not None,
             TANH=approximate == "tanh",
-            FAST=_common.is_half(a.dtype),
+            FAST=_host.is_half(a.dtype),
             **_settings(a, tile),
         )
 
@@ -254,17 +254,17 @@ def weight_gradient(
     tile = _tile("weight", dy, x) if n_tokens and n_rows and n_cols else None
     acc_dtype = torch.promote_types(dy.dtype, torch.float32)
     if tile is None:
-        dweight = _common.matmul_float32(dy.t(), x).to(dtype)
+        dweight = _host.matmul_float32(dy.t(), x).to(dtype)
         return dweight, dy.sum(0, dtype=acc_dtype).to(dtype) if has_bias else None
     block_m, block_n, block_k, *_, per_multiprocessor = tile
     n_tiles = triton.cdiv(n_rows, block_m) * triton.cdiv(n_cols, block_n)
-    slots = per_multiprocessor * _common.multiprocessors(dy.device)
+    slots = per_multiprocessor * _host.multiprocessors(dy.device)
     n_splits = splits(n_rows, n_cols, n_tokens, n_tiles, slots)
     tokens_per_split = triton.cdiv(triton.cdiv(n_tokens, n_splits), block_k) * block_k
     n_splits = triton.cdiv(n_tokens, tokens_per_split)
     dweight = dy.new_empty(n_splits, n_rows, n_cols, dtype=acc_dtype)
     dbias = dy.new_empty(n_splits, n_rows, dtype=acc_dtype) if has_bias else None
-    with _common.on_device(dy):
+    with _host.on_device(dy):
         _weight_grad_kernel[(n_tiles, n_splits)](
             _matrix(dy, block_k, block_m),
             dy.stride(0),

@@ -18,7 +18,7 @@ from typing import Any
 import triton
 import triton.language as tl
 
-from fastgpt.kernels._common import gelu_slope, gelu_value
+from fastgpt.kernels._device_math import gelu_slope, gelu_value
 
 
 @triton.jit

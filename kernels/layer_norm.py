@@ -8,7 +8,7 @@ import torch
 import triton
 from torch import Tensor
 
-from fastgpt.kernels import _checks, _common
+from fastgpt.kernels import _checks, _host
 from fastgpt.kernels.layer_norm_kernels import (
     _layer_norm_bwd_kernel,
     _layer_norm_bwd_means_kernel,
@@ -75,10 +75,10 @@ def layer_norm_fwd(
     n_rows, n_cols = rows.shape
     mean = torch.empty(n_rows, dtype=statistic(x), device=x.device)
     rstd = torch.empty_like(mean)
-    threshold, keep_scale = _common.dropout_numbers(dropout_p)
+    threshold, keep_scale = _host.dropout_numbers(dropout_p)
     if n_rows:
         launch = _launch(n_cols, elements=4096, max_rows=8, warp_cols=256)
-        with _common.on_device(x):
+        with _host.on_device(x):
             _layer_norm_fwd_kernel[(triton.cdiv(n_rows, launch["BLOCK_M"]),)](
                 rows,
                 rows.stride(0),
@@ -99,9 +99,9 @@ def layer_norm_fwd(
                 threshold,
                 keep_scale,
                 DROPOUT=threshold > 0,
-                ACC=_common.accumulator(x.dtype),
+                ACC=_host.accumulator(x.dtype),
                 **launch,
-                **_common.FMA,
+                **_host.FMA,
             )
     return y, total, mean, rstd
 
@@ -137,18 +137,18 @@ def layer_norm_bwd(
     launch = row_launch if fused else _NARROW_LAUNCH
     tiles = triton.cdiv(n_rows, launch["BLOCK_M"])
     resident = 3 if dropout_p else 4  # of a multiprocessor's registers, at 768 columns in bfloat16
-    programs = min(resident * _common.multiprocessors(x.device), tiles)
+    programs = min(resident * _host.multiprocessors(x.device), tiles)
     rows_per_program = triton.cdiv(tiles, programs) * launch["BLOCK_M"]
     programs = triton.cdiv(n_rows, rows_per_program)
     partial = torch.empty(len(params), programs, n_cols, dtype=mean.dtype, device=x.device)
-    threshold, keep_scale = _common.dropout_numbers(dropout_p)
-    acc = _common.accumulator(x.dtype)
+    threshold, keep_scale = _host.dropout_numbers(dropout_p)
+    acc = _host.accumulator(x.dtype)
     inputs = rows, rows.stride(0), weight.contiguous(), mean, rstd
     means = None if fused else torch.empty(2, n_rows, dtype=mean.dtype, device=x.device)
-    with _common.on_device(x):
+    with _host.on_device(x):
         if not fused:
             _layer_norm_bwd_means_kernel[(triton.cdiv(n_rows, row_launch["BLOCK_M"]),)](
-                dy, *inputs, means, n_rows, n_cols, ACC=acc, **row_launch, **_common.FMA
+                dy, *inputs, means, n_rows, n_cols, ACC=acc, **row_launch, **_host.FMA
             )
         _layer_norm_bwd_kernel[(programs, triton.cdiv(n_cols, launch["BLOCK_N"]))](
             dy,
@@ -170,7 +170,7 @@ def layer_norm_bwd(
             DROPOUT=threshold > 0,
             ACC=acc,
             **launch,
-            **_common.FMA,
+            **_host.FMA,
         )
         _sum_bands_kernel[(triton.cdiv(n_cols, _BANDS_LAUNCH["BLOCK_N"]), len(params))](
             partial,
@@ -180,7 +180,7 @@ def layer_norm_bwd(
             n_cols,
             ACC=acc,
             **_BANDS_LAUNCH,
-            **_common.FMA,
+            **_host.FMA,
         )
 
 
@@ -266,6 +266,6 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None = None, eps: float
         ValueError: shapes, dtypes or devices do not go together, N > 16,384, or eps < 0.
     """
     _checks.layer_norm(x, weight, bias, eps)
-    _common.launchable(x=x, weight=weight, bias=bias)
+    _host.launchable(x=x, weight=weight, bias=bias)
     check_width("x", x)
-    return _layer_norm_op(x, weight, bias, eps, _common.autocast_dtype(x))[0]
+    return _layer_norm_op(x, weight, bias, eps, _host.autocast_dtype(x))[0]

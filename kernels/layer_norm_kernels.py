@@ -24,7 +24,7 @@ two runs give the same bits.
 import triton
 import triton.language as tl
 
-from fastgpt.kernels._common import dropout_keep, rounded_quotient
+from fastgpt.kernels._device_math import dropout_keep, rounded_quotient
 
 # Numbers whose being 1 or divisible by 16 would gain nothing but further compilations.
 NOT_SPECIALISED = ["n_rows", "rows_per_program", "stream", "threshold"]

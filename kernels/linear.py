@@ -19,8 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastgpt.kernels import _checks, _common, fp8_products, gemm
-from fastgpt.kernels._costs import KernelCost, nbytes, register_cost
+from fastgpt.kernels import _checks, _host, fp8_products, gemm
+from fastgpt.kernels.costs import KernelCost, nbytes, register_cost
 from fastgpt.kernels.layer_norm import layer_norm_fwd
 
 
@@ -394,13 +394,13 @@ def linear(
         ValueError: shapes, dtypes or devices do not go together.
     """
     _checks.floating(x=x)
-    x = x.to(_common.autocast_dtype(x))
+    x = x.to(_host.autocast_dtype(x))
     _checks.linear(x, weight, bias, ("weight", "bias"), fp8)
     _checks.recipe(x, recompute)
-    _common.launchable(x=x, weight=weight, bias=bias)
+    _host.launchable(x=x, weight=weight, bias=bias)
     if not fp8:
         return _linear_op(x, weight, bias, *with_recipe(recompute))
-    _common.fp8_launchable(x, x.dtype)
+    _host.fp8_launchable(x, x.dtype)
     differentiable = torch.is_grad_enabled()
     wants_dweight = weight.requires_grad or (bias is not None and bias.requires_grad)
     keeps_x = differentiable and wants_dweight and recompute is None

@@ -19,8 +19,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastgpt.kernels import _checks, _common, chunked_loss, fp8_products
-from fastgpt.kernels._costs import KernelCost, nbytes
+from fastgpt.kernels import _checks, _host, chunked_loss, fp8_products
+from fastgpt.kernels.costs import KernelCost, nbytes
 
 
 @triton.jit
@@ -129,7 +129,7 @@ def _rows(
 ) -> None:
     """With ``dlogits8``, laid out as the logits are, dlogits / ``_DLOGITS_SCALE`` go there."""
     n_rows, n_cols = logits.shape
-    with _common.on_device(logits):
+    with _host.on_device(logits):
         _cross_entropy_rows_kernel[(n_rows,)](
             logits,
             logits if dlogits8 is None else dlogits8,
@@ -143,9 +143,9 @@ def _rows(
             1.0 if dlogits8 is None else 1.0 / _DLOGITS_SCALE,
             SMOOTHED=label_smoothing > 0.0,
             GRADIENT=want_gradient,
-            ACC=_common.accumulator(logits.dtype),
+            ACC=_host.accumulator(logits.dtype),
             **_launch(n_cols),
-            **_common.FMA,
+            **_host.FMA,
         )
 
 
@@ -285,9 +285,9 @@ def linear_cross_entropy(
         ValueError: shapes, dtypes or devices do not go together, or an option is out of its range.
     """
     _checks.linear_cross_entropy(x, weight, targets, reduction, label_smoothing, z_loss, fp8)
-    _common.launchable(x=x, weight=weight)
+    _host.launchable(x=x, weight=weight)
     if fp8:
-        _common.fp8_launchable(x, _common.autocast_dtype(x))
+        _host.fp8_launchable(x, _host.autocast_dtype(x))
     return chunked_loss.apply(
         _linear_cross_entropy_fp8_op if fp8 else _linear_cross_entropy_op,
         x,

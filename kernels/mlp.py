@@ -18,8 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastgpt.kernels import _checks, _common, gemm
-from fastgpt.kernels._costs import KernelCost, register_cost
+from fastgpt.kernels import _checks, _host, gemm
+from fastgpt.kernels.costs import KernelCost, register_cost
 from fastgpt.kernels.linear import (
     cast,
     casting,
@@ -216,9 +216,9 @@ def mlp(
         ValueError: shapes, dtypes or devices do not go together, or ``approximate`` is neither.
     """
     _checks.floating(x=x)
-    x = x.to(_common.autocast_dtype(x))
+    x = x.to(_host.autocast_dtype(x))
     _checks.mlp(x, fc_weight, fc_bias, proj_weight, approximate, recompute)
-    _common.launchable(x=x, fc_weight=fc_weight, fc_bias=fc_bias, proj_weight=proj_weight)
+    _host.launchable(x=x, fc_weight=fc_weight, fc_bias=fc_bias, proj_weight=proj_weight)
     saves = torch.is_grad_enabled() and any(
         t is not None and t.requires_grad for t in (x, fc_weight, fc_bias, proj_weight)
     )

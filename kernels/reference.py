@@ -1,7 +1,7 @@
 """Every op written out plainly in PyTorch: the truth that the tests compare with, and the naive
 baseline that the benchmark times.
 
-Same names and signatures as in ``fused`` and ``portable``. Autograd derives the backward passes,
+Same names and signatures as in ``fused`` and ``torch_ops``. Autograd derives the backward passes,
 so nothing here shares an idea, or an error, with a hand-written one.
 """
 

@@ -6,7 +6,7 @@ The equations, what is saved, bytes and FLOPs stand in ``layer_norm_kernels.py``
 import torch
 from torch import Tensor
 
-from fastgpt.kernels import _checks, _common
+from fastgpt.kernels import _checks, _host
 from fastgpt.kernels.layer_norm import (
     check_width,
     layer_norm_bwd,
@@ -180,11 +180,11 @@ def residual_layer_norm(
     _checks.residual_layer_norm(
         residual, delta, weight, bias, eps, delta_bias, dropout_p, seed, stream
     )
-    _common.launchable(
+    _host.launchable(
         residual=residual, delta=delta, weight=weight, bias=bias, delta_bias=delta_bias
     )
     check_width("residual", residual)
-    seed = _common.drawn_seed(seed, dropout_p, residual.device)
+    seed = _host.drawn_seed(seed, dropout_p, residual.device)
     y, total, _, _ = _residual_layer_norm_op(
         residual,
         delta,
@@ -195,6 +195,6 @@ def residual_layer_norm(
         eps,
         dropout_p,
         stream,
-        _common.autocast_dtype(delta),
+        _host.autocast_dtype(delta),
     )
     return y, total

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch._subclasses import FakeTensor
 
-from fastgpt.kernels import _common
+from fastgpt.kernels import _host
 from tests.tools import interpreter
 from tests.tools.sanitizer import sanitize
 
@@ -57,7 +57,7 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 torch.set_num_threads(1)
 interpreter.install()
-_common.INTERPRETED = True
+_host.INTERPRETED = True
 _poison_uninitialised_memory()
 
 
@@ -121,7 +121,7 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
 def _interpreted(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """A test that is for a GPU finds the ops as a user does, who gets no kernel on the CPU."""
     on_gpu = request.node.get_closest_marker("gpu") is not None
-    monkeypatch.setattr(_common, "INTERPRETED", not on_gpu)
+    monkeypatch.setattr(_host, "INTERPRETED", not on_gpu)
 
 
 @pytest.fixture(autouse=True)

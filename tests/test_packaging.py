@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tarfile
 import zipfile
 from email.message import Message
@@ -20,7 +21,8 @@ _SOURCES = ("fastgpt", "kernels", "pyproject.toml", "setup.py", "LICENSE", "READ
 
 
 def build(kind: str, tree: Path, out: Path) -> Path:
-    """What pip does with a source tree: call its build backend there. ``kind``: wheel, sdist."""
+    """What pip does with a source tree: call its build backend there. ``kind``: wheel, sdist,
+    editable."""
     code = "import sys; from setuptools import build_meta; build_meta.build_{}(sys.argv[1])"
     out.mkdir()
     subprocess.run([sys.executable, "-c", code.format(kind), str(out)], cwd=tree, check=True)
@@ -120,6 +122,36 @@ print(fastgpt.kernels.fused.__file__)
     package = tmp_path / "fastgpt"
     expected = [str(package / "__init__.py"), str(package / "kernels" / "fused.py"), ""]
     assert run.stdout.split("\n") == expected, run.stderr
+
+
+@pytest.mark.parametrize("linked", [True, False], ids=["link", "no link"])
+def test_an_editable_install_beside_a_clone(tree: Path, tmp_path: Path, linked: bool) -> None:
+    """Python started in the folder that contains the clone, which is called ``fastgpt`` as the
+    package in it. Without the link, which Windows may lack, it works elsewhere."""
+    clone = tmp_path / "fastgpt"
+    shutil.copytree(tree, clone, symlinks=True)
+    if not linked:
+        (clone / "fastgpt" / "kernels").unlink()
+    site = tmp_path / "site"
+    zipfile.ZipFile(build("editable", clone, tmp_path / "dist")).extractall(site)
+    code = f"""
+import site, sys
+sys.path.append({sysconfig.get_path("purelib")!r})  # torch; what is installed there by .pth is not
+site.addsitedir({str(site)!r})
+import fastgpt
+from fastgpt.kernels import reference
+print(fastgpt.GPTConfig.__module__, reference.__file__)
+"""
+    run = subprocess.run(
+        [sys.executable, "-S", "-c", code],
+        cwd=tmp_path if linked else site,
+        env={name: value for name, value in os.environ.items() if name != "PYTHONPATH"},
+        capture_output=True,
+        text=True,
+    )
+    module, path = run.stdout.split() or pytest.fail(run.stderr)
+    assert module == "fastgpt.language_model"
+    assert Path(path).resolve() == (clone / "kernels" / "reference.py").resolve()
 
 
 def test_the_kernels_are_one_folder_with_a_committed_link() -> None:

@@ -33,7 +33,7 @@ from bench._compile.multiprocessor import (
     Occupancy,
     occupancy,
 )
-from fastgpt.kernels import _common
+from fastgpt.kernels import _host
 
 # Kind of instruction → its beginning in PTX. Matrix products of a warp from registers, of a warp
 # group from shared memory (sm_90), of a program into tensor memory (sm_100); then copies from
@@ -159,9 +159,9 @@ def recorded(capability: int) -> Iterator[list[Launch]]:
     multiprocessors = ARCHITECTURES[capability].multiprocessors
     with (
         mock.patch.object(JITFunction, "run", note),
-        mock.patch.object(_common, "INTERPRETED", True),
-        mock.patch.object(_common, "capability", lambda device: capability),
-        mock.patch.object(_common, "multiprocessors", lambda device: multiprocessors),
+        mock.patch.object(_host, "INTERPRETED", True),
+        mock.patch.object(_host, "capability", lambda device: capability),
+        mock.patch.object(_host, "multiprocessors", lambda device: multiprocessors),
     ):
         yield launches
 

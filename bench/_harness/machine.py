@@ -18,7 +18,7 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from bench._harness.timing import Clock, rate, spread
-from fastgpt.kernels import portable
+from fastgpt.kernels import torch_ops
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -144,9 +144,9 @@ def sdpa_kernel(
     if device.type == "cuda":
         activities.append(ProfilerActivity.CUDA)
     qkv = torch.randn(batch, length, 3 * width, device=device, dtype=dtype, requires_grad=True)
-    portable.attention_qkvpacked(qkv, n_head)  # what happens at the first call only
+    torch_ops.attention_qkvpacked(qkv, n_head)  # what happens at the first call only
     with profile(activities=activities) as profiled:
-        portable.attention_qkvpacked(qkv, n_head)
+        torch_ops.attention_qkvpacked(qkv, n_head)
         if device.type == "cuda":
             torch.cuda.synchronize(device)
     events = list(profiled.key_averages())

@@ -6,7 +6,7 @@ takes as a share of what it would have to.
 
 A row is one op, shape, direction and provider:
 
-- ``fused`` is ours on CUDA and ``portable`` ours elsewhere; ``eager`` is what nanoGPT calls;
+- ``fused`` is ours on CUDA and ``torch_ops`` ours elsewhere; ``eager`` is what nanoGPT calls;
   ``compile`` is torch.compile of that; ``liger`` is Liger-Kernel's op where it has one.
 - Before it is timed, its output and its gradients are compared with the plain op on the same
   numbers, in float32 for half precision and in float64 for float32: as a root mean square it may
@@ -42,12 +42,12 @@ from bench._harness.timing import Clock, Spread, rate, spread
 from bench._roofline.ceilings import DEVICES, Ceilings
 from bench._roofline.counting import CostMode, LiveMemory, OpTotal
 from bench._step import variants
-from fastgpt.kernels import _common, fused, portable, reference
+from fastgpt.kernels import _host, fused, reference, torch_ops
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 _ON_GPU = DEVICE.type == "cuda"
 DTYPE = torch.bfloat16 if _ON_GPU else torch.float32
-PROVIDERS = ("fused", "portable", "eager", "compile", "liger")
+PROVIDERS = ("fused", "torch_ops", "eager", "compile", "liger")
 
 _ROUNDS, _WARMUP_ROUNDS = (100, 10) if _ON_GPU else (10, 2)
 _SCRATCH_BYTES = 1 << 30 if _ON_GPU else 1 << 26  # more than the last level of cache
@@ -79,7 +79,7 @@ class Draw:
 class Op:
     """One op: its sizes, its inputs, and what it is compared with.
 
-    ``name``: of the function in ``fused``, ``portable`` and ``reference``, all of which take
+    ``name``: of the function in ``fused``, ``torch_ops`` and ``reference``, all of which take
     ``inputs(draw, **sizes)`` as positional arguments, as ``eager``, ``truth`` and ``liger`` do.
     ``truth``: the plain op where ``reference`` would not fit into memory. ``flops(direction,
     **sizes)``: what the op needs, where our kernels compute a product twice. ``traced``: what is
@@ -110,8 +110,8 @@ class Op:
                         yield Row(self, tuple(sizes.items()), direction, provider)
 
     def function(self, provider: str) -> Function:
-        if provider in ("fused", "portable"):
-            return cast(Function, getattr(fused if provider == "fused" else portable, self.name))
+        if provider in ("fused", "torch_ops"):
+            return cast(Function, getattr(fused if provider == "fused" else torch_ops, self.name))
         if provider == "compile":
             return torch.compile(self.eager, fullgraph=True, dynamic=False)
         found = self.eager if provider == "eager" else self.liger
@@ -126,7 +126,7 @@ def why_not(provider: str) -> str | None:
     """Why this machine has no such provider; None if it has."""
     if provider == "fused" and not _ON_GPU:
         return "the Triton kernels need a CUDA GPU: the time of the interpreter says nothing"
-    if provider == "portable" and _ON_GPU:
+    if provider == "torch_ops" and _ON_GPU:
         return "it serves machines without CUDA"
     if provider == "compile":
         return variants.why_not(variants.VARIANTS["sdpa_compile"], DEVICE)
@@ -362,7 +362,7 @@ def cost(
     """Bytes and FLOPs of the fused op, and its milliseconds at the ceilings, by its cost formula.
     Nothing is allocated or launched, as in ``roofline.py``."""
     function = op.traced or op.function("fused")
-    with FakeTensorMode(), mock.patch.object(_common, "INTERPRETED", True):
+    with FakeTensorMode(), mock.patch.object(_host, "INTERPRETED", True):
         inputs = op.inputs(Draw(torch.device("cpu"), dtype), **dict(sizes))
         out_grads = gradients_like(function(*inputs))
         work = prepared(direction, function, inputs, out_grads)

@@ -24,7 +24,7 @@ from bench._ops.op_bench import DEVICE, DTYPE, Draw, Sizes, Stopwatch, timed
 from bench._ops.op_report import ALONE, FUSED, SEPARATE
 from bench._roofline.ceilings import Ceilings
 from fastgpt.kernels import gemm
-from fastgpt.kernels._costs import nbytes
+from fastgpt.kernels.costs import nbytes
 
 Results = tuple[Tensor, ...]
 Way = Callable[..., Results]  # of the inputs

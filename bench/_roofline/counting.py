@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_iter
 from torch.utils.flop_counter import flop_registry
 
 from bench._roofline.ceilings import Ceilings
-from fastgpt.kernels._costs import COSTS, KernelCost, attention_pairs
+from fastgpt.kernels.costs import COSTS, KernelCost, attention_pairs
 
 # They hand out memory and touch none of it.
 _ALLOCATIONS = {

@@ -8,7 +8,7 @@ import torch
 from torch._subclasses import FakeTensorMode
 
 from fastgpt import GPT, GPTConfig
-from fastgpt.kernels import _common, fused
+from fastgpt.kernels import _host, fused
 
 
 @contextmanager
@@ -16,7 +16,7 @@ def fake_model(config: GPTConfig, dtype: torch.dtype, recompute: bool) -> Iterat
     """GPT on the fused ops. Within, tensors are fake, and the Triton ops take tensors of the CPU as
     they do under ``TRITON_INTERPRET=1``; on fake ones no kernel is launched, so none is interpreted
     either."""
-    with FakeTensorMode(), mock.patch.object(_common, "INTERPRETED", True):
+    with FakeTensorMode(), mock.patch.object(_host, "INTERPRETED", True):
         with torch.device("meta"):
             gpt = GPT(config, ops=fused, recompute=recompute)
         weights = {

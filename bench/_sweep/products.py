@@ -20,8 +20,8 @@ from bench._sweep.line import (
     leaf,
     stage_counts,
 )
-from fastgpt.kernels import _common, attention_tiles, fused, gemm
-from fastgpt.kernels._costs import attention_pairs
+from fastgpt.kernels import _host, attention_tiles, fused, gemm
+from fastgpt.kernels.costs import attention_pairs
 
 # -------------------------------------------------------------------------------------- attention
 
@@ -33,7 +33,7 @@ def attention_lines(capability: int | None, dtype: torch.dtype) -> Iterator[Line
         for kernel in ("fwd", "dq", "dkdv"):
             key = (kernel, head_size)
             block_m, block_n, num_warps, num_stages = table[key]
-            limited = capability == 90 and _common.is_half(dtype) and kernel == "fwd"
+            limited = capability == 90 and _host.is_half(dtype) and kernel == "fwd"
             current = (*table[key], limits.get(key, 0)) if limited else table[key]
             lengths = ((32, 1024), (8, 4096), (128, 256), (2, 16384), (512, 64))
             yield Line(

@@ -17,7 +17,7 @@ def test_starts() -> None:
     assert found.dtype == torch.int32
 
 
-@pytest.mark.parametrize("provider", ["fused", "portable", "reference"])
+@pytest.mark.parametrize("provider", ["fused", "torch_ops", "reference"])
 def test_the_check_passes_our_ops(provider: str, device: str) -> None:
     if device != op_bench.DEVICE.type:
         pytest.skip(f"the benchmarks of this machine run on {op_bench.DEVICE.type}")

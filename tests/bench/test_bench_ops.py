@@ -97,7 +97,7 @@ def test_every_size_costs_something(name: str) -> None:
             assert (flops > 0) == (name in MATRIX_OPS)
 
 
-@pytest.mark.parametrize("provider", ["fused", "portable", "eager"])
+@pytest.mark.parametrize("provider", ["fused", "torch_ops", "eager"])
 def test_adamw_is_checked_before_it_is_timed(
     provider: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -151,7 +151,7 @@ def test_attention_costs_equal_a_hand_count() -> None:
 
 
 @pytest.mark.parametrize("name", OPS)
-@pytest.mark.parametrize("provider", ["fused", "portable"])
+@pytest.mark.parametrize("provider", ["fused", "torch_ops"])
 def test_the_check_passes_our_ops(name: str, provider: str, device: str) -> None:
     if device != op_bench.DEVICE.type:
         pytest.skip(f"the benchmarks of this machine run on {op_bench.DEVICE.type}")
@@ -228,13 +228,13 @@ def test_table_says_a_shape_once() -> None:
         Row(OPS[name], tuple(TINY[name].items()), direction, provider).figures(ms, None)
         for name in ("gelu", "linear")
         for direction in OPS[name].directions
-        for provider in ("portable", "eager")
+        for provider in ("torch_ops", "eager")
     ]
     gelu, linear = op_report.tables(rows)
     assert gelu.row_count == linear.row_count == 4
     columns = {str(column.header): list(column.cells) for column in linear.columns}
     assert columns["shape"] == ["M20-K24-N40", "", "M20-K24-N40", ""]
-    assert columns["provider"] == ["portable", "eager", "portable", "eager"]
+    assert columns["provider"] == ["torch_ops", "eager", "torch_ops", "eager"]
     assert all(columns["TFLOP/s"]) and columns["of ceiling"] == [""] * 4
 
 
@@ -340,6 +340,6 @@ def test_run(tmp_path: Path) -> None:
         assert figures["ms"] == pytest.approx(1e3 * benchmark["stats"]["median"])
         assert figures["gb_per_s"] == pytest.approx(figures["bytes"] / figures["ms"] / 1e6)
         assert (figures["share_of_ceiling"] is not None) == on_gpu
-    assert {"fused" if on_gpu else "portable", "eager"} <= providers
+    assert {"fused" if on_gpu else "torch_ops", "eager"} <= providers
     if not on_gpu:
         assert "fused: the Triton kernels need a CUDA GPU" in run.stdout

@@ -15,7 +15,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from bench._compile import static
 from bench._compile.multiprocessor import ARCHITECTURES, Occupancy, occupancy
 from bench._compile.static import Dot, Launch, compile_launch, compile_launches, faults, recorded
-from fastgpt.kernels import _common
+from fastgpt.kernels import _host
 from fastgpt.kernels.gelu import gelu
 from tests.tools import toy_kernels
 
@@ -162,7 +162,7 @@ def test_launches_and_compilation_share_a_process(device: str) -> None:
 
 def _state() -> tuple[object, ...]:
     knobs_now = knobs.compilation.always_compile, knobs.nvidia.dump_ptxas_log, knobs.cache.dir
-    return driver._active, knobs_now, JITFunction.run, _common.capability, _common.INTERPRETED
+    return driver._active, knobs_now, JITFunction.run, _host.capability, _host.INTERPRETED
 
 
 def test_nothing_is_left_behind(capsys: pytest.CaptureFixture[str]) -> None:

@@ -144,7 +144,7 @@ def test_a_vocabulary_too_large_for_a_table(
     def offline() -> None:
         raise ImportError("GPT-2's BPE needs tiktoken")
 
-    monkeypatch.setattr(cli, "GPT2Tokenizer", offline)
+    monkeypatch.setattr("fastgpt.cli.train.GPT2Tokenizer", offline)
     assert cli.main(small(n_layer=1, max_iters=1)) == 0
     out = capsys.readouterr().out
     assert "No bigram table: 50304 x 50304 is too large." in out

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastgpt.kernels import fused, portable, reference
+from fastgpt.kernels import fused, reference, torch_ops
 from fastgpt.kernels.adamw import _adamw_op
 from tests.tools.sanitizer import sanitize
 
@@ -69,7 +69,7 @@ def test_parity(device: str, n: int, betas: tuple[float, float]) -> None:
     assert ours.step.item() == 10
 
 
-@pytest.mark.parametrize("module", [fused, portable], ids=["fused", "portable"])
+@pytest.mark.parametrize("module", [fused, torch_ops], ids=["fused", "torch_ops"])
 @pytest.mark.parametrize("rounded", [None, torch.bfloat16, torch.float16], ids=str)
 def test_clipping_and_the_rounded_copy(
     device: str, module: Any, rounded: torch.dtype | None
@@ -87,7 +87,7 @@ def test_clipping_and_the_rounded_copy(
         assert got.rounded is not None and torch.equal(got.rounded, got.param.to(rounded))
 
 
-@pytest.mark.parametrize("module", [fused, portable, reference])
+@pytest.mark.parametrize("module", [fused, torch_ops, reference])
 def test_a_skipped_update_changes_nothing(device: str, module: Any) -> None:
     start = torch.randn(50, device=device)
     state = Buffers(start, torch.bfloat16)
@@ -116,7 +116,7 @@ def test_opcheck_and_sanitized(device: str) -> None:
             state.update(fused, grad, 1e-3)
 
 
-@pytest.mark.parametrize("module", [fused, portable, reference])
+@pytest.mark.parametrize("module", [fused, torch_ops, reference])
 def test_errors(module: Any) -> None:
     x = torch.zeros(4)
 

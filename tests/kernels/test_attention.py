@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastgpt.kernels import _common, fused, portable, reference
+from fastgpt.kernels import _host, fused, reference, torch_ops
 from fastgpt.kernels.attention import (
     _attention_bwd_op,
     _attention_op,
@@ -48,7 +48,7 @@ def test_as_accurate_as_sdpa(device: str, dtype: torch.dtype) -> None:
     qkv = torch.randn(2, 129, 3 * 128, device=device).to(dtype)
     grad = torch.randn(2, 129, 128, device=device).to(dtype)
     kernel, pytorch, plain = (
-        partial(m.attention_qkvpacked, n_head=2) for m in (fused, portable, reference)
+        partial(m.attention_qkvpacked, n_head=2) for m in (fused, torch_ops, reference)
     )
     try:
         pytorch(qkv)
@@ -157,7 +157,7 @@ def test_expanded_inputs_and_gradient(device: str) -> None:
         for _ in range(3)
     )
     got = torch.autograd.grad(fused.attention(q, k, v).sum(), (q, k, v))
-    expected = torch.autograd.grad(portable.attention(q, k, v).sum(), (q, k, v))
+    expected = torch.autograd.grad(torch_ops.attention(q, k, v).sum(), (q, k, v))
     for x, y in zip(got, expected, strict=True):
         torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-5)
 
@@ -217,15 +217,15 @@ def test_float32_products_follow_pytorchs_switch() -> None:
     before = torch.get_float32_matmul_precision()
     try:
         torch.set_float32_matmul_precision("high")
-        assert _common.dot_precision(torch.float32) == "tf32"
-        assert _common.dot_precision(torch.bfloat16) == "ieee"
+        assert _host.dot_precision(torch.float32) == "tf32"
+        assert _host.dot_precision(torch.bfloat16) == "ieee"
         torch.set_float32_matmul_precision("highest")
-        assert _common.dot_precision(torch.float32) == "ieee"
+        assert _host.dot_precision(torch.float32) == "ieee"
     finally:
         torch.set_float32_matmul_precision(before)
 
 
-@pytest.mark.parametrize("op", [fused.attention, portable.attention, reference.attention])
+@pytest.mark.parametrize("op", [fused.attention, torch_ops.attention, reference.attention])
 def test_errors(op) -> None:
     q = torch.randn(1, 2, 4, 8)
     seed = _seed("cpu")
@@ -250,7 +250,7 @@ def test_errors(op) -> None:
             op(*args, **options)
 
 
-@pytest.mark.parametrize("module", [fused, portable, reference])
+@pytest.mark.parametrize("module", [fused, torch_ops, reference])
 def test_errors_packed(module) -> None:
     op = module.attention_qkvpacked
     with pytest.raises(ValueError, match=r"qkv must have shape \(B, T, 3C\), got \(4, 24\)"):
@@ -271,7 +271,7 @@ def test_head_size_limit_of_the_kernels() -> None:
         fused.attention_qkvpacked(torch.randn(1, 2, 3 * 257), 1)
 
 
-def test_portable_refuses_a_seed() -> None:
+def test_torch_ops_refuse_a_seed() -> None:
     q = torch.randn(1, 1, 2, 8)
     with pytest.raises(ValueError, match="seed must be None"):
-        portable.attention(q, q, q, dropout_p=0.1, seed=_seed("cpu"))
+        torch_ops.attention(q, q, q, dropout_p=0.1, seed=_seed("cpu"))

@@ -10,13 +10,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastgpt.kernels import fused, portable, reference
+from fastgpt.kernels import fused, reference, torch_ops
 from fastgpt.kernels.attention_decode import _attention_decode_op, _tile
 from tests.tools import interpreter, parity
 from tests.tools.rounding import RoundedOnce
 
 IMPLEMENTATIONS = pytest.mark.parametrize(
-    "ops", [fused, portable, reference], ids=["fused", "portable", "reference"]
+    "ops", [fused, torch_ops, reference], ids=["fused", "torch_ops", "reference"]
 )
 
 
@@ -50,13 +50,13 @@ def test_parity(device: str, head_size: int, dtype: torch.dtype) -> None:
     wide = cache.double()
     truth = reference.attention_decode(qkv.double(), wide, positions)
     results = {}
-    for ops in (fused, portable, reference):
+    for ops in (fused, torch_ops, reference):
         mine = cache.clone()
         with RoundedOnce() if ops is reference and qkv.is_cpu else nullcontext():
             results[ops] = ops.attention_decode(qkv, mine, positions)
         assert torch.equal(mine.double(), wide), f"{ops.__name__}: cache"
     allowed = 2 * (results[reference].double() - truth).abs().max() + 1e-5
-    for ops in (fused, portable):
+    for ops in (fused, torch_ops):
         excess = (results[ops] - truth).abs() - torch.finfo(dtype).eps * truth.abs()
         assert excess.max() <= allowed, ops.__name__
 

@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastgpt.kernels import attention_launch, attention_tiles, fused, portable, reference
-from fastgpt.kernels._costs import COSTS
+from fastgpt.kernels import attention_launch, attention_tiles, fused, reference, torch_ops
+from fastgpt.kernels.costs import COSTS
 from tests.kernels.test_attention_semantics import TILES
 from tests.tools import parity
 from tests.tools.documents import DOCUMENTS, starts_of
@@ -65,16 +65,16 @@ def test_parity_separate_with_dropout(
 
 
 @CASES
-def test_portable(length: int, borders: list[int]) -> None:
+def test_torch_ops(length: int, borders: list[int]) -> None:
     inputs, grad = _qkv("cpu", length), torch.randn(1, 2, length, 16)
     starts = starts_of(length, borders)
-    ops = [partial(m.attention, starts=starts) for m in (portable, reference)]
+    ops = [partial(m.attention, starts=starts) for m in (torch_ops, reference)]
     for x, y in zip(*(_results(op, inputs, grad) for op in ops), strict=True):
         torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-5)
 
 
 @CASES
-@pytest.mark.parametrize("module", [fused, portable, reference])
+@pytest.mark.parametrize("module", [fused, torch_ops, reference])
 def test_documents_are_what_they_are_alone(module, length: int, borders: list[int]) -> None:
     inputs, grad = _qkv("cpu", length), torch.randn(1, 2, length, 16)
     together = _results(partial(module.attention, starts=starts_of(length, borders)), inputs, grad)
@@ -238,7 +238,7 @@ def test_cost_is_that_of_causal_attention() -> None:
     assert costs[0] == costs[1]
 
 
-@pytest.mark.parametrize("module", [fused, portable, reference])
+@pytest.mark.parametrize("module", [fused, torch_ops, reference])
 def test_errors(module) -> None:
     q, k = torch.randn(2, 2, 4, 8), torch.randn(2, 2, 5, 8)
     starts = starts_of(4, [], [1])

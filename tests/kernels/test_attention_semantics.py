@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastgpt.kernels import _common, attention_launch, attention_tiles, fused, reference
+from fastgpt.kernels import _host, attention_launch, attention_tiles, fused, reference
 from tests.tools.sanitizer import sanitize
 
 # Every ratio of the two sides that a launch table holds.
@@ -141,7 +141,7 @@ def test_hopper_takes_values_a_tile_late(
     monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype
 ) -> None:
     for capability in (80, 90, 100):
-        monkeypatch.setattr(_common, "capability", lambda device, c=capability: c)
+        monkeypatch.setattr(_host, "capability", lambda device, c=capability: c)
         launch = attention_tiles.launch("fwd", torch.device("cuda"), 64, dtype, False, False)
         late = capability == 90 and dtype == torch.bfloat16
         assert launch.get("LATE", False) == late

@@ -8,9 +8,9 @@ from torch import Tensor
 from triton.runtime.jit import JITFunction
 
 from fastgpt.kernels import (
-    _common,
-    attention_backward_kernels,
-    attention_kernels,
+    _host,
+    attention_bwd,
+    attention_fwd,
     embedding,
     fused,
     layer_norm_kernels,
@@ -50,8 +50,8 @@ SITES = {
 KERNELS = [
     kernel
     for module in (
-        attention_backward_kernels,
-        attention_kernels,
+        attention_bwd,
+        attention_fwd,
         embedding,
         layer_norm_kernels,
     )
@@ -134,7 +134,7 @@ def test_another_stream_launches_the_same_binaries(site: Site) -> None:
 def test_dropout_numbers() -> None:
     """Sixteen bits an element: the rate is the nearest multiple of 2^-16, the scale its inverse."""
     for p in (0.0, 2**-16, 0.1, 0.2, 0.5, 0.999):
-        threshold, scale = _common.dropout_numbers(p)
+        threshold, scale = _host.dropout_numbers(p)
         assert abs(threshold / 2**16 - p) <= 2**-17
         assert scale * (2**16 - threshold) == pytest.approx(2**16)
-    assert _common.dropout_numbers(0.0) == (0, 1.0)
+    assert _host.dropout_numbers(0.0) == (0, 1.0)

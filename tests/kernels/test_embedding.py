@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastgpt.kernels import fused, portable, reference
+from fastgpt.kernels import fused, reference, torch_ops
 from fastgpt.kernels.embedding import BAND, _embedding_op, _position_bwd_op, _token_bwd_op
 from tests.tools import parity
 from tests.tools.documents import starts_of
@@ -53,7 +53,7 @@ def test_parity(device: str, shape: tuple[int, ...], dtype: torch.dtype) -> None
     idx, weights = _inputs(shape, dtype, device, parity.LAYOUTS[i % len(parity.LAYOUTS)])
     idx = idx.int() if i % 2 else idx
     grad = parity.randn((*shape[:2], shape[4]), dtype, device, "transposed")
-    kernel, pytorch, plain = (partial(m.embedding, idx) for m in (fused, portable, reference))
+    kernel, pytorch, plain = (partial(m.embedding, idx) for m in (fused, torch_ops, reference))
     parity.assert_parity(kernel, pytorch, plain, weights, grad, NAMES)
 
 
@@ -81,7 +81,7 @@ def test_parity_of_documents(device: str, shape: tuple[int, ...], dtype: torch.d
     grad = parity.randn((*shape[:2], shape[4]), dtype, device, "transposed")
     starts = _starts(device, shape[1], shape[0])
     kernel, pytorch, plain = (
-        partial(m.embedding, idx, starts=starts) for m in (fused, portable, reference)
+        partial(m.embedding, idx, starts=starts) for m in (fused, torch_ops, reference)
     )
     parity.assert_parity(kernel, pytorch, plain, weights, grad, NAMES)
 
@@ -174,7 +174,7 @@ def test_a_frozen_table_gets_no_gradient(device: str, frozen: int) -> None:
     idx, weights = _inputs((2, 5, 6, 7, 16), torch.float32, device)
     leaf = weights[1 - frozen].requires_grad_()
     fused.embedding(idx, *weights).square().sum().backward()
-    (expected,) = torch.autograd.grad(portable.embedding(idx, *weights).square().sum(), leaf)
+    (expected,) = torch.autograd.grad(torch_ops.embedding(idx, *weights).square().sum(), leaf)
     assert weights[frozen].grad is None and leaf.grad is not None
     torch.testing.assert_close(leaf.grad, expected)
 
@@ -183,7 +183,7 @@ def test_expanded_gradient(device: str) -> None:
     idx, weights = _inputs((2, 5, 6, 7, 16), torch.float32, device)
     leaves = [x.requires_grad_() for x in weights]
     got = torch.autograd.grad(fused.embedding(idx, *leaves).sum(), leaves)
-    expected = torch.autograd.grad(portable.embedding(idx, *leaves).sum(), leaves)
+    expected = torch.autograd.grad(torch_ops.embedding(idx, *leaves).sum(), leaves)
     assert all(torch.equal(x, z) for x, z in zip(got, expected, strict=True))
 
 

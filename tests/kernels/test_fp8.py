@@ -12,15 +12,15 @@ from torch import Tensor
 
 from fastgpt import ops
 from fastgpt.kernels import (
-    _common,
+    _host,
     fp8_products,
     fused,
     linear,
     linear_cross_entropy,
-    portable,
     reference,
+    torch_ops,
 )
-from fastgpt.kernels._costs import COSTS
+from fastgpt.kernels.costs import COSTS
 from fastgpt.kernels.fp8_products import E4M3, E5M2
 from tests.tools import parity
 from tests.tools.fp8_cases import head, layer, uncertainty
@@ -172,7 +172,7 @@ def test_bytes_by_hand(device: str) -> None:
 # ------------------------------------------------------------------------------------- bad input
 
 
-@pytest.mark.parametrize("module", [fused, portable, reference, ops])
+@pytest.mark.parametrize("module", [fused, torch_ops, reference, ops])
 def test_sizes_that_are_no_multiples_of_16(module: Any) -> None:
     x, targets = torch.zeros(4, 24).bfloat16(), torch.zeros(4, dtype=torch.int64)
     message = r"both sizes of weight must be multiples of 16 with fp8=True, got \({}, 24\)"
@@ -182,7 +182,7 @@ def test_sizes_that_are_no_multiples_of_16(module: Any) -> None:
         module.linear_cross_entropy(x, torch.zeros(50257, 24), targets, fp8=True)
 
 
-@pytest.mark.parametrize("module", [fused, portable, reference, ops])
+@pytest.mark.parametrize("module", [fused, torch_ops, reference, ops])
 def test_z_loss_is_refused(module: Any) -> None:
     x, targets = torch.zeros(4, 16).bfloat16(), torch.zeros(4, dtype=torch.int64)
     with pytest.raises(ValueError, match=r"z_loss must be 0 with fp8=True, got 0\.1"):
@@ -203,12 +203,12 @@ def test_what_has_no_fp8() -> None:
     for call in calls(fused, torch.float32):
         with pytest.raises(ValueError, match=message):
             call()
-    for call in (*calls(portable, torch.bfloat16), *calls(ops, torch.float32)):
+    for call in (*calls(torch_ops, torch.bfloat16), *calls(ops, torch.float32)):
         with pytest.raises(ValueError, match="fp8 must be False without .* capability 8.9 .* cpu"):
             call()
     for call in calls(fused, torch.bfloat16):
         with (
-            mock.patch.object(_common, "capability", lambda device: 86),
+            mock.patch.object(_host, "capability", lambda device: 86),
             pytest.raises(ValueError, match="fp8 must be False on a GPU .* below 8.9 .* got 8.6"),
         ):
             call()

@@ -5,7 +5,7 @@ from functools import partial
 import pytest
 import torch
 
-from fastgpt.kernels import fused, portable, reference
+from fastgpt.kernels import fused, reference, torch_ops
 from fastgpt.kernels.gelu import _gelu_bwd_op, _gelu_op
 from tests.tools import parity
 from tests.tools.sanitizer import sanitize
@@ -21,7 +21,7 @@ def test_parity(device: str, shape: tuple[int, ...], dtype: torch.dtype, form: s
     layout = parity.LAYOUTS[SHAPES.index(shape) % len(parity.LAYOUTS)]
     x = parity.randn(shape, dtype, device, layout)
     kernel, pytorch, plain = (
-        partial(module.gelu, approximate=form) for module in (fused, portable, reference)
+        partial(module.gelu, approximate=form) for module in (fused, torch_ops, reference)
     )
     parity.assert_parity(
         kernel, pytorch, plain, [x], parity.randn(shape, dtype, device, "transposed"), ["x"]
@@ -55,7 +55,7 @@ def test_gradcheck(form: str) -> None:
 def test_expanded_gradient(device: str) -> None:
     x = torch.randn(3, 5, device=device, requires_grad=True)
     (dx,) = torch.autograd.grad(fused.gelu(x).sum(), x)
-    (expected,) = torch.autograd.grad(portable.gelu(x).sum(), x)
+    (expected,) = torch.autograd.grad(torch_ops.gelu(x).sum(), x)
     torch.testing.assert_close(dx, expected)
 
 
@@ -81,7 +81,7 @@ def test_errors(monkeypatch: pytest.MonkeyPatch) -> None:
         fused.gelu([1.0])  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="x must be float32, float16 or bfloat16.*float8"):
         fused.gelu(x.to(torch.float8_e4m3fn))
-    monkeypatch.setattr("fastgpt.kernels._common.INTERPRETED", False)
+    monkeypatch.setattr("fastgpt.kernels._host.INTERPRETED", False)
     with pytest.raises(ValueError, match="x must be on a CUDA device, got cpu"):
         fused.gelu(x)
     with pytest.raises(TypeError, match="x must be float32.*float64"):

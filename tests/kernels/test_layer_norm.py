@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 import triton
 
-from fastgpt.kernels import fused, portable, reference
+from fastgpt.kernels import fused, reference, torch_ops
 from fastgpt.kernels.layer_norm import MAX_WIDTH, _layer_norm_bwd_op, _layer_norm_op
 from tests.tools import interpreter, parity
 from tests.tools.sanitizer import sanitize
@@ -29,7 +29,7 @@ def test_parity(device: str, shape: tuple[int, ...], dtype: torch.dtype) -> None
     layout = parity.LAYOUTS[i % len(parity.LAYOUTS)]
     inputs, names = _inputs(shape, dtype, device, layout, bias=i % 3 != 0)
     grad = parity.randn(shape, dtype, device, "transposed")
-    ops = fused.layer_norm, portable.layer_norm, reference.layer_norm
+    ops = fused.layer_norm, torch_ops.layer_norm, reference.layer_norm
     parity.assert_parity(*ops, inputs, grad, names)
 
 
@@ -55,7 +55,7 @@ def _added_in_pairs(
 def test_large_mean_loses_no_more_than_pytorch(device: str, bias: bool) -> None:
     inputs, names = _inputs((9, 768), torch.float32, device, "contiguous", bias)
     inputs[0] = inputs[0] + 1000.0
-    pytorch = portable.layer_norm if device == "cuda" else _added_in_pairs
+    pytorch = torch_ops.layer_norm if device == "cuda" else _added_in_pairs
     ops = fused.layer_norm, pytorch, reference.layer_norm
     grad = torch.randn(9, 768, device=device)
     parity.assert_parity(*ops, inputs, grad, names)
@@ -107,7 +107,7 @@ def test_partial_gradients(device: str) -> None:
     x = torch.randn(4, 32, device=device, requires_grad=True)
     weight = torch.randn(32, device=device)
     fused.layer_norm(x, weight).sum().backward()
-    expected = torch.autograd.grad(portable.layer_norm(x, weight).sum(), x)[0]
+    expected = torch.autograd.grad(torch_ops.layer_norm(x, weight).sum(), x)[0]
     torch.testing.assert_close(x.grad, expected)
 
 

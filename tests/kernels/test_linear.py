@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from fastgpt.kernels import fused, gemm, portable, reference
+from fastgpt.kernels import fused, gemm, reference, torch_ops
 from fastgpt.kernels.linear import _linear_bwd_op, _linear_op, rows
 from tests.tools import parity
 
@@ -54,7 +54,7 @@ def test_parity(
     inputs = _inputs(shape, n, dtype, device, parity.LAYOUTS[i % len(parity.LAYOUTS)])
     count = 2 if i % 3 == 0 else 3
     grad = parity.randn((*shape[:-1], n), dtype, device, "transposed")
-    ops = fused.linear, portable.linear, reference.linear
+    ops = fused.linear, torch_ops.linear, reference.linear
     parity.assert_parity(*ops, inputs[:count], grad, NAMES[:count])
 
 
@@ -118,13 +118,13 @@ def test_gradients_agree_to_the_bit_between_runs(device: str) -> None:
     assert all(map(torch.equal, *runs))
 
 
-@pytest.mark.parametrize("op", [fused.linear, portable.linear], ids=["fused", "portable"])
+@pytest.mark.parametrize("op", [fused.linear, torch_ops.linear], ids=["fused", "torch_ops"])
 @pytest.mark.parametrize("bias", [False, True], ids=["", "bias"])
 def test_recompute_keeps_the_source_and_changes_no_bit(op, bias: bool) -> None:
     source = torch.randn(7, 32)
     ln_weight, ln_bias, b = torch.randn(3, 32).unbind()
     ln_bias_or_none = ln_bias if bias else None
-    layer_norm = fused.layer_norm if op is fused.linear else portable.layer_norm
+    layer_norm = fused.layer_norm if op is fused.linear else torch_ops.layer_norm
     x = layer_norm(source, ln_weight, ln_bias_or_none, 1e-5).requires_grad_()
     weight = torch.randn(32, 32, requires_grad=True)
     leaves = [x, weight, *([b.requires_grad_()] if bias else [])]
@@ -217,7 +217,7 @@ def test_opcheck(device: str) -> None:
         torch.library.opcheck(_linear_bwd_op, (dy, weight, source, *recipe, *flags))
 
 
-@pytest.mark.parametrize("op", [fused.linear, portable.linear, reference.linear])
+@pytest.mark.parametrize("op", [fused.linear, torch_ops.linear, reference.linear])
 def test_errors(op) -> None:
     x, weight = torch.randn(2, 16), torch.randn(24, 16)
     with pytest.raises(TypeError, match="x must be a floating-point tensor, got torch.int64"):

@@ -1,5 +1,5 @@
-"""Linear + cross-entropy in chunks, in Triton and portable: parity with whole logits, gradients and
-who asks for them, precision, determinism, the operators, what they cost and keep.
+"""Linear + cross-entropy in chunks, in Triton and in torch_ops: parity with whole logits, gradients
+and who asks for them, precision, determinism, the operators, what they cost and keep.
 """
 
 from collections.abc import Callable
@@ -15,8 +15,8 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.flop_counter import FlopCounterMode
 
-from fastgpt.kernels import chunked_loss, fused, linear_cross_entropy, portable, reference
-from fastgpt.kernels._costs import COSTS
+from fastgpt.kernels import chunked_loss, fused, linear_cross_entropy, reference, torch_ops
+from fastgpt.kernels.costs import COSTS
 from tests.tools import parity
 from tests.tools.sanitizer import sanitize
 
@@ -42,7 +42,7 @@ NAMES = ["x", "weight"]
 Pair = tuple[Tensor, Tensor]  # x and weight
 
 
-@pytest.fixture(params=[fused, portable], ids=["fused", "portable"])
+@pytest.fixture(params=[fused, torch_ops], ids=["fused", "torch_ops"])
 def ops(request: pytest.FixtureRequest) -> ModuleType:
     return request.param
 
@@ -310,7 +310,7 @@ def test_few_recompilations_for_many_row_counts(ops, device: str) -> None:
 
 
 def test_opcheck(ops, device: str) -> None:
-    op = {fused: linear_cross_entropy, portable: portable}[ops]._linear_cross_entropy_op
+    op = {fused: linear_cross_entropy, torch_ops: torch_ops}[ops]._linear_cross_entropy_op
     (x, weight), targets = inputs((2, 5), 8, 17, device)
     leaves = as_leaves((x, weight))
     for dtype in (torch.float32, torch.bfloat16):
@@ -344,7 +344,7 @@ def test_bytes_by_hand(ops, device: str) -> None:
     """Three chunks: each product reads its operands and writes its result, the rows are read and
     written, the sum for dweight is read and written but for the first time; weight is cast."""
     (x, weight), targets = inputs((3 * CHUNK,), 16, 65, device)
-    op = {fused: linear_cross_entropy, portable: portable}[ops]._linear_cross_entropy_op
+    op = {fused: linear_cross_entropy, torch_ops: torch_ops}[ops]._linear_cross_entropy_op
     args = (x, weight, targets, torch.bfloat16, -1, True, 0.0, 0.0, True, True)
     costs = COSTS[getattr(torch.ops.fastgpt, op._name)](op(*args), *args)
     rows, logits, weights = 2 * 24 * 16, 2 * 24 * 65, 2 * 65 * 16

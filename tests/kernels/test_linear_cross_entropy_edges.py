@@ -16,14 +16,14 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 from triton.runtime import interpreter as triton_interpreter
 
-from fastgpt.kernels import _common, chunked_loss, fused, linear_cross_entropy, portable, reference
+from fastgpt.kernels import _host, chunked_loss, fused, linear_cross_entropy, reference, torch_ops
 from tests.tools import interpreter, parity
 from tests.tools.interpreter import Observer, Program
 
 CHUNK = 8
 
 
-@pytest.fixture(params=[fused, portable], ids=["fused", "portable"])
+@pytest.fixture(params=[fused, torch_ops], ids=["fused", "torch_ops"])
 def ops(request: pytest.FixtureRequest) -> ModuleType:
     return request.param
 
@@ -92,7 +92,7 @@ def test_target_that_is_no_class(ops, device: str, small_chunks, target: int) ->
     x, weight, targets = inputs(12, 4, 65, device)
     clean = outcome(ops, x, weight, targets)
     targets[9] = target
-    if ops is portable and device == "cpu":
+    if ops is torch_ops and device == "cpu":
         with pytest.raises(ValueError, match=rf"targets must lie in \[0, 65\).*got {target}$"):
             outcome(ops, x, weight, targets)
         return
@@ -271,7 +271,7 @@ def test_errors(ops) -> None:
 
 def test_triton_refuses_other_dtypes_and_devices(monkeypatch: pytest.MonkeyPatch) -> None:
     x, weight, targets = torch.randn(2, 8), torch.randn(65, 8), torch.zeros(2).long()
-    monkeypatch.setattr(_common, "INTERPRETED", False)
+    monkeypatch.setattr(_host, "INTERPRETED", False)
     with pytest.raises(TypeError, match="x must be float32, float16 or bfloat16"):
         fused.linear_cross_entropy(x.double(), weight.double(), targets)
     with pytest.raises(ValueError, match="x must be on a CUDA device, got cpu"):

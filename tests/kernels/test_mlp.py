@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from fastgpt.kernels import fused, gemm, portable, reference
+from fastgpt.kernels import fused, gemm, reference, torch_ops
 from fastgpt.kernels.mlp import _mlp_bwd_op, _mlp_op
 from tests.tools import parity
 
@@ -61,7 +61,7 @@ def _assert_parity(inputs: list[Tensor], n: int, layout: str, form: str, bias: b
         del inputs[2], names[2]
     x = inputs[0]
     grad = parity.randn((*x.shape[:-1], n), x.dtype, x.device.type, layout)
-    parity.assert_parity(of(fused), of(portable), of(reference), inputs, grad, names)
+    parity.assert_parity(of(fused), of(torch_ops), of(reference), inputs, grad, names)
 
 
 @pytest.mark.parametrize("shape,hidden,n", SHAPES, ids=str)
@@ -168,7 +168,7 @@ def test_large_and_small_pre_activations(device: str, dtype: torch.dtype) -> Non
     def of(module):
         return lambda x, w: module.mlp(x, w, None, proj_weight.to(w.dtype))
 
-    ops = of(fused), of(portable), of(reference)
+    ops = of(fused), of(torch_ops), of(reference)
     parity.assert_parity(*ops, [x, fc_weight], grad, ["x", "fc_weight"])
 
 
@@ -189,7 +189,7 @@ def test_gradients_agree_to_the_bit_between_runs(device: str) -> None:
     assert all(map(torch.equal, *runs))
 
 
-@pytest.mark.parametrize("ops", [fused, portable], ids=["fused", "portable"])
+@pytest.mark.parametrize("ops", [fused, torch_ops], ids=["fused", "torch_ops"])
 @pytest.mark.parametrize("form", ["none", "tanh"])
 def test_recompute_keeps_less_and_changes_no_bit(device: str, ops, form: str) -> None:
     source, ln_weight = torch.randn(40, 32, device=device), torch.randn(32, device=device)
@@ -281,7 +281,7 @@ def test_opcheck(device: str) -> None:
             )
 
 
-@pytest.mark.parametrize("op", [fused.mlp, portable.mlp, reference.mlp])
+@pytest.mark.parametrize("op", [fused.mlp, torch_ops.mlp, reference.mlp])
 def test_errors(op) -> None:
     x, fc, bias, proj = _inputs((2, 16), 64, 16, torch.float32, "cpu", "contiguous")
     with pytest.raises(ValueError, match=r"fc_weight must have shape \(N, K\) to go with x"):

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastgpt.kernels import fused, portable, reference
+from fastgpt.kernels import fused, reference, torch_ops
 from fastgpt.kernels.layer_norm import MAX_WIDTH
 from fastgpt.kernels.residual_layer_norm import (
     _residual_layer_norm_bwd_op,
@@ -59,7 +59,7 @@ def test_parity(device: str, shape: tuple[int, ...], dtype: torch.dtype) -> None
     i = parity.NORM_SHAPES.index(shape)
     layout = parity.LAYOUTS[i % len(parity.LAYOUTS)]
     without = [(), ("bias",), ("delta_bias",), ("bias", "delta_bias")][i // 2 % 4]
-    _assert_parity(shape, dtype, device, layout, without, portable.residual_layer_norm)
+    _assert_parity(shape, dtype, device, layout, without, torch_ops.residual_layer_norm)
 
 
 @pytest.mark.parametrize("shape", [(37, 65), (2, 17, 768), (19, 8193)], ids=str)
@@ -208,7 +208,7 @@ def test_frozen_parameters(device: str) -> None:
     inputs = _inputs((4, 32), torch.float32, device)
     delta = inputs["delta"].requires_grad_()
     fused.residual_layer_norm(**inputs)[0].square().sum().backward()
-    expected = torch.autograd.grad(portable.residual_layer_norm(**inputs)[0].square().sum(), delta)
+    expected = torch.autograd.grad(torch_ops.residual_layer_norm(**inputs)[0].square().sum(), delta)
     assert delta.grad is not None
     torch.testing.assert_close(delta.grad, expected[0], rtol=1e-4, atol=1e-5)
 

@@ -17,7 +17,7 @@ from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastgpt import devices, ops
-from fastgpt.kernels import fused, portable
+from fastgpt.kernels import fused, torch_ops
 from fastgpt.kernels._precision import matmul_float32
 
 CUDA = [torch.device("cuda", index) for index in (0, 1)]
@@ -58,7 +58,7 @@ def test_a_gpu_that_is_too_old(
     has = f"Some GPU has {capability[0]}.{capability[1]}: CUDA tensors run on PyTorch's kernels"
     with pytest.warns(UserWarning, match=f"need compute capability 8.0, and {has}") as notices:
         for device in CUDA * 2:
-            assert ops._implementation(device) is portable
+            assert ops._implementation(device) is torch_ops
     assert len(notices) == 1
 
 
@@ -66,14 +66,14 @@ def test_rocm(monkeypatch: pytest.MonkeyPatch) -> None:
     _gpus(monkeypatch, (9, 4))
     monkeypatch.setattr(torch.version, "hip", "7.0")
     with pytest.warns(UserWarning, match="for NVIDIA GPUs, and this PyTorch is built for ROCm"):
-        assert ops._implementation(CUDA[0]) is portable
+        assert ops._implementation(CUDA[0]) is torch_ops
 
 
 def test_no_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     _gpus(monkeypatch, (9, 0))
     monkeypatch.setattr(devices, "_HAS_TRITON", False)
     with pytest.warns(UserWarning, match="Triton is not installed"):
-        assert ops._implementation(CUDA[0]) is portable
+        assert ops._implementation(CUDA[0]) is torch_ops
 
 
 def test_each_gpu_is_asked_about_once(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -81,14 +81,14 @@ def test_each_gpu_is_asked_about_once(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.warns(UserWarning, match="has 7.5"):
         for _ in range(3):
             assert ops._implementation(CUDA[0]) is fused
-            assert ops._implementation(CUDA[1]) is portable
+            assert ops._implementation(CUDA[1]) is torch_ops
     assert asked == [0, 1]
 
 
 def test_no_gpu_is_asked_about_for_other_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = _gpus(monkeypatch)
-    assert ops._implementation(torch.device("cpu")) is portable
-    assert ops._implementation(torch.device("meta")) is portable
+    assert ops._implementation(torch.device("cpu")) is torch_ops
+    assert ops._implementation(torch.device("meta")) is torch_ops
     assert not asked
 
 
@@ -141,7 +141,7 @@ def test_no_op_runs_in_triton_or_waits_for_the_device(op: str, old_gpu: None) ->
     with _Called() as called:
         OPS[op]()
     own = {name for name in called.names if name.startswith("fastgpt.")}
-    assert called.names and all("portable" in name for name in own), own
+    assert called.names and all("torch_ops" in name for name in own), own
 
 
 def test_the_generator_draws_every_mask(old_gpu: None) -> None:

@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from fastgpt import GPT, Bigram, GPTConfig
 from fastgpt.generation import NOT_FINITE, Generator, Sampling, draw
-from fastgpt.kernels import fused, portable, reference
+from fastgpt.kernels import fused, reference, torch_ops
 from fastgpt.sampler import round_matrices
 from tests.tools.small_models import BLOCK, V, small_model, tokens
 
@@ -106,7 +106,7 @@ def test_other_implementations(ops: Any, device: str) -> None:
     assert torch.equal(model.generate(idx, BLOCK, temperature=0.0), expected)
 
 
-@pytest.mark.parametrize("ops", [fused, portable], ids=["fused", "portable"])
+@pytest.mark.parametrize("ops", [fused, torch_ops], ids=["fused", "torch_ops"])
 def test_cached_logits_are_those_of_the_forward(ops: Any, device: str) -> None:
     torch.manual_seed(0)
     model = GPT(GPTConfig(BLOCK, V, 2, 2, 32), ops=ops).eval().to(device)
@@ -143,7 +143,7 @@ def test_other_dtypes(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("ops", [fused, portable], ids=["fused", "portable"])
+@pytest.mark.parametrize("ops", [fused, torch_ops], ids=["fused", "torch_ops"])
 def test_autocast_with_half_precision_matrices(ops: Any, bias: bool) -> None:
     """What `fastgpt sample` does: the same numbers as when autocast casts them for each product."""
     torch.manual_seed(0)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import fastgpt
 from fastgpt import GPT, GPTConfig
-from fastgpt.kernels import portable, reference
+from fastgpt.kernels import reference, torch_ops
 from fastgpt.model import MLP, Block, CausalSelfAttention, LayerNorm
 from tests.tools.small_models import BLOCK, V, small_config, small_model, tokens
 
@@ -329,7 +329,7 @@ def test_each_dropout_acts_alone(place):
 def test_dropout_draws_in_the_order_of_the_plain_model():
     """Embedding, then per layer probabilities, projection, MLP: each mask at its place."""
     losses = []
-    for ops in (reference, portable):
+    for ops in (reference, torch_ops):
         torch.manual_seed(0)
         model = GPT(small_config(dropout=0.3), ops=ops)
         losses.append(model(tokens(), tokens())[1])

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fastgpt import GPT
-from fastgpt.kernels import fused, portable, reference
+from fastgpt.kernels import fused, reference, torch_ops
 from tests.tools.small_models import BLOCK, V, small_config, small_model, tokens
 
 SEPARATOR = 7
@@ -18,7 +18,7 @@ SEPARATOR = 7
 DOCUMENTS = [(0, 0, 5), (0, 5, 6), (0, 6, 16), (1, 0, 16), (2, 0, 15), (2, 15, 16), (3, 0, 16)]
 
 
-@pytest.fixture(params=[reference, portable, fused], ids=["reference", "portable", "fused"])
+@pytest.fixture(params=[reference, torch_ops, fused], ids=["reference", "torch_ops", "fused"])
 def ops(request: pytest.FixtureRequest) -> ModuleType:
     return request.param
 
@@ -53,8 +53,8 @@ def pieces(*tensors: Tensor) -> Iterator[list[Tensor]]:
 def test_logits_loss_and_gradients_are_those_of_the_documents(
     ops: ModuleType, recompute: bool, device: str
 ) -> None:
-    if device == "cuda" and ops is portable:
-        pytest.skip("the portable ops serve machines without CUDA")
+    if device == "cuda" and ops is torch_ops:
+        pytest.skip("torch_ops serve machines without CUDA")
     x, y = batch(device)
     model = model_with(ops, device, recompute=recompute, separator=SEPARATOR)
     logits, loss = model(x, y, return_logits=True)
@@ -140,7 +140,7 @@ def test_dropout_draws_what_it_draws_without(ops: ModuleType) -> None:
 
 def test_generate_continues_the_last_document() -> None:
     """Greedily, past the window; what stands before the separator has no say."""
-    model = model_with(portable).eval()
+    model = model_with(torch_ops).eval()
     with torch.no_grad():  # not the token that it sees, again and again
         model.transformer.wpe.weight.mul_(10)
         model.transformer.wte.weight.mul_(0.2)

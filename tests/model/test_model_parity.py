@@ -18,7 +18,7 @@ from torch._subclasses import FakeTensorMode
 
 import fastgpt.ops
 from fastgpt import GPT, GPTConfig
-from fastgpt.kernels import fused, portable, reference
+from fastgpt.kernels import fused, reference, torch_ops
 from tests.tools.small_models import BLOCK, V, small_config, tokens
 
 CONFIGS = {
@@ -28,7 +28,7 @@ CONFIGS = {
 }
 
 
-@pytest.fixture(params=[portable, fused], ids=["portable", "fused"])
+@pytest.fixture(params=[torch_ops, fused], ids=["torch_ops", "fused"])
 def ops(request: pytest.FixtureRequest) -> ModuleType:
     return request.param
 

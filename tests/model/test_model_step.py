@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fastgpt import GPT, GPTConfig
-from fastgpt.kernels import fused, portable, reference
+from fastgpt.kernels import fused, reference, torch_ops
 from tests.tools import parity
 from tests.tools.small_models import BLOCK, small_config, tokens
 
@@ -17,7 +17,7 @@ from tests.tools.small_models import BLOCK, small_config, tokens
 SEEDED = SimpleNamespace(**{**vars(reference), "dropout_seed": fused.dropout_seed})
 
 
-@pytest.fixture(params=[portable, fused], ids=["portable", "fused"])
+@pytest.fixture(params=[torch_ops, fused], ids=["torch_ops", "fused"])
 def ops(request: pytest.FixtureRequest) -> ModuleType:
     return request.param
 

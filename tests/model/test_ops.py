@@ -24,7 +24,7 @@ OPS = (
 
 @pytest.mark.parametrize("op", OPS)
 def test_every_implementation_of_an_op_has_one_signature(op: str) -> None:
-    modules = ("kernels.fused", "kernels.portable", "kernels.reference", "ops")
+    modules = ("kernels.fused", "kernels.torch_ops", "kernels.reference", "ops")
     signatures = {
         name: inspect.signature(getattr(importlib.import_module(f"fastgpt.{name}"), op))
         for name in modules
@@ -43,7 +43,7 @@ def public_functions(module: Any) -> set[str]:
 def test_every_public_op_has_all_four_implementations() -> None:
     fused = importlib.import_module("fastgpt.kernels.fused")
     assert tuple(fused.__all__) == OPS
-    for name in ("kernels.fused", "kernels.portable", "ops"):
+    for name in ("kernels.fused", "kernels.torch_ops", "ops"):
         functions = public_functions(importlib.import_module(f"fastgpt.{name}"))
         assert functions - {
             "autocast_dtype",

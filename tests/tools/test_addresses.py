@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastgpt.kernels import _common
+from fastgpt.kernels import _host
 from fastgpt.kernels.embedding import _embedding_op, _position_bwd_op, _token_bwd_op
 from fastgpt.kernels.layer_norm import layer_norm_bwd, layer_norm_fwd
 from tests.tools.addresses import checked_addresses
@@ -18,7 +18,7 @@ def _meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
 
 @pytest.fixture(autouse=True)
 def _one_tile_a_program(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_common, "multiprocessors", lambda device: 2**31)
+    monkeypatch.setattr(_host, "multiprocessors", lambda device: 2**31)
 
 
 SEED = _meta(1, dtype=torch.int64)

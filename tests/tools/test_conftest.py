@@ -8,23 +8,23 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastgpt.kernels import _common, fused
+from fastgpt.kernels import _host, fused
 
 
 @pytest.mark.gpu  # it needs none: the marker is what is tested
 def test_a_test_for_a_gpu_finds_the_ops_of_production() -> None:
-    assert not _common.INTERPRETED
+    assert not _host.INTERPRETED
     with pytest.raises(ValueError, match="x must be on a CUDA device, got cpu"):
         fused.gelu(torch.ones(2))
 
 
 @pytest.mark.parametrize("marked", [False, pytest.param(True, marks=pytest.mark.gpu)])
 def test_a_parameter_can_be_for_a_gpu(marked: bool) -> None:
-    assert _common.INTERPRETED is not marked
+    assert _host.INTERPRETED is not marked
 
 
 def test_the_fixture_device(device: str) -> None:
-    assert _common.INTERPRETED is (device == "cpu")
+    assert _host.INTERPRETED is (device == "cpu")
 
 
 def test_interpreted_kernels_on_the_cpu() -> None:

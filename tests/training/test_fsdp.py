@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from fastgpt import GPT, GPTConfig
 from fastgpt.bigram import Bigram
 from fastgpt.devices import autocast
-from fastgpt.kernels import _common, fused
+from fastgpt.kernels import _host, fused
 from fastgpt.training import fsdp, step
 from fastgpt.training.distributed import World
 from fastgpt.training.trainer import Trainer
@@ -129,7 +129,7 @@ def _learning_rate(root: Path, world: World) -> None:
 def _kernels(root: Path, world: World) -> None:
     """What the kernels keep for the backward is taken apart and put together in between."""
     interpreter.install()
-    _common.INTERPRETED = True
+    _host.INTERPRETED = True
     config = GPTConfig(8, 64, 2, 2, 32, dropout=0.0, bias=True)
     idx = torch.randint(64, (2, 9), generator=torch.Generator().manual_seed(world.rank))
     for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 2e-2)):

@@ -26,7 +26,7 @@ from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from fastgpt.kernels import _common
+from fastgpt.kernels import _host
 from tests.tools import interpreter
 from tests.tools.ptx.machine import Finding, Kernel, cache_folder
 from tests.tools.ptx.parser import Unsupported
@@ -268,7 +268,7 @@ def compiled_for(capability: int, run: Any = launch) -> Iterator[None]:
     """Launches on CPU tensors run as PTX for this compute capability, 80 or 90; the kernels' host
     code sees a GPU of it with two multiprocessors. ``run``: takes the place of ``launch``."""
     outside = {
-        name: getattr(_common, name) for name in ("INTERPRETED", "capability", "multiprocessors")
+        name: getattr(_host, name) for name in ("INTERPRETED", "capability", "multiprocessors")
     }
     outside_run = JITFunction.run
 
@@ -278,12 +278,12 @@ def compiled_for(capability: int, run: Any = launch) -> Iterator[None]:
         return run(self, args, kwargs, grid, capability)
 
     JITFunction.run = run_compiled
-    _common.INTERPRETED = True
-    _common.capability = lambda device: capability
-    _common.multiprocessors = lambda device: 2
+    _host.INTERPRETED = True
+    _host.capability = lambda device: capability
+    _host.multiprocessors = lambda device: 2
     try:
         yield
     finally:
         JITFunction.run = outside_run
         for name, value in outside.items():
-            setattr(_common, name, value)
+            setattr(_host, name, value)

@@ -4,8 +4,8 @@
 import triton
 import triton.language as tl
 
-from fastgpt.kernels._common import dropout_keep
-from fastgpt.kernels.attention_kernels import (
+from fastgpt.kernels._device_math import dropout_keep
+from fastgpt.kernels.attention_fwd import (
     _document_tiles,
     _finite_or_zero,
     _first_keys,

@@ -37,7 +37,7 @@ it is less, which depends on what stands in starts.
 import triton
 import triton.language as tl
 
-from fastgpt.kernels._common import dropout_keep, rounded_quotient
+from fastgpt.kernels._device_math import dropout_keep, rounded_quotient
 
 
 @triton.jit
