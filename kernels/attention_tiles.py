@@ -155,6 +155,8 @@ def launch(
     # Elsewhere no product runs beside a softmax of its own program, or (sm_100) Triton sees to it.
     if kernel == "fwd" and _host.is_half(dtype) and capability in (None, 90):
         constexprs["LATE"] = True
+    if kernel == "dkdv" and _host.is_half(dtype) and capability == 90:  # left operands in registers
+        constexprs["WGMMA"] = True
     if table is TENSOR_CORE_TILES and not dropout and (kernel, block_d) in MAX_REGISTERS:
         constexprs["maxnreg"] = MAX_REGISTERS[kernel, block_d]
     return constexprs
