@@ -1,7 +1,37 @@
-"""Attention: operators and the two public functions.
+"""Softmax attention, causal or full, forward and backward, without a (Tq, Tk) matrix in memory.
 
-The equations, what is saved, bytes and FLOPs stand in ``attention_kernels.py``, the host functions
-in ``attention_launch.py``.
+    S = scale * Q Kᵀ     P = softmax(S) over the visible keys     O = dropout(P) V
+
+q is (B, H, Tq, D), k and v (B, H, Tk, D), read by strides, packed (B, T, 3C) as much as separate.
+The forward is the online softmax of FlashAttention-2 (Dao 2023, arXiv:2307.08691): a program owns a
+block of queries, walks over the keys and rescales what it has when the running maximum grows. It
+works in base 2: P = 2^(c Q Kᵀ - lse) with c = scale log2(e). Saved for backward: q, k, v, O, and
+lse (B, H, 1, Tq) in float32.
+
+For scores of some thousands lse has three digits behind the point, and an error of lse is one of
+every probability of its row. In 16 bits those are rounded more than that, and c Q Kᵀ - lse is one
+instruction. Where q, k and v have 32 bits, the maximum m of a row of Q Kᵀ and the sum of the
+exponentials are kept APART: P = 2^(c (Q Kᵀ - m) - log2(sum)), where the first difference is exact
+near the maximum. lse is then (B, H, 2, Tq): m and log2(sum).
+
+    delta = sum over d of dO * O     dP = dropout(dO Vᵀ)     dS = P * (dP - delta)
+    dQ = scale * dS K                dK = scale * dSᵀ Q      dV = dropout(P)ᵀ dO
+
+The backward (``attention_bwd.py``) recomputes P in two kernels, one owning queries
+(dQ, and delta on its way), one owning keys (dK, dV): each sum has one owner and one order, so there
+are no atomics and two runs give the same bits.
+
+Several documents in one sequence (PACKED): query i sees the keys starts[i] <= j <= i, where starts
+never falls, so a block of queries sees the keys from its first row's start on, and whole tiles of
+them from its last row's start on; only tiles between the two, which a border crosses, are masked.
+Of a tile of keys the queries end with its last key's document, and see all of it as far as its
+first key's: they are looked up in ends[j], the number of starts up to j. (Counted by each program
+they would take a reduction, after which the compiler keeps all of a tile in registers in float32.)
+
+Bytes, s an element, C = H * D: 4 s B T C forward (q, k, v in; O out), 8 s B T C backward (q, k, v,
+O, dO in; dQ, dK, dV out), beside what is read again, mostly from L2. FLOPs: 4 B H Tq Tk D forward,
+14 B H Tq Tk D backward (10 if S and dP were computed once); half of that if causal. With documents
+it is less, which depends on what stands in starts.
 """
 
 import math
@@ -11,17 +41,38 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastgpt.kernels import _checks, _host
-from fastgpt.kernels.attention_launch import (
-    attention_bwd,
-    attention_fwd,
-    bwd_cost,
-    empty_lse,
-    fwd_cost,
-)
-from fastgpt.kernels.costs import register_cost
+from fastgpt.kernels.attention_bwd import attention_bwd
+from fastgpt.kernels.attention_fwd import attention_fwd, empty_lse
+from fastgpt.kernels.costs import KernelCost, attention_pairs, nbytes, register_cost
 from fastgpt.kernels.reference import split_heads, unpacked
 
 MAX_HEAD_SIZE = 256
+
+
+# ---------------------------------------------------------------------------------------- costs
+
+
+def fwd_cost(q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, causal: bool) -> KernelCost:
+    """q, k, v as (B, H, T, D). Two products a tile. Documents make it less; how much, the values of
+    starts would tell, but a formula reads none."""
+    return KernelCost("fwd", 2 * _product(q, k, causal), nbytes(q, k, v, out, lse))
+
+
+def bwd_cost(
+    q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, causal: bool
+) -> list[KernelCost]:
+    """Three products a tile, then four: each kernel computes the scores and dP for itself."""
+    product = _product(q, k, causal)
+    dq, dk, dv, dout, delta = q, k, v, out, lse[:, :, 0]  # of the same sizes
+    return [
+        KernelCost("dq", 3 * product, nbytes(q, k, v, out, dout, lse, delta, dq)),
+        KernelCost("dkdv", 4 * product, nbytes(q, k, v, dout, lse, delta, dk, dv)),
+    ]
+
+
+def _product(q: Tensor, k: Tensor, causal: bool) -> int:
+    batch, n_head, n_queries, head_size = q.shape
+    return 2 * batch * n_head * attention_pairs(n_queries, k.shape[2], causal) * head_size
 
 
 # -------------------------------------------------------------------------- separate q, k and v

@@ -24,7 +24,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastgpt.kernels import _checks, _host
+from fastgpt.kernels import _checks, _host, configs
 from fastgpt.kernels.costs import KernelCost, nbytes, register_cost
 
 
@@ -116,17 +116,11 @@ def _attention_decode_sum_kernel(
     tl.store(out_ptr + batch_head * HEAD + offs_d, out, mask=mask_d)
 
 
-# Head size, rounded up → (BLOCK_N, num_warps). K and V of a part lie in registers: 64 of a thread's
-# 255 where elements have two bytes. Predicted, not measured.
-_TILES = {16: (128, 4), 32: (128, 4), 64: (64, 4), 128: (64, 8), 256: (32, 8)}
-_PARTS = 8  # parts that the second kernel adds up at a time
+MAX_HEAD_SIZE = 256
 
 
-def _tile(head_size: int) -> tuple[int, int, int]:
-    """BLOCK_N, BLOCK_D and num_warps."""
-    block_d = max(16, triton.next_power_of_2(head_size))
-    block_n, num_warps = _TILES[block_d]
-    return block_n, block_d, num_warps
+def _block_d(head_size: int) -> int:
+    return max(16, triton.next_power_of_2(head_size))
 
 
 def _scratch(cache: Tensor, n_parts: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -145,11 +139,12 @@ def _attention_decode_op(qkv: Tensor, cache: Tensor, positions: Tensor, scale: f
     if not batch:
         return out
     qkv = qkv if qkv.stride(2) == 1 else qkv.contiguous()
-    block_n, block_d, num_warps = _tile(head_size)
-    n_parts = triton.cdiv(n_slots, block_n)
+    block_d = _block_d(head_size)
+    config = configs.find(qkv, "attention_decode", "fwd", block_d)
+    n_parts = triton.cdiv(n_slots, config.BLOCK_N)
     parts = _scratch(cache, n_parts)
     qk_scale = scale * _host.LOG2_E
-    sizes = dict(ACC=_host.accumulator(qkv.dtype), HEAD=head_size, BLOCK_N=block_n, BLOCK_D=block_d)
+    sizes = dict(ACC=_host.accumulator(qkv.dtype), HEAD=head_size, BLOCK_D=block_d)
     with _host.on_device(qkv):
         _attention_decode_kernel[(batch * n_head * n_parts,)](
             qkv,
@@ -163,7 +158,7 @@ def _attention_decode_op(qkv: Tensor, cache: Tensor, positions: Tensor, scale: f
             qk_scale,
             cache.stride(0),
             **sizes,
-            num_warps=num_warps,
+            **configs.launch(config),
             **_host.FMA,
         )
         _attention_decode_sum_kernel[(batch * n_head,)](
@@ -174,9 +169,9 @@ def _attention_decode_op(qkv: Tensor, cache: Tensor, positions: Tensor, scale: f
             n_slots,
             n_parts,
             qk_scale,
+            BLOCK_N=config.BLOCK_N,
             **sizes,
-            PARTS=_PARTS,
-            num_warps=4,
+            **configs.launch(configs.find(qkv, "attention_decode", "sum")),
             **_host.FMA,
         )
     return out
@@ -191,8 +186,8 @@ def _(qkv, cache, positions, scale):
 def _(out, qkv, cache, positions, scale):
     """Of a full cache: how far it is filled stands on the device."""
     _, batch, n_head, n_slots, head_size = cache.shape
-    block_n, _, _ = _tile(head_size)
-    n_parts = triton.cdiv(n_slots, block_n)
+    config = configs.find(cache, "attention_decode", "fwd", _block_d(head_size))
+    n_parts = triton.cdiv(n_slots, config.BLOCK_N)
     wide = 8 if cache.dtype == torch.float64 else 4
     parts = batch * n_head * n_parts * (head_size + 2) * wide
     flops = 4 * batch * n_head * n_slots * head_size
@@ -229,7 +224,7 @@ def attention_decode(
     _checks.attention_decode(qkv, cache, positions, scale)
     _host.launchable(qkv=qkv)
     head_size = cache.shape[4]
-    if head_size > max(_TILES):
-        raise ValueError(f"cache must have a head size of at most {max(_TILES)}, got {head_size}")
+    if head_size > MAX_HEAD_SIZE:
+        raise ValueError(f"cache must have a head size of at most {MAX_HEAD_SIZE}, got {head_size}")
     scale = 1.0 / math.sqrt(head_size) if scale is None else scale
     return _attention_decode_op(qkv, cache, positions, scale)

@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastgpt.kernels import _checks, _host, chunked_loss, fp8_products
+from fastgpt.kernels import _checks, _host, chunked_loss, configs, fp8_products
 from fastgpt.kernels.costs import KernelCost, nbytes
 
 
@@ -105,18 +105,6 @@ def _cross_entropy_rows_kernel(
             )
 
 
-# Chosen by ahead-of-time compilation (registers, no spill on sm_80, sm_90, sm_100), not yet
-# measured: 8 elements a thread are one 16-byte load in half precision, and 4 rows of 512 threads
-# fill a multiprocessor, while the rows under way (40 MB of GPT-2's in half precision) still fit
-# into the L2 cache of sm_90.
-MAX_BLOCK = 4096
-
-
-def _launch(n_cols: int) -> dict[str, int]:
-    block_n = max(256, min(MAX_BLOCK, triton.next_power_of_2(n_cols)))
-    return dict(BLOCK_N=block_n, num_warps=block_n // 256)
-
-
 def _rows(
     logits: Tensor,
     targets: Tensor,
@@ -129,6 +117,8 @@ def _rows(
 ) -> None:
     """With ``dlogits8``, laid out as the logits are, dlogits / ``_DLOGITS_SCALE`` go there."""
     n_rows, n_cols = logits.shape
+    size = max(256, triton.next_power_of_2(n_cols))
+    config = configs.find(logits, "cross_entropy", "rows", size)
     with _host.on_device(logits):
         _cross_entropy_rows_kernel[(n_rows,)](
             logits,
@@ -144,7 +134,7 @@ def _rows(
             SMOOTHED=label_smoothing > 0.0,
             GRADIENT=want_gradient,
             ACC=_host.accumulator(logits.dtype),
-            **_launch(n_cols),
+            **configs.launch(config),
             **_host.FMA,
         )
 

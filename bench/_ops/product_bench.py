@@ -23,11 +23,19 @@ from bench._ops import op_bench
 from bench._ops.op_bench import DEVICE, DTYPE, Draw, Sizes, Stopwatch, timed
 from bench._ops.op_report import ALONE, FUSED, SEPARATE
 from bench._roofline.ceilings import Ceilings
-from fastgpt.kernels import gemm
+from fastgpt.kernels import _host, configs
+from fastgpt.kernels.configs import CUBLAS
 from fastgpt.kernels.costs import nbytes
 
 Results = tuple[Tensor, ...]
 Way = Callable[..., Results]  # of the inputs
+
+
+def configured(table: str) -> Any:
+    """What ``configs`` says for a product on this machine."""
+    kernel, *options = table.split("_")
+    capability = _host.capability(DEVICE)
+    return configs.lookup("gemm", kernel, capability, DTYPE, configs.ANY, tuple(options))
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,8 +43,8 @@ class Product:
     """One or more matrix products of an op, and what comes right behind them.
 
     ``inputs(draw, **sizes)``: what all ways take. ``flops(**sizes)``: of the matrix products.
-    ``plain``: the same in PyTorch, in any dtype. ``table``: the kernel's name in the launch tables
-    of ``gemm``, if it is there. ``gpu_sizes``: as of the op.
+    ``plain``: the same in PyTorch, in any dtype. ``table``: kernel and option in ``configs``, if it
+    is there. ``gpu_sizes``: as of the op.
     """
 
     op: str
@@ -53,7 +61,7 @@ class Product:
         """Why this machine has no such way; None if it has."""
         if DEVICE.type != "cuda":
             return "cuBLAS and the Triton kernels need a CUDA GPU"
-        if way == FUSED and self.table is not None and gemm.tiles(DEVICE)[self.table] is None:
+        if way == FUSED and self.table is not None and configured(self.table) == CUBLAS:
             return "the launch table says cuBLAS"
         return None
 

@@ -34,7 +34,7 @@ from bench._ops import op_bench, op_report, product_bench
 from bench._ops.op_bench import Direction, Op, Row, Stopwatch, Subject, cost
 from bench._ops.op_report import ALONE, FUSED, SEPARATE, verdict
 from bench._roofline.ceilings import DEVICES, Ceilings
-from fastgpt.kernels import fused, gemm
+from fastgpt.kernels import configs, fused
 
 ROOT = Path(__file__).resolve().parents[2]
 FILES: list[ModuleType] = [
@@ -278,9 +278,11 @@ def test_flops_of_products(product: product_bench.Product) -> None:
 def test_a_table_that_says_cublas_has_nothing_to_compare(monkeypatch: pytest.MonkeyPatch) -> None:
     product = bench_mlp.PRODUCTS[0]
     monkeypatch.setattr(product_bench, "DEVICE", torch.device("cuda", 0))
-    monkeypatch.setattr(gemm, "tiles", lambda device: {"fwd": (128, 128, 64, 8, 3, 2)})
+    monkeypatch.setattr(
+        product_bench, "configured", lambda table: configs.Gemm(64, 64, 64, 4, 3, 1)
+    )
     assert [product.why_not(way) for way in (ALONE, SEPARATE, FUSED)] == [None] * 3
-    monkeypatch.setattr(gemm, "tiles", lambda device: {"fwd": None})
+    monkeypatch.setattr(product_bench, "configured", lambda table: configs.CUBLAS)
     assert product.why_not(SEPARATE) is None
     assert product.why_not(FUSED) == "the launch table says cuBLAS"
 

@@ -10,22 +10,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastgpt.kernels import _host, attention_launch, attention_tiles, fused, reference
+from fastgpt.kernels import configs, fused, reference
+from fastgpt.kernels.configs import Attention
 from tests.tools.sanitizer import sanitize
 
-# Every ratio of the two sides that a launch table holds.
-TILES = sorted(
-    {
-        (block_m, block_n)
-        for table in (
-            attention_tiles.TENSOR_CORE_TILES,
-            attention_tiles.TENSOR_MEMORY_TILES,
-            attention_tiles.SMALL_MEMORY_TILES,
-            attention_tiles.FLOAT32_TILES,
-        )
-        for block_m, block_n, _, _ in table.values()
-    }
-)
+# Every ratio of the two sides that a launch configuration has.
+TILES = sorted({config[:2] for config in configs.TABLE.values() if isinstance(config, Attention)})
 
 
 def _qkv(device: str, length: int, head_size: int = 16, dtype=torch.float32) -> list[Tensor]:
@@ -102,9 +92,7 @@ def test_every_tile_shape_gives_the_same(
     monkeypatch: pytest.MonkeyPatch, tile: tuple[int, int], n_queries: int, n_keys: int
 ) -> None:
     """Wide and tall tiles meet the diagonal, the ends and the dropout mask in different places."""
-    block_m, block_n = tile
-    launch = dict(BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_D=16, num_warps=4, num_stages=1)
-    monkeypatch.setattr(attention_launch, "launch", lambda *args: launch)
+    monkeypatch.setattr(configs, "find", lambda *asked: Attention(*tile, 4, 1))
     q, k, v = (torch.randn(1, 2, t, 16) for t in (n_queries, n_keys, n_keys))
     for causal in (True, False):
         options: dict[str, Any] = dict(causal=causal, dropout_p=0.2, seed=torch.tensor([7]))
@@ -120,33 +108,20 @@ def test_every_tile_shape_gives_the_same(
 @pytest.mark.parametrize("causal", [True, False], ids=["causal", "full"])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("n_queries,n_keys", [(64, 64), (150, 150), (20, 150), (150, 20), (9, 5)])
-def test_values_a_tile_late_give_the_same_bits(
+def test_pipelined_pv_gives_the_same_bits(
     monkeypatch: pytest.MonkeyPatch, n_queries: int, n_keys: int, dtype: torch.dtype,
     causal: bool, block_m: int, block_n: int,
 ) -> None:  # fmt: skip
     """No whole tile, one and several, with dropout: the same products in the same order."""
     q, k, v = (torch.randn(1, 2, t, 16).to(dtype) for t in (n_queries, n_keys, n_keys))
     runs = []
-    for late in (False, True):
-        launch = dict(BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_D=16, LATE=late)
-        monkeypatch.setattr(attention_launch, "launch", lambda *args, launch=launch: launch)
+    for pipelined in (False, True):
+        config = Attention(block_m, block_n, 4, 1, pipelined)
+        monkeypatch.setattr(configs, "find", lambda *asked, config=config: config)
         options: dict[str, Any] = dict(causal=causal, dropout_p=0.2, seed=torch.tensor([7]))
         with sanitize(), torch.no_grad():
             runs.append(fused.attention(q, k, v, **options))
     assert torch.equal(*runs)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_hopper_takes_values_a_tile_late(
-    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype
-) -> None:
-    for capability in (80, 90, 100):
-        monkeypatch.setattr(_host, "capability", lambda device, c=capability: c)
-        launch = attention_tiles.launch("fwd", torch.device("cuda"), 64, dtype, False, False)
-        late = capability == 90 and dtype == torch.bfloat16
-        assert launch.get("LATE", False) == late
-        limit = attention_tiles.MAX_REGISTERS.get(("fwd", 64))
-        assert launch.get("maxnreg") == (limit if late else None)
 
 
 # ------------------------------------------------------------------------------------- dropout

@@ -2,7 +2,6 @@
 that they run through does. Started by ``test_on_pretended_device.py``.
 """
 
-import dataclasses
 import functools
 import json
 from collections.abc import Iterator
@@ -14,15 +13,13 @@ import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-from bench import bench_adamw, bench_decode, bench_fp8, sweep
+from bench import bench_adamw, bench_decode, bench_fp8
 from bench import run as run_py
 from bench._harness import machine
 from bench._ops import determinism, op_bench, product_bench
 from bench._ops.op_bench import Row, Subject
 from bench._step import profile as step_profile
 from bench._step.variants import VARIANTS, Options
-from bench._sweep import contest
-from bench._sweep.compile import Static, lines
 from tests.bench.test_bench_ops import OPS, PRODUCTS, TINY
 
 CPU = ProfilerActivity.CPU
@@ -157,18 +154,3 @@ def test_decode(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     argv = [*sizes, "--prompt=4", "--new-tokens=20", "--device=cuda", f"--out={out}"]
     assert bench_decode.main(argv) == 0
     assert json.loads(out.read_text())["tokens_per_s"]["fastgpt"] > 0
-
-
-def test_sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Compiling ahead of time is not part of it: every candidate counts as good."""
-    monkeypatch.setattr(contest, "_FLUSH_BYTES", 1 << 12)
-    line = lines("gelu", 90, torch.bfloat16)["gelu fwd"]
-    short = dataclasses.replace(line, sizes=(line.probe,), candidates=line.candidates[:2])
-    monkeypatch.setattr(sweep, "lines", lambda *_: {short.name: short})
-    monkeypatch.setattr(sweep, "compile_all", lambda tasks, jobs: [Static(None) for _ in tasks])
-    monkeypatch.setattr(sweep, "fitted", lambda line, tile, one: tile)
-    out = tmp_path / "sweep.json"
-    assert sweep.main(["gelu", f"--json={out}"]) == 0
-    (record,) = json.loads(out.read_text())
-    assert record["capability"] == 90 and record["measured"] is not None
-    assert "pretended device" in record["comment"]
