@@ -134,13 +134,21 @@ def _attention_bwd_dq_kernel(
 
 
 @triton.jit
+def _in_registers(x):
+    """x of 16 bits, computed before what follows. The compiler moves arithmetic past wgmma.fence,
+    to the product that takes the result, where PTX forbids writing its register; ptxas then splits
+    the group of products. Volatile assembly, even none, stays where it is, as in CUTLASS."""
+    return tl.inline_asm_elementwise("", "=r,0", [x], dtype=x.dtype, is_pure=False, pack=2)
+
+
+@triton.jit
 def _attention_dkdv_tiles(
     dk, dv, k, v, start_n, offs_n,
     q_ptr, q_stride_t, dout_ptr, dout_stride_t, lse_ptr, delta_ptr, starts_ptr,
     lo, hi, n_queries, qk_scale, seed, dropout_offset, batch_head, threshold, keep_scale,
     MASKED: tl.constexpr, CAUSAL: tl.constexpr, PACKED: tl.constexpr, DROPOUT: tl.constexpr,
     APART: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr, HEAD: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, WGMMA: tl.constexpr,
 ):  # fmt: skip
     """Add the part of queries lo .. hi to dk / scale and dv / keep_scale. Scores are transposed,
     (N, M), so that the products for dV and dK take P and dS from registers."""
@@ -172,8 +180,11 @@ def _attention_dkdv_tiles(
                 visible_t = visible_t & (first_m[None, :] <= offs_n[:, None])
             dropped_t = tl.where(visible_t, dropped_t, 0.0)
             dscores_t = tl.where(visible_t, dscores_t, 0.0)
-        dv = tl.dot(dropped_t.to(dout.dtype), dout, dv, input_precision=PRECISION, out_dtype=ACC)
-        dk = tl.dot(dscores_t.to(q.dtype), q, dk, input_precision=PRECISION, out_dtype=ACC)
+        dropped_t, dscores_t = dropped_t.to(dout.dtype), dscores_t.to(q.dtype)
+        if WGMMA:
+            dropped_t, dscores_t = _in_registers(dropped_t), _in_registers(dscores_t)
+        dv = tl.dot(dropped_t, dout, dv, input_precision=PRECISION, out_dtype=ACC)
+        dk = tl.dot(dscores_t, q, dk, input_precision=PRECISION, out_dtype=ACC)
     return dk, dv
 
 
@@ -194,6 +205,7 @@ def _attention_bwd_dkdv_kernel(
     CAUSAL: tl.constexpr, PACKED: tl.constexpr, DROPOUT: tl.constexpr, APART: tl.constexpr,
     PRECISION: tl.constexpr, ACC: tl.constexpr,
     HEAD: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    WGMMA: tl.constexpr = False,
 ):  # fmt: skip
     # The first keys have the most queries: the longest column of tiles goes first.
     n_blocks = tl.cdiv(n_keys, BLOCK_N)
@@ -242,7 +254,7 @@ def _attention_bwd_dkdv_kernel(
                 q_ptr, q_stride_t, dout_ptr, dout_stride_t, lse_ptr, delta_ptr, starts_ptr,
                 start, stop, n_queries, qk_scale, seed, dropout_offset, batch_head, threshold,
                 keep_scale, stage < 2, CAUSAL, PACKED, DROPOUT, APART, PRECISION, ACC, HEAD,
-                BLOCK_M, BLOCK_N, BLOCK_D,
+                BLOCK_M, BLOCK_N, BLOCK_D, WGMMA,
             )  # fmt: skip
     if DROPOUT:
         dv = dv * keep_scale
@@ -292,12 +304,14 @@ def attention_bwd(
             )
         if dk.numel():
             shared = arguments("bwd_dkdv", *options)
+            wgmma = _host.is_half(q.dtype) and _host.capability(q.device) == 90
             grid = (triton.cdiv(k.shape[2], shared["BLOCK_N"]) * batch * n_head,)
             _attention_bwd_dkdv_kernel[grid](
                 dk_ptr=dk,
                 dv_ptr=dv,
                 dkdv_stride_t=dk.stride(1),
                 ends_ptr=None if starts is None else _ends(starts),
+                WGMMA=wgmma,
                 **read,
                 **shared,
             )
