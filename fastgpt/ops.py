@@ -167,10 +167,9 @@ def linear(
     bias: Tensor | None = None,
     *,
     recompute: Recipe | None = None,
-    fp8: bool = False,
 ) -> Tensor:
     """See ``kernels.linear.linear``."""
-    return _implementation(x.device).linear(x, weight, bias, recompute=recompute, fp8=fp8)
+    return _implementation(x.device).linear(x, weight, bias, recompute=recompute)
 
 
 def mlp(
