@@ -1,8 +1,9 @@
 """Every op written out plainly in PyTorch: the truth that the tests compare with, and the naive
 baseline that the benchmark times.
 
-Same names and signatures as in ``fused`` and ``torch_ops``. Autograd derives the backward passes,
-so nothing here shares an idea, or an error, with a hand-written one.
+``fused``, ``torch_ops`` and ``fastgpt.ops`` have the same names and signatures; ``OPS`` is the one
+list of them. Autograd derives the backward passes, so nothing here shares an idea, or an error,
+with a hand-written one.
 """
 
 import math
@@ -13,6 +14,21 @@ import torch
 from torch import Tensor
 
 from fastgpt.kernels import _checks
+
+# Each op, and the file of kernels/ that has it in Triton.
+OPS = {
+    "adamw": "adamw",
+    "attention": "attention",
+    "attention_decode": "attention_decode",
+    "attention_qkvpacked": "attention",
+    "embedding": "embedding",
+    "gelu": "gelu",
+    "layer_norm": "layer_norm",
+    "linear": "linear",
+    "linear_cross_entropy": "linear_cross_entropy",
+    "mlp": "mlp",
+    "residual_layer_norm": "residual_layer_norm",
+}
 
 
 def dropout_seed(device: torch.device) -> Tensor | None:
