@@ -1,4 +1,4 @@
-"""The fp8 mode beside the same ops in bf16: the four linear layers of a block, and head and loss.
+"""Head and loss in fp8 beside the same in bf16.
 
 Bytes, FLOPs and the share of the ceiling are those of fp8 for both, its products at twice the
 machine's rate for bf16. Before it is timed, an op is compared with its emulation on some of the
@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from bench import bench_linear, bench_linear_cross_entropy
+from bench import bench_linear_cross_entropy
 from bench._ops import op_bench
 from bench._ops.op_bench import DEVICE, DTYPE, Draw, Op, Row, gradients_like, prepared, timed
 from fastgpt.kernels import reference
@@ -29,24 +29,12 @@ class Fp8Op(Op):
         return partial(super().function("fused"), fp8=provider != "bf16")
 
 
-LINEAR = Fp8Op(
-    name="linear",
-    inputs=bench_linear.inputs,
-    eager=bench_linear.OP.eager,
-    gpu_sizes=[  # GPT-2 124M, B=32, T=1024
-        {"M": 32768, "K": 768, "N": 2304},  # q, k and v
-        {"M": 32768, "K": 768, "N": 768},  # the projection
-        {"M": 32768, "K": 768, "N": 3072},  # FC
-        {"M": 32768, "K": 3072, "N": 768},  # FC2
-    ],
-    cpu_sizes=[],
-)
 LOSS = Fp8Op(
     name="linear_cross_entropy",
     inputs=bench_linear_cross_entropy.inputs,
     eager=bench_linear_cross_entropy.OP.eager,
     directions=("inference", "forward+backward"),
-    gpu_sizes=[{"M": 32768, "C": 768, "V": 50304}],
+    gpu_sizes=[{"M": 32768, "C": 768, "V": 50304}],  # GPT-2 124M, B=32, T=1024
     cpu_sizes=[],
 )
 
@@ -62,34 +50,28 @@ def why_not() -> str | None:
 def rows() -> list[Any]:
     reason = why_not()
     found = []
-    for op in (LINEAR, LOSS):
-        for sizes in op.gpu_sizes:
-            for direction in op.directions:
-                for provider in ("fp8", "bf16"):
-                    row = Row(op, tuple(sizes.items()), direction, provider)
-                    marks = [
-                        pytest.mark.benchmark(
-                            group=f"fp8 {op.name} {row.shape} {direction}", timer=row.stopwatch.read
-                        )
-                    ]
-                    if reason is not None:
-                        marks.append(pytest.mark.skip(reason=reason))
-                    name = f"{op.name}-{row.shape}-{direction}-{provider}"
-                    found.append(pytest.param(row, id=name, marks=marks))
+    for sizes in LOSS.gpu_sizes:
+        for direction in LOSS.directions:
+            for provider in ("fp8", "bf16"):
+                row = Row(LOSS, tuple(sizes.items()), direction, provider)
+                group = f"fp8 {LOSS.name} {row.shape} {direction}"
+                marks = [pytest.mark.benchmark(group=group, timer=row.stopwatch.read)]
+                if reason is not None:
+                    marks.append(pytest.mark.skip(reason=reason))
+                name = f"{LOSS.name}-{row.shape}-{direction}-{provider}"
+                found.append(pytest.param(row, id=name, marks=marks))
     return found
 
 
 def check(row: Row, inputs: tuple[Any, ...]) -> None:
     """AssertionError where an output or a gradient is not what the emulation says."""
-    x, weight, *others = inputs
-    if row.op is LOSS:
-        others = [others[0][:_CHECKED_ROWS]]
+    x, weight, targets = inputs
     leaves = [t.detach().clone().requires_grad_() for t in (x[:_CHECKED_ROWS], weight)]
     plain = partial(getattr(reference, row.op.name), fp8=row.provider == "fp8")
 
     def results(op: Callable[..., Tensor]) -> list[Tensor]:
         torch.manual_seed(0)
-        out = op(*leaves, *others)
+        out = op(*leaves, targets[:_CHECKED_ROWS])
         return [out.detach(), *torch.autograd.grad(out, leaves, gradients_like(out))]
 
     pairs = zip(results(row.op.function(row.provider)), results(plain), strict=True)

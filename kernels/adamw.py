@@ -12,6 +12,7 @@ Bytes an element: 28 (p, g, m, v in; p, m, v out), 30 with a bfloat16 copy; memo
 """
 
 import math
+from collections.abc import Sequence
 
 import torch
 import triton
@@ -98,8 +99,7 @@ def _adamw_op(
     exp_avg_sq: Tensor,
     step: Tensor,
     lr: Tensor,
-    beta1: float,
-    beta2: float,
+    betas: Sequence[float],
     eps: float,
     weight_decay: float,
     clip: Tensor | None,
@@ -117,8 +117,8 @@ def _adamw_op(
             clip,
             skip,
             weight_decay,
-            LOG2_BETA1=math.log2(beta1) if beta1 else -math.inf,
-            LOG2_BETA2=math.log2(beta2) if beta2 else -math.inf,
+            LOG2_BETA1=math.log2(betas[0]) if betas[0] else -math.inf,
+            LOG2_BETA2=math.log2(betas[1]) if betas[1] else -math.inf,
             HAS_CLIP=clip is not None,
             HAS_SKIP=skip is not None,
             num_warps=1,
@@ -133,8 +133,8 @@ def _adamw_op(
             scalars,
             param.numel(),
             eps,
-            BETA1=beta1,
-            BETA2=beta2,
+            BETA1=betas[0],
+            BETA2=betas[1],
             ROUNDED=rounded is not None,
             **configs.launch(config),
             **_host.FMA,
@@ -142,9 +142,7 @@ def _adamw_op(
 
 
 @_adamw_op.register_fake
-def _(
-    param, rounded, grad, exp_avg, exp_avg_sq, step, lr, beta1, beta2, eps, weight_decay, clip, skip
-):
+def _(*_):
     return None
 
 
@@ -188,10 +186,8 @@ def adamw(
         TypeError: a tensor has another dtype than said.
         ValueError: shapes, strides or devices do not go together, or a number is out of its range.
     """
-    _checks.adamw(
-        param, rounded, grad, exp_avg, exp_avg_sq, step, lr, betas, eps, weight_decay, clip, skip
-    )
+    state = param, rounded, grad, exp_avg, exp_avg_sq, step, lr
+    options = betas, eps, weight_decay, clip, skip
+    _checks.adamw(*state, *options)
     _host.launchable(param=param)
-    _adamw_op(
-        param, rounded, grad, exp_avg, exp_avg_sq, step, lr, *betas, eps, weight_decay, clip, skip
-    )
+    _adamw_op(*state, *options)

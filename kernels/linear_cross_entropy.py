@@ -173,8 +173,8 @@ def _forward_fp8(
     x = x.reshape(-1, x.shape[-1]).to(dtype).contiguous()
     targets = targets.reshape(-1).contiguous()
     n_rows, n_cols = x.shape[0], weight.shape[0]
-    x8 = fp8_products.quantise(x, fp8_products.E4M3, columns=want_dweight)
-    w8 = fp8_products.quantise(weight.contiguous(), fp8_products.E4M3, columns=want_dx)
+    x8 = fp8_products.quantise(x, columns=want_dweight)
+    w8 = fp8_products.quantise(weight.contiguous(), columns=want_dx)
     scale = x.new_full((1,), _DLOGITS_SCALE, dtype=torch.float32)
     losses = x.new_empty(n_rows, dtype=torch.float32)
     dweight = x.new_zeros(weight.shape if want_dweight and not n_rows else 0, dtype=torch.float32)
@@ -182,7 +182,6 @@ def _forward_fp8(
     want_gradient = want_dx or want_dweight
     for start in range(0, n_rows, step):
         chunk = slice(start, min(start + step, n_rows))
-        assert x8.rows is not None and w8.rows is not None
         logits = fp8_products.product(
             x8.rows[chunk], x8.scale, w8.rows, w8.scale, dtype, fast_sums=True
         )

@@ -47,8 +47,7 @@ _UPDATE = _MODEL | dict(
     strided=(False, True),
 )
 _FP8 = dict(
-    batch=(1, 16), length=_SIZES, vocab=(16, 48), width=(16, 48), which=("head", "all"),
-    dtype=("bf16", "fp16"), bias=(False, True), recompute=(False, True),
+    batch=(1, 16), length=_SIZES, vocab=(16, 48), width=(16, 48), dtype=("bf16", "fp16"),
 )  # fmt: skip
 _CONTINUED = _MODEL | dict(rounded=(False, True), room=(1, 16, 17), new=(2, 17))
 _DECODE = dict(
@@ -159,12 +158,11 @@ def _update(
 
 
 def _fp8(
-    batch: int, length: int, vocab: int, width: int, which: str, dtype: str, bias: bool,
-    recompute: bool,
+    batch: int, length: int, vocab: int, width: int, dtype: str,
 ) -> None:  # fmt: skip
     _update(
-        batch, length, vocab, 1, width, 1, bias, dtype, "none", 0.0, False, recompute, 0.0, False,
-        False, which,
+        batch, length, vocab, 1, width, 1, False, dtype, "none", 0.0, False, False, 0.0, False,
+        False, "head",
     )  # fmt: skip
 
 

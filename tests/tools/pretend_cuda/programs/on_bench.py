@@ -29,10 +29,7 @@ STEPS = ["--loss_steps=5", "--warmup=3", "--rounds=2", "--steps=2"]
 # That differ from others by what torch.compile is asked for, or in nothing.
 LEFT_OUT = ("sdpa_autotune", "sdpa_compile", "fastgpt_compile", "fastgpt_again")
 
-FP8_SIZES = {
-    "linear": {"M": 32, "K": 32, "N": 48},
-    "linear_cross_entropy": {"M": 16, "C": 32, "V": 64},
-}
+FP8_SIZES = {"M": 16, "C": 32, "V": 64}
 
 
 @pytest.fixture(autouse=True)
@@ -107,13 +104,12 @@ def test_adamw(provider: str) -> None:
     run(bench_adamw.Row((("N", 3000),), provider))
 
 
-@pytest.mark.parametrize("op", [bench_fp8.LINEAR, bench_fp8.LOSS], ids=lambda op: op.name)
-def test_fp8(op: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fp8(monkeypatch: pytest.MonkeyPatch) -> None:
     assert bench_fp8.why_not() is None
     monkeypatch.setattr(bench_fp8, "check", lambda row, inputs: None)
-    for direction in op.directions:
+    for direction in bench_fp8.LOSS.directions:
         for provider in ("fp8", "bf16"):
-            row = Row(op, tuple(FP8_SIZES[op.name].items()), direction, provider)
+            row = Row(bench_fp8.LOSS, tuple(FP8_SIZES.items()), direction, provider)
             run(row, bench_fp8.measure)
 
 
