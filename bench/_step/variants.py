@@ -35,7 +35,6 @@ VariantName = Literal[
     "fastgpt_train",
     "fastgpt_train_recompute",
     "fastgpt_fp8_head",
-    "fastgpt_fp8_all",
     "fastgpt_again",
 ]
 
@@ -96,7 +95,6 @@ VARIANTS: dict[str, Variant] = {
     "fastgpt_train": _ours("fastgpt train", trainer=True),
     "fastgpt_train_recompute": _ours("fastgpt train, recompute", trainer=True, recompute=True),
     "fastgpt_fp8_head": _ours("fastgpt train, fp8 head", trainer=True, fp8="head"),
-    "fastgpt_fp8_all": _ours("fastgpt train, fp8", trainer=True, fp8="all"),
     "fastgpt_again": _ours("fastgpt again"),
 }
 
