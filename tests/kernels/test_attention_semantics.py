@@ -112,8 +112,8 @@ def assert_pipelined_pv_is_the_same(
     """The forward with PIPELINED_PV and without, with dropout: the same products in the same order,
     so the same bits.
 
-    Compiled, that order is wgmma's, which PIPELINED_PV is made for. mma.sync adds the keys of a tile
-    in an order that follows the layout of the probabilities, and Triton gives the two forms
+    Compiled, that order is wgmma's, which PIPELINED_PV is made for. mma.sync adds the keys of a
+    tile in an order that follows the layout of the probabilities, and Triton gives the two forms
     different layouts: there the outputs differ by the rounding of these additions, and by no more.
     """
     q, k, v = (torch.randn(1, 2, t, 16).to(dtype) for t in (n_queries, n_keys, n_keys))
