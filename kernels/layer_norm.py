@@ -126,8 +126,9 @@ def layer_norm_bwd(
 
     row_launch = _whole_rows(x, "bwd")
     fused = n_cols <= MAX_FUSED_WIDTH
-    narrow = configs.launch(configs.find(x, "layer_norm", "bwd_narrow"))
-    launch = row_launch if fused else narrow
+    launch = row_launch
+    if not fused:
+        launch = configs.launch(configs.find(x, "layer_norm", "bwd_narrow"))
     sums = configs.launch(configs.find(x, "layer_norm", "sum_bands"))
     tiles = triton.cdiv(n_rows, launch["BLOCK_M"])
     resident = 3 if dropout_p else 4  # of a multiprocessor's registers, at 768 columns in bfloat16

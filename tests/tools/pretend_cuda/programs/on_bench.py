@@ -2,6 +2,7 @@
 that they run through does. Started by ``test_on_pretended_device.py``.
 """
 
+import dataclasses
 import functools
 import json
 from collections.abc import Iterator
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-from bench import bench_adamw, bench_decode, bench_linear_cross_entropy
+from bench import bench_adamw, bench_decode, bench_linear_cross_entropy, sweep
 from bench import run as run_py
 from bench._harness import machine
 from bench._ops import determinism, op_bench
@@ -130,3 +131,17 @@ def test_decode(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     argv = [*sizes, "--prompt=4", "--new-tokens=20", "--device=cuda", f"--out={out}"]
     assert bench_decode.main(argv) == 0
     assert json.loads(out.read_text())["tokens_per_s"]["fastgpt"] > 0
+
+
+def test_sweep(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Compiling ahead of time is not part of it: every candidate counts as good, and right."""
+    gelu = sweep.op_of("gelu.OP", torch.bfloat16)
+    small = dataclasses.replace(gelu, gpu_sizes=[{"M": 5, "N": 24}])
+    monkeypatch.setattr(sweep, "op_of", lambda benchmark, dtype: small)
+    monkeypatch.setattr(
+        sweep, "compile_all", lambda _, candidates, *options: [sweep.Made(None)] * len(candidates)
+    )
+    monkeypatch.setattr(Case, "check", lambda *_: None)
+    assert sweep.main(["gelu", "--only=*fwd"]) == 0
+    printed = capsys.readouterr().out
+    assert "# pretended device" in printed and 'Key("gelu", "fwd", "sm_90", "half"' in printed
