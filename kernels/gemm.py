@@ -19,11 +19,11 @@ from fastgpt.kernels.costs import KernelCost, nbytes
 from fastgpt.kernels.gelu import gelu_backward, gelu_forward
 from fastgpt.kernels.gemm_kernels import _linear_gelu_kernel, _weight_grad_kernel
 
-# Operations that take as long as one byte of device memory: 788 TFLOP/s over 4.3 TB/s, measured on
-# an H200; an A100 has 150, a B200 280. Only the number of splits depends on it.
+# FLOPs in the time of one byte of device memory: 788 TFLOP/s over 4.3 TB/s, measured on an H200; an
+# A100 has 150, a B200 280. Used to choose the number of splits.
 _FLOPS_PER_BYTE = 183
 _MAX_SPLITS = 32
-_MIN_TOKENS = 256  # in a part: fewer do not pay for the pass over dW
+_MIN_TOKENS = 256  # in a part: for fewer, the pass over dW costs more than it saves
 
 
 def _tma(device: torch.device) -> bool:
@@ -71,13 +71,13 @@ def _linear_gelu(
     act: Tensor | None,
     approximate: str,
 ) -> None:
-    """Fills pre, or dpre if that is asked for, and act if that is."""
+    """Writes pre, or dpre if it is given, and act if it is given."""
     gradient = dpre is not None
     block_m, block_n, block_k = config[:3]
     (n_rows, n_inner), n_cols = a.shape, pre.shape[1]
     n_tiles = triton.cdiv(n_rows, block_m) * triton.cdiv(n_cols, block_n)
     n_programs = min(n_tiles, config.programs * _host.multiprocessors(a.device))
-    half = block_m, block_n // 2  # what the epilogue works on
+    half = block_m, block_n // 2  # the epilogue's block
     with _host.on_device(a):
         _linear_gelu_kernel[(n_programs,)](
             _matrix(a, block_m, block_k),
@@ -131,8 +131,8 @@ def linear_gelu_gradient(
 
 @functools.cache
 def splits(n_rows: int, n_cols: int, n_tokens: int, n_tiles: int, slots: int) -> int:
-    """Into how many parts the sum over the tokens is cut. Every part costs a pass over dW in
-    float32; too few leave multiprocessors idle in the last wave of tiles."""
+    """Into how many parts the sum over the tokens is split: each part costs a pass over dW in
+    float32, and with too few, multiprocessors idle in the last wave of tiles."""
 
     def cost(n: int) -> float:  # in bytes of device memory
         waves = math.ceil(n_tiles * n / slots)
