@@ -221,7 +221,7 @@ def compiled(subject: Subject, config: Config, keep: bool) -> Made:
         wrong[0] if wrong else None,
         max(one.registers for one in found),
         max(one.shared_memory for one in found),
-        min(one.occupancy.programs for one in found),
+        min(one.programs for one in found),
     )
 
 

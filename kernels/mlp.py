@@ -204,7 +204,7 @@ def mlp(
         fc_bias: (F,), of fc_weight's dtype, or None.
         proj_weight: (N, F), of fc_weight's dtype.
         approximate: "none" for the exact GELU, "tanh" for the form GPT-2 was trained with.
-        recompute: ``(x, weight, bias, eps)`` of the ``layer_norm`` that made x, whose input is saved
+        recompute: ``(x, weight, bias, eps)`` of the ``layer_norm`` that made x; its input is saved
             anyway: the backward recomputes x and gelu's result from it.
 
     Returns:
