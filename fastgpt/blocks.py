@@ -86,20 +86,18 @@ class CausalSelfAttention(nn.Module):
         self,
         x: Tensor,
         recompute: Recipe | None,
-        fp8: bool,
         dropout: Dropout,
         starts: Tensor | None,
         attend: Attend | None,
     ) -> Tensor:
         c_attn = self.c_attn
-        # (B, T, 3C)
-        qkv = self._linear(x, c_attn.weight, c_attn.bias, recompute=recompute, fp8=fp8)
+        qkv = self._linear(x, c_attn.weight, c_attn.bias, recompute=recompute)  # (B, T, 3C)
         if attend is None:
             drop = dropout.arguments(self, self.dropout)
             y = self._attention(qkv, self.n_head, starts=starts, **drop)
         else:
             y = attend(qkv)
-        return self._linear(y, self.c_proj.weight, fp8=fp8)  # (B, T, C)
+        return self._linear(y, self.c_proj.weight)  # (B, T, C)
 
     def prefill(self, cache: list[Tensor], layer: int, n_slots: int, qkv: Tensor) -> Tensor:
         """Attention of whole sequences, whose keys and values go to ``cache[layer]``,
@@ -134,12 +132,12 @@ class MLP(nn.Module):
         self._mlp = ops.mlp
         self._approximate = gelu
 
-    def forward(self, x: Tensor, recompute: Recipe | None, fp8: bool) -> Tensor:
-        # PyTorch's scaled products have no epilogue to put GELU in; and with one token a sequence
-        # there are few rows, where the product that has one computes 128 at a time.
-        if fp8 or x.shape[1] == 1:
-            x = self._linear(x, self.c_fc.weight, self.c_fc.bias, recompute=recompute, fp8=fp8)
-            return self._linear(self.gelu(x), self.c_proj.weight, fp8=fp8)
+    def forward(self, x: Tensor, recompute: Recipe | None) -> Tensor:
+        # One token a sequence gives few rows, and the product with GELU in its epilogue computes
+        # 128 at a time.
+        if x.shape[1] == 1:
+            x = self._linear(x, self.c_fc.weight, self.c_fc.bias, recompute=recompute)
+            return self._linear(self.gelu(x), self.c_proj.weight)
         return self._mlp(
             x,
             self.c_fc.weight,
@@ -173,7 +171,6 @@ class Block(nn.Module):
         next_norm: LayerNorm,
         dropout: Dropout,
         recompute: bool,
-        fp8: bool,
         starts: Tensor | None,
         attend: Attend | None,
     ) -> tuple[Tensor, Tensor]:
@@ -182,9 +179,9 @@ class Block(nn.Module):
         """
         attn, mlp = self.attn, self.mlp
         recipe = self.ln_1.recipe(residual) if recompute else None
-        delta = attn(x, recipe, fp8, dropout, starts, attend)
+        delta = attn(x, recipe, dropout, starts, attend)
         drop = dropout.arguments(attn.resid_dropout, attn.resid_dropout.p)
         x, residual = self.ln_2.of_sum(residual, delta, attn.c_proj.bias, drop)
-        delta = mlp(x, self.ln_2.recipe(residual) if recompute else None, fp8)
+        delta = mlp(x, self.ln_2.recipe(residual) if recompute else None)
         drop = dropout.arguments(mlp.dropout, mlp.dropout.p)
         return next_norm.of_sum(residual, delta, mlp.c_proj.bias, drop)

@@ -52,14 +52,13 @@ class GPT(LanguageModel):
     form, as in nanoGPT, or "tanh" for the one that OpenAI's weights were trained with;
     ``gelu_approximate`` holds the choice. With ``recompute`` the results of GELU and LayerNorm are
     made again in the backward rather than kept: less memory, the same numbers. With ``fp8="head"``
-    the matrix products of the training loss are of 8-bit numbers, with "all" those of the blocks
-    too: faster, other numbers, and of GELU's results always 8 bits are kept. It needs a GPU of
-    compute capability 8.9 or newer, found out by the first forward pass, and ``n_embd`` and
-    ``vocab_size`` that are multiples of 16. ``separator`` is the id of the token that opens a
-    document: no token attends to, or is placed by, what stands before the last separator at or
-    before it, so that sequences of several documents give what each of them gives on its own (and
-    ``generate`` keeps no cache). The attributes ``recompute``, ``fp8`` and ``separator`` may be
-    changed at any time.
+    the matrix products of the training loss are of 8-bit numbers: faster, and other numbers. It
+    needs a GPU of compute capability 8.9 or newer, which the first forward pass checks, and
+    ``n_embd`` and ``vocab_size`` that are multiples of 16. ``separator`` is the id of the token
+    that opens a document: no token attends to, or is placed by, what stands before the last
+    separator at or before it, so that sequences of several documents give what each of them gives
+    on its own (and ``generate`` keeps no cache). The attributes ``recompute``, ``fp8``
+    and ``separator`` may be changed at any time.
 
     With the same seed the initial weights are nanoGPT's, bit for bit.
     """
@@ -108,8 +107,8 @@ class GPT(LanguageModel):
 
     @fp8.setter
     def fp8(self, which: str) -> None:
-        if which not in ("none", "head", "all"):
-            raise ValueError(f"fp8 must be 'none', 'head' or 'all', got {which!r}")
+        if which not in ("none", "head"):
+            raise ValueError(f"fp8 must be 'none' or 'head', got {which!r}")
         for name in ("n_embd", "vocab_size"):
             size = getattr(self.config, name)
             if which != "none" and size % 16:
@@ -157,13 +156,12 @@ class GPT(LanguageModel):
             **dropout.arguments(trunk.drop, trunk.drop.p),
         )
         attends = attends or [None] * len(trunk.h)
-        return self._through_blocks(residual, dropout, self.fp8 == "all", starts, attends)
+        return self._through_blocks(residual, dropout, starts, attends)
 
     def _through_blocks(
         self,
         residual: Tensor,
         dropout: Dropout,
-        fp8: bool,
         starts: Tensor | None,
         attends: Iterable[Attend | None],
     ) -> Tensor:
@@ -171,9 +169,7 @@ class GPT(LanguageModel):
         norms: list[Any] = [*(block.ln_1 for block in trunk.h), trunk.ln_f]
         x = norms[0](residual)
         for block, next_norm, attend in zip(trunk.h, norms[1:], attends, strict=True):
-            x, residual = block(
-                x, residual, next_norm, dropout, self.recompute, fp8, starts, attend
-            )
+            x, residual = block(x, residual, next_norm, dropout, self.recompute, starts, attend)
         return x
 
     def _logits(self, idx: Tensor, last_only: bool) -> Tensor:
@@ -186,7 +182,7 @@ class GPT(LanguageModel):
             self.lm_head.weight,
             targets,
             ignore_index=-1,
-            fp8=self.fp8 != "none",
+            fp8=self.fp8 == "head",
         )
 
     def _caches(self) -> bool:
@@ -210,8 +206,7 @@ class GPT(LanguageModel):
             functools.partial(block.attn.decode, of_layer, positions)
             for block, of_layer in zip(blocks, cache, strict=True)
         ]
-        # Not in fp8: to round the weights for one token takes longer than to read them.
-        x = self._through_blocks(x, Dropout(None), False, None, attends)
+        x = self._through_blocks(x, Dropout(None), None, attends)
         return self._linear(x[:, 0], self.lm_head.weight)
 
     def get_num_params(self, non_embedding: bool = True) -> int:

@@ -242,24 +242,7 @@ def gelu(x: Tensor, approximate: str) -> None:
         raise ValueError(f"approximate must be 'none' or 'tanh', got {approximate!r}")
 
 
-FP8_MULTIPLE = 16  # rows of 8-bit matrices begin at multiples of 16 bytes
-
-
-def _fp8(name: str, weight: Tensor) -> None:
-    if 0 in weight.shape or any(size % FP8_MULTIPLE for size in weight.shape):
-        raise ValueError(
-            f"both sizes of {name} must be multiples of {FP8_MULTIPLE} with fp8=True, "
-            f"got {tuple(weight.shape)}"
-        )
-
-
-def linear(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    names: tuple[str, str],
-    fp8: bool = False,
-) -> None:
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None, names: tuple[str, str]) -> None:
     """``names``: what the caller calls weight and bias."""
     floating(x=x)
     _parameters("x", x, **{names[0]: weight, names[1]: bias})
@@ -269,8 +252,6 @@ def linear(
             f"and x {tuple(x.shape)}"
         )
     _shaped(names[1], bias, (weight.shape[0],), f"{names[0]} {tuple(weight.shape)}")
-    if fp8:
-        _fp8(names[0], weight)
 
 
 Recipe = tuple[Tensor, Tensor, Tensor | None, float]  # the arguments of layer_norm
@@ -358,7 +339,11 @@ def linear_cross_entropy(
     z_loss: float,
     fp8: bool,
 ) -> None:
-    linear(x, weight, None, ("weight", ""), fp8)
+    linear(x, weight, None, ("weight", ""))
+    if fp8 and (0 in weight.shape or any(size % 16 for size in weight.shape)):
+        raise ValueError(  # rows of 8-bit matrices begin at multiples of 16 bytes
+            f"both sizes of weight must be multiples of 16 with fp8=True, got {tuple(weight.shape)}"
+        )
     _token_ids("targets", targets)
     _shaped("targets", targets, tuple(x.shape[:-1]), f"x {tuple(x.shape)}")
     _same_device(x=x, targets=targets)

@@ -12,13 +12,14 @@ Bytes an element: 28 (p, g, m, v in; p, m, v out), 30 with a bfloat16 copy; memo
 """
 
 import math
+from collections.abc import Sequence
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastgpt.kernels import _checks, _host
+from fastgpt.kernels import _checks, _host, configs
 from fastgpt.kernels.costs import KernelCost, nbytes, register_cost
 
 
@@ -87,11 +88,6 @@ def _adamw_kernel(
             tl.store(rounded_ptr + offs, param.to(rounded_ptr.dtype.element_ty), mask=mask)
 
 
-# Eight elements a thread: two 16-byte accesses to each float32 buffer, one to a bfloat16 copy.
-# Predicted from the access width, not yet measured.
-_LAUNCH = dict(BLOCK=1024, num_warps=4)
-
-
 @torch.library.custom_op(
     "fastgpt::adamw", mutates_args=("param", "rounded", "exp_avg", "exp_avg_sq", "step")
 )
@@ -103,8 +99,7 @@ def _adamw_op(
     exp_avg_sq: Tensor,
     step: Tensor,
     lr: Tensor,
-    beta1: float,
-    beta2: float,
+    betas: Sequence[float],
     eps: float,
     weight_decay: float,
     clip: Tensor | None,
@@ -113,6 +108,7 @@ def _adamw_op(
     if not param.numel():
         return
     scalars = param.new_empty(5)
+    config = configs.find(param, "adamw", "update")
     with _host.on_device(param):
         _adamw_scalars_kernel[(1,)](
             scalars,
@@ -121,14 +117,14 @@ def _adamw_op(
             clip,
             skip,
             weight_decay,
-            LOG2_BETA1=math.log2(beta1) if beta1 else -math.inf,
-            LOG2_BETA2=math.log2(beta2) if beta2 else -math.inf,
+            LOG2_BETA1=math.log2(betas[0]) if betas[0] else -math.inf,
+            LOG2_BETA2=math.log2(betas[1]) if betas[1] else -math.inf,
             HAS_CLIP=clip is not None,
             HAS_SKIP=skip is not None,
             num_warps=1,
             **_host.FMA,
         )
-        _adamw_kernel[(triton.cdiv(param.numel(), _LAUNCH["BLOCK"]),)](
+        _adamw_kernel[(triton.cdiv(param.numel(), config.BLOCK),)](
             param,
             rounded,
             grad,
@@ -137,18 +133,16 @@ def _adamw_op(
             scalars,
             param.numel(),
             eps,
-            BETA1=beta1,
-            BETA2=beta2,
+            BETA1=betas[0],
+            BETA2=betas[1],
             ROUNDED=rounded is not None,
-            **_LAUNCH,
+            **configs.launch(config),
             **_host.FMA,
         )
 
 
 @_adamw_op.register_fake
-def _(
-    param, rounded, grad, exp_avg, exp_avg_sq, step, lr, beta1, beta2, eps, weight_decay, clip, skip
-):
+def _(*_):
     return None
 
 
@@ -192,10 +186,8 @@ def adamw(
         TypeError: a tensor has another dtype than said.
         ValueError: shapes, strides or devices do not go together, or a number is out of its range.
     """
-    _checks.adamw(
-        param, rounded, grad, exp_avg, exp_avg_sq, step, lr, betas, eps, weight_decay, clip, skip
-    )
+    state = param, rounded, grad, exp_avg, exp_avg_sq, step, lr
+    options = betas, eps, weight_decay, clip, skip
+    _checks.adamw(*state, *options)
     _host.launchable(param=param)
-    _adamw_op(
-        param, rounded, grad, exp_avg, exp_avg_sq, step, lr, *betas, eps, weight_decay, clip, skip
-    )
+    _adamw_op(*state, *options)

@@ -1,16 +1,17 @@
-"""Matrices in 8 bits, and PyTorch's scaled products of them: what ``linear`` and
-``linear_cross_entropy`` do with ``fp8=True``.
+"""Matrices in 8 bits, and PyTorch's scaled products of them: what ``linear_cross_entropy`` does
+with ``fp8=True``.
 
-    x ≈ s * x8        s the least power of two with max |x| / s at most fp8's largest number
+    x ≈ s * x8        s the least power of two with max |x| / s at most 448, e4m3's largest number
 
 Activations and weights are e4m3 (3 bits behind the leading one: |x - s x8| <= 2^-4 |x|, or
-s * 2^-10 where that is more), gradients e5m2 (2 bits: 2^-3 |x|, or s * 2^-17). One scale for a
-tensor, found on the device at each call: nothing is kept from step to step, nothing waits for the
-device. If a tensor holds a NaN or an infinity, all of it is NaN, and so is the loss.
+s * 2^-10 where that is more). One scale for a tensor, found on the device at each call: nothing is
+kept from step to step, nothing waits for the device. If a tensor holds a NaN or an infinity, all of
+it is NaN, and so is the loss. The scale is a power of two, so that dividing by it rounds nothing:
+the only loss is fp8's own rounding, and at most one bit of range.
 
 GPUs of compute capability 8.9 and 9.0 multiply 8-bit matrices only where both are contiguous along
-the dimension that is summed over. Each is in two of a layer's three products, once along its rows
-and once along its columns, so a cast writes both: with 2 bytes an element read twice (once for the
+the dimension that is summed over. x and weight are in two products each, once along their rows and
+once along their columns, so a cast writes both: with 2 bytes an element read twice (once for the
 maximum, once for the cast) 6 bytes an element, where the product it feeds saves half its time.
 """
 
@@ -22,91 +23,162 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastgpt.kernels import _host
+from fastgpt.kernels import _host, configs
 from fastgpt.kernels.costs import KernelCost, nbytes
-from fastgpt.kernels.fp8_kernels import _amax_kernel, _quantise_kernel, _transpose_kernel
 
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
-_TRITON = {E4M3: tl.float8e4nv, E5M2: tl.float8e5}
-_TOP = {E4M3: 8, E5M2: 15}  # the largest numbers are 1.75 * 2^8 and 1.75 * 2^15
+
+
+@triton.jit
+def _amax_kernel(
+    x_ptr,  # (n), contiguous
+    partials_ptr,  # (programs) int32: the largest magnitude that a program met, as bits
+    n,
+    BLOCK: tl.constexpr,
+):
+    # As integers the bits of magnitudes have the order of the magnitudes, infinity and NaN on top.
+    bits = tl.zeros([BLOCK], dtype=tl.int32)
+    for block in range(tl.program_id(0), tl.cdiv(n, BLOCK), tl.num_programs(0)):
+        offs = tl.cast(block, tl.int64) * BLOCK + tl.arange(0, BLOCK)
+        x = tl.load(x_ptr + offs, mask=offs < n, other=0.0).to(tl.float32)
+        bits = tl.maximum(bits, x.to(tl.int32, bitcast=True) & 0x7FFFFFFF)
+    tl.store(partials_ptr + tl.program_id(0), tl.max(bits, axis=0))
+
+
+@triton.jit
+def _scale_of(bits):
+    """The least power of two that divides the magnitude into e4m3's range, whose largest number is
+    1.75 * 2^8, and its inverse; NaN for infinity and NaN."""
+    exponent = tl.maximum(((bits + 0x1FFFFF) >> 23) - 8, 1)  # rounded up past a mantissa of 1.75
+    finite = bits < 0x7F800000
+    scale = tl.where(finite, exponent << 23, 0x7FC00000)
+    inverse = tl.where(finite, (254 - exponent) << 23, 0x7FC00000)
+    return scale.to(tl.float32, bitcast=True), inverse.to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _store_columns(columns_ptr, tile, offs_m, offs_n, padded_rows, n_cols):
+    """The tile's transpose: (n_cols, padded_rows), contiguous."""
+    ptrs = columns_ptr + offs_n.to(tl.int64)[None, :] * padded_rows + offs_m[:, None]
+    tl.store(ptrs, tile, mask=(offs_m < padded_rows)[:, None] & (offs_n < n_cols)[None, :])
+
+
+@triton.jit
+def _load_rows(x_ptr, offs_m, offs_n, n_rows, n_cols):
+    ptrs = x_ptr + offs_m.to(tl.int64)[:, None] * n_cols + offs_n[None, :]
+    return tl.load(ptrs, mask=(offs_m < n_rows)[:, None] & (offs_n < n_cols)[None, :], other=0)
+
+
+@triton.jit
+def _quantise_kernel(
+    x_ptr,  # (n_rows, n_cols), contiguous
+    partials_ptr,  # (n_partials), of _amax_kernel
+    scale_ptr,  # (1)
+    rows_ptr,  # (n_rows, n_cols) e4m3
+    columns_ptr,  # (n_cols, padded_rows) e4m3, written if COLUMNS, with zeros in the padding
+    n_rows,
+    n_cols,
+    padded_rows,
+    n_partials,
+    COLUMNS: tl.constexpr,
+    MAX_PARTIALS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    offs = tl.arange(0, MAX_PARTIALS)
+    partials = tl.load(partials_ptr + offs, mask=offs < n_partials, other=0)
+    scale, inverse = _scale_of(tl.max(partials, axis=0))
+    if tl.program_id(0) == 0 and tl.program_id(1) == 0:
+        tl.store(scale_ptr, scale)
+    offs_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    x = _load_rows(x_ptr, offs_m, offs_n, n_rows, n_cols).to(tl.float32)
+    tile = (x * inverse).to(rows_ptr.dtype.element_ty)
+    ptrs = rows_ptr + offs_m.to(tl.int64)[:, None] * n_cols + offs_n[None, :]
+    tl.store(ptrs, tile, mask=(offs_m < n_rows)[:, None] & (offs_n < n_cols)[None, :])
+    if COLUMNS:
+        _store_columns(columns_ptr, tile, offs_m, offs_n, padded_rows, n_cols)
+
+
+@triton.jit
+def _transpose_kernel(
+    x_ptr,  # (n_rows, n_cols) bytes, contiguous
+    columns_ptr,  # (n_cols, padded_rows), with zeros in the padding
+    n_rows,
+    n_cols,
+    padded_rows,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    offs_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    tile = _load_rows(x_ptr, offs_m, offs_n, n_rows, n_cols)
+    _store_columns(columns_ptr, tile, offs_m, offs_n, padded_rows, n_cols)
+
 
 # What PyTorch's products want of the dimension that is summed over: 16 bytes. A transpose is
 # padded with zeros up to that, which add nothing, so any number of tokens will do.
 _ALIGNMENT = 16
 
-# Chosen by compilation (no spill on sm_89, sm_90, sm_100), not measured. A tile is 8 KB of fp8,
-# whose rows and columns both fill sectors of memory; 16 programs hold enough loads under way.
-_TILE = dict(BLOCK_M=64, BLOCK_N=128, num_warps=4)
-_AMAX = dict(BLOCK=4096, num_warps=8)
-_PROGRAMS = 8  # of the maximum, on a multiprocessor
 _MAX_PARTIALS = 2048
 
 
 class Quantised(NamedTuple):
-    """A matrix (M, N) in fp8, divided by its scale."""
+    """A matrix (M, N) in e4m3, divided by its scale."""
 
-    rows: Tensor | None  # (M, N)
+    rows: Tensor  # (M, N)
     columns: Tensor | None  # its transpose, padded with zeros: (N, M rounded up to 16)
     scale: Tensor  # (1,) float32
-    sums: Tensor | None  # (N,) float32: the columns of the matrix itself, summed
 
 
-def padded(n_rows: int) -> int:
+def _padded(n_rows: int) -> int:
     return -(-n_rows // _ALIGNMENT) * _ALIGNMENT
 
 
-def quantise(
-    x: Tensor, dtype: torch.dtype, *, rows: bool = True, columns: bool, sums: bool = False
-) -> Quantised:
-    """x (M, N), contiguous, in ``E4M3`` or ``E5M2``: along its rows, along its columns, or both."""
+def quantise(x: Tensor, *, columns: bool) -> Quantised:
+    """x (M, N), contiguous, in e4m3: its rows and, on request, its columns."""
     n_rows, n_cols = x.shape
-    n_padded = padded(n_rows)
-    x8 = x.new_empty(x.shape, dtype=dtype) if rows else None
-    x8_columns = x.new_empty(n_cols, n_padded, dtype=dtype) if columns else None
+    n_padded = _padded(n_rows)
+    x8 = x.new_empty(x.shape, dtype=E4M3)
+    x8_columns = x.new_empty(n_cols, n_padded, dtype=E4M3) if columns else None
     if x.numel() == 0:
-        total = x.new_zeros(n_cols, dtype=torch.float32) if sums else None
-        return Quantised(x8, x8_columns, x.new_ones(1, dtype=torch.float32), total)
-    n_tiles = triton.cdiv(n_padded, _TILE["BLOCK_M"])
+        return Quantised(x8, x8_columns, x.new_ones(1, dtype=torch.float32))
+    tile, amax = configs.find(x, "fp8", "quantise"), configs.find(x, "fp8", "amax")
     scale = x.new_empty(1, dtype=torch.float32)
-    parts = x.new_empty(n_tiles, n_cols, dtype=torch.float32) if sums else None
     n_partials = min(
-        triton.cdiv(x.numel(), _AMAX["BLOCK"]),
-        _PROGRAMS * _host.multiprocessors(x.device),
+        triton.cdiv(x.numel(), amax.BLOCK),
+        amax.programs * _host.multiprocessors(x.device),
         _MAX_PARTIALS,
     )
     partials = x.new_empty(n_partials, dtype=torch.int32)
     with _host.on_device(x):
-        _amax_kernel[(n_partials,)](x, partials, x.numel(), **_AMAX, **_host.FMA)
-        _quantise_kernel[(n_tiles, triton.cdiv(n_cols, _TILE["BLOCK_N"]))](
+        _amax_kernel[(n_partials,)](x, partials, x.numel(), **configs.launch(amax), **_host.FMA)
+        _quantise_kernel[triton.cdiv(n_padded, tile.BLOCK_M), triton.cdiv(n_cols, tile.BLOCK_N)](
             x,
             partials,
             scale,
             x8,
             x8_columns,
-            parts,
             n_rows,
             n_cols,
             n_padded,
             n_partials,
-            FP8=_TRITON[dtype],
-            TOP=_TOP[dtype],
-            ROWS=rows,
             COLUMNS=columns,
-            SUMS=sums,
             MAX_PARTIALS=triton.next_power_of_2(n_partials),
-            **_TILE,
+            **configs.launch(tile),
             **_host.FMA,
         )
-    return Quantised(x8, x8_columns, scale, None if parts is None else parts.sum(0))
+    return Quantised(x8, x8_columns, scale)
 
 
 def transposed(x8: Tensor) -> Tensor:
     """(M, N) in fp8, contiguous → (N, M rounded up to 16), padded with zeros."""
     n_rows, n_cols = x8.shape
-    columns = x8.new_empty(n_cols, padded(n_rows))
+    columns = x8.new_empty(n_cols, _padded(n_rows))
+    tile = configs.find(x8, "fp8", "transpose")
     grid = (
-        triton.cdiv(columns.shape[1], _TILE["BLOCK_M"]),
-        triton.cdiv(n_cols, _TILE["BLOCK_N"]),
+        triton.cdiv(columns.shape[1], tile.BLOCK_M),
+        triton.cdiv(n_cols, tile.BLOCK_N),
     )
     with _host.on_device(x8):
         _transpose_kernel[grid](
@@ -115,7 +187,7 @@ def transposed(x8: Tensor) -> Tensor:
             n_rows,
             n_cols,
             columns.shape[1],
-            **_TILE,
+            **configs.launch(tile),
             **_host.FMA,
         )
     return columns
@@ -127,12 +199,11 @@ def product(
     b: Tensor,
     b_scale: Tensor,
     dtype: torch.dtype,
-    bias: Tensor | None = None,
     *,
     fast_sums: bool = False,
 ) -> Tensor:
-    """a (M, K) and b (N, K), in fp8 with adjacent columns → ``a bᵀ + bias`` (M, N) of ``dtype``,
-    summed in float32 and rounded once.
+    """a (M, K) and b (N, K), in fp8 with adjacent columns → ``a bᵀ`` (M, N) of ``dtype``, summed in
+    float32 and rounded once.
 
     With ``fast_sums`` Hopper's tensor cores add up a whole row in their own accumulators, of fewer
     than float32's bits, rather than hand them over every 128 terms: faster, and good enough for
@@ -149,7 +220,6 @@ def product(
             recipe,
             b_scale,
             recipe,
-            bias=bias,
             output_dtype=dtype,
             use_fast_accum=fast_sums,
         )

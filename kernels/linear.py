@@ -10,16 +10,13 @@ dweight leaves as float32, with no half-precision gradient in between.
 
 Bytes moved, s an element: s (T K + N K + T N) for each of the three products, which 2 T K N
 floating-point operations hide where K and N are hundreds.
-
-In fp8 all three products are of 8-bit matrices (``fp8_products.py``): x and weight in e4m3, dy in
-e5m2. Saved are x and weight in 8 bits, transposed, as dweight and dx want them.
 """
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastgpt.kernels import _checks, _host, fp8_products, gemm
+from fastgpt.kernels import _checks, _host, gemm
 from fastgpt.kernels.costs import KernelCost, nbytes, register_cost
 from fastgpt.kernels.layer_norm import layer_norm_fwd
 
@@ -187,174 +184,6 @@ def _(out, dy, weight, saved, ln_weight, ln_bias, eps, has_bias, wants_dx, wants
     return kernels
 
 
-@torch.library.custom_op("fastgpt::linear_fp8", mutates_args=())
-def _linear_fp8_op(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    source: Tensor | None,
-    ln_weight: Tensor | None,
-    ln_bias: Tensor | None,
-    eps: float,
-    keeps_x: bool,
-    keeps_weight: bool,
-) -> list[Tensor]:
-    """y; then, as far as they are kept, x and weight: the transpose as bytes, and the scale."""
-    x8 = fp8_products.quantise(rows(x).contiguous(), fp8_products.E4M3, columns=keeps_x)
-    w8 = fp8_products.quantise(weight.contiguous(), fp8_products.E4M3, columns=keeps_weight)
-    assert x8.rows is not None and w8.rows is not None
-    bias = None if bias is None else bias.to(x.dtype)
-    y = fp8_products.product(x8.rows, x8.scale, w8.rows, w8.scale, x.dtype, bias, fast_sums=True)
-    kept = [y.view(*x.shape[:-1], weight.shape[0])]
-    for matrix in (x8, w8):
-        if matrix.columns is not None:
-            kept += [matrix.columns.view(torch.uint8), matrix.scale]
-    return kept
-
-
-@_linear_fp8_op.register_fake
-def _(x, weight, bias, source, ln_weight, ln_bias, eps, keeps_x, keeps_weight):
-    n, k = weight.shape
-    out = [x.new_empty(*x.shape[:-1], n)]
-    for kept, shape in (
-        (keeps_x, (k, fp8_products.padded(x.numel() // k))),
-        (keeps_weight, (k, n)),
-    ):
-        if kept:
-            out += [x.new_empty(shape, dtype=torch.uint8), x.new_empty(1, dtype=torch.float32)]
-    return out
-
-
-@torch.library.custom_op("fastgpt::linear_fp8_bwd", mutates_args=())
-def _linear_fp8_bwd_op(
-    dy: Tensor,
-    x_columns: Tensor | None,
-    x_scale: Tensor | None,
-    weight_columns: Tensor | None,
-    weight_scale: Tensor | None,
-    source: Tensor | None,
-    ln_weight: Tensor | None,
-    ln_bias: Tensor | None,
-    eps: float,
-    weight_dtype: torch.dtype,
-    has_bias: bool,
-    wants_dweight: bool,
-) -> list[Tensor]:
-    """dx, if weight is there; dweight and, if there is a bias, dbias, if wanted."""
-    wants_dx = weight_columns is not None
-    dy8 = fp8_products.quantise(
-        rows(dy).contiguous(),
-        fp8_products.E5M2,
-        rows=wants_dx,
-        columns=wants_dweight,
-        sums=has_bias and wants_dweight,
-    )
-    gradients = []
-    if weight_columns is not None:
-        assert dy8.rows is not None and weight_scale is not None
-        weight8 = weight_columns.view(fp8_products.E4M3)
-        dx = fp8_products.product(dy8.rows, dy8.scale, weight8, weight_scale, dy.dtype)
-        gradients.append(dx.view(*dy.shape[:-1], weight8.shape[0]))
-    if wants_dweight:
-        if source is not None:
-            x = restored(source, ln_weight, ln_bias, eps, dy.dtype)
-            again = fp8_products.quantise(
-                rows(x).contiguous(), fp8_products.E4M3, rows=False, columns=True
-            )
-            x8, x_scale = again.columns, again.scale
-        else:
-            assert x_columns is not None
-            x8 = x_columns.view(fp8_products.E4M3)
-        assert dy8.columns is not None and x8 is not None and x_scale is not None
-        gradients.append(fp8_products.product(dy8.columns, dy8.scale, x8, x_scale, weight_dtype))
-        gradients += [] if dy8.sums is None else [dy8.sums.to(weight_dtype)]
-    return gradients
-
-
-@_linear_fp8_bwd_op.register_fake
-def _(
-    dy, x_columns, x_scale, weight_columns, weight_scale, source, ln_weight, ln_bias, eps,
-    weight_dtype, has_bias, wants_dweight,
-):  # fmt: skip
-    gradients = []
-    if weight_columns is not None:
-        gradients.append(dy.new_empty(*dy.shape[:-1], weight_columns.shape[0]))
-    if wants_dweight:
-        width = source.shape[-1] if source is not None else x_columns.shape[0]
-        gradients.append(dy.new_empty(dy.shape[-1], width, dtype=weight_dtype))
-        gradients += [dy.new_empty(dy.shape[-1], dtype=weight_dtype)] if has_bias else []
-    return gradients
-
-
-def _setup_context_fp8(ctx, inputs, output):
-    x, weight, bias, source, ln_weight, ln_bias, ctx.eps, keeps_x, keeps_weight = inputs
-    kept = iter(output[1:])
-    x_kept = (next(kept), next(kept)) if keeps_x else (None, None)
-    weight_kept = (next(kept), next(kept)) if keeps_weight else (None, None)
-    ctx.save_for_backward(*x_kept, *weight_kept, source, ln_weight, ln_bias)
-    ctx.weight_dtype, ctx.has_bias = weight.dtype, bias is not None
-    ctx.set_materialize_grads(False)
-
-
-def _backward_fp8(ctx, grads):
-    if grads[0] is None:
-        return (*[None] * 9,)
-    wants_dx, wants_dweight, wants_dbias, *_ = ctx.needs_input_grad
-    x_columns, x_scale, weight_columns, weight_scale, *recipe = ctx.saved_tensors
-    wants_dweight = wants_dweight or wants_dbias
-    gradients = iter(
-        _linear_fp8_bwd_op(
-            grads[0],
-            x_columns,
-            x_scale,
-            weight_columns if wants_dx else None,
-            weight_scale,
-            *recipe,
-            ctx.eps,
-            ctx.weight_dtype,
-            ctx.has_bias,
-            wants_dweight,
-        )
-    )
-    dx = next(gradients) if wants_dx else None
-    dweight, dbias = next(gradients, None), next(gradients, None)
-    return dx, dweight, dbias, *[None] * 6
-
-
-_linear_fp8_op.register_autograd(_backward_fp8, setup_context=_setup_context_fp8)
-
-
-@register_cost(torch.ops.fastgpt.linear_fp8)
-def _(out, x, weight, bias, source, ln_weight, ln_bias, eps, keeps_x, keeps_weight):
-    n, k = weight.shape
-    return [
-        *fp8_products.quantise_cost("x", x, 1 + keeps_x),
-        *fp8_products.quantise_cost("weight", weight, 1 + keeps_weight),
-        fp8_products.product_cost("linear", x.numel() // k, n, k, out[0]),
-    ]
-
-
-@register_cost(torch.ops.fastgpt.linear_fp8_bwd)
-def _(
-    out, dy, x_columns, x_scale, weight_columns, weight_scale, source, ln_weight, ln_bias, eps,
-    weight_dtype, has_bias, wants_dweight,
-):  # fmt: skip
-    n = dy.shape[-1]
-    tokens = dy.numel() // n
-    wants_dx = weight_columns is not None
-    kernels = fp8_products.quantise_cost("dy", dy, wants_dx + wants_dweight)
-    if wants_dx:
-        k = out[0].shape[-1]
-        kernels.append(fp8_products.product_cost("linear dx", tokens, k, n, out[0]))
-    if wants_dweight:
-        if source is not None:
-            kernels += restoring(ln_weight, source, dy.dtype)
-            kernels += fp8_products.quantise_cost("x", operand(source, dy.dtype), 1)
-        k = out[wants_dx].shape[-1]
-        kernels.append(fp8_products.product_cost("dweight", n, k, tokens, out[wants_dx]))
-    return kernels
-
-
 def with_recipe(
     recompute: _checks.Recipe | None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, float]:
@@ -371,7 +200,6 @@ def linear(
     bias: Tensor | None = None,
     *,
     recompute: _checks.Recipe | None = None,
-    fp8: bool = False,
 ) -> Tensor:
     """A linear layer, as ``F.linear``, whose gradients are summed in float32 and rounded once.
 
@@ -382,9 +210,6 @@ def linear(
         bias: (N,), of weight's dtype, or None.
         recompute: ``(x, weight, bias, eps)`` of the ``layer_norm`` that made x, whose input is
             kept anyway: x is not saved, but made again in the backward.
-        fp8: the products are of 8-bit matrices (``kernels.fp8_products``): x and weight in e4m3,
-            dy in e5m2. N and K must be multiples of 16, x of half precision, and the GPU of
-            compute capability 8.9 or newer.
 
     Returns:
         (..., N) of x's dtype, contiguous.
@@ -395,14 +220,7 @@ def linear(
     """
     _checks.floating(x=x)
     x = x.to(_host.autocast_dtype(x))
-    _checks.linear(x, weight, bias, ("weight", "bias"), fp8)
+    _checks.linear(x, weight, bias, ("weight", "bias"))
     _checks.recipe(x, recompute)
     _host.launchable(x=x, weight=weight, bias=bias)
-    if not fp8:
-        return _linear_op(x, weight, bias, *with_recipe(recompute))
-    _host.fp8_launchable(x, x.dtype)
-    differentiable = torch.is_grad_enabled()
-    wants_dweight = weight.requires_grad or (bias is not None and bias.requires_grad)
-    keeps_x = differentiable and wants_dweight and recompute is None
-    keeps_weight = differentiable and x.requires_grad
-    return _linear_fp8_op(x, weight, bias, *with_recipe(recompute), keeps_x, keeps_weight)[0]
+    return _linear_op(x, weight, bias, *with_recipe(recompute))

@@ -1,8 +1,9 @@
 """Every op written out plainly in PyTorch: the truth that the tests compare with, and the naive
 baseline that the benchmark times.
 
-Same names and signatures as in ``fused`` and ``torch_ops``. Autograd derives the backward passes,
-so nothing here shares an idea, or an error, with a hand-written one.
+``fused``, ``torch_ops`` and ``fastgpt.ops`` have the same names and signatures; ``OPS`` is the one
+list of them. Autograd derives the backward passes, so nothing here shares an idea, or an error,
+with a hand-written one.
 """
 
 import math
@@ -13,6 +14,21 @@ import torch
 from torch import Tensor
 
 from fastgpt.kernels import _checks
+
+# Each op, and the file of kernels/ that has it in Triton.
+OPS = {
+    "adamw": "adamw",
+    "attention": "attention",
+    "attention_decode": "attention_decode",
+    "attention_qkvpacked": "attention",
+    "embedding": "embedding",
+    "gelu": "gelu",
+    "layer_norm": "layer_norm",
+    "linear": "linear",
+    "linear_cross_entropy": "linear_cross_entropy",
+    "mlp": "mlp",
+    "residual_layer_norm": "residual_layer_norm",
+}
 
 
 def dropout_seed(device: torch.device) -> Tensor | None:
@@ -195,13 +211,13 @@ def widened(
     return weight.to(dtype), None if bias is None else bias.to(dtype)
 
 
-def fp8_scale(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """The least power of two by which x fits into an fp8 format, at least 2^-126; float64. NaN
-    where x holds an infinity or a NaN."""
+def fp8_scale(x: Tensor) -> Tensor:
+    """The least power of two by which x fits into e4m3, at least 2^-126; float64. NaN where x holds
+    an infinity or a NaN."""
     if x.numel() == 0:
         return x.new_ones((), dtype=torch.float64)
     largest = x.detach().abs().amax().double()
-    mantissa, exponent = torch.frexp(largest / torch.finfo(dtype).max)  # mantissa in [1/2, 1)
+    mantissa, exponent = torch.frexp(largest / 448)  # mantissa in [1/2, 1)
     exponent = torch.where(mantissa == 0.5, exponent - 1, exponent).clamp(min=-126)
     return torch.exp2(exponent.double()).where(largest.isfinite(), math.nan)
 
@@ -219,25 +235,11 @@ class _InFp8(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
         ctx.dtype = x.dtype
-        dtype = torch.float8_e4m3fn
-        return fp8_rounded(x, dtype, fp8_scale(x, dtype))
+        return fp8_rounded(x, torch.float8_e4m3fn, fp8_scale(x))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Tensor:
         return grads[0].to(ctx.dtype)
-
-
-class _GradientInFp8(torch.autograd.Function):
-    """x unchanged; its gradient rounded to e5m2."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Tensor:
-        dtype = torch.float8_e5m2
-        return fp8_rounded(grads[0], dtype, fp8_scale(grads[0], dtype))
 
 
 def _with_gradient_in_fp8(total: Tensor, logits: Tensor, product: Tensor) -> Tensor:
@@ -256,17 +258,11 @@ def linear(
     bias: Tensor | None = None,
     *,
     recompute: _checks.Recipe | None = None,
-    fp8: bool = False,
 ) -> Tensor:
     """``x @ weight.T + bias``. See ``fused.linear``; here autograd keeps x whatever
-    ``recompute`` says, and fp8 is a rounding before products that are none of fp8's own, for any
-    device and dtype."""
-    _checks.linear(x, weight, bias, ("weight", "bias"), fp8)
+    ``recompute`` says."""
+    _checks.linear(x, weight, bias, ("weight", "bias"))
     _checks.recipe(x, recompute)
-    if fp8:
-        y = _GradientInFp8.apply(_InFp8.apply(x) @ _InFp8.apply(weight).t())
-        bias = None if bias is None else bias.to(x.dtype)
-        return (y if bias is None else y + bias).to(x.dtype)
     y = x @ weight.to(x.dtype).t()
     return y if bias is None else y + bias.to(y.dtype)
 
@@ -298,7 +294,8 @@ def linear_cross_entropy(
     fp8: bool = False,
 ) -> Tensor:
     """Cross-entropy of the logits ``x @ weight.T``, which are all stored here, in float32. See
-    ``fused.linear_cross_entropy``, and for fp8 ``linear``."""
+    ``fused.linear_cross_entropy``; with fp8 the operands are rounded to 8 bits before products in
+    no less than float32, on any device and in any dtype."""
     _checks.linear_cross_entropy(x, weight, targets, reduction, label_smoothing, z_loss, fp8)
     if fp8:
         product = (_InFp8.apply(x) @ _InFp8.apply(weight).t()).flatten(0, -2)

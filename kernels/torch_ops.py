@@ -227,12 +227,10 @@ def linear(
     bias: Tensor | None = None,
     *,
     recompute: _checks.Recipe | None = None,
-    fp8: bool = False,
 ) -> Tensor:
-    """``x @ weight.T + bias``. See ``fused.linear``; fp8 is refused."""
+    """``x @ weight.T + bias``. See ``fused.linear``."""
     x = x.to(autocast_dtype(x))  # before the check: weights may have that dtype already
-    _checks.linear(x, weight, bias, ("weight", "bias"), fp8)
-    _refuse_fp8(fp8, x)
+    _checks.linear(x, weight, bias, ("weight", "bias"))
     _checks.recipe(x, recompute)
     if recompute is None:
         weight, bias = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)

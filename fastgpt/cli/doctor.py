@@ -256,7 +256,7 @@ def _what_runs_where() -> list[Finding]:
         Finding("CUDA graph", graph),
         Finding(
             "fp8",
-            "yes: --fp8=head or --fp8=all" if fp8 else "no: it needs compute capability 8.9",
+            "yes: --fp8=head" if fp8 else "no: it needs compute capability 8.9",
         ),
     ]
 

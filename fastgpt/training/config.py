@@ -85,9 +85,9 @@ class Model:
     bias: bool = False
     # Make GELU's and LayerNorm's results again in the backward pass: less memory, the same numbers.
     recompute: bool = False
-    # Matrix products of 8-bit numbers in the loss (head) or everywhere (all); needs a GPU of
-    # compute capability 8.9 or newer, n_embd and the vocabulary multiples of 16.
-    fp8: Literal["none", "head", "all"] = "none"
+    # Matrix products of 8-bit numbers in the loss (head); needs a GPU of compute capability 8.9 or
+    # newer, n_embd and the vocabulary multiples of 16.
+    fp8: Literal["none", "head"] = "none"
 
 
 @dataclass(frozen=True, kw_only=True)

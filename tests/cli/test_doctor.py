@@ -90,7 +90,7 @@ def test_a_new_gpu(gpu: Callable[[int, int], None]) -> None:
     assert facts["device auto"].found == "cuda" and facts["dtype auto"].found == "bfloat16"
     assert "linear_cross_entropy" in facts["ops on Triton"].found
     assert facts["CUDA graph"].found == "yes: an update is replayed as one"
-    assert facts["fp8"].found == "yes: --fp8=head or --fp8=all"
+    assert facts["fp8"].found == "yes: --fp8=head"
 
 
 def test_gpus_that_are_too_old_for_something(gpu: Callable[[int, int], None]) -> None:

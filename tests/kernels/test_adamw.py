@@ -109,7 +109,7 @@ def test_nothing_to_update(device: str) -> None:
 def test_opcheck_and_sanitized(device: str) -> None:
     state, grad = Buffers(torch.randn(1030, device=device), torch.bfloat16), torch.randn(1030)
     args = (state.param, state.rounded, grad.to(device), state.exp_avg, state.exp_avg_sq)
-    scalars = (state.step, torch.tensor(1e-3, device=device), 0.9, 0.95, 1e-8, 0.1, None, None)
+    scalars = (state.step, torch.tensor(1e-3, device=device), (0.9, 0.95), 1e-8, 0.1, None, None)
     torch.library.opcheck(_adamw_op, (*args, *scalars))
     if device == "cpu":
         with sanitize():

@@ -1,4 +1,8 @@
-"""The fp8 mode: the casts to the bit, the ops as PyTorch sees them, and what they refuse."""
+"""The fp8 mode: casts to the bit, head and loss within bounds that follow from the formats.
+
+``reference`` rounds to fp8 and multiplies in float32 or float64; the fused ops, interpreted on a
+CPU, take PyTorch's scaled products of what the Triton kernels cast.
+"""
 
 import math
 from collections.abc import Callable
@@ -9,13 +13,13 @@ from unittest import mock
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from fastgpt import ops
 from fastgpt.kernels import (
     _host,
     fp8_products,
     fused,
-    linear,
     linear_cross_entropy,
     reference,
     torch_ops,
@@ -23,7 +27,41 @@ from fastgpt.kernels import (
 from fastgpt.kernels.costs import COSTS
 from fastgpt.kernels.fp8_products import E4M3, E5M2
 from tests.tools import parity
-from tests.tools.fp8_cases import head, layer, uncertainty
+from tests.tools.fp8_cases import needs_fp8  # noqa: F401
+
+HALF = [torch.bfloat16, torch.float16]
+
+# Relative to the number, and to the scale: half of the last place, half of the least number.
+ROUNDING = {E4M3: (2.0**-4, 2.0**-10), E5M2: (2.0**-3, 2.0**-17)}
+
+
+def uncertainty(x: Tensor, dtype: torch.dtype, scale: Tensor | None = None) -> Tensor:
+    """The most by which an element of x, float64, moves when it is cast."""
+    relative, absolute = ROUNDING[dtype]
+    scale = reference.fp8_scale(x) if scale is None else scale
+    return torch.maximum(relative * x.abs(), absolute * scale)
+
+
+def product_bound(a: Tensor, a_off: Tensor, b: Tensor, b_off: Tensor) -> Tensor:
+    """Of ``a bᵀ``, if the elements of a and b move by as much as ``a_off`` and ``b_off``."""
+    return a.abs() @ b_off.t() + a_off @ b.abs().t() + a_off @ b_off.t()
+
+
+def results(op: Callable[..., Tensor], leaves: list[Tensor], dy: Tensor) -> list[Tensor]:
+    y = op(*leaves)
+    return [t.detach() for t in (y, *torch.autograd.grad(y, leaves, dy))]
+
+
+def head(
+    shape: tuple[int, int, int], dtype: torch.dtype, device: str
+) -> tuple[list[Tensor], Tensor]:
+    rows, width, classes = shape
+    x = torch.randn(rows, width, device=device).to(dtype).requires_grad_()
+    weight = (torch.randn(classes, width, device=device) * 0.05).requires_grad_()
+    targets = torch.randint(classes, (rows,), device=device)
+    targets[1::3] = -1
+    return [x, weight], targets
+
 
 # ------------------------------------------------------------------------------------- the casts
 
@@ -43,77 +81,67 @@ def special(name: str, dtype: torch.dtype) -> Tensor:
     return x.to(dtype)
 
 
-def assert_quantised(x: Tensor, dtype: torch.dtype) -> None:
-    found = fp8_products.quantise(x, dtype, columns=True, sums=True)
-    scale = reference.fp8_scale(x, dtype)
+@pytest.mark.parametrize("shape", [(1, 16), (16, 1), (37, 48), (130, 272), (64, 128)], ids=str)
+@pytest.mark.parametrize("dtype", parity.DTYPES, ids=str)
+def test_cast(device: str, shape: Any, dtype: torch.dtype) -> None:
+    x = (3 * torch.randn(shape, device=device)).to(dtype)
+    found = fp8_products.quantise(x, columns=True)
+    scale = reference.fp8_scale(x)
     assert found.scale.shape == (1,) and found.scale.double().equal(scale.view(1))
-    assert found.rows is not None and found.columns is not None and found.sums is not None
-    expected = reference.fp8_rounded(x, dtype, scale)
-    assert (found.rows.float() * found.scale).equal(expected)
+    assert found.columns is not None
+    assert (found.rows.float() * found.scale).equal(reference.fp8_rounded(x, E4M3, scale))
     n_rows = x.shape[0]
     assert found.columns.shape == (x.shape[1], -(-n_rows // 16) * 16)
     assert found.columns[:, :n_rows].t().float().equal(found.rows.float())
     assert not found.columns[:, n_rows:].float().any()
-    torch.testing.assert_close(found.sums, x.float().sum(0), atol=1e-4, rtol=1e-5)
-    alone = fp8_products.quantise(x, dtype, columns=False)
-    assert alone.columns is None and alone.rows is not None
+    alone = fp8_products.quantise(x, columns=False)
+    assert alone.columns is None
     assert alone.rows.view(torch.uint8).equal(found.rows.view(torch.uint8))
 
 
-@pytest.mark.parametrize("shape", [(1, 16), (16, 1), (37, 48), (130, 272), (64, 128)], ids=str)
-@pytest.mark.parametrize("dtype", [E4M3, E5M2], ids=str)
-@pytest.mark.parametrize("x_dtype", parity.DTYPES, ids=str)
-def test_cast(device: str, shape: Any, dtype: torch.dtype, x_dtype: torch.dtype) -> None:
-    assert_quantised((3 * torch.randn(shape, device=device)).to(x_dtype), dtype)
-
-
-@pytest.mark.parametrize("dtype", [E4M3, E5M2], ids=str)
 @pytest.mark.parametrize("name", ["zeros", "tiny", "huge", "at the top", "just over"])
-def test_cast_at_the_ends_of_the_range(device: str, name: str, dtype: torch.dtype) -> None:
+def test_cast_at_the_ends_of_the_range(device: str, name: str) -> None:
     x = special(name, torch.bfloat16)
-    found = fp8_products.quantise(x.to(device), dtype, columns=False)
-    assert found.rows is not None
+    found = fp8_products.quantise(x.to(device), columns=False)
     largest = found.rows.float().abs().amax().item()
-    top = torch.finfo(dtype).max
-    assert largest <= top and (name in ("zeros", "tiny") or largest >= top / 2)
-    assert (
-        (found.rows.float() * found.scale)
-        .cpu()
-        .equal(reference.fp8_rounded(x, dtype, reference.fp8_scale(x, dtype)))
-    )
+    assert largest <= 448 and (name in ("zeros", "tiny") or largest >= 448 / 2)
+    expected = reference.fp8_rounded(x, E4M3, reference.fp8_scale(x))
+    assert (found.rows.float() * found.scale).cpu().equal(expected)
 
 
-@pytest.mark.parametrize("dtype", [E4M3, E5M2], ids=str)
-def test_scales_are_the_least_powers_of_two(dtype: torch.dtype) -> None:
+def test_scales_are_the_least_powers_of_two() -> None:
     for magnitude in (1e-30, 0.3, 1.0, 1.75, 1.7500001, 2.0, 447.9, 448.0, 449.0, 3e38):
-        scale = reference.fp8_scale(torch.tensor([magnitude]), dtype).item()
+        x = torch.tensor([magnitude])
+        scale = reference.fp8_scale(x).item()
         assert math.log2(scale).is_integer()
-        assert torch.tensor(magnitude).item() / scale <= torch.finfo(dtype).max
-        assert torch.tensor(magnitude).item() / (scale / 2) > torch.finfo(dtype).max
+        assert x.item() / scale <= 448 < x.item() / (scale / 2)
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
-@pytest.mark.parametrize("dtype", [E4M3, E5M2], ids=str)
-def test_what_is_not_finite_is_not_hidden(device: str, dtype: torch.dtype, bad: float) -> None:
+def test_what_is_not_finite_is_not_hidden(device: str, bad: float) -> None:
     x = torch.randn(20, 32, device=device).bfloat16()
     x[7, 9] = bad
-    found = fp8_products.quantise(x, dtype, columns=True)
-    assert found.rows is not None and found.columns is not None
+    found = fp8_products.quantise(x, columns=True)
+    assert found.columns is not None
     assert found.scale.isnan().all() and found.rows.float().isnan().all()
     assert found.columns[:, :20].float().isnan().all()
-    weight = torch.randn(16, 32, device=device)
+    weight = torch.randn(32, 32, device=device)
+    targets = torch.zeros(20, dtype=torch.int64, device=device)
     for module in (fused, reference):
-        assert module.linear(x, weight, fp8=True).isnan().all()
+        assert module.linear_cross_entropy(x, weight, targets, fp8=True).isnan()
+        loss = module.linear_cross_entropy(
+            weight[:20].bfloat16(), x[:16].float(), targets, fp8=True
+        )
+        assert loss.isnan()  # in the weight
 
 
-@pytest.mark.parametrize("dtype", [E4M3, E5M2], ids=str)
-def test_how_far_a_cast_moves_a_number(dtype: torch.dtype) -> None:
+def test_how_far_a_cast_moves_a_number() -> None:
     x = torch.randn(100_000).mul(torch.randn(100_000).mul(6).exp2()).double()
-    scale = reference.fp8_scale(x, dtype)
-    moved = (reference.fp8_rounded(x, dtype, scale) - x).abs()
-    allowed = uncertainty(x, dtype)
-    assert (moved <= allowed).all()
-    assert (moved / allowed).amax() > 0.99  # the bound is no wider than it must be
+    for dtype, scale in ((E4M3, reference.fp8_scale(x)), (E5M2, reference.fp8_scale(x) / 128)):
+        moved = (reference.fp8_rounded(x, dtype, scale) - x).abs()
+        allowed = uncertainty(x, dtype, scale)
+        assert (moved <= allowed).all()
+        assert (moved / allowed).amax() > 0.99  # the bound is no wider than it must be
 
 
 def test_transpose(device: str) -> None:
@@ -123,49 +151,172 @@ def test_transpose(device: str) -> None:
     assert columns[:, :37].t().float().equal(x8.float())
 
 
-# ----------------------------------------------------------------------------- as PyTorch sees it
+# -------------------------------------------------------------------------------------- the loss
+
+
+LOSS_SHAPES = [(16, 16, 16), (1, 32, 64), (37, 32, 80), (50, 16, 208)]  # rows, width, classes
+
+
+@pytest.fixture
+def _small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(linear_cross_entropy, "_fp8_chunk_rows", lambda *_: 16)
+
+
+@pytest.mark.usefixtures("_small_chunks")
+@pytest.mark.parametrize("shape", LOSS_SHAPES, ids=str)
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+@pytest.mark.parametrize("label_smoothing", [0.0, 0.2])
+def test_loss(device: str, shape: Any, dtype: torch.dtype, label_smoothing: float) -> None:
+    """Against the emulation; against exact products within a bound. With d the most by which a
+    logit of a row moves, its loss moves by 2 d at most (a logit by d, the log-sum-exp by d) and
+    each p by a factor between exp(-2 d) and exp(2 d)."""
+    leaves, targets = head(shape, dtype, device)
+    n_valid = int((targets != -1).sum())
+    options: dict[str, Any] = dict(targets=targets, label_smoothing=label_smoothing)
+    grad = torch.tensor(1.0, device=device)
+    got = results(partial(fused.linear_cross_entropy, fp8=True, **options), leaves, grad)
+    wide = [t.detach().double().requires_grad_() for t in leaves]
+    emulated, exact = (
+        results(partial(reference.linear_cross_entropy, fp8=fp8, **options), wide, grad.double())
+        for fp8 in (True, False)
+    )
+    x, weight = (t.detach() for t in wide)
+    x_off, weight_off = uncertainty(x, E4M3), uncertainty(weight, E4M3)
+    logits = x @ weight.t()
+    last_place = torch.finfo(dtype).eps
+    d = product_bound(x, x_off, weight, weight_off) + last_place * (logits.abs() + 0.5)
+    d = d.amax(1, keepdim=True)
+    p = torch.softmax(logits, -1)
+    classes = shape[2]
+    hot = torch.nn.functional.one_hot(targets.clamp(min=0), classes).double()
+    valid = (targets != -1)[:, None]
+    dlogits = (p - (1 - label_smoothing) * hot - label_smoothing / classes) * valid
+    moved = p * (torch.exp(2 * d) - 1) * valid
+    largest = dlogits.abs() + moved
+    off = moved + uncertainty(largest, E5M2, largest.new_tensor(2.0**-15))
+    slack = 1 + 2**-8 + 4 * last_place  # fp32 sums; the gradient is rounded
+    bounds = [
+        2 * (d * valid).sum() / n_valid,
+        slack * product_bound(dlogits, off, weight.t(), weight_off.t()) / n_valid,
+        slack * product_bound(dlogits.t(), off.t(), x.t(), x_off.t()) / n_valid,
+    ]
+    names = ("loss", "dx", "dweight")
+    for name, value, near, truth, bound in zip(names, got, emulated, exact, bounds, strict=True):
+        assert value.shape == truth.shape and not value.isnan().any(), name
+        # the emulation in float64 does not round the logits to half precision: a gradient that
+        # lies between two numbers of e5m2 may go the other way
+        assert (value - near).norm() <= 0.03 * near.norm() + 1e-5, name
+        tiny = torch.finfo(torch.float16).smallest_normal if dtype == torch.float16 else 0.0
+        excess = (value - truth).abs() - bound - last_place * value.abs() - tiny - 1e-6
+        assert (excess <= 0).all(), (name, excess.amax())
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_loss_and_its_emulation_round_alike(device: str, reduction: str) -> None:
+    leaves, targets = head((48, 32, 80), torch.bfloat16, device)
+    grad = torch.tensor(0.5, device=device)
+    got, near = (
+        results(
+            partial(m.linear_cross_entropy, targets=targets, reduction=reduction, fp8=True),
+            leaves,
+            grad,
+        )
+        for m in (fused, reference)
+    )
+    assert (got[0] - near[0]).abs() <= 1e-5 * near[0]
+    # float32 exponentials of two kinds: one in thousands of dlogits falls on another number
+    torch.testing.assert_close(got[1], near[1], atol=0, rtol=0.02)
+    assert (got[2] - near[2]).norm() <= 2e-3 * near[2].norm()
+
+
+def test_chunks_change_only_the_order_of_sums(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    leaves, targets = head((50, 32, 80), torch.bfloat16, device)
+    op = partial(fused.linear_cross_entropy, targets=targets, fp8=True)
+    grad = torch.tensor(1.0, device=device)
+    whole = results(op, leaves, grad)
+    monkeypatch.setattr(linear_cross_entropy, "_fp8_chunk_rows", lambda *_: 16)
+    for a, b in zip(results(op, leaves, grad), whole, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-7, rtol=1e-5)
+
+
+def test_loss_without_rows_without_gradients_and_with_wrong_targets(device: str) -> None:
+    (x, weight), targets = head((20, 16, 32), torch.bfloat16, device)
+    with torch.no_grad():
+        alone = fused.linear_cross_entropy(x, weight, targets, fp8=True)
+    assert alone.equal(fused.linear_cross_entropy(x, weight, targets, fp8=True))
+    nothing = fused.linear_cross_entropy(x[:0], weight, targets[:0], reduction="sum", fp8=True)
+    nothing.backward()
+    assert nothing.item() == 0 and weight.grad is not None and not weight.grad.any()
+    assert (
+        reference.linear_cross_entropy(x[:0], weight, targets[:0], reduction="sum", fp8=True).item()
+        == 0
+    )
+    targets[3] = 32
+    loss = fused.linear_cross_entropy(x, weight, targets, fp8=True)
+    assert loss.isnan() and torch.autograd.grad(loss, x)[0][3].isnan().all()
+
+
+@pytest.mark.parametrize("wanted", [(True, False), (False, True)])
+def test_only_the_gradients_that_are_asked_for(device: str, wanted: tuple[bool, bool]) -> None:
+    leaves, targets = head((20, 32, 48), torch.bfloat16, device)
+    expected = results(
+        partial(fused.linear_cross_entropy, targets=targets, fp8=True),
+        leaves,
+        torch.tensor(1.0, device=device),
+    )
+    alone = [x.detach().requires_grad_(wants) for x, wants in zip(leaves, wanted, strict=True)]
+    with FlopCounterMode(display=False) as counter:
+        loss = fused.linear_cross_entropy(alone[0], alone[1], targets, fp8=True)
+        loss.backward()
+    assert loss.equal(expected[0])
+    assert counter.get_total_flops() == 2 * 2 * 20 * 32 * 48
+    for leaf, wants, gradient in zip(alone, wanted, expected[1:], strict=True):
+        assert (leaf.grad is not None) == wants
+        assert leaf.grad is None or leaf.grad.equal(gradient)
+
+
+@pytest.mark.parametrize("weight_dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_gradients_have_their_parameters_dtypes(device: str, weight_dtype: torch.dtype) -> None:
+    (x, weight), targets = head((20, 32, 48), torch.bfloat16, device)
+    leaves = [x, weight.detach().to(weight_dtype).requires_grad_()]
+    loss = fused.linear_cross_entropy(x, leaves[1], targets, fp8=True)
+    found = [loss, *torch.autograd.grad(loss, leaves)]
+    assert [t.dtype for t in found] == [torch.float32, x.dtype, weight_dtype]
+
+
+def test_autocast(device: str) -> None:
+    """float32 under autocast is what its 16 bits are."""
+    (x, weight), targets = head((20, 32, 48), torch.float32, device)
+    loss = fused.linear_cross_entropy(x.bfloat16(), weight, targets, fp8=True)
+    with torch.autocast(device, torch.bfloat16):
+        assert fused.linear_cross_entropy(x, weight, targets, fp8=True).equal(loss)
 
 
 def test_opcheck(device: str) -> None:
-    (x, weight, bias), dy = layer((20, 32, 48), torch.bfloat16, device)
-    recipe = (x.detach(), torch.ones(32, device=device), None, 1e-5)
-    no_recipe = (None, None, None, 0.0)
-    for made, keeps in (
-        (no_recipe, (True, True)),
-        (recipe, (False, True)),
-        (no_recipe, (False,) * 2),
-    ):
-        args = (x, weight, bias) if any(keeps) else (x.detach(), weight.detach(), None)
-        torch.library.opcheck(linear._linear_fp8_op, (*args, *made, *keeps))
-    _, *kept = linear._linear_fp8_op(x.detach(), weight.detach(), None, *no_recipe, True, True)
-    for saved, source in ((kept, no_recipe), ([None, None, *kept[2:]], recipe)):
-        args = (dy, *saved, *source, torch.float32, True, True)
-        torch.library.opcheck(linear._linear_fp8_bwd_op, args)
     (x, weight), targets = head((20, 16, 32), torch.bfloat16, device)
     op: Any = linear_cross_entropy._linear_cross_entropy_fp8_op
     torch.library.opcheck(op, (x, weight, targets, torch.bfloat16, -1, True, 0.1, 0.0, True, True))
 
 
+@pytest.mark.usefixtures("_small_chunks")
 def test_bytes_by_hand(device: str) -> None:
-    """x and weight are read twice, written along rows and columns, and read by the product."""
-    (x, weight, _), dy = layer((32, 16, 48), torch.bfloat16, device)
-    args = (x.detach(), weight.detach(), None, None, None, None, 0.0, True, True)
-    out = linear._linear_fp8_op(*args)
-    kernels = COSTS[torch.ops.fastgpt.linear_fp8](out, *args)
+    """x and weight are read twice, written along rows and columns, and read by the products."""
+    (x, weight), targets = head((32, 16, 48), torch.bfloat16, device)
+    args = (x, weight, targets, torch.bfloat16, -1, True, 0.0, 0.0, True, True)
+    op: Any = linear_cross_entropy._linear_cross_entropy_fp8_op
+    kernels = COSTS[torch.ops.fastgpt.linear_cross_entropy_fp8](op(*args), *args)
+    rows, cells, weights = 32 * 16, 32 * 48, 48 * 16  # in two chunks of 16 rows
     assert {k.name: (k.bytes, k.fp8) for k in kernels} == {
-        "x maximum": (2 * 32 * 16, False),
-        "x to fp8": (4 * 32 * 16, False),
-        "weight maximum": (4 * 48 * 16, False),
-        "weight to fp8": (6 * 48 * 16, False),
-        "linear": (32 * 16 + 48 * 16 + 2 * 32 * 48, True),
-    }
-    args = (dy, *out[1:], None, None, None, 0.0, torch.float32, True, True)
-    kernels = COSTS[torch.ops.fastgpt.linear_fp8_bwd](linear._linear_fp8_bwd_op(*args), *args)
-    assert {k.name: (k.bytes, k.fp8) for k in kernels} == {
-        "dy maximum": (2 * 32 * 48, False),
-        "dy to fp8": (4 * 32 * 48, False),
-        "linear dx": (32 * 48 + 48 * 16 + 2 * 32 * 16, True),
-        "dweight": (32 * 48 + 32 * 16 + 4 * 48 * 16, True),
+        "x maximum": (2 * rows, False),
+        "x to fp8": (4 * rows, False),
+        "weight maximum": (4 * weights, False),
+        "weight to fp8": (6 * weights, False),
+        "logits": (rows + 2 * weights + 2 * cells, True),
+        "rows": (3 * cells + 8 * 32, False),
+        "dx": (cells + 2 * weights + 6 * rows, True),
+        "dlogits transposed": (2 * cells, False),
+        "dweight": (cells + rows + 2 * 4 * weights, True),
+        "sum of dweight": (3 * 4 * weights, False),
     }
 
 
@@ -173,42 +324,25 @@ def test_bytes_by_hand(device: str) -> None:
 
 
 @pytest.mark.parametrize("module", [fused, torch_ops, reference, ops])
-def test_sizes_that_are_no_multiples_of_16(module: Any) -> None:
+def test_what_it_does_not_take(module: Any) -> None:
     x, targets = torch.zeros(4, 24).bfloat16(), torch.zeros(4, dtype=torch.int64)
     message = r"both sizes of weight must be multiples of 16 with fp8=True, got \({}, 24\)"
-    with pytest.raises(ValueError, match=message.format(32)):
-        module.linear(x, torch.zeros(32, 24), fp8=True)
-    with pytest.raises(ValueError, match=message.format(50257)):
-        module.linear_cross_entropy(x, torch.zeros(50257, 24), targets, fp8=True)
-
-
-@pytest.mark.parametrize("module", [fused, torch_ops, reference, ops])
-def test_z_loss_is_refused(module: Any) -> None:
-    x, targets = torch.zeros(4, 16).bfloat16(), torch.zeros(4, dtype=torch.int64)
+    for n_classes in (32, 50257):
+        with pytest.raises(ValueError, match=message.format(n_classes)):
+            module.linear_cross_entropy(x, torch.zeros(n_classes, 24), targets, fp8=True)
     with pytest.raises(ValueError, match=r"z_loss must be 0 with fp8=True, got 0\.1"):
-        module.linear_cross_entropy(x, torch.zeros(32, 16), targets, z_loss=0.1, fp8=True)
-
-
-def calls(module: Any, dtype: torch.dtype) -> list[Callable[[], Tensor]]:
-    x, weight = torch.zeros(4, 16, dtype=dtype), torch.zeros(32, 16)
-    targets = torch.zeros(4, dtype=torch.int64)
-    return [
-        partial(module.linear, x, weight, fp8=True),
-        partial(module.linear_cross_entropy, x, weight, targets, fp8=True),
-    ]
+        module.linear_cross_entropy(x[:, :16], torch.zeros(32, 16), targets, z_loss=0.1, fp8=True)
 
 
 def test_what_has_no_fp8() -> None:
-    message = "x must be float16 or bfloat16 with fp8=True.*got torch.float32"
-    for call in calls(fused, torch.float32):
+    weight, targets = torch.zeros(32, 16), torch.zeros(4, dtype=torch.int64)
+
+    def refused(module: Any, dtype: torch.dtype, message: str) -> None:
         with pytest.raises(ValueError, match=message):
-            call()
-    for call in (*calls(torch_ops, torch.bfloat16), *calls(ops, torch.float32)):
-        with pytest.raises(ValueError, match="fp8 must be False without .* capability 8.9 .* cpu"):
-            call()
-    for call in calls(fused, torch.bfloat16):
-        with (
-            mock.patch.object(_host, "capability", lambda device: 86),
-            pytest.raises(ValueError, match="fp8 must be False on a GPU .* below 8.9 .* got 8.6"),
-        ):
-            call()
+            module.linear_cross_entropy(torch.zeros(4, 16, dtype=dtype), weight, targets, fp8=True)
+
+    refused(fused, torch.float32, "x must be float16 or bfloat16 with fp8=True.*got torch.float32")
+    for module, dtype in ((torch_ops, torch.bfloat16), (ops, torch.float32)):
+        refused(module, dtype, "fp8 must be False without .* capability 8.9 .* cpu")
+    with mock.patch.object(_host, "capability", lambda device: 86):
+        refused(fused, torch.bfloat16, "fp8 must be False on a GPU .* below 8.9 .* got 8.6")

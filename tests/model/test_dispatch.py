@@ -150,7 +150,9 @@ def test_the_generator_draws_every_mask(old_gpu: None) -> None:
 
 def test_fp8_is_refused(old_gpu: None) -> None:
     with pytest.raises(ValueError, match="compute capability 8.9"):
-        ops.linear(_cuda(16, 16), _cuda(16, 16), fp8=True)
+        ops.linear_cross_entropy(
+            _cuda(16, 16), _cuda(16, 16), _cuda(16, dtype=torch.int64), fp8=True
+        )
 
 
 def test_hipblas_is_asked_for_no_other_dtype(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,55 +1,49 @@
-"""The four modules of ops are interchangeable."""
+"""The four modules of ops are interchangeable, and what a user sees of them."""
 
-import importlib
+import copy
 import inspect
+import pickle
 from typing import Any
 
 import pytest
+import torch
 
-OPS = (
-    "adamw",
-    "attention",
-    "attention_decode",
-    "attention_qkvpacked",
-    "dropout_seed",
-    "embedding",
-    "gelu",
-    "layer_norm",
-    "linear",
-    "linear_cross_entropy",
-    "mlp",
-    "residual_layer_norm",
-)
+from fastgpt import ops
+from fastgpt.kernels import fused, reference, torch_ops
+
+MODULES = (reference, torch_ops, fused, ops)
 
 
-@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("op", [*reference.OPS, "dropout_seed"])
 def test_every_implementation_of_an_op_has_one_signature(op: str) -> None:
-    modules = ("kernels.fused", "kernels.torch_ops", "kernels.reference", "ops")
-    signatures = {
-        name: inspect.signature(getattr(importlib.import_module(f"fastgpt.{name}"), op))
-        for name in modules
-    }
-    assert len(set(map(str, signatures.values()))) == 1, signatures
+    signatures = {str(inspect.signature(getattr(module, op))) for module in MODULES}
+    assert len(signatures) == 1, signatures
 
 
-def public_functions(module: Any) -> set[str]:
-    return {
-        name
-        for name, value in vars(module).items()
-        if inspect.isfunction(value) and not name.startswith("_")
-    }
+def test_an_op_is_found_where_it_is_called() -> None:
+    """As help(), pickle and copies of a model need it."""
+    for name in reference.OPS:
+        op = getattr(ops, name)
+        assert op.__name__ == name and op.__doc__ == getattr(reference, name).__doc__
+        assert pickle.loads(pickle.dumps(op)) is op and copy.deepcopy(op) is op
 
 
-def test_every_public_op_has_all_four_implementations() -> None:
-    fused = importlib.import_module("fastgpt.kernels.fused")
-    assert tuple(fused.__all__) == OPS
-    for name in ("kernels.fused", "kernels.torch_ops", "ops"):
-        functions = public_functions(importlib.import_module(f"fastgpt.{name}"))
-        assert functions - {
-            "autocast_dtype",
-            "document_mask",
-            "split_heads",
-            "unpacked",
-            "widened",
-        } == set(OPS), name
-    assert public_functions(importlib.import_module("fastgpt.kernels.reference")) >= set(OPS)
+def test_arguments_by_name() -> None:
+    x, weight = torch.randn(3, 8), torch.ones(8)
+    assert ops.layer_norm(weight=weight, x=x).equal(torch_ops.layer_norm(x, weight))
+    compiled = torch.compile(ops.layer_norm, fullgraph=True, backend="eager")
+    assert compiled(weight=weight, x=x).equal(torch_ops.layer_norm(x, weight))
+
+
+@pytest.mark.parametrize(
+    ("args", "kwargs", "message"),
+    [
+        ((), {}, r"layer_norm\(\) missing 2 required .* 'x' and 'weight'"),
+        ((torch.ones(2, 4),), {}, r"layer_norm\(\) missing 1 required .* 'weight'"),
+        ((torch.ones(2, 4), torch.ones(4)), {"epsilon": 0.1}, "unexpected keyword .* 'epsilon'"),
+        (([1.0, 2.0], torch.ones(2)), {}, "x must be a torch.Tensor, got list"),
+    ],
+)
+def test_wrong_calls(args: tuple[Any, ...], kwargs: dict[str, Any], message: str) -> None:
+    with pytest.raises(TypeError, match=message):
+        ops.layer_norm(*args, **kwargs)

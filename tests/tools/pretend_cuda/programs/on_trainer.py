@@ -42,7 +42,6 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "recompute": dict(recompute=True),
     "documents": dict(pack=True),
     "fp8_head": dict(fp8="head"),
-    "fp8_all": dict(fp8="all"),
 }
 
 
