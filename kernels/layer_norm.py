@@ -1,7 +1,7 @@
-"""LayerNorm (Ba et al. 2016): launch table, host functions, operator and public function.
+"""LayerNorm (Ba et al. 2016), plain or of a residual sum: launch table, host functions, operator,
+public functions ``layer_norm`` and ``residual_layer_norm``.
 
-The host functions also serve ``residual_layer_norm``. The equations, what is saved, bytes and FLOPs
-stand in ``layer_norm_kernels.py``.
+The equations, what is saved, bytes and FLOPs stand in ``layer_norm_kernels.py``.
 """
 
 import torch
@@ -184,63 +184,139 @@ def layer_norm_bwd(
         )
 
 
+# ------------------------------------------------------------------------------------- operators
+
+
 @torch.library.custom_op("fastgpt::layer_norm", mutates_args=())
 def _layer_norm_op(
-    x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, out_dtype: torch.dtype
-) -> tuple[Tensor, Tensor, Tensor]:
-    """y with the shape of x, contiguous; mean and rstd (M)."""
-    y, _, mean, rstd = layer_norm_fwd(x, None, weight, bias, None, None, eps, 0.0, 0, out_dtype)
-    return y, mean, rstd
+    x: Tensor,
+    delta: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    delta_bias: Tensor | None,
+    seed: Tensor | None,
+    eps: float,
+    dropout_p: float,
+    stream: int,
+    out_dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """y and total with the shape of x, contiguous; mean and rstd (M). Without a delta total is
+    empty: an operator may not return its input."""
+    y, total, mean, rstd = layer_norm_fwd(
+        x, delta, weight, bias, delta_bias, seed, eps, dropout_p, stream, out_dtype
+    )
+    return y, x.new_empty(0) if total is None else total, mean, rstd
 
 
-def _gradients(x: Tensor, weight: Tensor, has_bias: bool) -> list[Tensor]:
-    """Memory for dx, dweight and, if there is a bias, dbias."""
-    params = [weight.new_empty(weight.shape) for _ in range(1 + has_bias)]
-    return [x.new_empty(x.shape), *params]
+@_layer_norm_op.register_fake
+def _(x, delta, weight, bias, delta_bias, seed, eps, dropout_p, stream, out_dtype):
+    mean = x.new_empty(x.numel() // x.shape[-1], dtype=statistic(x))
+    total = x.new_empty(0 if delta is None else x.shape)
+    return x.new_empty(x.shape, dtype=out_dtype), total, mean, torch.empty_like(mean)
+
+
+def _gradients(
+    x: Tensor, weight: Tensor, ddelta_dtype: torch.dtype | None, n_params: int
+) -> list[Tensor]:
+    """Memory for dx, ddelta unless its dtype is None, and 1 to 3 parameters' gradients."""
+    activations = [x.dtype] if ddelta_dtype is None else [x.dtype, ddelta_dtype]
+    return [
+        *(x.new_empty(x.shape, dtype=dtype) for dtype in activations),
+        *(weight.new_empty(weight.shape) for _ in range(n_params)),
+    ]
 
 
 @torch.library.custom_op("fastgpt::layer_norm_bwd", mutates_args=())
 def _layer_norm_bwd_op(
-    dy: Tensor, x: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor, has_bias: bool
+    dy: Tensor,
+    dtotal: Tensor | None,
+    x: Tensor,
+    weight: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    seed: Tensor | None,
+    dropout_p: float,
+    stream: int,
+    ddelta_dtype: torch.dtype | None,
+    has_bias: bool,
+    has_delta_bias: bool,
 ) -> list[Tensor]:
-    dx, dweight, *dbias = gradients = _gradients(x, weight, has_bias)
+    """dx; ddelta if it has a dtype; dweight; dbias and ddelta_bias if there are such. ``x``: the
+    plain op's x, or total."""
+    gradients = _gradients(x, weight, ddelta_dtype, 1 + has_bias + has_delta_bias)
+    rest = iter(gradients)
     layer_norm_bwd(
-        dy, None, x, weight, mean, rstd, None, 0.0, 0,
-        dx, None, dweight, dbias[0] if has_bias else None, None,
-    )  # fmt: skip
+        dy,
+        dtotal,
+        x,
+        weight,
+        mean,
+        rstd,
+        seed,
+        dropout_p,
+        stream,
+        dx=next(rest),
+        ddelta=None if ddelta_dtype is None else next(rest),
+        dweight=next(rest),
+        dbias=next(rest) if has_bias else None,
+        ddelta_bias=next(rest) if has_delta_bias else None,
+    )
     return gradients
 
 
-@_layer_norm_op.register_fake
-def _(x, weight, bias, eps, out_dtype):
-    mean = x.new_empty(x.numel() // x.shape[-1], dtype=statistic(x))
-    return x.new_empty(x.shape, dtype=out_dtype), mean, torch.empty_like(mean)
-
-
 @_layer_norm_bwd_op.register_fake
-def _(dy, x, weight, mean, rstd, has_bias):
-    return _gradients(x, weight, has_bias)
+def _(
+    dy, dtotal, x, weight, mean, rstd, seed, dropout_p, stream, ddelta_dtype, has_bias,
+    has_delta_bias,
+):  # fmt: skip
+    return _gradients(x, weight, ddelta_dtype, 1 + has_bias + has_delta_bias)
 
 
 def _setup_context(ctx, inputs, output):
-    x, weight, bias, _, _ = inputs
-    _, mean, rstd = output
-    ctx.save_for_backward(x, weight, mean, rstd)
-    ctx.has_bias = bias is not None
-    ctx.set_materialize_grads(False)  # no zeros for mean and rstd
+    x, delta, weight, bias, delta_bias, seed, _, ctx.dropout_p, ctx.stream, _ = inputs
+    _, total, mean, rstd = output
+    ctx.save_for_backward(x if delta is None else total, weight, mean, rstd, seed)
+    # Without dropout and with one dtype, one tensor is the gradient of x and of delta.
+    apart = delta is not None and (seed is not None or delta.dtype != x.dtype)
+    ctx.ddelta_dtype = delta.dtype if apart else None
+    ctx.has_delta = delta is not None
+    ctx.has_bias, ctx.has_delta_bias = bias is not None, delta_bias is not None
+    ctx.set_materialize_grads(False)  # no zeros for outputs without a consumer
 
 
-def _backward(ctx, dy, _dmean, _drstd):
-    if dy is None:
-        return (*[None] * 5,)
-    dx, dweight, *dbias = _layer_norm_bwd_op(dy, *ctx.saved_tensors, ctx.has_bias)
-    return dx, dweight, dbias[0] if ctx.has_bias else None, None, None
+def _backward(ctx, dy, dtotal, _dmean, _drstd):
+    if not ctx.has_delta:
+        dtotal = None
+    if dy is None and dtotal is None:
+        return (*[None] * 10,)
+    x = ctx.saved_tensors[0]
+    gradients = _layer_norm_bwd_op(
+        torch.zeros_like(x) if dy is None else dy,
+        dtotal,
+        *ctx.saved_tensors,
+        ctx.dropout_p,
+        ctx.stream,
+        ctx.ddelta_dtype,
+        ctx.has_bias,
+        ctx.has_delta_bias,
+    )
+    rest = iter(gradients)
+    dx = ddelta = next(rest)
+    if ctx.ddelta_dtype is not None:
+        ddelta = next(rest)
+    dweight = next(rest)
+    dbias = next(rest) if ctx.has_bias else None
+    ddelta_bias = next(rest) if ctx.has_delta_bias else None
+    return dx, ddelta if ctx.has_delta else None, dweight, dbias, ddelta_bias, *[None] * 5
 
 
 _layer_norm_op.register_autograd(_backward, setup_context=_setup_context)
 
 
-def check_width(name: str, x: Tensor) -> None:
+# ------------------------------------------------------------------------------ public functions
+
+
+def _check_width(name: str, x: Tensor) -> None:
     if x.shape[-1] > MAX_WIDTH:
         raise ValueError(
             f"{name} must have a last dimension of at most {MAX_WIDTH}, got {x.shape[-1]}"
@@ -267,5 +343,70 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None = None, eps: float
     """
     _checks.layer_norm(x, weight, bias, eps)
     _host.launchable(x=x, weight=weight, bias=bias)
-    check_width("x", x)
-    return _layer_norm_op(x, weight, bias, eps, _host.autocast_dtype(x))[0]
+    _check_width("x", x)
+    out_dtype = _host.autocast_dtype(x)
+    return _layer_norm_op(x, None, weight, bias, None, None, eps, 0.0, 0, out_dtype)[0]
+
+
+def residual_layer_norm(
+    residual: Tensor,
+    delta: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    *,
+    delta_bias: Tensor | None = None,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+    stream: int = 0,
+) -> tuple[Tensor, Tensor]:
+    """``total = residual + dropout(delta + delta_bias)`` and LayerNorm (Ba et al. 2016,
+    arXiv:1607.06450) of it, in one pass forward and one backward.
+
+    Args:
+        residual: (..., N), any strides, N up to 16,384; float32, float16 or bfloat16, on a CUDA
+            device.
+        delta: shape of residual, any strides; of residual's dtype, or float16 or bfloat16.
+        weight: (N,), of delta's dtype or float32.
+        bias: (N,), of weight's dtype, or None.
+        eps: added to the variance, at least 0.
+        delta_bias: (N,), of weight's dtype, or None: added to delta before the dropout, the bias
+            of the projection that made delta.
+        dropout_p: share of delta that is set to 0, from 0 to 0.999, to the next 2^-16.
+        seed: int64 tensor with one element on residual's device: the Philox key of the dropout
+            mask, which is a function of seed, stream and position alone
+            (``reference.dropout_mask`` of (M, N), the rows flattened). If None, each call draws one
+            from PyTorch's generator for the device.
+        stream: which of the independent masks of that seed, from 0 to 2^31 - 1.
+
+    Returns:
+        (y, total), contiguous, with the shape of residual. total has residual's dtype; y, the
+        LayerNorm of the rounded total, has delta's, under autocast autocast's. Statistics and sums
+        are float32.
+
+    Raises:
+        TypeError: an argument is no floating-point tensor, or of another dtype.
+        ValueError: shapes, dtypes or devices do not go together, N > 16,384, or an argument is out
+            of range.
+    """
+    _checks.residual_layer_norm(
+        residual, delta, weight, bias, eps, delta_bias, dropout_p, seed, stream
+    )
+    _host.launchable(
+        residual=residual, delta=delta, weight=weight, bias=bias, delta_bias=delta_bias
+    )
+    _check_width("residual", residual)
+    seed = _host.drawn_seed(seed, dropout_p, residual.device)
+    y, total, _, _ = _layer_norm_op(
+        residual,
+        delta,
+        weight,
+        bias,
+        delta_bias,
+        seed,
+        eps,
+        dropout_p,
+        stream,
+        _host.autocast_dtype(delta),
+    )
+    return y, total

@@ -27,7 +27,7 @@ OPS = {
     "linear": "linear",
     "linear_cross_entropy": "linear_cross_entropy",
     "mlp": "mlp",
-    "residual_layer_norm": "residual_layer_norm",
+    "residual_layer_norm": "layer_norm",
 }
 
 

@@ -78,7 +78,7 @@ def _layer_norm(widths: tuple[int, ...], dtype: str) -> None:
 
 def _residual_layer_norm(widths: tuple[int, ...], dtype: str, residual_dtype: str) -> None:
     """With all that it can do, with and without dropout; and with nothing."""
-    from fastgpt.kernels.residual_layer_norm import residual_layer_norm
+    from fastgpt.kernels.layer_norm import residual_layer_norm
 
     for width in widths:
         weight, bias, delta_bias = (_leaf(width, dtype="fp32") for _ in range(3))
