@@ -2,129 +2,84 @@
 (``fused``, ``torch_ops``), and as nanoGPT calls it (``eager``: PyTorch's fused AdamW over the
 parameters one by one, float32 alone, the gradients scaled by a kernel before it).
 
-Bytes and share of the ceiling are those of the flat update for all. Before it is timed, the result
-of one update is compared with the plain op in float32.
+Bytes and share of the ceiling are those of the flat update for all.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
-import pytest
 import torch
 
-from bench._ops import op_bench
-from bench._ops.op_bench import DEVICE, Sizes, Stopwatch, timed
+from bench._ops.op_bench import DEVICE, Function, Op, RandomTensors
 from fastgpt.kernels import fused, reference, torch_ops
 
-_LR, _BETAS, _EPS, _WEIGHT_DECAY, _CLIP = 6e-4, (0.9, 0.95), 1e-8, 0.1, 0.5
+_LR, _CLIP = 6e-4, 0.5
+_OPTIONS: dict[str, Any] = {"betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
 _PIECE = 2**20  # numbers of a parameter in `eager`
-_BYTES = 30  # per number: parameter, gradient and two moments in; three of them out, and the copy
-
-SIZES = [{"N": 124_439_808}, {"N": 10_745_088}]  # GPT-2 124M; nanoGPT's character model
-CPU_SIZES = [{"N": 2**20}]
 
 
 class State:
     """Parameters and moments of N numbers, and their gradient."""
 
-    def __init__(self, n: int) -> None:
-        torch.manual_seed(0)
-        self.param, self.grad = (torch.randn(n, device=DEVICE) for _ in range(2))
-        self.rounded = torch.empty_like(self.param, dtype=torch.bfloat16)
-        self.exp_avg = torch.zeros_like(self.param)
-        self.exp_avg_sq = torch.zeros_like(self.param)
+    def __init__(self, n: int, device: torch.device) -> None:
+        self.param, self.grad = (torch.randn(n, device=device) for _ in range(2))
+        self.low_precision = torch.empty_like(self.param, dtype=torch.bfloat16)
+        self.moments = torch.zeros_like(self.param), torch.zeros_like(self.param)
         self.step, self.lr, self.clip = (
-            torch.tensor(number, device=DEVICE) for number in (0.0, _LR, _CLIP)
+            torch.tensor(number, device=device) for number in (0.0, _LR, _CLIP)
         )
 
-    def flat(self, module: Any) -> Callable[[], None]:
-        return lambda: module.adamw(
-            self.param,
-            self.rounded,
-            self.grad,
-            self.exp_avg,
-            self.exp_avg_sq,
-            self.step,
-            self.lr,
-            betas=_BETAS,
-            eps=_EPS,
-            weight_decay=_WEIGHT_DECAY,
-            clip=self.clip,
-        )
-
-    def eager(self) -> Callable[[], None]:
+    @cached_property
+    def optimizer(self) -> torch.optim.Optimizer:
         params = [torch.nn.Parameter(piece) for piece in self.param.split(_PIECE)]
-        gradients = list(self.grad.split(_PIECE))
-        for p, gradient in zip(params, gradients, strict=True):
+        for p, gradient in zip(params, self.gradients, strict=True):
             p.grad = gradient
-        optimizer = torch.optim.AdamW(
-            params, lr=_LR, betas=_BETAS, eps=_EPS, weight_decay=_WEIGHT_DECAY, fused=True
-        )
+        return torch.optim.AdamW(params, lr=_LR, fused=True, **_OPTIONS)
 
-        def update() -> None:
-            torch._foreach_mul_(gradients, self.clip)
-            optimizer.step()
-
-        return update
+    @cached_property
+    def gradients(self) -> list[torch.Tensor]:
+        return list(self.grad.split(_PIECE))
 
 
-def work(state: State, provider: str) -> Callable[[], None]:
-    if provider == "eager":
-        return state.eager()
-    return state.flat(fused if provider == "fused" else torch_ops)
+def inputs(random: RandomTensors, N: int) -> tuple[State]:
+    return (State(N, random.device),)
 
 
-def check(provider: str) -> None:
+def flat(module: Any) -> Function:
+    def update(s: State) -> None:
+        tensors = s.param, s.low_precision, s.grad, *s.moments, s.step, s.lr
+        module.adamw(*tensors, **_OPTIONS, clip=s.clip)
+
+    return update
+
+
+def eager(s: State) -> None:
+    optimizer = s.optimizer
+    torch._foreach_mul_(s.gradients, s.clip)
+    optimizer.step()
+
+
+def check(provider: str, function: Function, inputs: tuple[Any, ...]) -> None:
     """AssertionError where an update is not the plain op's."""
-    found, expected = State(10_007), State(10_007)
-    work(found, provider)()
-    expected.flat(reference)()
+    states = []
+    for update in (function, flat(reference)):
+        torch.manual_seed(0)
+        states.append(State(10_007, DEVICE))
+        update(states[-1])
+    found, expected = states
     torch.testing.assert_close(found.param, expected.param, rtol=1e-6, atol=1e-7)
 
 
-@dataclass(frozen=True, eq=False, repr=False)
-class Row:
-    sizes: Sizes
-    provider: str
-    stopwatch: Stopwatch = field(default_factory=Stopwatch)
-
-    def param(self) -> Any:
-        shape = op_bench.shape(self.sizes)
-        marks = [pytest.mark.benchmark(group=f"adamw {shape}", timer=self.stopwatch.read)]
-        if (reason := op_bench.why_not(self.provider)) is not None:
-            marks.append(pytest.mark.skip(reason=f"{self.provider}: {reason}"))
-        return pytest.param(self, id=f"{shape}-{self.provider}", marks=marks)
-
-    def measure(self, benchmark: Any, record_property: Callable[[str, Any], None]) -> None:
-        check(self.provider)
-        (_, n), *_ = self.sizes
-        state = State(n)
-        update = work(state, self.provider)
-        ms = timed(benchmark, self.stopwatch, lambda: update)
-        ceilings = op_bench.machine_ceilings()
-        figures = op_bench.figures(
-            "adamw",
-            self.sizes,
-            "update",
-            self.provider,
-            ms,
-            _BYTES * n,
-            0,
-            ceilings.ms(0, _BYTES * n, half=False) if ceilings else None,
-        )
-        figures["dtype"] = "float32"
-        benchmark.extra_info.update(figures)
-        record_property("figures", figures)
-
-
-@pytest.mark.parametrize(
-    "row",
-    [
-        Row(tuple(sizes.items()), provider).param()
-        for sizes in (SIZES if DEVICE.type == "cuda" else CPU_SIZES)
-        for provider in ("fused", "torch_ops", "eager")
-    ],
+OP = Op(
+    name="adamw",
+    inputs=inputs,
+    providers={"fused": flat(fused), "torch_ops": flat(torch_ops), "eager": eager},
+    reference=flat(reference),
+    directions=("update",),
+    dtype=torch.float32,
+    check=check,
+    gpu_sizes=[{"N": 124_439_808}, {"N": 10_745_088}],  # GPT-2 124M; nanoGPT's character model
+    cpu_sizes=[{"N": 2**20}],
 )
-def test_adamw(row: Row, benchmark: Any, record_property: Any) -> None:
-    row.measure(benchmark, record_property)
+
+test_adamw = OP.test()

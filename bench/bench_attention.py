@@ -3,20 +3,20 @@ provider copies to split and to gather heads is part of its time. Sizes with an 
 holds documents of L tokens, and no token attends to another document.
 """
 
-from typing import Any, cast
+from types import ModuleType
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from bench._ops.op_bench import Direction, Draw, Function, Op, Row
+from bench._ops.op_bench import Direction, Function, Op, RandomTensors, standard_providers
 from fastgpt.kernels import fused, reference, torch_ops
 from fastgpt.kernels.costs import attention_pairs
 
 
-def inputs(draw: Draw, B: int, T: int, H: int, D: int) -> tuple[Tensor, int]:
-    return draw(B, T, 3 * H * D), H
+def inputs(random: RandomTensors, B: int, T: int, H: int, D: int) -> tuple[Tensor, int]:
+    return random.normal(B, T, 3 * H * D), H
 
 
 def eager(qkv: Tensor, n_head: int) -> Tensor:
@@ -30,8 +30,8 @@ def eager(qkv: Tensor, n_head: int) -> Tensor:
     return y.transpose(1, 2).contiguous().view(batch, length, width // 3)
 
 
-def truth(qkv: Tensor, n_head: int) -> Tensor:
-    """The scores of one head at a time in memory, in the backward pass too."""
+def head_by_head(qkv: Tensor, n_head: int) -> Tensor:
+    """The plain op with the scores of one head in memory, in the backward pass too."""
     heads = zip(*(t.flatten(0, 1) for t in reference.split_heads(qkv, n_head)), strict=True)
     y = [checkpoint(_one_head, *head, use_reentrant=False) for head in heads]  # B * H of (T, D)
     batch, length, _ = qkv.shape
@@ -43,8 +43,8 @@ def _one_head(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def flops(direction: Direction, B: int, T: int, H: int, D: int) -> int:
-    """Two products a score forward and five backward, as everywhere; our two kernels of the
-    backward compute two of the five each for itself."""
+    """Two products a score forward and five backward, although both of our backward kernels
+    compute two of the five."""
     products = {"forward": 2, "backward": 5}[direction]
     return products * 2 * B * H * attention_pairs(T, T, causal=True) * D
 
@@ -52,8 +52,8 @@ def flops(direction: Direction, B: int, T: int, H: int, D: int) -> int:
 OP = Op(
     name="attention_qkvpacked",
     inputs=inputs,
-    eager=eager,
-    truth=truth,
+    providers=standard_providers("attention_qkvpacked", eager),
+    reference=head_by_head,
     flops=flops,
     gpu_sizes=[
         {"B": 32, "T": 1024, "H": 12, "D": 64},  # GPT-2 124M
@@ -70,27 +70,24 @@ OP = Op(
     cpu_sizes=[{"B": 1, "T": 128, "H": 2, "D": 32}],
 )
 
-
-@OP.rows
-def test_attention(row: Row, benchmark: Any, record_property: Any) -> None:
-    row.measure(benchmark, record_property)
+test_attention = OP.test()
 
 
 def starts(B: int, T: int, L: int) -> Tensor:
-    """(B, T) of int32: where each token's document starts. The first is cut off, elsewhere in each
-    sequence, as where data is cut into sequences."""
+    """(B, T) of int32: where each token's document starts. The first document of a sequence is cut
+    off at another place in each, as in sequences that are cut from a stream of documents."""
     shift = 37 * torch.arange(B)[:, None] % L
     return ((torch.arange(T) + shift) // L * L - shift).clamp(min=0).int()
 
 
 def inputs_of_documents(
-    draw: Draw, B: int, T: int, H: int, D: int, L: int
+    random: RandomTensors, B: int, T: int, H: int, D: int, L: int
 ) -> tuple[Tensor, int, Tensor]:
-    return draw(B, T, 3 * H * D), H, starts(B, T, L).to(draw.device)
+    return random.normal(B, T, 3 * H * D), H, starts(B, T, L).to(random.device)
 
 
 def eager_of_documents(qkv: Tensor, n_head: int, starts: Tensor) -> Tensor:
-    """nanoGPT's with a mask, which the call makes, as it does for each layer."""
+    """nanoGPT's with a mask, which is made in each call, as in each layer."""
     q, k, v = reference.split_heads(qkv, n_head)
     y = F.scaled_dot_product_attention(q, k, v, reference.document_mask(starts))
     return y.transpose(1, 2).flatten(2)
@@ -103,24 +100,20 @@ def flops_of_documents(direction: Direction, B: int, T: int, H: int, D: int, L: 
     return products * 2 * H * pairs * D
 
 
-class _OfDocuments(Op):
-    """The third input has a name."""
-
-    def function(self, provider: str) -> Function:
-        modules = {"fused": fused, "torch_ops": torch_ops, "reference": reference}
-        if provider not in modules:
-            return super().function(provider)
-        op = cast(Function, getattr(modules[provider], self.name))
-        return lambda qkv, n_head, starts: op(qkv, n_head, starts=starts)
-
-    def plain(self) -> Function:
-        return self.function("reference")
+def of_documents(module: ModuleType) -> Function:
+    return lambda qkv, n_head, starts: module.attention_qkvpacked(qkv, n_head, starts=starts)
 
 
-DOCUMENTS = _OfDocuments(
+DOCUMENTS = Op(
     name=OP.name,
     inputs=inputs_of_documents,
-    eager=eager_of_documents,
+    providers={
+        "fused": of_documents(fused),
+        "torch_ops": of_documents(torch_ops),
+        "eager": eager_of_documents,
+        "compile": eager_of_documents,
+    },
+    reference=of_documents(reference),
     flops=flops_of_documents,
     gpu_sizes=[
         {"B": 32, "T": 1024, "H": 12, "D": 64, "L": 256},
@@ -129,7 +122,4 @@ DOCUMENTS = _OfDocuments(
     cpu_sizes=[{"B": 1, "T": 128, "H": 2, "D": 32, "L": 48}],
 )
 
-
-@DOCUMENTS.rows
-def test_attention_of_documents(row: Row, benchmark: Any, record_property: Any) -> None:
-    row.measure(benchmark, record_property)
+test_attention_of_documents = DOCUMENTS.test()

@@ -1,21 +1,20 @@
-"""Attention of one new token a sequence over a full cache: a provider stores the token's key and
-value, too. Memory bounds it: each key and value is read once and used once.
+"""Attention of one new token a sequence over a full cache, with the token's key and value stored.
+Memory bounds it: each key and value is read once and used once.
 """
-
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench._ops.op_bench import Draw, Op, Row
+from bench._ops.op_bench import Op, RandomTensors, standard_providers
+from fastgpt.kernels import reference
 from fastgpt.kernels.reference import split_heads
 
 
-def inputs(draw: Draw, B: int, S: int, H: int, D: int) -> tuple[Tensor, Tensor, Tensor]:
-    qkv, cache = draw(B, 1, 3 * H * D), draw(2, B, H, S, D)
-    last = torch.full((B,), S - 1, device=draw.device)
-    return qkv.detach(), cache.detach(), last  # no gradients
+def inputs(random: RandomTensors, B: int, S: int, H: int, D: int) -> tuple[Tensor, Tensor, Tensor]:
+    qkv, cache = random.normal(B, 1, 3 * H * D), random.normal(2, B, H, S, D)
+    last = torch.full((B,), S - 1, device=random.device)
+    return qkv.detach(), cache.detach(), last
 
 
 def eager(qkv: Tensor, cache: Tensor, positions: Tensor) -> Tensor:
@@ -30,9 +29,8 @@ def eager(qkv: Tensor, cache: Tensor, positions: Tensor) -> Tensor:
     return y.transpose(1, 2).flatten(2)
 
 
-def traced(qkv: Tensor, cache: Tensor, positions: Tensor) -> Tensor:
-    """The operator alone: on a CPU the public function looks at the positions, which fake tensors
-    have not."""
+def operator(qkv: Tensor, cache: Tensor, positions: Tensor) -> Tensor:
+    """Without the public function, which reads the positions on a CPU: fake tensors have none."""
     out: Tensor = torch.ops.fastgpt.attention_decode(qkv, cache, positions, 1.0)
     return out
 
@@ -40,8 +38,9 @@ def traced(qkv: Tensor, cache: Tensor, positions: Tensor) -> Tensor:
 OP = Op(
     name="attention_decode",
     inputs=inputs,
-    eager=eager,
-    traced=traced,
+    providers=standard_providers("attention_decode", eager),
+    reference=reference.attention_decode,
+    counted=operator,
     directions=("inference",),
     gpu_sizes=[
         {"B": 1, "S": 1024, "H": 12, "D": 64},  # GPT-2 124M
@@ -55,6 +54,4 @@ OP = Op(
 )
 
 
-@OP.rows
-def test_attention_decode(row: Row, benchmark: Any, record_property: Any) -> None:
-    row.measure(benchmark, record_property)
+test_attention_decode = OP.test()

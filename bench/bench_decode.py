@@ -33,7 +33,7 @@ if __name__ == "__main__":  # Python looks for modules in the folder of the scri
 from bench._harness import machine
 from bench._harness.cli import USER_ERRORS, failed, failure_of, tyro, write_json
 from bench._harness.timing import Clock
-from bench._step import eager
+from bench._step import baselines
 from fastgpt import GPT, GPTConfig
 from fastgpt.devices import autocast, resolve_device, resolve_dtype
 from fastgpt.generation import Generator, Sampling
@@ -69,7 +69,7 @@ def whole_windows(model: GPT, idx: Tensor, new_tokens: int, greedy: bool) -> Ite
     """nanoGPT's method: the next token (B,) of each row, ``new_tokens`` times."""
     for _ in range(new_tokens):
         window = idx[:, -model.config.block_size :]
-        logits = eager.last_logits(model, window, eager.sdpa)
+        logits = baselines.last_logits(model, window, baselines.sdpa)
         if greedy:
             drawn = logits.argmax(-1, keepdim=True)
         else:

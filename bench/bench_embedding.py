@@ -1,16 +1,15 @@
 """Token plus position embedding, forward and backward with the gradients of both tables."""
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench._ops.op_bench import Draw, Op, Row
+from bench._ops.op_bench import Op, RandomTensors, standard_providers
+from fastgpt.kernels import reference
 
 
-def inputs(draw: Draw, B: int, T: int, C: int, V: int) -> tuple[Tensor, Tensor, Tensor]:
-    return draw.ids(V, B, T), draw(V, C, std=0.02), draw(T, C, std=0.02)
+def inputs(random: RandomTensors, B: int, T: int, C: int, V: int) -> tuple[Tensor, Tensor, Tensor]:
+    return random.ids(V, B, T), random.normal(V, C, std=0.02), random.normal(T, C, std=0.02)
 
 
 def eager(idx: Tensor, token_weight: Tensor, position_weight: Tensor) -> Tensor:
@@ -21,7 +20,8 @@ def eager(idx: Tensor, token_weight: Tensor, position_weight: Tensor) -> Tensor:
 OP = Op(
     name="embedding",
     inputs=inputs,
-    eager=eager,
+    providers=standard_providers("embedding", eager),
+    reference=reference.embedding,
     gpu_sizes=[
         {"B": 32, "T": 1024, "C": 768, "V": 50304},  # GPT-2 124M
         {"B": 32, "T": 1024, "C": 768, "V": 50257},
@@ -31,7 +31,4 @@ OP = Op(
     cpu_sizes=[{"B": 2, "T": 128, "C": 128, "V": 65}],
 )
 
-
-@OP.rows
-def test_embedding(row: Row, benchmark: Any, record_property: Any) -> None:
-    row.measure(benchmark, record_property)
+test_embedding = OP.test()

@@ -1,21 +1,21 @@
 """GELU, forward and backward."""
 
-from typing import Any
-
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench._ops.op_bench import Draw, Op, Row
+from bench._ops.op_bench import Op, RandomTensors, standard_providers
+from fastgpt.kernels import reference
 
 
-def inputs(draw: Draw, M: int, N: int) -> tuple[Tensor]:
-    return (draw(M, N),)
+def inputs(random: RandomTensors, M: int, N: int) -> tuple[Tensor]:
+    return (random.normal(M, N),)
 
 
 OP = Op(
     name="gelu",
     inputs=inputs,
-    eager=F.gelu,
+    providers=standard_providers("gelu", F.gelu),
+    reference=reference.gelu,
     gpu_sizes=[
         {"M": 32768, "N": 3072},  # GPT-2 124M, B=32, T=1024
         {"M": 8192, "N": 6400},  # GPT-2 XL, B=8
@@ -24,7 +24,4 @@ OP = Op(
     cpu_sizes=[{"M": 256, "N": 512}],
 )
 
-
-@OP.rows
-def test_gelu(row: Row, benchmark: Any, record_property: Any) -> None:
-    row.measure(benchmark, record_property)
+test_gelu = OP.test()

@@ -5,11 +5,12 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench._ops.op_bench import Draw, Op, Row
+from bench._ops.op_bench import Op, RandomTensors, standard_providers
+from fastgpt.kernels import reference
 
 
-def inputs(draw: Draw, M: int, C: int) -> tuple[Tensor, Tensor, Tensor]:
-    return draw(M, C), draw(C), draw(C)
+def inputs(random: RandomTensors, M: int, C: int) -> tuple[Tensor, Tensor, Tensor]:
+    return random.normal(M, C), random.normal(C), random.normal(C)
 
 
 def eager(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -25,8 +26,8 @@ def liger(x: Tensor, weight: Tensor, bias: Tensor) -> Any:
 OP = Op(
     name="layer_norm",
     inputs=inputs,
-    eager=eager,
-    liger=liger,
+    providers=standard_providers("layer_norm", eager, liger),
+    reference=reference.layer_norm,
     gpu_sizes=[
         {"M": 32768, "C": 768},  # GPT-2 124M, B=32, T=1024
         {"M": 16384, "C": 384},  # nanoGPT's character model, B=64, T=256
@@ -37,7 +38,4 @@ OP = Op(
     cpu_sizes=[{"M": 256, "C": 384}],
 )
 
-
-@OP.rows
-def test_layer_norm(row: Row, benchmark: Any, record_property: Any) -> None:
-    row.measure(benchmark, record_property)
+test_layer_norm = OP.test()

@@ -1,23 +1,20 @@
 """The MLP, forward and backward: Linear, GELU, and Linear without its bias, which the residual sum
-adds; and its two products with an epilogue, against cuBLAS.
+adds; and its products with a GELU epilogue, against cuBLAS with GELU as a kernel of its own, which
+is what a launch table without a tile gets.
 """
-
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench._ops import product_bench
-from bench._ops.op_bench import Draw, Op, Row
-from bench._ops.product_bench import ALONE, FUSED, SEPARATE, Product, Results
-from fastgpt.kernels import gemm
+from bench._ops.op_bench import Op, RandomTensors, standard_providers
+from fastgpt.kernels import gemm, reference
 from fastgpt.kernels.gelu import gelu_backward, gelu_forward
 
 
-def inputs(draw: Draw, M: int, C: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    fc_weight, fc_bias = draw(4 * C, C, std=0.02), draw(4 * C, std=0.02)
-    return draw(M, C), fc_weight, fc_bias, draw(C, 4 * C, std=0.02)
+def inputs(random: RandomTensors, M: int, C: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    x, fc_weight = random.normal(M, C), random.normal(4 * C, C, std=0.02)
+    return x, fc_weight, random.normal(4 * C, std=0.02), random.normal(C, 4 * C, std=0.02)
 
 
 def eager(x: Tensor, fc_weight: Tensor, fc_bias: Tensor, proj_weight: Tensor) -> Tensor:
@@ -27,7 +24,8 @@ def eager(x: Tensor, fc_weight: Tensor, fc_bias: Tensor, proj_weight: Tensor) ->
 OP = Op(
     name="mlp",
     inputs=inputs,
-    eager=eager,
+    providers=standard_providers("mlp", eager),
+    reference=reference.mlp,
     gpu_sizes=[
         {"M": 32768, "C": 768},  # GPT-2 124M, B=32, T=1024
         {"M": 16384, "C": 1024},
@@ -38,95 +36,79 @@ OP = Op(
     cpu_sizes=[{"M": 256, "C": 128}],
 )
 
-
-@OP.rows
-def test_mlp(row: Row, benchmark: Any, record_property: Any) -> None:
-    row.measure(benchmark, record_property)
+test_mlp = OP.test()
 
 
-def fc_inputs(draw: Draw, M: int, C: int) -> tuple[Tensor, Tensor, Tensor]:
-    x, weight, bias, _ = inputs(draw, M, C)
-    return x, weight, bias
+def flops(direction: str, M: int, C: int) -> int:
+    return 2 * M * C * 4 * C
 
 
-def fc(x: Tensor, weight: Tensor, bias: Tensor) -> Results:
+def fc_inputs(random: RandomTensors, M: int, C: int) -> tuple[Tensor, ...]:
+    return inputs(random, M, C)[:3]
+
+
+def fc_cublas(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
     pre = F.linear(x, weight, bias)
     return pre, gelu_forward(pre, "none")
 
 
-def plain_fc(x: Tensor, weight: Tensor, bias: Tensor) -> Results:
+def fc_plain(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
     pre = F.linear(x, weight, bias)
     return pre, F.gelu(pre)
 
 
-def dx_inputs(draw: Draw, M: int, C: int) -> tuple[Tensor, Tensor, Tensor]:
-    return draw(M, C), draw(C, 4 * C, std=0.02), draw(M, 4 * C)
+FC = Op(
+    name="mlp: fc and gelu",
+    inputs=fc_inputs,
+    providers={
+        "fused": lambda x, weight, bias: gemm.linear_gelu(x, weight, bias, "none"),
+        "cuBLAS": fc_cublas,
+    },
+    reference=fc_plain,
+    directions=("inference",),
+    baseline="cuBLAS",
+    counted=None,
+    flops=flops,
+    gpu_sizes=OP.gpu_sizes,
+)
+
+test_fc = FC.test()
 
 
-def dx(dy: Tensor, weight: Tensor, pre: Tensor) -> Results:
-    return (gelu_backward(dy @ weight, pre, "none"),)
+def fc_gradient_inputs(random: RandomTensors, M: int, C: int) -> tuple[Tensor, ...]:
+    dy, proj_weight = random.normal(M, C), random.normal(C, 4 * C, std=0.02)
+    return dy, proj_weight, random.normal(M, 4 * C)
 
 
-def plain_dx(dy: Tensor, weight: Tensor, pre: Tensor) -> Results:
-    return (torch.ops.aten.gelu_backward(dy @ weight, pre),)
+def of_fc_gradient(recompute: bool) -> Op:
+    """The gradient of FC's output; with ``recompute`` GELU's output again, for FC2's dW."""
 
+    def fused(dy: Tensor, weight: Tensor, pre: Tensor) -> tuple[Tensor, ...]:
+        dpre, act = gemm.linear_gelu_gradient(dy, weight, pre, "none", recompute=recompute)
+        return (dpre,) if act is None else (dpre, act)
 
-def fused_dx(dy: Tensor, weight: Tensor, pre: Tensor) -> Results:
-    return (gemm.linear_gelu_gradient(dy, weight, pre, "none", recompute=False)[0],)
+    def cublas(dy: Tensor, weight: Tensor, pre: Tensor) -> tuple[Tensor, ...]:
+        dpre = gelu_backward(dy @ weight, pre, "none")
+        return (dpre, gelu_forward(pre, "none")) if recompute else (dpre,)
 
+    def plain(dy: Tensor, weight: Tensor, pre: Tensor) -> tuple[Tensor, ...]:
+        dpre = torch.ops.aten.gelu_backward(dy @ weight, pre)
+        return (dpre, F.gelu(pre)) if recompute else (dpre,)
 
-def fused_dx_and_act(dy: Tensor, weight: Tensor, pre: Tensor) -> Results:
-    dpre, act = gemm.linear_gelu_gradient(dy, weight, pre, "none", recompute=True)
-    assert act is not None
-    return dpre, act
-
-
-def flops(M: int, C: int) -> int:
-    return 2 * M * C * 4 * C
-
-
-PRODUCTS = [
-    Product(
-        op="mlp",
-        name="FC, GELU",
-        inputs=fc_inputs,
+    return Op(
+        name=f"mlp: fc2 dx and gelu gradient{', recompute' if recompute else ''}",
+        inputs=fc_gradient_inputs,
+        providers={"fused": fused, "cuBLAS": cublas},
+        reference=plain,
+        directions=("inference",),
+        baseline="cuBLAS",
+        counted=None,
         flops=flops,
-        plain=plain_fc,
-        ways={
-            ALONE: lambda x, weight, bias: (F.linear(x, weight, bias),),
-            SEPARATE: fc,
-            FUSED: lambda x, weight, bias: gemm.linear_gelu(x, weight, bias, "none"),
-        },
         gpu_sizes=OP.gpu_sizes,
-        table="fwd",
-    ),
-    Product(
-        op="mlp",
-        name="FC2 dX, GELU'",
-        inputs=dx_inputs,
-        flops=flops,
-        plain=plain_dx,
-        ways={ALONE: lambda dy, weight, pre: (dy @ weight,), SEPARATE: dx, FUSED: fused_dx},
-        gpu_sizes=OP.gpu_sizes,
-        table="bwd",
-    ),
-    Product(
-        op="mlp",
-        name="FC2 dX, GELU', GELU again",
-        inputs=dx_inputs,
-        flops=flops,
-        plain=lambda dy, weight, pre: (*plain_dx(dy, weight, pre), F.gelu(pre)),
-        ways={
-            ALONE: lambda dy, weight, pre: (dy @ weight,),
-            SEPARATE: lambda dy, weight, pre: (*dx(dy, weight, pre), gelu_forward(pre, "none")),
-            FUSED: fused_dx_and_act,
-        },
-        gpu_sizes=OP.gpu_sizes,
-        table="bwd_recompute",
-    ),
-]
+    )
 
 
-@product_bench.rows(*PRODUCTS)
-def test_products(row: product_bench.Row, benchmark: Any, record_property: Any) -> None:
-    row.measure(benchmark, record_property)
+FC_GRADIENT, FC_GRADIENT_RECOMPUTE = of_fc_gradient(False), of_fc_gradient(True)
+
+test_fc_gradient = FC_GRADIENT.test()
+test_fc_gradient_recompute = FC_GRADIENT_RECOMPUTE.test()

@@ -2,16 +2,15 @@
 differently by each provider.
 """
 
-from typing import Any
-
 from torch import Tensor
 
 from bench import bench_layer_norm
-from bench._ops.op_bench import Draw, Op, Row
+from bench._ops.op_bench import Op, RandomTensors, standard_providers
+from fastgpt.kernels import reference
 
 
-def inputs(draw: Draw, M: int, C: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return draw(M, C), *bench_layer_norm.inputs(draw, M, C)
+def inputs(random: RandomTensors, M: int, C: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return random.normal(M, C), *bench_layer_norm.inputs(random, M, C)
 
 
 def eager(residual: Tensor, delta: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
@@ -22,12 +21,10 @@ def eager(residual: Tensor, delta: Tensor, weight: Tensor, bias: Tensor) -> tupl
 OP = Op(
     name="residual_layer_norm",
     inputs=inputs,
-    eager=eager,
+    providers=standard_providers("residual_layer_norm", eager),
+    reference=reference.residual_layer_norm,
     gpu_sizes=bench_layer_norm.OP.gpu_sizes,
     cpu_sizes=bench_layer_norm.OP.cpu_sizes,
 )
 
-
-@OP.rows
-def test_residual_layer_norm(row: Row, benchmark: Any, record_property: Any) -> None:
-    row.measure(benchmark, record_property)
+test_residual_layer_norm = OP.test()

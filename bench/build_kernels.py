@@ -180,16 +180,15 @@ def table(records: Iterable[Mapping[str, Any]]) -> Table:
         for kernel in record["kernels"]:
             groups.setdefault((kernel["name"], kernel["capability"]), []).append(kernel)
     for (name, capability), kernels in sorted(groups.items()):
-        spilled = [k["spill_store_bytes"] + k["spill_load_bytes"] for k in kernels]
         found = {kind for k in kernels for kind, n in k["instructions"].items() if n}
         out.add_row(
             name.strip("_").removesuffix("_kernel"),
             str(capability),
             str(len(kernels)),
             _range([k["registers"] for k in kernels]),
-            str(max(spilled)),
+            str(max(k["spilled"] for k in kernels)),
             f"{max(k['shared_memory'] for k in kernels) / 1024:.0f}",
-            _range([k["occupancy"]["programs"] for k in kernels]),
+            _range([k["programs"] for k in kernels]),
             ", ".join(kind for kind in (*MATRIX, *COPIES) if kind in found) or "-",
         )
     return out

@@ -47,7 +47,7 @@ from bench._roofline import roofline_report
 from bench._roofline.ceilings import DEVICES, Ceilings, floor
 from bench._roofline.counting import Report, count
 from bench._roofline.fake_model import fake_model
-from bench._step import eager
+from bench._step import baselines
 from fastgpt import GPT, GPTConfig
 from fastgpt.model import PRETRAINED_SHAPES
 
@@ -70,8 +70,8 @@ def _fused_loss(gpt: GPT, idx: Tensor, targets: Tensor) -> Tensor:
 
 
 VARIANTS: dict[str, Variant] = {
-    "naive": Variant("nanoGPT, masked matmul", partial(eager.loss, attention=eager.naive)),
-    "sdpa": Variant("nanoGPT, SDPA", partial(eager.loss, attention=eager.sdpa)),
+    "naive": Variant("nanoGPT, masked matmul", partial(baselines.loss, attention=baselines.naive)),
+    "sdpa": Variant("nanoGPT, SDPA", partial(baselines.loss, attention=baselines.sdpa)),
     "fastgpt": Variant("fastgpt", _fused_loss),
     "fastgpt-recompute": Variant("fastgpt, recompute", _fused_loss, recompute=True),
 }

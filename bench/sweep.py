@@ -1,190 +1,356 @@
-"""Looks for better lines of the launch tables.
+"""Looks for better launch configurations.
 
-    python bench/sweep.py attention                 # on a GPU: compiled, checked, measured
-    python bench/sweep.py gemm --arch 100           # without one: compiled
-    python bench/sweep.py attention layer_norm --only '*head size 64*' --minutes 5
+    python bench/sweep.py attention                 # on a GPU: compiled, checked, timed
+    python bench/sweep.py gemm --arch=100           # without one: compiled
+    python bench/sweep.py attention layer_norm --only='*fwd*'
 
-1. Every candidate in the neighbourhood of a line is compiled ahead of time, on all cores. One that
-   spills a register, asks for more shared memory than there is, multiplies without the tensor
-   cores or does not compile is rejected.
-2. On a GPU, what is left takes the line's place in its table for the time of a call of the host
-   function. Its results have to equal the present line's up to rounding, at every size.
-3. All are timed in interleaved rounds, on inputs that no cache holds, beside the present line,
-   which is timed twice: the difference is the noise. Those within 15% of the best get more rounds.
-   A line serves all its sizes: what counts is the geometric mean of the times over the present
-   line's.
-
-Printed is each line as it would stand in the table, with its figures. It differs from the present
-one only where that is slower by more than the noise and 1%.
+The benchmarks' calls show which configurations an op asks for. The neighbours of each are compiled
+ahead of time on all cores; those that spill, need too much shared memory, leave the tensor cores
+idle or do not compile are rejected. On a GPU the others are checked against the plain op and timed
+beside the present one at every size of the benchmark. Printed is the best by the geometric mean, as
+a line for ``kernels/configs.py``: not the present one if it wins by 1% and by more than the noise,
+which is the difference of the present one's two measurements.
 """
 
 import argparse
+import contextlib
 import fnmatch
+import importlib
+import itertools
 import math
+import multiprocessing
 import os
+import statistics
 import sys
-import time
 import traceback
-from collections.abc import Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+from unittest import mock
 
 import torch
-from rich import box
+import triton
 from rich.console import Console
-from rich.table import Table
 
 if __name__ == "__main__":  # Python looks for modules in the folder of the script
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from bench._compile.multiprocessor import ARCHITECTURES
-from bench._harness import cli, machine
-from bench._harness.cli import failure_of, write_json
-from bench._roofline.ceilings import Ceilings
-from bench._sweep.compile import Static, Task, compile_all, fitted
-from bench._sweep.contest import comment, gpu_timer, measured, verdict
-from bench._sweep.line import Line, Tile
-from bench._sweep.tables import OPS, lines
-from fastgpt.kernels import _host
+from bench._compile.static import Launch, compile_launches, faults, no_gpu_needed, recorded
+from bench._harness import cli
+from bench._harness.timing import interleaved
+from bench._ops import op_bench
+from bench._ops.op_bench import Case, Direction, Op, RandomTensors, Stopwatch, prepared
+from fastgpt.kernels import _host, configs
+from fastgpt.kernels.configs import CUBLAS, Gemm, Key
+
+BENCHMARKS = {  # of an op of configs.TABLE: file and name
+    "attention": ("attention.OP", "attention.DOCUMENTS"),
+    "attention_decode": ("attention_decode.OP",),
+    "gemm": ("mlp.FC", "mlp.FC_GRADIENT", "mlp.FC_GRADIENT_RECOMPUTE", "linear.WEIGHT_GRADIENT"),
+    "layer_norm": ("residual_layer_norm.OP",),
+    "cross_entropy": ("linear_cross_entropy.OP",),
+    "embedding": ("embedding.OP",),
+    "gelu": ("gelu.OP",),
+    "adamw": ("adamw.OP",),
+    "fp8": ("linear_cross_entropy.FP8",),
+}
+ROUNDS = 10
+LEAST_GAIN = 1.01
+# Sizes that no configuration depends on, and what they are while nothing is computed.
+_SHRUNK = {"B": 1, "T": 128, "M": 16, "S": 512, "N": 2**16}
+_SHRUNK_OF = {
+    "embedding": {"V": 512},
+    "linear_cross_entropy": {"C": 64},
+    "linear_cross_entropy in fp8": {"C": 64, "V": 512},
+}
+_MARK = 1024  # as num_warps: a launch that shows it takes its configuration from this request
+
+Config = Any  # of configs.TABLE
 
 
-def static_table(line: Line, found: dict[Tile, Static]) -> Table:
-    """Those without a fault."""
-    title = f"{line.name}: {line.text(line.current)}"
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
-    table.add_column("candidate\n", no_wrap=True)
-    for header in ("registers\n", "shared\nKB", "programs\n/SM"):
-        table.add_column(header, justify="right", no_wrap=True)
-    good = [(tile, one) for tile, one in found.items() if one.fault is None]
-    for tile, one in good:
-        name = "cuBLAS" if tile is None else str(tile)
-        figures = (str(one.registers), f"{one.shared_memory / 1024:.0f}", str(one.programs))
-        table.add_row(
-            f"{name} (present)" if tile == line.current else name,
-            *("---" if tile is None else figures),
-        )
-    table.caption = f"{len(found) - len(good)} of {len(found)} rejected"
-    return table
+class Request(NamedTuple):
+    """The arguments of ``configs.lookup``."""
+
+    op: str
+    kernel: str
+    capability: int
+    dtype: torch.dtype
+    size: int | str
+    options: tuple[str, ...]
+
+    def __str__(self) -> str:
+        size = [] if self.size == configs.ANY else [str(self.size)]
+        return " ".join((self.op, self.kernel, *size, *self.options))
+
+    def line(self, config: Config) -> str:
+        """As it stands in the table."""
+        dtype = "half" if _host.is_half(self.dtype) else str(self.dtype).removeprefix("torch.")
+        arch = configs.architecture(self.capability)
+        key = tuple(Key(self.op, self.kernel, arch, dtype, self.size, self.options))
+        value = "CUBLAS" if config == CUBLAS else repr(config)
+        return f"Key{key}: {value},".replace("'", '"')
 
 
-def sweep_line(
-    op: str,
-    line: Line,
-    capability: int,
-    dtype: torch.dtype,
-    jobs: int,
-    ceilings: Ceilings | None,
-    console: Console,
-) -> dict[str, Any]:
-    """Compile and, given the ceilings of a GPU, measure; the record."""
-    console.print(f"{line.name}: compiling {len(line.candidates)} candidates")
-    tiles = [line.current, *line.candidates]
-    keep = ceilings is not None
-    tasks = [Task(op, line.name, tile, capability, dtype, keep) for tile in tiles]
-    found: dict[Tile, Static] = {}
-    for tile, one in zip(tiles, compile_all(tasks, jobs), strict=True):
-        found.setdefault(fitted(line, tile, one), one)  # the present line is the first
-    record: dict[str, Any] = {
-        "op": op,
-        "name": line.name,
-        "dtype": str(dtype).removeprefix("torch."),
-        "capability": capability,
-        "static": [{"tile": tile, **asdict(one)} for tile, one in found.items()],
-        "measured": None,
-    }
-    if ceilings is None:
-        console.print(static_table(line, found))
-        return record
-    device = torch.device("cuda")
-    good = [tile for tile, one in found.items() if one.fault is None and tile != line.current]
-    contests, rejected = measured(line, good, device, dtype, gpu_timer(device), console.print)
-    record["rejected"] = [[tile, why] for tile, why in rejected.items()]
-    won = verdict(line, contests, ceilings, dtype.itemsize == 2)
-    record["measured"] = won
-    record["comment"] = comment(won, ceilings.name, dtype)
-    console.print(f"{record['comment']}\n{won['line']}\n", markup=False, soft_wrap=True)
-    return record
+@dataclass
+class Subject:
+    """A configuration that a benchmark asks for, and at which of its sizes."""
+
+    request: Request
+    benchmark: str
+    dtype: torch.dtype
+    direction: Direction
+    sizes: list[dict[str, int]] = field(default_factory=list)
+
+    @property
+    def candidates(self) -> list[Config]:
+        """The present one first."""
+        present = configs.lookup(*self.request)
+        if present == CUBLAS:
+            return [CUBLAS]
+        choices = [neighbours(present, name) for name in present._fields]
+        found = [present, *(type(present)(*values) for values in itertools.product(*choices))]
+        return list(dict.fromkeys(found)) + [CUBLAS] * isinstance(present, Gemm)
 
 
-def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+def neighbours(config: Config, name: str) -> list[Any]:
+    """What a field may be; the compiler refuses what does not fit."""
+    value = getattr(config, name)
+    if name == "num_warps" and "num_stages" in config._fields:
+        return [4, 8]
+    if name.startswith("BLOCK") or name in ("PARTS", "num_warps"):
+        return [n for n in (value // 2, value, 2 * value) if n and (name != "num_warps" or n <= 32)]
+    if name == "num_stages":
+        return [n for n in (value - 1, value, value + 1) if n]
+    return [value, None] if name in ("PIPELINED_PV", "maxnreg") and value else [value]
+
+
+@contextlib.contextmanager
+def using(request: Request, config: Config) -> Iterator[None]:
+    """Within, ``configs`` answers this request with ``config``."""
+    lookup = configs.lookup
+
+    def answer(*asked: Any) -> Config:
+        return config if asked == request else lookup(*asked)
+
+    with mock.patch.object(configs, "lookup", answer):
+        yield
+
+
+def op_of(benchmark: str, dtype: torch.dtype) -> Op:
+    file, _, name = benchmark.partition(".")
+    op: Op = getattr(importlib.import_module(f"bench.bench_{file}"), name)
+    return op if file == "adamw" else replace(op, dtype=dtype)
+
+
+def provider_of(op: Op) -> str:
+    return "fp8" if "fp8" in op.providers else "fused"
+
+
+def work_of(op: Op, direction: Direction, sizes: dict[str, int]) -> Callable[[], Any]:
+    """On small CPU tensors: within ``recorded``, where no kernel computes anything."""
+    shrunk = _SHRUNK | _SHRUNK_OF.get(op.name, {})
+    sizes = {name: min(size, shrunk.get(name, size)) for name, size in sizes.items()}
+    inputs = op.inputs(RandomTensors(torch.device("cpu"), op.dtype), **sizes)
+    function = op.providers[provider_of(op)]
+    grads = op_bench.gradients_like(function(*inputs)) if op.has_gradients else []
+    return prepared(direction, function, inputs, grads)
+
+
+def subjects(name: str, capability: int, dtype: torch.dtype) -> list[Subject]:
+    """What the op's benchmarks ask for on the architecture, each once, with all its sizes."""
+    found: dict[Request, Subject] = {}
+    lookup = configs.lookup
+    for benchmark in BENCHMARKS[name]:
+        op = op_of(benchmark, dtype)
+        # The last direction counts: it has the gradients.
+        for direction, sizes in itertools.product(op.directions, op.gpu_sizes):
+            with recorded(capability):
+                work = work_of(op, direction, sizes)
+                with mock.patch.object(configs, "lookup", mock.Mock(side_effect=lookup)) as spy:
+                    work()
+            for request in dict.fromkeys(Request(*call.args) for call in spy.call_args_list):
+                if request.op == name:
+                    new = Subject(request, benchmark, dtype, direction)
+                    one = found.setdefault(request, new)
+                    if one.benchmark == benchmark:
+                        one.direction = direction
+                        one.sizes += [sizes] * (sizes not in one.sizes)
+    return list(found.values())
+
+
+# ------------------------------------------------------------------------------------- compiling
+
+
+class Made(NamedTuple):
+    """What the compiler made of a candidate; ``fault``: why it is rejected."""
+
+    fault: str | None
+    registers: int = 0
+    shared_memory: int = 0
+    programs: int = 0
+
+
+def compiled(subject: Subject, config: Config, keep: bool) -> Made:
+    """``keep``: also in Triton's own cache, for the process that times it."""
+    if config == CUBLAS:
+        return Made(None)
+    capability, op = subject.request.capability, op_of(subject.benchmark, subject.dtype)
+    try:
+        with recorded(capability) as launches:
+            work = work_of(op, subject.direction, subject.sizes[0])
+            with using(subject.request, config._replace(num_warps=_MARK)):
+                work()
+        own = [
+            Launch(one.kernel, one.args, {**one.options, "num_warps": config.num_warps})
+            for one in launches
+            if one.options.get("num_warps") == _MARK
+        ]
+        found = compile_launches(own, capability)
+        wrong = [fault.partition("): ")[2] for one in found for fault in faults(one)]
+        if keep and not wrong:
+            with no_gpu_needed(capability):
+                for one in own:
+                    one.kernel.warmup(*one.args, grid=(1,), **one.options)
+    except Exception as error:  # the compiler has many
+        return Made(f"does not compile: {cli.failure_of(error)}")
+    return Made(
+        wrong[0] if wrong else None,
+        max(one.registers for one in found),
+        max(one.shared_memory for one in found),
+        min(one.programs for one in found),
     )
-    parser.add_argument("ops", nargs="+", choices=[*OPS, "all"], metavar="OP",
-                        help=f"{', '.join(OPS)} or all")  # fmt: skip
-    parser.add_argument("--only", default="*", help="lines whose names match this pattern")
-    parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
-    parser.add_argument("--arch", type=int, choices=sorted(ARCHITECTURES),
-                        help="compute capability without a GPU (default: 90)")  # fmt: skip
-    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="compilers at a time")
-    parser.add_argument("--minutes", type=float, default=math.inf,
-                        help="no line is begun later than this")  # fmt: skip
-    parser.add_argument("--json", type=Path, help="written anew after each line")
-    options = parser.parse_args(argv)
-    if options.jobs < 1:
-        parser.error(f"--jobs must be at least 1, got {options.jobs}")
-    if not options.minutes > 0:
-        parser.error(f"--minutes must be positive, got {options.minutes:g}")
-    if options.json is not None and not options.json.absolute().parent.is_dir():
-        parser.error(f"--json must be a file in a folder that is there, got {options.json}")
-    return options
+
+
+def compile_all(
+    subject: Subject, candidates: Sequence[Config], jobs: int, keep: bool
+) -> list[Made]:
+    """On ``jobs`` processes. A crash of the compiler ends the pool: those left are compiled again,
+    each in a process of its own, and what crashes there is rejected."""
+    found: dict[int, Made] = {}
+    for alone in (False, True):
+        left = [number for number in range(len(candidates)) if number not in found]
+        for numbers in [[number] for number in left] if alone else [left]:
+            context = multiprocessing.get_context("spawn")
+            with ProcessPoolExecutor(min(jobs, len(numbers)), mp_context=context) as pool:
+                tasks = {n: pool.submit(compiled, subject, candidates[n], keep) for n in numbers}
+                for number, task in tasks.items():
+                    with contextlib.suppress(BrokenProcessPool):
+                        found[number] = task.result()
+    return [found.get(n, Made("crashes the compiler")) for n in range(len(candidates))]
+
+
+# ----------------------------------------------------------------------------- on a GPU: timing
+
+
+def timed(
+    subject: Subject, candidates: Sequence[Config], show: Callable[[str], None]
+) -> dict[int, list[float]]:
+    """Medians in milliseconds at each of the subject's sizes, of the candidates (by number) that
+    are right; -1: the present one, a second time."""
+    op = op_of(subject.benchmark, subject.dtype)
+    provider = provider_of(op)
+    function = op.providers[provider]
+    ms: dict[int, list[float]] = {number: [] for number in range(-1, len(candidates))}
+    for sizes in subject.sizes:
+        case = Case(op, tuple(sizes.items()))
+        for number in list(ms):
+            with using(subject.request, candidates[max(number, 0)]):
+                try:
+                    (op.check or case.check)(provider, function, case.inputs)
+                except (AssertionError, triton.TritonError) as error:
+                    show(f"{candidates[number]} is wrong: {cli.failure_of(error)}")
+                    del ms[number]
+        watches = {number: Stopwatch() for number in ms}
+        for _, number in interleaved(list(ms), ROUNDS):
+            with using(subject.request, candidates[max(number, 0)]):
+                work = prepared(subject.direction, function, case.inputs, case.out_grads)
+                op_bench._scratch().fill_(1)
+                watches[number].time(work)
+        for number, watch in watches.items():
+            ms[number].append(statistics.median(watch.ms))
+    return ms
+
+
+def verdict(ms: dict[int, list[float]]) -> tuple[int, float, float]:
+    """The best candidate, how many times as fast as the present one it is, and the noise: how many
+    times the present one's two measurements differ."""
+    gains = {
+        number: statistics.geometric_mean([a / b for a, b in zip(ms[0], times, strict=True)])
+        for number, times in ms.items()
+    }
+    noise = math.exp(abs(math.log(gains.pop(-1))))
+    best = max(gains, key=gains.__getitem__)
+    return (best if gains[best] > max(noise, LEAST_GAIN) else 0), gains[best], noise
+
+
+def sweep(subject: Subject, jobs: int, on_gpu: bool, show: Callable[[str], None]) -> None:
+    """Print what the compiler made of the candidates or, on a GPU, the best line."""
+    candidates = subject.candidates
+    show(f"{subject.request}: compiling {len(candidates)} candidates")
+    made = compile_all(subject, candidates, jobs, on_gpu)
+    good = [(config, one) for config, one in zip(candidates, made, strict=True) if not one.fault]
+    show(f"{len(made) - len(good)} of {len(made)} rejected")
+    if not on_gpu:
+        for config, one in good:
+            figures = f"{one.registers} registers, {one.shared_memory / 1024:.0f} KB shared"
+            show(f"  {config}" + ("" if config == CUBLAS else f": {figures}, {one.programs}/SM"))
+        return
+    others = [
+        config._replace(programs=one.programs) if isinstance(config, Gemm) else config
+        for config, one in good
+        if config != candidates[0]
+    ]
+    entrants = [candidates[0], *others]
+    ms = timed(subject, entrants, show)
+    best, gain, noise = verdict(ms)
+    times = (
+        f"{time:.4g} ms at {' '.join(f'{name}{n}' for name, n in sizes.items())}"
+        for sizes, time in zip(subject.sizes, ms[best], strict=True)
+    )
+    result = f"{gain:.3f}x of {entrants[0]}" if best else f"best of {len(ms) - 1}"
+    where = f"{torch.cuda.get_device_name()}, Triton {triton.__version__}"
+    show(f"# {where}: {', '.join(times)}; {result}; noise {noise - 1:.1%}")
+    show(subject.request.line(entrants[best]))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The exit code: 0, 1 where a line could not be swept, 2 for a wrong argument, 130 after an
-    interrupt."""
-    start = time.monotonic()
-    o = parse(argv)
-    console = Console(highlight=False)
-    dtype: torch.dtype = getattr(torch, o.dtype)
-    ceilings = None
-    capability = o.arch or 90
-    if torch.cuda.is_available():
-        device = torch.device("cuda", torch.cuda.current_device())
-        own = _host.capability(device)
-        assert own is not None
-        if o.arch not in (None, own):
-            return cli.failed(f"--arch is {o.arch}, but the GPU here has {own}")
-        capability = own
-        found = machine.ceilings(device)
-        name = torch.cuda.get_device_name(device)
-        ceilings = Ceilings(name, found["matmul_tflops"], found["copy_tb_per_s"])
-    else:
-        console.print(f"No CUDA GPU: nothing is timed. Compiled for sm_{capability}.")
-    if capability not in ARCHITECTURES:
-        return cli.failed(f"sm_{capability} is none of {sorted(ARCHITECTURES)}")
-    ops = list(OPS) if "all" in o.ops else list(dict.fromkeys(o.ops))
-    chosen = [
-        (op, line)
-        for op in ops
-        for line in lines(op, capability, dtype).values()
-        if fnmatch.fnmatchcase(line.name, o.only)
-    ]
+    """The exit code: 0, 1 where something could not be swept, 2 for a wrong argument."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("ops", nargs="+", choices=BENCHMARKS, metavar="OP", help=", ".join(BENCHMARKS))
+    add("--only", default="*", help="configurations whose names match this pattern")
+    add("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
+    add("--arch", type=int, choices=ARCHITECTURES, help="without a GPU (default: 90)")
+    add("--jobs", type=int, default=os.cpu_count() or 1, help="compilers at a time")
+    o = parser.parse_args(argv)
+    if o.jobs < 1:
+        parser.error(f"--jobs must be at least 1, got {o.jobs}")
+    console = Console(highlight=False, markup=False, soft_wrap=True)
+    own = _host.capability(op_bench.DEVICE)
+    if own is None:
+        console.print(f"No CUDA GPU: nothing is timed. Compiled for sm_{o.arch or 90}.")
+    elif o.arch not in (None, own):
+        return cli.failed(f"--arch must be {own}, which the GPU here has, got {o.arch}")
+    dtype = getattr(torch, o.dtype)
+    found = [one for op in o.ops for one in subjects(op, own or o.arch or 90, dtype)]
+    chosen = [one for one in found if fnmatch.fnmatchcase(str(one.request), o.only)]
     if not chosen:
-        names = ", ".join(name for op in ops for name in lines(op, capability, dtype)) or "none"
-        return cli.failed(
-            f"--only must match a line, got {o.only!r}; in {o.dtype} there are: {names}"
-        )
-    records: list[dict[str, Any]] = []
+        names = ", ".join(str(one.request) for one in found)
+        return cli.failed(f"--only must match a configuration, got {o.only!r}; there are: {names}")
     failures = 0
-    for op, line in chosen:
-        if time.monotonic() - start > 60 * o.minutes:
-            console.print(f"{line.name}: not begun, {o.minutes:g} minutes are over")
-            continue
+    for subject in chosen:
         try:
-            records.append(sweep_line(op, line, capability, dtype, o.jobs, ceilings, console))
-        except KeyboardInterrupt:
-            cli.failed(f"interrupted in {line.name}")
-            return 130
-        except Exception as error:  # whatever it is, the other lines are swept all the same
+            sweep(subject, o.jobs, own is not None, console.print)
+        except Exception as error:  # the others are swept all the same
             traceback.print_exc()
-            records.append({"op": op, "name": line.name, "measured": None})
-            records[-1]["failure"] = failure_of(error)
+            console.print(f"{subject.request}: {cli.failure_of(error)}")
             failures += 1
-            console.print(f"{line.name}: {failure_of(error)}", markup=False)
-        if o.json is not None:
-            write_json(o.json, records)
     return int(failures > 0)
 
 

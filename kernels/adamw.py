@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastgpt.kernels import _checks, _host
+from fastgpt.kernels import _checks, _host, configs
 from fastgpt.kernels.costs import KernelCost, nbytes, register_cost
 
 
@@ -88,11 +88,6 @@ def _adamw_kernel(
             tl.store(rounded_ptr + offs, param.to(rounded_ptr.dtype.element_ty), mask=mask)
 
 
-# Eight elements a thread: two 16-byte accesses to each float32 buffer, one to a bfloat16 copy.
-# Predicted from the access width, not yet measured.
-_LAUNCH = dict(BLOCK=1024, num_warps=4)
-
-
 @torch.library.custom_op(
     "fastgpt::adamw", mutates_args=("param", "rounded", "exp_avg", "exp_avg_sq", "step")
 )
@@ -113,6 +108,7 @@ def _adamw_op(
     if not param.numel():
         return
     scalars = param.new_empty(5)
+    config = configs.find(param, "adamw", "update")
     with _host.on_device(param):
         _adamw_scalars_kernel[(1,)](
             scalars,
@@ -128,7 +124,7 @@ def _adamw_op(
             num_warps=1,
             **_host.FMA,
         )
-        _adamw_kernel[(triton.cdiv(param.numel(), _LAUNCH["BLOCK"]),)](
+        _adamw_kernel[(triton.cdiv(param.numel(), config.BLOCK),)](
             param,
             rounded,
             grad,
@@ -140,7 +136,7 @@ def _adamw_op(
             BETA1=betas[0],
             BETA2=betas[1],
             ROUNDED=rounded is not None,
-            **_LAUNCH,
+            **configs.launch(config),
             **_host.FMA,
         )
 

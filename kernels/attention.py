@@ -1,7 +1,36 @@
-"""Attention: operators and the two public functions.
+"""Softmax attention, causal or full, forward and backward, without a (Tq, Tk) matrix in memory.
 
-The equations, what is saved, bytes and FLOPs stand in ``attention_kernels.py``, the host functions
-in ``attention_launch.py``.
+    S = scale * Q Kᵀ     P = softmax(S) over the visible keys     O = dropout(P) V
+
+q is (B, H, Tq, D), k and v (B, H, Tk, D), read by strides, packed (B, T, 3C) as much as separate.
+The forward is the online softmax of FlashAttention-2 (Dao 2023, arXiv:2307.08691): a program owns a
+block of queries, walks over the keys and rescales what it has when the running maximum grows. It
+works in base 2: P = 2^(c Q Kᵀ - lse) with c = scale log2(e). Saved for backward: q, k, v, O, and
+lse (B, H, 1, Tq) in float32.
+
+Large scores need more: at some thousands, a float32 lse has three digits behind the point, and its
+error is that of every probability of the row. With 16-bit inputs, P is rounded more coarsely anyway
+and c Q Kᵀ - lse is one instruction. With 32-bit inputs (APART), lse is (B, H, 2, Tq): the maximum m
+of a row of Q Kᵀ and log2 of the sum, and P = 2^(c (Q Kᵀ - m) - log2(sum)), where Q Kᵀ - m is exact
+near the maximum.
+
+    delta = sum over d of dO * O     dP = dropout(dO Vᵀ)     dS = P * (dP - delta)
+    dQ = scale * dS K                dK = scale * dSᵀ Q      dV = dropout(P)ᵀ dO
+
+The backward (``attention_bwd.py``) recomputes P in two kernels, one owning queries
+(dQ, and delta on its way), one owning keys (dK, dV): each sum has one owner and one order, so there
+are no atomics and two runs give the same bits.
+
+Several documents in one sequence (PACKED): query i sees the keys starts[i] <= j <= i, and starts
+never falls. A block of queries sees keys from its first row's start on; from its last row's start
+on, all its rows see them, so only the tiles between the two starts are masked. For a tile of keys,
+ends[j], the number of starts up to j, says where the queries end that see key j. (Counted in the
+kernel it is a reduction, for which the compiler keeps a whole tile in registers in float32.)
+
+Bytes, s an element, C = H * D: 4 s B T C forward (q, k, v in; O out), 8 s B T C backward (q, k, v,
+O, dO in; dQ, dK, dV out), beside what is read again, mostly from L2. FLOPs: 4 B H Tq Tk D forward,
+14 B H Tq Tk D backward (10 if S and dP were computed once); half of that if causal. With documents
+it is less, which depends on what stands in starts.
 """
 
 import math
@@ -11,17 +40,38 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastgpt.kernels import _checks, _host
-from fastgpt.kernels.attention_launch import (
-    attention_bwd,
-    attention_fwd,
-    bwd_cost,
-    empty_lse,
-    fwd_cost,
-)
-from fastgpt.kernels.costs import register_cost
+from fastgpt.kernels.attention_bwd import attention_bwd
+from fastgpt.kernels.attention_fwd import attention_fwd, empty_lse
+from fastgpt.kernels.costs import KernelCost, attention_pairs, nbytes, register_cost
 from fastgpt.kernels.reference import split_heads, unpacked
 
 MAX_HEAD_SIZE = 256
+
+
+# ---------------------------------------------------------------------------------------- costs
+
+
+def fwd_cost(q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, causal: bool) -> KernelCost:
+    """q, k, v as (B, H, T, D). Two products a tile. That of causal attention also with documents:
+    how much less they need depends on values, which a formula does not read."""
+    return KernelCost("fwd", 2 * _product(q, k, causal), nbytes(q, k, v, out, lse))
+
+
+def bwd_cost(
+    q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, causal: bool
+) -> list[KernelCost]:
+    """Three products a tile and four: both kernels compute the scores and dP."""
+    product = _product(q, k, causal)
+    dq, dk, dv, dout, delta = q, k, v, out, lse[:, :, 0]  # of the same sizes
+    return [
+        KernelCost("dq", 3 * product, nbytes(q, k, v, out, dout, lse, delta, dq)),
+        KernelCost("dkdv", 4 * product, nbytes(q, k, v, dout, lse, delta, dk, dv)),
+    ]
+
+
+def _product(q: Tensor, k: Tensor, causal: bool) -> int:
+    batch, n_head, n_queries, head_size = q.shape
+    return 2 * batch * n_head * attention_pairs(n_queries, k.shape[2], causal) * head_size
 
 
 # -------------------------------------------------------------------------- separate q, k and v
@@ -85,7 +135,7 @@ def _(dout, q, k, v, out, lse, seed, starts, causal, scale, dropout_p, stream):
 
 def _setup_context(ctx, inputs, output):
     q, k, v, seed, starts, *ctx.options = inputs
-    ctx.set_materialize_grads(False)  # no zeros for lse
+    ctx.set_materialize_grads(False)  # allocate no zeros as lse's gradient
     ctx.save_for_backward(q, k, v, *output, seed, starts)
 
 
@@ -219,13 +269,14 @@ def attention(
 
     Args:
         q: (B, H, Tq, D), D from 1 to 256; float32, float16 or bfloat16, on a CUDA device. Any
-            strides; q, k and v are copied where D or a stride is no multiple of 16 elements.
+            strides; copied where D or a stride is not a multiple of 16 elements.
             Under autocast they are cast to its dtype.
         k, v: (B, H, Tk, D), Tk at least 1; dtype and device of q, strides likewise.
         causal: query i sees the keys j <= i, counted from the start of both as in
             ``F.scaled_dot_product_attention(is_causal=True)``.
         scale: factor of q kᵀ, positive; 1 / sqrt(D) if None.
-        dropout_p: share of the probabilities that is set to 0, from 0 to 0.999, to the next 2^-16.
+        dropout_p: share of the probabilities that is set to 0, from 0 to 0.999, rounded to a
+            multiple of 2^-16.
         seed: int64 tensor with one element on q's device: the Philox key of the dropout mask, which
             is a function of seed, stream and position alone (``reference.dropout_mask``). If None,
             each call draws one from PyTorch's generator for the device.

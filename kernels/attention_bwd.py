@@ -1,12 +1,16 @@
-"""The backward kernels of attention: one owns queries (dQ, and delta on its way), one owns keys
-(dK, dV). The equations stand in ``attention_kernels.py``."""
+"""The backward of attention: a kernel that owns queries (dQ, and delta on its way), one that owns
+keys (dK, dV), and their launch. The equations stand in ``attention.py``.
+"""
 
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
+from fastgpt.kernels import _host
 from fastgpt.kernels._device_math import dropout_keep
 from fastgpt.kernels.attention_fwd import (
-    _document_tiles,
+    _document_bounds,
     _finite_or_zero,
     _first_keys,
     _head,
@@ -17,6 +21,8 @@ from fastgpt.kernels.attention_fwd import (
     _probabilities,
     _store_tile,
     _visible,
+    aligned,
+    arguments,
 )
 
 
@@ -24,13 +30,13 @@ from fastgpt.kernels.attention_fwd import (
 def _attention_dq_tiles(
     dq, q, dout, lse, log_sum, delta, offs_m, n_queries, starts_ptr,
     k_ptr, k_stride_t, v_ptr, v_stride_t,
-    start, stop, gap_at, gap, n_keys, qk_scale, seed, stream, batch_head, threshold, keep_scale,
+    lo, hi, gap_at, gap, n_keys, qk_scale, seed, dropout_offset, batch_head, threshold, keep_scale,
     MASKED: tl.constexpr, CAUSAL: tl.constexpr, PACKED: tl.constexpr, DROPOUT: tl.constexpr,
     APART: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr, HEAD: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Add what keys start .. stop give to dq / scale."""
-    for at in range(start, stop, BLOCK_N):
+    """Add the part of keys lo .. hi to dq / scale."""
+    for at in range(lo, hi, BLOCK_N):
         start_n = _past_gap(at, gap_at, gap, MASKED and PACKED)
         k = _load_tile(k_ptr, k_stride_t, start_n, n_keys, MASKED, HEAD, BLOCK_N, BLOCK_D)
         v = _load_tile(v_ptr, v_stride_t, start_n, n_keys, MASKED, HEAD, BLOCK_N, BLOCK_D)
@@ -39,13 +45,13 @@ def _attention_dq_tiles(
         dprobs = tl.dot(dout, tl.trans(v), input_precision=PRECISION, out_dtype=ACC)
         if DROPOUT:
             keep = dropout_keep(
-                seed, stream, batch_head, start_n, offs_m, threshold, BLOCK_M, BLOCK_N
+                seed, dropout_offset, batch_head, start_n, offs_m, threshold, BLOCK_M, BLOCK_N
             )
             dprobs = tl.where(keep, dprobs * keep_scale, 0.0)
         dscores = probs * (dprobs - delta[:, None])
         if MASKED:
             first_m = offs_m
-            if PACKED:  # loaded here, the registers are free elsewhere
+            if PACKED:  # loaded here, it occupies registers in masked tiles only
                 first_m = _first_keys(starts_ptr, offs_m, n_queries)
             visible = _visible(offs_m, first_m, start_n, n_keys, CAUSAL, PACKED, BLOCK_N)
             dscores = tl.where(visible, dscores, 0.0)
@@ -54,7 +60,7 @@ def _attention_dq_tiles(
     return dq
 
 
-@triton.jit(do_not_specialize=["stream"], do_not_specialize_on_alignment=["seed_ptr"])
+@triton.jit(do_not_specialize=["dropout_offset"], do_not_specialize_on_alignment=["seed_ptr"])
 def _attention_bwd_dq_kernel(
     q_ptr, q_stride_b, q_stride_h, q_stride_t,  # (B, H, n_queries, HEAD), HEAD adjacent
     k_ptr, k_stride_b, k_stride_h, k_stride_t,  # (B, H, n_keys, HEAD)
@@ -66,7 +72,7 @@ def _attention_bwd_dq_kernel(
     dq_ptr, dq_stride_t,  # (B, n_queries, H, HEAD) but for the distance of two tokens
     starts_ptr,  # (B, n_queries), contiguous; read only if PACKED
     seed_ptr,  # (1), read only if DROPOUT
-    stream,
+    dropout_offset,
     n_head, n_queries, n_keys, qk_scale, scale, threshold, keep_scale,
     CAUSAL: tl.constexpr, PACKED: tl.constexpr, DROPOUT: tl.constexpr, APART: tl.constexpr,
     PRECISION: tl.constexpr, ACC: tl.constexpr,
@@ -98,26 +104,28 @@ def _attention_bwd_dq_kernel(
 
     dq = tl.zeros([BLOCK_M, BLOCK_D], dtype=ACC)
     if CAUSAL:
-        full = tl.minimum(start_m, n_keys) // BLOCK_N * BLOCK_N
-        end = tl.minimum(start_m + BLOCK_M, n_keys)
+        unmasked_hi = tl.minimum(start_m, n_keys) // BLOCK_N * BLOCK_N
+        hi = tl.minimum(start_m + BLOCK_M, n_keys)
     else:
-        full = n_keys // BLOCK_N * BLOCK_N
-        end = n_keys
-    low, whole = 0, 0
+        unmasked_hi = n_keys // BLOCK_N * BLOCK_N
+        hi = n_keys
+    lo, unmasked_lo = 0, 0
     if PACKED:
         starts_ptr += (batch_head // n_head).to(tl.int64) * n_queries
-        low, whole = _document_tiles(starts_ptr, start_m, n_queries, full, BLOCK_M, BLOCK_N)
-    gap = full - whole
-    for stage in tl.static_range(2):  # in this order, each on a condition: as forward
+        lo, unmasked_lo = _document_bounds(
+            starts_ptr, start_m, n_queries, unmasked_hi, BLOCK_M, BLOCK_N
+        )
+    gap = unmasked_hi - unmasked_lo
+    for stage in tl.static_range(2):  # the unmasked loop last, under an `if`: as forward
         if stage == 1:
-            start, stop = whole, full
+            start, stop = unmasked_lo, unmasked_hi
         else:
-            start, stop = (low, end - gap) if PACKED else (full, end)
+            start, stop = (lo, hi - gap) if PACKED else (unmasked_hi, hi)
         if start < stop:
             dq = _attention_dq_tiles(
                 dq, q, dout, lse, log_sum, delta, offs_m, n_queries, starts_ptr,
                 k_ptr, k_stride_t, v_ptr, v_stride_t,
-                start, stop, whole, gap, n_keys, qk_scale, seed, stream, batch_head,
+                start, stop, unmasked_lo, gap, n_keys, qk_scale, seed, dropout_offset, batch_head,
                 threshold, keep_scale, stage == 0, CAUSAL, PACKED, DROPOUT, APART, PRECISION, ACC,
                 HEAD, BLOCK_M, BLOCK_N, BLOCK_D,
             )  # fmt: skip
@@ -126,17 +134,25 @@ def _attention_bwd_dq_kernel(
 
 
 @triton.jit
+def _in_registers(x):
+    """x of 16 bits, computed before what follows. The compiler moves arithmetic past wgmma.fence,
+    to the product that takes the result, where PTX forbids writing its register; ptxas then splits
+    the group of products. Volatile assembly, even none, stays where it is, as in CUTLASS."""
+    return tl.inline_asm_elementwise("", "=r,0", [x], dtype=x.dtype, is_pure=False, pack=2)
+
+
+@triton.jit
 def _attention_dkdv_tiles(
     dk, dv, k, v, start_n, offs_n,
     q_ptr, q_stride_t, dout_ptr, dout_stride_t, lse_ptr, delta_ptr, starts_ptr,
-    start, stop, n_queries, qk_scale, seed, stream, batch_head, threshold, keep_scale,
+    lo, hi, n_queries, qk_scale, seed, dropout_offset, batch_head, threshold, keep_scale,
     MASKED: tl.constexpr, CAUSAL: tl.constexpr, PACKED: tl.constexpr, DROPOUT: tl.constexpr,
     APART: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr, HEAD: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, WGMMA: tl.constexpr,
 ):  # fmt: skip
-    """Add what queries start .. stop give to dk / scale and dv / keep_scale. Transposed, (N, M), so
-    that each product takes what the one before it left in registers."""
-    for start_m in range(start, stop, BLOCK_M):
+    """Add the part of queries lo .. hi to dk / scale and dv / keep_scale. Scores are transposed,
+    (N, M), so that the products for dV and dK take P and dS from registers."""
+    for start_m in range(lo, hi, BLOCK_M):
         offs_m = start_m + tl.arange(0, BLOCK_M)
         q = _load_tile(q_ptr, q_stride_t, start_m, n_queries, MASKED, HEAD, BLOCK_M, BLOCK_D)
         dout = _load_tile(
@@ -151,7 +167,7 @@ def _attention_dkdv_tiles(
         dropped_t = probs_t
         if DROPOUT:
             keep = dropout_keep(
-                seed, stream, batch_head, start_n, offs_m, threshold, BLOCK_M, BLOCK_N
+                seed, dropout_offset, batch_head, start_n, offs_m, threshold, BLOCK_M, BLOCK_N
             )
             keep_t = tl.trans(keep)
             dropped_t = tl.where(keep_t, probs_t, 0.0)
@@ -164,12 +180,15 @@ def _attention_dkdv_tiles(
                 visible_t = visible_t & (first_m[None, :] <= offs_n[:, None])
             dropped_t = tl.where(visible_t, dropped_t, 0.0)
             dscores_t = tl.where(visible_t, dscores_t, 0.0)
-        dv = tl.dot(dropped_t.to(dout.dtype), dout, dv, input_precision=PRECISION, out_dtype=ACC)
-        dk = tl.dot(dscores_t.to(q.dtype), q, dk, input_precision=PRECISION, out_dtype=ACC)
+        dropped_t, dscores_t = dropped_t.to(dout.dtype), dscores_t.to(q.dtype)
+        if WGMMA:
+            dropped_t, dscores_t = _in_registers(dropped_t), _in_registers(dscores_t)
+        dv = tl.dot(dropped_t, dout, dv, input_precision=PRECISION, out_dtype=ACC)
+        dk = tl.dot(dscores_t, q, dk, input_precision=PRECISION, out_dtype=ACC)
     return dk, dv
 
 
-@triton.jit(do_not_specialize=["stream"], do_not_specialize_on_alignment=["seed_ptr"])
+@triton.jit(do_not_specialize=["dropout_offset"], do_not_specialize_on_alignment=["seed_ptr"])
 def _attention_bwd_dkdv_kernel(
     q_ptr, q_stride_b, q_stride_h, q_stride_t,  # (B, H, n_queries, HEAD), HEAD adjacent
     k_ptr, k_stride_b, k_stride_h, k_stride_t,  # (B, H, n_keys, HEAD)
@@ -181,11 +200,12 @@ def _attention_bwd_dkdv_kernel(
     starts_ptr,  # (B, n_queries), contiguous; read only if PACKED
     ends_ptr,  # (B, n_keys), contiguous; read only if PACKED: where a key's queries end
     seed_ptr,  # (1), read only if DROPOUT
-    stream,
+    dropout_offset,
     n_head, n_queries, n_keys, qk_scale, scale, threshold, keep_scale,
     CAUSAL: tl.constexpr, PACKED: tl.constexpr, DROPOUT: tl.constexpr, APART: tl.constexpr,
     PRECISION: tl.constexpr, ACC: tl.constexpr,
     HEAD: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    WGMMA: tl.constexpr = False,
 ):  # fmt: skip
     # The first keys have the most queries: the longest column of tiles goes first.
     n_blocks = tl.cdiv(n_keys, BLOCK_N)
@@ -207,34 +227,34 @@ def _attention_bwd_dkdv_kernel(
     seed = tl.load(seed_ptr) if DROPOUT else 0
     dk = tl.zeros([BLOCK_N, BLOCK_D], dtype=ACC)
     dv = tl.zeros([BLOCK_N, BLOCK_D], dtype=ACC)
-    # Queries on the diagonal; the last ones, which fill no tile or do not see every key; between
-    # them whole tiles.
-    whole_end, end = n_queries, n_queries
+    # Masked: queries on the diagonal (lo .. unmasked_lo), and the last ones (unmasked_hi .. hi),
+    # which fill no tile or do not see every key.
+    hi_of_all, hi = n_queries, n_queries  # where the queries end that see all keys, or any
     if PACKED:
         starts_ptr += (batch_head // n_head).to(tl.int64) * n_queries
         ends_ptr += (batch_head // n_head).to(tl.int64) * n_keys
-        whole_end = tl.load(ends_ptr + start_n)
-        end = tl.load(ends_ptr + tl.minimum(start_n + BLOCK_N, n_keys) - 1)
+        hi_of_all = tl.load(ends_ptr + start_n)
+        hi = tl.load(ends_ptr + tl.minimum(start_n + BLOCK_N, n_keys) - 1)
     if CAUSAL:
-        first = start_n // BLOCK_M * BLOCK_M
-        full = tl.cdiv(start_n + BLOCK_N - 1, BLOCK_M) * BLOCK_M
+        lo = start_n // BLOCK_M * BLOCK_M
+        unmasked_lo = tl.cdiv(start_n + BLOCK_N - 1, BLOCK_M) * BLOCK_M
     else:
-        first, full = 0, 0
-    tail = tl.maximum(full, whole_end // BLOCK_M * BLOCK_M)
-    for stage in tl.static_range(3):  # in this order, each on a condition: as forward
+        lo, unmasked_lo = 0, 0
+    unmasked_hi = tl.maximum(unmasked_lo, hi_of_all // BLOCK_M * BLOCK_M)
+    for stage in tl.static_range(3):  # the unmasked loop last, under an `if`: as forward
         if stage == 0:
-            start, stop = first, tl.minimum(full, end)
+            start, stop = lo, tl.minimum(unmasked_lo, hi)
         elif stage == 1:
-            start, stop = tail, end
+            start, stop = unmasked_hi, hi
         else:
-            start, stop = full, tail
+            start, stop = unmasked_lo, unmasked_hi
         if start < stop:
             dk, dv = _attention_dkdv_tiles(
                 dk, dv, k, v, start_n, offs_n,
                 q_ptr, q_stride_t, dout_ptr, dout_stride_t, lse_ptr, delta_ptr, starts_ptr,
-                start, stop, n_queries, qk_scale, seed, stream, batch_head, threshold, keep_scale,
-                stage < 2, CAUSAL, PACKED, DROPOUT, APART, PRECISION, ACC, HEAD,
-                BLOCK_M, BLOCK_N, BLOCK_D,
+                start, stop, n_queries, qk_scale, seed, dropout_offset, batch_head, threshold,
+                keep_scale, stage < 2, CAUSAL, PACKED, DROPOUT, APART, PRECISION, ACC, HEAD,
+                BLOCK_M, BLOCK_N, BLOCK_D, WGMMA,
             )  # fmt: skip
     if DROPOUT:
         dv = dv * keep_scale
@@ -243,3 +263,55 @@ def _attention_bwd_dkdv_kernel(
     dv_ptr = _head(dv_ptr, stride_b, HEAD, batch_head, n_head)
     _store_tile(dk_ptr, dkdv_stride_t, start_n, n_keys, dk * scale, HEAD, BLOCK_N, BLOCK_D)
     _store_tile(dv_ptr, dkdv_stride_t, start_n, n_keys, dv, HEAD, BLOCK_N, BLOCK_D)
+
+
+def _ends(starts: Tensor) -> Tensor:
+    """(B, T) of int32: where the queries end that see each key."""
+    keys = torch.arange(starts.shape[1], dtype=torch.int32, device=starts.device)
+    return torch.searchsorted(starts, keys.repeat(len(starts), 1), right=True, out_int32=True)
+
+
+def attention_bwd(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    dq: Tensor,
+    dk: Tensor,
+    dv: Tensor,
+    seed: Tensor | None,
+    starts: Tensor | None,
+    causal: bool,
+    scale: float,
+    dropout_p: float,
+    stream: int,
+) -> None:
+    """Writes dq, dk, dv: (B, T, H, D), contiguous but for the distance between two tokens."""
+    q, k, v = aligned(q), aligned(k), aligned(v)
+    batch, n_head, n_queries, _ = q.shape
+    starts = None if starts is None else starts.contiguous()
+    delta = torch.empty_like(lse[:, :, 0])
+    options = (q, k, v, seed, starts, causal, scale, dropout_p, stream)
+    read = dict(dout_ptr=dout.contiguous(), lse_ptr=lse, delta_ptr=delta, scale=scale)
+    with _host.on_device(q):
+        if dq.numel():
+            shared = arguments("bwd_dq", *options)
+            grid = (triton.cdiv(n_queries, shared["BLOCK_M"]) * batch * n_head,)
+            _attention_bwd_dq_kernel[grid](
+                out_ptr=out, dq_ptr=dq, dq_stride_t=dq.stride(1), **read, **shared
+            )
+        if dk.numel():
+            shared = arguments("bwd_dkdv", *options)
+            wgmma = _host.is_half(q.dtype) and _host.capability(q.device) == 90
+            grid = (triton.cdiv(k.shape[2], shared["BLOCK_N"]) * batch * n_head,)
+            _attention_bwd_dkdv_kernel[grid](
+                dk_ptr=dk,
+                dv_ptr=dv,
+                dkdv_stride_t=dk.stride(1),
+                ends_ptr=None if starts is None else _ends(starts),
+                WGMMA=wgmma,
+                **read,
+                **shared,
+            )

@@ -3,17 +3,17 @@
     K[:, p] = k     V[:, p] = v     S = scale * q Kᵀ     O = softmax(S over keys 0 .. p) V
 
 for each sequence b and head h, where p = positions[b] is the new token's place. The cache is
-(2, B, H, S, D): K and V of up to S tokens. A single query gives no tensor core anything to do, and
-a sequence has few heads, so the keys are split (Flash-Decoding, Dao et al. 2023): a program owns
-BLOCK_N neighbouring keys of one head and leaves their largest score, the sum of their exponentials
-and the sum of their values weighted so; a second kernel puts the parts of a head together. The one
-whose keys include p puts k and v into the cache, taking them from the input itself.
+(2, B, H, S, D): K and V of up to S tokens. One query leaves the tensor cores nothing to do, and a
+batch has few heads, so the keys are split (Flash-Decoding, Dao et al. 2023): a program takes
+BLOCK_N neighbouring keys of one head and writes their largest score, the sum of their exponentials
+and the weighted sum of their values; a second kernel combines the parts of a head. The program
+whose keys include p takes k and v from the input and writes them to the cache.
 
-Where the new tokens go is read on the device, and the grid depends on the cache's size alone: a
-CUDA graph replays the same launches for every token. A part is the same keys whatever the batch,
-and the parts are added in order: two runs give the same bits, alone or in a batch.
+Positions are read on the device and the grid depends on the cache's size alone, so a CUDA graph
+replays for every token. How keys are split does not depend on the batch, and parts are added in
+order: two runs give the same bits, alone or in a batch.
 
-Bytes, s an element: 2 s D (p + 1) for each head, which bounds the time; of the parts, in float32, a
+Bytes, s an element: 2 s D (p + 1) for each head, which bounds the time; the float32 parts add a
 share of 2 / (s BLOCK_N). FLOPs: 4 D (p + 1) for each head.
 """
 
@@ -24,7 +24,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastgpt.kernels import _checks, _host
+from fastgpt.kernels import _checks, _host, configs
 from fastgpt.kernels.costs import KernelCost, nbytes, register_cost
 
 
@@ -43,7 +43,7 @@ def _attention_decode_kernel(
     batch, head = (batch_head // n_head).to(tl.int64), batch_head % n_head
     position = tl.load(positions_ptr + batch)
     start_n = part * BLOCK_N
-    # A part behind the new token is neither written nor read.
+    # Parts behind the new token are neither written nor read.
     if (position >= start_n) & (position < n_slots):
         offs_n, offs_d = start_n + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D)
         mask_d = offs_d < HEAD
@@ -69,7 +69,7 @@ def _attention_decode_kernel(
         scores = tl.sum(q[None, :] * k.to(ACC), axis=1)
         scores = tl.where(offs_n <= position, scores, float("-inf"))
         largest = tl.max(scores, axis=0)
-        # Differences first: they are exact near the maximum, where products lose digits.
+        # Subtract before scaling: the difference is exact near the maximum.
         probs = tl.exp2((scores - largest) * qk_scale)
         acc = tl.sum(probs[:, None] * v.to(ACC), axis=0)
         place = batch_head.to(tl.int64) * n_parts + part
@@ -90,7 +90,7 @@ def _attention_decode_sum_kernel(
 ):  # fmt: skip
     batch_head = tl.program_id(0).to(tl.int64)
     position = tl.load(positions_ptr + batch_head // n_head)
-    # Outside of the cache there is no part, and 0 / 0 is NaN.
+    # A position outside the cache has no part: 0 / 0 gives NaN.
     inside = (position >= 0) & (position < n_slots)
     stop = tl.where(inside, position // BLOCK_N + 1, 0).to(tl.int32)
     offs_d = tl.arange(0, BLOCK_D)
@@ -116,21 +116,15 @@ def _attention_decode_sum_kernel(
     tl.store(out_ptr + batch_head * HEAD + offs_d, out, mask=mask_d)
 
 
-# Head size, rounded up → (BLOCK_N, num_warps). K and V of a part lie in registers: 64 of a thread's
-# 255 where elements have two bytes. Predicted, not measured.
-_TILES = {16: (128, 4), 32: (128, 4), 64: (64, 4), 128: (64, 8), 256: (32, 8)}
-_PARTS = 8  # parts that the second kernel adds up at a time
+MAX_HEAD_SIZE = 256
 
 
-def _tile(head_size: int) -> tuple[int, int, int]:
-    """BLOCK_N, BLOCK_D and num_warps."""
-    block_d = max(16, triton.next_power_of_2(head_size))
-    block_n, num_warps = _TILES[block_d]
-    return block_n, block_d, num_warps
+def _block_d(head_size: int) -> int:
+    return max(16, triton.next_power_of_2(head_size))
 
 
 def _scratch(cache: Tensor, n_parts: int) -> tuple[Tensor, Tensor, Tensor]:
-    """What the parts of every head leave: maximum, sum, weighted values."""
+    """Of each head's parts: the maximum, the sum and the weighted values."""
     _, batch, n_head, _, head_size = cache.shape
     dtype = torch.float64 if cache.dtype == torch.float64 else torch.float32
     parts = (batch, n_head, n_parts)
@@ -145,11 +139,12 @@ def _attention_decode_op(qkv: Tensor, cache: Tensor, positions: Tensor, scale: f
     if not batch:
         return out
     qkv = qkv if qkv.stride(2) == 1 else qkv.contiguous()
-    block_n, block_d, num_warps = _tile(head_size)
-    n_parts = triton.cdiv(n_slots, block_n)
+    block_d = _block_d(head_size)
+    config = configs.find(qkv, "attention_decode", "fwd", block_d)
+    n_parts = triton.cdiv(n_slots, config.BLOCK_N)
     parts = _scratch(cache, n_parts)
     qk_scale = scale * _host.LOG2_E
-    sizes = dict(ACC=_host.accumulator(qkv.dtype), HEAD=head_size, BLOCK_N=block_n, BLOCK_D=block_d)
+    sizes = dict(ACC=_host.accumulator(qkv.dtype), HEAD=head_size, BLOCK_D=block_d)
     with _host.on_device(qkv):
         _attention_decode_kernel[(batch * n_head * n_parts,)](
             qkv,
@@ -163,7 +158,7 @@ def _attention_decode_op(qkv: Tensor, cache: Tensor, positions: Tensor, scale: f
             qk_scale,
             cache.stride(0),
             **sizes,
-            num_warps=num_warps,
+            **configs.launch(config),
             **_host.FMA,
         )
         _attention_decode_sum_kernel[(batch * n_head,)](
@@ -174,9 +169,9 @@ def _attention_decode_op(qkv: Tensor, cache: Tensor, positions: Tensor, scale: f
             n_slots,
             n_parts,
             qk_scale,
+            BLOCK_N=config.BLOCK_N,
             **sizes,
-            PARTS=_PARTS,
-            num_warps=4,
+            **configs.launch(configs.find(qkv, "attention_decode", "sum")),
             **_host.FMA,
         )
     return out
@@ -189,10 +184,10 @@ def _(qkv, cache, positions, scale):
 
 @register_cost(torch.ops.fastgpt.attention_decode)
 def _(out, qkv, cache, positions, scale):
-    """Of a full cache: how far it is filled stands on the device."""
+    """Of a full cache: positions are on the device, and not read."""
     _, batch, n_head, n_slots, head_size = cache.shape
-    block_n, _, _ = _tile(head_size)
-    n_parts = triton.cdiv(n_slots, block_n)
+    config = configs.find(cache, "attention_decode", "fwd", _block_d(head_size))
+    n_parts = triton.cdiv(n_slots, config.BLOCK_N)
     wide = 8 if cache.dtype == torch.float64 else 4
     parts = batch * n_head * n_parts * (head_size + 2) * wide
     flops = 4 * batch * n_head * n_slots * head_size
@@ -205,8 +200,8 @@ def _(out, qkv, cache, positions, scale):
 def attention_decode(
     qkv: Tensor, cache: Tensor, positions: Tensor, *, scale: float | None = None
 ) -> Tensor:
-    """Attention of one new token of each sequence, whose key and value are put into ``cache``:
-    what ``attention_qkvpacked`` gives for that token after all before it. No gradients.
+    """Attention of one new token of each sequence, as ``attention_qkvpacked`` gives it for the last
+    token of the whole sequence; writes its key and value to ``cache``. No gradients.
 
     Args:
         qkv: (B, 1, 3C), q, k and v side by side, heads side by side in each; float32, float16 or
@@ -214,9 +209,9 @@ def attention_decode(
         cache: (2, B, H, S, D), C = H * D, D at most 256: keys and values of up to S tokens;
             contiguous, of qkv's dtype and device. Changed in place.
         positions: (B,) int64 or int32, on the same device: the new token's place in the cache, from
-            0 to S - 1, where all places before it are filled. Checked on the CPU; elsewhere the
-            host would have to wait for it, so a row whose place is not in the cache gets NaN there,
-            and nothing is written.
+            0 to S - 1; all places before it are filled. Checked on the CPU only, because the host
+            would have to wait for a GPU: there, a row with a place outside gets NaN and nothing is
+            written to the cache.
         scale: factor of q kᵀ, positive; 1 / sqrt(D) if None.
 
     Returns:
@@ -229,7 +224,7 @@ def attention_decode(
     _checks.attention_decode(qkv, cache, positions, scale)
     _host.launchable(qkv=qkv)
     head_size = cache.shape[4]
-    if head_size > max(_TILES):
-        raise ValueError(f"cache must have a head size of at most {max(_TILES)}, got {head_size}")
+    if head_size > MAX_HEAD_SIZE:
+        raise ValueError(f"cache must have a head size of at most {MAX_HEAD_SIZE}, got {head_size}")
     scale = 1.0 / math.sqrt(head_size) if scale is None else scale
     return _attention_decode_op(qkv, cache, positions, scale)

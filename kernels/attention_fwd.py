@@ -1,48 +1,20 @@
-"""Softmax attention, causal or full, forward and backward, without a (Tq, Tk) matrix in memory.
+"""The forward of attention: the pieces that all its kernels share, the kernel, its launch.
 
-    S = scale * Q Kᵀ     P = softmax(S) over the visible keys     O = dropout(P) V
-
-q is (B, H, Tq, D), k and v (B, H, Tk, D), read by strides, packed (B, T, 3C) as much as separate.
-The forward is the online softmax of FlashAttention-2 (Dao 2023, arXiv:2307.08691): a program owns a
-block of queries, walks over the keys and rescales what it has when the running maximum grows. It
-works in base 2: P = 2^(c Q Kᵀ - lse) with c = scale log2(e). Saved for backward: q, k, v, O, and
-lse (B, H, 1, Tq) in float32.
-
-For scores of some thousands lse has three digits behind the point, and an error of lse is one of
-every probability of its row. In 16 bits those are rounded more than that, and c Q Kᵀ - lse is one
-instruction. Where q, k and v have 32 bits, the maximum m of a row of Q Kᵀ and the sum of the
-exponentials are kept APART: P = 2^(c (Q Kᵀ - m) - log2(sum)), where the first difference is exact
-near the maximum. lse is then (B, H, 2, Tq): m and log2(sum).
-
-    delta = sum over d of dO * O     dP = dropout(dO Vᵀ)     dS = P * (dP - delta)
-    dQ = scale * dS K                dK = scale * dSᵀ Q      dV = dropout(P)ᵀ dO
-
-The backward (``attention_backward_kernels.py``) recomputes P in two kernels, one owning queries
-(dQ, and delta on its way), one owning keys (dK, dV): each sum has one owner and one order, so there
-are no atomics and two runs give the same bits.
-
-Several documents in one sequence (PACKED): query i sees the keys starts[i] <= j <= i, where starts
-never falls, so a block of queries sees the keys from its first row's start on, and whole tiles of
-them from its last row's start on; only tiles between the two, which a border crosses, are masked.
-Of a tile of keys the queries end with its last key's document, and see all of it as far as its
-first key's: they are looked up in ends[j], the number of starts up to j. (Counted by each program
-they would take a reduction, after which the compiler keeps all of a tile in registers in float32.)
-
-Bytes, s an element, C = H * D: 4 s B T C forward (q, k, v in; O out), 8 s B T C backward (q, k, v,
-O, dO in; dQ, dK, dV out), beside what is read again, mostly from L2. FLOPs: 4 B H Tq Tk D forward,
-14 B H Tq Tk D backward (10 if S and dP were computed once); half of that if causal. With documents
-it is less, which depends on what stands in starts.
+The equations stand in ``attention.py``, the backward in ``attention_bwd.py``.
 """
 
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
+from fastgpt.kernels import _host, configs
 from fastgpt.kernels._device_math import dropout_keep, rounded_quotient
 
 
 @triton.jit
 def _head(ptr, stride_b, stride_h, batch_head, n_head):
-    """Where head ``batch_head`` = b * n_head + h of a (B, H, T, D) tensor starts."""
+    """Pointer to head ``batch_head`` = b * n_head + h of a (B, H, T, D) tensor."""
     batch, head = (batch_head // n_head).to(tl.int64), (batch_head % n_head).to(tl.int64)
     return ptr + batch * stride_b + head * stride_h
 
@@ -51,7 +23,8 @@ def _head(ptr, stride_b, stride_h, batch_head, n_head):
 def _tile_ptrs(
     ptr, stride_t, start, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr
 ):  # fmt: skip
-    """Pointers to rows start .. start + BLOCK_T; only the row of the tile needs 64 bits."""
+    """Pointers to rows start .. start + BLOCK_T. 64 bits for the tile's offset are enough: within
+    a tile 32 do."""
     offs_t, offs_d = tl.arange(0, BLOCK_T), tl.arange(0, BLOCK_D)
     tile_ptr = ptr + tl.cast(start, tl.int64) * stride_t
     return tile_ptr + offs_t[:, None] * stride_t + offs_d[None, :]
@@ -94,13 +67,13 @@ def _store_tile(
 
 @triton.jit
 def _lse_of(lse_ptr, batch_head, n_queries, APART: tl.constexpr):
-    """Where head ``batch_head`` of lse starts."""
+    """Pointer to lse of head ``batch_head``."""
     return lse_ptr + batch_head.to(tl.int64) * n_queries * (2 if APART else 1)
 
 
 @triton.jit
 def _load_lse(lse_ptr, offs_m, n_queries, APART: tl.constexpr):
-    """lse of these queries of a head, or if APART its two parts; else the second is not used."""
+    """lse of these queries of a head; if APART its two parts, else the second is not used."""
     mask = offs_m < n_queries
     lse = tl.load(lse_ptr + offs_m, mask=mask, other=0.0)
     log_sum = tl.load(lse_ptr + n_queries + offs_m, mask=mask, other=0.0) if APART else lse
@@ -109,7 +82,7 @@ def _load_lse(lse_ptr, offs_m, n_queries, APART: tl.constexpr):
 
 @triton.jit
 def _probabilities(scores, lse, log_sum, qk_scale, APART: tl.constexpr):
-    """From ``_load_lse``'s numbers, of a shape to broadcast."""
+    """P from the scores and ``_load_lse``'s numbers, which broadcast to their shape."""
     if APART:
         exponent = (scores - lse) * qk_scale - log_sum
     else:
@@ -124,7 +97,7 @@ def _finite(x):
 
 @triton.jit
 def _finite_or_zero(x):
-    """A masked probability is 0, but 0 * NaN is NaN: no product may see what the mask hides."""
+    """For masked keys and values: their probability is 0, but 0 * NaN is NaN."""
     return tl.where(_finite(x), x, 0.0)
 
 
@@ -134,8 +107,7 @@ def _visible(
     CAUSAL: tl.constexpr, PACKED: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """(M, BLOCK_N): query i sees key j if j exists and, when causal, j <= i, and when PACKED,
-    j >= first_m of i. One comparison an element for each, of 32 bits, however wide the compiler
-    makes start_n."""
+    j >= first_m of i. Relative to start_n, so that comparisons are of 32 bits."""
     last = tl.zeros_like(offs_m) + (n_keys - 1)
     if CAUSAL:
         last = tl.minimum(last, offs_m)
@@ -147,30 +119,30 @@ def _visible(
 
 @triton.jit
 def _first_keys(starts_ptr, rows, length):
-    """starts of these rows; whatever it holds, every query sees a key: itself."""
+    """starts of these rows, clamped to [0, row]: each query sees itself, whatever starts holds."""
     first = tl.load(starts_ptr + rows, mask=rows < length, other=0)
     return tl.maximum(tl.minimum(first, rows), 0)
 
 
 @triton.jit
 def _past_gap(at, gap_at, gap, SKIPS: tl.constexpr):
-    """Where a tile begins if the loop, now at ``at``, leaves out as much as ``gap`` at gap_at."""
+    """The tile's position for loop index ``at``: from gap_at on, ``gap`` keys are skipped."""
     if SKIPS:
         at += tl.where(at < gap_at, 0, gap)
     return at
 
 
 @triton.jit
-def _document_tiles(
-    starts_ptr, start_m, n_queries, full, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
+def _document_bounds(
+    starts_ptr, start_m, n_queries, unmasked_hi, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
 ):  # fmt: skip
-    """Of the tiles of keys before ``full``: where the first begins that the block of queries sees,
-    and where the first that all of them see whole."""
+    """(lo, unmasked_lo), at most unmasked_hi: the first key tile that some query of the block sees,
+    and the first that all of them see whole."""
     first = _first_keys(starts_ptr, start_m, n_queries)
     last = _first_keys(starts_ptr, tl.minimum(start_m + BLOCK_M, n_queries) - 1, n_queries)
     return (
-        tl.minimum(first // BLOCK_N * BLOCK_N, full),
-        tl.minimum(tl.cdiv(last, BLOCK_N) * BLOCK_N, full),
+        tl.minimum(first // BLOCK_N * BLOCK_N, unmasked_hi),
+        tl.minimum(tl.cdiv(last, BLOCK_N) * BLOCK_N, unmasked_hi),
     )
 
 
@@ -179,12 +151,13 @@ def _document_tiles(
 
 @triton.jit
 def _softmax_step(
-    scores, row_max, row_sum, offs_m, start_n, qk_scale, seed, stream, batch_head, threshold,
+    scores, row_max, row_sum, offs_m, start_n,
+    qk_scale, seed, dropout_offset, batch_head, threshold,
     APART: tl.constexpr, DROPOUT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Probabilities (BLOCK_M, BLOCK_N) of the keys from start_n on in terms of the new maximum,
-    what sums in terms of the old one are to be multiplied by, and the new maximum and sum. The
-    maximum is that of the scores if APART, else of the scores times qk_scale."""
+    """Probabilities (BLOCK_M, BLOCK_N) relative to the new maximum, the factor that rescales older
+    sums to it, the new maximum and the new sum. The maximum is that of the scores if APART, else
+    of the scores times qk_scale."""
     if APART:
         new_max = tl.maximum(row_max, tl.max(scores, axis=1))
         probs = tl.exp2((scores - new_max[:, None]) * qk_scale)
@@ -195,7 +168,9 @@ def _softmax_step(
         rescale = tl.exp2(row_max - new_max)
     row_sum = row_sum * rescale + tl.sum(probs, axis=1)
     if DROPOUT:
-        keep = dropout_keep(seed, stream, batch_head, start_n, offs_m, threshold, BLOCK_M, BLOCK_N)
+        keep = dropout_keep(
+            seed, dropout_offset, batch_head, start_n, offs_m, threshold, BLOCK_M, BLOCK_N
+        )
         probs = tl.where(keep, probs, 0.0)
     return probs, rescale, new_max, row_sum
 
@@ -205,14 +180,14 @@ def _attention_fwd_tiles(
     acc, row_max, row_sum,  # (BLOCK_M, BLOCK_D), (BLOCK_M), (BLOCK_M): the state of the softmax
     q, offs_m, first_m,
     k_ptr, k_stride_t, v_ptr, v_stride_t,
-    start, stop, gap_at, gap, n_keys, qk_scale, seed, stream, batch_head, threshold,
+    lo, hi, gap_at, gap, n_keys, qk_scale, seed, dropout_offset, batch_head, threshold,
     MASKED: tl.constexpr, CAUSAL: tl.constexpr, PACKED: tl.constexpr, DROPOUT: tl.constexpr,
     APART: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr, HEAD: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Attend to keys start .. stop. MASKED: the tiles cross the diagonal, the end of the keys or a
-    border of documents; if PACKED, whole ones may lie between them, which are left out."""
-    for at in range(start, stop, BLOCK_N):
+    """Attend to keys lo .. hi. MASKED: the tiles cross the diagonal, the end of the keys or a
+    document border; if PACKED, the unmasked ones between them are skipped (``_past_gap``)."""
+    for at in range(lo, hi, BLOCK_N):
         start_n = _past_gap(at, gap_at, gap, MASKED and PACKED)
         k = _load_tile(k_ptr, k_stride_t, start_n, n_keys, MASKED, HEAD, BLOCK_N, BLOCK_D)
         v = _load_tile(v_ptr, v_stride_t, start_n, n_keys, MASKED, HEAD, BLOCK_N, BLOCK_D)
@@ -225,7 +200,7 @@ def _attention_fwd_tiles(
             visible = _visible(offs_m, first_m, start_n, n_keys, CAUSAL, PACKED, BLOCK_N)
             scores = tl.where(visible, scores, float("-inf"))
         probs, rescale, row_max, row_sum = _softmax_step(
-            scores, row_max, row_sum, offs_m, start_n, qk_scale, seed, stream, batch_head,
+            scores, row_max, row_sum, offs_m, start_n, qk_scale, seed, dropout_offset, batch_head,
             threshold, APART, DROPOUT, BLOCK_M, BLOCK_N,
         )  # fmt: skip
         acc = acc * rescale[:, None]
@@ -234,49 +209,48 @@ def _attention_fwd_tiles(
 
 
 @triton.jit
-def _attention_fwd_tiles_late(
+def _attention_fwd_tiles_pipelined(
     acc, row_max, row_sum, q, offs_m,
     k_ptr, k_stride_t, v_ptr, v_stride_t,
-    start, stop, n_keys, qk_scale, seed, stream, batch_head, threshold,
+    lo, hi, n_keys, qk_scale, seed, dropout_offset, batch_head, threshold,
     DROPOUT: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr, HEAD: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """The same for whole tiles, one or more, in 16 bits. The product with v comes a tile late: it
-    runs beside the next tile's softmax, as neither waits for the other (FlashAttention-3, Shah et
-    al. 2024, arXiv:2407.08608, section 3.2).
+    """The same for one or more unmasked tiles in 16 bits, P V one tile behind: it overlaps with the
+    next tile's softmax (FlashAttention-3, Shah et al. 2024, arXiv:2407.08608, section 3.2).
 
-    The registers of a wgmma's operand must not be written before the wait for it. What the softmax
-    leaves is carried in others, therefore, and becomes the operand by an operation behind that wait
-    which the compiler cannot leave out: clearing the sign bit, of numbers that have none.
+    The operand's registers may not be written while a wgmma reads them. The probabilities are
+    carried in other registers, and copied behind the wait by an operation that the compiler cannot
+    remove: clearing the sign bit of numbers that are never negative.
     """
-    k = _load_tile(k_ptr, k_stride_t, start, n_keys, False, HEAD, BLOCK_N, BLOCK_D)
+    k = _load_tile(k_ptr, k_stride_t, lo, n_keys, False, HEAD, BLOCK_N, BLOCK_D)
     scores = tl.dot(q, tl.trans(k), input_precision=PRECISION, out_dtype=ACC)
     probs, rescale, row_max, row_sum = _softmax_step(
-        scores, row_max, row_sum, offs_m, start, qk_scale, seed, stream, batch_head,
+        scores, row_max, row_sum, offs_m, lo, qk_scale, seed, dropout_offset, batch_head,
         threshold, False, DROPOUT, BLOCK_M, BLOCK_N,
     )  # fmt: skip
-    # Carried as integers, for an operand that a loop carries as it is goes through shared memory.
-    late = probs.to(q.dtype).to(tl.int16, bitcast=True)
-    for start_n in range(start + BLOCK_N, stop, BLOCK_N):
+    # As integers: Triton takes an operand that a loop carries through shared memory.
+    pending = probs.to(q.dtype).to(tl.int16, bitcast=True)
+    for start_n in range(lo + BLOCK_N, hi, BLOCK_N):
         k = _load_tile(k_ptr, k_stride_t, start_n, n_keys, False, HEAD, BLOCK_N, BLOCK_D)
         v = _load_tile(v_ptr, v_stride_t, start_n - BLOCK_N, n_keys, False, HEAD, BLOCK_N, BLOCK_D)
         scores = tl.dot(q, tl.trans(k), input_precision=PRECISION, out_dtype=ACC)
-        acc = acc * rescale[:, None]  # waits for the product before
-        late = (late & 0x7FFF).to(v.dtype, bitcast=True)
-        acc = tl.dot(late, v, acc, input_precision=PRECISION, out_dtype=ACC)
+        acc = acc * rescale[:, None]  # waits for the previous P V
+        pending = (pending & 0x7FFF).to(v.dtype, bitcast=True)
+        acc = tl.dot(pending, v, acc, input_precision=PRECISION, out_dtype=ACC)
         probs, rescale, row_max, row_sum = _softmax_step(
-            scores, row_max, row_sum, offs_m, start_n, qk_scale, seed, stream, batch_head,
+            scores, row_max, row_sum, offs_m, start_n, qk_scale, seed, dropout_offset, batch_head,
             threshold, False, DROPOUT, BLOCK_M, BLOCK_N,
         )  # fmt: skip
-        late = probs.to(q.dtype).to(tl.int16, bitcast=True)
-    v = _load_tile(v_ptr, v_stride_t, stop - BLOCK_N, n_keys, False, HEAD, BLOCK_N, BLOCK_D)
+        pending = probs.to(q.dtype).to(tl.int16, bitcast=True)
+    v = _load_tile(v_ptr, v_stride_t, hi - BLOCK_N, n_keys, False, HEAD, BLOCK_N, BLOCK_D)
     acc = acc * rescale[:, None]
-    late = late.to(v.dtype, bitcast=True)
-    acc = tl.dot(late, v, acc, input_precision=PRECISION, out_dtype=ACC)
+    pending = pending.to(v.dtype, bitcast=True)
+    acc = tl.dot(pending, v, acc, input_precision=PRECISION, out_dtype=ACC)
     return acc, row_max, row_sum
 
 
-@triton.jit(do_not_specialize=["stream"], do_not_specialize_on_alignment=["seed_ptr"])
+@triton.jit(do_not_specialize=["dropout_offset"], do_not_specialize_on_alignment=["seed_ptr"])
 def _attention_fwd_kernel(
     q_ptr, q_stride_b, q_stride_h, q_stride_t,  # (B, H, n_queries, HEAD), HEAD adjacent
     k_ptr, k_stride_b, k_stride_h, k_stride_t,  # (B, H, n_keys, HEAD)
@@ -285,12 +259,12 @@ def _attention_fwd_kernel(
     lse_ptr,  # (B, H, 1, n_queries), contiguous; base 2. APART: (B, H, 2, n_queries)
     starts_ptr,  # (B, n_queries), contiguous; read only if PACKED
     seed_ptr,  # (1), read only if DROPOUT
-    stream,
+    dropout_offset,
     n_head, n_queries, n_keys, qk_scale, threshold, keep_scale,
     CAUSAL: tl.constexpr, PACKED: tl.constexpr, DROPOUT: tl.constexpr, APART: tl.constexpr,
     PRECISION: tl.constexpr, ACC: tl.constexpr,
     HEAD: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-    LATE: tl.constexpr = False,
+    PIPELINED_PV: tl.constexpr = False,
 ):  # fmt: skip
     # One grid dimension holds 2^31 programs; y and z only 65,535. The blocks of a head are
     # neighbours, so that its keys stay in L2, and the longest row of tiles goes first.
@@ -307,41 +281,44 @@ def _attention_fwd_kernel(
 
     acc = tl.zeros([BLOCK_M, BLOCK_D], dtype=ACC)
     row_sum = tl.zeros([BLOCK_M], dtype=ACC)
-    # Tiles of keys that every query of the block sees: whole .. full. Behind them those with a
-    # mask, whose first key every query sees, but in its own document only: there row_max must be
-    # finite before it is known. ptxas waits for each wgmma before the next, everywhere, unless the
-    # loop that leaves a product in flight is the last and stands on a condition.
+    # Every query of the block sees the key tiles unmasked_lo .. unmasked_hi; those before (from lo)
+    # and behind (up to hi) are masked. If another loop follows one that leaves a wgmma in flight,
+    # ptxas serialises every wgmma (C7515), so the unmasked loop is last, under an `if`.
+    # A document may hide the whole first tile from a query: row_max starts finite, or its
+    # difference from -inf would be NaN.
     row_max = tl.full([BLOCK_M], -3.4028234663852886e38 if PACKED else float("-inf"), dtype=ACC)
     if CAUSAL:
-        full = tl.minimum(start_m, n_keys) // BLOCK_N * BLOCK_N
-        stop = tl.minimum(start_m + BLOCK_M, n_keys)
+        unmasked_hi = tl.minimum(start_m, n_keys) // BLOCK_N * BLOCK_N
+        hi = tl.minimum(start_m + BLOCK_M, n_keys)
     else:
-        full = n_keys // BLOCK_N * BLOCK_N
-        stop = n_keys
-    low, whole, first_m = 0, 0, offs_m
+        unmasked_hi = n_keys // BLOCK_N * BLOCK_N
+        hi = n_keys
+    lo, unmasked_lo, first_m = 0, 0, offs_m
     if PACKED:
         starts_ptr += (batch_head // n_head).to(tl.int64) * n_queries
-        low, whole = _document_tiles(starts_ptr, start_m, n_queries, full, BLOCK_M, BLOCK_N)
+        lo, unmasked_lo = _document_bounds(
+            starts_ptr, start_m, n_queries, unmasked_hi, BLOCK_M, BLOCK_N
+        )
         first_m = _first_keys(starts_ptr, offs_m, n_queries)
-    gap = full - whole
+    gap = unmasked_hi - unmasked_lo
     acc, row_max, row_sum = _attention_fwd_tiles(
         acc, row_max, row_sum, q, offs_m, first_m, k_ptr, k_stride_t, v_ptr, v_stride_t,
-        low if PACKED else full, stop - gap if PACKED else stop, whole, gap,
-        n_keys, qk_scale, seed, stream, batch_head, threshold,
+        lo if PACKED else unmasked_hi, hi - gap if PACKED else hi, unmasked_lo, gap,
+        n_keys, qk_scale, seed, dropout_offset, batch_head, threshold,
         True, CAUSAL, PACKED, DROPOUT, APART, PRECISION, ACC, HEAD, BLOCK_M, BLOCK_N, BLOCK_D,
     )  # fmt: skip
-    if full > whole:
-        if LATE:
-            acc, row_max, row_sum = _attention_fwd_tiles_late(
+    if unmasked_hi > unmasked_lo:
+        if PIPELINED_PV:
+            acc, row_max, row_sum = _attention_fwd_tiles_pipelined(
                 acc, row_max, row_sum, q, offs_m, k_ptr, k_stride_t, v_ptr, v_stride_t,
-                whole, full, n_keys, qk_scale, seed, stream, batch_head, threshold,
-                DROPOUT, PRECISION, ACC, HEAD, BLOCK_M, BLOCK_N, BLOCK_D,
+                unmasked_lo, unmasked_hi, n_keys, qk_scale, seed, dropout_offset, batch_head,
+                threshold, DROPOUT, PRECISION, ACC, HEAD, BLOCK_M, BLOCK_N, BLOCK_D,
             )  # fmt: skip
         else:
             acc, row_max, row_sum = _attention_fwd_tiles(
                 acc, row_max, row_sum, q, offs_m, first_m, k_ptr, k_stride_t, v_ptr, v_stride_t,
-                whole, full, full, 0, n_keys, qk_scale, seed, stream, batch_head, threshold,
-                False, CAUSAL, PACKED, DROPOUT, APART, PRECISION, ACC, HEAD,
+                unmasked_lo, unmasked_hi, unmasked_hi, 0, n_keys, qk_scale, seed, dropout_offset,
+                batch_head, threshold, False, CAUSAL, PACKED, DROPOUT, APART, PRECISION, ACC, HEAD,
                 BLOCK_M, BLOCK_N, BLOCK_D,
             )  # fmt: skip
     # One division a row; the probability of a single key is exactly 1.
@@ -350,7 +327,7 @@ def _attention_fwd_kernel(
         out = out * keep_scale
     out_stride_t = n_head * HEAD
     out_ptr = _head(out_ptr, tl.cast(n_queries, tl.int64) * out_stride_t, HEAD, batch_head, n_head)
-    # As rows from 0 on: the mask that loaded q would occupy a register from there to here.
+    # The rows count from 0: with q's mask the compiler would keep that mask in a register.
     out_ptr += start_m.to(tl.int64) * out_stride_t
     _store_tile(out_ptr, out_stride_t, 0, n_queries - start_m, out, HEAD, BLOCK_M, BLOCK_D)
     lse_ptr = _lse_of(lse_ptr, batch_head, n_queries, APART) + offs_m
@@ -360,3 +337,95 @@ def _attention_fwd_kernel(
         tl.store(lse_ptr + n_queries, tl.log2(row_sum), mask=mask_m)
     else:
         tl.store(lse_ptr, row_max + tl.log2(row_sum), mask=mask_m)
+
+
+# ------------------------------------------------------------------------------- host functions
+
+
+def empty_lse(x: Tensor, batch: int, n_head: int, n_queries: int) -> Tensor:
+    """What a forward with q of x's dtype saves for each query: one number, or two if APART."""
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    return x.new_empty(batch, n_head, 1 if _host.is_half(x.dtype) else 2, n_queries, dtype=dtype)
+
+
+def aligned(x: Tensor) -> Tensor:
+    """x (B, H, T, D), D a multiple of 16, with rows that begin at multiples of 16 elements: copied
+    where its strides do not give that, which costs less than loading every tile by elements."""
+    strides = x.stride()
+    if strides[3] == 1 and x.data_ptr() % 16 == 0 and not any(s % 16 for s in strides[:3]):
+        return x
+    return x.clone(memory_format=torch.contiguous_format)
+
+
+def arguments(
+    kernel: str,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    seed: Tensor | None,
+    starts: Tensor | None,
+    causal: bool,
+    scale: float,
+    dropout_p: float,
+    stream: int,
+) -> dict:
+    """What every attention kernel takes beside its own tensors."""
+    threshold, keep_scale = _host.dropout_numbers(dropout_p)
+    block_d = max(16, triton.next_power_of_2(q.shape[3]))
+    given = dict(dropout=threshold > 0, documents=starts is not None)
+    options = (name for name, is_given in given.items() if is_given)
+    strides = {
+        f"{name}_stride_{dim}": stride
+        for name, x in (("q", q), ("k", k), ("v", v))
+        for dim, stride in zip("bht", x.stride(), strict=False)
+    }
+    return dict(
+        q_ptr=q,
+        k_ptr=k,
+        v_ptr=v,
+        **strides,
+        starts_ptr=starts,
+        seed_ptr=seed,
+        dropout_offset=stream,
+        n_head=q.shape[1],
+        n_queries=q.shape[2],
+        n_keys=k.shape[2],
+        qk_scale=scale * _host.LOG2_E,
+        threshold=threshold,
+        keep_scale=keep_scale,
+        CAUSAL=causal,
+        PACKED=starts is not None,
+        DROPOUT=threshold > 0,
+        APART=not _host.is_half(q.dtype),
+        PRECISION=_host.dot_precision(q.dtype),
+        ACC=_host.accumulator(q.dtype),
+        HEAD=q.shape[3],
+        BLOCK_D=block_d,
+        **configs.launch(configs.find(q, "attention", kernel, block_d, *options)),
+        **_host.FMA,
+    )
+
+
+def attention_fwd(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    seed: Tensor | None,
+    starts: Tensor | None,
+    causal: bool,
+    scale: float,
+    dropout_p: float,
+    stream: int,
+) -> tuple[Tensor, Tensor]:
+    """O (B, Tq, H, D), contiguous, and lse (B, H, 1 or 2, Tq)."""
+    q, k, v = aligned(q), aligned(k), aligned(v)
+    batch, n_head, n_queries, head_size = q.shape
+    out = torch.empty(batch, n_queries, n_head, head_size, dtype=q.dtype, device=q.device)
+    lse = empty_lse(q, batch, n_head, n_queries)
+    if out.numel():
+        starts = None if starts is None else starts.contiguous()
+        shared = arguments("fwd", q, k, v, seed, starts, causal, scale, dropout_p, stream)
+        grid = (triton.cdiv(n_queries, shared["BLOCK_M"]) * batch * n_head,)
+        with _host.on_device(q):
+            _attention_fwd_kernel[grid](out_ptr=out, lse_ptr=lse, **shared)
+    return out, lse

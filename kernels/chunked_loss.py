@@ -5,10 +5,10 @@
     loss_i = lse_i - (1 - e) * logits_it - e * mean over j of logits_ij + z * lse_i^2
     dlogits_ij = p_ij * (1 + 2 * z * lse_i) - (1 - e) * [j = t] - e / V
 
-with target t, label smoothing e and z-loss z. One buffer holds the logits of a chunk of rows and
-then, in place, their gradient, from which the chunk's part of dx and dweight is taken at once: the
-logits are never stored whole. dlogits are those of the sum of the losses, so that float16 has the
-range for them; the mean's divisor and the incoming gradient scale dx and dweight in the backward.
+with target t, label smoothing e and z-loss z. One buffer holds the logits of a chunk of rows, then,
+in place, their gradient, from which the chunk's part of dx and dweight is computed at once: all
+logits are never in memory together. dlogits are of the sum of the losses, which float16 has the
+range for; the backward scales dx and dweight by the mean's divisor and the incoming gradient.
 
 Saved for backward: dx in the dtype of the products, dweight in float32, and the divisor. FLOPs:
 2 M V C for each of logits, dx and dweight, all in the forward pass. Bytes, s an element: 5 s M V
@@ -25,16 +25,16 @@ from fastgpt.kernels._precision import autocast_dtype, matmul_float32
 from fastgpt.kernels.costs import CostFormula, KernelCost, nbytes, register_cost
 
 # rows(logits, targets, losses, ignore_index, label_smoothing, z_loss, want_gradient) writes the
-# losses (rows), 0 where ignored, and turns logits (rows, V), columns adjacent, into dlogits in
-# place. Where no gradient is wanted, what the logits become is free.
+# losses (rows), 0 where ignored. With want_gradient it overwrites logits (rows, V), columns
+# adjacent, by dlogits; without, it may overwrite them by anything.
 RowsFunction = Callable[[Tensor, Tensor, Tensor, int, float, float, bool], None]
 
-# What the logits of one chunk may take. On CUDA 4096 rows of GPT-2's in half precision: dweight,
-# V * C numbers, is read and written once a chunk, which costs little beside products of so many
-# rows. Elsewhere 512 rows of GPT-2's in float32: more rows make a CPU's products no faster.
+# Memory for the logits of one chunk. On CUDA 4096 rows of GPT-2's in half precision: dweight (V, C)
+# is read and written once a chunk, which costs little beside products of so many rows. Elsewhere
+# 512 rows of GPT-2's in float32: with more, a CPU's products are no faster.
 CHUNK_BYTES = {"cuda": 512 * 2**20, "other": 128 * 2**20}
 
-_ALIGNMENT = 64  # elements: rows of the buffer begin aligned, also where V is odd
+_ALIGNMENT = 64  # elements: each row of the buffer is aligned, whatever V is
 
 
 def chunk_rows(n_cols: int, dtype: torch.dtype, device: torch.device) -> int:
@@ -70,7 +70,7 @@ def _forward(
     stride = -(-n_cols // _ALIGNMENT) * _ALIGNMENT
     buffer = x.new_empty(min(step, n_rows), stride)
     if x.device.type == "cpu":
-        # oneDNN's AMX kernels multiply what lies behind an odd row by 0, which keeps a NaN.
+        # oneDNN's AMX kernels read the padding of an odd row and multiply it by 0: NaN would stay.
         buffer[:, n_cols:].zero_()
     buffer = buffer[:, :n_cols]
     for start in range(0, n_rows, step):
@@ -98,7 +98,7 @@ def _forward(
 def reduced(
     losses: Tensor, targets: Tensor, ignore_index: int, mean: bool
 ) -> tuple[Tensor, Tensor]:
-    """The loss, and what its gradients are divided by."""
+    """The loss, and the divisor of its gradients."""
     if mean:
         divisor = torch.sum(targets != ignore_index, dtype=losses.dtype)
     else:
@@ -123,8 +123,8 @@ def _scale(
     dx_dtype: torch.dtype,
     dweight_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
-    """The gradients of the parameters' dtypes, each rounded once. No valid row: they are 0."""
-    # With a dimension the factor counts as a float32 tensor, else as a number of the other's dtype.
+    """The gradients in the dtypes of x and weight, rounded once; 0 if no row is valid."""
+    # view(1): PyTorch casts a tensor without dimensions to the other operand's dtype.
     factor = (grad.to(divisor.dtype) / divisor.clamp(min=1.0)).view(1)
     return (
         torch.mul(dx, factor, out=torch.empty_like(dx, dtype=dx_dtype)),
@@ -158,7 +158,7 @@ def _setup_context(ctx, inputs, output):
 
 def _backward(ctx, grad, *_):
     no_gradient = [None] * 8
-    if grad is None:  # nothing that was differentiated depends on the loss
+    if grad is None:  # the loss has no part in what is differentiated
         return None, None, *no_gradient
     dx, dweight = _scale_op(grad, *ctx.saved_tensors, *ctx.dtypes)
     return (dx if ctx.want_dx else None, dweight if ctx.want_dweight else None, *no_gradient)
@@ -169,7 +169,7 @@ def cost(
 ):
     n_cols, width = weight.shape
     n_rows, size = targets.numel(), dtype.itemsize
-    # As on a GPU, which the bytes are of, wherever the tensors are that stand for it.
+    # The chunks of a GPU, whatever device the tensors are on.
     chunks = -(-n_rows // chunk_rows(n_cols, dtype, torch.device("cuda")))
     flops = 2 * n_rows * n_cols * width
     logits, x_bytes = size * n_rows * n_cols, size * n_rows * width
@@ -223,7 +223,7 @@ def apply(
     label_smoothing: float,
     z_loss: float,
 ) -> Tensor:
-    """The loss by an operator of ``define``. Only gradients that can be asked for are computed."""
+    """The loss by an operator of ``define``, which computes only the gradients required."""
     differentiable = torch.is_grad_enabled()
     return op(
         x,

@@ -1,4 +1,4 @@
-"""Token + position embedding + dropout: launch table, host functions, operators, public function.
+"""Token + position embedding + dropout: host functions, operators, public function.
 
 The equations, what is saved, bytes and the order of the sums stand in ``embedding_kernels.py``.
 """
@@ -7,7 +7,7 @@ import torch
 import triton
 from torch import Tensor
 
-from fastgpt.kernels import _checks, _host
+from fastgpt.kernels import _checks, _host, configs
 from fastgpt.kernels.costs import KernelCost, nbytes, register_cost
 from fastgpt.kernels.embedding_kernels import (
     _embedding_bwd_bands_kernel,
@@ -16,16 +16,12 @@ from fastgpt.kernels.embedding_kernels import (
     _embedding_fwd_kernel,
 )
 
-# Forward and position: 16 elements a thread, in columns that divide GPT-2's widths. Token: most
-# runs are short, so few programs with long rows. Chosen by ahead-of-time compilation (no spill on
-# sm_80, sm_90, sm_100), not yet measured.
 BAND = 64
-_LAUNCH = dict(BLOCK_M=16, BLOCK_N=128, num_warps=4)
 
 
-def _token_launch(n_cols: int) -> dict[str, int]:
-    block_n = min(1024, max(32, triton.next_power_of_2(n_cols)))
-    return dict(BLOCK_M=min(16, 4096 // block_n), BLOCK_N=block_n, num_warps=4)
+def _launch(x: Tensor, kernel: str) -> dict[str, int]:
+    size = max(32, triton.next_power_of_2(x.shape[-1]))
+    return configs.launch(configs.find(x, "embedding", kernel, size))
 
 
 def _dropout_numbers(dropout_p: float) -> dict[str, float]:
@@ -47,7 +43,8 @@ def _embedding_op(
     n_vocab, n_cols = token_weight.shape
     out = torch.empty(*idx.shape, n_cols, dtype=out_dtype, device=idx.device)
     if idx.numel():
-        grid = triton.cdiv(idx.numel(), _LAUNCH["BLOCK_M"]), triton.cdiv(n_cols, _LAUNCH["BLOCK_N"])
+        launch = _launch(token_weight, "fwd")
+        grid = triton.cdiv(idx.numel(), launch["BLOCK_M"]), triton.cdiv(n_cols, launch["BLOCK_N"])
         with _host.on_device(idx):
             _embedding_fwd_kernel[grid](
                 idx.contiguous(),
@@ -64,7 +61,7 @@ def _embedding_op(
                 PACKED=starts is not None,
                 ACC=_host.accumulator(token_weight.dtype),
                 **_dropout_numbers(dropout_p),
-                **_LAUNCH,
+                **launch,
                 **_host.FMA,
             )
     return out
@@ -90,7 +87,7 @@ def _token_bwd_op(
     ends = torch.searchsorted(ids, ids, right=True)
     statistic = torch.float64 if dtype == torch.float64 else torch.float32
     partial = torch.empty(n_rows // BAND, n_cols, dtype=statistic, device=dout.device)
-    launch = _token_launch(n_cols)
+    launch = _launch(dout, "bwd_token")
     column_blocks = triton.cdiv(n_cols, launch["BLOCK_N"])
     options = dict(
         BAND=BAND,
@@ -126,8 +123,9 @@ def _position_bwd_op(
     if idx.numel() == 0:
         return torch.zeros(n_positions, n_cols, dtype=dtype, device=dout.device)
     dposition = torch.empty(n_positions, n_cols, dtype=dtype, device=dout.device)
+    launch = _launch(dout, "bwd_position")
     with _host.on_device(dout):
-        _embedding_bwd_position_kernel[(n_positions, triton.cdiv(n_cols, _LAUNCH["BLOCK_N"]))](
+        _embedding_bwd_position_kernel[(n_positions, triton.cdiv(n_cols, launch["BLOCK_N"]))](
             idx.contiguous(),
             dout.contiguous(),
             dposition,
@@ -139,7 +137,7 @@ def _position_bwd_op(
             n_cols,
             ACC=_host.accumulator(dtype),
             **_dropout_numbers(dropout_p),
-            **_LAUNCH,
+            **launch,
             **_host.FMA,
         )
     return dposition

@@ -23,7 +23,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastgpt.kernels import _host
+from fastgpt.kernels import _host, configs
 from fastgpt.kernels.costs import KernelCost, nbytes
 
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
@@ -120,11 +120,6 @@ def _transpose_kernel(
 # padded with zeros up to that, which add nothing, so any number of tokens will do.
 _ALIGNMENT = 16
 
-# Chosen by compilation (no spill on sm_89, sm_90, sm_100), not measured. A tile is 8 KB of fp8,
-# whose rows and columns both fill sectors of memory; 16 programs hold enough loads under way.
-_TILE = dict(BLOCK_M=64, BLOCK_N=128, num_warps=4)
-_AMAX = dict(BLOCK=4096, num_warps=8)
-_PROGRAMS = 8  # of the maximum, on a multiprocessor
 _MAX_PARTIALS = 2048
 
 
@@ -148,18 +143,17 @@ def quantise(x: Tensor, *, columns: bool) -> Quantised:
     x8_columns = x.new_empty(n_cols, n_padded, dtype=E4M3) if columns else None
     if x.numel() == 0:
         return Quantised(x8, x8_columns, x.new_ones(1, dtype=torch.float32))
+    tile, amax = configs.find(x, "fp8", "quantise"), configs.find(x, "fp8", "amax")
     scale = x.new_empty(1, dtype=torch.float32)
     n_partials = min(
-        triton.cdiv(x.numel(), _AMAX["BLOCK"]),
-        _PROGRAMS * _host.multiprocessors(x.device),
+        triton.cdiv(x.numel(), amax.BLOCK),
+        amax.programs * _host.multiprocessors(x.device),
         _MAX_PARTIALS,
     )
     partials = x.new_empty(n_partials, dtype=torch.int32)
     with _host.on_device(x):
-        _amax_kernel[(n_partials,)](x, partials, x.numel(), **_AMAX, **_host.FMA)
-        _quantise_kernel[
-            triton.cdiv(n_padded, _TILE["BLOCK_M"]), triton.cdiv(n_cols, _TILE["BLOCK_N"])
-        ](
+        _amax_kernel[(n_partials,)](x, partials, x.numel(), **configs.launch(amax), **_host.FMA)
+        _quantise_kernel[triton.cdiv(n_padded, tile.BLOCK_M), triton.cdiv(n_cols, tile.BLOCK_N)](
             x,
             partials,
             scale,
@@ -171,7 +165,7 @@ def quantise(x: Tensor, *, columns: bool) -> Quantised:
             n_partials,
             COLUMNS=columns,
             MAX_PARTIALS=triton.next_power_of_2(n_partials),
-            **_TILE,
+            **configs.launch(tile),
             **_host.FMA,
         )
     return Quantised(x8, x8_columns, scale)
@@ -181,9 +175,10 @@ def transposed(x8: Tensor) -> Tensor:
     """(M, N) in fp8, contiguous → (N, M rounded up to 16), padded with zeros."""
     n_rows, n_cols = x8.shape
     columns = x8.new_empty(n_cols, _padded(n_rows))
+    tile = configs.find(x8, "fp8", "transpose")
     grid = (
-        triton.cdiv(columns.shape[1], _TILE["BLOCK_M"]),
-        triton.cdiv(n_cols, _TILE["BLOCK_N"]),
+        triton.cdiv(columns.shape[1], tile.BLOCK_M),
+        triton.cdiv(n_cols, tile.BLOCK_N),
     )
     with _host.on_device(x8):
         _transpose_kernel[grid](
@@ -192,7 +187,7 @@ def transposed(x8: Tensor) -> Tensor:
             n_rows,
             n_cols,
             columns.shape[1],
-            **_TILE,
+            **configs.launch(tile),
             **_host.FMA,
         )
     return columns

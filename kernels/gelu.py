@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastgpt.kernels import _checks, _host
+from fastgpt.kernels import _checks, _host, configs
 from fastgpt.kernels._device_math import gelu_slope, gelu_value
 
 
@@ -51,24 +51,20 @@ def _gelu_bwd_kernel(
     tl.store(dx_ptr + offs, dx.to(dx_ptr.dtype.element_ty), mask=mask)
 
 
-# Eight elements a thread: 16-byte accesses in bf16 and fp16, two of them in fp32. Predicted from
-# the access width, not yet measured.
-_LAUNCH = dict(BLOCK=1024, num_warps=4)
-
-
 def gelu_forward(x: Tensor, approximate: str) -> Tensor:
     x = x.contiguous()
     y = torch.empty_like(x)
     if x.numel():
+        config = configs.find(x, "gelu", "fwd")
         with _host.on_device(x):
-            _gelu_fwd_kernel[(triton.cdiv(x.numel(), _LAUNCH["BLOCK"]),)](
+            _gelu_fwd_kernel[(triton.cdiv(x.numel(), config.BLOCK),)](
                 x,
                 y,
                 x.numel(),
                 TANH=approximate == "tanh",
                 FAST=_host.is_half(x.dtype),
                 ACC=_host.accumulator(x.dtype),
-                **_LAUNCH,
+                **configs.launch(config),
                 **_host.FMA,
             )
     return y
@@ -78,8 +74,9 @@ def gelu_backward(dy: Tensor, x: Tensor, approximate: str) -> Tensor:
     dy, x = dy.contiguous(), x.contiguous()
     dx = torch.empty_like(x)
     if x.numel():
+        config = configs.find(x, "gelu", "bwd")
         with _host.on_device(x):
-            _gelu_bwd_kernel[(triton.cdiv(x.numel(), _LAUNCH["BLOCK"]),)](
+            _gelu_bwd_kernel[(triton.cdiv(x.numel(), config.BLOCK),)](
                 dy,
                 x,
                 dx,
@@ -87,7 +84,7 @@ def gelu_backward(dy: Tensor, x: Tensor, approximate: str) -> Tensor:
                 TANH=approximate == "tanh",
                 FAST=_host.is_half(x.dtype),
                 ACC=_host.accumulator(x.dtype),
-                **_LAUNCH,
+                **configs.launch(config),
                 **_host.FMA,
             )
     return dx

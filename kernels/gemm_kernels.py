@@ -4,13 +4,13 @@
     GELU gradient    dpre = (dY W) * gelu'(pre)                dY (M, K), W (K, N), dpre (M, N)
     weight gradient  dW = dYᵀ X,  dbias = column sums of dY    dY (T, M), X (T, N), dW (M, N)
 
-The first two are one persistent kernel: a program takes every n-th tile, in groups of rows that
-share columns of W while these are in L2. The third has few tiles and a long sum: the sum over the T
-rows is split, each part is written in accumulator precision and a reduction in fixed order adds
-them (no atomics: two runs give the same bits).
+The first two are one persistent kernel: each program takes every n-th tile, ordered in groups of
+rows so that columns of W are reused while they are in L2. The third has few tiles and a long sum
+over T: it is split, each part is written in accumulator precision, and a reduction adds the parts
+in a fixed order (no atomics: two runs give the same bits).
 
-``TMA``: the matrices are tensor descriptors and the tensor memory accelerator copies the tiles;
-else they are pointers, and tiles come through cp.async.
+``TMA``: the matrices are tensor descriptors and tiles are copied by the tensor memory accelerator;
+else they are pointers and tiles are copied by cp.async.
 """
 
 from typing import Any
@@ -51,7 +51,7 @@ def _store(
 
 @triton.jit
 def _grouped(tile, n_tiles_m, n_tiles_n, GROUP: tl.constexpr):
-    """Row and column of a tile, down GROUP rows before the next column."""
+    """Row and column of a tile: GROUP rows down, then the next column."""
     per_group = GROUP * n_tiles_n
     first = tile // per_group * GROUP
     size = tl.minimum(n_tiles_m - first, GROUP)
@@ -60,8 +60,8 @@ def _grouped(tile, n_tiles_m, n_tiles_n, GROUP: tl.constexpr):
 
 @triton.jit
 def _halves(x, M: tl.constexpr, N: tl.constexpr):
-    """The left and the right half of an (M, N) block: an epilogue on half a tile needs half the
-    registers beside the accumulator."""
+    """The left and right halves of an (M, N) block: an epilogue on one half at a time needs half as
+    many registers beside the accumulator."""
     return tl.split(tl.permute(tl.reshape(x, [M, 2, N // 2]), [0, 2, 1]))
 
 
@@ -76,7 +76,7 @@ def _gelu_epilogue(
         gradient = acc * gelu_slope(x, TANH, FAST)
         _store(dpre, n_cols, gradient, row, col, n_rows, n_cols, TMA, R, C)
     else:
-        # the GELU of what the backward will find, so that value and slope belong together
+        # GELU of the rounded value that is saved, so that the backward's slope is at the same point
         rounded = acc.to(pre.dtype if TMA else pre.dtype.element_ty)
         _store(pre, n_cols, rounded, row, col, n_rows, n_cols, TMA, R, C)
         x = rounded.to(ACC)
@@ -122,7 +122,7 @@ def _linear_gelu_kernel(
         tile_m, tile_n = _grouped(tile, n_tiles_m, n_tiles_n, GROUP)
         row, col = tile_m * BLOCK_M, tile_n * BLOCK_N
         acc = tl.zeros([BLOCK_M, BLOCK_N], dtype=ACC)
-        if HAS_BIAS:  # the sum begins with it: one term less in the epilogue
+        if HAS_BIAS:  # added before the products, not in the epilogue
             offs = col + tl.arange(0, BLOCK_N)
             acc += tl.load(bias_ptr + offs, mask=offs < n_cols, other=0.0).to(ACC)[None, :]
         for k in range(0, n_inner, BLOCK_K):
@@ -151,14 +151,14 @@ def _weight_sum(
 ):  # fmt: skip
     """A tile of dYᵀ X over the tokens from start to stop and, if BIAS, of the sum of dY."""
     acc = tl.zeros([BLOCK_M, BLOCK_N], dtype=ACC)
-    EQUAL: tl.constexpr = 16 if TMA else 1  # columns that hold the same sum
+    EQUAL: tl.constexpr = 16 if TMA else 1  # columns, all with the same sum
     acc_bias = tl.zeros([BLOCK_M, EQUAL], dtype=ACC)
     for k in range(start, stop, BLOCK_K):
         a = _load(dy, dy_stride, k, row, n_tokens, n_rows, TMA, BLOCK_K, BLOCK_M)
         b = _load(x, x_stride, k, col, n_tokens, n_cols, TMA, BLOCK_K, BLOCK_N)
         acc = tl.dot(a.T, b, acc, input_precision=PRECISION, out_dtype=ACC)
         if BIAS:
-            if TMA:  # beside a sum in registers the assembler would wait for every wgmma
+            if TMA:  # a sum over registers here would make ptxas serialise every wgmma
                 ones = tl.full([BLOCK_K, EQUAL], 1.0, dtype=a.dtype)
                 acc_bias = tl.dot(a.T, ones, acc_bias, input_precision=PRECISION, out_dtype=ACC)
             else:
@@ -195,7 +195,7 @@ def _weight_grad_kernel(
     start = tl.program_id(1) * tokens_per_split
     stop = tl.minimum(start + tokens_per_split, n_tokens)
     offs_m, offs_n = row + tl.arange(0, BLOCK_M), col + tl.arange(0, BLOCK_N)
-    # the first column of tiles alone sums the bias: a branch outside of the loop costs nothing
+    # Only the first column of tiles sums the bias; the branch is outside the loop.
     if HAS_BIAS and tile_n == 0:
         acc, acc_bias = _weight_sum(
             dy, dy_stride, x, x_stride, row, col, start, stop, n_tokens, n_rows, n_cols,

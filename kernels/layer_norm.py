@@ -8,7 +8,7 @@ import torch
 import triton
 from torch import Tensor
 
-from fastgpt.kernels import _checks, _host
+from fastgpt.kernels import _checks, _host, configs
 from fastgpt.kernels.layer_norm_kernels import (
     _layer_norm_bwd_kernel,
     _layer_norm_bwd_means_kernel,
@@ -18,24 +18,16 @@ from fastgpt.kernels.layer_norm_kernels import (
 
 MAX_WIDTH = 16384
 
-# One tile spans a whole row, 8 to 32 elements a thread. Chosen by ahead-of-time compilation
-# (registers, no spill on sm_80, sm_90, sm_100), not yet measured. A tile of the backward also keeps
-# the sums of the parameters' gradients. Past MAX_FUSED_WIDTH they no longer fit into the registers
-# beside a whole row: a kernel of its own finds the means of a row, and the tiles are narrow.
+# A tile of the backward also keeps the sums of the parameters' gradients. Past MAX_FUSED_WIDTH they
+# no longer fit into the registers beside a whole row: a kernel of its own finds the means of a row,
+# and the tiles are narrow.
 MAX_FUSED_WIDTH = 4096
 
 
-def _launch(n_cols: int, elements: int, max_rows: int, warp_cols: int) -> dict[str, int]:
-    """Tile and warps for a kernel that keeps about ``elements`` of a row block in flight, and
-    gives at most ``warp_cols`` columns to a warp as long as there are warps."""
-    block_n = max(32, triton.next_power_of_2(n_cols))
-    block_m = max(1, min(max_rows, elements // block_n))
-    num_warps = min(16, max(4, block_n // warp_cols))
-    return dict(BLOCK_M=block_m, BLOCK_N=block_n, num_warps=num_warps)
-
-
-_NARROW_LAUNCH = dict(BLOCK_M=8, BLOCK_N=128, num_warps=4)
-_BANDS_LAUNCH = dict(BLOCK_M=128, BLOCK_N=16, num_warps=4)
+def _whole_rows(x: Tensor, kernel: str) -> dict[str, int]:
+    """The launch of a kernel whose tile is as wide as x's rows."""
+    block_n = max(32, triton.next_power_of_2(x.shape[-1]))
+    return dict(BLOCK_N=block_n, **configs.launch(configs.find(x, "layer_norm", kernel, block_n)))
 
 
 # --------------------------------------------------------------------------------- host functions
@@ -77,7 +69,7 @@ def layer_norm_fwd(
     rstd = torch.empty_like(mean)
     threshold, keep_scale = _host.dropout_numbers(dropout_p)
     if n_rows:
-        launch = _launch(n_cols, elements=4096, max_rows=8, warp_cols=256)
+        launch = _whole_rows(x, "fwd")
         with _host.on_device(x):
             _layer_norm_fwd_kernel[(triton.cdiv(n_rows, launch["BLOCK_M"]),)](
                 rows,
@@ -132,9 +124,12 @@ def layer_norm_bwd(
             p.zero_()
         return
 
-    row_launch = _launch(n_cols, elements=2048, max_rows=4, warp_cols=512)
+    row_launch = _whole_rows(x, "bwd")
     fused = n_cols <= MAX_FUSED_WIDTH
-    launch = row_launch if fused else _NARROW_LAUNCH
+    launch = row_launch
+    if not fused:
+        launch = configs.launch(configs.find(x, "layer_norm", "bwd_narrow"))
+    sums = configs.launch(configs.find(x, "layer_norm", "sum_bands"))
     tiles = triton.cdiv(n_rows, launch["BLOCK_M"])
     resident = 3 if dropout_p else 4  # of a multiprocessor's registers, at 768 columns in bfloat16
     programs = min(resident * _host.multiprocessors(x.device), tiles)
@@ -172,14 +167,14 @@ def layer_norm_bwd(
             **launch,
             **_host.FMA,
         )
-        _sum_bands_kernel[(triton.cdiv(n_cols, _BANDS_LAUNCH["BLOCK_N"]), len(params))](
+        _sum_bands_kernel[(triton.cdiv(n_cols, sums["BLOCK_N"]), len(params))](
             partial,
             *params,
             *[None] * (3 - len(params)),
             programs,
             n_cols,
             ACC=acc,
-            **_BANDS_LAUNCH,
+            **sums,
             **_host.FMA,
         )
 

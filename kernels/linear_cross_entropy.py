@@ -1,17 +1,16 @@
 """The language-model head and its cross-entropy without stored logits: the Triton op.
 
 ``chunked_loss`` has the equations and the loop over chunks of rows, whose three matrix products
-are cuBLAS's. The one kernel here turns the logits of a chunk into losses and, in place, into
-dlogits. A program has one row: it reads it twice, the second time from the L2 cache (100 KB a row
-of GPT-2's in half precision), and writes it once. 2 s bytes an element, so memory bounds it: by
-disassembly it issues 20 instructions an element on sm_90, where half precision at 4.3 TB/s leaves
-time for 27.
+are cuBLAS's. The kernel here turns the logits of a chunk into losses and, in place, into dlogits.
+A program reads its row twice, the second time from the L2 cache (100 KB a row of GPT-2's in half
+precision), and writes it once. 2 s bytes an element, so memory bounds it: it issues 20 instructions
+an element on sm_90 (disassembly), where half precision at 4.3 TB/s leaves time for 27.
 
 In fp8 the three products are of 8-bit matrices (``fp8_products.py``). The logits still come in half
-precision; the kernel writes dlogits as e5m2, 1 byte, beside them. They need no maximum: none is
-larger than 1, and 2^15 of it spans everything from 1 down to 2^-31. Bytes, M rows, V classes: 2 M V
-for the logits, 3 M V for the rows, 2 M V for the transpose that dweight wants, and 1 M V for each
-of dx and dweight: 9 M V, where half precision moves 10 M V.
+precision; the kernel writes dlogits as e5m2, 1 byte, beside them. Their scale is fixed: none is
+larger than 1, and times 2^15 they reach from 2^15 down to e5m2's smallest, 2^-16: from 1 to 2^-31.
+Bytes, M rows, V classes: 2 M V for the logits, 3 M V for the rows, 2 M V for the transpose that
+dweight needs, 1 M V each for dx and dweight: 9 M V, where half precision moves 10 M V.
 """
 
 import torch
@@ -19,15 +18,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastgpt.kernels import _checks, _host, chunked_loss, fp8_products
+from fastgpt.kernels import _checks, _host, chunked_loss, configs, fp8_products
 from fastgpt.kernels.costs import KernelCost, nbytes
 
 
 @triton.jit
 def _load_tile(row_ptr, start, padded_cols, n_cols, ACC: tl.constexpr, BLOCK_N: tl.constexpr):
     """Logits start, start + 1, ... of a row as (BLOCK_N / 8, 8), and their columns; -inf past the
-    end of the row. The padding is loaded too: a mask that ends in the midst of 16 bytes, as for an
-    odd V, would split every load into single elements.
+    end of the row. The padding is loaded too: with a mask that ends within 16 bytes, as for an odd
+    V, every load would be of single elements.
     """
     offs_n = start + tl.arange(0, BLOCK_N // 8)[:, None] * 8 + tl.arange(0, 8)[None, :]
     logits = tl.load(row_ptr + offs_n, mask=offs_n < padded_cols, other=0.0).to(ACC)
@@ -41,7 +40,7 @@ def _cross_entropy_rows_kernel(
     targets_ptr,  # (rows)
     losses_ptr,  # (rows)
     padded_cols,
-    n_cols,  # what lies behind is free memory
+    n_cols,  # the padding behind may hold anything
     ignore_index,
     label_smoothing,
     z_loss,
@@ -58,8 +57,8 @@ def _cross_entropy_rows_kernel(
     is_class = (target >= 0) & (target < n_cols)
     at_target = tl.load(row_ptr + target, mask=is_class, other=0.0).to(ACC)
 
-    # A running maximum and sum for every eight columns, which are one thread's: programs meet at a
-    # barrier after the loop only.
+    # One running maximum and sum for every eight columns, which belong to one thread: threads
+    # synchronise only after the loop.
     max_8 = tl.full([BLOCK_N // 8], float("-inf"), dtype=ACC)
     acc_exp = tl.zeros([BLOCK_N // 8], dtype=ACC)
     acc_logits = tl.zeros([BLOCK_N // 8], dtype=ACC)
@@ -75,8 +74,8 @@ def _cross_entropy_rows_kernel(
     row_max = tl.max(max_8, axis=0)
     sum_exp = tl.sum(acc_exp * tl.exp2((max_8 - row_max) * 1.4426950408889634), axis=0)
 
-    # The maximum is subtracted before anything is added to it: logits of 1e4 lose no digits. A
-    # target that is no class makes its row NaN, in the loss and in the gradients.
+    # The maximum is subtracted first, so that logits of 1e4 lose no digits. A target that is not a
+    # class makes its row's loss and gradients NaN.
     log_sum = tl.where(is_class, tl.log(sum_exp), float("nan"))
     lse = row_max + log_sum
     loss = log_sum + (1.0 - label_smoothing) * (row_max - at_target) + z_loss * lse * lse
@@ -105,18 +104,6 @@ def _cross_entropy_rows_kernel(
             )
 
 
-# Chosen by ahead-of-time compilation (registers, no spill on sm_80, sm_90, sm_100), not yet
-# measured: 8 elements a thread are one 16-byte load in half precision, and 4 rows of 512 threads
-# fill a multiprocessor, while the rows under way (40 MB of GPT-2's in half precision) still fit
-# into the L2 cache of sm_90.
-MAX_BLOCK = 4096
-
-
-def _launch(n_cols: int) -> dict[str, int]:
-    block_n = max(256, min(MAX_BLOCK, triton.next_power_of_2(n_cols)))
-    return dict(BLOCK_N=block_n, num_warps=block_n // 256)
-
-
 def _rows(
     logits: Tensor,
     targets: Tensor,
@@ -127,8 +114,10 @@ def _rows(
     want_gradient: bool,
     dlogits8: Tensor | None = None,
 ) -> None:
-    """With ``dlogits8``, laid out as the logits are, dlogits / ``_DLOGITS_SCALE`` go there."""
+    """With ``dlogits8``, of the logits' layout, dlogits / ``_DLOGITS_SCALE`` are written there."""
     n_rows, n_cols = logits.shape
+    size = max(256, triton.next_power_of_2(n_cols))
+    config = configs.find(logits, "cross_entropy", "rows", size)
     with _host.on_device(logits):
         _cross_entropy_rows_kernel[(n_rows,)](
             logits,
@@ -144,7 +133,7 @@ def _rows(
             SMOOTHED=label_smoothing > 0.0,
             GRADIENT=want_gradient,
             ACC=_host.accumulator(logits.dtype),
-            **_launch(n_cols),
+            **configs.launch(config),
             **_host.FMA,
         )
 
@@ -155,14 +144,14 @@ _linear_cross_entropy_op = chunked_loss.define(
 
 _DLOGITS_SCALE = 2.0**-15
 
-# Twice the rows of half precision. dweight is summed over the chunks in a pass of its own, which
-# PyTorch's scaled products leave no other way to do: 3 times its size, 0.46 GB for GPT-2, 0.11 ms
-# on an H200 a chunk, beside 0.4 ms for the chunk's product.
+# Twice the rows of half precision: PyTorch's scaled products cannot accumulate, so each chunk's
+# dweight is added in a pass of its own. It moves 3 times dweight, 0.46 GB for GPT-2, 0.11 ms on an
+# H200, beside 0.4 ms for the chunk's product.
 _FP8_CHUNKS = 2
 
 
 def _fp8_chunk_rows(n_cols: int, dtype: torch.dtype, device: torch.device) -> int:
-    """A multiple of 16, as the padded columns of x want it."""
+    """A multiple of 16, the padding of x's columns."""
     return max(16, _FP8_CHUNKS * chunked_loss.chunk_rows(n_cols, dtype, device))
 
 
@@ -219,7 +208,7 @@ def _cost_fp8(
 ):
     n_cols, width = weight.shape
     n_rows, size = targets.numel(), dtype.itemsize
-    # as on a GPU, wherever the tensors are that stand for it
+    # The chunks of a GPU, whatever device the tensors are on.
     chunks = -(-n_rows // _fp8_chunk_rows(n_cols, dtype, torch.device("cuda")))
     flops, cells = 2 * n_rows * n_cols * width, n_rows * n_cols
     x8, weights8 = n_rows * width, chunks * n_cols * width

@@ -4,13 +4,13 @@
 
 x (T, C) after flattening, fc_weight (F, C), pre and act (T, F), proj_weight (N, F), y (T, N). Saved
 for backward: x, pre, act and the weights; with ``recompute`` neither x nor act. The bias of the
-second layer is left to ``residual_layer_norm``, which reads y anyway.
+second layer is added by ``residual_layer_norm``, which reads y anyway.
 
     dpre = (dy proj_weight) * gelu'(pre)        dproj_weight = dyᵀ act
     dx = dpre fc_weight                         dfc_weight = dpreᵀ x,  dfc_bias = sum of dpre
 
-GELU and its slope are epilogues of the products that make their operands (``gemm.py``): act is
-written once and never read by a kernel of its own, dact is never written. 2 T F (C + N)
+GELU and its slope are epilogues of the products before them (``gemm.py``): no separate kernel
+reads pre to write act, and dact is never written. 2 T F (C + N)
 floating-point operations forward, twice as many backward.
 """
 
@@ -46,7 +46,7 @@ def _mlp_op(
     approximate: str,
     saves: bool,
 ) -> list[Tensor]:
-    """y; then, if it ``saves`` for a backward, pre and, unless it is made again, act."""
+    """y; then, if ``saves``, what the backward needs: pre and, unless it is recomputed, act."""
     pre, act = gemm.linear_gelu(rows(x), cast(fc_weight, x.dtype), fc_bias, approximate)
     y = F.linear(act, cast(proj_weight, x.dtype)).view(*x.shape[:-1], proj_weight.shape[0])
     if not saves:
@@ -117,7 +117,7 @@ def _setup_context(ctx, inputs, output):
     _, pre, *act = output
     ctx.save_for_backward(fc_weight, proj_weight, *kept(x, *recipe), pre, act[0] if act else None)
     ctx.has_bias = fc_bias is not None
-    ctx.set_materialize_grads(False)  # no zeros for pre and act
+    ctx.set_materialize_grads(False)  # allocate no zeros as gradients of pre and act
 
 
 def _backward(ctx, grads):
@@ -194,8 +194,8 @@ def mlp(
     approximate: str = "none",
     recompute: _checks.Recipe | None = None,
 ) -> Tensor:
-    """``linear(gelu(linear(x, fc_weight, fc_bias)), proj_weight)`` with GELU in the epilogue of
-    the first product and its slope in that of the product that makes its gradient.
+    """``linear(gelu(linear(x, fc_weight, fc_bias)), proj_weight)``: GELU is in the epilogue of the
+    first product, and its slope in the epilogue of the product for its gradient.
 
     Args:
         x: (..., C), any strides; float32, float16 or bfloat16, on a CUDA device. Cast to
@@ -204,8 +204,8 @@ def mlp(
         fc_bias: (F,), of fc_weight's dtype, or None.
         proj_weight: (N, F), of fc_weight's dtype.
         approximate: "none" for the exact GELU, "tanh" for the form GPT-2 was trained with.
-        recompute: ``(x, weight, bias, eps)`` of the ``layer_norm`` that made x, whose input is
-            kept anyway: neither x nor gelu's result is saved; the backward makes both again.
+        recompute: ``(x, weight, bias, eps)`` of the ``layer_norm`` that made x; its input is saved
+            anyway: the backward recomputes x and gelu's result from it.
 
     Returns:
         (..., N) of x's dtype, contiguous. Sums, GELU and the parameters' gradients are float32,

@@ -1,10 +1,9 @@
-"""Every configuration in the launch tables, as calls that lead to it: what ``build_kernels.py``
-compiles for each architecture.
+"""Calls that lead to every launch configuration: what ``build_kernels.py`` compiles for each
+architecture.
 
 A case is one line of ``CASES``: a name, a function of this file and its arguments. The function
-runs its op forward and backward on small CPU tensors; nothing is computed, the launches are
-recorded. Equal launches of a case are compiled once, so a case covers several sizes that may lead
-to the same tiles. Tensors have sizes that are as divisible by 16 as those of real models.
+calls an op forward and backward on small CPU tensors, and only the launches are recorded. Equal
+launches of a case are compiled once. Sizes are as divisible by 16 as those of real models.
 
     python -m bench._compile.kernel_cases gelu 90      # one case on one architecture, at once
 """
@@ -16,6 +15,7 @@ import torch
 from torch import Tensor
 
 from bench._compile.static import case_main
+from fastgpt.kernels import fused
 
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -24,99 +24,75 @@ def _leaf(*shape: int, dtype: str) -> Tensor:
     return torch.zeros(shape, dtype=_DTYPES[dtype], requires_grad=True)
 
 
-def _attention(head_sizes: tuple[int, ...], dtype: str) -> None:
-    from fastgpt.kernels.attention import attention_qkvpacked
-
+def _attention(documents: bool, head_sizes: tuple[int, ...], dtype: str) -> None:
+    starts = torch.zeros(1, 1024, dtype=torch.int32) if documents else None
     for head_size in head_sizes:
         for dropout_p in (0.0, 0.1):
             qkv = _leaf(1, 1024, 3 * 2 * head_size, dtype=dtype)
-            attention_qkvpacked(qkv, 2, dropout_p=dropout_p).sum().backward()
-
-
-def _attention_of_documents(head_sizes: tuple[int, ...], dtype: str) -> None:
-    from fastgpt.kernels.attention import attention_qkvpacked
-
-    starts = torch.zeros(1, 1024, dtype=torch.int32)
-    for head_size in head_sizes:
-        for dropout_p in (0.0, 0.1):
-            qkv = _leaf(1, 1024, 3 * 2 * head_size, dtype=dtype)
-            attention_qkvpacked(qkv, 2, dropout_p=dropout_p, starts=starts).sum().backward()
+            y = fused.attention_qkvpacked(qkv, 2, dropout_p=dropout_p, starts=starts)
+            y.sum().backward()
 
 
 def _attention_other_variants() -> None:
     """Separate q, k and v of an odd head size, in fp16, without the causal mask; TF32."""
-    from fastgpt.kernels.attention import attention, attention_qkvpacked
-
     q, k, v = (_leaf(1, 2, 100, 25, dtype="fp16") for _ in range(3))
-    attention(q, k, v, causal=False).sum().backward()
+    fused.attention(q, k, v, causal=False).sum().backward()
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("high")
     try:
-        attention_qkvpacked(_leaf(1, 1024, 3 * 128, dtype="fp32"), 2).sum().backward()
+        fused.attention_qkvpacked(_leaf(1, 1024, 3 * 128, dtype="fp32"), 2).sum().backward()
     finally:
         torch.set_float32_matmul_precision(before)
 
 
 def _attention_decode(head_sizes: tuple[int, ...], dtype: str) -> None:
-    from fastgpt.kernels.attention_decode import attention_decode
-
     positions = torch.zeros(2, dtype=torch.int64)
     for head_size in head_sizes:
         qkv = torch.zeros(2, 1, 3 * 2 * head_size, dtype=_DTYPES[dtype])
         cache = torch.zeros(2, 2, 2, 1024, head_size, dtype=_DTYPES[dtype])
-        attention_decode(qkv, cache, positions)
+        fused.attention_decode(qkv, cache, positions)
 
 
 def _layer_norm(widths: tuple[int, ...], dtype: str) -> None:
-    from fastgpt.kernels.layer_norm import layer_norm
-
     for width in widths:
         x, weight, bias = (_leaf(*shape, width, dtype=dtype) for shape in ((64,), (), ()))
-        layer_norm(x, weight, bias).sum().backward()
-        layer_norm(x, weight).sum().backward()
+        fused.layer_norm(x, weight, bias).sum().backward()
+        fused.layer_norm(x, weight).sum().backward()
 
 
 def _residual_layer_norm(widths: tuple[int, ...], dtype: str, residual_dtype: str) -> None:
     """With all that it can do, with and without dropout; and with nothing."""
-    from fastgpt.kernels.layer_norm import residual_layer_norm
-
     for width in widths:
         weight, bias, delta_bias = (_leaf(width, dtype="fp32") for _ in range(3))
         residual, delta = _leaf(64, width, dtype=residual_dtype), _leaf(64, width, dtype=dtype)
         for dropout_p in (0.0, 0.1):
-            y, total = residual_layer_norm(
+            y, total = fused.residual_layer_norm(
                 residual, delta, weight, bias, delta_bias=delta_bias, dropout_p=dropout_p
             )
             torch.autograd.backward((y, total), (y, total))
-        residual_layer_norm(residual, delta, weight)[0].sum().backward()
+        fused.residual_layer_norm(residual, delta, weight)[0].sum().backward()
 
 
 def _embedding(widths: tuple[int, ...], dtype: str) -> None:
-    from fastgpt.kernels.embedding import embedding
-
     idx = torch.zeros(2, 64, dtype=torch.int64)
     for width in widths:
         for starts in (None, idx.int()):
             for dropout_p in (0.0, 0.1):
                 token, position = _leaf(96, width, dtype=dtype), _leaf(64, width, dtype=dtype)
-                y = embedding(idx, token, position, dropout_p=dropout_p, starts=starts)
+                y = fused.embedding(idx, token, position, dropout_p=dropout_p, starts=starts)
                 y.sum().backward()
 
 
 def _gelu() -> None:
-    from fastgpt.kernels.gelu import gelu
-
     for dtype in _DTYPES:
         for form in ("none", "tanh"):
-            gelu(_leaf(4096, dtype=dtype), form).sum().backward()
+            fused.gelu(_leaf(4096, dtype=dtype), form).sum().backward()
 
 
 def _adamw() -> None:
-    from fastgpt.kernels.adamw import adamw
-
     param, grad, exp_avg, exp_avg_sq = (torch.zeros(4096) for _ in range(4))
     step, lr, clip, skip = (torch.zeros(()) for _ in range(4))
-    update = partial(adamw, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)
+    update = partial(fused.adamw, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)
     for rounded in (None, param.bfloat16()):
         update(param, rounded, grad, exp_avg, exp_avg_sq, step, lr)
         update(param, rounded, grad, exp_avg, exp_avg_sq, step, lr, clip=clip, skip=skip)
@@ -124,83 +100,64 @@ def _adamw() -> None:
 
 def _mlp(biases: tuple[bool, ...], forms: tuple[str, ...], dtype: str) -> None:
     """Both products with an epilogue and the weight gradients, keeping all and recomputing."""
-    from fastgpt.kernels.mlp import mlp
-
     x, ln_weight = _leaf(256, 64, dtype=dtype), _leaf(64, dtype="fp32")
     fc_weight, proj_weight = _leaf(256, 64, dtype=dtype), _leaf(64, 256, dtype=dtype)
     for bias in biases:
         fc_bias = _leaf(256, dtype=dtype) if bias else None
         for form in forms:
             for recompute in (None, (x, ln_weight, None, 1e-5)):
-                y = mlp(x, fc_weight, fc_bias, proj_weight, approximate=form, recompute=recompute)
+                y = fused.mlp(
+                    x, fc_weight, fc_bias, proj_weight, approximate=form, recompute=recompute
+                )
                 y.sum().backward()
 
 
 def _linear_cross_entropy(n_classes: tuple[int, ...], dtype: str) -> None:
     """With gradients, plain and with label smoothing; without."""
-    from fastgpt.kernels.linear_cross_entropy import linear_cross_entropy
-
     targets = torch.zeros(8, dtype=torch.int64)
     for n in n_classes:
         x, weight = _leaf(8, 16, dtype=dtype), _leaf(n, 16, dtype=dtype)
-        linear_cross_entropy(x, weight, targets)
-        linear_cross_entropy(x, weight, targets, label_smoothing=0.1)
-        linear_cross_entropy(x.detach(), weight.detach(), targets)
+        fused.linear_cross_entropy(x, weight, targets)
+        fused.linear_cross_entropy(x, weight, targets, label_smoothing=0.1)
+        fused.linear_cross_entropy(x.detach(), weight.detach(), targets)
 
 
 def _fp8(dtype: str) -> None:
     """Casts of activations and of float32 weights, with and without columns; the loss's rows and
     the transpose of its gradients."""
-    from fastgpt.kernels.linear_cross_entropy import linear_cross_entropy
-
     x, weight = _leaf(256, 64, dtype=dtype), _leaf(50304, 64, dtype="fp32")
     targets = torch.zeros(256, dtype=torch.int64)
     for label_smoothing in (0.0, 0.1):
-        linear_cross_entropy(x, weight, targets, label_smoothing=label_smoothing, fp8=True)
-    linear_cross_entropy(x.detach(), weight.detach(), targets, fp8=True)
+        fused.linear_cross_entropy(x, weight, targets, label_smoothing=label_smoothing, fp8=True)
+    fused.linear_cross_entropy(x.detach(), weight.detach(), targets, fp8=True)
 
 
+_WIDTHS = (65, 384, 768, 1600, 4096, 8192, 16384)
+_TWO = ("bf16", "fp32")
 CASES = {
     "adamw": partial(_adamw),
     "gelu": partial(_gelu),
-    **{
-        f"layer_norm-{dtype}": partial(_layer_norm, (65, 384, 768, 1600, 4096, 8192, 16384), dtype)
-        for dtype in ("bf16", "fp32")
-    },
-    **{
-        f"residual_layer_norm-{dtype}-{residual_dtype}": partial(
-            _residual_layer_norm, widths, dtype, residual_dtype
-        )
-        for dtype, residual_dtype, widths in (
-            ("bf16", "bf16", (65, 384, 768, 1600, 4096, 8192, 16384)),
-            ("fp32", "fp32", (65, 384, 768, 1600, 4096, 8192, 16384)),
-            ("fp16", "fp32", (768, 8192)),
-        )
-    },
-    **{
-        f"embedding-{dtype}": partial(_embedding, (65, 768, 1600), dtype)
-        for dtype in ("bf16", "fp32")
-    },
+    **{f"layer_norm-{dtype}": partial(_layer_norm, _WIDTHS, dtype) for dtype in _TWO},
+    "residual_layer_norm-bf16-bf16": partial(_residual_layer_norm, _WIDTHS, "bf16", "bf16"),
+    "residual_layer_norm-fp32-fp32": partial(_residual_layer_norm, _WIDTHS, "fp32", "fp32"),
+    "residual_layer_norm-fp16-fp32": partial(_residual_layer_norm, (768, 8192), "fp16", "fp32"),
+    **{f"embedding-{dtype}": partial(_embedding, (65, 768, 1600), dtype) for dtype in _TWO},
     "mlp-bf16": partial(_mlp, (False, True), ("none", "tanh"), "bf16"),
     "mlp-fp16": partial(_mlp, (True,), ("none",), "fp16"),
     **{
         f"linear_cross_entropy-{dtype}": partial(_linear_cross_entropy, (65, 50257, 50304), dtype)
-        for dtype in ("bf16", "fp32")
+        for dtype in _TWO
     },
     **{
-        f"attention-{sizes[-1]}-{dtype}": partial(_attention, sizes, dtype)
+        f"attention{suffix}-{sizes[-1]}-{dtype}": partial(_attention, documents, sizes, dtype)
+        for suffix, documents in (("", False), ("_documents", True))
         for sizes in ((16, 25, 32), (64,), (80, 128), (256,))
-        for dtype in ("bf16", "fp32")
-    },
-    **{
-        f"attention_documents-{sizes[-1]}-{dtype}": partial(_attention_of_documents, sizes, dtype)
-        for sizes in ((16, 25, 32), (64,), (80, 128), (256,))
-        for dtype in ("bf16", "fp32")
+        for dtype in _TWO
     },
     "attention-others": partial(_attention_other_variants),
     **{
         f"attention_decode-{dtype}": partial(_attention_decode, (25, 32, 64, 128, 256), dtype)
-        for dtype in ("bf16", "fp32")
+        for dtype in _TWO
     },
     "fp8-bf16": partial(_fp8, "bf16"),
     "fp8-fp16": partial(_fp8, "fp16"),

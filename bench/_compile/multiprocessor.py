@@ -12,7 +12,7 @@ from dataclasses import dataclass
 class Architecture:
     """Of one multiprocessor, unless it says otherwise."""
 
-    tensor_cores: str  # its matrix instruction in PTX, as in ``_static.MATRIX``
+    tensor_cores: str  # its matrix instruction in PTX, as in ``static.MATRIX``
     shared_memory: int  # bytes; one program gets 1 KB less than this
     warps: int  # that it holds at a time
     programs: int
@@ -32,32 +32,22 @@ RESERVED_SHARED_MEMORY = 1024  # bytes of each program's share that the system k
 TENSOR_MEMORY = 512  # columns, sm_100
 
 
-@dataclass(frozen=True)
-class Occupancy:
-    """How many programs run side by side on a multiprocessor, and what forbids one more."""
-
-    programs: int
-    limited_by: str
-
-
-def occupancy(
+def programs_that_fit(
     capability: int, registers: int, num_warps: int, shared_memory: int, tensor_memory: int = 0
-) -> Occupancy:
-    """``registers`` a thread; ``shared_memory`` bytes and ``tensor_memory`` columns a program."""
+) -> int:
+    """How many programs run side by side on a multiprocessor. ``registers`` a thread;
+    ``shared_memory`` bytes and ``tensor_memory`` columns a program."""
     architecture = ARCHITECTURES[capability]
     # Each of the four partitions has 16,384 registers, handed out by 256 to a warp.
     warp_registers = _round_up(32 * registers, 256)
     share = _round_up(shared_memory + RESERVED_SHARED_MEMORY, 128)
-    limits = {
-        "registers": 4 * (16384 // warp_registers) // num_warps,
-        "shared memory": architecture.shared_memory // share,
-        "warps": architecture.warps // num_warps,
-        "programs": architecture.programs,
-    }
-    if tensor_memory:
-        limits["tensor memory"] = TENSOR_MEMORY // tensor_memory
-    limit = min(limits, key=lambda name: limits[name])
-    return Occupancy(limits[limit], limit)
+    return min(
+        4 * (16384 // warp_registers) // num_warps,
+        architecture.shared_memory // share,
+        architecture.warps // num_warps,
+        architecture.programs,
+        TENSOR_MEMORY // tensor_memory if tensor_memory else architecture.programs,
+    )
 
 
 def _round_up(number: int, multiple: int) -> int:

@@ -30,8 +30,7 @@ from bench._compile.multiprocessor import (
     ARCHITECTURES,
     RESERVED_SHARED_MEMORY,
     TENSOR_MEMORY,
-    Occupancy,
-    occupancy,
+    programs_that_fit,
 )
 from fastgpt.kernels import _host
 
@@ -61,54 +60,23 @@ class Launch:
 
 
 @dataclass(frozen=True)
-class Dot:
-    """A matrix product (m, k) @ (k, n) in a kernel, before the compiler chose instructions."""
-
-    m: int
-    n: int
-    k: int
-    dtype: str  # of the operands: "bf16", ...
-    tf32: bool
-
-
-@dataclass(frozen=True)
 class Compiled:
     """One kernel on one architecture."""
 
     name: str
     capability: int
-    signature: dict[str, str]  # argument → type; "16" behind it: divisible by 16
-    constexprs: dict[str, Any]  # arguments equal to 1 or None included
-    num_warps: int
-    num_stages: int
+    options: str  # the constant arguments, warps and stages, for a reader
     registers: int  # per thread
-    spill_store_bytes: int
-    spill_load_bytes: int
-    stack_bytes: int
-    serialised: str | None  # why the assembler waits for each wgmma before the next
+    spilled: int  # bytes stored and loaded
+    serialised: str | None  # why ptxas waits for each wgmma before the next
     shared_memory: int  # bytes per program
     tensor_memory: int  # columns per program, sm_100
-    occupancy: Occupancy
+    programs: int  # that fit on a multiprocessor
     instructions: Counter[str]  # how many of each kind of MATRIX and COPIES
-    dots: list[Dot]
-
-    def record(self) -> dict[str, Any]:
-        """As JSON can hold it, with its faults."""
-        return {
-            **vars(self),
-            "occupancy": vars(self.occupancy),
-            "dots": [vars(dot) for dot in self.dots],
-            "faults": faults(self),
-        }
+    half_products: tuple[int, ...]  # rows of each matrix product of 16-bit numbers in the source
 
     def __str__(self) -> str:
-        constexprs = ", ".join(
-            f"{name}={value}" for name, value in self.constexprs.items() if value is not None
-        )
-        return (
-            f"{self.name} on sm_{self.capability} "
-            f"({constexprs}, num_warps={self.num_warps}, num_stages={self.num_stages})"
-        )
+        return f"{self.name} on sm_{self.capability} ({self.options})"
 
 
 def max_shared_memory(capability: int) -> int:
@@ -118,11 +86,10 @@ def max_shared_memory(capability: int) -> int:
 
 
 def faults(compiled: Compiled) -> list[str]:
-    """What must not be shipped, each with the kernel, its configuration and the number."""
+    """What fails the build, each with the kernel, its configuration and the number."""
     found = []
-    spilled = compiled.spill_store_bytes + compiled.spill_load_bytes
-    if spilled:
-        found.append(f"spills {spilled} bytes")
+    if compiled.spilled:
+        found.append(f"spills {compiled.spilled} bytes")
     if compiled.serialised is not None:
         found.append(f"waits for each wgmma before the next: {compiled.serialised}")
     limit = max_shared_memory(compiled.capability)
@@ -137,7 +104,7 @@ def faults(compiled: Compiled) -> list[str]:
 def _missing_tensor_cores(compiled: Compiled) -> list[str]:
     """16-bit products of 64 rows or more take the architecture's own instruction, others mma."""
     own = ARCHITECTURES[compiled.capability].tensor_cores
-    used = {own if dot.m >= 64 else "mma" for dot in compiled.dots if dot.dtype in ("bf16", "f16")}
+    used = {own if rows >= 64 else "mma" for rows in compiled.half_products}
     missing = [f"{kind} is missing" for kind in sorted(used) if not compiled.instructions[kind]]
     if used == {own} and own != "mma" and compiled.instructions["mma"]:
         missing.append(f"mma where {own} is possible")
@@ -239,35 +206,31 @@ def _warmed_up(launch: Launch, capability: int, folder: Path) -> tuple[Any, str]
     return binary, path.read_text()
 
 
-def compile_launch(launch: Launch, capability: int) -> Compiled:
-    return compile_launches([launch], capability)[0]
-
-
 def _examine(binary: Any, log: str, capability: int) -> Compiled:
-    metadata = binary.metadata
+    metadata, names = binary.metadata, list(binary.src.signature)
+    options = {
+        names[path[0]]: value
+        for path, value in binary.src.constants.items()
+        if len(path) == 1 and value is not None  # longer: a part of a tuple
+    }
+    options |= {"num_warps": metadata.num_warps, "num_stages": metadata.num_stages}
     registers = _number(r"Used (\d+) registers", log)
     tensor_memory = getattr(metadata, "tmem_size", 0) or 0
     serialised = re.search(r"wgmma\S* instructions are serialized due to (.*?) (in|for) the", log)
-    signature, constexprs = _arguments(binary.src)
     return Compiled(
         name=metadata.name,
         capability=capability,
-        signature=signature,
-        constexprs=constexprs,
-        num_warps=metadata.num_warps,
-        num_stages=metadata.num_stages,
+        options=", ".join(f"{name}={value}" for name, value in options.items()),
         registers=registers,
-        spill_store_bytes=_number(r"(\d+) bytes spill stores", log),
-        spill_load_bytes=_number(r"(\d+) bytes spill loads", log),
-        stack_bytes=_number(r"(\d+) bytes stack frame", log),
+        spilled=sum(_number(rf"(\d+) bytes spill {way}", log) for way in ("stores", "loads")),
         serialised=serialised[1] if serialised else None,
         shared_memory=metadata.shared,
         tensor_memory=tensor_memory,
-        occupancy=occupancy(
+        programs=programs_that_fit(
             capability, registers, metadata.num_warps, metadata.shared, tensor_memory
         ),
         instructions=kinds(binary.asm["ptx"]),
-        dots=find_dots(binary.asm["ttir"]),
+        half_products=tuple(map(int, _HALF_PRODUCT.findall(binary.asm["ttir"]))),
     )
 
 
@@ -275,27 +238,6 @@ def kinds(ptx: str) -> Counter[str]:
     """How many instructions of each kind."""
     patterns = {**MATRIX, **COPIES}
     return Counter({kind: len(re.findall(pattern, ptx)) for kind, pattern in patterns.items()})
-
-
-def _arguments(source: Any) -> tuple[dict[str, str], dict[str, Any]]:
-    """Types of the arguments that a launch passes, and the values of those compiled in."""
-    names = list(source.signature)
-    constexprs = {
-        names[path[0]]: _plain(value)
-        for path, value in source.constants.items()
-        if len(path) == 1  # else a part of a tuple
-    }
-    divisible = {path[0] for path, attributes in source.attrs.items() if attributes}
-    signature = {
-        name: f"{kind} 16" if index in divisible else str(kind)
-        for index, (name, kind) in enumerate(source.signature.items())
-        if name not in constexprs
-    }
-    return signature, constexprs
-
-
-def _plain(value: Any) -> Any:
-    return value if isinstance(value, (bool, int, float, str, type(None))) else str(value)
 
 
 def _number(pattern: str, log: str) -> int:
@@ -306,16 +248,7 @@ def _number(pattern: str, log: str) -> int:
 
 
 # tt.dot %a, %b, %acc, inputPrecision = tf32 : tensor<64x32xbf16> * tensor<32x64xbf16> -> ...
-_DOT = re.compile(r"= tt\.dot (?P<options>.*?) : tensor<(\d+)x(\d+)x(\w+)> \* tensor<\d+x(\d+)x")
-
-
-def find_dots(ttir: str) -> list[Dot]:
-    """The matrix products in a kernel's first representation, where they still have shapes."""
-    dots = []
-    for found in _DOT.finditer(ttir):
-        options, m, k, dtype, n = found.groups()
-        dots.append(Dot(int(m), int(n), int(k), dtype, dtype == "f32" and "= tf32" in options))
-    return dots
+_HALF_PRODUCT = re.compile(r"= tt\.dot .*? : tensor<(\d+)x\d+xb?f16> \*")
 
 
 # ------------------------------------------------------------------------------- files of cases
@@ -341,7 +274,10 @@ def case_main(cases: Mapping[str, Callable[[], object]]) -> int:
         cache.mkdir(exist_ok=True)
     found: list[dict[str, Any]] = []
     for capability in map(int, capabilities.split(",")):
-        records = [one.record() for one in compile_case(cases[case], capability, cache)]
+        records = [
+            {**vars(one), "faults": faults(one)}
+            for one in compile_case(cases[case], capability, cache)
+        ]
         found.append({"case": case, "capability": capability, "kernels": records})
     text = json.dumps(found, indent=1, allow_nan=False)
     if not rest:

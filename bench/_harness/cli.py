@@ -2,11 +2,13 @@
 
 import importlib.util
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
+from rich import box
 from rich.console import Console
+from rich.table import Table
 
 T = TypeVar("T")
 
@@ -62,6 +64,18 @@ def failure_of(error: Exception) -> str:
     if isinstance(error, FloatingPointError):
         return lines[0]
     return ": ".join([type(error).__name__, *lines[:1]])
+
+
+def plain_table(title: str, left: Sequence[str], right: Sequence[str]) -> Table:
+    """Without lines between columns, so that much fits into 80; titles of columns on both sides."""
+    out = Table(
+        title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False
+    )
+    for header in left:
+        out.add_column(header, no_wrap=True)
+    for header in right:
+        out.add_column(header, justify="right", no_wrap=True)
+    return out
 
 
 def prediction(

@@ -1,8 +1,8 @@
-"""Parts of ``gpu_report.py``: every op again and again, equal to the bit, which leaves
-determinism.json in FOLDER; without one every op once, on small shapes, for compute-sanitizer.
+"""Parts of ``gpu_report.py``: whether repeating an op gives the same bits, which writes
+determinism.json into FOLDER; without FOLDER every op once, on small shapes, for compute-sanitizer.
 
-    python bench/_ops/determinism.py FOLDER
-    python bench/_ops/determinism.py
+    python -m bench._ops.determinism FOLDER
+    python -m bench._ops.determinism
 """
 
 import sys
@@ -27,83 +27,72 @@ from bench import (
 )
 from bench._harness.cli import failure_of, write_json
 from bench._harness.timing import synchronize
-from bench._ops.op_bench import DEVICE, DTYPE, Draw, Op, gradients_like, tensors, wants_gradient
+from bench._ops.op_bench import DEVICE, Op, RandomTensors, gradients_like, leaves_of, tensors
 
 REPEATS = 250
 
-# Ragged on purpose: one element more or less than tiles hold.
-SMALL_SIZES = {
-    "attention_qkvpacked": {"B": 2, "T": 161, "H": 2, "D": 64},
-    "embedding": {"B": 2, "T": 33, "C": 96, "V": 65},
-    "gelu": {"M": 33, "N": 200},
-    "layer_norm": {"M": 37, "C": 200},
-    "linear": {"M": 200, "K": 136, "N": 264},
-    "linear_cross_entropy": {"M": 33, "C": 64, "V": 1003},
-    "mlp": {"M": 200, "C": 72},
-    "residual_layer_norm": {"M": 37, "C": 200},
-}
-
-FILES = (
-    bench_attention,
-    bench_embedding,
-    bench_gelu,
-    bench_layer_norm,
-    bench_linear,
-    bench_linear_cross_entropy,
-    bench_mlp,
-    bench_residual_layer_norm,
-)
-BENCHMARKS: dict[str, Op] = {file.OP.name: file.OP for file in FILES}
+# With partial tiles: one element more or less than a multiple of a tile's size.
+SMALL_SIZES: list[tuple[Op, dict[str, int]]] = [
+    (bench_attention.OP, {"B": 2, "T": 161, "H": 2, "D": 64}),
+    (bench_embedding.OP, {"B": 2, "T": 33, "C": 96, "V": 65}),
+    (bench_gelu.OP, {"M": 33, "N": 200}),
+    (bench_layer_norm.OP, {"M": 37, "C": 200}),
+    (bench_linear.OP, {"M": 200, "K": 136, "N": 264}),
+    (bench_linear_cross_entropy.OP, {"M": 33, "C": 64, "V": 1003}),
+    (bench_mlp.OP, {"M": 200, "C": 72}),
+    (bench_residual_layer_norm.OP, {"M": 37, "C": 200}),
+]
 
 
-def _once(op: Op, sizes: dict[str, int]) -> Callable[[], list[Tensor]]:
-    """Forward and backward of ours on the same random inputs; outputs and gradients."""
+def _forward_and_backward(op: Op, sizes: dict[str, int]) -> Callable[[], list[Tensor]]:
+    """Outputs and gradients of our op, of the same random inputs at every call."""
     torch.manual_seed(0)
-    inputs = op.inputs(Draw(DEVICE, DTYPE), **sizes)
-    function = op.function("fused")
-    leaves = [x for x in inputs if wants_gradient(x)]
+    inputs = op.inputs(RandomTensors(DEVICE, op.dtype), **sizes)
+    function, leaves = op.function("fused"), leaves_of(inputs)
     out_grads = gradients_like(function(*inputs))
 
-    def once() -> list[Tensor]:
+    def run() -> list[Tensor]:
         outputs = tensors(function(*inputs))
         return [*outputs, *torch.autograd.grad(outputs, leaves, out_grads)]
 
-    return once
+    return run
 
 
 def determinism(
-    folder: Path, repeats: int = REPEATS, sizes: dict[str, dict[str, int]] | None = None
+    folder: Path,
+    repeats: int = REPEATS,
+    cases: list[tuple[Op, dict[str, int]]] | None = None,
 ) -> int:
-    """Every op again and again, equal to the bit? First the size that GPT-2 trains with."""
+    """Repeat every op, by default at the size that GPT-2 trains with; 1 if any differs or fails."""
     found: dict[str, Any] = {}
-    for name, op in BENCHMARKS.items():
+    for op, sizes in cases or [(op, dict(op.gpu_sizes[0])) for op, _ in SMALL_SIZES]:
         start = time.monotonic()
         try:
-            once = _once(op, dict(op.gpu_sizes[0]) if sizes is None else sizes[name])
-            found[name] = {"repeats": repeats, "different": _different(once, repeats)}
-        except Exception as error:  # whatever it is, the other ops are looked at all the same
+            run = _forward_and_backward(op, sizes)
+            found[op.name] = {"repeats": repeats, "different": _different(run, repeats)}
+        except Exception as error:  # whatever it is, the other ops are still run
             traceback.print_exc()
-            found[name] = {"repeats": 0, "different": failure_of(error)}
-        found[name]["seconds"] = round(time.monotonic() - start, 1)
-        print(name, found[name])
+            found[op.name] = {"repeats": 0, "different": failure_of(error)}
+        found[op.name]["seconds"] = round(time.monotonic() - start, 1)
+        print(op.name, found[op.name])
         write_json(folder / "determinism.json", found)
     return int(any(one["different"] for one in found.values()))
 
 
-def _different(once: Callable[[], list[Tensor]], repeats: int) -> int:
-    """How often the results are not those of the first time."""
-    first = once()
+def _different(run: Callable[[], list[Tensor]], repeats: int) -> int:
+    """How many results differ from the first."""
+    first = run()
     return sum(
-        not all(torch.equal(a, b) for a, b in zip(once(), first, strict=True))
+        not all(torch.equal(a, b) for a, b in zip(run(), first, strict=True))
         for _ in range(repeats - 1)
     )
 
 
-def small(sizes: dict[str, dict[str, int]] = SMALL_SIZES) -> int:
-    """Every op once on small shapes, for compute-sanitizer to look at."""
-    for name, op in BENCHMARKS.items():
-        print(f"op: {name}", flush=True)
-        for result in _once(op, sizes[name])():
+def small(cases: list[tuple[Op, dict[str, int]]] = SMALL_SIZES) -> int:
+    """Every op once on small shapes."""
+    for op, sizes in cases:
+        print(f"op: {op.name}", flush=True)
+        for result in _forward_and_backward(op, sizes)():
             synchronize(result.device)
     return 0
 

@@ -1,18 +1,22 @@
 """What every operator that PyTorch dispatches costs: a mode that watches a step on fake tensors."""
 
 import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
 from torch._ops import OpOverload
+from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 from torch.utils.flop_counter import flop_registry
 
 from bench._roofline.ceilings import Ceilings
+from fastgpt.kernels import _host
 from fastgpt.kernels.costs import COSTS, KernelCost, attention_pairs
 
 # They hand out memory and touch none of it.
@@ -28,6 +32,14 @@ _ATTENTION = {
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: 2,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: 5,
 }
+
+
+@contextmanager
+def fake_tensors() -> Iterator[None]:
+    """Within, tensors are fake: nothing is allocated or launched. The Triton ops accept tensors of
+    the CPU as they do under ``TRITON_INTERPRET=1``, since fake CUDA tensors need CUDA."""
+    with FakeTensorMode(), mock.patch.object(_host, "INTERPRETED", True):
+        yield
 
 
 @dataclass
@@ -127,6 +139,16 @@ class CostMode(TorchDispatchMode):
                 total.ms += ms
                 total.kernels_ms[kernel.name] = total.kernels_ms.get(kernel.name, 0.0) + ms
         return out
+
+    def total(self) -> OpTotal:
+        """Of all operators."""
+        total = OpTotal()
+        for op in self.ops.values():
+            total.calls += op.calls
+            total.bytes += op.bytes
+            total.flops += op.flops
+            total.ms += op.ms
+        return total
 
 
 class LiveMemory:

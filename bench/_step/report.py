@@ -1,10 +1,9 @@
-"""A run of ``run.py`` as a record (what its JSON holds), as a table and as a chart. Table and chart
-are made from the record alone.
+"""A run of ``run.py``: its record (what the JSON holds), and from the record alone the table, for a
+terminal or as Markdown, and the notes that a reader of the speeds needs.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any
 
 from rich import box
@@ -14,11 +13,10 @@ from bench._harness import machine
 from bench._harness.timing import Spread, rate, spread
 
 CPU_NOTE = "CPU, no claim about GPUs"
-# the best of them is what a speed-up refers to
+# The fastest of them is what a speed-up refers to.
 _BASELINES = ("sdpa_compile", "sdpa_autotune", "sdpa_graphs")
 _OVER_EAGER = ("fastgpt", "sdpa")
-_NOISE = ("fastgpt", "fastgpt_again")  # the same thing measured twice
-OURS, OTHERS = "#c2571a", "#8a94a6"  # colours
+_NOISE = ("fastgpt", "fastgpt_again")  # the same code measured twice
 
 
 @dataclass
@@ -43,6 +41,9 @@ class Group:
     base_step_ms: list[list[float]] = field(default_factory=list)  # of each round, in this group
 
 
+# ------------------------------------------------------------------------------------- the record
+
+
 def record(
     results: Mapping[str, Result],
     reference_losses: list[float],
@@ -61,11 +62,12 @@ def record(
     relative = _relative(speeds, groups)
     measured = [name for name in _BASELINES if name in relative]
     baseline = max(measured, key=lambda name: relative[name], default=None)
+    noise = _ratio(relative, *reversed(_NOISE))
     return {
         "tokens_per_step": tokens_per_step,
         "baseline": baseline,
         "over_eager": _ratio(relative, *_OVER_EAGER),
-        "noise": _difference(relative),
+        "noise": None if noise is None else abs(noise - 1.0),
         "groups": [asdict(group) for group in groups],
         "reference_losses": reference_losses,
         "reference_failure": reference_failure,
@@ -83,7 +85,7 @@ def record(
 
 
 def _relative(speeds: Mapping[str, Spread], groups: Sequence[Group]) -> dict[str, float]:
-    """How many times as fast each variant is as the base of its group."""
+    """Each variant's speed relative to the base of its group."""
     if len(groups) < 2:
         return {name: 1.0 / ms.median for name, ms in speeds.items()}
     out = {}
@@ -102,14 +104,8 @@ def _ratio(relative: Mapping[str, float], name: str, base: str) -> float | None:
     return relative[name] / relative[base]
 
 
-def _difference(relative: Mapping[str, float]) -> float | None:
-    """By what share two measurements of the same thing differ."""
-    ratio = _ratio(relative, *reversed(_NOISE))
-    return None if ratio is None else abs(ratio - 1.0)
-
-
 def _deviation(result: Result, reference_losses: list[float]) -> dict[str, float | None]:
-    """The last loss less the reference's, and the largest distance on the way."""
+    """The last loss, its distance from the reference's, and the largest distance of all steps."""
     if not result.losses or not reference_losses:
         loss = result.losses[-1] if result.losses else None
         return {"loss": loss, "loss_deviation": None, "largest_deviation": None}
@@ -121,54 +117,67 @@ def _deviation(result: Result, reference_losses: list[float]) -> dict[str, float
     }
 
 
+# -------------------------------------------------------------------------------------- the table
+
+# A line break where a terminal's column has one.
+_HEADERS = (
+    "variant\n",
+    "tokens\n/s",
+    "speed\n-up",
+    "ms\n/step",
+    "p10\n-p90",
+    "peak\nGB",
+    "1st step s\ncold/warm",
+    "loss\n",
+    "off\nfp32",
+)
+
+
 def title(run: dict[str, Any]) -> str:
     """Machine and size in one line; on a CPU it begins with ``CPU_NOTE``."""
     o = run["options"]
-    size = (
-        f"{run['parameters'] / 1e6:.1f}M parameters, B={o['batch_size']}, T={o['block_size']}, "
-        f"{run['dtype']}"
-    )
     claim = f"{CPU_NOTE}: " if run["machine"]["device"] == "cpu" else ""
-    return f"{claim}{machine.name(run['machine'])}, {size}"
+    return (
+        f"{claim}{machine.name(run['machine'])}, {run['parameters'] / 1e6:.1f}M parameters, "
+        f"B={o['batch_size']}, T={o['block_size']}, {run['dtype']}"
+    )
 
 
 def table(run: dict[str, Any]) -> Table:
-    """One row a variant. It fits 80 columns."""
+    """For a terminal: it fits 80 columns."""
     out = Table(
         title=title(run),
-        caption=_caption(run),
+        caption="\n".join(["", *notes(run)]),
         caption_justify="left",
         box=box.SIMPLE_HEAD,
         padding=0,
         pad_edge=False,
     )
-    out.add_column("variant\n", no_wrap=True)
-    for header in (
-        "tokens\n/s",
-        "speed\n-up",
-        "ms\n/step",
-        "p10\n-p90",
-        "peak\nGB",
-        "1st step s\ncold/warm",
-        "loss\n",
-        "off\nfp32",
-    ):
-        out.add_column(header, justify="right", no_wrap=True)
+    for header in _HEADERS:
+        left = header.startswith("variant")
+        out.add_column(header, justify="left" if left else "right", no_wrap=True)
     for name, variant in run["variants"].items():
         out.add_row(name, *_cells(variant))
     return out
 
 
+def markdown(run: dict[str, Any]) -> list[str]:
+    """The same table, in lines."""
+    rows = [(variant["label"], *_cells(variant)) for variant in run["variants"].values()]
+    headers = [header.replace("\n", " ").strip() for header in _HEADERS]
+    rule = "|---" + "|--:" * (len(_HEADERS) - 1) + "|"
+    return [f"| {' | '.join(headers)} |", rule, *(f"| {' | '.join(row)} |" for row in rows)]
+
+
 def _cells(variant: dict[str, Any]) -> list[str]:
     ms, peak = variant["ms_per_step"], variant["peak_memory_bytes"]
-    median = None if ms is None else variant["tokens_per_s"]["median"]
     starts = [_three_digits(variant[key]) for key in ("cold_start_s", "warm_start_s")]
     return [
-        _number(median, "{:,.0f}"),
+        _number(ms and variant["tokens_per_s"]["median"], "{:,.0f}"),
         _number(variant["speedup"], "{:.2f}x"),
-        "–" if ms is None else _four_digits(ms["median"]),
-        "–" if ms is None else f"{_three_digits(ms['p10'])}-{_three_digits(ms['p90'])}",
-        _number(None if peak is None else peak / 1e9, "{:.2f}"),
+        _three_digits(ms and ms["median"]),
+        f"{_three_digits(ms['p10'])}-{_three_digits(ms['p90'])}" if ms else "–",
+        _number(peak and peak / 1e9, "{:.2f}"),
         "/".join(starts),
         _number(variant["loss"], "{:.4f}"),
         _number(variant["largest_deviation"], "{:.0e}"),
@@ -179,106 +188,40 @@ def _number(value: float | None, style: str) -> str:
     return "–" if value is None else style.format(value)
 
 
-def _four_digits(value: float) -> str:
-    return f"{value:.4g}" if value < 1000 else f"{value:.0f}"
-
-
 def _three_digits(value: float | None) -> str:
     if value is None:
         return "–"
     return f"{value:.{2 if value < 10 else 1 if value < 100 else 0}f}"
 
 
-def _basis(run: dict[str, Any]) -> list[str]:
-    """What a reader of the speeds must know."""
-    lines = list(run["notes"])
-    if not run["complete"]:
-        lines.append("not complete: the run was cut off")
-    if run["reference_failure"] is not None:
-        lines.append(f"no float32 losses: {run['reference_failure']}")
+def caveats(run: dict[str, Any]) -> list[str]:
+    """Why the run is not what ``run.py`` promises."""
+    return [*run["notes"], *([] if run["complete"] else ["Not complete: the run was cut off"])]
+
+
+def notes(run: dict[str, Any]) -> list[str]:
+    """What a reader of the table needs to know, one sentence each, without the full stop."""
+    lines = caveats(run)
+    losses, variants = run["reference_losses"], run["variants"]
     if len(run["groups"]) > 1:
-        base = run["groups"][0]["base"]
-        lines.append(f"in {len(run['groups'])} groups that fit into memory, {base} in each")
+        base = variants[run["groups"][0]["base"]]["label"]
+        lines.append(f"In {len(run['groups'])} groups that fit into memory, {base} in each")
     if run["baseline"] is not None:
-        lines.append(f"speed-up: over {run['baseline']}")
+        lines.append(f"Speed-up: over {variants[run['baseline']]['label']}")
     if run["over_eager"] is not None:
-        fast, eager = _OVER_EAGER
+        fast, eager = (variants[name]["label"] for name in _OVER_EAGER)
         lines.append(f"{fast} over {eager}: {run['over_eager']:.2f}x")
     if run["noise"] is not None:
+        noise = f"{100 * run['noise']:.1f}%"
+        lines.append(f"fastgpt measured twice: {noise} apart; smaller differences mean nothing")
+    if losses:
         lines.append(
-            f"fastgpt measured twice: {100 * run['noise']:.1f}% apart; a smaller difference is none"
+            f"Loss: after {len(losses)} steps, where float32 has {losses[-1]:.4f}; off fp32: the "
+            "largest distance from it at any step"
         )
+    else:
+        lines.append(f"Loss: after {run['options']['loss_steps']} steps")
+    if run["reference_failure"] is not None:
+        lines.append(f"No float32 losses: {run['reference_failure']}")
+    lines += [f"{v['label']}: {v['failure']}" for v in variants.values() if v["failure"]]
     return lines
-
-
-def _caption(run: dict[str, Any]) -> str:
-    failures = [
-        f"{name}: {variant['failure']}"
-        for name, variant in run["variants"].items()
-        if variant["failure"] is not None
-    ]
-    return "\n".join(["", *_basis(run), *_loss_notes(run), *failures])
-
-
-def _loss_notes(run: dict[str, Any]) -> list[str]:
-    losses = run["reference_losses"]
-    if not losses:
-        return [f"loss: after {run['options']['loss_steps']} steps"]
-    return [
-        f"loss: after {len(losses)} steps, where float32 has {losses[-1]:.4f}",
-        "off fp32: the largest distance from the float32 losses on the way",
-    ]
-
-
-def chart(run: dict[str, Any], path: Path) -> None:
-    """Tokens per second as bars with whiskers from p10 to p90, as a PNG."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(9.0, 1.6 + 0.5 * len(run["variants"])), layout="constrained")
-    axes = figure.subplots()
-    speed_bars(axes, run)
-    axes.set_xlabel("\n".join(["tokens per second (median, p10-p90)", *_basis(run)]))
-    figure.suptitle(title(run))
-    figure.savefig(path, dpi=150)
-
-
-def speed_bars(axes: Any, run: dict[str, Any]) -> None:
-    """A bar with whiskers for each variant."""
-    variants = list(run["variants"].values())
-    none = {"median": 0.0, "p10": 0.0, "p90": 0.0}
-    speeds = [variant["tokens_per_s"] or none for variant in variants]
-    medians = [speed["median"] for speed in speeds]
-    whiskers = [
-        [speed["median"] - speed["p10"] for speed in speeds],
-        [speed["p90"] - speed["median"] for speed in speeds],
-    ]
-    texts = [
-        f"{speed['median']:,.0f}  {_number(variant['speedup'], '{:.2f}x')}"
-        if variant["tokens_per_s"]
-        else variant["failure"] or "not measured"
-        for variant, speed in zip(variants, speeds, strict=True)
-    ]
-    bars(axes, run, medians, [speed["p90"] for speed in speeds], texts, xerr=whiskers, capsize=3)
-    axes.xaxis.set_major_formatter("{x:,.0f}")
-
-
-def bars(
-    axes: Any,
-    run: dict[str, Any],
-    widths: list[float],
-    ends: list[float],
-    texts: list[str],
-    **options: Any,
-) -> None:
-    """One below the other, a variant each, with a text behind its end."""
-    rows = range(len(widths))
-    colours = [OURS if name.startswith("fastgpt") else OTHERS for name in run["variants"]]
-    axes.barh(rows, widths, color=colours, height=0.65, **options)
-    for row, end, text in zip(rows, ends, texts, strict=True):
-        axes.annotate(text, (end, row), xytext=(8, 0), textcoords="offset points", va="center")
-    axes.set_yticks(rows, [variant["label"] for variant in run["variants"].values()])
-    axes.invert_yaxis()
-    axes.margins(x=0.2)
-    axes.set_xlim(left=0.0)
-    axes.locator_params(axis="x", nbins=6)
-    axes.spines[["top", "right"]].set_visible(False)

@@ -14,7 +14,7 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor, nn
 
-from bench._step import eager, huggingface
+from bench._step import baselines
 from fastgpt import GPT, GPTConfig
 from fastgpt.data.batches import Batches
 from fastgpt.devices import autocast, has_bfloat16
@@ -42,11 +42,11 @@ Loss = Callable[[Any, Tensor, Tensor], Tensor]  # model, idx (B, T), targets (B,
 
 
 def _naive_loss(gpt: GPT, idx: Tensor, targets: Tensor) -> Tensor:
-    return eager.loss(gpt, idx, targets, eager.naive)
+    return baselines.loss(gpt, idx, targets, baselines.naive)
 
 
 def _sdpa_loss(gpt: GPT, idx: Tensor, targets: Tensor) -> Tensor:
-    return eager.loss(gpt, idx, targets, eager.sdpa)
+    return baselines.loss(gpt, idx, targets, baselines.sdpa)
 
 
 def _fastgpt_loss(gpt: GPT, idx: Tensor, targets: Tensor) -> Tensor:
@@ -61,16 +61,16 @@ class Variant:
     recompute: bool = False
     fp8: str = "none"
     compile_mode: str | None = None  # of torch.compile; None runs eagerly
-    trainer: bool = False  # the update of `fastgpt train`; else nanoGPT's, its model exchanged
+    trainer: bool = False  # with the update of `fastgpt train`; otherwise with nanoGPT's
 
     @property
     def baseline(self) -> bool:
-        """Whether it is something else than this library."""
+        """Whether it runs without this library's ops."""
         return self.loss is not _fastgpt_loss
 
     @property
     def huggingface(self) -> bool:
-        return self.loss is huggingface.loss
+        return self.loss is baselines.huggingface_loss
 
 
 def _compiled(mode: str) -> Variant:
@@ -84,7 +84,7 @@ def _ours(label: str, **options: Any) -> Variant:
 
 VARIANTS: dict[str, Variant] = {
     "naive": Variant("nanoGPT, masked matmul", _naive_loss),
-    "huggingface": Variant("Hugging Face, SDPA", huggingface.loss),
+    "huggingface": Variant("Hugging Face, SDPA", baselines.huggingface_loss),
     "sdpa": Variant("nanoGPT, SDPA", _sdpa_loss),
     "sdpa_compile": _compiled("default"),
     "sdpa_autotune": _compiled("max-autotune-no-cudagraphs"),
@@ -172,7 +172,7 @@ class Options:
             raise ValueError(f"learning_rate must be positive, got {self.learning_rate}")
 
 
-# A minute's worth: half of it is C++ that torch.compile has to have compiled.
+# Takes a minute, half of it for the C++ compiler that torch.compile calls.
 CPU_OPTIONS = Options(
     variants=("naive", "sdpa", "sdpa_compile", "fastgpt", "fastgpt_recompute", "fastgpt_again"),
     batch_size=4,
@@ -189,7 +189,7 @@ CPU_OPTIONS = Options(
 
 @dataclass(frozen=True)
 class Plan:
-    """The options, and what follows from them and from the machine."""
+    """The options, with what they mean on this machine."""
 
     options: Options
     config: GPTConfig
@@ -219,13 +219,13 @@ class Plan:
         return self.options.batch_size * self.options.block_size
 
     def batches(self, vocab_size: int | None = None) -> Batches:
-        """The batches of one training; with ``vocab_size`` the whole data set is checked."""
+        """The batches of one training; with ``vocab_size`` all token ids are checked first."""
         o = self.options
         return Batches(self.data_dir, o.batch_size, o.block_size, self.device, o.seed, vocab_size)
 
 
 def optimizer_of(model: nn.Module, variant: Variant, learning_rate: float) -> torch.optim.Optimizer:
-    """The AdamW that a variant's users get."""
+    """AdamW as a user of the variant would set it up."""
     device_type = next(model.parameters()).device.type
     # Hugging Face's model has the same parameters, and no such method.
     optimizer = LanguageModel.configure_optimizers(
@@ -245,7 +245,7 @@ class Training:
         rate = plan.options.learning_rate
         torch.manual_seed(plan.options.seed)
         gpt = GPT(plan.config, recompute=variant.recompute, fp8=variant.fp8).to(plan.device)
-        self._model = huggingface.model_of(gpt) if variant.huggingface else gpt
+        self._model = baselines.huggingface_model(gpt) if variant.huggingface else gpt
         self._loss = variant.loss
         if variant.compile_mode is not None:
             self._loss = torch.compile(variant.loss, mode=variant.compile_mode)

@@ -13,8 +13,7 @@ import pytest
 
 from bench import build_kernels
 from bench._compile import kernel_cases
-from bench._compile.multiprocessor import ARCHITECTURES
-from bench._compile.static import Launch, compile_case, compile_launches, faults, recorded
+from bench._compile.static import Launch, compile_case, recorded
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -23,7 +22,7 @@ import sys
 from functools import partial
 
 import torch
-from _static import case_main
+from bench._compile.static import case_main
 
 
 _WARPS = 1
@@ -82,7 +81,7 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "cases.py").write_text(CASES)
     (folder / "shared.py").write_text(SHARED)
     (folder / "first.py").write_text(ADD)
-    shutil.copy(Path(__file__).parent / "toy_kernels.py", folder / "second.py")
+    shutil.copy(ROOT / "tests" / "tools" / "toy_kernels.py", folder / "second.py")
     return folder
 
 
@@ -118,10 +117,10 @@ def test_build_again_and_after_changes(project: Path, run) -> None:
     assert (add["case"], add["capability"]) == ("add", 80)
     (kernel,) = add["kernels"]
     assert kernel["name"] == "add_kernel" and kernel["faults"] == []
-    assert kernel["constexprs"] == {"BLOCK": 64} and kernel["num_warps"] == 1
-    assert kernel["registers"] > 0 and kernel["occupancy"]["programs"] == 32
+    assert kernel["options"] == "BLOCK=64, num_warps=1, num_stages=3"
+    assert kernel["registers"] > 0 and kernel["programs"] == 32
     assert kernel["instructions"]["mma"] == 0
-    assert hold["kernels"][0]["spill_store_bytes"] > 0
+    assert hold["kernels"][0]["spilled"] > 0
 
     status, compiled, printed = run()
     assert (status, compiled) == (1, 0)  # a fault stays one
@@ -208,17 +207,3 @@ def test_no_launch_leaves_multiply_adds_to_triton(
     for case, launches in launches_of_cases.items():
         for launch in launches:
             assert launch.options["enable_fp_fusion"], (case, launch.kernel.__name__)
-
-
-@pytest.mark.parametrize("case", ["attention-64-bf16", "attention_documents-64-bf16"])
-@pytest.mark.parametrize("capability", [80, 90, 100])
-def test_attention_of_gpt2_has_no_fault(capability: int, case: str) -> None:
-    """The build compiles every configuration; this shows the ones that GPT-2 trains with."""
-    with recorded(capability) as launches:
-        kernel_cases.CASES[case]()
-    plain = [launch for launch in launches if not launch.options["DROPOUT"]]
-    compiled = compile_launches(plain, capability)
-    assert len(compiled) == 3
-    for one in compiled:
-        assert faults(one) == []
-        assert one.instructions[ARCHITECTURES[capability].tensor_cores] > 0

@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from bench import roofline
 from bench._roofline import ceilings, counting, roofline_report
-from bench._step import eager
+from bench._step import baselines
 from fastgpt import GPTConfig
 from fastgpt.kernels import fused
 from tests.tools.small_models import small_model, tokens
@@ -252,7 +252,7 @@ def test_work_is_proportional_to_the_batch_and_a_shorter_sequence_is_less() -> N
 # -- the baselines compute what they should
 
 
-@pytest.mark.parametrize("attention", [eager.naive, eager.sdpa])
+@pytest.mark.parametrize("attention", [baselines.naive, baselines.sdpa])
 @pytest.mark.parametrize("bias", [True, False])
 def test_a_baseline_is_the_model(attention: Callable[..., Tensor], bias: bool) -> None:
     model, idx, targets = small_model(bias=bias), tokens(), tokens(seed=2)
@@ -261,7 +261,7 @@ def test_a_baseline_is_the_model(attention: Callable[..., Tensor], bias: bool) -
     expected.backward()
     grads = {name: p.grad for name, p in model.named_parameters()}
     model.zero_grad(set_to_none=True)
-    loss = eager.loss(model, idx, targets, attention)
+    loss = baselines.loss(model, idx, targets, attention)
     loss.backward()
     torch.testing.assert_close(loss, expected)
     for name, p in model.named_parameters():

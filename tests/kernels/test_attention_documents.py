@@ -10,13 +10,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastgpt.kernels import attention_launch, attention_tiles, fused, reference, torch_ops
+from fastgpt.kernels import configs, fused, reference, torch_ops
+from fastgpt.kernels.configs import Attention
 from fastgpt.kernels.costs import COSTS
 from tests.kernels.test_attention_semantics import TILES
 from tests.tools import parity
 from tests.tools.documents import DOCUMENTS, starts_of
 from tests.tools.sanitizer import sanitize
 
+OPTIONS = [("documents",), ("dropout", "documents")]
 CASES = pytest.mark.parametrize("length,borders", DOCUMENTS, ids=str)
 
 
@@ -92,8 +94,8 @@ def test_one_document_gives_the_same_bits_as_none(
     monkeypatch: pytest.MonkeyPatch, device: str, length: int, dtype: torch.dtype, dropout_p: float
 ) -> None:
     """By the same tiles, that is: on a GPU documents may have others, and sums another order."""
-    launch: Any = attention_tiles.launch
-    monkeypatch.setattr(attention_launch, "launch", lambda *args: launch(*args[:-1], True))
+    find = configs.find
+    monkeypatch.setattr(configs, "find", lambda *asked: find(*asked[:4], *OPTIONS[dropout_p > 0]))
     inputs = _qkv(device, length, 2, dtype)
     grad = torch.randn_like(inputs[0])
     op = partial(fused.attention, dropout_p=dropout_p, seed=_seed(device))
@@ -152,8 +154,7 @@ def test_every_tile_shape_gives_the_same(
     monkeypatch: pytest.MonkeyPatch, tile: tuple[int, int]
 ) -> None:
     """Wide and tall tiles meet the borders in different places."""
-    launch = dict(BLOCK_M=tile[0], BLOCK_N=tile[1], BLOCK_D=16, num_warps=4, num_stages=1)
-    monkeypatch.setattr(attention_launch, "launch", lambda *args: launch)
+    monkeypatch.setattr(configs, "find", lambda *asked: Attention(*tile, 4, 1))
     starts = starts_of(150, [17, 18, 64, 140], [3])
     inputs = list(torch.randn(3, 2, 1, 150, 16))
     grad = torch.randn_like(inputs[0])
@@ -167,13 +168,13 @@ def test_every_tile_shape_gives_the_same(
 
 @pytest.mark.parametrize("block_m,block_n", [(64, 16), (32, 32), (16, 64)])
 @pytest.mark.parametrize("borders", [[], [20], [100], [33, 64, 148]], ids=str)
-def test_values_a_tile_late_give_the_same_bits(
+def test_pipelined_pv_gives_the_same_bits(
     monkeypatch: pytest.MonkeyPatch, borders: list[int], block_m: int, block_n: int
 ) -> None:
     inputs, runs = _qkv("cpu", 150, dtype=torch.bfloat16), []
-    for late in (False, True):
-        launch = dict(BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_D=16, LATE=late)
-        monkeypatch.setattr(attention_launch, "launch", lambda *args, launch=launch: launch)
+    for pipelined in (False, True):
+        config = Attention(block_m, block_n, 4, 1, pipelined)
+        monkeypatch.setattr(configs, "find", lambda *asked, config=config: config)
         with sanitize(), torch.no_grad():
             runs.append(fused.attention(*inputs, starts=starts_of(150, borders)))
     assert torch.equal(*runs)

@@ -5,27 +5,19 @@ memory linear in T, no stray access.
 from collections.abc import Callable
 from functools import partial
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 from torch import Tensor
 
-from fastgpt.kernels import _host, attention_launch, attention_tiles, fused, reference
+from fastgpt.kernels import _host, configs, fused, reference
+from fastgpt.kernels.attention_fwd import attention_fwd
+from fastgpt.kernels.configs import Attention
 from tests.tools.sanitizer import sanitize
 
-# Every ratio of the two sides that a launch table holds.
-TILES = sorted(
-    {
-        (block_m, block_n)
-        for table in (
-            attention_tiles.TENSOR_CORE_TILES,
-            attention_tiles.TENSOR_MEMORY_TILES,
-            attention_tiles.SMALL_MEMORY_TILES,
-            attention_tiles.FLOAT32_TILES,
-        )
-        for block_m, block_n, _, _ in table.values()
-    }
-)
+# Every ratio of the two sides that a launch configuration has.
+TILES = sorted({config[:2] for config in configs.TABLE.values() if isinstance(config, Attention)})
 
 
 def _qkv(device: str, length: int, head_size: int = 16, dtype=torch.float32) -> list[Tensor]:
@@ -102,9 +94,7 @@ def test_every_tile_shape_gives_the_same(
     monkeypatch: pytest.MonkeyPatch, tile: tuple[int, int], n_queries: int, n_keys: int
 ) -> None:
     """Wide and tall tiles meet the diagonal, the ends and the dropout mask in different places."""
-    block_m, block_n = tile
-    launch = dict(BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_D=16, num_warps=4, num_stages=1)
-    monkeypatch.setattr(attention_launch, "launch", lambda *args: launch)
+    monkeypatch.setattr(configs, "find", lambda *asked: Attention(*tile, 4, 1))
     q, k, v = (torch.randn(1, 2, t, 16) for t in (n_queries, n_keys, n_keys))
     for causal in (True, False):
         options: dict[str, Any] = dict(causal=causal, dropout_p=0.2, seed=torch.tensor([7]))
@@ -116,37 +106,49 @@ def test_every_tile_shape_gives_the_same(
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
+def assert_pipelined_pv_is_the_same(
+    n_queries: int, n_keys: int, dtype: torch.dtype, causal: bool, block_m: int, block_n: int
+) -> None:
+    """The forward with PIPELINED_PV and without, with dropout: the same products in the same order,
+    so the same bits.
+
+    Compiled, that order is wgmma's, which PIPELINED_PV is made for. mma.sync adds the keys of a
+    tile in an order that follows the layout of the probabilities, and Triton gives the two forms
+    different layouts: there the outputs differ by the rounding of these additions, and by no more.
+    """
+    q, k, v = (torch.randn(1, 2, t, 16).to(dtype) for t in (n_queries, n_keys, n_keys))
+    seed, runs = torch.tensor([7]), []
+    for pipelined in (False, True):
+        find = mock.Mock(return_value=Attention(block_m, block_n, 4, 3, pipelined))
+        with sanitize(), mock.patch.object(configs, "find", find):
+            runs.append(attention_fwd(q, k, v, seed, None, causal, 0.25, 0.2, 0))
+    (plain, plain_lse), (piped, pipelined_lse) = runs
+    assert torch.equal(plain_lse, pipelined_lse)
+    capability = _host.capability(q.device)
+    if capability is None or (capability == 90 and block_m >= 64):
+        assert torch.equal(plain, piped)
+        return
+    # Each of the n_keys additions cuts off less than 2^-23 of the sum of all |P V|, each tile's and
+    # the last two multiplications round by half of that; then both sums are rounded to nearest.
+    magnitude = reference.attention(
+        *(x.double() for x in (q, k, v.abs())), causal=causal, dropout_p=0.2, seed=seed
+    ).transpose(1, 2)
+    roundings = n_keys + (n_keys / block_n + 3) / 2
+    info = torch.finfo(dtype)
+    spacing = info.eps * torch.maximum(plain.abs(), piped.abs()).double().clamp(info.tiny)
+    allowed = 2 * roundings * 2**-23 * magnitude * (1 + info.eps) + spacing
+    assert ((plain.double() - piped.double()).abs() <= allowed).all()
+
+
 @pytest.mark.parametrize("block_m,block_n", [(64, 16), (32, 32), (16, 64)])
 @pytest.mark.parametrize("causal", [True, False], ids=["causal", "full"])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("n_queries,n_keys", [(64, 64), (150, 150), (20, 150), (150, 20), (9, 5)])
-def test_values_a_tile_late_give_the_same_bits(
-    monkeypatch: pytest.MonkeyPatch, n_queries: int, n_keys: int, dtype: torch.dtype,
-    causal: bool, block_m: int, block_n: int,
-) -> None:  # fmt: skip
-    """No whole tile, one and several, with dropout: the same products in the same order."""
-    q, k, v = (torch.randn(1, 2, t, 16).to(dtype) for t in (n_queries, n_keys, n_keys))
-    runs = []
-    for late in (False, True):
-        launch = dict(BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_D=16, LATE=late)
-        monkeypatch.setattr(attention_launch, "launch", lambda *args, launch=launch: launch)
-        options: dict[str, Any] = dict(causal=causal, dropout_p=0.2, seed=torch.tensor([7]))
-        with sanitize(), torch.no_grad():
-            runs.append(fused.attention(q, k, v, **options))
-    assert torch.equal(*runs)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_hopper_takes_values_a_tile_late(
-    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype
+def test_pipelined_pv_gives_the_same_bits(
+    n_queries: int, n_keys: int, dtype: torch.dtype, causal: bool, block_m: int, block_n: int
 ) -> None:
-    for capability in (80, 90, 100):
-        monkeypatch.setattr(_host, "capability", lambda device, c=capability: c)
-        launch = attention_tiles.launch("fwd", torch.device("cuda"), 64, dtype, False, False)
-        late = capability == 90 and dtype == torch.bfloat16
-        assert launch.get("LATE", False) == late
-        limit = attention_tiles.MAX_REGISTERS.get(("fwd", 64))
-        assert launch.get("maxnreg") == (limit if late else None)
+    """No whole tile, one and several."""
+    assert_pipelined_pv_is_the_same(n_queries, n_keys, dtype, causal, block_m, block_n)
 
 
 # ------------------------------------------------------------------------------------- dropout

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from fastgpt.kernels import fused, gemm, reference, torch_ops
+from fastgpt.kernels import configs, fused, gemm, reference, torch_ops
 from fastgpt.kernels.linear import _linear_bwd_op, _linear_op, rows
 from tests.tools import parity
 
@@ -67,7 +67,7 @@ def test_any_tile_and_split(
 ) -> None:
     if device == "cuda":
         pytest.skip("the GPU's tables are its own")
-    monkeypatch.setattr(gemm, "INTERPRETER_TILES", dict.fromkeys(gemm.TMA_TILES, tile))
+    monkeypatch.setattr(configs, "find", lambda *asked: configs.Gemm(*tile))
     monkeypatch.setattr(gemm, "splits", lambda *args: n_splits)
     dy, x = torch.randn(77, 40), torch.randn(77, 48)
     dweight, dbias = gemm.weight_gradient(dy, x, True, torch.float32)

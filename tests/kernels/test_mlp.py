@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from fastgpt.kernels import fused, gemm, reference, torch_ops
+from fastgpt.kernels import configs, fused, gemm, reference, torch_ops
 from fastgpt.kernels.mlp import _mlp_bwd_op, _mlp_op
 from tests.tools import parity
 
@@ -83,14 +83,18 @@ def test_any_tile(
     """Several tiles for each program, and groups that the number of tiles does not fill."""
     if device == "cuda":
         pytest.skip("the GPU's tables are its own")
-    monkeypatch.setattr(gemm, "INTERPRETER_TILES", dict.fromkeys(gemm.TMA_TILES, tile))
+    monkeypatch.setattr(configs, "find", lambda *asked: configs.Gemm(*tile))
     inputs = _inputs((85, 40), 104, 24, torch.float32, device, "contiguous")
     _assert_parity(inputs, 24, "contiguous", form, bias=True)
 
 
 def _tables_say_cublas(monkeypatch: pytest.MonkeyPatch) -> None:
-    for table in ("TMA_TILES", "POINTER_TILES", "INTERPRETER_TILES"):
-        monkeypatch.setattr(gemm, table, dict.fromkeys(gemm.TMA_TILES))
+    lookup = configs.lookup
+    monkeypatch.setattr(
+        configs,
+        "lookup",
+        lambda op, *asked: configs.CUBLAS if op == "gemm" else lookup(op, *asked),
+    )
 
 
 @pytest.mark.parametrize("dtype", parity.DTYPES, ids=str)

@@ -2,7 +2,7 @@
 constant, a multiple of 16 says so, 17 is neither; None is a constant.
 
 ``RUNS`` holds updates of a model, prompts that it continues, and ops that no model reaches; each is
-run on small CPU tensors within ``_static.recorded``, so that nothing is computed by a kernel. Every
+run on small CPU tensors within ``static.recorded``, so that nothing is computed by a kernel. Every
 pair of values of two options occurs in some run.
 """
 
@@ -294,7 +294,7 @@ RUNS: dict[str, Callable[[], None]] = {
 
 @contextlib.contextmanager
 def _on_gpu(capability: int) -> Iterator[list[Launch]]:
-    """``_static.recorded``; and ``fastgpt.ops`` takes CPU tensors to the Triton kernels."""
+    """``static.recorded``; and ``fastgpt.ops`` takes CPU tensors to the Triton kernels."""
     with (
         recorded(capability) as launches,
         mock.patch.object(ops, "_implementation", lambda _: fused),

@@ -204,6 +204,7 @@ _HEAD = """
 .visible .entry written(.param .u64 .ptr .global .align 16 out)
 {
   .reg .pred %p<4>;
+  .reg .b16 %rs<4>;
   .reg .b32 %r<16>;
   .reg .b64 %rd<8>;
   .reg .b32 %f<4>;
@@ -254,6 +255,11 @@ _PRODUCT = """
   wgmma.commit_group.sync.aligned;
   wgmma.wait_group.sync.aligned 0;
 """
+_PRODUCT_OF_REGISTERS = _PRODUCT.replace(
+    "    %rd5, %rd5, 0, 1, 1, 0, 0", "{%r6, %r6, %r6, %r7}, %rd5, 0, 1, 1, 0"
+)
+_PARTS = "mov.b16 %rs1, 0; mov.b32 %r6, 0;"
+_PACK = "mov.b32 %r7, {%rs1, %rs1};"
 
 RIGHT = {
     "barrier": _STORE + "bar.sync 0;" + _FROM_OTHER_WARP,
@@ -262,6 +268,7 @@ RIGHT = {
     "mbarrier": _INIT + "@%p1 mbarrier.arrive.shared::cta.b64 _, [%r3];" + _WAIT,
     "products": _FENCE + _PRODUCT + _FENCE + _PRODUCT,
     "copy behind a fence": "mov.b32 %f1, 0f00000000;" + _FENCE + "mov.b32 %f0, %f1;" + _PRODUCT,
+    "operand packed before a fence": _PARTS + _PACK + _FENCE + _PRODUCT_OF_REGISTERS,
     "divergence": "setp.lt.u32 %p1, %r1, 5; @%p1 bra low; mov.b32 %r6, 1; bra.uni both; low: "
     "mov.b32 %r6, 2; both: bar.sync 0; st.global.b32 [%rd3], %r6;",
 }
@@ -310,6 +317,10 @@ WRONG = {
     ),
     "constant behind a fence": (
         _FENCE + "mov.b32 %f0, 0f00000000;" + _PRODUCT,
+        {"wgmma-fence"},
+    ),
+    "operand packed behind a fence": (
+        _PARTS + _FENCE + _PACK + _PRODUCT_OF_REGISTERS,
         {"wgmma-fence"},
     ),
     "trap": ("trap;", {"trap"}),

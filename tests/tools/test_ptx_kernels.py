@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from fastgpt.kernels import fused, reference
+from tests.kernels.test_attention_semantics import assert_pipelined_pv_is_the_same
 from tests.tools import parity
 from tests.tools.ptx import coverage, launches, machine
 
@@ -116,9 +117,12 @@ case(
 )
 case("attention-float16-full", _attention, FLOAT16, 48, 70, causal=False)
 case("attention-bfloat16", _attention, BFLOAT16, 32, 100)
-case("attention-bfloat16-documents", _attention, BFLOAT16, 16, 100, documents=True)
+case("attention-bfloat16-documents", _attention, BFLOAT16, 16, 112, documents=True)
 case("attention-bfloat16-head-64", _attention, BFLOAT16, 64, 140, sm=(90,))
 case("attention-float16-dropout", _attention, FLOAT16, 16, 70, dropout_p=0.2)
+for name, tile in (("wgmma", (64, 16)), ("mma", (32, 32))):
+    options: Any = dict(block_m=tile[0], block_n=tile[1], causal=False, sm=(90,))
+    case(f"attention-pipelined-{name}", assert_pipelined_pv_is_the_same, 64, 64, FLOAT16, **options)
 case("attention-tf32", _attention_tf32)
 for dtype in parity.DTYPES:
     case(f"decode-{dtype}".replace("torch.", ""), _decode, dtype, 64)
@@ -312,12 +316,13 @@ def test_compiled(capability: int, of: Case) -> None:
 
 
 # What no launch on an architecture takes: tensor maps before sm_90, pointers instead of them from
-# sm_90 on, wgmma's overlapped products, and fp8, which sm_80 lacks.
+# sm_90 on, what is for wgmma only, and fp8, which sm_80 lacks.
 _TMA = {"if TMA", "pre.dtype if TMA else pre.dtype.element_ty", "16 if TMA else 1"}
 _NEVER = {
     80: {
         *(f"gemm_kernels.py, then: {test}" for test in _TMA),
-        "attention_kernels.py, then: if LATE",
+        "attention_fwd.py, then: if PIPELINED_PV",
+        "attention_bwd.py, then: if WGMMA",
         *(
             f"fp8_products.py, {way}: {test}"
             for way in ("then", "else")

@@ -14,16 +14,14 @@ import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-from bench import bench_adamw, bench_decode, bench_fp8, sweep
+from bench import bench_adamw, bench_decode, bench_linear_cross_entropy, sweep
 from bench import run as run_py
 from bench._harness import machine
-from bench._ops import determinism, op_bench, product_bench
-from bench._ops.op_bench import Row, Subject
+from bench._ops import determinism, op_bench
+from bench._ops.op_bench import Case, Op, Row
 from bench._step import profile as step_profile
 from bench._step.variants import VARIANTS, Options
-from bench._sweep import contest
-from bench._sweep.compile import Static, lines
-from tests.bench.test_bench_ops import OPS, PRODUCTS, TINY
+from tests.bench.test_bench_ops import FP8_SIZES, TINY
 
 CPU = ProfilerActivity.CPU
 SMALL = ["--n_layer=1", "--n_head=1", "--n_embd=16", "--block_size=16", "--batch_size=2"]
@@ -31,8 +29,6 @@ STEPS = ["--loss_steps=5", "--warmup=3", "--rounds=2", "--steps=2"]
 
 # That differ from others by what torch.compile is asked for, or in nothing.
 LEFT_OUT = ("sdpa_autotune", "sdpa_compile", "fastgpt_compile", "fastgpt_again")
-
-FP8_SIZES = {"M": 16, "C": 32, "V": 64}
 
 
 @pytest.fixture(autouse=True)
@@ -65,11 +61,11 @@ def _short(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         return compiled(*args, **options, backend="aot_eager")
 
     monkeypatch.setattr(torch, "compile", traced)
-    for module, name in ((machine, "profile"), (profile, "profiler")):
+    for module, name in ((machine, "profile"), (step_profile, "profiler")):
         monkeypatch.setattr(module, name, lambda activities: profile(activities=[CPU]))
     op_bench.machine_ceilings.cache_clear()
     op_bench._scratch.cache_clear()
-    Subject.of.cache_clear()
+    op_bench.case_of.cache_clear()
     yield
 
 
@@ -85,43 +81,25 @@ class _Once:
             timed(*args, **kwargs)
 
 
-def run(row: Any, measure: Any = None) -> None:
-    found: dict[str, Any] = {}
-    (measure or type(row).measure)(row, _Once(), found.__setitem__)
-    assert found["figures"]["ms"] > 0 and found["figures"]["share_of_ceiling"] > 0
+CASES = [
+    *TINY,
+    (bench_adamw.OP, {"N": 3000}),
+    (bench_linear_cross_entropy.FP8, FP8_SIZES),
+]
 
 
-@pytest.mark.parametrize("name", OPS)
-def test_ops(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert op_bench.why_not("fused") is None and op_bench.DTYPE == torch.bfloat16
+@pytest.mark.parametrize(("op", "sizes"), CASES, ids=[op.name for op, _ in CASES])
+def test_ops(op: Op, sizes: dict[str, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    assert op_bench.why_not("fused") is op_bench.why_not("fp8") is None
+    assert op_bench.DTYPE == torch.bfloat16
     # A filled kernel computes nothing that could be right.
-    deviations = Subject._deviations
-    monkeypatch.setattr(Subject, "_deviations", lambda *a: [0.0 * x for x in deviations(*a)])
-    for direction in OPS[name].directions:
-        for provider in ("fused", "eager"):
-            run(Row(OPS[name], tuple(TINY[name].items()), direction, provider))
-
-
-@pytest.mark.parametrize("provider", ["fused", "eager"])
-def test_adamw(provider: str) -> None:
-    run(bench_adamw.Row((("N", 3000),), provider))
-
-
-def test_fp8(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert bench_fp8.why_not() is None
-    monkeypatch.setattr(bench_fp8, "check", lambda row, inputs: None)
-    for direction in bench_fp8.LOSS.directions:
-        for provider in ("fp8", "bf16"):
-            row = Row(bench_fp8.LOSS, tuple(FP8_SIZES.items()), direction, provider)
-            run(row, bench_fp8.measure)
-
-
-def test_products(monkeypatch: pytest.MonkeyPatch) -> None:
-    for product in PRODUCTS:
-        sizes = {key: min(n, 32) for key, n in product.gpu_sizes[0].items()}
-        for way in product.ways:
-            monkeypatch.setattr(product_bench, "check", lambda p, x, way=way: p.ways[way](*x))
-            run(product_bench.Row(product, tuple(sizes.items()), way))
+    monkeypatch.setattr(Case, "checked", lambda self, provider: self._op.function(provider))
+    for direction in op.directions:
+        for provider in set(op.providers) - {"torch_ops", "compile", "liger"}:
+            found: dict[str, Any] = {}
+            row = Row(op, tuple(sizes.items()), direction, provider)
+            row.measure(_Once(), found.__setitem__)
+            assert found["figures"]["ms"] > 0 and found["figures"]["share_of_ceiling"] > 0
 
 
 def test_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -141,9 +119,9 @@ def test_profile(tmp_path: Path) -> None:
 
 
 def test_determinism(tmp_path: Path) -> None:
-    sizes = {name: TINY[name] for name in determinism.BENCHMARKS}
-    assert determinism.determinism(tmp_path, repeats=2, sizes=sizes) == 0
-    assert determinism.small(sizes) == 0
+    cases = [(op, sizes) for op, sizes in TINY if op in dict(determinism.SMALL_SIZES)]
+    assert determinism.determinism(tmp_path, repeats=2, cases=cases) == 0
+    assert determinism.small(cases) == 0
 
 
 def test_decode(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -155,16 +133,15 @@ def test_decode(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert json.loads(out.read_text())["tokens_per_s"]["fastgpt"] > 0
 
 
-def test_sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Compiling ahead of time is not part of it: every candidate counts as good."""
-    monkeypatch.setattr(contest, "_FLUSH_BYTES", 1 << 12)
-    line = lines("gelu", 90, torch.bfloat16)["gelu fwd"]
-    short = dataclasses.replace(line, sizes=(line.probe,), candidates=line.candidates[:2])
-    monkeypatch.setattr(sweep, "lines", lambda *_: {short.name: short})
-    monkeypatch.setattr(sweep, "compile_all", lambda tasks, jobs: [Static(None) for _ in tasks])
-    monkeypatch.setattr(sweep, "fitted", lambda line, tile, one: tile)
-    out = tmp_path / "sweep.json"
-    assert sweep.main(["gelu", f"--json={out}"]) == 0
-    (record,) = json.loads(out.read_text())
-    assert record["capability"] == 90 and record["measured"] is not None
-    assert "pretended device" in record["comment"]
+def test_sweep(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Compiling ahead of time is not part of it: every candidate counts as good, and right."""
+    gelu = sweep.op_of("gelu.OP", torch.bfloat16)
+    small = dataclasses.replace(gelu, gpu_sizes=[{"M": 5, "N": 24}])
+    monkeypatch.setattr(sweep, "op_of", lambda benchmark, dtype: small)
+    monkeypatch.setattr(
+        sweep, "compile_all", lambda _, candidates, *options: [sweep.Made(None)] * len(candidates)
+    )
+    monkeypatch.setattr(Case, "check", lambda *_: None)
+    assert sweep.main(["gelu", "--only=*fwd"]) == 0
+    printed = capsys.readouterr().out
+    assert "# pretended device" in printed and 'Key("gelu", "fwd", "sm_90", "half"' in printed
