@@ -85,8 +85,9 @@ def _token_bwd_op(
     dout = dout.contiguous()
     ids, order = torch.sort(idx.flatten(), stable=True)
     ends = torch.searchsorted(ids, ids, right=True)
-    statistic = torch.float64 if dtype == torch.float64 else torch.float32
-    partial = torch.empty(n_rows // BAND, n_cols, dtype=statistic, device=dout.device)
+    partial = torch.empty(
+        n_rows // BAND, n_cols, dtype=_host.stats_dtype(dtype), device=dout.device
+    )
     launch = _launch(dout, "bwd_token")
     column_blocks = triton.cdiv(n_cols, launch["BLOCK_N"])
     options = dict(

@@ -1,185 +1,35 @@
-"""LayerNorm (Ba et al. 2016), plain or of a residual sum: launch table, host functions, operator,
-public functions ``layer_norm`` and ``residual_layer_norm``.
+"""LayerNorm (Ba et al. 2016) over the last dimension, plain or of a residual sum that is formed on
+the way: one operator for ``layer_norm`` and ``residual_layer_norm``. Kernels and launches stand in
+``layer_norm_fwd.py`` and ``layer_norm_bwd.py``.
 
-The equations, what is saved, bytes and FLOPs stand in ``layer_norm_kernels.py``.
+    total = residual + dropout(delta + delta_bias)                 (or the plain op's x)
+    y = (total - mean) * rstd * weight + bias        rstd = 1 / sqrt(var + eps)
+
+All are (M, N) after flattening; weight, bias and delta_bias (N). The statistics are those of total
+as it is stored, rounded. Saved for backward: total (or x), weight and, in float32, mean and rstd
+(M each); never delta, and no mask: it is drawn again. With x̂ = (total - mean) * rstd and
+w = weight * dy, per row:
+
+    dresidual = dtotal + rstd * (w - sum(w) / N - x̂ * sum(w * x̂) / N)
+    ddelta = dropout's backward of dresidual         ddelta_bias = sum over rows of ddelta
+    dweight = sum over rows of dy * x̂                dbias = sum over rows of dy
+
+Bytes moved, s an element: plain 2s forward (x in, y out) and 3s backward (x, dy in, dx out); with a
+residual 4s forward (residual, delta in, y, total out) and 4s backward (total, dy, dtotal in,
+dresidual out), s more for ddelta where it differs from dresidual: with dropout, or in another
+dtype. About 10 and 16 FLOPs an element, so memory bounds all. The parameters' gradients are summed
+in float32 by one program per band of rows, then over the bands in a fixed order: no atomics, so
+two runs give the same bits.
 """
 
 import torch
-import triton
 from torch import Tensor
 
-from fastgpt.kernels import _checks, _host, configs
-from fastgpt.kernels.layer_norm_kernels import (
-    _layer_norm_bwd_kernel,
-    _layer_norm_bwd_means_kernel,
-    _layer_norm_fwd_kernel,
-    _sum_bands_kernel,
-)
+from fastgpt.kernels import _checks, _host
+from fastgpt.kernels.layer_norm_bwd import layer_norm_bwd
+from fastgpt.kernels.layer_norm_fwd import layer_norm_fwd
 
 MAX_WIDTH = 16384
-
-# A tile of the backward also keeps the sums of the parameters' gradients. Past MAX_FUSED_WIDTH they
-# no longer fit into the registers beside a whole row: a kernel of its own finds the means of a row,
-# and the tiles are narrow.
-MAX_FUSED_WIDTH = 4096
-
-
-def _whole_rows(x: Tensor, kernel: str) -> dict[str, int]:
-    """The launch of a kernel whose tile is as wide as x's rows."""
-    block_n = max(32, triton.next_power_of_2(x.shape[-1]))
-    return dict(BLOCK_N=block_n, **configs.launch(configs.find(x, "layer_norm", kernel, block_n)))
-
-
-# --------------------------------------------------------------------------------- host functions
-
-
-def statistic(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
-
-
-def _rows(x: Tensor) -> Tensor:
-    """(..., N) → (M, N) with adjacent columns; copied only where no view can say it, or where the
-    distances inside a tile may pass 2^31."""
-    rows = x.reshape(-1, x.shape[-1])
-    return rows if rows.stride(1) == 1 and rows.stride(0) < 2**26 else rows.contiguous()
-
-
-def _contiguous(x: Tensor | None) -> Tensor | None:
-    return None if x is None else x.contiguous()
-
-
-def layer_norm_fwd(
-    x: Tensor,
-    delta: Tensor | None,
-    weight: Tensor,
-    bias: Tensor | None,
-    delta_bias: Tensor | None,
-    seed: Tensor | None,
-    eps: float,
-    dropout_p: float,
-    stream: int,
-    out_dtype: torch.dtype,
-) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
-    """y and, if there is a delta, total, both with the shape of x, contiguous; mean, rstd (M)."""
-    y = torch.empty(x.shape, dtype=out_dtype, device=x.device)
-    total = None if delta is None else torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    rows, delta_rows = _rows(x), None if delta is None else _rows(delta)
-    n_rows, n_cols = rows.shape
-    mean = torch.empty(n_rows, dtype=statistic(x), device=x.device)
-    rstd = torch.empty_like(mean)
-    threshold, keep_scale = _host.dropout_numbers(dropout_p)
-    if n_rows:
-        launch = _whole_rows(x, "fwd")
-        with _host.on_device(x):
-            _layer_norm_fwd_kernel[(triton.cdiv(n_rows, launch["BLOCK_M"]),)](
-                rows,
-                rows.stride(0),
-                delta_rows,
-                0 if delta_rows is None else delta_rows.stride(0),
-                _contiguous(delta_bias),
-                total,
-                weight.contiguous(),
-                _contiguous(bias),
-                y,
-                mean,
-                rstd,
-                seed,
-                stream,
-                n_rows,
-                n_cols,
-                eps,
-                threshold,
-                keep_scale,
-                DROPOUT=threshold > 0,
-                ACC=_host.accumulator(x.dtype),
-                **launch,
-                **_host.FMA,
-            )
-    return y, total, mean, rstd
-
-
-def layer_norm_bwd(
-    dy: Tensor,
-    dtotal: Tensor | None,
-    x: Tensor,
-    weight: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
-    seed: Tensor | None,
-    dropout_p: float,
-    stream: int,
-    dx: Tensor,
-    ddelta: Tensor | None,
-    dweight: Tensor,
-    dbias: Tensor | None,
-    ddelta_bias: Tensor | None,
-) -> None:
-    """Writes the contiguous dx (or dresidual), dweight and those that are not None of ddelta, which
-    is else equal to dx, dbias and ddelta_bias. ``x``: the plain op's x, or total."""
-    rows, dy, dtotal = _rows(x), dy.contiguous(), _contiguous(dtotal)
-    n_rows, n_cols = rows.shape
-    params = [p for p in (dweight, dbias, ddelta_bias) if p is not None]
-    if n_rows == 0:
-        for p in params:
-            p.zero_()
-        return
-
-    row_launch = _whole_rows(x, "bwd")
-    fused = n_cols <= MAX_FUSED_WIDTH
-    launch = row_launch
-    if not fused:
-        launch = configs.launch(configs.find(x, "layer_norm", "bwd_narrow"))
-    sums = configs.launch(configs.find(x, "layer_norm", "sum_bands"))
-    tiles = triton.cdiv(n_rows, launch["BLOCK_M"])
-    resident = 3 if dropout_p else 4  # of a multiprocessor's registers, at 768 columns in bfloat16
-    programs = min(resident * _host.multiprocessors(x.device), tiles)
-    rows_per_program = triton.cdiv(tiles, programs) * launch["BLOCK_M"]
-    programs = triton.cdiv(n_rows, rows_per_program)
-    partial = torch.empty(len(params), programs, n_cols, dtype=mean.dtype, device=x.device)
-    threshold, keep_scale = _host.dropout_numbers(dropout_p)
-    acc = _host.accumulator(x.dtype)
-    inputs = rows, rows.stride(0), weight.contiguous(), mean, rstd
-    means = None if fused else torch.empty(2, n_rows, dtype=mean.dtype, device=x.device)
-    with _host.on_device(x):
-        if not fused:
-            _layer_norm_bwd_means_kernel[(triton.cdiv(n_rows, row_launch["BLOCK_M"]),)](
-                dy, *inputs, means, n_rows, n_cols, ACC=acc, **row_launch, **_host.FMA
-            )
-        _layer_norm_bwd_kernel[(programs, triton.cdiv(n_cols, launch["BLOCK_N"]))](
-            dy,
-            dtotal,
-            *inputs,
-            means,
-            dx,
-            ddelta,
-            partial,
-            seed,
-            stream,
-            n_rows,
-            n_cols,
-            rows_per_program,
-            threshold,
-            keep_scale,
-            HAS_BIAS=dbias is not None,
-            HAS_DELTA_BIAS=ddelta_bias is not None,
-            DROPOUT=threshold > 0,
-            ACC=acc,
-            **launch,
-            **_host.FMA,
-        )
-        _sum_bands_kernel[(triton.cdiv(n_cols, sums["BLOCK_N"]), len(params))](
-            partial,
-            *params,
-            *[None] * (3 - len(params)),
-            programs,
-            n_cols,
-            ACC=acc,
-            **sums,
-            **_host.FMA,
-        )
-
-
-# ------------------------------------------------------------------------------------- operators
 
 
 @torch.library.custom_op("fastgpt::layer_norm", mutates_args=())
@@ -205,7 +55,7 @@ def _layer_norm_op(
 
 @_layer_norm_op.register_fake
 def _(x, delta, weight, bias, delta_bias, seed, eps, dropout_p, stream, out_dtype):
-    mean = x.new_empty(x.numel() // x.shape[-1], dtype=statistic(x))
+    mean = x.new_empty(x.numel() // x.shape[-1], dtype=_host.stats_dtype(x.dtype))
     total = x.new_empty(0 if delta is None else x.shape)
     return x.new_empty(x.shape, dtype=out_dtype), total, mean, torch.empty_like(mean)
 

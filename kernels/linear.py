@@ -18,7 +18,7 @@ from torch import Tensor
 
 from fastgpt.kernels import _checks, _host, gemm
 from fastgpt.kernels.costs import KernelCost, nbytes, register_cost
-from fastgpt.kernels.layer_norm import layer_norm_fwd
+from fastgpt.kernels.layer_norm_fwd import layer_norm_fwd
 
 
 def rows(x: Tensor) -> Tensor:

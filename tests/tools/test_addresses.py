@@ -8,7 +8,8 @@ from torch import Tensor
 
 from fastgpt.kernels import _host
 from fastgpt.kernels.embedding import _embedding_op, _position_bwd_op, _token_bwd_op
-from fastgpt.kernels.layer_norm import layer_norm_bwd, layer_norm_fwd
+from fastgpt.kernels.layer_norm_bwd import layer_norm_bwd
+from fastgpt.kernels.layer_norm_fwd import layer_norm_fwd
 from tests.tools.addresses import checked_addresses
 
 
