@@ -9,8 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastgpt.kernels._precision import autocast_dtype as autocast_dtype
-from fastgpt.kernels._precision import matmul_float32 as matmul_float32
+from fastgpt.kernels._tensors import autocast_dtype as autocast_dtype
+from fastgpt.kernels._tensors import matmul_float32 as matmul_float32
 
 LOG2_E = 1.4426950408889634
 

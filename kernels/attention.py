@@ -40,10 +40,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastgpt.kernels import _checks, _host
+from fastgpt.kernels._tensors import split_heads, unpacked
 from fastgpt.kernels.attention_bwd import attention_bwd
 from fastgpt.kernels.attention_fwd import attention_fwd, empty_lse
 from fastgpt.kernels.costs import KernelCost, attention_pairs, nbytes, register_cost
-from fastgpt.kernels.reference import split_heads, unpacked
 
 MAX_HEAD_SIZE = 256
 

@@ -21,7 +21,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from fastgpt.kernels._precision import autocast_dtype, matmul_float32
+from fastgpt.kernels._tensors import autocast_dtype, matmul_float32
 from fastgpt.kernels.costs import CostFormula, KernelCost, nbytes, register_cost
 
 # rows(logits, targets, losses, ignore_index, label_smoothing, z_loss, want_gradient) writes the

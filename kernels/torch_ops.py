@@ -14,8 +14,8 @@ from torch import Tensor
 from torch.optim.adamw import adamw as _functional_adamw
 
 from fastgpt.kernels import _checks, chunked_loss
-from fastgpt.kernels._precision import autocast_dtype
-from fastgpt.kernels.reference import document_mask, unpacked, widened
+from fastgpt.kernels._tensors import autocast_dtype, unpacked
+from fastgpt.kernels.reference import document_mask, widened
 from fastgpt.kernels.reference import dropout_seed as dropout_seed
 
 

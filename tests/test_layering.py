@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 # A folder, or a named file of one, imports from its own line and from the lines above it.
 RANKS = (
-    "kernels/_checks kernels/_device_math kernels/_host kernels/_precision kernels/configs "
+    "kernels/_checks kernels/_device_math kernels/_host kernels/_tensors kernels/configs "
     "kernels/costs kernels/reference",
     "kernels/",
     "kernels/fused",
@@ -33,7 +33,7 @@ RANKS = (
 )
 
 # Modules of the kernels that need torch alone: a machine without Triton has them.
-TORCH_ALONE = {"_checks", "_precision", "chunked_loss", "costs", "reference", "torch_ops"}
+TORCH_ALONE = {"_checks", "_tensors", "chunked_loss", "costs", "reference", "torch_ops"}
 # optional: imported where used
 LATE = {
     "huggingface_hub",

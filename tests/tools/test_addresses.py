@@ -1,5 +1,7 @@
 """Tensors of more than 2^31 elements: the addresses of the row-wise kernels, without the memory."""
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 import triton
@@ -18,8 +20,9 @@ def _meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
 
 
 @pytest.fixture(autouse=True)
-def _one_tile_a_program(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_host, "multiprocessors", lambda device: 2**31)
+def _one_tile_a_program() -> Iterator[None]:
+    with _host.interpreted(multiprocessors=2**31):
+        yield
 
 
 SEED = _meta(1, dtype=torch.int64)
