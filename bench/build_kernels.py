@@ -3,14 +3,13 @@
     python setup.py build_kernels                        # sm_80, sm_90 and sm_100, on all cores
     python setup.py build_kernels --arch=90 --only='attention*'
 
-One process for each case of ``kernel_cases.py``, run by ninja in parallel, and again only when a
-kernel or this tool has changed; Triton's cache in ``build/kernels/cache`` then compiles only the
-configurations that are different. ``build/kernels/manifest.json`` holds, for each kernel
-configuration, its registers, spills, shared memory, occupancy, matrix instructions and
-asynchronous copies.
+ninja runs one process for each case of ``kernel_cases.py``, again only after a kernel or this tool
+has changed; Triton's cache in ``build/kernels/cache`` keeps the configurations that have not.
+``build/kernels/manifest.json`` holds the registers, spills, shared memory, occupancy, matrix
+instructions and asynchronous copies of every kernel configuration.
 
-The exit code is 1, and each culprit is named, where a kernel spills a register, needs more shared
-or tensor memory than the architecture has, or multiplies without its tensor cores.
+The exit code is 1, and the configuration is named, where a kernel spills a register, needs more
+shared or tensor memory than there is, or leaves the tensor cores idle.
 """
 
 from __future__ import annotations
@@ -61,38 +60,25 @@ class Options:
     """Cases whose names match this pattern: 'attention*', say."""
 
 
-@dataclass(frozen=True)
-class Edge:
-    """One case on the architectures that can run it."""
-
-    case: str
-    capabilities: tuple[int, ...]
-
-    def output(self, out: Path) -> Path:
-        return out / f"{self.case}.json"
-
-
-def edges(cases: Path, architectures: Iterable[int]) -> list[Edge]:
-    """Of a file that defines ``CASES``: name → ``functools.partial``; and perhaps
-    ``LEAST_CAPABILITY``: name → the first architecture that can run the case."""
+def edges(cases: Path, architectures: Iterable[int]) -> dict[str, list[int]]:
+    """Case → the architectures that can run it, of a file that defines ``CASES``: name →
+    ``functools.partial``; and perhaps ``LEAST_CAPABILITY``: name → the first such architecture."""
     spec = importlib.util.spec_from_file_location(cases.stem, cases)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     least = getattr(module, "LEAST_CAPABILITY", {})
-    able = {
-        case: tuple(c for c in architectures if c >= least.get(case, 0)) for case in module.CASES
-    }
-    return [Edge(case, capabilities) for case, capabilities in able.items() if capabilities]
+    able = {case: [c for c in architectures if c >= least.get(case, 0)] for case in module.CASES}
+    return {case: capabilities for case, capabilities in able.items() if capabilities}
 
 
 # ----------------------------------------------------------------------------------------- ninja
 
 
-def _ninja_file(cases: Path, out: Path, found: Iterable[Edge]) -> str:
+def _ninja_file(cases: Path, out: Path, found: Mapping[str, list[int]]) -> str:
     program = _escaped(shlex.join([sys.executable, str(cases)]))
     inputs = " ".join(map(_escaped, [cases, *_TOOL, *sorted(KERNELS.glob("*.py"))]))
-    # ninja runs a command again that has changed; this one names what compiles.
+    # ninja repeats a command that has changed, so it names the versions.
     versions = _escaped(shlex.quote(f"triton {triton.__version__}, torch {torch.__version__}"))
     lines = [
         f"builddir = {_escaped(out)}",
@@ -100,11 +86,11 @@ def _ninja_file(cases: Path, out: Path, found: Iterable[Edge]) -> str:
         f"  command = {program} $case $arch {_escaped(shlex.quote(str(out)))} {versions}",
         "  description = $case",
     ]
-    for edge in found:
+    for case, capabilities in found.items():
         lines += [
-            f"build {_escaped(edge.output(out))}: compile | {inputs}",
-            f"  case = {edge.case}",
-            f"  arch = {','.join(map(str, edge.capabilities))}",
+            f"build {_escaped(out / f'{case}.json')}: compile | {inputs}",
+            f"  case = {case}",
+            f"  arch = {','.join(map(str, capabilities))}",
         ]
     return "\n".join(lines) + "\n"
 
@@ -134,27 +120,27 @@ def build(
     Raises:
         ValueError: ``only`` matches no case, or ``jobs`` is not positive.
         FileNotFoundError: ninja is not installed.
-        CompilationError: a case failed; what it printed was passed on.
+        CompilationError: a case failed; its output was passed on.
     """
     if jobs < 1:
         raise ValueError(f"jobs must be at least 1, got {jobs}")
     every = edges(cases, sorted(set(arch)))
-    chosen = [edge for edge in every if fnmatch.fnmatchcase(edge.case, only)]
+    chosen = fnmatch.filter(every, only)
     if not chosen:
-        names = ", ".join(sorted({edge.case for edge in every}))
+        names = ", ".join(sorted(every))
         raise ValueError(f"only must match a case, got {only!r}; there are {names}")
     out.mkdir(parents=True, exist_ok=True)
     script = out / "build.ninja"
     script.write_text(_ninja_file(cases, out, every))
     search = [str(_ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
-    targets = [str(edge.output(out)) for edge in chosen]
+    targets = [out / f"{case}.json" for case in chosen]
     status = subprocess.run(
-        [_ninja(), "-f", str(script), "-j", str(jobs), "-k", "0", *targets],
+        [_ninja(), "-f", str(script), "-j", str(jobs), "-k", "0", *map(str, targets)],
         env={**os.environ, "PYTHONPATH": os.pathsep.join(search), "OMP_NUM_THREADS": "1"},
     ).returncode
     if status:
         raise CompilationError(f"ninja failed with exit code {status}")
-    records = [record for edge in chosen for record in json.loads(edge.output(out).read_text())]
+    records = [record for target in targets for record in json.loads(target.read_text())]
     manifest = {"triton": triton.__version__, "torch": torch.__version__, "cases": records}
     (out / "manifest.json").write_text(json.dumps(manifest, indent=1, allow_nan=False) + "\n")
     return records

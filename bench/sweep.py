@@ -25,7 +25,6 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -228,19 +227,19 @@ def compiled(subject: Subject, config: Config, keep: bool) -> Made:
 def compile_all(
     subject: Subject, candidates: Sequence[Config], jobs: int, keep: bool
 ) -> list[Made]:
-    """On ``jobs`` processes. A crash of the compiler ends the pool: those left are compiled again,
-    each in a process of its own, and what crashes there is rejected."""
-    found: dict[int, Made] = {}
-    for alone in (False, True):
-        left = [number for number in range(len(candidates)) if number not in found]
-        for numbers in [[number] for number in left] if alone else [left]:
-            context = multiprocessing.get_context("spawn")
-            with ProcessPoolExecutor(min(jobs, len(numbers)), mp_context=context) as pool:
-                tasks = {n: pool.submit(compiled, subject, candidates[n], keep) for n in numbers}
-                for number, task in tasks.items():
-                    with contextlib.suppress(BrokenProcessPool):
-                        found[number] = task.result()
-    return [found.get(n, Made("crashes the compiler")) for n in range(len(candidates))]
+    """On ``jobs`` processes. A crash of the compiler fails all that are left: each of them is
+    compiled again alone, and rejected if it crashes."""
+
+    def on_pool(configs: Sequence[Config], size: int) -> list[Made | None]:
+        with ProcessPoolExecutor(size, multiprocessing.get_context("spawn")) as pool:
+            tasks = [pool.submit(compiled, subject, config, keep) for config in configs]
+        return [None if task.exception() else task.result() for task in tasks]
+
+    made = on_pool(candidates, jobs)
+    return [
+        one or on_pool([config], 1)[0] or Made("crashes the compiler")
+        for one, config in zip(made, candidates, strict=True)
+    ]
 
 
 # ----------------------------------------------------------------------------- on a GPU: timing

@@ -42,7 +42,7 @@ from torch import Tensor
 from fastgpt.kernels import _checks, _host
 from fastgpt.kernels._tensors import split_heads, unpacked
 from fastgpt.kernels.attention_bwd import attention_bwd
-from fastgpt.kernels.attention_fwd import attention_fwd, empty_lse
+from fastgpt.kernels.attention_fwd import Options, attention_fwd, empty_lse
 from fastgpt.kernels.costs import KernelCost, attention_pairs, nbytes, register_cost
 
 MAX_HEAD_SIZE = 256
@@ -76,6 +76,8 @@ def _product(q: Tensor, k: Tensor, causal: bool) -> int:
 
 # -------------------------------------------------------------------------- separate q, k and v
 
+_OPTIONS = "Tensor? seed, Tensor? starts, bool causal, float scale, float dropout_p, int stream"
+
 
 def _token_major(x: Tensor) -> Tensor:
     """New memory for (B, T, H, D), the order that (B, T, C) needs, for x of shape (B, H, T, D)."""
@@ -83,54 +85,37 @@ def _token_major(x: Tensor) -> Tensor:
     return x.new_empty(batch, length, n_head, head_size)
 
 
-@torch.library.custom_op("fastgpt::attention", mutates_args=())
-def _attention_op(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    seed: Tensor | None,
-    starts: Tensor | None,
-    causal: bool,
-    scale: float,
-    dropout_p: float,
-    stream: int,
-) -> tuple[Tensor, Tensor]:
-    out, lse = attention_fwd(q, k, v, seed, starts, causal, scale, dropout_p, stream)
+@torch.library.custom_op(
+    "fastgpt::attention",
+    mutates_args=(),
+    schema=f"(Tensor q, Tensor k, Tensor v, {_OPTIONS}) -> (Tensor, Tensor)",
+)
+def _attention_op(q, k, v, *options):
+    out, lse = attention_fwd(q, k, v, Options(*options))
     return out.transpose(1, 2), lse
 
 
 @_attention_op.register_fake
-def _(q, k, v, seed, starts, causal, scale, dropout_p, stream):
+def _(q, *_):
     return _token_major(q).transpose(1, 2), empty_lse(q, *q.shape[:3])
 
 
-@torch.library.custom_op("fastgpt::attention_bwd", mutates_args=())
-def _attention_bwd_op(
-    dout: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    seed: Tensor | None,
-    starts: Tensor | None,
-    causal: bool,
-    scale: float,
-    dropout_p: float,
-    stream: int,
-) -> tuple[Tensor, Tensor, Tensor]:
-    dq, dk, dv = _token_major(q), _token_major(k), _token_major(v)
+@torch.library.custom_op(
+    "fastgpt::attention_bwd",
+    mutates_args=(),
+    schema="(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
+    f"{_OPTIONS}) -> (Tensor, Tensor, Tensor)",
+)
+def _attention_bwd_op(dout, q, k, v, out, lse, *options):
+    gradients = [_token_major(x) for x in (q, k, v)]
     dout, out = dout.transpose(1, 2), out.transpose(1, 2)
-    attention_bwd(
-        dout, q, k, v, out, lse, dq, dk, dv, seed, starts, causal, scale, dropout_p, stream
-    )
-    return dq.transpose(1, 2), dk.transpose(1, 2), dv.transpose(1, 2)
+    attention_bwd(dout, q, k, v, out, lse, *gradients, Options(*options))
+    return tuple(x.transpose(1, 2) for x in gradients)
 
 
 @_attention_bwd_op.register_fake
-def _(dout, q, k, v, out, lse, seed, starts, causal, scale, dropout_p, stream):
-    dq, dk, dv = _token_major(q), _token_major(k), _token_major(v)
-    return dq.transpose(1, 2), dk.transpose(1, 2), dv.transpose(1, 2)
+def _(dout, q, k, v, *_):
+    return tuple(_token_major(x).transpose(1, 2) for x in (q, k, v))
 
 
 def _setup_context(ctx, inputs, output):
@@ -149,73 +134,55 @@ _attention_op.register_autograd(_backward, setup_context=_setup_context)
 
 
 @register_cost(torch.ops.fastgpt.attention)
-def _(out, q, k, v, seed, starts, causal, scale, dropout_p, stream):
+def _(out, q, k, v, seed, starts, causal, *_):
     return [fwd_cost(q, k, v, *out, causal)]
 
 
 @register_cost(torch.ops.fastgpt.attention_bwd)
-def _(grads, dout, q, k, v, out, lse, seed, starts, causal, scale, dropout_p, stream):
+def _(grads, dout, q, k, v, out, lse, seed, starts, causal, *_):
     return bwd_cost(q, k, v, out, lse, causal)
 
 
 # ------------------------------------------------------------------------------------ packed qkv
 
 
-@torch.library.custom_op("fastgpt::attention_qkvpacked", mutates_args=())
-def _attention_qkvpacked_op(
-    qkv: Tensor,
-    seed: Tensor | None,
-    starts: Tensor | None,
-    n_head: int,
-    causal: bool,
-    scale: float,
-    dropout_p: float,
-    stream: int,
-) -> tuple[Tensor, Tensor]:
-    out, lse = attention_fwd(
-        *split_heads(qkv, n_head), seed, starts, causal, scale, dropout_p, stream
-    )
+@torch.library.custom_op(
+    "fastgpt::attention_qkvpacked",
+    mutates_args=(),
+    schema=f"(Tensor qkv, int n_head, {_OPTIONS}) -> (Tensor, Tensor)",
+)
+def _attention_qkvpacked_op(qkv, n_head, *options):
+    out, lse = attention_fwd(*split_heads(qkv, n_head), Options(*options))
     return out.flatten(2), lse
 
 
 @_attention_qkvpacked_op.register_fake
-def _(qkv, seed, starts, n_head, causal, scale, dropout_p, stream):
+def _(qkv, n_head, *_):
     batch, length, width = qkv.shape
     out = qkv.new_empty(batch, length, width // 3)
     return out, empty_lse(qkv, batch, n_head, length)
 
 
-@torch.library.custom_op("fastgpt::attention_qkvpacked_bwd", mutates_args=())
-def _attention_qkvpacked_bwd_op(
-    dout: Tensor,
-    qkv: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    seed: Tensor | None,
-    starts: Tensor | None,
-    n_head: int,
-    causal: bool,
-    scale: float,
-    dropout_p: float,
-    stream: int,
-) -> Tensor:
+@torch.library.custom_op(
+    "fastgpt::attention_qkvpacked_bwd",
+    mutates_args=(),
+    schema=f"(Tensor dout, Tensor qkv, Tensor out, Tensor lse, int n_head, {_OPTIONS}) -> Tensor",
+)
+def _attention_qkvpacked_bwd_op(dout, qkv, out, lse, n_head, *options):
     dqkv = torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device)
-    q, k, v = split_heads(qkv, n_head)
-    dq, dk, dv = (x.transpose(1, 2) for x in split_heads(dqkv, n_head))
+    gradients = (x.transpose(1, 2) for x in split_heads(dqkv, n_head))
     dout, out = (x.unflatten(2, (n_head, -1)) for x in (dout, out))
-    attention_bwd(
-        dout, q, k, v, out, lse, dq, dk, dv, seed, starts, causal, scale, dropout_p, stream
-    )
+    attention_bwd(dout, *split_heads(qkv, n_head), out, lse, *gradients, Options(*options))
     return dqkv
 
 
 @_attention_qkvpacked_bwd_op.register_fake
-def _(dout, qkv, out, lse, seed, starts, n_head, causal, scale, dropout_p, stream):
+def _(dout, qkv, *_):
     return qkv.new_empty(qkv.shape)
 
 
 def _setup_context_qkvpacked(ctx, inputs, output):
-    qkv, seed, starts, *ctx.options = inputs
+    qkv, ctx.n_head, seed, starts, *ctx.options = inputs
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(qkv, *output, seed, starts)
 
@@ -223,8 +190,9 @@ def _setup_context_qkvpacked(ctx, inputs, output):
 def _backward_qkvpacked(ctx, dout, _dlse):
     if dout is None:
         return (*[None] * 8,)
-    dqkv = _attention_qkvpacked_bwd_op(dout, *ctx.saved_tensors, *ctx.options)
-    return dqkv, *[None] * 7
+    qkv, out, lse, *tensors = ctx.saved_tensors
+    options = ctx.n_head, *tensors, *ctx.options
+    return _attention_qkvpacked_bwd_op(dout, qkv, out, lse, *options), *[None] * 7
 
 
 _attention_qkvpacked_op.register_autograd(
@@ -233,12 +201,12 @@ _attention_qkvpacked_op.register_autograd(
 
 
 @register_cost(torch.ops.fastgpt.attention_qkvpacked)
-def _(out, qkv, seed, starts, n_head, causal, scale, dropout_p, stream):
+def _(out, qkv, n_head, seed, starts, causal, *_):
     return [fwd_cost(*split_heads(qkv, n_head), *out, causal)]
 
 
 @register_cost(torch.ops.fastgpt.attention_qkvpacked_bwd)
-def _(dqkv, dout, qkv, out, lse, seed, starts, n_head, causal, scale, dropout_p, stream):
+def _(dqkv, dout, qkv, out, lse, n_head, seed, starts, causal, *_):
     return bwd_cost(*split_heads(qkv, n_head), out, lse, causal)
 
 
@@ -343,4 +311,4 @@ def attention_qkvpacked(
     qkv = qkv.to(_host.autocast_dtype(qkv))
     scale = 1.0 / math.sqrt(head_size) if scale is None else scale
     seed = _host.drawn_seed(seed, dropout_p, qkv.device)
-    return _attention_qkvpacked_op(qkv, seed, starts, n_head, causal, scale, dropout_p, stream)[0]
+    return _attention_qkvpacked_op(qkv, n_head, seed, starts, causal, scale, dropout_p, stream)[0]

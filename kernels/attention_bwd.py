@@ -10,6 +10,7 @@ from torch import Tensor
 from fastgpt.kernels import _host
 from fastgpt.kernels._device_math import dropout_keep
 from fastgpt.kernels.attention_fwd import (
+    Options,
     _document_bounds,
     _finite_or_zero,
     _first_keys,
@@ -281,36 +282,29 @@ def attention_bwd(
     dq: Tensor,
     dk: Tensor,
     dv: Tensor,
-    seed: Tensor | None,
-    starts: Tensor | None,
-    causal: bool,
-    scale: float,
-    dropout_p: float,
-    stream: int,
+    options: Options,
 ) -> None:
     """Writes dq, dk, dv: (B, T, H, D), contiguous but for the distance between two tokens."""
     q, k, v = aligned(q), aligned(k), aligned(v)
     batch, n_head, n_queries, _ = q.shape
-    starts = None if starts is None else starts.contiguous()
     delta = torch.empty_like(lse[:, :, 0])
-    options = (q, k, v, seed, starts, causal, scale, dropout_p, stream)
-    read = dict(dout_ptr=dout.contiguous(), lse_ptr=lse, delta_ptr=delta, scale=scale)
+    read = dict(dout_ptr=dout.contiguous(), lse_ptr=lse, delta_ptr=delta, scale=options.scale)
     with _host.on_device(q):
         if dq.numel():
-            shared = arguments("bwd_dq", *options)
+            shared = arguments("bwd_dq", q, k, v, options)
             grid = (triton.cdiv(n_queries, shared["BLOCK_M"]) * batch * n_head,)
             _attention_bwd_dq_kernel[grid](
                 out_ptr=out, dq_ptr=dq, dq_stride_t=dq.stride(1), **read, **shared
             )
         if dk.numel():
-            shared = arguments("bwd_dkdv", *options)
+            shared = arguments("bwd_dkdv", q, k, v, options)
             wgmma = _host.is_half(q.dtype) and _host.capability(q.device) == 90
             grid = (triton.cdiv(k.shape[2], shared["BLOCK_N"]) * batch * n_head,)
             _attention_bwd_dkdv_kernel[grid](
                 dk_ptr=dk,
                 dv_ptr=dv,
                 dkdv_stride_t=dk.stride(1),
-                ends_ptr=None if starts is None else _ends(starts),
+                ends_ptr=None if options.starts is None else _ends(options.starts.contiguous()),
                 WGMMA=wgmma,
                 **read,
                 **shared,

@@ -3,6 +3,8 @@
 The equations stand in ``attention.py``, the backward in ``attention_bwd.py``.
 """
 
+from typing import Any, NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -342,6 +344,17 @@ def _attention_fwd_kernel(
 # ------------------------------------------------------------------------------- host functions
 
 
+class Options(NamedTuple):
+    """What both passes take beside q, k and v, as in ``attention``."""
+
+    seed: Tensor | None
+    starts: Tensor | None
+    causal: bool
+    scale: float
+    dropout_p: float
+    stream: int
+
+
 def empty_lse(x: Tensor, batch: int, n_head: int, n_queries: int) -> Tensor:
     """What a forward with q of x's dtype saves for each query: one number, or two if APART."""
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
@@ -357,23 +370,13 @@ def aligned(x: Tensor) -> Tensor:
     return x.clone(memory_format=torch.contiguous_format)
 
 
-def arguments(
-    kernel: str,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    seed: Tensor | None,
-    starts: Tensor | None,
-    causal: bool,
-    scale: float,
-    dropout_p: float,
-    stream: int,
-) -> dict:
+def arguments(kernel: str, q: Tensor, k: Tensor, v: Tensor, options: Options) -> dict[str, Any]:
     """What every attention kernel takes beside its own tensors."""
+    seed, starts, causal, scale, dropout_p, stream = options
     threshold, keep_scale = _host.dropout_numbers(dropout_p)
     block_d = max(16, triton.next_power_of_2(q.shape[3]))
     given = dict(dropout=threshold > 0, documents=starts is not None)
-    options = (name for name, is_given in given.items() if is_given)
+    names = (name for name, is_given in given.items() if is_given)
     strides = {
         f"{name}_stride_{dim}": stride
         for name, x in (("q", q), ("k", k), ("v", v))
@@ -384,7 +387,7 @@ def arguments(
         k_ptr=k,
         v_ptr=v,
         **strides,
-        starts_ptr=starts,
+        starts_ptr=None if starts is None else starts.contiguous(),
         seed_ptr=seed,
         dropout_offset=stream,
         n_head=q.shape[1],
@@ -401,30 +404,19 @@ def arguments(
         ACC=_host.accumulator(q.dtype),
         HEAD=q.shape[3],
         BLOCK_D=block_d,
-        **configs.launch(configs.find(q, "attention", kernel, block_d, *options)),
+        **configs.launch(configs.find(q, "attention", kernel, block_d, *names)),
         **_host.FMA,
     )
 
 
-def attention_fwd(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    seed: Tensor | None,
-    starts: Tensor | None,
-    causal: bool,
-    scale: float,
-    dropout_p: float,
-    stream: int,
-) -> tuple[Tensor, Tensor]:
+def attention_fwd(q: Tensor, k: Tensor, v: Tensor, options: Options) -> tuple[Tensor, Tensor]:
     """O (B, Tq, H, D), contiguous, and lse (B, H, 1 or 2, Tq)."""
     q, k, v = aligned(q), aligned(k), aligned(v)
     batch, n_head, n_queries, head_size = q.shape
     out = torch.empty(batch, n_queries, n_head, head_size, dtype=q.dtype, device=q.device)
     lse = empty_lse(q, batch, n_head, n_queries)
     if out.numel():
-        starts = None if starts is None else starts.contiguous()
-        shared = arguments("fwd", q, k, v, seed, starts, causal, scale, dropout_p, stream)
+        shared = arguments("fwd", q, k, v, options)
         grid = (triton.cdiv(n_queries, shared["BLOCK_M"]) * batch * n_head,)
         with _host.on_device(q):
             _attention_fwd_kernel[grid](out_ptr=out, lse_ptr=lse, **shared)

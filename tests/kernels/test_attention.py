@@ -2,6 +2,7 @@
 registration, errors. What the mask and the dropout promise is in test_attention_semantics.py.
 """
 
+from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
 from typing import Any
@@ -25,8 +26,26 @@ LENGTHS = [1, 7, 17, 64, 127, 129]
 HEAD_SIZES = [8, 25, 64, 80, 128]
 
 
-def _seed(device: str) -> Tensor:
+def seed_on(device: str) -> Tensor:
     return torch.tensor([0x1234_5678_9ABC_DEF], device=device)
+
+
+def qkv_of(device: str, length: int, batch: int = 1, dtype=torch.float32) -> list[Tensor]:
+    return list(torch.randn(3, batch, 2, length, 16, device=device).to(dtype))
+
+
+def results(op: Callable[..., Tensor], inputs: list[Tensor], grad: Tensor) -> list[Tensor]:
+    """The output, then the gradients of all inputs, in the inputs' dtype."""
+    leaves = [x.clone().requires_grad_() for x in inputs]
+    y = op(*leaves)
+    return [y.detach(), *torch.autograd.grad(y, leaves, grad)]
+
+
+def assert_parity(name: str, inputs: list[Tensor], grad: Tensor, **options: Any) -> None:
+    """The kernel and the plain op, in the inputs' dtype, against the plain op in float64."""
+    kernel, plain = (partial(getattr(module, name), **options) for module in (fused, reference))
+    names = ["qkv"] if len(inputs) == 1 else ["q", "k", "v"]
+    parity.assert_parity(kernel, plain, plain, inputs, grad, names)
 
 
 @pytest.mark.parametrize("dtype", parity.DTYPES, ids=str)
@@ -38,9 +57,7 @@ def test_parity_packed(device: str, length: int, head_size: int, dtype: torch.dt
     shape = (batch, length, 3 * n_head * head_size)
     qkv = parity.randn(shape, dtype, device, parity.LAYOUTS[case % 4])
     grad = parity.randn((batch, length, n_head * head_size), dtype, device, "transposed")
-    kernel = partial(fused.attention_qkvpacked, n_head=n_head)
-    plain = partial(reference.attention_qkvpacked, n_head=n_head)
-    parity.assert_parity(kernel, plain, plain, [qkv], grad, ["qkv"])
+    assert_parity("attention_qkvpacked", [qkv], grad, n_head=n_head)
 
 
 @pytest.mark.parametrize("dtype", parity.DTYPES, ids=str)
@@ -73,9 +90,7 @@ def test_parity_separate(device: str, n_queries: int, head_size: int, causal: bo
         for i, length in enumerate((n_queries, n_keys, n_keys))
     )
     grad = parity.randn(q.shape, dtype, device, "strided")
-    options: dict[str, Any] = dict(causal=causal, scale=None if case % 2 else 0.3)
-    kernel, plain = (partial(m.attention, **options) for m in (fused, reference))
-    parity.assert_parity(kernel, plain, plain, [q, k, v], grad, ["q", "k", "v"])
+    assert_parity("attention", [q, k, v], grad, causal=causal, scale=None if case % 2 else 0.3)
 
 
 @pytest.mark.parametrize("causal", [True, False], ids=["causal", "full"])
@@ -104,28 +119,23 @@ def test_one_key(device: str, dtype: torch.dtype, causal: bool) -> None:
 def test_parity_of_every_size_class(device: str, head_size: int, dtype: torch.dtype) -> None:
     qkv = torch.randn(1, 70, 3 * 2 * head_size, device=device).to(dtype)
     grad = torch.randn(1, 70, 2 * head_size, device=device).to(dtype)
-    kernel, plain = (partial(m.attention_qkvpacked, n_head=2) for m in (fused, reference))
-    parity.assert_parity(kernel, plain, plain, [qkv], grad, ["qkv"])
+    assert_parity("attention_qkvpacked", [qkv], grad, n_head=2)
 
 
 @pytest.mark.parametrize("causal", [True, False], ids=["causal", "full"])
 @pytest.mark.parametrize("dtype", parity.DTYPES, ids=str)
 def test_parity_with_dropout(device: str, dtype: torch.dtype, causal: bool) -> None:
     """The plain op applies the same mask, so output and gradients must agree, not only the rate."""
-    q, k, v, grad = torch.randn(4, 1, 2, 129, 25, device=device).to(dtype)
-    options: dict[str, Any] = dict(causal=causal, dropout_p=0.3, seed=_seed(device))
-    kernel = partial(fused.attention, **options)
-    plain = partial(reference.attention, **options)
-    parity.assert_parity(kernel, plain, plain, [q, k, v], grad, ["q", "k", "v"])
+    *inputs, grad = torch.randn(4, 1, 2, 129, 25, device=device).to(dtype)
+    options = dict(causal=causal, dropout_p=0.3, seed=seed_on(device))
+    assert_parity("attention", inputs, grad, **options)
 
 
 @pytest.mark.parametrize("dtype", parity.DTYPES, ids=str)
 def test_parity_packed_with_dropout(device: str, dtype: torch.dtype) -> None:
     qkv, grad = torch.randn(2, 70, 3 * 48, device=device), torch.randn(2, 70, 48, device=device)
-    options: dict[str, Any] = dict(n_head=3, dropout_p=0.1, seed=_seed(device))
-    kernel = partial(fused.attention_qkvpacked, **options)
-    plain = partial(reference.attention_qkvpacked, **options)
-    parity.assert_parity(kernel, plain, plain, [qkv.to(dtype)], grad.to(dtype), ["qkv"])
+    options = dict(n_head=3, dropout_p=0.1, seed=seed_on(device))
+    assert_parity("attention_qkvpacked", [qkv.to(dtype)], grad.to(dtype), **options)
 
 
 @pytest.mark.parametrize("gpu", [False, True], ids=["cpu_arithmetic", "gpu_arithmetic"])
@@ -136,9 +146,8 @@ def test_scores_of_any_size(device: str, factor: float, dtype: torch.dtype, gpu:
     the point: what is subtracted from them must be exact, whether the product with the scale is
     rounded first or not."""
     q, k, v, grad = torch.randn(4, 1, 2, 100, 64, device=device).to(dtype)
-    ops = fused.attention, reference.attention, reference.attention
     with interpreter.gpu_arithmetic() if gpu else nullcontext():
-        parity.assert_parity(*ops, [factor * q, factor * k, v], grad, ["q", "k", "v"])
+        assert_parity("attention", [factor * q, factor * k, v], grad)
 
 
 def test_packed_equals_separate(device: str) -> None:
@@ -174,12 +183,14 @@ def test_empty(device: str, shape: tuple[int, ...]) -> None:
     assert q.grad.shape == shape and torch.equal(k.grad, torch.zeros_like(k))
 
 
-@pytest.mark.parametrize("causal", [True, False], ids=["causal", "full"])
+@pytest.mark.parametrize("mask", ["causal", "full", "documents"])
 @pytest.mark.parametrize("dropout_p", [0.0, 0.4])
-def test_gradcheck(causal: bool, dropout_p: float) -> None:
-    q, k, v = (torch.randn(1, 2, t, 16, dtype=torch.float64) for t in (9, 7, 7))
-    inputs = [x.requires_grad_() for x in (q, k, v)]
-    op = partial(fused.attention, causal=causal, dropout_p=dropout_p, seed=_seed("cpu"))
+def test_gradcheck(mask: str, dropout_p: float) -> None:
+    lengths = (9, 9, 9) if mask == "documents" else (9, 7, 7)
+    inputs = [torch.randn(1, 2, t, 16, dtype=torch.float64, requires_grad=True) for t in lengths]
+    options: dict[str, Any] = dict(causal=mask != "full", dropout_p=dropout_p, seed=seed_on("cpu"))
+    starts = starts_of(9, [1, 4]) if mask == "documents" else None
+    op = partial(fused.attention, starts=starts, **options)
     assert torch.autograd.gradcheck(op, inputs, fast_mode=True)
 
 
@@ -200,36 +211,32 @@ def test_autocast_casts_like_sdpa(device: str) -> None:
 def test_opcheck(device: str) -> None:
     q, k, v = (torch.randn(1, 2, t, 16, device=device, requires_grad=True) for t in (9, 7, 7))
     qkv = torch.randn(1, 9, 96, device=device, requires_grad=True)
-    seed, starts = _seed(device), starts_of(9, [2, 5], device=device)
+    seed, starts = seed_on(device), starts_of(9, [2, 5], device=device)
     torch.library.opcheck(_attention_op, (q, k, v, None, None, True, 0.25, 0.0, 0))
     torch.library.opcheck(_attention_op, (q, k, v, seed, None, False, 0.25, 0.5, 3))
-    torch.library.opcheck(_attention_qkvpacked_op, (qkv, seed, starts, 2, True, 0.25, 0.5, 3))
+    torch.library.opcheck(_attention_qkvpacked_op, (qkv, 2, seed, starts, True, 0.25, 0.5, 3))
     q, k, v, qkv = (x.detach() for x in (q, k, v, qkv))
     out, lse = _attention_op(q, k, v, None, None, True, 0.25, 0.0, 0)
     dout = torch.randn(1, 2, 16, 9, device=device).mT
     separate = (dout, q, k, v, out, lse, None, None, True, 0.25, 0.0, 0)
     torch.library.opcheck(_attention_bwd_op, separate)
-    out, lse = _attention_qkvpacked_op(qkv, None, starts, 2, True, 0.25, 0.0, 0)
-    packed = (torch.randn_like(out), qkv, out, lse, None, starts, 2, True, 0.25, 0.0, 0)
+    out, lse = _attention_qkvpacked_op(qkv, 2, None, starts, True, 0.25, 0.0, 0)
+    packed = (torch.randn_like(out), qkv, out, lse, 2, None, starts, True, 0.25, 0.0, 0)
     torch.library.opcheck(_attention_qkvpacked_bwd_op, packed)
 
 
 def test_float32_products_follow_pytorchs_switch() -> None:
-    before = torch.get_float32_matmul_precision()
-    try:
-        torch.set_float32_matmul_precision("high")
-        assert _host.dot_precision(torch.float32) == "tf32"
-        assert _host.dot_precision(torch.bfloat16) == "ieee"
-        torch.set_float32_matmul_precision("highest")
-        assert _host.dot_precision(torch.float32) == "ieee"
-    finally:
-        torch.set_float32_matmul_precision(before)
+    torch.set_float32_matmul_precision("high")  # the next test begins with "highest"
+    assert _host.dot_precision(torch.float32) == "tf32"
+    assert _host.dot_precision(torch.bfloat16) == "ieee"
+    torch.set_float32_matmul_precision("highest")
+    assert _host.dot_precision(torch.float32) == "ieee"
 
 
 @pytest.mark.parametrize("op", [fused.attention, torch_ops.attention, reference.attention])
 def test_errors(op) -> None:
     q = torch.randn(1, 2, 4, 8)
-    seed = _seed("cpu")
+    seed = seed_on("cpu")
     cases: list[tuple[type[Exception], str, tuple[Tensor, ...], dict[str, Any]]] = [
         (ValueError, r"k must have shape \(1, 2, T, 8\)", (q, torch.randn(1, 3, 4, 8), q), {}),
         (ValueError, r"v must have the shape of k", (q, q, torch.randn(1, 2, 5, 8)), {}),
@@ -272,7 +279,7 @@ def test_head_size_limit_of_the_kernels() -> None:
         fused.attention_qkvpacked(torch.randn(1, 2, 3 * 257), 1)
 
 
-def test_torch_ops_refuse_a_seed() -> None:
+def test_torch_ops_refuse_aseed_on() -> None:
     q = torch.randn(1, 1, 2, 8)
     with pytest.raises(ValueError, match="seed must be None"):
-        torch_ops.attention(q, q, q, dropout_p=0.1, seed=_seed("cpu"))
+        torch_ops.attention(q, q, q, dropout_p=0.1, seed=seed_on("cpu"))

@@ -3,6 +3,7 @@ memory linear in T, no stray access.
 """
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 from unittest import mock
@@ -12,16 +13,14 @@ import torch
 from torch import Tensor
 
 from fastgpt.kernels import _host, configs, fused, reference
-from fastgpt.kernels.attention_fwd import attention_fwd
+from fastgpt.kernels.attention_fwd import Options, attention_fwd
 from fastgpt.kernels.configs import Attention
+from tests.kernels.test_attention import qkv_of, results
+from tests.tools.documents import starts_of
 from tests.tools.sanitizer import sanitize
 
 # Every ratio of the two sides that a launch configuration has.
 TILES = sorted({config[:2] for config in configs.TABLE.values() if isinstance(config, Attention)})
-
-
-def _qkv(device: str, length: int, head_size: int = 16, dtype=torch.float32) -> list[Tensor]:
-    return list(torch.randn(3, 1, 2, length, head_size, device=device).to(dtype))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -29,7 +28,7 @@ def _qkv(device: str, length: int, head_size: int = 16, dtype=torch.float32) -> 
 def test_later_tokens_change_no_bit_of_earlier_outputs(
     device: str, t: int, dtype: torch.dtype
 ) -> None:
-    q, k, v = _qkv(device, 140, dtype=dtype)
+    q, k, v = qkv_of(device, 140, dtype=dtype)
     before = fused.attention(q, k, v)
     for x in (q, k, v):
         x[:, :, t:] = torch.randn_like(x[:, :, t:])
@@ -42,18 +41,13 @@ def test_later_tokens_change_no_bit_of_earlier_outputs(
 @pytest.mark.parametrize("which", ["q", "k", "v"])
 def test_what_the_mask_hides_never_leaks(device: str, which: str, poison: float) -> None:
     """A later token that is not finite: earlier outputs, and their dq, keep every bit."""
-    inputs, t = dict(zip("qkv", _qkv(device, 140), strict=True)), 70
+    inputs, t = dict(zip("qkv", qkv_of(device, 140), strict=True)), 70
     grad = torch.randn(1, 2, 140, 16, device=device)
     grad[:, :, t:] = 0.0
 
-    def run() -> tuple[Tensor, Tensor]:
-        q, k, v = (inputs[name].clone().requires_grad_() for name in "qkv")
-        y = fused.attention(q, k, v)
-        return y.detach(), torch.autograd.grad(y, q, grad)[0]
-
-    y, dq = run()
+    y, dq = results(fused.attention, list(inputs.values()), grad)[:2]
     inputs[which][:, :, t] = poison
-    z, dq_poisoned = run()
+    z, dq_poisoned = results(fused.attention, list(inputs.values()), grad)[:2]
     assert torch.equal(y[:, :, :t], z[:, :, :t])
     assert torch.equal(dq[:, :, :t], dq_poisoned[:, :, :t])
     assert not z[:, :, t].isfinite().all(), "the token that is not finite must show"
@@ -62,7 +56,7 @@ def test_what_the_mask_hides_never_leaks(device: str, which: str, poison: float)
 @pytest.mark.parametrize("poison", [float("nan"), float("inf")], ids=str)
 def test_a_visible_value_that_is_not_finite_shows(device: str, poison: float) -> None:
     """What hides masked values must not hide visible ones: rows that see it are not finite."""
-    q, k, v = _qkv(device, 100)
+    q, k, v = qkv_of(device, 100)
     v[:, :, 70, 3] = poison
     y = fused.attention(q, k, v)
     assert y[:, :, :70].isfinite().all()
@@ -82,10 +76,10 @@ def test_nothing_past_the_end_is_read(
         return view.copy_(torch.randn(view.shape, device=device))
 
     q, k, v, grad = inside(n_queries), inside(n_keys), inside(n_keys), inside(n_queries)
-    leaves = [x.requires_grad_() for x in (q, k, v)]
+    leaves = [x.requires_grad_() for x in (q, k, v)]  # no copies
     y = fused.attention(*leaves, causal=causal)
-    results = [y, *torch.autograd.grad(y, leaves, grad)]
-    assert all(x.isfinite().all() for x in results)
+    found = [y, *torch.autograd.grad(y, leaves, grad)]
+    assert all(x.isfinite().all() for x in found)
 
 
 @pytest.mark.parametrize("tile", TILES, ids=str)
@@ -93,22 +87,27 @@ def test_nothing_past_the_end_is_read(
 def test_every_tile_shape_gives_the_same(
     monkeypatch: pytest.MonkeyPatch, tile: tuple[int, int], n_queries: int, n_keys: int
 ) -> None:
-    """Wide and tall tiles meet the diagonal, the ends and the dropout mask in different places."""
+    """Wide and tall tiles meet the diagonal, the ends, the borders of documents and the dropout
+    mask in different places."""
     monkeypatch.setattr(configs, "find", lambda *asked: Attention(*tile, 4, 1))
-    q, k, v = (torch.randn(1, 2, t, 16) for t in (n_queries, n_keys, n_keys))
-    for causal in (True, False):
-        options: dict[str, Any] = dict(causal=causal, dropout_p=0.2, seed=torch.tensor([7]))
-        leaves = [x.clone().requires_grad_() for x in (q, k, v)]
-        y, z = fused.attention(*leaves, **options), reference.attention(*leaves, **options)
-        grad = torch.randn_like(y)
-        gradients = [torch.autograd.grad(out, leaves, grad) for out in (y, z)]
-        for a, b in zip((y, *gradients[0]), (z, *gradients[1]), strict=True):
-            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+    inputs = [torch.randn(2, 1, t, 16) for t in (n_queries, n_keys, n_keys)]
+    grad = torch.randn_like(inputs[0])
+    masks: list[dict[str, Any]] = [dict(causal=True), dict(causal=False)]
+    if n_queries == n_keys:
+        masks.append(dict(starts=starts_of(150, [17, 18, 64, 140], [3])))
+    for mask in masks:
+        options = dict(dropout_p=0.2, seed=torch.tensor([7])) | mask
+        ops = [partial(module.attention, **options) for module in (fused, reference)]
+        with sanitize() if "starts" in mask else nullcontext():
+            found = [results(op, inputs, grad) for op in ops]
+        for x, y in zip(*found, strict=True):
+            torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-5)
 
 
 def assert_pipelined_pv_is_the_same(
-    n_queries: int, n_keys: int, dtype: torch.dtype, causal: bool, block_m: int, block_n: int
-) -> None:
+    n_queries: int, n_keys: int, dtype: torch.dtype, causal: bool, block_m: int, block_n: int,
+    starts: Tensor | None = None,
+) -> None:  # fmt: skip
     """The forward with PIPELINED_PV and without, with dropout: the same products in the same order,
     so the same bits.
 
@@ -118,10 +117,11 @@ def assert_pipelined_pv_is_the_same(
     """
     q, k, v = (torch.randn(1, 2, t, 16).to(dtype) for t in (n_queries, n_keys, n_keys))
     seed, runs = torch.tensor([7]), []
+    options = Options(seed, starts, causal, 0.25, 0.2, 0)
     for pipelined in (False, True):
         find = mock.Mock(return_value=Attention(block_m, block_n, 4, 3, pipelined))
         with sanitize(), mock.patch.object(configs, "find", find):
-            runs.append(attention_fwd(q, k, v, seed, None, causal, 0.25, 0.2, 0))
+            runs.append(attention_fwd(q, k, v, options))
     (plain, plain_lse), (piped, pipelined_lse) = runs
     assert torch.equal(plain_lse, pipelined_lse)
     capability = _host.capability(q.device)
@@ -131,7 +131,11 @@ def assert_pipelined_pv_is_the_same(
     # Each of the n_keys additions cuts off less than 2^-23 of the sum of all |P V|, each tile's and
     # the last two multiplications round by half of that; then both sums are rounded to nearest.
     magnitude = reference.attention(
-        *(x.double() for x in (q, k, v.abs())), causal=causal, dropout_p=0.2, seed=seed
+        *(x.double() for x in (q, k, v.abs())),
+        causal=causal,
+        dropout_p=0.2,
+        seed=seed,
+        starts=starts,
     ).transpose(1, 2)
     roundings = n_keys + (n_keys / block_n + 3) / 2
     info = torch.finfo(dtype)
@@ -147,8 +151,15 @@ def assert_pipelined_pv_is_the_same(
 def test_pipelined_pv_gives_the_same_bits(
     n_queries: int, n_keys: int, dtype: torch.dtype, causal: bool, block_m: int, block_n: int
 ) -> None:
-    """No whole tile, one and several."""
+    """No unmasked tile, one and several."""
     assert_pipelined_pv_is_the_same(n_queries, n_keys, dtype, causal, block_m, block_n)
+
+
+@pytest.mark.parametrize("block_m,block_n", [(64, 16), (32, 32), (16, 64)])
+@pytest.mark.parametrize("borders", [[], [20], [100], [33, 64, 148]], ids=str)
+def test_pipelined_pv_of_documents(borders: list[int], block_m: int, block_n: int) -> None:
+    dtype, starts = torch.bfloat16, starts_of(150, borders)
+    assert_pipelined_pv_is_the_same(150, 150, dtype, True, block_m, block_n, starts)
 
 
 # ------------------------------------------------------------------------------------- dropout
@@ -193,7 +204,7 @@ def test_dropout_rate_and_mask(device: str, p: float) -> None:
 
 def test_dropout_scales_what_it_keeps(device: str) -> None:
     """The expectation over masks is the output without dropout."""
-    q, k, v = (x.expand(32, 2, 16, 16).contiguous() for x in _qkv(device, 16))
+    q, k, v = (x.expand(32, 2, 16, 16).contiguous() for x in qkv_of(device, 16))
     y = fused.attention(q, k, v, dropout_p=0.25, seed=torch.tensor([3], device=device))
     error = (y.mean(0) - fused.attention(q[:1], k[:1], v[:1])[0]).abs().max()
     assert error < 5 * v.abs().max() * (0.25 / 0.75 / 32) ** 0.5
@@ -223,14 +234,14 @@ def test_backward_repeats_the_mask_of_its_forward(device: str) -> None:
 # -------------------------------------------------------------------- determinism and memory
 
 
-def test_two_runs_give_the_same_bits(device: str) -> None:
-    inputs = [x.requires_grad_() for x in _qkv(device, 130)]
-    grad = torch.randn(1, 2, 130, 16, device=device)
+@pytest.mark.parametrize("borders", [None, [10, 100]], ids=str)
+def test_two_runs_give_the_same_bits(device: str, borders: list[int] | None) -> None:
+    inputs, grad = qkv_of(device, 130), torch.randn(1, 2, 130, 16, device=device)
+    starts = None if borders is None else starts_of(130, borders, device=device)
     runs = []
     for seed in (1, 2):
         with sanitize(seed=seed):  # interpreted: also in another order of the programs
-            y = fused.attention(*inputs)
-            runs.append([y, *torch.autograd.grad(y, inputs, grad)])
+            runs.append(results(partial(fused.attention, starts=starts), inputs, grad))
     assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
 
 

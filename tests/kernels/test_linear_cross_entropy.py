@@ -279,34 +279,21 @@ def test_two_runs_give_the_same_bits(ops, device: str, dtype: torch.dtype) -> No
     assert all(map(torch.equal, *runs))
 
 
-def test_compiled_whole(ops, device: str) -> None:
-    (x, weight), targets = inputs((2, 10), 16, 65, device)
-    leaves = as_leaves((x, weight))
-    op = partial(ops.linear_cross_entropy, z_loss=1e-4)
-    compiled = torch.compile(op, fullgraph=True, backend="aot_eager")
-    results = []
-    for call in (op, compiled):
-        loss = call(*leaves, targets)
-        results.append((loss, *gradients(loss, *leaves)))
-    assert all(map(torch.equal, *results))
-    with torch.no_grad():
-        assert torch.equal(compiled(*leaves, targets), results[0][0])
-
-
-def test_few_recompilations_for_many_row_counts(ops, device: str) -> None:
+def test_compiled_whole_with_few_recompilations(ops, device: str) -> None:
     torch._dynamo.reset()
     counter = CompileCounterWithBackend("aot_eager")
-    compiled = torch.compile(ops.linear_cross_entropy, fullgraph=True, backend=counter)
+    op = partial(ops.linear_cross_entropy, z_loss=1e-4)
+    compiled = torch.compile(op, fullgraph=True, backend=counter)
     for rows in (16, 7, 12, 40, 9, 3, 33, 15, 24, 8, 31, 5, 64, 2, 17, 11, 26, 48, 1, 13):
-        (x, weight), targets = inputs((rows,), 16, 65, device)
+        tensors, targets = inputs((rows,), 16, 65, device)
         targets[0] = 0  # one that is not ignored
-        results = []
-        for op in (ops.linear_cross_entropy, compiled):
-            leaf = weight.clone().requires_grad_()
-            loss = op(x, leaf, targets)
-            results.append((loss, *gradients(loss, leaf)))
+        leaves = as_leaves(tensors)
+        losses = [call(*leaves, targets) for call in (op, compiled)]
+        results = [(loss, *gradients(loss, *leaves)) for loss in losses]
         assert all(map(torch.equal, *results))
     assert counter.frame_count <= 3  # the first, and two more
+    with torch.no_grad():
+        assert torch.equal(compiled(*leaves, targets), losses[0])
 
 
 def test_opcheck(ops, device: str) -> None:

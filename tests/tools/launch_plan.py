@@ -9,7 +9,7 @@ pair of values of two options occurs in some run.
 import contextlib
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import partial
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -38,45 +38,25 @@ _MODEL: dict[str, tuple] = dict(
     dtype=("fp32", "bf16", "fp16"),
     gelu=("none", "tanh"),
 )
-_UPDATE = _MODEL | dict(
-    dropout=_DROPOUT,
-    documents=(False, True),
-    recompute=(False, True),
-    clip=(0.0, 1.0),
-    ignored=(False, True),
-    strided=(False, True),
-)
-_FP8 = dict(
-    batch=(1, 16), length=_SIZES, vocab=(16, 48), width=(16, 48), dtype=("bf16", "fp16"),
-)  # fmt: skip
-_CONTINUED = _MODEL | dict(rounded=(False, True), room=(1, 16, 17), new=(2, 17))
-_DECODE = dict(
-    batch=_SIZES, n_head=_SIZES, n_slots=(*_SIZES, 129, 2048), head_size=(*_SIZES, 256),
-    places=(torch.int32, torch.int64), dtype=("fp32", "bf16", "fp16"),
-)  # fmt: skip
-_ATTENTION = dict(
-    batch=(1, 2), n_head=(1, 2), n_queries=_SIZES, n_keys=_SIZES,
-    head_size=(*_SIZES, 32, 64, 128, 256), mask=("none", "causal", "documents"), dropout=_DROPOUT,
-    layout=("heads first", "tokens first"), tf32=(False, True), dtype=("fp32", "bf16", "fp16"),
-)  # fmt: skip
-_EMBEDDING = dict(
-    batch=_SIZES, length=(*_SIZES, 64), n_vocab=_SIZES, width=(*_SIZES, 8), n_positions=(64, 65),
-    dropout=_DROPOUT, documents=(False, True), ids=(torch.int32, torch.int64),
-    dtype=("fp32", "bf16", "fp16"),
-)  # fmt: skip
-_ROWS = dict(
-    n_rows=_SIZES, width=(*_SIZES, 8, 5000, 8192), apart=(0, 1, 16), shift=(0, 1),
-    bias=(False, True), dtype=("fp32", "bf16", "fp16"),
-)  # fmt: skip
-_LOSS = dict(
-    n_rows=_SIZES, n_classes=(*_SIZES, 5000), width=_SIZES, smoothing=(0.0, 0.1), z=(0.0, 1e-4),
-    reduction=("mean", "sum"), gradient=(False, True), ignore_index=(-1, 0, 1), shift=(0, 1),
-    dtype=("fp32", "bf16", "fp16"),
-)  # fmt: skip
-_ADAMW = dict(
-    n=_SIZES, shift=(0, 1), rounded=(None, torch.bfloat16, torch.float16),
-    clip=(False, True), skip=(False, True), beta=(0.0, 0.9),
-)  # fmt: skip
+
+
+Options = SimpleNamespace
+Run = Callable[[Options], None]
+RUNS: dict[str, Callable[[], None]] = {}  # name of the function → what is run
+
+
+def run(**options: Sequence[Any]) -> Callable[[Run], Run]:
+    """Adds the function to ``RUNS``: it is called with every pair of values of two options."""
+
+    def add(function: Run) -> Run:
+        def all_pairs() -> None:
+            for chosen in pairs(options):
+                function(Options(**chosen))
+
+        RUNS[function.__name__] = all_pairs
+        return function
+
+    return add
 
 
 def pairs(options: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:
@@ -129,103 +109,118 @@ def _view(x: Tensor, apart: int, shift: int) -> Tensor:
     ]
 
 
-def _update(
-    batch: int, length: int, vocab: int, n_head: int, head_size: int, n_layer: int, bias: bool,
-    dtype: str, gelu: str, dropout: float, documents: bool, recompute: bool, clip: float,
-    ignored: bool, strided: bool, fp8: str = "none",
-) -> None:  # fmt: skip
-    config = GPTConfig(length, vocab, n_layer, n_head, n_head * head_size, dropout, bias)
-    separator = 0 if documents else None
-    model = GPT(config, fused, gelu, recompute, fp8, separator)
-    rounds = MasterAdamW(model, _HALF[dtype], 0.1, 1e-3, (0.9, 0.95)) if dtype in _HALF else None
+@run(
+    **_MODEL,
+    dropout=_DROPOUT, documents=(False, True), recompute=(False, True), clip=(0.0, 1.0),
+    ignored=(False, True), strided=(False, True), fp8=("none",),
+)  # fmt: skip
+def _update(c: Options) -> None:
+    width = c.n_head * c.head_size
+    config = GPTConfig(c.length, c.vocab, c.n_layer, c.n_head, width, c.dropout, c.bias)
+    separator = 0 if c.documents else None
+    model = GPT(config, fused, c.gelu, c.recompute, c.fp8, separator)
+    half = _HALF.get(c.dtype)
+    rounds = None if half is None else MasterAdamW(model, half, 0.1, 1e-3, (0.9, 0.95))
     plain = model.configure_optimizers(0.1, 1e-3, (0.9, 0.95), "cpu")
-    text = torch.zeros(batch, length + 1, dtype=torch.int64)
+    text = torch.zeros(c.batch, c.length + 1, dtype=torch.int64)
     idx, targets = text[:, :-1], text[:, 1:]  # rows of length + 1, as from an array of tokens
-    if not strided:
+    if not c.strided:
         idx, targets = idx.contiguous(), targets.contiguous()
-    if ignored:
+    if c.ignored:
         targets = torch.full_like(targets, -1)
-    with _autocast(dtype):
+    with _autocast(c.dtype):
         loss = model(idx, targets)[1]
     loss.backward()
     if rounds is None:
         plain.step()
         return
-    if clip:
-        rounds.clip_grad_norm_(clip)
+    if c.clip:
+        rounds.clip_grad_norm_(c.clip)
         rounds.found_inf = torch.zeros(())
     rounds.step()
 
 
-def _fp8(
-    batch: int, length: int, vocab: int, width: int, dtype: str,
-) -> None:  # fmt: skip
-    _update(
-        batch, length, vocab, 1, width, 1, False, dtype, "none", 0.0, False, False, 0.0, False,
-        False, "head",
-    )  # fmt: skip
+@run(
+    batch=(1, 16), length=_SIZES, vocab=(16, 48), width=(16, 48), dtype=("bf16", "fp16"),
+)  # fmt: skip
+def _fp8(c: Options) -> None:
+    rest = dict(bias=False, gelu="none", dropout=0.0, documents=False, recompute=False, clip=0.0)
+    sizes = dict(n_head=1, head_size=c.width, n_layer=1)
+    _update(Options(**vars(c), **sizes, **rest, ignored=False, strided=False, fp8="head"))
 
 
-def _continue(
-    batch: int, length: int, vocab: int, n_head: int, head_size: int, n_layer: int, bias: bool,
-    dtype: str, gelu: str, rounded: bool, room: int, new: int,
-) -> None:  # fmt: skip
+@run(
+    **_MODEL,
+    rounded=(False, True), room=(1, 16, 17), new=(2, 17),
+)  # fmt: skip
+def _continue(c: Options) -> None:
     """Prefill, decode, and the window when the sequences have outgrown it."""
-    config = GPTConfig(length + room, vocab, n_layer, n_head, n_head * head_size, 0.0, bias)
-    model = GPT(config, fused, gelu).eval()
-    if rounded:
-        model.to(_dtype(dtype))
-    prompts = [torch.zeros(length, dtype=torch.int64)] * batch
-    with _autocast(dtype):
-        for _ in Generator(model, Sampling(temperature=0.0))(prompts, new):
+    width = c.n_head * c.head_size
+    config = GPTConfig(c.length + c.room, c.vocab, c.n_layer, c.n_head, width, 0.0, c.bias)
+    model = GPT(config, fused, c.gelu).eval()
+    if c.rounded:
+        model.to(_dtype(c.dtype))
+    prompts = [torch.zeros(c.length, dtype=torch.int64)] * c.batch
+    with _autocast(c.dtype):
+        for _ in Generator(model, Sampling(temperature=0.0))(prompts, c.new):
             pass
 
 
-def _attend(
-    batch: int, n_head: int, n_queries: int, n_keys: int, head_size: int, mask: str,
-    dropout: float, layout: str, tf32: bool, dtype: str,
-) -> None:  # fmt: skip
+@run(
+    batch=(1, 2), n_head=(1, 2), n_queries=_SIZES, n_keys=_SIZES,
+    head_size=(*_SIZES, 32, 64, 128, 256), mask=("none", "causal", "documents"), dropout=_DROPOUT,
+    layout=("heads first", "tokens first"), tf32=(False, True), dtype=("fp32", "bf16", "fp16"),
+)  # fmt: skip
+def _attend(c: Options) -> None:
     def part(length: int) -> Tensor:
-        if layout == "heads first":
-            return _leaf(batch, n_head, length, head_size, dtype=dtype)
-        return _leaf(batch, length, n_head, head_size, dtype=dtype).transpose(1, 2)
+        if c.layout == "heads first":
+            return _leaf(c.batch, c.n_head, length, c.head_size, dtype=c.dtype)
+        return _leaf(c.batch, length, c.n_head, c.head_size, dtype=c.dtype).transpose(1, 2)
 
-    n_keys = n_keys if mask == "none" else n_queries
-    q, k, v = part(n_queries), part(n_keys), part(n_keys)
-    starts = torch.zeros(batch, n_keys, dtype=torch.int32) if mask == "documents" else None
-    options: dict[str, Any] = dict(causal=mask != "none", dropout_p=dropout, starts=starts)
+    n_keys = c.n_keys if c.mask == "none" else c.n_queries
+    q, k, v = part(c.n_queries), part(n_keys), part(n_keys)
+    starts = torch.zeros(c.batch, n_keys, dtype=torch.int32) if c.mask == "documents" else None
+    options: dict[str, Any] = dict(causal=c.mask != "none", dropout_p=c.dropout, starts=starts)
     before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("high" if tf32 else "highest")
+    torch.set_float32_matmul_precision("high" if c.tf32 else "highest")
     try:
         fused.attention(q, k, v, **options).sum().backward()
     finally:
         torch.set_float32_matmul_precision(before)
 
 
-def _embed(
-    batch: int, length: int, n_vocab: int, width: int, n_positions: int, dropout: float,
-    documents: bool, ids: torch.dtype, dtype: str,
-) -> None:  # fmt: skip
-    idx = torch.zeros(batch, length, dtype=ids)
-    token, position = _leaf(n_vocab, width, dtype=dtype), _leaf(n_positions, width, dtype=dtype)
-    starts = torch.zeros(batch, length, dtype=torch.int32) if documents else None
-    y = fused.embedding(idx, token, position, dropout_p=dropout, starts=starts)
+@run(
+    batch=_SIZES, length=(*_SIZES, 64), n_vocab=_SIZES, width=(*_SIZES, 8), n_positions=(64, 65),
+    dropout=_DROPOUT, documents=(False, True), ids=(torch.int32, torch.int64),
+    dtype=("fp32", "bf16", "fp16"),
+)  # fmt: skip
+def _embed(c: Options) -> None:
+    idx = torch.zeros(c.batch, c.length, dtype=c.ids)
+    token, position = (_leaf(n, c.width, dtype=c.dtype) for n in (c.n_vocab, c.n_positions))
+    starts = torch.zeros(c.batch, c.length, dtype=torch.int32) if c.documents else None
+    y = fused.embedding(idx, token, position, dropout_p=c.dropout, starts=starts)
     y.sum().backward()
 
 
-def _decode(
-    batch: int, n_head: int, n_slots: int, head_size: int, places: torch.dtype, dtype: str
-) -> None:
-    qkv = _leaf(batch, 1, 3 * n_head * head_size, dtype=dtype).detach()
-    cache = qkv.new_zeros(2, batch, n_head, n_slots, head_size)
-    fused.attention_decode(qkv, cache, torch.zeros(batch, dtype=places))
+@run(
+    batch=_SIZES, n_head=_SIZES, n_slots=(*_SIZES, 129, 2048), head_size=(*_SIZES, 256),
+    places=(torch.int32, torch.int64), dtype=("fp32", "bf16", "fp16"),
+)  # fmt: skip
+def _decode(c: Options) -> None:
+    qkv = _leaf(c.batch, 1, 3 * c.n_head * c.head_size, dtype=c.dtype).detach()
+    cache = qkv.new_zeros(2, c.batch, c.n_head, c.n_slots, c.head_size)
+    fused.attention_decode(qkv, cache, torch.zeros(c.batch, dtype=c.places))
 
 
-def _rows(n_rows: int, width: int, apart: int, shift: int, bias: bool, dtype: str) -> None:
+@run(
+    n_rows=_SIZES, width=(*_SIZES, 8, 5000, 8192), apart=(0, 1, 16), shift=(0, 1),
+    bias=(False, True), dtype=("fp32", "bf16", "fp16"),
+)  # fmt: skip
+def _rows(c: Options) -> None:
     """Each op that takes rows, by itself."""
-    x = _view(_leaf(n_rows, width, dtype=dtype), apart, shift)
-    weight, offset = (_view(_leaf(width), 0, shift) for _ in range(2))
-    optional = offset if bias else None
+    x = _view(_leaf(c.n_rows, c.width, dtype=c.dtype), c.apart, c.shift)
+    weight, offset = (_view(_leaf(c.width), 0, c.shift) for _ in range(2))
+    optional = offset if c.bias else None
     fused.gelu(x).sum().backward(retain_graph=True)
     fused.layer_norm(x, weight, optional).sum().backward(retain_graph=True)
     for dropout_p in _DROPOUT:
@@ -233,63 +228,49 @@ def _rows(n_rows: int, width: int, apart: int, shift: int, bias: bool, dtype: st
             x, x, weight, optional, delta_bias=optional, dropout_p=dropout_p
         )
         torch.autograd.backward((y, total), (y, total), retain_graph=True)
-    y, _ = fused.residual_layer_norm(_leaf(n_rows, width), x, weight)
+    y, _ = fused.residual_layer_norm(_leaf(c.n_rows, c.width), x, weight)
     y.sum().backward(retain_graph=True)
     for recompute in (None, (x, weight, optional, 1e-5)):
         for out in (*_SIZES, 8):
-            matrix, back = _leaf(out, width, dtype=dtype), _leaf(width, out, dtype=dtype)
-            added = _leaf(out, dtype=dtype) if bias else None
+            matrix, back = _leaf(out, c.width, dtype=c.dtype), _leaf(c.width, out, dtype=c.dtype)
+            added = _leaf(out, dtype=c.dtype) if c.bias else None
             y = fused.linear(x, matrix, added, recompute=recompute)
             y.sum().backward(retain_graph=True)
             y = fused.mlp(x, matrix, added, back, recompute=recompute)
             y.sum().backward(retain_graph=True)
 
 
-def _loss(
-    n_rows: int, n_classes: int, width: int, smoothing: float, z: float, reduction: str,
-    gradient: bool, ignore_index: int, shift: int, dtype: str,
-) -> None:  # fmt: skip
-    x, weight = _leaf(n_rows, width, dtype=dtype), _leaf(n_classes, width, dtype=dtype)
-    targets = _view(torch.zeros(n_rows, dtype=torch.int64), 0, shift)
-    if not gradient:
+@run(
+    n_rows=_SIZES, n_classes=(*_SIZES, 5000), width=_SIZES, smoothing=(0.0, 0.1), z=(0.0, 1e-4),
+    reduction=("mean", "sum"), gradient=(False, True), ignore_index=(-1, 0, 1), shift=(0, 1),
+    dtype=("fp32", "bf16", "fp16"),
+)  # fmt: skip
+def _loss(c: Options) -> None:
+    x, weight = _leaf(c.n_rows, c.width, dtype=c.dtype), _leaf(c.n_classes, c.width, dtype=c.dtype)
+    targets = _view(torch.zeros(c.n_rows, dtype=torch.int64), 0, c.shift)
+    if not c.gradient:
         x, weight = x.detach(), weight.detach()
     loss = fused.linear_cross_entropy(
-        x, weight, targets, ignore_index=ignore_index, reduction=reduction,
-        label_smoothing=smoothing, z_loss=z,
+        x, weight, targets, ignore_index=c.ignore_index, reduction=c.reduction,
+        label_smoothing=c.smoothing, z_loss=c.z,
     )  # fmt: skip
-    if gradient:
+    if c.gradient:
         loss.backward()
 
 
-def _adamw(
-    n: int, shift: int, rounded: torch.dtype | None, clip: bool, skip: bool, beta: float
-) -> None:
-    param, grad, exp_avg, exp_avg_sq = (_view(torch.zeros(n), 0, shift) for _ in range(4))
+@run(
+    n=_SIZES, shift=(0, 1), rounded=(None, torch.bfloat16, torch.float16),
+    clip=(False, True), skip=(False, True), beta=(0.0, 0.9),
+)  # fmt: skip
+def _adamw(c: Options) -> None:
+    param, grad, exp_avg, exp_avg_sq = (_view(torch.zeros(c.n), 0, c.shift) for _ in range(4))
     step, lr, factor, found_inf = (torch.zeros(()) for _ in range(4))
     fused.adamw(
-        param, None if rounded is None else param.to(rounded), grad, exp_avg, exp_avg_sq, step, lr,
-        betas=(beta, beta), eps=1e-8, weight_decay=0.1, clip=factor if clip else None,
-        skip=found_inf if skip else None,
+        param, None if c.rounded is None else param.to(c.rounded), grad, exp_avg, exp_avg_sq,
+        step, lr,
+        betas=(c.beta, c.beta), eps=1e-8, weight_decay=0.1, clip=factor if c.clip else None,
+        skip=found_inf if c.skip else None,
     )  # fmt: skip
-
-
-def _all(run: Callable[..., None], options: Mapping[str, Sequence[Any]]) -> None:
-    for chosen in pairs(options):
-        run(**chosen)
-
-
-# Name → what is run.
-RUNS: dict[str, Callable[[], None]] = {
-    "update": partial(_all, _update, _UPDATE),
-    "fp8": partial(_all, _fp8, _FP8),
-    "continue": partial(_all, _continue, _CONTINUED),
-    "attention": partial(_all, _attend, _ATTENTION),
-    "embedding": partial(_all, _embed, _EMBEDDING),
-    "decode": partial(_all, _decode, _DECODE),
-    "rows": partial(_all, _rows, _ROWS),
-    "loss": partial(_all, _loss, _LOSS),
-    "adamw": partial(_all, _adamw, _ADAMW),
-}
 
 
 @contextlib.contextmanager
@@ -306,6 +287,6 @@ def launches(capability: int) -> list[Launch]:
     """All that ``RUNS`` would launch there."""
     with _on_gpu(capability) as found:
         for name, run in RUNS.items():
-            if name != "fp8" or capability >= 89:
+            if name != "_fp8" or capability >= 89:
                 run()
     return found
