@@ -305,7 +305,6 @@ def _cross_entropy_rows(
 _linear_cross_entropy_op = chunked_loss.define(
     "linear_cross_entropy_torch_ops",
     chunked_loss.chunked(_cross_entropy_rows),
-    chunked_loss.cost,
 )
 
 

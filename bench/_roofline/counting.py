@@ -201,8 +201,8 @@ def kernel_costs(
 ) -> list[KernelCost]:
     """The kernels behind one call; none where nothing moves: views, allocations, questions."""
     packet = func.overloadpacket
-    if packet in COSTS:
-        return COSTS[packet](out, *args, **kwargs)
+    if str(packet) in COSTS:
+        return COSTS[str(packet)](out, *args, **kwargs)
     reads, writes = _moved(func, args, kwargs, out)
     if not writes:
         return []

@@ -303,7 +303,7 @@ def test_bytes_by_hand(device: str) -> None:
     (x, weight), targets = head((32, 16, 48), torch.bfloat16, device)
     args = (x, weight, targets, torch.bfloat16, -1, True, 0.0, 0.0, True, True)
     op: Any = linear_cross_entropy._linear_cross_entropy_fp8_op
-    kernels = COSTS[torch.ops.fastgpt.linear_cross_entropy_fp8](op(*args), *args)
+    kernels = COSTS["fastgpt.linear_cross_entropy_fp8"](op(*args), *args)
     rows, cells, weights = 32 * 16, 32 * 48, 48 * 16  # in two chunks of 16 rows
     assert {k.name: (k.bytes, k.fp8) for k in kernels} == {
         "x maximum": (2 * rows, False),
