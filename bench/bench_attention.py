@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from bench._ops.op_bench import Direction, Function, Op, RandomTensors, standard_providers
 from fastgpt.kernels import fused, reference, torch_ops
+from fastgpt.kernels._tensors import split_heads
 from fastgpt.kernels.costs import attention_pairs
 
 
@@ -32,7 +33,7 @@ def eager(qkv: Tensor, n_head: int) -> Tensor:
 
 def head_by_head(qkv: Tensor, n_head: int) -> Tensor:
     """The plain op with the scores of one head in memory, in the backward pass too."""
-    heads = zip(*(t.flatten(0, 1) for t in reference.split_heads(qkv, n_head)), strict=True)
+    heads = zip(*(t.flatten(0, 1) for t in split_heads(qkv, n_head)), strict=True)
     y = [checkpoint(_one_head, *head, use_reentrant=False) for head in heads]  # B * H of (T, D)
     batch, length, _ = qkv.shape
     return torch.stack(y).view(batch, n_head, length, -1).transpose(1, 2).flatten(2)
@@ -88,7 +89,7 @@ def inputs_of_documents(
 
 def eager_of_documents(qkv: Tensor, n_head: int, starts: Tensor) -> Tensor:
     """nanoGPT's with a mask, which is made in each call, as in each layer."""
-    q, k, v = reference.split_heads(qkv, n_head)
+    q, k, v = split_heads(qkv, n_head)
     y = F.scaled_dot_product_attention(q, k, v, reference.document_mask(starts))
     return y.transpose(1, 2).flatten(2)
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from bench._ops.op_bench import Op, RandomTensors, standard_providers
 from fastgpt.kernels import reference
-from fastgpt.kernels.reference import split_heads
+from fastgpt.kernels._tensors import split_heads
 
 
 def inputs(random: RandomTensors, B: int, S: int, H: int, D: int) -> tuple[Tensor, Tensor, Tensor]:

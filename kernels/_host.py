@@ -2,23 +2,43 @@
 
 import contextlib
 import functools
+from collections.abc import Iterator
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastgpt.kernels._precision import autocast_dtype as autocast_dtype
-from fastgpt.kernels._precision import matmul_float32 as matmul_float32
+from fastgpt.kernels._tensors import autocast_dtype as autocast_dtype
+from fastgpt.kernels._tensors import matmul_float32 as matmul_float32
 
 LOG2_E = 1.4426950408889634
 
 # With TRITON_INTERPRET=1 the kernels run in Triton's interpreter, on CPU tensors.
 INTERPRETED = bool(triton.knobs.runtime.interpret)
+_CPU_CAPABILITY: int | None = None  # what stands for a GPU's properties, on CPU tensors
+_CPU_MULTIPROCESSORS = 2
 
 # For every launch: a product and a sum in one instruction. Up to 3.8 Triton does so by itself; 3.9
 # warns where it was not asked for, and says that 3.10 will not.
 FMA = {"enable_fp_fusion": True}
+
+
+@contextlib.contextmanager
+def interpreted(
+    on: bool = True, capability: int | None = None, multiprocessors: int = 2
+) -> Iterator[None]:
+    """Within, the ops take CPU tensors, or (``on=False``) do not, and choose their launches as for
+    a GPU of this compute capability (None: as the interpreter does) and size. What runs a launch is
+    the caller's affair: Triton's interpreter, a recorder, or nothing on fake tensors."""
+    global INTERPRETED, _CPU_CAPABILITY, _CPU_MULTIPROCESSORS
+    outside = INTERPRETED, _CPU_CAPABILITY, _CPU_MULTIPROCESSORS
+    INTERPRETED, _CPU_CAPABILITY, _CPU_MULTIPROCESSORS = on, capability, multiprocessors
+    try:
+        yield
+    finally:
+        INTERPRETED, _CPU_CAPABILITY, _CPU_MULTIPROCESSORS = outside
+
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -79,6 +99,11 @@ def accumulator(dtype: torch.dtype) -> tl.dtype:
     return tl.float64 if dtype == torch.float64 else tl.float32
 
 
+def stats_dtype(dtype: torch.dtype) -> torch.dtype:
+    """``accumulator`` as PyTorch has it."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
 def is_half(dtype: torch.dtype) -> bool:
     return dtype in (torch.float16, torch.bfloat16)
 
@@ -101,13 +126,16 @@ def _properties(index: int):
 
 
 def capability(device: torch.device) -> int | None:
-    """Compute capability as in the launch tables: 80, 90, 100; None when interpreted."""
+    """Compute capability as in the launch tables: 80, 90, 100; None when interpreted, unless
+    ``interpreted`` says otherwise."""
     if device.type != "cuda":
-        return None
+        return _CPU_CAPABILITY
     properties = _properties(device.index)
     return 10 * properties.major + properties.minor
 
 
 def multiprocessors(device: torch.device) -> int:
     """How many programs run side by side; 2 when interpreted, enough to test partial sums."""
-    return 2 if device.type != "cuda" else _properties(device.index).multi_processor_count
+    if device.type != "cuda":
+        return _CPU_MULTIPROCESSORS
+    return _properties(device.index).multi_processor_count

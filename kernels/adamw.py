@@ -20,7 +20,6 @@ import triton.language as tl
 from torch import Tensor
 
 from fastgpt.kernels import _checks, _host, configs
-from fastgpt.kernels.costs import KernelCost, nbytes, register_cost
 
 
 @triton.jit
@@ -144,12 +143,6 @@ def _adamw_op(
 @_adamw_op.register_fake
 def _(*_):
     return None
-
-
-@register_cost(torch.ops.fastgpt.adamw)
-def _(out, param, rounded, grad, exp_avg, exp_avg_sq, *_):
-    written = nbytes(param, rounded, exp_avg, exp_avg_sq)
-    return [KernelCost("AdamW", 0, nbytes(param, grad, exp_avg, exp_avg_sq) + written)]
 
 
 def adamw(

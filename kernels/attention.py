@@ -40,38 +40,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastgpt.kernels import _checks, _host
+from fastgpt.kernels._tensors import split_heads, unpacked
 from fastgpt.kernels.attention_bwd import attention_bwd
 from fastgpt.kernels.attention_fwd import Options, attention_fwd, empty_lse
-from fastgpt.kernels.costs import KernelCost, attention_pairs, nbytes, register_cost
-from fastgpt.kernels.reference import split_heads, unpacked
 
 MAX_HEAD_SIZE = 256
 
 
 # ---------------------------------------------------------------------------------------- costs
-
-
-def fwd_cost(q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, causal: bool) -> KernelCost:
-    """q, k, v as (B, H, T, D). Two products a tile. That of causal attention also with documents:
-    how much less they need depends on values, which a formula does not read."""
-    return KernelCost("fwd", 2 * _product(q, k, causal), nbytes(q, k, v, out, lse))
-
-
-def bwd_cost(
-    q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, causal: bool
-) -> list[KernelCost]:
-    """Three products a tile and four: both kernels compute the scores and dP."""
-    product = _product(q, k, causal)
-    dq, dk, dv, dout, delta = q, k, v, out, lse[:, :, 0]  # of the same sizes
-    return [
-        KernelCost("dq", 3 * product, nbytes(q, k, v, out, dout, lse, delta, dq)),
-        KernelCost("dkdv", 4 * product, nbytes(q, k, v, dout, lse, delta, dk, dv)),
-    ]
-
-
-def _product(q: Tensor, k: Tensor, causal: bool) -> int:
-    batch, n_head, n_queries, head_size = q.shape
-    return 2 * batch * n_head * attention_pairs(n_queries, k.shape[2], causal) * head_size
 
 
 # -------------------------------------------------------------------------- separate q, k and v
@@ -133,16 +109,6 @@ def _backward(ctx, dout, _dlse):
 _attention_op.register_autograd(_backward, setup_context=_setup_context)
 
 
-@register_cost(torch.ops.fastgpt.attention)
-def _(out, q, k, v, seed, starts, causal, *_):
-    return [fwd_cost(q, k, v, *out, causal)]
-
-
-@register_cost(torch.ops.fastgpt.attention_bwd)
-def _(grads, dout, q, k, v, out, lse, seed, starts, causal, *_):
-    return bwd_cost(q, k, v, out, lse, causal)
-
-
 # ------------------------------------------------------------------------------------ packed qkv
 
 
@@ -198,16 +164,6 @@ def _backward_qkvpacked(ctx, dout, _dlse):
 _attention_qkvpacked_op.register_autograd(
     _backward_qkvpacked, setup_context=_setup_context_qkvpacked
 )
-
-
-@register_cost(torch.ops.fastgpt.attention_qkvpacked)
-def _(out, qkv, n_head, seed, starts, causal, *_):
-    return [fwd_cost(*split_heads(qkv, n_head), *out, causal)]
-
-
-@register_cost(torch.ops.fastgpt.attention_qkvpacked_bwd)
-def _(dqkv, dout, qkv, out, lse, n_head, seed, starts, causal, *_):
-    return bwd_cost(*split_heads(qkv, n_head), out, lse, causal)
 
 
 # ------------------------------------------------------------------------------ public functions

@@ -25,7 +25,6 @@ import triton.language as tl
 from torch import Tensor
 
 from fastgpt.kernels import _checks, _host, configs
-from fastgpt.kernels.costs import KernelCost, nbytes, register_cost
 
 
 @triton.jit
@@ -180,21 +179,6 @@ def _attention_decode_op(qkv: Tensor, cache: Tensor, positions: Tensor, scale: f
 @_attention_decode_op.register_fake
 def _(qkv, cache, positions, scale):
     return qkv.new_empty(*qkv.shape[:2], qkv.shape[2] // 3)
-
-
-@register_cost(torch.ops.fastgpt.attention_decode)
-def _(out, qkv, cache, positions, scale):
-    """Of a full cache: positions are on the device, and not read."""
-    _, batch, n_head, n_slots, head_size = cache.shape
-    config = configs.find(cache, "attention_decode", "fwd", _block_d(head_size))
-    n_parts = triton.cdiv(n_slots, config.BLOCK_N)
-    wide = 8 if cache.dtype == torch.float64 else 4
-    parts = batch * n_head * n_parts * (head_size + 2) * wide
-    flops = 4 * batch * n_head * n_slots * head_size
-    return [
-        KernelCost("decode", flops, nbytes(qkv, cache, positions) + parts),
-        KernelCost("decode sum", 0, nbytes(positions, out) + parts),
-    ]
 
 
 def attention_decode(

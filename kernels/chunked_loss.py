@@ -21,8 +21,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from fastgpt.kernels._precision import autocast_dtype, matmul_float32
-from fastgpt.kernels.costs import CostFormula, KernelCost, nbytes, register_cost
+from fastgpt.kernels._tensors import autocast_dtype, matmul_float32
 
 # rows(logits, targets, losses, ignore_index, label_smoothing, z_loss, want_gradient) writes the
 # losses (rows), 0 where ignored. With want_gradient it overwrites logits (rows, V), columns
@@ -140,14 +139,6 @@ def _(grad, divisor, dx, dweight, dx_dtype, dweight_dtype):
     return torch.empty_like(dx, dtype=dx_dtype), torch.empty_like(dweight, dtype=dweight_dtype)
 
 
-@register_cost(torch.ops.fastgpt.linear_cross_entropy_bwd)
-def _(out, grad, divisor, dx, dweight, dx_dtype, dweight_dtype):
-    return [
-        KernelCost("scale dx", 0, nbytes(dx, out[0])),
-        KernelCost("scale dweight", 0, nbytes(dweight, out[1])),
-    ]
-
-
 def _setup_context(ctx, inputs, output):
     x, weight, *_, ctx.want_dx, ctx.want_dweight = inputs
     _, divisor, dx, dweight = output
@@ -164,34 +155,8 @@ def _backward(ctx, grad, *_):
     return (dx if ctx.want_dx else None, dweight if ctx.want_dweight else None, *no_gradient)
 
 
-def cost(
-    out, x, weight, targets, dtype, ignore_index, mean, smoothing, z_loss, want_dx, want_dweight
-):
-    n_cols, width = weight.shape
-    n_rows, size = targets.numel(), dtype.itemsize
-    # The chunks of a GPU, whatever device the tensors are on.
-    chunks = -(-n_rows // chunk_rows(n_cols, dtype, torch.device("cuda")))
-    flops = 2 * n_rows * n_cols * width
-    logits, x_bytes = size * n_rows * n_cols, size * n_rows * width
-    weights = chunks * size * n_cols * width  # read once a chunk
-    passes = 2 if want_dx or want_dweight else 1
-    costs = [
-        KernelCost("logits", flops, x_bytes + weights + logits),
-        KernelCost("rows", 0, passes * logits + nbytes(targets)),
-    ]
-    if want_dx:
-        costs.append(KernelCost("dx", flops, logits + weights + x_bytes))
-    if want_dweight:  # the first chunk writes it, each other reads and writes it
-        accumulated = max(1, 2 * chunks - 1) * nbytes(out[3])
-        costs.append(KernelCost("dweight", flops, logits + x_bytes + accumulated))
-    for name, tensor in (("cast x", x), ("cast weight", weight)):
-        if tensor.dtype != dtype:
-            costs.append(KernelCost(name, 0, nbytes(tensor) + size * tensor.numel()))
-    return costs
-
-
 def define(
-    name: str, forward: Callable[..., tuple[Tensor, ...]], cost: CostFormula
+    name: str, forward: Callable[..., tuple[Tensor, ...]]
 ) -> Callable[..., tuple[Tensor, ...]]:
     """The operator ``fastgpt::name``. ``forward``: as ``chunked`` makes it of a row function."""
     op = torch.library.custom_op(
@@ -204,7 +169,6 @@ def define(
     )
     op.register_fake(_fake_forward)
     op.register_autograd(_backward, setup_context=_setup_context)
-    register_cost(getattr(torch.ops.fastgpt, name))(cost)
     return op
 
 

@@ -4,15 +4,19 @@ floating-point operations and its bytes of device memory.
 One formula serves two readers: ``torch.utils.flop_counter`` gets the sum of the FLOPs (once
 ``fused`` was imported), and ``bench/roofline.py`` every kernel for itself. An operator without a
 formula is taken for one kernel that reads its inputs, writes its outputs and multiplies no
-matrices.
+matrices. The formulas that ask a launch table import it when they are called: this module needs
+torch alone.
 """
 
 import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
-from torch._ops import OpOverloadPacket
+
+from fastgpt.kernels import chunked_loss
+from fastgpt.kernels._tensors import split_heads
 
 
 class KernelCost(NamedTuple):
@@ -26,18 +30,18 @@ class KernelCost(NamedTuple):
 
 CostFormula = Callable[..., list[KernelCost]]
 
-COSTS: dict[OpOverloadPacket, CostFormula] = {}
+COSTS: dict[str, CostFormula] = {}  # by operator, as ``str(torch.ops.fastgpt.gelu)`` spells it
 
 
-def register_cost(op: OpOverloadPacket) -> Callable[[CostFormula], CostFormula]:
-    """Decorates the cost formula of ``op`` (``torch.ops.fastgpt.attention``, say).
+def _cost_of(*names: str) -> Callable[[CostFormula], CostFormula]:
+    """Decorates the cost formula of ``fastgpt::name``.
 
     The formula is called as ``formula(out, *args)``: what the operator returned, then its
     arguments, the tensors among them often fake. Shapes and dtypes are all that it may read.
     """
 
     def register(formula: CostFormula) -> CostFormula:
-        COSTS[op] = formula
+        COSTS.update({f"fastgpt.{name}": formula for name in names})
         return formula
 
     return register
@@ -49,17 +53,42 @@ def _flops(formula: CostFormula, *args: Any, out_val: Any, **kwargs: Any) -> int
 
 @functools.cache
 def publish() -> None:
-    """Hand the formulas to PyTorch's FLOP counter. Not done by ``register_cost``, because the
-    counter imports Triton, or warns that there is none, and a CPU run needs neither."""
+    """Hand the formulas to PyTorch's FLOP counter. Not done at import, because the counter imports
+    Triton, or warns that there is none, and a CPU run needs neither."""
     from torch.utils.flop_counter import register_flop_formula
 
-    for op, formula in COSTS.items():
-        register_flop_formula(op, get_raw=True)(functools.partial(_flops, formula))
+    for name, formula in COSTS.items():
+        op = getattr(torch.ops.fastgpt, name.removeprefix("fastgpt."), None)
+        if op is not None:  # of an implementation that was imported
+            register_flop_formula(op, get_raw=True)(functools.partial(_flops, formula))
 
 
 def nbytes(*tensors: Tensor | None) -> int:
     """The bytes of the elements of all tensors together."""
     return sum(t.numel() * t.element_size() for t in tensors if t is not None)
+
+
+# ------------------------------------------------------------------------------------- embedding
+
+
+# Rows of the tables are read once for each different id: at most as many as there are ids.
+@_cost_of("embedding")
+def _(out, idx, token_weight, position_weight, *_options):
+    rows = min(idx.numel(), token_weight.shape[0]) + idx.shape[1]
+    tables = rows * token_weight.shape[1] * token_weight.element_size()
+    return [KernelCost("embedding", 0, nbytes(idx, out) + tables)]
+
+
+@_cost_of("embedding_bwd_token")
+def _(dtoken, dout, idx, *_options):
+    sort = nbytes(idx) + idx.numel() * (idx.element_size() + 16)  # ids in; ids, order, ends out
+    return [
+        KernelCost("sort", 0, sort),
+        KernelCost("embedding_bwd_token", 0, nbytes(dout, dtoken) + sort - nbytes(idx)),
+    ]
+
+
+# ------------------------------------------------------------------------------------- attention
 
 
 def attention_pairs(n_queries: int, n_keys: int, causal: bool) -> int:
@@ -69,3 +98,304 @@ def attention_pairs(n_queries: int, n_keys: int, causal: bool) -> int:
         return n_queries * n_keys
     square = min(n_queries, n_keys)
     return square * square // 2 + (n_queries - square) * n_keys
+
+
+def _attention_product(q: Tensor, k: Tensor, causal: bool) -> int:
+    batch, n_head, n_queries, head_size = q.shape
+    return 2 * batch * n_head * attention_pairs(n_queries, k.shape[2], causal) * head_size
+
+
+def _attention_fwd(q, k, v, out, lse, causal):
+    """q, k, v as (B, H, T, D). Two products a tile. That of causal attention also with documents:
+    how much less they need depends on values, which a formula does not read."""
+    product = _attention_product(q, k, causal)
+    return [KernelCost("fwd", 2 * product, nbytes(q, k, v, out, lse))]
+
+
+def _attention_bwd(q, k, v, out, lse, causal):
+    """Three products a tile and four: both kernels compute the scores and dP."""
+    product = _attention_product(q, k, causal)
+    dq, dk, dv, dout, delta = q, k, v, out, lse[:, :, 0]  # of the same sizes
+    return [
+        KernelCost("dq", 3 * product, nbytes(q, k, v, out, dout, lse, delta, dq)),
+        KernelCost("dkdv", 4 * product, nbytes(q, k, v, dout, lse, delta, dk, dv)),
+    ]
+
+
+@_cost_of("attention")
+def _(out, q, k, v, seed, starts, causal, *_):
+    return _attention_fwd(q, k, v, *out, causal)
+
+
+@_cost_of("attention_bwd")
+def _(grads, dout, q, k, v, out, lse, seed, starts, causal, *_):
+    return _attention_bwd(q, k, v, out, lse, causal)
+
+
+@_cost_of("attention_qkvpacked")
+def _(out, qkv, n_head, seed, starts, causal, *_):
+    return _attention_fwd(*split_heads(qkv, n_head), *out, causal)
+
+
+@_cost_of("attention_qkvpacked_bwd")
+def _(dqkv, dout, qkv, out, lse, n_head, seed, starts, causal, *_):
+    return _attention_bwd(*split_heads(qkv, n_head), out, lse, causal)
+
+
+@_cost_of("attention_decode")
+def _(out, qkv, cache, positions, scale):
+    """Of a full cache: positions are on the device, and not read."""
+    from fastgpt.kernels import configs
+
+    _, batch, n_head, n_slots, head_size = cache.shape
+    block_d = max(16, 1 << (head_size - 1).bit_length())
+    config = configs.find(cache, "attention_decode", "fwd", block_d)
+    n_parts = -(-n_slots // config.BLOCK_N)
+    wide = 8 if cache.dtype == torch.float64 else 4
+    parts = batch * n_head * n_parts * (head_size + 2) * wide
+    flops = 4 * batch * n_head * n_slots * head_size
+    return [
+        KernelCost("decode", flops, nbytes(qkv, cache, positions) + parts),
+        KernelCost("decode sum", 0, nbytes(positions, out) + parts),
+    ]
+
+
+# ----------------------------------------------------------------------------------- linear and MLP
+
+
+def _product(name: str, m: int, n: int, k: int, *tensors: Tensor | None) -> KernelCost:
+    """An (m, k) by (k, n) product that moves each of the tensors once."""
+    return KernelCost(name, 2 * m * n * k, nbytes(*tensors))
+
+
+def _casting(dtype: torch.dtype, *weights: Tensor | None) -> list[KernelCost]:
+    """The rounding of weights that are not of the dtype yet: read, and written at its size."""
+    moved = sum(
+        w.numel() * (w.element_size() + dtype.itemsize)
+        for w in weights
+        if w is not None and w.dtype != dtype
+    )
+    return [KernelCost("weight cast", 0, moved)] if moved else []
+
+
+def _recomputing(ln_weight: Tensor | None, saved: Tensor, dtype: torch.dtype) -> list[KernelCost]:
+    if ln_weight is None:
+        return []
+    return [KernelCost("LayerNorm again", 0, nbytes(saved) + saved.numel() * dtype.itemsize)]
+
+
+def _operand(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """The weight as the product reads it, for a cost formula: shapes and dtypes alone."""
+    return weight.new_empty(weight.shape, dtype=dtype, device="meta")
+
+
+# As on an H100 or H200 in half precision, whatever the tensors' device and dtype.
+
+
+def _on_hopper(kernel: str, *options: str) -> Any:
+    """The launch of a kernel of ``gemm``, None if cuBLAS is chosen."""
+    from fastgpt.kernels import configs
+
+    config = configs.lookup("gemm", kernel, 90, torch.bfloat16, configs.ANY, options)
+    return None if config == configs.CUBLAS else config
+
+
+def _linear_gelu(
+    x: Tensor, weight: Tensor, bias: Tensor | None, hidden: Tensor
+) -> list[KernelCost]:
+    """Of ``linear_gelu``, whose results are like ``hidden`` each."""
+    flops = 2 * hidden.numel() * x.shape[-1]
+    operands = nbytes(x, weight, bias)
+    if _on_hopper("fwd") is not None:
+        return [KernelCost("linear + GELU", flops, operands + 2 * nbytes(hidden))]
+    return [
+        KernelCost("linear", flops, operands + nbytes(hidden)),
+        KernelCost("GELU", 0, 2 * nbytes(hidden)),
+    ]
+
+
+def _linear_gelu_gradient(
+    dy: Tensor, weight: Tensor, pre: Tensor, recompute: bool
+) -> list[KernelCost]:
+    """Of ``linear_gelu_gradient``."""
+    flops = 2 * pre.numel() * dy.shape[-1]
+    operands = nbytes(dy, weight)
+    if _on_hopper("bwd", *["recompute"] * recompute) is not None:
+        return [KernelCost("linear dx * GELU'", flops, operands + (2 + recompute) * nbytes(pre))]
+    kernels = [
+        KernelCost("linear dx", flops, operands + nbytes(pre)),
+        KernelCost("GELU'", 0, 3 * nbytes(pre)),
+    ]
+    return [*kernels, KernelCost("GELU again", 0, 2 * nbytes(pre))] if recompute else kernels
+
+
+def _weight_gradient(dy: Tensor, x: Tensor, *gradients: Tensor) -> list[KernelCost]:
+    """Of ``weight_gradient``, whose results are like ``gradients``."""
+    n_cols = x.shape[-1]
+    n_tokens, n_rows = x.numel() // n_cols, gradients[0].shape[0]
+    flops = 2 * n_tokens * n_rows * n_cols
+    rounded = gradients[0].dtype != torch.float32
+    config = _on_hopper("weight")
+    if config is None:
+        again = 4 * n_rows * n_cols + nbytes(gradients[0]) if rounded else 0
+        return [
+            KernelCost("linear dweight", flops, nbytes(dy, x) + 4 * n_rows * n_cols),
+            KernelCost("linear dweight, rounded", 0, again),
+            *(KernelCost("linear dbias", 0, nbytes(dy, dbias)) for dbias in gradients[1:]),
+        ]
+    from fastgpt.kernels import gemm
+
+    n_tiles = -(-n_rows // config.BLOCK_M) * -(-n_cols // config.BLOCK_N)
+    n_splits = gemm.splits(n_rows, n_cols, n_tokens, n_tiles, 132 * config.programs)
+    partial = 4 * n_splits * n_rows * n_cols
+    again = partial + nbytes(*gradients) if n_splits > 1 or rounded else 0
+    return [
+        KernelCost("linear dweight", flops, nbytes(dy, x) + partial),
+        KernelCost("linear dweight, its parts added up", 0, again),
+    ]
+
+
+@_cost_of("linear")
+def _(out, x, weight, bias, *_):
+    n, k = weight.shape
+    w = _operand(weight, x.dtype)
+    return [
+        *_casting(x.dtype, weight, bias),
+        _product("linear", x.numel() // k, n, k, x, w, bias, out),
+    ]
+
+
+@_cost_of("linear_bwd")
+def _(out, dy, weight, saved, ln_weight, ln_bias, eps, has_bias, wants_dx, wants_dweight):
+    n, k = weight.shape
+    tokens = dy.numel() // n
+    w = _operand(weight, dy.dtype)
+    kernels = []
+    if wants_dx:
+        kernels += [
+            *_casting(dy.dtype, weight),
+            _product("linear dx", tokens, k, n, dy, w, out[0]),
+        ]
+    if wants_dweight:
+        kernels += _recomputing(ln_weight, saved, dy.dtype)
+        kernels += _weight_gradient(dy, _operand(saved, dy.dtype), *out[wants_dx:])
+    return kernels
+
+
+@_cost_of("mlp")
+def _(out, x, fc_weight, fc_bias, proj_weight, *_):
+    f, c = fc_weight.shape
+    n = proj_weight.shape[0]
+    tokens = x.numel() // c
+    fc, proj = _operand(fc_weight, x.dtype), _operand(proj_weight, x.dtype)
+    hidden = x.new_empty(tokens, f, device="meta")
+    return [
+        *_casting(x.dtype, fc_weight, proj_weight),
+        *_linear_gelu(x, fc, fc_bias, hidden),
+        _product("linear", tokens, n, f, hidden, proj, out[0]),
+    ]
+
+
+@_cost_of("mlp_bwd")
+def _(
+    out, dy, fc_weight, proj_weight, saved, ln_weight, ln_bias, pre, act, eps, approximate,
+    has_bias, wants_dx, wants_dfc, wants_dproj,
+):  # fmt: skip
+    f, c = fc_weight.shape
+    tokens = pre.shape[0]
+    fc, proj = _operand(fc_weight, dy.dtype), _operand(proj_weight, dy.dtype)
+    kernels: list[KernelCost] = [
+        *_casting(dy.dtype, proj_weight, fc_weight if wants_dx else None),
+        *_linear_gelu_gradient(dy, proj, pre, act is None and wants_dproj),
+    ]
+    gradients = iter(out)
+    if wants_dx:
+        kernels.append(_product("linear dx", tokens, c, f, pre, fc, next(gradients)))
+    if wants_dfc:
+        parameters = [next(gradients) for _ in range(1 + has_bias)]
+        kernels += _recomputing(ln_weight, saved, dy.dtype)
+        kernels += _weight_gradient(pre, _operand(saved, dy.dtype), *parameters)
+    if wants_dproj:
+        kernels += _weight_gradient(dy, pre, next(gradients))
+    return kernels
+
+
+# ----------------------------------------------------------------------------------------- the loss
+
+
+def _quantising(name: str, x: Tensor, copies: int) -> list[KernelCost]:
+    """Of ``quantise``: x is read for the maximum and for the cast; ``copies``: rows, columns."""
+    size = nbytes(x)
+    return [
+        KernelCost(f"{name} maximum", 0, size),
+        KernelCost(f"{name} to fp8", 0, size + copies * x.numel()),
+    ]
+
+
+@_cost_of("linear_cross_entropy", "linear_cross_entropy_torch_ops")
+def _(out, x, weight, targets, dtype, ignore_index, mean, smoothing, z_loss, want_dx, want_dweight):
+    n_cols, width = weight.shape
+    n_rows, size = targets.numel(), dtype.itemsize
+    # The chunks of a GPU, whatever device the tensors are on.
+    chunks = -(-n_rows // chunked_loss.chunk_rows(n_cols, dtype, torch.device("cuda")))
+    flops = 2 * n_rows * n_cols * width
+    logits, x_bytes = size * n_rows * n_cols, size * n_rows * width
+    weights = chunks * size * n_cols * width  # read once a chunk
+    passes = 2 if want_dx or want_dweight else 1
+    costs = [
+        KernelCost("logits", flops, x_bytes + weights + logits),
+        KernelCost("rows", 0, passes * logits + nbytes(targets)),
+    ]
+    if want_dx:
+        costs.append(KernelCost("dx", flops, logits + weights + x_bytes))
+    if want_dweight:  # the first chunk writes it, each other reads and writes it
+        accumulated = max(1, 2 * chunks - 1) * nbytes(out[3])
+        costs.append(KernelCost("dweight", flops, logits + x_bytes + accumulated))
+    for name, tensor in (("cast x", x), ("cast weight", weight)):
+        if tensor.dtype != dtype:
+            costs.append(KernelCost(name, 0, nbytes(tensor) + size * tensor.numel()))
+    return costs
+
+
+@_cost_of("linear_cross_entropy_bwd")
+def _(out, grad, divisor, dx, dweight, dx_dtype, dweight_dtype):
+    return [
+        KernelCost("scale dx", 0, nbytes(dx, out[0])),
+        KernelCost("scale dweight", 0, nbytes(dweight, out[1])),
+    ]
+
+
+@_cost_of("linear_cross_entropy_fp8")
+def _(out, x, weight, targets, dtype, ignore_index, mean, smoothing, z_loss, want_dx, want_dweight):
+    from fastgpt.kernels import linear_cross_entropy
+
+    n_cols, width = weight.shape
+    n_rows, size = targets.numel(), dtype.itemsize
+    # The chunks of a GPU, whatever device the tensors are on.
+    chunks = -(-n_rows // linear_cross_entropy._fp8_chunk_rows(n_cols, dtype, torch.device("cuda")))
+    flops, cells = 2 * n_rows * n_cols * width, n_rows * n_cols
+    x8, weights8 = n_rows * width, chunks * n_cols * width
+    gradient = want_dx or want_dweight
+    x_cast = x.new_empty(x.shape, dtype=dtype, device="meta")
+    costs = [KernelCost("cast x", 0, nbytes(x, x_cast))] if x.dtype != dtype else []
+    costs += _quantising("x", x_cast, 1 + want_dweight)
+    costs += _quantising("weight", weight, 1 + want_dx)
+    costs.append(KernelCost("logits", flops, x8 + weights8 + size * cells, fp8=True))
+    costs.append(KernelCost("rows", 0, (size + gradient) * cells + nbytes(targets)))
+    if want_dx:
+        moved = cells + weights8 + 3 * size * n_rows * width  # written by itself, then copied
+        costs.append(KernelCost("dx", flops, moved, fp8=True))
+    if want_dweight:
+        costs.append(KernelCost("dlogits transposed", 0, 2 * cells))
+        costs.append(KernelCost("dweight", flops, cells + x8 + chunks * nbytes(out[3]), fp8=True))
+        costs.append(KernelCost("sum of dweight", 0, 3 * max(0, chunks - 1) * nbytes(out[3])))
+    return costs
+
+
+# -------------------------------------------------------------------------------------------- AdamW
+
+
+@_cost_of("adamw")
+def _(out, param, rounded, grad, exp_avg, exp_avg_sq, *_):
+    written = nbytes(param, rounded, exp_avg, exp_avg_sq)
+    return [KernelCost("AdamW", 0, nbytes(param, grad, exp_avg, exp_avg_sq) + written)]

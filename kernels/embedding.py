@@ -8,7 +8,6 @@ import triton
 from torch import Tensor
 
 from fastgpt.kernels import _checks, _host, configs
-from fastgpt.kernels.costs import KernelCost, nbytes, register_cost
 from fastgpt.kernels.embedding_kernels import (
     _embedding_bwd_bands_kernel,
     _embedding_bwd_position_kernel,
@@ -85,8 +84,9 @@ def _token_bwd_op(
     dout = dout.contiguous()
     ids, order = torch.sort(idx.flatten(), stable=True)
     ends = torch.searchsorted(ids, ids, right=True)
-    statistic = torch.float64 if dtype == torch.float64 else torch.float32
-    partial = torch.empty(n_rows // BAND, n_cols, dtype=statistic, device=dout.device)
+    partial = torch.empty(
+        n_rows // BAND, n_cols, dtype=_host.stats_dtype(dtype), device=dout.device
+    )
     launch = _launch(dout, "bwd_token")
     column_blocks = triton.cdiv(n_cols, launch["BLOCK_N"])
     options = dict(
@@ -187,23 +187,6 @@ def _positions(idx: Tensor, starts: Tensor, n_vocab: int) -> Tensor:
 
 
 _embedding_op.register_autograd(_backward, setup_context=_setup_context)
-
-
-# Rows of the tables are read once for each different id: at most as many as there are ids.
-@register_cost(torch.ops.fastgpt.embedding)
-def _(out, idx, token_weight, position_weight, *_options):
-    rows = min(idx.numel(), token_weight.shape[0]) + idx.shape[1]
-    tables = rows * token_weight.shape[1] * token_weight.element_size()
-    return [KernelCost("embedding", 0, nbytes(idx, out) + tables)]
-
-
-@register_cost(torch.ops.fastgpt.embedding_bwd_token)
-def _(dtoken, dout, idx, *_options):
-    sort = nbytes(idx) + idx.numel() * (idx.element_size() + 16)  # ids in; ids, order, ends out
-    return [
-        KernelCost("sort", 0, sort),
-        KernelCost("embedding_bwd_token", 0, nbytes(dout, dtoken) + sort - nbytes(idx)),
-    ]
 
 
 def embedding(

@@ -24,7 +24,6 @@ import triton.language as tl
 from torch import Tensor
 
 from fastgpt.kernels import _host, configs
-from fastgpt.kernels.costs import KernelCost, nbytes
 
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 
@@ -223,16 +222,3 @@ def product(
             output_dtype=dtype,
             use_fast_accum=fast_sums,
         )
-
-
-def quantise_cost(name: str, x: Tensor, copies: int) -> list[KernelCost]:
-    """Of ``quantise``: x is read for the maximum and for the cast; ``copies``: rows, columns."""
-    size = nbytes(x)
-    return [
-        KernelCost(f"{name} maximum", 0, size),
-        KernelCost(f"{name} to fp8", 0, size + copies * x.numel()),
-    ]
-
-
-def product_cost(name: str, m: int, n: int, k: int, out: Tensor) -> KernelCost:
-    return KernelCost(name, 2 * m * n * k, m * k + n * k + nbytes(out), fp8=True)

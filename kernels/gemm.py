@@ -15,7 +15,6 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fastgpt.kernels import _host, configs
 from fastgpt.kernels.configs import Gemm
-from fastgpt.kernels.costs import KernelCost, nbytes
 from fastgpt.kernels.gelu import gelu_backward, gelu_forward
 from fastgpt.kernels.gemm_kernels import _linear_gelu_kernel, _weight_grad_kernel
 
@@ -141,67 +140,6 @@ def splits(n_rows: int, n_cols: int, n_tokens: int, n_tiles: int, slots: int) ->
 
     most = max(1, min(_MAX_SPLITS, n_tokens // _MIN_TOKENS))
     return min(range(1, most + 1), key=cost)
-
-
-# Cost formulas: as on an H100 or H200 in half precision, whatever the tensors' device and dtype.
-
-
-def _on_hopper(kernel: str, *options: str) -> Gemm | None:
-    config = configs.lookup("gemm", kernel, 90, torch.bfloat16, configs.ANY, options)
-    return None if config == configs.CUBLAS else config
-
-
-def linear_gelu_cost(
-    x: Tensor, weight: Tensor, bias: Tensor | None, hidden: Tensor
-) -> list[KernelCost]:
-    """Of ``linear_gelu``, whose results are like ``hidden`` each."""
-    flops = 2 * hidden.numel() * x.shape[-1]
-    operands = nbytes(x, weight, bias)
-    if _on_hopper("fwd") is not None:
-        return [KernelCost("linear + GELU", flops, operands + 2 * nbytes(hidden))]
-    return [
-        KernelCost("linear", flops, operands + nbytes(hidden)),
-        KernelCost("GELU", 0, 2 * nbytes(hidden)),
-    ]
-
-
-def linear_gelu_gradient_cost(
-    dy: Tensor, weight: Tensor, pre: Tensor, recompute: bool
-) -> list[KernelCost]:
-    """Of ``linear_gelu_gradient``."""
-    flops = 2 * pre.numel() * dy.shape[-1]
-    operands = nbytes(dy, weight)
-    if _on_hopper("bwd", *["recompute"] * recompute) is not None:
-        return [KernelCost("linear dx * GELU'", flops, operands + (2 + recompute) * nbytes(pre))]
-    kernels = [
-        KernelCost("linear dx", flops, operands + nbytes(pre)),
-        KernelCost("GELU'", 0, 3 * nbytes(pre)),
-    ]
-    return [*kernels, KernelCost("GELU again", 0, 2 * nbytes(pre))] if recompute else kernels
-
-
-def weight_gradient_cost(dy: Tensor, x: Tensor, *gradients: Tensor) -> list[KernelCost]:
-    """Of ``weight_gradient``, whose results are like ``gradients``."""
-    n_cols = x.shape[-1]
-    n_tokens, n_rows = x.numel() // n_cols, gradients[0].shape[0]
-    flops = 2 * n_tokens * n_rows * n_cols
-    rounded = gradients[0].dtype != torch.float32
-    config = _on_hopper("weight")
-    if config is None:
-        again = 4 * n_rows * n_cols + nbytes(gradients[0]) if rounded else 0
-        return [
-            KernelCost("linear dweight", flops, nbytes(dy, x) + 4 * n_rows * n_cols),
-            KernelCost("linear dweight, rounded", 0, again),
-            *(KernelCost("linear dbias", 0, nbytes(dy, dbias)) for dbias in gradients[1:]),
-        ]
-    n_tiles = triton.cdiv(n_rows, config.BLOCK_M) * triton.cdiv(n_cols, config.BLOCK_N)
-    n_splits = splits(n_rows, n_cols, n_tokens, n_tiles, 132 * config.programs)
-    partial = 4 * n_splits * n_rows * n_cols
-    again = partial + nbytes(*gradients) if n_splits > 1 or rounded else 0
-    return [
-        KernelCost("linear dweight", flops, nbytes(dy, x) + partial),
-        KernelCost("linear dweight, its parts added up", 0, again),
-    ]
 
 
 def weight_gradient(

@@ -17,8 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastgpt.kernels import _checks, _host, gemm
-from fastgpt.kernels.costs import KernelCost, nbytes, register_cost
-from fastgpt.kernels.layer_norm import layer_norm_fwd
+from fastgpt.kernels.layer_norm_fwd import layer_norm_fwd
 
 
 def rows(x: Tensor) -> Tensor:
@@ -129,59 +128,6 @@ def _backward(ctx, dy):
 
 
 _linear_op.register_autograd(_backward, setup_context=_setup_context)
-
-
-def product(name: str, m: int, n: int, k: int, *tensors: Tensor | None) -> KernelCost:
-    """An (m, k) by (k, n) product that moves each of the tensors once."""
-    return KernelCost(name, 2 * m * n * k, nbytes(*tensors))
-
-
-def casting(dtype: torch.dtype, *weights: Tensor | None) -> list[KernelCost]:
-    """The rounding of weights that are not of the dtype yet: read, and written at its size."""
-    moved = sum(
-        w.numel() * (w.element_size() + dtype.itemsize)
-        for w in weights
-        if w is not None and w.dtype != dtype
-    )
-    return [KernelCost("weight cast", 0, moved)] if moved else []
-
-
-def restoring(ln_weight: Tensor | None, saved: Tensor, dtype: torch.dtype) -> list[KernelCost]:
-    if ln_weight is None:
-        return []
-    return [KernelCost("LayerNorm again", 0, nbytes(saved) + saved.numel() * dtype.itemsize)]
-
-
-def operand(weight: Tensor, dtype: torch.dtype) -> Tensor:
-    """The weight as the product reads it, for a cost formula: shapes and dtypes alone."""
-    return weight.new_empty(weight.shape, dtype=dtype, device="meta")
-
-
-@register_cost(torch.ops.fastgpt.linear)
-def _(out, x, weight, bias, *_):
-    n, k = weight.shape
-    w = operand(weight, x.dtype)
-    return [
-        *casting(x.dtype, weight, bias),
-        product("linear", x.numel() // k, n, k, x, w, bias, out),
-    ]
-
-
-@register_cost(torch.ops.fastgpt.linear_bwd)
-def _(out, dy, weight, saved, ln_weight, ln_bias, eps, has_bias, wants_dx, wants_dweight):
-    n, k = weight.shape
-    tokens = dy.numel() // n
-    w = operand(weight, dy.dtype)
-    kernels = []
-    if wants_dx:
-        kernels += [
-            *casting(dy.dtype, weight),
-            product("linear dx", tokens, k, n, dy, w, out[0]),
-        ]
-    if wants_dweight:
-        kernels += restoring(ln_weight, saved, dy.dtype)
-        kernels += gemm.weight_gradient_cost(dy, operand(saved, dy.dtype), *out[wants_dx:])
-    return kernels
 
 
 def with_recipe(

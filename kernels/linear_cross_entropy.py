@@ -19,7 +19,6 @@ import triton.language as tl
 from torch import Tensor
 
 from fastgpt.kernels import _checks, _host, chunked_loss, configs, fp8_products
-from fastgpt.kernels.costs import KernelCost, nbytes
 
 
 @triton.jit
@@ -138,9 +137,7 @@ def _rows(
         )
 
 
-_linear_cross_entropy_op = chunked_loss.define(
-    "linear_cross_entropy", chunked_loss.chunked(_rows), chunked_loss.cost
-)
+_linear_cross_entropy_op = chunked_loss.define("linear_cross_entropy", chunked_loss.chunked(_rows))
 
 _DLOGITS_SCALE = 2.0**-15
 
@@ -203,35 +200,7 @@ def _forward_fp8(
     return *chunked_loss.reduced(losses, targets, ignore_index, mean), dx, dweight
 
 
-def _cost_fp8(
-    out, x, weight, targets, dtype, ignore_index, mean, smoothing, z_loss, want_dx, want_dweight
-):
-    n_cols, width = weight.shape
-    n_rows, size = targets.numel(), dtype.itemsize
-    # The chunks of a GPU, whatever device the tensors are on.
-    chunks = -(-n_rows // _fp8_chunk_rows(n_cols, dtype, torch.device("cuda")))
-    flops, cells = 2 * n_rows * n_cols * width, n_rows * n_cols
-    x8, weights8 = n_rows * width, chunks * n_cols * width
-    gradient = want_dx or want_dweight
-    x_cast = x.new_empty(x.shape, dtype=dtype, device="meta")
-    costs = [KernelCost("cast x", 0, nbytes(x, x_cast))] if x.dtype != dtype else []
-    costs += fp8_products.quantise_cost("x", x_cast, 1 + want_dweight)
-    costs += fp8_products.quantise_cost("weight", weight, 1 + want_dx)
-    costs.append(KernelCost("logits", flops, x8 + weights8 + size * cells, fp8=True))
-    costs.append(KernelCost("rows", 0, (size + gradient) * cells + nbytes(targets)))
-    if want_dx:
-        moved = cells + weights8 + 3 * size * n_rows * width  # written by itself, then copied
-        costs.append(KernelCost("dx", flops, moved, fp8=True))
-    if want_dweight:
-        costs.append(KernelCost("dlogits transposed", 0, 2 * cells))
-        costs.append(KernelCost("dweight", flops, cells + x8 + chunks * nbytes(out[3]), fp8=True))
-        costs.append(KernelCost("sum of dweight", 0, 3 * max(0, chunks - 1) * nbytes(out[3])))
-    return costs
-
-
-_linear_cross_entropy_fp8_op = chunked_loss.define(
-    "linear_cross_entropy_fp8", _forward_fp8, _cost_fp8
-)
+_linear_cross_entropy_fp8_op = chunked_loss.define("linear_cross_entropy_fp8", _forward_fp8)
 
 
 def linear_cross_entropy(

@@ -19,15 +19,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastgpt.kernels import _checks, _host, gemm
-from fastgpt.kernels.costs import KernelCost, register_cost
 from fastgpt.kernels.linear import (
     cast,
-    casting,
     kept,
-    operand,
-    product,
     restored,
-    restoring,
     rows,
     with_recipe,
 )
@@ -145,44 +140,6 @@ def _backward(ctx, grads):
 
 
 _mlp_op.register_autograd(_backward, setup_context=_setup_context)
-
-
-@register_cost(torch.ops.fastgpt.mlp)
-def _(out, x, fc_weight, fc_bias, proj_weight, *_):
-    f, c = fc_weight.shape
-    n = proj_weight.shape[0]
-    tokens = x.numel() // c
-    fc, proj = operand(fc_weight, x.dtype), operand(proj_weight, x.dtype)
-    hidden = x.new_empty(tokens, f, device="meta")
-    return [
-        *casting(x.dtype, fc_weight, proj_weight),
-        *gemm.linear_gelu_cost(x, fc, fc_bias, hidden),
-        product("linear", tokens, n, f, hidden, proj, out[0]),
-    ]
-
-
-@register_cost(torch.ops.fastgpt.mlp_bwd)
-def _(
-    out, dy, fc_weight, proj_weight, saved, ln_weight, ln_bias, pre, act, eps, approximate,
-    has_bias, wants_dx, wants_dfc, wants_dproj,
-):  # fmt: skip
-    f, c = fc_weight.shape
-    tokens = pre.shape[0]
-    fc, proj = operand(fc_weight, dy.dtype), operand(proj_weight, dy.dtype)
-    kernels: list[KernelCost] = [
-        *casting(dy.dtype, proj_weight, fc_weight if wants_dx else None),
-        *gemm.linear_gelu_gradient_cost(dy, proj, pre, act is None and wants_dproj),
-    ]
-    gradients = iter(out)
-    if wants_dx:
-        kernels.append(product("linear dx", tokens, c, f, pre, fc, next(gradients)))
-    if wants_dfc:
-        parameters = [next(gradients) for _ in range(1 + has_bias)]
-        kernels += restoring(ln_weight, saved, dy.dtype)
-        kernels += gemm.weight_gradient_cost(pre, operand(saved, dy.dtype), *parameters)
-    if wants_dproj:
-        kernels += gemm.weight_gradient_cost(dy, pre, next(gradients))
-    return kernels
 
 
 def mlp(

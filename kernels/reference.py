@@ -7,7 +7,6 @@ with a hand-written one.
 """
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -27,7 +26,7 @@ OPS = {
     "linear": "linear",
     "linear_cross_entropy": "linear_cross_entropy",
     "mlp": "mlp",
-    "residual_layer_norm": "residual_layer_norm",
+    "residual_layer_norm": "layer_norm",
 }
 
 
@@ -100,23 +99,8 @@ def attention_qkvpacked(
     starts: Tensor | None = None,
 ) -> Tensor:
     """The same on packed (B, T, 3C), giving (B, T, C). See ``fused.attention_qkvpacked``."""
-    return unpacked(attention, qkv, n_head, causal, scale, dropout_p, seed, stream, starts)
-
-
-def unpacked(
-    attention: Callable[..., Tensor],
-    qkv: Tensor,
-    n_head: int,
-    causal: bool,
-    scale: float | None,
-    dropout_p: float,
-    seed: Tensor | None,
-    stream: int,
-    starts: Tensor | None,
-) -> Tensor:
-    """``attention_qkvpacked`` by an ``attention`` that wants q, k and v apart."""
     _checks.qkvpacked(qkv, n_head, causal, scale, dropout_p, seed, stream, starts)
-    q, k, v = split_heads(qkv, n_head)
+    q, k, v = qkv.unflatten(2, (3, n_head, -1)).permute(2, 0, 3, 1, 4)  # each (B, H, T, D)
     y = attention(
         q,
         k,
@@ -128,14 +112,7 @@ def unpacked(
         stream=stream,
         starts=starts,
     )
-    return y.transpose(1, 2).reshape(*qkv.shape[:2], -1)  # (B, T, C)
-
-
-def split_heads(qkv: Tensor, n_head: int) -> tuple[Tensor, Tensor, Tensor]:
-    """(B, T, 3C) → three views (B, H, T, D) with C = H * D; nothing is copied."""
-    batch, length, width = qkv.shape
-    q, k, v = qkv.view(batch, length, 3, n_head, width // (3 * n_head)).permute(2, 0, 3, 1, 4)
-    return q, k, v
+    return y.transpose(1, 2).flatten(2)  # (B, T, C)
 
 
 def attention_decode(
@@ -147,7 +124,7 @@ def attention_decode(
     n_head, n_slots, head_size = cache.shape[2:]
     if scale is None:
         scale = 1.0 / math.sqrt(head_size)
-    q, k, v = split_heads(qkv, n_head)  # (B, H, 1, D)
+    q, k, v = qkv.unflatten(2, (3, n_head, -1)).permute(2, 0, 3, 1, 4)  # each (B, H, 1, D)
     slots = torch.arange(n_slots, device=qkv.device)
     place = positions[:, None]
     inside = (place >= 0) & (place < n_slots)

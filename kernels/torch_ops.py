@@ -14,8 +14,8 @@ from torch import Tensor
 from torch.optim.adamw import adamw as _functional_adamw
 
 from fastgpt.kernels import _checks, chunked_loss
-from fastgpt.kernels._precision import autocast_dtype
-from fastgpt.kernels.reference import document_mask, unpacked, widened
+from fastgpt.kernels._tensors import autocast_dtype, unpacked
+from fastgpt.kernels.reference import document_mask, widened
 from fastgpt.kernels.reference import dropout_seed as dropout_seed
 
 
@@ -305,7 +305,6 @@ def _cross_entropy_rows(
 _linear_cross_entropy_op = chunked_loss.define(
     "linear_cross_entropy_torch_ops",
     chunked_loss.chunked(_cross_entropy_rows),
-    chunked_loss.cost,
 )
 
 

@@ -118,10 +118,11 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
 
 
 @pytest.fixture(autouse=True)
-def _interpreted(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+def _interpreted(request: pytest.FixtureRequest) -> Iterator[None]:
     """A test that is for a GPU finds the ops as a user does, who gets no kernel on the CPU."""
     on_gpu = request.node.get_closest_marker("gpu") is not None
-    monkeypatch.setattr(_host, "INTERPRETED", not on_gpu)
+    with _host.interpreted(not on_gpu):
+        yield
 
 
 @pytest.fixture(autouse=True)

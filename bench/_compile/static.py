@@ -126,9 +126,7 @@ def recorded(capability: int) -> Iterator[list[Launch]]:
     multiprocessors = ARCHITECTURES[capability].multiprocessors
     with (
         mock.patch.object(JITFunction, "run", note),
-        mock.patch.object(_host, "INTERPRETED", True),
-        mock.patch.object(_host, "capability", lambda device: capability),
-        mock.patch.object(_host, "multiprocessors", lambda device: multiprocessors),
+        _host.interpreted(True, capability, multiprocessors),
     ):
         yield launches
 

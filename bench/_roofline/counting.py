@@ -5,7 +5,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any
-from unittest import mock
 
 import torch
 from torch import Tensor
@@ -38,7 +37,7 @@ _ATTENTION = {
 def fake_tensors() -> Iterator[None]:
     """Within, tensors are fake: nothing is allocated or launched. The Triton ops accept tensors of
     the CPU as they do under ``TRITON_INTERPRET=1``, since fake CUDA tensors need CUDA."""
-    with FakeTensorMode(), mock.patch.object(_host, "INTERPRETED", True):
+    with FakeTensorMode(), _host.interpreted():
         yield
 
 
@@ -202,8 +201,8 @@ def kernel_costs(
 ) -> list[KernelCost]:
     """The kernels behind one call; none where nothing moves: views, allocations, questions."""
     packet = func.overloadpacket
-    if packet in COSTS:
-        return COSTS[packet](out, *args, **kwargs)
+    if str(packet) in COSTS:
+        return COSTS[str(packet)](out, *args, **kwargs)
     reads, writes = _moved(func, args, kwargs, out)
     if not writes:
         return []

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from unittest import mock
 
 import torch
 from torch._subclasses import FakeTensorMode
@@ -16,7 +15,7 @@ def fake_model(config: GPTConfig, dtype: torch.dtype, recompute: bool) -> Iterat
     """GPT on the fused ops. Within, tensors are fake, and the Triton ops take tensors of the CPU as
     they do under ``TRITON_INTERPRET=1``; on fake ones no kernel is launched, so none is interpreted
     either."""
-    with FakeTensorMode(), mock.patch.object(_host, "INTERPRETED", True):
+    with FakeTensorMode(), _host.interpreted():
         with torch.device("meta"):
             gpt = GPT(config, ops=fused, recompute=recompute)
         weights = {

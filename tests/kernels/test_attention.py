@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from fastgpt.kernels import _host, fused, reference, torch_ops
+from fastgpt.kernels._tensors import split_heads
 from fastgpt.kernels.attention import (
     _attention_bwd_op,
     _attention_op,
@@ -152,7 +153,7 @@ def test_scores_of_any_size(device: str, factor: float, dtype: torch.dtype, gpu:
 def test_packed_equals_separate(device: str) -> None:
     qkv = torch.randn(2, 33, 3 * 40, device=device, requires_grad=True)
     y = fused.attention_qkvpacked(qkv, 2)
-    q, k, v = reference.split_heads(qkv, 2)
+    q, k, v = split_heads(qkv, 2)
     z = fused.attention(q, k, v).transpose(1, 2).flatten(2)
     assert torch.equal(y, z)
     grad = torch.randn_like(y)

@@ -160,7 +160,7 @@ def test_cost_is_that_of_causal_attention() -> None:
     qkv, starts = torch.randn(1, 9, 96), starts_of(9, [2, 5])
     op = torch.ops.fastgpt.attention_qkvpacked
     costs = [
-        COSTS[op](op(*args), *args)
+        COSTS[str(op)](op(*args), *args)
         for args in ((qkv, 2, None, s, True, 0.25, 0.0, 0) for s in (None, starts))
     ]
     assert costs[0] == costs[1]

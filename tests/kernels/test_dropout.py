@@ -13,7 +13,8 @@ from fastgpt.kernels import (
     attention_fwd,
     embedding,
     fused,
-    layer_norm_kernels,
+    layer_norm_bwd,
+    layer_norm_fwd,
 )
 
 ROWS, COLS, P = 96, 128, 0.5
@@ -54,7 +55,8 @@ KERNELS = [
         attention_bwd,
         attention_fwd,
         embedding,
-        layer_norm_kernels,
+        layer_norm_bwd,
+        layer_norm_fwd,
     )
     for name, kernel in vars(module).items()
     if isinstance(kernel, JITFunction)

@@ -8,7 +8,6 @@ import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any
-from unittest import mock
 
 import pytest
 import torch
@@ -304,7 +303,7 @@ def test_bytes_by_hand(device: str) -> None:
     (x, weight), targets = head((32, 16, 48), torch.bfloat16, device)
     args = (x, weight, targets, torch.bfloat16, -1, True, 0.0, 0.0, True, True)
     op: Any = linear_cross_entropy._linear_cross_entropy_fp8_op
-    kernels = COSTS[torch.ops.fastgpt.linear_cross_entropy_fp8](op(*args), *args)
+    kernels = COSTS["fastgpt.linear_cross_entropy_fp8"](op(*args), *args)
     rows, cells, weights = 32 * 16, 32 * 48, 48 * 16  # in two chunks of 16 rows
     assert {k.name: (k.bytes, k.fp8) for k in kernels} == {
         "x maximum": (2 * rows, False),
@@ -344,5 +343,5 @@ def test_what_has_no_fp8() -> None:
     refused(fused, torch.float32, "x must be float16 or bfloat16 with fp8=True.*got torch.float32")
     for module, dtype in ((torch_ops, torch.bfloat16), (ops, torch.float32)):
         refused(module, dtype, "fp8 must be False without .* capability 8.9 .* cpu")
-    with mock.patch.object(_host, "capability", lambda device: 86):
+    with _host.interpreted(capability=86):
         refused(fused, torch.bfloat16, "fp8 must be False on a GPU .* below 8.9 .* got 8.6")

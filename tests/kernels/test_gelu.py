@@ -5,7 +5,7 @@ from functools import partial
 import pytest
 import torch
 
-from fastgpt.kernels import fused, reference, torch_ops
+from fastgpt.kernels import _host, fused, reference, torch_ops
 from fastgpt.kernels.gelu import _gelu_bwd_op, _gelu_op
 from tests.tools import parity
 from tests.tools.sanitizer import sanitize
@@ -71,7 +71,7 @@ def test_sanitized() -> None:
         fused.gelu(x).sum().backward()
 
 
-def test_errors(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_errors() -> None:
     x = torch.randn(3)
     with pytest.raises(ValueError, match="approximate must be 'none' or 'tanh', got 'fast'"):
         fused.gelu(x, "fast")
@@ -81,8 +81,8 @@ def test_errors(monkeypatch: pytest.MonkeyPatch) -> None:
         fused.gelu([1.0])  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="x must be float32, float16 or bfloat16.*float8"):
         fused.gelu(x.to(torch.float8_e4m3fn))
-    monkeypatch.setattr("fastgpt.kernels._host.INTERPRETED", False)
-    with pytest.raises(ValueError, match="x must be on a CUDA device, got cpu"):
-        fused.gelu(x)
-    with pytest.raises(TypeError, match="x must be float32.*float64"):
-        fused.gelu(x.double().to("meta"))
+    with _host.interpreted(False):
+        with pytest.raises(ValueError, match="x must be on a CUDA device, got cpu"):
+            fused.gelu(x)
+        with pytest.raises(TypeError, match="x must be float32.*float64"):
+            fused.gelu(x.double().to("meta"))

@@ -1,21 +1,27 @@
-"""LayerNorm in Triton against the plain op: parity, gradients, determinism, errors."""
+"""LayerNorm in Triton, plain and of a residual sum, against the plain ops: parity, the mask,
+gradients, determinism, what is kept and what is shared, errors."""
 
+from collections.abc import Callable
 from contextlib import nullcontext
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 import triton
+from torch import Tensor
 
 from fastgpt.kernels import fused, reference, torch_ops
 from fastgpt.kernels.layer_norm import MAX_WIDTH, _layer_norm_bwd_op, _layer_norm_op
 from tests.tools import interpreter, parity
 from tests.tools.sanitizer import sanitize
 
+# ----------------------------------------------------------------------------------- layer_norm
 
-def _inputs(
+
+def _plain_inputs(
     shape: tuple[int, ...], dtype: torch.dtype, device: str, layout: str, bias: bool
-) -> tuple[list[torch.Tensor], list[str]]:
+) -> tuple[list[Tensor], list[str]]:
     n = shape[-1]
     inputs = [parity.randn(shape, dtype, device, layout) * 3 + 1]
     inputs += [parity.randn((n,), dtype, device, "strided") for _ in range(2 if bias else 1)]
@@ -24,22 +30,20 @@ def _inputs(
 
 @pytest.mark.parametrize("shape", parity.NORM_SHAPES, ids=str)
 @pytest.mark.parametrize("dtype", parity.DTYPES, ids=str)
-def test_parity(device: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+def test_plain_parity(device: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
     i = parity.NORM_SHAPES.index(shape)
     layout = parity.LAYOUTS[i % len(parity.LAYOUTS)]
-    inputs, names = _inputs(shape, dtype, device, layout, bias=i % 3 != 0)
+    inputs, names = _plain_inputs(shape, dtype, device, layout, bias=i % 3 != 0)
     grad = parity.randn(shape, dtype, device, "transposed")
     ops = fused.layer_norm, torch_ops.layer_norm, reference.layer_norm
     parity.assert_parity(*ops, inputs, grad, names)
 
 
-def _added_in_pairs(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None
-) -> torch.Tensor:
+def _added_in_pairs(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """LayerNorm whose sums are those of pairs, of pairs of pairs, and so on: each sum is rounded,
     where ``RoundedOnce`` would round the mean of a row only."""
 
-    def mean(y: torch.Tensor) -> torch.Tensor:
+    def mean(y: Tensor) -> Tensor:
         n = y.shape[-1]
         y = F.pad(y, (0, triton.next_power_of_2(n) - n))
         while y.shape[-1] > 1:
@@ -53,7 +57,7 @@ def _added_in_pairs(
 
 @pytest.mark.parametrize("bias", [False, True])
 def test_large_mean_loses_no_more_than_pytorch(device: str, bias: bool) -> None:
-    inputs, names = _inputs((9, 768), torch.float32, device, "contiguous", bias)
+    inputs, names = _plain_inputs((9, 768), torch.float32, device, "contiguous", bias)
     inputs[0] = inputs[0] + 1000.0
     pytorch = torch_ops.layer_norm if device == "cuda" else _added_in_pairs
     ops = fused.layer_norm, pytorch, reference.layer_norm
@@ -72,37 +76,14 @@ def test_constant_row(device: str, width: int, gpu: bool) -> None:
     assert torch.equal(y, bias.expand(3, width))
 
 
-def test_rows_are_independent(device: str) -> None:
-    x = torch.randn(33, 48, device=device)
-    weight = torch.randn(48, device=device)
-    y = fused.layer_norm(x, weight)
-    x[20] = float("nan")
-    z = fused.layer_norm(x, weight)
-    assert z[20].isnan().all()
-    assert torch.equal(torch.cat([y[:20], y[21:]]), torch.cat([z[:20], z[21:]]))
-
-
-@pytest.mark.parametrize("width", [96, 8200])
-def test_two_backwards_give_the_same_bits(device: str, width: int) -> None:
-    x = torch.randn(70, width, device=device, requires_grad=True)
-    weight = torch.randn(width, device=device, requires_grad=True)
-    grad = torch.randn(70, width, device=device)
-    runs = []
-    for seed in (1, 2):
-        with sanitize(seed=seed):  # interpreted: also in another order of the programs
-            y = fused.layer_norm(x, weight)
-            runs.append(torch.autograd.grad(y, (x, weight), grad))
-    assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
-
-
 @pytest.mark.parametrize("bias", [False, True])
-def test_gradcheck(bias: bool) -> None:
+def test_plain_gradcheck(bias: bool) -> None:
     inputs = [torch.randn(3, 6), torch.randn(6), torch.randn(6)][: 3 if bias else 2]
     inputs = [x.double().requires_grad_() for x in inputs]
     assert torch.autograd.gradcheck(fused.layer_norm, inputs)
 
 
-def test_partial_gradients(device: str) -> None:
+def test_plain_frozen_weight(device: str) -> None:
     """Frozen parameters get no gradient, and x's is unchanged by that."""
     x = torch.randn(4, 32, device=device, requires_grad=True)
     weight = torch.randn(32, device=device)
@@ -121,7 +102,7 @@ def test_float32_weight_with_low_precision_input(device: str) -> None:
     torch.testing.assert_close(y.double(), expected, rtol=2**-8, atol=1e-5)
 
 
-def test_autocast_rounds_once(device: str) -> None:
+def test_plain_autocast_rounds_once(device: str) -> None:
     x, weight = torch.randn(4, 64, device=device), torch.randn(64, device=device)
     plain = fused.layer_norm(x, weight)
     with torch.autocast(device, dtype=torch.bfloat16):
@@ -130,25 +111,7 @@ def test_autocast_rounds_once(device: str) -> None:
     assert torch.equal(y, plain.bfloat16())
 
 
-def test_opcheck(device: str) -> None:
-    x = torch.randn(3, 5, 24, device=device, requires_grad=True)
-    weight, bias = (torch.randn(24, device=device, requires_grad=True) for _ in range(2))
-    torch.library.opcheck(_layer_norm_op, (x, weight, bias, 1e-5, torch.float32))
-    torch.library.opcheck(_layer_norm_op, (x, weight, None, 1e-5, torch.float32))
-    y, mean, rstd = _layer_norm_op(x.detach(), weight.detach(), None, 1e-5, torch.float32)
-    args = (y, x.detach(), weight.detach(), mean, rstd, True)
-    torch.library.opcheck(_layer_norm_bwd_op, args)
-
-
-@pytest.mark.parametrize("width", [33, 8200])
-def test_sanitized(width: int) -> None:
-    x = torch.randn(21, width, requires_grad=True)
-    weight, bias = torch.randn(2, width, requires_grad=True)
-    with sanitize():
-        fused.layer_norm(x, weight, bias).sum().backward()
-
-
-def test_errors() -> None:
+def test_plain_errors() -> None:
     x, weight = torch.randn(2, 8), torch.ones(8)
     with pytest.raises(ValueError, match=r"weight must have shape \(8,\).*got \(7,\)"):
         fused.layer_norm(x, torch.ones(7))
@@ -170,3 +133,305 @@ def test_errors() -> None:
         fused.layer_norm(torch.randn(3, 0), torch.ones(0))
     with pytest.raises(TypeError, match="x must be a floating-point tensor"):
         fused.layer_norm(torch.arange(8), weight)
+
+
+# -------------------------------------------------------------------------- residual_layer_norm
+
+NAMES = ["residual", "delta", "weight", "bias", "delta_bias"]
+
+
+def _inputs(
+    shape: tuple[int, ...], dtype: torch.dtype, device: str, layout: str = "contiguous"
+) -> dict[str, Any]:
+    wide = [parity.randn(shape, dtype, device, layout) for _ in range(2)]
+    narrow = [parity.randn(shape[-1:], dtype, device, "strided") for _ in range(3)]
+    return dict(zip(NAMES, wide + narrow, strict=True))
+
+
+def _assert_parity(
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    device: str,
+    layout: str,
+    without: tuple[str, ...],
+    common: Callable[..., Any],
+    **options: Any,
+) -> None:
+    """y and total are stacked to one output, and so are their gradients."""
+    inputs = _inputs(shape, dtype, device, layout)
+    for name in without:
+        del inputs[name]
+    names = list(inputs)
+
+    def stacked(op: Callable[..., tuple[Tensor, Tensor]]) -> Callable[..., Tensor]:
+        return lambda *args: torch.stack(op(**dict(zip(names, args, strict=True)), **options))
+
+    kernel, pytorch, plain = map(
+        stacked, (fused.residual_layer_norm, common, reference.residual_layer_norm)
+    )
+    grad = parity.randn((2, *shape), dtype, device, "transposed")
+    parity.assert_parity(kernel, pytorch, plain, list(inputs.values()), grad, names)
+
+
+@pytest.mark.parametrize("shape", parity.NORM_SHAPES, ids=str)
+@pytest.mark.parametrize("dtype", parity.DTYPES, ids=str)
+def test_parity(device: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    i = parity.NORM_SHAPES.index(shape)
+    layout = parity.LAYOUTS[i % len(parity.LAYOUTS)]
+    without = [(), ("bias",), ("delta_bias",), ("bias", "delta_bias")][i // 2 % 4]
+    _assert_parity(shape, dtype, device, layout, without, torch_ops.residual_layer_norm)
+
+
+@pytest.mark.parametrize("shape", [(37, 65), (2, 17, 768), (19, 8193)], ids=str)
+@pytest.mark.parametrize("dtype", parity.DTYPES, ids=str)
+def test_parity_with_dropout(device: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    seed = torch.tensor([2**40 + 3], device=device)
+    options = dict(dropout_p=0.2, seed=seed, stream=5)
+    common = reference.residual_layer_norm
+    _assert_parity(shape, dtype, device, "contiguous", (), common, **options)
+
+
+@pytest.mark.parametrize("half", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dropout_p", [0.0, 0.25])
+def test_float32_residual_with_a_half_precision_delta(
+    device: str, half: torch.dtype, dropout_p: float
+) -> None:
+    """The stream keeps float32; y and delta's gradient have delta's dtype."""
+    inputs = _inputs((9, 96), torch.float32, device)
+    inputs["delta"] = inputs["delta"].to(half)
+    leaves = [x.requires_grad_() for x in inputs.values()]
+    seed = torch.tensor([4], device=device)
+    options: dict[str, Any] = dict(dropout_p=dropout_p, seed=seed)
+    y, total = fused.residual_layer_norm(**inputs, **options)
+    dtotal, dy = torch.randn(9, 96, device=device), torch.randn(9, 96, device=device).to(half)
+    gradients = torch.autograd.grad((y, total), leaves, (dy, dtotal))
+
+    exact: list[Any] = [x.detach().double().requires_grad_() for x in leaves]
+    outputs = reference.residual_layer_norm(**dict(zip(NAMES, exact, strict=True)), **options)
+    expected = [*outputs, *torch.autograd.grad(outputs, exact, (dy.double(), dtotal.double()))]
+    results = (y, total, *gradients)
+    halves = [half, torch.float32, torch.float32, half, *[torch.float32] * 3]
+    assert [x.dtype for x in results] == halves
+    for x, z in zip(results, expected, strict=True):
+        tolerance = torch.finfo(x.dtype).eps if x.dtype == half else 1e-5
+        torch.testing.assert_close(x.double(), z, rtol=tolerance, atol=1e-5)
+
+
+@pytest.mark.parametrize("residual_dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_autocast_sets_the_dtype_of_y_alone(device: str, residual_dtype: torch.dtype) -> None:
+    inputs = _inputs((4, 64), torch.float32, device)
+    inputs["residual"] = inputs["residual"].to(residual_dtype)
+    inputs["delta"] = inputs["delta"].to(residual_dtype)
+    y, total = fused.residual_layer_norm(**inputs)
+    assert y.dtype == total.dtype == residual_dtype
+    with torch.autocast(device, dtype=torch.bfloat16):
+        rounded, same = fused.residual_layer_norm(**inputs)
+    assert rounded.dtype == torch.bfloat16 and same.dtype == residual_dtype
+    assert torch.equal(rounded, y.bfloat16()) and torch.equal(same, total)
+
+
+def test_y_is_the_layer_norm_of_the_stored_sum(device: str) -> None:
+    inputs = _inputs((40, 65), torch.bfloat16, device)
+    y, total = fused.residual_layer_norm(**inputs)
+    assert torch.equal(y, fused.layer_norm(total, inputs["weight"], inputs["bias"]))
+
+
+# ------------------------------------------------------------------------------------- dropout
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (37, 65), (2, 5, 768), (3, 8200)], ids=str)
+@pytest.mark.parametrize("dropout_p", [0.25, 0.999])
+def test_mask_is_the_reference_s_forward_and_backward(
+    device: str, shape: tuple[int, ...], dropout_p: float
+) -> None:
+    n = shape[-1]
+    seed = torch.tensor([-(2**50) - 11], device=device)
+    delta = torch.ones(shape, device=device, requires_grad=True)
+    _, total = fused.residual_layer_norm(
+        torch.zeros(shape, device=device),
+        delta,
+        torch.ones(n, device=device),
+        dropout_p=dropout_p,
+        seed=seed,
+        stream=2**31 - 1,
+    )
+    (ddelta,) = torch.autograd.grad(total, delta, torch.ones_like(total))
+    keep, share = reference.dropout_mask(seed, (delta.numel() // n, n), dropout_p, 2**31 - 1)
+    expected = keep.view(shape).float() / share
+    torch.testing.assert_close(total, expected)
+    torch.testing.assert_close(ddelta, expected)
+    assert torch.equal(total > 0, keep.view(shape)) and torch.equal(ddelta > 0, keep.view(shape))
+
+
+def test_without_a_seed_each_call_draws_a_mask_that_its_backward_repeats(device: str) -> None:
+    delta = torch.ones(8, 64, device=device, requires_grad=True)
+    args = torch.zeros(8, 64, device=device), delta, torch.ones(64, device=device)
+    torch.manual_seed(5)
+    first, second = (fused.residual_layer_norm(*args, dropout_p=0.5)[1] for _ in range(2))
+    (ddelta,) = torch.autograd.grad(first, delta, torch.ones_like(first))
+    assert torch.equal(ddelta, first) and not torch.equal(first, second)
+    torch.manual_seed(5)
+    assert torch.equal(fused.residual_layer_norm(*args, dropout_p=0.5)[1], first)
+
+
+# ----------------------------------------------------------------------------------- gradients
+
+
+@pytest.mark.parametrize("used", ["y", "total", "both", "expanded"])
+@pytest.mark.parametrize("dropout_p", [0.0, 0.25])
+def test_either_output_may_have_no_consumer(device: str, used: str, dropout_p: float) -> None:
+    inputs = _inputs((6, 40), torch.float32, device)
+    leaves = [x.requires_grad_() for x in inputs.values()]
+    seed = torch.tensor([3], device=device)
+    weights = torch.randn(2, 6, 40, device=device)
+
+    def gradients(op: Callable[..., tuple[Tensor, Tensor]]) -> tuple[Tensor, ...]:
+        y, total = op(**inputs, dropout_p=dropout_p, seed=seed)
+        loss = {
+            "y": (y * weights[0]).sum(),
+            "total": (total * weights[1]).sum(),
+            "both": (y * weights[0] + total * weights[1]).sum(),
+            "expanded": y.sum() + total.sum(),
+        }[used]
+        return torch.autograd.grad(loss, leaves, materialize_grads=True)
+
+    got, expected = (gradients(m.residual_layer_norm) for m in (fused, reference))
+    for x, z in zip(got, expected, strict=True):
+        torch.testing.assert_close(x, z, rtol=1e-4, atol=1e-5)
+
+
+def test_one_gradient_serves_residual_and_delta(device: str) -> None:
+    """Without dropout it is one tensor, written once; with dropout they are two."""
+    inputs = _inputs((6, 40), torch.float32, device)
+    leaves = [inputs[name].requires_grad_() for name in ("residual", "delta")]
+    for dropout_p, shared in ((0.0, True), (0.5, False)):
+        y, _ = fused.residual_layer_norm(**inputs, dropout_p=dropout_p)
+        dresidual, ddelta = torch.autograd.grad(y.sum(), leaves)
+        assert (dresidual.data_ptr() == ddelta.data_ptr()) == shared
+
+
+def test_neither_delta_nor_a_mask_is_kept(device: str) -> None:
+    inputs = {k: v.requires_grad_() for k, v in _inputs((6, 40), torch.float32, device).items()}
+    kept: list[Tensor] = []
+
+    def pack(x: Tensor) -> Tensor:
+        kept.append(x)
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        _, total = fused.residual_layer_norm(**inputs, dropout_p=0.5)
+    large = [x.data_ptr() for x in kept if x.numel() >= total.numel()]
+    assert large == [total.data_ptr()]
+
+
+def test_frozen_parameters(device: str) -> None:
+    inputs = _inputs((4, 32), torch.float32, device)
+    delta = inputs["delta"].requires_grad_()
+    fused.residual_layer_norm(**inputs)[0].square().sum().backward()
+    expected = torch.autograd.grad(torch_ops.residual_layer_norm(**inputs)[0].square().sum(), delta)
+    assert delta.grad is not None
+    torch.testing.assert_close(delta.grad, expected[0], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("dropout_p", [0.0, 0.5])
+def test_gradcheck(dropout_p: float) -> None:
+    leaves = [x.double().requires_grad_() for x in _inputs((3, 6), torch.float32, "cpu").values()]
+    seed = torch.tensor([1])
+
+    def op(*args: Tensor) -> tuple[Tensor, Tensor]:
+        inputs: dict[str, Any] = dict(zip(NAMES, args, strict=True))
+        return fused.residual_layer_norm(**inputs, dropout_p=dropout_p, seed=seed)
+
+    assert torch.autograd.gradcheck(op, leaves)
+
+
+@pytest.mark.parametrize("width", [96, 8200])
+def test_two_runs_give_the_same_bits(device: str, width: int) -> None:
+    inputs = _inputs((70, width), torch.float32, device)
+    leaves = [x.requires_grad_() for x in inputs.values()]
+    grads = torch.randn(2, 70, width, device=device).unbind()
+    seed = torch.tensor([9], device=device)
+    runs = []
+    for order in (1, 2):
+        with sanitize(seed=order):  # interpreted: also in another order of the programs
+            out = fused.residual_layer_norm(**inputs, dropout_p=0.1, seed=seed)
+            runs.append([*out, *torch.autograd.grad(out, leaves, grads)])
+            plain = fused.layer_norm(leaves[0], leaves[2])
+            runs[-1] += [plain, *torch.autograd.grad(plain, (leaves[0], leaves[2]), grads[0])]
+    assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+
+
+def test_rows_are_independent(device: str) -> None:
+    inputs = _inputs((33, 48), torch.float32, device)
+    x, weight = inputs["delta"], inputs["weight"]
+    before = *fused.residual_layer_norm(**inputs), fused.layer_norm(x, weight)
+    x[20] = float("nan")
+    after = *fused.residual_layer_norm(**inputs), fused.layer_norm(x, weight)
+    others = torch.arange(33, device=device) != 20
+    for x, z in zip(before, after, strict=True):
+        assert z[20].isnan().all() and torch.equal(x[others], z[others])
+
+
+# ----------------------------------------------------------------------------------- operators
+
+
+@pytest.mark.parametrize("dropout_p", [0.0, 0.5])
+def test_opcheck(device: str, dropout_p: float) -> None:
+    inputs = _inputs((3, 5, 24), torch.float32, device)
+    x, delta, weight, bias, delta_bias = (v.requires_grad_() for v in inputs.values())
+    seed = torch.tensor([1], device=device) if dropout_p else None
+    options = (seed, 1e-5, dropout_p, 2, torch.float32)
+    for args in (
+        (x, delta, weight, bias, delta_bias, *options),
+        (x, delta, weight, None, None, *options),
+        (x, None, weight, bias, None, None, 1e-5, 0.0, 0, torch.float32),
+        (x, None, weight, None, None, None, 1e-5, 0.0, 0, torch.bfloat16),
+    ):
+        torch.library.opcheck(_layer_norm_op, args)
+    with torch.no_grad():
+        y, total, mean, rstd = _layer_norm_op(x, delta, weight, bias, delta_bias, *options)
+    kept = (total, weight.detach(), mean, rstd, seed, dropout_p, 2)
+    torch.library.opcheck(_layer_norm_bwd_op, (y, total, *kept, torch.float32, True, True))
+    torch.library.opcheck(_layer_norm_bwd_op, (y, None, *kept, None, False, False))
+
+
+def test_compiles_without_a_graph_break(device: str) -> None:
+    inputs = _inputs((5, 24), torch.float32, device)
+    leaves = [x.requires_grad_() for x in inputs.values()]
+    seed = torch.tensor([1], device=device)
+
+    def step(inputs: dict[str, Any]) -> Tensor:
+        y, total = fused.residual_layer_norm(**inputs, dropout_p=0.5, seed=seed)
+        return fused.residual_layer_norm(total, y, inputs["weight"])[0].square().sum()
+
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    for x, z in zip(
+        torch.autograd.grad(compiled(inputs), leaves),
+        torch.autograd.grad(step(inputs), leaves),
+        strict=True,
+    ):
+        torch.testing.assert_close(x, z)
+
+
+def test_errors() -> None:
+    inputs = _inputs((2, 8), torch.float32, "cpu")
+
+    def refuses(kind: type[Exception], message: str, **changed: Any) -> None:
+        with pytest.raises(kind, match=message):
+            fused.residual_layer_norm(**{**inputs, **changed})
+
+    x, w = inputs["delta"], inputs["weight"]
+    refuses(ValueError, r"delta must have shape \(2, 8\).*got \(1, 8\)", delta=x[:1])
+    refuses(ValueError, "delta must have the dtype of residual", delta=x.double())
+    refuses(ValueError, "delta must be on the device of residual", delta=x.to("meta"))
+    refuses(ValueError, r"weight must have shape \(8,\).*got \(7,\)", weight=w[:7])
+    refuses(ValueError, "bias must have the dtype of", bias=w.double())
+    refuses(ValueError, r"delta_bias must have shape \(8,\)", delta_bias=w[None])
+    refuses(ValueError, "eps must be at least 0, got -1", eps=-1)
+    refuses(ValueError, r"dropout_p must lie in \[0, 0.999\], got 1.0", dropout_p=1.0)
+    refuses(ValueError, "seed must be an int64 tensor", dropout_p=0.1, seed=torch.tensor([1.0]))
+    refuses(ValueError, r"stream must lie in \[0, 2\^31\), got -1", stream=-1)
+    refuses(TypeError, "residual must be a floating-point tensor", residual=x.long())
+    wide = torch.ones(1, MAX_WIDTH + 1)
+    with pytest.raises(ValueError, match=f"residual .* at most {MAX_WIDTH}, got {MAX_WIDTH + 1}"):
+        fused.residual_layer_norm(wide, wide, wide[0])

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from fastgpt.kernels import configs, fused, gemm, reference, torch_ops
+from fastgpt.kernels import configs, costs, fused, gemm, reference, torch_ops
 from fastgpt.kernels.mlp import _mlp_bwd_op, _mlp_op
 from tests.tools import parity
 
@@ -139,18 +139,18 @@ def test_costs_when_the_tables_say_cublas(monkeypatch: pytest.MonkeyPatch, recom
     )
     dfc_weight, dfc_bias = (torch.empty(*s, device="meta") for s in ((f, c), (f,)))
 
-    def costs() -> list[tuple[int, int]]:
+    def totals() -> list[tuple[int, int]]:
         kernels = (
-            gemm.linear_gelu_cost(x, fc_weight, fc_bias, hidden),
-            gemm.linear_gelu_gradient_cost(x, proj_weight, hidden, recompute),
-            gemm.weight_gradient_cost(hidden, x, dfc_weight, dfc_bias),
+            costs._linear_gelu(x, fc_weight, fc_bias, hidden),
+            costs._linear_gelu_gradient(x, proj_weight, hidden, recompute),
+            costs._weight_gradient(hidden, x, dfc_weight, dfc_bias),
         )
         return [(sum(k.flops for k in of), sum(k.bytes for k in of)) for of in kernels]
 
     monkeypatch.setattr(gemm, "splits", lambda *args: 1)
-    fused = costs()
+    fused = totals()
     _tables_say_cublas(monkeypatch)
-    separate = costs()
+    separate = totals()
     flops = 2 * t * c * f
     assert [count for count, _ in fused] == [count for count, _ in separate] == [flops] * 3
     activation = 2 * t * f

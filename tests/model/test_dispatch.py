@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastgpt import devices, ops
 from fastgpt.kernels import fused, torch_ops
-from fastgpt.kernels._precision import matmul_float32
+from fastgpt.kernels._tensors import matmul_float32
 
 CUDA = [torch.device("cuda", index) for index in (0, 1)]
 

@@ -254,6 +254,5 @@ def test_dispatch_compiles_for_cuda_without_a_gpu(monkeypatch: pytest.MonkeyPatc
             "layer_norm",
             "linear",
             "mlp",
-            "residual_layer_norm",
         )
     }

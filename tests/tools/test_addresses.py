@@ -1,5 +1,7 @@
 """Tensors of more than 2^31 elements: the addresses of the row-wise kernels, without the memory."""
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 import triton
@@ -8,7 +10,8 @@ from torch import Tensor
 
 from fastgpt.kernels import _host
 from fastgpt.kernels.embedding import _embedding_op, _position_bwd_op, _token_bwd_op
-from fastgpt.kernels.layer_norm import layer_norm_bwd, layer_norm_fwd
+from fastgpt.kernels.layer_norm_bwd import layer_norm_bwd
+from fastgpt.kernels.layer_norm_fwd import layer_norm_fwd
 from tests.tools.addresses import checked_addresses
 
 
@@ -17,8 +20,9 @@ def _meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
 
 
 @pytest.fixture(autouse=True)
-def _one_tile_a_program(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_host, "multiprocessors", lambda device: 2**31)
+def _one_tile_a_program() -> Iterator[None]:
+    with _host.interpreted(multiprocessors=2**31):
+        yield
 
 
 SEED = _meta(1, dtype=torch.int64)

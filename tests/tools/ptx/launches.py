@@ -267,9 +267,6 @@ def launch(
 def compiled_for(capability: int, run: Any = launch) -> Iterator[None]:
     """Launches on CPU tensors run as PTX for this compute capability, 80 or 90; the kernels' host
     code sees a GPU of it with two multiprocessors. ``run``: takes the place of ``launch``."""
-    outside = {
-        name: getattr(_host, name) for name in ("INTERPRETED", "capability", "multiprocessors")
-    }
     outside_run = JITFunction.run
 
     def run_compiled(self: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
@@ -278,12 +275,8 @@ def compiled_for(capability: int, run: Any = launch) -> Iterator[None]:
         return run(self, args, kwargs, grid, capability)
 
     JITFunction.run = run_compiled
-    _host.INTERPRETED = True
-    _host.capability = lambda device: capability
-    _host.multiprocessors = lambda device: 2
     try:
-        yield
+        with _host.interpreted(capability=capability):
+            yield
     finally:
         JITFunction.run = outside_run
-        for name, value in outside.items():
-            setattr(_host, name, value)

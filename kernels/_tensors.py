@@ -1,7 +1,12 @@
-"""In which dtype an op computes. Needs torch alone: torch_ops and the Triton ops share it."""
+"""What ``torch_ops`` and the Triton ops share: in which dtype they compute, and views of packed
+heads. Needs torch alone."""
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
+
+from fastgpt.kernels import _checks
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype:
@@ -30,3 +35,38 @@ def matmul_float32(a: Tensor, b: Tensor, accumulate_into: Tensor | None = None) 
     if accumulate_into is None:
         return torch.mm(a, b, out=a.new_empty(a.shape[0], b.shape[1]))
     return torch.addmm(accumulate_into, a, b, out=accumulate_into)
+
+
+def split_heads(qkv: Tensor, n_head: int) -> tuple[Tensor, Tensor, Tensor]:
+    """(B, T, 3C) → three views (B, H, T, D) with C = H * D; nothing is copied."""
+    batch, length, width = qkv.shape
+    q, k, v = qkv.view(batch, length, 3, n_head, width // (3 * n_head)).permute(2, 0, 3, 1, 4)
+    return q, k, v
+
+
+def unpacked(
+    attention: Callable[..., Tensor],
+    qkv: Tensor,
+    n_head: int,
+    causal: bool,
+    scale: float | None,
+    dropout_p: float,
+    seed: Tensor | None,
+    stream: int,
+    starts: Tensor | None,
+) -> Tensor:
+    """``attention_qkvpacked`` by an ``attention`` that wants q, k and v apart."""
+    _checks.qkvpacked(qkv, n_head, causal, scale, dropout_p, seed, stream, starts)
+    q, k, v = split_heads(qkv, n_head)
+    y = attention(
+        q,
+        k,
+        v,
+        causal=causal,
+        scale=scale,
+        dropout_p=dropout_p,
+        seed=seed,
+        stream=stream,
+        starts=starts,
+    )
+    return y.transpose(1, 2).reshape(*qkv.shape[:2], -1)  # (B, T, C)

@@ -1,126 +1,24 @@
-"""LayerNorm (Ba et al. 2016) over the last dimension, forward and backward; on request of a
-residual sum, which is formed on the way. The kernels of ``layer_norm`` and ``residual_layer_norm``.
+"""LayerNorm's backward kernels and their launches. The equations stand in ``layer_norm.py``."""
 
-    total = residual + dropout(delta + delta_bias)                 (or the plain op's x)
-    y = (total - mean) * rstd * weight + bias        rstd = 1 / sqrt(var + eps)
-
-All are (M, N) after flattening; weight, bias and delta_bias (N). The statistics are those of total
-as it is stored, rounded. Saved for backward: total (or x), weight and, in float32, mean and rstd
-(M each); never delta, and no mask: it is drawn again. With x̂ = (total - mean) * rstd and
-w = weight * dy, per row:
-
-    dresidual = dtotal + rstd * (w - sum(w) / N - x̂ * sum(w * x̂) / N)
-    ddelta = dropout's backward of dresidual         ddelta_bias = sum over rows of ddelta
-    dweight = sum over rows of dy * x̂                dbias = sum over rows of dy
-
-Bytes moved, s an element: plain 2s forward (x in, y out) and 3s backward (x, dy in, dx out); with a
-residual 4s forward (residual, delta in, y, total out) and 4s backward (total, dy, dtotal in,
-dresidual out), s more for ddelta where it differs from dresidual: with dropout, or in another
-dtype. About 10 and 16 FLOPs an element, so memory bounds all. The parameters' gradients are summed
-in float32 by one program per band of rows, then over the bands in a fixed order: no atomics, so
-two runs give the same bits.
-"""
-
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
-from fastgpt.kernels._device_math import dropout_keep, rounded_quotient
+from fastgpt.kernels import _host, configs
+from fastgpt.kernels.layer_norm_fwd import (
+    NOT_SPECIALISED,
+    as_rows,
+    contiguous_or_none,
+    dropped,
+    tile_ptrs,
+    whole_rows,
+)
 
-# Numbers whose being 1 or divisible by 16 would gain nothing but further compilations.
-NOT_SPECIALISED = ["n_rows", "rows_per_program", "stream", "threshold"]
-
-
-@triton.jit
-def _tile_ptrs(ptr, stride_row, start, offs_m, offs_n):
-    """Pointers to a tile whose first row is ``start``: that alone needs 64 bits, and registers
-    for addresses are what narrow tiles run out of."""
-    return (
-        ptr
-        + tl.cast(start, tl.int64) * stride_row
-        + (offs_m[:, None] * stride_row + offs_n[None, :])
-    )
-
-
-@triton.jit
-def _dropped(
-    x, seed_ptr, stream, start, start_col, threshold, keep_scale,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-):  # fmt: skip
-    """Dropout of a tile whose first element is (start, start_col)."""
-    rows = (start + tl.arange(0, BLOCK_M)).to(tl.int32)
-    seed = tl.load(seed_ptr)
-    keep = dropout_keep(seed, stream, 0, start_col, rows, threshold, BLOCK_M, BLOCK_N)
-    return tl.where(keep, x * keep_scale, 0.0)
-
-
-# -------------------------------------------------------------------------------------- forward
-
-
-@triton.jit(do_not_specialize=NOT_SPECIALISED, do_not_specialize_on_alignment=["seed_ptr"])
-def _layer_norm_fwd_kernel(
-    x_ptr,  # (n_rows, n_cols), columns adjacent: the plain op's x, or the residual
-    x_stride_row,
-    delta_ptr,  # (n_rows, n_cols), columns adjacent; None in the plain op, and so are...
-    delta_stride_row,
-    delta_bias_ptr,  # (n_cols), or None
-    total_ptr,  # (n_rows, n_cols), contiguous: ... this one
-    weight_ptr,  # (n_cols)
-    bias_ptr,  # (n_cols), or None
-    y_ptr,  # (n_rows, n_cols), contiguous
-    mean_ptr,  # (n_rows)
-    rstd_ptr,  # (n_rows)
-    seed_ptr,  # (1), read only if DROPOUT
-    stream,
-    n_rows,
-    n_cols,
-    eps,
-    threshold,
-    keep_scale,
-    DROPOUT: tl.constexpr,
-    ACC: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
-    start = tl.program_id(0).to(tl.int64) * BLOCK_M
-    offs_m, offs_n = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
-    mask_m, mask_n = start + offs_m < n_rows, offs_n < n_cols
-    mask = mask_m[:, None] & mask_n[None, :]
-
-    x_ptrs = _tile_ptrs(x_ptr, x_stride_row, start, offs_m, offs_n)
-    if delta_ptr is None:
-        x = tl.load(x_ptrs, mask=mask, other=0.0).to(ACC)
-    else:
-        delta_ptrs = _tile_ptrs(delta_ptr, delta_stride_row, start, offs_m, offs_n)
-        delta = tl.load(delta_ptrs, mask=mask, other=0.0).to(ACC)
-        if delta_bias_ptr is not None:
-            delta += tl.load(delta_bias_ptr + offs_n, mask=mask_n, other=0.0).to(ACC)[None, :]
-        if DROPOUT:
-            delta = _dropped(
-                delta, seed_ptr, stream, start, 0, threshold, keep_scale, BLOCK_M, BLOCK_N
-            )
-        residual = tl.load(x_ptrs, mask=mask, other=0.0).to(ACC)
-        total = (residual + delta).to(total_ptr.dtype.element_ty)
-        total_ptrs = _tile_ptrs(total_ptr, n_cols, start, offs_m, offs_n)
-        tl.store(total_ptrs, total, mask=mask)
-        x = total.to(ACC)
-
-    # Padding is 0. A constant row's mean is what it holds: its variance must be 0.
-    mean = rounded_quotient(tl.sum(x, axis=1), tl.cast(n_cols, ACC))
-    centred = tl.where(mask_n[None, :], x - mean[:, None], 0.0)
-    rstd = tl.rsqrt(tl.sum(centred * centred, axis=1) / n_cols + eps)
-
-    weight = tl.load(weight_ptr + offs_n, mask=mask_n, other=0.0).to(ACC)
-    y = centred * rstd[:, None] * weight[None, :]
-    if bias_ptr is not None:
-        y += tl.load(bias_ptr + offs_n, mask=mask_n, other=0.0).to(ACC)[None, :]
-
-    y_ptrs = _tile_ptrs(y_ptr, n_cols, start, offs_m, offs_n)
-    tl.store(y_ptrs, y.to(y_ptr.dtype.element_ty), mask=mask)
-    tl.store(mean_ptr + start + offs_m, mean, mask=mask_m)
-    tl.store(rstd_ptr + start + offs_m, rstd, mask=mask_m)
-
-
-# ------------------------------------------------------------------------------------- backward
+# A tile of the backward also keeps the sums of the parameters' gradients. Past MAX_FUSED_WIDTH they
+# no longer fit into the registers beside a whole row: a kernel of its own finds the means of a row,
+# and the tiles are narrow.
+MAX_FUSED_WIDTH = 4096
 
 
 @triton.jit
@@ -131,9 +29,9 @@ def _load_tile(
     """dy, x̂ and rstd of a tile. Outside the matrix dy is 0, so that padding adds to no sum."""
     mask_m = start + offs_m < n_rows
     mask = mask_m[:, None] & (offs_n < n_cols)[None, :]
-    x_ptrs = _tile_ptrs(x_ptr, x_stride_row, start, offs_m, offs_n)
+    x_ptrs = tile_ptrs(x_ptr, x_stride_row, start, offs_m, offs_n)
     x = tl.load(x_ptrs, mask=mask, other=0.0).to(ACC)
-    dy_ptrs = _tile_ptrs(dy_ptr, n_cols, start, offs_m, offs_n)
+    dy_ptrs = tile_ptrs(dy_ptr, n_cols, start, offs_m, offs_n)
     dy = tl.load(dy_ptrs, mask=mask, other=0.0).to(ACC)
     mean = tl.load(mean_ptr + start + offs_m, mask=mask_m, other=0.0)
     rstd = tl.load(rstd_ptr + start + offs_m, mask=mask_m, other=0.0)
@@ -231,17 +129,17 @@ def _layer_norm_bwd_kernel(
             mean_wx = tl.load(means_ptr + n_rows + start + offs_m, mask=mask_m, other=0.0)
         dx = (w - mean_w[:, None] - x_hat * mean_wx[:, None]) * rstd[:, None]
         if dtotal_ptr is not None:
-            dtotal_ptrs = _tile_ptrs(dtotal_ptr, n_cols, start, offs_m, offs_n)
+            dtotal_ptrs = tile_ptrs(dtotal_ptr, n_cols, start, offs_m, offs_n)
             dx += tl.load(dtotal_ptrs, mask=mask, other=0.0).to(ACC)
-        dx_ptrs = _tile_ptrs(dx_ptr, n_cols, start, offs_m, offs_n)
+        dx_ptrs = tile_ptrs(dx_ptr, n_cols, start, offs_m, offs_n)
         tl.store(dx_ptrs, dx.to(dx_ptr.dtype.element_ty), mask=mask)
         ddelta = dx
         if DROPOUT:
-            ddelta = _dropped(
+            ddelta = dropped(
                 dx, seed_ptr, stream, start, start_n, threshold, keep_scale, BLOCK_M, BLOCK_N
             )
         if ddelta_ptr is not None:
-            ddelta_ptrs = _tile_ptrs(ddelta_ptr, n_cols, start, offs_m, offs_n)
+            ddelta_ptrs = tile_ptrs(ddelta_ptr, n_cols, start, offs_m, offs_n)
             tl.store(ddelta_ptrs, ddelta.to(ddelta_ptr.dtype.element_ty), mask=mask)
         acc_dweight += dy * x_hat
         if HAS_BIAS:
@@ -286,3 +184,84 @@ def _sum_bands_kernel(
     if out2_ptr is not None:
         if parameter == 2:
             tl.store(out2_ptr + offs_n, total, mask=mask_n)
+
+
+def layer_norm_bwd(
+    dy: Tensor,
+    dtotal: Tensor | None,
+    x: Tensor,
+    weight: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    seed: Tensor | None,
+    dropout_p: float,
+    stream: int,
+    dx: Tensor,
+    ddelta: Tensor | None,
+    dweight: Tensor,
+    dbias: Tensor | None,
+    ddelta_bias: Tensor | None,
+) -> None:
+    """Writes the contiguous dx (or dresidual), dweight and those that are not None of ddelta, which
+    is else equal to dx, dbias and ddelta_bias. ``x``: the plain op's x, or total."""
+    rows, dy, dtotal = as_rows(x), dy.contiguous(), contiguous_or_none(dtotal)
+    n_rows, n_cols = rows.shape
+    params = [p for p in (dweight, dbias, ddelta_bias) if p is not None]
+    if n_rows == 0:
+        for p in params:
+            p.zero_()
+        return
+
+    row_launch = whole_rows(x, "bwd")
+    fused = n_cols <= MAX_FUSED_WIDTH
+    launch = row_launch
+    if not fused:
+        launch = configs.launch(configs.find(x, "layer_norm", "bwd_narrow"))
+    sums = configs.launch(configs.find(x, "layer_norm", "sum_bands"))
+    tiles = triton.cdiv(n_rows, launch["BLOCK_M"])
+    resident = 3 if dropout_p else 4  # of a multiprocessor's registers, at 768 columns in bfloat16
+    programs = min(resident * _host.multiprocessors(x.device), tiles)
+    rows_per_program = triton.cdiv(tiles, programs) * launch["BLOCK_M"]
+    programs = triton.cdiv(n_rows, rows_per_program)
+    partial = torch.empty(len(params), programs, n_cols, dtype=mean.dtype, device=x.device)
+    threshold, keep_scale = _host.dropout_numbers(dropout_p)
+    acc = _host.accumulator(x.dtype)
+    inputs = rows, rows.stride(0), weight.contiguous(), mean, rstd
+    means = None if fused else torch.empty(2, n_rows, dtype=mean.dtype, device=x.device)
+    with _host.on_device(x):
+        if not fused:
+            _layer_norm_bwd_means_kernel[(triton.cdiv(n_rows, row_launch["BLOCK_M"]),)](
+                dy, *inputs, means, n_rows, n_cols, ACC=acc, **row_launch, **_host.FMA
+            )
+        _layer_norm_bwd_kernel[(programs, triton.cdiv(n_cols, launch["BLOCK_N"]))](
+            dy,
+            dtotal,
+            *inputs,
+            means,
+            dx,
+            ddelta,
+            partial,
+            seed,
+            stream,
+            n_rows,
+            n_cols,
+            rows_per_program,
+            threshold,
+            keep_scale,
+            HAS_BIAS=dbias is not None,
+            HAS_DELTA_BIAS=ddelta_bias is not None,
+            DROPOUT=threshold > 0,
+            ACC=acc,
+            **launch,
+            **_host.FMA,
+        )
+        _sum_bands_kernel[(triton.cdiv(n_cols, sums["BLOCK_N"]), len(params))](
+            partial,
+            *params,
+            *[None] * (3 - len(params)),
+            programs,
+            n_cols,
+            ACC=acc,
+            **sums,
+            **_host.FMA,
+        )
