@@ -78,30 +78,6 @@ def plain_table(title: str, left: Sequence[str], right: Sequence[str]) -> Table:
     return out
 
 
-def prediction(
-    name: str, planned: Callable[[], Any], record: Callable[[Any], dict[str, Any]], report: Any
-) -> int:
-    """Predict, print the tables, and write name.json and name.png where there is an ``out``; the
-    exit code: 0, or 2 for a wrong argument.
-
-    ``planned()``: the options, checked, with ``out``; ``record(options)``: all that is shown;
-    ``report``: the module that shows it, by ``tables(run)`` and ``chart(run, path)``.
-    """
-    try:
-        o = planned()
-        if o.out is not None:
-            results_folder(o.out, name)
-    except USER_ERRORS as error:
-        return failed(error)
-    console = Console(highlight=False)
-    run = record(o)
-    for table in report.tables(run):
-        console.print(table)
-    if o.out is not None:
-        write_results(o.out, name, run, report.chart, console)
-    return 0
-
-
 def results_folder(out: Path, name: str) -> Path:
     """``out``, made where it is not there, for name.json and name.png; before anything is computed.
 
