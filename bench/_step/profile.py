@@ -1,7 +1,7 @@
-"""Where the time of a training step goes, by kernel and by kind of work, against the floor: a part
-of ``gpu_report.py``, which leaves profile.json in FOLDER.
+"""The time of a training step by kernel and by kind of work, beside the floor: a part of
+``gpu_report.py``, which writes profile.json into FOLDER.
 
-    python bench/_step/profile.py FOLDER
+    python -m bench._step.profile FOLDER
 """
 
 import sys
@@ -24,8 +24,10 @@ from bench._step.variants import VARIANTS, Options, Plan, Training, tf32
 from fastgpt import GPT, GPTConfig
 from fastgpt.data.builtin_texts import prepare_builtin
 
-# What a GPU kernel's name contains → the kind of work, as in ``_ceilings.floor``; the first that
-# fits counts.
+_STEPS = 5
+
+# What a GPU kernel's name contains → the kind of work, as in ``_roofline/ceilings.py``; the first
+# that fits counts.
 _KINDS = {
     "attention": ("attention", "flash", "fmha"),
     "LayerNorm and residual": ("layer_norm", "_sum_bands"),
@@ -40,8 +42,8 @@ _KINDS = {
 
 
 def profile(folder: Path, options: Options | None = None) -> int:
-    """A few updates of ``fastgpt train``, and steps of its model in nanoGPT's loop, under PyTorch's
-    profiler, by kernel and by kind of work. ``options``: of run.py, if not its own."""
+    """Profile updates of ``fastgpt train``, and of its model in nanoGPT's loop; 1 if one fails.
+    ``options``: of run.py."""
     options = options or Options()
     with tempfile.TemporaryDirectory() as temporary, tf32(True):
         plan = Plan.of(options, prepare_builtin(Path(temporary)).data_dir)
@@ -57,46 +59,40 @@ def profile(folder: Path, options: Options | None = None) -> int:
             try:
                 step_ms, kernels = _profiled(Training(VARIANTS[name], plan), plan.device)
                 found["variants"][name] = {"step_ms": step_ms, **by_kind(kernels, floor_ms)}
-            except Exception as error:  # whatever it is, the other is profiled all the same
+            except Exception as error:  # whatever it is, the other is still profiled
                 traceback.print_exc()
                 found["variants"][name] = {"failure": failure_of(error)}
             write_json(folder / "profile.json", found)
     return int(any("failure" in one for one in found["variants"].values()))
 
 
-def _profiled(
-    training: Training, device: torch.device, steps: int = 5
-) -> tuple[float, list[dict[str, Any]]]:
+def _profiled(training: Training, device: torch.device) -> tuple[float, list[dict[str, Any]]]:
     """Milliseconds of a step without the profiler, which takes time; the kernels of a step."""
     on_gpu = device.type == "cuda"
     for _ in range(3):
         training.step()
     clock = Clock(device)
-    for _ in range(steps):
+    for _ in range(_STEPS):
         clock.mark()
         training.step()
     clock.mark()
     step_ms = spread(clock.durations_ms()).median
     with profiler(activities=[getattr(ProfilerActivity, "CUDA" if on_gpu else "CPU")]) as found:
-        for _ in range(steps):
+        for _ in range(_STEPS):
             training.step()
         synchronize(device)
-    return step_ms, [
-        {
-            "name": event.key,
-            "calls": event.count / steps,
-            "ms": (event.self_device_time_total if on_gpu else event.self_cpu_time_total)
-            / steps
-            / 1e3,
-        }
-        for event in found.key_averages()
-        if not on_gpu or event.device_type == DeviceType.CUDA
-    ]
+    kernels = []
+    for event in found.key_averages():
+        if not on_gpu or event.device_type == DeviceType.CUDA:
+            us = event.self_device_time_total if on_gpu else event.self_cpu_time_total
+            calls, ms = event.count / _STEPS, us / _STEPS / 1e3
+            kernels.append({"name": event.key, "calls": calls, "ms": ms})
+    return step_ms, kernels
 
 
 def floor_by_kind(config: GPTConfig, options: Options, ceilings: Ceilings) -> dict[str, float]:
-    """Milliseconds of a step: forward and backward as in ``_ceilings``, and AdamW, which moves 28
-    bytes a float32 parameter."""
+    """Milliseconds of a step: the floor of forward and backward, and AdamW, which moves 28 bytes a
+    float32 parameter."""
     with torch.device("meta"):
         n_parameters = GPT(config).get_num_params(non_embedding=False)
     found: defaultdict[str, float] = defaultdict(float)
@@ -112,28 +108,20 @@ def kind_of_kernel(name: str) -> str:
 
 
 def by_kind(kernels: list[dict[str, Any]], floor_ms: dict[str, float]) -> dict[str, Any]:
-    """Share of the kernels' time, the floor and the ratio for each kind; the kernels themselves,
-    the slowest first. The floor counts the logits' rows among the matrix products."""
+    """Time, share of all kernels' time, and floor of each kind; the 40 slowest kernels. The floor
+    counts the loss among the matrix products."""
     total = sum(kernel["ms"] for kernel in kernels)
-    sums: defaultdict[str, float] = defaultdict(float)
+    sums = dict.fromkeys(floor_ms, 0.0)
     for kernel in kernels:
         kernel["kind"] = kind_of_kernel(kernel["name"])
-        kernel["share"] = kernel["ms"] / total if total else 0.0
-        sums[kernel["kind"]] += kernel["ms"]
-    kinds = [
-        {
-            "kind": kind,
-            "ms": sums.get(kind, 0.0),
-            "share": sums.get(kind, 0.0) / total if total else 0.0,
-            "floor_ms": floor_ms.get(kind),
-            "ratio": sums.get(kind, 0.0) / floor_ms[kind] if floor_ms.get(kind) else None,
-        }
-        for kind in dict.fromkeys((*sums, *floor_ms))
-    ]
+        sums[kernel["kind"]] = sums.get(kernel["kind"], 0.0) + kernel["ms"]
     return {
         "kernels_ms": total,
         "floor_ms": sum(floor_ms.values()),
-        "kinds": sorted(kinds, key=lambda row: -row["ms"]),
+        "kinds": [
+            {"kind": kind, "ms": ms, "share": ms / total, "floor_ms": floor_ms.get(kind)}
+            for kind, ms in sorted(sums.items(), key=lambda item: -item[1])
+        ],
         "kernels": sorted(kernels, key=lambda kernel: -kernel["ms"])[:40],
     }
 
