@@ -6,10 +6,11 @@ import shutil
 import sys
 import sysconfig
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
@@ -292,9 +293,7 @@ class Training:
 
 
 class ReferenceTraining(Training):
-    """nanoGPT's step in float32. The batch goes through in slices: the same gradients in less
-    memory.
-    """
+    """nanoGPT's step in float32. To save memory, gradients are summed over slices of the batch."""
 
     def __init__(self, plan: Plan) -> None:
         super().__init__(VARIANTS["naive"], plan, torch.float32)
@@ -320,24 +319,14 @@ def tf32(allowed: bool) -> Iterator[None]:
         torch.backends.cuda.matmul.allow_tf32 = before
 
 
-@contextmanager
-def compiled_code_in(folder: Path) -> Iterator[None]:
-    """torch.compile and Triton keep what they compile in ``folder``."""
+def compiled_code_in(folder: Path) -> AbstractContextManager[object]:
+    """Within, torch.compile and Triton cache what they compile in ``folder``."""
     keys = {"TORCHINDUCTOR_CACHE_DIR": "inductor", "TRITON_CACHE_DIR": "triton"}
-    before = {key: os.environ.get(key) for key in keys}
-    os.environ.update({key: str(folder / name) for key, name in keys.items()})
-    try:
-        yield
-    finally:
-        for key, value in before.items():
-            if value is None:
-                del os.environ[key]
-            else:
-                os.environ[key] = value
+    return mock.patch.dict(os.environ, {key: str(folder / name) for key, name in keys.items()})
 
 
 def why_not(variant: Variant, device: torch.device, bias: bool = True) -> str | None:
-    """What this machine lacks for a variant, or a model without biases; None if nothing."""
+    """Why this machine cannot measure the variant, or not with ``bias``; None if it can."""
     if variant.huggingface and importlib.util.find_spec("transformers") is None:
         return "transformers is not installed"
     if variant.huggingface and not bias:
@@ -361,6 +350,6 @@ def _has_fp8(device: torch.device) -> bool:
 
 
 def load_compiler(device: torch.device) -> None:
-    """torch.compile once, so that no variant pays for loading it or for finding its tools."""
+    """Call torch.compile once: no variant's first step shall include the loading of it."""
     x = torch.ones(64, device=device, requires_grad=True)
     torch.compile(torch.sin)(x).sum().backward()

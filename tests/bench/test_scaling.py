@@ -28,23 +28,17 @@ from fastgpt.training.step import Step
 
 ROOT = Path(__file__).resolve().parents[2]
 
-WORLD = 2
-BATCH = 2
-# An odd vocabulary cannot be halved.
+WORLD = MICRO_BATCHES = BATCH = 2
+# Two processes cannot halve an odd vocabulary.
 SMALL = GPTConfig(block_size=16, vocab_size=1001, n_layer=2, n_head=2, n_embd=64)
 
 
 class Case(NamedTuple):
     parallel: scaling.Parallel
-    params: str = "float32"  # as the model computes with them
-    micro_batches: int = 1
+    params: str  # the dtype in which the model computes with them
 
 
-CASES = {
-    "DDP, accumulated": Case("ddp", micro_batches=2),
-    "FSDP2, float32": Case("fsdp"),
-    "FSDP2, accumulated": Case("fsdp", "bfloat16", micro_batches=2),
-}
+CASES = {"DDP": Case("ddp", "float32"), "FSDP2": Case("fsdp", "bfloat16")}
 
 _KINDS = {
     "c10d::allreduce_": "all-reduce",
@@ -55,7 +49,7 @@ _KINDS = {
 
 
 class Collectives(TorchDispatchMode):
-    """Writes down every collective and the bytes of its whole tensor."""
+    """Records every collective and the bytes of its whole tensor."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -77,7 +71,7 @@ class Collectives(TorchDispatchMode):
 
 
 def updating(case: Case, world: World) -> Callable[[], float]:
-    """Makes an update as ``fastgpt train`` does, and returns its loss."""
+    """An update as ``fastgpt train`` makes it; it returns the loss."""
     cpu, dtype = torch.device("cpu"), getattr(torch, case.params)
     torch.manual_seed(0)
     gpt = GPT(SMALL)
@@ -90,7 +84,7 @@ def updating(case: Case, world: World) -> Callable[[], float]:
         model,
         gpt.configure_optimizers(0.1, 1e-3, (0.9, 0.95), "cpu"),
         cpu,
-        micro_batches=case.micro_batches,
+        micro_batches=MICRO_BATCHES,
         grad_clip=1.0,
         autocast=autocast(cpu, dtype),
         world=world,
@@ -98,14 +92,14 @@ def updating(case: Case, world: World) -> Callable[[], float]:
 
     def update() -> float:
         shape = (2, BATCH, SMALL.block_size)
-        batches = [torch.randint(SMALL.vocab_size, shape) for _ in range(case.micro_batches)]
+        batches = [torch.randint(SMALL.vocab_size, shape) for _ in range(MICRO_BATCHES)]
         return step([(x, y) for x, y in batches], 1e-3).item()
 
     return update
 
 
 def process(rank: int, folder: Path) -> None:
-    """Three updates of every case; the last one is watched. DDP makes its buckets in the second."""
+    """The collectives of each case's third update: DDP builds its buckets in the second."""
     torch.set_num_threads(1)
     dist.init_process_group(
         "gloo", init_method=f"file://{folder / 'store'}", rank=rank, world_size=WORLD
@@ -155,11 +149,12 @@ def by_kind(collectives: list[Any]) -> Counter[str]:
 
 
 def test_two_processes_send_what_is_predicted(tmp_path: Path) -> None:
-    """The bytes of each kind; of FSDP2, whose groups are not cut into buckets, each collective."""
+    """The bytes of each kind, and for FSDP2, which has no buckets, each collective."""
     processes = run_processes(tmp_path)
+    parameters = scaling.parameters_of(SMALL)
     for name, case in CASES.items():
         expected = scaling.collectives(
-            SMALL, case.parallel, WORLD, case.micro_batches, getattr(torch, case.params)
+            parameters, case.parallel, WORLD, MICRO_BATCHES, getattr(torch, case.params)
         )
         for found in processes:
             assert by_kind(found[name]) == by_kind(expected), name
