@@ -1,14 +1,14 @@
-"""All that a short time on a GPU should find out, in the order of its worth.
+"""Everything that is worth measuring in a short time on a GPU, the most important first.
 
     python bench/gpu_report.py --minutes 10 --out report
     python bench/gpu_report.py --only parity run-b32 profile
 
 Each part is a command of its own, which writes its files into the folder as it goes: the tests of
 every kernel on the GPU (parity), training speed at 32, 4 and 64 sequences (``run.py``; the second
-with 200 losses against float32), a profile by kernel, the ops against PyTorch, 250 repeats of every
-op, equal to the bit, and compute-sanitizer where it is installed. A part that crashes, hangs or
-lacks a library costs its share of the time; what a part did not use is spread over those that
-follow. NAME.log holds a part's output, report.json and report.md what became of each.
+with 200 losses against float32), a profile by kernel, the ops against PyTorch, whether 250 repeats
+of every op give the same bits, and compute-sanitizer where it is installed. A part that crashes,
+hangs or lacks a library does not stop the others. Time that a part does not use goes to those that
+follow. NAME.log holds a part's output, report.json and report.md each part's outcome.
 
 To publish the speeds, move run-b*.json to ``bench/results/<gpu>`` and run ``bench/publish.py``.
 """
@@ -36,16 +36,16 @@ from bench._harness import cli
 ROOT = Path(__file__).resolve().parent.parent
 
 _BENCH = ROOT / "bench"
-_TAIL = 30  # lines of output that the report has of a part that did not end well
-_GRACE_S = 5.0  # to end by itself when told to
-# The end of a program that could not begin; further up it is what a test or a variant printed.
+_TAIL = 30  # lines of output in the report of a part that did not succeed
+_GRACE_S = 5.0  # between a signal and the next, harder one
+# At the end of the output the program itself could not start; further up a test printed it.
 _MISSING = re.compile(r"^ModuleNotFoundError: No module named '([\w.]+)'\s*\Z", re.M)
 
 
 @dataclass(frozen=True)
 class Part:
-    """``command``: its program; ``{out}`` stands for the folder. ``weight``: its share of the time
-    among the parts still to come. It is not begun with less than ``least_s`` seconds left."""
+    """``{out}`` in ``command`` stands for the folder. ``weight``: its share of the time among the
+    parts that are left. It is not started with less than ``least_s`` seconds left."""
 
     name: str
     command: tuple[str, ...]
@@ -68,14 +68,14 @@ def _run(batch_size: int, *others: str) -> tuple[str, ...]:
 
 
 def _sanitizer(tool: str) -> tuple[str, ...]:
-    """PyTorch's allocator hands out parts of large blocks, past whose ends nobody would notice."""
+    """Without PyTorch's caching allocator, in whose large blocks an overrun would go unnoticed."""
     sanitizer = "compute-sanitizer", "--tool", tool, "--error-exitcode", "9"
     program = _python("-m", "bench._ops.determinism")
     return ("env", "PYTORCH_NO_CUDA_MEMORY_CACHING=1", *sanitizer, *program)
 
 
 def parts() -> list[Part]:
-    """All of them, the most worth first."""
+    """All of them, the most important first."""
     workers = str(min(16, os.cpu_count() or 1))
     return [
         Part("parity", _pytest("-m", "gpu and not slow", "-n", workers, "--maxprocesses=16"), 130),
@@ -90,14 +90,14 @@ def parts() -> list[Part]:
 
 
 def share_s(going: Sequence[Part], left: float) -> float:
-    """Seconds of the first of the parts that are still to come."""
+    """Seconds for the first of the parts that are left."""
     share = left * going[0].weight / sum(part.weight for part in going)
     return min(left, max(share, going[0].least_s))
 
 
 def run_part(part: Part, folder: Path, limit: float) -> dict[str, Any]:
     """Run it for at most ``limit`` seconds. ``status`` is "done", "failed", "timed out",
-    "interrupted" or "not run"; ``why`` says more; ``output`` is the end of it unless "done"."""
+    "interrupted" or "not run"; ``output`` is its last lines unless "done"."""
     start = time.monotonic()
     log = folder / f"{part.name}.log"
     status, why = _executed([a.replace("{out}", str(folder)) for a in part.command], log, limit)
@@ -110,7 +110,7 @@ def run_part(part: Part, folder: Path, limit: float) -> dict[str, Any]:
 
 
 def _executed(command: list[str], log: Path, limit: float) -> tuple[str, str | None]:
-    """In a process group of its own, all of which ends with it."""
+    """Status and reason. The process group, all of it, ends before this returns."""
     search = [str(ROOT), str(_BENCH), *filter(None, [os.environ.get("PYTHONPATH")])]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(search), "PYTHONUNBUFFERED": "1"}
     with log.open("wb") as output:
@@ -129,7 +129,7 @@ def _executed(command: list[str], log: Path, limit: float) -> tuple[str, str | N
             return "timed out", f"ended after {limit:.0f} s"
         except KeyboardInterrupt:
             return "interrupted", None
-        finally:  # an interrupt, too, leaves nothing running
+        finally:
             _end(process)
     if code == 0:
         return "done", None
@@ -137,7 +137,7 @@ def _executed(command: list[str], log: Path, limit: float) -> tuple[str, str | N
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
-    """SIGINT first, upon which run.py and pytest write what they have."""
+    """End the process group. At SIGINT, run.py and pytest write what they have."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGKILL):
         try:
             os.killpg(process.pid, number)
@@ -162,7 +162,7 @@ def _markdown(record: dict[str, Any]) -> str:
 
 
 def _name_commit(folder: Path, name: str, commit: str | None) -> None:
-    """A copy of the tree without its history cannot say which commit it measured."""
+    """For a copy of the tree without its history, where run.py cannot know the commit."""
     path = folder / f"{name}.json"
     if commit is not None and name.startswith("run-") and path.exists():
         run = json.loads(path.read_text())
@@ -170,7 +170,7 @@ def _name_commit(folder: Path, name: str, commit: str | None) -> None:
         cli.write_json(path, run)
 
 
-def visit(chosen: Sequence[Part], folder: Path, minutes: float, commit: str | None) -> None:
+def run_parts(chosen: Sequence[Part], folder: Path, minutes: float, commit: str | None) -> None:
     """Run the parts in their order within the time."""
     end = time.monotonic() + 60 * minutes
     created = datetime.now(timezone.utc).isoformat(timespec="seconds")
@@ -229,10 +229,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         return cli.failed(f"--out={folder}: {error}")
-    # As Ctrl-C does: what runs is ended, and the report says that it was interrupted.
+    # As Ctrl-C: the running part is ended, and the report says that it was interrupted.
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.default_int_handler)
-    visit([p for p in every if o.only is None or p.name in o.only], folder, o.minutes, o.commit)
+    run_parts([p for p in every if o.only is None or p.name in o.only], folder, o.minutes, o.commit)
     print(f"wrote {folder / 'report.md'}")
     return 0
 

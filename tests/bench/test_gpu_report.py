@@ -1,5 +1,6 @@
-"""bench/gpu_report.py: its time, what lies on disk, parts that crash, hang or lack a library."""
+"""bench/gpu_report.py: shares of the time, files, parts that crash, hang or lack a library."""
 
+import importlib.util
 import json
 import os
 import signal
@@ -13,7 +14,7 @@ import pytest
 import torch
 
 from bench import gpu_report
-from bench.gpu_report import Part, share_s, visit
+from bench.gpu_report import Part, run_parts, share_s
 
 ROOT = Path(__file__).resolve().parents[2]
 GELU = "tests/kernels/test_gelu.py"
@@ -26,7 +27,7 @@ def part(name: str, code: str, weight: float = 1.0, least_s: float = 0.0) -> Par
 
 
 def report(folder: Path, *parts: Part, commit: str | None = None) -> Any:
-    visit(parts, folder, 10.0, commit)
+    run_parts(parts, folder, 10.0, commit)
     rows = json.loads((folder / "report.json").read_text())["parts"]
     return {row["name"]: row for row in rows}
 
@@ -122,9 +123,9 @@ time.sleep(600)
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="looks into /proc")
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_report_that_is_told_to_end_leaves_nothing_running(tmp_path: Path, number: int) -> None:
-    """By Ctrl-C, by ``timeout`` or by a terminal that is closed."""
+    """By Ctrl-C or by ``timeout``."""
     child = "import os, pathlib, sys, time; pathlib.Path(sys.argv[1], 'pid').write_text("
     child += "f'{os.getpid()} .'); time.sleep(600)"
     code = f"""
@@ -174,6 +175,9 @@ def test_the_commands_exist() -> None:
             assert tests and all("[cuda" in test for test in tests)
         elif one.name == "run-b4":
             assert "loss_steps must" in said([*one.command, "--loss_steps=0"])
+        pairs = list(zip(one.command, one.command[1:], strict=False))
+        modules = [m for flag, m in pairs if flag == "-m" and m.startswith("bench")]
+        assert all(map(importlib.util.find_spec, modules))
         assert all(Path(a).is_file() for a in one.command if a.endswith(".py"))
 
 
