@@ -18,8 +18,6 @@ is counted:
   other. Launches cost nothing, so a real step takes longer, the more so at a small batch.
 - Saved: the distinct storages that autograd holds after the forward, without the parameters, but
   with their 16-bit casts.
-- Peak: the most bytes in live storages, from parameters to gradients; without the optimizer's
-  state, the allocator's rounding, and what an operator uses inside.
 - The floor: a step whose every kernel moves each byte once (``_roofline/ceilings.py``).
 
 The tensors claim to be on the CPU, since autograd on fake CUDA tensors needs CUDA. PyTorch's
@@ -79,8 +77,8 @@ VARIANTS: dict[str, Variant] = {
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """Operators, bytes, FLOPs, predicted time and memory of one forward and backward of GPT. Needs
-    no GPU."""
+    """Operators, bytes, FLOPs, predicted time and saved activations of one forward and backward of
+    GPT. Needs no GPU."""
 
     # What is counted, side by side.
     variant: tuple[VariantName, ...] = ("naive", "sdpa", "fastgpt", "fastgpt-recompute")
@@ -163,7 +161,7 @@ def measure(
                 return chosen.loss(gpt, idx, targets)
 
         parameters = list(gpt.parameters())
-        return count(chosen.label, forward, parameters, [idx, targets], ceilings)
+        return count(chosen.label, forward, parameters, ceilings)
 
 
 def _check(config: GPTConfig, batch_size: int, length: int, dtype: str, params: str) -> None:

@@ -1,4 +1,4 @@
-"""What every operator that PyTorch dispatches costs, and the memory of a step on fake tensors."""
+"""What every operator that PyTorch dispatches costs, and what autograd saves, on fake tensors."""
 
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -60,21 +60,16 @@ class Report(OpTotal):
     label: str
     ops: dict[str, OpTotal]  # those that take longest first
     saved_bytes: int
-    peak_bytes: int
 
 
 def count(
     label: str,
     forward: Callable[[], Tensor],
     parameters: Sequence[Tensor],
-    data: Sequence[Tensor],
     ceilings: Ceilings,
 ) -> Report:
-    """The cost of ``forward()`` and of the backward of the scalar that it returns. ``parameters``
-    and ``data`` count as memory from the start."""
-    memory = LiveMemory()
-    memory.watch([*parameters, *data])
-    mode = CostMode(ceilings, memory)
+    """The cost of ``forward()`` and of the backward of the scalar that it returns."""
+    mode = CostMode(ceilings)
     saved = SavedActivations(parameters)
     with mode:
         with torch.autograd.graph.saved_tensors_hooks(saved.pack, saved.unpack):
@@ -86,25 +81,22 @@ def count(
         label=label,
         ops=dict(sorted(mode.ops.items(), key=lambda item: -item[1].ms)),
         saved_bytes=saved_bytes,
-        peak_bytes=memory.peak,
     )
 
 
 class CostMode(TorchDispatchMode):
     """Adds up the cost of what is dispatched inside it, by the name of the operator."""
 
-    def __init__(self, ceilings: Ceilings, memory: "LiveMemory") -> None:
+    def __init__(self, ceilings: Ceilings) -> None:
         super().__init__()
         self.ops: dict[str, OpTotal] = {}
         self._ceilings = ceilings
-        self._memory = memory
 
     def __torch_dispatch__(
         self, func: OpOverload, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
-        self._memory.watch(_tensors(out))
         kernels = kernel_costs(func, args, kwargs, out)
         if kernels:
             half = any(t.is_floating_point() and t.itemsize == 2 for t in _tensors(args))
@@ -127,29 +119,6 @@ class CostMode(TorchDispatchMode):
             total.flops += op.flops
             total.ms += op.ms
         return total
-
-
-class LiveMemory:
-    """The bytes of the storages that are alive, and their peak."""
-
-    def __init__(self) -> None:
-        self.live = 0
-        self.peak = 0
-        self._watched: set[int] = set()
-
-    def watch(self, tensors: Iterable[Tensor]) -> None:
-        for tensor in tensors:
-            storage = tensor.untyped_storage()
-            if storage._cdata in self._watched:
-                continue
-            self._watched.add(storage._cdata)
-            self.live += storage.nbytes()
-            self.peak = max(self.peak, self.live)
-            weakref.finalize(storage, self._freed, storage._cdata, storage.nbytes())
-
-    def _freed(self, key: int, nbytes: int) -> None:
-        self._watched.remove(key)
-        self.live -= nbytes
 
 
 class SavedActivations:

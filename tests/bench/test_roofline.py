@@ -41,14 +41,13 @@ M, K, N = 48, 16, 32
 def linear_gelu() -> counting.Report:
     x, weight, bias = torch.ones(M, K), torch.ones(N, K), torch.ones(N)
     parameters = [weight.requires_grad_(), bias.requires_grad_()]
-    return counting.count(
-        "", lambda: F.gelu(F.linear(x, weight, bias)).sum(), parameters, [x], H200
-    )
+    return counting.count("", lambda: F.gelu(F.linear(x, weight, bias)).sum(), parameters, H200)
 
 
 def test_counts_of_a_linear_and_a_gelu_by_hand() -> None:
     """Of float32: 4 bytes an element. The views between them do not appear."""
-    found = {name: (op.calls, op.bytes // 4, op.flops) for name, op in linear_gelu().ops.items()}
+    report = linear_gelu()
+    found = {name: (op.calls, op.bytes // 4, op.flops) for name, op in report.ops.items()}
     assert found == {
         "aten::addmm": (1, N + M * K + K * N + M * N, 2 * M * N * K),
         "aten::gelu": (1, 2 * M * N, 0),
@@ -57,15 +56,7 @@ def test_counts_of_a_linear_and_a_gelu_by_hand() -> None:
         "aten::gelu_backward": (1, 1 + M * N + M * N, 0),  # the gradient is one number, expanded
         "aten::mm": (1, M * N + M * K + N * K, 2 * M * N * K),  # dW; x needs no gradient
     }
-
-
-def test_memory_of_a_linear_and_a_gelu_by_hand() -> None:
-    report = linear_gelu()
     assert report.saved_bytes == 4 * (M * K + M * N)  # x and what GELU is taken of
-    given = M * K + N * K + N
-    scalars = 2  # the loss and its gradient
-    # at GELU's backward, which needs what was saved and makes as much
-    assert report.peak_bytes == 4 * (given + 2 * M * N + scalars)
 
 
 def test_predicted_time_is_the_longer_of_memory_and_products() -> None:
@@ -189,7 +180,6 @@ def test_nothing_is_allocated_whatever_the_size() -> None:
     report = roofline.measure("naive", config, 256)
     scores = 256 * 25 * 8192 * 8192
     assert report.saved_bytes > 4 * 4 * scores
-    assert report.peak_bytes > report.saved_bytes
 
 
 # -- dtypes and sizes
@@ -199,7 +189,7 @@ def test_parameters_in_16_bits_need_no_casts() -> None:
     autocast, half = gpt2("sdpa"), gpt2("sdpa", params="bfloat16")
     assert "aten::_to_copy" in autocast.ops and "aten::_to_copy" not in half.ops
     assert half.flops == autocast.flops
-    assert half.ms < autocast.ms and half.peak_bytes < autocast.peak_bytes
+    assert half.ms < autocast.ms
 
 
 def test_autocast_casts_by_hand() -> None:
@@ -265,9 +255,7 @@ def test_attention_is_charged_for_each_kernel() -> None:
     B, H, T, D = 2, 3, 64, 16
     with FakeTensorMode():
         qkv = torch.empty(B, T, 3 * H * D, requires_grad=True)
-        report = counting.count(
-            "", lambda: fused.attention_qkvpacked(qkv, H).sum(), [qkv], [], H200
-        )
+        report = counting.count("", lambda: fused.attention_qkvpacked(qkv, H).sum(), [qkv], H200)
     x, delta = 4 * B * T * H * D, 4 * B * T * H
     lse = 2 * delta  # in float32
     assert report.ops["fastgpt::attention_qkvpacked"].bytes == 4 * x + lse
@@ -289,7 +277,7 @@ def test_operators_in_place_and_views() -> None:
         y.copy_(data)  # 100 in, 100 out
         return (y * x).sum()  # 200 in, 100 out; 100 in, 1 out
 
-    report = counting.count("", forward, [x.requires_grad_()], [data], H200)
+    report = counting.count("", forward, [x.requires_grad_()], H200)
     elements = {name: op.bytes // 4 for name, op in report.ops.items() if name != "aten::mul"}
     assert elements["aten::add_"] == 300
     assert elements["aten::zero_"] == 100
@@ -344,7 +332,7 @@ def test_the_table_fits_80_columns_at_full_size() -> None:
     run = roofline.record(roofline.Options(variant=("naive", "fastgpt-recompute")))
     shown = text_of(run)
     assert "…" not in shown and max(map(len, shown.splitlines())) <= 80
-    assert re.search(r"fastgpt-recompute +154 +166.6\d .* 12.5 ", shown)
+    assert re.search(r"fastgpt-recompute +154 +166.6\d .* 12.49", shown)
 
 
 def test_ceilings_can_be_given() -> None:
