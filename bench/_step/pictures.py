@@ -32,7 +32,7 @@ def speed(runs: list[dict[str, Any]], path: Path) -> None:
                 over = variant["speedup"]
                 text = f"{middle:,.0f}" + (f"  {over:.2f}x" if over else "")
             axes.annotate(text, (end, row), xytext=(8, 0), textcoords="offset points", va="center")
-        axes.invert_yaxis()
+        axes.set_ylim(len(variants) - 0.5, -0.5)  # the first on top; a failed one has no bar
         axes.margins(x=0.2)
         axes.set_xlim(left=0.0)
         axes.locator_params(axis="x", nbins=6)

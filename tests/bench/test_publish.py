@@ -145,6 +145,7 @@ def test_bars_and_curves_are_the_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     (axes,) = saved["speed"].axes
     speeds = [v["tokens_per_s"]["median"] for v in variants if v["tokens_per_s"]]
     assert [patch.get_width() for patch in axes.patches] == pytest.approx(speeds)
+    assert axes.get_ylim() == (len(variants) - 0.5, -0.5)  # all are in sight
     assert [t.get_text() for t in axes.get_yticklabels()] == [v["label"] for v in variants]
     assert [t.get_text() for t in axes.texts][:2] == ["out of memory", f"{speeds[0]:,.0f}  0.62x"]
     whiskers = [segment for lines in axes.collections for segment in lines.get_segments()]
