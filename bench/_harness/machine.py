@@ -1,5 +1,5 @@
-"""What a figure was measured on: versions, clocks, the chosen SDPA kernel, and the machine's own
-ceilings, against which a figure can be read.
+"""What a figure was measured on: versions, clocks, the chosen SDPA operator, and the machine's own
+ceilings, to compare the figure with.
 """
 
 import csv
@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from bench._harness.timing import Clock, rate, spread
@@ -104,7 +103,7 @@ def ceilings(device: torch.device) -> dict[str, Any]:
     """
     on_gpu = device.type == "cuda"
     size, dtype = (8192, torch.bfloat16) if on_gpu else (1024, torch.float32)
-    repeats = 300 if on_gpu else 10  # long enough for nvidia-smi to see the chip at work
+    repeats = 300 if on_gpu else 10  # long enough for nvidia-smi to read a busy GPU
     a, b, out = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(3))
     clock = Clock(device)
     for _ in range(repeats):
@@ -132,31 +131,16 @@ def ceilings(device: torch.device) -> dict[str, Any]:
     }
 
 
-def sdpa_kernel(
+def sdpa_operator(
     device: torch.device, dtype: torch.dtype, batch: int, length: int, n_head: int, width: int
-) -> dict[str, str | None]:
-    """What ``F.scaled_dot_product_attention`` chooses for causal training attention of this size.
-
-    ``operator``: PyTorch's name of the implementation. ``kernel``: the GPU kernel that takes the
-    longest in its forward pass; None elsewhere.
-    """
-    activities = [ProfilerActivity.CPU]
-    if device.type == "cuda":
-        activities.append(ProfilerActivity.CUDA)
+) -> str | None:
+    """PyTorch's name of the implementation that ``F.scaled_dot_product_attention`` chooses for
+    causal training attention of this size."""
     qkv = torch.randn(batch, length, 3 * width, device=device, dtype=dtype, requires_grad=True)
-    torch_ops.attention_qkvpacked(qkv, n_head)  # what happens at the first call only
-    with profile(activities=activities) as profiled:
+    with profile(activities=[ProfilerActivity.CPU]) as profiled:
         torch_ops.attention_qkvpacked(qkv, n_head)
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-    events = list(profiled.key_averages())
-    operators = [e.key for e in events if e.key.startswith("aten::_scaled_dot_product_")]
-    kernels = [e for e in events if e.device_type == DeviceType.CUDA]
-    slowest = max(kernels, key=lambda e: e.self_device_time_total, default=None)
-    return {
-        "operator": operators[0] if operators else None,
-        "kernel": slowest.key if slowest else None,
-    }
+    operators = [event.key for event in profiled.key_averages()]
+    return next((op for op in operators if op.startswith("aten::_scaled_dot_product_")), None)
 
 
 def _version(distribution: str) -> str | None:
@@ -167,7 +151,7 @@ def _version(distribution: str) -> str | None:
 
 
 def _git(*args: str) -> str | None:
-    """What git answers about the source tree; None where that is no checkout or git is missing."""
+    """git's answer about the source tree; None if that is no checkout or git is missing."""
     if shutil.which("git") is None:
         return None
     run = subprocess.run(["git", "-C", str(ROOT), *args], capture_output=True, text=True)
