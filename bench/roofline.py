@@ -129,21 +129,14 @@ def measure(
     variant: str,
     config: GPTConfig,
     batch_size: int,
-    length: int | None = None,
     *,
     dtype: str = "bfloat16",
     params: str = "float32",
     ceilings: Ceilings = DEVICES["h200"],
 ) -> Report:
-    """What one forward and backward of ``variant`` on (batch_size, length) tokens costs.
-
-    ``length`` is ``config.block_size`` by default; ``dtype`` and ``params`` as in ``Options``.
-    Raises ValueError naming what is not allowed.
-    """
-    length = config.block_size if length is None else length
-    _check(config, batch_size, length, dtype, params)
-    if variant not in VARIANTS:
-        raise ValueError(f"variant must be one of {', '.join(VARIANTS)}, got {variant!r}")
+    """The cost of one forward and backward of ``variant`` on (batch_size, block_size) tokens;
+    ``dtype`` and ``params`` as in ``Options``. Raises ValueError naming what is not allowed."""
+    _check(config, batch_size, dtype, params)
     chosen = VARIANTS[variant]
     with fake_tensors():
         with torch.device("meta"):
@@ -153,7 +146,7 @@ def measure(
             for name, weight in gpt.state_dict().items()
         }
         gpt.load_state_dict(weights, assign=True)
-        idx = torch.empty(batch_size, length, dtype=torch.int64)
+        idx = torch.empty(batch_size, config.block_size, dtype=torch.int64)
         targets = torch.empty_like(idx)
 
         def forward() -> Tensor:
@@ -164,13 +157,9 @@ def measure(
         return count(chosen.label, forward, parameters, ceilings)
 
 
-def _check(config: GPTConfig, batch_size: int, length: int, dtype: str, params: str) -> None:
+def _check(config: GPTConfig, batch_size: int, dtype: str, params: str) -> None:
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
-    if not 1 <= length <= config.block_size:
-        raise ValueError(
-            f"length must lie between 1 and block_size ({config.block_size}), got {length}"
-        )
     if config.dropout:
         raise ValueError(f"dropout must be 0: the CPU's SDPA has none, got {config.dropout}")
     if params not in ("float32", dtype):
@@ -206,7 +195,7 @@ def main(argv: list[str] | None = None) -> int:
     """The exit code: 0, or 2 for a wrong argument."""
     try:
         o = cli.options(Options(), argv)
-        _check(o.config, o.batch_size, o.block_size, o.dtype, o.params)
+        _check(o.config, o.batch_size, o.dtype, o.params)
         _ = o.ceilings
         if o.out is not None:
             cli.results_folder(o.out, "roofline")
