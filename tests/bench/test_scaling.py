@@ -1,11 +1,6 @@
-"""bench/scaling.py: its collectives are those of two real processes, and its table.
-
-Run as a program, this file is one of the two processes.
-"""
+"""bench/scaling.py: its collectives are those of two real processes, and its table."""
 
 import json
-import os
-import subprocess
 import sys
 from collections import Counter
 from collections.abc import Callable
@@ -25,8 +20,6 @@ from fastgpt.devices import autocast
 from fastgpt.training.distributed import World
 from fastgpt.training.fsdp import shard
 from fastgpt.training.step import Step
-
-ROOT = Path(__file__).resolve().parents[2]
 
 WORLD = MICRO_BATCHES = BATCH = 2
 # Two processes cannot halve an odd vocabulary.
@@ -117,30 +110,6 @@ def process(rank: int, folder: Path) -> None:
     (folder / f"{rank}.json").write_text(json.dumps(found))
 
 
-def run_processes(folder: Path) -> list[dict[str, Any]]:
-    """What each of them found."""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    if sys.platform == "linux":
-        environment["GLOO_SOCKET_IFNAME"] = "lo"
-    children = [
-        subprocess.Popen(
-            [sys.executable, __file__, str(rank), str(folder)],
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(WORLD)
-    ]
-    try:
-        said = [child.communicate(timeout=600)[0] for child in children]
-    finally:
-        for child in children:
-            child.kill()
-    assert [child.returncode for child in children] == [0] * WORLD, "\n".join(said)
-    return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(WORLD)]
-
-
 def by_kind(collectives: list[Any]) -> Counter[str]:
     out: Counter[str] = Counter()
     for kind, nbytes in collectives:
@@ -148,29 +117,31 @@ def by_kind(collectives: list[Any]) -> Counter[str]:
     return out
 
 
-def test_two_processes_send_what_is_predicted(tmp_path: Path) -> None:
+def test_two_processes_send_what_is_predicted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The bytes of each kind, and for FSDP2, which has no buckets, each collective."""
-    processes = run_processes(tmp_path)
+    if sys.platform == "linux":
+        monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
+    torch.multiprocessing.spawn(process, (tmp_path,), nprocs=WORLD)
     parameters = scaling.parameters_of(SMALL)
     for name, case in CASES.items():
         expected = scaling.collectives(
             parameters, case.parallel, WORLD, MICRO_BATCHES, getattr(torch, case.params)
         )
-        for found in processes:
-            assert by_kind(found[name]) == by_kind(expected), name
+        for rank in range(WORLD):
+            found = json.loads((tmp_path / f"{rank}.json").read_text())[name]
+            assert by_kind(found) == by_kind(expected), name
             if case.parallel == "fsdp":
-                assert sorted(map(tuple, found[name])) == sorted(expected), name
+                assert sorted(map(tuple, found)) == sorted(expected), name
 
 
-def test_bytes_on_the_wire_by_hand() -> None:
+def test_bytes_and_time_of_a_collective_by_hand() -> None:
+    """A large one at the rate of the slowest link, a small one at the latency of its steps."""
     assert scaling.sent_bytes([("all-gather", 800)], 8) == 700
     assert scaling.sent_bytes([("reduce-scatter", 800)], 8) == 700
     assert scaling.sent_bytes([("all-reduce", 800)], 8) == 1400
     assert scaling.sent_bytes([("all-reduce", 800)], 1) == 0
-
-
-def test_time_of_a_collective_by_hand() -> None:
-    """A large one at the rate of the slowest link, a small one at the latency of its steps."""
     options = scaling.Options()
     large, small = 64 << 30, 4
     seven_eighths = 7 / 8 * large / 370e9 * 1e3
@@ -223,7 +194,3 @@ def test_wrong_arguments(
         scaling.main(wrong)
     assert left.value.code == 2
     assert said in " ".join(capsys.readouterr().err.split())
-
-
-if __name__ == "__main__":
-    process(int(sys.argv[1]), Path(sys.argv[2]))
