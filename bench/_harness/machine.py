@@ -34,7 +34,7 @@ _SMI_FIELDS = (
 
 
 def facts(device: torch.device) -> dict[str, Any]:
-    """The machine and the software. What does not exist here is None; no names of hosts or users.
+    """The machine and the software, without host and user names. What does not exist is None.
 
     On CUDA it has ``gpu``, ``capability``, ``multiprocessors`` and ``memory_bytes`` too.
     """
@@ -67,14 +67,13 @@ def facts(device: torch.device) -> dict[str, Any]:
 
 
 def name(found: dict[str, Any]) -> str:
-    """The machine in a word or two, for titles."""
+    """A short name for titles."""
     return str(found.get("gpu") or found["cpu"] or "CPU")
 
 
 def gpu_state(device: torch.device) -> dict[str, str] | None:
-    """Driver, clocks, power and temperature as nvidia-smi reads them now, with its units; None
-    without a GPU or without that program; {"error": what it said} where it fails.
-    """
+    """Driver, clocks, power and temperature by nvidia-smi, with units; None without a GPU or that
+    program; {"error": its output} where it fails."""
     if device.type != "cuda" or shutil.which("nvidia-smi") is None:
         return None
     uuid = torch.cuda.get_device_properties(device).uuid
