@@ -221,6 +221,7 @@ class Training:
 
     def __init__(self, variant: Variant, plan: Plan, dtype: torch.dtype | None = None) -> None:
         dtype = dtype or plan.dtype
+        self.device = plan.device
         rate = plan.options.learning_rate
         torch.manual_seed(plan.options.seed)
         gpt = GPT(plan.config, recompute=variant.recompute, fp8=variant.fp8).to(plan.device)
