@@ -101,11 +101,10 @@ def collectives(
     parallel: Parallel,
     gpus: int,
     micro_batches: int = 1,
-    gather_dtype: torch.dtype = torch.bfloat16,
 ) -> list[Collective]:
     """What one update sends: the kind and the bytes of the whole tensor, which an all-gather
-    returns and a reduce-scatter is given. Gradients travel in float32; ``gather_dtype`` is that of
-    FSDP2's parameters but for LayerNorm's, which are float32 (see ``fastgpt.training.fsdp.shard``).
+    returns and a reduce-scatter is given. Gradients travel in float32, and FSDP2's parameters in
+    bfloat16 but for LayerNorm's, which are float32 (see ``fastgpt.training.fsdp.shard``).
     """
     found: list[Collective] = [("all-reduce", 8), ("all-reduce", 4)]  # valid targets, the loss
     if parallel == "ddp":  # the last micro-batch reduces the sum of all
@@ -119,7 +118,7 @@ def collectives(
         groups.setdefault(group, []).append(p)
     for group, members in groups.items():
         numel = sum(_padded_numel(p, gpus) for p in members)
-        itemsize = 4 if group == "norms" else gather_dtype.itemsize
+        itemsize = 4 if group == "norms" else 2
         # A block's weights are dropped after the forward and gathered again for the backward.
         gathers = micro_batches * (2 if group.startswith(".h.") else 1)
         found.extend(("all-gather", itemsize * numel) for _ in range(gathers))
@@ -193,8 +192,7 @@ def main(argv: list[str] | None = None) -> int:
         return cli.failed(error)
     one = roofline.measure("fastgpt", o.step.config, o.batch_size, ceilings=o.step.ceilings)
     console = Console(highlight=False)
-    for parallel in ("ddp", "fsdp"):
-        console.print(table(o, parallel, one.ms))
+    console.print(table(o, "ddp", one.ms), table(o, "fsdp", one.ms))
     return 0
 
 

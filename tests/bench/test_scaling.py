@@ -5,7 +5,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import torch
@@ -22,16 +22,10 @@ from fastgpt.training.fsdp import shard
 from fastgpt.training.step import Step
 
 WORLD = MICRO_BATCHES = BATCH = 2
+PARALLEL: tuple[scaling.Parallel, ...] = ("ddp", "fsdp")
 # Two processes cannot halve an odd vocabulary.
 SMALL = GPTConfig(block_size=16, vocab_size=1001, n_layer=2, n_head=2, n_embd=64)
 
-
-class Case(NamedTuple):
-    parallel: scaling.Parallel
-    params: str  # the dtype in which the model computes with them
-
-
-CASES = {"DDP": Case("ddp", "float32"), "FSDP2": Case("fsdp", "bfloat16")}
 
 _KINDS = {
     "c10d::allreduce_": "all-reduce",
@@ -63,13 +57,14 @@ class Collectives(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def updating(case: Case, world: World) -> Callable[[], float]:
+def updating(parallel: str, world: World) -> Callable[[], float]:
     """An update as ``fastgpt train`` makes it; it returns the loss."""
-    cpu, dtype = torch.device("cpu"), getattr(torch, case.params)
+    cpu = torch.device("cpu")
+    dtype = torch.float32 if parallel == "ddp" else torch.bfloat16
     torch.manual_seed(0)
     gpt = GPT(SMALL)
     model: torch.nn.Module = gpt
-    if case.parallel == "ddp":
+    if parallel == "ddp":
         model = DistributedDataParallel(gpt, gradient_as_bucket_view=True)
     else:
         shard(gpt, cpu, world, dtype)
@@ -92,20 +87,20 @@ def updating(case: Case, world: World) -> Callable[[], float]:
 
 
 def process(rank: int, folder: Path) -> None:
-    """The collectives of each case's third update: DDP builds its buckets in the second."""
+    """The collectives of each third update: DDP builds its buckets in the second."""
     torch.set_num_threads(1)
     dist.init_process_group(
         "gloo", init_method=f"file://{folder / 'store'}", rank=rank, world_size=WORLD
     )
     world = World(rank, rank, WORLD)
     found = {}
-    for name, case in CASES.items():
-        update = updating(case, world)
+    for parallel in PARALLEL:
+        update = updating(parallel, world)
         for _ in range(2):
             update()
         with Collectives() as collectives:
             update()
-        found[name] = collectives.found
+        found[parallel] = collectives.found
     dist.destroy_process_group()
     (folder / f"{rank}.json").write_text(json.dumps(found))
 
@@ -125,15 +120,13 @@ def test_two_processes_send_what_is_predicted(
         monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
     torch.multiprocessing.spawn(process, (tmp_path,), nprocs=WORLD)
     parameters = scaling.parameters_of(SMALL)
-    for name, case in CASES.items():
-        expected = scaling.collectives(
-            parameters, case.parallel, WORLD, MICRO_BATCHES, getattr(torch, case.params)
-        )
+    for parallel in PARALLEL:
+        expected = scaling.collectives(parameters, parallel, WORLD, MICRO_BATCHES)
         for rank in range(WORLD):
-            found = json.loads((tmp_path / f"{rank}.json").read_text())[name]
-            assert by_kind(found) == by_kind(expected), name
-            if case.parallel == "fsdp":
-                assert sorted(map(tuple, found)) == sorted(expected), name
+            found = json.loads((tmp_path / f"{rank}.json").read_text())[parallel]
+            assert by_kind(found) == by_kind(expected), parallel
+            if parallel == "fsdp":
+                assert sorted(map(tuple, found)) == sorted(expected)
 
 
 def test_bytes_and_time_of_a_collective_by_hand() -> None:
