@@ -169,7 +169,7 @@ def _check(config: GPTConfig, batch_size: int, dtype: str, params: str) -> None:
 def record(o: Options) -> dict[str, Any]:
     """All that the table and the chart are made from."""
     itemsize, params_itemsize = (getattr(torch, name).itemsize for name in (o.dtype, o.params))
-    rows = floor(o.config, o.batch_size, o.block_size, o.ceilings, itemsize, params_itemsize)
+    rows = floor(o.config, o.batch_size, o.ceilings, itemsize, params_itemsize)
     return {
         "options": {key: value for key, value in asdict(o).items() if key != "out"},
         "torch": torch.__version__,

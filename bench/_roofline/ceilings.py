@@ -50,7 +50,6 @@ class FloorRow:
 def floor(
     config: GPTConfig,
     batch_size: int,
-    length: int,
     ceilings: Ceilings,
     itemsize: int = 2,
     params_itemsize: int = 4,
@@ -63,6 +62,7 @@ def floor(
     ``params_itemsize``: of a parameter and its gradient.
     """
     layers, width, vocab = config.n_layer, config.n_embd, config.vocab_size
+    length = config.block_size
     tokens = batch_size * length
     rows: list[FloorRow] = []
 
@@ -78,18 +78,18 @@ def floor(
     def product(n_in: int, n_out: int) -> int:
         return 2 * tokens * n_in * n_out
 
-    def forward(name: str, n_in: int, n_out: int, others: int, calls: int = layers) -> None:
+    def forward(name: str, n_in: int, n_out: int, others: int) -> None:
         """A Linear; ``others``: columns moved beside its input and its output."""
         nbytes = activations(n_in + n_out + others) + n_in * n_out * itemsize
-        add(name, "matrix products", calls, (product(n_in, n_out), nbytes))
+        add(name, "matrix products", layers, (product(n_in, n_out), nbytes))
 
-    def backward(name: str, n_in: int, n_out: int, others: int, calls: int = layers) -> None:
+    def backward(name: str, n_in: int, n_out: int, others: int) -> None:
         """dX, then dW."""
         nbytes = activations(n_in + n_out)
         dx = nbytes + activations(others) + n_in * n_out * itemsize
         dw = nbytes + n_in * n_out * params_itemsize
         flops = product(n_in, n_out)
-        add(name, "matrix products", calls, (flops, dx), (flops, dw))
+        add(name, "matrix products", layers, (flops, dx), (flops, dw))
 
     head_flops = product(width, vocab)
     head_bytes = activations(width + vocab) + width * vocab * itemsize

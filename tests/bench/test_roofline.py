@@ -141,14 +141,14 @@ def test_readme_shows_these_figures() -> None:
     for name, r in rows.items():
         gigabytes = f"{r.bytes / 1e9:.1f} | {r.saved_bytes / 1e9:.2f}"
         assert f"| {name} | {r.calls} | {gigabytes} | {r.ms:.1f} |" in readme
-    floor = ceilings.floor(GPT2, 64, 1024, H200)
+    floor = ceilings.floor(GPT2, 64, H200)
     moved, ms = sum(row.bytes for row in floor), sum(row.ms for row in floor)
     assert f"| each byte moved once | | {moved / 1e9:.1f} | | {ms:.1f} |" in readme
 
 
 def test_published_floor() -> None:
     """Milliseconds at B=64, in the order of the step."""
-    rows = ceilings.floor(GPT2, 64, 1024, H200)
+    rows = ceilings.floor(GPT2, 64, H200)
     forward = [0.070, 3.53, 1.57, 1.18, 4.71, 4.71, 1.13, 6.43]
     backward = [12.85, 9.42, 9.42, 2.35, 4.50, 7.06, 2.34]
     for row, ms in zip(rows, forward + backward, strict=False):
@@ -163,7 +163,7 @@ def test_eager_products_are_those_of_the_floor(size: dict[str, Any]) -> None:
     """FLOPs of PyTorch's formulas, and of the floor's own."""
     sizes = dict(block_size=256, vocab_size=320, n_layer=3, n_head=4, n_embd=128) | size
     config = GPTConfig(**sizes)
-    rows = ceilings.floor(config, 5, 256, H200)
+    rows = ceilings.floor(config, 5, H200)
     assert roofline.measure("sdpa", config, 5).flops == sum(row.flops for row in rows)
 
 
@@ -171,7 +171,7 @@ def test_every_fused_product_has_its_formula() -> None:
     """An operator of ours without one would count as free of FLOPs."""
     config = GPTConfig(block_size=256, vocab_size=320, n_layer=3, n_head=4, n_embd=128)
     report = roofline.measure("fastgpt", config, 5)
-    assert report.flops >= sum(row.flops for row in ceilings.floor(config, 5, 256, H200))
+    assert report.flops >= sum(row.flops for row in ceilings.floor(config, 5, H200))
 
 
 def test_nothing_is_allocated_whatever_the_size() -> None:
