@@ -1,21 +1,20 @@
-"""Writing text: nanoGPT's method (the whole window goes through the model for every token) beside
+"""Generation: nanoGPT's method, which computes the whole window for every token, beside
 ``GPT.generate``, in the same run, on the same random weights and prompts.
 
     python bench/bench_decode.py                          # GPT-2 124M, 256 new tokens
     python bench/bench_decode.py --batch_size=8 --out=decode.json
 
-nanoGPT's method runs on the PyTorch functions that nanoGPT calls; on a GPU both under autocast,
-ours with the matrices in half precision already, as ``fastgpt sample`` holds them. The two take
-turns of a few tokens, so that whatever else the machine does meets both. In float32 their greedy
-tokens are compared before.
+nanoGPT's method uses the PyTorch functions that nanoGPT calls. On a GPU both run under autocast,
+ours with its matrices in half precision, as ``fastgpt sample`` has them. The two take turns of a
+few tokens, so that other load on the machine affects both. Before, their greedy tokens in float32
+are compared.
 
-Of a cached token memory traffic bounds the time: all weights but the position table, and half of
-the cache on average. What is reached is given as a share of the rate of a device copy.
+Memory traffic bounds the time of a cached token: all weights but the position table, and on average
+half of the cache. The rate that is reached is also given as a share of a device copy's.
 """
 
 import copy
 import sys
-import traceback
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field
@@ -23,15 +22,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 
 if __name__ == "__main__":  # Python looks for modules in the folder of the script
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from bench._harness import machine
-from bench._harness.cli import USER_ERRORS, failed, failure_of, tyro, write_json
+from bench._harness import cli, machine
 from bench._harness.timing import Clock
 from bench._step import baselines
 from fastgpt import GPT, GPTConfig
@@ -45,7 +41,7 @@ _TURN = 16  # tokens
 
 @dataclass
 class Options:
-    """nanoGPT's way of writing text beside fastgpt's."""
+    """Tokens per second of generation: nanoGPT's method beside fastgpt's."""
 
     n_layer: int = 12
     n_head: int = 12
@@ -90,42 +86,36 @@ def same_greedy_tokens(plain: GPT, fast: GPT, idx: Tensor, new_tokens: int) -> b
 
 @dataclass
 class Taken:
-    """What a method has done so far."""
+    """Time and tokens of a method so far."""
 
     seconds: float = 0.0
     steps: int = 0
-    failure: str | None = None
 
 
-def taking_turns(
+def take_turns(
     runs: dict[str, Iterator[Tensor]],
     device: torch.device,
     context: AbstractContextManager[object],
     taken: dict[str, Taken],
 ) -> None:
-    """Run all to their ends, and keep in ``taken`` what each took. A failure ends one alone."""
+    """Run all methods to their ends, and record each in ``taken``."""
     taken.update({name: Taken() for name in runs})
     left = dict(runs)
     while left:
         for name, steps in list(left.items()):
             clock = Clock(device)
-            try:
-                with context:
-                    clock.mark()
-                    count = sum(1 for _ in zip(range(_TURN), steps, strict=False))
-                    clock.mark()
-                taken[name].seconds += clock.durations_ms()[0] / 1e3
-            except Exception as error:  # whatever it is, the other method is measured all the same
-                traceback.print_exc()
-                taken[name].failure = failure_of(error)
-                count = 0
+            with context:
+                clock.mark()
+                count = sum(1 for _ in zip(range(_TURN), steps, strict=False))
+                clock.mark()
+            taken[name].seconds += clock.durations_ms()[0] / 1e3
             taken[name].steps += count
             if count < _TURN:
                 del left[name]
 
 
 def bytes_per_token(model: GPT, options: Options) -> float:
-    """What a cached step has to read: the weights once, and each row's keys and values."""
+    """Read by a cached step: the weights once, and each row's keys and values."""
     head = model.lm_head.weight
     tables = [model.transformer.wte.weight, model.transformer.wpe.weight]
     read = [p for p in model.parameters() if p is head or all(p is not table for table in tables)]
@@ -172,30 +162,26 @@ def measure(options: Options) -> dict[str, Any]:
     taken: dict[str, Taken] = {}
     complete = True
     try:
-        taking_turns(runs(min(4, options.new_tokens)), device, context, {})  # what happens once
-        taking_turns(runs(options.new_tokens), device, context, taken)
+        take_turns(runs(min(4, options.new_tokens)), device, context, {})  # warm-up
+        take_turns(runs(options.new_tokens), device, context, taken)
     except KeyboardInterrupt:
         complete = False
     rates = {
         name: options.batch_size * one.steps / one.seconds
         for name, one in taken.items()
-        if one.steps and one.failure is None
+        if one.steps
     }
     record = {
-        "complete": complete and len(rates) == len(taken),
+        "complete": complete,
         "machine": machine.facts(device),
         "options": {**asdict(options), "out": None},
         "dtype": str(dtype).removeprefix("torch."),
         "parameters": fast.get_num_params(),
         "seconds": {name: one.seconds for name, one in taken.items()},
         "steps": {name: one.steps for name, one in taken.items()},
-        "failures": {name: one.failure for name, one in taken.items() if one.failure},
         "tokens_per_s": rates,
-        "speedup": None,
-        "gb_per_s": None,
-        "share_of_copy": None,
     }
-    if record["complete"]:
+    if complete:
         copied = machine.ceilings(device)["copy_tb_per_s"] * 1e12
         moved = bytes_per_token(fast, options) * options.new_tokens / taken["fastgpt"].seconds
         record["speedup"] = rates["fastgpt"] / rates["nanoGPT's method"]
@@ -203,49 +189,44 @@ def measure(options: Options) -> dict[str, Any]:
     return record
 
 
-def table(record: dict[str, Any]) -> Table:
+def lines(record: dict[str, Any]) -> list[str]:
+    """The record as text."""
     o = record["options"]
+    out = [
+        f"{machine.name(record['machine'])}, {record['parameters'] / 1e6:.1f}M parameters, "
+        f"{record['dtype']}, {o['batch_size']} x ({o['prompt']} + {o['new_tokens']} tokens)"
+    ]
+    for name, rate in record["tokens_per_s"].items():
+        out.append(f"{name:16} {rate:10.1f} tokens/s {record['seconds'][name]:8.2f} s")
     if record["complete"]:
-        caption = (
+        out.append(
             f"fastgpt over nanoGPT's method: {record['speedup']:.2f}x; it reads "
             f"{record['gb_per_s']:.1f} GB/s, {record['share_of_copy']:.0%} of what a copy moves"
         )
     else:
-        failures = [f"{name}: {failure}" for name, failure in record["failures"].items()]
-        caption = "\n".join(failures or ["not complete: the run was interrupted"])
-    out = Table(
-        title=f"{machine.name(record['machine'])}, {record['parameters'] / 1e6:.1f}M parameters, "
-        f"{record['dtype']}, {o['batch_size']} x ({o['prompt']} + {o['new_tokens']} tokens)",
-        caption=caption,
-    )
-    for header in ("method", "tokens/s", "s"):
-        out.add_column(header, justify="left" if header == "method" else "right")
-    for name, rate in record["tokens_per_s"].items():
-        out.add_row(name, f"{rate:.1f}", f"{record['seconds'][name]:.2f}")
+        out.append("not complete: the run was interrupted")
     return out
 
 
 def main(argv: list[str] | None = None) -> int:
-    """0: done. 1: a method failed. 2: a wrong option, or a file that is there already. 130:
-    interrupted; what was measured until then is written."""
+    """The exit code: 0, 2 for a wrong option or an existing file, 130 after an interrupt; what
+    was measured is written then, too."""
     try:
-        options = tyro().cli(Options, description=__doc__, args=argv, use_underscores=True)
+        options = cli.options(Options(), argv)
         if options.out is not None and options.out.exists():
             raise FileExistsError(f"{options.out} is there already: it would be replaced")
         if options.out is not None:
             options.out.parent.mkdir(parents=True, exist_ok=True)
         record = measure(options)
-    except USER_ERRORS as error:
-        return failed(error)
+    except cli.USER_ERRORS as error:
+        return cli.failed(error)
     except KeyboardInterrupt:
-        failed("interrupted before anything was measured")
+        cli.failed("interrupted before anything was measured")
         return 130
     if options.out is not None:
-        write_json(options.out, record)
-    Console().print(table(record))
-    if record["complete"]:
-        return 0
-    return 1 if record["failures"] else 130
+        cli.write_json(options.out, record)
+    print("\n".join(lines(record)))
+    return 0 if record["complete"] else 130
 
 
 if __name__ == "__main__":

@@ -1,5 +1,5 @@
-"""pytest's side of ``bench_<op>.py``: alone on the machine, which is described without the names of
-hosts and users; at the end a table for each op.
+"""pytest's hooks for ``bench_<op>.py``: one process, a description of the machine without host and
+user names, and at the end a table for each op.
 """
 
 from dataclasses import asdict
@@ -13,8 +13,8 @@ from bench._ops import op_bench, op_report
 
 def pytest_configure(config):
     if config.getoption("numprocesses", None):
-        raise pytest.UsageError("a benchmark wants the machine for itself: pytest -n0 bench")
-    config.option.benchmark_quiet = True  # its table has no room for rates; ours comes instead
+        raise pytest.UsageError("benchmarks must not run side by side: pytest -n0 bench")
+    config.option.benchmark_quiet = True  # our table has the rates
 
 
 def pytest_benchmark_generate_machine_info():

@@ -1,14 +1,14 @@
-"""All that a short time on a GPU should find out, in the order of its worth.
+"""Everything that is worth measuring in a short time on a GPU, the most important first.
 
     python bench/gpu_report.py --minutes 10 --out report
     python bench/gpu_report.py --only parity run-b32 profile
 
 Each part is a command of its own, which writes its files into the folder as it goes: the tests of
 every kernel on the GPU (parity), training speed at 32, 4 and 64 sequences (``run.py``; the second
-with 200 losses against float32), a profile by kernel, the ops against PyTorch, 250 repeats of every
-op, equal to the bit, and compute-sanitizer where it is installed. A part that crashes, hangs or
-lacks a library costs its share of the time; what a part did not use is spread over those that
-follow. NAME.log holds a part's output, report.json and report.md what became of each.
+with 200 losses against float32), a profile by kernel, the ops against PyTorch, whether 250 repeats
+of every op give the same bits, and compute-sanitizer. A part that crashes, hangs or lacks a program
+does not stop the others. Time that a part does not use goes to those that follow. NAME.log holds a
+part's output, report.json and report.md each part's outcome.
 
 To publish the speeds, move run-b*.json to ``bench/results/<gpu>`` and run ``bench/publish.py``.
 """
@@ -16,8 +16,6 @@ To publish the speeds, move run-b*.json to ``bench/results/<gpu>`` and run ``ben
 import argparse
 import json
 import os
-import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -35,17 +33,14 @@ from bench._harness import cli
 
 ROOT = Path(__file__).resolve().parent.parent
 
-_BENCH = ROOT / "bench"
-_TAIL = 30  # lines of output that the report has of a part that did not end well
-_GRACE_S = 5.0  # to end by itself when told to
-# The end of a program that could not begin; further up it is what a test or a variant printed.
-_MISSING = re.compile(r"^ModuleNotFoundError: No module named '([\w.]+)'\s*\Z", re.M)
+_TAIL = 30  # lines of output in the report of a part that did not succeed
+_GRACE_S = 5.0  # between a signal and the next, harder one
 
 
 @dataclass(frozen=True)
 class Part:
-    """``command``: its program; ``{out}`` stands for the folder. ``weight``: its share of the time
-    among the parts still to come. It is not begun with less than ``least_s`` seconds left."""
+    """``{out}`` in ``command`` stands for the folder. ``weight``: its share of the time among the
+    parts that are left. It is not started with less than ``least_s`` seconds left."""
 
     name: str
     command: tuple[str, ...]
@@ -53,65 +48,53 @@ class Part:
     least_s: float = 30.0
 
 
-def _python(*arguments: str) -> tuple[str, ...]:
-    return (sys.executable, *arguments)
-
-
-def _pytest(*arguments: str) -> tuple[str, ...]:
-    common = ("-v", "--tb=short", "--continue-on-collection-errors", "-p", "no:cacheprovider")
-    return _python("-m", "pytest", *common, *arguments)
-
-
-def _run(batch_size: int, *others: str) -> tuple[str, ...]:
-    command = str(_BENCH / "run.py"), f"--batch_size={batch_size}", "--out={out}"
-    return _python(*command, *others)
-
-
-def _sanitizer(tool: str) -> tuple[str, ...]:
-    """PyTorch's allocator hands out parts of large blocks, past whose ends nobody would notice."""
-    sanitizer = "compute-sanitizer", "--tool", tool, "--error-exitcode", "9"
-    program = _python("-m", "bench._ops.determinism")
-    return ("env", "PYTORCH_NO_CUDA_MEMORY_CACHING=1", *sanitizer, *program)
-
-
 def parts() -> list[Part]:
-    """All of them, the most worth first."""
+    """All of them, the most important first."""
+    module = sys.executable, "-m"
+    pytest = *module, "pytest", "-v", "--tb=short", "-p", "no:cacheprovider"
     workers = str(min(16, os.cpu_count() or 1))
+    parity = *pytest, "-m", "gpu and not slow", "-n", workers, "--maxprocesses=16"
+    run = *module, "bench.run", "--out={out}"
+    determinism = *module, "bench._ops.determinism"
+    # Without PyTorch's caching allocator, in whose large blocks an overrun would go unnoticed.
+    sanitize = "env", "PYTORCH_NO_CUDA_MEMORY_CACHING=1", "compute-sanitizer"
     return [
-        Part("parity", _pytest("-m", "gpu and not slow", "-n", workers, "--maxprocesses=16"), 130),
-        Part("run-b32", _run(32, "--reference=False"), 180, 60),
-        Part("profile", _python("-m", "bench._step.profile", "{out}"), 25, 15),
-        Part("run-b4", _run(4, "--loss_steps=200"), 110, 60),
-        Part("ops", _pytest("-n0", "bench"), 100),
-        Part("run-b64", _run(64, "--reference=False"), 200, 60),
-        Part("determinism", _python("-m", "bench._ops.determinism", "{out}"), 25, 15),
-        *(Part(tool, _sanitizer(tool), 30, 10) for tool in ("memcheck", "racecheck")),
+        Part("parity", (*parity, "--continue-on-collection-errors"), 130),
+        Part("run-b32", (*run, "--batch_size=32", "--reference=False"), 180, 60),
+        Part("profile", (*module, "bench._step.profile", "{out}"), 25, 15),
+        Part("run-b4", (*run, "--batch_size=4", "--loss_steps=200"), 110, 60),
+        Part("ops", (*pytest, "-n0", "bench"), 100),
+        Part("run-b64", (*run, "--batch_size=64", "--reference=False"), 200, 60),
+        Part("determinism", (*determinism, "{out}"), 25, 15),
+        *(
+            Part(tool, (*sanitize, "--tool", tool, "--error-exitcode", "9", *determinism), 30, 10)
+            for tool in ("memcheck", "racecheck")
+        ),
     ]
 
 
 def share_s(going: Sequence[Part], left: float) -> float:
-    """Seconds of the first of the parts that are still to come."""
+    """Seconds for the first of the parts that are left."""
     share = left * going[0].weight / sum(part.weight for part in going)
     return min(left, max(share, going[0].least_s))
 
 
 def run_part(part: Part, folder: Path, limit: float) -> dict[str, Any]:
     """Run it for at most ``limit`` seconds. ``status`` is "done", "failed", "timed out",
-    "interrupted" or "not run"; ``why`` says more; ``output`` is the end of it unless "done"."""
+    "interrupted" or "not run"; ``output`` is its last lines unless "done"."""
     start = time.monotonic()
     log = folder / f"{part.name}.log"
     status, why = _executed([a.replace("{out}", str(folder)) for a in part.command], log, limit)
-    output = log.read_text(errors="replace")
-    if status == "failed" and (missing := _MISSING.search(output)):
-        status, why = "not run", f"needs {missing[1]}"
     seconds = round(time.monotonic() - start, 1)
     record: dict[str, Any] = {"name": part.name, "status": status, "why": why, "seconds": seconds}
-    return record if status == "done" else record | {"output": output.splitlines()[-_TAIL:]}
+    if status != "done":
+        record["output"] = log.read_text(errors="replace").splitlines()[-_TAIL:]
+    return record
 
 
-def _executed(command: list[str], log: Path, limit: float) -> tuple[str, str | None]:
-    """In a process group of its own, all of which ends with it."""
-    search = [str(ROOT), str(_BENCH), *filter(None, [os.environ.get("PYTHONPATH")])]
+def _executed(command: list[str], log: Path, limit: float) -> tuple[str, str]:
+    """Status and reason. The process group, all of it, ends before this returns."""
+    search = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(search), "PYTHONUNBUFFERED": "1"}
     with log.open("wb") as output:
         process = subprocess.Popen(
@@ -128,16 +111,16 @@ def _executed(command: list[str], log: Path, limit: float) -> tuple[str, str | N
         except subprocess.TimeoutExpired:
             return "timed out", f"ended after {limit:.0f} s"
         except KeyboardInterrupt:
-            return "interrupted", None
-        finally:  # an interrupt, too, leaves nothing running
+            return "interrupted", ""
+        finally:
             _end(process)
     if code == 0:
-        return "done", None
+        return "done", ""
     return "failed", f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
-    """SIGINT first, upon which run.py and pytest write what they have."""
+    """End the process group. At SIGINT, run.py and pytest write what they have."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGKILL):
         try:
             os.killpg(process.pid, number)
@@ -153,8 +136,7 @@ def _markdown(record: dict[str, Any]) -> str:
     lines = [f"# {record['created']}, commit {record['commit'] or 'unknown'}", ""]
     lines += ["| part | status | s | |", "|---|---|---|---|"]
     for row in record["parts"]:
-        seconds, why = row.get("seconds", ""), row["why"] or ""
-        lines.append(f"| {row['name']} | {row['status']} | {seconds} | {why} |")
+        lines.append(f"| {row['name']} | {row['status']} | {row['seconds']} | {row['why']} |")
     for row in record["parts"]:
         if "output" in row:
             lines += ["", f"## End of {row['name']}.log", "", "```", *row["output"], "```"]
@@ -162,7 +144,7 @@ def _markdown(record: dict[str, Any]) -> str:
 
 
 def _name_commit(folder: Path, name: str, commit: str | None) -> None:
-    """A copy of the tree without its history cannot say which commit it measured."""
+    """For a copy of the tree without its history, where run.py cannot know the commit."""
     path = folder / f"{name}.json"
     if commit is not None and name.startswith("run-") and path.exists():
         run = json.loads(path.read_text())
@@ -170,34 +152,27 @@ def _name_commit(folder: Path, name: str, commit: str | None) -> None:
         cli.write_json(path, run)
 
 
-def visit(chosen: Sequence[Part], folder: Path, minutes: float, commit: str | None) -> None:
+def run_parts(chosen: Sequence[Part], folder: Path, minutes: float, commit: str | None) -> None:
     """Run the parts in their order within the time."""
     end = time.monotonic() + 60 * minutes
     created = datetime.now(timezone.utc).isoformat(timespec="seconds")
     record: dict[str, Any] = {"created": created, "commit": commit, "parts": []}
     for number, part in enumerate(chosen):
         left = end - time.monotonic()
-        if missing := _missing_program(part):
-            row = {"name": part.name, "status": "not run", "why": f"needs {missing}"}
-        elif left < part.least_s:
+        if left < part.least_s:
             why = f"{max(left, 0):.0f} s were left, it needs {part.least_s:.0f}"
-            row = {"name": part.name, "status": "not run", "why": why}
+            row = {"name": part.name, "status": "not run", "why": why, "seconds": 0.0}
         else:
-            limit = share_s([p for p in chosen[number:] if not _missing_program(p)], left)
+            limit = share_s(chosen[number:], left)
             print(f"{part.name}: at most {limit:.0f} s", flush=True)
             row = run_part(part, folder, limit)
             _name_commit(folder, part.name, commit)
         record["parts"].append(row)
         cli.write_json(folder / "report.json", record)
         (folder / "report.md").write_text(_markdown(record))
-        print(f"{part.name}: {row['status']}", *filter(None, [row["why"]]), flush=True)
+        print(f"{part.name}: {row['status']} {row['why']}", flush=True)
         if row["status"] == "interrupted":
             return
-
-
-def _missing_program(part: Part) -> str | None:
-    needed = [a for a in part.command if a in (part.command[0], "compute-sanitizer")]
-    return next((name for name in needed if shutil.which(name) is None), None)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -220,7 +195,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if torch.cuda.device_count() == 0:
         return cli.failed("this needs a CUDA GPU, and PyTorch finds none")
     now = datetime.now(timezone.utc).strftime("%Y-%m-%dT%H-%M-%S")
-    folder = (o.out or _BENCH / "out" / f"report-{now}").resolve()
+    folder = (o.out or ROOT / "bench" / "out" / f"report-{now}").resolve()
     if (folder / "report.json").exists():
         return cli.failed(
             f"--out must be a folder without a report, but {folder / 'report.json'} exists"
@@ -229,10 +204,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         return cli.failed(f"--out={folder}: {error}")
-    # As Ctrl-C does: what runs is ended, and the report says that it was interrupted.
+    # As Ctrl-C: the running part is ended, and the report says that it was interrupted.
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.default_int_handler)
-    visit([p for p in every if o.only is None or p.name in o.only], folder, o.minutes, o.commit)
+    run_parts([p for p in every if o.only is None or p.name in o.only], folder, o.minutes, o.commit)
     print(f"wrote {folder / 'report.md'}")
     return 0
 

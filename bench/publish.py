@@ -1,21 +1,17 @@
 """Puts what ``run.py`` measured into the README, as tables and as pictures.
 
-    python bench/publish.py           # writes README.md between its markers, and the pictures
-    python bench/publish.py --check   # writes nothing; exit code 1 if README.md is out of date
+    python bench/publish.py
 
-A folder ``bench/results/<gpu>`` holds one ``run-b<batch size>.json`` for each batch size; beside
-them come ``speed.png``, ``loss.png`` and ``memory.png``. Nothing is published that was not measured
-on a CUDA GPU.
+A folder ``bench/results/<gpu>`` holds one ``run-b<batch size>.json`` for each batch size; this
+writes ``speed.png`` and ``loss.png`` beside them, and README.md between its markers. Nothing is
+published that was not measured on a CUDA GPU.
 """
 
-import argparse
 import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
-
-from rich.console import Console
 
 if __name__ == "__main__":  # Python looks for modules in the folder of the script
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -35,7 +31,6 @@ RESULTS, README = machine.ROOT / "bench" / "results", machine.ROOT / "README.md"
 _ALT = {
     "speed": "Tokens per second of each variant",
     "loss": "Loss of each variant, and its distance from float32",
-    "memory": "Peak memory of each variant",
 }
 _KEYS = (
     "created", "complete", "machine", "options", "dtype", "ceilings", "variants",
@@ -124,28 +119,17 @@ def _facts(run: dict[str, Any]) -> Iterator[str]:
     )
 
 
-def _parts(readme: str) -> tuple[str, str, str]:
-    """What is before, between and behind the markers, which belong to the outer two."""
+def _around(readme: str) -> tuple[str, str]:
+    """What is before and behind the results, markers included."""
     if readme.count(BEGIN) != 1 or readme.count(END) != 1 or readme.find(BEGIN) > readme.find(END):
         raise ValueError(f"README must have one line {BEGIN!r} and, behind it, one {END!r}")
-    before, rest = readme.split(BEGIN)
-    between, behind = rest.split(END)
-    return f"{before}{BEGIN}\n", between.removeprefix("\n"), f"{END}{behind}"
-
-
-def stale(results: Path, readme: Path) -> list[str]:
-    """What does not show what ``results`` holds, each in a line."""
-    found = read(results)
-    _, between, _ = _parts(readme.read_text())
-    out = [] if between == text(found, readme.parent) else [f"{readme} differs from {results}"]
-    pictures = [folder / f"{name}.png" for folder in found for name in PICTURES]
-    return out + [f"{path} is missing" for path in pictures if not path.exists()]
+    return f"{readme.partition(BEGIN)[0]}{BEGIN}\n", f"{END}{readme.partition(END)[2]}"
 
 
 def publish(results: Path, readme: Path) -> list[Path]:
     """Write pictures and README; the files."""
     found = read(results)
-    before, _, behind = _parts(readme.read_text())
+    before, behind = _around(readme.read_text())
     written = []
     for folder, runs in found.items():
         for name, draw in PICTURES.items():
@@ -157,25 +141,15 @@ def publish(results: Path, readme: Path) -> list[Path]:
     return [*written, readme]
 
 
-def main(argv: list[str] | None = None) -> int:
-    """The exit code: 0, 1 where --check finds a difference, 2 where results cannot be published."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--check", action="store_true", help="say what is out of date")
-    check = parser.parse_args(argv).check
+def main() -> int:
+    """The exit code: 0, or 2 where results cannot be published."""
     try:
-        lines = (
-            stale(RESULTS, README)
-            if check
-            else [f"wrote {path}" for path in publish(RESULTS, README)]
-        )
+        written = publish(RESULTS, README)
     except (ValueError, ModuleNotFoundError) as error:
         return cli.failed(error)
-    console = Console(markup=False, highlight=False, soft_wrap=True)
-    for line in lines or ["everything is up to date"]:
-        console.print(line)
-    return int(check and bool(lines))
+    for path in written:
+        print(f"wrote {path}")
+    return 0
 
 
 if __name__ == "__main__":

@@ -5,27 +5,24 @@
     python bench/roofline.py --tflops=700 --tbps=3 --out=bench/out/mine
 
 Forward and backward of each variant run on fake tensors, and every operator that PyTorch dispatches
-is written down. The conventions:
+is counted:
 
-- An operator counts where it makes the GPU do something: views, allocations and questions about a
-  tensor do not. Ours counts once, however many kernels are inside.
-- Bytes: its inputs and its outputs, a storage that it sees twice once. (For PyTorch's
-  ``nll_loss``, which looks at one logit of a row, that is too much: 6 of the 129 ms of ``sdpa``.)
-  An operator with a cost formula of its own (``kernels/costs.py``) is charged kernel by kernel,
-  with what passes through memory between them.
-- FLOPs: matrix products alone, 2 M N K, as ``torch.utils.flop_counter``; causal attention as half.
-  The kernels' products, not the least possible: a product computed twice counts twice.
-- Time: for each kernel the longer one of bytes / bandwidth and FLOPs / rate, one kernel after the
-  other. Launches cost nothing, so a real step takes longer, and most so at a small batch.
-- Saved activations: the distinct storages that autograd holds when the forward is done. Parameters
-  are not among them; their 16-bit casts and the logits, where stored, are.
-- Peak memory: the most bytes in storages alive at once, from parameters to gradients; without the
-  optimizer's state, the allocator's rounding, and what an operator uses inside.
-- The floor: ``_ceilings.floor``.
+- Calls: of operators that launch kernels; views, allocations and queries do not. One of ours counts
+  once, however many kernels are inside.
+- Bytes: its inputs and outputs, each storage once. (For PyTorch's ``nll_loss``, which reads one
+  logit of a row, that is too much: 6 of the 129 ms of ``sdpa``.) An operator with a formula in
+  ``kernels/costs.py`` is charged kernel by kernel, with what passes through memory between them.
+- FLOPs: of matrix products alone, 2 M N K, as ``torch.utils.flop_counter``; causal attention as
+  half. A product that a kernel computes twice counts twice.
+- Time: for each kernel the larger of bytes / bandwidth and FLOPs / rate, one kernel after the
+  other. Launches cost nothing, so a real step takes longer, the more so at a small batch.
+- Saved: the distinct storages that autograd holds after the forward, without the parameters, but
+  with their 16-bit casts.
+- The floor: a step whose every kernel moves each byte once (``_roofline/ceilings.py``).
 
-The tensors claim to be on the CPU, since autograd on fake CUDA tensors needs CUDA. The fused ops
-run there as they do under ``TRITON_INTERPRET=1``; of PyTorch's operators only the names of the
-attention kernels differ. Where CUDA's autocast casts and the CPU's does not, ``_eager.py`` casts.
+The tensors claim to be on the CPU, since autograd on fake CUDA tensors needs CUDA. PyTorch's
+operators are the same there but for the names of the attention kernels, and for casts that only
+CUDA's autocast makes, which ``_step/baselines.py`` makes itself.
 """
 
 import sys
@@ -37,6 +34,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from rich.console import Console
 from torch import Tensor
 
 if __name__ == "__main__":  # Python looks for modules in the folder of the script
@@ -45,10 +43,10 @@ if __name__ == "__main__":  # Python looks for modules in the folder of the scri
 from bench._harness import cli
 from bench._roofline import roofline_report
 from bench._roofline.ceilings import DEVICES, Ceilings, floor
-from bench._roofline.counting import Report, count
-from bench._roofline.fake_model import fake_model
+from bench._roofline.counting import Report, count, fake_tensors
 from bench._step import baselines
 from fastgpt import GPT, GPTConfig
+from fastgpt.kernels import fused
 from fastgpt.model import PRETRAINED_SHAPES
 
 VariantName = Literal["naive", "sdpa", "fastgpt", "fastgpt-recompute"]
@@ -79,9 +77,8 @@ VARIANTS: dict[str, Variant] = {
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """Dispatched operators, bytes, FLOPs, predicted time and memory of one forward and backward of
-    GPT, from fake tensors: no GPU is needed.
-    """
+    """Operators, bytes, FLOPs, predicted time and saved activations of one forward and backward of
+    GPT. Needs no GPU."""
 
     # What is counted, side by side.
     variant: tuple[VariantName, ...] = ("naive", "sdpa", "fastgpt", "fastgpt-recompute")
@@ -93,9 +90,7 @@ class Options:
     block_size: int = GPTConfig.block_size
     # Rows of the embedding and of the head.
     vocab_size: int = GPTConfig.vocab_size
-    # Biases in Linear and LayerNorm.
-    bias: bool = True
-    # What the products are computed in: by autocast, unless the parameters have that dtype.
+    # Of the products: by autocast, unless the parameters have that dtype.
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
     # Parameters and their gradients.
     params: Literal["float32", "bfloat16", "float16"] = "float32"
@@ -118,7 +113,7 @@ class Options:
     @property
     def config(self) -> GPTConfig:
         n_layer, n_head, n_embd = PRETRAINED_SHAPES[self.model]
-        return GPTConfig(self.block_size, self.vocab_size, n_layer, n_head, n_embd, bias=self.bias)
+        return GPTConfig(self.block_size, self.vocab_size, n_layer, n_head, n_embd)
 
     @property
     def ceilings(self) -> Ceilings:
@@ -134,24 +129,24 @@ def measure(
     variant: str,
     config: GPTConfig,
     batch_size: int,
-    length: int | None = None,
     *,
     dtype: str = "bfloat16",
     params: str = "float32",
     ceilings: Ceilings = DEVICES["h200"],
 ) -> Report:
-    """What one forward and backward of ``variant`` on (batch_size, length) tokens costs.
-
-    ``length`` is ``config.block_size`` by default; ``dtype`` and ``params`` as in ``Options``.
-    Raises ValueError naming what is not allowed.
-    """
-    length = config.block_size if length is None else length
-    _check(config, batch_size, length, dtype, params)
-    if variant not in VARIANTS:
-        raise ValueError(f"variant must be one of {', '.join(VARIANTS)}, got {variant!r}")
+    """The cost of one forward and backward of ``variant`` on (batch_size, block_size) tokens;
+    ``dtype`` and ``params`` as in ``Options``. Raises ValueError naming what is not allowed."""
+    _check(config, batch_size, dtype, params)
     chosen = VARIANTS[variant]
-    with fake_model(config, getattr(torch, params), chosen.recompute) as gpt:
-        idx = torch.empty(batch_size, length, dtype=torch.int64)
+    with fake_tensors():
+        with torch.device("meta"):
+            gpt = GPT(config, ops=fused, recompute=chosen.recompute)
+        weights = {
+            name: torch.empty_like(weight, device="cpu", dtype=getattr(torch, params))
+            for name, weight in gpt.state_dict().items()
+        }
+        gpt.load_state_dict(weights, assign=True)
+        idx = torch.empty(batch_size, config.block_size, dtype=torch.int64)
         targets = torch.empty_like(idx)
 
         def forward() -> Tensor:
@@ -159,58 +154,58 @@ def measure(
                 return chosen.loss(gpt, idx, targets)
 
         parameters = list(gpt.parameters())
-        return count(chosen.label, idx.numel(), forward, parameters, [idx, targets], ceilings)
+        return count(chosen.label, forward, parameters, ceilings)
 
 
-def _check(config: GPTConfig, batch_size: int, length: int, dtype: str, params: str) -> None:
+def _check(config: GPTConfig, batch_size: int, dtype: str, params: str) -> None:
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
-    if not 1 <= length <= config.block_size:
-        raise ValueError(
-            f"length must lie between 1 and block_size ({config.block_size}), got {length}"
-        )
     if config.dropout:
         raise ValueError(f"dropout must be 0: the CPU's SDPA has none, got {config.dropout}")
     if params not in ("float32", dtype):
         raise ValueError(f"params must be float32 or the dtype ({dtype}), got {params!r}")
 
 
-def record(options: Options) -> dict[str, Any]:
-    """All that the tables and the chart are made from."""
-    o = options
-    sizes = {"itemsize": _itemsize(o.dtype), "params_itemsize": _itemsize(o.params)}
-    rows = floor(o.config, o.batch_size, o.block_size, o.ceilings, **sizes)
-    reports = {
-        name: measure(
-            name, o.config, o.batch_size, dtype=o.dtype, params=o.params, ceilings=o.ceilings
-        )
-        for name in o.variant
-    }
+def record(o: Options) -> dict[str, Any]:
+    """All that the table and the chart are made from."""
+    itemsize, params_itemsize = (getattr(torch, name).itemsize for name in (o.dtype, o.params))
+    rows = floor(o.config, o.batch_size, o.ceilings, itemsize, params_itemsize)
     return {
         "options": {key: value for key, value in asdict(o).items() if key != "out"},
         "torch": torch.__version__,
         "ceilings": asdict(o.ceilings),
-        "tokens": o.batch_size * o.block_size,
         "floor": {"ms": sum(row.ms for row in rows), "rows": [asdict(row) for row in rows]},
-        "variants": {name: report.record() for name, report in reports.items()},
+        "variants": {
+            name: asdict(
+                measure(
+                    name,
+                    o.config,
+                    o.batch_size,
+                    dtype=o.dtype,
+                    params=o.params,
+                    ceilings=o.ceilings,
+                )
+            )
+            for name in o.variant
+        },
     }
-
-
-def _itemsize(dtype: str) -> int:
-    return int(getattr(torch, dtype).itemsize)
-
-
-def _planned(argv: list[str] | None) -> Options:
-    """All that a user can get wrong is found here."""
-    options = cli.options(Options(), argv)
-    _check(options.config, options.batch_size, options.block_size, options.dtype, options.params)
-    _ = options.ceilings
-    return options
 
 
 def main(argv: list[str] | None = None) -> int:
     """The exit code: 0, or 2 for a wrong argument."""
-    return cli.prediction("roofline", lambda: _planned(argv), record, roofline_report)
+    try:
+        o = cli.options(Options(), argv)
+        _check(o.config, o.batch_size, o.dtype, o.params)
+        _ = o.ceilings
+        if o.out is not None:
+            cli.results_folder(o.out, "roofline")
+    except cli.USER_ERRORS as error:
+        return cli.failed(error)
+    console, run = Console(highlight=False), record(o)
+    console.print(roofline_report.table(run))
+    if o.out is not None:
+        cli.write_results(o.out, "roofline", run, roofline_report.chart, console)
+    return 0
 
 
 if __name__ == "__main__":

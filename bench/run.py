@@ -78,7 +78,7 @@ def _facts(plan: Plan) -> dict[str, Any]:
     sdpa = None
     if plan.device.type == "cuda":
         sizes = o.batch_size, o.block_size, o.n_head, o.n_embd
-        sdpa = machine.sdpa_kernel(plan.device, plan.dtype, *sizes)
+        sdpa = {"operator": machine.sdpa_operator(plan.device, plan.dtype, *sizes)}
     return {
         "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "complete": False,

@@ -1,17 +1,16 @@
-"""Tokens per second on many GPUs, before anybody has them: predicted, not measured.
+"""Predicted, not measured: tokens per second on many GPUs.
 
     python bench/scaling.py                               # GPT-2 124M, 1 to 1024 H200s
     python bench/scaling.py --model=gpt2-xl --batch_size=8 --gradient_accumulation_steps=4
 
 The computation is the roofline's step on one GPU (``roofline.py``) plus the bytes of AdamW. A
 collective takes its bytes over the bandwidth of a ring (Patarasuk & Yuan 2009) plus the latency of
-its steps. How much of that hides behind the computation depends on the order of the collectives, so
-each row has both ends: none of it hidden, and all. Each GPU has a batch of its own. Efficiency is
-tokens per second over those of as many single GPUs; FSDP2's can pass 100%, since each GPU updates
-its share of the parameters.
+its steps. How much of it overlaps with the computation is not predicted: each row shows both ends,
+no overlap and full overlap. Each GPU has its own batch. Efficiency is tokens per second relative to
+that many single GPUs; FSDP2's can pass 100%, since each GPU updates only its shard.
 
-``tests/bench/test_scaling.py`` holds the bytes of each kind of collective against two
-real processes.
+``tests/bench/test_scaling.py`` compares the bytes of each kind of collective with two real
+processes.
 """
 
 import math
@@ -22,7 +21,6 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from rich import box
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -37,8 +35,8 @@ from fastgpt import GPT, GPTConfig
 # Rate of the links to the other GPUs of a node in one direction, GB/s: half of what NVIDIA's data
 # sheets give for NVLink 3, 4 and 5.
 NVLINK_GB_PER_S = {"a100": 300.0, "h100": 450.0, "h200": 450.0, "b200": 900.0}
-# Shares that are left for data: 370 of 450 GB/s over NVLink (NVIDIA/nccl-tests issue 212), 46 to 48
-# of 50 GB/s over InfiniBand (issue 290).
+# Shares of the rate that data gets: 370 of 450 GB/s over NVLink (NVIDIA/nccl-tests issue 212), and
+# 46 to 48 of 50 GB/s over InfiniBand (issue 290).
 _NVLINK_SHARE, _NETWORK_SHARE = 370 / 450, 47 / 50
 
 # Latency in µs of a start and of a step over NVLink and over the network, in a ring and in a tree:
@@ -47,7 +45,7 @@ _START_US = 14.0
 _RING_US, _TREE_US = (1.9, 4.0), (1.25, 8.5)
 
 _BUCKET_BYTES = 25 << 20  # of gradients that DDP reduces at a time
-# Of a parameter: the norm reads its gradient, clipping scales it, AdamW reads it and updates all.
+# Per parameter: the norm reads the gradient, clipping scales it, AdamW reads and updates all.
 _UPDATE_BYTES = 4 + 8 + 28
 
 Parallel = Literal["ddp", "fsdp"]
@@ -93,19 +91,21 @@ class Options:
         return roofline.Options(model=self.model, batch_size=self.batch_size, device=self.device)
 
 
+def parameters_of(config: GPTConfig) -> dict[str, Tensor]:
+    with torch.device("meta"):
+        return dict(GPT(config).named_parameters())
+
+
 def collectives(
-    config: GPTConfig,
+    parameters: dict[str, Tensor],
     parallel: Parallel,
     gpus: int,
     micro_batches: int = 1,
-    gather_dtype: torch.dtype = torch.bfloat16,
 ) -> list[Collective]:
     """What one update sends: the kind and the bytes of the whole tensor, which an all-gather
-    returns and a reduce-scatter is given. Gradients travel in float32; ``gather_dtype`` is that of
-    FSDP2's parameters but for LayerNorm's, which are float32 (see ``fastgpt.training.fsdp.shard``).
+    returns and a reduce-scatter is given. Gradients travel in float32, and FSDP2's parameters in
+    bfloat16 but for LayerNorm's, which are float32 (see ``fastgpt.training.fsdp.shard``).
     """
-    with torch.device("meta"):
-        parameters = dict(GPT(config).named_parameters())
     found: list[Collective] = [("all-reduce", 8), ("all-reduce", 4)]  # valid targets, the loss
     if parallel == "ddp":  # the last micro-batch reduces the sum of all
         nbytes = 4 * sum(p.numel() for p in parameters.values())
@@ -118,7 +118,7 @@ def collectives(
         groups.setdefault(group, []).append(p)
     for group, members in groups.items():
         numel = sum(_padded_numel(p, gpus) for p in members)
-        itemsize = 4 if group == "norms" else gather_dtype.itemsize
+        itemsize = 4 if group == "norms" else 2
         # A block's weights are dropped after the forward and gathered again for the backward.
         gathers = micro_batches * (2 if group.startswith(".h.") else 1)
         found.extend(("all-gather", itemsize * numel) for _ in range(gathers))
@@ -138,8 +138,8 @@ def sent_bytes(sent: list[Collective], gpus: int) -> float:
 
 
 def communication_ms(sent: list[Collective], gpus: int, options: Options) -> float:
-    """Of all of them, one after the other. Between nodes their adapters together carry what each
-    NVLink port does. An all-reduce's latency is a tree's, whose steps grow with the logarithm."""
+    """All collectives, one after the other. Between nodes, all adapters of a node together carry
+    the ring. An all-reduce has the latency of a tree, whose steps grow with the logarithm."""
     if gpus == 1:
         return 0.0
     o, nodes = options, -(-gpus // options.gpus_per_node)
@@ -155,27 +155,23 @@ def communication_ms(sent: list[Collective], gpus: int, options: Options) -> flo
 def table(options: Options, parallel: Parallel, micro_batch_ms: float) -> Table:
     """A row a number of GPUs; ``micro_batch_ms``: forward and backward on one GPU."""
     o, config, ceilings = options, options.step.config, options.step.ceilings
-    with torch.device("meta"):
-        numel = sum(p.numel() for p in GPT(config).parameters())
-    out = Table(
-        title=f"{'DDP' if parallel == 'ddp' else 'FSDP2'}, predicted, not measured: {o.model}, "
+    parameters = parameters_of(config)
+    numel = sum(p.numel() for p in parameters.values())
+    title = (
+        f"{'DDP' if parallel == 'ddp' else 'FSDP2'}, predicted, not measured: {o.model}, "
         f"B={o.batch_size} x {o.gradient_accumulation_steps} a GPU, T={config.block_size},\n"
-        f"{ceilings.name}, {o.network:g} Gb/s a GPU between nodes of {o.gpus_per_node}",
-        title_justify="left",
-        box=box.SIMPLE_HEAD,
-        padding=(0, 1, 0, 0),
-        pad_edge=False,
+        f"{ceilings.name}, {o.network:g} Gb/s a GPU between nodes of {o.gpus_per_node}"
     )
     headers = "GPUs\n", "sent\nGB a GPU", "communi-\ncation ms", "compu-\ntation ms"
-    for header in (*headers, "million tokens/s,\nnot hidden .. hidden", "efficiency\n"):
-        out.add_column(header, justify="right", no_wrap=True)
+    results = "million tokens/s,\nno .. full overlap", "efficiency\n"
+    out = cli.plain_table(title, (), (*headers, *results))
 
     def computed_ms(updated: int) -> float:
         update = ceilings.ms(0, _UPDATE_BYTES * updated, half=True)
         return o.gradient_accumulation_steps * micro_batch_ms + update
 
     for gpus in sorted(o.gpus):
-        sent = collectives(config, parallel, gpus, o.gradient_accumulation_steps)
+        sent = collectives(parameters, parallel, gpus, o.gradient_accumulation_steps)
         communication = communication_ms(sent, gpus, o)
         computation = computed_ms(numel if parallel == "ddp" else -(-numel // gpus))
         steps_ms = computation + communication, max(computation, communication)
@@ -196,8 +192,7 @@ def main(argv: list[str] | None = None) -> int:
         return cli.failed(error)
     one = roofline.measure("fastgpt", o.step.config, o.batch_size, ceilings=o.step.ceilings)
     console = Console(highlight=False)
-    for parallel in ("ddp", "fsdp"):
-        console.print(table(o, parallel, one.ms))
+    console.print(table(o, "ddp", one.ms), table(o, "fsdp", one.ms))
     return 0
 
 

@@ -1,4 +1,4 @@
-"""What the command lines of this folder share: options, errors, and the files they write."""
+"""What the command lines share: options, errors, tables, and the files that they write."""
 
 import importlib.util
 import json
@@ -12,7 +12,7 @@ from rich.table import Table
 
 T = TypeVar("T")
 
-# What a user can cause: each is one line on stderr and the exit code 2.
+# Errors that a user can cause: one line on stderr and the exit code 2.
 USER_ERRORS = (
     ValueError,
     FileNotFoundError,
@@ -24,9 +24,7 @@ USER_ERRORS = (
 
 
 def options(default: T, argv: list[str] | None) -> T:
-    """The dataclass as the command line fills it, --like_this; the rest is as in ``default``.
-
-    Raises ModuleNotFoundError as ``tyro``."""
+    """``default`` with the fields that the command line gives, --like_this=1."""
     found = tyro()
     return found.cli(
         type(default),
@@ -38,9 +36,7 @@ def options(default: T, argv: list[str] | None) -> T:
 
 
 def tyro() -> Any:
-    """The reader of command lines, which nothing else here needs.
-
-    Raises ModuleNotFoundError where it is not installed, saying how to install it."""
+    """The module. Raises ModuleNotFoundError, saying how to install it."""
     try:
         import tyro
     except ModuleNotFoundError as error:
@@ -49,7 +45,7 @@ def tyro() -> Any:
 
 
 def failed(error: object) -> int:
-    """Say so; the exit code."""
+    """Print the error; the exit code."""
     Console(stderr=True, markup=False, highlight=False, soft_wrap=True).print(
         f"error: {error}", style="bold red"
     )
@@ -57,8 +53,8 @@ def failed(error: object) -> int:
 
 
 def failure_of(error: Exception) -> str:
-    """What went wrong, in one line, of something that ends alone while the rest goes on."""
-    if type(error).__name__ == "OutOfMemoryError":  # PyTorch's, which need not be loaded here
+    """In one line."""
+    if type(error).__name__ == "OutOfMemoryError":  # PyTorch's, which is not imported here
         return "out of memory"
     lines = str(error).strip().splitlines()
     if isinstance(error, FloatingPointError):
@@ -67,7 +63,7 @@ def failure_of(error: Exception) -> str:
 
 
 def plain_table(title: str, left: Sequence[str], right: Sequence[str]) -> Table:
-    """Without lines between columns, so that much fits into 80; titles of columns on both sides."""
+    """A compact table with the left-aligned columns first."""
     out = Table(
         title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False
     )
@@ -78,34 +74,10 @@ def plain_table(title: str, left: Sequence[str], right: Sequence[str]) -> Table:
     return out
 
 
-def prediction(
-    name: str, planned: Callable[[], Any], record: Callable[[Any], dict[str, Any]], report: Any
-) -> int:
-    """Predict, print the tables, and write name.json and name.png where there is an ``out``; the
-    exit code: 0, or 2 for a wrong argument.
-
-    ``planned()``: the options, checked, with ``out``; ``record(options)``: all that is shown;
-    ``report``: the module that shows it, by ``tables(run)`` and ``chart(run, path)``.
-    """
-    try:
-        o = planned()
-        if o.out is not None:
-            results_folder(o.out, name)
-    except USER_ERRORS as error:
-        return failed(error)
-    console = Console(highlight=False)
-    run = record(o)
-    for table in report.tables(run):
-        console.print(table)
-    if o.out is not None:
-        write_results(o.out, name, run, report.chart, console)
-    return 0
-
-
 def results_folder(out: Path, name: str) -> Path:
-    """``out``, made where it is not there, for name.json and name.png; before anything is computed.
+    """Make ``out`` for name.json and name.png, before anything is computed.
 
-    Raises ModuleNotFoundError without matplotlib, FileExistsError where such results are."""
+    Raises ModuleNotFoundError without matplotlib, FileExistsError if one of the two exists."""
     if importlib.util.find_spec("matplotlib") is None:
         raise ModuleNotFoundError('the chart needs matplotlib: pip install -e ".[bench]"')
     for path in _results(out, name):
@@ -122,7 +94,7 @@ def write_results(
     chart: Callable[[dict[str, Any], Path], object],
     console: Console,
 ) -> None:
-    """name.json, and name.png as ``chart(run, path)`` draws it."""
+    """Write name.json, and name.png by ``chart(run, path)``."""
     numbers, picture = _results(out, name)
     write_json(numbers, run)
     chart(run, picture)
@@ -130,7 +102,7 @@ def write_results(
 
 
 def write_json(path: Path, value: Any) -> None:
-    """All of it or nothing: a program that is cut off leaves the old file."""
+    """An atomic write: a program that is killed leaves the old file."""
     partial = path.with_name(path.name + ".partial")
     partial.write_text(json.dumps(value, indent=1, allow_nan=False) + "\n")
     partial.replace(path)

@@ -1,5 +1,5 @@
-"""What a figure was measured on: versions, clocks, the chosen SDPA kernel, and the machine's own
-ceilings, against which a figure can be read.
+"""What a figure was measured on: versions, clocks, the chosen SDPA operator, and the machine's own
+ceilings, to compare the figure with.
 """
 
 import csv
@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from bench._harness.timing import Clock, rate, spread
@@ -35,7 +34,7 @@ _SMI_FIELDS = (
 
 
 def facts(device: torch.device) -> dict[str, Any]:
-    """The machine and the software. What does not exist here is None; no names of hosts or users.
+    """The machine and the software, without host and user names. What does not exist is None.
 
     On CUDA it has ``gpu``, ``capability``, ``multiprocessors`` and ``memory_bytes`` too.
     """
@@ -68,14 +67,13 @@ def facts(device: torch.device) -> dict[str, Any]:
 
 
 def name(found: dict[str, Any]) -> str:
-    """The machine in a word or two, for titles."""
+    """A short name for titles."""
     return str(found.get("gpu") or found["cpu"] or "CPU")
 
 
 def gpu_state(device: torch.device) -> dict[str, str] | None:
-    """Driver, clocks, power and temperature as nvidia-smi reads them now, with its units; None
-    without a GPU or without that program; {"error": what it said} where it fails.
-    """
+    """Driver, clocks, power and temperature by nvidia-smi, with units; None without a GPU or that
+    program; {"error": its output} where it fails."""
     if device.type != "cuda" or shutil.which("nvidia-smi") is None:
         return None
     uuid = torch.cuda.get_device_properties(device).uuid
@@ -104,7 +102,7 @@ def ceilings(device: torch.device) -> dict[str, Any]:
     """
     on_gpu = device.type == "cuda"
     size, dtype = (8192, torch.bfloat16) if on_gpu else (1024, torch.float32)
-    repeats = 300 if on_gpu else 10  # long enough for nvidia-smi to see the chip at work
+    repeats = 300 if on_gpu else 10  # long enough for nvidia-smi to read a busy GPU
     a, b, out = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(3))
     clock = Clock(device)
     for _ in range(repeats):
@@ -132,31 +130,16 @@ def ceilings(device: torch.device) -> dict[str, Any]:
     }
 
 
-def sdpa_kernel(
+def sdpa_operator(
     device: torch.device, dtype: torch.dtype, batch: int, length: int, n_head: int, width: int
-) -> dict[str, str | None]:
-    """What ``F.scaled_dot_product_attention`` chooses for causal training attention of this size.
-
-    ``operator``: PyTorch's name of the implementation. ``kernel``: the GPU kernel that takes the
-    longest in its forward pass; None elsewhere.
-    """
-    activities = [ProfilerActivity.CPU]
-    if device.type == "cuda":
-        activities.append(ProfilerActivity.CUDA)
+) -> str | None:
+    """PyTorch's name of the implementation that ``F.scaled_dot_product_attention`` chooses for
+    causal training attention of this size."""
     qkv = torch.randn(batch, length, 3 * width, device=device, dtype=dtype, requires_grad=True)
-    torch_ops.attention_qkvpacked(qkv, n_head)  # what happens at the first call only
-    with profile(activities=activities) as profiled:
+    with profile(activities=[ProfilerActivity.CPU]) as profiled:
         torch_ops.attention_qkvpacked(qkv, n_head)
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-    events = list(profiled.key_averages())
-    operators = [e.key for e in events if e.key.startswith("aten::_scaled_dot_product_")]
-    kernels = [e for e in events if e.device_type == DeviceType.CUDA]
-    slowest = max(kernels, key=lambda e: e.self_device_time_total, default=None)
-    return {
-        "operator": operators[0] if operators else None,
-        "kernel": slowest.key if slowest else None,
-    }
+    operators = [event.key for event in profiled.key_averages()]
+    return next((op for op in operators if op.startswith("aten::_scaled_dot_product_")), None)
 
 
 def _version(distribution: str) -> str | None:
@@ -167,7 +150,7 @@ def _version(distribution: str) -> str | None:
 
 
 def _git(*args: str) -> str | None:
-    """What git answers about the source tree; None where that is no checkout or git is missing."""
+    """git's answer about the source tree; None if that is no checkout or git is missing."""
     if shutil.which("git") is None:
         return None
     run = subprocess.run(["git", "-C", str(ROOT), *args], capture_output=True, text=True)

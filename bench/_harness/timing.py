@@ -1,4 +1,4 @@
-"""How times are taken and summed up, the same way for every benchmark."""
+"""How every benchmark takes times and summarises them."""
 
 import time
 from collections.abc import Iterator, Sequence
@@ -29,22 +29,22 @@ def spread(values: Sequence[float]) -> Spread:
 
 
 def rate(ms: Spread, amount: float) -> Spread:
-    """What is done in a second when ``amount`` takes ``ms`` milliseconds. The slow tenth of the
-    times is the low tenth of the rates."""
+    """``amount`` per second, if it takes ``ms`` milliseconds. The 90th percentile of the times
+    gives the 10th of the rates."""
     return Spread(1e3 * amount / ms.median, 1e3 * amount / ms.p90, 1e3 * amount / ms.p10)
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait until the device has done everything that it was given."""
+    """Wait until the device has done all submitted work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 class Clock:
-    """The time from mark to mark, as the device sees it.
+    """The device's time from mark to mark.
 
-    On CUDA a mark is an event in the current stream, so the host runs ahead as it does in
-    training; elsewhere, where work is done when a call returns, it is the host's clock.
+    On CUDA a mark is an event in the current stream, so the host runs ahead as in training.
+    Elsewhere, where work is done when a call returns, it is the host's clock.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -71,7 +71,7 @@ class Clock:
 
 def interleaved(items: Sequence[T], rounds: int) -> Iterator[tuple[int, T]]:
     """(round, item): every round visits every item once and begins one item later than the round
-    before, so that a drift of the machine meets all of them and none is always first.
+    before, so that a drift of the machine affects all items and none is always first.
     """
     for number in range(rounds):
         for place in range(len(items)):

@@ -35,7 +35,7 @@ from torch import Tensor
 from bench._harness import machine
 from bench._harness.timing import Clock, Spread, rate, spread
 from bench._roofline.ceilings import DEVICES, Ceilings
-from bench._roofline.counting import CostMode, LiveMemory, OpTotal, fake_tensors
+from bench._roofline.counting import CostMode, OpTotal, fake_tensors
 from bench._step import variants
 from fastgpt.kernels import fused, torch_ops
 from fastgpt.kernels.costs import nbytes
@@ -92,10 +92,10 @@ class Op:
     directions: tuple[Direction, ...] = ("forward", "backward")
     baseline: str = "eager"  # what the others are compared with, in errors and in time
     dtype: torch.dtype = DTYPE
-    # What costs.py is asked about, if not "fused". None where it has no formula: then the bytes
-    # are those of inputs and outputs.
-    counted: Function | None | Literal["fused"] = "fused"
-    # The FLOPs that are necessary, ``flops(direction, **sizes)``, where our kernels do more.
+    # The provider or function whose bytes and FLOPs count, by costs.py; None where that has no
+    # formula: then the bytes are those of inputs and outputs.
+    counted: str | Function | None = "fused"
+    # The FLOPs that are necessary, ``flops(direction, **sizes)``, if not those of ``counted``.
     flops: Callable[..., int] | None = None
     # In place of the comparison with ``reference``: ``check(provider, function, inputs)``.
     check: Callable[[str, Function, tuple[Any, ...]], None] | None = None
@@ -336,16 +336,16 @@ def prepared(
 
 def cost(op: Op, sizes: Sizes, direction: Direction, ceilings: Ceilings) -> OpTotal:
     """Bytes, FLOPs and milliseconds at the ceilings. Nothing is allocated or launched."""
-    function = op.providers["fused"] if op.counted == "fused" else op.counted
     total = OpTotal()
     with fake_tensors():
         inputs = op.inputs(RandomTensors(torch.device("cpu"), op.dtype), **dict(sizes))
-        if function is None:
+        if op.counted is None:
             total.bytes = nbytes(*inputs, *tensors(op.reference(*inputs)))
         else:
+            function = op.counted if callable(op.counted) else op.providers[op.counted]
             grads = gradients_like(function(*inputs)) if op.has_gradients else []
             work = prepared(direction, function, inputs, grads)
-            mode = CostMode(ceilings, LiveMemory())
+            mode = CostMode(ceilings)
             with mode:
                 work()
             total = mode.total()

@@ -1,4 +1,4 @@
-"""What a GPU can do at most, and the least time that a training step can take under it."""
+"""The peak rates of GPUs, and the least time that a training step can take at them."""
 
 from dataclasses import dataclass
 
@@ -7,10 +7,8 @@ from fastgpt import GPTConfig
 
 @dataclass(frozen=True)
 class Ceilings:
-    """``tflops``: matrix products of 16-bit numbers, TFLOP/s; those of float32, in TF32, run at
-    half the rate on every GPU here, those of 8-bit numbers at twice the rate on those that have
-    them (not on an A100). ``tb_per_s``: device memory, read plus written, TB/s.
-    """
+    """``tflops``: of 16-bit matrix products, TFLOP/s. On these GPUs TF32, for float32, has half of
+    that rate, and fp8, where it exists, twice. ``tb_per_s``: device memory, read plus written."""
 
     name: str
     tflops: float
@@ -22,13 +20,13 @@ class Ceilings:
                 raise ValueError(f"{name} must be positive, got {value}")
 
     def ms(self, flops: int, nbytes: int, half: bool, fp8: bool = False) -> float:
-        """Milliseconds of a kernel that is bound by one of the two alone. ``half``: 16 bits."""
+        """Milliseconds of a kernel that memory or products bound. ``half``: 16-bit products."""
         rate = 2 * self.tflops if fp8 else self.tflops if half else self.tflops / 2
         return max(flops / rate, nbytes / self.tb_per_s) / 1e9
 
 
 # H200: measured (an 8192³ product, a device copy). The others: NVIDIA's data sheets, dense, SXM
-# modules; what can be reached is about a fifth of the TFLOP/s and a tenth of the TB/s less.
+# modules; about four fifths of the TFLOP/s and nine tenths of the TB/s can be reached.
 DEVICES = {
     "a100": Ceilings("A100 80 GB (data sheet)", 312.0, 2.039),
     "h100": Ceilings("H100 (data sheet)", 989.0, 3.35),
@@ -39,7 +37,7 @@ DEVICES = {
 
 @dataclass(frozen=True)
 class FloorRow:
-    """One part of the step in all layers."""
+    """One part of the step, all layers together."""
 
     name: str
     kind: str
@@ -52,19 +50,19 @@ class FloorRow:
 def floor(
     config: GPTConfig,
     batch_size: int,
-    length: int,
     ceilings: Ceilings,
     itemsize: int = 2,
     params_itemsize: int = 4,
 ) -> list[FloorRow]:
-    """Forward and backward of GPT if every kernel were perfect: each byte moved once, residual
-    additions and GELU in the kernels around them, the logits written and read once each way,
-    causal attention as half. Without dropout.
+    """Forward and backward of GPT if every kernel were ideal: each byte moved once, residual
+    additions and GELU fused into the products, the logits written and read once each way, half of
+    the scores under a causal mask. Without dropout.
 
     ``itemsize``: bytes of an activation and of a weight as the products read it;
     ``params_itemsize``: of a parameter and its gradient.
     """
     layers, width, vocab = config.n_layer, config.n_embd, config.vocab_size
+    length = config.block_size
     tokens = batch_size * length
     rows: list[FloorRow] = []
 
@@ -80,18 +78,18 @@ def floor(
     def product(n_in: int, n_out: int) -> int:
         return 2 * tokens * n_in * n_out
 
-    def forward(name: str, n_in: int, n_out: int, others: int, calls: int = layers) -> None:
+    def forward(name: str, n_in: int, n_out: int, others: int) -> None:
         """A Linear; ``others``: columns moved beside its input and its output."""
         nbytes = activations(n_in + n_out + others) + n_in * n_out * itemsize
-        add(name, "matrix products", calls, (product(n_in, n_out), nbytes))
+        add(name, "matrix products", layers, (product(n_in, n_out), nbytes))
 
-    def backward(name: str, n_in: int, n_out: int, others: int, calls: int = layers) -> None:
+    def backward(name: str, n_in: int, n_out: int, others: int) -> None:
         """dX, then dW."""
         nbytes = activations(n_in + n_out)
         dx = nbytes + activations(others) + n_in * n_out * itemsize
         dw = nbytes + n_in * n_out * params_itemsize
         flops = product(n_in, n_out)
-        add(name, "matrix products", calls, (flops, dx), (flops, dw))
+        add(name, "matrix products", layers, (flops, dx), (flops, dw))
 
     head_flops = product(width, vocab)
     head_bytes = activations(width + vocab) + width * vocab * itemsize

@@ -1,9 +1,9 @@
-"""What every operator that PyTorch dispatches costs: a mode that watches a step on fake tensors."""
+"""What every operator that PyTorch dispatches costs, and what autograd saves, on fake tensors."""
 
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -18,15 +18,15 @@ from bench._roofline.ceilings import Ceilings
 from fastgpt.kernels import _host
 from fastgpt.kernels.costs import COSTS, KernelCost, attention_pairs
 
-# They hand out memory and touch none of it.
+# They allocate memory and write nothing to it.
 _ALLOCATIONS = {
     f"aten::{name}"
     for name in ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided")
 }
 _OVERWRITTEN = {"aten::copy_", "aten::fill_", "aten::zero_"}  # the first argument is not read
 
-# The products of one tile of scores. PyTorch's formula for its kernels on CUDA takes no account of
-# the causal mask, and those for the CPU have none.
+# Matrix products of each score. PyTorch has no formula for these kernels of the CPU, and that for
+# CUDA's ignores the causal mask.
 _ATTENTION = {
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: 2,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: 5,
@@ -43,98 +43,68 @@ def fake_tensors() -> Iterator[None]:
 
 @dataclass
 class OpTotal:
-    """One operator, all of its calls together; the kernels inside it by name."""
+    """All calls of one operator. Bytes, FLOPs, and milliseconds at the ceilings."""
 
     calls: int = 0
     bytes: int = 0
     flops: int = 0
     ms: float = 0.0
-    kernels_ms: dict[str, float] = field(default_factory=dict)
+    kernels_ms: dict[str, float] = field(default_factory=dict)  # of the kernels inside it
 
 
-@dataclass(frozen=True)
-class Report:
-    """One forward and backward. Bytes, FLOPs, and milliseconds at the ceilings."""
+@dataclass(kw_only=True)
+class Report(OpTotal):
+    """One forward and backward: the totals, and what they are made of."""
 
     label: str
-    tokens: int
     ops: dict[str, OpTotal]  # those that take longest first
     saved_bytes: int
-    peak_bytes: int
-
-    @property
-    def calls(self) -> int:
-        return sum(op.calls for op in self.ops.values())
-
-    @property
-    def bytes(self) -> int:
-        return sum(op.bytes for op in self.ops.values())
-
-    @property
-    def flops(self) -> int:
-        return sum(op.flops for op in self.ops.values())
-
-    @property
-    def ms(self) -> float:
-        return sum(op.ms for op in self.ops.values())
-
-    @property
-    def tokens_per_s(self) -> float:
-        return self.tokens / self.ms * 1e3
-
-    def record(self) -> dict[str, Any]:
-        """For JSON: the fields and what follows from them."""
-        totals = ("calls", "bytes", "flops", "ms", "tokens_per_s")
-        return asdict(self) | {name: getattr(self, name) for name in totals}
 
 
 def count(
     label: str,
-    tokens: int,
     forward: Callable[[], Tensor],
     parameters: Sequence[Tensor],
-    data: Sequence[Tensor],
     ceilings: Ceilings,
 ) -> Report:
-    """``forward()`` and the backward of the scalar that it returns, from ``parameters`` and
-    ``data``, which are there before."""
-    memory = LiveMemory()
-    memory.watch([*parameters, *data])
-    mode = CostMode(ceilings, memory)
+    """The cost of ``forward()`` and of the backward of the scalar that it returns."""
+    mode = CostMode(ceilings)
     saved = SavedActivations(parameters)
     with mode:
         with torch.autograd.graph.saved_tensors_hooks(saved.pack, saved.unpack):
             loss = forward()
         saved_bytes = saved.nbytes()
         loss.backward()
-    ops = dict(sorted(mode.ops.items(), key=lambda item: -item[1].ms))
-    return Report(label, tokens, ops, saved_bytes, memory.peak)
+    return Report(
+        **vars(mode.total()),
+        label=label,
+        ops=dict(sorted(mode.ops.items(), key=lambda item: -item[1].ms)),
+        saved_bytes=saved_bytes,
+    )
 
 
 class CostMode(TorchDispatchMode):
-    """Adds up what is dispatched inside of it, by the name of the operator."""
+    """Adds up the cost of what is dispatched inside it, by the name of the operator."""
 
-    def __init__(self, ceilings: Ceilings, memory: "LiveMemory") -> None:
+    def __init__(self, ceilings: Ceilings) -> None:
         super().__init__()
         self.ops: dict[str, OpTotal] = {}
         self._ceilings = ceilings
-        self._memory = memory
 
     def __torch_dispatch__(
         self, func: OpOverload, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
-        self._memory.watch(_tensors(out))
         kernels = kernel_costs(func, args, kwargs, out)
         if kernels:
             half = any(t.is_floating_point() and t.itemsize == 2 for t in _tensors(args))
             total = self.ops.setdefault(_name(func), OpTotal())
             total.calls += 1
             for kernel in kernels:
+                ms = self._ceilings.ms(kernel.flops, kernel.bytes, half, kernel.fp8)
                 total.bytes += kernel.bytes
                 total.flops += kernel.flops
-                ms = self._ceilings.ms(kernel.flops, kernel.bytes, half, kernel.fp8)
                 total.ms += ms
                 total.kernels_ms[kernel.name] = total.kernels_ms.get(kernel.name, 0.0) + ms
         return out
@@ -150,33 +120,9 @@ class CostMode(TorchDispatchMode):
         return total
 
 
-class LiveMemory:
-    """The bytes of the storages that are alive, and the most there were."""
-
-    def __init__(self) -> None:
-        self.live = 0
-        self.peak = 0
-        self._watched: set[int] = set()
-
-    def watch(self, tensors: Iterable[Tensor]) -> None:
-        for tensor in tensors:
-            storage = tensor.untyped_storage()
-            if storage._cdata in self._watched:
-                continue
-            self._watched.add(storage._cdata)
-            self.live += storage.nbytes()
-            self.peak = max(self.peak, self.live)
-            weakref.finalize(storage, self._freed, storage._cdata, storage.nbytes())
-
-    def _freed(self, key: int, nbytes: int) -> None:
-        self._watched.remove(key)
-        self.live -= nbytes
-
-
 class SavedActivations:
-    """The distinct storages that autograd keeps for the backward, those of ``parameters`` aside:
-    ``with torch.autograd.graph.saved_tensors_hooks(saved.pack, saved.unpack)``.
-    """
+    """The distinct storages that autograd saves for the backward, without those of ``parameters``;
+    for ``torch.autograd.graph.saved_tensors_hooks(saved.pack, saved.unpack)``."""
 
     def __init__(self, parameters: Iterable[Tensor]) -> None:
         self._parameters = {p.untyped_storage()._cdata for p in parameters}
@@ -199,7 +145,7 @@ class SavedActivations:
 def kernel_costs(
     func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any
 ) -> list[KernelCost]:
-    """The kernels behind one call; none where nothing moves: views, allocations, questions."""
+    """The kernels of one call; none for views, allocations and queries, which move nothing."""
     packet = func.overloadpacket
     if str(packet) in COSTS:
         return COSTS[str(packet)](out, *args, **kwargs)
@@ -260,8 +206,7 @@ def _named(func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> d
 
 
 def _distinct(tensors: list[Tensor]) -> int:
-    """The bytes of the elements, those that several views share, or an expanded one repeats,
-    counted once."""
+    """The bytes of the elements; those in several views, or repeated by an expanded one, once."""
     elements: dict[int, int] = {}
     whole: dict[int, int] = {}
     for tensor in tensors:

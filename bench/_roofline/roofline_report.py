@@ -1,14 +1,14 @@
-"""A run of ``roofline.py`` as tables and as a chart, made from its record alone."""
+"""A run of ``roofline.py`` as a table and as a chart, made from its record alone."""
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from rich import box
 from rich.table import Table
 
-# Kinds of work, from the foot of a bar to its end, and what the names of their operators, a colon
-# and the name of the kernel contain; the first that fits. A GEMM's epilogue is part of it.
+from bench._harness import cli
+
+# Kinds of work in the order of a bar, each with parts of "operator: kernel" that belong to it; the
+# first that fits counts. A GEMM's epilogue belongs to the GEMM.
 KINDS: dict[str, tuple[str, ...]] = {
     "loss": ("log_softmax", "nll_loss", ": rows", ": scale"),
     "attention": ("attention", "bmm", "softmax", "masked_fill", "tril"),
@@ -45,46 +45,26 @@ def title(run: dict[str, Any]) -> str:
     )
 
 
-def tables(run: dict[str, Any]) -> Iterator[Table]:
-    """One of each variant's operators, the floor's parts, and the totals. They fit 80 columns."""
-    for variant in run["variants"].values():
-        rows = [{"name": name} | op for name, op in variant["ops"].items()]
-        yield _parts(variant["label"], rows, variant)
-    floor = run["floor"]
-    total = {key: sum(row[key] for row in floor["rows"]) for key in ("bytes", "flops", "ms")}
-    yield _parts("the floor", floor["rows"], {"calls": None, **total})
-    if len(run["variants"]) > 1:
-        yield _side_by_side(run)
-    yield _totals(run)
-
-
-def _table(title: str, *headers: str) -> Table:
-    out = Table(
-        title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False
-    )
-    out.add_column(headers[0], no_wrap=True)
-    for header in headers[1:]:
-        out.add_column(header, justify="right", no_wrap=True)
-    return out
-
-
-def _parts(title: str, rows: list[dict[str, Any]], total: dict[str, Any]) -> Table:
-    out = _table(title, "", "calls", "GB", "TFLOP", "ms")
+def table(run: dict[str, Any]) -> Table:
+    """Each variant's operators and their sum, then the floor's parts. It fits 80 columns."""
+    out = cli.plain_table(title(run), ("",), ("calls", "GB", "TFLOP", "ms", "saved GB"))
+    for name, variant in run["variants"].items():
+        for op, total in variant["ops"].items():
+            shown = op.removeprefix("aten::").replace("scaled_dot_product_", "")
+            out.add_row(shown, str(total["calls"]), *_figures(total))
+        saved = f"{variant['saved_bytes'] / 1e9:.2f}"
+        out.add_row(name, str(variant["calls"]), *_figures(variant), saved, style="bold")
+        out.add_section()
+    rows = run["floor"]["rows"]
     for row in rows:
-        out.add_row(row["name"].removeprefix("aten::"), *_figures(row))
-    out.add_section()
-    out.add_row("sum", *_figures(total))
+        out.add_row(row["name"], str(row["calls"]), *_figures(row))
+    total = {key: sum(row[key] for row in rows) for key in ("bytes", "flops", "ms")}
+    out.add_row("the floor", "", *_figures(total), style="bold")
     return out
 
 
-def _figures(row: dict[str, Any]) -> list[str]:
-    calls = row["calls"]
-    return [
-        "" if calls is None else str(calls),
-        f"{row['bytes'] / 1e9:.2f}",
-        f"{row['flops'] / 1e12:.2f}",
-        f"{row['ms']:.2f}",
-    ]
+def _figures(row: dict[str, Any]) -> tuple[str, str, str]:
+    return f"{row['bytes'] / 1e9:.2f}", f"{row['flops'] / 1e12:.2f}", f"{row['ms']:.2f}"
 
 
 def by_kind(run: dict[str, Any]) -> dict[str, dict[str, float]]:
@@ -98,50 +78,6 @@ def by_kind(run: dict[str, Any]) -> dict[str, dict[str, float]]:
     out["floor"] = dict.fromkeys(KINDS, 0.0)
     for row in run["floor"]["rows"]:
         out["floor"][row["kind"]] += row["ms"]
-    return out
-
-
-def _side_by_side(run: dict[str, Any]) -> Table:
-    kinds = by_kind(run)
-    out = _table("ms by kind of work", "", *kinds)
-    for name in KINDS:
-        out.add_row(name, *(f"{times[name]:.2f}" for times in kinds.values()))
-    out.add_section()
-    out.add_row("sum", *(f"{sum(times.values()):.2f}" for times in kinds.values()))
-    return out
-
-
-def _totals(run: dict[str, Any]) -> Table:
-    out = _table(
-        title(run),
-        "\n",
-        *("ops\n", "GB\n", "TFLOP\n", "ms\n", "x\nfloor", "tokens\n/s", "saved\nGB", "peak\nGB"),
-    )
-    floor_ms = run["floor"]["ms"]
-    for name, variant in run["variants"].items():
-        out.add_row(
-            name,
-            str(variant["calls"]),
-            f"{variant['bytes'] / 1e9:.1f}",
-            f"{variant['flops'] / 1e12:.2f}",
-            f"{variant['ms']:.2f}",
-            f"{variant['ms'] / floor_ms:.2f}",
-            f"{variant['tokens_per_s']:,.0f}",
-            f"{variant['saved_bytes'] / 1e9:.2f}",
-            f"{variant['peak_bytes'] / 1e9:.2f}",
-        )
-    rows = run["floor"]["rows"]
-    out.add_row(
-        "floor",
-        "",
-        f"{sum(row['bytes'] for row in rows) / 1e9:.1f}",
-        f"{sum(row['flops'] for row in rows) / 1e12:.2f}",
-        f"{floor_ms:.2f}",
-        "1.00",
-        f"{run['tokens'] / floor_ms * 1e3:,.0f}",
-        "",
-        "",
-    )
     return out
 
 

@@ -1,8 +1,5 @@
-"""What ``run.py`` measures: the float32 reference, each variant alone, then all side by side.
-
-Whatever goes wrong with a variant ends that variant alone, and ``save`` is called whenever
-something new is known.
-"""
+"""What ``run.py`` measures: the float32 reference, each variant alone, then all side by side. An
+error ends only the variant that raised it."""
 
 import gc
 import math
@@ -33,10 +30,10 @@ from bench._step.variants import (
     why_not,
 )
 
-_UNTIMED = 2  # steps at the start of a turn, in which the allocator finds its blocks again
-# The first of them that can be measured is in every group, so that all ratios are of one group.
+_UNTIMED = 2  # steps at the start of a turn, for the allocator and the caches
+# The first of them that can be measured is the base of every group.
 _BASES = ("sdpa_compile", "sdpa", "fastgpt")
-_SHARE_OF_FREE_MEMORY = 0.9  # for a group; the rest is for kernels that are loaded, and fragments
+_SHARE_OF_FREE_MEMORY = 0.9  # for a group; the rest is for loaded kernels and fragmentation
 
 
 def unsupported(plan: Plan, name: str) -> str | None:
@@ -48,8 +45,8 @@ def unsupported(plan: Plan, name: str) -> str | None:
 
 @dataclass(frozen=True)
 class Footprint:
-    """Bytes of GPU memory that a training holds between two steps (a CUDA graph's pool included),
-    and the most that it holds within one."""
+    """Bytes of GPU memory that a training holds between steps (with a CUDA graph's pool), and their
+    peak within a step."""
 
     kept: int = 0
     peak: int = 0
@@ -58,8 +55,8 @@ class Footprint:
 def groups_that_fit(
     names: Sequence[str], base: str, footprints: Mapping[str, Footprint], capacity: float
 ) -> list[list[str]]:
-    """The variants in their order, ``base`` before them in each group, in as few groups as have
-    ``capacity`` bytes. One that does not fit beside the base shares a group with it alone."""
+    """Split the variants, in their order, into groups of at most ``capacity`` bytes, each of which
+    begins with ``base``. One that does not fit beside the base gets a group with it alone."""
     groups = [[base]]
     for name in names:
         if name == base:
@@ -73,7 +70,7 @@ def groups_that_fit(
 
 
 def _free_memory(device: torch.device) -> None:
-    """What earlier variants left behind, references in a circle and the graphs' pools included."""
+    """Free what earlier variants left behind: reference cycles, cached blocks, graphs' pools."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
@@ -90,7 +87,7 @@ def _capacity(device: torch.device) -> float:
 
 
 def _first_step(variant: Variant, plan: Plan) -> tuple[Training, Tensor, float]:
-    """A new training, the loss of its first step, and the seconds until that was done."""
+    """A new training, the loss of its first step, and the seconds that both took."""
     synchronize(plan.device)
     start = time.perf_counter()
     training = Training(variant, plan)
@@ -126,9 +123,8 @@ def _reference_losses(plan: Plan) -> list[float]:
 
 
 def _finite(losses: list[Tensor]) -> list[float]:
-    """The losses on the host; FloatingPointError where one is not finite, since the speed of a
-    training that diverged says nothing.
-    """
+    """The losses on the host. Raises FloatingPointError if one is not finite: the speed of a
+    training that diverged says nothing."""
     values: list[float] = torch.stack(losses).tolist()
     for step, loss in enumerate(values, start=1):
         if not math.isfinite(loss):
@@ -181,7 +177,7 @@ class Measurement:
             if self.plan.device.type == "cuda":
                 with compiled_code_in(self._folder / "none"):
                     load_compiler(self.plan.device)
-            for name in self._going():
+            for name in self._measurable():
                 self._show(f"{name}: first steps")
                 with self._variant(name):
                     self._footprints[name] = _measure_alone(
@@ -195,26 +191,26 @@ class Measurement:
             self.reference_losses = _reference_losses(self.plan)
         except FloatingPointError:
             raise
-        except Exception as error:  # whatever it is, the variants are measured all the same
+        except Exception as error:  # whatever it is, the variants are still measured
             self.reference_failure = failure_of(error)
             traceback.print_exc()
         self._save(self)
 
     def _measure_side_by_side(self) -> None:
-        going = self._going()
-        if not going:
+        names = self._measurable()
+        if not names:
             return
-        base = next((name for name in _BASES if name in going), going[0])
+        base = next((name for name in _BASES if name in names), names[0])
         torch.compiler.reset()
         _free_memory(self.plan.device)
-        planned = groups_that_fit(going, base, self._footprints, _capacity(self.plan.device))
-        turns = len(planned) - 1 + len(going)
+        planned = groups_that_fit(names, base, self._footprints, _capacity(self.plan.device))
+        turns = len(planned) - 1 + len(names)
         self._progress.update(
             self._task, total=1 + len(self.results) + turns * (1 + self.plan.options.rounds)
         )
-        for names in planned:
-            going = [name for name in names if self.results[name].failure is None]
-            self.groups.append(Group(base, going))
+        for members in planned:
+            members = [name for name in members if self.results[name].failure is None]
+            self.groups.append(Group(base, members))
             self._measure_group(self.groups[-1])
             torch.compiler.reset()
             _free_memory(self.plan.device)
@@ -254,24 +250,24 @@ class Measurement:
             training.step()
         return training, seconds
 
-    def _going(self) -> list[str]:
+    def _measurable(self) -> list[str]:
         return [name for name, result in self.results.items() if result.failure is None]
 
     def _show(self, text: str) -> None:
-        # The bar is drawn here only, never by a thread of its own beside a timed step.
+        # Drawn here and by no thread, which would run beside a timed step.
         self._progress.update(self._task, advance=1, description=text, refresh=True)
 
     @contextmanager
     def _variant(self, name: str) -> Iterator[None]:
-        """Whatever a variant raises is its result, and the others are measured all the same."""
+        """Record what the variant raises as its failure, and go on with the others."""
         try:
             with compiled_code_in(self._folder / name):
                 yield
         except Exception as error:
             result = self.results[name]
-            # A later group's base was measured in the first one, and that stays.
-            is_shown = len(result.step_ms) < self.plan.options.rounds
-            if is_shown:
+            # A base that fails in a later group keeps what it measured in the first.
+            is_new = len(result.step_ms) < self.plan.options.rounds
+            if is_new:
                 result.failure = failure_of(error)
-            if not (is_shown and isinstance(error, (torch.OutOfMemoryError, FloatingPointError))):
+            if not (is_new and isinstance(error, (torch.OutOfMemoryError, FloatingPointError))):
                 traceback.print_exc(file=sys.stderr)

@@ -1,4 +1,4 @@
-"""Runs on one machine as pictures: speed, loss and memory, a row of axes for each run."""
+"""Runs on one machine as pictures: speed and loss, a row of axes for each run."""
 
 from pathlib import Path
 from typing import Any
@@ -16,39 +16,29 @@ _COLOURS = (
 
 def speed(runs: list[dict[str, Any]], path: Path) -> None:
     """Tokens per second as bars with whiskers from p10 to p90."""
-    figure, rows = _figure(runs, 1, "tokens per second, median and p10-p90, speed-up")
-    for run, (axes,) in zip(runs, rows, strict=True):
-        none = {"median": 0.0, "p10": 0.0, "p90": 0.0}
-        speeds = [variant["tokens_per_s"] or none for variant in run["variants"].values()]
-        whiskers = [
-            [speed["median"] - speed["p10"] for speed in speeds],
-            [speed["p90"] - speed["median"] for speed in speeds],
-        ]
-        texts = []
-        for variant, speed in zip(run["variants"].values(), speeds, strict=True):
-            over = variant["speedup"] and f"  {variant['speedup']:.2f}x"
-            measured = f"{speed['median']:,.0f}{over or ''}" if speed is not none else None
-            texts.append(measured or variant["failure"] or "not measured")
-        ends = [speed["p90"] for speed in speeds]
-        medians = [speed["median"] for speed in speeds]
-        _bars(axes, run, medians, ends, texts, xerr=whiskers, capsize=3)
+    figure, all_axes = _figure(runs, 1, "tokens per second, median and p10-p90, speed-up")
+    for run, (axes,) in zip(runs, all_axes, strict=True):
+        variants = run["variants"]
+        axes.set_yticks(range(len(variants)), [one["label"] for one in variants.values()])
+        for row, (name, variant) in enumerate(variants.items()):
+            speed = variant["tokens_per_s"]
+            if speed is None:
+                end, text = 0.0, variant["failure"] or "not measured"
+            else:
+                middle, low, end = speed["median"], speed["p10"], speed["p90"]
+                colour = _OURS if name.startswith("fastgpt") else _OTHERS
+                whisker = [[middle - low], [end - middle]]
+                axes.barh(row, middle, color=colour, height=0.65, xerr=whisker, capsize=3)
+                over = variant["speedup"]
+                text = f"{middle:,.0f}" + (f"  {over:.2f}x" if over else "")
+            axes.annotate(text, (end, row), xytext=(8, 0), textcoords="offset points", va="center")
+        axes.set_ylim(len(variants) - 0.5, -0.5)  # the first on top; a failed one has no bar
+        axes.margins(x=0.2)
+        axes.set_xlim(left=0.0)
+        axes.locator_params(axis="x", nbins=6)
         axes.xaxis.set_major_formatter("{x:,.0f}")
         axes.set_xlabel("\n".join(report.caveats(run)))
-    figure.savefig(path, dpi=150)
-
-
-def memory(runs: list[dict[str, Any]], path: Path) -> None:
-    """Peak of allocated memory as bars, and relative to the variant that speed-ups refer to."""
-    figure, rows = _figure(runs, 1, "peak memory in GB")
-    for run, (axes,) in zip(runs, rows, strict=True):
-        variants = run["variants"]
-        peaks = [(variant["peak_memory_bytes"] or 0) / 1e9 for variant in variants.values()]
-        base = variants[run["baseline"]]["peak_memory_bytes"] if run["baseline"] else None
-        texts = [
-            f"{peak:.2f}" + (f"  {1e9 * peak / base:.2f}x" if base else "") if peak else "–"
-            for peak in peaks
-        ]
-        _bars(axes, run, peaks, peaks, texts)
+        axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=150)
 
 
@@ -85,7 +75,7 @@ def loss(runs: list[dict[str, Any]], path: Path) -> None:
     figure.savefig(path, dpi=150)
 
 
-PICTURES = {"speed": speed, "loss": loss, "memory": memory}
+PICTURES = {"speed": speed, "loss": loss}
 
 
 def _figure(runs: list[dict[str, Any]], columns: int, title: str) -> tuple[Any, Any]:
@@ -102,25 +92,3 @@ def _figure(runs: list[dict[str, Any]], columns: int, title: str) -> tuple[Any, 
     claim = f"{report.CPU_NOTE}: " if found["device"] == "cpu" else ""
     figure.suptitle(f"{claim}{machine.name(found)}\n{title}")
     return figure, rows
-
-
-def _bars(
-    axes: Any,
-    run: dict[str, Any],
-    widths: list[float],
-    ends: list[float],
-    texts: list[str],
-    **options: Any,
-) -> None:
-    """One below the other, a variant each, with a text behind its end."""
-    rows = range(len(widths))
-    colours = [_OURS if name.startswith("fastgpt") else _OTHERS for name in run["variants"]]
-    axes.barh(rows, widths, color=colours, height=0.65, **options)
-    for row, end, text in zip(rows, ends, texts, strict=True):
-        axes.annotate(text, (end, row), xytext=(8, 0), textcoords="offset points", va="center")
-    axes.set_yticks(rows, [variant["label"] for variant in run["variants"].values()])
-    axes.invert_yaxis()
-    axes.margins(x=0.2)
-    axes.set_xlim(left=0.0)
-    axes.locator_params(axis="x", nbins=6)
-    axes.spines[["top", "right"]].set_visible(False)

@@ -164,7 +164,9 @@ def table(run: dict[str, Any]) -> Table:
 def markdown(run: dict[str, Any]) -> list[str]:
     """The same table, in lines."""
     rows = [(variant["label"], *_cells(variant)) for variant in run["variants"].values()]
-    headers = [header.replace("\n", " ").strip() for header in _HEADERS]
+    headers = [
+        " ".join(header.split()).replace(" /", "/").replace(" -", "-") for header in _HEADERS
+    ]
     rule = "|---" + "|--:" * (len(_HEADERS) - 1) + "|"
     return [f"| {' | '.join(headers)} |", rule, *(f"| {' | '.join(row)} |" for row in rows)]
 

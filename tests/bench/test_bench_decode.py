@@ -37,27 +37,6 @@ def test_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "is there already" in capsys.readouterr().err
 
 
-def test_a_method_that_fails_ends_alone(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    whole: Any = bench_decode.whole_windows
-
-    def failing(*args: Any, greedy: bool) -> Any:
-        for number, tokens in enumerate(whole(*args, greedy=greedy)):
-            if number == 20:
-                raise RuntimeError("broken kernel\nand more")
-            yield tokens
-
-    monkeypatch.setattr(bench_decode, "whole_windows", failing)
-    path = tmp_path / "decode.json"
-    assert bench_decode.main([*TINY, f"--out={path}"]) == 1
-    record = json.loads(path.read_text())
-    assert record["failures"] == {"nanoGPT's method": "RuntimeError: broken kernel"}
-    assert record["complete"] is False and list(record["tokens_per_s"]) == ["fastgpt"]
-    assert record["steps"]["fastgpt"] == 40
-    assert "RuntimeError: broken kernel" in capsys.readouterr().out
-
-
 def test_an_interrupt_before_anything_was_measured(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -1,7 +1,5 @@
-"""On a CPU, beside nanoGPT's step in eager PyTorch: a step takes less memory.
-
-That it is no slower is not tested: on a busy machine times vary by more than they should show.
-``python bench/run.py`` prints it, "fastgpt over sdpa", from interleaved rounds of one process.
+"""On a CPU, a step takes less memory than nanoGPT's in eager PyTorch. Speed is not tested: times
+on a busy machine vary too much. ``python bench/run.py`` prints it.
 """
 
 import os
@@ -15,8 +13,8 @@ from tests.tools.small_runs import HANGS
 
 ROOT = Path(__file__).resolve().parents[2]
 
-# Prints by how many bytes the resident memory of its process grows at most in the second step: the
-# first, with few tokens, leaves what every step finds, weights and AdamW's moments.
+# Prints by how many bytes the resident memory of its process grows at most in the second step. The
+# first, with few tokens, allocates what stays: weights and AdamW's moments.
 PEAK_OF_A_STEP = """
 import sys
 from pathlib import Path

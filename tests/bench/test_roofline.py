@@ -2,7 +2,9 @@
 
 import functools
 import json
+import re
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -39,14 +41,13 @@ M, K, N = 48, 16, 32
 def linear_gelu() -> counting.Report:
     x, weight, bias = torch.ones(M, K), torch.ones(N, K), torch.ones(N)
     parameters = [weight.requires_grad_(), bias.requires_grad_()]
-    return counting.count(
-        "", M, lambda: F.gelu(F.linear(x, weight, bias)).sum(), parameters, [x], H200
-    )
+    return counting.count("", lambda: F.gelu(F.linear(x, weight, bias)).sum(), parameters, H200)
 
 
 def test_counts_of_a_linear_and_a_gelu_by_hand() -> None:
     """Of float32: 4 bytes an element. The views between them do not appear."""
-    found = {name: (op.calls, op.bytes // 4, op.flops) for name, op in linear_gelu().ops.items()}
+    report = linear_gelu()
+    found = {name: (op.calls, op.bytes // 4, op.flops) for name, op in report.ops.items()}
     assert found == {
         "aten::addmm": (1, N + M * K + K * N + M * N, 2 * M * N * K),
         "aten::gelu": (1, 2 * M * N, 0),
@@ -55,15 +56,7 @@ def test_counts_of_a_linear_and_a_gelu_by_hand() -> None:
         "aten::gelu_backward": (1, 1 + M * N + M * N, 0),  # the gradient is one number, expanded
         "aten::mm": (1, M * N + M * K + N * K, 2 * M * N * K),  # dW; x needs no gradient
     }
-
-
-def test_memory_of_a_linear_and_a_gelu_by_hand() -> None:
-    report = linear_gelu()
     assert report.saved_bytes == 4 * (M * K + M * N)  # x and what GELU is taken of
-    given = M * K + N * K + N
-    scalars = 2  # the loss and its gradient
-    # at GELU's backward, which needs what was saved and makes as much
-    assert report.peak_bytes == 4 * (given + 2 * M * N + scalars)
 
 
 def test_predicted_time_is_the_longer_of_memory_and_products() -> None:
@@ -136,19 +129,10 @@ def test_published_figures_of_eager_nanogpt() -> None:
     assert report.ms == pytest.approx(128.8, abs=0.15)
 
 
-def test_the_fused_step_moves_little() -> None:
-    """Against 636 operators, 35.5 GB and 128.8 ms above."""
-    fused, recomputing = gpt2("fastgpt"), gpt2("fastgpt-recompute")
-    assert fused.calls <= 330
-    assert gpt2("fastgpt", params="bfloat16").calls <= 260
-    assert fused.saved_bytes <= 20e9
-    assert recomputing.saved_bytes <= 13e9
-    assert fused.ms <= 82
-    assert recomputing.ms <= 82
-
-
 def test_readme_shows_these_figures() -> None:
-    readme = (Path(__file__).parents[2] / "README.md").read_text()
+    root = Path(__file__).parents[2]
+    pages = [root / "README.md", *(root / "docs").glob("*.md")]
+    readme = "".join(page.read_text() for page in pages)
     rows = {
         "nanoGPT, eager with SDPA": gpt2("sdpa"),
         "fastgpt": gpt2("fastgpt"),
@@ -157,14 +141,14 @@ def test_readme_shows_these_figures() -> None:
     for name, r in rows.items():
         gigabytes = f"{r.bytes / 1e9:.1f} | {r.saved_bytes / 1e9:.2f}"
         assert f"| {name} | {r.calls} | {gigabytes} | {r.ms:.1f} |" in readme
-    floor = ceilings.floor(GPT2, 64, 1024, H200)
+    floor = ceilings.floor(GPT2, 64, H200)
     moved, ms = sum(row.bytes for row in floor), sum(row.ms for row in floor)
     assert f"| each byte moved once | | {moved / 1e9:.1f} | | {ms:.1f} |" in readme
 
 
 def test_published_floor() -> None:
     """Milliseconds at B=64, in the order of the step."""
-    rows = ceilings.floor(GPT2, 64, 1024, H200)
+    rows = ceilings.floor(GPT2, 64, H200)
     forward = [0.070, 3.53, 1.57, 1.18, 4.71, 4.71, 1.13, 6.43]
     backward = [12.85, 9.42, 9.42, 2.35, 4.50, 7.06, 2.34]
     for row, ms in zip(rows, forward + backward, strict=False):
@@ -174,14 +158,12 @@ def test_published_floor() -> None:
     assert sum(row.ms for row in rows) == pytest.approx(72.2 - 0.81 - 0.06, abs=0.1)
 
 
-@pytest.mark.parametrize(
-    "size", [{}, {"bias": False}, {"vocab_size": 50257}, {"n_head": 8}], ids=str
-)
+@pytest.mark.parametrize("size", [{"bias": False}, {"vocab_size": 50257, "n_head": 8}], ids=str)
 def test_eager_products_are_those_of_the_floor(size: dict[str, Any]) -> None:
     """FLOPs of PyTorch's formulas, and of the floor's own."""
     sizes = dict(block_size=256, vocab_size=320, n_layer=3, n_head=4, n_embd=128) | size
     config = GPTConfig(**sizes)
-    rows = ceilings.floor(config, 5, 256, H200)
+    rows = ceilings.floor(config, 5, H200)
     assert roofline.measure("sdpa", config, 5).flops == sum(row.flops for row in rows)
 
 
@@ -189,13 +171,7 @@ def test_every_fused_product_has_its_formula() -> None:
     """An operator of ours without one would count as free of FLOPs."""
     config = GPTConfig(block_size=256, vocab_size=320, n_layer=3, n_head=4, n_embd=128)
     report = roofline.measure("fastgpt", config, 5)
-    assert report.flops >= sum(row.flops for row in ceilings.floor(config, 5, 256, H200))
-
-
-def test_no_variant_is_faster_than_the_floor() -> None:
-    floor_ms = sum(row.ms for row in ceilings.floor(GPT2, 64, 1024, H200))
-    naive, sdpa, ours = (gpt2(name).ms for name in ("naive", "sdpa", "fastgpt"))
-    assert floor_ms < ours < sdpa < naive
+    assert report.flops >= sum(row.flops for row in ceilings.floor(config, 5, H200))
 
 
 def test_nothing_is_allocated_whatever_the_size() -> None:
@@ -204,17 +180,9 @@ def test_nothing_is_allocated_whatever_the_size() -> None:
     report = roofline.measure("naive", config, 256)
     scores = 256 * 25 * 8192 * 8192
     assert report.saved_bytes > 4 * 4 * scores
-    assert report.peak_bytes > report.saved_bytes
 
 
 # -- dtypes and sizes
-
-
-def test_parameters_in_16_bits_need_no_casts() -> None:
-    autocast, half = gpt2("sdpa"), gpt2("sdpa", params="bfloat16")
-    assert "aten::_to_copy" in autocast.ops and "aten::_to_copy" not in half.ops
-    assert half.flops == autocast.flops
-    assert half.ms < autocast.ms and half.peak_bytes < autocast.peak_bytes
 
 
 def test_autocast_casts_by_hand() -> None:
@@ -230,23 +198,8 @@ def test_autocast_casts_by_hand() -> None:
     casts = 2 * (matrices + biases + normed + M * V) + joined
     assert report.ops["aten::_to_copy"].calls == 2 * (5 + 4 + 3 + 1) + 2
     assert report.ops["aten::_to_copy"].bytes == (4 + 2) * casts
-
-
-def test_float32_runs_at_half_the_rate_of_16_bits() -> None:
-    row = {row.name: row for row in ceilings.floor(GPT2, 64, 1024, H200)}["QKV forward"]
-    wide = {row.name: row for row in ceilings.floor(GPT2, 64, 1024, H200, 4)}["QKV forward"]
-    assert wide.ms == pytest.approx(2 * row.ms)
-    assert gpt2("sdpa", dtype="float32").ops["aten::addmm"].ms == pytest.approx(
-        2 * gpt2("sdpa").ops["aten::addmm"].ms
-    )
-
-
-def test_work_is_proportional_to_the_batch_and_a_shorter_sequence_is_less() -> None:
-    config = GPTConfig(block_size=64, vocab_size=128, n_layer=2, n_head=2, n_embd=32)
-    one, two = (roofline.measure("sdpa", config, batch) for batch in (1, 2))
-    assert two.flops == 2 * one.flops and two.calls == one.calls
-    short = roofline.measure("sdpa", config, 2, length=32)
-    assert one.flops > short.flops and short.tokens == 64
+    half = roofline.measure("sdpa", GPTConfig(T, V, 1, 1, C), B, params="bfloat16")
+    assert "aten::_to_copy" not in half.ops and half.flops == report.flops
 
 
 # -- the baselines compute what they should
@@ -297,9 +250,7 @@ def test_attention_is_charged_for_each_kernel() -> None:
     B, H, T, D = 2, 3, 64, 16
     with FakeTensorMode():
         qkv = torch.empty(B, T, 3 * H * D, requires_grad=True)
-        report = counting.count(
-            "", B * T, lambda: fused.attention_qkvpacked(qkv, H).sum(), [qkv], [], H200
-        )
+        report = counting.count("", lambda: fused.attention_qkvpacked(qkv, H).sum(), [qkv], H200)
     x, delta = 4 * B * T * H * D, 4 * B * T * H
     lse = 2 * delta  # in float32
     assert report.ops["fastgpt::attention_qkvpacked"].bytes == 4 * x + lse
@@ -321,7 +272,7 @@ def test_operators_in_place_and_views() -> None:
         y.copy_(data)  # 100 in, 100 out
         return (y * x).sum()  # 200 in, 100 out; 100 in, 1 out
 
-    report = counting.count("", 1, forward, [x.requires_grad_()], [data], H200)
+    report = counting.count("", forward, [x.requires_grad_()], H200)
     elements = {name: op.bytes // 4 for name, op in report.ops.items() if name != "aten::mul"}
     assert elements["aten::add_"] == 300
     assert elements["aten::zero_"] == 100
@@ -334,62 +285,46 @@ def test_operators_in_place_and_views() -> None:
 SMALL = ["--batch_size=2", "--block_size=32", "--vocab_size=64"]
 
 
-def run_in(folder: Path, *more: str) -> dict[str, Any]:
-    assert roofline.main([*SMALL, "--variant", "sdpa", "fastgpt", f"--out={folder}", *more]) == 0
-    run: dict[str, Any] = json.loads((folder / "roofline.json").read_text())
-    return run
-
-
 def text_of(run: dict[str, Any]) -> str:
     console = Console(width=80, highlight=False)
     with console.capture() as capture:
-        for table in roofline_report.tables(run):
-            console.print(table)
+        console.print(roofline_report.table(run))
     return capture.get()
 
 
 def test_a_run_writes_its_record_and_its_chart(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run = run_in(tmp_path)
+    given = ["--variant", "sdpa", "fastgpt", "--tflops=100", f"--out={tmp_path}"]
+    assert roofline.main([*SMALL, *given]) == 0
+    run = json.loads((tmp_path / "roofline.json").read_text())
     assert list(run["variants"]) == ["sdpa", "fastgpt"]
-    expected = roofline.measure("sdpa", GPTConfig(32, 64), 2)
-    assert run["variants"]["sdpa"] == json.loads(json.dumps(expected.record()))
-    assert run["ceilings"] == {"name": "H200 (measured)", "tflops": 788.0, "tb_per_s": 4.3}
-    assert run["floor"]["ms"] == pytest.approx(sum(row["ms"] for row in run["floor"]["rows"]))
+    used = ceilings.Ceilings("given ceilings", 100.0, H200.tb_per_s)
+    expected = roofline.measure("sdpa", GPTConfig(32, 64), 2, ceilings=used)
+    assert run["variants"]["sdpa"] == json.loads(json.dumps(asdict(expected)))
+    assert run["ceilings"] == asdict(used)
     shown = capsys.readouterr().out
     for table_line in text_of(run).splitlines():
         assert table_line.rstrip() in shown
     chart = (tmp_path / "roofline.png").read_bytes()
-    assert chart.startswith(b"\x89PNG\r\n\x1a\n") and len(chart) > 5000
+    assert chart.startswith(b"\x89PNG\r\n\x1a\n")
     assert roofline.main([*SMALL, "--variant=sdpa", f"--out={tmp_path}"]) == 2
     assert str(tmp_path / "roofline.json") in capsys.readouterr().err
     assert (tmp_path / "roofline.png").read_bytes() == chart
 
-
-def test_sums_and_kinds_of_a_run_agree(tmp_path: Path) -> None:
-    run = run_in(tmp_path)
     kinds = roofline_report.by_kind(run)
     for name, variant in run["variants"].items():
         assert sum(kinds[name].values()) == pytest.approx(variant["ms"])
         for key in ("calls", "bytes", "flops", "ms"):
             assert variant[key] == pytest.approx(sum(op[key] for op in variant["ops"].values()))
-        assert variant["tokens_per_s"] == pytest.approx(64 / variant["ms"] * 1e3)
     assert sum(kinds["floor"].values()) == pytest.approx(run["floor"]["ms"])
 
 
-def test_tables_fit_80_columns_at_full_size() -> None:
-    run = roofline.record(roofline.Options(variant=("naive", "sdpa")))
-    run["variants"]["fastgpt-recompute"] = run["variants"]["naive"]  # the longest name
+def test_the_table_fits_80_columns_at_full_size() -> None:
+    run = roofline.record(roofline.Options(variant=("naive", "fastgpt-recompute")))
     shown = text_of(run)
     assert "…" not in shown and max(map(len, shown.splitlines())) <= 80
-    assert "636" in shown and "128.7" in shown
-
-
-def test_ceilings_can_be_given() -> None:
-    given = roofline.Options(tflops=100.0).ceilings
-    assert (given.tflops, given.tb_per_s) == (100.0, H200.tb_per_s)
-    assert roofline.Options(device="b200").ceilings == ceilings.DEVICES["b200"]
+    assert re.search(r"fastgpt-recompute +154 +166.6\d .* 12.49", shown)
 
 
 @pytest.mark.parametrize(
@@ -416,15 +351,6 @@ def test_a_wrong_option_is_refused(
     assert said in " ".join(capsys.readouterr().err.split())
 
 
-@pytest.mark.parametrize(
-    "wrong, said",
-    [
-        (dict(variant="eager"), "variant must be one of naive, sdpa"),
-        (dict(length=65), r"length must lie between 1 and block_size \(64\), got 65"),
-        (dict(config=GPTConfig(64, dropout=0.1)), "dropout must be 0"),
-    ],
-)
-def test_what_cannot_be_measured_is_refused(wrong: dict[str, Any], said: str) -> None:
-    right: dict[str, Any] = dict(variant="sdpa", config=GPTConfig(64), batch_size=1)
-    with pytest.raises(ValueError, match=said):
-        roofline.measure(**right | wrong)
+def test_dropout_is_refused() -> None:
+    with pytest.raises(ValueError, match="dropout must be 0"):
+        roofline.measure("sdpa", GPTConfig(64, dropout=0.1), 1)

@@ -1,16 +1,11 @@
-"""bench/scaling.py: its collectives are those of two real processes, and its table.
-
-Run as a program, this file is one of the two processes.
-"""
+"""bench/scaling.py: its collectives are those of two real processes, and its table."""
 
 import json
-import os
-import subprocess
 import sys
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import torch
@@ -26,25 +21,11 @@ from fastgpt.training.distributed import World
 from fastgpt.training.fsdp import shard
 from fastgpt.training.step import Step
 
-ROOT = Path(__file__).resolve().parents[2]
-
-WORLD = 2
-BATCH = 2
-# An odd vocabulary cannot be halved.
+WORLD = MICRO_BATCHES = BATCH = 2
+PARALLEL: tuple[scaling.Parallel, ...] = ("ddp", "fsdp")
+# Two processes cannot halve an odd vocabulary.
 SMALL = GPTConfig(block_size=16, vocab_size=1001, n_layer=2, n_head=2, n_embd=64)
 
-
-class Case(NamedTuple):
-    parallel: scaling.Parallel
-    params: str = "float32"  # as the model computes with them
-    micro_batches: int = 1
-
-
-CASES = {
-    "DDP, accumulated": Case("ddp", micro_batches=2),
-    "FSDP2, float32": Case("fsdp"),
-    "FSDP2, accumulated": Case("fsdp", "bfloat16", micro_batches=2),
-}
 
 _KINDS = {
     "c10d::allreduce_": "all-reduce",
@@ -55,7 +36,7 @@ _KINDS = {
 
 
 class Collectives(TorchDispatchMode):
-    """Writes down every collective and the bytes of its whole tensor."""
+    """Records every collective and the bytes of its whole tensor."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -76,13 +57,14 @@ class Collectives(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def updating(case: Case, world: World) -> Callable[[], float]:
-    """Makes an update as ``fastgpt train`` does, and returns its loss."""
-    cpu, dtype = torch.device("cpu"), getattr(torch, case.params)
+def updating(parallel: str, world: World) -> Callable[[], float]:
+    """An update as ``fastgpt train`` makes it; it returns the loss."""
+    cpu = torch.device("cpu")
+    dtype = torch.float32 if parallel == "ddp" else torch.bfloat16
     torch.manual_seed(0)
     gpt = GPT(SMALL)
     model: torch.nn.Module = gpt
-    if case.parallel == "ddp":
+    if parallel == "ddp":
         model = DistributedDataParallel(gpt, gradient_as_bucket_view=True)
     else:
         shard(gpt, cpu, world, dtype)
@@ -90,7 +72,7 @@ def updating(case: Case, world: World) -> Callable[[], float]:
         model,
         gpt.configure_optimizers(0.1, 1e-3, (0.9, 0.95), "cpu"),
         cpu,
-        micro_batches=case.micro_batches,
+        micro_batches=MICRO_BATCHES,
         grad_clip=1.0,
         autocast=autocast(cpu, dtype),
         world=world,
@@ -98,53 +80,29 @@ def updating(case: Case, world: World) -> Callable[[], float]:
 
     def update() -> float:
         shape = (2, BATCH, SMALL.block_size)
-        batches = [torch.randint(SMALL.vocab_size, shape) for _ in range(case.micro_batches)]
+        batches = [torch.randint(SMALL.vocab_size, shape) for _ in range(MICRO_BATCHES)]
         return step([(x, y) for x, y in batches], 1e-3).item()
 
     return update
 
 
 def process(rank: int, folder: Path) -> None:
-    """Three updates of every case; the last one is watched. DDP makes its buckets in the second."""
+    """The collectives of each third update: DDP builds its buckets in the second."""
     torch.set_num_threads(1)
     dist.init_process_group(
         "gloo", init_method=f"file://{folder / 'store'}", rank=rank, world_size=WORLD
     )
     world = World(rank, rank, WORLD)
     found = {}
-    for name, case in CASES.items():
-        update = updating(case, world)
+    for parallel in PARALLEL:
+        update = updating(parallel, world)
         for _ in range(2):
             update()
         with Collectives() as collectives:
             update()
-        found[name] = collectives.found
+        found[parallel] = collectives.found
     dist.destroy_process_group()
     (folder / f"{rank}.json").write_text(json.dumps(found))
-
-
-def run_processes(folder: Path) -> list[dict[str, Any]]:
-    """What each of them found."""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    if sys.platform == "linux":
-        environment["GLOO_SOCKET_IFNAME"] = "lo"
-    children = [
-        subprocess.Popen(
-            [sys.executable, __file__, str(rank), str(folder)],
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(WORLD)
-    ]
-    try:
-        said = [child.communicate(timeout=600)[0] for child in children]
-    finally:
-        for child in children:
-            child.kill()
-    assert [child.returncode for child in children] == [0] * WORLD, "\n".join(said)
-    return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(WORLD)]
 
 
 def by_kind(collectives: list[Any]) -> Counter[str]:
@@ -154,28 +112,29 @@ def by_kind(collectives: list[Any]) -> Counter[str]:
     return out
 
 
-def test_two_processes_send_what_is_predicted(tmp_path: Path) -> None:
-    """The bytes of each kind; of FSDP2, whose groups are not cut into buckets, each collective."""
-    processes = run_processes(tmp_path)
-    for name, case in CASES.items():
-        expected = scaling.collectives(
-            SMALL, case.parallel, WORLD, case.micro_batches, getattr(torch, case.params)
-        )
-        for found in processes:
-            assert by_kind(found[name]) == by_kind(expected), name
-            if case.parallel == "fsdp":
-                assert sorted(map(tuple, found[name])) == sorted(expected), name
+def test_two_processes_send_what_is_predicted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The bytes of each kind, and for FSDP2, which has no buckets, each collective."""
+    if sys.platform == "linux":
+        monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
+    torch.multiprocessing.spawn(process, (tmp_path,), nprocs=WORLD)
+    parameters = scaling.parameters_of(SMALL)
+    for parallel in PARALLEL:
+        expected = scaling.collectives(parameters, parallel, WORLD, MICRO_BATCHES)
+        for rank in range(WORLD):
+            found = json.loads((tmp_path / f"{rank}.json").read_text())[parallel]
+            assert by_kind(found) == by_kind(expected), parallel
+            if parallel == "fsdp":
+                assert sorted(map(tuple, found)) == sorted(expected)
 
 
-def test_bytes_on_the_wire_by_hand() -> None:
+def test_bytes_and_time_of_a_collective_by_hand() -> None:
+    """A large one at the rate of the slowest link, a small one at the latency of its steps."""
     assert scaling.sent_bytes([("all-gather", 800)], 8) == 700
     assert scaling.sent_bytes([("reduce-scatter", 800)], 8) == 700
     assert scaling.sent_bytes([("all-reduce", 800)], 8) == 1400
     assert scaling.sent_bytes([("all-reduce", 800)], 1) == 0
-
-
-def test_time_of_a_collective_by_hand() -> None:
-    """A large one at the rate of the slowest link, a small one at the latency of its steps."""
     options = scaling.Options()
     large, small = 64 << 30, 4
     seven_eighths = 7 / 8 * large / 370e9 * 1e3
@@ -228,7 +187,3 @@ def test_wrong_arguments(
         scaling.main(wrong)
     assert left.value.code == 2
     assert said in " ".join(capsys.readouterr().err.split())
-
-
-if __name__ == "__main__":
-    process(int(sys.argv[1]), Path(sys.argv[2]))
