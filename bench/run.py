@@ -146,7 +146,8 @@ def _planned(argv: list[str] | None, folder: Path) -> tuple[Plan, Path]:
     """
     options = cli.options(Options() if torch.cuda.is_available() else CPU_OPTIONS, argv)
     if options.data_dir is None:
-        plan = Plan.of(options, prepare_builtin(folder / "data").data_dir)
+        prepare_builtin(folder / "data")
+        plan = Plan.of(options, folder / "data")
     else:
         plan = Plan.of(options, options.data_dir)
     plan.batches(options.vocab_size)

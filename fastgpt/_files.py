@@ -26,6 +26,12 @@ def replacing(path: Path) -> Iterator[IO[bytes]]:
     sync_folder(path.parent)
 
 
+def check_folder(out_dir: Path) -> None:
+    """Raise NotADirectoryError if ``out_dir``, which is to be made or written to, is a file."""
+    if out_dir.exists() and not out_dir.is_dir():
+        raise NotADirectoryError(f"out_dir must be a folder, but {out_dir} is a file")
+
+
 def sync_folder(folder: Path) -> None:
     """The names in ``folder`` survive a power cut from here on."""
     if os.name != "posix":

@@ -44,7 +44,8 @@ def profile(folder: Path, options: Options | None = None) -> int:
     profiler, by kernel and by kind of work. ``options``: of run.py, if not its own."""
     options = options or Options()
     with tempfile.TemporaryDirectory() as temporary, tf32(True):
-        plan = Plan.of(options, prepare_builtin(Path(temporary)).data_dir)
+        prepare_builtin(temporary)
+        plan = Plan.of(options, Path(temporary))
         measured = machine.ceilings(plan.device)
         ceilings = Ceilings("measured", measured["matmul_tflops"], measured["copy_tb_per_s"])
         floor_ms = floor_by_kind(plan.config, options, ceilings)

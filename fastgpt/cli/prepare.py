@@ -7,8 +7,10 @@ from typing import Annotated, Any, Literal
 import tyro
 from rich.console import Console
 
+from fastgpt._files import check_folder
 from fastgpt.data import builtin_texts
-from fastgpt.data.file_formats import decompressed, format_of
+from fastgpt.data.file_formats import decompressed
+from fastgpt.data.manifest import Manifest
 from fastgpt.data.prepare import (
     DOCUMENTS_VAL_SHARE,
     SEED,
@@ -35,9 +37,8 @@ def _shown(metavar: str, default: str) -> Any:
 class Prepare:
     """Make a data set from texts.
 
-    By default at character level, in nanoGPT's format. With another tokenizer, from several files
-    or with any option below --out_dir: in a stream, by all cores, whatever the size; stopped, the
-    same command goes on where it was.
+    By default at character level, in nanoGPT's format. Inputs of any size are read as a stream and
+    encoded on all cores. After an interruption the same command continues.
     """
 
     # builtin: the sources of this Python's standard library. shakespeare: Tiny Shakespeare,
@@ -79,7 +80,9 @@ class Prepare:
         _shown("TOKEN", "the tokenizer's, such as <|endoftext|>; a line feed with char"),
     ] = None
     # Tokens in one file.
-    shard_tokens: Annotated[int | None, _shown("N", str(SHARD_TOKENS))] = None
+    shard_tokens: Annotated[
+        int | None, _shown("N", f"{SHARD_TOKENS}; one text at character level stays one file")
+    ] = None
     # Threads that encode.
     workers: Annotated[int | None, _shown("N", "one for each core")] = None
 
@@ -121,64 +124,7 @@ def run_prepare(command: Prepare, console: Console) -> None:
     if command.hf_dataset is None and (command.hf_config or command.hf_split):
         raise ValueError("--hf_config and --hf_split need --hf_dataset")
     out_dir = command.out_dir or _default_out_dir(command)
-    if _is_plain(command):
-        report_prepared(_prepare_characters(command, out_dir), console)
-    else:
-        _prepare_stream(command, out_dir, console)
-    where = "" if out_dir.parent == Path("data") else f" --data_root={out_dir.parent}"
-    console.print(f"train on it: fastgpt train{where} --dataset={out_dir.name}")
-
-
-def report_prepared(prepared: builtin_texts.Prepared, console: Console) -> None:
-    """One line about a data set at character level."""
-    console.print(
-        f"prepared {prepared.data_dir}: {prepared.vocab_size} different characters, "
-        f"{prepared.train_tokens:,} for training, {prepared.val_tokens:,} for validation"
-    )
-
-
-def run_train_tokenizer(command: TrainTokenizer, console: Console) -> None:
-    """Do it, and print what was made."""
-    source = source_of(command.input, command.text_key)
-    tokenizer = train_tokenizer(source, command.kind, command.vocab_size, command.out_dir)
-    console.print(
-        f"wrote {command.out_dir / tokenizer.FILE}: {tokenizer.name}\n"
-        f"use it: fastgpt prepare --tokenizer {command.out_dir} --input {command.input}"
-    )
-
-
-def _is_plain(command: Prepare) -> bool:
-    """Whether this is nanoGPT's character level: one text and no option that asks for more."""
-    options = ("val_share", "seed", "end_of_text", "shard_tokens", "workers")
-    if command.tokenizer != _CHARACTERS or command.hf_dataset is not None:
-        return False
-    if any(getattr(command, option) is not None for option in options):
-        return False
-    path = command.input
-    return path is None or not path.exists() or path.is_file() and format_of(path) == "text"
-
-
-def _default_out_dir(command: Prepare) -> Path:
-    if command.input is not None:
-        path = decompressed(command.input.resolve())
-        return Path("data") / (path.name if path.is_dir() else path.stem)
-    if command.hf_dataset is not None:
-        return Path("data") / command.hf_dataset.rstrip("/").rpartition("/")[2]
-    name = command.corpus or BUILTIN
-    if command.tokenizer == _CHARACTERS:
-        return Path("data") / (_SHAKESPEARE if name == "shakespeare" else name)
-    return Path("data") / ("builtin_bpe" if name == BUILTIN else name)
-
-
-def _prepare_characters(command: Prepare, out_dir: Path) -> builtin_texts.Prepared:
-    if command.input is not None:
-        return builtin_texts.prepare_file(command.input, out_dir)
-    if command.corpus == "shakespeare":
-        return builtin_texts.prepare_shakespeare(out_dir)
-    return builtin_texts.prepare_builtin(out_dir)
-
-
-def _prepare_stream(command: Prepare, out_dir: Path, console: Console) -> None:
+    check_folder(out_dir)  # before anything is downloaded
     source = _source(command)
     tokenizer = (
         characters_of(source)
@@ -195,19 +141,51 @@ def _prepare_stream(command: Prepare, out_dir: Path, console: Console) -> None:
             out_dir,
             val_share=command.val_share,
             seed=SEED if command.seed is None else command.seed,
-            shard_tokens=SHARD_TOKENS if command.shard_tokens is None else command.shard_tokens,
+            shard_tokens=command.shard_tokens,
             end_of_text=None if end is None else _one_token(tokenizer, end),
             workers=command.workers,
         )
     except KeyboardInterrupt:
         console.print("stopped; the same command goes on from here")
         raise
+    report_prepared(out_dir, manifest, console)
+    where = "" if out_dir.parent == Path("data") else f" --data_root={out_dir.parent}"
+    console.print(f"train on it: fastgpt train{where} --dataset={out_dir.name}")
+
+
+def report_prepared(data_dir: Path, manifest: Manifest, console: Console) -> None:
+    """Print one line about a data set."""
     parts = ", ".join(
         f"{split.tokens:,} tokens for {'training' if name == 'train' else 'validation'} "
         f"({len(split.shards)} {'file' if len(split.shards) == 1 else 'files'})"
         for name, split in manifest.splits.items()
     )
-    console.print(f"prepared {out_dir}: {tokenizer.name}, {parts}, {manifest.dtype}")
+    console.print(
+        f"prepared {data_dir}: {manifest.tokenizer['name']}, vocabulary of {manifest.vocab_size}, "
+        f"{parts}, {manifest.dtype}"
+    )
+
+
+def run_train_tokenizer(command: TrainTokenizer, console: Console) -> None:
+    """Do it, and print what was made."""
+    source = source_of(command.input, command.text_key)
+    tokenizer = train_tokenizer(source, command.kind, command.vocab_size, command.out_dir)
+    console.print(
+        f"wrote {command.out_dir / tokenizer.FILE}: {tokenizer.name}\n"
+        f"use it: fastgpt prepare --tokenizer {command.out_dir} --input {command.input}"
+    )
+
+
+def _default_out_dir(command: Prepare) -> Path:
+    if command.input is not None:
+        path = decompressed(command.input.resolve())
+        return Path("data") / (path.name if path.is_dir() else path.stem)
+    if command.hf_dataset is not None:
+        return Path("data") / command.hf_dataset.rstrip("/").rpartition("/")[2]
+    name = command.corpus or BUILTIN
+    if command.tokenizer == _CHARACTERS:
+        return Path("data") / (_SHAKESPEARE if name == "shakespeare" else name)
+    return Path("data") / ("builtin_bpe" if name == BUILTIN else name)
 
 
 def _source(command: Prepare) -> Source:

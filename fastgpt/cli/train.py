@@ -10,11 +10,8 @@ from rich.console import Console
 from rich.table import Table
 
 from fastgpt.bigram import Bigram
-from fastgpt.cli.prepare import (
-    BUILTIN,
-    report_prepared,
-)
-from fastgpt.data import builtin_texts
+from fastgpt.cli.prepare import BUILTIN, report_prepared
+from fastgpt.data import builtin_texts, manifest
 from fastgpt.devices import autocast, resolve_device
 from fastgpt.language_model import LanguageModel
 from fastgpt.sampler import write
@@ -142,8 +139,10 @@ def run_train(config: TrainConfig, world: World, console: Console) -> None:
 def _train_connected(config: TrainConfig, world: World, console: Console) -> None:
     changed = ", ".join(f"{key}={value}" for key, value in config.differences().items())
     console.print(f"keys that differ from the defaults: {changed or 'none'}")
-    if world.first and config.dataset == BUILTIN and not (config.data_dir / "train.bin").exists():
-        report_prepared(builtin_texts.prepare_builtin(config.data_dir), console)
+    data_dir = config.data_dir
+    prepared = any((data_dir / name).exists() for name in ("train.bin", manifest.NAME))
+    if world.first and config.dataset == BUILTIN and not prepared:
+        report_prepared(data_dir, builtin_texts.prepare_builtin(data_dir), console)
     world.wait()
     trainer = Trainer(config, console, world)
     console.print(

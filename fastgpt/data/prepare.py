@@ -16,6 +16,7 @@ The tokenizers work outside of Python's lock, so threads keep all cores busy.
 
 import json
 import os
+import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -27,9 +28,10 @@ from typing import Any, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from fastgpt._files import alone_in
+from fastgpt._files import alone_in, check_folder
+from fastgpt._progress import progress_bar
 from fastgpt.data.manifest import NAME, Manifest, read_manifest
-from fastgpt.data.sources import PIECE, Piece, Source
+from fastgpt.data.sources import PIECE, Piece, Source, TextSource
 from fastgpt.data.token_writer import ShardWriter, publish
 from fastgpt.tokenizer import CharTokenizer, Tokenizer, saved_tokenizer
 
@@ -62,7 +64,7 @@ def prepare(
     *,
     val_share: float | None = None,
     seed: int = SEED,
-    shard_tokens: int = SHARD_TOKENS,
+    shard_tokens: int | None = None,
     end_of_text: int | None = None,
     workers: int | None = None,
 ) -> Manifest:
@@ -78,7 +80,8 @@ def prepare(
         val_share: the share of validation, above 0 and below 1: of the documents, by default
             0.01, or of one text's characters, by default 0.1.
         seed: decides which documents those are.
-        shard_tokens: the length of a token file, at least 1.
+        shard_tokens: the length of a token file, at least 1. By default 100,000,000; one text at
+            character level stays one file, for nanoGPT.
         end_of_text: the id behind each document, by default the tokenizer's own.
         workers: threads, by default one for each core that this process may use.
 
@@ -95,6 +98,10 @@ def prepare(
         val_share = TEXT_VAL_SHARE if source.one_text else DOCUMENTS_VAL_SHARE
     if not 0 < val_share < 1:
         raise ValueError(f"val_share must lie between 0 and 1, got {val_share}")
+    if shard_tokens is None:
+        shard_tokens = SHARD_TOKENS
+        if isinstance(source, TextSource) and isinstance(tokenizer, CharTokenizer):
+            shard_tokens = max(shard_tokens, source.length())
     workers = _cores() if workers is None else workers
     for name, value in (("shard_tokens", shard_tokens), ("workers", workers)):
         if value < 1:
@@ -111,8 +118,7 @@ def prepare(
         "batch": _BATCH,
     }
     settings = json.loads(json.dumps(settings))  # as it will be read
-    if out_dir.exists() and not out_dir.is_dir():
-        raise NotADirectoryError(f"out_dir must be a folder, but {out_dir} is a file")
+    check_folder(out_dir)
     out_dir.mkdir(parents=True, exist_ok=True)
     with alone_in(out_dir):
         finished = _finished(out_dir, settings, tokenizer)
@@ -253,28 +259,15 @@ def _ordered(work: Callable[[_T], _R], items: Iterable[_T], workers: int) -> Ite
 
 
 def _shown(batches: Iterable[_Encoded]) -> Iterator[_Encoded]:
-    """The same with a progress bar on stderr."""
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
-
-    columns = (
-        TextColumn("Encoding"),
-        BarColumn(),
-        TaskProgressColumn(),
-        TextColumn("{task.fields[done]}"),
-        TimeElapsedColumn(),
-    )
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task("", total=None, done="")
-        characters, tokens = 0, 0
+    """The same batches, with a progress bar."""
+    started, characters, tokens = time.monotonic(), 0, 0
+    with progress_bar("Encoding") as show:
         for encoded in batches:
             yield encoded
             characters += encoded.characters
             tokens += sum(map(len, encoded.ids.values()))
-            seconds = progress.tasks[0].elapsed or 1e-9
-            done = f"{tokens:,} tokens, {characters / 1e6 / seconds:.1f} M characters/s"
-            total = None if encoded.fraction is None else 1.0
-            progress.update(task, total=total, completed=encoded.fraction or 0.0, done=done)
+            speed = characters / 1e6 / (time.monotonic() - started + 1e-9)
+            show(encoded.fraction, f"{tokens:,} tokens, {speed:.1f} M characters/s")
 
 
 def _cores() -> int:

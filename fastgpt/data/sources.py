@@ -94,11 +94,28 @@ class TextSource(Source):
     def pieces(self, val_share: float, seed: int) -> Iterator[Piece]:
         """The first ``1 - val_share`` of the characters are for training, the rest for validation;
         ``seed`` plays no part.
+
+        Raises:
+            ValueError: either part would have fewer than 2 characters, an input and its target.
         """
-        total = sum(map(len, self._chunks()))
+        total = self.length()
+        if not total:
+            return
         cut = int(total * (1 - val_share))
+        if min(cut, total - cut) < 2:
+            raise ValueError(
+                f"the text has {total} characters: with val_share={val_share} that is {cut} for "
+                f"training and {total - cut} for validation, but each needs at least 2"
+            )
         yield from _pieces(_between(self._chunks(), 0, cut, total), "train")
         yield from _pieces(_between(self._chunks(), cut, total, total), "val")
+
+    def length(self) -> int:
+        """How many characters it has."""
+        return sum(map(len, self._chunks()))
+
+    def texts(self) -> Iterator[str]:
+        return (piece.text for chunks in self.documents() for piece in _pieces(chunks, "train"))
 
     def _chunks(self) -> Iterator[str]:
         if isinstance(self._text, Path):

@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from fastgpt._progress import spans
 from fastgpt.tokenizer.base import TokenIds, Tokenizer, check_text, checked_ids
 
 MAX_VOCAB_SIZE = 1 << 16  # train.bin and val.bin hold ids as uint16
@@ -64,7 +63,7 @@ class CharTokenizer(Tokenizer):
         Raises:
             ValueError: the text is empty or has more than 65,536 distinct characters.
         """
-        return cls.from_texts(text[span] for span in spans(len(text), "Collecting characters"))
+        return cls.from_texts([text])
 
     @classmethod
     def from_texts(cls, texts: Iterable[str]) -> "CharTokenizer":
@@ -77,9 +76,11 @@ class CharTokenizer(Tokenizer):
         for text in texts:
             seen[_code_points(text)] = True
         codes: list[int] = np.flatnonzero(seen).tolist()
-        if not 1 <= len(codes) <= MAX_VOCAB_SIZE:
+        if not codes:
+            raise ValueError("the input is empty: it has no text")
+        if len(codes) > MAX_VOCAB_SIZE:
             raise ValueError(
-                f"text must have 1 to {MAX_VOCAB_SIZE} distinct characters (ids are stored as "
+                f"text must have at most {MAX_VOCAB_SIZE} distinct characters (ids are stored as "
                 f"uint16), got {len(codes)}"
             )
         return cls({i: chr(code) for i, code in enumerate(codes)})

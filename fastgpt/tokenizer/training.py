@@ -7,6 +7,7 @@ import io
 from collections.abc import Iterator
 from pathlib import Path
 
+from fastgpt._files import check_folder
 from fastgpt.data.sources import Source
 from fastgpt.tokenizer.base import END_OF_TEXT, Tokenizer
 from fastgpt.tokenizer.subword import JsonTokenizer, SentencePieceTokenizer
@@ -43,8 +44,7 @@ def train_tokenizer(source: Source, kind: str, vocab_size: int, out_dir: str | P
     if vocab_size < _MIN_VOCAB_SIZE:
         raise ValueError(f"vocab_size must be at least {_MIN_VOCAB_SIZE}, got {vocab_size}")
     out_dir = Path(out_dir)
-    if out_dir.exists() and not out_dir.is_dir():
-        raise NotADirectoryError(f"out_dir must be a folder, but {out_dir} is a file")
+    check_folder(out_dir)
     path = out_dir / (JsonTokenizer if kind == "bpe" else SentencePieceTokenizer).FILE
     if path.exists():
         raise FileExistsError(f"{path} exists and is not replaced; choose another out_dir")

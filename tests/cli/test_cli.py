@@ -1,6 +1,7 @@
 """The command line: precedence of keys, output, exit codes."""
 
 import random
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +11,6 @@ import pytest
 import torch
 
 from fastgpt.cli import main as cli
-from fastgpt.data import builtin_texts
 from fastgpt.training.config import PRESETS, TrainConfig
 from fastgpt.training.trainer import Trainer
 from tests.tools.small_runs import TEXT, arguments, data_set, small_keys
@@ -100,7 +100,7 @@ def test_prepare_train_sample(capsys: pytest.CaptureFixture[str]) -> None:
     Path("own.txt").write_text(TEXT)
     assert cli.main(["prepare", "--input", "own.txt"]) == 0
     out = capsys.readouterr().out
-    assert "prepared data/own: 18 different characters, " in out
+    assert "prepared data/own: characters, vocabulary of 18, 8,388 tokens for training" in out
     assert "train on it: fastgpt train --dataset=own" in out
 
     assert cli.main(small(data_root="data", dataset="own")) == 0
@@ -159,30 +159,10 @@ def test_the_builtin_corpus_is_prepared_when_it_is_missing(
     assert cli.main(small(data_root="data", dataset="builtin", eval_only=True)) == 0
     out = capsys.readouterr().out
     assert "prepared" not in out and "bigram" not in out
-
-
-def test_prepare_chooses_the_corpus(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    calls: list[tuple[str, Path]] = []
-    for name in ("prepare_builtin", "prepare_shakespeare"):
-
-        def prepared(out_dir: Path, name: str = name) -> builtin_texts.Prepared:
-            calls.append((name, out_dir))
-            return builtin_texts.Prepared(out_dir, 65, 90, 10)
-
-        monkeypatch.setattr(builtin_texts, name, prepared)
-    assert cli.main(["prepare"]) == cli.main(["prepare", "builtin"]) == 0
-    assert cli.main(["prepare", "shakespeare"]) == 0
-    capsys.readouterr()
-    assert cli.main(["prepare", "shakespeare", "--out_dir=else/where"]) == 0
-    assert "fastgpt train --data_root=else --dataset=where" in capsys.readouterr().out
-    assert calls == [
-        ("prepare_builtin", Path("data/builtin")),
-        ("prepare_builtin", Path("data/builtin")),
-        ("prepare_shakespeare", Path("data/shakespeare_char")),
-        ("prepare_shakespeare", Path("else/where")),
-    ]
+    # as several files too
+    shutil.rmtree("data")
+    assert cli.main(["prepare", "--shard_tokens=1000000"]) == 0
+    assert cli.main(small(data_root="data", dataset="builtin", eval_only=True)) == 0
 
 
 @pytest.mark.parametrize(

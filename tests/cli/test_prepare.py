@@ -13,7 +13,7 @@ import pytest
 from fastgpt.cli import main as cli
 from fastgpt.data import builtin_texts
 from fastgpt.data.manifest import read_manifest
-from fastgpt.tokenizer import CharTokenizer, JsonTokenizer
+from fastgpt.tokenizer import CharTokenizer, load_tokenizer
 from fastgpt.training import checkpoint as ckpt
 from tests.tools.small_runs import arguments, small_keys
 
@@ -79,29 +79,53 @@ def test_characters_of_documents() -> None:
     assert all(80 < text.count("D") < 320 for text in texts)
 
 
-def test_an_option_that_asks_for_more_is_never_ignored() -> None:
+def test_the_share_of_one_text() -> None:
     run("prepare", "--input=text.txt")
-    assert sorted(os.listdir("data/text")) == ["meta.pkl", "train.bin", "val.bin"]
+    run("prepare", "--input=text.txt")  # finds it finished
+    assert sorted(os.listdir("data/text")) == ["manifest.json", "meta.pkl", "train.bin", "val.bin"]
     run("prepare", "--input=text.txt", "--val_share=0.25", "--out_dir=data/quarter")
     total = len("".join(DOCUMENTS))
     manifest = read_manifest("data/quarter")
     assert manifest is not None
     assert manifest.splits["val"].tokens == total - int(0.75 * total)
-    train = Path("data/quarter/train.bin").read_bytes() + Path("data/quarter/val.bin").read_bytes()
-    plain = Path("data/text/train.bin").read_bytes() + Path("data/text/val.bin").read_bytes()
-    assert train == plain
+    whole = [
+        b"".join(Path(folder, f"{split}.bin").read_bytes() for split in ("train", "val"))
+        for folder in ("data/text", "data/quarter")
+    ]
+    assert whole[0] == whole[1]
 
 
-def test_a_corpus_with_another_tokenizer(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("tokenizer", ["char", "t/tokenizer.json"])
+def test_the_corpora(
+    tokenizer: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setattr(builtin_texts, "builtin_text", lambda: "".join(DOCUMENTS))
-    monkeypatch.setattr(builtin_texts, "shakespeare_text", lambda: "".join(DOCUMENTS))
+    monkeypatch.setattr(builtin_texts, "shakespeare_text", lambda: "".join(DOCUMENTS[1:]))
     run("tokenizer", "train", "--input=text.txt", "--vocab_size=300", "--out_dir=t")
-    run("prepare", "--tokenizer=t/tokenizer.json")
-    run("prepare", "shakespeare", "--tokenizer=t")
-    tokenizer = JsonTokenizer("t/tokenizer.json")
-    for folder in ("data/builtin_bpe", "data/shakespeare"):
-        ids = [np.fromfile(f"{folder}/{split}.bin", np.uint16) for split in ("train", "val")]
-        assert "".join(map(tokenizer.decode, ids)) == "".join(DOCUMENTS)
+    for corpus in ([], ["shakespeare"], ["shakespeare", "--out_dir=else/where"]):
+        run("prepare", *corpus, f"--tokenizer={tokenizer}")
+    assert "fastgpt train --data_root=else --dataset=where" in capfd.readouterr().out
+    names = {"char": ["builtin", "shakespeare_char"]}.get(tokenizer, ["builtin_bpe", "shakespeare"])
+    for folder, documents in (
+        (Path("data", names[0]), DOCUMENTS),
+        (Path("data", names[1]), DOCUMENTS[1:]),
+        (Path("else", "where"), DOCUMENTS[1:]),
+    ):
+        ids = [np.fromfile(folder / f"{split}.bin", np.uint16) for split in ("train", "val")]
+        assert "".join(map(load_tokenizer(folder).decode, ids)) == "".join(documents)
+
+
+def test_nothing_is_downloaded_for_a_folder_that_is_a_file_and_nothing_written_without_it(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def offline() -> str:
+        raise ConnectionError("could not download it")
+
+    monkeypatch.setattr(builtin_texts, "shakespeare_text", offline)
+    assert cli.main(["prepare", "shakespeare", "--out_dir=text.txt"]) == 2
+    assert "out_dir must be a folder, but text.txt is a file" in capfd.readouterr().err
+    assert cli.main(["prepare", "shakespeare"]) == 1
+    assert not Path("data").exists()
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from fastgpt import _progress
-from fastgpt.data.builtin_texts import bigram_counts, bigram_entropy, prepare_text
+from fastgpt.data.builtin_texts import bigram_counts, bigram_entropy
+from tests.tools.small_runs import data_set
 
 
 def write_val(folder: Path, ids: list[int]) -> Path:
@@ -23,14 +24,13 @@ def test_bigram_entropy_is_the_definition(
 ) -> None:
     monkeypatch.setattr(_progress, "SPAN", span)
     text = "She sells sea shells on the sea shore; the shells she sells are sea shells.\n" * 7
-    prepared = prepare_text(text, tmp_path)
-    halves = text[: prepared.train_tokens], text[prepared.train_tokens :]
-    for split, text in zip(("train", "val"), halves, strict=True):
-        pairs = Counter(zip(text, text[1:], strict=False))
-        firsts = Counter(text[:-1])
-        entropy = -sum(n / (len(text) - 1) * math.log(n / firsts[a]) for (a, _), n in pairs.items())
-        assert bigram_entropy(tmp_path, split) == pytest.approx(entropy, abs=1e-12)
-    assert bigram_entropy(tmp_path) == bigram_entropy(tmp_path, "val")
+    folder, cut = data_set(tmp_path, text), len(text) * 9 // 10
+    for split, part in (("train", text[:cut]), ("val", text[cut:])):
+        pairs = Counter(zip(part, part[1:], strict=False))
+        firsts = Counter(part[:-1])
+        entropy = -sum(n / (len(part) - 1) * math.log(n / firsts[a]) for (a, _), n in pairs.items())
+        assert bigram_entropy(folder, split) == pytest.approx(entropy, abs=1e-12)
+    assert bigram_entropy(folder) == bigram_entropy(folder, "val")
 
 
 def test_bigram_entropy_is_the_least_loss_of_a_table(tmp_path: Path) -> None:
