@@ -28,7 +28,7 @@ from typing import Any, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from fastgpt._files import alone_in, check_folder
+from fastgpt._files import check_folder, exclusive_lock
 from fastgpt._progress import progress_bar
 from fastgpt.data.manifest import NAME, Manifest, read_manifest
 from fastgpt.data.sources import PIECE, Piece, Source, TextSource
@@ -120,7 +120,7 @@ def prepare(
     settings = json.loads(json.dumps(settings))  # as it will be read
     check_folder(out_dir)
     out_dir.mkdir(parents=True, exist_ok=True)
-    with alone_in(out_dir):
+    with exclusive_lock(out_dir):
         finished = _finished(out_dir, settings, tokenizer)
         if finished is not None:
             return finished
