@@ -1,4 +1,4 @@
-"""Texts that need no file of the user's, and the bigram statistics of a data set.
+"""Texts that need no file of the user's, and bigram statistics of a data set.
 
 prepare_builtin("data/builtin")              # the running Python's standard library
 TextSource(shakespeare_text())               # Tiny Shakespeare, downloaded
@@ -43,10 +43,10 @@ def prepare_builtin(out_dir: str | Path) -> Manifest:
 def builtin_text() -> str:
     """The built-in corpus: real text that every machine with Python has.
 
-    It is the standard library's sources, joined in the order of their names: of every module in
-    ``sys.stdlib_module_names`` that is one file, ``<stdlib>/<name>.py``, those that are pure ASCII.
-    Packages, tests, site-packages and files that a distribution generates are no such modules. The
-    text is the same wherever the same Python stands: about 4.4 MB.
+    It joins the sources of the standard library's modules in the order of their names: of every
+    module in ``sys.stdlib_module_names`` that is one file, ``<stdlib>/<name>.py``, and pure ASCII.
+    That leaves out packages, tests and files that a distribution generates, so the same Python
+    version gives the same text everywhere: about 4.4 MB.
 
     Raises:
         FileNotFoundError: this Python has no such sources (a zipped standard library, say).
@@ -64,11 +64,11 @@ def builtin_text() -> str:
 
 
 def shakespeare_text(url: str = SHAKESPEARE_URL) -> str:
-    """Download Tiny Shakespeare, into memory, until its size and SHA-256 are known to be right.
+    """Download Tiny Shakespeare, and check its size and SHA-256.
 
     Raises:
-        ConnectionError: the file cannot be had from ``url``.
-        ValueError: what came is not Tiny Shakespeare.
+        ConnectionError: the file cannot be downloaded from ``url``.
+        ValueError: it is another file.
     """
     data = _download(url, SHAKESPEARE_BYTES)
     digest = hashlib.sha256(data).hexdigest()
@@ -80,7 +80,7 @@ def shakespeare_text(url: str = SHAKESPEARE_URL) -> str:
 
 
 def bigram_counts(data_dir: str | Path, split: str, vocab_size: int) -> npt.NDArray[np.int64]:
-    """How often token b follows token a within a split: entry [a, b] of a (V, V) table.
+    """Counts of token pairs within a split: entry [a, b] of a (V, V) table counts b after a.
 
     Args:
         data_dir: the folder of the data set.
@@ -107,10 +107,10 @@ def bigram_counts(data_dir: str | Path, split: str, vocab_size: int) -> npt.NDAr
 
 
 def bigram_entropy(data_dir: str | Path, split: str = "val") -> float:
-    """The empirical entropy of a token given the one before it, H(next | current), in nats.
+    """The empirical conditional entropy H(next | current) of a split, in nats per token.
 
-    It is taken over the neighbours within one split. No model that sees the current token alone
-    can have a lower loss on that split: a loss below it needs a longer context.
+    No model that sees the current token alone can have a lower loss on that split; a lower loss
+    needs a longer context.
 
     Args:
         data_dir: the folder of the data set.
@@ -144,7 +144,7 @@ def _sum_n_log_n(counts: np.ndarray) -> float:
 
 
 def _download(url: str, size: int) -> bytes:
-    """The ``size`` bytes at ``url``: more or fewer are an error."""
+    """Download exactly ``size`` bytes; more or fewer are an error."""
     data = bytearray()
     try:
         with (

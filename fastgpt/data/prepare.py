@@ -1,17 +1,16 @@
-"""Texts to token files: in a stream, by several threads, and going on where it was stopped.
+"""Texts to token files: read as a stream, encoded by several threads, resumable.
 
     source = source_of("texts")
     prepare(source, tokenizer_from("gpt2"), "data/texts")
 
-leaves ``manifest.json``, the tokenizer, and for each split its shards: ``train.bin`` if there is
-one and it is uint16, as nanoGPT reads it, else ``train_000000.bin``, ``train_000001.bin`` and so
-on, of ``shard_tokens`` ids each but the last. Behind each document stands the tokenizer's end of
-text; one text alone has none.
+writes ``manifest.json``, the tokenizer, and the token files of each split: ``train.bin``, as
+nanoGPT reads it, if one uint16 file is enough, else ``train_000000.bin``, ``train_000001.bin`` and
+so on, of ``shard_tokens`` ids each but the last. The tokenizer's end-of-text token follows each
+document; a source that is one text has none.
 
-While it works, all is in the folder ``.prepare`` within ``out_dir``. If it is stopped, the same
-call goes on from there, with the same bytes in the end as if it had never been.
-
-The tokenizers work outside of Python's lock, so threads keep all cores busy.
+Everything is written to ``out_dir/.prepare`` and renamed at the end. After an interruption the same
+call continues from there and ends with the same bytes. Threads use all cores because tokenizers
+release Python's global lock.
 """
 
 import json
@@ -49,7 +48,7 @@ _R = TypeVar("_R")
 
 @dataclass(frozen=True)
 class _Encoded:
-    """A batch as ids, and the documents that end in it, by split."""
+    """The ids of a batch and the number of documents that end in it, by split."""
 
     ids: dict[str, npt.NDArray[np.integer[Any]]]
     documents: dict[str, int]
@@ -68,27 +67,27 @@ def prepare(
     end_of_text: int | None = None,
     workers: int | None = None,
 ) -> Manifest:
-    """Write the tokens of ``source`` as a data set, or go on writing them.
+    """Write the tokens of ``source`` as a data set, or continue an interrupted call.
 
-    Where ``out_dir`` already has what the same arguments gave, nothing is written but the files are
-    compared with their checksums.
+    If ``out_dir`` already holds the result of the same arguments, nothing is written and the files
+    are compared with their checksums.
 
     Args:
         source: the texts.
         tokenizer: its ids are stored as uint16 if its vocabulary has at most 65,536, else uint32.
         out_dir: the folder of the data set.
-        val_share: the share of validation, above 0 and below 1: of the documents, by default
-            0.01, or of one text's characters, by default 0.1.
-        seed: decides which documents those are.
+        val_share: the share of validation, in (0, 1): of the documents, by default 0.01, or the
+            end of one text's characters, by default 0.1.
+        seed: decides which documents are for validation.
         shard_tokens: the length of a token file, at least 1. By default 100,000,000; one text at
             character level stays one file, for nanoGPT.
-        end_of_text: the id behind each document, by default the tokenizer's own.
+        end_of_text: the id that follows each document, by default the tokenizer's own.
         workers: threads, by default one for each core that this process may use.
 
     Raises:
         ValueError: an argument is out of range; the tokenizer has no end of text; ``out_dir`` has
             an unfinished preparation with other arguments, or another process is writing to it; a
-            finished file is damaged; a split got nothing; or what ``source`` and ``tokenizer``
+            finished file is damaged; a split would be empty; or what ``source`` and ``tokenizer``
             raise.
         NotADirectoryError: ``out_dir`` is a file.
         FileExistsError: ``out_dir`` holds another data set or tokenizer.
@@ -117,7 +116,7 @@ def prepare(
         "piece": PIECE,
         "batch": _BATCH,
     }
-    settings = json.loads(json.dumps(settings))  # as it will be read
+    settings = json.loads(json.dumps(settings))  # tuples to lists, to compare with a manifest
     check_folder(out_dir)
     out_dir.mkdir(parents=True, exist_ok=True)
     with exclusive_lock(out_dir):
@@ -142,7 +141,7 @@ def _written(
     dtype = "uint16" if tokenizer.vocab_size <= 1 << 16 else "uint32"
     writer = ShardWriter(work, settings, dtype, settings["shard_tokens"])
     try:
-        # What is already written is read again but not encoded.
+        # Batches that are already written are read again but not encoded.
         left = islice(batches, writer.batches, None)
         for encoded in _shown(_ordered(encode, left, workers)):
             writer.append(encoded.ids, encoded.documents)
@@ -160,8 +159,8 @@ def _written(
 
 
 def characters_of(source: Source) -> CharTokenizer:
-    """The characters of all texts, by reading them; with the line feed that stands behind a
-    document.
+    """The tokenizer for all characters of ``source``, which is read once. A source of documents
+    also gets the line feed, which follows each of them.
 
     Raises:
         ValueError: there are more than 65,536; or what ``source`` raises.
@@ -175,8 +174,8 @@ def _separator(tokenizer: Tokenizer, end_of_text: int | None) -> int:
     separator = tokenizer.end_of_text if end_of_text is None else end_of_text
     if separator is None:
         raise ValueError(
-            f"the tokenizer ({tokenizer.name}) has no token to stand behind each document: name "
-            "one with --end_of_text"
+            f"the tokenizer ({tokenizer.name}) has no token to end a document: name one with "
+            "--end_of_text"
         )
     if not 0 <= separator < tokenizer.vocab_size:
         raise ValueError(f"end_of_text must lie in [0, {tokenizer.vocab_size}), got {separator}")
@@ -184,9 +183,9 @@ def _separator(tokenizer: Tokenizer, end_of_text: int | None) -> int:
 
 
 def _finished(out_dir: Path, settings: dict[str, Any], tokenizer: Tokenizer) -> Manifest | None:
-    """The manifest of a preparation that ``out_dir`` already has; None if it is to be made."""
+    """The manifest of the same preparation if ``out_dir`` has it, else None."""
     found = read_manifest(out_dir)
-    if found is None and (out_dir / _WORK / NAME).exists():  # stopped while files were moved
+    if found is None and (out_dir / _WORK / NAME).exists():  # stopped while files were renamed
         found = publish(out_dir / _WORK, out_dir)
     if found is not None:
         if found.settings != settings:
@@ -243,7 +242,7 @@ def _encode(batch: list[Piece], tokenizer: Tokenizer, separator: int | None) -> 
 
 
 def _ordered(work: Callable[[_T], _R], items: Iterable[_T], workers: int) -> Iterator[_R]:
-    """``map(work, items)`` by threads, which are never more than a few items ahead."""
+    """``map(work, items)`` on threads, at most ``2 * workers`` items ahead of the consumer."""
     pending: deque[Future[_R]] = deque()
     with ThreadPoolExecutor(workers) as pool:
         try:

@@ -250,7 +250,7 @@ def test_large_vocabularies_get_32_bits(source: FileSource, tmp_path: Path) -> N
 def test_another_end_of_text(source: FileSource, tmp_path: Path) -> None:
     bare = CharTokenizer.from_texts([text.replace("\n", "") for text in ["#", *DOCUMENTS]])
     lines = FileSource(jsonl(tmp_path / "l.jsonl", [d.replace("\n", "") for d in DOCUMENTS]))
-    with pytest.raises(ValueError, match="no token to stand behind .* name one with --end_of_text"):
+    with pytest.raises(ValueError, match="no token to end a document: name one with --end_of_text"):
         prepare(lines, bare, tmp_path / "data")
     with pytest.raises(ValueError, match=r"end_of_text must lie in \[0, \d+\), got 10000"):
         prepare(lines, bare, tmp_path / "data", end_of_text=10_000)

@@ -53,7 +53,7 @@ def test_inputs_without_text(tmp_path: Path) -> None:
     [
         ("a.jsonl", b'{"text": "a"}\n{"text": ', r"line 2 of the input .*a\.jsonl is not JSON"),
         ("a.jsonl", b"[" * 100_000, r"line 1 of the input .*a\.jsonl is not JSON"),
-        ("a.jsonl", b'\n["text"]\n', r"line 2 .* must be a JSON object, but is list"),
+        ("a.jsonl", b'\n["text"]\n', r"line 2 .* must be a JSON object, got list"),
         ("a.jsonl", b'{"body": "a", "id": 1}', r"line 1 .* has no 'text', but 'body', 'id'; name"),
         ("a.jsonl", b'{"text": null}', r"line 1 .* must have a text as 'text', got NoneType"),
         ("a.jsonl", b'{"text": "\xff"}', r"line 1 .* is not JSON"),
