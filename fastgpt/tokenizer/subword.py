@@ -1,7 +1,4 @@
-"""Tokenizers of other libraries: tiktoken, tokenizers, sentencepiece, imported when one is made.
-
-Ids need no second check: every one that a library returns lies below its vocabulary's size.
-"""
+"""Tokenizers of other libraries: tiktoken, tokenizers, sentencepiece, imported when one is made."""
 
 import base64
 import binascii
@@ -17,7 +14,7 @@ from fastgpt.tokenizer.base import END_OF_TEXT, TokenIds, Tokenizer, check_text,
 
 # Files of GPT-2's vocabulary: OpenAI's names and Hugging Face's. Ids, then merges.
 _GPT2_FILES = (("encoder.json", "vocab.bpe"), ("vocab.json", "merges.txt"))
-# What GPT-2 splits a text into before it merges bytes, without backtracking where none can help.
+# GPT-2's split of a text before bytes are merged; possessive where backtracking cannot help.
 _GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
 _END_NAMES = (END_OF_TEXT, "</s>", "<|end_of_text|>", "<eos>", "[EOS]", "<|im_end|>", "[SEP]")
 
@@ -26,9 +23,9 @@ class GPT2Tokenizer(Tokenizer):
     """GPT-2's byte-pair encoding by tiktoken, with ``<|endoftext|>`` read as one token.
 
     Args:
-        path: the vocabulary, where it is not to be downloaded: a ``.tiktoken`` file, or a folder
-            with ``encoder.json`` and ``vocab.bpe``, or with ``vocab.json`` and ``merges.txt``. Any
-            other vocabulary of this form is as good: its size is what the files have.
+        path: the vocabulary, by default downloaded: a ``.tiktoken`` file, or a folder with
+            ``encoder.json`` and ``vocab.bpe``, or with ``vocab.json`` and ``merges.txt``. Any
+            vocabulary of this form works.
 
     Attributes:
         vocab_size: 50,257 for GPT-2's own.
@@ -52,7 +49,7 @@ class GPT2Tokenizer(Tokenizer):
         if path is None:
             try:
                 self._encoding = tiktoken.get_encoding("gpt2")
-            except OSError as error:  # every network error of tiktoken's is one
+            except OSError as error:  # tiktoken's network errors
                 raise ConnectionError(
                     f"tiktoken could not get GPT-2's vocabulary: {error}. It is downloaded once; "
                     "offline, let TIKTOKEN_CACHE_DIR name a folder that already has it, or "
@@ -96,19 +93,19 @@ class GPT2Tokenizer(Tokenizer):
 
 
 class JsonTokenizer(Tokenizer):
-    """A ``tokenizer.json`` of the library tokenizers, and so of Hugging Face's models.
+    """A ``tokenizer.json``, the format of the library tokenizers and of Hugging Face's models.
 
     Args:
         path: the file.
 
     Attributes:
-        end_of_text: the first that the vocabulary has of ``<|endoftext|>``, ``</s>``,
-            ``<|end_of_text|>``, ``<eos>``, ``[EOS]``, ``<|im_end|>``, ``[SEP]``.
+        end_of_text: the first of ``<|endoftext|>``, ``</s>``, ``<|end_of_text|>``, ``<eos>``,
+            ``[EOS]``, ``<|im_end|>``, ``[SEP]`` that the vocabulary has.
 
     Raises:
         ImportError: tokenizers is not installed.
         FileNotFoundError: there is no such file.
-        ValueError: the file is no such tokenizer.
+        ValueError: the file is not such a tokenizer.
     """
 
     FILE = "tokenizer.json"
@@ -126,7 +123,7 @@ class JsonTokenizer(Tokenizer):
             self._data = tokenizers.Tokenizer.from_buffer(data)
         except ValueError as error:
             raise ValueError(f"{path} is not a usable tokenizer.json: {error}") from error
-        for tokenizer in (self._prompts, self._data):  # the file may ask for either
+        for tokenizer in (self._prompts, self._data):  # the file can turn on both
             tokenizer.no_padding()
             tokenizer.no_truncation()
         self._data.encode_special_tokens = True
@@ -168,7 +165,7 @@ class SentencePieceTokenizer(Tokenizer):
     Raises:
         ImportError: sentencepiece is not installed.
         FileNotFoundError: there is no such file.
-        ValueError: the file is no such model.
+        ValueError: the file is not such a model.
     """
 
     FILE = "tokenizer.model"
@@ -212,13 +209,13 @@ class SentencePieceTokenizer(Tokenizer):
 
 
 def gpt2_folder_has_vocabulary(folder: Path) -> bool:
-    """Whether ``GPT2Tokenizer(folder)`` finds its files there."""
+    """Whether ``GPT2Tokenizer(folder)`` finds its files."""
     return any(all((folder / name).is_file() for name in names) for names in _GPT2_FILES)
 
 
 def byte_of_character() -> dict[str, int]:
-    """How byte-level vocabularies write a byte in JSON: printable Latin-1 characters as they are,
-    the other 68 bytes in order as the characters from U+0100 on.
+    """How byte-level vocabularies write bytes in JSON, as character → byte: printable Latin-1
+    characters as they are, the other 68 bytes in order as the characters from U+0100 on.
     """
     printable = [byte for byte in range(256) if chr(byte).isprintable() and byte != 0x20]
     others = [byte for byte in range(256) if byte not in printable]
@@ -234,7 +231,7 @@ def _read(path: Path) -> bytes:
 
 
 def _gpt2_ranks(path: Path) -> dict[bytes, int]:
-    """Token → id: the 256 bytes and what they are merged to, in the order of the merges."""
+    """Token → id: the 256 bytes and the merged tokens, in the order of the merges."""
     if path.is_dir():
         ranks = _ranks_of_folder(path)
     else:

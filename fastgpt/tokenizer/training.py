@@ -1,4 +1,4 @@
-"""New tokenizers from a user's texts, by the libraries that use them.
+"""New tokenizers from a user's texts, trained by the libraries that use them.
 
 train_tokenizer(source_of("texts"), "bpe", 8192, "tokenizers/mine")
 """
@@ -15,27 +15,28 @@ from fastgpt.tokenizer.subword import JsonTokenizer, SentencePieceTokenizer
 KINDS = ("bpe", "unigram")
 
 _MIN_VOCAB_SIZE = 257  # the bytes, and the end of text
-_SENTENCES = 1_000_000  # of the input that unigram learns from, drawn by chance
-_SENTENCE = 1000  # characters of one at most
+_SENTENCES = 1_000_000  # a random sample of the input, for unigram
+_SENTENCE = 1000  # characters at most
 
 
 def train_tokenizer(source: Source, kind: str, vocab_size: int, out_dir: str | Path) -> Tokenizer:
     """Learn a vocabulary from the texts of ``source`` and write it into ``out_dir``.
 
-    Either kind can encode every text and gives it back unchanged.
+    Both kinds encode any text without loss.
 
     Args:
         source: the texts.
         kind: ``"bpe"``: byte-level byte-pair encoding cut like GPT-2's, as ``tokenizer.json``;
-            ``"unigram"``: a unigram model with bytes for what it does not know, by SentencePiece,
-            as ``tokenizer.model``.
-        vocab_size: the tokens, at least 257. A short text may have fewer worth a token: bpe then
-            has fewer, unigram is refused.
+            ``"unigram"``: SentencePiece's unigram model with byte fallback, as
+            ``tokenizer.model``.
+        vocab_size: the number of tokens, at least 257. From a short text bpe may learn fewer;
+            unigram raises.
         out_dir: the folder.
 
     Raises:
         ImportError: the library is not installed.
-        ValueError: an argument is out of range, the texts are empty or too few for ``vocab_size``.
+        ValueError: an argument is out of range, or the texts are empty or too short for
+            ``vocab_size``.
         NotADirectoryError: ``out_dir`` is a file.
         FileExistsError: ``out_dir`` has a tokenizer of this kind.
     """
@@ -93,7 +94,7 @@ def _unigram(source: Source, vocab_size: int) -> bytes:
             shuffle_input_sentence=True,
             max_sentence_length=4 * _SENTENCE,  # bytes
             minloglevel=1,  # warnings
-            # a text comes back as it was
+            # lossless
             normalization_rule_name="identity",
             add_dummy_prefix=False,
             remove_extra_whitespaces=False,
@@ -115,7 +116,7 @@ def _not_empty(texts: Iterator[str]) -> Iterator[str]:
 
 
 def _sentences(texts: Iterator[str]) -> Iterator[str]:
-    """Lines, the long ones in parts: SentencePiece leaves out what is longer than its limit."""
+    """Lines, cut into parts of at most ``_SENTENCE``: SentencePiece skips longer ones."""
     for text in texts:
         for line in text.splitlines():
             for start in range(0, len(line), _SENTENCE):
