@@ -1,4 +1,4 @@
-"""``fastgpt plot``: the learning curves of one run or of several, from their ``log.jsonl``."""
+"""``fastgpt plot``: learning curves of one or more runs, from their ``log.jsonl``."""
 
 import math
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ _PANELS = {
 class PlotConfig:
     """Draw learning curves as PNG: losses, learning rate, tokens per second."""
 
-    # Folders of runs, to be compared.
+    # Folders of the runs to compare.
     folders: tuple[Path, ...] = (Path("out"),)
     # The picture.
     output: Path | None = None
@@ -30,8 +30,8 @@ class PlotConfig:
 def plot(config: PlotConfig) -> Path:
     """Draw the curves; returns the path of the picture, which replaces an older one.
 
-    Raises FileNotFoundError if a folder has no ``log.jsonl``, ValueError if it cannot be read or is
-    empty or if the output is not to be a PNG, ImportError without matplotlib.
+    Raises FileNotFoundError if a folder has no ``log.jsonl``, ValueError if it is damaged or empty
+    or if ``output`` does not end in .png, ImportError without matplotlib.
     """
     if not config.folders:
         raise ValueError("folders must name at least one run, got none")
@@ -88,7 +88,7 @@ def _draw(axes: Any, rows: list[log.Row], key: str, colour: str, label: str) -> 
     if key == "val/loss":
         axes.plot(x, y, color=colour, marker="o", markersize=3, label=label)
         return
-    # The loss of one update is noisy: the evaluations of the same split lie on top of it.
+    # The loss of single updates is noisy, so evaluations on the same split are drawn over it.
     noisy = key == "loss"
     axes.plot(x, y, color=colour, linewidth=1, alpha=0.4 if noisy else 1.0, label=label)
     if noisy:
@@ -96,7 +96,7 @@ def _draw(axes: Any, rows: list[log.Row], key: str, colour: str, label: str) -> 
 
 
 def _label(name: str, rows: list[log.Row]) -> str:
-    name = f"./{name}" if name.startswith("_") else name  # matplotlib's sign for: not shown
+    name = f"./{name}" if name.startswith("_") else name  # matplotlib hides labels with "_"
     found = [(y, x) for x, y in zip(*_points(rows, "val/loss"), strict=True) if math.isfinite(y)]
     if not found:
         return name

@@ -29,7 +29,7 @@ _CHARACTERS = "char"
 
 
 def _shown(metavar: str, default: str) -> Any:
-    """How ``--help`` shows a value and what holds without one."""
+    """How ``--help`` shows an option's value and its default."""
     return tyro.conf.arg(metavar=metavar, help_behavior_hint=f"(default: {default})")
 
 
@@ -52,11 +52,11 @@ class Prepare:
     input: Annotated[Path | None, _shown("PATH", "none")] = None
     # A data set of Hugging Face's, streamed, instead of a corpus.
     hf_dataset: Annotated[str | None, _shown("NAME", "none")] = None
-    # Its configuration.
+    # The configuration of --hf_dataset.
     hf_config: Annotated[str | None, _shown("NAME", "none")] = None
-    # Its split.
+    # The split of --hf_dataset.
     hf_split: Annotated[str | None, _shown("NAME", "train")] = None
-    # Where a line or a row has its text.
+    # The key of a JSON line, or column of a row, that holds the text.
     text_key: Annotated[str, tyro.conf.arg(metavar="KEY")] = "text"
     # char: a token for each character. gpt2: GPT-2's BPE. PATH: a tokenizer.json, a
     # SentencePiece .model, a .tiktoken file, or a folder with one of them or with encoder.json and
@@ -67,14 +67,14 @@ class Prepare:
         Path | None,
         _shown("DIR", "data/builtin, data/shakespeare_char or data/NAME of the input"),
     ] = None
-    # Share of validation: of the documents, by chance, or the end of one text.
+    # Share of validation: random documents, or the end of one text.
     val_share: Annotated[
         float | None,
         _shown("SHARE", f"{DOCUMENTS_VAL_SHARE} of documents, {TEXT_VAL_SHARE} of one text"),
     ] = None
-    # Decides which documents are for validation.
+    # Seed of the choice of documents for validation.
     seed: Annotated[int | None, _shown("N", str(SEED))] = None
-    # The token behind each document.
+    # The token that ends each document.
     end_of_text: Annotated[
         str | None,
         _shown("TOKEN", "the tokenizer's, such as <|endoftext|>; a line feed with char"),
@@ -94,7 +94,7 @@ class TrainTokenizer:
     Then use it: fastgpt prepare --tokenizer DIR --input PATH.
     """
 
-    # The only one there is.
+    # The only action.
     action: tyro.conf.Positional[Literal["train"]]
     # A UTF-8 text, .jsonl, .parquet, any of them as .gz or .zst, or a folder.
     input: Annotated[Path, tyro.conf.arg(metavar="PATH")]
@@ -104,12 +104,12 @@ class TrainTokenizer:
     kind: Literal["bpe", "unigram"] = "bpe"
     # Tokens, at least 257.
     vocab_size: Annotated[int, tyro.conf.arg(metavar="N")] = 32768
-    # Where a line or a row has its text.
+    # The key of a JSON line, or column of a row, that holds the text.
     text_key: Annotated[str, tyro.conf.arg(metavar="KEY")] = "text"
 
 
 def run_prepare(command: Prepare, console: Console) -> None:
-    """Do it, and print what was made."""
+    """Prepare a data set and print what was made."""
     inputs = {
         "a corpus": command.corpus,
         "--input": command.input,
@@ -132,7 +132,7 @@ def run_prepare(command: Prepare, console: Console) -> None:
         else tokenizer_from(command.tokenizer)
     )
     if command.seed is not None and source.one_text:
-        raise ValueError(f"seed={command.seed}: one text is cut at its end, not by chance")
+        raise ValueError(f"--seed={command.seed} has no use: one text is not split by chance")
     end = command.end_of_text
     try:
         manifest = prepare(
@@ -146,7 +146,7 @@ def run_prepare(command: Prepare, console: Console) -> None:
             workers=command.workers,
         )
     except KeyboardInterrupt:
-        console.print("stopped; the same command goes on from here")
+        console.print("stopped; the same command continues from here")
         raise
     report_prepared(out_dir, manifest, console)
     where = "" if out_dir.parent == Path("data") else f" --data_root={out_dir.parent}"
@@ -167,7 +167,7 @@ def report_prepared(data_dir: Path, manifest: Manifest, console: Console) -> Non
 
 
 def run_train_tokenizer(command: TrainTokenizer, console: Console) -> None:
-    """Do it, and print what was made."""
+    """Train a tokenizer and print what was made."""
     source = source_of(command.input, command.text_key)
     tokenizer = train_tokenizer(source, command.kind, command.vocab_size, command.out_dir)
     console.print(

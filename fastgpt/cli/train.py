@@ -1,4 +1,4 @@
-"""``fastgpt train``: its keys, and the run with the table and the sample at its end."""
+"""``fastgpt train``: its keys, the run, and the table and sample at the end."""
 
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -43,7 +43,7 @@ _SAMPLE_TOKENS, _SAMPLE_TEMPERATURE, _SAMPLE_TOP_K = 300, 0.8, 200
 class Train:
     """Train a model.
 
-    With no argument: a GPT on the built-in corpus, by the preset that fits this machine: char on a
+    Without arguments: a GPT on the built-in corpus, by the preset that fits this machine: char on a
     CUDA GPU, else the first half of char-cpu. A key takes its value from the command line, else
     from CONFIG.py, else from the preset, else the default shown here. With --init_from=resume and
     neither preset nor CONFIG.py, the keys are those of the checkpoint.
@@ -101,7 +101,7 @@ def train_defaults(base: dict[str, Any]) -> Train:
 
 
 def keys_below(first: Train) -> dict[str, Any]:
-    """What the command line overrides: the preset, and over it the configuration file."""
+    """The keys that the command line overrides: those of the preset, overridden by the file's."""
     base: dict[str, Any] = {}
     if first.preset is not None:
         base.update(PRESETS[first.preset])
@@ -116,8 +116,8 @@ def keys_below(first: Train) -> dict[str, Any]:
 
 
 def _saved_keys(out_dir: Path) -> dict[str, Any]:
-    """The keys of the run to be resumed. A checkpoint of nanoGPT's has its keys only, and compile
-    is True in it unless somebody asked for the contrary."""
+    """The keys of the run to be resumed. From a checkpoint of nanoGPT's without ``compile``, which
+    is on there by default."""
     header, _ = checkpoint_folder.read_newest(out_dir, ckpt.header)
     saved = header.get("config", {})
     known = {f.name for f in fields(TrainConfig)}
@@ -130,7 +130,7 @@ def run_train(config: TrainConfig, world: World, console: Console) -> None:
     """Train as ``config`` says, on all ranks of ``world``. Raises as ``Trainer`` does."""
     out_dir = Path(config.out_dir)
     if world.restarts and (checkpoint_folder.saved(out_dir) or (out_dir / ckpt.BEST).exists()):
-        config = replace(config, init_from="resume")  # torchrun started the same command again
+        config = replace(config, init_from="resume")  # torchrun restarted this command
     device = world.device(resolve_device(config.device))
     with world.connected(device, config.backend):
         _train_connected(config, world, console)
@@ -158,7 +158,7 @@ def _train_connected(config: TrainConfig, world: World, console: Console) -> Non
 
 
 def _summary(trainer: Trainer) -> Table:
-    """The trained model beside what the bigram can do."""
+    """The losses of the trained model and of a bigram."""
     data_dir, shape = trainer.config.data_dir, trainer.model.config
     table = Table(title="Validation loss in nats per token, lower is better")
     table.add_column("model")
@@ -200,4 +200,4 @@ def _print_sample(trainer: Trainer, model: LanguageModel, console: Console) -> N
         autocast(trainer.device, trainer.dtype),
     )
     console.rule("sample")
-    console.out(text)  # as it is: print would expand its tabs
+    console.out(text)  # print would expand tabs

@@ -1,10 +1,9 @@
-"""GPT-2 as Hugging Face's transformers stores it, and in safetensors files.
+"""GPT-2 in the files of Hugging Face's transformers, and in safetensors files.
 
-The same model differs in its files: transformers keeps the four matrices of a block as (in, out),
-has biases everywhere, names the GELU (``gelu`` exact, ``gelu_new`` by tanh) in ``config.json``, and
-leaves out the head, which is the token table. All functions here move weights between that and the
-state dict of ``GPT``; none of them builds a model. Needs safetensors, and huggingface_hub where
-weights are downloaded; transformers itself is not used.
+transformers stores the four matrices of a block transposed, as (in, out), always has biases, names
+the GELU in ``config.json`` (``gelu`` is exact, ``gelu_new`` by tanh), and omits the head, which is
+tied to the token table. The functions here convert between that and the state dict of ``GPT``;
+none builds a model. Needs safetensors, and huggingface_hub for downloads, but not transformers.
 """
 
 import json
@@ -25,9 +24,9 @@ _WEIGHTS_FILES = (WEIGHTS_FILE, "model.safetensors.index.json", "pytorch_model.b
 _TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
 _TOKEN_TABLE, _HEAD = "transformer.wte.weight", "lm_head.weight"
 _GELUS = {"gelu": "none", "gelu_new": "tanh", "gelu_pytorch_tanh": "tanh"}
-_METADATA = "fastgpt"  # the key in a safetensors header that holds config and GELU
+_METADATA = "fastgpt"  # key of our config and GELU in a safetensors header
 
-# GPTConfig's name → config.json's and what transformers takes where it is missing
+# GPTConfig's name → name in config.json, and transformers' default
 _SHAPE = {
     "block_size": ("n_positions", 1024),
     "vocab_size": ("vocab_size", 50257),
@@ -35,7 +34,7 @@ _SHAPE = {
     "n_head": ("n_head", 12),
     "n_embd": ("n_embd", 768),
 }
-# options of transformers that would make it another model, and the values that GPT has
+# options of transformers that would change the model, and the values that GPT has
 _FIXED = {
     "layer_norm_epsilon": 1e-5,
     "scale_attn_weights": True,
@@ -64,8 +63,8 @@ def read(source: str | Path) -> Weights:
     such a folder, or of one that ``write_safetensors`` made. Dropout is 0.
 
     Raises:
-        FileNotFoundError: the folder or file, or one that it needs, is not there.
-        ValueError: a file is damaged, or the model is not a GPT-2 that ``GPT`` can be.
+        FileNotFoundError: the folder or file, or one that it needs, is missing.
+        ValueError: a file is damaged, or ``GPT`` cannot represent the model.
         ImportError: safetensors is not installed.
     """
     source = Path(source)
@@ -87,9 +86,9 @@ def read(source: str | Path) -> Weights:
 
 
 def download(name: str) -> Path:
-    """The folder of the published model ``name`` in Hugging Face's cache; the Hub fills it.
+    """The folder of the published model ``name`` in Hugging Face's cache, downloaded if needed.
 
-    Raises ConnectionError if it is not in the cache and cannot be fetched, ImportError without
+    Raises ConnectionError if it is neither in the cache nor downloadable, ImportError without
     huggingface_hub.
     """
     try:
@@ -107,9 +106,9 @@ def download(name: str) -> Path:
 
 
 def write(weights: Weights, folder: Path, end_of_text: int | None = None) -> None:
-    """Write ``config.json`` and ``model.safetensors``, from which transformers' GPT2LMHeadModel
-    computes the same logits. ``folder`` must be there. Absent biases are written as zeros, for
-    transformers knows no GPT-2 without. ``end_of_text``: the id at which its ``generate`` stops.
+    """Write ``config.json`` and ``model.safetensors`` for transformers' GPT2LMHeadModel, which
+    computes the same logits. ``folder`` must exist. Missing biases are written as zeros, which
+    transformers requires. ``end_of_text``: the id at which its ``generate`` stops.
     """
     config, gelu, state = weights
     activation = {kind: name for name, kind in reversed(_GELUS.items())}[gelu]
@@ -130,8 +129,8 @@ def write(weights: Weights, folder: Path, end_of_text: int | None = None) -> Non
 
 
 def write_safetensors(weights: Weights, path: Path) -> None:
-    """Write one file with the names and shapes of ``GPT.state_dict()`` (without the tied head),
-    config and GELU in its header, for ``read``.
+    """Write one file for ``read``: names and shapes of ``GPT.state_dict()`` without the tied head;
+    config and GELU in the header.
     """
     header = json.dumps({"config": asdict(weights.config), "gelu": weights.gelu})
     state = {name: tensor for name, tensor in weights.state.items() if name != _HEAD}
@@ -175,7 +174,7 @@ def _shape_and_gelu(facts: Mapping[str, Any]) -> tuple[GPTConfig, str]:
 
 
 def _ours(published: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The state dict of ``GPT``. The files that OpenAI's weights came in name the trunk alone."""
+    """The state dict of ``GPT``. Some files name the weights without ``transformer.``."""
     state = {}
     for name, tensor in published.items():
         name = name if name.startswith(("transformer.", "lm_head.")) else f"transformer.{name}"

@@ -139,7 +139,10 @@ def test_nothing_is_downloaded_for_a_folder_that_is_a_file_and_nothing_written_w
         (["prepare", "--input=docs.jsonl", "--text_key=x"], "has no 'x', but 'text', 'body'; name"),
         (["prepare", "--input=docs.jsonl", "--shard_tokens=0"], "shard_tokens must be at least 1"),
         (["prepare", "--input=docs.jsonl", "--end_of_text=ab"], "must be one token, but 'ab' is 2"),
-        (["prepare", "--input=text.txt", "--seed=1"], "seed=1: one text is cut at its end"),
+        (
+            ["prepare", "--input=text.txt", "--seed=1"],
+            "--seed=1 has no use: one text",
+        ),
         (["tokenizer", "train", "--input=x", "--out_dir=t"], "the input x does not exist"),
         (
             ["tokenizer", "train", "--input=text.txt", "--out_dir=t", "--vocab_size=5"],
@@ -162,5 +165,5 @@ def test_an_interruption_says_how_to_go_on(
     with monkeypatch.context() as patch:
         patch.setattr(CharTokenizer, "encode_array", interrupted)
         assert cli.main(["prepare", "--input=docs.jsonl", "--val_share=0.5"]) == 130
-    assert "the same command goes on from here" in capfd.readouterr().out
+    assert "the same command continues from here" in capfd.readouterr().out
     run("prepare", "--input=docs.jsonl", "--val_share=0.5")

@@ -53,9 +53,7 @@ def test_to_transformers_and_back(tmp_path: Path) -> None:
 def test_a_model_without_biases_says_so(tmp_path: Path) -> None:
     trainer = run(tmp_path, bias=False)
     written = exported(tmp_path, "hf")
-    assert written.notes == [
-        "the model has no biases, transformers' GPT-2 always has: they are zeros"
-    ]
+    assert written.notes == ["the model has no biases; transformers needs them: they are zeros"]
     model = transformers.AutoModelForCausalLM.from_pretrained(written.path, local_files_only=True)
     x = torch.randint(trainer.model.config.vocab_size, (2, 16))
     with torch.no_grad():
@@ -235,7 +233,7 @@ def test_nothing_is_overwritten_and_nothing_left_half(
             with pytest.raises(OSError, match="No space left"):
                 exported(tmp_path, to)
     assert sorted(os.listdir(tmp_path / "out")) == before
-    with pytest.raises(FileExistsError, match="out is there already; remove it, or name another"):
+    with pytest.raises(FileExistsError, match="out exists; remove it, or name another"):
         exported(tmp_path, "hf", output=tmp_path / "out")
 
 
@@ -246,11 +244,11 @@ def test_the_command(
     run(tmp_path)
     assert main(["export", "--to=hf"]) == 0
     out = capsys.readouterr().out
-    assert out.startswith("wrote out/hf\nnote: the model has no biases, ")
+    assert out.startswith("wrote out/hf\nnote: the model has no biases; ")
     assert main(["export", "--to=nanogpt", "--init_from=out/hf", "--output=back"]) == 0
     assert capsys.readouterr().out == "wrote back\n"
     assert main(["export", "--to=hf"]) == 2
-    assert "out/hf is there already" in capsys.readouterr().err
+    assert "out/hf exists" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         main(["export", "--to=gguf"])
 
