@@ -77,15 +77,7 @@ class Train:
 
     def keys(self) -> dict[str, Any]:
         """The values of all keys, flat."""
-        groups = (
-            self.output,
-            self.logging,
-            self.data,
-            self.model,
-            self.optimizer,
-            self.schedule,
-            self.system,
-        )
+        groups = (getattr(self, group.__name__.lower()) for group in GROUPS)
         return {key: value for group in groups for key, value in asdict(group).items()}
 
 
@@ -178,7 +170,8 @@ def _summary(trainer: Trainer) -> Table:
     bigram.to(trainer.device)
     loss = trainer.mean_loss(bigram, "val")
     table.add_row("bigram, counted on train.bin", f"{bigram.get_num_params():,}", f"{loss:.4f}")
-    entropy = builtin_texts.bigram_entropy(data_dir)
+    val_counts = builtin_texts.bigram_counts(data_dir, "val", shape.vocab_size)
+    entropy = builtin_texts.bigram_entropy(val_counts)
     table.add_row("bigram entropy of val.bin", "", f"{entropy:.4f}")
     return table
 

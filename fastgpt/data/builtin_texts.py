@@ -2,8 +2,8 @@
 
 prepare_builtin("data/builtin")              # the running Python's standard library
 TextSource(shakespeare_text())               # Tiny Shakespeare, downloaded
-bigram_counts("data/builtin", "train", 96)   # a (96, 96) table
-bigram_entropy("data/builtin")               # nats per token
+counts = bigram_counts("data/builtin", "val", 96)
+bigram_entropy(counts)                       # nats per token
 """
 
 import hashlib
@@ -106,39 +106,22 @@ def bigram_counts(data_dir: str | Path, split: str, vocab_size: int) -> npt.NDAr
     return counts.reshape(vocab_size, vocab_size)
 
 
-def bigram_entropy(data_dir: str | Path, split: str = "val") -> float:
-    """The empirical conditional entropy H(next | current) of a split, in nats per token.
+def bigram_entropy(counts: npt.NDArray[np.int64]) -> float:
+    """The empirical conditional entropy H(next | current) of ``bigram_counts``, in nats per token.
 
     No model that sees the current token alone can have a lower loss on that split; a lower loss
     needs a longer context.
 
-    Args:
-        data_dir: the folder of the data set.
-        split: "train" or "val".
-
     Raises:
-        FileNotFoundError: the file is missing.
-        ValueError: it has fewer than 2 tokens, or an id of 4096 or more.
+        ValueError: the table is empty, as for a split of 1 token.
     """
-    files = token_files(data_dir, split)
-    pairs = sum(len(file) - 1 for file in files)
-    if not pairs:
-        raise ValueError(f"{files[0].path} has 1 token, but a bigram needs at least 2")
-    largest = 0
-    for file in files:
-        for span in spans(len(file), "Finding ids"):
-            largest = max(largest, int(file.tokens[span].max()))
-        if largest >= MAX_BIGRAM_VOCAB_SIZE:
-            raise ValueError(
-                f"{file.path} holds the token id {largest}, but a table of bigrams takes ids below "
-                f"{MAX_BIGRAM_VOCAB_SIZE}"
-            )
-    counts = bigram_counts(data_dir, split, largest + 1)
+    if not counts.any():
+        raise ValueError("counts must hold at least one pair of tokens, got none")
     # H = -sum_ab p(ab) log(n_ab / n_a)
-    return (_sum_n_log_n(counts.sum(1)) - _sum_n_log_n(counts)) / pairs
+    return (_sum_n_log_n(counts.sum(1)) - _sum_n_log_n(counts)) / float(counts.sum())
 
 
-def _sum_n_log_n(counts: np.ndarray) -> float:
+def _sum_n_log_n(counts: npt.NDArray[np.int64]) -> float:
     n = counts[counts > 0].astype(np.float64)
     return float((n * np.log(n)).sum())
 

@@ -1,12 +1,12 @@
 """The built-in text; the download of Tiny Shakespeare, from a server on the loopback interface."""
 
-import contextlib
 import hashlib
 import http.server
 import os
 import socket
 import sysconfig
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -44,13 +44,19 @@ def test_without_library_sources_another_input_is_named(monkeypatch: pytest.Monk
 
 # ---- the download
 
+STAND_IN = b"First Citizen: before we proceed any further, hear me speak.\n" * 5000
 Respond = Callable[[http.server.BaseHTTPRequestHandler], None]
+HUNG_UP = threading.Event()
 
 
 @pytest.fixture
 def serve(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Respond], str]]:
-    """Start a server that answers every request by ``respond``; gives its URL."""
+    """Start a server that answers every request by ``respond``; gives its URL. A text of the
+    tests' own takes Tiny Shakespeare's place.
+    """
     monkeypatch.setenv("no_proxy", "127.0.0.1")
+    monkeypatch.setattr(builtin_texts, "SHAKESPEARE_BYTES", len(STAND_IN))
+    monkeypatch.setattr(builtin_texts, "SHAKESPEARE_SHA256", hashlib.sha256(STAND_IN).hexdigest())
     servers: list[http.server.HTTPServer] = []
 
     def start(respond: Respond) -> str:
@@ -72,106 +78,73 @@ def serve(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Respond], str]]
         server.server_close()
 
 
-def send(
-    handler: http.server.BaseHTTPRequestHandler, body: bytes, length: int | None = None
-) -> None:
-    handler.send_response(200)
-    if length is not None:
-        handler.send_header("Content-Length", str(length))
-    handler.end_headers()
-    handler.wfile.write(body)
-
-
 def sends(body: bytes, length: int | None = None) -> Respond:
-    return lambda handler: send(handler, body, length)
+    def send(handler: http.server.BaseHTTPRequestHandler) -> None:
+        handler.send_response(200)
+        if length is not None:
+            handler.send_header("Content-Length", str(length))
+        handler.end_headers()
+        handler.wfile.write(body)
+
+    return send
 
 
-@pytest.fixture
-def shakespeare() -> bytes:
-    default = Path(__file__).parents[3] / "shared" / "data" / "tinyshakespeare.txt"
-    path = Path(os.environ.get("FASTGPT_TINYSHAKESPEARE", default))
-    if not path.is_file():
-        pytest.skip("Tiny Shakespeare is not here: let FASTGPT_TINYSHAKESPEARE name the file")
-    return path.read_bytes()
+def endless(handler: http.server.BaseHTTPRequestHandler) -> None:
+    try:
+        sends(STAND_IN)(handler)
+        for _ in range(300):  # 90 MB
+            handler.wfile.write(STAND_IN)
+    except ConnectionError:
+        HUNG_UP.set()
 
 
-@pytest.mark.parametrize("with_length", [True, False])
-def test_tiny_shakespeare(
-    with_length: bool, serve: Callable[[Respond], str], shakespeare: bytes, tmp_path: Path
-) -> None:
-    url = serve(sends(shakespeare, len(shakespeare) if with_length else None))
-    source = TextSource(shakespeare_text(url))
-    manifest = prepare(source, characters_of(source), tmp_path)
-    tokens = {name: split.tokens for name, split in manifest.splits.items()}
-    assert tokens == {"train": 1_003_854, "val": 111_540} and manifest.vocab_size == 65
-    text = "".join(texts_of(tmp_path, CharTokenizer.load(tmp_path / "meta.pkl")))
-    assert text.encode() == shakespeare
+def silent(handler: http.server.BaseHTTPRequestHandler) -> None:
+    sends(STAND_IN[:1000], len(STAND_IN))(handler)
+    time.sleep(1)
 
 
-@pytest.fixture
-def stand_in(monkeypatch: pytest.MonkeyPatch) -> bytes:
-    """A text that takes Tiny Shakespeare's place, so that these tests need no file."""
-    body = b"First Citizen: before we proceed any further, hear me speak.\n" * 5000
-    monkeypatch.setattr(builtin_texts, "SHAKESPEARE_BYTES", len(body))
-    monkeypatch.setattr(builtin_texts, "SHAKESPEARE_SHA256", hashlib.sha256(body).hexdigest())
-    return body
+HALF = STAND_IN[: len(STAND_IN) // 2]
 
 
-def test_a_download_is_taken_as_it_is(serve: Callable[[Respond], str], stand_in: bytes) -> None:
-    assert shakespeare_text(serve(sends(stand_in, len(stand_in)))).encode() == stand_in
-
-
-def test_a_wrong_checksum_is_refused(serve: Callable[[Respond], str], stand_in: bytes) -> None:
-    url = serve(sends(stand_in[:-2] + b"!\n", len(stand_in)))
-    wanted = hashlib.sha256(stand_in).hexdigest()
-    with pytest.raises(ValueError, match=f"{url} is not Tiny Shakespeare.*expected {wanted}"):
-        shakespeare_text(url)
-
-
-@pytest.mark.parametrize("with_length", [True, False])
-def test_a_cut_off_transfer_is_refused(
-    with_length: bool, serve: Callable[[Respond], str], stand_in: bytes
-) -> None:
-    half = stand_in[: len(stand_in) // 2]
-    url = serve(sends(half, len(stand_in) if with_length else None))
-    with pytest.raises(ConnectionError, match=f"{url}.* {len(half)} bytes"):
-        shakespeare_text(url)
-
-
-def test_an_endless_answer_is_cut(serve: Callable[[Respond], str], stand_in: bytes) -> None:
-    sent = 0
-
-    def endless(handler: http.server.BaseHTTPRequestHandler) -> None:
-        nonlocal sent
-        send(handler, b"")
-        with contextlib.suppress(ConnectionError):  # the client hangs up
-            while sent < 100 << 20:
-                handler.wfile.write(stand_in)
-                sent += len(stand_in)
-
-    with pytest.raises(ConnectionError, match=f"more than {len(stand_in)} bytes"):
-        shakespeare_text(serve(endless))
-    assert sent < 100 << 20
-
-
-def greet(handler: http.server.BaseHTTPRequestHandler) -> None:
-    handler.wfile.write(b"SSH-2.0-OpenSSH_9.9\r\n")
+@pytest.mark.parametrize("length", [len(STAND_IN), None])
+def test_a_download_is_taken_as_it_is(length: int, serve: Callable[[Respond], str]) -> None:
+    assert shakespeare_text(serve(sends(STAND_IN, length))).encode() == STAND_IN
 
 
 @pytest.mark.parametrize(
-    ("respond", "message"),
+    ("respond", "error", "message"),
     [
-        (lambda handler: handler.send_error(404), "HTTP Error 404.*--input FILE"),
-        (greet, "--input FILE"),
+        (sends(STAND_IN[:-2] + b"!\n"), ValueError, "URL is not Tiny Shakespeare: its SHA-256 is"),
+        (sends(HALF, len(STAND_IN)), ConnectionError, f"URL sent {len(HALF)} bytes instead of"),
+        (sends(HALF), ConnectionError, f"URL sent {len(HALF)} bytes instead of"),
+        (endless, ConnectionError, f"URL sent more than {len(STAND_IN)} bytes"),
+        (silent, ConnectionError, "could not download URL: timed out.*--input FILE"),
+        (
+            lambda handler: handler.send_error(404),
+            ConnectionError,
+            "could not download URL: HTTP Error 404.*--input FILE",
+        ),
+        (
+            lambda handler: handler.wfile.write(b"SSH-2.0-OpenSSH_9.9\r\n"),
+            ConnectionError,
+            "could not download URL: SSH-2.0-OpenSSH_9.9. Without .*--input FILE",
+        ),
     ],
-    ids=["404", "no HTTP"],
+    ids=["checksum", "cut", "cut, no length", "endless", "silent", "404", "no HTTP"],
 )
-def test_a_wrong_answer_is_told(
-    respond: Respond, message: str, serve: Callable[[Respond], str], stand_in: bytes
+def test_a_failed_download_is_told(
+    respond: Respond,
+    error: type[Exception],
+    message: str,
+    serve: Callable[[Respond], str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    if respond is silent:
+        monkeypatch.setattr(builtin_texts, "_TIMEOUT_S", 0.2)
     url = serve(respond)
-    with pytest.raises(ConnectionError, match=f"could not download {url}: .*{message}"):
+    with pytest.raises(error, match=message.replace("URL", url)):
         shakespeare_text(url)
+    assert respond is not endless or HUNG_UP.wait(60)
 
 
 def test_a_refused_connection_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -183,16 +156,15 @@ def test_a_refused_connection_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
             shakespeare_text(url)
 
 
-def test_a_silent_server_is_given_up(
-    serve: Callable[[Respond], str], stand_in: bytes, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    done = threading.Event()
-
-    def silent(handler: http.server.BaseHTTPRequestHandler) -> None:
-        send(handler, stand_in[:1000], len(stand_in))
-        done.wait(10)
-
-    monkeypatch.setattr(builtin_texts, "_TIMEOUT_S", 0.2)
-    with pytest.raises(ConnectionError, match="timed out"):
-        shakespeare_text(serve(silent))
-    done.set()
+def test_tiny_shakespeare(tmp_path: Path) -> None:
+    """The real file, from this machine: sizes, checksum, characters."""
+    default = Path(__file__).parents[3] / "shared" / "data" / "tinyshakespeare.txt"
+    path = Path(os.environ.get("FASTGPT_TINYSHAKESPEARE", default))
+    if not path.is_file():
+        pytest.skip("Tiny Shakespeare is not here: let FASTGPT_TINYSHAKESPEARE name the file")
+    source = TextSource(shakespeare_text(path.resolve().as_uri()))
+    manifest = prepare(source, characters_of(source), tmp_path)
+    tokens = {name: split.tokens for name, split in manifest.splits.items()}
+    assert tokens == {"train": 1_003_854, "val": 111_540} and manifest.vocab_size == 65
+    text = "".join(texts_of(tmp_path, CharTokenizer.load(tmp_path / "meta.pkl")))
+    assert text.encode() == path.read_bytes()
