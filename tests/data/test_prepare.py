@@ -376,20 +376,19 @@ def test_other_arguments_do_not_continue(
     os.utime(tmp_path / "documents.jsonl", ns=(0, 0))
     with pytest.raises(ValueError, match="preparation with another source: finish it with"):
         prepare(source, tokenizer, tmp_path / "data", val_share=0.3)
-    (tmp_path / "data" / ".prepare" / "state.json").write_text("{}")
-    with pytest.raises(ValueError, match=r"state\.json is damaged .* remove .* to start over"):
-        prepare(source, tokenizer, tmp_path / "data", val_share=0.3)
 
 
-def test_a_missing_part_of_an_unfinished_one_is_noticed(
+def test_a_damaged_unfinished_one_is_noticed(
     source: FileSource, tmp_path: Path, small_batches: None
 ) -> None:
     with pytest.raises(KeyboardInterrupt):
         prepare(source, Stopping(30), tmp_path / "data", val_share=0.3, workers=1)
-    tokenizer = Stopping()
     (tmp_path / "data" / ".prepare" / "train_000000.bin").unlink()
     with pytest.raises(ValueError, match=r"train_000000\.bin should have \d+ bytes and has not"):
-        prepare(source, tokenizer, tmp_path / "data", val_share=0.3)
+        prepare(source, Stopping(), tmp_path / "data", val_share=0.3)
+    (tmp_path / "data" / ".prepare" / "state.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"state\.json is damaged .* remove .* to start over"):
+        prepare(source, Stopping(), tmp_path / "data", val_share=0.3)
 
 
 def test_a_finished_one_is_checked_and_not_made_again(source: FileSource, tmp_path: Path) -> None:

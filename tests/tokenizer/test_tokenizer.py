@@ -3,7 +3,6 @@
 import os
 import pickle
 import random
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from fastgpt.tokenizer import (
-    MAX_VOCAB_SIZE,
-    CharTokenizer,
-    GPT2Tokenizer,
-    load_tokenizer,
-)
+from fastgpt.tokenizer import MAX_VOCAB_SIZE, CharTokenizer, load_tokenizer
 
 TEXT = "To be, or not to be?\r\n\tnaïve Ω 文 🙂 \ud800 \U0010ffff\0"
 
@@ -109,6 +103,9 @@ def test_meta_pkl_is_the_documented_dict(tokenizer: CharTokenizer, tmp_path: Pat
     assert all(meta["stoi"][char] == i for i, char in meta["itos"].items())
     loaded = load_tokenizer(tmp_path)
     assert isinstance(loaded, CharTokenizer) and loaded.itos == tokenizer.itos
+    path.unlink()
+    with pytest.raises(FileNotFoundError, match="meta.pkl"):
+        CharTokenizer.load(path)
 
 
 @pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
@@ -185,53 +182,3 @@ def test_no_damage_to_meta_pkl_escapes(tmp_path: Path) -> None:
         else:
             assert tokenizer.stoi == {c: i for i, c in tokenizer.itos.items()}
     assert refused > 450
-
-
-def test_a_missing_meta_pkl_is_named(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match="meta.pkl"):
-        CharTokenizer.load(tmp_path / "meta.pkl")
-
-
-def test_without_tiktoken_the_bpe_names_the_extra(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setitem(sys.modules, "tiktoken", None)
-    with pytest.raises(ImportError, match=r'pip install "fastgpt-triton\[bpe\]"'):
-        load_tokenizer(tmp_path)
-
-
-def _byte_encoding(name: str) -> Any:
-    """tiktoken's own machinery over the 256 bytes and one merge: GPT-2's table is a download."""
-    tiktoken = pytest.importorskip("tiktoken", reason="needs the extra [bpe]")
-    assert name == "gpt2"
-    return tiktoken.Encoding(
-        name,
-        pat_str=r"\s+|\S+",
-        mergeable_ranks={bytes([i]): i for i in range(256)} | {b"ab": 256},
-        special_tokens={"<|endoftext|>": 257},
-    )
-
-
-def test_bpe_reads_the_end_of_text_as_one_token(monkeypatch: pytest.MonkeyPatch) -> None:
-    tiktoken = pytest.importorskip("tiktoken", reason="needs the extra [bpe]")
-    monkeypatch.setattr(tiktoken, "get_encoding", _byte_encoding)
-    tokenizer = GPT2Tokenizer()
-    assert tokenizer.vocab_size == 258
-    ids = tokenizer.encode("ab Ω<|endoftext|>")
-    assert ids == [256, 32, *"Ω".encode(), 257]
-    assert tokenizer.decode(ids) == tokenizer.decode(np.array(ids)) == "ab Ω<|endoftext|>"
-    with pytest.raises(ValueError, match=r"\[0, 258\), got 258 at position 1"):
-        tokenizer.decode([0, 258])
-    with pytest.raises(TypeError, match="text must be a str"):
-        tokenizer.encode(None)  # type: ignore[arg-type]
-
-
-def test_bpe_without_a_connection_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
-    tiktoken = pytest.importorskip("tiktoken", reason="needs the extra [bpe]")
-
-    def offline(name: str) -> Any:
-        raise OSError("no route")
-
-    monkeypatch.setattr(tiktoken, "get_encoding", offline)
-    with pytest.raises(ConnectionError, match="no route.*TIKTOKEN_CACHE_DIR"):
-        GPT2Tokenizer()
