@@ -44,9 +44,7 @@ def test_defaults_preset_file_command_line() -> None:
         ["--preset=char-cpu", "--batch-size=9", "config.py"],
     ):
         assert parsed(*argv) == TrainConfig(**changed)
-
-
-def test_the_command_line_wins_even_with_the_default() -> None:
+    # the command line wins even with the default
     assert parsed("--preset=char-cpu", "--n_layer=12", "--device=cuda").n_layer == 12
 
 
@@ -217,11 +215,12 @@ def test_arguments_that_do_not_parse(
         (PermissionError(13, "Permission denied", "out"), 2),
         (ImportError("wandb"), 2),
         (KeyboardInterrupt(), 130),
+        (RuntimeError("a bug"), None),  # shows its traceback
     ],
 )
 def test_exit_codes(
     error: BaseException,
-    code: int,
+    code: int | None,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
@@ -230,18 +229,12 @@ def test_exit_codes(
 
     data_set(Path())
     monkeypatch.setattr(Trainer, "run", failing)
+    if code is None:
+        with pytest.raises(RuntimeError, match="a bug"):
+            cli.main(small())
+        return
     assert cli.main(small()) == code
     assert str(error) in capsys.readouterr().err
-
-
-def test_a_bug_shows_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
-    def failing(self: Trainer) -> None:
-        raise RuntimeError("a bug")
-
-    data_set(Path())
-    monkeypatch.setattr(Trainer, "run", failing)
-    with pytest.raises(RuntimeError, match="a bug"):
-        cli.main(small())
 
 
 def test_the_module_runs_and_its_help_names_the_keys() -> None:
