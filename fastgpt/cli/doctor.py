@@ -125,7 +125,7 @@ def _triton() -> str:
 
 
 def _driver() -> str:
-    """The driver's version, and why PyTorch may not see its GPUs."""
+    """The version that nvidia-smi reports."""
     program = shutil.which("nvidia-smi")
     if program is None:
         return "not found (no nvidia-smi)"
@@ -135,16 +135,7 @@ def _driver() -> str:
     except subprocess.TimeoutExpired:
         return f"nvidia-smi does not answer within {_DRIVER_SECONDS} s"
     lines = (answer.stdout + answer.stderr).strip().splitlines() or ["no answer"]
-    if answer.returncode:
-        return f"nvidia-smi fails: {lines[-1]}"
-    if torch.cuda.is_available():
-        return lines[0]
-    reason = f"it is built for CUDA {torch.version.cuda}, which may need a newer driver"
-    if torch.version.cuda is None:
-        reason = "it is built without CUDA"
-    elif (hidden := os.environ.get("CUDA_VISIBLE_DEVICES")) in ("", "-1"):
-        reason = f"CUDA_VISIBLE_DEVICES={hidden!r} hides all"
-    return f"{lines[0]}, but PyTorch sees no GPU: {reason}"
+    return f"nvidia-smi fails: {lines[-1]}" if answer.returncode else lines[0]
 
 
 def _gpus() -> dict[str, str]:
@@ -156,4 +147,6 @@ def _gpus() -> dict[str, str]:
             f"{gpu.name}, compute capability {gpu.major}.{gpu.minor}, "
             f"{gpu.total_memory / 2**30:.1f} GiB{f'; {refusal}' if refusal else ''}"
         )
-    return found or {"GPU": "none"}
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES")
+    none = "none that PyTorch can use"
+    return found or {"GPU": none if hidden is None else f"{none}; CUDA_VISIBLE_DEVICES={hidden!r}"}

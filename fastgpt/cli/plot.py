@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fastgpt._optional import optional
 from fastgpt.training import log
 
 _CURVES = "curves.png"
@@ -47,11 +48,8 @@ def plot(config: PlotConfig) -> Path:
 
 def draw(runs: dict[str, list[log.Row]]) -> Any:
     """The curves of runs, name → rows of the log, as a ``matplotlib.figure.Figure``."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError('plot needs matplotlib: pip install "fastgpt-triton[log]"') from error
-    figure = Figure(figsize=(11, 7), layout="constrained")
+    matplotlib_figure = optional("matplotlib.figure", "plot", "log")
+    figure = matplotlib_figure.Figure(figsize=(11, 7), layout="constrained")
     panels = figure.subplots(2, 2, sharex=True).flat
     for axes, (key, title) in zip(panels, _PANELS.items(), strict=True):
         for number, (name, rows) in enumerate(runs.items()):

@@ -11,6 +11,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from fastgpt._optional import optional
+
 _COMPRESSED = (".gz", ".zst")
 
 _CHUNK = 1 << 20  # bytes
@@ -83,13 +85,8 @@ def read_parquet(path: Path, text_key: str) -> Iterator[tuple[str, int]]:
             not a text.
         ImportError: pyarrow is not installed.
     """
-    try:
-        import pyarrow
-        from pyarrow import parquet
-    except ImportError as error:
-        raise ImportError(
-            f'the input {path} needs pyarrow: pip install "fastgpt-triton[data]"'
-        ) from error
+    pyarrow = optional("pyarrow", f"the input {path}", "data")
+    parquet = optional("pyarrow.parquet", f"the input {path}", "data")
     size, row = path.stat().st_size, 0
     try:
         with parquet.ParquetFile(path, pre_buffer=False) as file:
@@ -155,12 +152,7 @@ def _gzip(path: Path, file: gzip.GzipFile) -> Iterator[bytes]:
 
 def _zstd(path: Path, chunks: Iterable[bytes]) -> Iterator[bytes]:
     """The content of all frames; a file that ends within a frame is an error."""
-    try:
-        import zstandard
-    except ImportError as error:
-        raise ImportError(
-            f'the input {path} needs zstandard: pip install "fastgpt-triton[data]"'
-        ) from error
+    zstandard = optional("zstandard", f"the input {path}", "data")
     decompressor, frame = zstandard.ZstdDecompressor(max_window_size=_MAX_WINDOW), None
     try:
         for chunk in chunks:

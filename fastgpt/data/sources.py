@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fastgpt._optional import optional
 from fastgpt.data.file_formats import checked_text, format_of, read_jsonl, read_parquet, read_text
 
 PIECE = 1 << 20  # characters
@@ -179,12 +180,7 @@ class DatasetSource(Source):
     def __init__(
         self, name: str, config: str | None = None, split: str = "train", text_key: str = "text"
     ) -> None:
-        try:
-            import datasets
-        except ImportError as error:
-            raise ImportError(
-                'a data set of Hugging Face\'s needs datasets: pip install "fastgpt-triton[data]"'
-            ) from error
+        datasets = optional("datasets", "a data set of Hugging Face's", "data")
         self._identity = {"dataset": name, "config": config, "split": split, "text_key": text_key}
         self._name, self._text_key = name, text_key
         try:

@@ -18,6 +18,7 @@ from typing import Any, Literal
 
 import torch
 
+from fastgpt._optional import optional
 from fastgpt.interop import huggingface
 from fastgpt.model import GPT, PRETRAINED_SHAPES
 from fastgpt.tokenizer import (
@@ -190,7 +191,7 @@ def _write_tokenizer(source: _Source, folder: Path) -> int | None:
 
 def _of_characters(tokenizer: CharTokenizer) -> Any:
     """A tokenizer of the library tokenizers with one token for each character."""
-    tokenizers = _tokenizers()
+    tokenizers = optional("tokenizers", "the exported tokenizer", "hf")
     json_form = tokenizers.Tokenizer(tokenizers.models.WordLevel(tokenizer.stoi))
     every = tokenizers.Regex(r"[\s\S]")
     json_form.pre_tokenizer = tokenizers.pre_tokenizers.Split(every, "isolated")
@@ -200,7 +201,7 @@ def _of_characters(tokenizer: CharTokenizer) -> Any:
 
 def _of_byte_pairs(tokenizer: GPT2Tokenizer, scratch: Path) -> Any:
     """The same for GPT-2's byte pairs: every split of a token into two tokens is a merge."""
-    tokenizers = _tokenizers()
+    tokenizers = optional("tokenizers", "the exported tokenizer", "hf")
     tokenizer.save(scratch)
     lines = [line.split() for line in scratch.read_bytes().splitlines()]
     scratch.unlink()
@@ -221,11 +222,3 @@ def _of_byte_pairs(tokenizer: GPT2Tokenizer, scratch: Path) -> Any:
     json_form.decoder = tokenizers.decoders.ByteLevel()
     json_form.add_special_tokens([tokenizers.AddedToken(END_OF_TEXT, normalized=False)])
     return json_form
-
-
-def _tokenizers() -> Any:
-    try:
-        import tokenizers
-    except ImportError as error:
-        raise huggingface.missing_package("the exported tokenizer", "tokenizers") from error
-    return tokenizers

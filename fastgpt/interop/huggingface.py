@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from fastgpt._optional import optional
 from fastgpt.language_model import GPTConfig
 
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
@@ -52,11 +53,6 @@ class Weights(NamedTuple):
     state: dict[str, Tensor]
 
 
-def missing_package(what: str, package: str) -> ImportError:
-    """The error to raise when ``package``, of the extra ``hf``, is not installed."""
-    return ImportError(f'{what} needs {package}: pip install "fastgpt-triton[hf]"')
-
-
 def read(source: str | Path) -> Weights:
     """The weights of a folder that transformers wrote (``config.json`` beside
     ``model.safetensors``, its shards, or ``pytorch_model.bin``), of a ``.safetensors`` file from
@@ -91,12 +87,9 @@ def download(name: str) -> Path:
     Raises ConnectionError if it is neither in the cache nor downloadable, ImportError without
     huggingface_hub.
     """
+    hub = optional("huggingface_hub", f"the download of {name!r}", "hf")
     try:
-        from huggingface_hub import snapshot_download
-    except ImportError as error:
-        raise missing_package(f"the download of {name!r}", "huggingface_hub") from error
-    try:
-        return Path(snapshot_download(name, allow_patterns=[CONFIG_FILE, WEIGHTS_FILE]))
+        return Path(hub.snapshot_download(name, allow_patterns=[CONFIG_FILE, WEIGHTS_FILE]))
     except OSError as error:
         reason = str(error).partition("\n")[0] or type(error).__name__
         raise ConnectionError(
@@ -241,25 +234,20 @@ def _read_header(path: Path) -> dict[str, str]:
 
 
 def _opened(path: Path) -> Any:
-    try:
-        from safetensors import SafetensorError, safe_open
-    except ImportError as error:
-        raise missing_package("a safetensors file", "safetensors") from error
+    safetensors = optional("safetensors", "a safetensors file", "hf")
     if not path.is_file():
         raise FileNotFoundError(f"there is no {path}")
     try:
-        return safe_open(path, framework="pt")
-    except SafetensorError as error:
+        return safetensors.safe_open(path, framework="pt")
+    except safetensors.SafetensorError as error:
         raise ValueError(f"{path} is not a safetensors file, or is damaged: {error}") from error
 
 
 def _write_tensors(state: Mapping[str, Tensor], path: Path, header: dict[str, str]) -> None:
+    safetensors = optional("safetensors", "a safetensors file", "hf")
+    safetensors_torch = optional("safetensors.torch", "a safetensors file", "hf")
+    tensors = {name: tensor.contiguous() for name, tensor in state.items()}
     try:
-        from safetensors import SafetensorError
-        from safetensors.torch import save_file
-    except ImportError as error:
-        raise missing_package("a safetensors file", "safetensors") from error
-    try:
-        save_file({name: tensor.contiguous() for name, tensor in state.items()}, path, header)
-    except SafetensorError as error:
+        safetensors_torch.save_file(tensors, path, header)
+    except safetensors.SafetensorError as error:
         raise OSError(f"{path} cannot be written: {error}") from error

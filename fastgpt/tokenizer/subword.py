@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from fastgpt._optional import optional
 from fastgpt.tokenizer.base import END_OF_TEXT, TokenIds, Tokenizer, check_text, checked_ids
 
 # Files of GPT-2's vocabulary: OpenAI's names and Hugging Face's. Ids, then merges.
@@ -40,12 +41,7 @@ class GPT2Tokenizer(Tokenizer):
     FILE = "gpt2.tiktoken"
 
     def __init__(self, path: str | Path | None = None) -> None:
-        try:
-            import tiktoken
-        except ImportError as error:
-            raise ImportError(
-                'GPT-2\'s BPE needs tiktoken: pip install "fastgpt-triton[bpe]"'
-            ) from error
+        tiktoken = optional("tiktoken", "GPT-2's BPE", "bpe")
         if path is None:
             try:
                 self._encoding = tiktoken.get_encoding("gpt2")
@@ -111,12 +107,7 @@ class JsonTokenizer(Tokenizer):
     FILE = "tokenizer.json"
 
     def __init__(self, path: str | Path) -> None:
-        try:
-            import tokenizers
-        except ImportError as error:
-            raise ImportError(
-                'a tokenizer.json needs tokenizers: pip install "fastgpt-triton[data]"'
-            ) from error
+        tokenizers = optional("tokenizers", "a tokenizer.json", "data")
         data = _read(Path(path))
         try:
             self._prompts = tokenizers.Tokenizer.from_buffer(data)
@@ -171,12 +162,7 @@ class SentencePieceTokenizer(Tokenizer):
     FILE = "tokenizer.model"
 
     def __init__(self, path: str | Path) -> None:
-        try:
-            import sentencepiece
-        except ImportError as error:
-            raise ImportError(
-                'a SentencePiece model needs sentencepiece: pip install "fastgpt-triton[data]"'
-            ) from error
+        sentencepiece = optional("sentencepiece", "a SentencePiece model", "data")
         self._bytes = _read(Path(path))
         self._model: Any = sentencepiece.SentencePieceProcessor()
         try:

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from fastgpt._files import check_folder
+from fastgpt._optional import optional
 from fastgpt.data.sources import Source
 from fastgpt.tokenizer.base import END_OF_TEXT, Tokenizer
 from fastgpt.tokenizer.subword import JsonTokenizer, SentencePieceTokenizer
@@ -56,31 +57,22 @@ def train_tokenizer(source: Source, kind: str, vocab_size: int, out_dir: str | P
 
 
 def _bpe(source: Source, vocab_size: int) -> bytes:
-    try:
-        from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    except ImportError as error:
-        raise ImportError(
-            'kind="bpe" needs tokenizers: pip install "fastgpt-triton[data]"'
-        ) from error
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
+    tokenizers = optional("tokenizers", 'kind="bpe"', "data")
+    byte_level = tokenizers.pre_tokenizers.ByteLevel
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
+    tokenizer.pre_tokenizer = byte_level(add_prefix_space=False)
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(
         vocab_size=vocab_size,
         special_tokens=[END_OF_TEXT],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        initial_alphabet=byte_level.alphabet(),
     )
     tokenizer.train_from_iterator(_not_empty(source.texts()), trainer)
     return bytes(tokenizer.to_str().encode())
 
 
 def _unigram(source: Source, vocab_size: int) -> bytes:
-    try:
-        import sentencepiece
-    except ImportError as error:
-        raise ImportError(
-            'kind="unigram" needs sentencepiece: pip install "fastgpt-triton[data]"'
-        ) from error
+    sentencepiece = optional("sentencepiece", 'kind="unigram"', "data")
     model = io.BytesIO()
     sentencepiece.set_random_generator_seed(0)
     try:

@@ -59,7 +59,7 @@ def test_a_machine_without_a_gpu(
     assert re.search(r"adamw, attention, .*linear_cross_entropy, mlp", text)
     assert re.search(r"one update +agrees with .* error \d\.\de-0[5-9]", text)
     facts = found()
-    assert facts["Triton"] == triton.__version__ and facts["GPU"] == "none"
+    assert facts["Triton"] == triton.__version__ and facts["GPU"].startswith("none")
     assert facts["NVIDIA driver"] == "not found (no nvidia-smi)"
     assert (facts["device auto"], facts["dtype auto"]) == ("cpu", "float32")
     assert facts["CUDA graph"].startswith("no: ") and facts["fp8"].startswith("no: ")
@@ -101,44 +101,24 @@ def test_rocm_and_no_triton(
 
 
 @pytest.mark.parametrize(
-    ("script", "cuda", "hidden", "expected"),
+    ("script", "expected"),
     [
-        ("echo 550.1; echo 550.1", "13.0", None, "550.1, but .* built for CUDA 13.0, which may"),
-        ("echo 550.1", None, None, "550.1, but PyTorch sees no GPU: it is built without CUDA"),
-        ("echo 550.1", "13.0", "", "550.1, but .*: CUDA_VISIBLE_DEVICES='' hides all"),
-        ("echo no communication; exit 9", "13.0", None, "nvidia-smi fails: no communication"),
-        ("exec sleep 9", "13.0", None, "nvidia-smi does not answer within 1 s"),
+        ("echo 550.1; echo 550.1", "550.1"),
+        ("echo no communication; exit 9", "nvidia-smi fails: no communication"),
+        ("exec sleep 9", "nvidia-smi does not answer within 1 s"),
     ],
 )
-def test_a_driver_whose_gpu_pytorch_does_not_see(
-    script: str,
-    cuda: str | None,
-    hidden: str | None,
-    expected: str,
-    no_gpu: None,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+def test_a_driver_without_a_usable_gpu(
+    script: str, expected: str, no_gpu: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "nvidia-smi").write_text(f"#!/bin/sh\n{script}\n")
     (tmp_path / "nvidia-smi").chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}/usr/bin{os.pathsep}/bin")
-    monkeypatch.setattr(torch.version, "cuda", cuda)
-    if "sleep" in script:
-        monkeypatch.setattr(doctoring, "_DRIVER_SECONDS", 1)
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    if hidden is not None:
-        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", hidden)
-    assert re.match(expected, found()["NVIDIA driver"])
-
-
-def test_a_driver_that_works(
-    gpu: Callable[[int, int], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    gpu(9, 0)
-    (tmp_path / "nvidia-smi").write_text("#!/bin/sh\necho 550.1; echo 550.1\n")
-    (tmp_path / "nvidia-smi").chmod(0o755)
-    monkeypatch.setenv("PATH", str(tmp_path))
-    assert found()["NVIDIA driver"] == "550.1"
+    monkeypatch.setattr(doctoring, "_DRIVER_SECONDS", 1 if "sleep" in script else 30)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    facts = found()
+    assert facts["NVIDIA driver"] == expected
+    assert facts["GPU"] == "none that PyTorch can use; CUDA_VISIBLE_DEVICES=''"
 
 
 def test_half_precision_passes_and_wrong_numbers_do_not(
