@@ -9,7 +9,7 @@ from rich.console import Console
 
 from fastgpt.cli.doctor import DoctorConfig, doctor
 from fastgpt.cli.plot import PlotConfig, plot
-from fastgpt.cli.prepare import Prepare, TrainTokenizer, run_prepare, run_train_tokenizer
+from fastgpt.cli.prepare import Prepare, TrainTokenizer, run_prepare, run_train_tokenizer, shown
 from fastgpt.cli.sample import run_sample
 from fastgpt.cli.train import Train, keys_below, run_train, train_defaults
 from fastgpt.interop.export import ExportConfig, export
@@ -24,21 +24,17 @@ def _marked(command: type, **marks: tuple[Any, ...]) -> None:
             command.__annotations__[name] = Annotated[command.__annotations__[name], mark]
 
 
-def _shown(metavar: str | None, default: str) -> Any:
-    return tyro.conf.arg(metavar=metavar, help_behavior_hint=f"(default: {default})")
-
-
 _marked(
     SampleConfig,
-    start=(_shown(None, "a line break"),),
-    stop=(tyro.conf.UseAppendAction, _shown("TEXT", "none")),
+    start=(shown(None, "a line break"),),
+    stop=(tyro.conf.UseAppendAction, shown("TEXT", "none")),
     compile=(tyro.conf.FlagConversionOff,),
 )
-_marked(ExportConfig, output=(_shown("PATH", "hf, model.safetensors or nanogpt in out_dir"),))
+_marked(ExportConfig, output=(shown("PATH", "hf, model.safetensors or nanogpt in out_dir"),))
 _marked(
     PlotConfig,
-    folders=(tyro.conf.Positional, _shown("[OUT_DIR ...]", "out")),
-    output=(_shown("FILE.png", "curves.png in the folder; for several, here"),),
+    folders=(tyro.conf.Positional, shown("[OUT_DIR ...]", "out")),
+    output=(shown("FILE.png", "curves.png in the folder; for several, here"),),
 )
 
 Command = Prepare | TrainTokenizer | Train | SampleConfig | ExportConfig | PlotConfig | DoctorConfig

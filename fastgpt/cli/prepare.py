@@ -28,7 +28,7 @@ _SHAKESPEARE = "shakespeare_char"
 _CHARACTERS = "char"
 
 
-def _shown(metavar: str, default: str) -> Any:
+def shown(metavar: str | None, default: str) -> Any:
     """How ``--help`` shows an option's value and its default."""
     return tyro.conf.arg(metavar=metavar, help_behavior_hint=f"(default: {default})")
 
@@ -45,17 +45,17 @@ class Prepare:
     # downloaded (1.1 MB).
     corpus: Annotated[
         tyro.conf.Positional[Literal["builtin", "shakespeare"] | None],
-        _shown("[builtin|shakespeare]", "builtin"),
+        shown("[builtin|shakespeare]", "builtin"),
     ] = None
     # Texts of your own, instead of a corpus: a UTF-8 text, .jsonl, .parquet, any of them as .gz
     # or .zst, or a folder of such files. A text in a folder, a line or a row is a document.
-    input: Annotated[Path | None, _shown("PATH", "none")] = None
+    input: Annotated[Path | None, shown("PATH", "none")] = None
     # A data set of Hugging Face's, streamed, instead of a corpus.
-    hf_dataset: Annotated[str | None, _shown("NAME", "none")] = None
+    hf_dataset: Annotated[str | None, shown("NAME", "none")] = None
     # The configuration of --hf_dataset.
-    hf_config: Annotated[str | None, _shown("NAME", "none")] = None
+    hf_config: Annotated[str | None, shown("NAME", "none")] = None
     # The split of --hf_dataset.
-    hf_split: Annotated[str | None, _shown("NAME", "train")] = None
+    hf_split: Annotated[str | None, shown("NAME", "train")] = None
     # The key of a JSON line, or column of a row, that holds the text.
     text_key: Annotated[str, tyro.conf.arg(metavar="KEY")] = "text"
     # char: a token for each character. gpt2: GPT-2's BPE. PATH: a tokenizer.json, a
@@ -65,26 +65,26 @@ class Prepare:
     # Folder for the tokens and the tokenizer.
     out_dir: Annotated[
         Path | None,
-        _shown("DIR", "data/builtin, data/shakespeare_char or data/NAME of the input"),
+        shown("DIR", "data/builtin, data/shakespeare_char or data/NAME of the input"),
     ] = None
     # Share of validation: random documents, or the end of one text.
     val_share: Annotated[
         float | None,
-        _shown("SHARE", f"{DOCUMENTS_VAL_SHARE} of documents, {TEXT_VAL_SHARE} of one text"),
+        shown("SHARE", f"{DOCUMENTS_VAL_SHARE} of documents, {TEXT_VAL_SHARE} of one text"),
     ] = None
     # Seed of the choice of documents for validation.
-    seed: Annotated[int | None, _shown("N", str(SEED))] = None
+    seed: Annotated[int | None, shown("N", str(SEED))] = None
     # The token that ends each document.
     end_of_text: Annotated[
         str | None,
-        _shown("TOKEN", "the tokenizer's, such as <|endoftext|>; a line feed with char"),
+        shown("TOKEN", "the tokenizer's, such as <|endoftext|>; a line feed with char"),
     ] = None
     # Tokens in one file.
     shard_tokens: Annotated[
-        int | None, _shown("N", f"{SHARD_TOKENS}; one text at character level stays one file")
+        int | None, shown("N", f"{SHARD_TOKENS}; one text at character level stays one file")
     ] = None
     # Threads that encode.
-    workers: Annotated[int | None, _shown("N", "one for each core")] = None
+    workers: Annotated[int | None, shown("N", "one for each core")] = None
 
 
 @dataclass(frozen=True, kw_only=True)
