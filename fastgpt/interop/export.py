@@ -175,7 +175,7 @@ def _write_tokenizer(source: _Source, folder: Path) -> int | None:
         _of_characters(tokenizer).save(str(path))
     elif isinstance(tokenizer, GPT2Tokenizer):
         end = tokenizer.end_of_text
-        _of_byte_pairs(tokenizer, folder / GPT2Tokenizer.FILE).save(str(path))
+        _of_byte_pairs(tokenizer).save(str(path))
     elif isinstance(tokenizer, JsonTokenizer):
         end = tokenizer.end_of_text
         tokenizer.save(path)
@@ -199,12 +199,10 @@ def _of_characters(tokenizer: CharTokenizer) -> Any:
     return json_form
 
 
-def _of_byte_pairs(tokenizer: GPT2Tokenizer, scratch: Path) -> Any:
+def _of_byte_pairs(tokenizer: GPT2Tokenizer) -> Any:
     """The same for GPT-2's byte pairs: every split of a token into two tokens is a merge."""
     tokenizers = optional("tokenizers", "the exported tokenizer", "hf")
-    tokenizer.save(scratch)
-    lines = [line.split() for line in scratch.read_bytes().splitlines()]
-    scratch.unlink()
+    lines = [line.split() for line in tokenizer.file_bytes.splitlines()]
     ranks = {base64.b64decode(token): int(rank) for token, rank in lines}
     char_of = {byte: char for char, byte in byte_of_character().items()}
     names = {token: "".join(char_of[byte] for byte in token) for token in ranks}

@@ -129,10 +129,7 @@ def packed(tokenizer: Tokenizer | None) -> dict[str, Any]:
         return {"characters": "".join(tokenizer.itos.values())}
     if tokenizer is None:
         return {}
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / tokenizer.FILE
-        tokenizer.save(path)
-        return {"tokenizer_file": tokenizer.FILE, "tokenizer": path.read_bytes()}
+    return {"tokenizer_file": tokenizer.FILE, "tokenizer": tokenizer.file_bytes}
 
 
 def unpacked(entries: dict[str, Any]) -> Tokenizer | None:

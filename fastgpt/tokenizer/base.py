@@ -21,6 +21,7 @@ class Tokenizer(ABC):
         name: the kind, for messages: ``"GPT-2 BPE"``.
         vocab_size: V; every id lies in [0, V).
         end_of_text: the id that ends a document, or None.
+        file_bytes: the content of that file.
         fingerprint: SHA-256 in hex of everything that decides the ids.
     """
 
@@ -28,6 +29,7 @@ class Tokenizer(ABC):
     name: str
     vocab_size: int
     end_of_text: int | None
+    file_bytes: bytes
     fingerprint: str
 
     @property
@@ -39,15 +41,14 @@ class Tokenizer(ABC):
         """Whether a model with ``vocab_size`` tokens, padding included, can use this tokenizer."""
         return self.vocab_size <= vocab_size
 
-    @abstractmethod
     def encode(self, text: str) -> list[int]:
         """The ids of a prompt, in which the names of special tokens stand for these tokens.
 
         Raises:
             TypeError: ``text`` is not a str.
         """
+        return self._encode(_checked_text(text))
 
-    @abstractmethod
     def encode_array(self, text: str) -> npt.NDArray[np.integer[Any]]:
         """The ids of a piece of data, in which the names of special tokens are plain text.
         Thread-safe.
@@ -55,8 +56,8 @@ class Tokenizer(ABC):
         Raises:
             TypeError: ``text`` is not a str.
         """
+        return self._encode_array(_checked_text(text))
 
-    @abstractmethod
     def decode(self, ids: TokenIds) -> str:
         """The text of ``ids``: a sequence or one-dimensional array of integers.
 
@@ -64,18 +65,29 @@ class Tokenizer(ABC):
             TypeError: ``ids`` does not hold integers.
             ValueError: an id is negative or not below ``vocab_size``.
         """
+        return self._decode(_checked_ids(ids, self.vocab_size))
 
-    @abstractmethod
     def save(self, path: str | Path) -> None:
         """Write the file from which the tokenizer can be loaded."""
+        Path(path).write_bytes(self.file_bytes)
+
+    @abstractmethod
+    def _encode(self, text: str) -> list[int]: ...
+
+    @abstractmethod
+    def _encode_array(self, text: str) -> npt.NDArray[np.integer[Any]]: ...
+
+    @abstractmethod
+    def _decode(self, ids: npt.NDArray[np.int64]) -> str: ...
 
 
-def check_text(text: str) -> None:
+def _checked_text(text: str) -> str:
     if not isinstance(text, str):
         raise TypeError(f"text must be a str, got {type(text).__name__}")
+    return text
 
 
-def checked_ids(ids: TokenIds, vocab_size: int) -> npt.NDArray[np.int64]:
+def _checked_ids(ids: TokenIds, vocab_size: int) -> npt.NDArray[np.int64]:
     array = np.asarray(ids)
     if array.ndim != 1:
         raise ValueError(f"ids must have one dimension, got shape {array.shape}")

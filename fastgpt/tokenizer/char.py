@@ -11,13 +11,14 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from fastgpt.tokenizer.base import TokenIds, Tokenizer, check_text, checked_ids
+from fastgpt.tokenizer.base import Tokenizer
 
 MAX_VOCAB_SIZE = 1 << 16  # train.bin and val.bin hold ids as uint16
 
 
 class CharTokenizer(Tokenizer):
-    """One id per character; the line feed, if there is one, ends a document.
+    """One id per character; the line feed, if there is one, ends a document. ``encode`` and
+    ``encode_array`` (uint16) raise ValueError for a character that is not in the vocabulary.
 
     Args:
         itos: the character of each id; the ids are 0 to len(itos) - 1, the characters distinct.
@@ -46,6 +47,8 @@ class CharTokenizer(Tokenizer):
         self._ids[self._code_points] = np.arange(self.vocab_size)
         self.name = "characters"
         self.end_of_text = self.stoi.get("\n")
+        meta = {"vocab_size": self.vocab_size, "itos": self.itos, "stoi": self.stoi}
+        self.file_bytes = pickle.dumps(meta, protocol=4)  # as nanoGPT writes it
         self.fingerprint = hashlib.sha256(self._code_points.tobytes()).hexdigest()
 
     @property
@@ -81,19 +84,11 @@ class CharTokenizer(Tokenizer):
             )
         return cls({i: chr(code) for i, code in enumerate(codes)})
 
-    def encode(self, text: str) -> list[int]:
-        """The ids of ``text``, one per character.
-
-        Raises:
-            TypeError: ``text`` is not a str.
-            ValueError: a character is not in the vocabulary; the message has its position.
-        """
-        ids: list[int] = self.encode_array(text).tolist()
+    def _encode(self, text: str) -> list[int]:
+        ids: list[int] = self._encode_array(text).tolist()
         return ids
 
-    def encode_array(self, text: str) -> npt.NDArray[np.uint16]:
-        """The same as a uint16 array of shape (len(text),)."""
-        check_text(text)
+    def _encode_array(self, text: str) -> npt.NDArray[np.uint16]:
         ids = self._ids.take(_code_points(text), mode="clip")
         if ids.size and ids.min() < 0:
             position = int(np.argmax(ids < 0))
@@ -103,14 +98,8 @@ class CharTokenizer(Tokenizer):
             )
         return ids.astype(np.uint16)
 
-    def decode(self, ids: TokenIds) -> str:
-        array = checked_ids(ids, self.vocab_size)
-        return self._code_points[array].tobytes().decode("utf-32-le", "surrogatepass")
-
-    def save(self, path: str | Path) -> None:
-        """Write nanoGPT's ``meta.pkl``."""
-        meta = {"vocab_size": self.vocab_size, "itos": self.itos, "stoi": self.stoi}
-        Path(path).write_bytes(pickle.dumps(meta, protocol=4))
+    def _decode(self, ids: npt.NDArray[np.int64]) -> str:
+        return self._code_points[ids].tobytes().decode("utf-32-le", "surrogatepass")
 
     @classmethod
     def load(cls, path: str | Path) -> "CharTokenizer":

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fastgpt._optional import optional
-from fastgpt.tokenizer.base import END_OF_TEXT, TokenIds, Tokenizer, check_text, checked_ids
+from fastgpt.tokenizer.base import END_OF_TEXT, Tokenizer
 
 # Files of GPT-2's vocabulary: OpenAI's names and Hugging Face's. Ids, then merges.
 _GPT2_FILES = (("encoder.json", "vocab.bpe"), ("vocab.json", "merges.txt"))
@@ -21,7 +21,7 @@ _END_NAMES = (END_OF_TEXT, "</s>", "<|end_of_text|>", "<eos>", "[EOS]", "<|im_en
 
 
 class GPT2Tokenizer(Tokenizer):
-    """GPT-2's byte-pair encoding by tiktoken, with ``<|endoftext|>`` read as one token.
+    """GPT-2's byte-pair encoding by tiktoken. ``decode`` makes bytes that are not UTF-8 U+FFFD.
 
     Args:
         path: the vocabulary, by default downloaded: a ``.tiktoken`` file, or a folder with
@@ -62,30 +62,22 @@ class GPT2Tokenizer(Tokenizer):
         self.name = "GPT-2 BPE"
         self.vocab_size: int = self._encoding.n_vocab
         self.end_of_text: int = self._encoding.eot_token
-        self.fingerprint = hashlib.sha256(self._file()).hexdigest()
+        # tiktoken's format: a line for each token, its bytes in base64 and its id
+        tokens = map(self._encoding.decode_single_token_bytes, range(self.end_of_text))
+        lines = (base64.b64encode(token) + b" %d\n" % i for i, token in enumerate(tokens))
+        self.file_bytes = b"".join(lines)
+        self.fingerprint = hashlib.sha256(self.file_bytes).hexdigest()
 
-    def encode(self, text: str) -> list[int]:
-        check_text(text)
+    def _encode(self, text: str) -> list[int]:
         ids: list[int] = self._encoding.encode(text, allowed_special={END_OF_TEXT})
         return ids
 
-    def encode_array(self, text: str) -> npt.NDArray[np.uint32]:
-        check_text(text)
-        return self._encoding.encode_to_numpy(text, disallowed_special=())
+    def _encode_array(self, text: str) -> npt.NDArray[np.uint32]:
+        ids: npt.NDArray[np.uint32] = self._encoding.encode_to_numpy(text, disallowed_special=())
+        return ids
 
-    def decode(self, ids: TokenIds) -> str:
-        """The text of ``ids``; bytes that are not UTF-8 become U+FFFD. Errors: as ``Tokenizer``."""
-        text: str = self._encoding.decode(checked_ids(ids, self.vocab_size).tolist())
-        return text
-
-    def save(self, path: str | Path) -> None:
-        """Write tiktoken's format: a line for each token, its bytes in base64 and its id."""
-        Path(path).write_bytes(self._file())
-
-    def _file(self) -> bytes:
-        tokens = map(self._encoding.decode_single_token_bytes, range(self.end_of_text))
-        lines = (base64.b64encode(token) + b" %d\n" % i for i, token in enumerate(tokens))
-        return b"".join(lines)
+    def _decode(self, ids: npt.NDArray[np.int64]) -> str:
+        return str(self._encoding.decode(ids.tolist()))
 
 
 class JsonTokenizer(Tokenizer):
@@ -108,10 +100,10 @@ class JsonTokenizer(Tokenizer):
 
     def __init__(self, path: str | Path) -> None:
         tokenizers = optional("tokenizers", "a tokenizer.json", "data")
-        data = _read(Path(path))
+        self.file_bytes = _read(Path(path))
         try:
-            self._prompts = tokenizers.Tokenizer.from_buffer(data)
-            self._data = tokenizers.Tokenizer.from_buffer(data)
+            self._prompts = tokenizers.Tokenizer.from_buffer(self.file_bytes)
+            self._data = tokenizers.Tokenizer.from_buffer(self.file_bytes)
         except ValueError as error:
             raise ValueError(f"{path} is not a usable tokenizer.json: {error}") from error
         for tokenizer in (self._prompts, self._data):  # the file can turn on both
@@ -121,30 +113,21 @@ class JsonTokenizer(Tokenizer):
         ids = self._prompts.get_vocab()
         if not ids:
             raise ValueError(f"{path} is not a usable tokenizer.json: its vocabulary is empty")
-        self._bytes = data
         self.vocab_size: int = max(ids.values()) + 1
         self.end_of_text: int | None = next((ids[n] for n in _END_NAMES if n in ids), None)
         self.name = f"{type(self._data.model).__name__} of {self.vocab_size} tokens"
-        self.fingerprint = hashlib.sha256(data).hexdigest()
+        self.fingerprint = hashlib.sha256(self.file_bytes).hexdigest()
 
-    def encode(self, text: str) -> list[int]:
-        check_text(text)
+    def _encode(self, text: str) -> list[int]:
         ids: list[int] = self._prompts.encode(text, add_special_tokens=False).ids
         return ids
 
-    def encode_array(self, text: str) -> npt.NDArray[np.uint32]:
-        check_text(text)
+    def _encode_array(self, text: str) -> npt.NDArray[np.uint32]:
         (encoding,) = self._data.encode_batch_fast([text], add_special_tokens=False)
         return np.asarray(encoding.ids, dtype=np.uint32)
 
-    def decode(self, ids: TokenIds) -> str:
-        text: str = self._prompts.decode(
-            checked_ids(ids, self.vocab_size).tolist(), skip_special_tokens=False
-        )
-        return text
-
-    def save(self, path: str | Path) -> None:
-        Path(path).write_bytes(self._bytes)
+    def _decode(self, ids: npt.NDArray[np.int64]) -> str:
+        return str(self._prompts.decode(ids.tolist(), skip_special_tokens=False))
 
 
 class SentencePieceTokenizer(Tokenizer):
@@ -163,10 +146,10 @@ class SentencePieceTokenizer(Tokenizer):
 
     def __init__(self, path: str | Path) -> None:
         sentencepiece = optional("sentencepiece", "a SentencePiece model", "data")
-        self._bytes = _read(Path(path))
+        self.file_bytes = _read(Path(path))
         self._model: Any = sentencepiece.SentencePieceProcessor()
         try:
-            self._model.LoadFromSerializedProto(self._bytes)
+            self._model.LoadFromSerializedProto(self.file_bytes)
         except RuntimeError as error:
             raise ValueError(f"{path} is not a usable SentencePiece model: {error}") from error
         self.vocab_size: int = self._model.vocab_size()
@@ -175,23 +158,17 @@ class SentencePieceTokenizer(Tokenizer):
         end: int = self._model.eos_id()
         self.end_of_text: int | None = end if end >= 0 else None
         self.name = f"SentencePiece of {self.vocab_size} tokens"
-        self.fingerprint = hashlib.sha256(self._bytes).hexdigest()
+        self.fingerprint = hashlib.sha256(self.file_bytes).hexdigest()
 
-    def encode(self, text: str) -> list[int]:
-        check_text(text)
+    def _encode(self, text: str) -> list[int]:
         ids: list[int] = self._model.encode(text)
         return ids
 
-    def encode_array(self, text: str) -> npt.NDArray[np.uint32]:
-        check_text(text)
+    def _encode_array(self, text: str) -> npt.NDArray[np.uint32]:
         return np.asarray(self._model.encode(text), dtype=np.uint32)
 
-    def decode(self, ids: TokenIds) -> str:
-        text: str = self._model.decode(checked_ids(ids, self.vocab_size).tolist())
-        return text
-
-    def save(self, path: str | Path) -> None:
-        Path(path).write_bytes(self._bytes)
+    def _decode(self, ids: npt.NDArray[np.int64]) -> str:
+        return str(self._model.decode(ids.tolist()))
 
 
 def gpt2_folder_has_vocabulary(folder: Path) -> bool:

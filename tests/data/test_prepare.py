@@ -269,7 +269,7 @@ class Stopping(CharTokenizer):
         self._stop = None if stop_at is None else DOCUMENTS[stop_at]
         self.encoded: list[str] = []
 
-    def encode_array(self, text: str) -> npt.NDArray[np.uint16]:
+    def encode_array(self, text: str) -> npt.NDArray[Any]:
         if text == self._stop:
             raise KeyboardInterrupt
         self.encoded.append(text)
