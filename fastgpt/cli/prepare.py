@@ -131,8 +131,10 @@ def run_prepare(command: Prepare, console: Console) -> None:
         if command.tokenizer == _CHARACTERS
         else tokenizer_from(command.tokenizer)
     )
-    if command.seed is not None and source.one_text:
-        raise ValueError(f"--seed={command.seed} has no use: one text is not split by chance")
+    for name in ("seed", "end_of_text"):
+        value = getattr(command, name)
+        if value is not None and isinstance(source, TextSource):
+            raise ValueError(f"--{name}={value} has no use: one text is not split into documents")
     end = command.end_of_text
     try:
         manifest = prepare(

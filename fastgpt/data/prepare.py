@@ -93,8 +93,9 @@ def prepare(
         FileExistsError: ``out_dir`` holds another data set or tokenizer.
     """
     out_dir = Path(out_dir)
+    one_text = isinstance(source, TextSource)
     if val_share is None:
-        val_share = TEXT_VAL_SHARE if source.one_text else DOCUMENTS_VAL_SHARE
+        val_share = TEXT_VAL_SHARE if one_text else DOCUMENTS_VAL_SHARE
     if not 0 < val_share < 1:
         raise ValueError(f"val_share must lie between 0 and 1, got {val_share}")
     if shard_tokens is None:
@@ -105,7 +106,7 @@ def prepare(
     for name, value in (("shard_tokens", shard_tokens), ("workers", workers)):
         if value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
-    separator = None if source.one_text else _separator(tokenizer, end_of_text)
+    separator = None if one_text else _separator(tokenizer, end_of_text)
     settings = {
         "source": source.identity(),
         "tokenizer": tokenizer.fingerprint,
@@ -165,9 +166,8 @@ def characters_of(source: Source) -> CharTokenizer:
     Raises:
         ValueError: there are more than 65,536; or what ``source`` raises.
     """
-    return CharTokenizer.from_texts(
-        source.texts() if source.one_text else chain(["\n"], source.texts())
-    )
+    ends = [] if isinstance(source, TextSource) else ["\n"]
+    return CharTokenizer.from_texts(chain(ends, source.texts()))
 
 
 def _separator(tokenizer: Tokenizer, end_of_text: int | None) -> int:

@@ -46,13 +46,7 @@ class Piece:
 
 
 class Source(ABC):
-    """An input that gives the same pieces whenever it is read.
-
-    Attributes:
-        one_text: whether it is one text rather than documents.
-    """
-
-    one_text = False
+    """An input that gives the same pieces whenever it is read."""
 
     @abstractmethod
     def identity(self) -> dict[str, Any]:
@@ -77,8 +71,6 @@ class Source(ABC):
 
 class TextSource(Source):
     """One text, in a UTF-8 file or in memory."""
-
-    one_text = True
 
     def __init__(self, text: Path | str) -> None:
         self._text = text

@@ -165,7 +165,7 @@ def test_one_text_is_cut_at_its_end_and_gets_no_separator(in_memory: bool, tmp_p
     path.parent.mkdir()
     path.write_text(text, newline="")
     one = TextSource(text) if in_memory else source_of(path.parent)
-    assert one.one_text
+    assert isinstance(one, TextSource)
     tokenizer = characters_of(one)
     assert tokenizer.itos == CharTokenizer.from_text(text).itos
     prepare(one, tokenizer, tmp_path / "data")
