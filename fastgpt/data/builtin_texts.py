@@ -1,4 +1,4 @@
-"""Texts that need no file of the user's, and bigram statistics of a data set.
+"""Texts for users without a file of their own, and bigram statistics of a data set.
 
 prepare_builtin("data/builtin")              # the running Python's standard library
 TextSource(shakespeare_text())               # Tiny Shakespeare, downloaded

@@ -41,7 +41,7 @@ class CharTokenizer(Tokenizer):
         self.itos = dict(sorted(itos.items()))
         self.stoi = {char: i for i, char in self.itos.items()}
         self.vocab_size = len(self.itos)
-        self._code_points = _code_points("".join(self.itos.values()))  # of each id
+        self._code_points = _code_points("".join(self.itos.values()))  # by id
         # The id of each code point or -1; larger code points are clipped to the last entry, a -1.
         self._ids = np.full(int(self._code_points.max()) + 2, -1, dtype=np.int32)
         self._ids[self._code_points] = np.arange(self.vocab_size)

@@ -49,7 +49,7 @@ def test_defaults_preset_file_command_line() -> None:
 
 
 def test_nanogpts_checkpoint_does_not_ask_for_torch_compile() -> None:
-    """It has compile=True from anybody who did not think of it; one of ours from who asked."""
+    """compile=True is nanoGPT's default, so only in a checkpoint of ours was it asked for."""
     keys = {"compile": True, "n_layer": 3}
     state = {"iter_num": 1, "config": keys}
     Path("out").mkdir()

@@ -1,4 +1,4 @@
-"""Batches against a plain re-reading of the rule, exact continuation, and bad files."""
+"""Batches against the rule written out plainly, exact continuation, and bad files."""
 
 import io
 import tracemalloc
@@ -221,7 +221,7 @@ def test_processes_share_the_batches_of_one(tmp_path: Path, world_size: int) -> 
                 assert torch.equal(mine, expected)
     states = [batches.state_dict()["train"] for batches in ranks]
     assert all(torch.equal(state, alone.state_dict()["train"]) for state in states)
-    # of a number of batches that they cannot share evenly too
+    # 7 batches, which they cannot share evenly
     shares = [list(batches.evaluation("val", 7)) for batches in ranks]
     for number, (x, _) in enumerate(alone.evaluation("val", 7)):
         assert torch.equal(shares[number % world_size][number // world_size][0], x)

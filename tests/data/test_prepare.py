@@ -1,5 +1,5 @@
-"""From texts to token files: what is written, the same from every form of input, however often it
-was stopped, in memory that does not grow with the input.
+"""From texts to token files: the same files from every form of input and after interruptions, in
+memory that does not grow with the input.
 """
 
 import gzip
@@ -26,7 +26,7 @@ DOCUMENTS = [f"Document {i}\n" + "naïve Ω 文 🙂 and so on; " * (i % 7) + ".
 
 
 class Wide(CharTokenizer):
-    """Characters again, with ids that need 32 bits and an end of text of its own."""
+    """Characters with ids that need 32 bits, and a separate end of text."""
 
     OFFSET = 70_000
 
@@ -262,7 +262,7 @@ def test_another_end_of_text(source: FileSource, tmp_path: Path) -> None:
 
 
 class Stopping(CharTokenizer):
-    """Is interrupted at a document; remembers what it encoded."""
+    """Raises KeyboardInterrupt at one document; records what it encoded."""
 
     def __init__(self, stop_at: int | None = None) -> None:
         super().__init__(dict(enumerate(sorted(set("".join(DOCUMENTS))))))
@@ -302,7 +302,7 @@ def test_a_stopped_preparation_goes_on(
         state = json.loads((work / "state.json").read_text())
         assert state["batches"] > saved
         saved = state["batches"]
-        # what a crash can leave behind what counts: half a batch, a further shard
+        # what a crash can leave beyond the saved state: half a batch, another shard
         for path in work.glob("*.bin"):
             if path.stat().st_size < 2 * shard_tokens:
                 with path.open("ab") as file:
@@ -441,8 +441,8 @@ def test_memory_does_not_grow_with_the_input(
         return peak
 
     peak(100)  # imports, caches
-    # Of 3.2 MB of text, 6.4 MB of tokens: 1.1 MB of flags for the characters of Unicode, later
-    # what the threads can be ahead.
+    # For 3.2 MB of text and 6.4 MB of tokens: 1.1 MB of flags, one for each Unicode character, and
+    # after that the batches in flight.
     assert peak(1000) < 1_300_000
 
 
@@ -469,7 +469,7 @@ def test_arguments_out_of_range(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         prepare(source, tokenizer, tmp_path / "data", **arguments)
-    # another value is free to be tried
+    # the error leaves nothing that stops another try
     prepare(source, tokenizer, tmp_path / "data", val_share=0.3)
 
 

@@ -1,4 +1,4 @@
-"""``fastgpt export``: what is written, read by those it is written for."""
+"""``fastgpt export``: the files are read by the programs they are for."""
 
 import json
 import os
@@ -191,7 +191,7 @@ def test_from_transformers_to_nanogpt_to_a_run_here(tmp_path: Path) -> None:
 
 
 def test_old_files_of_nanogpt_are_exported(tmp_path: Path) -> None:
-    """A compiled model's names, with masks; nothing but the model."""
+    """A checkpoint with a compiled model's names and with masks, without an optimizer."""
     torch.manual_seed(0)
     model = GPT(GPTConfig(16, 65, 2, 2, 16))
     state = {f"_orig_mod.{name}": tensor for name, tensor in model.state_dict().items()}

@@ -72,7 +72,7 @@ def test_each_published_shape_has_the_logits_of_transformers(name: str, tmp_path
 
 
 def test_a_name_is_looked_up_on_the_hub(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The published files name the trunk alone, and hold masks."""
+    """The published files name weights without ``transformer.``, and hold masks."""
     path = folder / "model.safetensors"
     state = {
         name.removeprefix("transformer."): tensor
@@ -265,7 +265,7 @@ def test_what_we_write_has_the_same_logits_there_and_back(
 
 
 def test_a_disk_that_refuses_is_an_os_error(tmp_path: Path) -> None:
-    """Not one that only safetensors knows."""
+    """safetensors raises an error of its own."""
     model = GPT(GPTConfig(8, 16, 1, 1, 8))
     weights = huggingface.Weights(model.config, "none", model.state_dict())
     with pytest.raises(OSError, match="cannot be written: .*directory"):

@@ -163,7 +163,7 @@ def test_a_foreign_or_damaged_meta_pkl_is_refused(
 
 
 def test_no_damage_to_meta_pkl_escapes(tmp_path: Path) -> None:
-    """Whatever three bytes become: a ValueError, or a vocabulary that holds together."""
+    """With three random bytes: a ValueError, or a consistent vocabulary."""
     rng = random.Random(0)
     path = tmp_path / "meta.pkl"
     CharTokenizer.from_text("\n abcdefgh").save(path)
