@@ -131,8 +131,11 @@ def _measure(
 def _planned(argv: list[str] | None, folder: Path) -> tuple[Plan, Path, str]:
     """What to measure, and folder and name of the results. Every user error is raised here."""
     options = cli.options(Options() if torch.cuda.is_available() else CPU_OPTIONS, argv)
-    data_dir = options.data_dir or prepare_builtin(folder / "data").data_dir
-    plan = Plan.of(options, data_dir)
+    if options.data_dir is None:
+        prepare_builtin(folder / "data")
+        plan = Plan.of(options, folder / "data")
+    else:
+        plan = Plan.of(options, options.data_dir)
     plan.batches(options.vocab_size)
     with torch.device("meta"):
         for variant in options.variants:

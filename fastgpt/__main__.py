@@ -1,10 +1,10 @@
-"""The entry of the command line, which says what it lacks."""
+"""The entry point of the command line: names a missing package in one line."""
 
 import sys
 
 
 def main(argv: list[str] | None = None) -> int:
-    """See ``fastgpt.cli.main.main``; 2 where tyro or rich, which it needs, is not installed."""
+    """See ``fastgpt.cli.main.main``; returns 2 if tyro or rich is not installed."""
     try:
         from fastgpt.cli import main
     except ModuleNotFoundError as error:

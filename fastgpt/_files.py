@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all, whenever the process dies."""
+"""Atomic writes, an exclusive lock on a folder, checksums."""
 
 import contextlib
 import hashlib
@@ -10,9 +10,9 @@ from typing import IO, Any
 
 
 @contextlib.contextmanager
-def replacing(path: Path) -> Iterator[IO[bytes]]:
-    """A file to write in the with block. It becomes ``path`` at the end of it, on the disk; if the
-    block raises, ``path`` is what it was.
+def atomic_write(path: Path) -> Iterator[IO[bytes]]:
+    """A temporary file to write in the with block. At its end the file is synced to the disk and
+    renamed to ``path``; if the block raises or the process dies, ``path`` is unchanged.
     """
     temporary = path.with_name(f".{path.name}.tmp")
     try:
@@ -26,8 +26,14 @@ def replacing(path: Path) -> Iterator[IO[bytes]]:
     sync_folder(path.parent)
 
 
+def check_folder(out_dir: Path) -> None:
+    """Raise NotADirectoryError if ``out_dir``, which is to be made or written to, is a file."""
+    if out_dir.exists() and not out_dir.is_dir():
+        raise NotADirectoryError(f"out_dir must be a folder, but {out_dir} is a file")
+
+
 def sync_folder(folder: Path) -> None:
-    """The names in ``folder`` survive a power cut from here on."""
+    """Sync the folder's entries to the disk, so that a rename survives a power cut."""
     if os.name != "posix":
         return
     descriptor = os.open(folder, os.O_RDONLY)
@@ -38,11 +44,11 @@ def sync_folder(folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def alone_in(folder: Path) -> Iterator[None]:
-    """No other process is in such a block for ``folder``. The lock ends with the process; there is
-    none but on POSIX systems.
+def exclusive_lock(folder: Path) -> Iterator[None]:
+    """Lock ``folder`` against other processes in the with block. The lock ends with the process;
+    without POSIX there is none.
 
-    Raises ValueError if another process is.
+    Raises ValueError if another process holds the lock.
     """
     if os.name != "posix":
         yield
@@ -61,8 +67,8 @@ def alone_in(folder: Path) -> Iterator[None]:
 
 
 def write_json(value: Any, path: Path) -> None:
-    """``value`` as JSON in ``path``."""
-    with replacing(path) as file:
+    """Write ``value`` as JSON, atomically."""
+    with atomic_write(path) as file:
         file.write((json.dumps(value, indent=1) + "\n").encode())
 
 
@@ -76,8 +82,8 @@ def sha256_of(path: Path) -> str:
 
 
 def is_path(source: str) -> bool:
-    """Whether ``source`` means a folder or file rather than a published name: it is there, or has
-    a separator or the ending ``.safetensors``.
+    """Whether ``source`` is a folder or file rather than the name of a published model: it exists,
+    or has a path separator or the ending ``.safetensors``.
     """
     return (
         "/" in source

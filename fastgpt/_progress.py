@@ -1,6 +1,7 @@
-"""What long work shows: a bar over a long array, and the lines of a run."""
+"""What long work shows: a progress bar on stderr, and the lines of a run; with or without rich."""
 
-from collections.abc import Iterable, Iterator
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -11,22 +12,51 @@ _SPANS_WITHOUT_BAR = 32  # about a second of work
 
 
 def spans(total: int, description: str) -> Iterator[slice]:
-    """Slices of at most ``SPAN`` items that cover ``range(total)`` in order, with a bar on stderr
+    """Slices of at most ``SPAN`` items that cover ``range(total)`` in order, with a progress bar
     where there are many.
     """
     starts = range(0, total, SPAN)
-    shown = starts if len(starts) <= _SPANS_WITHOUT_BAR else _with_bar(starts, description)
-    for start in shown:
-        yield slice(start, min(start + SPAN, total))
+    with progress_bar(description, hidden=len(starts) <= _SPANS_WITHOUT_BAR) as show:
+        for start in starts:
+            yield slice(start, min(start + SPAN, total))
+            show(start / total)
 
 
-def _with_bar(starts: range, description: str) -> Iterable[int]:
+@contextlib.contextmanager
+def progress_bar(description: str, hidden: bool = False) -> Iterator[Callable[..., None]]:
+    """A bar on stderr, moved by ``show(fraction, text="")``; the fraction of the work that is done
+    lies in [0, 1] and is None where the whole is unknown. Without rich, or where stderr is no
+    terminal, nothing is shown.
+    """
     try:
         from rich.console import Console
-        from rich.progress import track
+        from rich.progress import (
+            BarColumn,
+            Progress,
+            TaskProgressColumn,
+            TextColumn,
+            TimeElapsedColumn,
+        )
     except ModuleNotFoundError:
-        return starts
-    return track(starts, description, console=Console(stderr=True), transient=True)
+        hidden = True
+    if hidden or not (console := Console(stderr=True)).is_terminal:
+        yield lambda fraction, text="": None
+        return
+    columns = (
+        TextColumn(description),
+        BarColumn(),
+        TaskProgressColumn(),
+        TextColumn("{task.fields[text]}"),
+        TimeElapsedColumn(),
+    )
+    with Progress(*columns, console=console, transient=True) as progress:
+        task = progress.add_task("", total=None, text="")
+
+        def show(fraction: float | None, text: str = "") -> None:
+            total = None if fraction is None else 1.0
+            progress.update(task, total=total, completed=fraction or 0.0, text=text)
+
+        yield show
 
 
 class PlainConsole:
@@ -39,7 +69,7 @@ class PlainConsole:
 
 
 def run_console() -> "Console | PlainConsole":
-    """On stdout, without markup: names of files and texts are shown as they are."""
+    """A console on stdout without markup: names of files and texts are shown as they are."""
     try:
         from rich.console import Console
     except ModuleNotFoundError:

@@ -20,7 +20,7 @@ RANKS = (
     "kernels/reference",
     "kernels/",
     "kernels/costs kernels/fused",
-    "fastgpt/_files fastgpt/_progress fastgpt/devices",
+    "fastgpt/_files fastgpt/_optional fastgpt/_progress fastgpt/devices",
     "fastgpt/tokenizer/ fastgpt/data/",
     "fastgpt/ops",
     "fastgpt/generation fastgpt/language_model",

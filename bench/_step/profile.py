@@ -32,7 +32,8 @@ def profile(folder: Path, options: Options | None = None) -> int:
         "variants": {},
     }
     with tempfile.TemporaryDirectory() as temporary, tf32(True):
-        plan = Plan.of(options, prepare_builtin(Path(temporary)).data_dir)
+        prepare_builtin(temporary)
+        plan = Plan.of(options, Path(temporary))
         for name in ("fastgpt_train", "fastgpt"):
             try:
                 found["variants"][name] = _profiled(Training(VARIANTS[name], plan))

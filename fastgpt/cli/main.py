@@ -1,4 +1,4 @@
-"""The command line: ``fastgpt prepare``, ``train``, ``sample``, ``export``, and what is around."""
+"""The command line: parse, run one command, turn errors into exit codes."""
 
 import sys
 from typing import Annotated, Any
@@ -9,45 +9,32 @@ from rich.console import Console
 
 from fastgpt.cli.doctor import DoctorConfig, doctor
 from fastgpt.cli.plot import PlotConfig, plot
-from fastgpt.cli.prepare import (
-    Prepare,
-    TrainTokenizer,
-    run_prepare,
-    run_train_tokenizer,
-)
+from fastgpt.cli.prepare import Prepare, TrainTokenizer, run_prepare, run_train_tokenizer, shown
 from fastgpt.cli.sample import run_sample
 from fastgpt.cli.train import Train, keys_below, run_train, train_defaults
 from fastgpt.interop.export import ExportConfig, export
-from fastgpt.training.config import (
-    SampleConfig,
-    TrainConfig,
-)
+from fastgpt.training.config import SampleConfig, TrainConfig
 from fastgpt.training.distributed import World
 
 
 def _marked(command: type, **marks: tuple[Any, ...]) -> None:
-    """Tell tyro of fields whose class does not know of it. Whoever else reads the annotations finds
-    the same types."""
+    """Annotate fields for tyro whose class does not import it; their types stay the same."""
     for name, of_field in marks.items():
         for mark in of_field:
             command.__annotations__[name] = Annotated[command.__annotations__[name], mark]
 
 
-def _shown(metavar: str | None, default: str) -> Any:
-    return tyro.conf.arg(metavar=metavar, help_behavior_hint=f"(default: {default})")
-
-
 _marked(
     SampleConfig,
-    start=(_shown(None, "a line break"),),
-    stop=(tyro.conf.UseAppendAction, _shown("TEXT", "none")),
+    start=(shown(None, "a line break"),),
+    stop=(tyro.conf.UseAppendAction, shown("TEXT", "none")),
     compile=(tyro.conf.FlagConversionOff,),
 )
-_marked(ExportConfig, output=(_shown("PATH", "hf, model.safetensors or nanogpt in out_dir"),))
+_marked(ExportConfig, output=(shown("PATH", "hf, model.safetensors or nanogpt in out_dir"),))
 _marked(
     PlotConfig,
-    folders=(tyro.conf.Positional, _shown("[OUT_DIR ...]", "out")),
-    output=(_shown("FILE.png", "curves.png in the folder; for several, here"),),
+    folders=(tyro.conf.Positional, shown("[OUT_DIR ...]", "out")),
+    output=(shown("FILE.png", "curves.png in the folder; for several, here"),),
 )
 
 Command = Prepare | TrainTokenizer | Train | SampleConfig | ExportConfig | PlotConfig | DoctorConfig
@@ -76,8 +63,8 @@ def _parse(argv: list[str], defaults: Train) -> Command:
 def _train_config(argv: list[str], first: Train) -> TrainConfig:
     """Defaults < preset < configuration file < command line.
 
-    ``first`` is what ``argv`` gives on the plain defaults. It names preset and file; with these as
-    the defaults ``argv`` is then read again.
+    ``first`` is ``argv`` parsed on the plain defaults, which gives preset and file. ``argv`` is
+    then parsed again with these as the defaults.
     """
     second = _parse(argv, train_defaults(keys_below(first)))
     assert isinstance(second, Train)
@@ -95,7 +82,8 @@ def main(argv: list[str] | None = None) -> int:
     """Run the command line (``sys.argv`` by default); returns the exit code.
 
     0: done. 1: the run failed (diverged, out of memory, no connection, disk full). 2: a wrong
-    argument, configuration, data set or checkpoint. 130: interrupted (training saves its state).
+    argument, configuration, data set or checkpoint, or a missing package. 130: interrupted
+    (training saves its state).
     """
     errors = Console(stderr=True, markup=False, highlight=False, soft_wrap=True)
     argv = sys.argv[1:] if argv is None else argv
@@ -117,9 +105,6 @@ def main(argv: list[str] | None = None) -> int:
             return doctor(console)
         else:
             run_sample(command, console, errors)
-    except (FloatingPointError, ConnectionError, torch.OutOfMemoryError) as error:
-        errors.print(f"error: {error}", style="bold red")
-        return 1
     except (
         ValueError,
         TypeError,
@@ -132,7 +117,7 @@ def main(argv: list[str] | None = None) -> int:
     ) as error:
         errors.print(f"error: {error}", style="bold red")
         return 2
-    except OSError as error:
+    except (FloatingPointError, OSError, torch.OutOfMemoryError) as error:
         errors.print(f"error: {error}", style="bold red")
         return 1
     except KeyboardInterrupt:

@@ -1,10 +1,11 @@
-"""``fastgpt plot``: the learning curves of one run or of several, from their ``log.jsonl``."""
+"""``fastgpt plot``: learning curves of one or more runs, from their ``log.jsonl``."""
 
 import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fastgpt._optional import optional
 from fastgpt.training import log
 
 _CURVES = "curves.png"
@@ -21,7 +22,7 @@ _PANELS = {
 class PlotConfig:
     """Draw learning curves as PNG: losses, learning rate, tokens per second."""
 
-    # Folders of runs, to be compared.
+    # Folders of the runs to compare.
     folders: tuple[Path, ...] = (Path("out"),)
     # The picture.
     output: Path | None = None
@@ -30,8 +31,8 @@ class PlotConfig:
 def plot(config: PlotConfig) -> Path:
     """Draw the curves; returns the path of the picture, which replaces an older one.
 
-    Raises FileNotFoundError if a folder has no ``log.jsonl``, ValueError if it cannot be read or is
-    empty or if the output is not to be a PNG, ImportError without matplotlib.
+    Raises FileNotFoundError if a folder has no ``log.jsonl``, ValueError if it is damaged or empty
+    or if ``output`` does not end in .png, ImportError without matplotlib.
     """
     if not config.folders:
         raise ValueError("folders must name at least one run, got none")
@@ -47,11 +48,8 @@ def plot(config: PlotConfig) -> Path:
 
 def draw(runs: dict[str, list[log.Row]]) -> Any:
     """The curves of runs, name → rows of the log, as a ``matplotlib.figure.Figure``."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError('plot needs matplotlib: pip install "fastgpt-triton[log]"') from error
-    figure = Figure(figsize=(11, 7), layout="constrained")
+    matplotlib_figure = optional("matplotlib.figure", "plot", "log")
+    figure = matplotlib_figure.Figure(figsize=(11, 7), layout="constrained")
     panels = figure.subplots(2, 2, sharex=True).flat
     for axes, (key, title) in zip(panels, _PANELS.items(), strict=True):
         for number, (name, rows) in enumerate(runs.items()):
@@ -88,7 +86,7 @@ def _draw(axes: Any, rows: list[log.Row], key: str, colour: str, label: str) -> 
     if key == "val/loss":
         axes.plot(x, y, color=colour, marker="o", markersize=3, label=label)
         return
-    # The loss of one update is noisy: the evaluations of the same split lie on top of it.
+    # The loss of single updates is noisy, so evaluations on the same split are drawn over it.
     noisy = key == "loss"
     axes.plot(x, y, color=colour, linewidth=1, alpha=0.4 if noisy else 1.0, label=label)
     if noisy:
@@ -96,7 +94,7 @@ def _draw(axes: Any, rows: list[log.Row], key: str, colour: str, label: str) -> 
 
 
 def _label(name: str, rows: list[log.Row]) -> str:
-    name = f"./{name}" if name.startswith("_") else name  # matplotlib's sign for: not shown
+    name = f"./{name}" if name.startswith("_") else name  # matplotlib hides labels with "_"
     found = [(y, x) for x, y in zip(*_points(rows, "val/loss"), strict=True) if math.isfinite(y)]
     if not found:
         return name

@@ -7,8 +7,10 @@ from typing import Annotated, Any, Literal
 import tyro
 from rich.console import Console
 
+from fastgpt._files import check_folder
 from fastgpt.data import builtin_texts
-from fastgpt.data.file_formats import decompressed, format_of
+from fastgpt.data.file_formats import decompressed
+from fastgpt.data.manifest import Manifest
 from fastgpt.data.prepare import (
     DOCUMENTS_VAL_SHARE,
     SEED,
@@ -26,8 +28,8 @@ _SHAKESPEARE = "shakespeare_char"
 _CHARACTERS = "char"
 
 
-def _shown(metavar: str, default: str) -> Any:
-    """How ``--help`` shows a value and what holds without one."""
+def shown(metavar: str | None, default: str) -> Any:
+    """How ``--help`` shows an option's value and its default."""
     return tyro.conf.arg(metavar=metavar, help_behavior_hint=f"(default: {default})")
 
 
@@ -35,27 +37,26 @@ def _shown(metavar: str, default: str) -> Any:
 class Prepare:
     """Make a data set from texts.
 
-    By default at character level, in nanoGPT's format. With another tokenizer, from several files
-    or with any option below --out_dir: in a stream, by all cores, whatever the size; stopped, the
-    same command goes on where it was.
+    By default at character level, in nanoGPT's format. Inputs of any size are read as a stream and
+    encoded on all cores. After an interruption the same command continues.
     """
 
     # builtin: the sources of this Python's standard library. shakespeare: Tiny Shakespeare,
     # downloaded (1.1 MB).
     corpus: Annotated[
         tyro.conf.Positional[Literal["builtin", "shakespeare"] | None],
-        _shown("[builtin|shakespeare]", "builtin"),
+        shown("[builtin|shakespeare]", "builtin"),
     ] = None
     # Texts of your own, instead of a corpus: a UTF-8 text, .jsonl, .parquet, any of them as .gz
     # or .zst, or a folder of such files. A text in a folder, a line or a row is a document.
-    input: Annotated[Path | None, _shown("PATH", "none")] = None
+    input: Annotated[Path | None, shown("PATH", "none")] = None
     # A data set of Hugging Face's, streamed, instead of a corpus.
-    hf_dataset: Annotated[str | None, _shown("NAME", "none")] = None
-    # Its configuration.
-    hf_config: Annotated[str | None, _shown("NAME", "none")] = None
-    # Its split.
-    hf_split: Annotated[str | None, _shown("NAME", "train")] = None
-    # Where a line or a row has its text.
+    hf_dataset: Annotated[str | None, shown("NAME", "none")] = None
+    # The configuration of --hf_dataset.
+    hf_config: Annotated[str | None, shown("NAME", "none")] = None
+    # The split of --hf_dataset.
+    hf_split: Annotated[str | None, shown("NAME", "train")] = None
+    # The key of a JSON line, or column of a row, that holds the text.
     text_key: Annotated[str, tyro.conf.arg(metavar="KEY")] = "text"
     # char: a token for each character. gpt2: GPT-2's BPE. PATH: a tokenizer.json, a
     # SentencePiece .model, a .tiktoken file, or a folder with one of them or with encoder.json and
@@ -64,24 +65,26 @@ class Prepare:
     # Folder for the tokens and the tokenizer.
     out_dir: Annotated[
         Path | None,
-        _shown("DIR", "data/builtin, data/shakespeare_char or data/NAME of the input"),
+        shown("DIR", "data/builtin, data/shakespeare_char or data/NAME of the input"),
     ] = None
-    # Share of validation: of the documents, by chance, or the end of one text.
+    # Share of validation: random documents, or the end of one text.
     val_share: Annotated[
         float | None,
-        _shown("SHARE", f"{DOCUMENTS_VAL_SHARE} of documents, {TEXT_VAL_SHARE} of one text"),
+        shown("SHARE", f"{DOCUMENTS_VAL_SHARE} of documents, {TEXT_VAL_SHARE} of one text"),
     ] = None
-    # Decides which documents are for validation.
-    seed: Annotated[int | None, _shown("N", str(SEED))] = None
-    # The token behind each document.
+    # Seed of the choice of documents for validation.
+    seed: Annotated[int | None, shown("N", str(SEED))] = None
+    # The token that ends each document.
     end_of_text: Annotated[
         str | None,
-        _shown("TOKEN", "the tokenizer's, such as <|endoftext|>; a line feed with char"),
+        shown("TOKEN", "the tokenizer's, such as <|endoftext|>; a line feed with char"),
     ] = None
     # Tokens in one file.
-    shard_tokens: Annotated[int | None, _shown("N", str(SHARD_TOKENS))] = None
+    shard_tokens: Annotated[
+        int | None, shown("N", f"{SHARD_TOKENS}; one text at character level stays one file")
+    ] = None
     # Threads that encode.
-    workers: Annotated[int | None, _shown("N", "one for each core")] = None
+    workers: Annotated[int | None, shown("N", "one for each core")] = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,7 +94,7 @@ class TrainTokenizer:
     Then use it: fastgpt prepare --tokenizer DIR --input PATH.
     """
 
-    # The only one there is.
+    # The only action.
     action: tyro.conf.Positional[Literal["train"]]
     # A UTF-8 text, .jsonl, .parquet, any of them as .gz or .zst, or a folder.
     input: Annotated[Path, tyro.conf.arg(metavar="PATH")]
@@ -101,12 +104,12 @@ class TrainTokenizer:
     kind: Literal["bpe", "unigram"] = "bpe"
     # Tokens, at least 257.
     vocab_size: Annotated[int, tyro.conf.arg(metavar="N")] = 32768
-    # Where a line or a row has its text.
+    # The key of a JSON line, or column of a row, that holds the text.
     text_key: Annotated[str, tyro.conf.arg(metavar="KEY")] = "text"
 
 
 def run_prepare(command: Prepare, console: Console) -> None:
-    """Do it, and print what was made."""
+    """Prepare a data set and print what was made."""
     inputs = {
         "a corpus": command.corpus,
         "--input": command.input,
@@ -121,41 +124,58 @@ def run_prepare(command: Prepare, console: Console) -> None:
     if command.hf_dataset is None and (command.hf_config or command.hf_split):
         raise ValueError("--hf_config and --hf_split need --hf_dataset")
     out_dir = command.out_dir or _default_out_dir(command)
-    if _is_plain(command):
-        report_prepared(_prepare_characters(command, out_dir), console)
-    else:
-        _prepare_stream(command, out_dir, console)
+    check_folder(out_dir)  # before anything is downloaded
+    source = _source(command)
+    tokenizer = (
+        characters_of(source)
+        if command.tokenizer == _CHARACTERS
+        else tokenizer_from(command.tokenizer)
+    )
+    for name in ("seed", "end_of_text"):
+        value = getattr(command, name)
+        if value is not None and isinstance(source, TextSource):
+            raise ValueError(f"--{name}={value} has no use: one text is not split into documents")
+    end = command.end_of_text
+    try:
+        manifest = prepare(
+            source,
+            tokenizer,
+            out_dir,
+            val_share=command.val_share,
+            seed=SEED if command.seed is None else command.seed,
+            shard_tokens=command.shard_tokens,
+            end_of_text=None if end is None else _one_token(tokenizer, end),
+            workers=command.workers,
+        )
+    except KeyboardInterrupt:
+        console.print("stopped; the same command continues from here")
+        raise
+    report_prepared(out_dir, manifest, console)
     where = "" if out_dir.parent == Path("data") else f" --data_root={out_dir.parent}"
     console.print(f"train on it: fastgpt train{where} --dataset={out_dir.name}")
 
 
-def report_prepared(prepared: builtin_texts.Prepared, console: Console) -> None:
-    """One line about a data set at character level."""
+def report_prepared(data_dir: Path, manifest: Manifest, console: Console) -> None:
+    """Print one line about a data set."""
+    parts = ", ".join(
+        f"{split.tokens:,} tokens for {'training' if name == 'train' else 'validation'} "
+        f"({len(split.shards)} {'file' if len(split.shards) == 1 else 'files'})"
+        for name, split in manifest.splits.items()
+    )
     console.print(
-        f"prepared {prepared.data_dir}: {prepared.vocab_size} different characters, "
-        f"{prepared.train_tokens:,} for training, {prepared.val_tokens:,} for validation"
+        f"prepared {data_dir}: {manifest.tokenizer['name']}, vocabulary of {manifest.vocab_size}, "
+        f"{parts}, {manifest.dtype}"
     )
 
 
 def run_train_tokenizer(command: TrainTokenizer, console: Console) -> None:
-    """Do it, and print what was made."""
+    """Train a tokenizer and print what was made."""
     source = source_of(command.input, command.text_key)
     tokenizer = train_tokenizer(source, command.kind, command.vocab_size, command.out_dir)
     console.print(
         f"wrote {command.out_dir / tokenizer.FILE}: {tokenizer.name}\n"
         f"use it: fastgpt prepare --tokenizer {command.out_dir} --input {command.input}"
     )
-
-
-def _is_plain(command: Prepare) -> bool:
-    """Whether this is nanoGPT's character level: one text and no option that asks for more."""
-    options = ("val_share", "seed", "end_of_text", "shard_tokens", "workers")
-    if command.tokenizer != _CHARACTERS or command.hf_dataset is not None:
-        return False
-    if any(getattr(command, option) is not None for option in options):
-        return False
-    path = command.input
-    return path is None or not path.exists() or path.is_file() and format_of(path) == "text"
 
 
 def _default_out_dir(command: Prepare) -> Path:
@@ -168,46 +188,6 @@ def _default_out_dir(command: Prepare) -> Path:
     if command.tokenizer == _CHARACTERS:
         return Path("data") / (_SHAKESPEARE if name == "shakespeare" else name)
     return Path("data") / ("builtin_bpe" if name == BUILTIN else name)
-
-
-def _prepare_characters(command: Prepare, out_dir: Path) -> builtin_texts.Prepared:
-    if command.input is not None:
-        return builtin_texts.prepare_file(command.input, out_dir)
-    if command.corpus == "shakespeare":
-        return builtin_texts.prepare_shakespeare(out_dir)
-    return builtin_texts.prepare_builtin(out_dir)
-
-
-def _prepare_stream(command: Prepare, out_dir: Path, console: Console) -> None:
-    source = _source(command)
-    tokenizer = (
-        characters_of(source)
-        if command.tokenizer == _CHARACTERS
-        else tokenizer_from(command.tokenizer)
-    )
-    if command.seed is not None and source.one_text:
-        raise ValueError(f"seed={command.seed}: one text is cut at its end, not by chance")
-    end = command.end_of_text
-    try:
-        manifest = prepare(
-            source,
-            tokenizer,
-            out_dir,
-            val_share=command.val_share,
-            seed=SEED if command.seed is None else command.seed,
-            shard_tokens=SHARD_TOKENS if command.shard_tokens is None else command.shard_tokens,
-            end_of_text=None if end is None else _one_token(tokenizer, end),
-            workers=command.workers,
-        )
-    except KeyboardInterrupt:
-        console.print("stopped; the same command goes on from here")
-        raise
-    parts = ", ".join(
-        f"{split.tokens:,} tokens for {'training' if name == 'train' else 'validation'} "
-        f"({len(split.shards)} {'file' if len(split.shards) == 1 else 'files'})"
-        for name, split in manifest.splits.items()
-    )
-    console.print(f"prepared {out_dir}: {tokenizer.name}, {parts}, {manifest.dtype}")
 
 
 def _source(command: Prepare) -> Source:

@@ -1,4 +1,4 @@
-"""What ``fastgpt sample`` prints."""
+"""``fastgpt sample``: prints samples, as text, as JSON, or in a dialogue."""
 
 import json
 import sys
@@ -12,7 +12,7 @@ from fastgpt.training.config import SampleConfig
 
 
 def run_sample(config: SampleConfig, console: Console, errors: Console) -> None:
-    """Write samples to ``console``; in the dialogue, what is wrong with a prompt to ``errors``.
+    """Print samples to ``console``; in the dialogue, errors of a prompt to ``errors``.
 
     Raises as ``Sampler`` does.
     """
@@ -28,7 +28,7 @@ def run_sample(config: SampleConfig, console: Console, errors: Console) -> None:
             console.rule()
         else:
             for completion in sampler.complete(batch):
-                console.out(completion.prompt + completion.text)  # print would expand its tabs
+                console.out(completion.prompt + completion.text)  # print would expand tabs
                 console.rule()
 
 
@@ -63,12 +63,12 @@ def _dialogue(sampler: Sampler, console: Console, errors: Console) -> None:
                 _print_growing(sampler, prompt, console)
         except (ValueError, FileNotFoundError) as error:
             errors.print(f"error: {error}", style="bold red")
-        except KeyboardInterrupt:  # ends the sample; at the next prompt it ends the dialogue
+        except KeyboardInterrupt:  # ends this sample; at a prompt it ends the dialogue
             console.out("")
 
 
 def _lines(prompt: str) -> Iterator[str]:
-    """Lines of the standard input that are not empty, until it ends."""
+    """The lines of stdin that are not empty."""
     while True:
         try:
             line = input(prompt)

@@ -1,4 +1,4 @@
-"""``fastgpt train``: its keys, and the run with the table and the sample at its end."""
+"""``fastgpt train``: its keys, the run, and the table and sample at the end."""
 
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -10,11 +10,8 @@ from rich.console import Console
 from rich.table import Table
 
 from fastgpt.bigram import Bigram
-from fastgpt.cli.prepare import (
-    BUILTIN,
-    report_prepared,
-)
-from fastgpt.data import builtin_texts
+from fastgpt.cli.prepare import BUILTIN, report_prepared
+from fastgpt.data import builtin_texts, manifest
 from fastgpt.devices import autocast, resolve_device
 from fastgpt.language_model import LanguageModel
 from fastgpt.sampler import write
@@ -46,7 +43,7 @@ _SAMPLE_TOKENS, _SAMPLE_TEMPERATURE, _SAMPLE_TOP_K = 300, 0.8, 200
 class Train:
     """Train a model.
 
-    With no argument: a GPT on the built-in corpus, by the preset that fits this machine: char on a
+    Without arguments: a GPT on the built-in corpus, by the preset that fits this machine: char on a
     CUDA GPU, else the first half of char-cpu. A key takes its value from the command line, else
     from CONFIG.py, else from the preset, else the default shown here. With --init_from=resume and
     neither preset nor CONFIG.py, the keys are those of the checkpoint.
@@ -80,15 +77,7 @@ class Train:
 
     def keys(self) -> dict[str, Any]:
         """The values of all keys, flat."""
-        groups = (
-            self.output,
-            self.logging,
-            self.data,
-            self.model,
-            self.optimizer,
-            self.schedule,
-            self.system,
-        )
+        groups = (getattr(self, group.__name__.lower()) for group in GROUPS)
         return {key: value for group in groups for key, value in asdict(group).items()}
 
 
@@ -104,7 +93,7 @@ def train_defaults(base: dict[str, Any]) -> Train:
 
 
 def keys_below(first: Train) -> dict[str, Any]:
-    """What the command line overrides: the preset, and over it the configuration file."""
+    """The keys that the command line overrides: those of the preset, overridden by the file's."""
     base: dict[str, Any] = {}
     if first.preset is not None:
         base.update(PRESETS[first.preset])
@@ -119,8 +108,8 @@ def keys_below(first: Train) -> dict[str, Any]:
 
 
 def _saved_keys(out_dir: Path) -> dict[str, Any]:
-    """The keys of the run to be resumed. A checkpoint of nanoGPT's has its keys only, and compile
-    is True in it unless somebody asked for the contrary."""
+    """The keys of the run to be resumed. From a checkpoint of nanoGPT's without ``compile``, which
+    is on there by default."""
     header, _ = checkpoint_folder.read_newest(out_dir, ckpt.header)
     saved = header.get("config", {})
     known = {f.name for f in fields(TrainConfig)}
@@ -133,7 +122,7 @@ def run_train(config: TrainConfig, world: World, console: Console) -> None:
     """Train as ``config`` says, on all ranks of ``world``. Raises as ``Trainer`` does."""
     out_dir = Path(config.out_dir)
     if world.restarts and (checkpoint_folder.saved(out_dir) or (out_dir / ckpt.BEST).exists()):
-        config = replace(config, init_from="resume")  # torchrun started the same command again
+        config = replace(config, init_from="resume")  # torchrun restarted this command
     device = world.device(resolve_device(config.device))
     with world.connected(device, config.backend):
         _train_connected(config, world, console)
@@ -142,8 +131,10 @@ def run_train(config: TrainConfig, world: World, console: Console) -> None:
 def _train_connected(config: TrainConfig, world: World, console: Console) -> None:
     changed = ", ".join(f"{key}={value}" for key, value in config.differences().items())
     console.print(f"keys that differ from the defaults: {changed or 'none'}")
-    if world.first and config.dataset == BUILTIN and not (config.data_dir / "train.bin").exists():
-        report_prepared(builtin_texts.prepare_builtin(config.data_dir), console)
+    data_dir = config.data_dir
+    prepared = any((data_dir / name).exists() for name in ("train.bin", manifest.NAME))
+    if world.first and config.dataset == BUILTIN and not prepared:
+        report_prepared(data_dir, builtin_texts.prepare_builtin(data_dir), console)
     world.wait()
     trainer = Trainer(config, console, world)
     console.print(
@@ -159,7 +150,7 @@ def _train_connected(config: TrainConfig, world: World, console: Console) -> Non
 
 
 def _summary(trainer: Trainer) -> Table:
-    """The trained model beside what the bigram can do."""
+    """The losses of the trained model and of a bigram."""
     data_dir, shape = trainer.config.data_dir, trainer.model.config
     table = Table(title="Validation loss in nats per token, lower is better")
     table.add_column("model")
@@ -179,7 +170,8 @@ def _summary(trainer: Trainer) -> Table:
     bigram.to(trainer.device)
     loss = trainer.mean_loss(bigram, "val")
     table.add_row("bigram, counted on train.bin", f"{bigram.get_num_params():,}", f"{loss:.4f}")
-    entropy = builtin_texts.bigram_entropy(data_dir)
+    val_counts = builtin_texts.bigram_counts(data_dir, "val", shape.vocab_size)
+    entropy = builtin_texts.bigram_entropy(val_counts)
     table.add_row("bigram entropy of val.bin", "", f"{entropy:.4f}")
     return table
 
@@ -201,4 +193,4 @@ def _print_sample(trainer: Trainer, model: LanguageModel, console: Console) -> N
         autocast(trainer.device, trainer.dtype),
     )
     console.rule("sample")
-    console.out(text)  # as it is: print would expand its tabs
+    console.out(text)  # print would expand tabs

@@ -1,8 +1,8 @@
 """Token files and the batches drawn from them.
 
-A data set is a folder with ``train.bin`` and ``val.bin``, token ids as native uint16, no header; or
-with a ``manifest.json`` that names the token files of each split, their lengths, and whether they
-hold uint16 or uint32.
+A data set is a folder with token files: ids in native byte order, no header. ``manifest.json``
+names the files of each split, their lengths and their dtype (uint16 or uint32); without it, as in
+nanoGPT, they are ``train.bin`` and ``val.bin`` in uint16.
 
     batches = Batches("data/shakespeare", batch_size=64, block_size=256, device="cuda", seed=1337)
     x, y = batches.next("train")                      # int64, (B, T), on the device
@@ -36,8 +36,8 @@ class TokenFile:
         tokens: its ids, a read-only array of shape (N,).
 
     Raises:
-        FileNotFoundError: there is no such file; the message has the command that makes it.
-        ValueError: the file is empty or has a part of an id at its end.
+        FileNotFoundError: there is no such file; the message names the command that makes it.
+        ValueError: the file is empty or no whole number of ids.
     """
 
     def __init__(self, path: str | Path, dtype: str = "uint16") -> None:
@@ -106,24 +106,23 @@ def token_files(data_dir: str | Path, split: str) -> list[TokenFile]:
 class Batches:
     """Random batches from the two splits of a data set.
 
-    A batch is ``x = d[i : i + T]``, ``y = d[i + 1 : i + 1 + T]`` for B starts i, each drawn by
-    ``torch.randint`` over all starts that leave room for y within their file. Every split has a
-    generator of its own, seeded here: nothing else moves it, and it moves nothing else. The next
-    batch is always drawn ahead; on CUDA it is copied from pinned memory on a stream of its own
-    while the GPU works.
+    A batch is ``x = d[i : i + T]``, ``y = d[i + 1 : i + 1 + T]`` for B starts i, drawn uniformly by
+    ``torch.randint`` from those that leave room for y within their file. Each split has its own
+    generator, independent of the global one. The next batch is drawn ahead; on CUDA it is copied
+    from pinned memory on a side stream while the GPU works.
 
-    Several processes share the batches that one would draw alone: of ``world_size`` batches in a
-    row each takes one, the first takes the first. All draw all starts, so all have one
-    ``state_dict``, whatever their number.
+    With several processes, batch k of the sequence that one process would draw goes to rank
+    ``k % world_size``. Every rank draws all starts, so ``state_dict`` is the same on all ranks and
+    for any number of them.
 
     Args:
         data_dir: the folder of the data set.
         batch_size: B.
         block_size: T.
-        device: where the batches shall lie.
-        seed: in [0, 2^63): seed is train's, seed + 1 val's, seed + 2 that of ``evaluation``.
-        vocab_size: where given, every id of all files is checked to lie below it.
-        rank: which of the processes this is, in [0, world_size).
+        device: the device of the batches.
+        seed: in [0, 2^63): train uses seed, val seed + 1, ``evaluation`` seed + 2.
+        vocab_size: if given, all files are read once to check that every id lies below it.
+        rank: of this process, in [0, world_size).
         world_size: the number of processes.
 
     Raises:
@@ -150,13 +149,12 @@ class Batches:
         _check_range("seed", seed, 0, 1 << 63)
         _check_range("world_size", world_size, 1, 1 << 31)
         _check_range("rank", rank, 0, world_size)
-        self._rank, self._world_size = rank, world_size
-        self._batch_size = batch_size
-        self._block_size = block_size
-        self._device = torch.device(device)
+        self.batch_size, self.block_size = batch_size, block_size
+        self.rank, self.world_size = rank, world_size
+        self.device = torch.device(device)
         self._seed = seed
-        # One for all copies: PyTorch's allocator keeps the memory of every stream apart.
-        self._stream = torch.cuda.Stream(self._device) if self._device.type == "cuda" else None
+        # One stream for all copies: PyTorch's allocator keeps separate memory for each stream.
+        self.stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
         self._files = {split: token_files(data_dir, split) for split in SPLITS}
         for files in self._files.values():
             longest = max(files, key=len)
@@ -179,18 +177,15 @@ class Batches:
         return self._cursors[split].next()
 
     def evaluation(self, split: str, count: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """This process's share of ``count`` batches of ``split``, the same ones at every call, so
-        that two losses differ by the model alone. Neither moves the batches of ``next`` nor needs
-        to be saved.
+        """This process's share of ``count`` batches of ``split``: the same ones at every call, so
+        that two losses differ by the model alone. ``next`` and ``state_dict`` are not affected.
         """
         _check_split(split)
         cursor = self._cursor(split, self._seed + 2)
-        return (cursor.next() for _ in range(self._rank, count, self._world_size))
+        return (cursor.next() for _ in range(self.rank, count, self.world_size))
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Where each split stands: the uint8 state of its generator before the next batch that is
-        to be returned.
-        """
+        """The uint8 generator state of each split, from which its next batch is drawn."""
         return {split: cursor.state for split, cursor in self._cursors.items()}
 
     def load_state_dict(self, state_dict: dict[str, Tensor]) -> None:
@@ -209,58 +204,36 @@ class Batches:
             cursor.load(state_dict[split])
 
     def _cursor(self, split: str, seed: int) -> "_Cursor":
-        return _Cursor(
-            self._files[split],
-            self._batch_size,
-            self._block_size,
-            self._device,
-            self._stream,
-            seed,
-            self._rank,
-            self._world_size,
-        )
+        return _Cursor(self, self._files[split], seed)
 
 
 class _Cursor:
-    """A random walk through the files of a split, one batch ahead.
+    """The random batches of one split, drawn one ahead.
 
     ``state`` is the generator's state before the batch that ``next`` will return, which is the
     pending one if there is one.
     """
 
-    def __init__(
-        self,
-        files: list[TokenFile],
-        batch_size: int,
-        block_size: int,
-        device: torch.device,
-        stream: torch.cuda.Stream | None,
-        seed: int,
-        rank: int,
-        world_size: int,
-    ) -> None:
-        self._batch_size = batch_size
-        self._rank, self._world_size = rank, world_size
-        self._block_size = block_size
-        # Of each file a view whose row i is the window tokens[i : i + T + 1]: one row for each
-        # legal start, counted through all files.
+    def __init__(self, batches: Batches, files: list[TokenFile], seed: int) -> None:
+        self._batches = batches
+        # For each file a view whose row i is the window tokens[i : i + T + 1]; legal starts are
+        # numbered through all files.
+        length = batches.block_size + 1
         self._windows = [
-            np.lib.stride_tricks.sliding_window_view(file.tokens, block_size + 1)
+            np.lib.stride_tricks.sliding_window_view(file.tokens, length)
             for file in files
-            if len(file) > block_size
+            if len(file) >= length
         ]
         self._ends = np.cumsum([len(windows) for windows in self._windows])
-        self._device = device
-        self._stream = stream  # of the copies to a GPU
         self._generator = torch.Generator().manual_seed(seed)
         self._pending: Tensor | None = None
         self.state = self._generator.get_state()
 
     def next(self) -> tuple[Tensor, Tensor]:
         pending = self._prefetched() if self._pending is None else self._pending
-        if self._stream is not None:
-            current = torch.cuda.current_stream(self._device)
-            current.wait_stream(self._stream)
+        if (stream := self._batches.stream) is not None:
+            current = torch.cuda.current_stream(self._batches.device)
+            current.wait_stream(stream)
             pending.record_stream(current)  # or the side stream could reuse it while it is read
         self._pending = self._prefetched()
         x, y = pending
@@ -273,22 +246,25 @@ class _Cursor:
 
     def _prefetched(self) -> Tensor:
         self.state = self._generator.get_state()
-        pair = self._draw()
-        with torch.cuda.stream(self._stream):
-            return pair.to(self._device, non_blocking=self._stream is not None)
+        pair, stream = self._draw(), self._batches.stream
+        with torch.cuda.stream(stream):
+            return pair.to(self._batches.device, non_blocking=stream is not None)
 
     def _draw(self) -> Tensor:
         """x and y as one int64 tensor (2, B, T) on the host, pinned where the device is a GPU."""
-        total, count = int(self._ends[-1]), self._batch_size
-        shape = (self._world_size, count)
-        starts = torch.randint(total, shape, generator=self._generator).numpy()[self._rank]
-        where = np.searchsorted(self._ends, starts, side="right")  # the file of each start
+        batches = self._batches
+        shape = (batches.world_size, batches.batch_size)
+        starts = torch.randint(int(self._ends[-1]), shape, generator=self._generator)
+        mine = starts[batches.rank].numpy()
+        where = np.searchsorted(self._ends, mine, side="right")  # the file of each start
         pair = torch.empty(
-            (2, count, self._block_size), dtype=torch.int64, pin_memory=self._stream is not None
+            (2, batches.batch_size, batches.block_size),
+            dtype=torch.int64,
+            pin_memory=batches.stream is not None,
         )
         for i in np.unique(where):
             rows = where == i
-            windows = self._windows[i][starts[rows] - (self._ends[i] - len(self._windows[i]))]
+            windows = self._windows[i][mine[rows] - (self._ends[i] - len(self._windows[i]))]
             pair.numpy()[0, rows] = windows[:, :-1]
             pair.numpy()[1, rows] = windows[:, 1:]
         return pair

@@ -1,6 +1,6 @@
 """Files to texts, a few MB at a time: UTF-8 text, ``.jsonl``, Parquet; plain, ``.gz`` or ``.zst``.
 
-Every reader yields pairs (text, position): position is how many bytes of the file were read.
+Every reader yields pairs (text, position): position is the number of bytes of the file read so far.
 """
 
 import codecs
@@ -11,11 +11,13 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from fastgpt._optional import optional
+
 _COMPRESSED = (".gz", ".zst")
 
 _CHUNK = 1 << 20  # bytes
 _ROWS = 256  # of Parquet at a time
-_MAX_WINDOW = 1 << 31  # bytes: what `zstd --long=31` refers back to, and no writer goes beyond
+_MAX_WINDOW = 1 << 31  # bytes: the largest window of a writer (`zstd --long=31`)
 
 
 def decompressed(path: Path) -> Path:
@@ -30,7 +32,7 @@ def format_of(path: Path) -> str:
 
 
 def read_text(path: Path) -> Iterator[tuple[str, int]]:
-    """The text of one file in chunks, not changed, not even its line ends.
+    """The text of one file in chunks, with its line ends unchanged.
 
     Raises:
         ValueError: it is not UTF-8 (the message has the position of the byte), or its compression
@@ -56,7 +58,7 @@ def read_text(path: Path) -> Iterator[tuple[str, int]]:
 
 
 def read_jsonl(path: Path, text_key: str) -> Iterator[tuple[str, int]]:
-    """The texts of a file with a JSON object in each line; lines of white space alone are skipped.
+    """The texts of a file with a JSON object in each line; blank lines are skipped.
 
     Raises:
         ValueError: a line is no JSON object, or has no text under ``text_key``; or see
@@ -71,7 +73,7 @@ def read_jsonl(path: Path, text_key: str) -> Iterator[tuple[str, int]]:
         except (ValueError, RecursionError) as error:
             raise ValueError(f"{where} is not JSON: {error}") from error
         if type(row) is not dict:
-            raise ValueError(f"{where} must be a JSON object, but is {type(row).__name__}")
+            raise ValueError(f"{where} must be a JSON object, got {type(row).__name__}")
         yield checked_text(row, text_key, where), position
 
 
@@ -79,17 +81,12 @@ def read_parquet(path: Path, text_key: str) -> Iterator[tuple[str, int]]:
     """The texts of one column.
 
     Raises:
-        ValueError: the file is no Parquet, is damaged, or has no such column, or a value that is
-            no text.
+        ValueError: the file is not Parquet, is damaged, has no such column, or has a value that is
+            not a text.
         ImportError: pyarrow is not installed.
     """
-    try:
-        import pyarrow
-        from pyarrow import parquet
-    except ImportError as error:
-        raise ImportError(
-            f'the input {path} needs pyarrow: pip install "fastgpt-triton[data]"'
-        ) from error
+    pyarrow = optional("pyarrow", f"the input {path}", "data")
+    parquet = optional("pyarrow.parquet", f"the input {path}", "data")
     size, row = path.stat().st_size, 0
     try:
         with parquet.ParquetFile(path, pre_buffer=False) as file:
@@ -107,16 +104,16 @@ def read_parquet(path: Path, text_key: str) -> Iterator[tuple[str, int]]:
     except (pyarrow.ArrowException, UnicodeDecodeError) as error:
         raise ValueError(f"the input {path} is damaged: {error}") from error
     except OSError as error:
-        if error.errno is not None:  # the system's, not pyarrow's
+        if error.errno is not None:  # from the system; pyarrow's own has none
             raise
         raise ValueError(f"the input {path} is damaged: {error}") from error
 
 
 def checked_text(row: dict[str, Any], text_key: str, where: str) -> str:
-    """``row[text_key]``; lone surrogates, which JSON may hold and UTF-8 not, become U+FFFD.
+    """``row[text_key]``; lone surrogates, which JSON can hold but UTF-8 cannot, become U+FFFD.
 
     Raises:
-        ValueError: there is no such key, or its value is no str.
+        ValueError: there is no such key, or its value is not a str.
     """
     if text_key not in row:
         raise ValueError(
@@ -134,10 +131,10 @@ def checked_text(row: dict[str, Any], text_key: str, where: str) -> str:
 
 
 def _chunks(path: Path) -> Iterator[tuple[bytes, int]]:
-    """The content, decompressed, and how many bytes of the file it took so far."""
+    """The decompressed content, and the number of bytes of the file read so far."""
     with path.open("rb") as raw:
         if path.suffix.lower() == ".zst":
-            content = _zstd(path, iter(lambda: raw.read(_CHUNK // 16), b""))  # may grow 100 times
+            content = _zstd(path, iter(lambda: raw.read(_CHUNK // 16), b""))  # can expand 100-fold
         elif path.suffix.lower() == ".gz":
             content = _gzip(path, gzip.GzipFile(fileobj=raw))
         else:
@@ -154,13 +151,8 @@ def _gzip(path: Path, file: gzip.GzipFile) -> Iterator[bytes]:
 
 
 def _zstd(path: Path, chunks: Iterable[bytes]) -> Iterator[bytes]:
-    """All frames, one after the other; an end within one is an error."""
-    try:
-        import zstandard
-    except ImportError as error:
-        raise ImportError(
-            f'the input {path} needs zstandard: pip install "fastgpt-triton[data]"'
-        ) from error
+    """The content of all frames; a file that ends within a frame is an error."""
+    zstandard = optional("zstandard", f"the input {path}", "data")
     decompressor, frame = zstandard.ZstdDecompressor(max_window_size=_MAX_WINDOW), None
     try:
         for chunk in chunks:
@@ -176,7 +168,7 @@ def _zstd(path: Path, chunks: Iterable[bytes]) -> Iterator[bytes]:
 
 
 def _lines(chunks: Iterable[tuple[bytes, int]]) -> Iterator[tuple[bytes, int]]:
-    parts: list[bytes] = []  # of a line that goes on in the next chunk
+    parts: list[bytes] = []  # of a line that continues in the next chunk
     position = 0
     for data, position in chunks:
         first, *more = data.split(b"\n")

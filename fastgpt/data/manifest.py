@@ -1,7 +1,7 @@
-"""``manifest.json``: what a data set consists of, beside its token files.
+"""``manifest.json``: the files of a data set, and what they were made from.
 
 manifest = read_manifest("data/owt")      # None for a data set of nanoGPT's
-manifest.verify("data/owt")               # every file as it was written
+manifest.verify("data/owt")               # compare every token file with its checksum
 """
 
 import json
@@ -49,11 +49,11 @@ class Manifest:
     """A data set.
 
     Attributes:
-        dtype: of the token files, ``"uint16"`` or ``"uint32"``, in the machine's byte order.
+        dtype: of the token files, ``"uint16"`` or ``"uint32"``, in native byte order.
         vocab_size: every id lies below it.
         tokenizer: its name, file and fingerprint.
         splits: ``"train"`` and ``"val"``.
-        settings: what the data was made from and how, as JSON has it.
+        settings: the input and the options of ``prepare``, as JSON values.
     """
 
     dtype: str
@@ -63,15 +63,15 @@ class Manifest:
     settings: dict[str, Any]
 
     def write(self, folder: Path) -> None:
-        """Replace ``folder/manifest.json``: by the old one or the new one, whole."""
+        """Write ``folder/manifest.json``, atomically."""
         write_json({"version": _VERSION, **asdict(self)}, folder / NAME)
 
     def verify(self, folder: Path) -> None:
-        """Read every token file.
+        """Read every token file and compare its checksum.
 
         Raises:
             FileNotFoundError: one is missing.
-            ValueError: one is not what was written.
+            ValueError: one has another checksum.
         """
         for split in self.splits.values():
             for shard in split.shards:
@@ -95,7 +95,7 @@ def read_manifest(folder: str | Path) -> Manifest | None:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
         if found["version"] != _VERSION or set(found) != _KEYS or found["dtype"] not in DTYPES:
-            raise ValueError(f"it is none of version {_VERSION}")
+            raise ValueError(f"it is not of version {_VERSION}")
         splits = {
             name: Split(split["documents"], tuple(Shard(**shard) for shard in split["shards"]))
             for name, split in found["splits"].items()
@@ -104,7 +104,7 @@ def read_manifest(folder: str | Path) -> Manifest | None:
             raise ValueError("splits must be train and val, each with a shard")
         for shard in (shard for split in splits.values() for shard in split.shards):
             if Path(shard.file).name != shard.file or type(shard.tokens) is not int:
-                raise ValueError(f"{shard} is no token file of this folder")
+                raise ValueError(f"{shard} is not a token file of this folder")
         return Manifest(
             found["dtype"], found["vocab_size"], found["tokenizer"], splits, found["settings"]
         )

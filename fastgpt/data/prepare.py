@@ -1,21 +1,21 @@
-"""Texts to token files: in a stream, by several threads, and going on where it was stopped.
+"""Texts to token files: read as a stream, encoded by several threads, resumable.
 
     source = source_of("texts")
     prepare(source, tokenizer_from("gpt2"), "data/texts")
 
-leaves ``manifest.json``, the tokenizer, and for each split its shards: ``train.bin`` if there is
-one and it is uint16, as nanoGPT reads it, else ``train_000000.bin``, ``train_000001.bin`` and so
-on, of ``shard_tokens`` ids each but the last. Behind each document stands the tokenizer's end of
-text; one text alone has none.
+writes ``manifest.json``, the tokenizer, and the token files of each split: ``train.bin``, as
+nanoGPT reads it, if one uint16 file is enough, else ``train_000000.bin``, ``train_000001.bin`` and
+so on, of ``shard_tokens`` ids each but the last. The tokenizer's end-of-text token follows each
+document; a source that is one text has none.
 
-While it works, all is in the folder ``.prepare`` within ``out_dir``. If it is stopped, the same
-call goes on from there, with the same bytes in the end as if it had never been.
-
-The tokenizers work outside of Python's lock, so threads keep all cores busy.
+Everything is written to ``out_dir/.prepare`` and renamed at the end. After an interruption the same
+call continues from there and ends with the same bytes. Threads use all cores because tokenizers
+release Python's global lock.
 """
 
 import json
 import os
+import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -27,9 +27,10 @@ from typing import Any, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from fastgpt._files import alone_in
+from fastgpt._files import check_folder, exclusive_lock
+from fastgpt._progress import progress_bar
 from fastgpt.data.manifest import NAME, Manifest, read_manifest
-from fastgpt.data.sources import PIECE, Piece, Source
+from fastgpt.data.sources import PIECE, Piece, Source, TextSource
 from fastgpt.data.token_writer import ShardWriter, publish
 from fastgpt.tokenizer import CharTokenizer, Tokenizer, saved_tokenizer
 
@@ -47,7 +48,7 @@ _R = TypeVar("_R")
 
 @dataclass(frozen=True)
 class _Encoded:
-    """A batch as ids, and the documents that end in it, by split."""
+    """The ids of a batch and the number of documents that end in it, by split."""
 
     ids: dict[str, npt.NDArray[np.integer[Any]]]
     documents: dict[str, int]
@@ -62,44 +63,50 @@ def prepare(
     *,
     val_share: float | None = None,
     seed: int = SEED,
-    shard_tokens: int = SHARD_TOKENS,
+    shard_tokens: int | None = None,
     end_of_text: int | None = None,
     workers: int | None = None,
 ) -> Manifest:
-    """Write the tokens of ``source`` as a data set, or go on writing them.
+    """Write the tokens of ``source`` as a data set, or continue an interrupted call.
 
-    Where ``out_dir`` already has what the same arguments gave, nothing is written but the files are
-    compared with their checksums.
+    If ``out_dir`` already holds the result of the same arguments, nothing is written and the files
+    are compared with their checksums.
 
     Args:
         source: the texts.
         tokenizer: its ids are stored as uint16 if its vocabulary has at most 65,536, else uint32.
         out_dir: the folder of the data set.
-        val_share: the share of validation, above 0 and below 1: of the documents, by default
-            0.01, or of one text's characters, by default 0.1.
-        seed: decides which documents those are.
-        shard_tokens: the length of a token file, at least 1.
-        end_of_text: the id behind each document, by default the tokenizer's own.
+        val_share: the share of validation, in (0, 1): of the documents, by default 0.01, or the
+            end of one text's characters, by default 0.1.
+        seed: decides which documents are for validation.
+        shard_tokens: the length of a token file, at least 1. By default 100,000,000; one text at
+            character level stays one file, for nanoGPT.
+        end_of_text: the id that follows each document, by default the tokenizer's own.
         workers: threads, by default one for each core that this process may use.
 
     Raises:
         ValueError: an argument is out of range; the tokenizer has no end of text; ``out_dir`` has
             an unfinished preparation with other arguments, or another process is writing to it; a
-            finished file is damaged; a split got nothing; or what ``source`` and ``tokenizer``
+            finished file is damaged; a split would be empty; or what ``source`` and ``tokenizer``
             raise.
         NotADirectoryError: ``out_dir`` is a file.
         FileExistsError: ``out_dir`` holds another data set or tokenizer.
     """
     out_dir = Path(out_dir)
+    one_text = isinstance(source, TextSource)
     if val_share is None:
-        val_share = TEXT_VAL_SHARE if source.one_text else DOCUMENTS_VAL_SHARE
+        val_share = TEXT_VAL_SHARE if one_text else DOCUMENTS_VAL_SHARE
     if not 0 < val_share < 1:
         raise ValueError(f"val_share must lie between 0 and 1, got {val_share}")
+    if shard_tokens is None:
+        shard_tokens = SHARD_TOKENS
+        if isinstance(source, TextSource) and isinstance(tokenizer, CharTokenizer):
+            shard_tokens = max(shard_tokens, source.length())
     workers = _cores() if workers is None else workers
     for name, value in (("shard_tokens", shard_tokens), ("workers", workers)):
         if value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
-    separator = None if source.one_text else _separator(tokenizer, end_of_text)
+    separator = None if one_text else _separator(tokenizer, end_of_text)
     settings = {
         "source": source.identity(),
         "tokenizer": tokenizer.fingerprint,
@@ -110,11 +117,10 @@ def prepare(
         "piece": PIECE,
         "batch": _BATCH,
     }
-    settings = json.loads(json.dumps(settings))  # as it will be read
-    if out_dir.exists() and not out_dir.is_dir():
-        raise NotADirectoryError(f"out_dir must be a folder, but {out_dir} is a file")
+    settings = json.loads(json.dumps(settings))  # tuples to lists, to compare with a manifest
+    check_folder(out_dir)
     out_dir.mkdir(parents=True, exist_ok=True)
-    with alone_in(out_dir):
+    with exclusive_lock(out_dir):
         finished = _finished(out_dir, settings, tokenizer)
         if finished is not None:
             return finished
@@ -136,7 +142,7 @@ def _written(
     dtype = "uint16" if tokenizer.vocab_size <= 1 << 16 else "uint32"
     writer = ShardWriter(work, settings, dtype, settings["shard_tokens"])
     try:
-        # What is already written is read again but not encoded.
+        # Batches that are already written are read again but not encoded.
         left = islice(batches, writer.batches, None)
         for encoded in _shown(_ordered(encode, left, workers)):
             writer.append(encoded.ids, encoded.documents)
@@ -154,23 +160,22 @@ def _written(
 
 
 def characters_of(source: Source) -> CharTokenizer:
-    """The characters of all texts, by reading them; with the line feed that stands behind a
-    document.
+    """The tokenizer for all characters of ``source``, which is read once. A source of documents
+    also gets the line feed, which follows each of them.
 
     Raises:
         ValueError: there are more than 65,536; or what ``source`` raises.
     """
-    return CharTokenizer.from_texts(
-        source.texts() if source.one_text else chain(["\n"], source.texts())
-    )
+    ends = [] if isinstance(source, TextSource) else ["\n"]
+    return CharTokenizer.from_texts(chain(ends, source.texts()))
 
 
 def _separator(tokenizer: Tokenizer, end_of_text: int | None) -> int:
     separator = tokenizer.end_of_text if end_of_text is None else end_of_text
     if separator is None:
         raise ValueError(
-            f"the tokenizer ({tokenizer.name}) has no token to stand behind each document: name "
-            "one with --end_of_text"
+            f"the tokenizer ({tokenizer.name}) has no token to end a document: name one with "
+            "--end_of_text"
         )
     if not 0 <= separator < tokenizer.vocab_size:
         raise ValueError(f"end_of_text must lie in [0, {tokenizer.vocab_size}), got {separator}")
@@ -178,9 +183,9 @@ def _separator(tokenizer: Tokenizer, end_of_text: int | None) -> int:
 
 
 def _finished(out_dir: Path, settings: dict[str, Any], tokenizer: Tokenizer) -> Manifest | None:
-    """The manifest of a preparation that ``out_dir`` already has; None if it is to be made."""
+    """The manifest of the same preparation if ``out_dir`` has it, else None."""
     found = read_manifest(out_dir)
-    if found is None and (out_dir / _WORK / NAME).exists():  # stopped while files were moved
+    if found is None and (out_dir / _WORK / NAME).exists():  # stopped while files were renamed
         found = publish(out_dir / _WORK, out_dir)
     if found is not None:
         if found.settings != settings:
@@ -237,7 +242,7 @@ def _encode(batch: list[Piece], tokenizer: Tokenizer, separator: int | None) -> 
 
 
 def _ordered(work: Callable[[_T], _R], items: Iterable[_T], workers: int) -> Iterator[_R]:
-    """``map(work, items)`` by threads, which are never more than a few items ahead."""
+    """``map(work, items)`` on threads, at most ``2 * workers`` items ahead of the consumer."""
     pending: deque[Future[_R]] = deque()
     with ThreadPoolExecutor(workers) as pool:
         try:
@@ -253,28 +258,15 @@ def _ordered(work: Callable[[_T], _R], items: Iterable[_T], workers: int) -> Ite
 
 
 def _shown(batches: Iterable[_Encoded]) -> Iterator[_Encoded]:
-    """The same with a progress bar on stderr."""
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
-
-    columns = (
-        TextColumn("Encoding"),
-        BarColumn(),
-        TaskProgressColumn(),
-        TextColumn("{task.fields[done]}"),
-        TimeElapsedColumn(),
-    )
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task("", total=None, done="")
-        characters, tokens = 0, 0
+    """The same batches, with a progress bar."""
+    started, characters, tokens = time.monotonic(), 0, 0
+    with progress_bar("Encoding") as show:
         for encoded in batches:
             yield encoded
             characters += encoded.characters
             tokens += sum(map(len, encoded.ids.values()))
-            seconds = progress.tasks[0].elapsed or 1e-9
-            done = f"{tokens:,} tokens, {characters / 1e6 / seconds:.1f} M characters/s"
-            total = None if encoded.fraction is None else 1.0
-            progress.update(task, total=total, completed=encoded.fraction or 0.0, done=done)
+            speed = characters / 1e6 / (time.monotonic() - started + 1e-9)
+            show(encoded.fraction, f"{tokens:,} tokens, {speed:.1f} M characters/s")
 
 
 def _cores() -> int:

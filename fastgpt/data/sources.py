@@ -2,14 +2,14 @@
 
     for piece in FileSource("texts").pieces(val_share=0.01, seed=0): ...
 
-A **document** is a text file, a line of ``.jsonl``, a row of Parquet or of a data set; each goes to
-one split whole. One text alone is no document: its beginning is for training and its end for
-validation, as nanoGPT has it.
+A **document** is a text file, a line of ``.jsonl``, or a row of Parquet or of a data set. Each
+document goes to one split as a whole. A source that is one text is split as in nanoGPT: its
+beginning is for training, its end for validation.
 
-Memory holds a few MB, whatever the size of the input: a document longer than about a million
-characters comes in pieces. They end where GPT-2's BPE, and whatever cuts a text at its white space,
-cannot tell the difference: behind a single line feed, else before a single space; only where half a
-million characters have neither, anywhere.
+To bound memory, a document of more than about a million characters is cut into pieces. Cuts do not
+change the tokens of GPT-2's BPE or of any tokenizer that splits at white space: they lie behind a
+single line feed, else before a single space. Only half a million characters without either are cut
+anywhere.
 """
 
 import hashlib
@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fastgpt._optional import optional
 from fastgpt.data.file_formats import checked_text, format_of, read_jsonl, read_parquet, read_text
 
 PIECE = 1 << 20  # characters
@@ -45,25 +46,19 @@ class Piece:
 
 
 class Source(ABC):
-    """An input that can be read again and again, always with the same pieces.
-
-    Attributes:
-        one_text: whether it is one text rather than documents.
-    """
-
-    one_text = False
+    """An input that gives the same pieces whenever it is read."""
 
     @abstractmethod
     def identity(self) -> dict[str, Any]:
-        """What the pieces depend on, as JSON has it: names, sizes, times."""
+        """What identifies the input, as JSON: names, sizes, times of change."""
 
     @abstractmethod
     def documents(self) -> Iterator[Iterable[Chunk]]:
-        """The chunks of each document; they are to be read before the next document is."""
+        """The chunks of each document. Read them before asking for the next document."""
 
     def pieces(self, val_share: float, seed: int) -> Iterator[Piece]:
-        """All pieces in order. A document is for validation with the probability ``val_share``, by
-        ``seed`` and its number alone.
+        """All pieces in order. A document is for validation with the probability ``val_share``,
+        decided by ``seed`` and the document's number alone.
         """
         for index, chunks in enumerate(self.documents()):
             split = "val" if _uniform(seed, index) < val_share else "train"
@@ -76,8 +71,6 @@ class Source(ABC):
 
 class TextSource(Source):
     """One text, in a UTF-8 file or in memory."""
-
-    one_text = True
 
     def __init__(self, text: Path | str) -> None:
         self._text = text
@@ -94,11 +87,28 @@ class TextSource(Source):
     def pieces(self, val_share: float, seed: int) -> Iterator[Piece]:
         """The first ``1 - val_share`` of the characters are for training, the rest for validation;
         ``seed`` plays no part.
+
+        Raises:
+            ValueError: either part has fewer than 2 characters, one input and its target.
         """
-        total = sum(map(len, self._chunks()))
+        total = self.length()
+        if not total:
+            return
         cut = int(total * (1 - val_share))
+        if min(cut, total - cut) < 2:
+            raise ValueError(
+                f"the text has {total} characters: with val_share={val_share} that is {cut} for "
+                f"training and {total - cut} for validation, but each needs at least 2"
+            )
         yield from _pieces(_between(self._chunks(), 0, cut, total), "train")
         yield from _pieces(_between(self._chunks(), cut, total, total), "val")
+
+    def length(self) -> int:
+        """The number of characters."""
+        return sum(map(len, self._chunks()))
+
+    def texts(self) -> Iterator[str]:
+        return (piece.text for chunks in self.documents() for piece in _pieces(chunks, "train"))
 
     def _chunks(self) -> Iterator[str]:
         if isinstance(self._text, Path):
@@ -107,17 +117,17 @@ class TextSource(Source):
 
 
 class FileSource(Source):
-    """A file of documents, or a folder: its files and those of its folders, in the order of their
-    names, without hidden ones.
+    """A file of documents, or all files below a folder in the order of their names, without hidden
+    ones.
 
-    ``.jsonl`` has in each line a JSON object with the key ``text_key``, ``.parquet`` a column of
-    this name; every other file is one UTF-8 text. ``.gz`` and ``.zst`` are decompressed.
+    Each line of a ``.jsonl`` is a JSON object with the key ``text_key``; a ``.parquet`` has such a
+    column; any other file is one UTF-8 text. ``.gz`` and ``.zst`` are decompressed.
 
     Raises:
         FileNotFoundError: there is nothing at ``path``.
-        ValueError: the folder has no files. While it is read: a file is damaged or not UTF-8, or a
+        ValueError: the folder has no files. While reading: a file is damaged or not UTF-8, or a
             line or row has no text under ``text_key``; the message has the file and the place.
-        ImportError, while it is read: pyarrow or zstandard is not installed.
+        ImportError, while reading: pyarrow or zstandard is not installed.
     """
 
     def __init__(self, path: str | Path, text_key: str = "text") -> None:
@@ -156,23 +166,18 @@ class DatasetSource(Source):
         ImportError: datasets is not installed.
         FileNotFoundError, ValueError, ConnectionError: what datasets raises where there is no such
             data set, configuration or split, or no connection.
-        ValueError, while it is read: a row has no text under ``text_key``.
+        ValueError, while reading: a row has no text under ``text_key``.
     """
 
     def __init__(
         self, name: str, config: str | None = None, split: str = "train", text_key: str = "text"
     ) -> None:
-        try:
-            import datasets
-        except ImportError as error:
-            raise ImportError(
-                'a data set of Hugging Face\'s needs datasets: pip install "fastgpt-triton[data]"'
-            ) from error
+        datasets = optional("datasets", "a data set of Hugging Face's", "data")
         self._identity = {"dataset": name, "config": config, "split": split, "text_key": text_key}
         self._name, self._text_key = name, text_key
         try:
             self._rows = datasets.load_dataset(name, config, split=split, streaming=True)
-        except RuntimeError as error:  # it is a program, which datasets does not run any more
+        except RuntimeError as error:  # a loading script, which datasets no longer runs
             raise ValueError(f"the data set {name}: {error}") from error
 
     def identity(self) -> dict[str, Any]:
@@ -185,7 +190,7 @@ class DatasetSource(Source):
 
 
 def source_of(path: str | Path, text_key: str = "text") -> Source:
-    """A ``TextSource`` where ``path`` is one text file, or a folder with nothing else; else a
+    """A ``TextSource`` if ``path`` is one text file or a folder with nothing else, else a
     ``FileSource``. Errors: see there.
     """
     source = FileSource(path, text_key)
@@ -202,13 +207,13 @@ def _files_of(folder: Path) -> list[Path]:
 
 
 def _stamp(path: Path) -> list[str | int]:
-    """Name, size and time of change: what tells an input from another one without reading it."""
+    """Name, size and time of change: identifies a file without reading it."""
     stat = path.stat()
     return [str(path), stat.st_size, stat.st_mtime_ns]
 
 
 def _uniform(seed: int, index: int) -> float:
-    """A number in [0, 1) that depends on nothing but the arguments."""
+    """A number in [0, 1), a hash of the arguments."""
     digest = hashlib.blake2b(f"{seed}/{index}".encode(), digest_size=8).digest()
     return (int.from_bytes(digest, "big") >> 11) / (1 << 53)
 

@@ -1,9 +1,8 @@
 """Token files while they are written: appended to, cut into shards, continued after a crash.
 
-All is in one folder, ``work``: ``{split}_{number:06d}.bin`` and ``state.json``, which says how many
-batches of the input are in them and how long each split was then. What a crash left behind that is
-cut off when the folder is opened again. ``finish`` moves everything to its place: first the shards,
-then the manifest.
+The folder ``work`` holds ``{split}_{number:06d}.bin`` and ``state.json``: how many batches of the
+input are saved and how long each split was then. Opening the folder again truncates the files to
+that state. ``finish`` renames everything to its place, the manifest last.
 """
 
 import json
@@ -26,17 +25,17 @@ class ShardWriter:
     """The splits of a data set that is being written.
 
     Args:
-        work: the folder; it is made where it is missing, else continued.
-        settings: as JSON has them; a folder that other settings began is not continued.
+        work: the folder, which is made or continued.
+        settings: JSON values; a folder begun with other settings is not continued.
         dtype: ``"uint16"`` or ``"uint32"``.
         shard_tokens: the length of every shard but the last of a split.
 
     Attributes:
-        batches: how many were appended since the beginning.
+        batches: the number appended so far, those of an interrupted call included.
         tokens: the number of ids in each split.
 
     Raises:
-        ValueError: the folder was begun with other settings, or has not what its state says.
+        ValueError: the folder was begun with other settings, or lacks what its state says.
     """
 
     def __init__(self, work: Path, settings: dict[str, Any], dtype: str, shard_tokens: int) -> None:
@@ -71,7 +70,7 @@ class ShardWriter:
             self.save()
 
     def save(self) -> None:
-        """From here on a crash loses nothing of what was appended."""
+        """Sync to the disk: a crash loses nothing that was appended before."""
         for split in self._open:
             self._sync(split)
         state = {
@@ -83,24 +82,21 @@ class ShardWriter:
         write_json(state, self._work / _STATE)
 
     def close(self) -> None:
-        """Close the files. What was appended since the last ``save`` does not count, and if there
-        was none, the folder is removed.
-        """
+        """Close the files, without saving. A folder that was never saved is removed."""
         while self._open:
             self._open.popitem()[1].close()
         if self._work.exists() and not (self._work / _STATE).exists():
             shutil.rmtree(self._work)
 
     def finish(self, out_dir: Path, vocab_size: int, tokenizer: dict[str, str]) -> Manifest:
-        """Move the shards and the file ``tokenizer["file"]`` of the work folder to ``out_dir``, the
-        manifest last.
+        """Rename the shards and the file ``tokenizer["file"]`` to ``out_dir``, the manifest last.
 
         Raises:
             ValueError: a split is empty.
         """
         for split, other in (("val", "train"), ("train", "val")):
             if not self.tokens[split]:
-                # With other arguments, which it takes, every token is made again.
+                # Another share or seed encodes everything again.
                 (self._work / _STATE).unlink(missing_ok=True)
                 self.close()
                 raise ValueError(
@@ -134,7 +130,7 @@ class ShardWriter:
             )
 
     def _cut(self, split: str) -> None:
-        """Leave of the files what the state counts."""
+        """Truncate the files of ``split`` to what the state counts."""
         whole, rest = divmod(self.tokens[split], self._shard_tokens)
         lengths = [self._shard_tokens] * whole + [rest] * bool(rest)
         for number, length in enumerate(lengths):
@@ -166,7 +162,7 @@ class ShardWriter:
         shards = []
         for number in range(count):
             path = self._path(split, number)
-            # nanoGPT reads {split}.bin, and reads it as uint16
+            # nanoGPT reads {split}.bin as uint16.
             alone = count == 1 and self._dtype == np.uint16
             name = f"{split}.bin" if alone else path.name
             tokens = path.stat().st_size // self._dtype.itemsize
@@ -175,7 +171,7 @@ class ShardWriter:
 
 
 def publish(work: Path, out_dir: Path) -> Manifest:
-    """Move the finished data set in ``work`` to ``out_dir``, or what of it is still there."""
+    """Rename the finished files in ``work`` to ``out_dir``, or those that are still there."""
     manifest = read_manifest(work)
     assert manifest is not None
     places = {

@@ -1,4 +1,4 @@
-"""``fastgpt export``: a model of ours, of nanoGPT's or of Hugging Face's, written for others.
+"""``fastgpt export``: write a model of ours, nanoGPT's or Hugging Face's for other programs.
 
 | ``to`` | what is written | who reads it |
 |---|---|---|
@@ -18,6 +18,7 @@ from typing import Any, Literal
 
 import torch
 
+from fastgpt._optional import optional
 from fastgpt.interop import huggingface
 from fastgpt.model import GPT, PRETRAINED_SHAPES
 from fastgpt.tokenizer import (
@@ -46,13 +47,13 @@ class ExportConfig:
     init_from: str = "resume"
     # Folder of the checkpoint.
     out_dir: str = "out"
-    # Where to write; nothing may be there yet.
+    # Where to write; must not exist yet.
     output: Path | None = None
 
 
 @dataclass(frozen=True)
 class Exported:
-    """What ``export`` wrote, and what its reader should know."""
+    """The path that ``export`` wrote, and notes for the user."""
 
     path: Path
     notes: list[str]
@@ -63,21 +64,21 @@ class _Source:
     model: GPT
     name: str
     find_tokenizer: Callable[[], Tokenizer | None]
-    training: dict[str, Any]  # what a checkpoint of nanoGPT's has beside the model
+    training: dict[str, Any]  # the other entries of a nanoGPT checkpoint
 
 
 def export(config: ExportConfig) -> Exported:
-    """Write the model. Whenever the process dies, the output is there whole or not at all.
+    """Write the model, atomically.
 
     Raises:
         FileNotFoundError: there is no such checkpoint.
-        FileExistsError: the output is there already.
+        FileExistsError: the output exists.
         ValueError: the checkpoint is damaged, or holds no GPT.
         ImportError: a package is missing.
     """
     output = config.output or Path(config.out_dir) / _DEFAULT_NAMES[config.to]
     if output.exists():
-        raise FileExistsError(f"output {output} is there already; remove it, or name another")
+        raise FileExistsError(f"output {output} exists; remove it, or name another")
     source = _source(config)
     output.parent.mkdir(parents=True, exist_ok=True)
     temporary = output.with_name(f".{output.name}.tmp")
@@ -129,7 +130,7 @@ def _write_hf(source: _Source, folder: Path) -> list[str]:
     folder.mkdir()
     notes = []
     if not source.model.config.bias:
-        notes.append("the model has no biases, transformers' GPT-2 always has: they are zeros")
+        notes.append("the model has no biases; transformers needs them: they are zeros")
     end_of_text = None
     try:
         end_of_text = _write_tokenizer(source, folder)
@@ -152,15 +153,15 @@ def _write_nanogpt(source: _Source, folder: Path) -> list[str]:
     if model.gelu_approximate == "none":
         return []
     return [
-        "these weights were trained with the tanh form of GELU, nanoGPT has the exact one: logits "
-        "differ slightly there"
+        "these weights were trained with the tanh form of GELU, nanoGPT has the exact one: its "
+        "logits differ slightly"
     ]
 
 
 def _write_tokenizer(source: _Source, folder: Path) -> int | None:
-    """Write what AutoTokenizer reads; returns the id that ends a text, if there is one.
+    """Write the files that AutoTokenizer reads; returns the end-of-text id, if there is one.
 
-    Raises ValueError if there is no tokenizer, or none that transformers reads.
+    Raises ValueError if there is no tokenizer, or one that transformers cannot read.
     """
     tokenizer = source.find_tokenizer()
     path = folder / JsonTokenizer.FILE
@@ -174,7 +175,7 @@ def _write_tokenizer(source: _Source, folder: Path) -> int | None:
         _of_characters(tokenizer).save(str(path))
     elif isinstance(tokenizer, GPT2Tokenizer):
         end = tokenizer.end_of_text
-        _of_byte_pairs(tokenizer, folder / GPT2Tokenizer.FILE).save(str(path))
+        _of_byte_pairs(tokenizer).save(str(path))
     elif isinstance(tokenizer, JsonTokenizer):
         end = tokenizer.end_of_text
         tokenizer.save(path)
@@ -190,7 +191,7 @@ def _write_tokenizer(source: _Source, folder: Path) -> int | None:
 
 def _of_characters(tokenizer: CharTokenizer) -> Any:
     """A tokenizer of the library tokenizers with one token for each character."""
-    tokenizers = _tokenizers()
+    tokenizers = optional("tokenizers", "the exported tokenizer", "hf")
     json_form = tokenizers.Tokenizer(tokenizers.models.WordLevel(tokenizer.stoi))
     every = tokenizers.Regex(r"[\s\S]")
     json_form.pre_tokenizer = tokenizers.pre_tokenizers.Split(every, "isolated")
@@ -198,12 +199,10 @@ def _of_characters(tokenizer: CharTokenizer) -> Any:
     return json_form
 
 
-def _of_byte_pairs(tokenizer: GPT2Tokenizer, scratch: Path) -> Any:
-    """The same for GPT-2's byte pairs: the merges are those by which a token can be reached."""
-    tokenizers = _tokenizers()
-    tokenizer.save(scratch)
-    lines = [line.split() for line in scratch.read_bytes().splitlines()]
-    scratch.unlink()
+def _of_byte_pairs(tokenizer: GPT2Tokenizer) -> Any:
+    """The same for GPT-2's byte pairs: every split of a token into two tokens is a merge."""
+    tokenizers = optional("tokenizers", "the exported tokenizer", "hf")
+    lines = [line.split() for line in tokenizer.file_bytes.splitlines()]
     ranks = {base64.b64decode(token): int(rank) for token, rank in lines}
     char_of = {byte: char for char, byte in byte_of_character().items()}
     names = {token: "".join(char_of[byte] for byte in token) for token in ranks}
@@ -221,11 +220,3 @@ def _of_byte_pairs(tokenizer: GPT2Tokenizer, scratch: Path) -> Any:
     json_form.decoder = tokenizers.decoders.ByteLevel()
     json_form.add_special_tokens([tokenizers.AddedToken(END_OF_TEXT, normalized=False)])
     return json_form
-
-
-def _tokenizers() -> Any:
-    try:
-        import tokenizers
-    except ImportError as error:
-        raise huggingface.missing_package("the exported tokenizer", "tokenizers") from error
-    return tokenizers

@@ -1,10 +1,9 @@
-"""GPT-2 as Hugging Face's transformers stores it, and in safetensors files.
+"""GPT-2 in the files of Hugging Face's transformers, and in safetensors files.
 
-The same model differs in its files: transformers keeps the four matrices of a block as (in, out),
-has biases everywhere, names the GELU (``gelu`` exact, ``gelu_new`` by tanh) in ``config.json``, and
-leaves out the head, which is the token table. All functions here move weights between that and the
-state dict of ``GPT``; none of them builds a model. Needs safetensors, and huggingface_hub where
-weights are downloaded; transformers itself is not used.
+transformers stores the four matrices of a block transposed, as (in, out), always has biases, names
+the GELU in ``config.json`` (``gelu`` is exact, ``gelu_new`` by tanh), and omits the head, which is
+tied to the token table. The functions here convert between that and the state dict of ``GPT``;
+none builds a model. Needs safetensors, and huggingface_hub for downloads, but not transformers.
 """
 
 import json
@@ -17,6 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from fastgpt._optional import optional
 from fastgpt.language_model import GPTConfig
 
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
@@ -25,9 +25,9 @@ _WEIGHTS_FILES = (WEIGHTS_FILE, "model.safetensors.index.json", "pytorch_model.b
 _TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
 _TOKEN_TABLE, _HEAD = "transformer.wte.weight", "lm_head.weight"
 _GELUS = {"gelu": "none", "gelu_new": "tanh", "gelu_pytorch_tanh": "tanh"}
-_METADATA = "fastgpt"  # the key in a safetensors header that holds config and GELU
+_METADATA = "fastgpt"  # key of our config and GELU in a safetensors header
 
-# GPTConfig's name → config.json's and what transformers takes where it is missing
+# GPTConfig's name → name in config.json, and transformers' default
 _SHAPE = {
     "block_size": ("n_positions", 1024),
     "vocab_size": ("vocab_size", 50257),
@@ -35,7 +35,7 @@ _SHAPE = {
     "n_head": ("n_head", 12),
     "n_embd": ("n_embd", 768),
 }
-# options of transformers that would make it another model, and the values that GPT has
+# options of transformers that would change the model, and the values that GPT has
 _FIXED = {
     "layer_norm_epsilon": 1e-5,
     "scale_attn_weights": True,
@@ -53,19 +53,14 @@ class Weights(NamedTuple):
     state: dict[str, Tensor]
 
 
-def missing_package(what: str, package: str) -> ImportError:
-    """The error to raise when ``package``, of the extra ``hf``, is not installed."""
-    return ImportError(f'{what} needs {package}: pip install "fastgpt-triton[hf]"')
-
-
 def read(source: str | Path) -> Weights:
     """The weights of a folder that transformers wrote (``config.json`` beside
     ``model.safetensors``, its shards, or ``pytorch_model.bin``), of a ``.safetensors`` file from
     such a folder, or of one that ``write_safetensors`` made. Dropout is 0.
 
     Raises:
-        FileNotFoundError: the folder or file, or one that it needs, is not there.
-        ValueError: a file is damaged, or the model is not a GPT-2 that ``GPT`` can be.
+        FileNotFoundError: the folder or file, or one that it needs, is missing.
+        ValueError: a file is damaged, or ``GPT`` cannot represent the model.
         ImportError: safetensors is not installed.
     """
     source = Path(source)
@@ -87,17 +82,14 @@ def read(source: str | Path) -> Weights:
 
 
 def download(name: str) -> Path:
-    """The folder of the published model ``name`` in Hugging Face's cache; the Hub fills it.
+    """The folder of the published model ``name`` in Hugging Face's cache, downloaded if needed.
 
-    Raises ConnectionError if it is not in the cache and cannot be fetched, ImportError without
+    Raises ConnectionError if it is neither in the cache nor downloadable, ImportError without
     huggingface_hub.
     """
+    hub = optional("huggingface_hub", f"the download of {name!r}", "hf")
     try:
-        from huggingface_hub import snapshot_download
-    except ImportError as error:
-        raise missing_package(f"the download of {name!r}", "huggingface_hub") from error
-    try:
-        return Path(snapshot_download(name, allow_patterns=[CONFIG_FILE, WEIGHTS_FILE]))
+        return Path(hub.snapshot_download(name, allow_patterns=[CONFIG_FILE, WEIGHTS_FILE]))
     except OSError as error:
         reason = str(error).partition("\n")[0] or type(error).__name__
         raise ConnectionError(
@@ -107,9 +99,9 @@ def download(name: str) -> Path:
 
 
 def write(weights: Weights, folder: Path, end_of_text: int | None = None) -> None:
-    """Write ``config.json`` and ``model.safetensors``, from which transformers' GPT2LMHeadModel
-    computes the same logits. ``folder`` must be there. Absent biases are written as zeros, for
-    transformers knows no GPT-2 without. ``end_of_text``: the id at which its ``generate`` stops.
+    """Write ``config.json`` and ``model.safetensors`` for transformers' GPT2LMHeadModel, which
+    computes the same logits. ``folder`` must exist. Missing biases are written as zeros, which
+    transformers requires. ``end_of_text``: the id at which its ``generate`` stops.
     """
     config, gelu, state = weights
     activation = {kind: name for name, kind in reversed(_GELUS.items())}[gelu]
@@ -130,8 +122,8 @@ def write(weights: Weights, folder: Path, end_of_text: int | None = None) -> Non
 
 
 def write_safetensors(weights: Weights, path: Path) -> None:
-    """Write one file with the names and shapes of ``GPT.state_dict()`` (without the tied head),
-    config and GELU in its header, for ``read``.
+    """Write one file for ``read``: names and shapes of ``GPT.state_dict()`` without the tied head;
+    config and GELU in the header.
     """
     header = json.dumps({"config": asdict(weights.config), "gelu": weights.gelu})
     state = {name: tensor for name, tensor in weights.state.items() if name != _HEAD}
@@ -175,7 +167,7 @@ def _shape_and_gelu(facts: Mapping[str, Any]) -> tuple[GPTConfig, str]:
 
 
 def _ours(published: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The state dict of ``GPT``. The files that OpenAI's weights came in name the trunk alone."""
+    """The state dict of ``GPT``. Some files name the weights without ``transformer.``."""
     state = {}
     for name, tensor in published.items():
         name = name if name.startswith(("transformer.", "lm_head.")) else f"transformer.{name}"
@@ -242,25 +234,20 @@ def _read_header(path: Path) -> dict[str, str]:
 
 
 def _opened(path: Path) -> Any:
-    try:
-        from safetensors import SafetensorError, safe_open
-    except ImportError as error:
-        raise missing_package("a safetensors file", "safetensors") from error
+    safetensors = optional("safetensors", "a safetensors file", "hf")
     if not path.is_file():
         raise FileNotFoundError(f"there is no {path}")
     try:
-        return safe_open(path, framework="pt")
-    except SafetensorError as error:
+        return safetensors.safe_open(path, framework="pt")
+    except safetensors.SafetensorError as error:
         raise ValueError(f"{path} is not a safetensors file, or is damaged: {error}") from error
 
 
 def _write_tensors(state: Mapping[str, Tensor], path: Path, header: dict[str, str]) -> None:
+    safetensors = optional("safetensors", "a safetensors file", "hf")
+    safetensors_torch = optional("safetensors.torch", "a safetensors file", "hf")
+    tensors = {name: tensor.contiguous() for name, tensor in state.items()}
     try:
-        from safetensors import SafetensorError
-        from safetensors.torch import save_file
-    except ImportError as error:
-        raise missing_package("a safetensors file", "safetensors") from error
-    try:
-        save_file({name: tensor.contiguous() for name, tensor in state.items()}, path, header)
-    except SafetensorError as error:
+        safetensors_torch.save_file(tensors, path, header)
+    except safetensors.SafetensorError as error:
         raise OSError(f"{path} cannot be written: {error}") from error

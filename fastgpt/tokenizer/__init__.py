@@ -1,10 +1,10 @@
-"""Tokenizers: which one stands beside a data set, and which one a user names.
+"""Tokenizers: the one beside a data set, and the one that a user names.
 
     tokenizer = load_tokenizer("data/shakespeare_char")   # beside train.bin
     tokenizer = tokenizer_from("gpt2")                    # or a path: tokenizer.json, x.model, ...
     tokenizer.decode(tokenizer.encode("To be"))           # "To be"
 
-What a tokenizer has is written in ``Tokenizer``.
+The interface is ``Tokenizer``.
 """
 
 import tempfile
@@ -45,10 +45,10 @@ TOKENIZER_FILES = tuple(
 
 
 def saved_tokenizer(folder: str | Path) -> Tokenizer | None:
-    """The tokenizer that was saved in ``folder``; None where there is none.
+    """The tokenizer that was saved in ``folder``, or None.
 
     Raises:
-        ValueError: there are two, or the file is not usable.
+        ValueError: there are several, or the file is not usable.
         ImportError: the library that it needs is not installed.
     """
     folder = Path(folder)
@@ -65,8 +65,8 @@ def saved_tokenizer(folder: str | Path) -> Tokenizer | None:
 
 
 def tokenizer_in(folder: str | Path) -> Tokenizer | None:
-    """The tokenizer in a folder of somebody's model: a saved one, or GPT-2's vocabulary as two
-    files (see ``GPT2Tokenizer``); None where there is neither. Errors: as of both.
+    """The tokenizer in a model's folder: a saved one, or GPT-2's vocabulary as two files (see
+    ``GPT2Tokenizer``), or None. Errors: as of both.
     """
     saved = saved_tokenizer(folder)
     if saved is None and gpt2_folder_has_vocabulary(Path(folder)):
@@ -75,8 +75,7 @@ def tokenizer_in(folder: str | Path) -> Tokenizer | None:
 
 
 def load_tokenizer(data_dir: str | Path) -> Tokenizer:
-    """The tokenizer of a prepared data set: the one saved there, or GPT-2's BPE where there is
-    none, as nanoGPT has it.
+    """The tokenizer of a prepared data set: the one saved there, else GPT-2's BPE, as in nanoGPT.
 
     Raises:
         ValueError, ImportError: see ``saved_tokenizer``.
@@ -125,19 +124,16 @@ def tokenizer_from(spec: str | Path) -> Tokenizer:
 
 
 def packed(tokenizer: Tokenizer | None) -> dict[str, Any]:
-    """What a checkpoint keeps of a tokenizer, of str and bytes: its characters, or its file."""
+    """What a checkpoint stores of a tokenizer: its characters, or its file, as str and bytes."""
     if isinstance(tokenizer, CharTokenizer):
         return {"characters": "".join(tokenizer.itos.values())}
     if tokenizer is None:
         return {}
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / tokenizer.FILE
-        tokenizer.save(path)
-        return {"tokenizer_file": tokenizer.FILE, "tokenizer": path.read_bytes()}
+    return {"tokenizer_file": tokenizer.FILE, "tokenizer": tokenizer.file_bytes}
 
 
 def unpacked(entries: dict[str, Any]) -> Tokenizer | None:
-    """The tokenizer of which ``packed`` made these entries, others aside; None if it had none.
+    """The tokenizer from which ``packed`` made these entries, or None; others are ignored.
 
     Raises:
         ValueError: the entries are damaged.

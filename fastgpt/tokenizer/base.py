@@ -1,7 +1,4 @@
-"""What every tokenizer has: ids for a text, the text of ids, and a file beside the data.
-
-Knows numpy and the standard library alone.
-"""
+"""The interface of every tokenizer: text to ids, ids to text, and a file beside the data."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -20,46 +17,47 @@ class Tokenizer(ABC):
     """Text to ids and back.
 
     Attributes:
-        FILE: the name under which ``save`` writes it into the folder of a data set.
-        name: the kind, and what it was made from: ``"GPT-2 BPE"``.
+        FILE: the name of its file in the folder of a data set.
+        name: the kind, for messages: ``"GPT-2 BPE"``.
         vocab_size: V; every id lies in [0, V).
-        end_of_text: the id that stands behind each document; None where there is none.
-        fingerprint: SHA-256 in hex of all that decides on the ids.
+        end_of_text: the id that ends a document, or None.
+        file_bytes: the content of that file.
+        fingerprint: SHA-256 in hex of everything that decides the ids.
     """
 
     FILE: ClassVar[str]
     name: str
     vocab_size: int
     end_of_text: int | None
+    file_bytes: bytes
     fingerprint: str
 
     @property
     def padded_vocab_size(self) -> int:
-        """The vocabulary of a model for these ids: V, or more, where matrix products are faster."""
+        """The vocabulary of a model for these ids: V rounded up to a multiple of 64, for speed."""
         return -(-self.vocab_size // 64) * 64
 
     def fits(self, vocab_size: int) -> bool:
-        """Whether it can be that of a model with so many tokens, some of them only for speed."""
+        """Whether a model with ``vocab_size`` tokens, padding included, can use this tokenizer."""
         return self.vocab_size <= vocab_size
 
-    @abstractmethod
     def encode(self, text: str) -> list[int]:
-        """The ids of a prompt; the names of special tokens in it mean these tokens.
+        """The ids of a prompt, in which the names of special tokens stand for these tokens.
 
         Raises:
-            TypeError: ``text`` is no str.
+            TypeError: ``text`` is not a str.
         """
+        return self._encode(_checked_text(text))
 
-    @abstractmethod
     def encode_array(self, text: str) -> npt.NDArray[np.integer[Any]]:
-        """The ids of a piece of data, in which the names of special tokens are plain text. Safe to
-        call from several threads at a time.
+        """The ids of a piece of data, in which the names of special tokens are plain text.
+        Thread-safe.
 
         Raises:
-            TypeError: ``text`` is no str.
+            TypeError: ``text`` is not a str.
         """
+        return self._encode_array(_checked_text(text))
 
-    @abstractmethod
     def decode(self, ids: TokenIds) -> str:
         """The text of ``ids``: a sequence or one-dimensional array of integers.
 
@@ -67,18 +65,29 @@ class Tokenizer(ABC):
             TypeError: ``ids`` does not hold integers.
             ValueError: an id is negative or not below ``vocab_size``.
         """
+        return self._decode(_checked_ids(ids, self.vocab_size))
+
+    def save(self, path: str | Path) -> None:
+        """Write the file from which the tokenizer can be loaded."""
+        Path(path).write_bytes(self.file_bytes)
 
     @abstractmethod
-    def save(self, path: str | Path) -> None:
-        """Write the file from which it can be loaded again."""
+    def _encode(self, text: str) -> list[int]: ...
+
+    @abstractmethod
+    def _encode_array(self, text: str) -> npt.NDArray[np.integer[Any]]: ...
+
+    @abstractmethod
+    def _decode(self, ids: npt.NDArray[np.int64]) -> str: ...
 
 
-def check_text(text: str) -> None:
+def _checked_text(text: str) -> str:
     if not isinstance(text, str):
         raise TypeError(f"text must be a str, got {type(text).__name__}")
+    return text
 
 
-def checked_ids(ids: TokenIds, vocab_size: int) -> npt.NDArray[np.int64]:
+def _checked_ids(ids: TokenIds, vocab_size: int) -> npt.NDArray[np.int64]:
     array = np.asarray(ids)
     if array.ndim != 1:
         raise ValueError(f"ids must have one dimension, got shape {array.shape}")

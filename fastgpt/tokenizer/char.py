@@ -11,17 +11,17 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from fastgpt._progress import spans
-from fastgpt.tokenizer.base import TokenIds, Tokenizer, check_text, checked_ids
+from fastgpt.tokenizer.base import Tokenizer
 
 MAX_VOCAB_SIZE = 1 << 16  # train.bin and val.bin hold ids as uint16
 
 
 class CharTokenizer(Tokenizer):
-    """One id per character; a line feed, where there is one, stands behind each document.
+    """One id per character; the line feed, if there is one, ends a document. ``encode`` and
+    ``encode_array`` (uint16) raise ValueError for a character that is not in the vocabulary.
 
     Args:
-        itos: the character of each id; the ids are 0 .. len(itos) - 1, the characters distinct.
+        itos: the character of each id; the ids are 0 to len(itos) - 1, the characters distinct.
 
     Attributes:
         itos: id → character (``dict[int, str]``).
@@ -29,9 +29,9 @@ class CharTokenizer(Tokenizer):
         vocab_size: the number of characters.
 
     Raises:
-        TypeError: a key is no int, or a value no str.
-        ValueError: no character, more than 65,536, ids with a gap, a value that is not one
-            character, or the same character twice.
+        TypeError: a key is not an int, or a value not a str.
+        ValueError: there is no character or more than 65,536, the ids have a gap, a value is not
+            one character, or a character occurs twice.
     """
 
     FILE = "meta.pkl"
@@ -41,17 +41,19 @@ class CharTokenizer(Tokenizer):
         self.itos = dict(sorted(itos.items()))
         self.stoi = {char: i for i, char in self.itos.items()}
         self.vocab_size = len(self.itos)
-        self._code_points = _code_points("".join(self.itos.values()))  # of each id
-        # The id of each code point, -1 where there is none; the last entry stands for all beyond.
+        self._code_points = _code_points("".join(self.itos.values()))  # by id
+        # The id of each code point or -1; larger code points are clipped to the last entry, a -1.
         self._ids = np.full(int(self._code_points.max()) + 2, -1, dtype=np.int32)
         self._ids[self._code_points] = np.arange(self.vocab_size)
         self.name = "characters"
         self.end_of_text = self.stoi.get("\n")
+        meta = {"vocab_size": self.vocab_size, "itos": self.itos, "stoi": self.stoi}
+        self.file_bytes = pickle.dumps(meta, protocol=4)  # as nanoGPT writes it
         self.fingerprint = hashlib.sha256(self._code_points.tobytes()).hexdigest()
 
     @property
     def padded_vocab_size(self) -> int:
-        """V: nanoGPT pads no characters."""
+        """V: nanoGPT does not pad a vocabulary of characters."""
         return self.vocab_size
 
     def fits(self, vocab_size: int) -> bool:
@@ -59,67 +61,45 @@ class CharTokenizer(Tokenizer):
 
     @classmethod
     def from_text(cls, text: str) -> "CharTokenizer":
-        """The characters of ``text`` in the order of their code points.
-
-        Raises:
-            ValueError: the text is empty or has more than 65,536 distinct characters.
-        """
-        return cls.from_texts(text[span] for span in spans(len(text), "Collecting characters"))
+        """See ``from_texts``."""
+        return cls.from_texts([text])
 
     @classmethod
     def from_texts(cls, texts: Iterable[str]) -> "CharTokenizer":
-        """The characters of all ``texts``, of which one is held at a time.
+        """The characters of all ``texts`` in the order of their code points.
 
         Raises:
-            ValueError: they are empty or have more than 65,536 distinct characters.
+            ValueError: the texts are empty or have more than 65,536 distinct characters.
         """
         seen = np.zeros(0x110000, dtype=np.bool_)  # one flag per Unicode code point
         for text in texts:
             seen[_code_points(text)] = True
         codes: list[int] = np.flatnonzero(seen).tolist()
-        if not 1 <= len(codes) <= MAX_VOCAB_SIZE:
+        if not codes:
+            raise ValueError("the input is empty: it has no text")
+        if len(codes) > MAX_VOCAB_SIZE:
             raise ValueError(
-                f"text must have 1 to {MAX_VOCAB_SIZE} distinct characters (ids are stored as "
+                f"text must have at most {MAX_VOCAB_SIZE} distinct characters (ids are stored as "
                 f"uint16), got {len(codes)}"
             )
         return cls({i: chr(code) for i, code in enumerate(codes)})
 
-    def encode(self, text: str) -> list[int]:
-        """The ids of ``text``, one per character.
-
-        Raises:
-            TypeError: ``text`` is no str.
-            ValueError: a character is not in the vocabulary; the message has its position.
-        """
-        ids: list[int] = self.encode_array(text).tolist()
+    def _encode(self, text: str) -> list[int]:
+        ids: list[int] = self._encode_array(text).tolist()
         return ids
 
-    def encode_array(self, text: str) -> npt.NDArray[np.uint16]:
-        """The same as a uint16 array of shape (len(text),): no Python object per character."""
-        check_text(text)
+    def _encode_array(self, text: str) -> npt.NDArray[np.uint16]:
         ids = self._ids.take(_code_points(text), mode="clip")
         if ids.size and ids.min() < 0:
             position = int(np.argmax(ids < 0))
             raise ValueError(
-                f"text holds {text[position]!r} at position {position}, which is not among the "
+                f"text has {text[position]!r} at position {position}, which is not among the "
                 f"{self.vocab_size} characters of the vocabulary"
             )
         return ids.astype(np.uint16)
 
-    def decode(self, ids: TokenIds) -> str:
-        """The text of ``ids``: a sequence or one-dimensional array of integers.
-
-        Raises:
-            TypeError: ``ids`` does not hold integers.
-            ValueError: an id is negative or not below ``vocab_size``.
-        """
-        array = checked_ids(ids, self.vocab_size)
-        return self._code_points[array].tobytes().decode("utf-32-le", "surrogatepass")
-
-    def save(self, path: str | Path) -> None:
-        """Write nanoGPT's ``meta.pkl``."""
-        meta = {"vocab_size": self.vocab_size, "itos": self.itos, "stoi": self.stoi}
-        Path(path).write_bytes(pickle.dumps(meta, protocol=4))
+    def _decode(self, ids: npt.NDArray[np.int64]) -> str:
+        return self._code_points[ids].tobytes().decode("utf-32-le", "surrogatepass")
 
     @classmethod
     def load(cls, path: str | Path) -> "CharTokenizer":
@@ -127,22 +107,13 @@ class CharTokenizer(Tokenizer):
 
         Raises:
             FileNotFoundError: there is no such file.
-            ValueError: the file is no pickle, holds anything but dicts, strings and ints, or its
-                entries contradict each other.
+            ValueError: the file is not a pickle of dicts, strings and ints, or its entries
+                contradict each other.
         """
-        meta = _read_meta(Path(path))
         try:
-            tokenizer = cls(meta["itos"])
-        except (TypeError, ValueError) as error:
+            return _of_meta(_unpickle_plain(Path(path).read_bytes()))
+        except (pickle.UnpicklingError, LookupError, OverflowError, TypeError, ValueError) as error:
             raise ValueError(f"{path} is not a usable meta.pkl: {error}") from error
-        if meta["vocab_size"] != tokenizer.vocab_size:
-            raise ValueError(
-                f"{path} is not a usable meta.pkl: vocab_size is {meta['vocab_size']}, but itos "
-                f"has {tokenizer.vocab_size} entries"
-            )
-        if meta["stoi"] != tokenizer.stoi:
-            raise ValueError(f"{path} is not a usable meta.pkl: stoi is not the inverse of itos")
-        return tokenizer
 
 
 def _code_points(text: str) -> npt.NDArray[np.uint32]:
@@ -176,14 +147,16 @@ _PLAIN_CODES = frozenset(
 
 
 def _unpickle_plain(data: bytes) -> Any:
-    """Unpickle dicts, strings and ints: every code is checked before the first one is run."""
-    names = ["", ""]  # the last two strings: what STACK_GLOBAL looks up
+    """Unpickle dicts, strings and ints. All opcodes are checked before the first one runs."""
+    names = ["", ""]  # the last two strings: the arguments of STACK_GLOBAL
     for code, argument, position in pickletools.genops(data):
         if code.name in ("GLOBAL", "INST", "STACK_GLOBAL"):
             name = ".".join(names[-2:]) if argument is None else argument.replace(" ", ".")
             raise pickle.UnpicklingError(f"it asks for {name} at byte {position}")
         if code.name not in _PLAIN_CODES:
-            raise pickle.UnpicklingError(f"it has {code.name} at byte {position}")
+            raise pickle.UnpicklingError(
+                f"it may hold dicts, strings and ints only, but has {code.name} at byte {position}"
+            )
         # The memo is an array: a damaged index could ask for 64 GB.
         if code.name.endswith("PUT") and int(argument or 0) > len(data):
             raise pickle.UnpicklingError(f"it has the memo entry {argument} at byte {position}")
@@ -192,22 +165,19 @@ def _unpickle_plain(data: bytes) -> Any:
     return pickle.loads(data)
 
 
-def _read_meta(path: Path) -> dict[str, Any]:
-    """The three entries of a ``meta.pkl``, each of its right type."""
-    try:
-        meta = _unpickle_plain(path.read_bytes())
-    except (pickle.UnpicklingError, LookupError, OverflowError, TypeError, ValueError) as error:
-        raise ValueError(
-            f"{path} is not a usable meta.pkl, which holds dicts, strings and ints only: {error}"
-        ) from error
+def _of_meta(meta: Any) -> CharTokenizer:
+    """The tokenizer of an unpickled ``meta.pkl``; TypeError or ValueError if an entry is wrong."""
     if type(meta) is not dict:
-        raise ValueError(
-            f"{path} is not a usable meta.pkl: it is no dict but {type(meta).__name__}"
-        )
+        raise TypeError(f"it must be a dict, got {type(meta).__name__}")
     for key, kind in (("vocab_size", int), ("itos", dict), ("stoi", dict)):
         if type(meta.get(key)) is not kind:
-            found = type(meta[key]).__name__ if key in meta else "missing"
-            raise ValueError(
-                f"{path} is not a usable meta.pkl: {key} must be {kind.__name__}, is {found}"
-            )
-    return meta
+            found = type(meta[key]).__name__ if key in meta else "nothing"
+            raise TypeError(f"{key} must be a {kind.__name__}, got {found}")
+    tokenizer = CharTokenizer(meta["itos"])
+    if meta["vocab_size"] != tokenizer.vocab_size:
+        raise ValueError(
+            f"vocab_size is {meta['vocab_size']}, but itos has {tokenizer.vocab_size} entries"
+        )
+    if meta["stoi"] != tokenizer.stoi:
+        raise ValueError("stoi is not the inverse of itos")
+    return tokenizer

@@ -1,7 +1,4 @@
-"""Tokenizers of other libraries: tiktoken, tokenizers, sentencepiece, imported when one is made.
-
-Ids need no second check: every one that a library returns lies below its vocabulary's size.
-"""
+"""Tokenizers of other libraries: tiktoken, tokenizers, sentencepiece, imported when one is made."""
 
 import base64
 import binascii
@@ -13,22 +10,23 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from fastgpt.tokenizer.base import END_OF_TEXT, TokenIds, Tokenizer, check_text, checked_ids
+from fastgpt._optional import optional
+from fastgpt.tokenizer.base import END_OF_TEXT, Tokenizer
 
 # Files of GPT-2's vocabulary: OpenAI's names and Hugging Face's. Ids, then merges.
 _GPT2_FILES = (("encoder.json", "vocab.bpe"), ("vocab.json", "merges.txt"))
-# What GPT-2 splits a text into before it merges bytes, without backtracking where none can help.
+# GPT-2's split of a text before bytes are merged; possessive where backtracking cannot help.
 _GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
 _END_NAMES = (END_OF_TEXT, "</s>", "<|end_of_text|>", "<eos>", "[EOS]", "<|im_end|>", "[SEP]")
 
 
 class GPT2Tokenizer(Tokenizer):
-    """GPT-2's byte-pair encoding by tiktoken, with ``<|endoftext|>`` read as one token.
+    """GPT-2's byte-pair encoding by tiktoken. ``decode`` makes bytes that are not UTF-8 U+FFFD.
 
     Args:
-        path: the vocabulary, where it is not to be downloaded: a ``.tiktoken`` file, or a folder
-            with ``encoder.json`` and ``vocab.bpe``, or with ``vocab.json`` and ``merges.txt``. Any
-            other vocabulary of this form is as good: its size is what the files have.
+        path: the vocabulary, by default downloaded: a ``.tiktoken`` file, or a folder with
+            ``encoder.json`` and ``vocab.bpe``, or with ``vocab.json`` and ``merges.txt``. Any
+            vocabulary of this form works.
 
     Attributes:
         vocab_size: 50,257 for GPT-2's own.
@@ -43,16 +41,11 @@ class GPT2Tokenizer(Tokenizer):
     FILE = "gpt2.tiktoken"
 
     def __init__(self, path: str | Path | None = None) -> None:
-        try:
-            import tiktoken
-        except ImportError as error:
-            raise ImportError(
-                'GPT-2\'s BPE needs tiktoken: pip install "fastgpt-triton[bpe]"'
-            ) from error
+        tiktoken = optional("tiktoken", "GPT-2's BPE", "bpe")
         if path is None:
             try:
                 self._encoding = tiktoken.get_encoding("gpt2")
-            except OSError as error:  # every network error of tiktoken's is one
+            except OSError as error:  # tiktoken's network errors
                 raise ConnectionError(
                     f"tiktoken could not get GPT-2's vocabulary: {error}. It is downloaded once; "
                     "offline, let TIKTOKEN_CACHE_DIR name a folder that already has it, or "
@@ -69,94 +62,72 @@ class GPT2Tokenizer(Tokenizer):
         self.name = "GPT-2 BPE"
         self.vocab_size: int = self._encoding.n_vocab
         self.end_of_text: int = self._encoding.eot_token
-        self.fingerprint = hashlib.sha256(self._file()).hexdigest()
+        # tiktoken's format: a line for each token, its bytes in base64 and its id
+        tokens = map(self._encoding.decode_single_token_bytes, range(self.end_of_text))
+        lines = (base64.b64encode(token) + b" %d\n" % i for i, token in enumerate(tokens))
+        self.file_bytes = b"".join(lines)
+        self.fingerprint = hashlib.sha256(self.file_bytes).hexdigest()
 
-    def encode(self, text: str) -> list[int]:
-        check_text(text)
+    def _encode(self, text: str) -> list[int]:
         ids: list[int] = self._encoding.encode(text, allowed_special={END_OF_TEXT})
         return ids
 
-    def encode_array(self, text: str) -> npt.NDArray[np.uint32]:
-        check_text(text)
-        return self._encoding.encode_to_numpy(text, disallowed_special=())
+    def _encode_array(self, text: str) -> npt.NDArray[np.uint32]:
+        ids: npt.NDArray[np.uint32] = self._encoding.encode_to_numpy(text, disallowed_special=())
+        return ids
 
-    def decode(self, ids: TokenIds) -> str:
-        """The text of ``ids``; bytes that are not UTF-8 become U+FFFD. Errors: as ``Tokenizer``."""
-        text: str = self._encoding.decode(checked_ids(ids, self.vocab_size).tolist())
-        return text
-
-    def save(self, path: str | Path) -> None:
-        """Write tiktoken's format: a line for each token, its bytes in base64 and its id."""
-        Path(path).write_bytes(self._file())
-
-    def _file(self) -> bytes:
-        tokens = map(self._encoding.decode_single_token_bytes, range(self.end_of_text))
-        lines = (base64.b64encode(token) + b" %d\n" % i for i, token in enumerate(tokens))
-        return b"".join(lines)
+    def _decode(self, ids: npt.NDArray[np.int64]) -> str:
+        return str(self._encoding.decode(ids.tolist()))
 
 
 class JsonTokenizer(Tokenizer):
-    """A ``tokenizer.json`` of the library tokenizers, and so of Hugging Face's models.
+    """A ``tokenizer.json``, the format of the library tokenizers and of Hugging Face's models.
 
     Args:
         path: the file.
 
     Attributes:
-        end_of_text: the first that the vocabulary has of ``<|endoftext|>``, ``</s>``,
-            ``<|end_of_text|>``, ``<eos>``, ``[EOS]``, ``<|im_end|>``, ``[SEP]``.
+        end_of_text: the first of ``<|endoftext|>``, ``</s>``, ``<|end_of_text|>``, ``<eos>``,
+            ``[EOS]``, ``<|im_end|>``, ``[SEP]`` that the vocabulary has.
 
     Raises:
         ImportError: tokenizers is not installed.
         FileNotFoundError: there is no such file.
-        ValueError: the file is no such tokenizer.
+        ValueError: the file is not such a tokenizer.
     """
 
     FILE = "tokenizer.json"
 
     def __init__(self, path: str | Path) -> None:
+        tokenizers = optional("tokenizers", "a tokenizer.json", "data")
+        self.file_bytes = _read(Path(path))
         try:
-            import tokenizers
-        except ImportError as error:
-            raise ImportError(
-                'a tokenizer.json needs tokenizers: pip install "fastgpt-triton[data]"'
-            ) from error
-        data = _read(Path(path))
-        try:
-            self._prompts = tokenizers.Tokenizer.from_buffer(data)
-            self._data = tokenizers.Tokenizer.from_buffer(data)
+            self._prompts = tokenizers.Tokenizer.from_buffer(self.file_bytes)
+            self._data = tokenizers.Tokenizer.from_buffer(self.file_bytes)
         except ValueError as error:
             raise ValueError(f"{path} is not a usable tokenizer.json: {error}") from error
-        for tokenizer in (self._prompts, self._data):  # the file may ask for either
+        for tokenizer in (self._prompts, self._data):  # the file can turn on both
             tokenizer.no_padding()
             tokenizer.no_truncation()
         self._data.encode_special_tokens = True
         ids = self._prompts.get_vocab()
         if not ids:
             raise ValueError(f"{path} is not a usable tokenizer.json: its vocabulary is empty")
-        self._bytes = data
         self.vocab_size: int = max(ids.values()) + 1
         self.end_of_text: int | None = next((ids[n] for n in _END_NAMES if n in ids), None)
         self.name = f"{type(self._data.model).__name__} of {self.vocab_size} tokens"
-        self.fingerprint = hashlib.sha256(data).hexdigest()
+        self.fingerprint = hashlib.sha256(self.file_bytes).hexdigest()
 
-    def encode(self, text: str) -> list[int]:
-        check_text(text)
+    def _encode(self, text: str) -> list[int]:
         ids: list[int] = self._prompts.encode(text, add_special_tokens=False).ids
         return ids
 
-    def encode_array(self, text: str) -> npt.NDArray[np.uint32]:
-        check_text(text)
+    def _encode_array(self, text: str) -> npt.NDArray[np.uint32]:
         (encoding,) = self._data.encode_batch_fast([text], add_special_tokens=False)
         return np.asarray(encoding.ids, dtype=np.uint32)
 
-    def decode(self, ids: TokenIds) -> str:
-        text: str = self._prompts.decode(
-            checked_ids(ids, self.vocab_size).tolist(), skip_special_tokens=False
-        )
-        return text
-
-    def save(self, path: str | Path) -> None:
-        Path(path).write_bytes(self._bytes)
+    def _decode(self, ids: npt.NDArray[np.int64]) -> str:
+        return str(self._prompts.decode(ids.tolist(), skip_special_tokens=False))
 
 
 class SentencePieceTokenizer(Tokenizer):
@@ -168,22 +139,17 @@ class SentencePieceTokenizer(Tokenizer):
     Raises:
         ImportError: sentencepiece is not installed.
         FileNotFoundError: there is no such file.
-        ValueError: the file is no such model.
+        ValueError: the file is not such a model.
     """
 
     FILE = "tokenizer.model"
 
     def __init__(self, path: str | Path) -> None:
-        try:
-            import sentencepiece
-        except ImportError as error:
-            raise ImportError(
-                'a SentencePiece model needs sentencepiece: pip install "fastgpt-triton[data]"'
-            ) from error
-        self._bytes = _read(Path(path))
+        sentencepiece = optional("sentencepiece", "a SentencePiece model", "data")
+        self.file_bytes = _read(Path(path))
         self._model: Any = sentencepiece.SentencePieceProcessor()
         try:
-            self._model.LoadFromSerializedProto(self._bytes)
+            self._model.LoadFromSerializedProto(self.file_bytes)
         except RuntimeError as error:
             raise ValueError(f"{path} is not a usable SentencePiece model: {error}") from error
         self.vocab_size: int = self._model.vocab_size()
@@ -192,33 +158,27 @@ class SentencePieceTokenizer(Tokenizer):
         end: int = self._model.eos_id()
         self.end_of_text: int | None = end if end >= 0 else None
         self.name = f"SentencePiece of {self.vocab_size} tokens"
-        self.fingerprint = hashlib.sha256(self._bytes).hexdigest()
+        self.fingerprint = hashlib.sha256(self.file_bytes).hexdigest()
 
-    def encode(self, text: str) -> list[int]:
-        check_text(text)
+    def _encode(self, text: str) -> list[int]:
         ids: list[int] = self._model.encode(text)
         return ids
 
-    def encode_array(self, text: str) -> npt.NDArray[np.uint32]:
-        check_text(text)
+    def _encode_array(self, text: str) -> npt.NDArray[np.uint32]:
         return np.asarray(self._model.encode(text), dtype=np.uint32)
 
-    def decode(self, ids: TokenIds) -> str:
-        text: str = self._model.decode(checked_ids(ids, self.vocab_size).tolist())
-        return text
-
-    def save(self, path: str | Path) -> None:
-        Path(path).write_bytes(self._bytes)
+    def _decode(self, ids: npt.NDArray[np.int64]) -> str:
+        return str(self._model.decode(ids.tolist()))
 
 
 def gpt2_folder_has_vocabulary(folder: Path) -> bool:
-    """Whether ``GPT2Tokenizer(folder)`` finds its files there."""
+    """Whether ``GPT2Tokenizer(folder)`` finds its files."""
     return any(all((folder / name).is_file() for name in names) for names in _GPT2_FILES)
 
 
 def byte_of_character() -> dict[str, int]:
-    """How byte-level vocabularies write a byte in JSON: printable Latin-1 characters as they are,
-    the other 68 bytes in order as the characters from U+0100 on.
+    """How byte-level vocabularies write bytes in JSON, as character → byte: printable Latin-1
+    characters as they are, the other 68 bytes in order as the characters from U+0100 on.
     """
     printable = [byte for byte in range(256) if chr(byte).isprintable() and byte != 0x20]
     others = [byte for byte in range(256) if byte not in printable]
@@ -234,7 +194,7 @@ def _read(path: Path) -> bytes:
 
 
 def _gpt2_ranks(path: Path) -> dict[bytes, int]:
-    """Token → id: the 256 bytes and what they are merged to, in the order of the merges."""
+    """Token → id: the 256 bytes and the merged tokens, in the order of the merges."""
     if path.is_dir():
         ranks = _ranks_of_folder(path)
     else:

@@ -1,4 +1,4 @@
-"""New tokenizers from a user's texts, by the libraries that use them.
+"""New tokenizers from a user's texts, trained by the libraries that use them.
 
 train_tokenizer(source_of("texts"), "bpe", 8192, "tokenizers/mine")
 """
@@ -7,6 +7,8 @@ import io
 from collections.abc import Iterator
 from pathlib import Path
 
+from fastgpt._files import check_folder
+from fastgpt._optional import optional
 from fastgpt.data.sources import Source
 from fastgpt.tokenizer.base import END_OF_TEXT, Tokenizer
 from fastgpt.tokenizer.subword import JsonTokenizer, SentencePieceTokenizer
@@ -14,27 +16,28 @@ from fastgpt.tokenizer.subword import JsonTokenizer, SentencePieceTokenizer
 KINDS = ("bpe", "unigram")
 
 _MIN_VOCAB_SIZE = 257  # the bytes, and the end of text
-_SENTENCES = 1_000_000  # of the input that unigram learns from, drawn by chance
-_SENTENCE = 1000  # characters of one at most
+_SENTENCES = 1_000_000  # a random sample of the input, for unigram
+_SENTENCE = 1000  # characters at most
 
 
 def train_tokenizer(source: Source, kind: str, vocab_size: int, out_dir: str | Path) -> Tokenizer:
     """Learn a vocabulary from the texts of ``source`` and write it into ``out_dir``.
 
-    Either kind can encode every text and gives it back unchanged.
+    Both kinds encode any text without loss.
 
     Args:
         source: the texts.
         kind: ``"bpe"``: byte-level byte-pair encoding cut like GPT-2's, as ``tokenizer.json``;
-            ``"unigram"``: a unigram model with bytes for what it does not know, by SentencePiece,
-            as ``tokenizer.model``.
-        vocab_size: the tokens, at least 257. A short text may have fewer worth a token: bpe then
-            has fewer, unigram is refused.
+            ``"unigram"``: SentencePiece's unigram model with byte fallback, as
+            ``tokenizer.model``.
+        vocab_size: the number of tokens, at least 257. From a short text bpe may learn fewer;
+            unigram raises.
         out_dir: the folder.
 
     Raises:
         ImportError: the library is not installed.
-        ValueError: an argument is out of range, the texts are empty or too few for ``vocab_size``.
+        ValueError: an argument is out of range, or the texts are empty or too short for
+            ``vocab_size``.
         NotADirectoryError: ``out_dir`` is a file.
         FileExistsError: ``out_dir`` has a tokenizer of this kind.
     """
@@ -43,8 +46,7 @@ def train_tokenizer(source: Source, kind: str, vocab_size: int, out_dir: str | P
     if vocab_size < _MIN_VOCAB_SIZE:
         raise ValueError(f"vocab_size must be at least {_MIN_VOCAB_SIZE}, got {vocab_size}")
     out_dir = Path(out_dir)
-    if out_dir.exists() and not out_dir.is_dir():
-        raise NotADirectoryError(f"out_dir must be a folder, but {out_dir} is a file")
+    check_folder(out_dir)
     path = out_dir / (JsonTokenizer if kind == "bpe" else SentencePieceTokenizer).FILE
     if path.exists():
         raise FileExistsError(f"{path} exists and is not replaced; choose another out_dir")
@@ -55,31 +57,22 @@ def train_tokenizer(source: Source, kind: str, vocab_size: int, out_dir: str | P
 
 
 def _bpe(source: Source, vocab_size: int) -> bytes:
-    try:
-        from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    except ImportError as error:
-        raise ImportError(
-            'kind="bpe" needs tokenizers: pip install "fastgpt-triton[data]"'
-        ) from error
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
+    tokenizers = optional("tokenizers", 'kind="bpe"', "data")
+    byte_level = tokenizers.pre_tokenizers.ByteLevel
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
+    tokenizer.pre_tokenizer = byte_level(add_prefix_space=False)
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(
         vocab_size=vocab_size,
         special_tokens=[END_OF_TEXT],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        initial_alphabet=byte_level.alphabet(),
     )
     tokenizer.train_from_iterator(_not_empty(source.texts()), trainer)
     return bytes(tokenizer.to_str().encode())
 
 
 def _unigram(source: Source, vocab_size: int) -> bytes:
-    try:
-        import sentencepiece
-    except ImportError as error:
-        raise ImportError(
-            'kind="unigram" needs sentencepiece: pip install "fastgpt-triton[data]"'
-        ) from error
+    sentencepiece = optional("sentencepiece", 'kind="unigram"', "data")
     model = io.BytesIO()
     sentencepiece.set_random_generator_seed(0)
     try:
@@ -93,7 +86,7 @@ def _unigram(source: Source, vocab_size: int) -> bytes:
             shuffle_input_sentence=True,
             max_sentence_length=4 * _SENTENCE,  # bytes
             minloglevel=1,  # warnings
-            # a text comes back as it was
+            # lossless
             normalization_rule_name="identity",
             add_dummy_prefix=False,
             remove_extra_whitespaces=False,
@@ -115,7 +108,7 @@ def _not_empty(texts: Iterator[str]) -> Iterator[str]:
 
 
 def _sentences(texts: Iterator[str]) -> Iterator[str]:
-    """Lines, the long ones in parts: SentencePiece leaves out what is longer than its limit."""
+    """Lines, cut into parts of at most ``_SENTENCE``: SentencePiece skips longer ones."""
     for text in texts:
         for line in text.splitlines():
             for start in range(0, len(line), _SENTENCE):

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from fastgpt._files import replacing
+from fastgpt._files import atomic_write
 from fastgpt.bigram import Bigram
 from fastgpt.language_model import GPTConfig, LanguageModel
 from fastgpt.model import GPT
@@ -44,7 +44,7 @@ def save(checkpoint: Checkpoint, path: Path) -> None:
     """Write ``checkpoint`` to ``path``: to a temporary file beside it first, which then replaces
     it. Whenever the process dies, ``path`` holds the old checkpoint or the new one, whole.
     """
-    with replacing(path) as file:
+    with atomic_write(path) as file:
         torch.save(checkpoint, file)
 
 
@@ -53,7 +53,7 @@ def publish(source: Path, path: Path) -> None:
     if source.is_dir():
         save(load(source), path)
         return
-    with open(source, "rb") as original, replacing(path) as file:
+    with open(source, "rb") as original, atomic_write(path) as file:
         shutil.copyfileobj(original, file, 1 << 24)
 
 

@@ -16,7 +16,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TextIO
 
-from fastgpt._files import replacing
+from fastgpt._files import atomic_write
 from fastgpt.training.config import TrainConfig
 
 LOG, TENSORBOARD = "log.jsonl", "tensorboard"
@@ -129,7 +129,7 @@ def _drop_from(path: Path, first_iter: int, keep_evaluation: bool) -> None:
         if row["iter"] < first_iter
         or (keep_evaluation and row["iter"] == first_iter and "val/loss" in row)
     ]
-    with replacing(path) as file:
+    with atomic_write(path) as file:
         file.writelines((json.dumps(row) + "\n").encode() for row in kept)
 
 

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
-from fastgpt._files import replacing, sha256_of, sync_folder, write_json
+from fastgpt._files import atomic_write, sha256_of, sync_folder, write_json
 from fastgpt.training.distributed import ALONE, World
 
 _METADATA, _REST, _COMPLETE = ".metadata", "run.pt", "complete.json"
@@ -53,7 +53,7 @@ def save(checkpoint: dict[str, Any], path: Path, world: World) -> None:
     except CheckpointException as error:
         raise OSError(f"could not write {temporary}: {error}") from error
     if world.first:
-        with replacing(temporary / _REST) as file:
+        with atomic_write(temporary / _REST) as file:
             torch.save(rest, file)
     world.wait()
     names = sorted(file.name for file in temporary.iterdir())[world.rank :: world.size]

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from fastgpt._files import alone_in
+from fastgpt._files import exclusive_lock
 from fastgpt._progress import PlainConsole, run_console
 from fastgpt.data.batches import Batches
 from fastgpt.devices import autocast, resolve_device, resolve_dtype
@@ -296,7 +296,7 @@ class Trainer:
             yield
             return
         self.out_dir.mkdir(parents=True, exist_ok=True)
-        with alone_in(self.out_dir):
+        with exclusive_lock(self.out_dir):
             if self.config.init_from != "resume":
                 if moved := checkpoint_folder.set_aside(self.out_dir, (LOG, TENSORBOARD)):
                     self.console.print(

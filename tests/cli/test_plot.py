@@ -59,22 +59,17 @@ def test_the_curves_are_those_of_the_log() -> None:
     ]
 
 
-def test_a_figure_that_was_not_finite_is_a_gap() -> None:
-    figure = draw({"a": [*rows(), {"iter": 50, "val/loss": None, "train/loss": None, "lr": 0.0}]})
-    assert math.isnan(lines(figure, 1)[0][50])
-    assert "2.3000 at iteration 40" in figure.legends[0].get_texts()[0].get_text()
-
-
-def test_a_run_without_an_evaluation_is_drawn() -> None:
-    figure = draw({"a": [row for row in rows() if "loss" in row]})
-    assert lines(figure, 1) == [{}]
-    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["a"]
-
-
-def test_a_name_that_matplotlib_would_hide() -> None:
-    figure = draw({"_a": rows(), "b": rows()})
-    names = [text.get_text().partition(":")[0] for text in figure.legends[0].get_texts()]
-    assert names == ["./_a", "b"]
+def test_gaps_and_labels() -> None:
+    """A value that was not finite, a run without an evaluation, a name that matplotlib hides."""
+    gap = {"iter": 50, "val/loss": None, "train/loss": None, "lr": 0.0}
+    without = [row for row in rows() if "loss" in row]
+    figure = draw({"a": [*rows(), gap], "b": without, "_c": rows()})
+    assert math.isnan(lines(figure, 1)[0][50]) and lines(figure, 1)[1] == {}
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == [
+        "a: best validation loss 2.3000 at iteration 40",
+        "b",
+        "./_c: best validation loss 2.3000 at iteration 40",
+    ]
 
 
 def test_the_picture_of_one_run_stands_beside_its_log(tmp_path: Path) -> None:
@@ -86,16 +81,6 @@ def test_the_picture_of_one_run_stands_beside_its_log(tmp_path: Path) -> None:
     assert plot(PlotConfig(folders=(folder,))) == path  # a new picture replaces it
 
 
-def test_the_picture_of_several_runs_stands_here(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    folders = (written(Path("a"), rows()), written(Path("b"), rows(1.0)))
-    assert plot(PlotConfig(folders=folders)) == Path("curves.png")
-    named = Path("new/both.png")
-    assert plot(PlotConfig(folders=folders, output=named)) == named and named.is_file()
-
-
 def test_the_command(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -104,8 +89,10 @@ def test_the_command(
         written(Path(name), rows())
     assert main(["plot"]) == 0
     assert capsys.readouterr().out == "wrote out/curves.png\n"
-    assert main(["plot", "out", "other", "--output=both.png"]) == 0
-    assert capsys.readouterr().out == "wrote both.png\n" and Path("both.png").is_file()
+    assert main(["plot", "out", "other"]) == 0
+    assert capsys.readouterr().out == "wrote curves.png\n"
+    assert main(["plot", "out", "other", "--output=new/both.png"]) == 0
+    assert capsys.readouterr().out == "wrote new/both.png\n" and Path("new/both.png").is_file()
     assert main(["plot", "absent"]) == 2
     assert "there is no absent/log.jsonl" in capsys.readouterr().err
 

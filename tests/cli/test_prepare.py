@@ -13,7 +13,7 @@ import pytest
 from fastgpt.cli import main as cli
 from fastgpt.data import builtin_texts
 from fastgpt.data.manifest import read_manifest
-from fastgpt.tokenizer import CharTokenizer, JsonTokenizer
+from fastgpt.tokenizer import CharTokenizer, load_tokenizer
 from fastgpt.training import checkpoint as ckpt
 from tests.tools.small_runs import arguments, small_keys
 
@@ -79,29 +79,53 @@ def test_characters_of_documents() -> None:
     assert all(80 < text.count("D") < 320 for text in texts)
 
 
-def test_an_option_that_asks_for_more_is_never_ignored() -> None:
+def test_the_share_of_one_text() -> None:
     run("prepare", "--input=text.txt")
-    assert sorted(os.listdir("data/text")) == ["meta.pkl", "train.bin", "val.bin"]
+    run("prepare", "--input=text.txt")  # finds it finished
+    assert sorted(os.listdir("data/text")) == ["manifest.json", "meta.pkl", "train.bin", "val.bin"]
     run("prepare", "--input=text.txt", "--val_share=0.25", "--out_dir=data/quarter")
     total = len("".join(DOCUMENTS))
     manifest = read_manifest("data/quarter")
     assert manifest is not None
     assert manifest.splits["val"].tokens == total - int(0.75 * total)
-    train = Path("data/quarter/train.bin").read_bytes() + Path("data/quarter/val.bin").read_bytes()
-    plain = Path("data/text/train.bin").read_bytes() + Path("data/text/val.bin").read_bytes()
-    assert train == plain
+    whole = [
+        b"".join(Path(folder, f"{split}.bin").read_bytes() for split in ("train", "val"))
+        for folder in ("data/text", "data/quarter")
+    ]
+    assert whole[0] == whole[1]
 
 
-def test_a_corpus_with_another_tokenizer(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("tokenizer", ["char", "t/tokenizer.json"])
+def test_the_corpora(
+    tokenizer: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setattr(builtin_texts, "builtin_text", lambda: "".join(DOCUMENTS))
-    monkeypatch.setattr(builtin_texts, "shakespeare_text", lambda: "".join(DOCUMENTS))
+    monkeypatch.setattr(builtin_texts, "shakespeare_text", lambda: "".join(DOCUMENTS[1:]))
     run("tokenizer", "train", "--input=text.txt", "--vocab_size=300", "--out_dir=t")
-    run("prepare", "--tokenizer=t/tokenizer.json")
-    run("prepare", "shakespeare", "--tokenizer=t")
-    tokenizer = JsonTokenizer("t/tokenizer.json")
-    for folder in ("data/builtin_bpe", "data/shakespeare"):
-        ids = [np.fromfile(f"{folder}/{split}.bin", np.uint16) for split in ("train", "val")]
-        assert "".join(map(tokenizer.decode, ids)) == "".join(DOCUMENTS)
+    for corpus in ([], ["shakespeare"], ["shakespeare", "--out_dir=else/where"]):
+        run("prepare", *corpus, f"--tokenizer={tokenizer}")
+    assert "fastgpt train --data_root=else --dataset=where" in capfd.readouterr().out
+    names = {"char": ["builtin", "shakespeare_char"]}.get(tokenizer, ["builtin_bpe", "shakespeare"])
+    for folder, documents in (
+        (Path("data", names[0]), DOCUMENTS),
+        (Path("data", names[1]), DOCUMENTS[1:]),
+        (Path("else", "where"), DOCUMENTS[1:]),
+    ):
+        ids = [np.fromfile(folder / f"{split}.bin", np.uint16) for split in ("train", "val")]
+        assert "".join(map(load_tokenizer(folder).decode, ids)) == "".join(documents)
+
+
+def test_nothing_is_downloaded_for_a_folder_that_is_a_file_and_nothing_written_without_it(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def offline() -> str:
+        raise ConnectionError("could not download it")
+
+    monkeypatch.setattr(builtin_texts, "shakespeare_text", offline)
+    assert cli.main(["prepare", "shakespeare", "--out_dir=text.txt"]) == 2
+    assert "out_dir must be a folder, but text.txt is a file" in capfd.readouterr().err
+    assert cli.main(["prepare", "shakespeare"]) == 1
+    assert not Path("data").exists()
 
 
 @pytest.mark.parametrize(
@@ -115,7 +139,8 @@ def test_a_corpus_with_another_tokenizer(monkeypatch: pytest.MonkeyPatch) -> Non
         (["prepare", "--input=docs.jsonl", "--text_key=x"], "has no 'x', but 'text', 'body'; name"),
         (["prepare", "--input=docs.jsonl", "--shard_tokens=0"], "shard_tokens must be at least 1"),
         (["prepare", "--input=docs.jsonl", "--end_of_text=ab"], "must be one token, but 'ab' is 2"),
-        (["prepare", "--input=text.txt", "--seed=1"], "seed=1: one text is cut at its end"),
+        (["prepare", "--input=text.txt", "--seed=1"], "seed=1 has no use: one text"),
+        (["prepare", "--input=text.txt", "--end_of_text=a"], "text=a has no use: one text"),
         (["tokenizer", "train", "--input=x", "--out_dir=t"], "the input x does not exist"),
         (
             ["tokenizer", "train", "--input=text.txt", "--out_dir=t", "--vocab_size=5"],
@@ -138,5 +163,5 @@ def test_an_interruption_says_how_to_go_on(
     with monkeypatch.context() as patch:
         patch.setattr(CharTokenizer, "encode_array", interrupted)
         assert cli.main(["prepare", "--input=docs.jsonl", "--val_share=0.5"]) == 130
-    assert "the same command goes on from here" in capfd.readouterr().out
+    assert "the same command continues from here" in capfd.readouterr().out
     run("prepare", "--input=docs.jsonl", "--val_share=0.5")

@@ -6,74 +6,53 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
 from fastgpt import _progress
-from fastgpt.data.builtin_texts import bigram_counts, bigram_entropy, prepare_text
+from fastgpt.data.builtin_texts import bigram_counts, bigram_entropy
+from fastgpt.tokenizer import CharTokenizer
+from tests.tools.small_runs import data_set
 
 
-def write_val(folder: Path, ids: list[int]) -> Path:
+def counts_of(folder: Path, ids: list[int], vocab_size: int) -> np.ndarray:
     np.array(ids, dtype=np.uint16).tofile(folder / "val.bin")
-    return folder
+    return bigram_counts(folder, "val", vocab_size)
 
 
 @pytest.mark.parametrize("span", [1 << 22, 7])
-def test_bigram_entropy_is_the_definition(
+def test_counts_and_entropy_are_the_definition(
     span: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(_progress, "SPAN", span)
     text = "She sells sea shells on the sea shore; the shells she sells are sea shells.\n" * 7
-    prepared = prepare_text(text, tmp_path)
-    halves = text[: prepared.train_tokens], text[prepared.train_tokens :]
-    for split, text in zip(("train", "val"), halves, strict=True):
-        pairs = Counter(zip(text, text[1:], strict=False))
-        firsts = Counter(text[:-1])
-        entropy = -sum(n / (len(text) - 1) * math.log(n / firsts[a]) for (a, _), n in pairs.items())
-        assert bigram_entropy(tmp_path, split) == pytest.approx(entropy, abs=1e-12)
-    assert bigram_entropy(tmp_path) == bigram_entropy(tmp_path, "val")
-
-
-def test_bigram_entropy_is_the_least_loss_of_a_table(tmp_path: Path) -> None:
-    ids = torch.randint(5, (2000,)) ** 2 % 11
-    write_val(tmp_path, ids.tolist())
-    counts = torch.zeros(17, 17, dtype=torch.float64)
-    counts.index_put_((ids[:-1], ids[1:]), torch.ones(1999, dtype=torch.float64), accumulate=True)
-    entropy = bigram_entropy(tmp_path)
-    best = torch.nn.functional.cross_entropy(counts.log()[ids[:-1]], ids[1:])
-    assert float(best) == pytest.approx(entropy, abs=1e-12)
-    worse = torch.nn.functional.cross_entropy((counts + 0.01).log()[ids[:-1]], ids[1:])
-    assert float(worse) > entropy
+    folder, cut = data_set(tmp_path, text), len(text) * 9 // 10
+    itos = CharTokenizer.load(folder / "meta.pkl").itos
+    for split, part in (("train", text[:cut]), ("val", text[cut:])):
+        pairs = Counter(zip(part, part[1:], strict=False))
+        firsts = Counter(part[:-1])
+        entropy = -sum(n / (len(part) - 1) * math.log(n / firsts[a]) for (a, _), n in pairs.items())
+        counts = bigram_counts(folder, split, len(itos) + 2)  # a model may know more tokens
+        assert counts.dtype == np.int64 and counts.sum() == len(part) - 1
+        assert {(itos[a], itos[b]): counts[a, b] for a, b in np.argwhere(counts)} == pairs
+        assert bigram_entropy(counts) == pytest.approx(entropy, abs=1e-12)
 
 
 def test_bigram_entropy_of_known_sources(tmp_path: Path) -> None:
-    assert bigram_entropy(write_val(tmp_path, [0, 1, 2] * 100)) == 0.0
-    assert bigram_entropy(write_val(tmp_path, [0] * 9)) == 0.0
+    assert bigram_entropy(counts_of(tmp_path, [0, 1, 2] * 100, 3)) == 0.0
+    assert bigram_entropy(counts_of(tmp_path, [0] * 9, 1)) == 0.0
     coin = np.random.default_rng(0).integers(2, size=100_000).tolist()
-    assert bigram_entropy(write_val(tmp_path, coin)) == pytest.approx(math.log(2), abs=1e-3)
+    assert bigram_entropy(counts_of(tmp_path, coin, 2)) == pytest.approx(math.log(2), abs=1e-3)
     ids = [4095, 0, 4095, 4095]  # the largest table: 4095 → 0 and 4095 → 4095 once each
-    assert bigram_entropy(write_val(tmp_path, ids)) == pytest.approx(2 * math.log(2) / 3)
+    entropy = bigram_entropy(counts_of(tmp_path, ids, 4096))
+    assert entropy == pytest.approx(2 * math.log(2) / 3)
 
 
-def test_bigram_entropy_refuses(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"val\.bin holds the token id 4096, .* below 4096"):
-        bigram_entropy(write_val(tmp_path, [0, 4096, 0]))
-    with pytest.raises(ValueError, match=r"val\.bin has 1 token,"):
-        bigram_entropy(write_val(tmp_path, [0]))
-    with pytest.raises(FileNotFoundError, match=r"train\.bin"):
-        bigram_entropy(tmp_path, "train")
-    with pytest.raises(ValueError, match=r"one of \('train', 'val'\), got 'test'"):
-        bigram_entropy(tmp_path, "test")
-
-
-@pytest.mark.parametrize("span", [1 << 22, 2])
-def test_bigram_counts(span: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_progress, "SPAN", span)
-    write_val(tmp_path, [0, 1, 1, 1, 2, 0, 1])
-    counts = bigram_counts(tmp_path, "val", 4)  # a model may know more tokens than a split holds
-    assert counts.dtype == np.int64
-    assert counts.tolist() == [[0, 2, 0, 0], [0, 2, 1, 0], [1, 0, 0, 0], [0, 0, 0, 0]]
+def test_what_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"val\.bin holds the token id 2 at position 4"):
-        bigram_counts(tmp_path, "val", 2)
+        counts_of(tmp_path, [0, 1, 1, 1, 2, 0, 1], 2)
     for vocab_size in (0, 4097):
         with pytest.raises(ValueError, match=rf"vocab_size must lie in \[1, 4096\].*{vocab_size}"):
             bigram_counts(tmp_path, "val", vocab_size)
+    with pytest.raises(ValueError, match="at least one pair of tokens, got none"):
+        bigram_entropy(counts_of(tmp_path, [0], 1))
+    with pytest.raises(FileNotFoundError, match=r"train\.bin"):
+        bigram_counts(tmp_path, "train", 2)

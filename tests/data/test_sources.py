@@ -1,7 +1,6 @@
 """Texts from files: what is refused, where long ones are cut, which split a document goes to."""
 
 import gzip
-import json
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -13,15 +12,12 @@ from fastgpt.data import file_formats, sources
 from fastgpt.data.prepare import prepare
 from fastgpt.data.sources import DatasetSource, FileSource, TextSource, source_of
 from fastgpt.tokenizer import CharTokenizer
-
-DOCUMENTS = [f"Document {i}\n" + "naïve Ω 文 🙂 and so on; " * (i % 7) + "." for i in range(60)]
+from tests.data.test_prepare import DOCUMENTS, jsonl
 
 
 @pytest.fixture
 def source(tmp_path: Path) -> FileSource:
-    path = tmp_path / "documents.jsonl"
-    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in DOCUMENTS))
-    return FileSource(path)
+    return FileSource(jsonl(tmp_path / "documents.jsonl"))
 
 
 def test_the_seed_and_the_share_choose_the_documents(source: FileSource) -> None:
@@ -53,7 +49,7 @@ def test_inputs_without_text(tmp_path: Path) -> None:
     [
         ("a.jsonl", b'{"text": "a"}\n{"text": ', r"line 2 of the input .*a\.jsonl is not JSON"),
         ("a.jsonl", b"[" * 100_000, r"line 1 of the input .*a\.jsonl is not JSON"),
-        ("a.jsonl", b'\n["text"]\n', r"line 2 .* must be a JSON object, but is list"),
+        ("a.jsonl", b'\n["text"]\n', r"line 2 .* must be a JSON object, got list"),
         ("a.jsonl", b'{"body": "a", "id": 1}', r"line 1 .* has no 'text', but 'body', 'id'; name"),
         ("a.jsonl", b'{"text": null}', r"line 1 .* must have a text as 'text', got NoneType"),
         ("a.jsonl", b'{"text": "\xff"}', r"line 1 .* is not JSON"),
@@ -85,18 +81,10 @@ def test_damaged_inputs_are_named(
         list(source_of(tmp_path / name).pieces(0.1, 0))
 
 
-def test_endings_in_capitals(tmp_path: Path) -> None:
+def test_endings_in_capitals_and_lone_surrogates(tmp_path: Path) -> None:
     path = tmp_path / "A.JSONL.GZ"
-    path.write_bytes(gzip.compress(b'{"text": "one"}\n{"text": "two"}\n'))
-    assert list(source_of(path).texts()) == ["one", "two"]
-
-
-def test_a_cut_off_zst_is_noticed(tmp_path: Path) -> None:
-    zstandard = pytest.importorskip("zstandard", reason="needs the extra [data]")
-    data = zstandard.compress(os.urandom(50_000).hex().encode())
-    (tmp_path / "a.txt.zst").write_bytes(data[: len(data) // 2])
-    with pytest.raises(ValueError, match=r"a\.txt\.zst is damaged: it ends within its last frame"):
-        list(source_of(tmp_path / "a.txt.zst").texts())
+    path.write_bytes(gzip.compress(b'{"text": "one"}\n{"text": "a\\ud800b \\ud83d\\ude42"}\n'))
+    assert list(source_of(path).texts()) == ["one", "a\ufffdb 🙂"]
 
 
 def test_a_zst_with_a_long_window_and_frames_to_be_skipped(tmp_path: Path) -> None:
@@ -108,6 +96,9 @@ def test_a_zst_with_a_long_window_and_frames_to_be_skipped(tmp_path: Path) -> No
     skipped = (0x184D2A50).to_bytes(4, "little") + (4).to_bytes(4, "little") + b"none"
     (tmp_path / "a.txt.zst").write_bytes(skipped + data + skipped + data)
     assert "".join(source_of(tmp_path / "a.txt.zst").texts()) == 2 * "of unknown length"
+    (tmp_path / "a.txt.zst").write_bytes(data[:-3])
+    with pytest.raises(ValueError, match=r"a\.txt\.zst is damaged: it ends within its last frame"):
+        list(source_of(tmp_path / "a.txt.zst").texts())
 
 
 @pytest.mark.parametrize("compression", ["snappy", "none"])
@@ -159,12 +150,6 @@ def test_a_data_set_that_is_a_program_is_refused(tmp_path: Path) -> None:
     (tmp_path / f"{tmp_path.name}.py").write_text("print('never run')\n")
     with pytest.raises(ValueError, match=r"the data set .*: Dataset scripts are no longer"):
         DatasetSource(str(tmp_path))
-
-
-def test_lone_surrogates_of_json_become_a_replacement(tmp_path: Path) -> None:
-    path = tmp_path / "a.jsonl"
-    path.write_bytes(b'{"text": "a\\ud800b \\ud83d\\ude42"}\n')
-    assert list(source_of(path).texts()) == ["a\ufffdb 🙂"]
 
 
 # ---- long documents

@@ -1,4 +1,4 @@
-"""``fastgpt export``: what is written, read by those it is written for."""
+"""``fastgpt export``: the files are read by the programs they are for."""
 
 import json
 import os
@@ -36,10 +36,12 @@ def exported(root: Path, to: Any, **keys: Any) -> Exported:
     return export(ExportConfig(to=to, out_dir=str(root / "out"), **keys))
 
 
-def test_to_transformers_and_back(tmp_path: Path) -> None:
-    trainer = run(tmp_path, bias=True)
+@pytest.mark.parametrize("bias", [True, False])
+def test_to_transformers_and_back(bias: bool, tmp_path: Path) -> None:
+    trainer = run(tmp_path, bias=bias)
     written = exported(tmp_path, "hf")
-    assert written == Exported(tmp_path / "out" / "hf", [])
+    zeros = "the model has no biases; transformers needs them: they are zeros"
+    assert written == Exported(tmp_path / "out" / "hf", [] if bias else [zeros])
     model = transformers.AutoModelForCausalLM.from_pretrained(written.path, local_files_only=True)
     assert model.config.activation_function == "gelu" and model.config.n_positions == 16
     again = GPT.from_pretrained(str(written.path)).eval()
@@ -48,19 +50,6 @@ def test_to_transformers_and_back(tmp_path: Path) -> None:
         expected = trainer.model.eval()(x, x)[0]
         assert (model.eval()(x).logits - expected).abs().max() <= 1e-4
         assert torch.equal(again(x, x)[0], expected)
-
-
-def test_a_model_without_biases_says_so(tmp_path: Path) -> None:
-    trainer = run(tmp_path, bias=False)
-    written = exported(tmp_path, "hf")
-    assert written.notes == [
-        "the model has no biases, transformers' GPT-2 always has: they are zeros"
-    ]
-    model = transformers.AutoModelForCausalLM.from_pretrained(written.path, local_files_only=True)
-    x = torch.randint(trainer.model.config.vocab_size, (2, 16))
-    with torch.no_grad():
-        expected = trainer.model.eval()(x, x)[0]
-        assert (model.eval()(x).logits - expected).abs().max() <= 1e-4
 
 
 def test_the_characters_become_a_tokenizer(tmp_path: Path) -> None:
@@ -202,7 +191,7 @@ def test_from_transformers_to_nanogpt_to_a_run_here(tmp_path: Path) -> None:
 
 
 def test_old_files_of_nanogpt_are_exported(tmp_path: Path) -> None:
-    """A compiled model's names, with masks; nothing but the model."""
+    """A checkpoint with a compiled model's names and with masks, without an optimizer."""
     torch.manual_seed(0)
     model = GPT(GPTConfig(16, 65, 2, 2, 16))
     state = {f"_orig_mod.{name}": tensor for name, tensor in model.state_dict().items()}
@@ -235,7 +224,7 @@ def test_nothing_is_overwritten_and_nothing_left_half(
             with pytest.raises(OSError, match="No space left"):
                 exported(tmp_path, to)
     assert sorted(os.listdir(tmp_path / "out")) == before
-    with pytest.raises(FileExistsError, match="out is there already; remove it, or name another"):
+    with pytest.raises(FileExistsError, match="out exists; remove it, or name another"):
         exported(tmp_path, "hf", output=tmp_path / "out")
 
 
@@ -246,11 +235,11 @@ def test_the_command(
     run(tmp_path)
     assert main(["export", "--to=hf"]) == 0
     out = capsys.readouterr().out
-    assert out.startswith("wrote out/hf\nnote: the model has no biases, ")
+    assert out.startswith("wrote out/hf\nnote: the model has no biases; ")
     assert main(["export", "--to=nanogpt", "--init_from=out/hf", "--output=back"]) == 0
     assert capsys.readouterr().out == "wrote back\n"
     assert main(["export", "--to=hf"]) == 2
-    assert "out/hf is there already" in capsys.readouterr().err
+    assert "out/hf exists" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         main(["export", "--to=gguf"])
 

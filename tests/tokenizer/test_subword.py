@@ -61,18 +61,18 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(params=KINDS)
 def tokenizer(request: pytest.FixtureRequest, folder: Path) -> Tokenizer:
+    if request.param == "characters":
+        return CharTokenizer.from_text("cba")
     return tokenizer_from(folder / request.param)
 
 
 def test_the_kinds(folder: Path) -> None:
-    kinds = {name: type(tokenizer_from(folder / name)) for name in KINDS}
-    assert kinds == {
-        "gpt2": GPT2Tokenizer,
-        "json": JsonTokenizer,
-        "sentencepiece": SentencePieceTokenizer,
-    }
-    sizes = {name: tokenizer_from(folder / name).vocab_size for name in KINDS}
-    assert sizes == {"gpt2": 400, "json": 400, "sentencepiece": 500}
+    found = [tokenizer_from(folder / name) for name in KINDS]
+    assert [(type(tokenizer), tokenizer.vocab_size) for tokenizer in found] == [
+        (GPT2Tokenizer, 400),
+        (JsonTokenizer, 400),
+        (SentencePieceTokenizer, 500),
+    ]
     assert tokenizer_from(folder / "json").padded_vocab_size == 448
     assert CharTokenizer.from_text("abc").padded_vocab_size == 3
 
@@ -93,6 +93,24 @@ def test_gpt2s_ids_are_those_of_the_other_library(folder: Path) -> None:
     for text in (TEXT, OTHER, "   a  \n\n b'll x's 1234 !!?"):
         pieces = [[t.decode([i]) for i in t.encode_array(text)] for t in (ours, theirs)]
         assert pieces[0] == pieces[1]
+    assert base64.b64encode(b"a") in (folder / "gpt2.tiktoken").read_bytes()
+
+
+def test_gpt2s_vocabulary_without_a_file_is_downloaded(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiktoken = pytest.importorskip("tiktoken")
+    stored = {"gpt2": GPT2Tokenizer(folder / "gpt2")._encoding}
+    monkeypatch.setattr(tiktoken, "get_encoding", stored.__getitem__)
+    downloaded = load_tokenizer(tmp_path)
+    assert downloaded.fingerprint == tokenizer_from(folder / "gpt2").fingerprint
+
+    def offline(name: str) -> Any:
+        raise OSError("no route")
+
+    monkeypatch.setattr(tiktoken, "get_encoding", offline)
+    with pytest.raises(ConnectionError, match="no route.*TIKTOKEN_CACHE_DIR"):
+        load_tokenizer(tmp_path)
 
 
 def test_gpt2s_vocabulary_in_three_forms_is_one(folder: Path) -> None:
@@ -129,6 +147,7 @@ def test_a_saved_one_is_found_beside_the_data(tokenizer: Tokenizer, tmp_path: Pa
         load_tokenizer(tmp_path)
 
 
+@pytest.mark.parametrize("tokenizer", [*KINDS, "characters"], indirect=True)
 def test_a_checkpoint_carries_it(tokenizer: Tokenizer) -> None:
     file = io.BytesIO()
     torch.save({"other": 1, **packed(tokenizer)}, file)
@@ -136,18 +155,14 @@ def test_a_checkpoint_carries_it(tokenizer: Tokenizer) -> None:
     entries = torch.load(file, weights_only=True)
     again = unpacked(entries)
     assert again is not None and again.fingerprint == tokenizer.fingerprint
+    assert unpacked({"other": 1}) is None and packed(None) == {}
+    if "characters" in entries:
+        assert entries["characters"] == "abc"
+        assert CharTokenizer.from_text("abd").fingerprint != tokenizer.fingerprint
+        return
     for damage in ({"tokenizer_file": "../x"}, {"tokenizer": "text"}):
         with pytest.raises(ValueError, match="the tokenizer is damaged"):
             unpacked(entries | damage)
-    assert unpacked({"other": 1}) is None and packed(None) == {}
-
-
-def test_characters_are_carried_as_characters() -> None:
-    characters = CharTokenizer.from_text("cba")
-    assert packed(characters) == {"characters": "abc"}
-    again = unpacked({"characters": "abc"})
-    assert again is not None and again.fingerprint == characters.fingerprint
-    assert CharTokenizer.from_text("abd").fingerprint != characters.fingerprint
 
 
 def test_wrong_ids_and_texts_are_refused(tokenizer: Tokenizer) -> None:
@@ -204,7 +219,6 @@ def test_merges_out_of_order_are_refused(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "vocab.bpe").write_text("a b c\n")
     with pytest.raises(ValueError, match="no usable encoder.json and vocab.bpe"):
         GPT2Tokenizer(tmp_path)
-    assert base64.b64encode(b"a") in (folder / "gpt2.tiktoken").read_bytes()
 
 
 @pytest.mark.parametrize(

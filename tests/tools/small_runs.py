@@ -1,6 +1,7 @@
 """A data set and a configuration small enough that a whole training run takes a second."""
 
 import io
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,8 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from fastgpt.data.builtin_texts import prepare_text
+from fastgpt.data.prepare import characters_of, prepare
+from fastgpt.data.sources import TextSource
 from fastgpt.training import checkpoint as ckpt
 from fastgpt.training import checkpoint_folder
 from fastgpt.training.config import TrainConfig
@@ -19,8 +21,11 @@ TEXT = "".join(f"{n} times {n + 1} is {n * (n + 1)};\n" for n in range(400))
 
 
 def data_set(root: Path, text: str = TEXT) -> Path:
-    """A character-level data set in ``root/small``."""
-    return prepare_text(text, root / "small").data_dir
+    """A character-level data set in ``root/small``, which replaces an earlier one."""
+    shutil.rmtree(root / "small", ignore_errors=True)
+    source = TextSource(text)
+    prepare(source, characters_of(source), root / "small")
+    return root / "small"
 
 
 def small_keys(root: Path, **changes: Any) -> dict[str, Any]:

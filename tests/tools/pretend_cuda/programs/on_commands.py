@@ -2,8 +2,6 @@
 filled. Started by ``test_on_pretended_device.py``."""
 
 import json
-import stat
-import sys
 from pathlib import Path
 
 import pytest
@@ -39,21 +37,11 @@ def test_train_and_sample(tmp_path: Path, dtype: str, capsys: pytest.CaptureFixt
     assert cli.main([*common, "--num_samples=1", f"--dtype={dtype}"]) == 0
 
 
-def test_doctor(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Its trial is another process, which shall have the pretended device, too."""
-    python = tmp_path / "python"  # python -c PROGRAM DEVICE
-    python.write_text(
-        f'#!/bin/sh\nprintf %s "$2" > {tmp_path}/trial.py\n'
-        f'exec {sys.executable} -m tests.tools.pretend_cuda {tmp_path}/trial.py "$3"\n'
-    )
-    python.chmod(python.stat().st_mode | stat.S_IXUSR)
-    monkeypatch.setattr(sys, "executable", str(python))
-    assert cli.main(["doctor"]) == 0
+def test_doctor(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["doctor"]) == 1
     out = capsys.readouterr().out
-    assert "pretended device, compute capability 9.0" in out
-    assert "trial on cuda" in out and "an update was made (loss" in out
+    assert "pretended device, compute capability 9.0" in out and "on the Triton kernels" in out
+    assert "DIFFERS FROM the reference ops" in out  # kernels are filled, not computed
 
 
 # ---------------------------------------------------------------------------------- generation
