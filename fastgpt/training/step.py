@@ -9,7 +9,7 @@ the batches, the learning rate, the optimizer's count, and the state of PyTorch'
 which each replay draws its own dropout masks.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -17,15 +17,12 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 
+from fastgpt.cuda_graph import Graphed
 from fastgpt.training.distributed import ALONE, World
 from fastgpt.training.fsdp import whole
 from fastgpt.training.optimizer import MasterAdamW
 
 Batch = tuple[Tensor, Tensor]
-
-# Updates before the capture. They are real ones, made kernel by kernel, in which all that may not
-# happen in a capture does: kernels are compiled and loaded, libraries allocate what they keep.
-_BEFORE_CAPTURE = 3
 
 # Where the learning rate is a float32 tensor, with a graph and without one. PyTorch's AdamW takes a
 # Python number as float64, with which the updates would be others than a graph's.
@@ -88,7 +85,9 @@ class Step:
         if not self._scaler.is_enabled():
             # PyTorch's fused AdamW knows the attribute from the gradient scaler.
             optimizer.found_inf = self.not_finite  # type: ignore[attr-defined]
-        self._graph: _Graph | None = None
+        # What the graph reads, and the update that it captures.
+        self.inputs: list[Batch] = []
+        self._graphed: Graphed[Tensor] | None = None
         if cuda_graph:
             if _is_compiled(model):
                 raise ValueError("cuda_graph must be False with a compiled model, got True")
@@ -98,7 +97,7 @@ class Step:
                 raise ValueError("cuda_graph must be False with a gradient scaler, got True")
             if world.size > 1:
                 raise ValueError(f"cuda_graph must be False in {world.size} processes, got True")
-            self._graph = _Graph(self._update, optimizer, device)
+            self._graphed = Graphed(lambda: self._update(self.inputs), device)
 
     def __call__(self, batches: Iterable[Batch], learning_rate: float) -> Tensor:
         """Make one update; the mean loss of its batches, on the device.
@@ -107,10 +106,16 @@ class Step:
             ValueError: there are more or fewer batches than ``micro_batches``, or with a CUDA graph
                 one of another shape than before.
         """
-        self._set(learning_rate)
-        return self._update(batches) if self._graph is None else self._graph(batches)
+        batches = list(batches)
+        if len(batches) != self._micro_batches:
+            raise ValueError(f"batches must hold {self._micro_batches} pairs, got {len(batches)}")
+        self._set_learning_rate(learning_rate)
+        if self._graphed is None:
+            return self._update(batches)
+        self._bring(batches)
+        return self._graphed().clone()  # the next replay writes to the same tensor
 
-    def _set(self, learning_rate: float) -> None:
+    def _set_learning_rate(self, learning_rate: float) -> None:
         for group in self._optimizer.param_groups:
             if self._device.type in _LEARNING_RATE_ON_DEVICE and not isinstance(
                 group["lr"], Tensor
@@ -121,10 +126,23 @@ class Step:
             else:
                 group["lr"] = learning_rate
 
-    def _update(self, batches: Iterable[Batch]) -> Tensor:
-        batches = list(batches)
-        if len(batches) != self._micro_batches:
-            raise ValueError(f"batches must hold {self._micro_batches} pairs, got {len(batches)}")
+    def _bring(self, batches: list[Batch]) -> None:
+        """Copy the batches to where the graph reads them."""
+        if not self.inputs:
+            self.inputs = [(torch.empty_like(x), torch.empty_like(y)) for x, y in batches]
+        for batch, mine in zip(batches, self.inputs, strict=True):
+            for source, target in zip(batch, mine, strict=True):
+                if source.shape != target.shape:
+                    raise ValueError(
+                        f"every batch of a CUDA graph must have the shape {tuple(target.shape)}, "
+                        f"got {tuple(source.shape)}"
+                    )
+                target.copy_(source)
+
+    def _update(self, batches: list[Batch]) -> Tensor:
+        if self._device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            for group in self._optimizer.param_groups:
+                group["capturable"] = True  # PyTorch demands it in a capture, and warns elsewhere
         valid = torch.stack([(y != -1).sum() for _, y in batches])
         all_valid = self._world.sum(valid.sum())
         total = torch.zeros((), device=self._device)
@@ -175,65 +193,3 @@ class Step:
 def _is_compiled(model: nn.Module) -> bool:
     """By torch.compile, which wraps a module, or by its method of that name."""
     return hasattr(model, "_orig_mod") or model._compiled_call_impl is not None
-
-
-class _Graph:
-    """``update`` as a CUDA graph, captured after ``_BEFORE_CAPTURE`` calls.
-
-    All calls run on one stream of its own: a backward pass meets the streams of earlier ones, and
-    a capture may meet no other.
-    """
-
-    def __init__(
-        self,
-        update: Callable[[Iterable[Batch]], Tensor],
-        optimizer: torch.optim.Optimizer,
-        device: torch.device,
-    ) -> None:
-        self._update = update
-        self._optimizer = optimizer
-        self._stream = torch.cuda.Stream(device)
-        self._batches: list[Batch] = []  # what the graph reads
-        self._graph: torch.cuda.CUDAGraph | None = None
-        self._loss: Tensor | None = None  # what it writes
-        self._calls = 0
-
-    def __call__(self, batches: Iterable[Batch]) -> Tensor:
-        self._receive(list(batches))
-        current = torch.cuda.current_stream(self._stream.device)
-        self._stream.wait_stream(current)
-        with torch.cuda.stream(self._stream):
-            loss = self._run()
-        current.wait_stream(self._stream)
-        return loss
-
-    def _receive(self, batches: list[Batch]) -> None:
-        """Copy the batches, which were brought to the device ahead of time, to where the graph
-        reads them."""
-        if not self._batches:
-            self._batches = [(torch.empty_like(x), torch.empty_like(y)) for x, y in batches]
-        if len(batches) != len(self._batches):
-            raise ValueError(f"batches must hold {len(self._batches)} pairs, got {len(batches)}")
-        for mine, given in zip(self._batches, batches, strict=True):
-            for target, source in zip(mine, given, strict=True):
-                if source.shape != target.shape:
-                    raise ValueError(
-                        f"every batch of a CUDA graph must have the shape {tuple(target.shape)}, "
-                        f"got {tuple(source.shape)}"
-                    )
-                target.copy_(source)
-
-    def _run(self) -> Tensor:
-        self._calls += 1
-        if self._calls <= _BEFORE_CAPTURE:
-            return self._update(self._batches)
-        if self._graph is None:
-            for group in self._optimizer.param_groups:
-                group["capturable"] = True  # PyTorch asks for it in a capture, and warns before one
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, stream=self._stream):
-                self._loss = self._update(self._batches)
-            self._graph = graph
-        self._graph.replay()
-        assert self._loss is not None
-        return self._loss.clone()  # the next replay writes there again
