@@ -200,7 +200,7 @@ class LanguageModel(nn.Module):
                     f"(vocab_size {self.config.vocab_size}), got {value}"
                 )
 
-    def rounded_parameters(self) -> list[nn.Parameter]:
+    def low_precision_parameters(self) -> list[nn.Parameter]:
         """Those that products in half precision round before they use them: which a model may as
         well hold in half precision, if the optimizer keeps them in full.
         """

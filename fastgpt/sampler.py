@@ -201,7 +201,7 @@ def round_matrices(model: LanguageModel, dtype: torch.dtype) -> None:
     if dtype == torch.float32:
         return
     tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
-    for param in model.rounded_parameters():
+    for param in model.low_precision_parameters():
         if id(param) not in tables:
             param.data = param.data.to(dtype)
     for module in model.modules():

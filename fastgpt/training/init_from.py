@@ -124,11 +124,11 @@ def shape_of(model: LanguageModel) -> dict[str, Any]:
 
 
 def separator(config: TrainConfig, tokenizer: Tokenizer | None) -> int | None:
-    """The token that stands between two documents of the data set, for ``pack``; None without it.
+    """The token between two documents of the data set, for ``document_mask``; None without it.
 
-    Raises ValueError if there is none, or one that documents have within, too.
+    Raises ValueError if there is none, or one that occurs within documents too.
     """
-    if not config.pack:
+    if not config.document_mask:
         return None
     manifest = read_manifest(config.data_dir)
     if manifest is not None:
@@ -141,7 +141,7 @@ def separator(config: TrainConfig, tokenizer: Tokenizer | None) -> int | None:
         token, why = None, "consists of characters"
     if token is None:
         raise ValueError(
-            f"pack must be False with the data set {config.data_dir}: it {why}, so no token of its "
-            "own ends a document"
+            f"document_mask must be False with the data set {config.data_dir}: it {why}, so no "
+            "token of its own ends a document"
         )
     return int(token)

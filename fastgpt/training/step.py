@@ -19,7 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from fastgpt.cuda_graph import Graphed
 from fastgpt.training.distributed import ALONE, World
-from fastgpt.training.fsdp import whole
+from fastgpt.training.fsdp import full_tensor
 from fastgpt.training.optimizer import MasterAdamW
 
 Batch = tuple[Tensor, Tensor]
@@ -144,22 +144,22 @@ class Step:
             for group in self._optimizer.param_groups:
                 group["capturable"] = True  # PyTorch demands it in a capture, and warns elsewhere
         valid = torch.stack([(y != -1).sum() for _, y in batches])
-        all_valid = self._world.sum(valid.sum())
+        all_valid = self._world.all_reduce(valid.sum())
         total = torch.zeros((), device=self._device)
         for number, (x, y) in enumerate(batches):
             last = number == len(batches) - 1
-            with self._exchanging(last):
+            with self._gradient_sync(last):
                 with self._autocast:
-                    loss = self._share(self._model(x, y)[1], valid[number], all_valid)
+                    loss = self._part_of_mean(self._model(x, y)[1], valid[number], all_valid)
                 self._scaler.scale(loss).backward()
             total += loss.detach()
-        total = self._world.sum(total) / self._world.size
-        self._look_at(total)
+        total = self._world.all_reduce(total) / self._world.size
+        self._note_if_not_finite(total)
         if self._grad_clip != 0.0:
             self._scaler.unscale_(self._optimizer)
             norm = self._clip()
             if not self._scaler.is_enabled():  # which expects overflows and skips them itself
-                self._look_at(norm)
+                self._note_if_not_finite(norm)
         # Off CUDA nothing runs ahead: the host may look, and not every AdamW knows found_inf there.
         if self._device.type == "cuda" or not self.not_finite:
             self._scaler.step(self._optimizer)
@@ -167,14 +167,14 @@ class Step:
         self._optimizer.zero_grad(set_to_none=True)
         return total
 
-    def _share(self, loss: Tensor, valid: Tensor, all_valid: Tensor) -> Tensor:
+    def _part_of_mean(self, loss: Tensor, valid: Tensor, all_valid: Tensor) -> Tensor:
         """What a micro-batch's mean ``loss`` adds to the update's, times the number of processes,
         over which gradients are averaged. NaN, as ``loss`` is, if there is no valid target at all.
         """
         share = loss / (all_valid / (valid * self._world.size))
         return torch.where((valid > 0) | (all_valid == 0), share, 0.0)
 
-    def _exchanging(self, gradients: bool) -> AbstractContextManager[object]:
+    def _gradient_sync(self, gradients: bool) -> AbstractContextManager[object]:
         if isinstance(self._model, FSDPModule):
             self._model.set_requires_gradient_sync(gradients)
         if gradients or not isinstance(self._model, DistributedDataParallel):
@@ -184,9 +184,9 @@ class Step:
     def _clip(self) -> Tensor:
         if isinstance(self._optimizer, MasterAdamW):
             return self._optimizer.clip_grad_norm_(self._grad_clip)
-        return whole(nn.utils.clip_grad_norm_(self._model.parameters(), self._grad_clip))
+        return full_tensor(nn.utils.clip_grad_norm_(self._model.parameters(), self._grad_clip))
 
-    def _look_at(self, value: Tensor) -> None:
+    def _note_if_not_finite(self, value: Tensor) -> None:
         torch.maximum(self.not_finite, (~value.isfinite()).float(), out=self.not_finite)
 
 

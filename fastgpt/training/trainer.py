@@ -187,7 +187,7 @@ class Trainer:
                 moments = fsdp.empty_state(self.optimizer)
                 state["state"] = sharded_checkpoint.load_into(self.model, moments, path)
             elif self._sharded:
-                state["state"] = fsdp.cut(state["state"], self.optimizer)
+                state["state"] = fsdp.shard_optimizer_state(state["state"], self.optimizer)
             self.optimizer.load_state_dict(state)
             self.iter_num = int(saved["iter_num"])
             self.best_val_loss = float(saved["best_val_loss"])
@@ -247,7 +247,7 @@ class Trainer:
             return
         with (
             self._own_out_dir(),
-            self._log.opened(config, self.iter_num) if self.world.first else nullcontext(),
+            self._log.opened(config, self.iter_num) if self.world.is_main else nullcontext(),
             self._meter() as meter,
             interrupts() as interrupted,
         ):
@@ -262,7 +262,7 @@ class Trainer:
                     self._check_finite()
                     mean = loss.item()
                     speed = meter.report(self.iter_num, mean)
-                    if self.world.first:
+                    if self.world.is_main:
                         self._log.report(self.iter_num, mean, learning_rate, speed, meter.mfu)
                 self.iter_num += 1
                 if stopped := self.world.any(interrupted.is_set()):
@@ -292,13 +292,15 @@ class Trainer:
     @contextmanager
     def _own_out_dir(self) -> Iterator[None]:
         """``out_dir`` for this run alone, without an earlier one's files."""
-        if not self.world.first:
+        if not self.world.is_main:
             yield
             return
         self.out_dir.mkdir(parents=True, exist_ok=True)
         with alone_in(self.out_dir):
             if self.config.init_from != "resume":
-                if moved := checkpoint_folder.set_aside(self.out_dir, (LOG, TENSORBOARD)):
+                if moved := checkpoint_folder.archive_previous_run(
+                    self.out_dir, (LOG, TENSORBOARD)
+                ):
                     self.console.print(
                         f"the checkpoints and logs of an earlier run are now in {moved}"
                     )
@@ -343,7 +345,7 @@ class Trainer:
         losses = torch.stack([self._loss(forward, x, y) for x, y in batches])
         model.train(was_training)
         mine = len(range(self.world.rank, count, self.world.size))
-        return (self.world.sum(losses[:mine].sum()) / count).item()
+        return (self.world.all_reduce(losses[:mine].sum()) / count).item()
 
     def evaluate(self) -> dict[str, float]:
         """The mean loss of ``eval_iters`` batches of each split: ``{"train": .., "val": ..}``."""
@@ -353,7 +355,7 @@ class Trainer:
         losses = self.evaluate()
         self.val_loss = losses["val"]
         self._report_losses(losses)
-        if self.world.first:
+        if self.world.is_main:
             learning_rate = self.learning_rate(self.iter_num)
             self._log.evaluation(self.iter_num, losses["train"], losses["val"], learning_rate, mfu)
         if not math.isfinite(losses["val"]):
@@ -377,7 +379,7 @@ class Trainer:
             "model": ckpt.kind(self.model),
             "gelu": getattr(self.model, "gelu_approximate", "none"),
             **packed(self.tokenizer),
-            "generators": self.world.gathered(self._generators()),
+            "generators": self.world.all_gather_object(self._generators()),
             "data": self.batches.state_dict(),
             "scaler": self.scaler.state_dict(),
             "best_iter": self.best_iter,
@@ -398,15 +400,15 @@ class Trainer:
         path = checkpoint_folder.path_of(self.out_dir, self.iter_num, self._sharded)
         if self._sharded:
             sharded_checkpoint.save(state, path, self.world)
-        elif self.world.first:
+        elif self.world.is_main:
             ckpt.save(state, path)
-        if self.world.first:
+        if self.world.is_main:
             if publish:
                 ckpt.publish(path, self.out_dir / ckpt.BEST)
             checkpoint_folder.prune(self.out_dir, self.config.keep_last, self.best_iter)
         return path
 
-    def whole_model(self) -> LanguageModel:
+    def full_model(self) -> LanguageModel:
         """The model, for one process to use alone. Of a sharded one a copy; all have to ask."""
         if not self._sharded:
             return self.model
@@ -415,7 +417,7 @@ class Trainer:
             "gelu": getattr(self.model, "gelu_approximate", "none"),
         }
         state = {
-            "model": fsdp.gathered(self.model),
+            "model": fsdp.full_state_dict(self.model),
             "model_args": ckpt.model_args(self.model),
             "fastgpt": own,
         }
