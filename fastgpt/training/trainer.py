@@ -308,7 +308,7 @@ class Trainer:
 
     def _update(self, learning_rate: float) -> Tensor:
         """One optimizer step; the mean loss of its batches, on the device."""
-        batches = [self.batches.next("train") for _ in range(self._micro_batches)]
+        batches = [self.batches.next("train", place) for place in self._step.inputs]
         loss = self._step(batches, learning_rate)
         if self.device.type != "cuda":
             self._check_finite()  # nothing runs ahead here: the host may look at every update

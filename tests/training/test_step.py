@@ -12,8 +12,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from fastgpt import GPT
+from fastgpt.data.batches import Batch
 from fastgpt.training.optimizer import MasterAdamW
-from fastgpt.training.step import Batch, Step
+from fastgpt.training.step import Step
 from tests.tools.small_models import small_model, tokens
 from tests.tools.small_runs import assert_same
 
