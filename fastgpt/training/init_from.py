@@ -3,8 +3,6 @@
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from fastgpt._files import is_path
 from fastgpt.bigram import Bigram
 from fastgpt.data.manifest import read_manifest
@@ -108,13 +106,6 @@ def saved_state(
 def is_sharded(config: TrainConfig, world: World) -> bool:
     """One process has nobody to share with."""
     return config.parallel == "fsdp" and world.size > 1
-
-
-def captures(config: TrainConfig, device: torch.device, dtype: torch.dtype, world: World) -> bool:
-    """Whether updates are replayed as a CUDA graph. In float16 the host decides upon an update, and
-    what several processes exchange is in none; torch.compile captures and allocates by itself."""
-    able = device.type == "cuda" and dtype != torch.float16 and world.size == 1
-    return able and config.cuda_graph and not config.compile
 
 
 def shape_of(model: LanguageModel) -> dict[str, Any]:

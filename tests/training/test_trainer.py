@@ -318,10 +318,10 @@ def test_when_updates_are_replayed_as_a_cuda_graph(
 ) -> None:
     """Never of a compiled model; who asked for that is told."""
     trainer = Trainer(small_config(tmp_path, **keys), console := quiet())
-    assert not trainer._captures()  # on a CPU
+    assert not trainer._uses_cuda_graph()  # on a CPU
     trainer.device, trainer.dtype = torch.device("cuda"), dtype
     trainer.world = World(size=processes)
-    assert trainer._captures() is replayed
+    assert trainer._uses_cuda_graph() is replayed
     assert isinstance(console.file, io.StringIO)
     note = "compile=True: updates are not replayed as a CUDA graph"
     assert (note in console.file.getvalue()) is said
