@@ -1,4 +1,4 @@
-"""From a checkpoint to text."""
+"""Text from a checkpoint or from pretrained weights."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
@@ -26,12 +26,12 @@ _FROM_FILE = "FILE:"
 
 @dataclass(frozen=True)
 class Completion:
-    """What the model made of a prompt."""
+    """A prompt's continuation."""
 
     prompt: str
-    text: str  # what it added
-    tokens: int  # of which that was made, with those of a text where it stopped
-    finish: str  # "length": max_new_tokens; "stop": one of the texts where it shall stop
+    text: str  # without the prompt
+    tokens: int  # tokens drawn, those of a stop text included
+    finish: str  # "length": max_new_tokens were drawn; "stop": a stop text was found
 
 
 class Sampler:
@@ -60,7 +60,7 @@ class Sampler:
         )
         self._generator = Generator(self.model, sampling, autocast(self.device, dtype))
         self.prompts = [] if config.interactive else read_prompts(config.start, config.lines)
-        for prompt in self.prompts:  # what the model does not know is said before it begins
+        for prompt in self.prompts:  # errors come before the first sample
             self._encode(prompt)
 
     def __iter__(self) -> Iterator[str]:
@@ -194,9 +194,9 @@ class _Row:
 
 
 def round_matrices(model: LanguageModel, dtype: torch.dtype) -> None:
-    """Hold in ``dtype``, that of autocast, the matrices that autocast would round to it for each
-    product: the same numbers, but half the bytes to read for a token. The tables, whose rows are
-    added in full, stay; a head that is tied to one gets its own, rounded.
+    """Cast to ``dtype``, that of autocast, the matrices that autocast would cast for each product:
+    the same numbers, but half the bytes to read for a token. Embedding tables, which are added in
+    float32, stay; a head that is tied to one gets a copy of its own.
     """
     if dtype == torch.float32:
         return
@@ -230,7 +230,7 @@ def write(
 
 
 def read_prompts(start: str, lines: bool = False) -> list[str]:
-    """The prompt that a key ``start`` says, or those, if each line is one.
+    """The prompt of the key ``start``; with ``lines`` one prompt for each line.
 
     Raises FileNotFoundError, or ValueError for a file that is empty or not UTF-8.
     """

@@ -7,11 +7,11 @@
     optimizer.step()
     optimizer.zero_grad()
 
-Master weights, moments and gradients lie in flat float32 buffers, one of each for the parameters
-that are decayed and for those that are not, so that an update is one kernel (``ops.adamw``). The
-model's parameters become views: of a rounded copy those that the matrix products would round
-anyway, of the master weights themselves the others. Nothing here waits for the device: learning
-rate, count and clipping factor are tensors on it.
+Master weights, moments and gradients lie in flat float32 buffers, one set for the parameters with
+weight decay and one for those without, so that an update is one kernel (``ops.adamw``) for each.
+The model's parameters become views: those that matrix products round anyway, of a low-precision
+copy; the others, of the master weights. The host never waits: learning rate, count and clipping
+factor are tensors on the device.
 """
 
 from collections.abc import Callable
@@ -64,7 +64,7 @@ class _Group:
 
 
 class MasterAdamW(torch.optim.AdamW):
-    """AdamW (Loshchilov & Hutter 2019) whose parameters are float32 copies of the model's.
+    """AdamW (Loshchilov & Hutter 2019) on float32 copies of the model's parameters.
 
     From here on the model holds ``model.low_precision_parameters()`` in ``dtype``, the others in
     float32; ``master_state_dict`` has all in float32. Groups, order and state are those of
@@ -139,7 +139,7 @@ class MasterAdamW(torch.optim.AdamW):
 
     @torch.no_grad()
     def _complete_gradients(self) -> None:
-        """A parameter that no loss reached since ``zero_grad`` has the gradient 0."""
+        """A parameter without a backward pass since ``zero_grad`` has the gradient 0."""
         for group in self._groups:
             for p, grad in zip(group.params, group.views(group.grad), strict=True):
                 if p not in self._has_grad:
@@ -178,7 +178,7 @@ class MasterAdamW(torch.optim.AdamW):
             )
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Forget the gradients; the buffers are written anew by the next backward pass."""
+        """Forget the gradients; the next backward pass overwrites the buffers."""
         self._has_grad.clear()
         self._clip = None
 
@@ -194,8 +194,8 @@ class MasterAdamW(torch.optim.AdamW):
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take over moments and counts from a ``state_dict`` of this class, or of the AdamW that
-        ``configure_optimizers`` gives. Options and learning rate stay as they are.
+        """Load moments and counts from a ``state_dict`` of this class, or of the AdamW that
+        ``configure_optimizers`` returns. Options and learning rate are kept.
 
         Raises:
             KeyError: a moment or count is missing.
@@ -226,8 +226,8 @@ class MasterAdamW(torch.optim.AdamW):
 
 
 def saved_state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """``optimizer.state_dict()`` as a run of any kind reads it, nanoGPT's too: without the options
-    that a CUDA graph needed, the learning rate a number."""
+    """``optimizer.state_dict()`` as any run can load it, nanoGPT's too: with the learning rate as a
+    number, and not ``capturable``, which a CUDA graph needs."""
     state = optimizer.state_dict()
     for group in state["param_groups"]:
         group.update(lr=float(group["lr"]), capturable=False)

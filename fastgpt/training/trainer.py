@@ -23,7 +23,13 @@ from torch.nn.parallel import DistributedDataParallel
 from fastgpt._files import alone_in
 from fastgpt._progress import PlainConsole, run_console
 from fastgpt.data.batches import Batches
-from fastgpt.devices import autocast, resolve_device, resolve_dtype
+from fastgpt.devices import (
+    autocast,
+    random_states,
+    resolve_device,
+    resolve_dtype,
+    set_random_states,
+)
 from fastgpt.language_model import LanguageModel
 from fastgpt.model import GPT
 from fastgpt.tokenizer import packed, saved_tokenizer
@@ -190,27 +196,14 @@ class Trainer:
             if own:
                 self.best_iter = own["best_iter"]
                 self.batches.load_state_dict(own["data"])
-                self._restore_generators(own["generators"])
+                states = own["generators"]  # of each rank; a new one keeps its own
+                if self.world.rank < len(states):
+                    set_random_states(states[self.world.rank], self.device)
                 if self.scaler.is_enabled() and own["scaler"]:
                     self.scaler.load_state_dict(own["scaler"])
         except (KeyError, ValueError, TypeError, RuntimeError) as error:
             raise ValueError(f"{path} holds no state to go on from: {error}") from error
         self.console.print(f"going on from {path} at iteration {self.iter_num}")
-
-    def _generators(self) -> dict[str, Tensor]:
-        """The state of PyTorch's generators in this process."""
-        states = {"cpu": torch.get_rng_state()}
-        if self.device.type == "cuda":
-            states["cuda"] = torch.cuda.get_rng_state(self.device)
-        return states
-
-    def _restore_generators(self, of_ranks: list[dict[str, Tensor]]) -> None:
-        if self.world.rank >= len(of_ranks):
-            return  # the run had fewer processes: this one keeps its own
-        states = of_ranks[self.world.rank]
-        torch.set_rng_state(states["cpu"])
-        if self.device.type == "cuda" and "cuda" in states:
-            torch.cuda.set_rng_state(states["cuda"], self.device)
 
     def learning_rate(self, iteration: int) -> float:
         """Linear warm-up, cosine down to ``min_lr``, then ``min_lr``."""
@@ -366,7 +359,7 @@ class Trainer:
         own: dict[str, Any] = {
             **ckpt.kind_and_gelu(self.model),
             **packed(self.tokenizer),
-            "generators": self.world.all_gather_object(self._generators()),
+            "generators": self.world.all_gather_object(random_states(self.device)),
             "data": self.batches.state_dict(),
             "scaler": self.scaler.state_dict(),
             "best_iter": self.best_iter,
