@@ -272,6 +272,15 @@ def kept(logits: Tensor, **options: Any) -> list[set[int]]:
     return [set(row) for row in zip(*drawn, strict=True)]
 
 
+def test_frequencies_after_cuts_are_the_probabilities() -> None:
+    logits = torch.tensor([[2.0, 1.0, 0.0, -1.0, -5.0]])
+    rows = logits.expand(20000, -1)
+    drawn = draw(rows, Sampling(temperature=0.5, top_k=3, min_p=0.01))
+    expected = torch.softmax(logits[0, :3] / 0.5, dim=0)
+    shares = torch.bincount(drawn, minlength=5)[:3] / len(rows)
+    assert drawn.max() <= 2 and (shares - expected).abs().max() < 0.02
+
+
 def test_cuts_keep_what_they_say() -> None:
     probs = torch.tensor([[0.4, 0.3, 0.2, 0.1], [0.1, 0.1, 0.1, 0.7]])
     logits = probs.log()
