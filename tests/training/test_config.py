@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from fastgpt.devices import autocast, resolve_device, resolve_dtype
+from fastgpt.devices import resolve_device, resolve_dtype
 from fastgpt.training import config as configuration
 from fastgpt.training.config import PRESETS, SampleConfig, TrainConfig, automatic_keys
 from fastgpt.training.config_file import read_config_file
@@ -74,22 +74,6 @@ def test_presets_are_valid(name: str) -> None:
     TrainConfig(**PRESETS[name])
 
 
-def test_char_presets() -> None:
-    char = TrainConfig(**PRESETS["char"])
-    assert (char.n_layer, char.n_head, char.n_embd, char.block_size) == (6, 6, 384, 256)
-    assert (char.batch_size, char.dropout, char.learning_rate, char.beta2) == (64, 0.2, 1e-3, 0.99)
-    assert (char.max_iters, char.lr_decay_iters, char.min_lr, char.warmup_iters) == (
-        5000,
-        5000,
-        1e-4,
-        100,
-    )
-    cpu = TrainConfig(**PRESETS["char-cpu"])
-    assert (cpu.n_layer, cpu.n_head, cpu.n_embd, cpu.block_size) == (4, 4, 128, 64)
-    assert (cpu.batch_size, cpu.dropout, cpu.max_iters, cpu.eval_iters) == (12, 0.0, 2000, 20)
-    assert (cpu.device, cpu.compile) == ("cpu", False)
-
-
 def test_automatic_keys_go_by_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert automatic_keys() == PRESETS["char"]
@@ -98,12 +82,9 @@ def test_automatic_keys_go_by_the_device(monkeypatch: pytest.MonkeyPatch) -> Non
     assert {k for k in keys if keys[k] != PRESETS["char-cpu"][k]} == {"max_iters", "lr_decay_iters"}
 
 
-def test_differences_from_the_defaults() -> None:
+def test_values_and_differences() -> None:
     assert TrainConfig(n_layer=3, device="cuda").differences() == {"n_layer": 3}
-
-
-def test_an_int_is_accepted_for_a_float_and_becomes_one() -> None:
-    value = TrainConfig(learning_rate=1).learning_rate
+    value = TrainConfig(learning_rate=1).learning_rate  # an int is accepted for a float
     assert value == 1.0 and isinstance(value, float)
 
 
@@ -288,14 +269,6 @@ def test_dtype_of_a_gpu(major: int, dtype: torch.dtype, monkeypatch: pytest.Monk
     monkeypatch.setattr(torch.cuda, "_check_bf16_tensor_supported", lambda device: True)
     assert torch.cuda.is_bf16_supported()
     assert resolve_dtype("auto", torch.device("cuda")) == dtype
-
-
-def test_autocast_by_dtype() -> None:
-    a = torch.ones(2, 2)
-    with autocast(a.device, torch.float32):
-        assert (a @ a).dtype == torch.float32
-    with autocast(a.device, torch.bfloat16):
-        assert (a @ a).dtype == torch.bfloat16
 
 
 def test_every_group_is_part_of_the_whole() -> None:
