@@ -6,6 +6,7 @@ percent; an evaluation adds nanoGPT's keys ``train/loss``, ``val/loss``, ``lr``,
 that is not finite is null.
 """
 
+import importlib
 import json
 import math
 import time
@@ -36,8 +37,10 @@ class RunLog:
     """
 
     def __init__(self, config: TrainConfig) -> None:
-        self._wandb = _import_wandb() if config.wandb_log else None
-        self._writer_class = _import_summary_writer() if config.tensorboard_log else None
+        self._wandb = _imported("wandb", "wandb_log") if config.wandb_log else None
+        self._tensorboard: Any = None
+        if config.tensorboard_log:
+            self._tensorboard = _imported("torch.utils.tensorboard", "tensorboard_log")
         self._file: TextIO | None = None
         self._writer: Any = None
 
@@ -57,8 +60,9 @@ class RunLog:
             self._wandb.init(
                 project=config.wandb_project, name=config.wandb_run_name, config=asdict(config)
             )
-        if self._writer_class is not None:
-            self._writer = self._writer_class(str(out_dir / TENSORBOARD), purge_step=first_iter)
+        if self._tensorboard is not None:
+            folder = str(out_dir / TENSORBOARD)
+            self._writer = self._tensorboard.SummaryWriter(folder, purge_step=first_iter)
         with open(path, "a", encoding="utf-8") as self._file:
             try:
                 yield
@@ -131,21 +135,10 @@ def _drop_from(path: Path, first_iter: int, keep_evaluation: bool) -> None:
         file.writelines((json.dumps(row) + "\n").encode() for row in kept)
 
 
-def _import_wandb() -> Any:
+def _imported(module: str, key: str) -> Any:
     try:
-        import wandb
+        return importlib.import_module(module)
     except ImportError as error:
         raise ImportError(
-            'wandb_log=True needs wandb: pip install "fastgpt-triton[log]"'
+            f'{key}=True needs {module.rpartition(".")[2]}: pip install "fastgpt-triton[log]"'
         ) from error
-    return wandb
-
-
-def _import_summary_writer() -> Any:
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError as error:
-        raise ImportError(
-            'tensorboard_log=True needs tensorboard: pip install "fastgpt-triton[log]"'
-        ) from error
-    return SummaryWriter

@@ -62,6 +62,11 @@ class _Group:
             for start, p in zip(self._starts, self.params, strict=True)
         ]
 
+    def moments(self) -> list[dict[str, Tensor]]:
+        """Views of both moments of each parameter, under AdamW's names."""
+        first, second = self.views(self.exp_avg), self.views(self.exp_avg_sq)
+        return [{"exp_avg": a, "exp_avg_sq": b} for a, b in zip(first, second, strict=True)]
+
 
 class MasterAdamW(torch.optim.AdamW):
     """AdamW (Loshchilov & Hutter 2019) on float32 copies of the model's parameters.
@@ -114,14 +119,8 @@ class MasterAdamW(torch.optim.AdamW):
         ]
         super().__init__(masters, lr=learning_rate, betas=betas, eps=1e-8, fused=True)
         for group, options in zip(self._groups, self.param_groups, strict=True):
-            moments = zip(
-                options["params"],
-                group.views(group.exp_avg),
-                group.views(group.exp_avg_sq),
-                strict=True,
-            )
-            for p, exp_avg, exp_avg_sq in moments:
-                self.state[p] = {"step": group.step, "exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq}
+            for p, moments in zip(options["params"], group.moments(), strict=True):
+                self.state[p] = {"step": group.step, **moments}
             for p, grad in zip(group.params, group.views(group.grad), strict=True):
                 p.register_post_accumulate_grad_hook(self._adder(grad))
 
@@ -207,15 +206,9 @@ class MasterAdamW(torch.optim.AdamW):
             raise ValueError(f"state_dict must have {own} parameters in its groups, got {numbers}")
         state = state_dict["state"]
         for group, saved in zip(self._groups, state_dict["param_groups"], strict=True):
-            moments = zip(
-                saved["params"],
-                group.views(group.exp_avg),
-                group.views(group.exp_avg_sq),
-                strict=True,
-            )
-            for index, exp_avg, exp_avg_sq in moments:
+            for index, moments in zip(saved["params"], group.moments(), strict=True):
                 found = state[index]
-                for name, target in (("exp_avg", exp_avg), ("exp_avg_sq", exp_avg_sq)):
+                for name, target in moments.items():
                     if found[name].shape != target.shape:
                         raise ValueError(
                             f"{name} of parameter {index} must have shape {tuple(target.shape)}, "

@@ -48,10 +48,15 @@ def test_samples_begin_with_the_prompt_and_follow_the_seed(out_dir: Path) -> Non
     assert texts != list(sampler(out_dir, start="12 times ", seed=5))
 
 
-def test_temperature_zero_is_greedy(out_dir: Path) -> None:
-    texts = list(sampler(out_dir, start="12 t", temperature=0.0, max_new_tokens=5))
-    assert texts == ["12 times "] * 3
-    assert texts == list(sampler(out_dir, start="12 t", top_k=1, max_new_tokens=5, seed=9))
+@pytest.mark.parametrize(
+    "changes", [{"top_p": 0.0}, {"min_p": 1.0}, {"top_k": 1}], ids=lambda c: next(iter(c))
+)
+def test_greedy_and_every_cut(out_dir: Path, changes: dict[str, Any]) -> None:
+    greedy = list(sampler(out_dir, start="12 t", temperature=0.0, max_new_tokens=5))
+    assert greedy == ["12 times "] * 3
+    keys: dict[str, Any] = dict(start="12 t", temperature=5.0, max_new_tokens=5, seed=9)
+    assert list(sampler(out_dir, **keys)) != greedy
+    assert list(sampler(out_dir, **keys, **changes)) == greedy
 
 
 def test_prompt_from_a_file(out_dir: Path, tmp_path: Path) -> None:
@@ -89,14 +94,6 @@ def test_the_characters_come_with_the_checkpoint(out_dir: Path, tmp_path: Path) 
     torch.save(saved, path)
     with pytest.raises(ValueError, match="has a vocabulary of .* tokens, but its data set has"):
         sampler(tmp_path / "out")
-
-
-def test_dtype_and_compile(out_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert len(next(iter(sampler(out_dir, dtype="bfloat16")))) == 21
-    compiled = []
-    monkeypatch.setattr(GPT, "compile", lambda self: compiled.append(self))
-    sampler(out_dir, compile=True)
-    assert len(compiled) == 1
 
 
 def test_pretrained_weights(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -235,15 +232,6 @@ def test_batches_and_lines(out_dir: Path, tmp_path: Path) -> None:
         sampler(out_dir, start=f"FILE:{path}", lines=True)
 
 
-@pytest.mark.parametrize(
-    "changes", [{"top_p": 0.0}, {"min_p": 1.0}, {"top_k": 1}], ids=lambda c: next(iter(c))
-)
-def test_every_cut_reaches_the_draw(out_dir: Path, changes: dict[str, Any]) -> None:
-    greedy = list(sampler(out_dir, start="12 times 1", temperature=0.0))
-    assert list(sampler(out_dir, start="12 times 1")) != greedy
-    assert list(sampler(out_dir, start="12 times 1", temperature=5.0, **changes)) == greedy
-
-
 def test_the_penalty_reaches_the_draw(out_dir: Path) -> None:
     made: Any = {"start": "1", "num_samples": 1, "max_new_tokens": 16, "temperature": 0.0}
     (plain,) = sampler(out_dir, **made)
@@ -251,12 +239,19 @@ def test_the_penalty_reaches_the_draw(out_dir: Path) -> None:
     assert len(set(text)) > len(set(plain))
 
 
-def test_half_precision_holds_half_the_bytes_of_the_matrices(out_dir: Path) -> None:
-    made = sampler(out_dir, dtype="bfloat16", temperature=0.0)
+def test_dtype_and_compile(out_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Half precision holds the matrices in half the bytes."""
+    compiled = []
+    monkeypatch.setattr(GPT, "compile", lambda self: compiled.append(self))
+    made = sampler(out_dir, dtype="bfloat16", compile=True)
+    assert compiled == [made.model]
     dtypes = {name: p.dtype for name, p in made.model.named_parameters()}
     assert dtypes["transformer.h.0.attn.c_attn.weight"] == torch.bfloat16
     assert dtypes["lm_head.weight"] == torch.bfloat16
     assert dtypes["transformer.wte.weight"] == dtypes["transformer.ln_f.weight"] == torch.float32
+    pieces = made.stream("12 t")
+    next(pieces)
+    assert not torch.is_autocast_enabled("cpu")  # while the caller has a piece
     assert len(next(iter(made))) == 21
 
 
@@ -371,12 +366,6 @@ def test_what_is_wrong_with_a_prompt_is_said_at_once(out_dir: Path) -> None:
         made.stream("é")
     with pytest.raises(ValueError, match="a prompt must hold at least one token, got ''"):
         made.complete(["1", ""])
-
-
-def test_autocast_does_not_hold_between_two_pieces(out_dir: Path) -> None:
-    pieces = sampler(out_dir, dtype="bfloat16").stream("12 t")
-    next(pieces)
-    assert not torch.is_autocast_enabled("cpu")
 
 
 def test_damaged_weights_are_named(out_dir: Path) -> None:

@@ -215,23 +215,6 @@ def test_ignored_targets_change_no_weight(
     assert not list((tmp_path / "out").glob("*.pt"))
 
 
-def test_pytorchs_fused_adamw_skips_a_step_by_found_inf() -> None:
-    """What the trainer relies on where the host does not look at every loss."""
-    weight = torch.nn.Parameter(torch.ones(3))
-    optimizer = torch.optim.AdamW([weight], lr=0.1, fused=True)
-    flag = torch.zeros(())
-    optimizer.found_inf = flag  # type: ignore[attr-defined]
-    weight.grad = torch.ones(3)
-    optimizer.step()
-    after_one = weight.detach().clone()
-    assert not torch.equal(after_one, torch.ones(3))
-    flag.fill_(1.0)
-    weight.grad = torch.full((3,), math.nan)
-    optimizer.step()
-    assert torch.equal(weight.detach(), after_one)
-    assert optimizer.state[weight]["step"].item() == 1
-
-
 def test_a_validation_loss_that_is_not_finite_is_not_saved(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
