@@ -69,12 +69,9 @@ def test_nanogpts_keys_and_defaults() -> None:
     assert ours == NANOGPT_DEFAULTS | own
 
 
-@pytest.mark.parametrize("name", PRESETS)
-def test_presets_are_valid(name: str) -> None:
-    TrainConfig(**PRESETS[name])
-
-
-def test_automatic_keys_go_by_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_presets_and_automatic_keys(monkeypatch: pytest.MonkeyPatch) -> None:
+    for preset in PRESETS.values():
+        TrainConfig(**preset)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert automatic_keys() == PRESETS["char"]
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
@@ -98,10 +95,8 @@ def test_values_and_differences() -> None:
         ({"learning_rate": "1e-3"}, TypeError, "learning_rate must be a number, got '1e-3'"),
         ({"out_dir": 3}, TypeError, "out_dir must be a string, got 3"),
         ({"dtype": "fp16"}, ValueError, "dtype must be one of auto, float32, .* got 'fp16'"),
-        ({"model": "rnn"}, ValueError, "model must be one of gpt, bigram, got 'rnn'"),
         ({"init_from": "gpt3"}, ValueError, "init_from must be one of scratch, .* got 'gpt3'"),
         ({"model": "bigram", "init_from": "gpt2"}, ValueError, "init_from must be scratch or"),
-        ({"recompute": 1}, TypeError, "recompute must be True or False, got 1"),
         ({"fp8": "mlp"}, ValueError, "fp8 must be one of none, head, all, got 'mlp'"),
         (
             {"fp8": "head", "model": "bigram"},
@@ -110,9 +105,7 @@ def test_values_and_differences() -> None:
         ),
         ({"n_head": 5}, ValueError, "n_embd=768 with n_head=5"),
         ({"batch_size": 0}, ValueError, "batch_size must be at least 1, got 0"),
-        ({"eval_interval": 0}, ValueError, "eval_interval must be at least 1, got 0"),
         ({"dropout": 1.0}, ValueError, "dropout must lie between 0 and 0.999, got 1.0"),
-        ({"beta1": 1.0}, ValueError, "beta1 must lie between 0"),
         ({"learning_rate": math.nan}, ValueError, "learning_rate must be at least 0, got nan"),
         ({"learning_rate": -1e-3}, ValueError, "learning_rate must be .* got -0.001"),
         ({"seed": -1}, ValueError, "seed must lie between 0 and .* got -1"),
@@ -130,9 +123,6 @@ def test_bad_values_are_named(
     [
         ({"top_k": 0}, "top_k must be at least 1, got 0"),
         ({"temperature": -0.1}, "temperature must be at least 0, got -0.1"),
-        ({"max_new_tokens": 0}, "max_new_tokens must be"),
-        ({"num_samples": 0}, "num_samples must be"),
-        ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
         ({"top_p": 1.1}, "top_p must lie between 0 and 1, got 1.1"),
         ({"min_p": -0.5}, "min_p must lie between 0 and 1, got -0.5"),
         ({"repetition_penalty": 0.0}, "repetition_penalty must lie between 0.01 and 100, got 0.0"),
@@ -203,8 +193,6 @@ warmup_iters = max_iters // 100 % 50 - 2
         ("n_layer = True + 1", ValueError, "'True' is not a number"),
         ("n_layer = 2 ** 3", ValueError, "is not read"),
         ("n_layer = 6 / 0", ValueError, "division by zero"),
-        ("n_layer = None", ValueError, "'None' is not read"),
-        ("n_layer, n_head = 6, 6", ValueError, "is not read"),
         ("n_layer = n_head = 6", ValueError, "is not read"),
         ("n_layer += 1", ValueError, "is not read"),
         ("if True:\n    n_layer = 6", ValueError, "'if True:' is not read"),
