@@ -35,11 +35,11 @@ class Completion:
 
 
 class Sampler:
-    """A trained model that writes text: ``for text in Sampler(SampleConfig()): ...``
+    """Samples from a trained model: ``for text in Sampler(SampleConfig()): ...``
 
-    Raises FileNotFoundError without a checkpoint, weights or prompt file, ValueError for one that
-    cannot be read, weights whose tokenizer is not known, a device that is not there, an empty
-    prompt or one with characters that the model does not know; and see ``GPT.from_pretrained``.
+    Raises FileNotFoundError without a checkpoint, weights or prompt file; ValueError for one that
+    cannot be read, weights without a known tokenizer, a device that this machine lacks, an empty
+    prompt or one with unknown characters; and what ``GPT.from_pretrained`` raises.
     """
 
     def __init__(self, config: SampleConfig) -> None:
@@ -218,9 +218,8 @@ def write(
     top_k: int,
     context: AbstractContextManager[object],
 ) -> str:
-    """The text of ``start`` and ``max_new_tokens`` tokens that ``model`` adds to it.
-
-    ``context`` is the autocast in which the model runs.
+    """The text of the ids ``start`` and of ``max_new_tokens`` drawn tokens. The model runs in
+    ``context``, the autocast.
     """
     idx = torch.tensor([start], device=next(model.parameters()).device)  # (1, T)
     with context:
@@ -270,9 +269,9 @@ def _load(config: SampleConfig) -> tuple[LanguageModel, Tokenizer]:
 
 
 def _tokenizer_beside(path: Path, vocab_size: int) -> Tokenizer:
-    """That in the folder of somebody's weights, of so many tokens, else GPT-2's BPE.
+    """The tokenizer in the folder of pretrained weights, else GPT-2's BPE.
 
-    Raises ValueError if it cannot be that of the weights.
+    Raises ValueError if it does not fit the weights' vocabulary.
     """
     tokenizer = tokenizer_in(path if path.is_dir() else path.parent)
     if tokenizer is None:

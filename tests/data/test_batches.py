@@ -65,7 +65,7 @@ def test_batches_follow_the_rule(data_dir: Path, device: str) -> None:
 
 
 def test_a_batch_goes_where_it_is_asked_to(data_dir: Path, device: str) -> None:
-    """Each after the work on the one that was there before."""
+    """A batch replaces the one before it only when work on that has ended."""
     batches = make(data_dir, device)
     place = tuple(torch.empty(BATCH, BLOCK, dtype=torch.int64, device=device) for _ in range(2))
     copies = []

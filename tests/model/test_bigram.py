@@ -1,4 +1,4 @@
-"""The bigram table: a ``GPT``'s interface, and the loss that its definition promises."""
+"""The bigram table: the interface of ``GPT``, and the loss by definition."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""Tokens over cached keys and values against tokens without; what the options of a draw promise."""
+"""Generation with and without the cache of keys and values, and the sampling options."""
 
 import itertools
 import math
@@ -19,7 +19,7 @@ GREEDY = Sampling(temperature=0.0)
 
 
 def sharp_model(**changes: Any) -> GPT:
-    """Logits far apart: rounding decides no token, a wrong key or position does."""
+    """Logits far apart: rounding changes no token, a wrong key or position does."""
     model = small_model(**changes).eval()
     with torch.no_grad():
         for param in model.parameters():
@@ -32,7 +32,7 @@ def sharp_model(**changes: Any) -> GPT:
 def without_cache(
     model: GPT, idx: Tensor, n_tokens: int, temperature: float = 0.0, top_k: int | None = None
 ) -> Tensor:
-    """The whole window for every token."""
+    """Generation with a forward pass over the whole window for every token."""
     for _ in range(n_tokens):
         logits = model(idx[:, -model.config.block_size :])[0][:, -1]
         if temperature == 0.0:
@@ -47,7 +47,7 @@ def without_cache(
 
 
 class Calls:
-    """How often a model's passes are made."""
+    """Counts the calls of a model's passes."""
 
     def __init__(self, model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
         self.of = {"forward": 0, "_prefill": 0, "_decode": 0}
@@ -137,7 +137,7 @@ def test_cached_logits_are_those_of_the_forward(ops: Any, device: str) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
 def test_other_dtypes(dtype: torch.dtype) -> None:
-    """In half precision rounding decides tokens: the caches' logits are near, not equal."""
+    """In half precision the logits are close, not equal, so rounding could decide a token."""
     model = sharp_model().to(dtype)
     idx = tokens(2, 5)
     if dtype == torch.float64:
@@ -219,7 +219,7 @@ def test_a_bigram_and_dropout_take_the_window(monkeypatch: pytest.MonkeyPatch) -
 
 @pytest.mark.parametrize("penalty", [1.0, 1.7])
 def test_a_generator_begins_anew_with_each_call(penalty: float) -> None:
-    """Its tensors are used again where the sizes agree."""
+    """Buffers are reused where the sizes agree."""
     model = sharp_model()
     sampling = Sampling(temperature=0.0, repetition_penalty=penalty)
     generator = Generator(model, sampling)
@@ -258,7 +258,7 @@ def test_a_captured_step_draws_the_same(temperature: float, monkeypatch: Any) ->
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_draws_are_those_of_multinomial(dtype: torch.dtype) -> None:
-    """In float32, half-precision logits too."""
+    """Half-precision logits are drawn in float32."""
     logits = (torch.randn(5, 1000) * 3).to(dtype)
     torch.manual_seed(1)
     expected = torch.multinomial(logits.float().softmax(-1), 1)[:, 0]
@@ -267,7 +267,7 @@ def test_draws_are_those_of_multinomial(dtype: torch.dtype) -> None:
 
 
 def kept(logits: Tensor, **options: Any) -> list[set[int]]:
-    """Which tokens 3000 draws find in each row."""
+    """The tokens that occur in 3000 draws, for each row."""
     drawn = [draw(logits, Sampling(**options)).tolist() for _ in range(3000)]
     return [set(row) for row in zip(*drawn, strict=True)]
 
@@ -293,7 +293,7 @@ def test_cuts_keep_what_they_say() -> None:
 
 
 def test_against_hugging_face() -> None:
-    """Which tokens are left, and with which probabilities, option by option and together."""
+    """The tokens kept and their probabilities, for all combinations of options."""
     process = pytest.importorskip("transformers.generation.logits_process")
     logits = torch.randn(4, 50) * 4
     idx = torch.randint(50, (4, 12))
@@ -326,7 +326,7 @@ def test_the_penalty_counts_prompt_and_drawn_tokens() -> None:
 
 
 class NoLook(TorchDispatchMode):
-    """Fails where the host looks at a value, which a GPU would have to compute first."""
+    """Fails where the host reads a tensor's value, for which it would wait on a GPU."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         looks = ("_local_scalar_dense", "nonzero", "masked_select", "equal", "is_nonzero")

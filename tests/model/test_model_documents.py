@@ -1,4 +1,4 @@
-"""A model with a separator: several documents in one sequence are what each of them is alone."""
+"""A model with a separator: documents in one sequence give what each gives alone."""
 
 import re
 from collections.abc import Iterator
@@ -119,7 +119,7 @@ def test_dropout_draws_what_it_draws_without(ops: ModuleType) -> None:
 
 
 def test_generate_continues_the_last_document() -> None:
-    """Greedily, past the window; what stands before the separator has no say."""
+    """Greedily, past the window; tokens before the separator have no influence."""
     model = model_with(torch_ops).eval()
     with torch.no_grad():  # not the token that it sees, again and again
         model.transformer.wpe.weight.mul_(10)

@@ -26,7 +26,7 @@ from tests.tools.small_runs import data_set, small_config
 
 @pytest.fixture(scope="module")
 def out_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a run that learnt the text more or less by heart."""
+    """The folder of a run that has nearly memorised the text."""
     root = tmp_path_factory.mktemp("run")
     data_set(root)
     trainer = Trainer(small_config(root, max_iters=200, lr_decay_iters=200, n_embd=32, dropout=0.0))
@@ -83,7 +83,7 @@ def test_unknown_characters_and_missing_runs_are_named(out_dir: Path, tmp_path: 
 
 
 def test_the_characters_come_with_the_checkpoint(out_dir: Path, tmp_path: Path) -> None:
-    """The data set may be gone, or made anew from another text."""
+    """The data set may be gone, or prepared again from another text."""
     (tmp_path / "out").mkdir()
     path = tmp_path / "out" / "ckpt.pt"
     path.write_bytes((out_dir / "ckpt.pt").read_bytes())
@@ -130,7 +130,7 @@ def written(init_from: Path | str, **changes: Any) -> list[str]:
 
 
 def test_weights_by_their_path(out_dir: Path, hf_folder: Path) -> None:
-    """A folder, a file in it, and a file of our own with the tokenizer beside it."""
+    """A folder, a file in it, and an exported file with the tokenizer beside it."""
     expected = list(sampler(out_dir, start="7 ti", num_samples=2))
     assert written(hf_folder) == written(hf_folder / "model.safetensors") == expected
     keys = ExportConfig(
@@ -140,7 +140,7 @@ def test_weights_by_their_path(out_dir: Path, hf_folder: Path) -> None:
 
 
 def test_weights_with_gpt2s_tokens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without a tokenizer beside them they are taken for GPT-2's, if there are enough."""
+    """Weights without a tokenizer beside them have GPT-2's, if the vocabulary is large enough."""
     pytest.importorskip("safetensors", reason="needs the extra hf")
     model = GPT(GPTConfig(8, 50304, 1, 1, 2, bias=True))
     weights = Weights(model.config, model.gelu_approximate, model.state_dict())
@@ -188,7 +188,7 @@ def test_a_bigram_writes_too(tmp_path: Path) -> None:
 
 
 def test_the_default_draws_are_those_of_generate(out_dir: Path) -> None:
-    """One sample after the other, from one seed."""
+    """Samples follow each other from one seed."""
     made = sampler(out_dir, start="12 t", num_samples=2)
     ids = torch.tensor([made.tokenizer.encode("12 t")])
     torch.manual_seed(1337)
@@ -312,7 +312,7 @@ def dropping_the_first_space(root: Path) -> Tokenizer:
 
 
 def sentencepiece(root: Path) -> Tokenizer:
-    """With the space in front of a text, and bytes for what it has no piece for."""
+    """With a space prepended to each text, and byte pieces for unknown characters."""
     library = pytest.importorskip("sentencepiece", reason="needs the extra data")
     root.mkdir(exist_ok=True)
     with open(root / "tokenizer.model", "wb") as file:

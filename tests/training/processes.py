@@ -1,4 +1,4 @@
-"""`fastgpt train` in processes of its own, alone or by torchrun, to be stopped or killed."""
+"""`fastgpt train` in subprocesses, single or by torchrun, to be stopped or killed."""
 
 import os
 import subprocess

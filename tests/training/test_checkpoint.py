@@ -1,4 +1,4 @@
-"""nanoGPT's checkpoint format both ways, and that no crash leaves half a file."""
+"""nanoGPT's checkpoint format both ways; saving is atomic."""
 
 from pathlib import Path
 from typing import Any

@@ -1,4 +1,4 @@
-"""A run in two processes is the run in one: weights, resuming, stopping, a process that dies."""
+"""A run in two processes equals the run in one: weights, resuming, stopping, a killed process."""
 
 import json
 import signal

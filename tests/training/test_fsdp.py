@@ -1,4 +1,4 @@
-"""A sharded model in two processes: what each holds, what they exchange, and the same numbers."""
+"""A sharded model in two processes: its shards, its collectives, and the same numbers."""
 
 import os
 import socket
@@ -73,7 +73,7 @@ def _exchange(root: Path, world: World) -> None:
 
 
 def _same_numbers(root: Path, world: World) -> None:
-    """Compiled or not; in bfloat16, with biases, nearly."""
+    """Compiled and not; close to these in bfloat16."""
     plain = _updates(_built(root, world, bias=True), 4)
     one = [_updates(_built(root, world, n_layer=1, compile=c), 3) for c in (False, True)]
     assert one[0] == pytest.approx(one[1], abs=1e-5)
@@ -143,7 +143,7 @@ def _process(rank: int, root: Path, port: int) -> None:
 
 
 def test_in_two_processes(tmp_path: Path) -> None:
-    """All checks in one pair, which takes seconds to start; a failure names its check."""
+    """All checks in one pair of processes, which takes seconds to start."""
     data_set(tmp_path)
     with socket.socket() as free:
         free.bind(("localhost", 0))

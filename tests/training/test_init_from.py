@@ -1,4 +1,4 @@
-"""What a run begins with: weights from a folder or file, checked against the tokens of the data."""
+"""Pretrained weights by path, checked against the tokens of the data; the document mask."""
 
 import itertools
 import json
@@ -94,7 +94,7 @@ def test_the_separator_of_the_documents(tmp_path: Path, bpe: Tokenizer) -> None:
 
 
 def test_documents_are_packed(tmp_path: Path, bpe: Tokenizer) -> None:
-    """The loss of an update is that of each document on its own; so it is after resuming."""
+    """The loss of a batch is that of its documents one by one, after resuming too."""
     documents(tmp_path, bpe)
     keys = dict(document_mask=True, dropout=0.0, gradient_accumulation_steps=1, max_iters=3)
     trained(tmp_path, **keys)

@@ -53,7 +53,7 @@ def test_a_run_writes_its_figures(tmp_path: Path) -> None:
 
 
 def test_a_line_is_on_disk_when_it_is_reported(tmp_path: Path) -> None:
-    """A figure that is not finite as null."""
+    """A figure that is not finite is written as null."""
     (tmp_path / "out").mkdir()
     run_log = RunLog(config := small_config(tmp_path))
     with run_log.opened(config, 0):

@@ -1,4 +1,4 @@
-"""A run that was killed, stopped or moved goes on bit for bit."""
+"""A run that was killed or stopped resumes bit for bit."""
 
 import io
 import os

@@ -114,7 +114,7 @@ class _Attack:
 
 @pytest.mark.parametrize("function", [os.mkdir, eval, torch.load, pickle.loads])
 def test_nothing_is_executed(tmp_path: Path, state: dict[str, Any], function: Any) -> None:
-    """Even where the sums are right: whoever writes the files writes these, too."""
+    """Even with valid checksums, which an attacker would write as well."""
     folder, trace = tmp_path / "iter-0000004", tmp_path / "executed"
     sharded_checkpoint.save(state, folder, ALONE)
     argument = str(trace) if function is os.mkdir else f"__import__('os').mkdir({str(trace)!r})"

@@ -1,4 +1,4 @@
-"""One update: what it makes of its batches, when it is not made, and as a CUDA graph."""
+"""One update: its numbers, when it is skipped, and as a CUDA graph."""
 
 import math
 from collections.abc import Iterable

@@ -1,4 +1,4 @@
-"""The loop against one written out by hand, and what stops a run."""
+"""The training loop against one written out by hand, and what stops a run."""
 
 import functools
 import io
@@ -197,7 +197,7 @@ def test_divergence_stops_before_the_step(tmp_path: Path) -> None:
 def test_ignored_targets_change_no_weight(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, device: str, dtype: str
 ) -> None:
-    """On a GPU the host notices later: the optimizer itself has to skip the update."""
+    """On a GPU the host notices later, so the optimizer itself has to skip the update."""
     config = small_config(tmp_path, device=device, dtype=dtype, log_interval=7)
     trainer = Trainer(config, quiet())
     before = {name: value.clone() for name, value in trainer.model.state_dict().items()}
@@ -226,7 +226,7 @@ def test_a_validation_loss_that_is_not_finite_is_not_saved(
 
 
 def test_bfloat16_on_the_cpu(tmp_path: Path) -> None:
-    """The matrices are held in it; what is saved, to the last bit of an update, is float32."""
+    """The model holds its matrices in bfloat16; the checkpoint has the float32 master weights."""
     exact = trained(tmp_path)
     trainer = trained(tmp_path, dtype="bfloat16")
     held = trainer.model.get_parameter("lm_head.weight")
@@ -275,7 +275,7 @@ def test_when_updates_are_replayed_as_a_cuda_graph(
     replayed: bool,
     said: bool,
 ) -> None:
-    """Never of a compiled model; who asked for that is told."""
+    """Never with a compiled model, where a notice says so."""
     trainer = Trainer(small_config(tmp_path, **keys), console := quiet())
     assert not trainer._uses_cuda_graph()  # on a CPU
     trainer.device, trainer.dtype = torch.device("cuda"), dtype
