@@ -1,16 +1,17 @@
-"""From the keys ``device`` and ``dtype`` to what PyTorch is told, and where Triton runs."""
+"""The keys ``device`` and ``dtype`` as PyTorch takes them, where Triton runs, random states."""
 
 import importlib.util
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
+from torch import Tensor
 
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
 _LEAST_CAPABILITY = (8, 0)
 
 
 def triton_refusal(device: torch.device) -> str:
-    """Why a CUDA device runs PyTorch's own kernels, in one line; "" if it runs those in Triton."""
+    """Why the Triton kernels do not run on a CUDA device, in one line; "" if they do."""
     if torch.version.hip is not None:
         reason = "the Triton kernels are for NVIDIA GPUs, and this PyTorch is built for ROCm"
     elif not _HAS_TRITON:
@@ -42,13 +43,13 @@ def resolve_device(name: str) -> torch.device:
 
 
 def has_bfloat16() -> bool:
-    """Whether the current GPU computes in bfloat16 itself. One older than Ampere emulates it, more
-    slowly than it computes in float32."""
+    """Whether the current GPU has bfloat16 in hardware. One older than Ampere emulates it, slower
+    than float32."""
     return torch.cuda.is_bf16_supported(including_emulation=False)
 
 
 def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
-    """The autocast dtype of a key ``dtype`` on ``device``; float32 stands for no autocast."""
+    """The autocast dtype of a key ``dtype`` on ``device``; float32 means no autocast."""
     if name == "auto":
         if device.type != "cuda":
             return torch.float32
@@ -67,3 +68,18 @@ def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager
     if dtype == torch.float32:
         return nullcontext()
     return torch.autocast(device.type, dtype)
+
+
+def random_states(device: torch.device) -> dict[str, Tensor]:
+    """The states of PyTorch's generators, of the CPU and of a GPU ``device``."""
+    states = {"cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        states["cuda"] = torch.cuda.get_rng_state(device)
+    return states
+
+
+def set_random_states(states: dict[str, Tensor], device: torch.device) -> None:
+    """Go on from ``random_states``, perhaps those of a machine without a GPU."""
+    torch.set_rng_state(states["cpu"])
+    if device.type == "cuda" and "cuda" in states:
+        torch.cuda.set_rng_state(states["cuda"], device)

@@ -59,7 +59,7 @@ class LanguageModel(nn.Module):
         raise NotImplementedError
 
     def _loss(self, idx: Tensor, targets: Tensor) -> Tensor:
-        """The mean cross-entropy, for training: no logits are asked for."""
+        """The mean cross-entropy, for training, where no logits are returned."""
         return _cross_entropy(self._logits(idx, last_only=False), targets)
 
     def _init_weights(self, module: nn.Module) -> None:
@@ -85,12 +85,12 @@ class LanguageModel(nn.Module):
         - without targets: logits (B, 1, V) of the last position, and None;
         - with targets: logits (B, T, V) and the mean cross-entropy in nats, a float32 scalar
           (float64 for a float64 model). Targets of -1 are ignored; if all are, the loss is NaN.
-        - While training (``self.training``, gradients enabled, targets given) logits is None,
+        - while training (``self.training``, gradients enabled, targets given) logits is None,
           unless ``return_logits``: the fused loss never builds them.
 
         Raises TypeError or ValueError on a wrong dtype, shape or device, and AssertionError, as
         nanoGPT does, on a T over block_size. Ids are not checked against the vocabulary: on a
-        GPU that would stall every step.
+        GPU the host would wait for that in every step.
         """
         self._check_tokens("idx", idx)
         t = idx.shape[1]
@@ -138,9 +138,9 @@ class LanguageModel(nn.Module):
 
         Each token is drawn from the softmax of logits / ``temperature`` (0: the likeliest token),
         among the ``top_k`` likeliest if given. The model sees the last ``block_size`` tokens: up to
-        there a token is one step of the model, over keys and values that are kept, and beyond it a
-        forward pass over the whole window. Sampling uses PyTorch's generator; dropout stays on
-        unless ``eval()`` was called, and then nothing is kept.
+        there a token is one step over cached keys and values, beyond it a forward pass over the
+        whole window. Sampling uses PyTorch's generator; dropout stays on unless ``eval()`` was
+        called, and then nothing is cached.
 
         Returns (B, T + max_new_tokens). Raises ValueError or TypeError naming the argument, and
         FloatingPointError if logits are NaN or infinite.
@@ -149,12 +149,13 @@ class LanguageModel(nn.Module):
         self._check_ids("idx", idx)
         _check_max_new_tokens(max_new_tokens)
         generator = Generator(self, Sampling(temperature=temperature, top_k=top_k))
-        new = torch.zeros(len(idx), max_new_tokens, dtype=torch.int64, device=idx.device)
-        if new.numel():
-            for step, tokens in enumerate(generator(list(idx), max_new_tokens)):
-                new[:, step] = tokens
-            check_finite([int(new.min())])
-        return torch.cat((idx, new), dim=1) if max_new_tokens else idx
+        if not max_new_tokens:
+            return idx
+        if not len(idx):
+            return idx.new_zeros(0, idx.shape[1] + max_new_tokens, dtype=torch.int64)
+        new = torch.stack(list(generator(list(idx), max_new_tokens)), dim=1)
+        check_finite([int(new.min())])
+        return torch.cat((idx, new), dim=1)
 
     def stream(
         self, prompts: Sequence[Tensor], max_new_tokens: int, sampling: Sampling | None = None
@@ -177,7 +178,7 @@ class LanguageModel(nn.Module):
                 raise ValueError(f"{name} must have shape (T,), got {tuple(prompt.shape)}")
             self._check_tokens(name, prompt[None] if isinstance(prompt, Tensor) else prompt)
             self._check_ids(name, prompt)
-        return _on_host(Generator(self, sampling or Sampling())(prompts, max_new_tokens))
+        return Generator(self, sampling or Sampling()).on_host(prompts, max_new_tokens)
 
     def _caches(self) -> bool:
         """Whether ``_prefill`` and ``_decode`` may be used; see ``generation.Predictor``."""
@@ -199,9 +200,9 @@ class LanguageModel(nn.Module):
                     f"(vocab_size {self.config.vocab_size}), got {value}"
                 )
 
-    def rounded_parameters(self) -> list[nn.Parameter]:
-        """Those that products in half precision round before they use them: which a model may as
-        well hold in half precision, if the optimizer keeps them in full.
+    def low_precision_parameters(self) -> list[nn.Parameter]:
+        """The parameters that matrix products in half precision round before use. A model may hold
+        them in half precision, if the optimizer keeps them in float32.
         """
         return [p for p in self.parameters() if p.dim() >= 2]
 
@@ -222,8 +223,8 @@ class LanguageModel(nn.Module):
             {"params": [p for p in params if p.dim() >= 2], "weight_decay": weight_decay},
             {"params": [p for p in params if p.dim() < 2], "weight_decay": 0.0},
         ]
-        # None lets PyTorch choose for other devices. On the CPU too (nanoGPT leaves that out) one
-        # pass takes a fraction of the loop's time and none of its temporaries.
+        # None lets PyTorch choose for other devices. Unlike in nanoGPT the CPU has the fused form
+        # too: one pass, without temporaries.
         fused = True if torch.device(device_type).type in ("cuda", "cpu") else None
         return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, eps=1e-8, fused=fused)
 
@@ -250,10 +251,3 @@ def _cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
 def _check_max_new_tokens(max_new_tokens: int) -> None:
     if max_new_tokens < 0:
         raise ValueError(f"max_new_tokens must be at least 0, got {max_new_tokens}")
-
-
-def _on_host(steps: Iterator[Tensor]) -> Iterator[list[int]]:
-    for step in steps:
-        tokens: list[int] = step.tolist()
-        check_finite(tokens)
-        yield tokens

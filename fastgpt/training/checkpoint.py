@@ -1,10 +1,10 @@
-"""Checkpoints in nanoGPT's format, written so that a crash never leaves half a file.
+"""Checkpoints in nanoGPT's format, written atomically.
 
 A checkpoint has nanoGPT's keys (``model``, ``optimizer``, ``model_args``, ``iter_num``,
-``best_val_loss``, ``config``) and one of ours, ``fastgpt``, which holds what nanoGPT does not know:
-the kind of model, its GELU, its tokenizer, the random generators, the data cursor and the gradient
-scaler. All of it loads under ``weights_only=True``. Which checkpoints a run keeps stands in
-``run_folder.py``, those of sharded runs in ``sharded.py``.
+``best_val_loss``, ``config``) and one of ours, ``fastgpt``, for what nanoGPT does not store: the
+kind of model, its GELU, its tokenizer, the random generators, the place in the data and the
+gradient scaler. All of it loads under ``weights_only=True``. ``checkpoint_folder.py`` decides which
+checkpoints a run keeps; ``sharded_checkpoint.py`` has those of sharded runs.
 """
 
 import contextlib
@@ -41,15 +41,15 @@ Checkpoint = dict[str, Any]
 
 
 def save(checkpoint: Checkpoint, path: Path) -> None:
-    """Write ``checkpoint`` to ``path``: to a temporary file beside it first, which then replaces
-    it. Whenever the process dies, ``path`` holds the old checkpoint or the new one, whole.
+    """Write ``checkpoint`` to ``path`` atomically: whenever the process dies, ``path`` holds the
+    old checkpoint or the new one.
     """
     with atomic_write(path) as file:
         torch.save(checkpoint, file)
 
 
 def publish(source: Path, path: Path) -> None:
-    """Make one file, ``path``, of the checkpoint ``source``: a file, or a sharded run's folder."""
+    """Copy the checkpoint ``source``, a file or a sharded run's folder, to one file, ``path``."""
     if source.is_dir():
         save(load(source), path)
         return
@@ -78,7 +78,7 @@ def load(path: Path, required: tuple[str, ...] = FOR_SAMPLING) -> Checkpoint:
         checkpoint = sharded_checkpoint.load(path)
     elif path.is_file():
         with _reading(path):
-            with zipfile.ZipFile(path) as archive:  # PyTorch itself does not look at the checksums
+            with zipfile.ZipFile(path) as archive:  # PyTorch does not verify the checksums
                 damaged = archive.testzip()
             if damaged is not None:
                 raise zipfile.BadZipFile(f"wrong checksum of {damaged}")
@@ -90,8 +90,8 @@ def load(path: Path, required: tuple[str, ...] = FOR_SAMPLING) -> Checkpoint:
 
 
 def header(path: Path) -> Checkpoint:
-    """A checkpoint of which hardly more than the numbers is read: the tensors of a file are read
-    when they are looked at, a folder's are left out. Not looked over for damage as ``load`` does.
+    """A checkpoint without reading its tensors: those of a file are mapped, a folder's are left
+    out. Unlike ``load`` this does not verify the checksums.
 
     Raises FileNotFoundError, or ValueError when it is damaged or lacks the key ``iter_num``.
     """
@@ -99,7 +99,7 @@ def header(path: Path) -> Checkpoint:
         checkpoint = sharded_checkpoint.header(path)
     else:
         with _reading(path):
-            zipfile.ZipFile(path).close()  # half a file makes PyTorch's reader raise OSError
+            zipfile.ZipFile(path).close()  # for a truncated file PyTorch raises OSError
             checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     _check_keys(path, checkpoint, ("iter_num",))
     return checkpoint
@@ -124,13 +124,13 @@ def model_args(model: LanguageModel) -> dict[str, int | float | bool]:
 
 
 def own_state(checkpoint: Checkpoint) -> dict[str, Any]:
-    """What a checkpoint holds under the key ``fastgpt``; empty in one of nanoGPT's."""
+    """What a checkpoint holds under the key ``fastgpt``; empty for one of nanoGPT's."""
     return checkpoint.get("fastgpt", {})
 
 
 def own_tokenizer(checkpoint: Checkpoint) -> Tokenizer | None:
-    """The tokenizer that came with the checkpoint; None in one of nanoGPT's, or where the data had
-    none beside it.
+    """The tokenizer stored in the checkpoint; None for one of nanoGPT's, or if the data set had
+    none.
 
     Raises ImportError if the library that it needs is not installed.
     """
@@ -138,10 +138,10 @@ def own_tokenizer(checkpoint: Checkpoint) -> Tokenizer | None:
 
 
 def tokenizer_of(checkpoint: Checkpoint, path: Path) -> Tokenizer:
-    """The tokenizer of the data that a model was trained on: its own, else what stands
-    beside the data set, else GPT-2's BPE, as nanoGPT has it.
+    """The tokenizer of the data that a model was trained on: the checkpoint's, else that of the
+    data set's folder, else GPT-2's BPE, as in nanoGPT.
 
-    Raises ValueError, for ``path``, if it is not there or is not that of the model's vocabulary;
+    Raises ValueError naming ``path`` if it is missing or does not fit the model's vocabulary;
     ImportError or ConnectionError if a library or GPT-2's vocabulary is missing.
     """
     size = checkpoint["model_args"]["vocab_size"]
@@ -169,34 +169,32 @@ def kind(model: LanguageModel) -> str:
     return "bigram" if isinstance(model, Bigram) else "gpt"
 
 
-def new_model(checkpoint: Checkpoint, path: Path, dropout: float | None = None) -> LanguageModel:
-    """A model as the checkpoint's, with weights of its own, on the CPU; ``dropout`` replaces the
-    saved one.
+def kind_and_gelu(model: LanguageModel) -> dict[str, str]:
+    """What ``build_model`` must know besides ``model_args``, under the key ``fastgpt``."""
+    return {"model": kind(model), "gelu": getattr(model, "gelu_approximate", "none")}
 
-    ``path`` is where it came from, for the messages of ValueError.
+
+def build_model(
+    checkpoint: Checkpoint, path: Path, dropout: float | None = None, weights: bool = True
+) -> LanguageModel:
+    """The checkpoint's model, on the CPU, with its ``weights`` or newly drawn ones; ``dropout``
+    replaces the saved one.
+
+    Raises ValueError naming ``path``, where the checkpoint came from.
     """
     own = own_state(checkpoint)
-    with _building(path):
+    try:
         args = dict(checkpoint["model_args"])
         if dropout is not None:
             args["dropout"] = dropout
         config = GPTConfig(**args)
+        model: LanguageModel
         if own.get("model", "gpt") == "bigram":
-            return Bigram(config)
-        return GPT(config, gelu=own.get("gelu", "none"))
-
-
-def build_model(checkpoint: Checkpoint, path: Path, dropout: float | None = None) -> LanguageModel:
-    """``new_model`` with the checkpoint's weights."""
-    model = new_model(checkpoint, path, dropout)
-    with _building(path):
-        model.load_state_dict(checkpoint["model"])
-    return model
-
-
-@contextlib.contextmanager
-def _building(path: Path) -> Iterator[None]:
-    try:
-        yield
+            model = Bigram(config)
+        else:
+            model = GPT(config, gelu=own.get("gelu", "none"))
+        if weights:
+            model.load_state_dict(checkpoint["model"])
     except (ValueError, TypeError, RuntimeError) as error:
         raise ValueError(f"{path} holds no model that fastgpt can build: {error}") from error
+    return model

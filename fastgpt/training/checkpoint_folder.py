@@ -1,8 +1,7 @@
 """The checkpoints in a run's folder.
 
 - ``iter-0002000.pt``: the state before update 2000; in a sharded run a folder, ``iter-0002000``. A
-  run that was stopped or killed goes on from the newest. The last few are kept, and the best by
-  validation loss.
+  run is resumed from the newest. The last few are kept, and the best by validation loss.
 - ``ckpt.pt``: a copy of the best, or of the newest with ``always_save_checkpoint``; what nanoGPT
   and ``fastgpt sample`` read.
 """
@@ -25,7 +24,7 @@ def path_of(out_dir: Path, iteration: int, sharded: bool) -> Path:
 
 
 def saved(out_dir: Path) -> list[Path]:
-    """The checkpoints of all iterations that are there, the newest first."""
+    """The checkpoints ``iter-*`` in the folder, newest first."""
     if not out_dir.is_dir():
         return []
     return sorted((p for p in out_dir.iterdir() if _NAME.fullmatch(p.name)), key=_by_name)[::-1]
@@ -38,7 +37,7 @@ def _by_name(path: Path) -> int:
 
 
 def newest(out_dir: Path) -> Path:
-    """The checkpoint with the most iterations: ``ckpt.pt`` where nanoGPT wrote it.
+    """The checkpoint with the most iterations; ``ckpt.pt`` counts too, as nanoGPT writes no other.
 
     Raises FileNotFoundError if there is none, ValueError if ``ckpt.pt`` is damaged.
     """
@@ -48,14 +47,14 @@ def newest(out_dir: Path) -> Path:
         iterations[best] = int(ckpt.header(best)["iter_num"])
     if not iterations:
         raise FileNotFoundError(f"there is no {ckpt.BEST} or iter-*.pt in {out_dir}")
-    return max(iterations, key=lambda path: iterations[path])  # of equals the first: not ckpt.pt
+    return max(iterations, key=lambda path: iterations[path])  # among equals not ckpt.pt
 
 
 def read_newest(out_dir: Path, read: Callable[[Path], _T]) -> tuple[_T, Path]:
     """What ``read`` makes of the newest checkpoint, and its path.
 
-    Raises FileNotFoundError if there is none; ValueError if it is damaged, with the newest one that
-    is not.
+    Raises FileNotFoundError if there is none; ValueError if it is damaged, naming the newest intact
+    one.
     """
     try:
         path = newest(out_dir)
@@ -75,16 +74,14 @@ def _advice(out_dir: Path) -> str:
 
 
 def prune(out_dir: Path, keep_last: int, best_iter: int | None) -> None:
-    """Remove the checkpoints of iterations that are neither among the last nor the best."""
+    """Remove all but the newest ``keep_last`` checkpoints and that of ``best_iter``."""
     for path in saved(out_dir)[keep_last:]:
         if _by_name(path) != best_iter:
             remove(path)
 
 
 def remove(path: Path) -> None:
-    """Remove a file or a folder; whenever the process dies, there is no half of it under its
-    name.
-    """
+    """Remove a file or a folder; no partial folder keeps the name if the process dies meanwhile."""
     if path.is_dir():
         path = path.rename(path.with_name(f".{path.name}.tmp"))
         shutil.rmtree(path)
@@ -92,11 +89,9 @@ def remove(path: Path) -> None:
         path.unlink()
 
 
-def set_aside(out_dir: Path, names: Iterable[str] = ()) -> Path | None:
-    """Move an earlier run's checkpoints, and the files and folders ``names``, out of the way of a
-    new run, into ``out_dir/previous-N``.
-
-    Returns that folder, or None if there was nothing to move.
+def archive_previous_run(out_dir: Path, names: Iterable[str] = ()) -> Path | None:
+    """Move an earlier run's checkpoints, and the files and folders ``names``, into
+    ``out_dir/previous-N``. Returns that folder, or None if there was nothing to move.
     """
     others = (out_dir / name for name in (ckpt.BEST, *names))
     found = [*saved(out_dir), *(path for path in others if path.exists())]

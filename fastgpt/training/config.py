@@ -1,7 +1,7 @@
-"""What a run can be told: nanoGPT's keys and defaults, and presets.
+"""The keys of a run: nanoGPT's names and defaults, and presets.
 
-The keys stand in small dataclasses, one per heading of ``--help``; ``TrainConfig`` is their flat
-sum. A key's type is its annotation, its help the comment above it.
+The keys are in small dataclasses, one for each heading of ``--help``; ``TrainConfig`` inherits them
+all. A key's type is its annotation, its help the comment above it.
 """
 
 import difflib
@@ -66,7 +66,7 @@ class Data:
     # Tokens per sequence: the context length.
     block_size: int = 1024
     # Tokens attend, and count positions, within their document only.
-    pack: bool = False
+    document_mask: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,7 +83,7 @@ class Model:
     dropout: float = 0.0
     # Biases in Linear and LayerNorm.
     bias: bool = False
-    # Make GELU's and LayerNorm's results again in the backward pass: less memory, the same numbers.
+    # Recompute GELU and LayerNorm in the backward pass: less memory, the same numbers.
     recompute: bool = False
     # Matrix products of 8-bit numbers in the loss (head); needs a GPU of compute capability 8.9 or
     # newer, n_embd and the vocabulary multiples of 16.
@@ -120,10 +120,10 @@ class Schedule:
 
 @dataclass(frozen=True, kw_only=True)
 class System:
-    # How several processes share the model. ddp: each has all of it. fsdp: each has a part of every
-    # tensor, which takes less memory and exchanges more.
+    # With several processes. ddp: each holds the whole model. fsdp: each holds a shard of every
+    # tensor: less memory, more communication.
     parallel: Literal["ddp", "fsdp"] = "ddp"
-    # What several processes exchange gradients with, on GPUs; on the CPU it is gloo.
+    # Communication backend of several processes on GPUs; on the CPU it is gloo.
     backend: str = "nccl"
     # cuda, cuda:N, cpu, mps, or auto (cuda where there is one, else cpu).
     device: str = "cuda"
@@ -274,44 +274,32 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
-# For a run that was told nothing, on a CPU: half of char-cpu, which two cores end within 3 minutes.
+# A run without any keys, on a CPU: half of char-cpu, under 3 minutes on two cores.
 _SHORT_RUN = {"max_iters": 1000, "lr_decay_iters": 1000}
 
 
 def automatic_keys() -> dict[str, Any]:
-    """The keys of a run that was told neither a preset nor a configuration file."""
+    """The keys of a run without a preset and without a configuration file."""
     if torch.cuda.is_available():
         return PRESETS["char"]
     return {**PRESETS["char-cpu"], **_SHORT_RUN}
 
 
+_COUNTS = (
+    "eval_interval log_interval eval_iters keep_last gradient_accumulation_steps batch_size "
+    "block_size n_layer n_head n_embd num_samples max_new_tokens top_k"
+)
+_NOT_NEGATIVE = (
+    "learning_rate max_iters weight_decay grad_clip warmup_iters lr_decay_iters min_lr temperature"
+)
 # Smallest and largest value allowed.
 _LIMITS: dict[str, tuple[float, float]] = {
-    "eval_interval": (1, math.inf),
-    "log_interval": (1, math.inf),
-    "eval_iters": (1, math.inf),
-    "keep_last": (1, math.inf),
-    "gradient_accumulation_steps": (1, math.inf),
-    "batch_size": (1, math.inf),
-    "block_size": (1, math.inf),
-    "n_layer": (1, math.inf),
-    "n_head": (1, math.inf),
-    "n_embd": (1, math.inf),
+    **dict.fromkeys(_COUNTS.split(), (1, math.inf)),
+    **dict.fromkeys(_NOT_NEGATIVE.split(), (0, math.inf)),
     "dropout": (0, 0.999),
-    "learning_rate": (0, math.inf),
-    "max_iters": (0, math.inf),
-    "weight_decay": (0, math.inf),
     "beta1": (0, 0.999999),
     "beta2": (0, 0.999999),
-    "grad_clip": (0, math.inf),
-    "warmup_iters": (0, math.inf),
-    "lr_decay_iters": (0, math.inf),
-    "min_lr": (0, math.inf),
     "seed": (0, 2**63 - 1),
-    "num_samples": (1, math.inf),
-    "max_new_tokens": (1, math.inf),
-    "temperature": (0, math.inf),
-    "top_k": (1, math.inf),
     "top_p": (0, 1),
     "min_p": (0, 1),
     "repetition_penalty": (0.01, 100),
@@ -366,11 +354,20 @@ def typed(owner: type, key: str, value: Any) -> Any:
     return value
 
 
+# Names that keys had before; checkpoints may hold them.
+RENAMED_KEYS = {"pack": "document_mask"}
+
+
 def check_key(key: str) -> None:
     """ValueError that suggests the nearest key, unless ``key`` is one of TrainConfig's."""
     known = [field.name for field in fields(TrainConfig)]
     if key in known:
         return
     near = difflib.get_close_matches(key, known, n=1)
-    hint = f": did you mean {near[0]!r}?" if near else f"; allowed: {', '.join(sorted(known))}"
+    if key in RENAMED_KEYS:
+        hint = f": it is called {RENAMED_KEYS[key]!r} now"
+    elif near:
+        hint = f": did you mean {near[0]!r}?"
+    else:
+        hint = f"; allowed: {', '.join(sorted(known))}"
     raise ValueError(f"unknown key {key!r}{hint}")

@@ -2,8 +2,8 @@
 
     torchrun --nproc_per_node=8 -m fastgpt train config/train_gpt2.py
 
-Each has a rank and, from torchrun's environment, knows how to find the others. Alone, a process is
-rank 0 of 1, and nothing here communicates.
+Each has a rank, and finds the others by torchrun's environment variables. A single process is rank
+0 of 1, and nothing here communicates.
 """
 
 import os
@@ -22,10 +22,10 @@ class World:
     """Which process this is, and of how many.
 
     Attributes:
-        rank: in [0, size); rank 0 alone writes files and speaks.
-        local_rank: which of this machine's: the number of its GPU.
+        rank: in [0, size); rank 0 alone writes files and prints.
+        local_rank: the rank among the processes of this machine: the number of its GPU.
         size: the number of processes.
-        restarts: how often torchrun has started the processes again after a failure.
+        restarts: how often torchrun has restarted the processes after a failure.
     """
 
     rank: int = 0
@@ -35,11 +35,11 @@ class World:
 
     @classmethod
     def from_environment(cls) -> "World":
-        """What torchrun's variables say; one process alone without them.
+        """The world of torchrun's variables; a single process without them.
 
         Raises:
-            ValueError: WORLD_SIZE is set above 1, but RANK, LOCAL_RANK, MASTER_ADDR or MASTER_PORT
-                is not; or one of the numbers is none.
+            ValueError: WORLD_SIZE is above 1, but RANK, LOCAL_RANK, MASTER_ADDR or MASTER_PORT is
+                not set; or a number is malformed.
         """
         if os.environ.get("WORLD_SIZE", "1") == "1":
             return cls(restarts=_number("TORCHELASTIC_RESTART_COUNT", "0"))
@@ -58,18 +58,18 @@ class World:
         )
 
     def device(self, asked: torch.device) -> torch.device:
-        """``asked``, or of several GPUs this process's own."""
+        """``asked``; with several processes on GPUs, the one of this process."""
         several = self.size > 1 and asked.type == "cuda"
         return torch.device("cuda", self.local_rank) if several else asked
 
     @property
-    def first(self) -> bool:
+    def is_main(self) -> bool:
         return self.rank == 0
 
     @contextmanager
     def connected(self, device: torch.device, backend: str) -> Iterator[None]:
-        """The processes can reach each other inside. ``backend`` moves the tensors on GPUs ("nccl",
-        say); gloo those on the CPU.
+        """The process group exists inside. ``backend`` ("nccl", for one) serves tensors on GPUs,
+        gloo those on the CPU.
         """
         if self.size == 1:
             yield
@@ -80,38 +80,38 @@ class World:
         else:
             backend = "gloo"
         store, _, _ = next(dist.rendezvous("env://"))
-        # torchrun keeps its store through a restart, with the addresses of processes that are gone
-        # in it. Agents of several machines count restarts each for itself.
+        # torchrun's store outlives a restart and still holds the addresses of the old processes. On
+        # several machines each agent counts its own restarts, so there the count is no prefix.
         if os.environ.get("GROUP_WORLD_SIZE", "1") == "1":
             store = dist.PrefixStore(f"restart-{self.restarts}", store)
         dist.init_process_group(backend, store=store, rank=self.rank, world_size=self.size)
         try:
             yield
-            # All end together. A thread of gloo's may still be dropping the tensors of the last
-            # collective; if Python ends first, it stops that thread inside C++, which aborts.
-            self.wait()
+            # A thread of gloo may still be freeing the tensors of the last collective. If Python
+            # exits meanwhile, that thread is stopped inside C++, which aborts.
+            self.barrier()
         finally:
             dist.destroy_process_group()
 
-    def wait(self) -> None:
-        """For all others to come here."""
+    def barrier(self) -> None:
+        """Collective: return when every rank has called it."""
         if self.size > 1:
             dist.barrier()
 
-    def sum(self, x: Tensor) -> Tensor:
-        """``x`` summed over all processes, in place."""
+    def all_reduce(self, x: Tensor) -> Tensor:
+        """Collective: ``x`` summed over all ranks, in place."""
         if self.size > 1:
             dist.all_reduce(x)
         return x
 
     def any(self, flag: bool) -> bool:
-        """Whether any process says so. The answer is the same in all."""
+        """Collective: whether ``flag`` is true in any rank."""
         if self.size == 1:
             return flag
-        return bool(self.sum(torch.tensor(float(flag))))  # on the host: no GPU is waited for
+        return bool(self.all_reduce(torch.tensor(float(flag))))  # by gloo: no wait for a GPU
 
-    def gathered(self, item: Any) -> list[Any]:
-        """Every process's item, in the order of the ranks."""
+    def all_gather_object(self, item: Any) -> list[Any]:
+        """Collective: the items of all ranks, in their order."""
         if self.size == 1:
             return [item]
         items: list[Any] = [None] * self.size

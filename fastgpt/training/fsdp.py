@@ -1,10 +1,10 @@
-"""A model of which every process holds a part: PyTorch's FSDP2 (``fully_shard``).
+"""A sharded model: PyTorch's FSDP2 (``fully_shard``).
 
-Each tensor is cut along its rows. A block's are put together for its forward and again for its
-backward, whose gradients are summed into the parts; what outlives a step, weights, gradients and
-moments, is 1/N of the model. The tied table of tokens, which begins and ends a pass, is one tensor
-of the outermost group. So are the LayerNorms' few vectors one group, kept whole from forward to
-backward, as a block applies the LayerNorm of the next.
+Each tensor is sharded along its rows. A block's tensors are all-gathered for its forward and again
+for its backward, after which their gradients are reduce-scattered; what outlives a step (weights,
+gradients, moments) is 1/N of the model. The tied token table, used at both ends of a pass, is in
+the outermost group. The LayerNorms form one group, gathered from forward to backward, because a
+block applies the LayerNorm of the next.
 """
 
 from functools import partial
@@ -22,14 +22,13 @@ from fastgpt.training.distributed import World
 
 
 def shard(model: LanguageModel, device: torch.device, world: World, dtype: torch.dtype) -> None:
-    """Leave to this process its part of ``model``, which is on ``device`` and the same in all.
+    """Shard ``model``, which is on ``device`` and the same in every rank, in place.
 
-    The parts are float32. With ``dtype`` bfloat16 the blocks and the tables travel and work in it;
-    gradients are summed in float32.
+    The shards are float32. With ``dtype`` bfloat16 the blocks and the tables are gathered and used
+    in it; gradients are reduced in float32.
     """
     mesh = init_device_mesh(device.type, (world.size,))
-    # Autocast has the say over activations.
-    plain = MixedPrecisionPolicy(cast_forward_inputs=False)
+    plain = MixedPrecisionPolicy(cast_forward_inputs=False)  # autocast decides on activations
     rounded = plain
     if dtype == torch.bfloat16:
         rounded = MixedPrecisionPolicy(
@@ -48,36 +47,35 @@ def shard(model: LanguageModel, device: torch.device, world: World, dtype: torch
 
 
 def _begin_pass(norm: nn.Module, *_: Any) -> None:
-    """In PyTorch 2.11 a pass without a backward leaves behind which of the LayerNorms were not
-    called (a block applies most of them itself), and the next pass would not put their vectors
-    together."""
+    """PyTorch 2.11 remembers, from a pass without a backward, which LayerNorms were not called (a
+    block applies most of them itself), and would not gather their vectors in the next pass."""
     fully_shard.state(norm)._modules_to_run_forward.clear()  # type: ignore[attr-defined]
 
 
-def gathered(model: LanguageModel) -> dict[str, Tensor]:
-    """The whole ``state_dict``, in every process. All have to ask."""
-    return {name: whole(value) for name, value in model.state_dict().items()}
+def full_state_dict(model: LanguageModel) -> dict[str, Tensor]:
+    """The unsharded ``state_dict``. Collective: every rank must call it."""
+    return {name: full_tensor(value) for name, value in model.state_dict().items()}
 
 
-def whole(tensor: Tensor) -> Tensor:
-    """A tensor of which the processes hold parts, in every process; others as they are."""
+def full_tensor(tensor: Tensor) -> Tensor:
+    """A sharded tensor all-gathered; any other as it is. Collective: every rank must call it."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def cut(
+def shard_optimizer_state(
     state: dict[int, dict[str, Tensor]], optimizer: torch.optim.Optimizer
 ) -> dict[int, dict[str, Tensor]]:
-    """Of the whole tensors of an optimizer's ``state`` this process's parts.
+    """This process's shards of an optimizer's unsharded ``state``.
 
     Raises KeyError or ValueError if it belongs to other parameters.
     """
     return {
-        index: {name: _cut(tensor, p) for name, tensor in state[index].items()}
+        index: {name: _shard(tensor, p) for name, tensor in state[index].items()}
         for index, p in _numbered(optimizer).items()
     }
 
 
-def _cut(tensor: Tensor, like: Tensor) -> Tensor:
+def _shard(tensor: Tensor, like: Tensor) -> Tensor:
     if tensor.dim() == 0:
         return tensor
     if tensor.shape != like.shape:
@@ -88,7 +86,7 @@ def _cut(tensor: Tensor, like: Tensor) -> Tensor:
 
 
 def empty_state(optimizer: torch.optim.Optimizer) -> dict[int, dict[str, Tensor]]:
-    """AdamW's state before the first update, by the numbers of the parameters."""
+    """AdamW's state before the first update, by the index of each parameter."""
     return {
         index: {
             "step": torch.zeros(()),

@@ -1,9 +1,7 @@
-"""What a run begins with: new weights, those of somebody else, or a checkpoint of its own."""
+"""What a run starts from: new weights, pretrained ones, or its own checkpoint."""
 
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from fastgpt._files import is_path
 from fastgpt.bigram import Bigram
@@ -58,7 +56,7 @@ def _pretrained(config: TrainConfig, tokenizer: Tokenizer | None) -> GPT:
 
 
 def _check_tokens(config: TrainConfig, tokenizer: Tokenizer | None, model: GPT) -> None:
-    """ValueError unless the data's ids mean to the model what they mean in the data."""
+    """ValueError unless the model was trained on the tokens of the data set."""
     path, rows = Path(config.init_from), model.config.vocab_size
     ids = tokenizer.vocab_size if tokenizer else ckpt.GPT2_VOCAB_SIZE
     if not (tokenizer.fits(rows) if tokenizer else ids <= rows):
@@ -69,7 +67,7 @@ def _check_tokens(config: TrainConfig, tokenizer: Tokenizer | None, model: GPT) 
     theirs = tokenizer_in(path if path.is_dir() else path.parent)
     if tokenizer is None or theirs is None or theirs.fingerprint == tokenizer.fingerprint:
         return
-    # The same vocabulary may stand in files of two kinds.
+    # Two files of different kinds may hold the same vocabulary.
     for token in range(ids):
         if token >= theirs.vocab_size or theirs.decode([token]) != tokenizer.decode([token]):
             raise ValueError(
@@ -81,8 +79,8 @@ def _check_tokens(config: TrainConfig, tokenizer: Tokenizer | None, model: GPT) 
 def saved_state(
     config: TrainConfig, tokenizer: Tokenizer | None, world: World
 ) -> tuple[ckpt.Checkpoint, Path]:
-    """The newest checkpoint in ``out_dir`` and its path. Of a folder of shards, where the run is
-    sharded itself, all but the tensors, which ``sharded.load_into`` reads.
+    """The newest checkpoint in ``out_dir`` and its path. For a sharded run a folder's tensors are
+    left out; ``sharded_checkpoint.load_into`` reads them.
 
     Raises FileNotFoundError if there is none, ValueError if it is damaged or was trained on other
     tokens.
@@ -106,29 +104,22 @@ def saved_state(
 
 
 def is_sharded(config: TrainConfig, world: World) -> bool:
-    """One process has nobody to share with."""
+    """Whether each process holds a shard of the model; a single one does not."""
     return config.parallel == "fsdp" and world.size > 1
 
 
-def captures(config: TrainConfig, device: torch.device, dtype: torch.dtype, world: World) -> bool:
-    """Whether updates are replayed as a CUDA graph. In float16 the host decides upon an update, and
-    what several processes exchange is in none; torch.compile captures and allocates by itself."""
-    able = device.type == "cuda" and dtype != torch.float16 and world.size == 1
-    return able and config.cuda_graph and not config.compile
-
-
 def shape_of(model: LanguageModel) -> dict[str, Any]:
-    """The keys of the config that a model decides."""
+    """The keys of the config that a loaded model determines."""
     shape: dict[str, Any] = {key: getattr(model.config, key) for key in SHAPE_KEYS}
     return {**shape, "model": ckpt.kind(model)}
 
 
 def separator(config: TrainConfig, tokenizer: Tokenizer | None) -> int | None:
-    """The token that stands between two documents of the data set, for ``pack``; None without it.
+    """The token between two documents of the data set, for ``document_mask``; None without it.
 
-    Raises ValueError if there is none, or one that documents have within, too.
+    Raises ValueError if there is none, or one that occurs within documents too.
     """
-    if not config.pack:
+    if not config.document_mask:
         return None
     manifest = read_manifest(config.data_dir)
     if manifest is not None:
@@ -141,7 +132,7 @@ def separator(config: TrainConfig, tokenizer: Tokenizer | None) -> int | None:
         token, why = None, "consists of characters"
     if token is None:
         raise ValueError(
-            f"pack must be False with the data set {config.data_dir}: it {why}, so no token of its "
-            "own ends a document"
+            f"document_mask must be False with the data set {config.data_dir}: it {why}, so no "
+            "token of its own ends a document"
         )
     return int(token)

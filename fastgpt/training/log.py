@@ -1,12 +1,12 @@
-"""What a run writes down as it goes: ``log.jsonl`` always, TensorBoard and Weights & Biases on
-request.
+"""A run's log: ``log.jsonl`` always, TensorBoard and Weights & Biases on request.
 
 A line of ``log.jsonl`` is one JSON object with ``iter``, the number of an update, and ``time`` in
-seconds since 1970. A report has besides ``loss``, ``lr``, ``tokens_per_second`` and, on a GPU,
-``mfu`` in percent; an evaluation has nanoGPT's keys: ``train/loss``, ``val/loss``, ``lr``, ``mfu``.
-A figure that is not finite is null.
+seconds since 1970. A report adds ``loss``, ``lr``, ``tokens_per_second`` and, on a GPU, ``mfu`` in
+percent; an evaluation adds nanoGPT's keys ``train/loss``, ``val/loss``, ``lr``, ``mfu``. A figure
+that is not finite is null.
 """
 
+import importlib
 import json
 import math
 import time
@@ -25,7 +25,7 @@ Row = dict[str, Any]
 
 
 class RunLog:
-    """Where a run's figures go.
+    """Writes a run's figures.
 
         log = RunLog(config)
         with log.opened(config, first_iter=0):
@@ -37,17 +37,19 @@ class RunLog:
     """
 
     def __init__(self, config: TrainConfig) -> None:
-        self._wandb = _import_wandb() if config.wandb_log else None
-        self._writer_class = _import_summary_writer() if config.tensorboard_log else None
+        self._wandb = _imported("wandb", "wandb_log") if config.wandb_log else None
+        self._tensorboard: Any = None
+        if config.tensorboard_log:
+            self._tensorboard = _imported("torch.utils.tensorboard", "tensorboard_log")
         self._file: TextIO | None = None
         self._writer: Any = None
 
     @contextmanager
     def opened(self, config: TrainConfig, first_iter: int) -> Iterator[None]:
-        """Write into the folder ``out_dir``, which must be there.
+        """Write into the folder ``out_dir``, which must exist.
 
-        A log that is there already is continued: what it says of iterations that are now made
-        again is dropped, so that none stands in it twice. ValueError if it cannot be read.
+        An existing log is continued. Rows of iterations from ``first_iter`` on are dropped, because
+        these are run again. ValueError if it cannot be read.
         """
         out_dir = Path(config.out_dir)
         path = out_dir / LOG
@@ -58,8 +60,9 @@ class RunLog:
             self._wandb.init(
                 project=config.wandb_project, name=config.wandb_run_name, config=asdict(config)
             )
-        if self._writer_class is not None:
-            self._writer = self._writer_class(str(out_dir / TENSORBOARD), purge_step=first_iter)
+        if self._tensorboard is not None:
+            folder = str(out_dir / TENSORBOARD)
+            self._writer = self._tensorboard.SummaryWriter(folder, purge_step=first_iter)
         with open(path, "a", encoding="utf-8") as self._file:
             try:
                 yield
@@ -72,7 +75,7 @@ class RunLog:
     def report(
         self, iteration: int, loss: float, lr: float, tokens_per_second: float, mfu: float | None
     ) -> None:
-        """The loss of one update and the speed since the last report; ``mfu`` as a share of 1."""
+        """The loss of one update and the speed since the last report; ``mfu`` in [0, 1]."""
         row = {"iter": iteration, "loss": loss, "lr": lr, "tokens_per_second": tokens_per_second}
         self._write(row if mfu is None else {**row, "mfu": 100 * mfu})
 
@@ -81,7 +84,7 @@ class RunLog:
     ) -> None:
         """The mean losses of both splits before the update ``iteration``."""
         row = {"iter": iteration, "train/loss": train, "val/loss": val, "lr": lr}
-        row["mfu"] = -1.0 if mfu is None else 100 * mfu  # as nanoGPT has it
+        row["mfu"] = -1.0 if mfu is None else 100 * mfu  # as in nanoGPT
         self._write(row)
         if self._wandb is not None:
             self._wandb.log(row)
@@ -100,8 +103,7 @@ class RunLog:
 
 
 def read(path: Path) -> list[Row]:
-    """The rows of a ``log.jsonl``. A last line that was cut off, as a crash may leave it, is left
-    out.
+    """The rows of a ``log.jsonl``, without a last line that a crash cut off.
 
     Raises FileNotFoundError, or ValueError naming file and line if a line is no row.
     """
@@ -133,21 +135,10 @@ def _drop_from(path: Path, first_iter: int, keep_evaluation: bool) -> None:
         file.writelines((json.dumps(row) + "\n").encode() for row in kept)
 
 
-def _import_wandb() -> Any:
+def _imported(module: str, key: str) -> Any:
     try:
-        import wandb
+        return importlib.import_module(module)
     except ImportError as error:
         raise ImportError(
-            'wandb_log=True needs wandb: pip install "fastgpt-triton[log]"'
+            f'{key}=True needs {module.rpartition(".")[2]}: pip install "fastgpt-triton[log]"'
         ) from error
-    return wandb
-
-
-def _import_summary_writer() -> Any:
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError as error:
-        raise ImportError(
-            'tensorboard_log=True needs tensorboard: pip install "fastgpt-triton[log]"'
-        ) from error
-    return SummaryWriter

@@ -7,11 +7,11 @@
     optimizer.step()
     optimizer.zero_grad()
 
-Master weights, moments and gradients lie in flat float32 buffers, one of each for the parameters
-that are decayed and for those that are not, so that an update is one kernel (``ops.adamw``). The
-model's parameters become views: of a rounded copy those that the matrix products would round
-anyway, of the master weights themselves the others. Nothing here waits for the device: learning
-rate, count and clipping factor are tensors on it.
+Master weights, moments and gradients lie in flat float32 buffers, one set for the parameters with
+weight decay and one for those without, so that an update is one kernel (``ops.adamw``) for each.
+The model's parameters become views: those that matrix products round anyway, of a low-precision
+copy; the others, of the master weights. The host never waits: learning rate, count and clipping
+factor are tensors on the device.
 """
 
 from collections.abc import Callable
@@ -62,13 +62,18 @@ class _Group:
             for start, p in zip(self._starts, self.params, strict=True)
         ]
 
+    def moments(self) -> list[dict[str, Tensor]]:
+        """Views of both moments of each parameter, under AdamW's names."""
+        first, second = self.views(self.exp_avg), self.views(self.exp_avg_sq)
+        return [{"exp_avg": a, "exp_avg_sq": b} for a, b in zip(first, second, strict=True)]
+
 
 class MasterAdamW(torch.optim.AdamW):
-    """AdamW (Loshchilov & Hutter 2019) whose parameters are float32 copies of the model's.
+    """AdamW (Loshchilov & Hutter 2019) on float32 copies of the model's parameters.
 
-    The parameters of ``model.rounded_parameters()`` are held in ``dtype`` from here on, the others
-    in float32; ``master_state_dict`` has all in full precision. Groups, order and state are those
-    of ``model.configure_optimizers``: a ``state_dict`` of either loads into the other.
+    From here on the model holds ``model.low_precision_parameters()`` in ``dtype``, the others in
+    float32; ``master_state_dict`` has all in float32. Groups, order and state are those of
+    ``model.configure_optimizers``: a ``state_dict`` of either loads into the other.
 
     The gradient of a backward pass is added to a float32 buffer at once and ``p.grad`` is left
     None. ``param_groups[i]["lr"]`` is a tensor on the device. While the attribute ``found_inf``, a
@@ -96,7 +101,7 @@ class MasterAdamW(torch.optim.AdamW):
         for name, p in model.named_parameters():
             if p.dtype != torch.float32:
                 raise TypeError(f"{name} must be float32 before the master copy, got {p.dtype}")
-        rounded = set(model.rounded_parameters())
+        rounded = set(model.low_precision_parameters())
         plan = model.configure_optimizers(weight_decay, learning_rate, betas, "cpu").param_groups
         device = next(model.parameters()).device
         self._groups = [_Group(group["params"], rounded, dtype, device) for group in plan]
@@ -114,14 +119,8 @@ class MasterAdamW(torch.optim.AdamW):
         ]
         super().__init__(masters, lr=learning_rate, betas=betas, eps=1e-8, fused=True)
         for group, options in zip(self._groups, self.param_groups, strict=True):
-            moments = zip(
-                options["params"],
-                group.views(group.exp_avg),
-                group.views(group.exp_avg_sq),
-                strict=True,
-            )
-            for p, exp_avg, exp_avg_sq in moments:
-                self.state[p] = {"step": group.step, "exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq}
+            for p, moments in zip(options["params"], group.moments(), strict=True):
+                self.state[p] = {"step": group.step, **moments}
             for p, grad in zip(group.params, group.views(group.grad), strict=True):
                 p.register_post_accumulate_grad_hook(self._adder(grad))
 
@@ -139,7 +138,7 @@ class MasterAdamW(torch.optim.AdamW):
 
     @torch.no_grad()
     def _complete_gradients(self) -> None:
-        """A parameter that no loss reached since ``zero_grad`` has the gradient 0."""
+        """A parameter without a backward pass since ``zero_grad`` has the gradient 0."""
         for group in self._groups:
             for p, grad in zip(group.params, group.views(group.grad), strict=True):
                 if p not in self._has_grad:
@@ -178,7 +177,7 @@ class MasterAdamW(torch.optim.AdamW):
             )
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Forget the gradients; the buffers are written anew by the next backward pass."""
+        """Forget the gradients; the next backward pass overwrites the buffers."""
         self._has_grad.clear()
         self._clip = None
 
@@ -194,8 +193,8 @@ class MasterAdamW(torch.optim.AdamW):
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take over moments and counts from a ``state_dict`` of this class, or of the AdamW that
-        ``configure_optimizers`` gives. Options and learning rate stay as they are.
+        """Load moments and counts from a ``state_dict`` of this class, or of the AdamW that
+        ``configure_optimizers`` returns. Options and learning rate are kept.
 
         Raises:
             KeyError: a moment or count is missing.
@@ -207,15 +206,9 @@ class MasterAdamW(torch.optim.AdamW):
             raise ValueError(f"state_dict must have {own} parameters in its groups, got {numbers}")
         state = state_dict["state"]
         for group, saved in zip(self._groups, state_dict["param_groups"], strict=True):
-            moments = zip(
-                saved["params"],
-                group.views(group.exp_avg),
-                group.views(group.exp_avg_sq),
-                strict=True,
-            )
-            for index, exp_avg, exp_avg_sq in moments:
+            for index, moments in zip(saved["params"], group.moments(), strict=True):
                 found = state[index]
-                for name, target in (("exp_avg", exp_avg), ("exp_avg_sq", exp_avg_sq)):
+                for name, target in moments.items():
                     if found[name].shape != target.shape:
                         raise ValueError(
                             f"{name} of parameter {index} must have shape {tuple(target.shape)}, "
@@ -226,8 +219,8 @@ class MasterAdamW(torch.optim.AdamW):
 
 
 def saved_state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """``optimizer.state_dict()`` as a run of any kind reads it, nanoGPT's too: without the options
-    that a CUDA graph needed, the learning rate a number."""
+    """``optimizer.state_dict()`` as any run can load it, nanoGPT's too: with the learning rate as a
+    number, and not ``capturable``, which a CUDA graph needs."""
     state = optimizer.state_dict()
     for group in state["param_groups"]:
         group.update(lr=float(group["lr"]), capturable=False)

@@ -1,4 +1,4 @@
-"""What a running training shows, and how it hears that it shall stop."""
+"""The progress of a run on the terminal, and the signals that stop it."""
 
 import signal
 import threading
@@ -48,7 +48,7 @@ class Meter:
         first_iter: int,
         estimate_mfu: Callable[[int, float], float] | None,
     ) -> None:
-        """``estimate_mfu`` is the model's, or None where the figure would mean nothing."""
+        """``estimate_mfu(sequences, seconds)`` is in [0, 1]; None where there is no such figure."""
         self._config = config
         self._console = console
         self._estimate_mfu = estimate_mfu
@@ -111,9 +111,9 @@ class Meter:
 
 @contextmanager
 def interrupts() -> Iterator[threading.Event]:
-    """An event that the first Ctrl-C or SIGTERM sets; a second one interrupts at once, as ever.
+    """An event that the first Ctrl-C or SIGTERM sets; a second one acts as usual.
 
-    Signals reach the main thread only; in another one the event stays unset.
+    Signals reach the main thread only; in another thread the event stays unset.
     """
     event = threading.Event()
     if threading.current_thread() is not threading.main_thread():

@@ -1,14 +1,13 @@
-"""Checkpoints of sharded runs: a folder to which each process writes its own part
-(``torch.distributed.checkpoint``), to be read by any number of processes.
+"""Checkpoints of sharded runs: a folder to which each rank writes its own shards
+(``torch.distributed.checkpoint``), and which any number of ranks can read.
 
     iter-0002000/
         .metadata, __0_0.distcp, ...   the tensors: "model.<name>", "optimizer.<index>.<name>"
-        run.pt                         all else, as ``checkpoint.py`` has it
+        run.pt                         all else that ``checkpoint.py`` lists
         complete.json                  size and SHA-256 of each of these files; written last
 
-The folder has its name only from then on. Nothing in it is executed: tensors and ``run.pt`` load
-under ``weights_only=True``, and of the pickled ``.metadata`` no class is taken but those that
-describe tensors.
+Only then the folder gets its name. Nothing in it is executed: tensors and ``run.pt`` load under
+``weights_only=True``, and the pickled ``.metadata`` may name only classes that describe tensors.
 """
 
 import contextlib
@@ -34,45 +33,45 @@ _DAMAGED = "is not a complete checkpoint, or it is damaged"
 
 
 def save(checkpoint: dict[str, Any], path: Path, world: World) -> None:
-    """Write ``checkpoint``, whose tensors may be shards, to the folder ``path``. All processes have
-    to ask. Whenever one dies, ``path`` is whole or not there; it is replaced if it was there, by
-    two renames, between which the old one is called ``.{name}.old``.
+    """Write ``checkpoint``, whose tensors may be shards, to the folder ``path``. Collective: every
+    rank must call it. If one dies, ``path`` is complete or absent; an old folder is replaced by two
+    renames, between which it is called ``.{name}.old``.
 
-    Raises OSError if a process could not write.
+    Raises OSError if a rank could not write.
     """
     temporary, old = path.with_name(f".{path.name}.tmp"), path.with_name(f".{path.name}.old")
-    if world.first:
+    if world.is_main:
         for folder in (temporary, old):
             shutil.rmtree(folder, ignore_errors=True)
         temporary.mkdir()
-    world.wait()
+    world.barrier()
     tensors, rest = _split(checkpoint)
     try:
         with _quiet():
             dcp.save(tensors, storage_writer=dcp.FileSystemWriter(temporary, sync_files=True))
     except CheckpointException as error:
         raise OSError(f"could not write {temporary}: {error}") from error
-    if world.first:
-        with atomic_write(temporary / _REST) as file:
+    if world.is_main:
+        with replacing(temporary / _REST) as file:
             torch.save(rest, file)
-    world.wait()
+    world.barrier()
     names = sorted(file.name for file in temporary.iterdir())[world.rank :: world.size]
     mine = {name: _measured(temporary / name) for name in names}
-    files = {name: value for part in world.gathered(mine) for name, value in part.items()}
-    if world.first:
+    files = {name: value for part in world.all_gather_object(mine) for name, value in part.items()}
+    if world.is_main:
         write_json(dict(sorted(files.items())), temporary / _COMPLETE)
         if path.exists():
             path.rename(old)
         temporary.rename(path)
         sync_folder(path.parent)
         shutil.rmtree(old, ignore_errors=True)
-    world.wait()
+    world.barrier()
 
 
 def _split(checkpoint: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The tensors of the model and of its optimizer, each once, and all else."""
+    """The tensors of the model and of its optimizer, tied ones once; and all else."""
     tensors: dict[str, Tensor] = {}
-    names: dict[int, str] = {}  # of the tensors that are there
+    names: dict[int, str] = {}  # of the tensors so far, by id
     tied: dict[str, str] = {}
     for name, tensor in checkpoint["model"].items():
         if id(tensor) in names:
@@ -95,9 +94,9 @@ def _measured(path: Path) -> dict[str, Any]:
 
 
 def check(path: Path, world: World = ALONE) -> None:
-    """Read every file of the folder; of several processes, which all have to ask, each a share.
+    """Compare every file of the folder with its checksum. Collective: the ranks share the files.
 
-    Raises ValueError if one is missing or is not what was written.
+    Raises ValueError if one is missing or damaged.
     """
     try:
         files = json.loads((path / _COMPLETE).read_text(encoding="utf-8"))
@@ -110,7 +109,7 @@ def check(path: Path, world: World = ALONE) -> None:
         ]
     except (FileNotFoundError, ValueError, TypeError) as error:
         wrong = [f"{_COMPLETE} ({error})"]
-    wrong = [name for part in world.gathered(wrong) for name in part]
+    wrong = [name for part in world.all_gather_object(wrong) for name in part]
     if wrong:
         raise ValueError(f"{path} {_DAMAGED}: {', '.join(sorted(set(wrong)))}")
 
@@ -127,7 +126,7 @@ def header(path: Path) -> dict[str, Any]:
 
 
 def load(path: Path) -> dict[str, Any]:
-    """The whole checkpoint, as one process alone would have written it; tensors on the CPU.
+    """The checkpoint as a single process would have written it; tensors on the CPU.
 
     Raises ValueError if it is damaged.
     """
@@ -158,9 +157,9 @@ def load(path: Path) -> dict[str, Any]:
 def load_into(
     model: nn.Module, state: dict[int, dict[str, Tensor]], path: Path
 ) -> dict[int, dict[str, Tensor]]:
-    """Read the weights into ``model`` and the optimizer's tensors into ``state``, which is
-    returned: the shards of this process, however they were cut when they were written. All
-    processes have to ask.
+    """Read this rank's shards of the weights into ``model``, and of the optimizer's tensors into
+    ``state``, which is returned; they may have been sharded differently when they were written.
+    Collective: every rank must call it.
 
     Raises ValueError if the checkpoint is of another model.
     """
@@ -173,7 +172,7 @@ def load_into(
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Without PyTorch's warning that a process is alone."""
+    """Without PyTorch's warning that there is no process group."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
         yield
@@ -189,7 +188,7 @@ def _read(tensors: dict[str, Tensor], path: Path, no_dist: bool) -> None:
 
 
 class _Unpickler(pickle.Unpickler):
-    """Takes the classes that describe tensors, and no other."""
+    """Accepts only the classes that describe tensors."""
 
     def find_class(self, module: str, name: str) -> Any:
         known = (module, name) in _KNOWN
@@ -212,7 +211,7 @@ _KNOWN = {
 
 
 class _Reader(dcp.FileSystemReader):
-    """PyTorch's reader, which would execute what a pickled file says."""
+    """PyTorch's reader, without its unrestricted unpickling of ``.metadata``."""
 
     def __init__(self, path: Path) -> None:
         super().__init__(path)

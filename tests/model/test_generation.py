@@ -1,4 +1,4 @@
-"""Tokens over cached keys and values against tokens without; what the options of a draw promise."""
+"""Generation with and without the cache of keys and values, and the sampling options."""
 
 import itertools
 import math
@@ -8,19 +8,18 @@ import pytest
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import FlopCounterMode
 
 from fastgpt import GPT, Bigram, GPTConfig
 from fastgpt.generation import NOT_FINITE, Generator, Sampling, draw
 from fastgpt.kernels import fused, reference, torch_ops
 from fastgpt.sampler import round_matrices
-from tests.tools.small_models import BLOCK, V, small_model, tokens
+from tests.tools.small_models import BLOCK, V, small_config, small_model, tokens
 
 GREEDY = Sampling(temperature=0.0)
 
 
 def sharp_model(**changes: Any) -> GPT:
-    """Logits far apart: rounding decides no token, a wrong key or position does."""
+    """Logits far apart: rounding changes no token, a wrong key or position does."""
     model = small_model(**changes).eval()
     with torch.no_grad():
         for param in model.parameters():
@@ -33,7 +32,7 @@ def sharp_model(**changes: Any) -> GPT:
 def without_cache(
     model: GPT, idx: Tensor, n_tokens: int, temperature: float = 0.0, top_k: int | None = None
 ) -> Tensor:
-    """The whole window for every token."""
+    """Generation with a forward pass over the whole window for every token."""
     for _ in range(n_tokens):
         logits = model(idx[:, -model.config.block_size :])[0][:, -1]
         if temperature == 0.0:
@@ -41,14 +40,14 @@ def without_cache(
         else:
             logits = logits / temperature
             if top_k is not None:
-                logits[logits < logits.topk(top_k).values[:, -1:]] = -math.inf
+                logits[logits < logits.topk(min(top_k, V)).values[:, -1:]] = -math.inf
             drawn = torch.multinomial(logits.softmax(-1), 1)
         idx = torch.cat((idx, drawn), dim=1)
     return idx
 
 
 class Calls:
-    """How often a model's passes are made."""
+    """Counts the calls of a model's passes."""
 
     def __init__(self, model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
         self.of = {"forward": 0, "_prefill": 0, "_decode": 0}
@@ -83,30 +82,42 @@ def test_greedy_past_the_window(
 
 
 @pytest.mark.parametrize("gelu", ["none", "tanh"])
-def test_draws_past_the_window(gelu: str) -> None:
+@pytest.mark.parametrize("temperature", [1.0, 0.7, 2.5])
+@pytest.mark.parametrize("top_k", [None, 1, 5, 1000])
+def test_draws_past_the_window_are_nanogpts(
+    gelu: str, temperature: float, top_k: int | None
+) -> None:
     torch.manual_seed(0)
-    model = GPT(GPTConfig(40, V, 2, 2, 32), gelu=gelu).eval()
+    model = GPT(small_config(), gelu=gelu).eval()
     with torch.no_grad():
-        model.lm_head.weight.mul_(20)
-    for temperature, top_k in ((1.0, None), (0.7, 5)):
-        torch.manual_seed(7)
-        expected = without_cache(model, tokens(2, 3), 60, temperature, top_k)
-        torch.manual_seed(7)
-        assert torch.equal(model.generate(tokens(2, 3), 60, temperature, top_k), expected)
+        model.lm_head.weight.mul_(20)  # a wrong temperature or cut changes the draws
+    prompt = tokens(2, 3)
+    torch.manual_seed(7)
+    expected = without_cache(model, prompt, 20, temperature, top_k)
+    torch.manual_seed(7)
+    assert torch.equal(model.generate(prompt, 20, temperature, top_k), expected)
 
 
-@pytest.mark.parametrize("ops", [fused, reference], ids=["fused", "reference"])
-def test_other_implementations(ops: Any, device: str) -> None:
-    torch.manual_seed(0)
-    model = GPT(GPTConfig(BLOCK, V, 2, 2, 32), ops=ops).eval().to(device)
-    with torch.no_grad():
-        model.lm_head.weight.mul_(20)
-    idx = tokens(2, 3).to(device)
-    expected = without_cache(model, idx, BLOCK)
-    assert torch.equal(model.generate(idx, BLOCK, temperature=0.0), expected)
+def test_what_generate_leaves_alone() -> None:
+    """Mode, prompt, gradients; greedily the random generator too."""
+    model, prompt = small_model(dropout=0.5), tokens(1, 2)
+    kept = prompt.clone()
+    out = model.generate(prompt, 3)
+    assert model.training and torch.equal(prompt, kept) and not out.requires_grad
+    assert all(p.grad is None for p in model.parameters())
+    model.eval()
+    state = torch.get_rng_state()
+    greedy = model.generate(prompt, 3, temperature=0)
+    assert torch.equal(model.generate(prompt.int(), 3, 0.0, top_k=3), greedy)
+    assert torch.equal(torch.get_rng_state(), state) and not model.training
 
 
-@pytest.mark.parametrize("ops", [fused, torch_ops], ids=["fused", "torch_ops"])
+OPS = pytest.mark.parametrize(
+    "ops", [fused, torch_ops, reference], ids=["fused", "torch_ops", "reference"]
+)
+
+
+@OPS
 def test_cached_logits_are_those_of_the_forward(ops: Any, device: str) -> None:
     torch.manual_seed(0)
     model = GPT(GPTConfig(BLOCK, V, 2, 2, 32), ops=ops).eval().to(device)
@@ -126,7 +137,7 @@ def test_cached_logits_are_those_of_the_forward(ops: Any, device: str) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
 def test_other_dtypes(dtype: torch.dtype) -> None:
-    """In half precision rounding decides tokens: the caches' logits are near, not equal."""
+    """In half precision the logits are close, not equal, so rounding could decide a token."""
     model = sharp_model().to(dtype)
     idx = tokens(2, 5)
     if dtype == torch.float64:
@@ -142,8 +153,7 @@ def test_other_dtypes(dtype: torch.dtype) -> None:
     assert error < 8 * torch.finfo(dtype).eps
 
 
-@pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("ops", [fused, torch_ops], ids=["fused", "torch_ops"])
+@pytest.mark.parametrize(("ops", "bias"), [(fused, True), (torch_ops, True), (torch_ops, False)])
 def test_autocast_with_half_precision_matrices(ops: Any, bias: bool) -> None:
     """What `fastgpt sample` does: the same numbers as when autocast casts them for each product."""
     torch.manual_seed(0)
@@ -199,23 +209,17 @@ def test_a_bigram_and_dropout_take_the_window(monkeypatch: pytest.MonkeyPatch) -
     torch.manual_seed(5)
     assert torch.equal(model.generate(tokens(2, 3), 20), expected)
     streamed(model, prompts, 3, GREEDY)
-    calls = Calls(model, monkeypatch)
-    model.generate(tokens(2, 3), 5)
-    model.eval().generate(tokens(2, 3), 5)
-    small_model().train()
-    assert calls.of == {"_prefill": 1, "_decode": 4, "forward": 5}
-
-
-def test_training_mode_without_dropout_caches(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = small_model().train()
-    calls = Calls(model, monkeypatch)
-    model.generate(tokens(2, 3), 5)
-    assert model.training and calls.of == {"_prefill": 1, "_decode": 4, "forward": 0}
+    for dropout, training, forwards in ((0.3, True, 5), (0.3, False, 0), (0.0, True, 0)):
+        model = small_model(dropout=dropout).train(training)
+        calls = Calls(model, monkeypatch)
+        model.generate(tokens(2, 3), 5)
+        assert calls.of["forward"] == forwards and calls.of["_decode"] == (0 if forwards else 4)
+        assert model.training is training
 
 
 @pytest.mark.parametrize("penalty", [1.0, 1.7])
 def test_a_generator_begins_anew_with_each_call(penalty: float) -> None:
-    """Its tensors are used again where the sizes agree."""
+    """Buffers are reused where the sizes agree."""
     model = sharp_model()
     sampling = Sampling(temperature=0.0, repetition_penalty=penalty)
     generator = Generator(model, sampling)
@@ -225,34 +229,14 @@ def test_a_generator_begins_anew_with_each_call(penalty: float) -> None:
         assert got == streamed(model, prompts, 12, sampling)
 
 
-def test_no_token_and_no_row() -> None:
+def test_no_token_no_row_and_no_window() -> None:
     model = small_model()
     assert torch.equal(model.generate(tokens(2, 3), 0), tokens(2, 3))
     assert model.generate(tokens(0, 3), 4).shape == (0, 7)
     assert list(model.stream([tokens(1, 3)[0]], 0)) == []
-
-
-def test_one_block() -> None:
-    """A window of one token: nothing can be cached."""
-    model = sharp_model(block_size=1)
+    model = sharp_model(block_size=1)  # a window of one token: nothing can be cached
     expected = without_cache(model, tokens(2, 1), 5)
     assert torch.equal(model.generate(tokens(2, 1), 5, temperature=0.0), expected)
-
-
-def test_work_of_cached_tokens() -> None:
-    """256 tokens by the window cost 128 times the products of 256 steps, give or take the head."""
-    torch.manual_seed(0)
-    model = GPT(GPTConfig(256, V, 2, 2, 32)).eval()
-
-    def flops(run: Any) -> int:
-        with FlopCounterMode(display=False) as counter:
-            run()
-        return counter.get_total_flops()
-
-    idx = tokens(1, 1)
-    cached = flops(lambda: model.generate(idx, 256, temperature=0.0))
-    whole = flops(lambda: without_cache(model, idx, 256))
-    assert whole > 60 * cached
 
 
 @pytest.mark.gpu
@@ -264,7 +248,7 @@ def test_a_captured_step_draws_the_same(temperature: float, monkeypatch: Any) ->
     prompts = [tokens(1, 3)[0].cuda(), tokens(1, 9)[0].cuda()]
     torch.manual_seed(3)
     captured = [streamed(model, prompts, 40, sampling) for _ in range(2)]
-    monkeypatch.setattr("fastgpt.generation._Graphed", lambda step, device: step)
+    monkeypatch.setattr("fastgpt.generation.Graphed", lambda step, device: step)
     torch.manual_seed(3)
     assert captured == [streamed(model, prompts, 40, sampling) for _ in range(2)]
 
@@ -272,16 +256,18 @@ def test_a_captured_step_draws_the_same(temperature: float, monkeypatch: Any) ->
 # -------------------------------------------------------------------------------------- the draw
 
 
-def test_draws_are_those_of_multinomial() -> None:
-    logits = torch.randn(5, 1000) * 3
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_draws_are_those_of_multinomial(dtype: torch.dtype) -> None:
+    """Half-precision logits are drawn in float32."""
+    logits = (torch.randn(5, 1000) * 3).to(dtype)
     torch.manual_seed(1)
-    expected = torch.multinomial(logits.softmax(-1), 1)[:, 0]
+    expected = torch.multinomial(logits.float().softmax(-1), 1)[:, 0]
     torch.manual_seed(1)
     assert torch.equal(draw(logits, Sampling()), expected)
 
 
 def kept(logits: Tensor, **options: Any) -> list[set[int]]:
-    """Which tokens 3000 draws find in each row."""
+    """The tokens that occur in 3000 draws, for each row."""
     drawn = [draw(logits, Sampling(**options)).tolist() for _ in range(3000)]
     return [set(row) for row in zip(*drawn, strict=True)]
 
@@ -307,7 +293,7 @@ def test_cuts_keep_what_they_say() -> None:
 
 
 def test_against_hugging_face() -> None:
-    """Which tokens are left, and with which probabilities, option by option and together."""
+    """The tokens kept and their probabilities, for all combinations of options."""
     process = pytest.importorskip("transformers.generation.logits_process")
     logits = torch.randn(4, 50) * 4
     idx = torch.randint(50, (4, 12))
@@ -339,16 +325,8 @@ def test_the_penalty_counts_prompt_and_drawn_tokens() -> None:
     assert len(set(plain)) < 12 and len(set(seen)) == len(set(prompt.tolist())) + 12
 
 
-def test_half_precision_logits_are_drawn_in_float32() -> None:
-    logits = torch.randn(3, 500).bfloat16()
-    torch.manual_seed(1)
-    expected = draw(logits.float(), Sampling(top_p=0.9))
-    torch.manual_seed(1)
-    assert torch.equal(draw(logits, Sampling(top_p=0.9)), expected)
-
-
 class NoLook(TorchDispatchMode):
-    """Fails where the host looks at a value, which a GPU would have to compute first."""
+    """Fails where the host reads a tensor's value, for which it would wait on a GPU."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         looks = ("_local_scalar_dense", "nonzero", "masked_select", "equal", "is_nonzero")
@@ -418,6 +396,20 @@ def test_prompts_that_are_refused(prompts: Any, error: type, message: str) -> No
         small_model().stream(prompts, 3)
 
 
-def test_a_negative_number_of_tokens_is_refused() -> None:
+@pytest.mark.parametrize(
+    ("prompt", "n_tokens", "error", "message"),
+    [
+        (tokens(1, 0), 1, ValueError, r"idx must have shape .* T of at least 1, got \(1, 0\)"),
+        (torch.tensor([[1, V]]), 1, ValueError, r"idx must .* 0 to 64 .*got 65"),
+        (torch.tensor([[-1, 2]]), 1, ValueError, r"idx must .* 0 to 64 .*got -1"),
+        (tokens().float(), 1, TypeError, r"idx must be torch.int64 .*float32"),
+        (tokens(), -1, ValueError, "max_new_tokens must be at least 0, got -1"),
+    ],
+)
+def test_generate_refuses(
+    prompt: Tensor, n_tokens: int, error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        small_model().generate(prompt, n_tokens)
     with pytest.raises(ValueError, match="max_new_tokens must be at least 0, got -1"):
         small_model().stream([tokens(1, 3)[0]], -1)

@@ -1,4 +1,4 @@
-"""A model with a separator: several documents in one sequence are what each of them is alone."""
+"""A model with a separator: documents in one sequence give what each gives alone."""
 
 import re
 from collections.abc import Iterator
@@ -94,14 +94,6 @@ def test_a_document_changes_no_bit_of_another(ops: ModuleType) -> None:
             assert not torch.equal(after[~same], before[~same])
 
 
-def test_the_last_position_sees_its_document_alone(ops: ModuleType) -> None:
-    model, x = model_with(ops, separator=SEPARATOR), batch()[0]
-    alone = model_with(ops)
-    last = [part for (part,), (_, _, end) in zip(pieces(x), DOCUMENTS, strict=True) if end == BLOCK]
-    expected = torch.cat([alone(part)[0] for part in last])
-    assert (model(x)[0] - expected).abs().max() <= 1e-5
-
-
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
 def test_without_a_separator_in_the_tokens_nothing_changes(dtype: torch.dtype) -> None:
     model = model_with(fused)
@@ -113,18 +105,6 @@ def test_without_a_separator_in_the_tokens_nothing_changes(dtype: torch.dtype) -
     assert not torch.equal(model(x, y)[1], expected)
     model.separator = None
     assert torch.equal(model(x, y)[1], expected)
-
-
-def test_weights_draws_and_state_know_no_separator() -> None:
-    torch.manual_seed(0)
-    model = GPT(small_config(), separator=SEPARATOR)
-    drawn = torch.randint(1000, (3,))
-    plain = small_model(0)
-    assert torch.equal(drawn, torch.randint(1000, (3,)))
-    assert model.state_dict().keys() == plain.state_dict().keys()
-    for a, b in zip(model.parameters(), plain.parameters(), strict=True):
-        assert torch.equal(a, b)
-    assert list(model.buffers()) == []
 
 
 def test_dropout_draws_what_it_draws_without(ops: ModuleType) -> None:
@@ -139,7 +119,7 @@ def test_dropout_draws_what_it_draws_without(ops: ModuleType) -> None:
 
 
 def test_generate_continues_the_last_document() -> None:
-    """Greedily, past the window; what stands before the separator has no say."""
+    """Greedily, past the window; tokens before the separator have no influence."""
     model = model_with(torch_ops).eval()
     with torch.no_grad():  # not the token that it sees, again and again
         model.transformer.wpe.weight.mul_(10)

@@ -1,6 +1,8 @@
 """Text from checkpoints."""
 
+import itertools
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,11 +11,13 @@ import torch
 
 from fastgpt import GPT, GPTConfig
 from fastgpt import sampler as sampling
+from fastgpt.data.sources import TextSource
 from fastgpt.interop.export import ExportConfig, export
 from fastgpt.interop.huggingface import Weights, write
 from fastgpt.sampler import Sampler
-from fastgpt.tokenizer import CharTokenizer
-from fastgpt.tokenizer.subword import byte_of_character
+from fastgpt.tokenizer import CharTokenizer, Tokenizer
+from fastgpt.tokenizer.subword import JsonTokenizer, SentencePieceTokenizer, byte_of_character
+from fastgpt.tokenizer.training import train_tokenizer
 from fastgpt.training import checkpoint as ckpt
 from fastgpt.training.config import SampleConfig
 from fastgpt.training.trainer import Trainer
@@ -22,7 +26,7 @@ from tests.tools.small_runs import data_set, small_config
 
 @pytest.fixture(scope="module")
 def out_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a run that learnt the text more or less by heart."""
+    """The folder of a run that has nearly memorised the text."""
     root = tmp_path_factory.mktemp("run")
     data_set(root)
     trainer = Trainer(small_config(root, max_iters=200, lr_decay_iters=200, n_embd=32, dropout=0.0))
@@ -44,10 +48,15 @@ def test_samples_begin_with_the_prompt_and_follow_the_seed(out_dir: Path) -> Non
     assert texts != list(sampler(out_dir, start="12 times ", seed=5))
 
 
-def test_temperature_zero_is_greedy(out_dir: Path) -> None:
-    texts = list(sampler(out_dir, start="12 t", temperature=0.0, max_new_tokens=5))
-    assert texts == ["12 times "] * 3
-    assert texts == list(sampler(out_dir, start="12 t", top_k=1, max_new_tokens=5, seed=9))
+@pytest.mark.parametrize(
+    "changes", [{"top_p": 0.0}, {"min_p": 1.0}, {"top_k": 1}], ids=lambda c: next(iter(c))
+)
+def test_greedy_and_every_cut(out_dir: Path, changes: dict[str, Any]) -> None:
+    greedy = list(sampler(out_dir, start="12 t", temperature=0.0, max_new_tokens=5))
+    assert greedy == ["12 times "] * 3
+    keys: dict[str, Any] = dict(start="12 t", temperature=5.0, max_new_tokens=5, seed=9)
+    assert list(sampler(out_dir, **keys)) != greedy
+    assert list(sampler(out_dir, **keys, **changes)) == greedy
 
 
 def test_prompt_from_a_file(out_dir: Path, tmp_path: Path) -> None:
@@ -74,7 +83,7 @@ def test_unknown_characters_and_missing_runs_are_named(out_dir: Path, tmp_path: 
 
 
 def test_the_characters_come_with_the_checkpoint(out_dir: Path, tmp_path: Path) -> None:
-    """The data set may be gone, or made anew from another text."""
+    """The data set may be gone, or prepared again from another text."""
     (tmp_path / "out").mkdir()
     path = tmp_path / "out" / "ckpt.pt"
     path.write_bytes((out_dir / "ckpt.pt").read_bytes())
@@ -85,14 +94,6 @@ def test_the_characters_come_with_the_checkpoint(out_dir: Path, tmp_path: Path) 
     torch.save(saved, path)
     with pytest.raises(ValueError, match="has a vocabulary of .* tokens, but its data set has"):
         sampler(tmp_path / "out")
-
-
-def test_dtype_and_compile(out_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert len(next(iter(sampler(out_dir, dtype="bfloat16")))) == 21
-    compiled = []
-    monkeypatch.setattr(GPT, "compile", lambda self: compiled.append(self))
-    sampler(out_dir, compile=True)
-    assert len(compiled) == 1
 
 
 def test_pretrained_weights(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -129,7 +130,7 @@ def written(init_from: Path | str, **changes: Any) -> list[str]:
 
 
 def test_weights_by_their_path(out_dir: Path, hf_folder: Path) -> None:
-    """A folder, a file in it, and a file of our own with the tokenizer beside it."""
+    """A folder, a file in it, and an exported file with the tokenizer beside it."""
     expected = list(sampler(out_dir, start="7 ti", num_samples=2))
     assert written(hf_folder) == written(hf_folder / "model.safetensors") == expected
     keys = ExportConfig(
@@ -139,7 +140,7 @@ def test_weights_by_their_path(out_dir: Path, hf_folder: Path) -> None:
 
 
 def test_weights_with_gpt2s_tokens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without a tokenizer beside them they are taken for GPT-2's, if there are enough."""
+    """Weights without a tokenizer beside them have GPT-2's, if the vocabulary is large enough."""
     pytest.importorskip("safetensors", reason="needs the extra hf")
     model = GPT(GPTConfig(8, 50304, 1, 1, 2, bias=True))
     weights = Weights(model.config, model.gelu_approximate, model.state_dict())
@@ -187,7 +188,7 @@ def test_a_bigram_writes_too(tmp_path: Path) -> None:
 
 
 def test_the_default_draws_are_those_of_generate(out_dir: Path) -> None:
-    """One sample after the other, from one seed."""
+    """Samples follow each other from one seed."""
     made = sampler(out_dir, start="12 t", num_samples=2)
     ids = torch.tensor([made.tokenizer.encode("12 t")])
     torch.manual_seed(1337)
@@ -231,15 +232,6 @@ def test_batches_and_lines(out_dir: Path, tmp_path: Path) -> None:
         sampler(out_dir, start=f"FILE:{path}", lines=True)
 
 
-@pytest.mark.parametrize(
-    "changes", [{"top_p": 0.0}, {"min_p": 1.0}, {"top_k": 1}], ids=lambda c: next(iter(c))
-)
-def test_every_cut_reaches_the_draw(out_dir: Path, changes: dict[str, Any]) -> None:
-    greedy = list(sampler(out_dir, start="12 times 1", temperature=0.0))
-    assert list(sampler(out_dir, start="12 times 1")) != greedy
-    assert list(sampler(out_dir, start="12 times 1", temperature=5.0, **changes)) == greedy
-
-
 def test_the_penalty_reaches_the_draw(out_dir: Path) -> None:
     made: Any = {"start": "1", "num_samples": 1, "max_new_tokens": 16, "temperature": 0.0}
     (plain,) = sampler(out_dir, **made)
@@ -247,12 +239,19 @@ def test_the_penalty_reaches_the_draw(out_dir: Path) -> None:
     assert len(set(text)) > len(set(plain))
 
 
-def test_half_precision_holds_half_the_bytes_of_the_matrices(out_dir: Path) -> None:
-    made = sampler(out_dir, dtype="bfloat16", temperature=0.0)
+def test_dtype_and_compile(out_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Half precision holds the matrices in half the bytes."""
+    compiled = []
+    monkeypatch.setattr(GPT, "compile", lambda self: compiled.append(self))
+    made = sampler(out_dir, dtype="bfloat16", compile=True)
+    assert compiled == [made.model]
     dtypes = {name: p.dtype for name, p in made.model.named_parameters()}
     assert dtypes["transformer.h.0.attn.c_attn.weight"] == torch.bfloat16
     assert dtypes["lm_head.weight"] == torch.bfloat16
     assert dtypes["transformer.wte.weight"] == dtypes["transformer.ln_f.weight"] == torch.float32
+    pieces = made.stream("12 t")
+    next(pieces)
+    assert not torch.is_autocast_enabled("cpu")  # while the caller has a piece
     assert len(next(iter(made))) == 21
 
 
@@ -294,18 +293,79 @@ def test_incomplete_characters_and_stop_texts_are_held_back() -> None:
     assert row.completion() == sampling.Completion("", "", 1, "length")
 
 
+WORDS = "".join(f"Größe {n}:  {n} × {n + 1} €\n\tund 😀 {n * 7} ; " for n in range(300))
+
+
+def byte_level(root: Path) -> Tokenizer:
+    pytest.importorskip("tokenizers", reason="needs the extra data")
+    return train_tokenizer(TextSource(WORDS), "bpe", 400, root)
+
+
+def dropping_the_first_space(root: Path) -> Tokenizer:
+    """With a decoder as in Llama's tokenizer.json."""
+    decoders = pytest.importorskip("tokenizers", reason="needs the extra data").decoders
+    steps = [decoders.Replace("Ġ", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    tokenizer = byte_level(root)
+    assert isinstance(tokenizer, JsonTokenizer)
+    tokenizer._prompts.decoder = decoders.Sequence(steps)
+    return tokenizer
+
+
+def sentencepiece(root: Path) -> Tokenizer:
+    """With a space prepended to each text, and byte pieces for unknown characters."""
+    library = pytest.importorskip("sentencepiece", reason="needs the extra data")
+    root.mkdir(exist_ok=True)
+    with open(root / "tokenizer.model", "wb") as file:
+        library.SentencePieceTrainer.train(
+            sentence_iterator=iter(WORDS.splitlines()),
+            model_writer=file,
+            vocab_size=400,
+            model_type="bpe",
+            byte_fallback=True,
+            hard_vocab_limit=False,
+            character_coverage=0.98,
+            minloglevel=2,
+        )
+    return SentencePieceTokenizer(root / "tokenizer.model")
+
+
+@pytest.mark.parametrize("made", [byte_level, dropping_the_first_space, sentencepiece])
+def test_text_in_pieces_is_the_text_of_all_tokens(
+    made: Callable[[Path], Tokenizer], tmp_path: Path
+) -> None:
+    """Spaces and split characters as in one decoding, for a text's ids and for any; and no id is
+    decoded more than a few times."""
+    tokenizer = made(tmp_path)
+    decode, decoded = tokenizer.decode, 0
+
+    def counted(ids: Any) -> str:
+        nonlocal decoded
+        decoded += len(ids)
+        return decode(ids)
+
+    prompt = tokenizer.encode("Gr")
+    text_ids = tokenizer.encode(WORDS)[:300]
+    any_ids = torch.randint(tokenizer.vocab_size, (300,)).tolist()
+    # Some decoders give a space that stands alone no text.
+    blank = [i for i in range(tokenizer.vocab_size) if not decode([i])] or any_ids
+    spaced = [i for pair in zip(text_ids, itertools.cycle(blank), strict=False) for i in pair]
+    for ids in (text_ids, any_ids, spaced):
+        decoded, tokenizer.decode = 0, counted  # type: ignore[method-assign]
+        row = sampling._Row(tokenizer, prompt, "Gr", ())
+        for end, token in enumerate(ids, start=1):
+            row.add(token)
+            expected = decode(prompt + ids[:end])[len(decode(prompt)) :]
+            assert expected.startswith(row.certain())
+        assert row.completion().text == expected
+        assert decoded < 10 * len(ids)
+
+
 def test_what_is_wrong_with_a_prompt_is_said_at_once(out_dir: Path) -> None:
     made = sampler(out_dir)
     with pytest.raises(ValueError, match="'é' at position 0"):
         made.stream("é")
     with pytest.raises(ValueError, match="a prompt must hold at least one token, got ''"):
         made.complete(["1", ""])
-
-
-def test_autocast_does_not_hold_between_two_pieces(out_dir: Path) -> None:
-    pieces = sampler(out_dir, dtype="bfloat16").stream("12 t")
-    next(pieces)
-    assert not torch.is_autocast_enabled("cpu")
 
 
 def test_damaged_weights_are_named(out_dir: Path) -> None:

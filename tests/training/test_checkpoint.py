@@ -1,4 +1,4 @@
-"""nanoGPT's checkpoint format both ways, and that no crash leaves half a file."""
+"""nanoGPT's checkpoint format both ways; saving is atomic."""
 
 from pathlib import Path
 from typing import Any
@@ -42,7 +42,7 @@ def nanogpts(path: Path, config: TrainConfig, vocab_size: int) -> dict[str, Any]
         "best_val_loss": torch.tensor(2.5),
         "config": {"dataset": "small", "out_dir": str(path.parent), "dtype": "bfloat16"},
     }
-    path.parent.mkdir(parents=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
     torch.save(state, path)
     return state
 
@@ -50,14 +50,8 @@ def nanogpts(path: Path, config: TrainConfig, vocab_size: int) -> dict[str, Any]
 def test_ours_has_what_nanogpt_reads(run: Trainer) -> None:
     for name in ("ckpt.pt", "iter-0000021.pt"):
         saved = torch.load(run.out_dir / name, weights_only=True)
-        assert list(saved)[:6] == [
-            "model",
-            "optimizer",
-            "model_args",
-            "iter_num",
-            "best_val_loss",
-            "config",
-        ]
+        theirs = "model optimizer model_args iter_num best_val_loss config"
+        assert list(saved)[:6] == theirs.split()
         assert sorted(saved["model_args"]) == sorted(MODEL_ARGS)
         assert saved["best_val_loss"].dim() == 0
         assert saved["best_val_loss"].item() == run.best_val_loss
@@ -71,11 +65,16 @@ def test_ours_has_what_nanogpt_reads(run: Trainer) -> None:
         assert torch.equal(saved["model"][name], value)
 
 
-def test_nanogpts_is_resumed_and_sampled(tmp_path: Path) -> None:
-    data_set(tmp_path)
-    config = small_config(tmp_path, init_from="resume", max_iters=12, weight_decay=0.3)
-    vocab_size = Trainer(small_config(tmp_path)).model.config.vocab_size
+def test_nanogpts_is_resumed_and_sampled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The tokenizer is that of its data set."""
+    monkeypatch.chdir(tmp_path)
+    data_dir = data_set(tmp_path / "data")
+    changes: dict[str, Any] = dict(data_root="data", out_dir="out")
+    vocab_size = Trainer(small_config(tmp_path, **changes)).model.config.vocab_size
+    config = small_config(tmp_path, **changes, init_from="resume", max_iters=12, weight_decay=0.3)
     theirs = nanogpts(tmp_path / "out" / "ckpt.pt", config, vocab_size)
+    sampling = SampleConfig(num_samples=2, max_new_tokens=9, device="cpu")
+    assert [len(text) for text in Sampler(sampling)] == [10, 10]
     trainer = Trainer(config)
     assert trainer.iter_num == 7 and trainer.best_val_loss == 2.5
     assert [group["weight_decay"] for group in trainer.optimizer.param_groups] == [0.3, 0.0]
@@ -85,19 +84,7 @@ def test_nanogpts_is_resumed_and_sampled(tmp_path: Path) -> None:
     assert torch.equal(first["exp_avg"], theirs["optimizer"]["state"][0]["exp_avg"])
     trainer.run()
     assert trainer.iter_num == 13
-
-
-def test_nanogpts_is_sampled_by_the_meta_file_of_its_data(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    data_dir = data_set(tmp_path / "data")
-    config = small_config(tmp_path / "data")
-    vocab_size = Trainer(config).model.config.vocab_size
     nanogpts(tmp_path / "out" / "ckpt.pt", config, vocab_size)
-    monkeypatch.chdir(tmp_path)
-    sampling = SampleConfig(num_samples=2, max_new_tokens=9, device="cpu")
-    texts = list(Sampler(sampling))
-    assert [len(text) for text in texts] == [10, 10]
     (data_dir / "meta.pkl").unlink()
     with pytest.raises(ValueError, match=f"vocabulary of {vocab_size} tokens, but its data set's"):
         Sampler(sampling)

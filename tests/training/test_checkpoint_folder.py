@@ -1,4 +1,4 @@
-"""Which checkpoint a run goes on from, what is said of a damaged one, what is removed."""
+"""Which checkpoint a run resumes from, errors for damaged ones, what is removed."""
 
 from pathlib import Path
 
@@ -43,7 +43,7 @@ def test_a_damaged_checkpoint_names_the_newest_intact_one(tmp_path: Path) -> Non
 
 
 def test_a_damaged_folder_names_the_newest_intact_one(tmp_path: Path) -> None:
-    """Which may be a file: the run was not sharded before."""
+    """The intact one may be a file, if the run was not sharded before."""
     trained(tmp_path)
     out, state = tmp_path / "out", state_of(tmp_path)
     for iteration in (30, 40):
@@ -70,15 +70,15 @@ def test_what_stands_beside_the_checkpoints_is_left_alone(tmp_path: Path) -> Non
     assert left == {*names, *others} - {"iter-0000002"}
 
 
-def test_a_new_run_sets_an_earlier_one_aside(tmp_path: Path) -> None:
-    run = trained(tmp_path)
-    before = {
-        name: (run.out_dir / name).read_bytes()
-        for name in ("ckpt.pt", "iter-0000020.pt", "iter-0000021.pt")
-    }
+def test_an_earlier_run_is_archived(tmp_path: Path) -> None:
+    out = trained(tmp_path).out_dir
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    assert {"ckpt.pt", "iter-0000020.pt", "iter-0000021.pt", "log.jsonl"} <= before.keys()
+    (out / "tensorboard").mkdir()
     for number in (1, 2):
         trained(tmp_path, seed=number)
-        assert (run.out_dir / f"previous-{number}").is_dir()
+        assert (out / f"previous-{number}").is_dir()
     for name, content in before.items():
-        assert (run.out_dir / "previous-1" / name).read_bytes() == content
-    assert checkpoint_folder.set_aside(tmp_path / "nowhere") is None
+        assert (out / "previous-1" / name).read_bytes() == content
+    assert (out / "previous-1" / "tensorboard").is_dir()
+    assert checkpoint_folder.archive_previous_run(tmp_path / "nowhere") is None

@@ -1,8 +1,7 @@
-"""A sharded model in two processes: what each holds, what they exchange, and the same numbers."""
+"""A sharded model in two processes: its shards, its collectives, and the same numbers."""
 
 import os
 import socket
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,22 +23,6 @@ from tests.tools.small_runs import data_set, quiet, small_config
 KEYS: dict[str, Any] = {"dropout": 0.0, "parallel": "fsdp", "gradient_accumulation_steps": 2}
 
 
-def _process(rank: int, check: Callable[[Path, World], None], root: Path, port: int) -> None:
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="localhost")
-    os.environ["MASTER_PORT"] = str(port)
-    torch.set_num_threads(1)
-    world = World.from_environment()
-    with world.connected(torch.device("cpu"), "gloo"):
-        check(root, world)
-
-
-def in_two_processes(check: Callable[[Path, World], None], root: Path) -> None:
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    torch.multiprocessing.spawn(_process, (check, root, port), nprocs=2)
-
-
 def _built(root: Path, world: World, **changes: Any) -> Trainer:
     return Trainer(small_config(root, **{**KEYS, **changes}), quiet(), world)
 
@@ -49,7 +32,7 @@ def _updates(trainer: Trainer, count: int) -> list[float]:
 
 
 def _parts(root: Path, world: World) -> None:
-    """Half of each tensor, rounded up to whole rows; the tied table is one tensor."""
+    """Each rank holds half of each tensor, rounded up to whole rows; the tied table once."""
     trainer = _built(root, world)
     _updates(trainer, 1)
     names = dict(trainer.model.named_parameters())
@@ -61,9 +44,9 @@ def _parts(root: Path, world: World) -> None:
             moment = trainer.optimizer.state[p][name]
             assert moment.to_local().shape == p.to_local().shape
     held = sum(p.to_local().numel() for p in names.values() if isinstance(p, DTensor))
-    assert world.gathered(held)[0] + world.gathered(held)[1] == trainer.model.get_num_params() + (
-        trainer.config.block_size * trainer.config.n_embd  # positions, which it leaves out
-    )
+    positions = trainer.config.block_size * trainer.config.n_embd
+    expected = trainer.model.get_num_params() + positions  # which it leaves out
+    assert sum(world.all_gather_object(held)) == expected
 
 
 class _Calls(TorchDispatchMode):
@@ -79,7 +62,7 @@ class _Calls(TorchDispatchMode):
 
 
 def _exchange(root: Path, world: World) -> None:
-    """Gradients travel once an update, however many micro-batches it has."""
+    """Gradients are reduced once an update, however many micro-batches it has."""
     for count in (2, 6):
         trainer = _built(root, world, gradient_accumulation_steps=count)
         _updates(trainer, 1)
@@ -90,7 +73,7 @@ def _exchange(root: Path, world: World) -> None:
 
 
 def _same_numbers(root: Path, world: World) -> None:
-    """Compiled or not; in bfloat16, with biases, nearly."""
+    """Compiled and not; close to these in bfloat16."""
     plain = _updates(_built(root, world, bias=True), 4)
     one = [_updates(_built(root, world, n_layer=1, compile=c), 3) for c in (False, True)]
     assert one[0] == pytest.approx(one[1], abs=1e-5)
@@ -98,12 +81,12 @@ def _same_numbers(root: Path, world: World) -> None:
     rounded = _updates(trainer, 4)
     assert plain != rounded and plain == pytest.approx(rounded, abs=2e-2)
     assert all(p.dtype == torch.float32 for p in trainer.model.parameters())
-    alone = trainer.whole_model()
+    alone = trainer.full_model()
     for name, value in trainer.model.state_dict().items():
         assert torch.equal(alone.state_dict()[name], value.full_tensor())
     bigram = _built(root, world, model="bigram")
     _updates(bigram, 1)
-    assert isinstance(bigram.whole_model(), Bigram)
+    assert isinstance(bigram.full_model(), Bigram)
 
 
 def _after_evaluation(root: Path, world: World) -> None:
@@ -118,16 +101,17 @@ def _after_evaluation(root: Path, world: World) -> None:
 
 
 def _learning_rate(root: Path, world: World) -> None:
-    """As on CUDA, where it is a tensor that is whole beside tensors in parts."""
+    """As on CUDA, where it is an unsharded tensor beside sharded ones."""
     plain = _updates(_built(root, world, n_layer=1), 3)
-    step._LEARNING_RATE_ON_DEVICE = ("cpu",)
-    trainer = _built(root, world, n_layer=1)
-    assert _updates(trainer, 3) == pytest.approx(plain, rel=1e-5)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(step, "_LEARNING_RATE_ON_DEVICE", ("cpu",))
+        trainer = _built(root, world, n_layer=1)
+        assert _updates(trainer, 3) == pytest.approx(plain, rel=1e-5)
     assert all(type(group["lr"]) is torch.Tensor for group in trainer.optimizer.param_groups)
 
 
-def _kernels(root: Path, world: World) -> None:
-    """What the kernels keep for the backward is taken apart and put together in between."""
+def _kernels(world: World) -> None:
+    """Parameters are resharded between the kernels' forward and backward."""
     interpreter.install()
     _host.INTERPRETED = True
     config = GPTConfig(8, 64, 2, 2, 32, dropout=0.0, bias=True)
@@ -142,17 +126,29 @@ def _kernels(root: Path, world: World) -> None:
         plain(idx[:, :-1], idx[:, 1:])[1].backward()
         for p, q in zip(plain.parameters(), model.parameters(), strict=True):
             assert p.grad is not None and q.grad is not None
-            expected = world.sum(p.grad) / world.size
-            error = (fsdp.whole(q.grad) - expected).norm() / (expected.norm() + 1e-3)
+            expected = world.all_reduce(p.grad) / world.size
+            error = (fsdp.full_tensor(q.grad) - expected).norm() / (expected.norm() + 1e-3)
             assert error < tolerance, tuple(p.shape)
 
 
-@pytest.mark.parametrize(
-    "check", [_parts, _exchange, _same_numbers, _after_evaluation, _learning_rate, _kernels]
-)
-def test_in_two_processes(check: Callable[[Path, World], None], tmp_path: Path) -> None:
+def _process(rank: int, root: Path, port: int) -> None:
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="localhost")
+    os.environ["MASTER_PORT"] = str(port)
+    torch.set_num_threads(1)
+    world = World.from_environment()
+    with world.connected(torch.device("cpu"), "gloo"):
+        for check in (_parts, _exchange, _same_numbers, _after_evaluation, _learning_rate):
+            check(root, world)
+        _kernels(world)  # last: it installs the interpreter
+
+
+def test_in_two_processes(tmp_path: Path) -> None:
+    """All checks in one pair of processes, which takes seconds to start."""
     data_set(tmp_path)
-    in_two_processes(check, tmp_path)
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    torch.multiprocessing.spawn(_process, (tmp_path, port), nprocs=2)
 
 
 def test_half_precision_that_overflows_is_refused(

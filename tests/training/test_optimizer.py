@@ -1,4 +1,4 @@
-"""AdamW over master weights: the numbers of AdamW on a float32 model, and what it keeps."""
+"""AdamW over master weights: the numbers of AdamW on a float32 model, and its state."""
 
 import math
 

@@ -1,12 +1,8 @@
-"""A run that was killed, stopped or moved goes on bit for bit."""
+"""A run that was killed or stopped resumes bit for bit."""
 
 import io
 import os
 import signal
-import subprocess
-import sys
-import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +13,6 @@ from torch import Tensor
 
 from fastgpt.training.trainer import Trainer
 from tests.tools.small_runs import (
-    HANGS,
-    arguments,
     assert_same,
     data_set,
     quiet,
@@ -27,6 +21,7 @@ from tests.tools.small_runs import (
     state_of,
     trained,
 )
+from tests.training.processes import KILLED_ONCE, finished, started, wait_for
 
 
 @pytest.fixture(autouse=True)
@@ -34,69 +29,30 @@ def small_data(tmp_path: Path) -> Path:
     return data_set(tmp_path)
 
 
-# fastgpt, killed before iteration 31.
-KILLED = """
-import os, signal, sys
-from fastgpt.__main__ import main
-from fastgpt.training.trainer import Trainer
-
-update = Trainer._update
-
-def killed(self, learning_rate):
-    if self.iter_num == 31:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return update(self, learning_rate)
-
-Trainer._update = killed
-sys.exit(main())
-"""
-
-
-def in_a_process(
-    keys: dict[str, Any], program: Sequence[str] = ("-m", "fastgpt")
-) -> "subprocess.Popen[str]":
-    return subprocess.Popen(
-        [sys.executable, *program, "train", "--preset=gpt2", *arguments(keys)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        cwd=Path(__file__).parents[2],
-    )
-
-
-def wait_for(path: Path, process: "subprocess.Popen[str]") -> None:
-    deadline = time.monotonic() + HANGS
-    while not path.exists():
-        assert process.poll() is None, process.communicate()[0]
-        assert time.monotonic() < deadline, f"no {path}"
-        time.sleep(0.002)
-
-
 def test_a_killed_run_goes_on_as_if_nothing_had_happened(tmp_path: Path) -> None:
-    keys = dict(max_iters=150, lr_decay_iters=150, eval_interval=20, always_save_checkpoint=False)
-    process = in_a_process(small_keys(tmp_path, **keys), ("-c", KILLED))
-    output = process.communicate(timeout=HANGS)[0]
-    assert process.returncode == -signal.SIGKILL, output
+    keys: dict[str, Any] = dict(
+        max_iters=50, lr_decay_iters=50, eval_interval=20, always_save_checkpoint=False
+    )
+    program = tmp_path / "program.py"
+    program.write_text(KILLED_ONCE)
+    finished(started(small_keys(tmp_path, **keys), program=program), -signal.SIGKILL)
     assert state_of(tmp_path)["iter_num"] == 20
     trained(tmp_path, **keys, init_from="resume")
     resumed = state_of(tmp_path)
 
     trained(tmp_path, **keys)
     whole = state_of(tmp_path)
-    assert whole["iter_num"] == 151
+    assert whole["iter_num"] == 51
     for state in (resumed, whole):
         state["config"].pop("init_from")
     assert_same(resumed, whole)
 
 
 def test_ctrl_c_saves_and_can_be_resumed(tmp_path: Path) -> None:
-    keys = dict(max_iters=100000, eval_interval=30)
-    process = in_a_process(small_keys(tmp_path, **keys))
+    process = started(small_keys(tmp_path, max_iters=100000, eval_interval=30))
     wait_for(tmp_path / "out" / "iter-0000030.pt", process)
     process.send_signal(signal.SIGINT)
-    output = process.communicate(timeout=HANGS)[0]
-    assert process.returncode == 130, output
+    output = finished(process, 130)
     stopped = state_of(tmp_path)["iter_num"]
     saved = tmp_path / "out" / f"iter-{stopped:07d}.pt"
     assert f"stopped before iteration {stopped}; saved {saved}" in output

@@ -46,12 +46,8 @@ def test_a_folder_is_read_as_the_file_would_be(tmp_path: Path, state: dict[str, 
     expected = ckpt.load(file)
     loaded = ckpt.load(folder)
     assert list(loaded) == list(expected)
-    for key in expected:
-        assert_same(
-            dict(loaded[key]) if key == "model" else loaded[key],
-            dict(expected[key]) if key == "model" else expected[key],
-            key,
-        )
+    expected["model"] = dict(expected["model"])
+    assert_same(loaded, expected)
     assert sorted(p.name for p in tmp_path.iterdir()) == [folder.name, file.name]
     header = ckpt.header(folder)
     assert header["iter_num"] == 4 and "state" not in header["optimizer"]
@@ -60,14 +56,6 @@ def test_a_folder_is_read_as_the_file_would_be(tmp_path: Path, state: dict[str, 
     assert_same(dict(ckpt.load(tmp_path / "ckpt.pt")["model"]), dict(expected["model"]))
     assert (tmp_path / "ckpt.pt").stat().st_size < 1.05 * file.stat().st_size
     assert loaded["model"]["lm_head.weight"] is loaded["model"]["transformer.wte.weight"]
-
-
-def test_saving_again_replaces_the_folder(tmp_path: Path, state: dict[str, Any]) -> None:
-    folder = tmp_path / "iter-0000004"
-    for loss in (2.0, 1.0):
-        sharded_checkpoint.save({**state, "best_val_loss": torch.tensor(loss)}, folder, ALONE)
-        assert ckpt.load(folder)["best_val_loss"] == loss
-    assert [p.name for p in tmp_path.iterdir()] == [folder.name]
 
 
 def test_a_crash_while_saving_leaves_the_old_folder(
@@ -126,7 +114,7 @@ class _Attack:
 
 @pytest.mark.parametrize("function", [os.mkdir, eval, torch.load, pickle.loads])
 def test_nothing_is_executed(tmp_path: Path, state: dict[str, Any], function: Any) -> None:
-    """Even where the sums are right: whoever writes the files writes these, too."""
+    """Even with valid checksums, which an attacker would write as well."""
     folder, trace = tmp_path / "iter-0000004", tmp_path / "executed"
     sharded_checkpoint.save(state, folder, ALONE)
     argument = str(trace) if function is os.mkdir else f"__import__('os').mkdir({str(trace)!r})"
