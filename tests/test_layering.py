@@ -19,8 +19,8 @@ RANKS = (
     "kernels/_checks kernels/_device_math kernels/_host kernels/_tensors kernels/configs "
     "kernels/reference",
     "kernels/",
-    "kernels/fused",
-    "fastgpt/_files fastgpt/_progress fastgpt/cuda_graph fastgpt/devices",
+    "kernels/costs kernels/fused",
+    "fastgpt/_files fastgpt/_optional fastgpt/_progress fastgpt/cuda_graph fastgpt/devices",
     "fastgpt/tokenizer/ fastgpt/data/",
     "fastgpt/ops",
     "fastgpt/generation fastgpt/language_model",

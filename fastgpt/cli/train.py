@@ -141,8 +141,10 @@ def run_train(config: TrainConfig, world: World, console: Console) -> None:
 def _train_connected(config: TrainConfig, world: World, console: Console) -> None:
     changed = ", ".join(f"{key}={value}" for key, value in config.differences().items())
     console.print(f"keys that differ from the defaults: {changed or 'none'}")
-    if world.is_main and config.dataset == BUILTIN and not (config.data_dir / "train.bin").exists():
-        report_prepared(builtin_texts.prepare_builtin(config.data_dir), console)
+    data_dir = config.data_dir
+    prepared = any((data_dir / name).exists() for name in ("train.bin", manifest.NAME))
+    if world.is_main and config.dataset == BUILTIN and not prepared:
+        report_prepared(data_dir, builtin_texts.prepare_builtin(data_dir), console)
     world.barrier()
     trainer = Trainer(config, console, world)
     console.print(

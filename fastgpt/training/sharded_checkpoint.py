@@ -52,7 +52,7 @@ def save(checkpoint: dict[str, Any], path: Path, world: World) -> None:
     except CheckpointException as error:
         raise OSError(f"could not write {temporary}: {error}") from error
     if world.is_main:
-        with replacing(temporary / _REST) as file:
+        with atomic_write(temporary / _REST) as file:
             torch.save(rest, file)
     world.barrier()
     names = sorted(file.name for file in temporary.iterdir())[world.rank :: world.size]
