@@ -99,14 +99,14 @@ def following(x: Tensor) -> Tensor:
     return (3 * x + torch.randint(1, 3, x.shape)) % V
 
 
-def training_losses(ops: ModuleType, device: str, steps: int) -> Tensor:
-    model = model_with(ops, small_config(bias=False), device)
-    optimizer = model.configure_optimizers(0.1, 3e-3, (0.9, 0.95), "cpu")  # one AdamW for both
+def training_losses(ops: ModuleType, device: str, gelu: str = "none") -> Tensor:
+    model = model_with(ops, small_config(n_layer=1, block_size=8, bias=False), device, gelu)
+    optimizer = model.configure_optimizers(0.1, 1e-2, (0.9, 0.95), "cpu")  # one AdamW for both
     torch.manual_seed(1)
     losses = []
-    for _ in range(steps):
+    for _ in range(25):
         sequence = [torch.randint(V, (2,))]
-        for _ in range(BLOCK):
+        for _ in range(8):
             sequence.append(following(sequence[-1]))
         text = torch.stack(sequence, dim=1).to(device)
         loss = model(text[:, :-1], text[:, 1:])[1]
@@ -118,10 +118,12 @@ def training_losses(ops: ModuleType, device: str, steps: int) -> Tensor:
     return torch.stack(losses).cpu()
 
 
-def test_training_for_100_steps(ops, device):
-    ours, plain = (training_losses(o, device, steps=100) for o in (ops, reference))
-    assert plain[-10:].mean() < plain[:10].mean() - 1.0  # it learns
+def test_training_does_not_drift(ops, device):
+    """25 updates at a high learning rate; the other form of GELU drifts past the bound."""
+    ours, plain = (training_losses(o, device) for o in (ops, reference))
+    assert plain[-5:].mean() < plain[:5].mean() - 0.3  # it learns
     assert (ours - plain).abs().max() <= 1e-5
+    assert (training_losses(reference, device, gelu="tanh") - plain).abs().max() > 1e-4
 
 
 @pytest.mark.parametrize("position", [0, 5, BLOCK - 1])
