@@ -11,7 +11,14 @@ from torch import Tensor
 
 from fastgpt import GPT
 from fastgpt.kernels import fused, reference, torch_ops
-from tests.tools.small_models import BLOCK, V, small_config, small_model, tokens
+from tests.tools.small_models import (
+    BLOCK,
+    V,
+    model_with,
+    small_config,
+    small_model,
+    tokens,
+)
 
 SEPARATOR = 7
 # (sequence, begin, end) of every document of ``batch``
@@ -35,15 +42,6 @@ def batch(device: str = "cpu") -> tuple[Tensor, Tensor]:
     return x.to(device), targets.to(device)
 
 
-def model_with(ops: ModuleType, device: str = "cpu", **options: Any) -> GPT:
-    torch.manual_seed(0)
-    model = GPT(small_config(), ops=ops, **options)
-    with torch.no_grad():
-        for param in model.parameters():
-            param.add_(torch.randn_like(param), alpha=0.1)
-    return model.to(device)
-
-
 def pieces(*tensors: Tensor) -> Iterator[list[Tensor]]:
     for sequence, begin, end in DOCUMENTS:
         yield [t[sequence : sequence + 1, begin:end] for t in tensors]
@@ -56,11 +54,11 @@ def test_logits_loss_and_gradients_are_those_of_the_documents(
     if device == "cuda" and ops is torch_ops:
         pytest.skip("torch_ops serve machines without CUDA")
     x, y = batch(device)
-    model = model_with(ops, device, recompute=recompute, separator=SEPARATOR)
+    model = model_with(ops, small_config(), device, recompute=recompute, separator=SEPARATOR)
     logits, loss = model(x, y, return_logits=True)
     fused_loss = model(x, y)[1]
     fused_loss.backward()
-    alone = model_with(ops, device)
+    alone = model_with(ops, small_config(), device)
     total = torch.zeros((), device=device)
     for part_x, part_y, part_logits in pieces(x, y, logits):
         expected, _ = alone(part_x, part_y, return_logits=True)
@@ -78,7 +76,7 @@ def test_logits_loss_and_gradients_are_those_of_the_documents(
 
 
 def test_a_document_changes_no_bit_of_another(ops: ModuleType) -> None:
-    model = model_with(ops, separator=SEPARATOR).eval()
+    model = model_with(ops, small_config(), separator=SEPARATOR).eval()
     x, y = batch()
     with torch.no_grad():
         before = model(x, y)[0]
@@ -96,7 +94,7 @@ def test_a_document_changes_no_bit_of_another(ops: ModuleType) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
 def test_without_a_separator_in_the_tokens_nothing_changes(dtype: torch.dtype) -> None:
-    model = model_with(fused)
+    model = model_with(fused, small_config())
     x, y = (t[1:2].to(dtype) for t in batch())
     expected = model(x, y)[1]
     model.separator = SEPARATOR
@@ -120,7 +118,7 @@ def test_dropout_draws_what_it_draws_without(ops: ModuleType) -> None:
 
 def test_generate_continues_the_last_document() -> None:
     """Greedily, past the window; tokens before the separator have no influence."""
-    model = model_with(torch_ops).eval()
+    model = model_with(torch_ops, small_config()).eval()
     with torch.no_grad():  # not the token that it sees, again and again
         model.transformer.wpe.weight.mul_(10)
         model.transformer.wte.weight.mul_(0.2)
@@ -140,13 +138,13 @@ def test_generate_continues_the_last_document() -> None:
 
 def test_compiles_without_a_graph_break(ops: ModuleType) -> None:
     x, y = batch()
-    model = model_with(ops, separator=SEPARATOR)
+    model = model_with(ops, small_config(), separator=SEPARATOR)
     expected = model(x, y)[1]
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     found = compiled(x, y)[1]
     torch.testing.assert_close(found, expected)
     found.backward()
-    again = model_with(ops, separator=SEPARATOR)
+    again = model_with(ops, small_config(), separator=SEPARATOR)
     again(x, y)[1].backward()
     for ours, plain in zip(model.parameters(), again.parameters(), strict=True):
         torch.testing.assert_close(ours.grad, plain.grad)
@@ -157,7 +155,7 @@ def test_compiles_without_a_graph_break(ops: ModuleType) -> None:
 def test_the_host_never_waits() -> None:
     """Forward and backward while every wait for the device is an error."""
     x, y = batch("cuda")
-    model = model_with(fused, "cuda", separator=SEPARATOR)
+    model = model_with(fused, small_config(), "cuda", separator=SEPARATOR)
     model(x, y)[1].backward()  # compiles the kernels
     torch.cuda.set_sync_debug_mode("error")
     try:

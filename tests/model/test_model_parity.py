@@ -17,9 +17,9 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses import FakeTensorMode
 
 import fastgpt.ops
-from fastgpt import GPT, GPTConfig
+from fastgpt import GPT
 from fastgpt.kernels import fused, reference, torch_ops
-from tests.tools.small_models import BLOCK, V, small_config, tokens
+from tests.tools.small_models import BLOCK, V, model_with, small_config, tokens
 
 CONFIGS = {
     "even": (small_config(bias=False), BLOCK),
@@ -31,16 +31,6 @@ CONFIGS = {
 @pytest.fixture(params=[torch_ops, fused], ids=["torch_ops", "fused"])
 def ops(request: pytest.FixtureRequest) -> ModuleType:
     return request.param
-
-
-def model_with(ops: ModuleType, config: GPTConfig, device: str, gelu: str = "none") -> GPT:
-    """The same weights for every ops; gains and biases are none of their initial values."""
-    torch.manual_seed(0)
-    model = GPT(config, ops=ops, gelu=gelu)
-    with torch.no_grad():
-        for param in model.parameters():
-            param.add_(torch.randn_like(param), alpha=0.1)
-    return model.to(device)
 
 
 def batch(length: int, device: str) -> tuple[Tensor, Tensor]:
@@ -70,8 +60,8 @@ def largest_differences(a: dict[str, Tensor], b: dict[str, Tensor]) -> dict[str,
 def test_logits_loss_and_gradients(ops, device, case, gelu):
     config, length = CONFIGS[case]
     x, y = batch(length, device)
-    ours = outcome(model_with(ops, config, device, gelu), x, y)
-    plain = outcome(model_with(reference, config, device, gelu), x, y)
+    ours = outcome(model_with(ops, config, device, gelu=gelu), x, y)
+    plain = outcome(model_with(reference, config, device, gelu=gelu), x, y)
     too_far = {k: d for k, d in largest_differences(ours, plain).items() if not d <= 1e-5}
     assert not too_far
 
@@ -90,7 +80,7 @@ def test_logits_on_request_change_nothing_else(ops, device):
 
 def test_the_two_gelus_can_be_told_apart(ops, device):
     x, y = batch(BLOCK, device)
-    losses = [model_with(ops, small_config(), device, g)(x, y)[1] for g in ("none", "tanh")]
+    losses = [model_with(ops, small_config(), device, gelu=g)(x, y)[1] for g in ("none", "tanh")]
     assert 1e-6 < (losses[0] - losses[1]).abs() < 1e-2
 
 
@@ -99,14 +89,15 @@ def following(x: Tensor) -> Tensor:
     return (3 * x + torch.randint(1, 3, x.shape)) % V
 
 
-def training_losses(ops: ModuleType, device: str, steps: int) -> Tensor:
-    model = model_with(ops, small_config(bias=False), device)
-    optimizer = model.configure_optimizers(0.1, 3e-3, (0.9, 0.95), "cpu")  # one AdamW for both
+def training_losses(ops: ModuleType, device: str, gelu: str = "none") -> Tensor:
+    config = small_config(n_layer=1, block_size=8, bias=False)
+    model = model_with(ops, config, device, gelu=gelu)
+    optimizer = model.configure_optimizers(0.1, 1e-2, (0.9, 0.95), "cpu")  # one AdamW for both
     torch.manual_seed(1)
     losses = []
-    for _ in range(steps):
+    for _ in range(25):
         sequence = [torch.randint(V, (2,))]
-        for _ in range(BLOCK):
+        for _ in range(8):
             sequence.append(following(sequence[-1]))
         text = torch.stack(sequence, dim=1).to(device)
         loss = model(text[:, :-1], text[:, 1:])[1]
@@ -118,10 +109,12 @@ def training_losses(ops: ModuleType, device: str, steps: int) -> Tensor:
     return torch.stack(losses).cpu()
 
 
-def test_training_for_100_steps(ops, device):
-    ours, plain = (training_losses(o, device, steps=100) for o in (ops, reference))
-    assert plain[-10:].mean() < plain[:10].mean() - 1.0  # it learns
+def test_training_does_not_drift(ops, device):
+    """25 updates at a high learning rate; the other form of GELU drifts past the bound."""
+    ours, plain = (training_losses(o, device) for o in (ops, reference))
+    assert plain[-5:].mean() < plain[:5].mean() - 0.3  # it learns
     assert (ours - plain).abs().max() <= 1e-5
+    assert (training_losses(reference, device, gelu="tanh") - plain).abs().max() > 1e-4
 
 
 @pytest.mark.parametrize("position", [0, 5, BLOCK - 1])

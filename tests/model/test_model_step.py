@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastgpt import GPT, GPTConfig
+from fastgpt import GPT
 from fastgpt.kernels import fused, reference, torch_ops
 from tests.tools import parity
-from tests.tools.small_models import BLOCK, small_config, tokens
+from tests.tools.small_models import BLOCK, model_with, small_config, tokens
 
 # the plain ops, told to draw their masks as the kernels do
 SEEDED = SimpleNamespace(**{**vars(reference), "dropout_seed": fused.dropout_seed})
@@ -20,15 +20,6 @@ SEEDED = SimpleNamespace(**{**vars(reference), "dropout_seed": fused.dropout_see
 @pytest.fixture(params=[torch_ops, fused], ids=["torch_ops", "fused"])
 def ops(request: pytest.FixtureRequest) -> ModuleType:
     return request.param
-
-
-def model_with(ops, config: GPTConfig, device: str, **options) -> GPT:
-    torch.manual_seed(0)
-    model = GPT(config, ops=ops, **options)
-    with torch.no_grad():
-        for param in model.parameters():
-            param.add_(torch.randn_like(param), alpha=0.1)
-    return model.to(device)
 
 
 def step(model: GPT, device: str) -> dict[str, Tensor]:

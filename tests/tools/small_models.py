@@ -1,5 +1,7 @@
 """Models and token ids small enough for interpreted kernels."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -16,6 +18,16 @@ def small_config(**changes) -> GPTConfig:
 def small_model(seed: int = 0, **changes) -> GPT:
     torch.manual_seed(seed)
     return GPT(small_config(**changes))
+
+
+def model_with(ops: Any, config: GPTConfig, device: str = "cpu", **options: Any) -> GPT:
+    """The same weights for every ops; gains and biases are none of their initial values."""
+    torch.manual_seed(0)
+    model = GPT(config, ops=ops, **options)
+    with torch.no_grad():
+        for param in model.parameters():
+            param.add_(torch.randn_like(param), alpha=0.1)
+    return model.to(device)
 
 
 def tokens(batch: int = 3, length: int = BLOCK, seed: int = 1) -> Tensor:
