@@ -68,7 +68,7 @@ def _short(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         return compiled(*args, **options, backend="aot_eager")
 
     monkeypatch.setattr(torch, "compile", traced)
-    for module, name in ((machine, "profile"), (profile, "profiler")):
+    for module, name in ((machine, "profile"), (step_profile, "profiler")):
         monkeypatch.setattr(module, name, lambda activities: profile(activities=[CPU]))
     op_bench.machine_ceilings.cache_clear()
     op_bench._scratch.cache_clear()
