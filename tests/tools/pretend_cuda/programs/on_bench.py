@@ -61,12 +61,8 @@ def _short(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         return compiled(*args, **options, backend="aot_eager")
 
     monkeypatch.setattr(torch, "compile", traced)
-<<<<<<< HEAD
-    monkeypatch.setattr(step_profile, "profiler", lambda activities: profile(activities=[CPU]))
-=======
     for module, name in ((machine, "profile"), (step_profile, "profiler")):
         monkeypatch.setattr(module, name, lambda activities: profile(activities=[CPU]))
->>>>>>> w-train
     op_bench.machine_ceilings.cache_clear()
     op_bench._scratch.cache_clear()
     op_bench.case_of.cache_clear()
