@@ -1,32 +1,34 @@
-"""From logits to tokens, one after the other: the draw, and the loop that feeds a model with what
-it drew.
+"""Sampling: how one token is drawn from logits, and the loop that feeds a model what it drew.
 
-While a sequence fits into the model's window its keys and values stay in a static cache: the prompt
-fills it in one forward pass, then each step computes one token a sequence. Positions are absolute,
-so a longer sequence has to begin anew: its last ``block_size`` tokens, at positions from 0, go
-through the model whole for every further token, as nanoGPT does it. Sequences of a batch may be of
-different lengths, and pass that point at different times.
+As long as a sequence fits into the model's window, its keys and values stay in a static cache: one
+forward pass over the prompt fills it, then each step computes one token a sequence. Positions are
+absolute, so a longer sequence has no use for its cache: each further token takes a forward pass
+over its last ``block_size`` tokens, at positions from 0, as in nanoGPT. Sequences of a batch may be
+of different lengths, and leave the window at different times.
 
-On a GPU the host waits for nothing here, and a cached step, draw included, is one CUDA graph.
+On a GPU the host never waits here, and a cached step, draw included, is one CUDA graph.
 
 In the shape comments B is the batch, V ``vocab_size``.
 """
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-NOT_FINITE = -1  # in place of a token that NaN or infinite logits gave no probability
+from fastgpt.cuda_graph import Graphed
+
+NOT_FINITE = -1  # drawn in place of a token where the logits are NaN or infinite
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How a token is chosen. In this order: the penalty, the temperature, and what ``top_k``,
-    ``top_p`` and ``min_p`` leave of the tokens.
+    """How a token is drawn. In this order: the penalty, the temperature, the cuts ``top_k``,
+    ``top_p`` and ``min_p``.
 
     Args:
         temperature: divisor of the logits; 0 takes the likeliest token.
@@ -64,10 +66,11 @@ class Sampling:
 
 
 def draw(logits: Tensor, sampling: Sampling, seen: Tensor | None = None) -> Tensor:
-    """One token (B,) of each row of ``logits`` (B, V); where they are not finite ``NOT_FINITE``.
+    """Draw one token for each row: logits (B, V) → tokens (B,); ``NOT_FINITE`` where a row is not
+    finite.
 
-    ``seen`` (B, V), bool, says which tokens the penalty is for. The draws are those of
-    ``torch.multinomial``, which on a GPU would wait for a look at the probabilities.
+    ``seen`` (B, V), bool: the tokens that the penalty applies to. The draws equal those of
+    ``torch.multinomial``, which on a GPU makes the host wait.
     """
     scores = logits.to(torch.promote_types(logits.dtype, torch.float32))
     if seen is not None:
@@ -91,8 +94,8 @@ def draw(logits: Tensor, sampling: Sampling, seen: Tensor | None = None) -> Tens
         probs = probs.masked_fill(dropped.scatter(1, order, dropped), 0.0)
     if sampling.min_p > 0.0:
         probs = probs.masked_fill(probs < sampling.min_p * probs.amax(-1, keepdim=True), 0.0)
-    # The first of exponential clocks whose rates are the probabilities; what is left of them after
-    # the cuts need not sum to 1.
+    # The smallest of exponential variables whose rates are the probabilities, which need not sum
+    # to 1 after the cuts.
     tokens = (probs / torch.empty_like(probs).exponential_()).argmax(dim=-1)
     return tokens.masked_fill(~valid, NOT_FINITE)
 
@@ -101,8 +104,8 @@ def check_finite(tokens: Sequence[int]) -> None:
     """FloatingPointError if a token is ``NOT_FINITE``."""
     if NOT_FINITE in tokens:
         raise FloatingPointError(
-            "the model's logits are NaN or infinite: its weights are damaged, or their numbers "
-            "pass the range of the dtype"
+            "the model's logits are NaN or infinite: its weights are damaged, or they overflow "
+            "the dtype"
         )
 
 
@@ -118,36 +121,45 @@ class Predictor(Protocol):
     def config(self) -> _Shape: ...
 
     def __call__(self, idx: Tensor) -> tuple[Tensor, None]:
-        """Token ids (B, T) → logits (B, 1, V) of the token behind them."""
+        """Token ids (B, T) → logits (B, 1, V) of the next token."""
 
     def _logits(self, idx: Tensor, last_only: bool) -> Tensor:
         """Token ids (B, T) → logits (B, T, V)."""
 
     def _caches(self) -> bool:
-        """Whether what was computed of a token holds for all that come after it."""
+        """Whether ``_prefill`` and ``_decode`` give the numbers of a forward pass."""
 
     def _prefill(self, idx: Tensor, last: Tensor, n_slots: int, cache: list[Tensor]) -> Tensor:
-        """Token ids (B, T), of which row b ends at ``last[b]`` → logits (B, V) behind that place.
+        """Token ids (B, T), of which row b ends at ``last[b]`` → logits (B, V) at that place.
 
-        Fills ``cache``, one tensor a layer for ``n_slots`` tokens; an empty list gets them.
+        Writes to ``cache``, which holds one tensor a layer for ``n_slots`` tokens, or is an empty
+        list to which they are added.
         """
 
     def _decode(self, tokens: Tensor, positions: Tensor, cache: list[Tensor]) -> Tensor:
-        """Tokens (B,) at their positions (B,) → logits (B, V) of those behind them."""
+        """Tokens (B,) at their positions (B,) → logits (B, V) of the next ones."""
 
 
 class Generator:
-    """Draws from a model. What a GPU captured is kept for the next batch of the same sizes.
+    """Draws tokens from a model. The cache and the CUDA graph are kept for the next batch of the
+    same sizes.
 
         generator = Generator(model, Sampling(temperature=0.8))
         for tokens in generator([prompt, other_prompt], max_new_tokens=100): ...
 
-    The model's weights must stay where they are between two calls.
+    The model's weights must stay where they are between two calls. ``autocast`` is the context in
+    which the model runs; None for none. It is left whenever tokens are yielded.
     """
 
-    def __init__(self, model: Predictor, sampling: Sampling) -> None:
+    def __init__(
+        self,
+        model: Predictor,
+        sampling: Sampling,
+        autocast: AbstractContextManager[object] | None = None,
+    ) -> None:
         self._model = model
         self._sampling = sampling
+        self._autocast = nullcontext() if autocast is None else autocast
         self._batch: _Batch | None = None
 
     @torch.no_grad()
@@ -162,16 +174,24 @@ class Generator:
         cached = max_new_tokens > 1 and min(lengths) < block_size and self._model._caches()
         batch = self._begin(prompts, max(lengths) + max_new_tokens)
         for step in range(max_new_tokens):
-            if not cached:
-                batch.append(batch.window_logits(lengths))
-            elif step == 0:
-                batch.append(batch.prefill_logits(lengths))
-            elif max(lengths) <= block_size:
-                batch.step()
-            else:
-                batch.append(batch.mixed_logits(lengths))
-            yield batch.drawn.clone()
+            with self._autocast:
+                if not cached:
+                    batch.append(batch.window_logits(lengths))
+                elif step == 0:
+                    batch.append(batch.prefill_logits(lengths))
+                elif max(lengths) <= block_size:
+                    batch.step()
+                else:
+                    batch.append(batch.mixed_logits(lengths))
+            yield batch.last_tokens()
             lengths = [length + 1 for length in lengths]
+
+    def on_host(self, prompts: Sequence[Tensor], max_new_tokens: int) -> Iterator[list[int]]:
+        """The same as lists. Raises FloatingPointError where the logits are not finite."""
+        for step in self(prompts, max_new_tokens):
+            tokens: list[int] = step.tolist()
+            check_finite(tokens)
+            yield tokens
 
     def _begin(self, prompts: Sequence[Tensor], capacity: int) -> "_Batch":
         sizes = (len(prompts), capacity)
@@ -182,8 +202,8 @@ class Generator:
 
 
 class _Batch:
-    """The sequences of a batch so far, and their cache: tensors that are changed in place, so that
-    a CUDA graph finds them.
+    """The sequences of a batch so far, and their cache. Tensors are changed in place, so that a
+    CUDA graph finds them.
     """
 
     def __init__(
@@ -191,7 +211,7 @@ class _Batch:
         model: Predictor,
         sampling: Sampling,
         size: int,
-        capacity: int,  # tokens of the longest sequence in the end
+        capacity: int,  # final length of the longest sequence
         device: torch.device,
     ) -> None:
         self._model = model
@@ -200,7 +220,6 @@ class _Batch:
         self.sizes = (size, capacity)
         self._ids = torch.zeros(size, capacity, dtype=torch.int64, device=device)
         self._positions = torch.zeros(size, dtype=torch.int64, device=device)  # of the last token
-        self.drawn = torch.zeros(size, dtype=torch.int64, device=device)
         self._seen: Tensor | None = None
         if sampling.repetition_penalty != 1.0:
             seen = (size, model.config.vocab_size)
@@ -209,7 +228,7 @@ class _Batch:
         self._cache: list[Tensor] = []
         self.step: Callable[[], None] = self._step
         if device.type == "cuda":
-            self.step = _Graphed(self._step, device)
+            self.step = Graphed(self._step, device)
 
     def begin(self, prompts: Sequence[Tensor]) -> None:
         for row, prompt in enumerate(prompts):
@@ -220,30 +239,32 @@ class _Batch:
             for row, prompt in enumerate(prompts):
                 self._seen[row, prompt.long()] = True
 
+    def last_tokens(self) -> Tensor:
+        """The last token (B,) of every sequence, perhaps ``NOT_FINITE``."""
+        return self._ids.gather(1, self._positions[:, None])[:, 0]
+
     def append(self, logits: Tensor) -> None:
         """Draw the next token of every sequence from ``logits`` (B, V)."""
-        self.drawn.copy_(draw(logits, self._sampling, self._seen))
+        tokens = draw(logits, self._sampling, self._seen)[:, None]
         self._positions += 1
-        tokens = self.drawn.clamp(min=0)[:, None]  # NOT_FINITE is no row of a table
         self._ids.scatter_(1, self._positions[:, None], tokens)
         if self._seen is not None:
-            self._seen.scatter_(1, tokens, True)
+            self._seen.scatter_(1, _valid(tokens), True)
 
     def _step(self) -> None:
         self.append(self._decode())
 
     def _decode(self) -> Tensor:
-        tokens = self._ids.gather(1, self._positions[:, None])[:, 0]
-        # A row that has left the window is decoded too, and its logits are not used.
+        # A row that has left the window is decoded too; its logits are not used.
         positions = self._positions.clamp(max=self._n_slots - 1)
-        return self._model._decode(tokens, positions, self._cache)
+        return self._model._decode(_valid(self.last_tokens()), positions, self._cache)
 
     def prefill_logits(self, lengths: Sequence[int]) -> Tensor:
         windows, last = self._windows(range(len(lengths)), lengths)
         return self._model._prefill(windows, last, self._n_slots, self._cache)
 
     def window_logits(self, lengths: Sequence[int], rows: Sequence[int] | None = None) -> Tensor:
-        """Logits (rows, V) by a forward pass over all that the model sees of these rows."""
+        """Logits (rows, V) by a forward pass over the last ``block_size`` tokens of these rows."""
         rows = range(len(lengths)) if rows is None else rows
         windows, last = self._windows(rows, lengths)
         if len({min(lengths[row], self._window) for row in rows}) == 1:
@@ -252,7 +273,7 @@ class _Batch:
         return logits[torch.arange(len(rows), device=last.device), last]
 
     def mixed_logits(self, lengths: Sequence[int]) -> Tensor:
-        """By a cached step for the rows that are in the window still, anew for the others."""
+        """A cached step for the rows inside the window, a forward pass for the others."""
         rows = [row for row, length in enumerate(lengths) if length > self._window]
         logits = self.window_logits(lengths, rows)
         if len(rows) == len(lengths):
@@ -260,8 +281,8 @@ class _Batch:
         return self._decode().index_copy(0, torch.tensor(rows, device=logits.device), logits)
 
     def _windows(self, rows: Sequence[int], lengths: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """The last tokens of these rows, as many as the model sees, shorter ones followed by
-        anything; and where each ends."""
+        """The last ``block_size`` tokens of these rows, shorter rows padded with any ids; and the
+        index of each row's last token."""
         widths = [min(lengths[row], self._window) for row in rows]
         starts = [lengths[row] - width for row, width in zip(rows, widths, strict=True)]
         device = self._ids.device
@@ -269,37 +290,9 @@ class _Batch:
         columns = torch.tensor(starts, device=device)[:, None] + offsets
         ids = self._ids[torch.tensor(list(rows), device=device)]
         last = torch.tensor([width - 1 for width in widths], device=device)
-        return ids.gather(1, columns.clamp(max=self.sizes[1] - 1)), last
+        return _valid(ids.gather(1, columns.clamp(max=self.sizes[1] - 1))), last
 
 
-class _Graphed:
-    """A step that works in place, as a CUDA graph from its third call on: by then kernels are
-    compiled and loaded, and libraries have allocated what they keep.
-    """
-
-    def __init__(self, step: Callable[[], None], device: torch.device) -> None:
-        self._step = step
-        self._device = device
-        self._graph: torch.cuda.CUDAGraph | None = None
-        self._calls = 0
-
-    def __call__(self) -> None:
-        self._calls += 1
-        if self._calls < 3:
-            self._step()
-            return
-        if self._graph is None:
-            self._graph = self._captured()
-        self._graph.replay()
-
-    def _captured(self) -> torch.cuda.CUDAGraph:
-        graph = torch.cuda.CUDAGraph()
-        # Autocast would keep cast weights for others that are only computed when this replays.
-        enabled, dtype = torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda")
-        with (
-            torch.autocast("cuda", dtype=dtype, enabled=enabled, cache_enabled=False),
-            torch.cuda.device(self._device),
-            torch.cuda.graph(graph),
-        ):
-            self._step()
-        return graph
+def _valid(tokens: Tensor) -> Tensor:
+    """Ids that an embedding takes, in place of ``NOT_FINITE`` too."""
+    return tokens.clamp(min=0)

@@ -149,12 +149,13 @@ class LanguageModel(nn.Module):
         self._check_ids("idx", idx)
         _check_max_new_tokens(max_new_tokens)
         generator = Generator(self, Sampling(temperature=temperature, top_k=top_k))
-        new = torch.zeros(len(idx), max_new_tokens, dtype=torch.int64, device=idx.device)
-        if new.numel():
-            for step, tokens in enumerate(generator(list(idx), max_new_tokens)):
-                new[:, step] = tokens
-            check_finite([int(new.min())])
-        return torch.cat((idx, new), dim=1) if max_new_tokens else idx
+        if not max_new_tokens:
+            return idx
+        if not len(idx):
+            return idx.new_zeros(0, idx.shape[1] + max_new_tokens, dtype=torch.int64)
+        new = torch.stack(list(generator(list(idx), max_new_tokens)), dim=1)
+        check_finite([int(new.min())])
+        return torch.cat((idx, new), dim=1)
 
     def stream(
         self, prompts: Sequence[Tensor], max_new_tokens: int, sampling: Sampling | None = None
@@ -177,7 +178,7 @@ class LanguageModel(nn.Module):
                 raise ValueError(f"{name} must have shape (T,), got {tuple(prompt.shape)}")
             self._check_tokens(name, prompt[None] if isinstance(prompt, Tensor) else prompt)
             self._check_ids(name, prompt)
-        return _on_host(Generator(self, sampling or Sampling())(prompts, max_new_tokens))
+        return Generator(self, sampling or Sampling()).on_host(prompts, max_new_tokens)
 
     def _caches(self) -> bool:
         """Whether ``_prefill`` and ``_decode`` may be used; see ``generation.Predictor``."""
@@ -199,7 +200,7 @@ class LanguageModel(nn.Module):
                     f"(vocab_size {self.config.vocab_size}), got {value}"
                 )
 
-    def rounded_parameters(self) -> list[nn.Parameter]:
+    def low_precision_parameters(self) -> list[nn.Parameter]:
         """Those that products in half precision round before they use them: which a model may as
         well hold in half precision, if the optimizer keeps them in full.
         """
@@ -250,10 +251,3 @@ def _cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
 def _check_max_new_tokens(max_new_tokens: int) -> None:
     if max_new_tokens < 0:
         raise ValueError(f"max_new_tokens must be at least 0, got {max_new_tokens}")
-
-
-def _on_host(steps: Iterator[Tensor]) -> Iterator[list[int]]:
-    for step in steps:
-        tokens: list[int] = step.tolist()
-        check_finite(tokens)
-        yield tokens

@@ -216,9 +216,9 @@ class GPT(LanguageModel):
         n_params = super().get_num_params()
         return n_params - self.transformer.wpe.weight.numel() if non_embedding else n_params
 
-    def rounded_parameters(self) -> list[nn.Parameter]:
+    def low_precision_parameters(self) -> list[nn.Parameter]:
         # The bias behind c_proj is added to the residual stream, beside a LayerNorm in float32.
-        matrices = super().rounded_parameters()
+        matrices = super().low_precision_parameters()
         layers = (m for m in self.modules() if isinstance(m, (CausalSelfAttention, MLP)))
         first = (m.c_fc if isinstance(m, MLP) else m.c_attn for m in layers)
         return matrices + [layer.bias for layer in first if layer.bias is not None]

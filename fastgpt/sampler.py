@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from fastgpt.devices import autocast, resolve_device, resolve_dtype
-from fastgpt.generation import Generator, Sampling, check_finite
+from fastgpt.generation import Generator, Sampling
 from fastgpt.language_model import LanguageModel
 from fastgpt.model import GPT, PRETRAINED_SHAPES
 from fastgpt.tokenizer import (
@@ -46,7 +46,6 @@ class Sampler:
         self.config = config
         self.device = resolve_device(config.device)
         dtype = resolve_dtype(config.dtype, self.device)
-        self._autocast = autocast(self.device, dtype)
         model, self.tokenizer = _load(config)
         round_matrices(model, dtype)
         self.model = model.to(self.device).eval()
@@ -59,7 +58,7 @@ class Sampler:
             min_p=config.min_p,
             repetition_penalty=config.repetition_penalty,
         )
-        self._generator = Generator(self.model, sampling)
+        self._generator = Generator(self.model, sampling, autocast(self.device, dtype))
         self.prompts = [] if config.interactive else read_prompts(config.start, config.lines)
         for prompt in self.prompts:  # what the model does not know is said before it begins
             self._encode(prompt)
@@ -83,17 +82,17 @@ class Sampler:
         Raises ValueError as the constructor, FloatingPointError if the model's logits are not
         finite.
         """
-        rows = [_Row(self.tokenizer, self._encode(p), p, self.config.stop) for p in prompts]
+        rows = [self._row(prompt) for prompt in prompts]
         for _ in self._grow(rows):
             pass
         return [row.completion() for row in rows]
 
     def stream(self, prompt: str) -> Iterator[str]:
-        """Continue one prompt: what is added, in pieces, as soon as it is certain.
+        """Continue one prompt: what is added, in pieces, as soon as later tokens cannot change it.
 
         Raises as ``complete``: for the prompt at once.
         """
-        return self._pieces(_Row(self.tokenizer, self._encode(prompt), prompt, self.config.stop))
+        return self._pieces(self._row(prompt))
 
     def _pieces(self, row: "_Row") -> Iterator[str]:
         shown = 0
@@ -112,14 +111,13 @@ class Sampler:
             raise ValueError(f"a prompt must hold at least one token, got {prompt!r}")
         return ids
 
+    def _row(self, prompt: str) -> "_Row":
+        return _Row(self.tokenizer, self._encode(prompt), prompt, self.config.stop)
+
     def _grow(self, rows: Sequence["_Row"]) -> Iterator[None]:
         """Give the rows a token each, until all are finished."""
-        prompts = [torch.tensor(row.ids, device=self.device) for row in rows]
-        steps = self._generator(prompts, self.config.max_new_tokens)
-        for _ in range(self.config.max_new_tokens):
-            with self._autocast:  # not around the loop: it must not hold for who asked for this
-                tokens: list[int] = next(steps).tolist()
-            check_finite(tokens)
+        prompts = [torch.tensor(row.prompt_ids, device=self.device) for row in rows]
+        for tokens in self._generator.on_host(prompts, self.config.max_new_tokens):
             for row, token in zip(rows, tokens, strict=True):
                 row.add(token)
             yield
@@ -128,17 +126,23 @@ class Sampler:
 
 
 class _Row:
-    """One text that grows by tokens."""
+    """One text that grows by tokens. Each token is decoded together with the few before it, not
+    with the whole text.
+    """
 
     def __init__(
-        self, tokenizer: Tokenizer, ids: list[int], prompt: str, stop: Sequence[str]
+        self, tokenizer: Tokenizer, prompt_ids: list[int], prompt: str, stop: Sequence[str]
     ) -> None:
-        self.ids = ids
+        self.prompt_ids = prompt_ids
         self.stopped = False
         self._tokenizer = tokenizer
         self._prompt = prompt
         self._stop = stop
-        self._behind = len(tokenizer.decode(ids))
+        # Text depends on what stands before: decoders drop the space in front of the first word.
+        # So new ids are decoded behind these, whose text is known.
+        self._context = prompt_ids
+        self._context_text = tokenizer.decode(prompt_ids)
+        self._new: list[int] = []  # ids that are not part of _text yet
         self._tokens = 0
         self._text = ""
 
@@ -149,26 +153,42 @@ class _Row:
         # A vocabulary padded for speed (50304 for GPT-2) has ids that stand for no text.
         if token >= self._tokenizer.vocab_size:
             return
-        self.ids.append(token)
-        # All ids anew: what a token stands for may depend on those before it.
-        self._text = self._tokenizer.decode(self.ids)[self._behind :]
-        ends = [place for place in map(self._text.find, self._stop) if place >= 0]
+        self._new.append(token)
+        text = self._tokenizer.decode(self._context + self._new)
+        if text.endswith("\ufffd"):  # the bytes of a character that may not be complete
+            return
+        self._append(text[len(self._context_text) :])
+        # An id alone may have no text, such as a space, and would not do as context.
+        alone = self._tokenizer.decode(self._new)
+        if alone:
+            self._context, self._context_text = self._new, alone
+        else:
+            self._context, self._context_text = self._context + self._new, text
+        self._new = []
+
+    def _append(self, piece: str) -> None:
+        before = len(self._text)
+        self._text += piece
+        places = (self._text.find(stop, max(before - len(stop) + 1, 0)) for stop in self._stop)
+        ends = [place for place in places if place >= 0]
         if ends:
             self._text, self.stopped = self._text[: min(ends)], True
 
     def certain(self) -> str:
-        """What later tokens cannot change: without the bytes of a character that is not complete,
-        and without what may be the beginning of a text where it stops."""
+        """What later tokens cannot change: without what may be the beginning of a stop text."""
         if self.stopped:
             return self._text
-        text = self._text.rstrip("\ufffd")
         held = 0
         for stop in self._stop:
-            lengths = range(min(len(stop) - 1, len(text)), held, -1)
-            held = next((n for n in lengths if text.endswith(stop[:n])), held)
-        return text[: len(text) - held]
+            lengths = range(min(len(stop) - 1, len(self._text)), held, -1)
+            held = next((n for n in lengths if self._text.endswith(stop[:n])), held)
+        return self._text[: len(self._text) - held]
 
     def completion(self) -> Completion:
+        if self._new and not self.stopped:  # ends within a character
+            text = self._tokenizer.decode(self._context + self._new)
+            self._append(text[len(self._context_text) :])
+            self._new = []
         finish = "stop" if self.stopped else "length"
         return Completion(self._prompt, self._text, self._tokens, finish)
 
@@ -181,7 +201,7 @@ def round_matrices(model: LanguageModel, dtype: torch.dtype) -> None:
     if dtype == torch.float32:
         return
     tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
-    for param in model.rounded_parameters():
+    for param in model.low_precision_parameters():
         if id(param) not in tables:
             param.data = param.data.to(dtype)
     for module in model.modules():

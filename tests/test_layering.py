@@ -20,7 +20,7 @@ RANKS = (
     "kernels/costs kernels/reference",
     "kernels/",
     "kernels/fused",
-    "fastgpt/_files fastgpt/_progress fastgpt/devices",
+    "fastgpt/_files fastgpt/_progress fastgpt/cuda_graph fastgpt/devices",
     "fastgpt/tokenizer/ fastgpt/data/",
     "fastgpt/ops",
     "fastgpt/generation fastgpt/language_model",

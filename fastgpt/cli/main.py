@@ -16,7 +16,7 @@ from fastgpt.cli.prepare import (
     run_train_tokenizer,
 )
 from fastgpt.cli.sample import run_sample
-from fastgpt.cli.train import Train, keys_below, run_train, train_defaults
+from fastgpt.cli.train import Train, check_old_keys, keys_below, run_train, train_defaults
 from fastgpt.interop.export import ExportConfig, export
 from fastgpt.training.config import (
     SampleConfig,
@@ -101,7 +101,8 @@ def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     try:
         world = World.from_environment()
-        console = Console(markup=False, highlight=False, soft_wrap=True, quiet=not world.first)
+        console = Console(markup=False, highlight=False, soft_wrap=True, quiet=not world.is_main)
+        check_old_keys(argv)
         command = _parse(argv, Train())
         if isinstance(command, Train):
             run_train(_train_config(argv, command), world, console)

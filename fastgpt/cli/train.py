@@ -24,6 +24,7 @@ from fastgpt.training import checkpoint_folder
 from fastgpt.training.config import (
     GROUPS,
     PRESETS,
+    RENAMED_KEYS,
     Data,
     Logging,
     Model,
@@ -126,7 +127,16 @@ def _saved_keys(out_dir: Path) -> dict[str, Any]:
     known = {f.name for f in fields(TrainConfig)}
     if not ckpt.own_state(header):
         known.remove("compile")
+    saved = {RENAMED_KEYS.get(key, key): value for key, value in saved.items()}
     return {key: value for key, value in saved.items() if key in known}
+
+
+def check_old_keys(argv: list[str]) -> None:
+    """ValueError for an option of `fastgpt train` that has another name now."""
+    for argument in argv[1:] if argv[:1] == ["train"] else []:
+        key = argument.partition("=")[0].removeprefix("--")
+        if argument.startswith("--") and key in RENAMED_KEYS:
+            raise ValueError(f"unknown option --{key}: it is called --{RENAMED_KEYS[key]} now")
 
 
 def run_train(config: TrainConfig, world: World, console: Console) -> None:
@@ -142,9 +152,9 @@ def run_train(config: TrainConfig, world: World, console: Console) -> None:
 def _train_connected(config: TrainConfig, world: World, console: Console) -> None:
     changed = ", ".join(f"{key}={value}" for key, value in config.differences().items())
     console.print(f"keys that differ from the defaults: {changed or 'none'}")
-    if world.first and config.dataset == BUILTIN and not (config.data_dir / "train.bin").exists():
+    if world.is_main and config.dataset == BUILTIN and not (config.data_dir / "train.bin").exists():
         report_prepared(builtin_texts.prepare_builtin(config.data_dir), console)
-    world.wait()
+    world.barrier()
     trainer = Trainer(config, console, world)
     console.print(
         f"{config.model} with {trainer.model.get_num_params():,} parameters on {trainer.device}, "
@@ -153,8 +163,8 @@ def _train_connected(config: TrainConfig, world: World, console: Console) -> Non
     trainer.run()
     if not config.eval_only:
         console.print(_summary(trainer))
-        model = trainer.whole_model()
-        if world.first:
+        model = trainer.full_model()
+        if world.is_main:
             _print_sample(trainer, model, console)
 
 

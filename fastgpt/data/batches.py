@@ -23,6 +23,8 @@ from fastgpt.data import manifest
 
 SPLITS = ("train", "val")
 
+Batch = tuple[Tensor, Tensor]
+
 
 class TokenFile:
     """One file of token ids, mapped into memory.
@@ -108,13 +110,13 @@ class Batches:
 
     A batch is ``x = d[i : i + T]``, ``y = d[i + 1 : i + 1 + T]`` for B starts i, each drawn by
     ``torch.randint`` over all starts that leave room for y within their file. Every split has a
-    generator of its own, seeded here: nothing else moves it, and it moves nothing else. The next
-    batch is always drawn ahead; on CUDA it is copied from pinned memory on a stream of its own
-    while the GPU works.
+    generator of its own, seeded here: nothing else advances it, and it advances nothing else. On
+    CUDA a batch goes from pinned memory to the device, in one asynchronous copy on the current
+    stream.
 
     Several processes share the batches that one would draw alone: of ``world_size`` batches in a
-    row each takes one, the first takes the first. All draw all starts, so all have one
-    ``state_dict``, whatever their number.
+    row the process of rank r takes number r. All draw all starts, so all have one ``state_dict``,
+    whatever their number.
 
     Args:
         data_dir: the folder of the data set.
@@ -154,11 +156,13 @@ class Batches:
         self._batch_size = batch_size
         self._block_size = block_size
         self._device = torch.device(device)
+        self._on_gpu = self._device.type == "cuda"
         self._seed = seed
-        # One for all copies: PyTorch's allocator keeps the memory of every stream apart.
-        self._stream = torch.cuda.Stream(self._device) if self._device.type == "cuda" else None
-        self._files = {split: token_files(data_dir, split) for split in SPLITS}
-        for files in self._files.values():
+        # Of each file a view whose row i is the window tokens[i : i + T + 1]: one row for each
+        # legal start, counted through all files.
+        self._windows: dict[str, list[np.ndarray[Any, Any]]] = {}
+        for split in SPLITS:
+            files = token_files(data_dir, split)
             longest = max(files, key=len)
             if len(longest) < block_size + 1:
                 raise ValueError(
@@ -168,30 +172,46 @@ class Batches:
             if vocab_size is not None:
                 for file in files:
                     file.check_ids(vocab_size)
-        self._cursors = {
-            "train": self._cursor("train", seed),
-            "val": self._cursor("val", seed + 1),
+            self._windows[split] = [
+                np.lib.stride_tricks.sliding_window_view(file.tokens, block_size + 1)
+                for file in files
+                if len(file) > block_size
+            ]
+        self._generators = {
+            split: torch.Generator().manual_seed(seed + number)
+            for number, split in enumerate(SPLITS)
         }
 
-    def next(self, split: str) -> tuple[Tensor, Tensor]:
-        """The next batch of ``split`` ("train" or "val"): x and y, int64, (B, T), on the device."""
-        _check_split(split)
-        return self._cursors[split].next()
+    def next(self, split: str, out: Batch | None = None) -> Batch:
+        """The next batch of ``split`` ("train" or "val"): x and y, int64, (B, T), on the device.
 
-    def evaluation(self, split: str, count: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """This process's share of ``count`` batches of ``split``, the same ones at every call, so
-        that two losses differ by the model alone. Neither moves the batches of ``next`` nor needs
-        to be saved.
+        ``out``: such a pair, which is filled and returned; by default a new one.
         """
         _check_split(split)
-        cursor = self._cursor(split, self._seed + 2)
-        return (cursor.next() for _ in range(self._rank, count, self._world_size))
+        pair = self._drawn(split, self._generators[split])
+        if out is not None:
+            for target, source in zip(out, pair, strict=True):
+                target.copy_(source, non_blocking=self._on_gpu)
+            return out
+        return self._to_device(pair)
+
+    def evaluation(self, split: str, count: int) -> Iterator[Batch]:
+        """This process's share of ``count`` batches of ``split``, the same ones at every call, so
+        that two losses differ by the model alone. Neither advances the batches of ``next`` nor
+        needs to be saved.
+        """
+        _check_split(split)
+        generator = torch.Generator().manual_seed(self._seed + 2)
+        mine = range(self._rank, count, self._world_size)
+        return (self._to_device(self._drawn(split, generator)) for _ in mine)
+
+    def _to_device(self, pair: Tensor) -> Batch:
+        x, y = pair.to(self._device, non_blocking=self._on_gpu)
+        return x, y
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Where each split stands: the uint8 state of its generator before the next batch that is
-        to be returned.
-        """
-        return {split: cursor.state for split, cursor in self._cursors.items()}
+        """Where each split stands: the uint8 state of its generator before the next batch."""
+        return {split: generator.get_state() for split, generator in self._generators.items()}
 
     def load_state_dict(self, state_dict: dict[str, Tensor]) -> None:
         """Continue exactly where ``state_dict`` was taken.
@@ -203,92 +223,24 @@ class Batches:
             raise ValueError(
                 f"state_dict must have the keys {list(SPLITS)}, got {sorted(state_dict)}"
             )
-        for split, cursor in self._cursors.items():
-            _check_generator_state(split, state_dict[split], like=cursor.state)
-        for split, cursor in self._cursors.items():
-            cursor.load(state_dict[split])
+        for split, like in self.state_dict().items():
+            _check_generator_state(split, state_dict[split], like)
+        for split, generator in self._generators.items():
+            generator.set_state(state_dict[split].cpu())
 
-    def _cursor(self, split: str, seed: int) -> "_Cursor":
-        return _Cursor(
-            self._files[split],
-            self._batch_size,
-            self._block_size,
-            self._device,
-            self._stream,
-            seed,
-            self._rank,
-            self._world_size,
-        )
-
-
-class _Cursor:
-    """A random walk through the files of a split, one batch ahead.
-
-    ``state`` is the generator's state before the batch that ``next`` will return, which is the
-    pending one if there is one.
-    """
-
-    def __init__(
-        self,
-        files: list[TokenFile],
-        batch_size: int,
-        block_size: int,
-        device: torch.device,
-        stream: torch.cuda.Stream | None,
-        seed: int,
-        rank: int,
-        world_size: int,
-    ) -> None:
-        self._batch_size = batch_size
-        self._rank, self._world_size = rank, world_size
-        self._block_size = block_size
-        # Of each file a view whose row i is the window tokens[i : i + T + 1]: one row for each
-        # legal start, counted through all files.
-        self._windows = [
-            np.lib.stride_tricks.sliding_window_view(file.tokens, block_size + 1)
-            for file in files
-            if len(file) > block_size
-        ]
-        self._ends = np.cumsum([len(windows) for windows in self._windows])
-        self._device = device
-        self._stream = stream  # of the copies to a GPU
-        self._generator = torch.Generator().manual_seed(seed)
-        self._pending: Tensor | None = None
-        self.state = self._generator.get_state()
-
-    def next(self) -> tuple[Tensor, Tensor]:
-        pending = self._prefetched() if self._pending is None else self._pending
-        if self._stream is not None:
-            current = torch.cuda.current_stream(self._device)
-            current.wait_stream(self._stream)
-            pending.record_stream(current)  # or the side stream could reuse it while it is read
-        self._pending = self._prefetched()
-        x, y = pending
-        return x, y
-
-    def load(self, state: Tensor) -> None:
-        self.state = state.cpu()
-        self._generator.set_state(self.state)
-        self._pending = None
-
-    def _prefetched(self) -> Tensor:
-        self.state = self._generator.get_state()
-        pair = self._draw()
-        with torch.cuda.stream(self._stream):
-            return pair.to(self._device, non_blocking=self._stream is not None)
-
-    def _draw(self) -> Tensor:
+    def _drawn(self, split: str, generator: torch.Generator) -> Tensor:
         """x and y as one int64 tensor (2, B, T) on the host, pinned where the device is a GPU."""
-        total, count = int(self._ends[-1]), self._batch_size
-        shape = (self._world_size, count)
-        starts = torch.randint(total, shape, generator=self._generator).numpy()[self._rank]
-        where = np.searchsorted(self._ends, starts, side="right")  # the file of each start
+        files = self._windows[split]
+        ends = np.cumsum([len(windows) for windows in files])
+        shape = (self._world_size, self._batch_size)
+        starts = torch.randint(int(ends[-1]), shape, generator=generator).numpy()[self._rank]
+        where = np.searchsorted(ends, starts, side="right")  # the file of each start
         pair = torch.empty(
-            (2, count, self._block_size), dtype=torch.int64, pin_memory=self._stream is not None
+            (2, self._batch_size, self._block_size), dtype=torch.int64, pin_memory=self._on_gpu
         )
         for i in np.unique(where):
             rows = where == i
-            windows = self._windows[i][starts[rows] - (self._ends[i] - len(self._windows[i]))]
+            windows = files[i][starts[rows] - (ends[i] - len(files[i]))]
             pair.numpy()[0, rows] = windows[:, :-1]
             pair.numpy()[1, rows] = windows[:, 1:]
         return pair

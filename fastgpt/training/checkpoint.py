@@ -169,34 +169,32 @@ def kind(model: LanguageModel) -> str:
     return "bigram" if isinstance(model, Bigram) else "gpt"
 
 
-def new_model(checkpoint: Checkpoint, path: Path, dropout: float | None = None) -> LanguageModel:
-    """A model as the checkpoint's, with weights of its own, on the CPU; ``dropout`` replaces the
-    saved one.
+def kind_and_gelu(model: LanguageModel) -> dict[str, str]:
+    """What ``build_model`` must know besides ``model_args``, under the key ``fastgpt``."""
+    return {"model": kind(model), "gelu": getattr(model, "gelu_approximate", "none")}
 
-    ``path`` is where it came from, for the messages of ValueError.
+
+def build_model(
+    checkpoint: Checkpoint, path: Path, dropout: float | None = None, weights: bool = True
+) -> LanguageModel:
+    """The checkpoint's model, on the CPU, with its ``weights`` or newly drawn ones; ``dropout``
+    replaces the saved one.
+
+    Raises ValueError naming ``path``, where the checkpoint came from.
     """
     own = own_state(checkpoint)
-    with _building(path):
+    try:
         args = dict(checkpoint["model_args"])
         if dropout is not None:
             args["dropout"] = dropout
         config = GPTConfig(**args)
+        model: LanguageModel
         if own.get("model", "gpt") == "bigram":
-            return Bigram(config)
-        return GPT(config, gelu=own.get("gelu", "none"))
-
-
-def build_model(checkpoint: Checkpoint, path: Path, dropout: float | None = None) -> LanguageModel:
-    """``new_model`` with the checkpoint's weights."""
-    model = new_model(checkpoint, path, dropout)
-    with _building(path):
-        model.load_state_dict(checkpoint["model"])
-    return model
-
-
-@contextlib.contextmanager
-def _building(path: Path) -> Iterator[None]:
-    try:
-        yield
+            model = Bigram(config)
+        else:
+            model = GPT(config, gelu=own.get("gelu", "none"))
+        if weights:
+            model.load_state_dict(checkpoint["model"])
     except (ValueError, TypeError, RuntimeError) as error:
         raise ValueError(f"{path} holds no model that fastgpt can build: {error}") from error
+    return model

@@ -92,7 +92,7 @@ def remove(path: Path) -> None:
         path.unlink()
 
 
-def set_aside(out_dir: Path, names: Iterable[str] = ()) -> Path | None:
+def archive_previous_run(out_dir: Path, names: Iterable[str] = ()) -> Path | None:
     """Move an earlier run's checkpoints, and the files and folders ``names``, out of the way of a
     new run, into ``out_dir/previous-N``.
 

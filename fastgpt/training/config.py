@@ -66,7 +66,7 @@ class Data:
     # Tokens per sequence: the context length.
     block_size: int = 1024
     # Tokens attend, and count positions, within their document only.
-    pack: bool = False
+    document_mask: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -366,11 +366,20 @@ def typed(owner: type, key: str, value: Any) -> Any:
     return value
 
 
+# Names that keys had before; checkpoints may hold them.
+RENAMED_KEYS = {"pack": "document_mask"}
+
+
 def check_key(key: str) -> None:
     """ValueError that suggests the nearest key, unless ``key`` is one of TrainConfig's."""
     known = [field.name for field in fields(TrainConfig)]
     if key in known:
         return
     near = difflib.get_close_matches(key, known, n=1)
-    hint = f": did you mean {near[0]!r}?" if near else f"; allowed: {', '.join(sorted(known))}"
+    if key in RENAMED_KEYS:
+        hint = f": it is called {RENAMED_KEYS[key]!r} now"
+    elif near:
+        hint = f": did you mean {near[0]!r}?"
+    else:
+        hint = f"; allowed: {', '.join(sorted(known))}"
     raise ValueError(f"unknown key {key!r}{hint}")

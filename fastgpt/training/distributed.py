@@ -63,7 +63,7 @@ class World:
         return torch.device("cuda", self.local_rank) if several else asked
 
     @property
-    def first(self) -> bool:
+    def is_main(self) -> bool:
         return self.rank == 0
 
     @contextmanager
@@ -89,16 +89,16 @@ class World:
             yield
             # All end together. A thread of gloo's may still be dropping the tensors of the last
             # collective; if Python ends first, it stops that thread inside C++, which aborts.
-            self.wait()
+            self.barrier()
         finally:
             dist.destroy_process_group()
 
-    def wait(self) -> None:
+    def barrier(self) -> None:
         """For all others to come here."""
         if self.size > 1:
             dist.barrier()
 
-    def sum(self, x: Tensor) -> Tensor:
+    def all_reduce(self, x: Tensor) -> Tensor:
         """``x`` summed over all processes, in place."""
         if self.size > 1:
             dist.all_reduce(x)
@@ -108,9 +108,9 @@ class World:
         """Whether any process says so. The answer is the same in all."""
         if self.size == 1:
             return flag
-        return bool(self.sum(torch.tensor(float(flag))))  # on the host: no GPU is waited for
+        return bool(self.all_reduce(torch.tensor(float(flag))))  # on the host: no GPU is waited for
 
-    def gathered(self, item: Any) -> list[Any]:
+    def all_gather_object(self, item: Any) -> list[Any]:
         """Every process's item, in the order of the ranks."""
         if self.size == 1:
             return [item]

@@ -54,17 +54,17 @@ def _begin_pass(norm: nn.Module, *_: Any) -> None:
     fully_shard.state(norm)._modules_to_run_forward.clear()  # type: ignore[attr-defined]
 
 
-def gathered(model: LanguageModel) -> dict[str, Tensor]:
+def full_state_dict(model: LanguageModel) -> dict[str, Tensor]:
     """The whole ``state_dict``, in every process. All have to ask."""
-    return {name: whole(value) for name, value in model.state_dict().items()}
+    return {name: full_tensor(value) for name, value in model.state_dict().items()}
 
 
-def whole(tensor: Tensor) -> Tensor:
+def full_tensor(tensor: Tensor) -> Tensor:
     """A tensor of which the processes hold parts, in every process; others as they are."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def cut(
+def shard_optimizer_state(
     state: dict[int, dict[str, Tensor]], optimizer: torch.optim.Optimizer
 ) -> dict[int, dict[str, Tensor]]:
     """Of the whole tensors of an optimizer's ``state`` this process's parts.
@@ -72,12 +72,12 @@ def cut(
     Raises KeyError or ValueError if it belongs to other parameters.
     """
     return {
-        index: {name: _cut(tensor, p) for name, tensor in state[index].items()}
+        index: {name: _shard(tensor, p) for name, tensor in state[index].items()}
         for index, p in _numbered(optimizer).items()
     }
 
 
-def _cut(tensor: Tensor, like: Tensor) -> Tensor:
+def _shard(tensor: Tensor, like: Tensor) -> Tensor:
     if tensor.dim() == 0:
         return tensor
     if tensor.shape != like.shape:

@@ -3,8 +3,6 @@
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from fastgpt._files import is_path
 from fastgpt.bigram import Bigram
 from fastgpt.data.manifest import read_manifest
@@ -110,13 +108,6 @@ def is_sharded(config: TrainConfig, world: World) -> bool:
     return config.parallel == "fsdp" and world.size > 1
 
 
-def captures(config: TrainConfig, device: torch.device, dtype: torch.dtype, world: World) -> bool:
-    """Whether updates are replayed as a CUDA graph. In float16 the host decides upon an update, and
-    what several processes exchange is in none; torch.compile captures and allocates by itself."""
-    able = device.type == "cuda" and dtype != torch.float16 and world.size == 1
-    return able and config.cuda_graph and not config.compile
-
-
 def shape_of(model: LanguageModel) -> dict[str, Any]:
     """The keys of the config that a model decides."""
     shape: dict[str, Any] = {key: getattr(model.config, key) for key in SHAPE_KEYS}
@@ -124,11 +115,11 @@ def shape_of(model: LanguageModel) -> dict[str, Any]:
 
 
 def separator(config: TrainConfig, tokenizer: Tokenizer | None) -> int | None:
-    """The token that stands between two documents of the data set, for ``pack``; None without it.
+    """The token between two documents of the data set, for ``document_mask``; None without it.
 
-    Raises ValueError if there is none, or one that documents have within, too.
+    Raises ValueError if there is none, or one that occurs within documents too.
     """
-    if not config.pack:
+    if not config.document_mask:
         return None
     manifest = read_manifest(config.data_dir)
     if manifest is not None:
@@ -141,7 +132,7 @@ def separator(config: TrainConfig, tokenizer: Tokenizer | None) -> int | None:
         token, why = None, "consists of characters"
     if token is None:
         raise ValueError(
-            f"pack must be False with the data set {config.data_dir}: it {why}, so no token of its "
-            "own ends a document"
+            f"document_mask must be False with the data set {config.data_dir}: it {why}, so no "
+            "token of its own ends a document"
         )
     return int(token)

@@ -66,9 +66,9 @@ class _Group:
 class MasterAdamW(torch.optim.AdamW):
     """AdamW (Loshchilov & Hutter 2019) whose parameters are float32 copies of the model's.
 
-    The parameters of ``model.rounded_parameters()`` are held in ``dtype`` from here on, the others
-    in float32; ``master_state_dict`` has all in full precision. Groups, order and state are those
-    of ``model.configure_optimizers``: a ``state_dict`` of either loads into the other.
+    From here on the model holds ``model.low_precision_parameters()`` in ``dtype``, the others in
+    float32; ``master_state_dict`` has all in float32. Groups, order and state are those of
+    ``model.configure_optimizers``: a ``state_dict`` of either loads into the other.
 
     The gradient of a backward pass is added to a float32 buffer at once and ``p.grad`` is left
     None. ``param_groups[i]["lr"]`` is a tensor on the device. While the attribute ``found_inf``, a
@@ -96,7 +96,7 @@ class MasterAdamW(torch.optim.AdamW):
         for name, p in model.named_parameters():
             if p.dtype != torch.float32:
                 raise TypeError(f"{name} must be float32 before the master copy, got {p.dtype}")
-        rounded = set(model.rounded_parameters())
+        rounded = set(model.low_precision_parameters())
         plan = model.configure_optimizers(weight_decay, learning_rate, betas, "cpu").param_groups
         device = next(model.parameters()).device
         self._groups = [_Group(group["params"], rounded, dtype, device) for group in plan]

@@ -41,32 +41,32 @@ def save(checkpoint: dict[str, Any], path: Path, world: World) -> None:
     Raises OSError if a process could not write.
     """
     temporary, old = path.with_name(f".{path.name}.tmp"), path.with_name(f".{path.name}.old")
-    if world.first:
+    if world.is_main:
         for folder in (temporary, old):
             shutil.rmtree(folder, ignore_errors=True)
         temporary.mkdir()
-    world.wait()
+    world.barrier()
     tensors, rest = _split(checkpoint)
     try:
         with _quiet():
             dcp.save(tensors, storage_writer=dcp.FileSystemWriter(temporary, sync_files=True))
     except CheckpointException as error:
         raise OSError(f"could not write {temporary}: {error}") from error
-    if world.first:
+    if world.is_main:
         with replacing(temporary / _REST) as file:
             torch.save(rest, file)
-    world.wait()
+    world.barrier()
     names = sorted(file.name for file in temporary.iterdir())[world.rank :: world.size]
     mine = {name: _measured(temporary / name) for name in names}
-    files = {name: value for part in world.gathered(mine) for name, value in part.items()}
-    if world.first:
+    files = {name: value for part in world.all_gather_object(mine) for name, value in part.items()}
+    if world.is_main:
         write_json(dict(sorted(files.items())), temporary / _COMPLETE)
         if path.exists():
             path.rename(old)
         temporary.rename(path)
         sync_folder(path.parent)
         shutil.rmtree(old, ignore_errors=True)
-    world.wait()
+    world.barrier()
 
 
 def _split(checkpoint: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -110,7 +110,7 @@ def check(path: Path, world: World = ALONE) -> None:
         ]
     except (FileNotFoundError, ValueError, TypeError) as error:
         wrong = [f"{_COMPLETE} ({error})"]
-    wrong = [name for part in world.gathered(wrong) for name in part]
+    wrong = [name for part in world.all_gather_object(wrong) for name in part]
     if wrong:
         raise ValueError(f"{path} {_DAMAGED}: {', '.join(sorted(set(wrong)))}")
 

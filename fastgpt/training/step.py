@@ -3,13 +3,12 @@
     step = Step(model, optimizer, device, micro_batches=8, grad_clip=1.0)
     loss = step(batches, learning_rate=6e-4)     # batches: 8 pairs x, y
 
-On a GPU the whole of it can be replayed as one CUDA graph: the host then launches once an update
-instead of once a kernel. What changes from one update to the next lies in tensors on the device:
-the batches, the learning rate, the optimizer's count, and the state of PyTorch's generator, from
-which each replay draws its own dropout masks.
+On a GPU the whole update can be replayed as one CUDA graph. What changes from one update to the
+next lies in tensors on the device: the batches, the learning rate, the optimizer's count, and the
+state of PyTorch's generator, from which each replay draws its own dropout masks.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -17,32 +16,30 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 
+from fastgpt.cuda_graph import Graphed
+from fastgpt.data.batches import Batch
 from fastgpt.training.distributed import ALONE, World
-from fastgpt.training.fsdp import whole
+from fastgpt.training.fsdp import full_tensor
 from fastgpt.training.optimizer import MasterAdamW
 
-Batch = tuple[Tensor, Tensor]
-
-# Updates before the capture. They are real ones, made kernel by kernel, in which all that may not
-# happen in a capture does: kernels are compiled and loaded, libraries allocate what they keep.
-_BEFORE_CAPTURE = 3
-
-# Where the learning rate is a float32 tensor, with a graph and without one. PyTorch's AdamW takes a
-# Python number as float64, with which the updates would be others than a graph's.
+# Devices on which the learning rate is a float32 tensor, with a graph and without one. PyTorch's
+# AdamW takes a Python number as float64, which would give other updates than a graph.
 _LEARNING_RATE_ON_DEVICE = ("cuda",)
 
 
 class Step:
     """An update of a model, to be called once for each.
 
-    The attribute ``not_finite``, a float32 tensor (), is 1 from the first update on whose loss or
-    gradient norm was not finite: that update and all later ones are not made. Without clipping only
-    the loss is looked at. The host need not read it before it logs.
-
-    With a gradient scaler it is the scaler's business to skip updates whose gradients overflow.
-
     The loss of an update is the mean over all its targets that are not -1, in all micro-batches of
-    all processes. Gradients are exchanged once, in the backward of the last micro-batch.
+    all processes. Gradients are all-reduced once, in the backward of the last micro-batch.
+
+    Attributes:
+        not_finite: a float32 tensor (), 1 from the first update on whose loss or gradient norm is
+            not finite: that update and all later ones are skipped. The host need not read it before
+            it logs. Without clipping only the loss is checked; with a gradient scaler too, which
+            itself skips updates whose gradients overflow.
+        inputs: for each micro-batch the pair of tensors that a CUDA graph reads, or None where any
+            will do. A batch that is written there, and passed as that pair, is not copied again.
 
     Args:
         model: ``model(x, y)`` returns a pair, the second of which is the loss: a language model,
@@ -59,8 +56,8 @@ class Step:
         world: the processes that make the update together.
 
     Raises:
-        ValueError: a CUDA graph is wanted on another device, by several processes, of a model that
-            is compiled, or with a gradient scaler, whose updates the host decides upon.
+        ValueError: a CUDA graph is asked for on another device, in several processes, with a
+            compiled model, or with a gradient scaler, where the host decides upon an update.
     """
 
     def __init__(
@@ -80,25 +77,25 @@ class Step:
         self._model = model
         self._optimizer = optimizer
         self._device = device
-        self._micro_batches = micro_batches
         self._grad_clip = grad_clip
         self._autocast = nullcontext() if autocast is None else autocast
         self._scaler = scaler or torch.amp.GradScaler(device.type, enabled=False)
+        self.inputs: list[Batch | None] = [None] * micro_batches
         self.not_finite = torch.zeros((), device=device)
         if not self._scaler.is_enabled():
             # PyTorch's fused AdamW knows the attribute from the gradient scaler.
             optimizer.found_inf = self.not_finite  # type: ignore[attr-defined]
-        self._graph: _Graph | None = None
+        self._graphed: Graphed[Tensor] | None = None
         if cuda_graph:
-            if _is_compiled(model):
-                raise ValueError("cuda_graph must be False with a compiled model, got True")
-            if device.type != "cuda":
-                raise ValueError(f"cuda_graph must be False on {device.type}, got True")
-            if self._scaler.is_enabled():
-                raise ValueError("cuda_graph must be False with a gradient scaler, got True")
-            if world.size > 1:
-                raise ValueError(f"cuda_graph must be False in {world.size} processes, got True")
-            self._graph = _Graph(self._update, optimizer, device)
+            for where, refused in {
+                "with a compiled model": _is_compiled(model),
+                f"on {device.type}": device.type != "cuda",
+                "with a gradient scaler": self._scaler.is_enabled(),
+                f"in {world.size} processes": world.size > 1,
+            }.items():
+                if refused:
+                    raise ValueError(f"cuda_graph must be False {where}, got True")
+            self._graphed = Graphed(self._update_of_inputs, device)
 
     def __call__(self, batches: Iterable[Batch], learning_rate: float) -> Tensor:
         """Make one update; the mean loss of its batches, on the device.
@@ -107,115 +104,32 @@ class Step:
             ValueError: there are more or fewer batches than ``micro_batches``, or with a CUDA graph
                 one of another shape than before.
         """
-        self._set(learning_rate)
-        return self._update(batches) if self._graph is None else self._graph(batches)
+        batches = list(batches)
+        if len(batches) != len(self.inputs):
+            raise ValueError(f"batches must hold {len(self.inputs)} pairs, got {len(batches)}")
+        self._set_learning_rate(learning_rate)
+        if self._graphed is None:
+            return self._update(batches)
+        self._copy_to_inputs(batches)
+        return self._graphed().clone()  # the next replay writes to the same tensor
 
-    def _set(self, learning_rate: float) -> None:
+    def _set_learning_rate(self, learning_rate: float) -> None:
+        on_device = self._device.type in _LEARNING_RATE_ON_DEVICE
         for group in self._optimizer.param_groups:
-            if self._device.type in _LEARNING_RATE_ON_DEVICE and not isinstance(
-                group["lr"], Tensor
-            ):
+            if on_device and not isinstance(group["lr"], Tensor):
                 group["lr"] = torch.empty((), dtype=torch.float32, device=self._device)
             if isinstance(group["lr"], Tensor):
                 group["lr"].fill_(learning_rate)
             else:
                 group["lr"] = learning_rate
 
-    def _update(self, batches: Iterable[Batch]) -> Tensor:
-        batches = list(batches)
-        if len(batches) != self._micro_batches:
-            raise ValueError(f"batches must hold {self._micro_batches} pairs, got {len(batches)}")
-        valid = torch.stack([(y != -1).sum() for _, y in batches])
-        all_valid = self._world.sum(valid.sum())
-        total = torch.zeros((), device=self._device)
-        for number, (x, y) in enumerate(batches):
-            last = number == len(batches) - 1
-            with self._exchanging(last):
-                with self._autocast:
-                    loss = self._share(self._model(x, y)[1], valid[number], all_valid)
-                self._scaler.scale(loss).backward()
-            total += loss.detach()
-        total = self._world.sum(total) / self._world.size
-        self._look_at(total)
-        if self._grad_clip != 0.0:
-            self._scaler.unscale_(self._optimizer)
-            norm = self._clip()
-            if not self._scaler.is_enabled():  # which expects overflows and skips them itself
-                self._look_at(norm)
-        # Off CUDA nothing runs ahead: the host may look, and not every AdamW knows found_inf there.
-        if self._device.type == "cuda" or not self.not_finite:
-            self._scaler.step(self._optimizer)
-            self._scaler.update()
-        self._optimizer.zero_grad(set_to_none=True)
-        return total
-
-    def _share(self, loss: Tensor, valid: Tensor, all_valid: Tensor) -> Tensor:
-        """What a micro-batch's mean ``loss`` adds to the update's, times the number of processes,
-        over which gradients are averaged. NaN, as ``loss`` is, if there is no valid target at all.
-        """
-        share = loss / (all_valid / (valid * self._world.size))
-        return torch.where((valid > 0) | (all_valid == 0), share, 0.0)
-
-    def _exchanging(self, gradients: bool) -> AbstractContextManager[object]:
-        if isinstance(self._model, FSDPModule):
-            self._model.set_requires_gradient_sync(gradients)
-        if gradients or not isinstance(self._model, DistributedDataParallel):
-            return nullcontext()
-        return self._model.no_sync()
-
-    def _clip(self) -> Tensor:
-        if isinstance(self._optimizer, MasterAdamW):
-            return self._optimizer.clip_grad_norm_(self._grad_clip)
-        return whole(nn.utils.clip_grad_norm_(self._model.parameters(), self._grad_clip))
-
-    def _look_at(self, value: Tensor) -> None:
-        torch.maximum(self.not_finite, (~value.isfinite()).float(), out=self.not_finite)
-
-
-def _is_compiled(model: nn.Module) -> bool:
-    """By torch.compile, which wraps a module, or by its method of that name."""
-    return hasattr(model, "_orig_mod") or model._compiled_call_impl is not None
-
-
-class _Graph:
-    """``update`` as a CUDA graph, captured after ``_BEFORE_CAPTURE`` calls.
-
-    All calls run on one stream of its own: a backward pass meets the streams of earlier ones, and
-    a capture may meet no other.
-    """
-
-    def __init__(
-        self,
-        update: Callable[[Iterable[Batch]], Tensor],
-        optimizer: torch.optim.Optimizer,
-        device: torch.device,
-    ) -> None:
-        self._update = update
-        self._optimizer = optimizer
-        self._stream = torch.cuda.Stream(device)
-        self._batches: list[Batch] = []  # what the graph reads
-        self._graph: torch.cuda.CUDAGraph | None = None
-        self._loss: Tensor | None = None  # what it writes
-        self._calls = 0
-
-    def __call__(self, batches: Iterable[Batch]) -> Tensor:
-        self._receive(list(batches))
-        current = torch.cuda.current_stream(self._stream.device)
-        self._stream.wait_stream(current)
-        with torch.cuda.stream(self._stream):
-            loss = self._run()
-        current.wait_stream(self._stream)
-        return loss
-
-    def _receive(self, batches: list[Batch]) -> None:
-        """Copy the batches, which were brought to the device ahead of time, to where the graph
-        reads them."""
-        if not self._batches:
-            self._batches = [(torch.empty_like(x), torch.empty_like(y)) for x, y in batches]
-        if len(batches) != len(self._batches):
-            raise ValueError(f"batches must hold {len(self._batches)} pairs, got {len(batches)}")
-        for mine, given in zip(self._batches, batches, strict=True):
-            for target, source in zip(mine, given, strict=True):
+    def _copy_to_inputs(self, batches: list[Batch]) -> None:
+        for number, batch in enumerate(batches):
+            place = self.inputs[number] or (torch.empty_like(batch[0]), torch.empty_like(batch[1]))
+            self.inputs[number] = place
+            if batch is place:
+                continue
+            for source, target in zip(batch, place, strict=True):
                 if source.shape != target.shape:
                     raise ValueError(
                         f"every batch of a CUDA graph must have the shape {tuple(target.shape)}, "
@@ -223,17 +137,61 @@ class _Graph:
                     )
                 target.copy_(source)
 
-    def _run(self) -> Tensor:
-        self._calls += 1
-        if self._calls <= _BEFORE_CAPTURE:
-            return self._update(self._batches)
-        if self._graph is None:
+    def _update_of_inputs(self) -> Tensor:
+        if torch.cuda.is_current_stream_capturing():
             for group in self._optimizer.param_groups:
-                group["capturable"] = True  # PyTorch asks for it in a capture, and warns before one
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, stream=self._stream):
-                self._loss = self._update(self._batches)
-            self._graph = graph
-        self._graph.replay()
-        assert self._loss is not None
-        return self._loss.clone()  # the next replay writes there again
+                group["capturable"] = True  # PyTorch demands it in a capture, and warns elsewhere
+        return self._update([batch for batch in self.inputs if batch is not None])
+
+    def _update(self, batches: list[Batch]) -> Tensor:
+        n_valid = torch.stack([(y != -1).sum() for _, y in batches])
+        all_valid = self._world.all_reduce(n_valid.sum())
+        total = torch.zeros((), device=self._device)
+        for number, (x, y) in enumerate(batches):
+            with self._gradient_sync(number == len(batches) - 1):
+                with self._autocast:
+                    loss = self._weighted(self._model(x, y)[1], n_valid[number], all_valid)
+                self._scaler.scale(loss).backward()
+            total += loss.detach()
+        total = self._world.all_reduce(total) / self._world.size
+        self._check_finite(total)
+        if self._grad_clip != 0.0:
+            self._scaler.unscale_(self._optimizer)
+            norm = self._clip()
+            if not self._scaler.is_enabled():
+                self._check_finite(norm)
+        # Off CUDA the host may read the flag, and not every AdamW there knows found_inf.
+        if self._device.type == "cuda" or not self.not_finite:
+            self._scaler.step(self._optimizer)
+            self._scaler.update()
+        self._optimizer.zero_grad(set_to_none=True)
+        return total
+
+    def _weighted(self, loss: Tensor, n_valid: Tensor, all_valid: Tensor) -> Tensor:
+        """A micro-batch's mean ``loss``, weighted by its share of the update's targets; times the
+        number of processes, because gradients are averaged over them. NaN, as ``loss`` is, if the
+        update has no valid target at all.
+        """
+        weighted = loss / (all_valid / (n_valid * self._world.size))
+        return torch.where((n_valid > 0) | (all_valid == 0), weighted, 0.0)
+
+    def _gradient_sync(self, enabled: bool) -> AbstractContextManager[object]:
+        """A backward pass in it all-reduces the gradients, or adds them up in this process."""
+        if isinstance(self._model, FSDPModule):
+            self._model.set_requires_gradient_sync(enabled)
+        if enabled or not isinstance(self._model, DistributedDataParallel):
+            return nullcontext()
+        return self._model.no_sync()
+
+    def _clip(self) -> Tensor:
+        if isinstance(self._optimizer, MasterAdamW):
+            return self._optimizer.clip_grad_norm_(self._grad_clip)
+        return full_tensor(nn.utils.clip_grad_norm_(self._model.parameters(), self._grad_clip))
+
+    def _check_finite(self, value: Tensor) -> None:
+        torch.maximum(self.not_finite, (~value.isfinite()).float(), out=self.not_finite)
+
+
+def _is_compiled(model: nn.Module) -> bool:
+    """By torch.compile, which wraps a module, or by its method of that name."""
+    return hasattr(model, "_orig_mod") or model._compiled_call_impl is not None

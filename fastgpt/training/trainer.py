@@ -4,9 +4,9 @@
     trainer.run()
 
 One update at iteration i = learning rate of i → ``gradient_accumulation_steps`` batches forward and
-backward → clip → AdamW. The state that a checkpoint of iteration i holds is the one before that
-update; the random generators and the place in the data are part of it, so a run that goes on from a
-checkpoint is the run that was never stopped.
+backward → clip → AdamW. A checkpoint of iteration i holds the state before that update, with the
+random generators and the place in the data: a run resumed from it is the run that was never
+stopped.
 """
 
 import math
@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 
 
 class Trainer:
-    """A run: model, optimizer, data and where it stands.
+    """A run: model, optimizer, data and progress.
 
     Building it draws the initial weights or loads a checkpoint; ``run`` trains. Attributes that
     are of use afterwards: ``config``, ``model`` (on ``device``), ``tokenizer`` (None for GPT-2's
@@ -65,8 +65,12 @@ class Trainer:
         self._sharded = init_from.is_sharded(config, world)
         if self._sharded and self.dtype == torch.float16:
             raise ValueError("dtype must be float32 or bfloat16 with parallel='fsdp', got float16")
+        if config.gradient_accumulation_steps % world.size:
+            raise ValueError(
+                f"gradient_accumulation_steps must be a multiple of the {world.size} processes "
+                f"that share them, got {config.gradient_accumulation_steps}"
+            )
         self.out_dir = Path(config.out_dir)
-        self._micro_batches = self._share_of_micro_batches()
         self._log = RunLog(config)
         torch.manual_seed(config.seed)
         torch.backends.cuda.matmul.allow_tf32 = True
@@ -89,7 +93,7 @@ class Trainer:
             world_size=world.size,
         )
         self.model = model.to(self.device)
-        trained = self._shared()
+        trained = self._parallel_model()
         self.optimizer = self._build_optimizer()
         self._autocast = autocast(self.device, self.dtype)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
@@ -97,11 +101,11 @@ class Trainer:
             trained,
             self.optimizer,
             self.device,
-            micro_batches=self._micro_batches,
+            micro_batches=config.gradient_accumulation_steps // world.size,
             grad_clip=config.grad_clip,
             autocast=self._autocast,
             scaler=self.scaler,
-            cuda_graph=self._captures(),
+            cuda_graph=self._uses_cuda_graph(),
             world=world,
         )
         self.iter_num = 0
@@ -111,8 +115,30 @@ class Trainer:
         if saved is not None:
             self._restore(saved, path)
 
-    def _shared(self) -> torch.nn.Module:
-        """The model as ``Step`` takes it: compiled if it shall be, with all processes in it."""
+    def _build_model(self, saved: ckpt.Checkpoint | None, path: Path) -> LanguageModel:
+        config = self.config
+        if saved is None:
+            model = init_from.new_model(config, self.tokenizer)
+        else:  # a sharded run reads a folder's tensors later, into its shards
+            weights = not (self._sharded and path.is_dir())
+            model = ckpt.build_model(saved, path, dropout=config.dropout, weights=weights)
+        if isinstance(model, GPT):
+            model.recompute = config.recompute
+            model.fp8 = config.fp8
+            model.separator = init_from.separator(config, self.tokenizer)
+        return model
+
+    def _with_shape_of(self, model: LanguageModel) -> TrainConfig:
+        """The config with the shape of a loaded model; what changes is printed."""
+        shape = init_from.shape_of(model)
+        for key, value in shape.items():
+            asked = getattr(self.config, key)
+            if value != asked:
+                self.console.print(f"{key} = {value} comes from the loaded model (not {asked})")
+        return replace(self.config, **shape)
+
+    def _parallel_model(self) -> torch.nn.Module:
+        """The model as ``Step`` takes it: compiled, sharded or in DDP, as the config says."""
         self._forward: torch.nn.Module = self.model
         if self._sharded:
             fsdp.shard(self.model, self.device, self.world, self.dtype)
@@ -121,41 +147,10 @@ class Trainer:
         elif self.config.compile:
             self._forward = cast(torch.nn.Module, torch.compile(self.model))
         if self.world.size > 1:
-            torch.manual_seed(self.config.seed + self.world.rank)  # each drops other activations
+            torch.manual_seed(self.config.seed + self.world.rank)  # dropout differs between ranks
         if self.world.size == 1 or self._sharded:
             return self._forward
         return DistributedDataParallel(self._forward, gradient_as_bucket_view=True)
-
-    def _captures(self) -> bool:
-        given = (self.device, self.dtype, self.world)
-        if init_from.captures(self.config, *given):
-            return True
-        if init_from.captures(replace(self.config, compile=False), *given):
-            self.console.print("compile=True: updates are not replayed as a CUDA graph")
-        return False
-
-    def _share_of_micro_batches(self) -> int:
-        count, size = self.config.gradient_accumulation_steps, self.world.size
-        if count % size:
-            raise ValueError(
-                f"gradient_accumulation_steps must be a multiple of the {size} processes that "
-                f"share them, got {count}"
-            )
-        return count // size
-
-    def _build_model(self, saved: ckpt.Checkpoint | None, path: Path) -> LanguageModel:
-        config = self.config
-        if saved is None:
-            model = init_from.new_model(config, self.tokenizer)
-        elif self._sharded and path.is_dir():  # whose tensors are read when they have been cut
-            model = ckpt.new_model(saved, path, dropout=config.dropout)
-        else:
-            model = ckpt.build_model(saved, path, dropout=config.dropout)
-        if isinstance(model, GPT):
-            model.recompute = config.recompute
-            model.fp8 = config.fp8
-            model.separator = init_from.separator(config, self.tokenizer)
-        return model
 
     def _build_optimizer(self) -> torch.optim.Optimizer:
         config, model = self.config, self.model
@@ -167,14 +162,15 @@ class Trainer:
             config.weight_decay, config.learning_rate, betas, self.device.type
         )
 
-    def _with_shape_of(self, model: LanguageModel) -> TrainConfig:
-        """The config with the shape that a loaded model really has; what changes is printed."""
-        shape = init_from.shape_of(model)
-        for key, value in shape.items():
-            asked = getattr(self.config, key)
-            if value != asked:
-                self.console.print(f"{key} = {value} comes from the loaded model (not {asked})")
-        return replace(self.config, **shape)
+    def _uses_cuda_graph(self) -> bool:
+        """Not in float16, where the host decides on an update, nor in several processes, whose
+        collectives are not captured, nor with torch.compile, which allocates by itself."""
+        alone_on_gpu = self.device.type == "cuda" and self.world.size == 1
+        if not (alone_on_gpu and self.dtype != torch.float16 and self.config.cuda_graph):
+            return False
+        if self.config.compile:
+            self.console.print("compile=True: updates are not replayed as a CUDA graph")
+        return not self.config.compile
 
     def _restore(self, saved: ckpt.Checkpoint, path: Path) -> None:
         own = ckpt.own_state(saved)
@@ -187,7 +183,7 @@ class Trainer:
                 moments = fsdp.empty_state(self.optimizer)
                 state["state"] = sharded_checkpoint.load_into(self.model, moments, path)
             elif self._sharded:
-                state["state"] = fsdp.cut(state["state"], self.optimizer)
+                state["state"] = fsdp.shard_optimizer_state(state["state"], self.optimizer)
             self.optimizer.load_state_dict(state)
             self.iter_num = int(saved["iter_num"])
             self.best_val_loss = float(saved["best_val_loss"])
@@ -209,9 +205,8 @@ class Trainer:
         return states
 
     def _restore_generators(self, of_ranks: list[dict[str, Tensor]]) -> None:
-        """A process that was not there before keeps its own."""
         if self.world.rank >= len(of_ranks):
-            return
+            return  # the run had fewer processes: this one keeps its own
         states = of_ranks[self.world.rank]
         torch.set_rng_state(states["cpu"])
         if self.device.type == "cuda" and "cuda" in states:
@@ -234,20 +229,18 @@ class Trainer:
     def run(self) -> None:
         """Train up to and including iteration ``max_iters``; evaluate and save on the way.
 
-        Ctrl-C ends the update in progress, saves and raises KeyboardInterrupt. A loss
-        that is not finite raises FloatingPointError: that update is not made, nothing is saved.
-        ValueError if another process trains into ``out_dir``.
+        Ctrl-C ends the update in progress, saves and raises KeyboardInterrupt. A loss that is not
+        finite raises FloatingPointError: that update is not made, nothing is saved. ValueError if
+        another process trains into ``out_dir``.
         """
         config = self.config
         self.model.train()
         if config.eval_only:
-            losses = self.evaluate()
-            self.val_loss = losses["val"]
-            self._report_losses(losses)
+            self._report_losses(self.evaluate())
             return
         with (
             self._own_out_dir(),
-            self._log.opened(config, self.iter_num) if self.world.first else nullcontext(),
+            self._log.opened(config, self.iter_num) if self.world.is_main else nullcontext(),
             self._meter() as meter,
             interrupts() as interrupted,
         ):
@@ -262,14 +255,14 @@ class Trainer:
                     self._check_finite()
                     mean = loss.item()
                     speed = meter.report(self.iter_num, mean)
-                    if self.world.first:
+                    if self.world.is_main:
                         self._log.report(self.iter_num, mean, learning_rate, speed, meter.mfu)
                 self.iter_num += 1
                 if stopped := self.world.any(interrupted.is_set()):
                     break
             self._check_finite()
             if not stopped:
-                self._evaluate_and_save(meter.mfu)  # the last updates count too
+                self._evaluate_and_save(meter.mfu)  # for the updates since the last evaluation
                 return
         saved = self._save(publish=False)
         self.console.print(
@@ -279,26 +272,28 @@ class Trainer:
         raise KeyboardInterrupt
 
     def _meter(self) -> Meter:
-        on_gpu = self.device.type == "cuda" and isinstance(self.model, GPT)
+        model = self.model
+        if self.device.type != "cuda" or not isinstance(model, GPT):
+            return Meter(self.config, self.console, self.iter_num, None)
+        size = self.world.size  # the figure is that of one GPU, which has a share of the sequences
         return Meter(
-            self.config, self.console, self.iter_num, self._estimate_mfu if on_gpu else None
+            self.config,
+            self.console,
+            self.iter_num,
+            lambda sequences, seconds: model.estimate_mfu(sequences // size, seconds),
         )
-
-    def _estimate_mfu(self, sequences: int, seconds: float) -> float:
-        """Of one GPU: of the sequences of all processes each has its share."""
-        assert isinstance(self.model, GPT)
-        return self.model.estimate_mfu(sequences // self.world.size, seconds)
 
     @contextmanager
     def _own_out_dir(self) -> Iterator[None]:
-        """``out_dir`` for this run alone, without an earlier one's files."""
-        if not self.world.first:
+        """``out_dir`` locked for this run, without an earlier run's files."""
+        if not self.world.is_main:
             yield
             return
         self.out_dir.mkdir(parents=True, exist_ok=True)
         with alone_in(self.out_dir):
             if self.config.init_from != "resume":
-                if moved := checkpoint_folder.set_aside(self.out_dir, (LOG, TENSORBOARD)):
+                moved = checkpoint_folder.archive_previous_run(self.out_dir, (LOG, TENSORBOARD))
+                if moved:
                     self.console.print(
                         f"the checkpoints and logs of an earlier run are now in {moved}"
                     )
@@ -306,15 +301,10 @@ class Trainer:
 
     def _update(self, learning_rate: float) -> Tensor:
         """One optimizer step; the mean loss of its batches, on the device."""
-        batches = [self.batches.next("train") for _ in range(self._micro_batches)]
+        batches = [self.batches.next("train", place) for place in self._step.inputs]
         loss = self._step(batches, learning_rate)
         if self.device.type != "cuda":
-            self._check_finite()  # nothing runs ahead here: the host may look at every update
-        return loss
-
-    def _loss(self, model: Callable[..., Any], x: Tensor, y: Tensor) -> Tensor:
-        with self._autocast:
-            loss: Tensor = model(x, y)[1]
+            self._check_finite()  # costs nothing where the host does not run ahead
         return loss
 
     def _check_finite(self) -> None:
@@ -330,20 +320,21 @@ class Trainer:
 
     @torch.no_grad()
     def mean_loss(self, model: LanguageModel, split: str) -> float:
-        """The loss of any model over ``eval_iters`` batches of a split, the same at every call. All
-        processes share them, and have to ask.
+        """The loss of any model over ``eval_iters`` batches of a split, the same at every call.
+        Collective: every rank must call it; they share the batches.
         """
         was_training = model.training
         model.eval()
-        forward = self._forward if model is self.model else model
-        count = self.config.eval_iters
-        # A sharded model's processes run it together, equally often: the last may do so in vain.
-        rounds = -(-count // self.world.size)
-        batches = self.batches.evaluation(split, rounds * self.world.size)
-        losses = torch.stack([self._loss(forward, x, y) for x, y in batches])
+        forward: Callable[..., Any] = self._forward if model is self.model else model
+        count, size = self.config.eval_iters, self.world.size
+        # The ranks of a sharded model run it equally often; a surplus result is discarded.
+        losses = []
+        for x, y in self.batches.evaluation(split, -(-count // size) * size):
+            with self._autocast:
+                losses.append(forward(x, y)[1])
         model.train(was_training)
-        mine = len(range(self.world.rank, count, self.world.size))
-        return (self.world.sum(losses[:mine].sum()) / count).item()
+        mine = len(range(self.world.rank, count, size))
+        return (self.world.all_reduce(torch.stack(losses)[:mine].sum()) / count).item()
 
     def evaluate(self) -> dict[str, float]:
         """The mean loss of ``eval_iters`` batches of each split: ``{"train": .., "val": ..}``."""
@@ -351,9 +342,8 @@ class Trainer:
 
     def _evaluate_and_save(self, mfu: float | None) -> None:
         losses = self.evaluate()
-        self.val_loss = losses["val"]
         self._report_losses(losses)
-        if self.world.first:
+        if self.world.is_main:
             learning_rate = self.learning_rate(self.iter_num)
             self._log.evaluation(self.iter_num, losses["train"], losses["val"], learning_rate, mfu)
         if not math.isfinite(losses["val"]):
@@ -362,22 +352,21 @@ class Trainer:
         improved = losses["val"] < self.best_val_loss
         if improved:
             self.best_val_loss, self.best_iter = losses["val"], self.iter_num
-        if self.iter_num == 0:
-            return  # nothing was learnt yet
-        self._save(publish=improved or self.config.always_save_checkpoint)
+        if self.iter_num > 0:
+            self._save(publish=improved or self.config.always_save_checkpoint)
 
     def _report_losses(self, losses: dict[str, float]) -> None:
+        self.val_loss = losses["val"]
         self.console.print(
             f"step {self.iter_num}: train loss {losses['train']:.4f}, val loss {losses['val']:.4f}"
         )
 
     def _save(self, publish: bool) -> Path:
-        """Save the state before ``iter_num``, as ``ckpt.pt`` too to ``publish`` it."""
+        """Save the state before ``iter_num``, with ``publish`` also as ``ckpt.pt``."""
         own: dict[str, Any] = {
-            "model": ckpt.kind(self.model),
-            "gelu": getattr(self.model, "gelu_approximate", "none"),
+            **ckpt.kind_and_gelu(self.model),
             **packed(self.tokenizer),
-            "generators": self.world.gathered(self._generators()),
+            "generators": self.world.all_gather_object(self._generators()),
             "data": self.batches.state_dict(),
             "scaler": self.scaler.state_dict(),
             "best_iter": self.best_iter,
@@ -398,25 +387,23 @@ class Trainer:
         path = checkpoint_folder.path_of(self.out_dir, self.iter_num, self._sharded)
         if self._sharded:
             sharded_checkpoint.save(state, path, self.world)
-        elif self.world.first:
+        elif self.world.is_main:
             ckpt.save(state, path)
-        if self.world.first:
+        if self.world.is_main:
             if publish:
                 ckpt.publish(path, self.out_dir / ckpt.BEST)
             checkpoint_folder.prune(self.out_dir, self.config.keep_last, self.best_iter)
         return path
 
-    def whole_model(self) -> LanguageModel:
-        """The model, for one process to use alone. Of a sharded one a copy; all have to ask."""
+    def full_model(self) -> LanguageModel:
+        """The model, for one process to use alone; a copy if it is sharded. Collective: every rank
+        must call it.
+        """
         if not self._sharded:
             return self.model
-        own = {
-            "model": ckpt.kind(self.model),
-            "gelu": getattr(self.model, "gelu_approximate", "none"),
-        }
         state = {
-            "model": fsdp.gathered(self.model),
+            "model": fsdp.full_state_dict(self.model),
             "model_args": ckpt.model_args(self.model),
-            "fastgpt": own,
+            "fastgpt": ckpt.kind_and_gelu(self.model),
         }
         return ckpt.build_model(state, self.out_dir).to(self.device)

@@ -94,6 +94,8 @@ def test_resume_goes_on_with_the_keys_of_the_checkpoint() -> None:
     keys = small_keys(Path(), log_interval=7, max_iters=30, init_from="resume")
     assert config == TrainConfig(**keys)
     assert parsed("--init_from=resume", "--preset=gpt2") == TrainConfig(init_from="resume")
+    torch.save({"iter_num": 1, "config": {"pack": True}}, "out/iter-0000099.pt")  # an old name
+    assert parsed("--init_from=resume").document_mask
 
 
 def test_prepare_train_sample(capsys: pytest.CaptureFixture[str]) -> None:
@@ -191,6 +193,7 @@ def test_prepare_chooses_the_corpus(
         (["train", "absent.py"], "absent.py"),
         (["train", "--preset=gpt2", "--device=cpu"], "train.bin is not a file"),
         (["train", "--preset=gpt2", "--n_head=7"], "n_embd=768 with n_head=7"),
+        (["train", "--pack=True"], "unknown option --pack: it is called --document_mask now"),
         (["train", "--dropout=2"], "dropout must lie between 0 and 0.999, got 2.0"),
         (["train", "--init_from=resume"], "no ckpt.pt or iter-*.pt in out"),
         (["sample"], "there is no checkpoint out/ckpt.pt"),

@@ -64,6 +64,17 @@ def test_batches_follow_the_rule(data_dir: Path, device: str) -> None:
     assert_same(val, expected(data_dir, "val", SEED + 1, 50))
 
 
+def test_a_batch_goes_where_it_is_asked_to(data_dir: Path, device: str) -> None:
+    """Each after the work on the one that was there before."""
+    batches = make(data_dir, device)
+    place = tuple(torch.empty(BATCH, BLOCK, dtype=torch.int64, device=device) for _ in range(2))
+    copies = []
+    for _ in range(20):
+        assert batches.next("train", place) is place  # type: ignore[arg-type]
+        copies.append((place[0].clone(), place[1].clone()))
+    assert_same(copies, expected(data_dir, "train", SEED, 20))
+
+
 def test_evaluation_repeats_itself_and_moves_nothing(data_dir: Path, device: str) -> None:
     batches = make(data_dir, device)
     train = [batches.next("train") for _ in range(3)]

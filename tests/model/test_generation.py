@@ -264,7 +264,7 @@ def test_a_captured_step_draws_the_same(temperature: float, monkeypatch: Any) ->
     prompts = [tokens(1, 3)[0].cuda(), tokens(1, 9)[0].cuda()]
     torch.manual_seed(3)
     captured = [streamed(model, prompts, 40, sampling) for _ in range(2)]
-    monkeypatch.setattr("fastgpt.generation._Graphed", lambda step, device: step)
+    monkeypatch.setattr("fastgpt.generation.Graphed", lambda step, device: step)
     torch.manual_seed(3)
     assert captured == [streamed(model, prompts, 40, sampling) for _ in range(2)]
 

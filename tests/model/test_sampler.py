@@ -1,6 +1,8 @@
 """Text from checkpoints."""
 
+import itertools
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,11 +11,13 @@ import torch
 
 from fastgpt import GPT, GPTConfig
 from fastgpt import sampler as sampling
+from fastgpt.data.sources import TextSource
 from fastgpt.interop.export import ExportConfig, export
 from fastgpt.interop.huggingface import Weights, write
 from fastgpt.sampler import Sampler
-from fastgpt.tokenizer import CharTokenizer
-from fastgpt.tokenizer.subword import byte_of_character
+from fastgpt.tokenizer import CharTokenizer, Tokenizer
+from fastgpt.tokenizer.subword import JsonTokenizer, SentencePieceTokenizer, byte_of_character
+from fastgpt.tokenizer.training import train_tokenizer
 from fastgpt.training import checkpoint as ckpt
 from fastgpt.training.config import SampleConfig
 from fastgpt.training.trainer import Trainer
@@ -292,6 +296,73 @@ def test_incomplete_characters_and_stop_texts_are_held_back() -> None:
     row = sampling._Row(Bytes(), [1], "", ())  # type: ignore[arg-type]
     row.add(256)  # an id that only pads the vocabulary
     assert row.completion() == sampling.Completion("", "", 1, "length")
+
+
+WORDS = "".join(f"Größe {n}:  {n} × {n + 1} €\n\tund 😀 {n * 7} ; " for n in range(300))
+
+
+def byte_level(root: Path) -> Tokenizer:
+    pytest.importorskip("tokenizers", reason="needs the extra data")
+    return train_tokenizer(TextSource(WORDS), "bpe", 400, root)
+
+
+def dropping_the_first_space(root: Path) -> Tokenizer:
+    """With a decoder as in Llama's tokenizer.json."""
+    decoders = pytest.importorskip("tokenizers", reason="needs the extra data").decoders
+    steps = [decoders.Replace("Ġ", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    tokenizer = byte_level(root)
+    assert isinstance(tokenizer, JsonTokenizer)
+    tokenizer._prompts.decoder = decoders.Sequence(steps)
+    return tokenizer
+
+
+def sentencepiece(root: Path) -> Tokenizer:
+    """With the space in front of a text, and bytes for what it has no piece for."""
+    library = pytest.importorskip("sentencepiece", reason="needs the extra data")
+    root.mkdir(exist_ok=True)
+    with open(root / "tokenizer.model", "wb") as file:
+        library.SentencePieceTrainer.train(
+            sentence_iterator=iter(WORDS.splitlines()),
+            model_writer=file,
+            vocab_size=400,
+            model_type="bpe",
+            byte_fallback=True,
+            hard_vocab_limit=False,
+            character_coverage=0.98,
+            minloglevel=2,
+        )
+    return SentencePieceTokenizer(root / "tokenizer.model")
+
+
+@pytest.mark.parametrize("made", [byte_level, dropping_the_first_space, sentencepiece])
+def test_text_in_pieces_is_the_text_of_all_tokens(
+    made: Callable[[Path], Tokenizer], tmp_path: Path
+) -> None:
+    """Spaces and split characters as in one decoding, for a text's ids and for any; and no id is
+    decoded more than a few times."""
+    tokenizer = made(tmp_path)
+    decode, decoded = tokenizer.decode, 0
+
+    def counted(ids: Any) -> str:
+        nonlocal decoded
+        decoded += len(ids)
+        return decode(ids)
+
+    prompt = tokenizer.encode("Gr")
+    text_ids = tokenizer.encode(WORDS)[:300]
+    any_ids = torch.randint(tokenizer.vocab_size, (300,)).tolist()
+    # Some decoders give a space that stands alone no text.
+    blank = [i for i in range(tokenizer.vocab_size) if not decode([i])] or any_ids
+    spaced = [i for pair in zip(text_ids, itertools.cycle(blank), strict=False) for i in pair]
+    for ids in (text_ids, any_ids, spaced):
+        decoded, tokenizer.decode = 0, counted  # type: ignore[method-assign]
+        row = sampling._Row(tokenizer, prompt, "Gr", ())
+        for end, token in enumerate(ids, start=1):
+            row.add(token)
+            expected = decode(prompt + ids[:end])[len(decode(prompt)) :]
+            assert expected.startswith(row.certain())
+        assert row.completion().text == expected
+        assert decoded < 10 * len(ids)
 
 
 def test_what_is_wrong_with_a_prompt_is_said_at_once(out_dir: Path) -> None:

@@ -81,4 +81,4 @@ def test_a_new_run_sets_an_earlier_one_aside(tmp_path: Path) -> None:
         assert (run.out_dir / f"previous-{number}").is_dir()
     for name, content in before.items():
         assert (run.out_dir / "previous-1" / name).read_bytes() == content
-    assert checkpoint_folder.set_aside(tmp_path / "nowhere") is None
+    assert checkpoint_folder.archive_previous_run(tmp_path / "nowhere") is None

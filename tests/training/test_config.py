@@ -63,7 +63,7 @@ def test_nanogpts_keys_and_defaults() -> None:
         "tensorboard_log": False,
         "data_root": "data",
         "keep_last": 2,
-        "pack": False,
+        "document_mask": False,
         "parallel": "ddp",
     }
     assert ours == NANOGPT_DEFAULTS | own
@@ -229,6 +229,7 @@ warmup_iters = max_iters // 100 % 50 - 2
         ("if True:\n    n_layer = 6", ValueError, "'if True:' is not read"),
         ("n_layer = = 6", ValueError, "not a Python assignment"),
         ("n_layr = 6", ValueError, "unknown key 'n_layr': did you mean 'n_layer'?"),
+        ("pack = True", ValueError, "unknown key 'pack': it is called 'document_mask' now"),
         ("zzz = 6", ValueError, "unknown key 'zzz'; allowed: always_save_checkpoint, "),
         ("n_layer = 6.5", TypeError, "n_layer must be an integer, got 6.5"),
         ("compile = 'yes'", TypeError, "compile must be True or False, got 'yes'"),

@@ -182,7 +182,7 @@ def test_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv(name, "3")
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "2")
     world = World.from_environment()
-    assert world == World(3, 3, 4, 2) and not world.first
+    assert world == World(3, 3, 4, 2) and not world.is_main
     assert world.device(torch.device("cuda")) == torch.device("cuda:3")
     assert world.device(torch.device("cpu")) == torch.device("cpu")
     monkeypatch.setenv("RANK", "x")

@@ -61,9 +61,9 @@ def _parts(root: Path, world: World) -> None:
             moment = trainer.optimizer.state[p][name]
             assert moment.to_local().shape == p.to_local().shape
     held = sum(p.to_local().numel() for p in names.values() if isinstance(p, DTensor))
-    assert world.gathered(held)[0] + world.gathered(held)[1] == trainer.model.get_num_params() + (
-        trainer.config.block_size * trainer.config.n_embd  # positions, which it leaves out
-    )
+    positions = trainer.config.block_size * trainer.config.n_embd
+    expected = trainer.model.get_num_params() + positions  # which it leaves out
+    assert sum(world.all_gather_object(held)) == expected
 
 
 class _Calls(TorchDispatchMode):
@@ -98,12 +98,12 @@ def _same_numbers(root: Path, world: World) -> None:
     rounded = _updates(trainer, 4)
     assert plain != rounded and plain == pytest.approx(rounded, abs=2e-2)
     assert all(p.dtype == torch.float32 for p in trainer.model.parameters())
-    alone = trainer.whole_model()
+    alone = trainer.full_model()
     for name, value in trainer.model.state_dict().items():
         assert torch.equal(alone.state_dict()[name], value.full_tensor())
     bigram = _built(root, world, model="bigram")
     _updates(bigram, 1)
-    assert isinstance(bigram.whole_model(), Bigram)
+    assert isinstance(bigram.full_model(), Bigram)
 
 
 def _after_evaluation(root: Path, world: World) -> None:
@@ -142,8 +142,8 @@ def _kernels(root: Path, world: World) -> None:
         plain(idx[:, :-1], idx[:, 1:])[1].backward()
         for p, q in zip(plain.parameters(), model.parameters(), strict=True):
             assert p.grad is not None and q.grad is not None
-            expected = world.sum(p.grad) / world.size
-            error = (fsdp.whole(q.grad) - expected).norm() / (expected.norm() + 1e-3)
+            expected = world.all_reduce(p.grad) / world.size
+            error = (fsdp.full_tensor(q.grad) - expected).norm() / (expected.norm() + 1e-3)
             assert error < tolerance, tuple(p.shape)
 
 

@@ -85,7 +85,7 @@ def test_subword_tokens_are_compared_by_what_they_mean(tmp_path: Path, bpe: Toke
 
 def test_the_separator_of_the_documents(tmp_path: Path, bpe: Tokenizer) -> None:
     documents(tmp_path, bpe)
-    config = small_config(tmp_path, pack=True)
+    config = small_config(tmp_path, document_mask=True)
     assert separator(small_config(tmp_path), bpe) is None
     assert separator(config, bpe) == bpe.end_of_text
     (tmp_path / "small" / "manifest.json").unlink()
@@ -96,7 +96,7 @@ def test_the_separator_of_the_documents(tmp_path: Path, bpe: Tokenizer) -> None:
 def test_documents_are_packed(tmp_path: Path, bpe: Tokenizer) -> None:
     """The loss of an update is that of each document on its own; so it is after resuming."""
     documents(tmp_path, bpe)
-    keys = dict(pack=True, dropout=0.0, gradient_accumulation_steps=1, max_iters=3)
+    keys = dict(document_mask=True, dropout=0.0, gradient_accumulation_steps=1, max_iters=3)
     trained(tmp_path, **keys)
     trainer = Trainer(small_config(tmp_path, **keys, init_from="resume"), quiet())
     assert trainer.iter_num == 4
@@ -118,8 +118,8 @@ def test_documents_are_packed(tmp_path: Path, bpe: Tokenizer) -> None:
 
 def test_data_without_a_separator_cannot_be_packed(tmp_path: Path, bpe: Tokenizer) -> None:
     prepare(TextSource("\n".join(DOCUMENTS)), bpe, tmp_path / "small")
-    with pytest.raises(ValueError, match="pack must be False .*small: it is one text"):
-        Trainer(small_config(tmp_path, pack=True), quiet())
+    with pytest.raises(ValueError, match="document_mask must be False .*small: it is one text"):
+        Trainer(small_config(tmp_path, document_mask=True), quiet())
     data_set(tmp_path / "characters")
-    with pytest.raises(ValueError, match="pack must be False .*: it consists of characters"):
-        Trainer(small_config(tmp_path / "characters", pack=True), quiet())
+    with pytest.raises(ValueError, match="document_mask must .*: it consists of characters"):
+        Trainer(small_config(tmp_path / "characters", document_mask=True), quiet())

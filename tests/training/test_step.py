@@ -12,8 +12,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from fastgpt import GPT
+from fastgpt.data.batches import Batch
 from fastgpt.training.optimizer import MasterAdamW
-from fastgpt.training.step import Batch, Step
+from fastgpt.training.step import Step
 from tests.tools.small_models import small_model, tokens
 from tests.tools.small_runs import assert_same
 
@@ -153,7 +154,7 @@ def test_a_replay_makes_the_same_updates(
         losses = []
         for i in range(6):
             if i == 3 and replayed:  # as late as a graph is captured
-                step._graph = update  # type: ignore[assignment]
+                step._update = update  # type: ignore[method-assign]
             losses.append(step([batch(2 * i), batch(2 * i + 1)], 1e-3 * (1 + i % 3)))
         for group in step._optimizer.param_groups:
             assert group["lr"].dtype == torch.float32

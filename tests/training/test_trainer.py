@@ -14,11 +14,13 @@ from rich.console import Console
 from torch import Tensor
 
 from fastgpt import GPT, GPTConfig
-from fastgpt.data.batches import Batches
+from fastgpt.data.batches import Batch, Batches
 from fastgpt.training import checkpoint as ckpt
 from fastgpt.training.distributed import World
 from fastgpt.training.trainer import Trainer
 from tests.tools.small_runs import assert_same, data_set, quiet, small_config, state_of, trained
+
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")
 
 
 @pytest.fixture(autouse=True)
@@ -206,42 +208,35 @@ def test_divergence_stops_before_the_step(tmp_path: Path) -> None:
     assert last.read_bytes() == before
 
 
-def test_ignored_targets_change_no_weight(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    trainer = Trainer(small_config(tmp_path), quiet())
-    before = {name: value.clone() for name, value in trainer.model.state_dict().items()}
-    following = Batches.next
-
-    def ignored(self: Batches, split: str) -> tuple[Tensor, Tensor]:
-        x, y = following(self, split)
-        return x, torch.full_like(y, -1)
-
-    monkeypatch.setattr(Batches, "next", ignored)
-    with pytest.raises(FloatingPointError, match="every target of a batch is ignored.*none yet"):
-        trainer.run()
-    assert_same(dict(trainer.model.state_dict()), before)
-    assert not list((tmp_path / "out").glob("*.pt"))
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-def test_ignored_targets_change_no_weight_on_a_gpu(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: str
+@pytest.mark.parametrize(
+    ("device", "dtype"),
+    [
+        ("cpu", "float32"),
+        *(
+            pytest.param("cuda", dtype, marks=[pytest.mark.gpu, needs_gpu])
+            for dtype in ("float32", "bfloat16", "float16")
+        ),
+    ],
+)
+def test_ignored_targets_change_no_weight(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, device: str, dtype: str
 ) -> None:
-    """There the host notices later: the optimizer itself has to skip the update."""
-    trainer = Trainer(small_config(tmp_path, device="cuda", dtype=dtype, log_interval=7), quiet())
+    """On a GPU the host notices later: the optimizer itself has to skip the update."""
+    config = small_config(tmp_path, device=device, dtype=dtype, log_interval=7)
+    trainer = Trainer(config, quiet())
     before = {name: value.clone() for name, value in trainer.model.state_dict().items()}
     following = Batches.next
 
-    def ignored(self: Batches, split: str) -> tuple[Tensor, Tensor]:
-        x, y = following(self, split)
+    def ignored(self: Batches, *args: Any) -> Batch:
+        x, y = following(self, *args)
         return x, torch.full_like(y, -1)
 
     monkeypatch.setattr(Batches, "next", ignored)
     trainer.iter_num = 1  # the next look at the loss is at iteration 7
-    with pytest.raises(FloatingPointError):
+    with pytest.raises(FloatingPointError, match="every target of a batch is ignored.*none yet"):
         trainer.run()
     assert_same(dict(trainer.model.state_dict()), before)
+    assert not list((tmp_path / "out").glob("*.pt"))
 
 
 def test_pytorchs_fused_adamw_skips_a_step_by_found_inf() -> None:
@@ -323,10 +318,10 @@ def test_when_updates_are_replayed_as_a_cuda_graph(
 ) -> None:
     """Never of a compiled model; who asked for that is told."""
     trainer = Trainer(small_config(tmp_path, **keys), console := quiet())
-    assert not trainer._captures()  # on a CPU
+    assert not trainer._uses_cuda_graph()  # on a CPU
     trainer.device, trainer.dtype = torch.device("cuda"), dtype
     trainer.world = World(size=processes)
-    assert trainer._captures() is replayed
+    assert trainer._uses_cuda_graph() is replayed
     assert isinstance(console.file, io.StringIO)
     note = "compile=True: updates are not replayed as a CUDA graph"
     assert (note in console.file.getvalue()) is said

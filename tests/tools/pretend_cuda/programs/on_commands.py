@@ -74,7 +74,7 @@ def test_generate_with_a_captured_step(dtype: str, monkeypatch: pytest.MonkeyPat
             return [t.tolist() for _ in range(2) for t in generator(prompts, 12)]
 
     captured = drawn()
-    monkeypatch.setattr("fastgpt.generation._Graphed", lambda step, device: step)
+    monkeypatch.setattr("fastgpt.generation.Graphed", lambda step, device: step)
     assert drawn() == captured
 
 

@@ -40,7 +40,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "dropout": {},
     "plain": dict(dropout=0.0, bias=True, grad_clip=0.0, gradient_accumulation_steps=1),
     "recompute": dict(recompute=True),
-    "documents": dict(pack=True),
+    "documents": dict(document_mask=True),
     "fp8_head": dict(fp8="head"),
 }
 
@@ -56,7 +56,7 @@ def documents(root: Path) -> None:
 
 def run(root: Path, **changes: Any) -> dict[str, Any]:
     """All that a run leaves but its speed."""
-    if not changes.get("pack"):
+    if not changes.get("document_mask"):
         data_set(root, TEXT)
     elif not (root / "small").exists():
         pytest.importorskip("tokenizers")
