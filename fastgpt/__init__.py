@@ -3,6 +3,7 @@
 from importlib import metadata
 
 from fastgpt.bigram import Bigram
+from fastgpt.blocks import MLP, Block, CausalSelfAttention, LayerNorm
 from fastgpt.language_model import GPTConfig
 from fastgpt.model import GPT
 
@@ -11,4 +12,13 @@ try:
 except metadata.PackageNotFoundError:  # a clone that is not installed
     __version__ = "0+unknown"
 
-__all__ = ["GPT", "Bigram", "GPTConfig", "__version__"]
+__all__ = [
+    "GPT",
+    "MLP",
+    "Bigram",
+    "Block",
+    "CausalSelfAttention",
+    "GPTConfig",
+    "LayerNorm",
+    "__version__",
+]

@@ -1,13 +1,17 @@
 """The layers of ``GPT``, named as in nanoGPT, on the ops of ``fastgpt.ops``.
 
+Ops take the place of layers only where the layers are plain: of exactly the type that was built,
+with no hook and no patched ``forward``. A layer that was replaced, wrapped, hooked or patched is
+called. ``Block``, ``CausalSelfAttention``, ``MLP`` and ``LayerNorm`` may be called as in nanoGPT,
+with x alone.
+
 In the shape comments B is the batch, T the length, C the width ``n_embd``.
 """
 
-import functools
 import itertools
 from collections.abc import Callable
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -35,6 +39,60 @@ class Dropout:
         return dict(dropout_p=p, seed=seed, stream=next(self._places))
 
 
+_FORWARDS: dict[type[nn.Module], Callable[..., Any]] = {
+    kind: kind.forward  # type: ignore[attr-defined]
+    for kind in (nn.Dropout, nn.Embedding, nn.GELU, nn.Linear)
+}
+
+
+def is_plain(module: Any, kind: type[nn.Module]) -> bool:
+    """Whether a call of ``module`` does what ``kind`` does and nothing more, so that an op may take
+    its place. Hooks for all modules (``register_module_forward_hook``, profilers) do not count.
+    """
+    own = module.__dict__
+    expected, n_hooks = own.get("_plain_as", (kind, 0))
+    return (
+        type(module) is expected
+        and "forward" not in own
+        and kind.forward is _FORWARDS[kind]
+        and n_hooks == _n_hooks(own)
+    )
+
+
+def keep_plain(module: nn.Module) -> None:
+    """Whatever class and hooks the module has by now change nothing of its result: FSDP2's."""
+    module.__dict__["_plain_as"] = type(module), _n_hooks(module.__dict__)
+
+
+def _n_hooks(own: dict[str, Any]) -> int:
+    return (
+        len(own["_forward_hooks"])
+        + len(own["_forward_pre_hooks"])
+        + len(own["_backward_hooks"])
+        + len(own["_backward_pre_hooks"])
+    )
+
+
+class Context(NamedTuple):
+    """What the layers of one forward pass of ``GPT`` share."""
+
+    dropout: Dropout
+    starts: Tensor | None = None  # (B, T): where each token's document starts
+    recompute: bool = False
+
+
+class Delta(NamedTuple):
+    """What a layer adds to the residual stream: ``dropout(value + bias)``."""
+
+    value: Tensor
+    bias: Tensor | None = None
+    dropout: nn.Dropout | None = None  # a plain one, or none is left to be done
+
+    def dropped(self) -> Tensor:
+        value = self.value if self.bias is None else self.value + self.bias
+        return value if self.dropout is None else self.dropout(value)
+
+
 class LayerNorm(nn.Module):
     """LayerNorm over the last dimension (``ndim``), with or without a bias; eps is 1e-5."""
 
@@ -48,25 +106,37 @@ class LayerNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return self._layer_norm(x, self.weight, self.bias, 1e-5)
 
-    def of_sum(
-        self, residual: Tensor, delta: Tensor, delta_bias: Tensor | None, dropout: dict[str, Any]
-    ) -> tuple[Tensor, Tensor]:
-        """The norm of ``residual + dropout(delta + delta_bias)``, and that sum."""
-        if delta_bias is not None:  # which FSDP2 rounds with the matrices of its group
-            delta_bias = delta_bias.to(self.weight.dtype)
+    def of_sum(self, residual: Tensor, delta: Delta, dropout: Dropout) -> tuple[Tensor, Tensor]:
+        """The norm of ``residual`` plus ``delta``, and that sum."""
+        bias, drop = delta.bias, {}
+        if bias is not None:  # FSDP2 rounds it with the matrices of its group
+            bias = bias.to(self.weight.dtype)
+        if delta.dropout is not None:
+            drop = dropout.arguments(delta.dropout, delta.dropout.p)
         return self._residual_layer_norm(
-            residual, delta, self.weight, self.bias, 1e-5, delta_bias=delta_bias, **dropout
+            residual, delta.value, self.weight, self.bias, 1e-5, delta_bias=bias, **drop
         )
 
-    def recipe(self, x: Tensor) -> Recipe:
-        """How to make ``self(x)`` again."""
-        return x, self.weight, self.bias, 1e-5
+
+def _sum_and_norm(
+    norm: nn.Module | None, residual: Tensor, delta: Delta, dropout: Dropout
+) -> tuple[Any, Tensor]:
+    """``residual`` plus ``delta``, behind its norm (None without ``norm``): one op for ours."""
+    if norm is not None and is_plain(norm, LayerNorm):
+        return norm.of_sum(residual, delta, dropout)  # type: ignore[operator]
+    residual = residual + delta.dropped()
+    return None if norm is None else norm(residual), residual
+
+
+def _recompute(norm: nn.Module, x: Tensor, context: Context) -> Recipe | None:
+    """How to compute ``norm(x)`` again in the backward, where that is wanted and known."""
+    if context.recompute and is_plain(norm, LayerNorm):
+        return x, norm.weight, norm.bias, 1e-5  # type: ignore[return-value]
+    return None
 
 
 class CausalSelfAttention(nn.Module):
-    """Multi-head causal self-attention on (B, T, C), with scale 1 / sqrt(head size). The bias of
-    ``c_proj`` and the dropout behind it are left to the residual sum.
-    """
+    """Multi-head causal self-attention on (B, T, C), with scale 1 / sqrt(head size)."""
 
     def __init__(self, config: GPTConfig, ops: ModuleType = default_ops) -> None:
         super().__init__()
@@ -82,22 +152,29 @@ class CausalSelfAttention(nn.Module):
         self._attention = ops.attention_qkvpacked
         self._attention_decode = ops.attention_decode
 
-    def forward(
+    def forward(self, x: Tensor) -> Tensor:
+        return self.delta(x, Context(Dropout(None))).dropped()
+
+    def delta(
         self,
         x: Tensor,
-        recompute: Recipe | None,
-        dropout: Dropout,
-        starts: Tensor | None,
-        attend: Attend | None,
-    ) -> Tensor:
+        context: Context,
+        recompute: Recipe | None = None,
+        attend: Attend | None = None,
+    ) -> Delta:
+        """``self(x)``, whose bias and dropout are left to the residual sum where they are plain.
+        ``attend`` takes the place of attention."""
         c_attn = self.c_attn
-        qkv = self._linear(x, c_attn.weight, c_attn.bias, recompute=recompute)  # (B, T, 3C)
+        if is_plain(c_attn, nn.Linear):
+            qkv = self._linear(x, c_attn.weight, c_attn.bias, recompute=recompute)  # (B, T, 3C)
+        else:
+            qkv = c_attn(x)
         if attend is None:
-            drop = dropout.arguments(self, self.dropout)
-            y = self._attention(qkv, self.n_head, starts=starts, **drop)
+            drop = context.dropout.arguments(self, self.dropout)
+            y = self._attention(qkv, self.n_head, starts=context.starts, **drop)
         else:
             y = attend(qkv)
-        return self._linear(y, self.c_proj.weight)  # (B, T, C)
+        return _projected(self._linear, self.c_proj, y, self.resid_dropout)  # (B, T, C)
 
     def prefill(self, cache: list[Tensor], layer: int, n_slots: int, qkv: Tensor) -> Tensor:
         """Attention of whole sequences, whose keys and values go to ``cache[layer]``,
@@ -115,45 +192,65 @@ class CausalSelfAttention(nn.Module):
         return self._attention_decode(qkv, cache, positions)
 
 
+def _projected(
+    linear: Callable[..., Tensor], c_proj: nn.Module, y: Tensor, dropout: nn.Module
+) -> Delta:
+    if is_plain(c_proj, nn.Linear):
+        return _left(linear(y, c_proj.weight), c_proj.bias, dropout)  # type: ignore[arg-type]
+    return _left(c_proj(y), None, dropout)
+
+
+def _left(value: Tensor, bias: Tensor | None, dropout: nn.Module) -> Delta:
+    """Bias and dropout to the residual sum, unless the dropout has to be called."""
+    if is_plain(dropout, nn.Dropout):
+        return Delta(value, bias, dropout)  # type: ignore[arg-type]
+    return Delta(dropout(Delta(value, bias).dropped()))
+
+
 class MLP(nn.Module):
-    """Linear to 4C, GELU, Linear back to C. The bias of ``c_proj`` and the dropout behind it are
-    left to the residual sum.
-    """
+    """Linear to 4C, GELU, Linear back to C."""
 
     def __init__(
         self, config: GPTConfig, ops: ModuleType = default_ops, gelu: str = "none"
     ) -> None:
         super().__init__()
         self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
-        self.gelu = functools.partial(ops.gelu, approximate=gelu)
+        self.gelu = nn.GELU(approximate=gelu)
         self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
         self.dropout = nn.Dropout(config.dropout)
         self._linear = ops.linear
+        self._gelu = ops.gelu
         self._mlp = ops.mlp
-        self._approximate = gelu
 
-    def forward(self, x: Tensor, recompute: Recipe | None) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:
+        return self.delta(x).dropped()
+
+    def delta(self, x: Tensor, recompute: Recipe | None = None) -> Delta:
+        """``self(x)``, whose bias and dropout are left to the residual sum where they are plain."""
+        c_fc, gelu, c_proj = self.c_fc, self.gelu, self.c_proj
+        plain_fc, plain_gelu = is_plain(c_fc, nn.Linear), is_plain(gelu, nn.GELU)
         # One token a sequence gives few rows, and the product with GELU in its epilogue computes
         # 128 at a time.
-        if x.shape[1] == 1:
-            x = self._linear(x, self.c_fc.weight, self.c_fc.bias, recompute=recompute)
-            return self._linear(self.gelu(x), self.c_proj.weight)
-        return self._mlp(
-            x,
-            self.c_fc.weight,
-            self.c_fc.bias,
-            self.c_proj.weight,
-            approximate=self._approximate,
-            recompute=recompute,
-        )
+        if x.shape[-2] > 1 and plain_fc and plain_gelu and is_plain(c_proj, nn.Linear):
+            y = self._mlp(
+                x,
+                c_fc.weight,
+                c_fc.bias,
+                c_proj.weight,
+                approximate=gelu.approximate,
+                recompute=recompute,
+            )
+            return _left(y, c_proj.bias, self.dropout)
+        if plain_fc:
+            x = self._linear(x, c_fc.weight, c_fc.bias, recompute=recompute)
+        else:
+            x = c_fc(x)
+        x = self._gelu(x, approximate=gelu.approximate) if plain_gelu else gelu(x)
+        return _projected(self._linear, c_proj, x, self.dropout)
 
 
 class Block(nn.Module):
-    """A pre-LayerNorm transformer block: attention, then MLP, each added to its input.
-
-    A sum and the LayerNorm behind it are one op, so a block begins with a normalised x beside the
-    residual that it was made from, and ends with the next LayerNorm.
-    """
+    """A pre-LayerNorm transformer block: attention, then MLP, each added to its input."""
 
     def __init__(
         self, config: GPTConfig, ops: ModuleType = default_ops, gelu: str = "none"
@@ -164,24 +261,38 @@ class Block(nn.Module):
         self.ln_2 = LayerNorm(config.n_embd, config.bias, ops)
         self.mlp = MLP(config, ops, gelu)
 
-    def forward(
+    def forward(self, x: Tensor, *fused: Any) -> Any:
+        """x (B, T, C) → its like. ``GPT`` passes more: see ``between_norms``."""
+        if fused:
+            return self.between_norms(x, *fused)
+        x = x + self.attn(self.ln_1(x))
+        return x + self.mlp(self.ln_2(x))
+
+    def between_norms(
         self,
         x: Tensor,
         residual: Tensor,
-        next_norm: LayerNorm,
-        dropout: Dropout,
-        recompute: bool,
-        starts: Tensor | None,
+        next_norm: nn.Module | None,
+        context: Context,
         attend: Attend | None,
-    ) -> tuple[Tensor, Tensor]:
-        """``x`` is ``ln_1(residual)``, both (B, T, C); returns their likes for the next block.
-        ``starts`` (B, T): where each token's document starts.
+    ) -> tuple[Any, Tensor]:
+        """The block on ``x``, which is ``ln_1(residual)``: a sum and the LayerNorm behind it are
+        one op, so it ends with that of the next block.
+
+        Returns ``next_norm`` of the new residual (None without one), and the new residual.
         """
-        attn, mlp = self.attn, self.mlp
-        recipe = self.ln_1.recipe(residual) if recompute else None
-        delta = attn(x, recipe, dropout, starts, attend)
-        drop = dropout.arguments(attn.resid_dropout, attn.resid_dropout.p)
-        x, residual = self.ln_2.of_sum(residual, delta, attn.c_proj.bias, drop)
-        delta = mlp(x, self.ln_2.recipe(residual) if recompute else None)
-        drop = dropout.arguments(mlp.dropout, mlp.dropout.p)
-        return next_norm.of_sum(residual, delta, mlp.c_proj.bias, drop)
+        attn, mlp, dropout = self.attn, self.mlp, context.dropout
+        if is_plain(attn, CausalSelfAttention):
+            delta = attn.delta(x, context, _recompute(self.ln_1, residual, context), attend)
+        else:
+            delta = Delta(attn(x))
+        x, residual = _sum_and_norm(self.ln_2, residual, delta, dropout)
+        if is_plain(mlp, MLP):
+            delta = mlp.delta(x, _recompute(self.ln_2, residual, context))
+        else:
+            delta = Delta(mlp(x))
+        return _sum_and_norm(next_norm, residual, delta, dropout)
+
+
+for _kind in (Block, CausalSelfAttention, LayerNorm, MLP):
+    _FORWARDS[_kind] = _kind.forward  # type: ignore[attr-defined]

@@ -190,14 +190,17 @@ class LanguageModel(nn.Module):
     def _decode(self, tokens: Tensor, positions: Tensor, cache: list[Tensor]) -> Tensor:
         raise NotImplementedError
 
+    def _n_ids(self) -> int:
+        return self.config.vocab_size
+
     def _check_ids(self, name: str, idx: Tensor) -> None:
         if idx.numel() == 0:
             return
         for value in (int(idx.min()), int(idx.max())):
-            if not 0 <= value < self.config.vocab_size:
+            if not 0 <= value < self._n_ids():
                 raise ValueError(
-                    f"{name} must hold token ids from 0 to {self.config.vocab_size - 1} "
-                    f"(vocab_size {self.config.vocab_size}), got {value}"
+                    f"{name} must hold token ids from 0 to {self._n_ids() - 1} "
+                    f"(vocab_size {self._n_ids()}), got {value}"
                 )
 
     def low_precision_parameters(self) -> list[nn.Parameter]:

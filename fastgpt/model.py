@@ -19,7 +19,16 @@ from torch import Tensor, nn
 
 from fastgpt import ops as default_ops
 from fastgpt._files import is_path
-from fastgpt.blocks import MLP, Attend, Block, CausalSelfAttention, Dropout, LayerNorm
+from fastgpt.blocks import (
+    MLP,
+    Attend,
+    Block,
+    CausalSelfAttention,
+    Context,
+    Dropout,
+    LayerNorm,
+    is_plain,
+)
 from fastgpt.interop import huggingface
 from fastgpt.language_model import GPTConfig, LanguageModel
 
@@ -41,6 +50,22 @@ class _Transformer(nn.ModuleDict):
     drop: nn.Dropout
     h: nn.ModuleList
     ln_f: LayerNorm
+
+
+def _is_table(module: Any) -> bool:
+    """A plain embedding without the options that change its result or gradient."""
+    return (
+        is_plain(module, nn.Embedding)
+        and module.padding_idx is None
+        and module.max_norm is None
+        and not module.scale_grad_by_freq
+        and not module.sparse
+    )
+
+
+def _keeps_to_documents(block: Any) -> bool:
+    """Whether the block's attention is ours, to which a document mask or a cache can be given."""
+    return is_plain(block, Block) and is_plain(block.attn, CausalSelfAttention)
 
 
 class GPT(LanguageModel):
@@ -142,41 +167,71 @@ class GPT(LanguageModel):
     def _tie_weights(self) -> None:
         self.transformer.wte.weight = self.lm_head.weight
 
+    def _is_tied(self) -> bool:
+        weights = [getattr(m, "weight", None) for m in (self.transformer.wte, self.lm_head)]
+        return weights[0] is weights[1] is not None
+
+    def _n_ids(self) -> int:
+        """How many token ids the table has, which may have grown or be a module of the user's."""
+        weight = getattr(self.transformer.wte, "weight", None)
+        return self.config.vocab_size if weight is None else weight.shape[0]
+
     def _hidden(self, idx: Tensor, attends: Iterable[Attend | None] | None = None) -> Tensor:
         """Token ids (B, T) → the final LayerNorm's output (B, T, C)."""
         trunk = self.transformer
         drops = self.training and self.config.dropout > 0.0
         dropout = Dropout(self._dropout_seed(idx.device) if drops else None)
-        starts = self._starts(idx)
-        residual = self._embedding(
-            idx,
-            trunk.wte.weight,
-            trunk.wpe.weight,
-            starts=starts,
-            **dropout.arguments(trunk.drop, trunk.drop.p),
+        context = Context(dropout, self._starts(idx), self.recompute)
+        return self._through_blocks(
+            self._embedded(idx, context), context, attends or [None] * len(trunk.h)
         )
-        attends = attends or [None] * len(trunk.h)
-        return self._through_blocks(residual, dropout, starts, attends)
+
+    def _embedded(self, idx: Tensor, context: Context) -> Tensor:
+        """Token plus position, dropped: (B, T, C)."""
+        wte, wpe, drop = self.transformer.wte, self.transformer.wpe, self.transformer.drop
+        starts, plain_drop = context.starts, is_plain(drop, nn.Dropout)
+        if _is_table(wte) and _is_table(wpe):
+            drops = context.dropout.arguments(drop, drop.p) if plain_drop else {}
+            x = self._embedding(idx, wte.weight, wpe.weight, starts=starts, **drops)
+            return x if plain_drop else drop(x)
+        positions = torch.arange(idx.shape[1], device=idx.device)
+        return drop(wte(idx) + wpe(positions if starts is None else positions - starts))
 
     def _through_blocks(
-        self,
-        residual: Tensor,
-        dropout: Dropout,
-        starts: Tensor | None,
-        attends: Iterable[Attend | None],
+        self, residual: Tensor, context: Context, attends: Iterable[Attend | None]
     ) -> Tensor:
         trunk = self.transformer
-        norms: list[Any] = [*(block.ln_1 for block in trunk.h), trunk.ln_f]
-        x = norms[0](residual)
-        for block, next_norm, attend in zip(trunk.h, norms[1:], attends, strict=True):
-            x, residual = block(x, residual, next_norm, dropout, self.recompute, starts, attend)
-        return x
+        blocks: list[Any] = list(trunk.h)
+        ours = [is_plain(block, Block) for block in blocks]
+        if context.starts is not None and not all(map(_keeps_to_documents, blocks)):
+            raise ValueError(
+                "separator must be None with a block or an attention of your own, which the "
+                f"document mask cannot reach, got {self._separator}"
+            )
+        norms = [block.ln_1 if own else None for block, own in zip(blocks, ours, strict=True)]
+        x = None  # the norm of residual, where the block before has computed it
+        for block, own, next_norm, attend in zip(
+            blocks, ours, [*norms[1:], trunk.ln_f], attends, strict=True
+        ):
+            if own:
+                x = block.ln_1(residual) if x is None else x
+                x, residual = block(x, residual, next_norm, context, attend)
+            else:
+                x, residual = None, block(residual)
+        return trunk.ln_f(residual) if x is None else x
 
     def _logits(self, idx: Tensor, last_only: bool) -> Tensor:
         x = self._hidden(idx)
         return self.lm_head(x[:, -1:] if last_only else x)
 
     def _loss(self, idx: Tensor, targets: Tensor) -> Tensor:
+        if not is_plain(self.lm_head, nn.Linear) or self.lm_head.bias is not None:
+            if self.fp8 != "none":
+                raise ValueError(
+                    f"fp8 must be 'none' with an lm_head of your own or one with a bias, got "
+                    f"{self.fp8!r}"
+                )
+            return super()._loss(idx, targets)
         return self._linear_cross_entropy(
             self._hidden(idx),
             self.lm_head.weight,
@@ -187,7 +242,10 @@ class GPT(LanguageModel):
 
     def _caches(self) -> bool:
         drops = self.config.dropout > 0.0 and any(module.training for module in self.modules())
-        return not drops and self._separator is None
+        blocks: list[Any] = list(self.transformer.h)
+        # What takes the place of an MLP may look at other tokens than the one that is new.
+        token_wise = all(_keeps_to_documents(b) and is_plain(b.mlp, MLP) for b in blocks)
+        return not drops and self._separator is None and token_wise
 
     def _prefill(self, idx: Tensor, last: Tensor, n_slots: int, cache: list[Tensor]) -> Tensor:
         blocks: list[Any] = list(self.transformer.h)
@@ -200,14 +258,17 @@ class GPT(LanguageModel):
 
     def _decode(self, tokens: Tensor, positions: Tensor, cache: list[Tensor]) -> Tensor:
         trunk = self.transformer
-        x = (trunk.wte(tokens) + trunk.wpe(positions))[:, None]  # (B, 1, C)
+        x = trunk.drop(trunk.wte(tokens) + trunk.wpe(positions))[:, None]  # (B, 1, C)
         blocks: list[Any] = list(trunk.h)
         attends = [
             functools.partial(block.attn.decode, of_layer, positions)
             for block, of_layer in zip(blocks, cache, strict=True)
         ]
-        x = self._through_blocks(x, Dropout(None), None, attends)
-        return self._linear(x[:, 0], self.lm_head.weight)
+        x = self._through_blocks(x, Context(Dropout(None)), attends)[:, 0]
+        lm_head = self.lm_head
+        if is_plain(lm_head, nn.Linear):
+            return self._linear(x, lm_head.weight, lm_head.bias)
+        return lm_head(x)
 
     def get_num_params(self, non_embedding: bool = True) -> int:
         """The number of parameters; by default without the position table. The token table
@@ -221,13 +282,16 @@ class GPT(LanguageModel):
         matrices = super().low_precision_parameters()
         layers = (m for m in self.modules() if isinstance(m, (CausalSelfAttention, MLP)))
         first = (m.c_fc if isinstance(m, MLP) else m.c_attn for m in layers)
-        return matrices + [layer.bias for layer in first if layer.bias is not None]
+        plain = (layer for layer in first if is_plain(layer, nn.Linear))
+        return matrices + [layer.bias for layer in plain if layer.bias is not None]
 
     def load_state_dict(
         self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
     ) -> Any:
+        tied = self._is_tied()
         result = super().load_state_dict(state_dict, strict=strict, assign=assign)
-        self._tie_weights()  # assign=True puts two parameters where one was
+        if tied:
+            self._tie_weights()  # assign=True puts two parameters where one was
         return result
 
     def crop_block_size(self, block_size: int) -> None:

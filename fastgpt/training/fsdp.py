@@ -16,6 +16,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from fastgpt.blocks import keep_plain
 from fastgpt.language_model import LanguageModel
 from fastgpt.model import GPT
 from fastgpt.training.distributed import World
@@ -41,6 +42,8 @@ def shard(model: LanguageModel, device: torch.device, world: World, dtype: torch
         fully_shard(norms, mesh=mesh, mp_policy=plain, reshard_after_forward=False)
         for block in blocks:
             fully_shard(block, mesh=mesh, mp_policy=rounded)
+        for module in (*norms, *blocks):
+            keep_plain(module)
     fully_shard(model, mesh=mesh, mp_policy=rounded)
     if isinstance(model, GPT):
         model.register_forward_pre_hook(partial(_begin_pass, norms[0]), prepend=True)
