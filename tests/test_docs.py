@@ -95,6 +95,9 @@ def _python(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
         assert done.returncode == 0, done.stderr
     elif words[0].startswith("bench/"):
         module = importlib.import_module(words[0].removesuffix(".py").replace("/", "."))
+        if not words[1:]:
+            assert callable(module.main)
+            return
         monkeypatch.setattr(tyro, "cli", _stopping(tyro.cli))
         if hasattr(module, "argparse"):
             parser = argparse.ArgumentParser

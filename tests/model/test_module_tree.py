@@ -67,9 +67,10 @@ class PlainGPT(nn.Module):
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
         self.config = config
+        wte = nn.Embedding(config.vocab_size, config.n_embd)
         self.transformer: Any = nn.ModuleDict(
             {
-                "wte": nn.Embedding(config.vocab_size, config.n_embd),
+                "wte": wte,
                 "wpe": nn.Embedding(config.block_size, config.n_embd),
                 "drop": nn.Dropout(config.dropout),
                 "h": nn.ModuleList(PlainBlock(config) for _ in range(config.n_layer)),
@@ -77,7 +78,7 @@ class PlainGPT(nn.Module):
             }
         )
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
-        self.transformer.wte.weight = self.lm_head.weight
+        wte.weight = self.lm_head.weight
 
     def forward(self, idx: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         trunk = self.transformer
@@ -116,6 +117,10 @@ class LoRAWrapper(nn.Module):
 
 
 class ScaledEmbedding(nn.Embedding):
+    @classmethod
+    def of(cls, old: nn.Embedding) -> "ScaledEmbedding":
+        return cls(old.num_embeddings, old.embedding_dim, _weight=old.weight)
+
     def forward(self, idx: Tensor) -> Tensor:
         return 3.0 * super().forward(idx)
 
@@ -161,6 +166,10 @@ def _patch(module: nn.Module) -> None:
     module.forward = lambda x: old(x) + 0.5  # type: ignore[method-assign]
 
 
+def _doubled(grads: Any) -> tuple[Tensor, ...]:
+    return (2 * grads[0],)
+
+
 def _grow(model: Any) -> None:
     """A larger vocabulary, as for new special tokens."""
     torch.manual_seed(0)
@@ -201,12 +210,12 @@ CHANGES: dict[str, Change] = {
     },
     **{
         f"backward hook on {n}": hooked(
-            n, lambda m: m.register_full_backward_hook(lambda m, grads, _: (2 * grads[0],))
+            n, lambda m: m.register_full_backward_hook(lambda m, grads, _: _doubled(grads))
         )
         for n in ("h.1", "attn", "mlp", "ln_1", "c_attn", "c_fc", "gelu", "ln_f", "lm_head")
     },
     **{f"patched forward of {n}": hooked(n, _patch) for n in LAYERS if n not in ("wte", "wpe")},
-    "embedding subclass": replaced("wte", lambda old: ScaledEmbedding(48, 32, _weight=old.weight)),
+    "embedding subclass": replaced("wte", ScaledEmbedding.of),
     "positions replaced": replaced("wpe", lambda old: nn.Embedding(16, 32)),
     "drop = Identity": replaced("drop", lambda old: nn.Identity()),
     "nn.LayerNorm": replaced("ln_1", lambda old: nn.LayerNorm(32)),
