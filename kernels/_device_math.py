@@ -1,4 +1,4 @@
-"""What several kernels compute alike: exact quotients, GELU, the mask of dropout."""
+"""Device functions that several kernels share: exact quotients, GELU, the dropout mask."""
 
 import triton
 import triton.language as tl
@@ -8,7 +8,7 @@ import triton.language as tl
 def rounded_quotient(x, y):
     """x / y of blocks or scalars of one float dtype. In float32 ``/`` is a product with an
     approximate reciprocal, for which x / x may differ from 1; adding what is left of x, which an
-    FMA has exactly, leaves one rounding. For finite numbers and quotients: others become NaN.
+    FMA has exactly, leaves one rounding. Where x, y or the quotient is not finite it is NaN.
     ``tl.div_rn`` takes more registers, since it is a subroutine."""
     quotient = x / y
     return quotient + tl.fma(-quotient, y, x) / y
@@ -22,10 +22,10 @@ def _exp_half_square(x):
 
 @triton.jit
 def _normal_cdf(x, exp_half_square, FAST: tl.constexpr):
-    """Phi(x). FAST is Abramowitz & Stegun 7.1.26 at less than half of erf's instructions: half
-    precision does not see the difference, a GEMM's epilogue does. Its quotient is the square of a
-    reciprocal root, one instruction where a division is five. Error below 3e-7, and below 1e-6
-    with a root that is as wrong as the GPU's may be, by 2^-22.4 of it."""
+    """Phi(x). FAST is Abramowitz & Stegun 7.1.26, for half precision and GEMM epilogues: less than
+    half of erf's instructions, error below 3e-7. Its quotient is the square of tl.rsqrt, one
+    instruction where a division takes five; the GPU's rsqrt may err by 2^-22.4, which brings the
+    error to 1e-6 at most."""
     if FAST:
         root = tl.rsqrt(1.0 + 0.2316418882663604 * tl.abs(x))
         t = root * root

@@ -65,7 +65,7 @@ def _layer_norm_bwd_means_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """What the next kernel needs of a row, where a row is too wide for one tile of it."""
+    """The means that ``_layer_norm_bwd_kernel`` needs, where a row is too wide for its tile."""
     start = tl.program_id(0).to(tl.int64) * BLOCK_M
     offs_m, offs_n = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
     dy, x_hat, _ = _load_tile(
@@ -87,7 +87,7 @@ def _layer_norm_bwd_kernel(
     weight_ptr,  # (n_cols)
     mean_ptr,  # (n_rows)
     rstd_ptr,  # (n_rows)
-    means_ptr,  # (2, n_rows), or None: the tile spans the row, so they are at hand
+    means_ptr,  # (2, n_rows), or None: the tile spans the row and computes them
     dx_ptr,  # (n_rows, n_cols), contiguous: dx, or dresidual
     ddelta_ptr,  # (n_rows, n_cols), contiguous, or None: it is equal to dx, or there is no delta
     partial_ptr,  # (1 to 3, programs, n_cols): dweight, dbias, ddelta_bias
@@ -156,7 +156,7 @@ def _layer_norm_bwd_kernel(
 
 @triton.jit
 def _sum_bands_kernel(
-    partial_ptr,  # (1 to 3, n_bands, n_cols), one matrix for each of...
+    partial_ptr,  # (1 to 3, n_bands, n_cols): one matrix for each output
     out0_ptr,  # (n_cols)
     out1_ptr,  # (n_cols), or None
     out2_ptr,  # (n_cols), or None

@@ -40,10 +40,10 @@ def dropped(
 def _layer_norm_fwd_kernel(
     x_ptr,  # (n_rows, n_cols), columns adjacent: the plain op's x, or the residual
     x_stride_row,
-    delta_ptr,  # (n_rows, n_cols), columns adjacent; None in the plain op, and so are...
+    delta_ptr,  # (n_rows, n_cols), columns adjacent; None in the plain op
     delta_stride_row,
     delta_bias_ptr,  # (n_cols), or None
-    total_ptr,  # (n_rows, n_cols), contiguous: ... this one
+    total_ptr,  # (n_rows, n_cols), contiguous; None in the plain op
     weight_ptr,  # (n_cols)
     bias_ptr,  # (n_cols), or None
     y_ptr,  # (n_rows, n_cols), contiguous

@@ -274,7 +274,7 @@ def _cross_entropy_rows(
     n_cols = logits.shape[1]
     valid = targets != ignore_index
     unknown = valid & ((targets < 0) | (targets >= n_cols))
-    if unknown.is_cpu and unknown.any():  # elsewhere, to look would be to wait for the device
+    if unknown.is_cpu and unknown.any():  # elsewhere the host would wait for the device
         raise ValueError(
             f"targets must lie in [0, {n_cols}) or be ignore_index ({ignore_index}), "
             f"got {targets[unknown][0].item()}"
