@@ -19,6 +19,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch._subclasses import FakeTensor
+from torch.utils import _device
 
 from fastgpt.kernels import _host
 from tests.tools import interpreter
@@ -42,6 +43,8 @@ def _poisoning(allocate: Callable[..., Tensor]) -> Callable[..., Tensor]:
 def _poison_uninitialised_memory() -> None:
     """An output that a kernel forgot to write shows as NaN. For the life of the process, because
     torch.compile remembers the functions it has seen."""
+    # The list of functions that ``with torch.device(...)`` acts on is made once, of what it finds.
+    _device._device_constructors()
     for owner, name in (
         (torch, "empty"),
         (torch, "empty_like"),

@@ -80,3 +80,9 @@ def test_a_worker_whose_gpu_is_broken_ends(tmp_path: Path) -> None:
     assert "4 failed, 1 passed" in done.stdout
     assert "test_breaks_the_gpu" in done.stdout and "crashed" in done.stdout
     assert "an illegal memory access was encountered" in done.stdout + done.stderr
+
+
+def test_a_device_context_reaches_poisoned_memory() -> None:
+    with torch.device("meta"):
+        assert torch.nn.Linear(2, 3).weight.is_meta
+    assert torch.empty(3).isnan().all()
