@@ -74,7 +74,7 @@ OP = Op(
 test_attention = OP.test()
 
 
-def starts(B: int, T: int, L: int) -> Tensor:
+def doc_start(B: int, T: int, L: int) -> Tensor:
     """(B, T) of int32: where each token's document starts. The first document of a sequence is cut
     off at another place in each, as in sequences that are cut from a stream of documents."""
     shift = 37 * torch.arange(B)[:, None] % L
@@ -84,25 +84,27 @@ def starts(B: int, T: int, L: int) -> Tensor:
 def inputs_of_documents(
     random: RandomTensors, B: int, T: int, H: int, D: int, L: int
 ) -> tuple[Tensor, int, Tensor]:
-    return random.normal(B, T, 3 * H * D), H, starts(B, T, L).to(random.device)
+    return random.normal(B, T, 3 * H * D), H, doc_start(B, T, L).to(random.device)
 
 
-def eager_of_documents(qkv: Tensor, n_head: int, starts: Tensor) -> Tensor:
+def eager_of_documents(qkv: Tensor, n_head: int, doc_start: Tensor) -> Tensor:
     """nanoGPT's with a mask, which is made in each call, as in each layer."""
     q, k, v = split_heads(qkv, n_head)
-    y = F.scaled_dot_product_attention(q, k, v, reference.document_mask(starts))
+    y = F.scaled_dot_product_attention(q, k, v, reference.document_mask(doc_start))
     return y.transpose(1, 2).flatten(2)
 
 
 def flops_of_documents(direction: Direction, B: int, T: int, H: int, D: int, L: int) -> int:
     """Of the scores within documents."""
-    pairs = int((torch.arange(T) - starts(B, T, L)).sum())
+    pairs = int((torch.arange(T) - doc_start(B, T, L)).sum())
     products = {"forward": 2, "backward": 5}[direction]
     return products * 2 * H * pairs * D
 
 
 def of_documents(module: ModuleType) -> Function:
-    return lambda qkv, n_head, starts: module.attention_qkvpacked(qkv, n_head, starts=starts)
+    return lambda qkv, n_head, doc_start: module.attention_qkvpacked(
+        qkv, n_head, doc_start=doc_start
+    )
 
 
 DOCUMENTS = Op(

@@ -18,13 +18,13 @@ from torch import Tensor, nn
 
 from fastgpt import ops as default_ops
 from fastgpt.language_model import GPTConfig
-from fastgpt.ops import Recipe
+from fastgpt.ops import Recompute
 
 Attend = Callable[[Tensor], Tensor]  # qkv (B, T, 3C) → (B, T, C), in the place of attention
 
 
 class Dropout:
-    """The dropout of one forward pass: every place that drops has a stream of its own under one
+    """The dropout of one forward pass: every place that drops has an offset of its own under one
     seed, so that no mask is ever stored. Without a seed PyTorch's generator draws the masks.
     """
 
@@ -36,7 +36,7 @@ class Dropout:
         """For the op in the place of ``module``, whose mode says whether it drops."""
         p = p if module.training else 0.0
         seed = self._seed if p > 0.0 else None
-        return dict(dropout_p=p, seed=seed, stream=next(self._places))
+        return dict(dropout_p=p, seed=seed, dropout_offset=next(self._places))
 
 
 _FORWARDS: dict[type[nn.Module], Callable[..., Any]] = {
@@ -77,7 +77,7 @@ class Context(NamedTuple):
     """What the layers of one forward pass of ``GPT`` share."""
 
     dropout: Dropout
-    starts: Tensor | None = None  # (B, T): where each token's document starts
+    doc_start: Tensor | None = None  # (B, T): where each token's document starts
     recompute: bool = False
 
 
@@ -128,7 +128,7 @@ def _sum_and_norm(
     return None if norm is None else norm(residual), residual
 
 
-def _recompute(norm: nn.Module, x: Tensor, context: Context) -> Recipe | None:
+def _recompute(norm: nn.Module, x: Tensor, context: Context) -> Recompute | None:
     """How to compute ``norm(x)`` again in the backward, where that is wanted and known."""
     if context.recompute and is_plain(norm, LayerNorm):
         return x, norm.weight, norm.bias, 1e-5  # type: ignore[return-value]
@@ -159,7 +159,7 @@ class CausalSelfAttention(nn.Module):
         self,
         x: Tensor,
         context: Context,
-        recompute: Recipe | None = None,
+        recompute: Recompute | None = None,
         attend: Attend | None = None,
     ) -> Delta:
         """``self(x)``, whose bias and dropout are left to the residual sum where they are plain.
@@ -171,7 +171,7 @@ class CausalSelfAttention(nn.Module):
             qkv = c_attn(x)
         if attend is None:
             drop = context.dropout.arguments(self, self.dropout)
-            y = self._attention(qkv, self.n_head, starts=context.starts, **drop)
+            y = self._attention(qkv, self.n_head, doc_start=context.doc_start, **drop)
         else:
             y = attend(qkv)
         return _projected(self._linear, self.c_proj, y, self.resid_dropout)  # (B, T, C)
@@ -225,7 +225,7 @@ class MLP(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return self.delta(x).dropped()
 
-    def delta(self, x: Tensor, recompute: Recipe | None = None) -> Delta:
+    def delta(self, x: Tensor, recompute: Recompute | None = None) -> Delta:
         """``self(x)``, whose bias and dropout are left to the residual sum where they are plain."""
         c_fc, gelu, c_proj = self.c_fc, self.gelu, self.c_proj
         plain_fc, plain_gelu = is_plain(c_fc, nn.Linear), is_plain(gelu, nn.GELU)

@@ -76,14 +76,13 @@ class GPT(LanguageModel):
     ``torch_ops`` or ``reference`` of ``fastgpt.kernels``. ``gelu`` is "none" for the exact erf
     form, as in nanoGPT, or "tanh" for the one that OpenAI's weights were trained with;
     ``gelu_approximate`` holds the choice. With ``recompute`` the results of GELU and LayerNorm are
-    made again in the backward rather than kept: less memory, the same numbers. With ``fp8="head"``
-    the matrix products of the training loss are of 8-bit numbers: faster, and other numbers. It
-    needs a GPU of compute capability 8.9 or newer, which the first forward pass checks, and
-    ``n_embd`` and ``vocab_size`` that are multiples of 16. ``separator`` is the id of the token
-    that opens a document: no token attends to, or is placed by, what stands before the last
-    separator at or before it, so that sequences of several documents give what each of them gives
-    on its own (and ``generate`` keeps no cache). The attributes ``recompute``, ``fp8``
-    and ``separator`` may be changed at any time.
+    recomputed in the backward: less memory, the same numbers. With ``fp8="head"`` the training loss
+    multiplies 8-bit matrices: faster, and other numbers. It needs a GPU of compute capability 8.9
+    or newer, which the first forward pass checks, and ``n_embd`` and ``vocab_size`` that are
+    multiples of 16. ``eot_token`` is the id of the token with which a document begins: attention
+    and positions then stay within a document, so that a sequence of several documents gives what
+    each of them gives on its own (and ``generate`` keeps no cache). The attributes ``recompute``,
+    ``fp8`` and ``eot_token`` may be changed at any time.
 
     With the same seed the initial weights are nanoGPT's, bit for bit.
     """
@@ -95,7 +94,7 @@ class GPT(LanguageModel):
         gelu: str = "none",
         recompute: bool = False,
         fp8: str = "none",
-        separator: int | None = None,
+        eot_token: int | None = None,
     ) -> None:
         super().__init__(config)
         if gelu not in ("none", "tanh"):
@@ -103,7 +102,7 @@ class GPT(LanguageModel):
         self.gelu_approximate = gelu
         self.recompute = recompute
         self.fp8 = fp8
-        self.separator = separator
+        self.eot_token = eot_token
         self._dropout_seed = ops.dropout_seed
         self._embedding = ops.embedding
         self._linear = ops.linear
@@ -144,25 +143,25 @@ class GPT(LanguageModel):
         self._fp8 = which
 
     @property
-    def separator(self) -> int | None:
-        return self._separator
+    def eot_token(self) -> int | None:
+        return self._eot_token
 
-    @separator.setter
-    def separator(self, token: int | None) -> None:
+    @eot_token.setter
+    def eot_token(self, token: int | None) -> None:
         if token is not None and (not isinstance(token, int) or isinstance(token, bool)):
-            raise TypeError(f"separator must be a token id or None, got {token!r}")
+            raise TypeError(f"eot_token must be a token id or None, got {token!r}")
         if token is not None and not 0 <= token < self.config.vocab_size:
             raise ValueError(
-                f"separator must lie in [0, {self.config.vocab_size}) or be None, got {token}"
+                f"eot_token must lie in [0, {self.config.vocab_size}) or be None, got {token}"
             )
-        self._separator = token
+        self._eot_token = token
 
-    def _starts(self, idx: Tensor) -> Tensor | None:
+    def _doc_start(self, idx: Tensor) -> Tensor | None:
         """(B, T), int32: the position where the document of each token starts."""
-        if self._separator is None:
+        if self._eot_token is None:
             return None
         places = torch.arange(idx.shape[1], dtype=torch.int32, device=idx.device)
-        return places.where(idx == self._separator, 0).cummax(dim=1).values
+        return places.where(idx == self._eot_token, 0).cummax(dim=1).values
 
     def _tie_weights(self) -> None:
         self.transformer.wte.weight = self.lm_head.weight
@@ -181,7 +180,7 @@ class GPT(LanguageModel):
         trunk = self.transformer
         drops = self.training and self.config.dropout > 0.0
         dropout = Dropout(self._dropout_seed(idx.device) if drops else None)
-        context = Context(dropout, self._starts(idx), self.recompute)
+        context = Context(dropout, self._doc_start(idx), self.recompute)
         return self._through_blocks(
             self._embedded(idx, context), context, attends or [None] * len(trunk.h)
         )
@@ -189,13 +188,13 @@ class GPT(LanguageModel):
     def _embedded(self, idx: Tensor, context: Context) -> Tensor:
         """Token plus position, dropped: (B, T, C)."""
         wte, wpe, drop = self.transformer.wte, self.transformer.wpe, self.transformer.drop
-        starts, plain_drop = context.starts, is_plain(drop, nn.Dropout)
+        doc_start, plain_drop = context.doc_start, is_plain(drop, nn.Dropout)
         if _is_table(wte) and _is_table(wpe):
             drops = context.dropout.arguments(drop, drop.p) if plain_drop else {}
-            x = self._embedding(idx, wte.weight, wpe.weight, starts=starts, **drops)
+            x = self._embedding(idx, wte.weight, wpe.weight, doc_start=doc_start, **drops)
             return x if plain_drop else drop(x)
         positions = torch.arange(idx.shape[1], device=idx.device)
-        return drop(wte(idx) + wpe(positions if starts is None else positions - starts))
+        return drop(wte(idx) + wpe(positions if doc_start is None else positions - doc_start))
 
     def _through_blocks(
         self, residual: Tensor, context: Context, attends: Iterable[Attend | None]
@@ -203,9 +202,9 @@ class GPT(LanguageModel):
         trunk = self.transformer
         blocks: list[Any] = list(trunk.h)
         ours = [is_plain(block, Block) for block in blocks]
-        if context.starts is not None and not all(map(_keeps_to_documents, blocks)):
+        if context.doc_start is not None and not all(map(_keeps_to_documents, blocks)):
             raise ValueError(
-                "separator must be None with a block or an attention of your own, which the "
+                "eot_token must be None with a block or an attention of your own, which the "
                 f"document mask cannot reach, got {self._separator}"
             )
         norms = [block.ln_1 if own else None for block, own in zip(blocks, ours, strict=True)]
@@ -245,7 +244,7 @@ class GPT(LanguageModel):
         blocks: list[Any] = list(self.transformer.h)
         # What takes the place of an MLP may look at other tokens than the one that is new.
         token_wise = all(_keeps_to_documents(b) and is_plain(b.mlp, MLP) for b in blocks)
-        return not drops and self._separator is None and token_wise
+        return not drops and self._eot_token is None and token_wise
 
     def _prefill(self, idx: Tensor, last: Tensor, n_slots: int, cache: list[Tensor]) -> Tensor:
         blocks: list[Any] = list(self.transformer.h)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fastgpt import devices
 from fastgpt.kernels import reference, torch_ops
-from fastgpt.kernels._checks import Recipe as Recipe
+from fastgpt.kernels._checks import Recompute as Recompute
 
 if TYPE_CHECKING:
     from fastgpt.kernels.reference import *  # noqa: F403

@@ -83,15 +83,17 @@ def _shaped(name: str, tensor: Tensor | None, shape: tuple[int, ...], other: str
         )
 
 
-def dropout(device: torch.device, dropout_p: float, seed: Tensor | None, stream: int) -> None:
+def dropout(
+    device: torch.device, dropout_p: float, seed: Tensor | None, dropout_offset: int
+) -> None:
     if not 0.0 <= dropout_p <= MAX_DROPOUT:
         raise ValueError(f"dropout_p must lie in [0, {MAX_DROPOUT}], got {dropout_p}")
     if seed is not None and (seed.numel() != 1 or seed.dtype != torch.int64):
         raise ValueError(f"seed must be an int64 tensor with one element, got {_facts(seed)}")
     if seed is not None and seed.device != device:
         raise ValueError(f"seed must be on the device of the input ({device}), got {seed.device}")
-    if not 0 <= stream < 2**31:
-        raise ValueError(f"stream must lie in [0, 2^31), got {stream}")
+    if not 0 <= dropout_offset < 2**31:
+        raise ValueError(f"dropout_offset must lie in [0, 2^31), got {dropout_offset}")
 
 
 def _scale(scale: float | None) -> None:
@@ -99,24 +101,24 @@ def _scale(scale: float | None) -> None:
         raise ValueError(f"scale must be positive and finite, or None, got {scale}")
 
 
-def _starts(starts: Tensor | None, x_name: str, x: Tensor, shape: tuple[int, int]) -> None:
+def _doc_start(doc_start: Tensor | None, x_name: str, x: Tensor, shape: tuple[int, int]) -> None:
     """``shape``: (B, T) of x."""
-    if starts is None:
+    if doc_start is None:
         return
-    if not isinstance(starts, Tensor):
-        raise TypeError(f"starts must be a torch.Tensor, got {type(starts).__name__}")
-    if starts.dtype != torch.int32:
-        raise TypeError(f"starts must be torch.int32, got {starts.dtype}")
-    _shaped("starts", starts, shape, f"{x_name} {tuple(x.shape)}")
-    _same_device(**{x_name: x, "starts": starts})
+    if not isinstance(doc_start, Tensor):
+        raise TypeError(f"doc_start must be a torch.Tensor, got {type(doc_start).__name__}")
+    if doc_start.dtype != torch.int32:
+        raise TypeError(f"doc_start must be torch.int32, got {doc_start.dtype}")
+    _shaped("doc_start", doc_start, shape, f"{x_name} {tuple(x.shape)}")
+    _same_device(**{x_name: x, "doc_start": doc_start})
 
 
 def _documents(
-    starts: Tensor | None, x_name: str, x: Tensor, shape: tuple[int, int], causal: bool
+    doc_start: Tensor | None, x_name: str, x: Tensor, shape: tuple[int, int], causal: bool
 ) -> None:
-    if starts is not None and not causal:
-        raise ValueError("starts must be None with causal=False, got a tensor")
-    _starts(starts, x_name, x, shape)
+    if doc_start is not None and not causal:
+        raise ValueError("doc_start must be None with causal=False, got a tensor")
+    _doc_start(doc_start, x_name, x, shape)
 
 
 def attention(
@@ -127,8 +129,8 @@ def attention(
     scale: float | None,
     dropout_p: float,
     seed: Tensor | None,
-    stream: int,
-    starts: Tensor | None,
+    dropout_offset: int,
+    doc_start: Tensor | None,
 ) -> None:
     floating(q=q, k=k, v=v)
     for name, tensor in (("q", q), ("k", k), ("v", v)):
@@ -148,13 +150,13 @@ def attention(
     if head_size == 0:
         raise ValueError(f"q must have a head size of at least 1, got shape {tuple(q.shape)}")
     _scale(scale)
-    dropout(q.device, dropout_p, seed, stream)
-    if starts is not None and q.shape[2] != k.shape[2]:
+    dropout(q.device, dropout_p, seed, dropout_offset)
+    if doc_start is not None and q.shape[2] != k.shape[2]:
         raise ValueError(
-            f"starts must be None unless q and k are equally long, got q {tuple(q.shape)} "
+            f"doc_start must be None unless q and k are equally long, got q {tuple(q.shape)} "
             f"and k {tuple(k.shape)}"
         )
-    _documents(starts, "q", q, (batch, q.shape[2]), causal)
+    _documents(doc_start, "q", q, (batch, q.shape[2]), causal)
 
 
 def qkvpacked(
@@ -164,8 +166,8 @@ def qkvpacked(
     scale: float | None,
     dropout_p: float,
     seed: Tensor | None,
-    stream: int,
-    starts: Tensor | None,
+    dropout_offset: int,
+    doc_start: Tensor | None,
 ) -> None:
     floating(qkv=qkv)
     if qkv.dim() != 3:
@@ -178,8 +180,8 @@ def qkvpacked(
     if qkv.shape[1] == 0:
         raise ValueError(f"qkv must hold at least one token, got shape {tuple(qkv.shape)}")
     _scale(scale)
-    dropout(qkv.device, dropout_p, seed, stream)
-    _documents(starts, "qkv", qkv, (qkv.shape[0], qkv.shape[1]), causal)
+    dropout(qkv.device, dropout_p, seed, dropout_offset)
+    _documents(doc_start, "qkv", qkv, (qkv.shape[0], qkv.shape[1]), causal)
 
 
 def attention_decode(qkv: Tensor, cache: Tensor, positions: Tensor, scale: float | None) -> None:
@@ -222,7 +224,7 @@ def residual_layer_norm(
     delta_bias: Tensor | None,
     dropout_p: float,
     seed: Tensor | None,
-    stream: int,
+    dropout_offset: int,
 ) -> None:
     floating(residual=residual, delta=delta)
     _shaped("delta", delta, tuple(residual.shape), "residual")
@@ -233,7 +235,7 @@ def residual_layer_norm(
         )
     _same_device(residual=residual, delta=delta)
     _normalised("delta", delta, weight, bias, eps, delta_bias=delta_bias)
-    dropout(residual.device, dropout_p, seed, stream)
+    dropout(residual.device, dropout_p, seed, dropout_offset)
 
 
 def gelu(x: Tensor, approximate: str) -> None:
@@ -254,10 +256,10 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, names: tuple[str, str
     _shaped(names[1], bias, (weight.shape[0],), f"{names[0]} {tuple(weight.shape)}")
 
 
-Recipe = tuple[Tensor, Tensor, Tensor | None, float]  # the arguments of layer_norm
+Recompute = tuple[Tensor, Tensor, Tensor | None, float]  # the arguments of layer_norm
 
 
-def recipe(x: Tensor, recompute: Recipe | None) -> None:
+def norm_arguments(x: Tensor, recompute: Recompute | None) -> None:
     if recompute is None:
         return
     if len(recompute) != 4:
@@ -278,7 +280,7 @@ def mlp(
     fc_bias: Tensor | None,
     proj_weight: Tensor,
     approximate: str,
-    recompute: Recipe | None,
+    recompute: Recompute | None,
 ) -> None:
     linear(x, fc_weight, fc_bias, ("fc_weight", "fc_bias"))
     gelu(x, approximate)
@@ -288,7 +290,7 @@ def mlp(
             f"proj_weight must have shape (N, {fc_weight.shape[0]}) to go with fc_weight "
             f"{tuple(fc_weight.shape)}, got {tuple(proj_weight.shape)}"
         )
-    recipe(x, recompute)
+    norm_arguments(x, recompute)
 
 
 def _token_ids(name: str, ids: Tensor) -> None:
@@ -304,8 +306,8 @@ def embedding(
     position_weight: Tensor,
     dropout_p: float,
     seed: Tensor | None,
-    stream: int,
-    starts: Tensor | None,
+    dropout_offset: int,
+    doc_start: Tensor | None,
 ) -> None:
     _token_ids("idx", idx)
     if idx.dim() != 2:
@@ -326,8 +328,8 @@ def embedding(
             f"position_weight must have a row for each of the {idx.shape[1]} positions of idx, "
             f"got {tuple(position_weight.shape)}"
         )
-    dropout(idx.device, dropout_p, seed, stream)
-    _starts(starts, "idx", idx, (idx.shape[0], idx.shape[1]))
+    dropout(idx.device, dropout_p, seed, dropout_offset)
+    _doc_start(doc_start, "idx", idx, (idx.shape[0], idx.shape[1]))
 
 
 def linear_cross_entropy(

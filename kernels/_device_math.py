@@ -75,7 +75,7 @@ def gelu_slope(x, TANH: tl.constexpr, FAST: tl.constexpr):
 @triton.jit
 def dropout_keep(
     seed,
-    stream,
+    dropout_offset,
     plane,
     start_col,
     offs_row,
@@ -86,12 +86,12 @@ def dropout_keep(
     """(BLOCK_M, BLOCK_N) bool: which elements of a tile of matrix ``plane`` are kept.
 
     One Philox 4x32-10 block (Salmon et al. 2011) gives eight neighbouring columns 16 bits each;
-    ``reference.dropout_mask`` says which. The bits depend on seed, stream and position alone, never
-    on the tile sizes, so forward and backward agree whatever their tiles.
+    ``reference.dropout_mask`` says which. The bits depend on seed, dropout_offset and position
+    alone, so forward and backward agree whatever their tiles.
     """
     c0 = (start_col // 8 + tl.arange(0, BLOCK_N // 8))[None, :]
     c0, c1 = tl.broadcast(c0, offs_row[:, None])
-    c2, c3 = tl.zeros_like(c0) + plane, tl.zeros_like(c0) + stream
+    c2, c3 = tl.zeros_like(c0) + plane, tl.zeros_like(c0) + dropout_offset
     w0, w1, w2, w3 = tl.philox(seed, c0, c1, c2, c3)
     k0 = tl.join((w0 & 0xFFFF) >= threshold, (w0 >> 16) >= threshold)
     k1 = tl.join((w1 & 0xFFFF) >= threshold, (w1 >> 16) >= threshold)

@@ -52,11 +52,11 @@ def unpacked(
     scale: float | None,
     dropout_p: float,
     seed: Tensor | None,
-    stream: int,
-    starts: Tensor | None,
+    dropout_offset: int,
+    doc_start: Tensor | None,
 ) -> Tensor:
     """``attention_qkvpacked`` by an ``attention`` that wants q, k and v apart."""
-    _checks.qkvpacked(qkv, n_head, causal, scale, dropout_p, seed, stream, starts)
+    _checks.qkvpacked(qkv, n_head, causal, scale, dropout_p, seed, dropout_offset, doc_start)
     q, k, v = split_heads(qkv, n_head)
     y = attention(
         q,
@@ -66,7 +66,7 @@ def unpacked(
         scale=scale,
         dropout_p=dropout_p,
         seed=seed,
-        stream=stream,
-        starts=starts,
+        dropout_offset=dropout_offset,
+        doc_start=doc_start,
     )
     return y.transpose(1, 2).reshape(*qkv.shape[:2], -1)  # (B, T, C)

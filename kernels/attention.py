@@ -21,16 +21,16 @@ The backward (``attention_bwd.py``) recomputes P in two kernels, one owning quer
 (dQ, and delta on its way), one owning keys (dK, dV): each sum has one owner and one order, so there
 are no atomics and two runs give the same bits.
 
-Several documents in one sequence (PACKED): query i sees the keys starts[i] <= j <= i, and starts
+Several documents in one sequence (PACKED): query i sees the keys doc_start[i] <= j <= i, and starts
 never falls. A block of queries sees keys from its first row's start on; from its last row's start
 on, all its rows see them, so only the tiles between the two starts are masked. For a tile of keys,
-ends[j], the number of starts up to j, says where the queries end that see key j. (Counted in the
+doc_end[j], the number of starts up to j, says where the queries end that see key j. (Counted in the
 kernel it is a reduction, for which the compiler keeps a whole tile in registers in float32.)
 
 Bytes, s an element, C = H * D: 4 s B T C forward (q, k, v in; O out), 8 s B T C backward (q, k, v,
 O, dO in; dQ, dK, dV out), beside what is read again, mostly from L2. FLOPs: 4 B H Tq Tk D forward,
 14 B H Tq Tk D backward (10 if S and dP were computed once); half of that if causal. With documents
-it is less, which depends on what stands in starts.
+it is less, which depends on what stands in doc_start.
 """
 
 import math
@@ -52,7 +52,9 @@ MAX_HEAD_SIZE = 256
 
 # -------------------------------------------------------------------------- separate q, k and v
 
-_OPTIONS = "Tensor? seed, Tensor? starts, bool causal, float scale, float dropout_p, int stream"
+_OPTIONS = (
+    "Tensor? seed, Tensor? doc_start, bool causal, float scale, float dropout_p, int dropout_offset"
+)
 
 
 def _token_major(x: Tensor) -> Tensor:
@@ -95,9 +97,9 @@ def _(dout, q, k, v, *_):
 
 
 def _setup_context(ctx, inputs, output):
-    q, k, v, seed, starts, *ctx.options = inputs
+    q, k, v, seed, doc_start, *ctx.options = inputs
     ctx.set_materialize_grads(False)  # allocate no zeros as lse's gradient
-    ctx.save_for_backward(q, k, v, *output, seed, starts)
+    ctx.save_for_backward(q, k, v, *output, seed, doc_start)
 
 
 def _backward(ctx, dout, _dlse):
@@ -148,9 +150,9 @@ def _(dout, qkv, *_):
 
 
 def _setup_context_qkvpacked(ctx, inputs, output):
-    qkv, ctx.n_head, seed, starts, *ctx.options = inputs
+    qkv, ctx.n_head, seed, doc_start, *ctx.options = inputs
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(qkv, *output, seed, starts)
+    ctx.save_for_backward(qkv, *output, seed, doc_start)
 
 
 def _backward_qkvpacked(ctx, dout, _dlse):
@@ -185,8 +187,8 @@ def attention(
     scale: float | None = None,
     dropout_p: float = 0.0,
     seed: Tensor | None = None,
-    stream: int = 0,
-    starts: Tensor | None = None,
+    dropout_offset: int = 0,
+    doc_start: Tensor | None = None,
 ) -> Tensor:
     """Softmax attention (Vaswani et al. 2017) by the tiles of FlashAttention-2 (Dao 2023,
     arXiv:2307.08691). Memory is linear in Tq and Tk; the backward is deterministic.
@@ -202,13 +204,13 @@ def attention(
         dropout_p: share of the probabilities that is set to 0, from 0 to 0.999, rounded to a
             multiple of 2^-16.
         seed: int64 tensor with one element on q's device: the Philox key of the dropout mask, which
-            is a function of seed, stream and position alone (``reference.dropout_mask``). If None,
-            each call draws one from PyTorch's generator for the device.
-        stream: which of the independent masks of that seed, from 0 to 2^31 - 1.
-        starts: int32 (B, T), for causal attention with Tq = Tk = T of several documents in one
-            sequence: query i sees the keys starts[b, i] <= j <= i. 0 <= starts[b, i] <= i, never
-            falling along T. The values stay on the device unread: with others the result is wrong,
-            but nothing outside of the tensors is touched.
+            is a function of seed, dropout_offset and position alone (``reference.dropout_mask``).
+            If None, each call draws one from PyTorch's generator for the device.
+        dropout_offset: which of the independent masks of that seed, from 0 to 2^31 - 1.
+        doc_start: int32 (B, T), for causal attention with Tq = Tk = T of several documents in one
+            sequence: query i sees the keys doc_start[b, i] <= j <= i. 0 <= doc_start[b, i] <= i,
+            never falling along T. The host does not read the values: with others the result is
+            wrong, but nothing outside of the tensors is touched.
 
     Returns:
         (B, H, Tq, D) of q's dtype, in the memory order of (B, Tq, H, D). Softmax and sums are
@@ -220,7 +222,7 @@ def attention(
     """
     _checks.floating(q=q, k=k, v=v)
     q, k, v = (x.to(_host.autocast_dtype(x)) for x in (q, k, v))
-    _checks.attention(q, k, v, causal, scale, dropout_p, seed, stream, starts)
+    _checks.attention(q, k, v, causal, scale, dropout_p, seed, dropout_offset, doc_start)
     _host.launchable(q=q, k=k, v=v)
     _check_head_size("q", q.shape[3])
     head_size = q.shape[3]
@@ -228,7 +230,7 @@ def attention(
     if head_size % 16:  # columns of zeros change no product
         q, k, v = (F.pad(x, (0, -head_size % 16)) for x in (q, k, v))
     seed = _host.drawn_seed(seed, dropout_p, q.device)
-    out, _ = _attention_op(q, k, v, seed, starts, causal, scale, dropout_p, stream)
+    out, _ = _attention_op(q, k, v, seed, doc_start, causal, scale, dropout_p, dropout_offset)
     return out[..., :head_size]
 
 
@@ -240,8 +242,8 @@ def attention_qkvpacked(
     scale: float | None = None,
     dropout_p: float = 0.0,
     seed: Tensor | None = None,
-    stream: int = 0,
-    starts: Tensor | None = None,
+    dropout_offset: int = 0,
+    doc_start: Tensor | None = None,
 ) -> Tensor:
     """``attention`` of a block's projection as it stands: q, k and v side by side, heads side by
     side in each. With D a multiple of 16 nothing is split, transposed or gathered, forward or
@@ -250,7 +252,7 @@ def attention_qkvpacked(
     Args:
         qkv: (B, T, 3C), T at least 1, C = n_head * D; else as q in ``attention``.
         n_head: number of heads.
-        causal, scale, dropout_p, seed, stream, starts: as in ``attention``.
+        causal, scale, dropout_p, seed, dropout_offset, doc_start: as in ``attention``.
 
     Returns:
         (B, T, C), contiguous.
@@ -258,13 +260,17 @@ def attention_qkvpacked(
     Raises:
         TypeError, ValueError: as ``attention``.
     """
-    _checks.qkvpacked(qkv, n_head, causal, scale, dropout_p, seed, stream, starts)
+    _checks.qkvpacked(qkv, n_head, causal, scale, dropout_p, seed, dropout_offset, doc_start)
     _host.launchable(qkv=qkv)
     head_size = qkv.shape[2] // (3 * n_head)
     _check_head_size("qkv", head_size)
     if head_size % 16:
-        return unpacked(attention, qkv, n_head, causal, scale, dropout_p, seed, stream, starts)
+        return unpacked(
+            attention, qkv, n_head, causal, scale, dropout_p, seed, dropout_offset, doc_start
+        )
     qkv = qkv.to(_host.autocast_dtype(qkv))
     scale = 1.0 / math.sqrt(head_size) if scale is None else scale
     seed = _host.drawn_seed(seed, dropout_p, qkv.device)
-    return _attention_qkvpacked_op(qkv, n_head, seed, starts, causal, scale, dropout_p, stream)[0]
+    return _attention_qkvpacked_op(
+        qkv, n_head, seed, doc_start, causal, scale, dropout_p, dropout_offset
+    )[0]

@@ -29,7 +29,7 @@ from fastgpt.kernels.attention_fwd import (
 
 @triton.jit
 def _attention_dq_tiles(
-    dq, q, dout, lse, log_sum, delta, offs_m, n_queries, starts_ptr,
+    dq, q, dout, lse, log_sum, delta, offs_m, n_queries, doc_start_ptr,
     k_ptr, k_stride_t, v_ptr, v_stride_t,
     lo, hi, gap_at, gap, n_keys, qk_scale, seed, dropout_offset, batch_head, threshold, keep_scale,
     MASKED: tl.constexpr, CAUSAL: tl.constexpr, PACKED: tl.constexpr, DROPOUT: tl.constexpr,
@@ -53,7 +53,7 @@ def _attention_dq_tiles(
         if MASKED:
             first_m = offs_m
             if PACKED:  # loaded here, it occupies registers in masked tiles only
-                first_m = _first_keys(starts_ptr, offs_m, n_queries)
+                first_m = _first_keys(doc_start_ptr, offs_m, n_queries)
             visible = _visible(offs_m, first_m, start_n, n_keys, CAUSAL, PACKED, BLOCK_N)
             dscores = tl.where(visible, dscores, 0.0)
             k = _finite_or_zero(k)
@@ -71,7 +71,7 @@ def _attention_bwd_dq_kernel(
     lse_ptr,  # (B, H, 1, n_queries), contiguous; base 2. APART: (B, H, 2, n_queries)
     delta_ptr,  # (B, H, n_queries), contiguous; written here, read by the other kernel
     dq_ptr, dq_stride_t,  # (B, n_queries, H, HEAD) but for the distance of two tokens
-    starts_ptr,  # (B, n_queries), contiguous; read only if PACKED
+    doc_start_ptr,  # (B, n_queries), contiguous; read only if PACKED
     seed_ptr,  # (1), read only if DROPOUT
     dropout_offset,
     n_head, n_queries, n_keys, qk_scale, scale, threshold, keep_scale,
@@ -112,9 +112,9 @@ def _attention_bwd_dq_kernel(
         hi = n_keys
     lo, unmasked_lo = 0, 0
     if PACKED:
-        starts_ptr += (batch_head // n_head).to(tl.int64) * n_queries
+        doc_start_ptr += (batch_head // n_head).to(tl.int64) * n_queries
         lo, unmasked_lo = _document_bounds(
-            starts_ptr, start_m, n_queries, unmasked_hi, BLOCK_M, BLOCK_N
+            doc_start_ptr, start_m, n_queries, unmasked_hi, BLOCK_M, BLOCK_N
         )
     gap = unmasked_hi - unmasked_lo
     for stage in tl.static_range(2):  # the unmasked loop last, under an `if`: as forward
@@ -124,7 +124,7 @@ def _attention_bwd_dq_kernel(
             start, stop = (lo, hi - gap) if PACKED else (unmasked_hi, hi)
         if start < stop:
             dq = _attention_dq_tiles(
-                dq, q, dout, lse, log_sum, delta, offs_m, n_queries, starts_ptr,
+                dq, q, dout, lse, log_sum, delta, offs_m, n_queries, doc_start_ptr,
                 k_ptr, k_stride_t, v_ptr, v_stride_t,
                 start, stop, unmasked_lo, gap, n_keys, qk_scale, seed, dropout_offset, batch_head,
                 threshold, keep_scale, stage == 0, CAUSAL, PACKED, DROPOUT, APART, PRECISION, ACC,
@@ -145,7 +145,7 @@ def _in_registers(x):
 @triton.jit
 def _attention_dkdv_tiles(
     dk, dv, k, v, start_n, offs_n,
-    q_ptr, q_stride_t, dout_ptr, dout_stride_t, lse_ptr, delta_ptr, starts_ptr,
+    q_ptr, q_stride_t, dout_ptr, dout_stride_t, lse_ptr, delta_ptr, doc_start_ptr,
     lo, hi, n_queries, qk_scale, seed, dropout_offset, batch_head, threshold, keep_scale,
     MASKED: tl.constexpr, CAUSAL: tl.constexpr, PACKED: tl.constexpr, DROPOUT: tl.constexpr,
     APART: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr, HEAD: tl.constexpr,
@@ -177,7 +177,7 @@ def _attention_dkdv_tiles(
         if MASKED and CAUSAL:
             visible_t = offs_m[None, :] >= offs_n[:, None]
             if PACKED:
-                first_m = _first_keys(starts_ptr, offs_m, n_queries)
+                first_m = _first_keys(doc_start_ptr, offs_m, n_queries)
                 visible_t = visible_t & (first_m[None, :] <= offs_n[:, None])
             dropped_t = tl.where(visible_t, dropped_t, 0.0)
             dscores_t = tl.where(visible_t, dscores_t, 0.0)
@@ -198,8 +198,8 @@ def _attention_bwd_dkdv_kernel(
     lse_ptr,  # (B, H, 1, n_queries), contiguous; base 2. APART: (B, H, 2, n_queries)
     delta_ptr,  # (B, H, n_queries), contiguous
     dk_ptr, dv_ptr, dkdv_stride_t,  # (B, n_keys, H, HEAD) but for the distance of two tokens
-    starts_ptr,  # (B, n_queries), contiguous; read only if PACKED
-    ends_ptr,  # (B, n_keys), contiguous; read only if PACKED: where a key's queries end
+    doc_start_ptr,  # (B, n_queries), contiguous; read only if PACKED
+    doc_end_ptr,  # (B, n_keys), contiguous; read only if PACKED: where a key's queries end
     seed_ptr,  # (1), read only if DROPOUT
     dropout_offset,
     n_head, n_queries, n_keys, qk_scale, scale, threshold, keep_scale,
@@ -232,10 +232,10 @@ def _attention_bwd_dkdv_kernel(
     # which fill no tile or do not see every key.
     hi_of_all, hi = n_queries, n_queries  # where the queries end that see all keys, or any
     if PACKED:
-        starts_ptr += (batch_head // n_head).to(tl.int64) * n_queries
-        ends_ptr += (batch_head // n_head).to(tl.int64) * n_keys
-        hi_of_all = tl.load(ends_ptr + start_n)
-        hi = tl.load(ends_ptr + tl.minimum(start_n + BLOCK_N, n_keys) - 1)
+        doc_start_ptr += (batch_head // n_head).to(tl.int64) * n_queries
+        doc_end_ptr += (batch_head // n_head).to(tl.int64) * n_keys
+        hi_of_all = tl.load(doc_end_ptr + start_n)
+        hi = tl.load(doc_end_ptr + tl.minimum(start_n + BLOCK_N, n_keys) - 1)
     if CAUSAL:
         lo = start_n // BLOCK_M * BLOCK_M
         unmasked_lo = tl.cdiv(start_n + BLOCK_N - 1, BLOCK_M) * BLOCK_M
@@ -252,7 +252,7 @@ def _attention_bwd_dkdv_kernel(
         if start < stop:
             dk, dv = _attention_dkdv_tiles(
                 dk, dv, k, v, start_n, offs_n,
-                q_ptr, q_stride_t, dout_ptr, dout_stride_t, lse_ptr, delta_ptr, starts_ptr,
+                q_ptr, q_stride_t, dout_ptr, dout_stride_t, lse_ptr, delta_ptr, doc_start_ptr,
                 start, stop, n_queries, qk_scale, seed, dropout_offset, batch_head, threshold,
                 keep_scale, stage < 2, CAUSAL, PACKED, DROPOUT, APART, PRECISION, ACC, HEAD,
                 BLOCK_M, BLOCK_N, BLOCK_D, WGMMA,
@@ -266,10 +266,10 @@ def _attention_bwd_dkdv_kernel(
     _store_tile(dv_ptr, dkdv_stride_t, start_n, n_keys, dv, HEAD, BLOCK_N, BLOCK_D)
 
 
-def _ends(starts: Tensor) -> Tensor:
+def _doc_end(doc_start: Tensor) -> Tensor:
     """(B, T) of int32: where the queries end that see each key."""
-    keys = torch.arange(starts.shape[1], dtype=torch.int32, device=starts.device)
-    return torch.searchsorted(starts, keys.repeat(len(starts), 1), right=True, out_int32=True)
+    keys = torch.arange(doc_start.shape[1], dtype=torch.int32, device=doc_start.device)
+    return torch.searchsorted(doc_start, keys.repeat(len(doc_start), 1), right=True, out_int32=True)
 
 
 def attention_bwd(
@@ -304,7 +304,9 @@ def attention_bwd(
                 dk_ptr=dk,
                 dv_ptr=dv,
                 dkdv_stride_t=dk.stride(1),
-                ends_ptr=None if options.starts is None else _ends(options.starts.contiguous()),
+                doc_end_ptr=None
+                if options.doc_start is None
+                else _doc_end(options.doc_start.contiguous()),
                 WGMMA=wgmma,
                 **read,
                 **shared,

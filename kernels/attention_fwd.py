@@ -120,9 +120,9 @@ def _visible(
 
 
 @triton.jit
-def _first_keys(starts_ptr, rows, length):
-    """starts of these rows, clamped to [0, row]: each query sees itself, whatever starts holds."""
-    first = tl.load(starts_ptr + rows, mask=rows < length, other=0)
+def _first_keys(doc_start_ptr, rows, length):
+    """doc_start of these rows, clamped to [0, row], so that every query sees itself."""
+    first = tl.load(doc_start_ptr + rows, mask=rows < length, other=0)
     return tl.maximum(tl.minimum(first, rows), 0)
 
 
@@ -136,12 +136,12 @@ def _past_gap(at, gap_at, gap, SKIPS: tl.constexpr):
 
 @triton.jit
 def _document_bounds(
-    starts_ptr, start_m, n_queries, unmasked_hi, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
+    doc_start_ptr, start_m, n_queries, unmasked_hi, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
 ):  # fmt: skip
     """(lo, unmasked_lo), at most unmasked_hi: the first key tile that some query of the block sees,
     and the first that all of them see whole."""
-    first = _first_keys(starts_ptr, start_m, n_queries)
-    last = _first_keys(starts_ptr, tl.minimum(start_m + BLOCK_M, n_queries) - 1, n_queries)
+    first = _first_keys(doc_start_ptr, start_m, n_queries)
+    last = _first_keys(doc_start_ptr, tl.minimum(start_m + BLOCK_M, n_queries) - 1, n_queries)
     return (
         tl.minimum(first // BLOCK_N * BLOCK_N, unmasked_hi),
         tl.minimum(tl.cdiv(last, BLOCK_N) * BLOCK_N, unmasked_hi),
@@ -259,7 +259,7 @@ def _attention_fwd_kernel(
     v_ptr, v_stride_b, v_stride_h, v_stride_t,  # (B, H, n_keys, HEAD)
     out_ptr,  # (B, n_queries, H, HEAD), contiguous
     lse_ptr,  # (B, H, 1, n_queries), contiguous; base 2. APART: (B, H, 2, n_queries)
-    starts_ptr,  # (B, n_queries), contiguous; read only if PACKED
+    doc_start_ptr,  # (B, n_queries), contiguous; read only if PACKED
     seed_ptr,  # (1), read only if DROPOUT
     dropout_offset,
     n_head, n_queries, n_keys, qk_scale, threshold, keep_scale,
@@ -297,11 +297,11 @@ def _attention_fwd_kernel(
         hi = n_keys
     lo, unmasked_lo, first_m = 0, 0, offs_m
     if PACKED:
-        starts_ptr += (batch_head // n_head).to(tl.int64) * n_queries
+        doc_start_ptr += (batch_head // n_head).to(tl.int64) * n_queries
         lo, unmasked_lo = _document_bounds(
-            starts_ptr, start_m, n_queries, unmasked_hi, BLOCK_M, BLOCK_N
+            doc_start_ptr, start_m, n_queries, unmasked_hi, BLOCK_M, BLOCK_N
         )
-        first_m = _first_keys(starts_ptr, offs_m, n_queries)
+        first_m = _first_keys(doc_start_ptr, offs_m, n_queries)
     gap = unmasked_hi - unmasked_lo
     acc, row_max, row_sum = _attention_fwd_tiles(
         acc, row_max, row_sum, q, offs_m, first_m, k_ptr, k_stride_t, v_ptr, v_stride_t,
@@ -348,11 +348,11 @@ class Options(NamedTuple):
     """What both passes take beside q, k and v, as in ``attention``."""
 
     seed: Tensor | None
-    starts: Tensor | None
+    doc_start: Tensor | None
     causal: bool
     scale: float
     dropout_p: float
-    stream: int
+    dropout_offset: int
 
 
 def empty_lse(x: Tensor, batch: int, n_head: int, n_queries: int) -> Tensor:
@@ -372,10 +372,10 @@ def aligned(x: Tensor) -> Tensor:
 
 def arguments(kernel: str, q: Tensor, k: Tensor, v: Tensor, options: Options) -> dict[str, Any]:
     """What every attention kernel takes beside its own tensors."""
-    seed, starts, causal, scale, dropout_p, stream = options
+    seed, doc_start, causal, scale, dropout_p, dropout_offset = options
     threshold, keep_scale = _host.dropout_numbers(dropout_p)
     block_d = max(16, triton.next_power_of_2(q.shape[3]))
-    given = dict(dropout=threshold > 0, documents=starts is not None)
+    given = dict(dropout=threshold > 0, documents=doc_start is not None)
     names = (name for name, is_given in given.items() if is_given)
     strides = {
         f"{name}_stride_{dim}": stride
@@ -387,9 +387,9 @@ def arguments(kernel: str, q: Tensor, k: Tensor, v: Tensor, options: Options) ->
         k_ptr=k,
         v_ptr=v,
         **strides,
-        starts_ptr=None if starts is None else starts.contiguous(),
+        doc_start_ptr=None if doc_start is None else doc_start.contiguous(),
         seed_ptr=seed,
-        dropout_offset=stream,
+        dropout_offset=dropout_offset,
         n_head=q.shape[1],
         n_queries=q.shape[2],
         n_keys=k.shape[2],
@@ -397,7 +397,7 @@ def arguments(kernel: str, q: Tensor, k: Tensor, v: Tensor, options: Options) ->
         threshold=threshold,
         keep_scale=keep_scale,
         CAUSAL=causal,
-        PACKED=starts is not None,
+        PACKED=doc_start is not None,
         DROPOUT=threshold > 0,
         APART=not _host.is_half(q.dtype),
         PRECISION=_host.dot_precision(q.dtype),

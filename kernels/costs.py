@@ -123,22 +123,22 @@ def _attention_bwd(q, k, v, out, lse, causal):
 
 
 @_cost_of("attention")
-def _(out, q, k, v, seed, starts, causal, *_):
+def _(out, q, k, v, seed, doc_start, causal, *_):
     return _attention_fwd(q, k, v, *out, causal)
 
 
 @_cost_of("attention_bwd")
-def _(grads, dout, q, k, v, out, lse, seed, starts, causal, *_):
+def _(grads, dout, q, k, v, out, lse, seed, doc_start, causal, *_):
     return _attention_bwd(q, k, v, out, lse, causal)
 
 
 @_cost_of("attention_qkvpacked")
-def _(out, qkv, n_head, seed, starts, causal, *_):
+def _(out, qkv, n_head, seed, doc_start, causal, *_):
     return _attention_fwd(*split_heads(qkv, n_head), *out, causal)
 
 
 @_cost_of("attention_qkvpacked_bwd")
-def _(dqkv, dout, qkv, out, lse, n_head, seed, starts, causal, *_):
+def _(dqkv, dout, qkv, out, lse, n_head, seed, doc_start, causal, *_):
     return _attention_bwd(*split_heads(qkv, n_head), out, lse, causal)
 
 

@@ -9,13 +9,13 @@ from torch import Tensor
 
 from fastgpt.kernels import _checks, _host, configs
 from fastgpt.kernels.embedding_kernels import (
-    _embedding_bwd_bands_kernel,
+    _embedding_bwd_row_blocks_kernel,
     _embedding_bwd_position_kernel,
     _embedding_bwd_token_kernel,
     _embedding_fwd_kernel,
 )
 
-BAND = 64
+ROW_BLOCK = 64
 
 
 def _launch(x: Tensor, kernel: str) -> dict[str, int]:
@@ -34,9 +34,9 @@ def _embedding_op(
     token_weight: Tensor,
     position_weight: Tensor,
     seed: Tensor | None,
-    starts: Tensor | None,
+    doc_start: Tensor | None,
     dropout_p: float,
-    stream: int,
+    dropout_offset: int,
     out_dtype: torch.dtype,
 ) -> Tensor:
     n_vocab, n_cols = token_weight.shape
@@ -50,14 +50,14 @@ def _embedding_op(
                 token_weight.contiguous(),
                 position_weight.contiguous(),
                 out,
-                None if starts is None else starts.contiguous(),
+                None if doc_start is None else doc_start.contiguous(),
                 seed,
-                stream,
+                dropout_offset,
                 idx.numel(),
                 idx.shape[1],
                 n_vocab,
                 n_cols,
-                PACKED=starts is not None,
+                PACKED=doc_start is not None,
                 ACC=_host.accumulator(token_weight.dtype),
                 **_dropout_numbers(dropout_p),
                 **launch,
@@ -74,7 +74,7 @@ def _token_bwd_op(
     n_vocab: int,
     dtype: torch.dtype,
     dropout_p: float,
-    stream: int,
+    dropout_offset: int,
 ) -> Tensor:
     """The gradient of token_weight (n_vocab, C), dense; or of another table's rows idx (B, T)."""
     n_rows, n_cols = idx.numel(), dout.shape[2]
@@ -85,12 +85,12 @@ def _token_bwd_op(
     ids, order = torch.sort(idx.flatten(), stable=True)
     ends = torch.searchsorted(ids, ids, right=True)
     partial = torch.empty(
-        n_rows // BAND, n_cols, dtype=_host.stats_dtype(dtype), device=dout.device
+        n_rows // ROW_BLOCK, n_cols, dtype=_host.stats_dtype(dtype), device=dout.device
     )
     launch = _launch(dout, "bwd_token")
     column_blocks = triton.cdiv(n_cols, launch["BLOCK_N"])
     options = dict(
-        BAND=BAND,
+        ROW_BLOCK=ROW_BLOCK,
         ACC=_host.accumulator(dtype),
         **_dropout_numbers(dropout_p),
         **launch,
@@ -98,11 +98,21 @@ def _token_bwd_op(
     )
     with _host.on_device(dout):
         if len(partial):
-            _embedding_bwd_bands_kernel[(len(partial), column_blocks)](
-                ids, order, dout, partial, seed, stream, n_cols, **options
+            _embedding_bwd_row_blocks_kernel[(len(partial), column_blocks)](
+                ids, order, dout, partial, seed, dropout_offset, n_cols, **options
             )
         _embedding_bwd_token_kernel[(n_rows, column_blocks)](
-            ids, order, ends, dout, partial, dtoken, seed, stream, n_vocab, n_cols, **options
+            ids,
+            order,
+            ends,
+            dout,
+            partial,
+            dtoken,
+            seed,
+            dropout_offset,
+            n_vocab,
+            n_cols,
+            **options,
         )
     return dtoken
 
@@ -116,7 +126,7 @@ def _position_bwd_op(
     n_positions: int,
     dtype: torch.dtype,
     dropout_p: float,
-    stream: int,
+    dropout_offset: int,
 ) -> Tensor:
     """The gradient of position_weight (n_positions, C)."""
     (batch, length), n_cols = idx.shape, dout.shape[2]
@@ -130,7 +140,7 @@ def _position_bwd_op(
             dout.contiguous(),
             dposition,
             seed,
-            stream,
+            dropout_offset,
             batch,
             length,
             n_vocab,
@@ -144,45 +154,47 @@ def _position_bwd_op(
 
 
 @_embedding_op.register_fake
-def _(idx, token_weight, position_weight, seed, starts, dropout_p, stream, out_dtype):
+def _(idx, token_weight, position_weight, seed, doc_start, dropout_p, dropout_offset, out_dtype):
     return token_weight.new_empty(*idx.shape, token_weight.shape[1], dtype=out_dtype)
 
 
 @_token_bwd_op.register_fake
-def _(dout, idx, seed, n_vocab, dtype, dropout_p, stream):
+def _(dout, idx, seed, n_vocab, dtype, dropout_p, dropout_offset):
     return dout.new_empty(n_vocab, dout.shape[2], dtype=dtype)
 
 
 @_position_bwd_op.register_fake
-def _(dout, idx, seed, n_vocab, n_positions, dtype, dropout_p, stream):
+def _(dout, idx, seed, n_vocab, n_positions, dtype, dropout_p, dropout_offset):
     return dout.new_empty(n_positions, dout.shape[2], dtype=dtype)
 
 
 def _setup_context(ctx, inputs, output):
-    idx, token_weight, position_weight, seed, starts, ctx.dropout_p, ctx.stream, _ = inputs
-    ctx.save_for_backward(idx, seed, starts)
+    idx, token_weight, position_weight, seed, doc_start, ctx.dropout_p, ctx.dropout_offset, _ = (
+        inputs
+    )
+    ctx.save_for_backward(idx, seed, doc_start)
     ctx.n_vocab, ctx.n_positions = token_weight.shape[0], position_weight.shape[0]
     ctx.dtype = token_weight.dtype
 
 
 def _backward(ctx, dout):
-    idx, seed, starts = ctx.saved_tensors
-    options = ctx.dtype, ctx.dropout_p, ctx.stream
+    idx, seed, doc_start = ctx.saved_tensors
+    options = ctx.dtype, ctx.dropout_p, ctx.dropout_offset
     dtoken = dposition = None
     if ctx.needs_input_grad[1]:
         dtoken = _token_bwd_op(dout, idx, seed, ctx.n_vocab, *options)
-    if ctx.needs_input_grad[2] and starts is not None:
-        positions = _positions(idx, starts, ctx.n_vocab)
+    if ctx.needs_input_grad[2] and doc_start is not None:
+        positions = _positions(idx, doc_start, ctx.n_vocab)
         dposition = _token_bwd_op(dout, positions, seed, ctx.n_positions, *options)
     elif ctx.needs_input_grad[2]:
         dposition = _position_bwd_op(dout, idx, seed, ctx.n_vocab, ctx.n_positions, *options)
     return None, dtoken, dposition, *[None] * 5
 
 
-def _positions(idx: Tensor, starts: Tensor, n_vocab: int) -> Tensor:
+def _positions(idx: Tensor, doc_start: Tensor, n_vocab: int) -> Tensor:
     """(B, T) of int32: the positions that the kernel adds; -1 where an id is out of range."""
     places = torch.arange(idx.shape[1], dtype=torch.int32, device=idx.device)
-    positions = (places - starts.clamp(min=0)).clamp(min=0)
+    positions = (places - doc_start.clamp(min=0)).clamp(min=0)
     return positions.where((idx >= 0) & (idx < n_vocab), -1)
 
 
@@ -196,8 +208,8 @@ def embedding(
     *,
     dropout_p: float = 0.0,
     seed: Tensor | None = None,
-    stream: int = 0,
-    starts: Tensor | None = None,
+    dropout_offset: int = 0,
+    doc_start: Tensor | None = None,
 ) -> Tensor:
     """Sum of a token's and a position's embedding vector, with dropout. The backward is
     deterministic.
@@ -210,11 +222,12 @@ def embedding(
         position_weight: (P, C) with P >= T, of token_weight's dtype.
         dropout_p: share of the sum that is set to 0, from 0 to 0.999, to the next 2^-16.
         seed: int64 tensor with one element on idx's device: the Philox key of the dropout mask,
-            which is a function of seed, stream and position alone (``reference.dropout_mask`` of
-            (B * T, C)). If None, each call draws one from PyTorch's generator for the device.
-        stream: which of the independent masks of that seed, from 0 to 2^31 - 1.
-        starts: int32 (B, T), for several documents in one sequence: the position of token t is
-            t - starts[b, t]. 0 <= starts[b, t] <= t; the values stay on the device unread, and
+            which is a function of seed, dropout_offset and position alone
+            (``reference.dropout_mask`` of (B * T, C)). If None, each call draws one from PyTorch's
+            generator for the device.
+        dropout_offset: which of the independent masks of that seed, from 0 to 2^31 - 1.
+        doc_start: int32 (B, T), for several documents in one sequence: the position of token t is
+            t - doc_start[b, t]. 0 <= doc_start[b, t] <= t; the host does not read the values, and
             others count as the nearest of these.
 
     Returns:
@@ -226,11 +239,13 @@ def embedding(
         TypeError: idx holds no int64 or int32, or a weight no floating-point numbers.
         ValueError: shapes, dtypes or devices do not go together, or an argument is out of range.
     """
-    _checks.embedding(idx, token_weight, position_weight, dropout_p, seed, stream, starts)
+    _checks.embedding(
+        idx, token_weight, position_weight, dropout_p, seed, dropout_offset, doc_start
+    )
     _host.launchable(token_weight=token_weight, position_weight=position_weight)
     seed = _host.drawn_seed(seed, dropout_p, idx.device)
     autocast = _host.autocast_dtype(token_weight)
     out_dtype = autocast if autocast == torch.bfloat16 else token_weight.dtype
     return _embedding_op(
-        idx, token_weight, position_weight, seed, starts, dropout_p, stream, out_dtype
+        idx, token_weight, position_weight, seed, doc_start, dropout_p, dropout_offset, out_dtype
     )

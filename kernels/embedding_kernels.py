@@ -7,8 +7,8 @@ backward: idx; the dropout mask is drawn again. With g = dropout's backward of d
 
     dtoken_weight[v] = sum of g[b, t] over idx[b, t] = v      dposition_weight[t] = sum over b of g
 
-Several documents in one sequence (PACKED): the position of token t is t - starts[b, t] instead, and
-dposition_weight is summed as dtoken_weight is, positions in the place of ids.
+Several documents in one sequence (PACKED): the position of token t is t - doc_start[b, t] instead,
+and dposition_weight is summed as dtoken_weight is, positions in the place of ids.
 
 Bytes moved, s an element of out and w of the weights: forward s B T C written, w (U + T) C read for
 U different tokens; backward twice s B T C read, w (V + P) C written. A few FLOPs an element (with
@@ -26,15 +26,15 @@ import triton.language as tl
 from fastgpt.kernels._device_math import dropout_keep
 
 
-@triton.jit(do_not_specialize=["stream"], do_not_specialize_on_alignment=["seed_ptr"])
+@triton.jit(do_not_specialize=["dropout_offset"], do_not_specialize_on_alignment=["seed_ptr"])
 def _embedding_fwd_kernel(
     idx_ptr,  # (n_rows), n_rows = B * T
     token_ptr,  # (n_vocab, n_cols), contiguous
     position_ptr,  # (at least T, n_cols), contiguous
     out_ptr,  # (n_rows, n_cols), contiguous
-    starts_ptr,  # (n_rows), read only if PACKED
+    doc_start_ptr,  # (n_rows), read only if PACKED
     seed_ptr,  # (1), read only if DROPOUT
-    stream,
+    dropout_offset,
     n_rows,
     length,  # T
     n_vocab,
@@ -58,14 +58,14 @@ def _embedding_fwd_kernel(
     token_ptrs = token_ptr + ids[:, None] * n_cols + offs_n[None, :]
     x = tl.load(token_ptrs, mask=mask & known[:, None], other=0.0).to(ACC)
     positions = offs_m % length
-    if PACKED:  # whatever starts holds, no position before the first or after the token's own
-        starts = tl.load(starts_ptr + offs_m, mask=mask_m, other=0)
-        positions = tl.maximum(positions - tl.maximum(starts, 0), 0)
+    if PACKED:  # whatever doc_start holds, no position before the first or after the token's own
+        doc_start = tl.load(doc_start_ptr + offs_m, mask=mask_m, other=0)
+        positions = tl.maximum(positions - tl.maximum(doc_start, 0), 0)
     position_ptrs = position_ptr + positions[:, None] * n_cols + offs_n[None, :]
     x += tl.load(position_ptrs, mask=mask, other=0.0).to(ACC)
     if DROPOUT:
         seed, rows = tl.load(seed_ptr), offs_m.to(tl.int32)
-        keep = dropout_keep(seed, stream, 0, start_n, rows, threshold, BLOCK_M, BLOCK_N)
+        keep = dropout_keep(seed, dropout_offset, 0, start_n, rows, threshold, BLOCK_M, BLOCK_N)
         x = tl.where(keep, x * keep_scale, 0.0)
     x = tl.where(known[:, None], x, float("nan"))
     out_ptrs = out_ptr + offs_m[:, None] * n_cols + offs_n[None, :]
@@ -74,7 +74,7 @@ def _embedding_fwd_kernel(
 
 @triton.jit
 def _load_gradient(
-    dout_ptr, rows, mask_m, seed_ptr, stream, n_cols, threshold, keep_scale,
+    dout_ptr, rows, mask_m, seed_ptr, dropout_offset, n_cols, threshold, keep_scale,
     DROPOUT: tl.constexpr, ACC: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """(BLOCK_M, BLOCK_N): these rows of dropout's backward of dout, this program's columns."""
@@ -86,7 +86,7 @@ def _load_gradient(
     if DROPOUT:
         seed = tl.load(seed_ptr)
         keep = dropout_keep(
-            seed, stream, 0, start_n, rows.to(tl.int32), threshold, BLOCK_M, BLOCK_N
+            seed, dropout_offset, 0, start_n, rows.to(tl.int32), threshold, BLOCK_M, BLOCK_N
         )
         grad = tl.where(keep, grad * keep_scale, 0.0)
     return grad
@@ -95,7 +95,7 @@ def _load_gradient(
 @triton.jit
 def _sum_places(
     acc, begin, end, order_ptr,
-    dout_ptr, seed_ptr, stream, n_cols, threshold, keep_scale,
+    dout_ptr, seed_ptr, dropout_offset, n_cols, threshold, keep_scale,
     DROPOUT: tl.constexpr, ACC: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """acc plus the gradients of the sorted places begin .. end."""
@@ -103,42 +103,44 @@ def _sum_places(
         places = start + tl.arange(0, BLOCK_M)
         rows = tl.load(order_ptr + places, mask=places < end, other=0)
         acc += _load_gradient(
-            dout_ptr, rows, places < end, seed_ptr, stream, n_cols, threshold, keep_scale,
+            dout_ptr, rows, places < end, seed_ptr, dropout_offset, n_cols, threshold, keep_scale,
             DROPOUT, ACC, BLOCK_M, BLOCK_N,
         )  # fmt: skip
     return acc
 
 
-@triton.jit(do_not_specialize=["stream"], do_not_specialize_on_alignment=["seed_ptr"])
-def _embedding_bwd_bands_kernel(
+@triton.jit(do_not_specialize=["dropout_offset"], do_not_specialize_on_alignment=["seed_ptr"])
+def _embedding_bwd_row_blocks_kernel(
     sorted_ptr,  # (n_rows): the ids in order
     order_ptr,  # (n_rows): the row of each
     dout_ptr,  # (n_rows, n_cols), contiguous
-    partial_ptr,  # (bands, n_cols), written where a band holds one id alone
+    partial_ptr,  # (row_blocks, n_cols), written where a row block holds one id alone
     seed_ptr,  # (1), read only if DROPOUT
-    stream,
+    dropout_offset,
     n_cols,
     threshold,
     keep_scale,
     DROPOUT: tl.constexpr,
-    BAND: tl.constexpr,
+    ROW_BLOCK: tl.constexpr,
     ACC: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    band = tl.program_id(0).to(tl.int64)
-    begin = band * BAND
-    if tl.load(sorted_ptr + begin) == tl.load(sorted_ptr + begin + BAND - 1):
+    row_block = tl.program_id(0).to(tl.int64)
+    begin = row_block * ROW_BLOCK
+    if tl.load(sorted_ptr + begin) == tl.load(sorted_ptr + begin + ROW_BLOCK - 1):
         acc = _sum_places(
-            tl.zeros([BLOCK_M, BLOCK_N], dtype=ACC), begin, begin + BAND, order_ptr,
-            dout_ptr, seed_ptr, stream, n_cols, threshold, keep_scale,
+            tl.zeros([BLOCK_M, BLOCK_N], dtype=ACC), begin, begin + ROW_BLOCK, order_ptr,
+            dout_ptr, seed_ptr, dropout_offset, n_cols, threshold, keep_scale,
             DROPOUT, ACC, BLOCK_M, BLOCK_N,
         )  # fmt: skip
         offs_n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
-        tl.store(partial_ptr + band * n_cols + offs_n, tl.sum(acc, axis=0), mask=offs_n < n_cols)
+        tl.store(
+            partial_ptr + row_block * n_cols + offs_n, tl.sum(acc, axis=0), mask=offs_n < n_cols
+        )
 
 
-@triton.jit(do_not_specialize=["stream"], do_not_specialize_on_alignment=["seed_ptr"])
+@triton.jit(do_not_specialize=["dropout_offset"], do_not_specialize_on_alignment=["seed_ptr"])
 def _embedding_bwd_token_kernel(
     sorted_ptr,  # (n_rows): the ids in order
     order_ptr,  # (n_rows): the row of each
@@ -147,13 +149,13 @@ def _embedding_bwd_token_kernel(
     partial_ptr,  # (n_rows // BAND, n_cols)
     dtoken_ptr,  # (n_vocab, n_cols), contiguous; zero
     seed_ptr,  # (1), read only if DROPOUT
-    stream,
+    dropout_offset,
     n_vocab,
     n_cols,
     threshold,
     keep_scale,
     DROPOUT: tl.constexpr,
-    BAND: tl.constexpr,
+    ROW_BLOCK: tl.constexpr,
     ACC: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -163,37 +165,39 @@ def _embedding_bwd_token_kernel(
     before = tl.load(sorted_ptr + begin - 1, mask=begin > 0, other=-1).to(tl.int64)
     if (token != before) & (token >= 0) & (token < n_vocab):  # the run's first place
         end = tl.load(ends_ptr + begin)
-        first_band = (begin + BAND - 1) // BAND
-        last_band = tl.maximum(end // BAND, first_band)  # the first one that is not whole
+        first_row_block = (begin + ROW_BLOCK - 1) // ROW_BLOCK
+        last_row_block = tl.maximum(
+            end // ROW_BLOCK, first_row_block
+        )  # the first one that is not whole
         offs_n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
         mask_n = offs_n < n_cols
         acc = _sum_places(
             tl.zeros([BLOCK_M, BLOCK_N], dtype=ACC),
-            begin, tl.minimum(first_band * BAND, end), order_ptr,
-            dout_ptr, seed_ptr, stream, n_cols, threshold, keep_scale,
+            begin, tl.minimum(first_row_block * ROW_BLOCK, end), order_ptr,
+            dout_ptr, seed_ptr, dropout_offset, n_cols, threshold, keep_scale,
             DROPOUT, ACC, BLOCK_M, BLOCK_N,
         )  # fmt: skip
-        for start in range(first_band, last_band, BLOCK_M):
-            bands = start + tl.arange(0, BLOCK_M)
-            mask = (bands < last_band)[:, None] & mask_n[None, :]
-            partial_ptrs = partial_ptr + bands[:, None] * n_cols + offs_n[None, :]
+        for start in range(first_row_block, last_row_block, BLOCK_M):
+            row_blocks = start + tl.arange(0, BLOCK_M)
+            mask = (row_blocks < last_row_block)[:, None] & mask_n[None, :]
+            partial_ptrs = partial_ptr + row_blocks[:, None] * n_cols + offs_n[None, :]
             acc += tl.load(partial_ptrs, mask=mask, other=0.0)
         acc = _sum_places(
-            acc, last_band * BAND, end, order_ptr,
-            dout_ptr, seed_ptr, stream, n_cols, threshold, keep_scale,
+            acc, last_row_block * ROW_BLOCK, end, order_ptr,
+            dout_ptr, seed_ptr, dropout_offset, n_cols, threshold, keep_scale,
             DROPOUT, ACC, BLOCK_M, BLOCK_N,
         )  # fmt: skip
         total = tl.sum(acc, axis=0).to(dtoken_ptr.dtype.element_ty)
         tl.store(dtoken_ptr + token * n_cols + offs_n, total, mask=mask_n)
 
 
-@triton.jit(do_not_specialize=["stream"], do_not_specialize_on_alignment=["seed_ptr"])
+@triton.jit(do_not_specialize=["dropout_offset"], do_not_specialize_on_alignment=["seed_ptr"])
 def _embedding_bwd_position_kernel(
     idx_ptr,  # (batch, length)
     dout_ptr,  # (batch * length, n_cols), contiguous
     dposition_ptr,  # (at least length, n_cols), contiguous
     seed_ptr,  # (1), read only if DROPOUT
-    stream,
+    dropout_offset,
     batch,
     length,
     n_vocab,
@@ -212,8 +216,8 @@ def _embedding_bwd_position_kernel(
         rows = offs_b.to(tl.int64) * length + position
         ids = tl.load(idx_ptr + rows, mask=offs_b < batch, other=-1)
         acc += _load_gradient(
-            dout_ptr, rows, (ids >= 0) & (ids < n_vocab), seed_ptr, stream, n_cols, threshold,
-            keep_scale, DROPOUT, ACC, BLOCK_M, BLOCK_N,
+            dout_ptr, rows, (ids >= 0) & (ids < n_vocab), seed_ptr, dropout_offset, n_cols,
+            threshold, keep_scale, DROPOUT, ACC, BLOCK_M, BLOCK_N,
         )  # fmt: skip
     offs_n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     total = tl.sum(acc, axis=0).to(dposition_ptr.dtype.element_ty)

@@ -18,7 +18,7 @@ Bytes moved, s an element: plain 2s forward (x in, y out) and 3s backward (x, dy
 residual 4s forward (residual, delta in, y, total out) and 4s backward (total, dy, dtotal in,
 dresidual out), s more for ddelta where it differs from dresidual: with dropout, or in another
 dtype. About 10 and 16 FLOPs an element, so memory bounds all. The parameters' gradients are summed
-in float32 by one program per band of rows, then over the bands in a fixed order: no atomics, so
+in float32 by one program per block of rows, then over the blocks in a fixed order: no atomics, so
 two runs give the same bits.
 """
 
@@ -42,19 +42,19 @@ def _layer_norm_op(
     seed: Tensor | None,
     eps: float,
     dropout_p: float,
-    stream: int,
+    dropout_offset: int,
     out_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """y and total with the shape of x, contiguous; mean and rstd (M). Without a delta total is
     empty: an operator may not return its input."""
     y, total, mean, rstd = layer_norm_fwd(
-        x, delta, weight, bias, delta_bias, seed, eps, dropout_p, stream, out_dtype
+        x, delta, weight, bias, delta_bias, seed, eps, dropout_p, dropout_offset, out_dtype
     )
     return y, x.new_empty(0) if total is None else total, mean, rstd
 
 
 @_layer_norm_op.register_fake
-def _(x, delta, weight, bias, delta_bias, seed, eps, dropout_p, stream, out_dtype):
+def _(x, delta, weight, bias, delta_bias, seed, eps, dropout_p, dropout_offset, out_dtype):
     mean = x.new_empty(x.numel() // x.shape[-1], dtype=_host.stats_dtype(x.dtype))
     total = x.new_empty(0 if delta is None else x.shape)
     return x.new_empty(x.shape, dtype=out_dtype), total, mean, torch.empty_like(mean)
@@ -81,7 +81,7 @@ def _layer_norm_bwd_op(
     rstd: Tensor,
     seed: Tensor | None,
     dropout_p: float,
-    stream: int,
+    dropout_offset: int,
     ddelta_dtype: torch.dtype | None,
     has_bias: bool,
     has_delta_bias: bool,
@@ -99,7 +99,7 @@ def _layer_norm_bwd_op(
         rstd,
         seed,
         dropout_p,
-        stream,
+        dropout_offset,
         dx=next(rest),
         ddelta=None if ddelta_dtype is None else next(rest),
         dweight=next(rest),
@@ -111,14 +111,14 @@ def _layer_norm_bwd_op(
 
 @_layer_norm_bwd_op.register_fake
 def _(
-    dy, dtotal, x, weight, mean, rstd, seed, dropout_p, stream, ddelta_dtype, has_bias,
+    dy, dtotal, x, weight, mean, rstd, seed, dropout_p, dropout_offset, ddelta_dtype, has_bias,
     has_delta_bias,
 ):  # fmt: skip
     return _gradients(x, weight, ddelta_dtype, 1 + has_bias + has_delta_bias)
 
 
 def _setup_context(ctx, inputs, output):
-    x, delta, weight, bias, delta_bias, seed, _, ctx.dropout_p, ctx.stream, _ = inputs
+    x, delta, weight, bias, delta_bias, seed, _, ctx.dropout_p, ctx.dropout_offset, _ = inputs
     _, total, mean, rstd = output
     ctx.save_for_backward(x if delta is None else total, weight, mean, rstd, seed)
     # Without dropout and with one dtype, one tensor is the gradient of x and of delta.
@@ -140,7 +140,7 @@ def _backward(ctx, dy, dtotal, _dmean, _drstd):
         dtotal,
         *ctx.saved_tensors,
         ctx.dropout_p,
-        ctx.stream,
+        ctx.dropout_offset,
         ctx.ddelta_dtype,
         ctx.has_bias,
         ctx.has_delta_bias,
@@ -203,7 +203,7 @@ def residual_layer_norm(
     delta_bias: Tensor | None = None,
     dropout_p: float = 0.0,
     seed: Tensor | None = None,
-    stream: int = 0,
+    dropout_offset: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """``total = residual + dropout(delta + delta_bias)`` and LayerNorm (Ba et al. 2016,
     arXiv:1607.06450) of it, in one pass forward and one backward.
@@ -219,10 +219,10 @@ def residual_layer_norm(
             of the projection that made delta.
         dropout_p: share of delta that is set to 0, from 0 to 0.999, to the next 2^-16.
         seed: int64 tensor with one element on residual's device: the Philox key of the dropout
-            mask, which is a function of seed, stream and position alone
+            mask, which is a function of seed, dropout_offset and position alone
             (``reference.dropout_mask`` of (M, N), the rows flattened). If None, each call draws one
             from PyTorch's generator for the device.
-        stream: which of the independent masks of that seed, from 0 to 2^31 - 1.
+        dropout_offset: which of the independent masks of that seed, from 0 to 2^31 - 1.
 
     Returns:
         (y, total), contiguous, with the shape of residual. total has residual's dtype; y, the
@@ -235,7 +235,7 @@ def residual_layer_norm(
             of range.
     """
     _checks.residual_layer_norm(
-        residual, delta, weight, bias, eps, delta_bias, dropout_p, seed, stream
+        residual, delta, weight, bias, eps, delta_bias, dropout_p, seed, dropout_offset
     )
     _host.launchable(
         residual=residual, delta=delta, weight=weight, bias=bias, delta_bias=delta_bias
@@ -251,7 +251,7 @@ def residual_layer_norm(
         seed,
         eps,
         dropout_p,
-        stream,
+        dropout_offset,
         _host.autocast_dtype(delta),
     )
     return y, total

@@ -40,7 +40,7 @@ def _load_tile(
 
 @triton.jit
 def _store_partial(partial_ptr, parameter, acc, offs_n, n_cols):
-    """The sum over the rows of this program's band, for one parameter."""
+    """The sum over the rows of this program's block, for one parameter."""
     row = (parameter * tl.num_programs(0) + tl.program_id(0)).to(tl.int64)
     tl.store(partial_ptr + row * n_cols + offs_n, tl.sum(acc, axis=0), mask=offs_n < n_cols)
 
@@ -92,7 +92,7 @@ def _layer_norm_bwd_kernel(
     ddelta_ptr,  # (n_rows, n_cols), contiguous, or None: it is equal to dx, or there is no delta
     partial_ptr,  # (1 to 3, programs, n_cols): dweight, dbias, ddelta_bias
     seed_ptr,  # (1), read only if DROPOUT
-    stream,
+    dropout_offset,
     n_rows,
     n_cols,
     rows_per_program,  # a multiple of BLOCK_M
@@ -136,7 +136,15 @@ def _layer_norm_bwd_kernel(
         ddelta = dx
         if DROPOUT:
             ddelta = dropped(
-                dx, seed_ptr, stream, start, start_n, threshold, keep_scale, BLOCK_M, BLOCK_N
+                dx,
+                seed_ptr,
+                dropout_offset,
+                start,
+                start_n,
+                threshold,
+                keep_scale,
+                BLOCK_M,
+                BLOCK_N,
             )
         if ddelta_ptr is not None:
             ddelta_ptrs = tile_ptrs(ddelta_ptr, n_cols, start, offs_m, offs_n)
@@ -155,12 +163,12 @@ def _layer_norm_bwd_kernel(
 
 
 @triton.jit
-def _sum_bands_kernel(
-    partial_ptr,  # (1 to 3, n_bands, n_cols): one matrix for each output
+def _sum_row_blocks_kernel(
+    partial_ptr,  # (1 to 3, n_row_blocks, n_cols): one matrix for each output
     out0_ptr,  # (n_cols)
     out1_ptr,  # (n_cols), or None
     out2_ptr,  # (n_cols), or None
-    n_bands,
+    n_row_blocks,
     n_cols,
     ACC: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -171,9 +179,9 @@ def _sum_bands_kernel(
     offs_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     mask_n = offs_n < n_cols
     acc = tl.zeros([BLOCK_M, BLOCK_N], dtype=ACC)
-    for start in range(0, n_bands, BLOCK_M):
-        rows = (parameter * n_bands + start + offs_m).to(tl.int64)
-        mask = (start + offs_m < n_bands)[:, None] & mask_n[None, :]
+    for start in range(0, n_row_blocks, BLOCK_M):
+        rows = (parameter * n_row_blocks + start + offs_m).to(tl.int64)
+        mask = (start + offs_m < n_row_blocks)[:, None] & mask_n[None, :]
         acc += tl.load(partial_ptr + rows[:, None] * n_cols + offs_n[None, :], mask=mask, other=0.0)
     total = tl.sum(acc, axis=0).to(out0_ptr.dtype.element_ty)
     if parameter == 0:
@@ -195,7 +203,7 @@ def layer_norm_bwd(
     rstd: Tensor,
     seed: Tensor | None,
     dropout_p: float,
-    stream: int,
+    dropout_offset: int,
     dx: Tensor,
     ddelta: Tensor | None,
     dweight: Tensor,
@@ -217,7 +225,7 @@ def layer_norm_bwd(
     launch = row_launch
     if not fused:
         launch = configs.launch(configs.find(x, "layer_norm", "bwd_narrow"))
-    sums = configs.launch(configs.find(x, "layer_norm", "sum_bands"))
+    sums = configs.launch(configs.find(x, "layer_norm", "sum_row_blocks"))
     tiles = triton.cdiv(n_rows, launch["BLOCK_M"])
     resident = 3 if dropout_p else 4  # of a multiprocessor's registers, at 768 columns in bfloat16
     programs = min(resident * _host.multiprocessors(x.device), tiles)
@@ -242,7 +250,7 @@ def layer_norm_bwd(
             ddelta,
             partial,
             seed,
-            stream,
+            dropout_offset,
             n_rows,
             n_cols,
             rows_per_program,
@@ -255,7 +263,7 @@ def layer_norm_bwd(
             **launch,
             **_host.FMA,
         )
-        _sum_bands_kernel[(triton.cdiv(n_cols, sums["BLOCK_N"]), len(params))](
+        _sum_row_blocks_kernel[(triton.cdiv(n_cols, sums["BLOCK_N"]), len(params))](
             partial,
             *params,
             *[None] * (3 - len(params)),

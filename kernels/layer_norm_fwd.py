@@ -10,7 +10,7 @@ from fastgpt.kernels import _host, configs
 from fastgpt.kernels._device_math import dropout_keep, rounded_quotient
 
 # Specialising on the values of these arguments only causes recompilation.
-NOT_SPECIALISED = ["n_rows", "rows_per_program", "stream", "threshold"]
+NOT_SPECIALISED = ["n_rows", "rows_per_program", "dropout_offset", "threshold"]
 
 
 @triton.jit
@@ -26,13 +26,13 @@ def tile_ptrs(ptr, stride_row, start, offs_m, offs_n):
 
 @triton.jit
 def dropped(
-    x, seed_ptr, stream, start, start_col, threshold, keep_scale,
+    x, seed_ptr, dropout_offset, start, start_col, threshold, keep_scale,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Dropout of a tile whose first element is (start, start_col)."""
     rows = (start + tl.arange(0, BLOCK_M)).to(tl.int32)
     seed = tl.load(seed_ptr)
-    keep = dropout_keep(seed, stream, 0, start_col, rows, threshold, BLOCK_M, BLOCK_N)
+    keep = dropout_keep(seed, dropout_offset, 0, start_col, rows, threshold, BLOCK_M, BLOCK_N)
     return tl.where(keep, x * keep_scale, 0.0)
 
 
@@ -50,7 +50,7 @@ def _layer_norm_fwd_kernel(
     mean_ptr,  # (n_rows)
     rstd_ptr,  # (n_rows)
     seed_ptr,  # (1), read only if DROPOUT
-    stream,
+    dropout_offset,
     n_rows,
     n_cols,
     eps,
@@ -76,7 +76,7 @@ def _layer_norm_fwd_kernel(
             delta += tl.load(delta_bias_ptr + offs_n, mask=mask_n, other=0.0).to(ACC)[None, :]
         if DROPOUT:
             delta = dropped(
-                delta, seed_ptr, stream, start, 0, threshold, keep_scale, BLOCK_M, BLOCK_N
+                delta, seed_ptr, dropout_offset, start, 0, threshold, keep_scale, BLOCK_M, BLOCK_N
             )
         residual = tl.load(x_ptrs, mask=mask, other=0.0).to(ACC)
         total = (residual + delta).to(total_ptr.dtype.element_ty)
@@ -126,7 +126,7 @@ def layer_norm_fwd(
     seed: Tensor | None,
     eps: float,
     dropout_p: float,
-    stream: int,
+    dropout_offset: int,
     out_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
     """y and, if there is a delta, total, both with the shape of x, contiguous; mean, rstd (M)."""
@@ -153,7 +153,7 @@ def layer_norm_fwd(
                 mean,
                 rstd,
                 seed,
-                stream,
+                dropout_offset,
                 n_rows,
                 n_cols,
                 eps,

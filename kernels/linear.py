@@ -32,14 +32,14 @@ def cast(weight: Tensor, dtype: torch.dtype) -> Tensor:
     return weight.to(dtype).contiguous()
 
 
-def kept(
+def saved_for_recompute(
     x: Tensor, source: Tensor | None, ln_weight: Tensor | None, ln_bias: Tensor | None
 ) -> tuple[Tensor | None, ...]:
-    """What a layer saves for its input: x, or what ``restored`` makes it from."""
+    """What a layer saves for its input: x, or what ``recomputed`` makes it from."""
     return (x, None, None) if source is None else (source, ln_weight, ln_bias)
 
 
-def restored(
+def recomputed(
     saved: Tensor,
     ln_weight: Tensor | None,
     ln_bias: Tensor | None,
@@ -89,7 +89,7 @@ def _linear_bwd_op(
         dx = dy_rows @ cast(weight, dy.dtype)
         gradients.append(dx.view(saved.shape))
     if wants_dweight:
-        x = restored(saved, ln_weight, ln_bias, eps, dy.dtype)
+        x = recomputed(saved, ln_weight, ln_bias, eps, dy.dtype)
         dweight, dbias = gemm.weight_gradient(dy_rows, rows(x), has_bias, weight.dtype)
         gradients += [dweight] if dbias is None else [dweight, dbias]
     return gradients
@@ -105,8 +105,8 @@ def _(dy, weight, saved, ln_weight, ln_bias, eps, has_bias, wants_dx, wants_dwei
 
 
 def _setup_context(ctx, inputs, output):
-    x, weight, bias, *recipe, ctx.eps = inputs
-    ctx.save_for_backward(weight, *kept(x, *recipe))
+    x, weight, bias, *norm_arguments, ctx.eps = inputs
+    ctx.save_for_backward(weight, *saved_for_recompute(x, *norm_arguments))
     ctx.has_bias = bias is not None
 
 
@@ -130,10 +130,10 @@ def _backward(ctx, dy):
 _linear_op.register_autograd(_backward, setup_context=_setup_context)
 
 
-def with_recipe(
-    recompute: _checks.Recipe | None,
+def with_recompute(
+    recompute: _checks.Recompute | None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, float]:
-    """The recipe as operators take it: detached, for the gradient flows through x alone."""
+    """The arguments as operators take them: detached, since the gradient flows through x alone."""
     if recompute is None:
         return None, None, None, 0.0
     source, weight, bias, eps = recompute
@@ -145,7 +145,7 @@ def linear(
     weight: Tensor,
     bias: Tensor | None = None,
     *,
-    recompute: _checks.Recipe | None = None,
+    recompute: _checks.Recompute | None = None,
 ) -> Tensor:
     """A linear layer, as ``F.linear``, whose gradients are summed in float32 and rounded once.
 
@@ -167,6 +167,6 @@ def linear(
     _checks.floating(x=x)
     x = x.to(_host.autocast_dtype(x))
     _checks.linear(x, weight, bias, ("weight", "bias"))
-    _checks.recipe(x, recompute)
+    _checks.norm_arguments(x, recompute)
     _host.launchable(x=x, weight=weight, bias=bias)
-    return _linear_op(x, weight, bias, *with_recipe(recompute))
+    return _linear_op(x, weight, bias, *with_recompute(recompute))

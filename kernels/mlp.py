@@ -21,10 +21,10 @@ from torch import Tensor
 from fastgpt.kernels import _checks, _host, gemm
 from fastgpt.kernels.linear import (
     cast,
-    kept,
-    restored,
+    recomputed,
     rows,
-    with_recipe,
+    saved_for_recompute,
+    with_recompute,
 )
 
 
@@ -86,7 +86,7 @@ def _mlp_bwd_op(
     if wants_dx:
         gradients.append((dpre @ cast(fc_weight, dy.dtype)).view(saved.shape))
     if wants_dfc:
-        x = restored(saved, ln_weight, ln_bias, eps, dy.dtype)
+        x = recomputed(saved, ln_weight, ln_bias, eps, dy.dtype)
         dweight, dbias = gemm.weight_gradient(dpre, rows(x), has_bias, fc_weight.dtype)
         gradients += [dweight] if dbias is None else [dweight, dbias]
     if wants_dproj:
@@ -108,9 +108,15 @@ def _(
 
 
 def _setup_context(ctx, inputs, output):
-    x, fc_weight, fc_bias, proj_weight, *recipe, ctx.eps, ctx.approximate, _ = inputs
+    x, fc_weight, fc_bias, proj_weight, *norm_arguments, ctx.eps, ctx.approximate, _ = inputs
     _, pre, *act = output
-    ctx.save_for_backward(fc_weight, proj_weight, *kept(x, *recipe), pre, act[0] if act else None)
+    ctx.save_for_backward(
+        fc_weight,
+        proj_weight,
+        *saved_for_recompute(x, *norm_arguments),
+        pre,
+        act[0] if act else None,
+    )
     ctx.has_bias = fc_bias is not None
     ctx.set_materialize_grads(False)  # allocate no zeros as gradients of pre and act
 
@@ -149,7 +155,7 @@ def mlp(
     proj_weight: Tensor,
     *,
     approximate: str = "none",
-    recompute: _checks.Recipe | None = None,
+    recompute: _checks.Recompute | None = None,
 ) -> Tensor:
     """``linear(gelu(linear(x, fc_weight, fc_bias)), proj_weight)``: GELU is in the epilogue of the
     first product, and its slope in the epilogue of the product for its gradient.
@@ -179,5 +185,5 @@ def mlp(
     saves = torch.is_grad_enabled() and any(
         t is not None and t.requires_grad for t in (x, fc_weight, fc_bias, proj_weight)
     )
-    recipe = with_recipe(recompute)
-    return _mlp_op(x, fc_weight, fc_bias, proj_weight, *recipe, approximate, saves)[0]
+    norm_arguments = with_recompute(recompute)
+    return _mlp_op(x, fc_weight, fc_bias, proj_weight, *norm_arguments, approximate, saves)[0]

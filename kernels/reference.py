@@ -62,29 +62,29 @@ def attention(
     scale: float | None = None,
     dropout_p: float = 0.0,
     seed: Tensor | None = None,
-    stream: int = 0,
-    starts: Tensor | None = None,
+    dropout_offset: int = 0,
+    doc_start: Tensor | None = None,
 ) -> Tensor:
     """Attention as a masked matrix product: the (Tq, Tk) scores are all stored. Same arguments as
     ``fused.attention``; without a ``seed`` the dropout mask comes from PyTorch's generator.
     """
-    _checks.attention(q, k, v, causal, scale, dropout_p, seed, stream, starts)
+    _checks.attention(q, k, v, causal, scale, dropout_p, seed, dropout_offset, doc_start)
     if scale is None:
         scale = 1.0 / math.sqrt(q.shape[-1])
     scores = (q @ k.transpose(-2, -1)) * scale  # (B, H, Tq, Tk)
     if causal:
         visible = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()
-        if starts is not None:
-            visible = document_mask(starts)
+        if doc_start is not None:
+            visible = document_mask(doc_start)
         scores = scores.masked_fill(~visible, float("-inf"))
     probs = torch.softmax(scores, dim=-1)
-    return _dropout(probs, dropout_p, seed, stream) @ v
+    return _dropout(probs, dropout_p, seed, dropout_offset) @ v
 
 
-def document_mask(starts: Tensor) -> Tensor:
+def document_mask(doc_start: Tensor) -> Tensor:
     """(B, 1, T, T) of bool: which keys a query sees, those from its start to itself."""
-    keys = torch.arange(starts.shape[1], device=starts.device)
-    return ((keys >= starts[..., None]) & (keys <= keys[:, None]))[:, None]
+    keys = torch.arange(doc_start.shape[1], device=doc_start.device)
+    return ((keys >= doc_start[..., None]) & (keys <= keys[:, None]))[:, None]
 
 
 def attention_qkvpacked(
@@ -95,11 +95,11 @@ def attention_qkvpacked(
     scale: float | None = None,
     dropout_p: float = 0.0,
     seed: Tensor | None = None,
-    stream: int = 0,
-    starts: Tensor | None = None,
+    dropout_offset: int = 0,
+    doc_start: Tensor | None = None,
 ) -> Tensor:
     """The same on packed (B, T, 3C), giving (B, T, C). See ``fused.attention_qkvpacked``."""
-    _checks.qkvpacked(qkv, n_head, causal, scale, dropout_p, seed, stream, starts)
+    _checks.qkvpacked(qkv, n_head, causal, scale, dropout_p, seed, dropout_offset, doc_start)
     q, k, v = qkv.unflatten(2, (3, n_head, -1)).permute(2, 0, 3, 1, 4)  # each (B, H, T, D)
     y = attention(
         q,
@@ -109,8 +109,8 @@ def attention_qkvpacked(
         scale=scale,
         dropout_p=dropout_p,
         seed=seed,
-        stream=stream,
-        starts=starts,
+        dropout_offset=dropout_offset,
+        doc_start=doc_start,
     )
     return y.transpose(1, 2).flatten(2)  # (B, T, C)
 
@@ -144,16 +144,18 @@ def embedding(
     *,
     dropout_p: float = 0.0,
     seed: Tensor | None = None,
-    stream: int = 0,
-    starts: Tensor | None = None,
+    dropout_offset: int = 0,
+    doc_start: Tensor | None = None,
 ) -> Tensor:
     """Token plus position embedding, with dropout. See ``fused.embedding``."""
-    _checks.embedding(idx, token_weight, position_weight, dropout_p, seed, stream, starts)
+    _checks.embedding(
+        idx, token_weight, position_weight, dropout_p, seed, dropout_offset, doc_start
+    )
     positions = torch.arange(idx.shape[1], device=idx.device)
-    if starts is not None:
-        positions = positions - starts
+    if doc_start is not None:
+        positions = positions - doc_start
     x = token_weight[idx] + position_weight[positions]  # (B, T, C)
-    return _dropout(x.flatten(0, 1), dropout_p, seed, stream).view_as(x)
+    return _dropout(x.flatten(0, 1), dropout_p, seed, dropout_offset).view_as(x)
 
 
 def residual_layer_norm(
@@ -166,15 +168,15 @@ def residual_layer_norm(
     delta_bias: Tensor | None = None,
     dropout_p: float = 0.0,
     seed: Tensor | None = None,
-    stream: int = 0,
+    dropout_offset: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """LayerNorm of a residual sum, and the sum. See ``fused.residual_layer_norm``."""
     _checks.residual_layer_norm(
-        residual, delta, weight, bias, eps, delta_bias, dropout_p, seed, stream
+        residual, delta, weight, bias, eps, delta_bias, dropout_p, seed, dropout_offset
     )
     if delta_bias is not None:
         delta = delta + delta_bias.to(delta.dtype)
-    rows = _dropout(delta.reshape(-1, delta.shape[-1]), dropout_p, seed, stream)
+    rows = _dropout(delta.reshape(-1, delta.shape[-1]), dropout_p, seed, dropout_offset)
     total = (residual + rows.view_as(residual)).to(residual.dtype)
     weight, bias = widened(weight, bias, total.dtype)
     return layer_norm(total, weight, bias, eps).to(delta.dtype), total
@@ -234,12 +236,12 @@ def linear(
     weight: Tensor,
     bias: Tensor | None = None,
     *,
-    recompute: _checks.Recipe | None = None,
+    recompute: _checks.Recompute | None = None,
 ) -> Tensor:
     """``x @ weight.T + bias``. See ``fused.linear``; here autograd keeps x whatever
     ``recompute`` says."""
     _checks.linear(x, weight, bias, ("weight", "bias"))
-    _checks.recipe(x, recompute)
+    _checks.norm_arguments(x, recompute)
     y = x @ weight.to(x.dtype).t()
     return y if bias is None else y + bias.to(y.dtype)
 
@@ -251,7 +253,7 @@ def mlp(
     proj_weight: Tensor,
     *,
     approximate: str = "none",
-    recompute: _checks.Recipe | None = None,
+    recompute: _checks.Recompute | None = None,
 ) -> Tensor:
     """``linear``, GELU, ``linear`` without a bias. See ``fused.mlp``; here autograd keeps all
     whatever ``recompute`` says."""
@@ -352,13 +354,13 @@ def philox_4x32(key: int, counter: tuple[Tensor, Tensor, Tensor, Tensor]) -> tup
 
 
 def dropout_mask(
-    seed: Tensor, shape: tuple[int, ...], dropout_p: float, stream: int = 0
+    seed: Tensor, shape: tuple[int, ...], dropout_p: float, dropout_offset: int = 0
 ) -> tuple[Tensor, float]:
     """The mask of the Triton kernels for a tensor of ``shape`` (..., M, N): True where an element
     is kept; and the share that is kept, 1 - round(dropout_p * 2^16) / 2^16.
 
     One Philox block serves eight neighbouring columns with 16 bits each: its counter is
-    (j // 8, i, plane, stream) for row i and column j, where the planes are the (M, N) matrices in
+    (j // 8, i, plane, dropout_offset) for row i and column j, where the planes are the (M, N) matrices in
     order; column j takes word j % 4, the upper half where j % 8 >= 4.
     """
     *planes, n_rows, n_cols = shape
@@ -367,7 +369,7 @@ def dropout_mask(
     i = torch.arange(n_rows, device=device).view(1, -1, 1)
     plane = torch.arange(math.prod(planes), device=device).view(-1, 1, 1)
     c0, c1, c2 = torch.broadcast_tensors(j, i, plane)
-    c3 = torch.full_like(c0, stream)
+    c3 = torch.full_like(c0, dropout_offset)
     words = torch.stack(philox_4x32(int(seed), (c0, c1, c2, c3)), dim=-1)
     bits = torch.cat([words & 0xFFFF, words >> 16], dim=-1)  # (planes, M, N / 8, 8)
     threshold = round(dropout_p * 65536)
@@ -375,10 +377,10 @@ def dropout_mask(
     return keep, 1.0 - threshold / 65536
 
 
-def _dropout(x: Tensor, dropout_p: float, seed: Tensor | None, stream: int) -> Tensor:
+def _dropout(x: Tensor, dropout_p: float, seed: Tensor | None, dropout_offset: int) -> Tensor:
     if dropout_p == 0.0:
         return x
     if seed is None:
         return torch.dropout(x, dropout_p, train=True)
-    keep, share = dropout_mask(seed, x.shape, dropout_p, stream)
+    keep, share = dropout_mask(seed, x.shape, dropout_p, dropout_offset)
     return torch.where(keep, x / share, 0.0)

@@ -56,15 +56,15 @@ def attention(
     scale: float | None = None,
     dropout_p: float = 0.0,
     seed: Tensor | None = None,
-    stream: int = 0,
-    starts: Tensor | None = None,
+    dropout_offset: int = 0,
+    doc_start: Tensor | None = None,
 ) -> Tensor:
     """Attention by ``F.scaled_dot_product_attention``. Same arguments as ``fused.attention``, but
     PyTorch's generator alone draws the dropout mask here: a ``seed`` is refused.
     """
-    _checks.attention(q, k, v, causal, scale, dropout_p, seed, stream, starts)
+    _checks.attention(q, k, v, causal, scale, dropout_p, seed, dropout_offset, doc_start)
     _refuse(seed)
-    visible = None if starts is None else document_mask(starts)
+    visible = None if doc_start is None else document_mask(doc_start)
     return F.scaled_dot_product_attention(
         q, k, v, visible, dropout_p, is_causal=causal and visible is None, scale=scale
     )
@@ -78,11 +78,13 @@ def attention_qkvpacked(
     scale: float | None = None,
     dropout_p: float = 0.0,
     seed: Tensor | None = None,
-    stream: int = 0,
-    starts: Tensor | None = None,
+    dropout_offset: int = 0,
+    doc_start: Tensor | None = None,
 ) -> Tensor:
     """The same on packed (B, T, 3C), giving (B, T, C). See ``fused.attention_qkvpacked``."""
-    return unpacked(attention, qkv, n_head, causal, scale, dropout_p, seed, stream, starts)
+    return unpacked(
+        attention, qkv, n_head, causal, scale, dropout_p, seed, dropout_offset, doc_start
+    )
 
 
 def attention_decode(
@@ -130,17 +132,19 @@ def embedding(
     *,
     dropout_p: float = 0.0,
     seed: Tensor | None = None,
-    stream: int = 0,
-    starts: Tensor | None = None,
+    dropout_offset: int = 0,
+    doc_start: Tensor | None = None,
 ) -> Tensor:
     """Token plus position embedding, with dropout. See ``fused.embedding``."""
-    _checks.embedding(idx, token_weight, position_weight, dropout_p, seed, stream, starts)
+    _checks.embedding(
+        idx, token_weight, position_weight, dropout_p, seed, dropout_offset, doc_start
+    )
     _refuse(seed)
-    if starts is None:
+    if doc_start is None:
         positional = position_weight.narrow(0, 0, idx.shape[1])
     else:
         places = torch.arange(idx.shape[1], dtype=torch.int32, device=idx.device)
-        positional = F.embedding(places - starts, position_weight)
+        positional = F.embedding(places - doc_start, position_weight)
     x = F.embedding(idx, token_weight) + positional
     return F.dropout(x, dropout_p) if dropout_p > 0.0 else x
 
@@ -155,11 +159,11 @@ def residual_layer_norm(
     delta_bias: Tensor | None = None,
     dropout_p: float = 0.0,
     seed: Tensor | None = None,
-    stream: int = 0,
+    dropout_offset: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """LayerNorm of a residual sum, and the sum. See ``fused.residual_layer_norm``."""
     _checks.residual_layer_norm(
-        residual, delta, weight, bias, eps, delta_bias, dropout_p, seed, stream
+        residual, delta, weight, bias, eps, delta_bias, dropout_p, seed, dropout_offset
     )
     _refuse(seed)
     total = delta
@@ -226,12 +230,12 @@ def linear(
     weight: Tensor,
     bias: Tensor | None = None,
     *,
-    recompute: _checks.Recipe | None = None,
+    recompute: _checks.Recompute | None = None,
 ) -> Tensor:
     """``x @ weight.T + bias``. See ``fused.linear``."""
     x = x.to(autocast_dtype(x))  # before the check: weights may have that dtype already
     _checks.linear(x, weight, bias, ("weight", "bias"))
-    _checks.recipe(x, recompute)
+    _checks.norm_arguments(x, recompute)
     if recompute is None:
         weight, bias = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
         return F.linear(x, weight, bias)
@@ -246,7 +250,7 @@ def mlp(
     proj_weight: Tensor,
     *,
     approximate: str = "none",
-    recompute: _checks.Recipe | None = None,
+    recompute: _checks.Recompute | None = None,
 ) -> Tensor:
     """``linear``, GELU, ``linear`` without a bias. See ``fused.mlp``."""
     x = x.to(autocast_dtype(x))

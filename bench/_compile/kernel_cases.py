@@ -25,11 +25,11 @@ def _leaf(*shape: int, dtype: str) -> Tensor:
 
 
 def _attention(documents: bool, head_sizes: tuple[int, ...], dtype: str) -> None:
-    starts = torch.zeros(1, 1024, dtype=torch.int32) if documents else None
+    doc_start = torch.zeros(1, 1024, dtype=torch.int32) if documents else None
     for head_size in head_sizes:
         for dropout_p in (0.0, 0.1):
             qkv = _leaf(1, 1024, 3 * 2 * head_size, dtype=dtype)
-            y = fused.attention_qkvpacked(qkv, 2, dropout_p=dropout_p, starts=starts)
+            y = fused.attention_qkvpacked(qkv, 2, dropout_p=dropout_p, doc_start=doc_start)
             y.sum().backward()
 
 
@@ -76,10 +76,10 @@ def _residual_layer_norm(widths: tuple[int, ...], dtype: str, residual_dtype: st
 def _embedding(widths: tuple[int, ...], dtype: str) -> None:
     idx = torch.zeros(2, 64, dtype=torch.int64)
     for width in widths:
-        for starts in (None, idx.int()):
+        for doc_start in (None, idx.int()):
             for dropout_p in (0.0, 0.1):
                 token, position = _leaf(96, width, dtype=dtype), _leaf(64, width, dtype=dtype)
-                y = fused.embedding(idx, token, position, dropout_p=dropout_p, starts=starts)
+                y = fused.embedding(idx, token, position, dropout_p=dropout_p, doc_start=doc_start)
                 y.sum().backward()
 
 

@@ -173,14 +173,14 @@ def markdown(run: dict[str, Any]) -> list[str]:
 
 def _cells(variant: dict[str, Any]) -> list[str]:
     ms, peak = variant["ms_per_step"], variant["peak_memory_bytes"]
-    starts = [_three_digits(variant[key]) for key in ("cold_start_s", "warm_start_s")]
+    doc_start = [_three_digits(variant[key]) for key in ("cold_start_s", "warm_start_s")]
     return [
         _number(ms and variant["tokens_per_s"]["median"], "{:,.0f}"),
         _number(variant["speedup"], "{:.2f}x"),
         _three_digits(ms and ms["median"]),
         f"{_three_digits(ms['p10'])}-{_three_digits(ms['p90'])}" if ms else "–",
         _number(peak and peak / 1e9, "{:.2f}"),
-        "/".join(starts),
+        "/".join(doc_start),
         _number(variant["loss"], "{:.4f}"),
         _number(variant["largest_deviation"], "{:.0e}"),
     ]

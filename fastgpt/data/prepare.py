@@ -106,11 +106,11 @@ def prepare(
     for name, value in (("shard_tokens", shard_tokens), ("workers", workers)):
         if value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
-    separator = None if one_text else _separator(tokenizer, end_of_text)
+    eot_token = None if one_text else _eot_token(tokenizer, end_of_text)
     settings = {
         "source": source.identity(),
         "tokenizer": tokenizer.fingerprint,
-        "end_of_text": separator,
+        "end_of_text": eot_token,
         "val_share": val_share,
         "seed": seed,
         "shard_tokens": shard_tokens,
@@ -170,16 +170,16 @@ def characters_of(source: Source) -> CharTokenizer:
     return CharTokenizer.from_texts(chain(ends, source.texts()))
 
 
-def _separator(tokenizer: Tokenizer, end_of_text: int | None) -> int:
-    separator = tokenizer.end_of_text if end_of_text is None else end_of_text
-    if separator is None:
+def _eot_token(tokenizer: Tokenizer, end_of_text: int | None) -> int:
+    eot_token = tokenizer.end_of_text if end_of_text is None else end_of_text
+    if eot_token is None:
         raise ValueError(
             f"the tokenizer ({tokenizer.name}) has no token to end a document: name one with "
             "--end_of_text"
         )
-    if not 0 <= separator < tokenizer.vocab_size:
-        raise ValueError(f"end_of_text must lie in [0, {tokenizer.vocab_size}), got {separator}")
-    return separator
+    if not 0 <= eot_token < tokenizer.vocab_size:
+        raise ValueError(f"end_of_text must lie in [0, {tokenizer.vocab_size}), got {eot_token}")
+    return eot_token
 
 
 def _finished(out_dir: Path, settings: dict[str, Any], tokenizer: Tokenizer) -> Manifest | None:
@@ -224,10 +224,10 @@ def _batches(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
         yield batch
 
 
-def _encode(batch: list[Piece], tokenizer: Tokenizer, separator: int | None) -> _Encoded:
+def _encode(batch: list[Piece], tokenizer: Tokenizer, eot_token: int | None) -> _Encoded:
     arrays: dict[str, list[npt.NDArray[np.integer[Any]]]] = {"train": [], "val": []}
     documents = {"train": 0, "val": 0}
-    end = np.array([] if separator is None else [separator], dtype=np.uint32)
+    end = np.array([] if eot_token is None else [eot_token], dtype=np.uint32)
     for piece in batch:
         arrays[piece.split].append(tokenizer.encode_array(piece.text))
         if piece.ends_document:

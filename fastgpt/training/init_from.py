@@ -114,7 +114,7 @@ def shape_of(model: LanguageModel) -> dict[str, Any]:
     return {**shape, "model": ckpt.kind(model)}
 
 
-def separator(config: TrainConfig, tokenizer: Tokenizer | None) -> int | None:
+def eot_token(config: TrainConfig, tokenizer: Tokenizer | None) -> int | None:
     """The token between two documents of the data set, for ``document_mask``; None without it.
 
     Raises ValueError if there is none, or one that occurs within documents too.

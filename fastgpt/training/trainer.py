@@ -131,7 +131,7 @@ class Trainer:
         if isinstance(model, GPT):
             model.recompute = config.recompute
             model.fp8 = config.fp8
-            model.separator = init_from.separator(config, self.tokenizer)
+            model.eot_token = init_from.eot_token(config, self.tokenizer)
         return model
 
     def _with_shape_of(self, model: LanguageModel) -> TrainConfig:

@@ -138,7 +138,9 @@ def test_attention_costs_equal_a_hand_count() -> None:
 
 def test_flops_of_attention_are_those_within_documents() -> None:
     """The bytes are those of one document."""
-    found = bench_attention.starts(2, 12, 5)  # the second sequence begins with a document's third
+    found = bench_attention.doc_start(
+        2, 12, 5
+    )  # the second sequence begins with a document's third
     assert found.tolist() == [[0] * 5 + [5] * 5 + [10] * 2, [0] * 3 + [3] * 5 + [8] * 4]
     assert found.dtype == torch.int32
     sizes = {"B": 1, "T": 12, "H": 2, "D": 16}
@@ -199,7 +201,7 @@ def test_the_check_refuses(wrong: Callable[[Tensor], Tensor], what: str) -> None
 
 
 def test_the_check_of_documents_refuses_a_causal_mask() -> None:
-    def causal(qkv: Tensor, n_head: int, starts: Tensor) -> Tensor:
+    def causal(qkv: Tensor, n_head: int, doc_start: Tensor) -> Tensor:
         return bench_attention.eager(qkv, n_head)
 
     op = bench_attention.DOCUMENTS

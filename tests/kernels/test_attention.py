@@ -189,8 +189,8 @@ def test_gradcheck(mask: str, dropout_p: float) -> None:
     lengths = (9, 9, 9) if mask == "documents" else (9, 7, 7)
     inputs = [torch.randn(1, 2, t, 16, dtype=torch.float64, requires_grad=True) for t in lengths]
     options: dict[str, Any] = dict(causal=mask != "full", dropout_p=dropout_p, seed=seed_on("cpu"))
-    starts = starts_of(9, [1, 4]) if mask == "documents" else None
-    op = partial(fused.attention, starts=starts, **options)
+    doc_start = starts_of(9, [1, 4]) if mask == "documents" else None
+    op = partial(fused.attention, doc_start=doc_start, **options)
     assert torch.autograd.gradcheck(op, inputs, fast_mode=True)
 
 
@@ -211,17 +211,17 @@ def test_autocast_casts_like_sdpa(device: str) -> None:
 def test_opcheck(device: str) -> None:
     q, k, v = (torch.randn(1, 2, t, 16, device=device, requires_grad=True) for t in (9, 7, 7))
     qkv = torch.randn(1, 9, 96, device=device, requires_grad=True)
-    seed, starts = seed_on(device), starts_of(9, [2, 5], device=device)
+    seed, doc_start = seed_on(device), starts_of(9, [2, 5], device=device)
     torch.library.opcheck(_attention_op, (q, k, v, None, None, True, 0.25, 0.0, 0))
     torch.library.opcheck(_attention_op, (q, k, v, seed, None, False, 0.25, 0.5, 3))
-    torch.library.opcheck(_attention_qkvpacked_op, (qkv, 2, seed, starts, True, 0.25, 0.5, 3))
+    torch.library.opcheck(_attention_qkvpacked_op, (qkv, 2, seed, doc_start, True, 0.25, 0.5, 3))
     q, k, v, qkv = (x.detach() for x in (q, k, v, qkv))
     out, lse = _attention_op(q, k, v, None, None, True, 0.25, 0.0, 0)
     dout = torch.randn(1, 2, 16, 9, device=device).mT
     separate = (dout, q, k, v, out, lse, None, None, True, 0.25, 0.0, 0)
     torch.library.opcheck(_attention_bwd_op, separate)
-    out, lse = _attention_qkvpacked_op(qkv, 2, None, starts, True, 0.25, 0.0, 0)
-    packed = (torch.randn_like(out), qkv, out, lse, 2, None, starts, True, 0.25, 0.0, 0)
+    out, lse = _attention_qkvpacked_op(qkv, 2, None, doc_start, True, 0.25, 0.0, 0)
+    packed = (torch.randn_like(out), qkv, out, lse, 2, None, doc_start, True, 0.25, 0.0, 0)
     torch.library.opcheck(_attention_qkvpacked_bwd_op, packed)
 
 

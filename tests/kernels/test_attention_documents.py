@@ -1,5 +1,5 @@
-"""Attention of several documents in one sequence (``starts``): parity of outputs and gradients, and
-that no document knows of another.
+"""Attention of several documents in one sequence (``doc_start``): parity of outputs and gradients,
+and that no document knows of another.
 """
 
 from functools import partial
@@ -25,10 +25,10 @@ def test_parity_packed(device: str, length: int, borders: list[int], dtype: torc
     """The second sequence has other borders."""
     case = DOCUMENTS.index((length, borders))
     n_head, head_size = 1 + case % 3, (16, 25, 64)[case % 3]
-    starts = starts_of(length, borders, borders[::2], device=device)
+    doc_start = starts_of(length, borders, borders[::2], device=device)
     qkv = parity.randn((2, length, 3 * n_head * head_size), dtype, device, parity.LAYOUTS[case % 4])
     grad = parity.randn((2, length, n_head * head_size), dtype, device, "transposed")
-    assert_parity("attention_qkvpacked", [qkv], grad, n_head=n_head, starts=starts)
+    assert_parity("attention_qkvpacked", [qkv], grad, n_head=n_head, doc_start=doc_start)
 
 
 @pytest.mark.parametrize("dtype", parity.DTYPES, ids=str)
@@ -39,16 +39,16 @@ def test_parity_separate_with_dropout(
     """Not where all documents have one token: there dq and dk are 0, but for the rounding of O, of
     which the plain op knows nothing."""
     *inputs, grad = torch.randn(4, 1, 2, length, 25, device=device).to(dtype)
-    starts = starts_of(length, borders, device=device)
-    options = dict(dropout_p=0.3, seed=seed_on(device), scale=0.3, starts=starts)
+    doc_start = starts_of(length, borders, device=device)
+    options = dict(dropout_p=0.3, seed=seed_on(device), scale=0.3, doc_start=doc_start)
     assert_parity("attention", inputs, grad, **options)
 
 
 @CASES
 def test_torch_ops(length: int, borders: list[int]) -> None:
     inputs, grad = qkv_of("cpu", length), torch.randn(1, 2, length, 16)
-    starts = starts_of(length, borders)
-    ops = [partial(m.attention, starts=starts) for m in (torch_ops, reference)]
+    doc_start = starts_of(length, borders)
+    ops = [partial(m.attention, doc_start=doc_start) for m in (torch_ops, reference)]
     for x, y in zip(*(results(op, inputs, grad) for op in ops), strict=True):
         torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-5)
 
@@ -57,7 +57,9 @@ def test_torch_ops(length: int, borders: list[int]) -> None:
 @pytest.mark.parametrize("module", [fused, torch_ops, reference])
 def test_documents_are_what_they_are_alone(module, length: int, borders: list[int]) -> None:
     inputs, grad = qkv_of("cpu", length), torch.randn(1, 2, length, 16)
-    together = results(partial(module.attention, starts=starts_of(length, borders)), inputs, grad)
+    together = results(
+        partial(module.attention, doc_start=starts_of(length, borders)), inputs, grad
+    )
     for begin, end in zip([0, *borders], [*borders, length], strict=True):
         parts = [x[:, :, begin:end] for x in (*inputs, grad)]
         alone = results(module.attention, parts[:3], parts[3])
@@ -77,8 +79,8 @@ def test_one_document_gives_the_same_bits_as_none(
     inputs = qkv_of(device, length, 2, dtype)
     grad = torch.randn_like(inputs[0])
     op = partial(fused.attention, dropout_p=dropout_p, seed=seed_on(device))
-    starts = starts_of(length, [], [], device=device)
-    runs = [results(partial(op, starts=s), inputs, grad) for s in (None, starts)]
+    doc_start = starts_of(length, [], [], device=device)
+    runs = [results(partial(op, doc_start=s), inputs, grad) for s in (None, doc_start)]
     assert all(torch.equal(x, y) for x, y in zip(*runs, strict=True))
 
 
@@ -91,7 +93,7 @@ def test_a_document_changes_no_bit_of_another(
     length = 140
     inputs = qkv_of(device, length, dtype=dtype)
     grad = torch.randn_like(inputs[0])
-    op = partial(fused.attention, starts=starts_of(length, borders, device=device))
+    op = partial(fused.attention, doc_start=starts_of(length, borders, device=device))
     before = results(op, inputs, grad)
     for begin, end in zip([0, *borders], [*borders, length], strict=True):
         changed = [x.clone() for x in (*inputs, grad)]
@@ -117,7 +119,7 @@ def test_what_is_not_finite_in_another_document_never_leaks(
     inputs = dict(zip("qkv", qkv_of(device, length), strict=True))
     grad = torch.randn_like(inputs["q"])
     grad[:, :, begin:end] = 0.0
-    op = partial(fused.attention, starts=starts_of(length, borders, device=device))
+    op = partial(fused.attention, doc_start=starts_of(length, borders, device=device))
     before = results(op, list(inputs.values()), grad)
     inputs[which][:, :, place] = poison
     after = results(op, list(inputs.values()), grad)
@@ -133,14 +135,14 @@ def test_whatever_starts_holds_is_within_bounds(device: str, kind: str) -> None:
     length = 150
     places = torch.arange(length, dtype=torch.int32)
     extreme = torch.tensor([-(2**31), 2**31 - 1], dtype=torch.int32)
-    starts = {
+    doc_start = {
         "random": torch.randint(-300, 300, (2, length), dtype=torch.int32),
         "falling": places.flip(0).expand(2, length),
         "behind": (places + 70).expand(2, length),
         "extreme": extreme[torch.randint(2, (2, length))],
     }[kind]
     inputs = qkv_of(device, length, batch=2)
-    op = partial(fused.attention, starts=starts.to(device))
+    op = partial(fused.attention, doc_start=doc_start.to(device))
     assert results(op, inputs, torch.randn_like(inputs[0]))[0].isfinite().all()
 
 
@@ -149,7 +151,7 @@ def test_expanded_starts(device: str) -> None:
     grad = torch.randn_like(inputs[0])
     row = starts_of(90, [30, 71], device=device)
     runs = [
-        results(partial(fused.attention, starts=s), inputs, grad)
+        results(partial(fused.attention, doc_start=s), inputs, grad)
         for s in (row.expand(3, 90), row.repeat(3, 1))
     ]
     assert all(torch.equal(x, y) for x, y in zip(*runs, strict=True))
@@ -157,11 +159,11 @@ def test_expanded_starts(device: str) -> None:
 
 def test_cost_is_that_of_causal_attention() -> None:
     """A formula reads no values."""
-    qkv, starts = torch.randn(1, 9, 96), starts_of(9, [2, 5])
+    qkv, doc_start = torch.randn(1, 9, 96), starts_of(9, [2, 5])
     op = torch.ops.fastgpt.attention_qkvpacked
     costs = [
         COSTS[str(op)](op(*args), *args)
-        for args in ((qkv, 2, None, s, True, 0.25, 0.0, 0) for s in (None, starts))
+        for args in ((qkv, 2, None, s, True, 0.25, 0.0, 0) for s in (None, doc_start))
     ]
     assert costs[0] == costs[1]
 
@@ -169,25 +171,26 @@ def test_cost_is_that_of_causal_attention() -> None:
 @pytest.mark.parametrize("module", [fused, torch_ops, reference])
 def test_errors(module) -> None:
     q, k = torch.randn(2, 2, 4, 8), torch.randn(2, 2, 5, 8)
-    starts = starts_of(4, [], [1])
+    doc_start = starts_of(4, [], [1])
     cases: list[tuple[type[Exception], str, tuple[Tensor, ...], dict[str, Any]]] = [
-        (TypeError, "starts must be a torch.Tensor, got list", (q, q, q), {"starts": [[0] * 4]}),
-        (TypeError, "starts must be torch.int32, got torch.int64", (q, q, q),
-         {"starts": starts.long()}),
-        (ValueError, r"starts must have shape \(2, 4\) to go with q \(2, 2, 4, 8\), got \(1, 4\)",
-         (q, q, q), {"starts": starts[:1]}),
-        (ValueError, r"starts must be on the device of q \(cpu\), got meta",
-         (q, q, q), {"starts": starts.to("meta")}),
-        (ValueError, "starts must be None with causal=False", (q, q, q),
-         {"starts": starts, "causal": False}),
-        (ValueError, r"starts must be None unless q and k are equally long, got q \(2, 2, 4, 8\) "
-         r"and k \(2, 2, 5, 8\)", (q, k, k), {"starts": starts}),
+        (TypeError, "doc_start must be a torch.Tensor, got list", (q, q, q),
+         {"doc_start": [[0] * 4]}),
+        (TypeError, "doc_start must be torch.int32, got torch.int64", (q, q, q),
+         {"doc_start": doc_start.long()}),
+        (ValueError, r"doc_start must have shape \(2, 4\) to go with q \(2, 2, 4, 8\), got",
+         (q, q, q), {"doc_start": doc_start[:1]}),
+        (ValueError, r"doc_start must be on the device of q \(cpu\), got meta",
+         (q, q, q), {"doc_start": doc_start.to("meta")}),
+        (ValueError, "doc_start must be None with causal=False", (q, q, q),
+         {"doc_start": doc_start, "causal": False}),
+        (ValueError, "doc_start must be None unless q and k are equally long, got q "
+         r"\(2, 2, 4, 8\) and k \(2, 2, 5, 8\)", (q, k, k), {"doc_start": doc_start}),
     ]  # fmt: skip
     for error, message, args, options in cases:
         with pytest.raises(error, match=message):
             module.attention(*args, **options)
     qkv = torch.randn(2, 4, 48)
-    with pytest.raises(ValueError, match=r"starts must have shape \(2, 4\) to go with qkv"):
-        module.attention_qkvpacked(qkv, 2, starts=starts[:, :3])
-    with pytest.raises(ValueError, match="starts must be None with causal=False"):
-        module.attention_qkvpacked(qkv, 2, causal=False, starts=starts)
+    with pytest.raises(ValueError, match=r"doc_start must have shape \(2, 4\) to go with qkv"):
+        module.attention_qkvpacked(qkv, 2, doc_start=doc_start[:, :3])
+    with pytest.raises(ValueError, match="doc_start must be None with causal=False"):
+        module.attention_qkvpacked(qkv, 2, causal=False, doc_start=doc_start)

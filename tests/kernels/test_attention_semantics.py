@@ -94,11 +94,11 @@ def test_every_tile_shape_gives_the_same(
     grad = torch.randn_like(inputs[0])
     masks: list[dict[str, Any]] = [dict(causal=True), dict(causal=False)]
     if n_queries == n_keys:
-        masks.append(dict(starts=starts_of(150, [17, 18, 64, 140], [3])))
+        masks.append(dict(doc_start=starts_of(150, [17, 18, 64, 140], [3])))
     for mask in masks:
         options = dict(dropout_p=0.2, seed=torch.tensor([7])) | mask
         ops = [partial(module.attention, **options) for module in (fused, reference)]
-        with sanitize() if "starts" in mask else nullcontext():
+        with sanitize() if "doc_start" in mask else nullcontext():
             found = [results(op, inputs, grad) for op in ops]
         for x, y in zip(*found, strict=True):
             torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-5)
@@ -106,7 +106,7 @@ def test_every_tile_shape_gives_the_same(
 
 def assert_pipelined_pv_is_the_same(
     n_queries: int, n_keys: int, dtype: torch.dtype, causal: bool, block_m: int, block_n: int,
-    starts: Tensor | None = None,
+    doc_start: Tensor | None = None,
 ) -> None:  # fmt: skip
     """The forward with PIPELINED_PV and without, with dropout: the same products in the same order,
     so the same bits.
@@ -117,7 +117,7 @@ def assert_pipelined_pv_is_the_same(
     """
     q, k, v = (torch.randn(1, 2, t, 16).to(dtype) for t in (n_queries, n_keys, n_keys))
     seed, runs = torch.tensor([7]), []
-    options = Options(seed, starts, causal, 0.25, 0.2, 0)
+    options = Options(seed, doc_start, causal, 0.25, 0.2, 0)
     for pipelined in (False, True):
         find = mock.Mock(return_value=Attention(block_m, block_n, 4, 3, pipelined))
         with sanitize(), mock.patch.object(configs, "find", find):
@@ -135,7 +135,7 @@ def assert_pipelined_pv_is_the_same(
         causal=causal,
         dropout_p=0.2,
         seed=seed,
-        starts=starts,
+        doc_start=doc_start,
     ).transpose(1, 2)
     roundings = n_keys + (n_keys / block_n + 3) / 2
     info = torch.finfo(dtype)
@@ -158,8 +158,8 @@ def test_pipelined_pv_gives_the_same_bits(
 @pytest.mark.parametrize("block_m,block_n", [(64, 16), (32, 32), (16, 64)])
 @pytest.mark.parametrize("borders", [[], [20], [100], [33, 64, 148]], ids=str)
 def test_pipelined_pv_of_documents(borders: list[int], block_m: int, block_n: int) -> None:
-    dtype, starts = torch.bfloat16, starts_of(150, borders)
-    assert_pipelined_pv_is_the_same(150, 150, dtype, True, block_m, block_n, starts)
+    dtype, doc_start = torch.bfloat16, starts_of(150, borders)
+    assert_pipelined_pv_is_the_same(150, 150, dtype, True, block_m, block_n, doc_start)
 
 
 # ------------------------------------------------------------------------------------- dropout
@@ -237,11 +237,11 @@ def test_backward_repeats_the_mask_of_its_forward(device: str) -> None:
 @pytest.mark.parametrize("borders", [None, [10, 100]], ids=str)
 def test_two_runs_give_the_same_bits(device: str, borders: list[int] | None) -> None:
     inputs, grad = qkv_of(device, 130), torch.randn(1, 2, 130, 16, device=device)
-    starts = None if borders is None else starts_of(130, borders, device=device)
+    doc_start = None if borders is None else starts_of(130, borders, device=device)
     runs = []
     for seed in (1, 2):
         with sanitize(seed=seed):  # interpreted: also in another order of the programs
-            runs.append(results(partial(fused.attention, starts=starts), inputs, grad))
+            runs.append(results(partial(fused.attention, doc_start=doc_start), inputs, grad))
     assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
 
 

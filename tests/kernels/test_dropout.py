@@ -20,27 +20,34 @@ from fastgpt.kernels import (
 ROWS, COLS, P = 96, 128, 0.5
 
 
-def _attention(seed: Tensor, stream: int, device: str) -> Tensor:
+def _attention(seed: Tensor, dropout_offset: int, device: str) -> Tensor:
     """q = 0 makes all probabilities equal, and v = 1 lets each through in a column of its own."""
     q, k = (torch.zeros(1, 1, n, COLS, device=device) for n in (ROWS, COLS))
     v = torch.eye(COLS, device=device).view(1, 1, COLS, COLS)
-    y = fused.attention(q, k, v, causal=False, dropout_p=P, seed=seed, stream=stream)
+    y = fused.attention(
+        q, k, v, causal=False, dropout_p=P, seed=seed, dropout_offset=dropout_offset
+    )
     return y[0, 0] > 0
 
 
-def _residual_layer_norm(seed: Tensor, stream: int, device: str) -> Tensor:
+def _residual_layer_norm(seed: Tensor, dropout_offset: int, device: str) -> Tensor:
     zeros, ones = (f(ROWS, COLS, device=device) for f in (torch.zeros, torch.ones))
     return (
         fused.residual_layer_norm(
-            zeros, ones, ones[0], dropout_p=P, seed=seed, stream=stream
+            zeros, ones, ones[0], dropout_p=P, seed=seed, dropout_offset=dropout_offset
         )[1] > 0
     )  # fmt: skip
 
 
-def _embedding(seed: Tensor, stream: int, device: str) -> Tensor:
+def _embedding(seed: Tensor, dropout_offset: int, device: str) -> Tensor:
     idx = torch.zeros(1, ROWS, dtype=torch.int64, device=device)
     token, position = torch.ones(1, COLS, device=device), torch.zeros(ROWS, COLS, device=device)
-    return fused.embedding(idx, token, position, dropout_p=P, seed=seed, stream=stream)[0] > 0
+    return (
+        fused.embedding(
+            idx, token, position, dropout_p=P, seed=seed, dropout_offset=dropout_offset
+        )[0]
+        > 0
+    )
 
 
 SITES = {
@@ -48,7 +55,7 @@ SITES = {
     "residual_layer_norm": _residual_layer_norm,
     "embedding": _embedding,
 }
-_STREAM = {"stream", "dropout_offset"}  # its name among the arguments
+_STREAM = {"dropout_offset"}  # its name among the arguments
 KERNELS = [
     kernel
     for module in (
@@ -82,7 +89,7 @@ BOUND = 5 / (ROWS * COLS) ** 0.5  # of a correlation; once in 1.7 million for in
 
 def test_streams_of_one_seed_are_independent(device: str, site: Site) -> None:
     seed = torch.tensor([1234567], device=device)
-    masks = [site(seed, stream, device) for stream in (0, 1, 2, 25, 2**31 - 1)]
+    masks = [site(seed, dropout_offset, device) for dropout_offset in (0, 1, 2, 25, 2**31 - 1)]
     for i, a in enumerate(masks):
         assert abs(a.double().mean() - 0.5) < BOUND / 2
         for b in masks[:i]:
@@ -111,7 +118,7 @@ def test_one_seed_and_stream_give_one_mask(device: str, site: Site) -> None:
 def test_places_with_streams_of_their_own_share_no_mask(device: str) -> None:
     """As in a model: the same seed, and each place its own number."""
     seed = torch.tensor([7], device=device)
-    a, b, c = (op(seed, stream, device) for stream, op in enumerate(SITES.values()))
+    a, b, c = (op(seed, dropout_offset, device) for dropout_offset, op in enumerate(SITES.values()))
     assert max(abs(_agreement(x, y)) for x, y in ((a, b), (a, c), (b, c))) < BOUND
 
 
@@ -119,8 +126,8 @@ def test_places_with_streams_of_their_own_share_no_mask(device: str) -> None:
 def test_no_kernel_is_compiled_for_a_stream(kernel: JITFunction) -> None:
     """Triton compiles for integers that are 1 or divisible by 16, unless told not to."""
     assert len(KERNELS) == 9
-    (stream,) = (p for p in kernel.params if p.name in _STREAM)
-    assert stream.do_not_specialize and not stream.is_constexpr
+    (dropout_offset,) = (p for p in kernel.params if p.name in _STREAM)
+    assert dropout_offset.do_not_specialize and not dropout_offset.is_constexpr
 
 
 @pytest.mark.gpu
@@ -129,8 +136,8 @@ def test_another_stream_launches_the_same_binaries(site: Site) -> None:
     seed = torch.tensor([7], device="cuda")
     site(seed, 5, "cuda")
     before = [len(cache[0]) for kernel in KERNELS for cache in kernel.device_caches.values()]
-    for stream in (0, 1, 16, 2**31 - 1):
-        site(seed, stream, "cuda")
+    for dropout_offset in (0, 1, 16, 2**31 - 1):
+        site(seed, dropout_offset, "cuda")
     assert before == [
         len(cache[0]) for kernel in KERNELS for cache in kernel.device_caches.values()
     ]

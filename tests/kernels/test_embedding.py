@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fastgpt.kernels import fused, reference, torch_ops
-from fastgpt.kernels.embedding import BAND, _embedding_op, _position_bwd_op, _token_bwd_op
+from fastgpt.kernels.embedding import ROW_BLOCK, _embedding_op, _position_bwd_op, _token_bwd_op
 from tests.tools import parity
 from tests.tools.documents import starts_of
 from tests.tools.sanitizer import sanitize
@@ -19,7 +19,7 @@ SHAPES: list[tuple[int, ...]] = [  # B, T, P, V, C
     (1, 1, 4, 65, 32),
     (3, 17, 17, 50, 65),
     (2, 40, 64, 1, 128),
-    (2, 2 * BAND, 2 * BAND, 3, 25),
+    (2, 2 * ROW_BLOCK, 2 * ROW_BLOCK, 3, 25),
     (5, 3, 3, 1000, 768),
     (1, 9, 9, 7, 1600),
     (1, 70, 70, 3, 1025),
@@ -38,7 +38,7 @@ def _inputs(
     return idx, [parity.randn((n, width), dtype, device, layout) for n in (n_vocab, n_positions)]
 
 
-def _starts(device: str, length: int, batch: int) -> Tensor:
+def _doc_start(device: str, length: int, batch: int) -> Tensor:
     """Another border in each sequence, and a document of one token in those that are long enough"""
     rows = [
         [b for b in (1 + 2 * i, length // 2, length // 2 + 1) if b < length] for i in range(batch)
@@ -66,9 +66,9 @@ def test_parity_with_dropout(
     idx, weights = _inputs(shape, dtype, device)
     grad = parity.randn((*shape[:2], shape[4]), dtype, device, "contiguous")
     options: dict[str, Any] = dict(
-        dropout_p=0.2, seed=torch.tensor([2**40 + 3], device=device), stream=5
+        dropout_p=0.2, seed=torch.tensor([2**40 + 3], device=device), dropout_offset=5
     )
-    options["starts"] = _starts(device, shape[1], shape[0]) if documents else None
+    options["doc_start"] = _doc_start(device, shape[1], shape[0]) if documents else None
     kernel, plain = (partial(m.embedding, idx, **options) for m in (fused, reference))
     parity.assert_parity(kernel, plain, plain, weights, grad, NAMES)
 
@@ -79,27 +79,27 @@ def test_parity_of_documents(device: str, shape: tuple[int, ...], dtype: torch.d
     i = SHAPES.index(shape)
     idx, weights = _inputs(shape, dtype, device, parity.LAYOUTS[i % len(parity.LAYOUTS)])
     grad = parity.randn((*shape[:2], shape[4]), dtype, device, "transposed")
-    starts = _starts(device, shape[1], shape[0])
+    doc_start = _doc_start(device, shape[1], shape[0])
     kernel, pytorch, plain = (
-        partial(m.embedding, idx, starts=starts) for m in (fused, torch_ops, reference)
+        partial(m.embedding, idx, doc_start=doc_start) for m in (fused, torch_ops, reference)
     )
     parity.assert_parity(kernel, pytorch, plain, weights, grad, NAMES)
 
 
 def test_one_document_gives_the_same_output_as_none(device: str) -> None:
     idx, weights = _inputs((3, 17, 17, 50, 65), torch.float32, device)
-    starts = torch.zeros(3, 17, dtype=torch.int32, device=device)
+    doc_start = torch.zeros(3, 17, dtype=torch.int32, device=device)
     assert torch.equal(
-        fused.embedding(idx, *weights, starts=starts), fused.embedding(idx, *weights)
+        fused.embedding(idx, *weights, doc_start=doc_start), fused.embedding(idx, *weights)
     )
 
 
 def test_positions_of_documents(device: str) -> None:
     """Ones: a gradient counts how often a position occurs."""
     idx, (token, position) = _inputs((2, 6, 9, 20, 16), torch.float32, device)
-    starts = starts_of(6, [2], [1, 2, 5], device=device)
+    doc_start = starts_of(6, [2], [1, 2, 5], device=device)
     leaf = position.requires_grad_()
-    out = fused.embedding(idx, token, leaf, starts=starts)
+    out = fused.embedding(idx, token, leaf, doc_start=doc_start)
     places = torch.tensor([[0, 1, 0, 1, 2, 3], [0, 0, 0, 1, 2, 0]], device=device)
     torch.testing.assert_close(out, token[idx] + position[places])
     (dposition,) = torch.autograd.grad(out, leaf, torch.ones_like(out))
@@ -112,15 +112,17 @@ def test_whatever_starts_holds_counts_as_the_nearest_that_is_allowed(device: str
     wild = torch.tensor([[-1, 2, -(2**31), 2**31 - 1, 0], [4, 3, 2, 1, 0]], dtype=torch.int32)
     places = torch.arange(5, dtype=torch.int32)
     runs = []
-    for starts in (wild, torch.minimum(wild.clamp(min=0), places)):
+    for doc_start in (wild, torch.minimum(wild.clamp(min=0), places)):
         leaves = [x.clone().requires_grad_() for x in weights]
-        out = fused.embedding(idx, *leaves, starts=starts.to(device))
+        out = fused.embedding(idx, *leaves, doc_start=doc_start.to(device))
         runs.append([out, *torch.autograd.grad(out, leaves, torch.ones_like(out))])
     assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
 
 
-@pytest.mark.parametrize("before", [0, 1, 5, BAND - 1, BAND, BAND + 1])
-@pytest.mark.parametrize("run", [1, BAND - 1, BAND, BAND + 1, 2 * BAND - 1, 5 * BAND + 3])
+@pytest.mark.parametrize("before", [0, 1, 5, ROW_BLOCK - 1, ROW_BLOCK, ROW_BLOCK + 1])
+@pytest.mark.parametrize(
+    "run", [1, ROW_BLOCK - 1, ROW_BLOCK, ROW_BLOCK + 1, 2 * ROW_BLOCK - 1, 5 * ROW_BLOCK + 3]
+)
 def test_runs_of_one_token_wherever_they_meet_the_bands(device: str, before: int, run: int) -> None:
     """Head, whole bands and tail of a run, each present or not. Integers: the sums are exact."""
     idx = torch.tensor([[0] * before + [1] * run + [2] * 3], device=device)
@@ -155,7 +157,7 @@ def test_ids_out_of_range(
     wrong = (idx < 0) | (idx >= 6)
     weights = [torch.randn(n, 40, device=device, requires_grad=True) for n in (6, 3)]
     options: dict[str, Any] = dict(dropout_p=dropout_p, seed=torch.tensor([1], device=device))
-    options["starts"] = starts_of(3, [1], [], [2], device=device) if documents else None
+    options["doc_start"] = starts_of(3, [1], [], [2], device=device) if documents else None
     out = fused.embedding(idx, *weights, **options)
     expected = reference.embedding(idx.clamp(0, 5), *weights, **options)
     assert out[wrong].isnan().all()
@@ -196,7 +198,7 @@ def test_mask_is_the_reference_s_forward_and_backward(
     idx = torch.arange(batch * length, device=device).view(batch, length)  # each token once
     token = torch.ones(batch * length, width, device=device, requires_grad=True)
     position = torch.zeros(length, width, device=device)
-    out = fused.embedding(idx, token, position, dropout_p=0.25, seed=seed, stream=2**31 - 1)
+    out = fused.embedding(idx, token, position, dropout_p=0.25, seed=seed, dropout_offset=2**31 - 1)
     (dtoken,) = torch.autograd.grad(out, token, torch.ones_like(out))
     keep, share = reference.dropout_mask(seed, (batch * length, width), 0.25, 2**31 - 1)
     for x in (out.flatten(0, 1), dtoken):
@@ -225,23 +227,23 @@ def test_two_runs_give_the_same_bits(device: str, documents: bool, width: int) -
     leaves = [x.requires_grad_() for x in weights]
     grad = torch.randn(3, 60, width, device=device)
     seed = torch.tensor([9], device=device)
-    starts = starts_of(60, [10], [], [1, 50], device=device) if documents else None
+    doc_start = starts_of(60, [10], [], [1, 50], device=device) if documents else None
     runs = []
     for order in (1, 2):
         with sanitize(seed=order):  # interpreted: also in another order of the programs
-            out = fused.embedding(idx, *leaves, dropout_p=0.1, seed=seed, starts=starts)
+            out = fused.embedding(idx, *leaves, dropout_p=0.1, seed=seed, doc_start=doc_start)
             runs.append([out, *torch.autograd.grad(out, leaves, grad)])
     assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
 
 
 @pytest.mark.parametrize("dropout_p", [0.0, 0.5])
-@pytest.mark.parametrize("starts", [None, starts_of(3, [1], [2])], ids=["one", "several"])
-def test_gradcheck(starts: Tensor | None, dropout_p: float) -> None:
+@pytest.mark.parametrize("doc_start", [None, starts_of(3, [1], [2])], ids=["one", "several"])
+def test_gradcheck(doc_start: Tensor | None, dropout_p: float) -> None:
     idx = torch.tensor([[0, 2, 2], [2, 1, 0]])
     leaves = [torch.randn(n, 5, dtype=torch.float64, requires_grad=True) for n in (4, 3)]
     seed = torch.tensor([1])
     assert torch.autograd.gradcheck(
-        partial(fused.embedding, idx, dropout_p=dropout_p, seed=seed, starts=starts), leaves
+        partial(fused.embedding, idx, dropout_p=dropout_p, seed=seed, doc_start=doc_start), leaves
     )
 
 
@@ -250,8 +252,10 @@ def test_opcheck(device: str, dropout_p: float) -> None:
     idx, weights = _inputs((2, 5, 6, 7, 16), torch.float32, device)
     leaves = [x.requires_grad_() for x in weights]
     seed = torch.tensor([1], device=device) if dropout_p else None
-    starts = _starts(device, 5, 2) if dropout_p else None
-    torch.library.opcheck(_embedding_op, (idx, *leaves, seed, starts, dropout_p, 2, torch.bfloat16))
+    doc_start = _doc_start(device, 5, 2) if dropout_p else None
+    torch.library.opcheck(
+        _embedding_op, (idx, *leaves, seed, doc_start, dropout_p, 2, torch.bfloat16)
+    )
     dout = torch.randn(5, 2, 16, device=device).transpose(0, 1)
     torch.library.opcheck(_token_bwd_op, (dout, idx, seed, 7, torch.float32, dropout_p, 2))
     torch.library.opcheck(_position_bwd_op, (dout, idx, seed, 7, 6, torch.float32, dropout_p, 2))
@@ -262,10 +266,10 @@ def test_compiles_without_a_graph_break(device: str, documents: bool) -> None:
     idx, weights = _inputs((2, 5, 6, 7, 16), torch.float32, device)
     leaves = [x.requires_grad_() for x in weights]
     seed = torch.tensor([1], device=device)
-    starts = _starts(device, 5, 2) if documents else None
+    doc_start = _doc_start(device, 5, 2) if documents else None
 
     def step(idx: Tensor, *weights: Tensor) -> Tensor:
-        y = fused.embedding(idx, *weights, dropout_p=0.5, seed=seed, starts=starts)
+        y = fused.embedding(idx, *weights, dropout_p=0.5, seed=seed, doc_start=doc_start)
         return y.square().sum()
 
     compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
@@ -295,11 +299,23 @@ def test_errors() -> None:
     )
     refuses(TypeError, "token_weight must be a floating-point", idx, token.int(), position)
     refuses(ValueError, "dropout_p must lie in", idx, token, position, dropout_p=-0.1)
-    refuses(ValueError, "stream must lie in", idx, token, position, stream=2**31)
+    refuses(ValueError, "dropout_offset must lie in", idx, token, position, dropout_offset=2**31)
     seed = torch.tensor([1, 2])
     refuses(ValueError, "seed must be an int64 tensor", idx, token, position, seed=seed)
-    starts = starts_of(5, [], [1])
+    doc_start = starts_of(5, [], [1])
     args = idx, token, position
-    refuses(TypeError, "starts must be torch.int32, got torch.int64", *args, starts=starts.long())
-    refuses(ValueError, r"starts must have shape \(2, 5\) to go with idx", *args, starts=starts[0])
-    refuses(ValueError, "starts must be on the device of idx", *args, starts=starts.to("meta"))
+    refuses(
+        TypeError,
+        "doc_start must be torch.int32, got torch.int64",
+        *args,
+        doc_start=doc_start.long(),
+    )
+    refuses(
+        ValueError,
+        r"doc_start must have shape \(2, 5\) to go with idx",
+        *args,
+        doc_start=doc_start[0],
+    )
+    refuses(
+        ValueError, "doc_start must be on the device of idx", *args, doc_start=doc_start.to("meta")
+    )

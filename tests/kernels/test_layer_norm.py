@@ -186,7 +186,7 @@ def test_parity(device: str, shape: tuple[int, ...], dtype: torch.dtype) -> None
 @pytest.mark.parametrize("dtype", parity.DTYPES, ids=str)
 def test_parity_with_dropout(device: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
     seed = torch.tensor([2**40 + 3], device=device)
-    options = dict(dropout_p=0.2, seed=seed, stream=5)
+    options = dict(dropout_p=0.2, seed=seed, dropout_offset=5)
     common = reference.residual_layer_norm
     _assert_parity(shape, dtype, device, "contiguous", (), common, **options)
 
@@ -253,7 +253,7 @@ def test_mask_is_the_reference_s_forward_and_backward(
         torch.ones(n, device=device),
         dropout_p=dropout_p,
         seed=seed,
-        stream=2**31 - 1,
+        dropout_offset=2**31 - 1,
     )
     (ddelta,) = torch.autograd.grad(total, delta, torch.ones_like(total))
     keep, share = reference.dropout_mask(seed, (delta.numel() // n, n), dropout_p, 2**31 - 1)
@@ -430,7 +430,7 @@ def test_errors() -> None:
     refuses(ValueError, "eps must be at least 0, got -1", eps=-1)
     refuses(ValueError, r"dropout_p must lie in \[0, 0.999\], got 1.0", dropout_p=1.0)
     refuses(ValueError, "seed must be an int64 tensor", dropout_p=0.1, seed=torch.tensor([1.0]))
-    refuses(ValueError, r"stream must lie in \[0, 2\^31\), got -1", stream=-1)
+    refuses(ValueError, r"dropout_offset must lie in \[0, 2\^31\), got -1", dropout_offset=-1)
     refuses(TypeError, "residual must be a floating-point tensor", residual=x.long())
     wide = torch.ones(1, MAX_WIDTH + 1)
     with pytest.raises(ValueError, match=f"residual .* at most {MAX_WIDTH}, got {MAX_WIDTH + 1}"):

@@ -134,9 +134,9 @@ def test_recompute_keeps_the_source_and_changes_no_bit(op, bias: bool) -> None:
         y = op(*leaves, recompute=recompute)
         return [y.detach(), *torch.autograd.grad(y, leaves, grad)]
 
-    recipe = (source, ln_weight, ln_bias_or_none, 1e-5)
-    assert all(map(torch.equal, run(None), run(recipe)))
-    kept = parity.saved_storages(lambda: op(*leaves, recompute=recipe))
+    norm_arguments = (source, ln_weight, ln_bias_or_none, 1e-5)
+    assert all(map(torch.equal, run(None), run(norm_arguments)))
+    kept = parity.saved_storages(lambda: op(*leaves, recompute=norm_arguments))
     assert source.untyped_storage().data_ptr() in kept
     assert x.untyped_storage().data_ptr() not in kept
 
@@ -211,10 +211,10 @@ def test_opcheck(device: str) -> None:
     torch.library.opcheck(_linear_op, (x, weight, None, source, ln_weight, None, 1e-5))
     dy = torch.randn(24, 2, 9, device=device).permute(1, 2, 0)
     weight, source = weight.detach(), source
-    for recipe, flags in itertools.product(
+    for norm_arguments, flags in itertools.product(
         [(None, None, 0.0), (ln_weight, None, 1e-5)], itertools.product([False, True], repeat=3)
     ):
-        torch.library.opcheck(_linear_bwd_op, (dy, weight, source, *recipe, *flags))
+        torch.library.opcheck(_linear_bwd_op, (dy, weight, source, *norm_arguments, *flags))
 
 
 @pytest.mark.parametrize("op", [fused.linear, torch_ops.linear, reference.linear])

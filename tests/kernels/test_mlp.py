@@ -205,12 +205,13 @@ def test_recompute_keeps_less_and_changes_no_bit(device: str, ops, form: str) ->
     def run(recompute) -> Tensor:
         return ops.mlp(*leaves, approximate=form, recompute=recompute)
 
-    recipe = (source, ln_weight, None, 1e-5)
+    norm_arguments = (source, ln_weight, None, 1e-5)
     results = [
-        (y.detach(), *torch.autograd.grad(y, leaves, grad)) for y in (run(None), run(recipe))
+        (y.detach(), *torch.autograd.grad(y, leaves, grad))
+        for y in (run(None), run(norm_arguments))
     ]
     assert all(map(torch.equal, *results))
-    full, less = (parity.saved_storages(partial(run, given)) for given in (None, recipe))
+    full, less = (parity.saved_storages(partial(run, given)) for given in (None, norm_arguments))
     hidden, narrow = 4 * 40 * 128, 4 * 40 * 32
     spared = sum(full.values()) - sum(less.values())
     assert spared == hidden + narrow - (source.nbytes + ln_weight.nbytes)
@@ -231,8 +232,8 @@ def test_frozen(device: str, frozen: tuple[bool, ...]) -> None:
     source, ln_weight = torch.randn(9, 16, device=device), torch.randn(16, device=device)
     inputs[0] = fused.layer_norm(source, ln_weight)
     results = []
-    recipe = (source, ln_weight, None, 1e-5)
-    for op, recompute in ((fused.mlp, None), (fused.mlp, recipe), (reference.mlp, None)):
+    norm_arguments = (source, ln_weight, None, 1e-5)
+    for op, recompute in ((fused.mlp, None), (fused.mlp, norm_arguments), (reference.mlp, None)):
         leaves = [x.detach().requires_grad_(not f) for x, f in zip(inputs, frozen, strict=True)]
         y = op(*leaves, recompute=recompute)
         assert y.requires_grad == (not all(frozen))

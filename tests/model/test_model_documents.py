@@ -20,7 +20,7 @@ from tests.tools.small_models import (
     tokens,
 )
 
-SEPARATOR = 7
+EOT_TOKEN = 7
 # (sequence, begin, end) of every document of ``batch``
 DOCUMENTS = [(0, 0, 5), (0, 5, 6), (0, 6, 16), (1, 0, 16), (2, 0, 15), (2, 15, 16), (3, 0, 16)]
 
@@ -33,10 +33,10 @@ def ops(request: pytest.FixtureRequest) -> ModuleType:
 def batch(device: str = "cpu") -> tuple[Tensor, Tensor]:
     """Tokens and targets: a separator begins each document, perhaps not a sequence."""
     x = tokens(4, BLOCK)
-    x[x == SEPARATOR] = SEPARATOR + 1
+    x[x == EOT_TOKEN] = EOT_TOKEN + 1
     for sequence, begin, _ in DOCUMENTS:
         if begin or sequence == 3:
-            x[sequence, begin] = SEPARATOR
+            x[sequence, begin] = EOT_TOKEN
     targets = tokens(4, BLOCK, seed=2)
     targets[:, ::3] = -1
     return x.to(device), targets.to(device)
@@ -54,7 +54,7 @@ def test_logits_loss_and_gradients_are_those_of_the_documents(
     if device == "cuda" and ops is torch_ops:
         pytest.skip("torch_ops serve machines without CUDA")
     x, y = batch(device)
-    model = model_with(ops, small_config(), device, recompute=recompute, separator=SEPARATOR)
+    model = model_with(ops, small_config(), device, recompute=recompute, eot_token=EOT_TOKEN)
     logits, loss = model(x, y, return_logits=True)
     fused_loss = model(x, y)[1]
     fused_loss.backward()
@@ -76,7 +76,7 @@ def test_logits_loss_and_gradients_are_those_of_the_documents(
 
 
 def test_a_document_changes_no_bit_of_another(ops: ModuleType) -> None:
-    model = model_with(ops, small_config(), separator=SEPARATOR).eval()
+    model = model_with(ops, small_config(), eot_token=EOT_TOKEN).eval()
     x, y = batch()
     with torch.no_grad():
         before = model(x, y)[0]
@@ -84,7 +84,7 @@ def test_a_document_changes_no_bit_of_another(ops: ModuleType) -> None:
             if end - begin == 1:
                 continue
             changed = x.clone()
-            changed[sequence, begin + 1 : end] = (x[sequence, begin + 1 : end] + 1) % SEPARATOR
+            changed[sequence, begin + 1 : end] = (x[sequence, begin + 1 : end] + 1) % EOT_TOKEN
             after = model(changed, y)[0]
             same = torch.ones_like(x, dtype=torch.bool)
             same[sequence, begin + 1 : end] = False
@@ -97,11 +97,11 @@ def test_without_a_separator_in_the_tokens_nothing_changes(dtype: torch.dtype) -
     model = model_with(fused, small_config())
     x, y = (t[1:2].to(dtype) for t in batch())
     expected = model(x, y)[1]
-    model.separator = SEPARATOR
+    model.eot_token = EOT_TOKEN
     assert torch.equal(model(x, y)[1], expected)
-    model.separator = int(x[0, 4])
+    model.eot_token = int(x[0, 4])
     assert not torch.equal(model(x, y)[1], expected)
-    model.separator = None
+    model.eot_token = None
     assert torch.equal(model(x, y)[1], expected)
 
 
@@ -109,9 +109,9 @@ def test_dropout_draws_what_it_draws_without(ops: ModuleType) -> None:
     """One document: the same masks in every place."""
     losses = []
     x, y = (t[3:4] for t in batch())  # opened by the separator
-    for separator in (None, SEPARATOR):
+    for eot_token in (None, EOT_TOKEN):
         torch.manual_seed(0)
-        model = GPT(small_config(dropout=0.3), ops=ops, separator=separator)
+        model = GPT(small_config(dropout=0.3), ops=ops, eot_token=eot_token)
         losses.append(model(x, y)[1])
     torch.testing.assert_close(*losses)
 
@@ -122,10 +122,10 @@ def test_generate_continues_the_last_document() -> None:
     with torch.no_grad():  # not the token that it sees, again and again
         model.transformer.wpe.weight.mul_(10)
         model.transformer.wte.weight.mul_(0.2)
-    prompt = torch.tensor([[3, 1, SEPARATOR, 2, 5]])
+    prompt = torch.tensor([[3, 1, EOT_TOKEN, 2, 5]])
     alone = model.generate(prompt[:, 2:], BLOCK - 5, temperature=0.0)
     without = model.generate(prompt, BLOCK - 5, temperature=0.0)
-    model.separator = SEPARATOR
+    model.eot_token = EOT_TOKEN
     idx = prompt
     for _ in range(2 * BLOCK):
         last = model(idx[:, -BLOCK:])[0][:, -1]
@@ -138,13 +138,13 @@ def test_generate_continues_the_last_document() -> None:
 
 def test_compiles_without_a_graph_break(ops: ModuleType) -> None:
     x, y = batch()
-    model = model_with(ops, small_config(), separator=SEPARATOR)
+    model = model_with(ops, small_config(), eot_token=EOT_TOKEN)
     expected = model(x, y)[1]
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     found = compiled(x, y)[1]
     torch.testing.assert_close(found, expected)
     found.backward()
-    again = model_with(ops, small_config(), separator=SEPARATOR)
+    again = model_with(ops, small_config(), eot_token=EOT_TOKEN)
     again(x, y)[1].backward()
     for ours, plain in zip(model.parameters(), again.parameters(), strict=True):
         torch.testing.assert_close(ours.grad, plain.grad)
@@ -155,7 +155,7 @@ def test_compiles_without_a_graph_break(ops: ModuleType) -> None:
 def test_the_host_never_waits() -> None:
     """Forward and backward while every wait for the device is an error."""
     x, y = batch("cuda")
-    model = model_with(fused, small_config(), "cuda", separator=SEPARATOR)
+    model = model_with(fused, small_config(), "cuda", eot_token=EOT_TOKEN)
     model(x, y)[1].backward()  # compiles the kernels
     torch.cuda.set_sync_debug_mode("error")
     try:
@@ -169,9 +169,9 @@ def test_the_host_never_waits() -> None:
     [(-1, ValueError), (V, ValueError), (1.0, TypeError), ("\n", TypeError), (True, TypeError)],
 )
 def test_separators_that_are_refused(token: Any, error: type[Exception]) -> None:
-    with pytest.raises(error, match="separator must .*got " + re.escape(repr(token))):
-        GPT(small_config(), separator=token)
+    with pytest.raises(error, match="eot_token must .*got " + re.escape(repr(token))):
+        GPT(small_config(), eot_token=token)
     model = small_model()
-    with pytest.raises(error, match="separator must "):
-        model.separator = token
-    assert model.separator is None
+    with pytest.raises(error, match="eot_token must "):
+        model.eot_token = token
+    assert model.eot_token is None

@@ -78,10 +78,12 @@ def test_every_place_has_a_mask_of_its_own(device: str) -> None:
     streams: list[int] = []
 
     def noted(op):
-        def call(*args, dropout_p: float, seed: Tensor | None, stream: int, **kwargs):
+        def call(*args, dropout_p: float, seed: Tensor | None, dropout_offset: int, **kwargs):
             assert dropout_p == 0.3 and seed is not None
-            streams.append(stream)
-            return op(*args, dropout_p=dropout_p, seed=seed, stream=stream, **kwargs)
+            streams.append(dropout_offset)
+            return op(
+                *args, dropout_p=dropout_p, seed=seed, dropout_offset=dropout_offset, **kwargs
+            )
 
         return call
 

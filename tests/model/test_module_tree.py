@@ -362,9 +362,9 @@ def test_quantised_layers_are_called() -> None:
 
 
 def test_what_cannot_reach_a_layer_of_the_users_is_refused() -> None:
-    model = GPT(CONFIG, separator=0)
+    model = GPT(CONFIG, eot_token=0)
     replaced("attn", lambda old: OwnLayer())(model)
-    with pytest.raises(ValueError, match="separator must be None with a block or an attention of"):
+    with pytest.raises(ValueError, match="eot_token must be None with a block or an attention of"):
         model(*tokens())
     model = GPT(CONFIG, fp8="head")
     model.lm_head = LoRAWrapper(model.lm_head)  # type: ignore[assignment]

@@ -6,11 +6,11 @@ from torch import Tensor
 
 def starts_of(length: int, *rows: list[int], device: str = "cpu") -> Tensor:
     """(B, T) of int32 for B rows, each the places where documents begin, beside 0."""
-    starts = torch.zeros(len(rows), length, dtype=torch.int32)
-    for row, borders in zip(starts, rows, strict=True):
+    doc_start = torch.zeros(len(rows), length, dtype=torch.int32)
+    for row, borders in zip(doc_start, rows, strict=True):
         for border in sorted(borders):
             row[border:] = border
-    return starts.to(device)
+    return doc_start.to(device)
 
 
 # Length and borders. Tiles of the interpreter have 64 rows.

@@ -117,8 +117,8 @@ def _view(x: Tensor, apart: int, shift: int) -> Tensor:
 def _update(c: Options) -> None:
     width = c.n_head * c.head_size
     config = GPTConfig(c.length, c.vocab, c.n_layer, c.n_head, width, c.dropout, c.bias)
-    separator = 0 if c.documents else None
-    model = GPT(config, fused, c.gelu, c.recompute, c.fp8, separator)
+    eot_token = 0 if c.documents else None
+    model = GPT(config, fused, c.gelu, c.recompute, c.fp8, eot_token)
     half = _HALF.get(c.dtype)
     rounds = None if half is None else MasterAdamW(model, half, 0.1, 1e-3, (0.9, 0.95))
     plain = model.configure_optimizers(0.1, 1e-3, (0.9, 0.95), "cpu")
@@ -179,8 +179,10 @@ def _attend(c: Options) -> None:
 
     n_keys = c.n_keys if c.mask == "none" else c.n_queries
     q, k, v = part(c.n_queries), part(n_keys), part(n_keys)
-    starts = torch.zeros(c.batch, n_keys, dtype=torch.int32) if c.mask == "documents" else None
-    options: dict[str, Any] = dict(causal=c.mask != "none", dropout_p=c.dropout, starts=starts)
+    doc_start = torch.zeros(c.batch, n_keys, dtype=torch.int32) if c.mask == "documents" else None
+    options: dict[str, Any] = dict(
+        causal=c.mask != "none", dropout_p=c.dropout, doc_start=doc_start
+    )
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("high" if c.tf32 else "highest")
     try:
@@ -197,8 +199,8 @@ def _attend(c: Options) -> None:
 def _embed(c: Options) -> None:
     idx = torch.zeros(c.batch, c.length, dtype=c.ids)
     token, position = (_leaf(n, c.width, dtype=c.dtype) for n in (c.n_vocab, c.n_positions))
-    starts = torch.zeros(c.batch, c.length, dtype=torch.int32) if c.documents else None
-    y = fused.embedding(idx, token, position, dropout_p=c.dropout, starts=starts)
+    doc_start = torch.zeros(c.batch, c.length, dtype=torch.int32) if c.documents else None
+    y = fused.embedding(idx, token, position, dropout_p=c.dropout, doc_start=doc_start)
     y.sum().backward()
 
 

@@ -47,8 +47,8 @@ def test_attention_of_one_query_and_one_key(
 @pytest.mark.parametrize("n_head", [1, 2])
 def test_attention_of_a_document_of_one_token(n_head: int) -> None:
     qkv = torch.randn(2, 1, 3 * n_head * 16, requires_grad=True)
-    starts = torch.zeros(2, 1, dtype=torch.int32)
-    out = fused.attention_qkvpacked(qkv, n_head, starts=starts)
+    doc_start = torch.zeros(2, 1, dtype=torch.int32)
+    out = fused.attention_qkvpacked(qkv, n_head, doc_start=doc_start)
     out.sum().backward()
     assert torch.equal(out, qkv[..., 2 * n_head * 16 :])
 

@@ -66,9 +66,9 @@ def _attention(
 ) -> None:
     """Packed, with two heads."""
     if documents:
-        starts = torch.zeros(1, length, dtype=torch.int32)
-        starts[:, length // 3 :] = length // 3
-        options["starts"] = starts
+        doc_start = torch.zeros(1, length, dtype=torch.int32)
+        doc_start[:, length // 3 :] = length // 3
+        options["doc_start"] = doc_start
     if options.get("dropout_p"):
         options["seed"] = _seed()
     qkv = torch.randn(1, length, 3 * 2 * head_size).to(dtype)
@@ -170,7 +170,7 @@ def _residual(dtype: torch.dtype, columns: int, biases: tuple[str, ...], **optio
 def _embedding(dtype: torch.dtype, documents: bool = False, **options: Any) -> None:
     idx = torch.randint(50, (3, 40))
     if documents:
-        options["starts"] = (
+        options["doc_start"] = (
             torch.arange(40, dtype=torch.int32).div(15, rounding_mode="floor").mul(15).expand(3, -1)
         )
     if options.get("dropout_p"):

@@ -13,7 +13,7 @@ from fastgpt.data.sources import TextSource, source_of
 from fastgpt.interop.export import ExportConfig, export
 from fastgpt.tokenizer import Tokenizer
 from fastgpt.tokenizer.training import train_tokenizer
-from fastgpt.training.init_from import separator
+from fastgpt.training.init_from import eot_token
 from fastgpt.training.trainer import Trainer
 from tests.tools.small_runs import TEXT, data_set, quiet, small_config, trained
 
@@ -86,11 +86,11 @@ def test_subword_tokens_are_compared_by_what_they_mean(tmp_path: Path, bpe: Toke
 def test_the_separator_of_the_documents(tmp_path: Path, bpe: Tokenizer) -> None:
     documents(tmp_path, bpe)
     config = small_config(tmp_path, document_mask=True)
-    assert separator(small_config(tmp_path), bpe) is None
-    assert separator(config, bpe) == bpe.end_of_text
+    assert eot_token(small_config(tmp_path), bpe) is None
+    assert eot_token(config, bpe) == bpe.end_of_text
     (tmp_path / "small" / "manifest.json").unlink()
-    assert separator(config, bpe) == bpe.end_of_text
-    assert separator(config, None) == 50256  # nanoGPT's data
+    assert eot_token(config, bpe) == bpe.end_of_text
+    assert eot_token(config, None) == 50256  # nanoGPT's data
 
 
 def test_documents_are_packed(tmp_path: Path, bpe: Tokenizer) -> None:
@@ -100,13 +100,13 @@ def test_documents_are_packed(tmp_path: Path, bpe: Tokenizer) -> None:
     trained(tmp_path, **keys)
     trainer = Trainer(small_config(tmp_path, **keys, init_from="resume"), quiet())
     assert trainer.iter_num == 4
-    assert isinstance(trainer.model, GPT) and trainer.model.separator == bpe.end_of_text
+    assert isinstance(trainer.model, GPT) and trainer.model.eot_token == bpe.end_of_text
     alone, total, count = trainer.model, torch.zeros(()), 0
     x, y = trainer.batches.next("train")
     opening = bpe.end_of_text
     assert opening is not None and opening in x[:, 1:]
     packed = alone(x, y)[1].item()
-    alone.separator = None
+    alone.eot_token = None
     for row, targets in zip(x, y, strict=True):
         borders = [i for i in range(1, len(row)) if row[i] == opening]
         for start, stop in itertools.pairwise([0, *borders, len(row)]):
