@@ -9,8 +9,8 @@ from torch import Tensor
 
 from fastgpt.kernels import _checks, _host, configs
 from fastgpt.kernels.embedding_kernels import (
-    _embedding_bwd_row_blocks_kernel,
     _embedding_bwd_position_kernel,
+    _embedding_bwd_row_blocks_kernel,
     _embedding_bwd_token_kernel,
     _embedding_fwd_kernel,
 )

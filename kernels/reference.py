@@ -360,8 +360,8 @@ def dropout_mask(
     is kept; and the share that is kept, 1 - round(dropout_p * 2^16) / 2^16.
 
     One Philox block serves eight neighbouring columns with 16 bits each: its counter is
-    (j // 8, i, plane, dropout_offset) for row i and column j, where the planes are the (M, N) matrices in
-    order; column j takes word j % 4, the upper half where j % 8 >= 4.
+    (j // 8, i, plane, dropout_offset) for row i and column j, where the planes are the (M, N)
+    matrices in order; column j takes word j % 4, the upper half where j % 8 >= 4.
     """
     *planes, n_rows, n_cols = shape
     device = seed.device

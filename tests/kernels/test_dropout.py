@@ -55,7 +55,6 @@ SITES = {
     "residual_layer_norm": _residual_layer_norm,
     "embedding": _embedding,
 }
-_STREAM = {"dropout_offset"}  # its name among the arguments
 KERNELS = [
     kernel
     for module in (
@@ -68,7 +67,7 @@ KERNELS = [
     for name, kernel in vars(module).items()
     if isinstance(kernel, JITFunction)
     and name.endswith("_kernel")
-    and _STREAM & set(kernel.arg_names)
+    and "dropout_offset" in kernel.arg_names
 ]
 Site = Callable[[Tensor, int, str], Tensor]
 
@@ -126,7 +125,7 @@ def test_places_with_streams_of_their_own_share_no_mask(device: str) -> None:
 def test_no_kernel_is_compiled_for_a_stream(kernel: JITFunction) -> None:
     """Triton compiles for integers that are 1 or divisible by 16, unless told not to."""
     assert len(KERNELS) == 9
-    (dropout_offset,) = (p for p in kernel.params if p.name in _STREAM)
+    (dropout_offset,) = (p for p in kernel.params if p.name == "dropout_offset")
     assert dropout_offset.do_not_specialize and not dropout_offset.is_constexpr
 
 

@@ -123,8 +123,10 @@ def test_whatever_starts_holds_counts_as_the_nearest_that_is_allowed(device: str
 @pytest.mark.parametrize(
     "run", [1, ROW_BLOCK - 1, ROW_BLOCK, ROW_BLOCK + 1, 2 * ROW_BLOCK - 1, 5 * ROW_BLOCK + 3]
 )
-def test_runs_of_one_token_wherever_they_meet_the_bands(device: str, before: int, run: int) -> None:
-    """Head, whole bands and tail of a run, each present or not. Integers: the sums are exact."""
+def test_runs_of_one_token_wherever_they_meet_the_row_blocks(
+    device: str, before: int, run: int
+) -> None:
+    """Head, whole row blocks and tail of a run, each present or not. Integers: the sums are exact."""
     idx = torch.tensor([[0] * before + [1] * run + [2] * 3], device=device)
     idx = idx[:, torch.randperm(idx.shape[1], device=device)]
     weight = torch.zeros(4, 8, device=device, requires_grad=True)
