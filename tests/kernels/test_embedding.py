@@ -126,7 +126,7 @@ def test_whatever_starts_holds_counts_as_the_nearest_that_is_allowed(device: str
 def test_runs_of_one_token_wherever_they_meet_the_row_blocks(
     device: str, before: int, run: int
 ) -> None:
-    """Head, whole row blocks and tail of a run, each present or not. Integers: the sums are exact."""
+    """Head, whole row blocks and tail of a run, each present or not. Sums of integers are exact."""
     idx = torch.tensor([[0] * before + [1] * run + [2] * 3], device=device)
     idx = idx[:, torch.randperm(idx.shape[1], device=device)]
     weight = torch.zeros(4, 8, device=device, requires_grad=True)
