@@ -205,7 +205,7 @@ class GPT(LanguageModel):
         if context.doc_start is not None and not all(map(_keeps_to_documents, blocks)):
             raise ValueError(
                 "eot_token must be None with a block or an attention of your own, which the "
-                f"document mask cannot reach, got {self._separator}"
+                f"document mask cannot reach, got {self._eot_token}"
             )
         norms = [block.ln_1 if own else None for block, own in zip(blocks, ours, strict=True)]
         x = None  # the norm of residual, where the block before has computed it

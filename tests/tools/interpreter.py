@@ -97,6 +97,14 @@ class Builder(InterpreterBuilder):
 
     gpu_arithmetic = False
 
+    def create_inline_asm(
+        self, asm: str, constraints: str, values: list[TensorHandle], *_: Any
+    ) -> Any:
+        """Without instructions it is a value that a compiler may not move."""
+        if asm:
+            raise NotImplementedError(f"inline assembly is not interpreted: {asm!r}")
+        return types.SimpleNamespace(get_result=values.__getitem__)
+
     def get_bf16(self, value: float) -> TensorHandle:
         return TensorHandle(narrow(np.array([value])), tl.bfloat16)
 

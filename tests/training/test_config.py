@@ -97,7 +97,7 @@ def test_values_and_differences() -> None:
         ({"dtype": "fp16"}, ValueError, "dtype must be one of auto, float32, .* got 'fp16'"),
         ({"init_from": "gpt3"}, ValueError, "init_from must be one of scratch, .* got 'gpt3'"),
         ({"model": "bigram", "init_from": "gpt2"}, ValueError, "init_from must be scratch or"),
-        ({"fp8": "mlp"}, ValueError, "fp8 must be one of none, head, all, got 'mlp'"),
+        ({"fp8": "mlp"}, ValueError, "fp8 must be one of none, head, got 'mlp'"),
         (
             {"fp8": "head", "model": "bigram"},
             ValueError,

@@ -142,8 +142,10 @@ def _process(rank: int, root: Path, port: int) -> None:
         _kernels(world)  # last: it installs the interpreter
 
 
-def test_in_two_processes(tmp_path: Path) -> None:
-    """All checks in one pair of processes, which takes seconds to start."""
+def test_in_two_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All checks in one pair of processes, which takes seconds to start. Inductor's cache does not
+    tell code for one ATEN_CPU_CAPABILITY from another's, so it begins empty."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "inductor"))
     data_set(tmp_path)
     with socket.socket() as free:
         free.bind(("localhost", 0))
