@@ -22,6 +22,8 @@ OP = Op(
         {"M": 1024, "N": 3072},  # fits into the cache
     ],
     cpu_sizes=[{"M": 256, "N": 512}],
+    table="gelu",
+    small={"M": 33, "N": 200},
 )
 
 test_gelu = OP.test()

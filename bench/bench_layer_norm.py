@@ -36,6 +36,7 @@ OP = Op(
         {"M": 8192, "C": 1600},
     ],
     cpu_sizes=[{"M": 256, "C": 384}],
+    small={"M": 37, "C": 200},
 )
 
 test_layer_norm = OP.test()

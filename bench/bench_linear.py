@@ -28,6 +28,7 @@ OP = Op(
         {"M": 1024, "K": 768, "N": 2304},  # one sequence
     ],
     cpu_sizes=[{"M": 256, "K": 128, "N": 384}],
+    small={"M": 200, "K": 136, "N": 264},
 )
 
 test_linear = OP.test()
@@ -61,6 +62,7 @@ WEIGHT_GRADIENT = Op(
         {"M": 32768, "K": 3072, "N": 768},
         {"M": 65536, "K": 768, "N": 768},  # B=64
     ],
+    table="gemm",
 )
 
 test_weight_gradient = WEIGHT_GRADIENT.test()

@@ -34,6 +34,7 @@ OP = Op(
         {"M": 1024, "C": 768},  # one sequence
     ],
     cpu_sizes=[{"M": 256, "C": 128}],
+    small={"M": 200, "C": 72},
 )
 
 test_mlp = OP.test()
@@ -70,6 +71,7 @@ FC = Op(
     counted=None,
     flops=flops,
     gpu_sizes=OP.gpu_sizes,
+    table="gemm",
 )
 
 test_fc = FC.test()
@@ -105,6 +107,7 @@ def of_fc_gradient(recompute: bool) -> Op:
         counted=None,
         flops=flops,
         gpu_sizes=OP.gpu_sizes,
+        table="gemm",
     )
 
 

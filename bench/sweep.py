@@ -46,17 +46,10 @@ from bench._ops.op_bench import Case, Direction, Op, RandomTensors, Stopwatch, p
 from fastgpt.kernels import _host, configs
 from fastgpt.kernels.configs import CUBLAS, Gemm, Key
 
-BENCHMARKS = {  # of an op of configs.TABLE: file and name
-    "attention": ("attention.OP", "attention.DOCUMENTS"),
-    "attention_decode": ("attention_decode.OP",),
-    "gemm": ("mlp.FC", "mlp.FC_GRADIENT", "mlp.FC_GRADIENT_RECOMPUTE", "linear.WEIGHT_GRADIENT"),
-    "layer_norm": ("residual_layer_norm.OP",),
-    "cross_entropy": ("linear_cross_entropy.OP",),
-    "embedding": ("embedding.OP",),
-    "gelu": ("gelu.OP",),
-    "adamw": ("adamw.OP",),
-    "fp8": ("linear_cross_entropy.FP8",),
-}
+BENCHMARKS: dict[str, list[str]] = {}  # of an op of configs.TABLE
+for _benchmark, _op in op_bench.every_op().items():
+    if _op.table:
+        BENCHMARKS.setdefault(_op.table, []).append(_benchmark)
 ROUNDS = 10
 LEAST_GAIN = 1.01
 # Sizes that no configuration depends on, and what they are while nothing is computed.

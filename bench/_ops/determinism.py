@@ -15,33 +15,25 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench import (
-    bench_attention,
-    bench_embedding,
-    bench_gelu,
-    bench_layer_norm,
-    bench_linear,
-    bench_linear_cross_entropy,
-    bench_mlp,
-    bench_residual_layer_norm,
-)
 from bench._harness.cli import failure_of, write_json
 from bench._harness.timing import synchronize
-from bench._ops.op_bench import DEVICE, Op, RandomTensors, gradients_like, leaves_of, tensors
+from bench._ops.op_bench import (
+    DEVICE,
+    Op,
+    RandomTensors,
+    every_op,
+    gradients_like,
+    leaves_of,
+    tensors,
+)
 
 REPEATS = 250
 
-# With partial tiles: one element more or less than a multiple of a tile's size.
-SMALL_SIZES: list[tuple[Op, dict[str, int]]] = [
-    (bench_attention.OP, {"B": 2, "T": 161, "H": 2, "D": 64}),
-    (bench_embedding.OP, {"B": 2, "T": 33, "C": 96, "V": 65}),
-    (bench_gelu.OP, {"M": 33, "N": 200}),
-    (bench_layer_norm.OP, {"M": 37, "C": 200}),
-    (bench_linear.OP, {"M": 200, "K": 136, "N": 264}),
-    (bench_linear_cross_entropy.OP, {"M": 33, "C": 64, "V": 1003}),
-    (bench_mlp.OP, {"M": 200, "C": 72}),
-    (bench_residual_layer_norm.OP, {"M": 37, "C": 200}),
-]
+Cases = list[tuple[Op, dict[str, int]]]
+
+
+def small_cases() -> Cases:
+    return [(op, op.small) for op in every_op().values() if op.small is not None]
 
 
 def _forward_and_backward(op: Op, sizes: dict[str, int]) -> Callable[[], list[Tensor]]:
@@ -61,11 +53,11 @@ def _forward_and_backward(op: Op, sizes: dict[str, int]) -> Callable[[], list[Te
 def determinism(
     folder: Path,
     repeats: int = REPEATS,
-    cases: list[tuple[Op, dict[str, int]]] | None = None,
+    cases: Cases | None = None,
 ) -> int:
     """Repeat every op, by default at the size that GPT-2 trains with; 1 if any differs or fails."""
     found: dict[str, Any] = {}
-    for op, sizes in cases or [(op, dict(op.gpu_sizes[0])) for op, _ in SMALL_SIZES]:
+    for op, sizes in cases or [(op, dict(op.gpu_sizes[0])) for op, _ in small_cases()]:
         start = time.monotonic()
         try:
             run = _forward_and_backward(op, sizes)
@@ -88,9 +80,9 @@ def _different(run: Callable[[], list[Tensor]], repeats: int) -> int:
     )
 
 
-def small(cases: list[tuple[Op, dict[str, int]]] = SMALL_SIZES) -> int:
+def small(cases: Cases | None = None) -> int:
     """Every op once on small shapes."""
-    for op, sizes in cases:
+    for op, sizes in cases or small_cases():
         print(f"op: {op.name}", flush=True)
         for result in _forward_and_backward(op, sizes)():
             synchronize(result.device)

@@ -23,9 +23,11 @@ A row is one op, size, direction and provider:
 """
 
 import functools
+import importlib
 import importlib.util
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 import pytest
@@ -97,6 +99,10 @@ class Op:
     counted: str | Function | None = "fused"
     # The FLOPs that are necessary, ``flops(direction, **sizes)``, if not those of ``counted``.
     flops: Callable[..., int] | None = None
+    # Of configs.TABLE: the op whose lines ``sweep.py`` looks for with this benchmark.
+    table: str = ""
+    # For ``determinism.py``: with partial tiles, an element more or less than a multiple.
+    small: dict[str, int] | None = None
     # In place of the comparison with ``reference``: ``check(provider, function, inputs)``.
     check: Callable[[str, Function, tuple[Any, ...]], None] | None = None
 
@@ -124,6 +130,16 @@ class Op:
             row.measure(benchmark, record_property)
 
         return measure
+
+
+def every_op() -> dict[str, Op]:
+    """All of ``bench_<op>.py``: "gelu.OP" → op."""
+    found = {}
+    for path in sorted(Path(__file__).parents[1].glob("bench_*.py")):
+        for name, value in vars(importlib.import_module(f"bench.{path.stem}")).items():
+            if isinstance(value, Op):
+                found[f"{path.stem.removeprefix('bench_')}.{name}"] = value
+    return found
 
 
 def why_not(provider: str) -> str | None:

@@ -53,7 +53,7 @@ TINY: list[tuple[Op, dict[str, int]]] = [  # for interpreted kernels
     (bench_mlp.FC_GRADIENT_RECOMPUTE, {"M": 12, "C": 16}),
     (bench_residual_layer_norm.OP, {"M": 7, "C": 24}),
 ]
-OPS = [*(op for op, _ in TINY), bench_adamw.OP, bench_linear_cross_entropy.FP8]
+OPS = list(op_bench.every_op().values())
 MATRIX_OPS = ("attention", "linear", "mlp")
 FP8_SIZES = {"M": 16, "C": 32, "V": 64}
 
@@ -342,7 +342,7 @@ def test_determinism(
     def op(name: str, function: Callable[[Tensor], Tensor]) -> tuple[Op, dict[str, int]]:
         return replace(bench_gelu.OP, name=name, providers={"fused": function}), {"M": 3, "N": 4}
 
-    cases = [(op, {k: min(v, 32) for k, v in s.items()}) for op, s in determinism.SMALL_SIZES]
+    cases = [(op, {k: min(v, 32) for k, v in s.items()}) for op, s in determinism.small_cases()]
     others = [op("broken", broken), op("noisy", lambda x: x * torch.rand(()))]
     assert determinism.determinism(tmp_path, repeats=3, cases=cases) == 0
     assert determinism.determinism(tmp_path, repeats=3, cases=[*others, *cases[:1]]) == 1

@@ -119,7 +119,7 @@ def test_profile(tmp_path: Path) -> None:
 
 
 def test_determinism(tmp_path: Path) -> None:
-    cases = [(op, sizes) for op, sizes in TINY if op in dict(determinism.SMALL_SIZES)]
+    cases = [(op, sizes) for op, sizes in TINY if op.small is not None]
     assert determinism.determinism(tmp_path, repeats=2, cases=cases) == 0
     assert determinism.small(cases) == 0
 
