@@ -181,11 +181,11 @@ def _attention_dkdv_tiles(
                 visible_t = visible_t & (first_m[None, :] <= offs_n[:, None])
             dropped_t = tl.where(visible_t, dropped_t, 0.0)
             dscores_t = tl.where(visible_t, dscores_t, 0.0)
-        dropped_t, dscores_t = dropped_t.to(dout.dtype), dscores_t.to(q.dtype)
-        if WGMMA:
-            dropped_t, dscores_t = _in_registers(dropped_t), _in_registers(dscores_t)
-        dv = tl.dot(dropped_t, dout, dv, input_precision=PRECISION, out_dtype=ACC)
-        dk = tl.dot(dscores_t, q, dk, input_precision=PRECISION, out_dtype=ACC)
+        if WGMMA:  # elsewhere dS is rounded behind the first product: fewer registers
+            dropped_t = _in_registers(dropped_t.to(dout.dtype))
+            dscores_t = _in_registers(dscores_t.to(q.dtype))
+        dv = tl.dot(dropped_t.to(dout.dtype), dout, dv, input_precision=PRECISION, out_dtype=ACC)
+        dk = tl.dot(dscores_t.to(q.dtype), q, dk, input_precision=PRECISION, out_dtype=ACC)
     return dk, dv
 
 

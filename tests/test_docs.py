@@ -157,6 +157,13 @@ def test_names_paths_and_links(page: Path) -> None:
         assert (page.parent / link).exists(), link
 
 
+def test_the_gate_names_tests_that_exist() -> None:
+    words = re.findall(r"tests/\S+", (ROOT / ".ci" / "run").read_text())
+    expand = ["bash", "-c", "printf '%s\\n' " + " ".join(words)]
+    paths = subprocess.run(expand, capture_output=True, text=True, check=True).stdout.split()
+    assert len(paths) > 10 and all((ROOT / path).exists() for path in paths), paths
+
+
 def test_python() -> None:
     text = "\n".join(page.read_text() for page in PAGES)
     blocks = re.findall(r"^```python\n(.*?)^```", text, re.M | re.S)

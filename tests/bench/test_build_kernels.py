@@ -107,6 +107,7 @@ def manifest(project: Path) -> dict[str, Any]:
     return found
 
 
+@pytest.mark.slow
 def test_build_again_and_after_changes(project: Path, run) -> None:
     """In order: each build finds what the one before left."""
     status, compiled, printed = run("--jobs", "2")

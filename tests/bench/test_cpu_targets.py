@@ -58,6 +58,7 @@ def peak_of_a_step(variant: str) -> int:
     return int(child.stdout)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     not Path("/proc/self/status").exists(), reason="peak memory is read from Linux's /proc"
 )

@@ -83,6 +83,7 @@ class Crash:
         return ctypes.string_at, (0,)  # ends the process that unpickles it
 
 
+@pytest.mark.slow
 def test_a_candidate_that_crashes_the_compiler_is_rejected_alone() -> None:
     made = sweep.compile_all(GELU, [Crash(), CUBLAS], jobs=1, keep=False)
     assert made == [Made("crashes the compiler"), Made(None)]

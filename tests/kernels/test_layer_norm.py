@@ -182,7 +182,7 @@ def test_parity(device: str, shape: tuple[int, ...], dtype: torch.dtype) -> None
     _assert_parity(shape, dtype, device, layout, without, torch_ops.residual_layer_norm)
 
 
-@pytest.mark.parametrize("shape", [(37, 65), (2, 17, 768), (19, 8193)], ids=str)
+@pytest.mark.parametrize("shape", [(37, 65), (2, 17, 768), (5, 8193)], ids=str)
 @pytest.mark.parametrize("dtype", parity.DTYPES, ids=str)
 def test_parity_with_dropout(device: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
     seed = torch.tensor([2**40 + 3], device=device)
@@ -347,9 +347,10 @@ def test_gradcheck(dropout_p: float) -> None:
 
 @pytest.mark.parametrize("width", [96, 8200])
 def test_two_runs_give_the_same_bits(device: str, width: int) -> None:
-    inputs = _inputs((70, width), torch.float32, device)
+    n_rows = 70 if width < 1000 else 12
+    inputs = _inputs((n_rows, width), torch.float32, device)
     leaves = [x.requires_grad_() for x in inputs.values()]
-    grads = torch.randn(2, 70, width, device=device).unbind()
+    grads = torch.randn(2, n_rows, width, device=device).unbind()
     seed = torch.tensor([9], device=device)
     runs = []
     for order in (1, 2):

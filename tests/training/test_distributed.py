@@ -74,7 +74,7 @@ def test_sigterm_saves_and_ends(tmp_path: Path) -> None:
     assert state_of(tmp_path)["iter_num"] == before + 2
 
 
-@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+@pytest.mark.parametrize("parallel", ["ddp", pytest.param("fsdp", marks=pytest.mark.slow)])
 def test_a_killed_process_is_started_again_and_goes_on(tmp_path: Path, parallel: str) -> None:
     """To the bit as if nothing had happened, dropout included."""
     changes = {**SHORT, "max_iters": 40, "eval_interval": 20, "dropout": 0.1, "parallel": parallel}
