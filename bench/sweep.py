@@ -25,6 +25,7 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -191,23 +192,23 @@ def compiled(subject: Subject, config: Config, keep: bool) -> Made:
     if config == CUBLAS:
         return Made(None)
     capability, op = subject.request.capability, op_of(subject.benchmark, subject.dtype)
+    with recorded(capability) as launches:
+        work = work_of(op, subject.direction, subject.sizes[0])
+        with using(subject.request, config._replace(num_warps=_MARK)):
+            work()
+    own = [
+        Launch(one.kernel, one.args, {**one.options, "num_warps": config.num_warps})
+        for one in launches
+        if one.options.get("num_warps") == _MARK
+    ]
     try:
-        with recorded(capability) as launches:
-            work = work_of(op, subject.direction, subject.sizes[0])
-            with using(subject.request, config._replace(num_warps=_MARK)):
-                work()
-        own = [
-            Launch(one.kernel, one.args, {**one.options, "num_warps": config.num_warps})
-            for one in launches
-            if one.options.get("num_warps") == _MARK
-        ]
         found = compile_launches(own, capability)
         wrong = [fault.partition("): ")[2] for one in found for fault in faults(one)]
         if keep and not wrong:
             with no_gpu_needed(capability):
                 for one in own:
                     one.kernel.warmup(*one.args, grid=(1,), **one.options)
-    except Exception as error:  # the compiler has many
+    except Exception as error:  # Triton, MLIR and ptxas share no class for what they refuse
         return Made(f"does not compile: {cli.failure_of(error)}")
     return Made(
         wrong[0] if wrong else None,
@@ -226,7 +227,9 @@ def compile_all(
     def on_pool(configs: Sequence[Config], size: int) -> list[Made | None]:
         with ProcessPoolExecutor(size, multiprocessing.get_context("spawn")) as pool:
             tasks = [pool.submit(compiled, subject, config, keep) for config in configs]
-        return [None if task.exception() else task.result() for task in tasks]
+        crashed = [isinstance(task.exception(), BrokenProcessPool) for task in tasks]
+        # Any other exception is a fault of this program, and raised.
+        return [None if gone else task.result() for gone, task in zip(crashed, tasks, strict=True)]
 
     made = on_pool(candidates, jobs)
     return [
@@ -254,7 +257,7 @@ def timed(
                 try:
                     (op.check or case.check)(provider, function, case.inputs)
                 except (AssertionError, triton.TritonError) as error:
-                    show(f"{candidates[number]} is wrong: {cli.failure_of(error)}")
+                    show(f"{candidates[max(number, 0)]} is wrong: {cli.failure_of(error)}")
                     del ms[number]
         watches = {number: Stopwatch() for number in ms}
         for _, number in interleaved(list(ms), ROUNDS):
