@@ -323,13 +323,14 @@ def _(
 # ----------------------------------------------------------------------------------------- the loss
 
 
-def _quantising(name: str, x: Tensor, copies: int) -> list[KernelCost]:
-    """Of ``quantise``: x is read for the maximum and for the cast; ``copies``: rows, columns."""
+def _quantising(name: str, x: Tensor, columns: bool) -> list[KernelCost]:
+    """Of ``quantise``: x is read for the maximum and for the cast."""
     size = nbytes(x)
-    return [
+    costs = [
         KernelCost(f"{name} maximum", 0, size),
-        KernelCost(f"{name} to fp8", 0, size + copies * x.numel()),
+        KernelCost(f"{name} to fp8", 0, size + x.numel()),
     ]
+    return costs + [KernelCost(f"{name} transposed", 0, 2 * x.numel())] * columns
 
 
 @_cost_of("linear_cross_entropy", "linear_cross_entropy_torch_ops")
@@ -378,8 +379,8 @@ def _(out, x, weight, targets, dtype, ignore_index, mean, smoothing, z_loss, wan
     gradient = want_dx or want_dweight
     x_cast = x.new_empty(x.shape, dtype=dtype, device="meta")
     costs = [KernelCost("cast x", 0, nbytes(x, x_cast))] if x.dtype != dtype else []
-    costs += _quantising("x", x_cast, 1 + want_dweight)
-    costs += _quantising("weight", weight, 1 + want_dx)
+    costs += _quantising("x", x_cast, columns=want_dweight)
+    costs += _quantising("weight", weight, columns=want_dx)
     costs.append(KernelCost("logits", flops, x8 + weights8 + size * cells, fp8=True))
     costs.append(KernelCost("rows", 0, (size + gradient) * cells + nbytes(targets)))
     if want_dx:

@@ -11,8 +11,9 @@ the only loss is fp8's own rounding, and at most one bit of range.
 
 GPUs of compute capability 8.9 and 9.0 multiply 8-bit matrices only where both are contiguous along
 the dimension that is summed over. x and weight are in two products each, once along their rows and
-once along their columns, so a cast writes both: with 2 bytes an element read twice (once for the
-maximum, once for the cast) 6 bytes an element, where the product it feeds saves half its time.
+once along their columns. The columns are the transpose of what the cast wrote: 2 bytes an element
+more than from the cast itself, where ptxas 12.8 stored some bytes of the packed numbers before it
+had unpacked them (one column in four was zeros, on an H200).
 """
 
 from typing import NamedTuple
@@ -56,30 +57,14 @@ def _scale_of(bits):
 
 
 @triton.jit
-def _store_columns(columns_ptr, tile, offs_m, offs_n, padded_rows, n_cols):
-    """The tile's transpose: (n_cols, padded_rows), contiguous."""
-    ptrs = columns_ptr + offs_n.to(tl.int64)[None, :] * padded_rows + offs_m[:, None]
-    tl.store(ptrs, tile, mask=(offs_m < padded_rows)[:, None] & (offs_n < n_cols)[None, :])
-
-
-@triton.jit
-def _load_rows(x_ptr, offs_m, offs_n, n_rows, n_cols):
-    ptrs = x_ptr + offs_m.to(tl.int64)[:, None] * n_cols + offs_n[None, :]
-    return tl.load(ptrs, mask=(offs_m < n_rows)[:, None] & (offs_n < n_cols)[None, :], other=0)
-
-
-@triton.jit
 def _quantise_kernel(
     x_ptr,  # (n_rows, n_cols), contiguous
     partials_ptr,  # (n_partials), of _amax_kernel
     scale_ptr,  # (1)
     rows_ptr,  # (n_rows, n_cols) e4m3
-    columns_ptr,  # (n_cols, padded_rows) e4m3, written if COLUMNS, with zeros in the padding
     n_rows,
     n_cols,
-    padded_rows,
     n_partials,
-    COLUMNS: tl.constexpr,
     MAX_PARTIALS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -91,12 +76,10 @@ def _quantise_kernel(
         tl.store(scale_ptr, scale)
     offs_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
-    x = _load_rows(x_ptr, offs_m, offs_n, n_rows, n_cols).to(tl.float32)
-    tile = (x * inverse).to(rows_ptr.dtype.element_ty)
-    ptrs = rows_ptr + offs_m.to(tl.int64)[:, None] * n_cols + offs_n[None, :]
-    tl.store(ptrs, tile, mask=(offs_m < n_rows)[:, None] & (offs_n < n_cols)[None, :])
-    if COLUMNS:
-        _store_columns(columns_ptr, tile, offs_m, offs_n, padded_rows, n_cols)
+    offs = offs_m.to(tl.int64)[:, None] * n_cols + offs_n[None, :]
+    mask = (offs_m < n_rows)[:, None] & (offs_n < n_cols)[None, :]
+    x = tl.load(x_ptr + offs, mask=mask, other=0).to(tl.float32)
+    tl.store(rows_ptr + offs, (x * inverse).to(rows_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -111,8 +94,10 @@ def _transpose_kernel(
 ):
     offs_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
-    tile = _load_rows(x_ptr, offs_m, offs_n, n_rows, n_cols)
-    _store_columns(columns_ptr, tile, offs_m, offs_n, padded_rows, n_cols)
+    ptrs = x_ptr + offs_m.to(tl.int64)[:, None] * n_cols + offs_n[None, :]
+    x = tl.load(ptrs, mask=(offs_m < n_rows)[:, None] & (offs_n < n_cols)[None, :], other=0)
+    ptrs = columns_ptr + offs_n.to(tl.int64)[None, :] * padded_rows + offs_m[:, None]
+    tl.store(ptrs, x, mask=(offs_m < padded_rows)[:, None] & (offs_n < n_cols)[None, :])
 
 
 # What PyTorch's products want of the dimension that is summed over: 16 bytes. A transpose is
@@ -137,11 +122,10 @@ def _padded(n_rows: int) -> int:
 def quantise(x: Tensor, *, columns: bool) -> Quantised:
     """x (M, N), contiguous, in e4m3: its rows and, on request, its columns."""
     n_rows, n_cols = x.shape
-    n_padded = _padded(n_rows)
     x8 = x.new_empty(x.shape, dtype=E4M3)
-    x8_columns = x.new_empty(n_cols, n_padded, dtype=E4M3) if columns else None
     if x.numel() == 0:
-        return Quantised(x8, x8_columns, x.new_ones(1, dtype=torch.float32))
+        empty = x8.new_empty(n_cols, 0) if columns else None
+        return Quantised(x8, empty, x.new_ones(1, dtype=torch.float32))
     tile, amax = configs.find(x, "fp8", "quantise"), configs.find(x, "fp8", "amax")
     scale = x.new_empty(1, dtype=torch.float32)
     n_partials = min(
@@ -152,22 +136,19 @@ def quantise(x: Tensor, *, columns: bool) -> Quantised:
     partials = x.new_empty(n_partials, dtype=torch.int32)
     with _host.on_device(x):
         _amax_kernel[(n_partials,)](x, partials, x.numel(), **configs.launch(amax), **_host.FMA)
-        _quantise_kernel[triton.cdiv(n_padded, tile.BLOCK_M), triton.cdiv(n_cols, tile.BLOCK_N)](
+        _quantise_kernel[triton.cdiv(n_rows, tile.BLOCK_M), triton.cdiv(n_cols, tile.BLOCK_N)](
             x,
             partials,
             scale,
             x8,
-            x8_columns,
             n_rows,
             n_cols,
-            n_padded,
             n_partials,
-            COLUMNS=columns,
             MAX_PARTIALS=triton.next_power_of_2(n_partials),
             **configs.launch(tile),
             **_host.FMA,
         )
-    return Quantised(x8, x8_columns, scale)
+    return Quantised(x8, transposed(x8) if columns else None, scale)
 
 
 def transposed(x8: Tensor) -> Tensor:

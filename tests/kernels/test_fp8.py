@@ -299,7 +299,7 @@ def test_opcheck(device: str) -> None:
 
 @pytest.mark.usefixtures("_small_chunks")
 def test_bytes_by_hand(device: str) -> None:
-    """x and weight are read twice, written along rows and columns, and read by the products."""
+    """x and weight are read twice, written, transposed, and read by the products."""
     (x, weight), targets = head((32, 16, 48), torch.bfloat16, device)
     args = (x, weight, targets, torch.bfloat16, -1, True, 0.0, 0.0, True, True)
     op: Any = linear_cross_entropy._linear_cross_entropy_fp8_op
@@ -307,9 +307,11 @@ def test_bytes_by_hand(device: str) -> None:
     rows, cells, weights = 32 * 16, 32 * 48, 48 * 16  # in two chunks of 16 rows
     assert {k.name: (k.bytes, k.fp8) for k in kernels} == {
         "x maximum": (2 * rows, False),
-        "x to fp8": (4 * rows, False),
+        "x to fp8": (3 * rows, False),
+        "x transposed": (2 * rows, False),
         "weight maximum": (4 * weights, False),
-        "weight to fp8": (6 * weights, False),
+        "weight to fp8": (5 * weights, False),
+        "weight transposed": (2 * weights, False),
         "logits": (rows + 2 * weights + 2 * cells, True),
         "rows": (3 * cells + 8 * 32, False),
         "dx": (cells + 2 * weights + 6 * rows, True),
