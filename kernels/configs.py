@@ -232,6 +232,8 @@ TABLE: dict[Key, Any] = {
     Key("gemm", "bwd", "sm_80", "half"): Gemm(64, 128, 32, 4, 3, 3),
     Key("gemm", "bwd", "sm_80", "half", ANY, ("recompute",)): Gemm(128, 64, 32, 4, 3, 3),
     Key("gemm", "weight", "sm_80", "half"): Gemm(128, 128, 32, 8, 3, 2),
+    # Parts of a weight gradient: 8 elements a thread.
+    Key("gemm_parts", "sum"): Elementwise(1024, 4),
     # LayerNorm; size: of a row, 32 or more. 8 to 32 elements a thread; a tile of the backward also
     # keeps the sums of the parameters' gradients. "bwd_narrow": for rows beside which these no
     # longer fit into the registers.

@@ -234,9 +234,9 @@ def _weight_gradient(dy: Tensor, x: Tensor, *gradients: Tensor) -> list[KernelCo
     n_cols = x.shape[-1]
     n_tokens, n_rows = x.numel() // n_cols, gradients[0].shape[0]
     flops = 2 * n_tokens * n_rows * n_cols
-    rounded = gradients[0].dtype != torch.float32
     config = _on_hopper("weight")
     if config is None:
+        rounded = gradients[0].dtype != torch.float32
         again = 4 * n_rows * n_cols + nbytes(gradients[0]) if rounded else 0
         return [
             KernelCost("linear dweight", flops, nbytes(dy, x) + 4 * n_rows * n_cols),
@@ -247,8 +247,9 @@ def _weight_gradient(dy: Tensor, x: Tensor, *gradients: Tensor) -> list[KernelCo
 
     n_tiles = -(-n_rows // config.BLOCK_M) * -(-n_cols // config.BLOCK_N)
     n_splits = gemm.splits(n_rows, n_cols, n_tokens, n_tiles, 132 * config.programs)
-    partial = 4 * n_splits * n_rows * n_cols
-    again = partial + nbytes(*gradients) if n_splits > 1 or rounded else 0
+    split = n_splits > 1
+    partial = 4 * n_splits * n_rows * n_cols if split else nbytes(gradients[0])
+    again = partial + nbytes(*gradients) if split else 0
     return [
         KernelCost("linear dweight", flops, nbytes(dy, x) + partial),
         KernelCost("linear dweight, its parts added up", 0, again),

@@ -16,7 +16,11 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from fastgpt.kernels import _host, configs
 from fastgpt.kernels.configs import Gemm
 from fastgpt.kernels.gelu import gelu_backward, gelu_forward
-from fastgpt.kernels.gemm_kernels import _linear_gelu_kernel, _weight_grad_kernel
+from fastgpt.kernels.gemm_kernels import (
+    _linear_gelu_kernel,
+    _sum_parts_kernel,
+    _weight_grad_kernel,
+)
 
 # FLOPs in the time of one byte of device memory: 788 TFLOP/s over 4.3 TB/s, measured on an H200; an
 # A100 has 150, a B200 280. Used to choose the number of splits.
@@ -159,16 +163,20 @@ def weight_gradient(
     n_splits = splits(n_rows, n_cols, n_tokens, n_tiles, slots)
     tokens_per_split = triton.cdiv(triton.cdiv(n_tokens, n_splits), block_k) * block_k
     n_splits = triton.cdiv(n_tokens, tokens_per_split)
-    dweight = dy.new_empty(n_splits, n_rows, n_cols, dtype=acc_dtype)
-    dbias = dy.new_empty(n_splits, n_rows, dtype=acc_dtype) if has_bias else None
+    dweight = dy.new_empty(n_rows, n_cols, dtype=dtype)
+    dbias = dy.new_empty(n_rows, dtype=dtype) if has_bias else None
+    parts, bias_parts = dweight, dbias
+    if n_splits > 1:
+        parts = dy.new_empty(n_splits, n_rows, n_cols, dtype=acc_dtype)
+        bias_parts = dy.new_empty(n_splits, n_rows, dtype=acc_dtype) if has_bias else None
     with _host.on_device(dy):
         _weight_grad_kernel[(n_tiles, n_splits)](
             _matrix(dy, block_k, block_m),
             dy.stride(0),
             _matrix(x, block_k, block_n),
             x.stride(0),
-            dweight,
-            dbias,
+            parts,
+            bias_parts,
             n_tokens,
             n_rows,
             n_cols,
@@ -176,6 +184,20 @@ def weight_gradient(
             HAS_BIAS=has_bias,
             **_constexprs(dy, config),
         )
-    if n_splits == 1:
-        return dweight[0].to(dtype), None if dbias is None else dbias[0].to(dtype)
-    return dweight.sum(0).to(dtype), None if dbias is None else dbias.sum(0).to(dtype)
+        if n_splits > 1:
+            sums = configs.find(dy, "gemm_parts", "sum")
+            n_bias_blocks = triton.cdiv(n_rows, sums.BLOCK) if has_bias else 0
+            _sum_parts_kernel[(triton.cdiv(dweight.numel(), sums.BLOCK) + n_bias_blocks,)](
+                parts,
+                bias_parts,
+                dweight,
+                dbias,
+                n_splits,
+                dweight.numel(),
+                n_rows,
+                HAS_BIAS=has_bias,
+                ACC=_host.accumulator(dy.dtype),
+                **configs.launch(sums),
+                **_host.FMA,
+            )
+    return dweight, dbias

@@ -6,8 +6,8 @@
 
 The first two are one persistent kernel: each program takes every n-th tile, ordered in groups of
 rows so that columns of W are reused while they are in L2. The third has few tiles and a long sum
-over T: it is split, each part is written in accumulator precision, and a reduction adds the parts
-in a fixed order (no atomics: two runs give the same bits).
+over T: it is split, each part is written in accumulator precision, and a second kernel adds the
+parts in a fixed order (no atomics: two runs give the same bits) and rounds the sum.
 
 ``TMA``: the matrices are tensor descriptors and tiles are copied by the tensor memory accelerator;
 else they are pointers and tiles are copied by cp.async.
@@ -172,8 +172,8 @@ def _weight_grad_kernel(
     dy_stride,
     x,  # (n_tokens, n_cols)
     x_stride,
-    dweight_ptr,  # (n_splits, n_rows, n_cols)
-    dbias_ptr,  # (n_splits, n_rows), written if HAS_BIAS
+    dweight_ptr,  # (n_splits, n_rows, n_cols), parts, or with one split the result
+    dbias_ptr,  # (n_splits, n_rows), likewise, written if HAS_BIAS
     n_tokens,
     n_rows,
     n_cols,
@@ -210,3 +210,37 @@ def _weight_grad_kernel(
     ptrs = dweight_ptr + (split * n_rows + offs_m[:, None]) * n_cols + offs_n[None, :]
     mask = (offs_m < n_rows)[:, None] & (offs_n < n_cols)[None, :]
     tl.store(ptrs, acc, mask=mask)
+
+
+@triton.jit
+def _sum_of_parts(
+    parts_ptr, sum_ptr, block, n_splits, size, ACC: tl.constexpr, BLOCK: tl.constexpr
+):
+    offs = block * BLOCK + tl.arange(0, BLOCK)
+    mask = offs < size
+    acc = tl.zeros([BLOCK], dtype=ACC)
+    for split in range(n_splits):
+        part_ptr = parts_ptr + tl.cast(split, tl.int64) * size
+        acc += tl.load(part_ptr + offs, mask=mask, other=0.0)
+    tl.store(sum_ptr + offs, acc, mask=mask)
+
+
+@triton.jit
+def _sum_parts_kernel(
+    dweight_parts_ptr,  # (n_splits, n_weights)
+    dbias_parts_ptr,  # (n_splits, n_rows), read if HAS_BIAS
+    dweight_ptr,  # (n_weights)
+    dbias_ptr,  # (n_rows), written if HAS_BIAS
+    n_splits,
+    n_weights,
+    n_rows,
+    HAS_BIAS: tl.constexpr,
+    ACC: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    block, n_weight_blocks = tl.program_id(0), tl.cdiv(n_weights, BLOCK)
+    if block < n_weight_blocks:
+        _sum_of_parts(dweight_parts_ptr, dweight_ptr, block, n_splits, n_weights, ACC, BLOCK)
+    elif HAS_BIAS:  # of the programs behind those of the weights
+        block -= n_weight_blocks
+        _sum_of_parts(dbias_parts_ptr, dbias_ptr, block, n_splits, n_rows, ACC, BLOCK)
