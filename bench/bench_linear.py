@@ -38,31 +38,42 @@ def gradient_inputs(random: RandomTensors, M: int, K: int, N: int) -> tuple[Tens
     return random.normal(M, N), random.normal(M, K)
 
 
-def plain_gradients(dy: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-    wide = torch.promote_types(dy.dtype, torch.float32)
-    return dy.t().to(wide) @ x.to(wide), dy.sum(0, dtype=wide)
+def of_weight_gradient(has_bias: bool) -> Op:
+    """float32 gradients, as a model with float32 weights has them."""
+
+    def fused(dy: Tensor, x: Tensor) -> tuple[Tensor, ...]:
+        dweight, dbias = gemm.weight_gradient(dy, x, has_bias, torch.float32)
+        return (dweight,) if dbias is None else (dweight, dbias)
+
+    def cublas(dy: Tensor, x: Tensor) -> tuple[Tensor, ...]:
+        dweight = matmul_float32(dy.t(), x)
+        return (dweight, dy.sum(0, dtype=torch.float32)) if has_bias else (dweight,)
+
+    def plain(dy: Tensor, x: Tensor) -> tuple[Tensor, ...]:
+        wide = torch.promote_types(dy.dtype, torch.float32)
+        dweight = dy.t().to(wide) @ x.to(wide)
+        return (dweight, dy.sum(0, dtype=wide)) if has_bias else (dweight,)
+
+    return Op(
+        name=f"linear: weight{' and bias' if has_bias else ''} gradient",
+        inputs=gradient_inputs,
+        providers={"fused": fused, "cuBLAS": cublas},
+        reference=plain,
+        directions=("inference",),
+        baseline="cuBLAS",
+        counted=None,
+        flops=lambda direction, M, K, N: 2 * M * K * N,
+        gpu_sizes=[
+            *OP.gpu_sizes,
+            {"M": 32768, "K": 768, "N": 3072},  # the MLP's
+            {"M": 32768, "K": 3072, "N": 768},
+            {"M": 65536, "K": 768, "N": 768},  # B=64
+        ],
+        table="gemm",
+    )
 
 
-WEIGHT_GRADIENT = Op(
-    name="linear: weight and bias gradient",
-    inputs=gradient_inputs,
-    providers={
-        # float32 gradients, as a model with float32 weights has them
-        "fused": lambda dy, x: gemm.weight_gradient(dy, x, True, torch.float32),
-        "cuBLAS": lambda dy, x: (matmul_float32(dy.t(), x), dy.sum(0, dtype=torch.float32)),
-    },
-    reference=plain_gradients,
-    directions=("inference",),
-    baseline="cuBLAS",
-    counted=None,
-    flops=lambda direction, M, K, N: 2 * M * K * N,
-    gpu_sizes=[
-        *OP.gpu_sizes,
-        {"M": 32768, "K": 768, "N": 3072},  # the MLP's
-        {"M": 32768, "K": 3072, "N": 768},
-        {"M": 65536, "K": 768, "N": 768},  # B=64
-    ],
-    table="gemm",
-)
+WEIGHT_GRADIENT, WEIGHT_AND_BIAS_GRADIENT = of_weight_gradient(False), of_weight_gradient(True)
 
 test_weight_gradient = WEIGHT_GRADIENT.test()
+test_weight_and_bias_gradient = WEIGHT_AND_BIAS_GRADIENT.test()

@@ -263,7 +263,7 @@ def timed(
         for _, number in interleaved(list(ms), ROUNDS):
             with using(subject.request, candidates[max(number, 0)]):
                 work = prepared(subject.direction, function, case.inputs, case.out_grads)
-                op_bench._scratch().fill_(1)
+                op_bench.occupy_device()
                 watches[number].time(work)
         for number, watch in watches.items():
             ms[number].append(statistics.median(watch.ms))

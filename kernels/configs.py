@@ -221,6 +221,8 @@ TABLE: dict[Key, Any] = {
     # with 8. cuBLAS has float32: its TF32 kernels are as good, and beside IEEE products there is no
     # epilogue to hide.
     Key("gemm", ANY, "interpreter"): Gemm(64, 64, 64, 4, 1, 1),
+    Key("gemm", "sum_parts", "interpreter"): Elementwise(1024, 4),
+    Key("gemm", "sum_parts", "gpu"): Elementwise(1024, 4),
     Key("gemm", ANY, "gpu", "float32"): CUBLAS,
     # sm_90 and sm_100: tiles come by TMA.
     Key("gemm", "fwd", "gpu", "half"): Gemm(128, 128, 64, 4, 3, 2),
@@ -232,8 +234,6 @@ TABLE: dict[Key, Any] = {
     Key("gemm", "bwd", "sm_80", "half"): Gemm(64, 128, 32, 4, 3, 3),
     Key("gemm", "bwd", "sm_80", "half", ANY, ("recompute",)): Gemm(128, 64, 32, 4, 3, 3),
     Key("gemm", "weight", "sm_80", "half"): Gemm(128, 128, 32, 8, 3, 2),
-    # Parts of a weight gradient: 8 elements a thread.
-    Key("gemm_parts", "sum"): Elementwise(1024, 4),
     # LayerNorm; size: of a row, 32 or more. 8 to 32 elements a thread; a tile of the backward also
     # keeps the sums of the parameters' gradients. "bwd_narrow": for rows beside which these no
     # longer fit into the registers.

@@ -234,7 +234,7 @@ def _weight_gradient(dy: Tensor, x: Tensor, *gradients: Tensor) -> list[KernelCo
     n_cols = x.shape[-1]
     n_tokens, n_rows = x.numel() // n_cols, gradients[0].shape[0]
     flops = 2 * n_tokens * n_rows * n_cols
-    config = _on_hopper("weight")
+    config = _on_hopper("weight", *["bias"] * (len(gradients) - 1))
     if config is None:
         rounded = gradients[0].dtype != torch.float32
         again = 4 * n_rows * n_cols + nbytes(gradients[0]) if rounded else 0
@@ -248,7 +248,7 @@ def _weight_gradient(dy: Tensor, x: Tensor, *gradients: Tensor) -> list[KernelCo
     n_tiles = -(-n_rows // config.BLOCK_M) * -(-n_cols // config.BLOCK_N)
     n_splits = gemm.splits(n_rows, n_cols, n_tokens, n_tiles, 132 * config.programs)
     split = n_splits > 1
-    partial = 4 * n_splits * n_rows * n_cols if split else nbytes(gradients[0])
+    partial = 4 * n_splits * n_rows * n_cols if split else nbytes(*gradients)
     again = partial + nbytes(*gradients) if split else 0
     return [
         KernelCost("linear dweight", flops, nbytes(dy, x) + partial),

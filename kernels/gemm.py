@@ -35,7 +35,7 @@ def _tma(device: torch.device) -> bool:
     return capability is None or 90 <= capability < 120
 
 
-def _config(kernel: str, *matrices: Tensor, recompute: bool = False) -> Gemm | None:
+def _config(kernel: str, *matrices: Tensor, options: tuple[str, ...] = ()) -> Gemm | None:
     """The tile for these matrices; None where cuBLAS computes the product: because ``configs`` says
     so; for rows that do not begin at multiples of 16 bytes, which neither TMA nor cp.async copies;
     and for a single row or column whose strides a tensor descriptor refuses.
@@ -45,7 +45,6 @@ def _config(kernel: str, *matrices: Tensor, recompute: bool = False) -> Gemm | N
             return None
         if x.stride(1) != 1 or x.stride(0) < x.shape[1]:
             return None
-    options = ("recompute",) if recompute else ()
     config = configs.find(matrices[0], "gemm", kernel, configs.ANY, *options)
     return None if config == configs.CUBLAS else config
 
@@ -122,7 +121,8 @@ def linear_gelu_gradient(
 ) -> tuple[Tensor, Tensor | None]:
     """dy (M, K), weight (K, N), pre (M, N) → ``(dy weight) * gelu'(pre)`` and, if ``recompute``,
     ``gelu(pre)``, both (M, N)."""
-    config = _config("bwd", dy, weight, pre, recompute=recompute) if dy.numel() else None
+    options = ("recompute",) if recompute else ()
+    config = _config("bwd", dy, weight, pre, options=options) if dy.numel() else None
     if config is None:
         dpre = gelu_backward(dy @ weight, pre, approximate)
         return dpre, gelu_forward(pre, approximate) if recompute else None
@@ -152,7 +152,8 @@ def weight_gradient(
     """dy (T, M), x (T, N) → ``dyᵀ x`` (M, N) and, if ``has_bias``, the sum of dy over T (M), both
     of ``dtype``, summed in float32."""
     (n_tokens, n_rows), n_cols = dy.shape, x.shape[1]
-    config = _config("weight", dy, x) if n_tokens and n_rows and n_cols else None
+    options = ("bias",) if has_bias else ()
+    config = _config("weight", dy, x, options=options) if dy.numel() and x.numel() else None
     acc_dtype = torch.promote_types(dy.dtype, torch.float32)
     if config is None:
         dweight = _host.matmul_float32(dy.t(), x).to(dtype)
@@ -185,7 +186,7 @@ def weight_gradient(
             **_constexprs(dy, config),
         )
         if n_splits > 1:
-            sums = configs.find(dy, "gemm_parts", "sum")
+            sums = configs.find(dy, "gemm", "sum_parts")
             n_bias_blocks = triton.cdiv(n_rows, sums.BLOCK) if has_bias else 0
             _sum_parts_kernel[(triton.cdiv(dweight.numel(), sums.BLOCK) + n_bias_blocks,)](
                 parts,

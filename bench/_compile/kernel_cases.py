@@ -99,8 +99,9 @@ def _adamw() -> None:
 
 
 def _mlp(biases: tuple[bool, ...], forms: tuple[str, ...], dtype: str) -> None:
-    """Both products with an epilogue and the weight gradients, keeping all and recomputing."""
-    x, ln_weight = _leaf(256, 64, dtype=dtype), _leaf(64, dtype="fp32")
+    """Both products with an epilogue and the weight gradients, in parts, keeping all and
+    recomputing."""
+    x, ln_weight = _leaf(4096, 64, dtype=dtype), _leaf(64, dtype="fp32")
     fc_weight, proj_weight = _leaf(256, 64, dtype=dtype), _leaf(64, 256, dtype=dtype)
     for bias in biases:
         fc_bias = _leaf(256, dtype=dtype) if bias else None

@@ -67,7 +67,7 @@ def test_any_tile_and_split(
 ) -> None:
     if device == "cuda":
         pytest.skip("the GPU's tables are its own")
-    monkeypatch.setattr(gemm, "_config", lambda *asked: configs.Gemm(*tile))
+    monkeypatch.setattr(gemm, "_config", lambda *asked, **options: configs.Gemm(*tile))
     monkeypatch.setattr(gemm, "splits", lambda *args: n_splits)
     dy, x = torch.randn(77, 40), torch.randn(77, 48)
     dweight, dbias = gemm.weight_gradient(dy, x, True, torch.float32)

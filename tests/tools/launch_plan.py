@@ -243,6 +243,18 @@ def _rows(c: Options) -> None:
 
 
 @run(
+    n_rows=(1000, 1024), width=(8, 16), out=(8, 16), bias=(False, True), wide=(False, True),
+    dtype=("bf16", "fp16"),
+)  # fmt: skip
+def _many_rows(c: Options) -> None:
+    """Weight gradients in parts, of weights in x's dtype and in float32."""
+    dtype = "fp32" if c.wide else c.dtype
+    weight, bias = _leaf(c.out, c.width, dtype=dtype), _leaf(c.out, dtype=dtype)
+    x = _leaf(c.n_rows, c.width, dtype=c.dtype)
+    fused.linear(x, weight, bias if c.bias else None).sum().backward()
+
+
+@run(
     n_rows=_SIZES, n_classes=(*_SIZES, 5000), width=_SIZES, smoothing=(0.0, 0.1), z=(0.0, 1e-4),
     reduction=("mean", "sum"), gradient=(False, True), ignore_index=(-1, 0, 1), shift=(0, 1),
     dtype=("fp32", "bf16", "fp16"),
