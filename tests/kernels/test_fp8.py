@@ -232,10 +232,14 @@ def test_chunks_change_only_the_order_of_sums(device: str, monkeypatch: pytest.M
     leaves, targets = head((50, 32, 80), torch.bfloat16, device)
     op = partial(fused.linear_cross_entropy, targets=targets, fp8=True)
     grad = torch.tensor(1.0, device=device)
-    whole = results(op, leaves, grad)
+    *whole, whole_dweight = results(op, leaves, grad)
     monkeypatch.setattr(linear_cross_entropy, "_fp8_chunk_rows", lambda *_: 16)
-    for a, b in zip(results(op, leaves, grad), whole, strict=True):
-        torch.testing.assert_close(a, b, atol=1e-7, rtol=1e-5)
+    *chunks, dweight = results(op, leaves, grad)
+    torch.testing.assert_close(chunks, whole, atol=1e-7, rtol=1e-5)
+    # Hopper's tensor cores cut each of the 32 products that they add at once some 13 bits behind
+    # the largest of them; 2^-11.6 was seen on an H200.
+    cut = 2.0**-9 * float(whole_dweight.abs().max()) if device == "cuda" else 1e-7
+    torch.testing.assert_close(dweight, whole_dweight, atol=cut, rtol=1e-5)
 
 
 def test_loss_without_rows_without_gradients_and_with_wrong_targets(device: str) -> None:
