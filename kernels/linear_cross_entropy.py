@@ -22,13 +22,19 @@ from fastgpt.kernels import _checks, _host, chunked_loss, configs, fp8_products
 
 
 @triton.jit
-def _load_tile(row_ptr, start, padded_cols, n_cols, ACC: tl.constexpr, BLOCK_N: tl.constexpr):
+def _load_tile(
+    row_ptr, start, padded_cols, n_cols,
+    AGAIN: tl.constexpr, ACC: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
     """Logits start, start + 1, ... of a row as (BLOCK_N / 8, 8), and their columns; -inf past the
     end of the row. The padding is loaded too: with a mask that ends within 16 bytes, as for an odd
-    V, every load would be of single elements.
+    V, every load would be of single elements. ``AGAIN``: the L2 cache shall keep them.
     """
     offs_n = start + tl.arange(0, BLOCK_N // 8)[:, None] * 8 + tl.arange(0, 8)[None, :]
-    logits = tl.load(row_ptr + offs_n, mask=offs_n < padded_cols, other=0.0).to(ACC)
+    POLICY: tl.constexpr = "evict_last" if AGAIN else "evict_first"
+    logits = tl.load(
+        row_ptr + offs_n, mask=offs_n < padded_cols, other=0.0, eviction_policy=POLICY
+    ).to(ACC)
     return tl.where(offs_n < n_cols, logits, float("-inf")), offs_n
 
 
@@ -62,7 +68,7 @@ def _cross_entropy_rows_kernel(
     acc_exp = tl.zeros([BLOCK_N // 8], dtype=ACC)
     acc_logits = tl.zeros([BLOCK_N // 8], dtype=ACC)
     for start in range(0, n_cols, BLOCK_N):
-        logits, offs_n = _load_tile(row_ptr, start, padded_cols, n_cols, ACC, BLOCK_N)
+        logits, offs_n = _load_tile(row_ptr, start, padded_cols, n_cols, GRADIENT, ACC, BLOCK_N)
         new_max = tl.maximum(max_8, tl.max(logits, axis=1))
         shift = tl.where(new_max == float("-inf"), 0.0, new_max)  # eight columns past the end
         exp = tl.exp2((logits - shift[:, None]) * 1.4426950408889634)
@@ -90,8 +96,12 @@ def _cross_entropy_rows_kernel(
         elsewhere = tl.where(valid, label_smoothing / n_cols, 0.0)
         column = tl.where(is_class, target, -1).to(tl.int32)
         end = tl.where(valid, n_cols, 0)
+        # From the end of the row, which was read last.
+        last = (n_cols - 1) // BLOCK_N * BLOCK_N
         for start in range(0, n_cols, BLOCK_N):
-            logits, offs_n = _load_tile(row_ptr, start, padded_cols, end, ACC, BLOCK_N)
+            logits, offs_n = _load_tile(
+                row_ptr, last - start, padded_cols, end, False, ACC, BLOCK_N
+            )
             dlogits = tl.exp2((logits - shift) * 1.4426950408889634) * share
             dlogits -= tl.where(offs_n == column, at_target, 0.0)
             if SMOOTHED:
@@ -100,6 +110,7 @@ def _cross_entropy_rows_kernel(
                 dlogits_ptr + row * padded_cols + offs_n,
                 (dlogits * dlogits_scale).to(dlogits_ptr.dtype.element_ty),
                 mask=offs_n < padded_cols,
+                eviction_policy="evict_first",
             )
 
 

@@ -396,7 +396,7 @@ def test_every_accepted_form_of_arithmetic_is_executed() -> None:
     special = {
         "cvta", "mov", "selp", "setp", "ld", "st", "cp", "shfl", "vote", "mma", "wgmma", "bra",
         "ret", "exit", "trap", "bar", "barrier", "fence", "mbarrier", "ldmatrix", "stmatrix",
-        "elect", "lop3", "redux",
+        "elect", "lop3", "redux", "createpolicy",
     }  # fmt: skip
     checked = 0
     for base, accepted in forms.FORMS.items():

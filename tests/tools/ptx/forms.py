@@ -23,7 +23,8 @@ _BITS = "b16|b32|b64"
 _ANY = f"{_BITS}|{_INT}|f32|f64"
 _HALF = "f16|f16x2|bf16|bf16x2"
 _MEMORY = "b8|b16|b32|b64|s8|u8|s16|u16|s32|u32|s64|u64|f32|f64"
-_CACHE = "(L1::evict_first|L1::evict_last|L1::no_allocate)"  # speed alone
+# Speed alone. The last operand of an access with a cache hint is its policy.
+_CACHE = "(L1::evict_first|L1::evict_last|L1::no_allocate) (L2::cache_hint)"
 # To nearest even is what an instruction does that names no rounding.
 _FLOAT = ["(rn) [ftz] f32", "(rn) f64", f"(rn) {_HALF}"]
 _EXTREME = [_INT, "relu s32", "[ftz] [NaN] f32", "[ftz] xorsign abs f32", "f64", _HALF]
@@ -92,6 +93,7 @@ FORMS: dict[str, list[str]] = {
         "rn f16x2 e4m3x2|e5m2x2",
     ],
     # Memory
+    "createpolicy": ["(fractional) (L2::evict_first|L2::evict_last) b64"],
     "ld": [
         f"param [v2|v4] {_MEMORY}",
         f"global {_CACHE} [v2|v4|v8] {_MEMORY}",

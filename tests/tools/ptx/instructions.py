@@ -224,6 +224,10 @@ class _Translator:
 
     # -------------------------------------------------------------------------------- memory
 
+    def _createpolicy(self, base: str, words: Sequence[str], args: list[str]) -> list[Step]:
+        zero = self._constant(_WORD, 0)  # no access here heeds it
+        return [("mov.b64", [self._value(args[0], "b64"), zero], ())]
+
     def _ld(self, base: str, words: Sequence[str | None], args: list[str]) -> list[Step]:
         space, vector, type = words
         assert space and type
