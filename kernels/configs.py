@@ -91,6 +91,15 @@ class WholeRows(NamedTuple):
     num_warps: int
 
 
+class RowLoop(NamedTuple):
+    """The tile is as wide as the row; ``STAGES - 1`` tiles are loaded while one is computed."""
+
+    BLOCK_M: int
+    num_warps: int
+    STAGES: int
+    programs: int
+
+
 class PartOfRow(NamedTuple):
     BLOCK_N: int
     num_warps: int

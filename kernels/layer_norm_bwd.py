@@ -104,6 +104,7 @@ def _layer_norm_bwd_kernel(
     ACC: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    STAGES: tl.constexpr = 1,
 ):
     start_n = tl.program_id(1) * BLOCK_N
     offs_m, offs_n = tl.arange(0, BLOCK_M), start_n + tl.arange(0, BLOCK_N)
@@ -114,7 +115,8 @@ def _layer_norm_bwd_kernel(
     acc_ddelta_bias = tl.zeros([BLOCK_M, BLOCK_N], dtype=ACC)
 
     first = tl.program_id(0).to(tl.int64) * rows_per_program
-    for start in range(first, tl.minimum(first + rows_per_program, n_rows), BLOCK_M):
+    stop = tl.minimum(first + rows_per_program, n_rows)
+    for start in tl.range(first, stop, BLOCK_M, num_stages=STAGES):
         mask_m = start + offs_m < n_rows
         mask = mask_m[:, None] & mask_n[None, :]
         dy, x_hat, rstd = _load_tile(
@@ -220,14 +222,15 @@ def layer_norm_bwd(
             p.zero_()
         return
 
-    row_launch = whole_rows(x, "bwd")
+    row_launch, resident = whole_rows(x, "bwd")
+    if dropout_p or resident is None:  # by the registers, at 768 columns in bfloat16
+        resident = 3 if dropout_p else 4
     fused = n_cols <= MAX_FUSED_WIDTH
     launch = row_launch
     if not fused:
         launch = configs.launch(configs.find(x, "layer_norm", "bwd_narrow"))
     sums = configs.launch(configs.find(x, "layer_norm", "sum_row_blocks"))
     tiles = triton.cdiv(n_rows, launch["BLOCK_M"])
-    resident = 3 if dropout_p else 4  # of a multiprocessor's registers, at 768 columns in bfloat16
     programs = min(resident * _host.multiprocessors(x.device), tiles)
     rows_per_program = triton.cdiv(tiles, programs) * launch["BLOCK_M"]
     programs = triton.cdiv(n_rows, rows_per_program)

@@ -111,10 +111,12 @@ def contiguous_or_none(x: Tensor | None) -> Tensor | None:
     return None if x is None else x.contiguous()
 
 
-def whole_rows(x: Tensor, kernel: str) -> dict[str, int]:
-    """The launch of a kernel whose tile is as wide as x's rows."""
+def whole_rows(x: Tensor, kernel: str) -> tuple[dict[str, int], int | None]:
+    """The launch of a kernel whose tile is as wide as x's rows, and how many of its programs share
+    a multiprocessor, if the launch table says so."""
     block_n = max(32, triton.next_power_of_2(x.shape[-1]))
-    return dict(BLOCK_N=block_n, **configs.launch(configs.find(x, "layer_norm", kernel, block_n)))
+    config = configs.find(x, "layer_norm", kernel, block_n)
+    return dict(BLOCK_N=block_n, **configs.launch(config)), getattr(config, "programs", None)
 
 
 def layer_norm_fwd(
@@ -138,7 +140,7 @@ def layer_norm_fwd(
     rstd = torch.empty_like(mean)
     threshold, keep_scale = _host.dropout_numbers(dropout_p)
     if n_rows:
-        launch = whole_rows(x, "fwd")
+        launch, _ = whole_rows(x, "fwd")
         with _host.on_device(x):
             _layer_norm_fwd_kernel[(triton.cdiv(n_rows, launch["BLOCK_M"]),)](
                 rows,
