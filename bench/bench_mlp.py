@@ -83,19 +83,22 @@ def fc_gradient_inputs(random: RandomTensors, M: int, C: int) -> tuple[Tensor, .
 
 
 def of_fc_gradient(recompute: bool) -> Op:
-    """The gradient of FC's output; with ``recompute`` GELU's output again, for FC2's dW."""
+    """The gradients of FC's output and bias; with ``recompute`` GELU's output again, for dW."""
 
     def fused(dy: Tensor, weight: Tensor, pre: Tensor) -> tuple[Tensor, ...]:
-        dpre, act = gemm.linear_gelu_gradient(dy, weight, pre, "none", recompute=recompute)
-        return (dpre,) if act is None else (dpre, act)
+        dpre, act, dbias = gemm.linear_gelu_gradient(
+            dy, weight, pre, "none", recompute=recompute, dbias_dtype=dy.dtype
+        )
+        return tuple(t for t in (dpre, act, dbias) if t is not None)
 
     def cublas(dy: Tensor, weight: Tensor, pre: Tensor) -> tuple[Tensor, ...]:
         dpre = gelu_backward(dy @ weight, pre, "none")
-        return (dpre, gelu_forward(pre, "none")) if recompute else (dpre,)
+        act = [gelu_forward(pre, "none")] if recompute else []
+        return (dpre, *act, dpre.sum(0))
 
     def plain(dy: Tensor, weight: Tensor, pre: Tensor) -> tuple[Tensor, ...]:
         dpre = torch.ops.aten.gelu_backward(dy @ weight, pre)
-        return (dpre, F.gelu(pre)) if recompute else (dpre,)
+        return (dpre, *([F.gelu(pre)] if recompute else []), dpre.sum(0))
 
     return Op(
         name=f"mlp: fc2 dx and gelu gradient{', recompute' if recompute else ''}",

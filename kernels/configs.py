@@ -230,9 +230,12 @@ TABLE: dict[Key, Any] = {
     # with 8. cuBLAS has float32: its TF32 kernels are as good, and beside IEEE products there is no
     # epilogue to hide.
     Key("gemm", ANY, "interpreter"): Gemm(64, 64, 64, 4, 1, 1),
-    Key("gemm", "sum_parts", "interpreter"): Elementwise(1024, 4),
-    Key("gemm", "sum_parts", "gpu"): Elementwise(1024, 4),
+    Key("gemm", "sum_parts", "interpreter"): Tile(8, 64, 4),
+    Key("gemm", "sum_tiles", "interpreter"): Tile(8, 64, 4),
     Key("gemm", ANY, "gpu", "float32"): CUBLAS,
+    # Parts of a weight gradient, few and long; sums of dpre, one for each row of tiles.
+    Key("gemm", "sum_parts", "gpu"): Tile(8, 256, 4),
+    Key("gemm", "sum_tiles", "gpu"): Tile(128, 16, 4),
     # sm_90 and sm_100: tiles come by TMA.
     Key("gemm", "fwd", "gpu", "half"): Gemm(128, 128, 64, 4, 3, 2),
     Key("gemm", "bwd", "gpu", "half"): Gemm(128, 128, 64, 4, 3, 2),

@@ -215,18 +215,27 @@ def _linear_gelu(
 
 
 def _linear_gelu_gradient(
-    dy: Tensor, weight: Tensor, pre: Tensor, recompute: bool
+    dy: Tensor, weight: Tensor, pre: Tensor, recompute: bool, dbias: Tensor | None
 ) -> list[KernelCost]:
-    """Of ``linear_gelu_gradient``."""
+    """Of ``linear_gelu_gradient``; ``dbias``: as it is returned."""
     flops = 2 * pre.numel() * dy.shape[-1]
-    operands = nbytes(dy, weight)
-    if _on_hopper("bwd", *["recompute"] * recompute) is not None:
-        return [KernelCost("linear dx * GELU'", flops, operands + (2 + recompute) * nbytes(pre))]
+    moved = nbytes(dy, weight)
+    config = _on_hopper("bwd", *["recompute"] * recompute)
+    if config is not None:
+        moved += (2 + recompute) * nbytes(pre)
+        if dbias is None:
+            return [KernelCost("linear dx * GELU'", flops, moved)]
+        parts = -(-pre.shape[0] // config.BLOCK_M) * 4 * pre.shape[1]
+        return [
+            KernelCost("linear dx * GELU'", flops, moved + parts),
+            KernelCost("linear dbias, its parts added up", 0, parts + nbytes(dbias)),
+        ]
     kernels = [
-        KernelCost("linear dx", flops, operands + nbytes(pre)),
+        KernelCost("linear dx", flops, moved + nbytes(pre)),
         KernelCost("GELU'", 0, 3 * nbytes(pre)),
     ]
-    return [*kernels, KernelCost("GELU again", 0, 2 * nbytes(pre))] if recompute else kernels
+    kernels += [KernelCost("GELU again", 0, 2 * nbytes(pre))] * recompute
+    return kernels if dbias is None else [*kernels, KernelCost("dbias", 0, nbytes(pre, dbias))]
 
 
 def _weight_gradient(dy: Tensor, x: Tensor, *gradients: Tensor) -> list[KernelCost]:
@@ -307,15 +316,21 @@ def _(
     fc, proj = _operand(fc_weight, dy.dtype), _operand(proj_weight, dy.dtype)
     kernels: list[KernelCost] = [
         *_casting(dy.dtype, proj_weight, fc_weight if wants_dx else None),
-        *_linear_gelu_gradient(dy, proj, pre, act is None and wants_dproj),
+        *_linear_gelu_gradient(
+            dy,
+            proj,
+            pre,
+            act is None and wants_dproj,
+            out[wants_dx + 1] if wants_dfc and has_bias else None,
+        ),
     ]
     gradients = iter(out)
     if wants_dx:
         kernels.append(_product("linear dx", tokens, c, f, pre, fc, next(gradients)))
     if wants_dfc:
-        parameters = [next(gradients) for _ in range(1 + has_bias)]
+        dfc_weight, *_ = [next(gradients) for _ in range(1 + has_bias)]
         kernels += _recomputing(ln_weight, saved, dy.dtype)
-        kernels += _weight_gradient(pre, _operand(saved, dy.dtype), *parameters)
+        kernels += _weight_gradient(pre, _operand(saved, dy.dtype), dfc_weight)
     if wants_dproj:
         kernels += _weight_gradient(dy, pre, next(gradients))
     return kernels

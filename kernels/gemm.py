@@ -16,11 +16,8 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from fastgpt.kernels import _host, configs
 from fastgpt.kernels.configs import Gemm
 from fastgpt.kernels.gelu import gelu_backward, gelu_forward
-from fastgpt.kernels.gemm_kernels import (
-    _linear_gelu_kernel,
-    _sum_parts_kernel,
-    _weight_grad_kernel,
-)
+from fastgpt.kernels.gemm_kernels import _linear_gelu_kernel, _weight_grad_kernel
+from fastgpt.kernels.partial_sums import sum_row_blocks
 
 # FLOPs in the time of one byte of device memory: 788 TFLOP/s over 4.3 TB/s, measured on an H200; an
 # A100 has 150, a B200 280. Used to choose the number of splits.
@@ -73,7 +70,8 @@ def _linear_gelu(
     act: Tensor | None,
     approximate: str,
 ) -> None:
-    """Writes pre, or dpre if it is given, and act if it is given."""
+    """Writes pre, or dpre if it is given, and act if it is given. ``bias``: beside dpre, what is
+    written there, (rows of tiles, N)."""
     gradient = dpre is not None
     block_m, block_n, block_k = config[:3]
     (n_rows, n_inner), n_cols = a.shape, pre.shape[1]
@@ -117,19 +115,37 @@ def linear_gelu(
 
 
 def linear_gelu_gradient(
-    dy: Tensor, weight: Tensor, pre: Tensor, approximate: str, recompute: bool
-) -> tuple[Tensor, Tensor | None]:
-    """dy (M, K), weight (K, N), pre (M, N) → ``(dy weight) * gelu'(pre)`` and, if ``recompute``,
-    ``gelu(pre)``, both (M, N)."""
+    dy: Tensor,
+    weight: Tensor,
+    pre: Tensor,
+    approximate: str,
+    *,
+    recompute: bool,
+    dbias_dtype: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """dy (M, K), weight (K, N), pre (M, N) → ``dpre = (dy weight) * gelu'(pre)`` (M, N); if
+    ``recompute``, ``gelu(pre)`` (M, N); with ``dbias_dtype`` the sum of dpre over M (N)."""
     options = ("recompute",) if recompute else ()
     config = _config("bwd", dy, weight, pre, options=options) if dy.numel() else None
     if config is None:
         dpre = gelu_backward(dy @ weight, pre, approximate)
-        return dpre, gelu_forward(pre, approximate) if recompute else None
+        act = gelu_forward(pre, approximate) if recompute else None
+        return dpre, act, None if dbias_dtype is None else _column_sums(dpre, dbias_dtype)
     dpre = torch.empty_like(pre)
     act = torch.empty_like(pre) if recompute else None
-    _linear_gelu(config, dy, weight, None, pre, dpre, act, approximate)
-    return dpre, act
+    dbias = parts = None
+    if dbias_dtype is not None:
+        dbias = pre.new_empty(pre.shape[1], dtype=dbias_dtype)
+        n_parts = triton.cdiv(pre.shape[0], config.BLOCK_M)
+        parts = pre.new_empty(1, n_parts, pre.shape[1], dtype=_host.stats_dtype(pre.dtype))
+    _linear_gelu(config, dy, weight, parts, pre, dpre, act, approximate)
+    if parts is not None and dbias is not None:
+        sum_row_blocks(parts, [dbias], configs.find(dy, "gemm", "sum_tiles"))
+    return dpre, act, dbias
+
+
+def _column_sums(x: Tensor, dtype: torch.dtype) -> Tensor:
+    return x.sum(0, dtype=torch.promote_types(x.dtype, torch.float32)).to(dtype)
 
 
 @functools.cache
@@ -154,30 +170,30 @@ def weight_gradient(
     (n_tokens, n_rows), n_cols = dy.shape, x.shape[1]
     options = ("bias",) if has_bias else ()
     config = _config("weight", dy, x, options=options) if dy.numel() and x.numel() else None
-    acc_dtype = torch.promote_types(dy.dtype, torch.float32)
     if config is None:
         dweight = _host.matmul_float32(dy.t(), x).to(dtype)
-        return dweight, dy.sum(0, dtype=acc_dtype).to(dtype) if has_bias else None
+        return dweight, _column_sums(dy, dtype) if has_bias else None
     block_m, block_n, block_k = config[:3]
     n_tiles = triton.cdiv(n_rows, block_m) * triton.cdiv(n_cols, block_n)
     slots = config.programs * _host.multiprocessors(dy.device)
     n_splits = splits(n_rows, n_cols, n_tokens, n_tiles, slots)
     tokens_per_split = triton.cdiv(triton.cdiv(n_tokens, n_splits), block_k) * block_k
     n_splits = triton.cdiv(n_tokens, tokens_per_split)
-    dweight = dy.new_empty(n_rows, n_cols, dtype=dtype)
-    dbias = dy.new_empty(n_rows, dtype=dtype) if has_bias else None
-    parts, bias_parts = dweight, dbias
+    outs = [dy.new_empty(n_rows, n_cols, dtype=dtype)]
+    if has_bias:
+        outs.append(dy.new_empty(n_rows, dtype=dtype))
+    parts = outs
     if n_splits > 1:
-        parts = dy.new_empty(n_splits, n_rows, n_cols, dtype=acc_dtype)
-        bias_parts = dy.new_empty(n_splits, n_rows, dtype=acc_dtype) if has_bias else None
+        wide = _host.stats_dtype(dy.dtype)
+        parts = [out.new_empty(1, n_splits, *out.shape, dtype=wide) for out in outs]
     with _host.on_device(dy):
         _weight_grad_kernel[(n_tiles, n_splits)](
             _matrix(dy, block_k, block_m),
             dy.stride(0),
             _matrix(x, block_k, block_n),
             x.stride(0),
-            parts,
-            bias_parts,
+            parts[0],
+            parts[1] if has_bias else None,
             n_tokens,
             n_rows,
             n_cols,
@@ -185,20 +201,7 @@ def weight_gradient(
             HAS_BIAS=has_bias,
             **_constexprs(dy, config),
         )
-        if n_splits > 1:
-            sums = configs.find(dy, "gemm", "sum_parts")
-            n_bias_blocks = triton.cdiv(n_rows, sums.BLOCK) if has_bias else 0
-            _sum_parts_kernel[(triton.cdiv(dweight.numel(), sums.BLOCK) + n_bias_blocks,)](
-                parts,
-                bias_parts,
-                dweight,
-                dbias,
-                n_splits,
-                dweight.numel(),
-                n_rows,
-                HAS_BIAS=has_bias,
-                ACC=_host.accumulator(dy.dtype),
-                **configs.launch(sums),
-                **_host.FMA,
-            )
-    return dweight, dbias
+    if n_splits > 1:
+        for part, out in zip(parts, outs, strict=True):
+            sum_row_blocks(part, [out], configs.find(dy, "gemm", "sum_parts"))
+    return outs[0], outs[1] if has_bias else None

@@ -6,8 +6,8 @@
 
 The first two are one persistent kernel: each program takes every n-th tile, ordered in groups of
 rows so that columns of W are reused while they are in L2. The third has few tiles and a long sum
-over T: it is split, each part is written in accumulator precision, and a second kernel adds the
-parts in a fixed order (no atomics: two runs give the same bits) and rounds the sum.
+over T: it is split, and the parts are added up (``partial_sums.py``). So are the column sums of
+dpre, the gradient of the first layer's bias, which the second product leaves for each row of tiles.
 
 ``TMA``: the matrices are tensor descriptors and tiles are copied by the tensor memory accelerator;
 else they are pointers and tiles are copied by cp.async.
@@ -67,14 +67,18 @@ def _halves(x, M: tl.constexpr, N: tl.constexpr):
 
 @triton.jit
 def _gelu_epilogue(
-    acc, pre, dpre, act, row, col, n_rows, n_cols,
-    TMA: tl.constexpr, GRADIENT: tl.constexpr, HAS_ACT: tl.constexpr, TANH: tl.constexpr,
-    FAST: tl.constexpr, ACC: tl.constexpr, R: tl.constexpr, C: tl.constexpr,
+    acc, bias_ptr, pre, dpre, act, row, col, n_rows, n_cols,
+    TMA: tl.constexpr, GRADIENT: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_ACT: tl.constexpr,
+    TANH: tl.constexpr, FAST: tl.constexpr, ACC: tl.constexpr, R: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
     if GRADIENT:
         x = _load(pre, n_cols, row, col, n_rows, n_cols, TMA, R, C).to(ACC)
-        gradient = acc * gelu_slope(x, TANH, FAST)
+        gradient = acc * gelu_slope(x, TANH, FAST)  # 0 past the last row, where acc is 0
         _store(dpre, n_cols, gradient, row, col, n_rows, n_cols, TMA, R, C)
+        if HAS_BIAS:
+            offs = col + tl.arange(0, C)
+            ptrs = bias_ptr + row // R * n_cols + offs
+            tl.store(ptrs, tl.sum(gradient, axis=0), mask=offs < n_cols)
     else:
         # GELU of the rounded value that is saved, so that the backward's slope is at the same point
         rounded = acc.to(pre.dtype if TMA else pre.dtype.element_ty)
@@ -97,7 +101,7 @@ def _linear_gelu_kernel(
     a_stride,
     w,  # (n_cols, n_inner), or (n_inner, n_cols) if GRADIENT
     w_stride,
-    bias_ptr,  # (n_cols), read only if HAS_BIAS
+    bias_ptr,  # if HAS_BIAS: (n_cols); if GRADIENT, written: (rows of tiles, n_cols), sums of dpre
     pre,  # (n_rows, n_cols), contiguous; written, or read if GRADIENT
     dpre,  # (n_rows, n_cols), contiguous, written if GRADIENT
     act,  # (n_rows, n_cols), contiguous, written if HAS_ACT
@@ -122,7 +126,7 @@ def _linear_gelu_kernel(
         tile_m, tile_n = _grouped(tile, n_tiles_m, n_tiles_n, GROUP)
         row, col = tile_m * BLOCK_M, tile_n * BLOCK_N
         acc = tl.zeros([BLOCK_M, BLOCK_N], dtype=ACC)
-        if HAS_BIAS:  # added before the products, not in the epilogue
+        if HAS_BIAS and not GRADIENT:  # added before the products, not in the epilogue
             offs = col + tl.arange(0, BLOCK_N)
             acc += tl.load(bias_ptr + offs, mask=offs < n_cols, other=0.0).to(ACC)[None, :]
         for k in range(0, n_inner, BLOCK_K):
@@ -134,12 +138,12 @@ def _linear_gelu_kernel(
             acc = tl.dot(x, y, acc, input_precision=PRECISION, out_dtype=ACC)
         left, right = _halves(acc, BLOCK_M, BLOCK_N)
         _gelu_epilogue(
-            left, pre, dpre, act, row, col, n_rows, n_cols,
-            TMA, GRADIENT, HAS_ACT, TANH, FAST, ACC, BLOCK_M, BLOCK_N // 2,
+            left, bias_ptr, pre, dpre, act, row, col, n_rows, n_cols,
+            TMA, GRADIENT, HAS_BIAS, HAS_ACT, TANH, FAST, ACC, BLOCK_M, BLOCK_N // 2,
         )  # fmt: skip
         _gelu_epilogue(
-            right, pre, dpre, act, row, col + BLOCK_N // 2, n_rows, n_cols,
-            TMA, GRADIENT, HAS_ACT, TANH, FAST, ACC, BLOCK_M, BLOCK_N // 2,
+            right, bias_ptr, pre, dpre, act, row, col + BLOCK_N // 2, n_rows, n_cols,
+            TMA, GRADIENT, HAS_BIAS, HAS_ACT, TANH, FAST, ACC, BLOCK_M, BLOCK_N // 2,
         )  # fmt: skip
 
 
@@ -210,37 +214,3 @@ def _weight_grad_kernel(
     ptrs = dweight_ptr + (split * n_rows + offs_m[:, None]) * n_cols + offs_n[None, :]
     mask = (offs_m < n_rows)[:, None] & (offs_n < n_cols)[None, :]
     tl.store(ptrs, acc, mask=mask)
-
-
-@triton.jit
-def _sum_of_parts(
-    parts_ptr, sum_ptr, block, n_splits, size, ACC: tl.constexpr, BLOCK: tl.constexpr
-):
-    offs = block * BLOCK + tl.arange(0, BLOCK)
-    mask = offs < size
-    acc = tl.zeros([BLOCK], dtype=ACC)
-    for split in range(n_splits):
-        part_ptr = parts_ptr + tl.cast(split, tl.int64) * size
-        acc += tl.load(part_ptr + offs, mask=mask, other=0.0)
-    tl.store(sum_ptr + offs, acc, mask=mask)
-
-
-@triton.jit
-def _sum_parts_kernel(
-    dweight_parts_ptr,  # (n_splits, n_weights)
-    dbias_parts_ptr,  # (n_splits, n_rows), read if HAS_BIAS
-    dweight_ptr,  # (n_weights)
-    dbias_ptr,  # (n_rows), written if HAS_BIAS
-    n_splits,
-    n_weights,
-    n_rows,
-    HAS_BIAS: tl.constexpr,
-    ACC: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    block, n_weight_blocks = tl.program_id(0), tl.cdiv(n_weights, BLOCK)
-    if block < n_weight_blocks:
-        _sum_of_parts(dweight_parts_ptr, dweight_ptr, block, n_splits, n_weights, ACC, BLOCK)
-    elif HAS_BIAS:  # of the programs behind those of the weights
-        block -= n_weight_blocks
-        _sum_of_parts(dbias_parts_ptr, dbias_ptr, block, n_splits, n_rows, ACC, BLOCK)

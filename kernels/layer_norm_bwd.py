@@ -14,6 +14,7 @@ from fastgpt.kernels.layer_norm_fwd import (
     tile_ptrs,
     whole_rows,
 )
+from fastgpt.kernels.partial_sums import sum_row_blocks
 
 # A tile of the backward also keeps the sums of the parameters' gradients. Past MAX_FUSED_WIDTH they
 # no longer fit into the registers beside a whole row: a kernel of its own finds the means of a row,
@@ -164,38 +165,6 @@ def _layer_norm_bwd_kernel(
         _store_partial(partial_ptr, 2 if HAS_BIAS else 1, acc_ddelta_bias, offs_n, n_cols)
 
 
-@triton.jit
-def _sum_row_blocks_kernel(
-    partial_ptr,  # (1 to 3, n_row_blocks, n_cols): one matrix for each output
-    out0_ptr,  # (n_cols)
-    out1_ptr,  # (n_cols), or None
-    out2_ptr,  # (n_cols), or None
-    n_row_blocks,
-    n_cols,
-    ACC: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
-    parameter = tl.program_id(1)
-    offs_m = tl.arange(0, BLOCK_M)
-    offs_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    mask_n = offs_n < n_cols
-    acc = tl.zeros([BLOCK_M, BLOCK_N], dtype=ACC)
-    for start in range(0, n_row_blocks, BLOCK_M):
-        rows = (parameter * n_row_blocks + start + offs_m).to(tl.int64)
-        mask = (start + offs_m < n_row_blocks)[:, None] & mask_n[None, :]
-        acc += tl.load(partial_ptr + rows[:, None] * n_cols + offs_n[None, :], mask=mask, other=0.0)
-    total = tl.sum(acc, axis=0).to(out0_ptr.dtype.element_ty)
-    if parameter == 0:
-        tl.store(out0_ptr + offs_n, total, mask=mask_n)
-    if out1_ptr is not None:
-        if parameter == 1:
-            tl.store(out1_ptr + offs_n, total, mask=mask_n)
-    if out2_ptr is not None:
-        if parameter == 2:
-            tl.store(out2_ptr + offs_n, total, mask=mask_n)
-
-
 def layer_norm_bwd(
     dy: Tensor,
     dtotal: Tensor | None,
@@ -229,7 +198,6 @@ def layer_norm_bwd(
     launch = row_launch
     if not fused:
         launch = configs.launch(configs.find(x, "layer_norm", "bwd_narrow"))
-    sums = configs.launch(configs.find(x, "layer_norm", "sum_row_blocks"))
     tiles = triton.cdiv(n_rows, launch["BLOCK_M"])
     programs = min(resident * _host.multiprocessors(x.device), tiles)
     rows_per_program = triton.cdiv(tiles, programs) * launch["BLOCK_M"]
@@ -266,13 +234,4 @@ def layer_norm_bwd(
             **launch,
             **_host.FMA,
         )
-        _sum_row_blocks_kernel[(triton.cdiv(n_cols, sums["BLOCK_N"]), len(params))](
-            partial,
-            *params,
-            *[None] * (3 - len(params)),
-            programs,
-            n_cols,
-            ACC=acc,
-            **sums,
-            **_host.FMA,
-        )
+    sum_row_blocks(partial, params, configs.find(x, "layer_norm", "sum_row_blocks"))

@@ -83,7 +83,7 @@ def test_any_tile(
     """Several tiles for each program, and groups that the number of tiles does not fill."""
     if device == "cuda":
         pytest.skip("the GPU's tables are its own")
-    monkeypatch.setattr(configs, "find", lambda *asked: configs.Gemm(*tile))
+    monkeypatch.setattr(gemm, "_config", lambda *asked, **options: configs.Gemm(*tile))
     inputs = _inputs((85, 40), 104, 24, torch.float32, device, "contiguous")
     _assert_parity(inputs, 24, "contiguous", form, bias=True)
 
@@ -111,7 +111,9 @@ def test_tables_that_say_cublas(
         return [
             *gemm.linear_gelu(x, fc_weight, fc_bias, "none"),
             *gemm.linear_gelu_gradient(dy, proj_weight, pre, "none", recompute=False),
-            *gemm.linear_gelu_gradient(dy, proj_weight, pre, "none", recompute=True),
+            *gemm.linear_gelu_gradient(
+                dy, proj_weight, pre, "none", recompute=True, dbias_dtype=torch.float32
+            ),
             *gemm.weight_gradient(dy, x, True, torch.float32),
             *gemm.weight_gradient(dy, x, False, dtype),
         ]
@@ -142,12 +144,13 @@ def test_costs_when_the_tables_say_cublas(monkeypatch: pytest.MonkeyPatch, recom
     def totals() -> list[tuple[int, int]]:
         kernels = (
             costs._linear_gelu(x, fc_weight, fc_bias, hidden),
-            costs._linear_gelu_gradient(x, proj_weight, hidden, recompute),
+            costs._linear_gelu_gradient(x, proj_weight, hidden, recompute, dfc_bias),
             costs._weight_gradient(hidden, x, dfc_weight, dfc_bias),
         )
         return [(sum(k.flops for k in of), sum(k.bytes for k in of)) for of in kernels]
 
     monkeypatch.setattr(gemm, "splits", lambda *args: 1)
+    rows_of_tiles = t // costs._on_hopper("bwd", *["recompute"] * recompute).BLOCK_M
     fused = totals()
     _tables_say_cublas(monkeypatch)
     separate = totals()
@@ -155,8 +158,10 @@ def test_costs_when_the_tables_say_cublas(monkeypatch: pytest.MonkeyPatch, recom
     assert [count for count, _ in fused] == [count for count, _ in separate] == [flops] * 3
     activation = 2 * t * f
     saved = [theirs - ours for (_, ours), (_, theirs) in zip(fused, separate, strict=True)]
-    # pre is read by GELU; dact is written and read; dpre is read by the sum of dbias, written there
-    assert saved == [activation, (3 if recompute else 2) * activation, activation + 4 * f]
+    # pre is read by GELU; dact is written and read, and dpre is read by its sum, which needs no
+    # parts, written and read, of each row of tiles
+    gradient = (4 if recompute else 3) * activation - 2 * rows_of_tiles * 4 * f
+    assert saved == [activation, gradient, activation]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)

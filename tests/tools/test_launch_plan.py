@@ -31,7 +31,6 @@ NEVER_1 = {
     "_layer_norm_bwd_means_kernel": {"x_stride_row", "n_cols"},  # for wide rows
     "_linear_gelu_kernel": {"a_stride", "w_stride", "n_cols", "n_inner"},
     "_weight_grad_kernel": {"dy_stride", "x_stride", "n_rows", "n_cols", "tokens_per_split"},
-    "_sum_parts_kernel": {"n_splits", "n_weights", "n_rows"},
     "_cross_entropy_rows_kernel": {"padded_cols"},
     "_amax_kernel": {"n"},
     "_quantise_kernel": {"n_cols"},
