@@ -8,6 +8,7 @@ import triton
 from torch import Tensor
 
 from fastgpt.kernels import _checks, _host, configs
+from fastgpt.kernels._operators import differentiable, fake, operator
 from fastgpt.kernels.embedding_kernels import (
     _embedding_bwd_position_kernel,
     _embedding_bwd_row_blocks_kernel,
@@ -28,7 +29,7 @@ def _dropout_numbers(dropout_p: float) -> dict[str, float]:
     return dict(threshold=threshold, keep_scale=keep_scale, DROPOUT=threshold > 0)
 
 
-@torch.library.custom_op("fastgpt::embedding", mutates_args=())
+@operator("embedding")
 def _embedding_op(
     idx: Tensor,
     token_weight: Tensor,
@@ -66,7 +67,7 @@ def _embedding_op(
     return out
 
 
-@torch.library.custom_op("fastgpt::embedding_bwd_token", mutates_args=())
+@operator("embedding_bwd_token")
 def _token_bwd_op(
     dout: Tensor,
     idx: Tensor,
@@ -117,7 +118,7 @@ def _token_bwd_op(
     return dtoken
 
 
-@torch.library.custom_op("fastgpt::embedding_bwd_position", mutates_args=())
+@operator("embedding_bwd_position")
 def _position_bwd_op(
     dout: Tensor,
     idx: Tensor,
@@ -153,17 +154,17 @@ def _position_bwd_op(
     return dposition
 
 
-@_embedding_op.register_fake
+@fake(_embedding_op)
 def _(idx, token_weight, position_weight, seed, doc_start, dropout_p, dropout_offset, out_dtype):
     return token_weight.new_empty(*idx.shape, token_weight.shape[1], dtype=out_dtype)
 
 
-@_token_bwd_op.register_fake
+@fake(_token_bwd_op)
 def _(dout, idx, seed, n_vocab, dtype, dropout_p, dropout_offset):
     return dout.new_empty(n_vocab, dout.shape[2], dtype=dtype)
 
 
-@_position_bwd_op.register_fake
+@fake(_position_bwd_op)
 def _(dout, idx, seed, n_vocab, n_positions, dtype, dropout_p, dropout_offset):
     return dout.new_empty(n_positions, dout.shape[2], dtype=dtype)
 
@@ -198,7 +199,7 @@ def _positions(idx: Tensor, doc_start: Tensor, n_vocab: int) -> Tensor:
     return positions.where((idx >= 0) & (idx < n_vocab), -1)
 
 
-_embedding_op.register_autograd(_backward, setup_context=_setup_context)
+differentiable(_embedding_op, _backward, _setup_context)
 
 
 def embedding(
