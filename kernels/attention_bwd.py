@@ -292,14 +292,14 @@ def attention_bwd(
     with _host.on_device(q):
         if dq.numel():
             shared = arguments("bwd_dq", q, k, v, options)
-            grid = (triton.cdiv(n_queries, shared["BLOCK_M"]) * batch * n_head,)
+            grid = (_host.cdiv(n_queries, shared["BLOCK_M"]) * batch * n_head,)
             _attention_bwd_dq_kernel[grid](
                 out_ptr=out, dq_ptr=dq, dq_stride_t=dq.stride(1), **read, **shared
             )
         if dk.numel():
             shared = arguments("bwd_dkdv", q, k, v, options)
             wgmma = _host.is_half(q.dtype) and _host.capability(q.device) == 90
-            grid = (triton.cdiv(k.shape[2], shared["BLOCK_N"]) * batch * n_head,)
+            grid = (_host.cdiv(k.shape[2], shared["BLOCK_N"]) * batch * n_head,)
             _attention_bwd_dkdv_kernel[grid](
                 dk_ptr=dk,
                 dv_ptr=dv,

@@ -374,7 +374,7 @@ def arguments(kernel: str, q: Tensor, k: Tensor, v: Tensor, options: Options) ->
     """What every attention kernel takes beside its own tensors."""
     seed, doc_start, causal, scale, dropout_p, dropout_offset = options
     threshold, keep_scale = _host.dropout_numbers(dropout_p)
-    block_d = max(16, triton.next_power_of_2(q.shape[3]))
+    block_d = max(16, _host.next_power_of_2(q.shape[3]))
     given = dict(dropout=threshold > 0, documents=doc_start is not None)
     names = (name for name, is_given in given.items() if is_given)
     strides = {
@@ -417,7 +417,7 @@ def attention_fwd(q: Tensor, k: Tensor, v: Tensor, options: Options) -> tuple[Te
     lse = empty_lse(q, batch, n_head, n_queries)
     if out.numel():
         shared = arguments("fwd", q, k, v, options)
-        grid = (triton.cdiv(n_queries, shared["BLOCK_M"]) * batch * n_head,)
+        grid = (_host.cdiv(n_queries, shared["BLOCK_M"]) * batch * n_head,)
         with _host.on_device(q):
             _attention_fwd_kernel[grid](out_ptr=out, lse_ptr=lse, **shared)
     return out, lse

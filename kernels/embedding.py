@@ -4,7 +4,6 @@ The equations, what is saved, bytes and the order of the sums stand in ``embeddi
 """
 
 import torch
-import triton
 from torch import Tensor
 
 from fastgpt.kernels import _checks, _host, configs
@@ -20,7 +19,7 @@ ROW_BLOCK = 64
 
 
 def _launch(x: Tensor, kernel: str) -> dict[str, int]:
-    size = max(32, triton.next_power_of_2(x.shape[-1]))
+    size = max(32, _host.next_power_of_2(x.shape[-1]))
     return configs.launch(configs.find(x, "embedding", kernel, size))
 
 
@@ -44,7 +43,7 @@ def _embedding_op(
     out = torch.empty(*idx.shape, n_cols, dtype=out_dtype, device=idx.device)
     if idx.numel():
         launch = _launch(token_weight, "fwd")
-        grid = triton.cdiv(idx.numel(), launch["BLOCK_M"]), triton.cdiv(n_cols, launch["BLOCK_N"])
+        grid = _host.cdiv(idx.numel(), launch["BLOCK_M"]), _host.cdiv(n_cols, launch["BLOCK_N"])
         with _host.on_device(idx):
             _embedding_fwd_kernel[grid](
                 idx.contiguous(),
@@ -89,7 +88,7 @@ def _token_bwd_op(
         n_rows // ROW_BLOCK, n_cols, dtype=_host.stats_dtype(dtype), device=dout.device
     )
     launch = _launch(dout, "bwd_token")
-    column_blocks = triton.cdiv(n_cols, launch["BLOCK_N"])
+    column_blocks = _host.cdiv(n_cols, launch["BLOCK_N"])
     options = dict(
         ROW_BLOCK=ROW_BLOCK,
         ACC=_host.accumulator(dtype),
@@ -136,7 +135,7 @@ def _position_bwd_op(
     dposition = torch.empty(n_positions, n_cols, dtype=dtype, device=dout.device)
     launch = _launch(dout, "bwd_position")
     with _host.on_device(dout):
-        _embedding_bwd_position_kernel[(n_positions, triton.cdiv(n_cols, launch["BLOCK_N"]))](
+        _embedding_bwd_position_kernel[(n_positions, _host.cdiv(n_cols, launch["BLOCK_N"]))](
             idx.contiguous(),
             dout.contiguous(),
             dposition,

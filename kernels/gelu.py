@@ -58,7 +58,7 @@ def gelu_forward(x: Tensor, approximate: str) -> Tensor:
     if x.numel():
         config = configs.find(x, "gelu", "fwd")
         with _host.on_device(x):
-            _gelu_fwd_kernel[(triton.cdiv(x.numel(), config.BLOCK),)](
+            _gelu_fwd_kernel[(_host.cdiv(x.numel(), config.BLOCK),)](
                 x,
                 y,
                 x.numel(),
@@ -77,7 +77,7 @@ def gelu_backward(dy: Tensor, x: Tensor, approximate: str) -> Tensor:
     if x.numel():
         config = configs.find(x, "gelu", "bwd")
         with _host.on_device(x):
-            _gelu_bwd_kernel[(triton.cdiv(x.numel(), config.BLOCK),)](
+            _gelu_bwd_kernel[(_host.cdiv(x.numel(), config.BLOCK),)](
                 dy,
                 x,
                 dx,

@@ -9,7 +9,6 @@ import math
 
 import torch
 import torch.nn.functional as F
-import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
@@ -74,7 +73,7 @@ def _linear_gelu(
     gradient = dpre is not None
     block_m, block_n, block_k = config[:3]
     (n_rows, n_inner), n_cols = a.shape, pre.shape[1]
-    n_tiles = triton.cdiv(n_rows, block_m) * triton.cdiv(n_cols, block_n)
+    n_tiles = _host.cdiv(n_rows, block_m) * _host.cdiv(n_cols, block_n)
     n_programs = min(n_tiles, config.programs * _host.multiprocessors(a.device))
     half = block_m, block_n // 2  # the epilogue's block
     with _host.on_device(a):
@@ -154,11 +153,11 @@ def weight_gradient(
         dweight = _host.matmul_float32(dy.t(), x).to(dtype)
         return dweight, dy.sum(0, dtype=acc_dtype).to(dtype) if has_bias else None
     block_m, block_n, block_k = config[:3]
-    n_tiles = triton.cdiv(n_rows, block_m) * triton.cdiv(n_cols, block_n)
+    n_tiles = _host.cdiv(n_rows, block_m) * _host.cdiv(n_cols, block_n)
     slots = config.programs * _host.multiprocessors(dy.device)
     n_splits = splits(n_rows, n_cols, n_tokens, n_tiles, slots)
-    tokens_per_split = triton.cdiv(triton.cdiv(n_tokens, n_splits), block_k) * block_k
-    n_splits = triton.cdiv(n_tokens, tokens_per_split)
+    tokens_per_split = _host.cdiv(_host.cdiv(n_tokens, n_splits), block_k) * block_k
+    n_splits = _host.cdiv(n_tokens, tokens_per_split)
     dweight = dy.new_empty(n_splits, n_rows, n_cols, dtype=acc_dtype)
     dbias = dy.new_empty(n_splits, n_rows, dtype=acc_dtype) if has_bias else None
     with _host.on_device(dy):

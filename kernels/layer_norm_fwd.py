@@ -113,7 +113,7 @@ def contiguous_or_none(x: Tensor | None) -> Tensor | None:
 
 def whole_rows(x: Tensor, kernel: str) -> dict[str, int]:
     """The launch of a kernel whose tile is as wide as x's rows."""
-    block_n = max(32, triton.next_power_of_2(x.shape[-1]))
+    block_n = max(32, _host.next_power_of_2(x.shape[-1]))
     return dict(BLOCK_N=block_n, **configs.launch(configs.find(x, "layer_norm", kernel, block_n)))
 
 
@@ -140,7 +140,7 @@ def layer_norm_fwd(
     if n_rows:
         launch = whole_rows(x, "fwd")
         with _host.on_device(x):
-            _layer_norm_fwd_kernel[(triton.cdiv(n_rows, launch["BLOCK_M"]),)](
+            _layer_norm_fwd_kernel[(_host.cdiv(n_rows, launch["BLOCK_M"]),)](
                 rows,
                 rows.stride(0),
                 delta_rows,
