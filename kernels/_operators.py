@@ -44,7 +44,8 @@ def operator(name: str, schema: str | None = None) -> Callable[[Callable[..., An
         launches = torch._disable_dynamo(implementation)
         _library.impl(name, launches, "CompositeExplicitAutograd")
         _formulas[op] = _Formula(op)
-        _library.impl(name, _autograd_kernel(op, _formulas[op]), "Autograd", with_keyset=True)
+        kernel = _autograd_kernel(op, launches, _formulas[op])
+        _library.impl(name, kernel, "Autograd", with_keyset=True)
         return op
 
     return register
@@ -65,15 +66,25 @@ def differentiable(
     formula.setup_context, formula.backward = setup_context, backward
 
 
-def _autograd_kernel(op: OpOverload, formula: _Formula) -> Callable[..., Any]:
+def _autograd_kernel(
+    op: OpOverload, implementation: Callable[..., Any], formula: _Formula
+) -> Callable[..., Any]:
     """The operator's kernel for the key Autograd: a node of the graph where one is needed."""
     returns_list = isinstance(op._schema.returns[0].type, torch.ListType)
-    below_autograd = torch._C._after_autograd_keyset
+    below_autograd = torch._C._after_ADInplaceOrView_keyset
+    keys = torch._C.DispatchKey
+    plain = {torch._C.DispatchKeySet(key).raw_repr() for key in (keys.CPU, keys.CUDA)}
+
+    def run(keyset: Any, inputs: Any) -> Any:
+        rest = keyset & below_autograd
+        with torch._C._AutoDispatchBelowAutograd():
+            if rest.raw_repr() in plain:  # nothing between here and the implementation
+                return implementation(*inputs)
+            return op.redispatch(rest, *inputs)
 
     def forward(ctx: Any, *args: Any) -> Any:
         *inputs, keyset = args
-        with torch._C._AutoDispatchBelowAutograd():
-            output = op.redispatch(keyset & below_autograd, *inputs)
+        output = run(keyset, inputs)
         formula.setup_context(ctx, inputs, output)
         return tuple(output) if returns_list else output
 
@@ -84,11 +95,10 @@ def _autograd_kernel(op: OpOverload, formula: _Formula) -> Callable[..., Any]:
     name = f"GeneratedBackwardFor_fastgpt_{op._opname}_default"  # as custom_op names it
     node: Any = type(name, (torch.autograd.Function,), methods)
 
-    def kernel(keyset: Any, *args: Any) -> Any:
-        if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
-            output = node.apply(*args, keyset)
+    def kernel(keyset: Any, *inputs: Any) -> Any:
+        if torch.is_grad_enabled() and torch._C._any_requires_grad(*inputs):
+            output = node.apply(*inputs, keyset)
             return list(output) if returns_list else output
-        with torch._C._AutoDispatchBelowAutograd():
-            return op.redispatch(keyset & below_autograd, *args)
+        return run(keyset, inputs)
 
     return kernel
