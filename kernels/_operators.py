@@ -83,7 +83,7 @@ def _autograd_kernel(
             return op.redispatch(rest, *inputs)
 
     def forward(ctx: Any, *args: Any) -> Any:
-        *inputs, keyset = args
+        inputs, keyset = args[:-1], args[-1]
         output = run(keyset, inputs)
         formula.setup_context(ctx, inputs, output)
         return tuple(output) if returns_list else output
