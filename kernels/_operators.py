@@ -1,10 +1,10 @@
 """Registration of ops as PyTorch operators, at little cost to the host on each call.
 
 An operator becomes what ``torch.library.custom_op`` and ``register_autograd`` would make of it, by
-the same dispatch keys: ``torch.compile``, ``torch.func``, ``opcheck`` and the FLOP counter treat it
-alike. Those two wrap each call in Python code for operators of any kind. Left out is what serves
-default values, lists of tensors among the arguments, and results that alias an argument, which no
-operator here has. Operators that write to an argument are registered by ``custom_op``.
+the same dispatch keys: ``torch.compile``, ``opcheck`` and the FLOP counter treat it alike. Those
+two wrap each call in Python code for operators of any kind. Left out is what serves default values,
+lists of tensors among the arguments, and results that alias an argument, which no operator here
+has. Operators that write to an argument are registered by ``custom_op``.
 """
 
 from collections.abc import Callable
