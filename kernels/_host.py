@@ -40,6 +40,16 @@ def interpreted(
         INTERPRETED, _CPU_CAPABILITY, _CPU_MULTIPROCESSORS = outside
 
 
+def cdiv(a: int, b: int) -> int:
+    """``triton.cdiv``, which is also for use in kernels and costs the host 25 times as much."""
+    return -(-a // b)
+
+
+def next_power_of_2(n: int) -> int:
+    """The least power of two that is not below n."""
+    return 1 << (n - 1).bit_length()
+
+
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -115,14 +125,21 @@ def dot_precision(dtype: torch.dtype) -> str:
     return "tf32" if tf32 else "ieee"
 
 
+_NOTHING: contextlib.AbstractContextManager = contextlib.nullcontext()
+
+
 def on_device(x: Tensor) -> contextlib.AbstractContextManager:
     """Triton launches on the current device, which need not be the tensors'."""
-    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
+    if not x.is_cuda or x.device.index == torch.cuda.current_device():
+        return _NOTHING
+    return torch.cuda.device(x.device)
 
 
 @functools.cache
-def _properties(index: int):
-    return torch.cuda.get_device_properties(index)
+def _properties(index: int) -> tuple[int, int]:
+    """Compute capability, as below, and multiprocessors."""
+    properties = torch.cuda.get_device_properties(index)
+    return 10 * properties.major + properties.minor, properties.multi_processor_count
 
 
 def capability(device: torch.device) -> int | None:
@@ -130,12 +147,11 @@ def capability(device: torch.device) -> int | None:
     ``interpreted`` says otherwise."""
     if device.type != "cuda":
         return _CPU_CAPABILITY
-    properties = _properties(device.index)
-    return 10 * properties.major + properties.minor
+    return _properties(device.index)[0]
 
 
 def multiprocessors(device: torch.device) -> int:
     """How many programs run side by side; 2 when interpreted, enough to test partial sums."""
     if device.type != "cuda":
         return _CPU_MULTIPROCESSORS
-    return _properties(device.index).multi_processor_count
+    return _properties(device.index)[1]

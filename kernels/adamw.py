@@ -123,7 +123,7 @@ def _adamw_op(
             num_warps=1,
             **_host.FMA,
         )
-        _adamw_kernel[(triton.cdiv(param.numel(), config.BLOCK),)](
+        _adamw_kernel[(_host.cdiv(param.numel(), config.BLOCK),)](
             param,
             rounded,
             grad,

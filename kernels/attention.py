@@ -40,6 +40,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastgpt.kernels import _checks, _host
+from fastgpt.kernels._operators import differentiable, fake, operator
 from fastgpt.kernels._tensors import split_heads, unpacked
 from fastgpt.kernels.attention_bwd import attention_bwd
 from fastgpt.kernels.attention_fwd import Options, attention_fwd, empty_lse
@@ -63,25 +64,23 @@ def _token_major(x: Tensor) -> Tensor:
     return x.new_empty(batch, length, n_head, head_size)
 
 
-@torch.library.custom_op(
-    "fastgpt::attention",
-    mutates_args=(),
-    schema=f"(Tensor q, Tensor k, Tensor v, {_OPTIONS}) -> (Tensor, Tensor)",
+@operator(
+    "attention",
+    f"(Tensor q, Tensor k, Tensor v, {_OPTIONS}) -> (Tensor, Tensor)",
 )
 def _attention_op(q, k, v, *options):
     out, lse = attention_fwd(q, k, v, Options(*options))
     return out.transpose(1, 2), lse
 
 
-@_attention_op.register_fake
+@fake(_attention_op)
 def _(q, *_):
     return _token_major(q).transpose(1, 2), empty_lse(q, *q.shape[:3])
 
 
-@torch.library.custom_op(
-    "fastgpt::attention_bwd",
-    mutates_args=(),
-    schema="(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
+@operator(
+    "attention_bwd",
+    "(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
     f"{_OPTIONS}) -> (Tensor, Tensor, Tensor)",
 )
 def _attention_bwd_op(dout, q, k, v, out, lse, *options):
@@ -91,7 +90,7 @@ def _attention_bwd_op(dout, q, k, v, out, lse, *options):
     return tuple(x.transpose(1, 2) for x in gradients)
 
 
-@_attention_bwd_op.register_fake
+@fake(_attention_bwd_op)
 def _(dout, q, k, v, *_):
     return tuple(_token_major(x).transpose(1, 2) for x in (q, k, v))
 
@@ -108,33 +107,31 @@ def _backward(ctx, dout, _dlse):
     return *_attention_bwd_op(dout, *ctx.saved_tensors, *ctx.options), *[None] * 6
 
 
-_attention_op.register_autograd(_backward, setup_context=_setup_context)
+differentiable(_attention_op, _backward, _setup_context)
 
 
 # ------------------------------------------------------------------------------------ packed qkv
 
 
-@torch.library.custom_op(
-    "fastgpt::attention_qkvpacked",
-    mutates_args=(),
-    schema=f"(Tensor qkv, int n_head, {_OPTIONS}) -> (Tensor, Tensor)",
+@operator(
+    "attention_qkvpacked",
+    f"(Tensor qkv, int n_head, {_OPTIONS}) -> (Tensor, Tensor)",
 )
 def _attention_qkvpacked_op(qkv, n_head, *options):
     out, lse = attention_fwd(*split_heads(qkv, n_head), Options(*options))
     return out.flatten(2), lse
 
 
-@_attention_qkvpacked_op.register_fake
+@fake(_attention_qkvpacked_op)
 def _(qkv, n_head, *_):
     batch, length, width = qkv.shape
     out = qkv.new_empty(batch, length, width // 3)
     return out, empty_lse(qkv, batch, n_head, length)
 
 
-@torch.library.custom_op(
-    "fastgpt::attention_qkvpacked_bwd",
-    mutates_args=(),
-    schema=f"(Tensor dout, Tensor qkv, Tensor out, Tensor lse, int n_head, {_OPTIONS}) -> Tensor",
+@operator(
+    "attention_qkvpacked_bwd",
+    f"(Tensor dout, Tensor qkv, Tensor out, Tensor lse, int n_head, {_OPTIONS}) -> Tensor",
 )
 def _attention_qkvpacked_bwd_op(dout, qkv, out, lse, n_head, *options):
     dqkv = torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device)
@@ -144,7 +141,7 @@ def _attention_qkvpacked_bwd_op(dout, qkv, out, lse, n_head, *options):
     return dqkv
 
 
-@_attention_qkvpacked_bwd_op.register_fake
+@fake(_attention_qkvpacked_bwd_op)
 def _(dout, qkv, *_):
     return qkv.new_empty(qkv.shape)
 
@@ -163,9 +160,7 @@ def _backward_qkvpacked(ctx, dout, _dlse):
     return _attention_qkvpacked_bwd_op(dout, qkv, out, lse, *options), *[None] * 7
 
 
-_attention_qkvpacked_op.register_autograd(
-    _backward_qkvpacked, setup_context=_setup_context_qkvpacked
-)
+differentiable(_attention_qkvpacked_op, _backward_qkvpacked, _setup_context_qkvpacked)
 
 
 # ------------------------------------------------------------------------------ public functions

@@ -24,6 +24,7 @@ from fastgpt.kernels.attention_fwd import (
     _visible,
     aligned,
     arguments,
+    launch,
 )
 
 
@@ -289,17 +290,18 @@ def attention_bwd(
     batch, n_head, n_queries, _ = q.shape
     delta = torch.empty_like(lse[:, :, 0])
     read = dict(dout_ptr=dout.contiguous(), lse_ptr=lse, delta_ptr=delta, scale=options.scale)
+    read |= arguments(q, k, v, options)
     with _host.on_device(q):
         if dq.numel():
-            shared = arguments("bwd_dq", q, k, v, options)
-            grid = (triton.cdiv(n_queries, shared["BLOCK_M"]) * batch * n_head,)
+            config = launch("bwd_dq", q, options)
+            grid = (_host.cdiv(n_queries, config["BLOCK_M"]) * batch * n_head,)
             _attention_bwd_dq_kernel[grid](
-                out_ptr=out, dq_ptr=dq, dq_stride_t=dq.stride(1), **read, **shared
+                out_ptr=out, dq_ptr=dq, dq_stride_t=dq.stride(1), **read, **config
             )
         if dk.numel():
-            shared = arguments("bwd_dkdv", q, k, v, options)
+            config = launch("bwd_dkdv", q, options)
             wgmma = _host.is_half(q.dtype) and _host.capability(q.device) == 90
-            grid = (triton.cdiv(k.shape[2], shared["BLOCK_N"]) * batch * n_head,)
+            grid = (_host.cdiv(k.shape[2], config["BLOCK_N"]) * batch * n_head,)
             _attention_bwd_dkdv_kernel[grid](
                 dk_ptr=dk,
                 dv_ptr=dv,
@@ -309,5 +311,5 @@ def attention_bwd(
                 else _doc_end(options.doc_start.contiguous()),
                 WGMMA=wgmma,
                 **read,
-                **shared,
+                **config,
             )

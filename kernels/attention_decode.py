@@ -119,7 +119,7 @@ MAX_HEAD_SIZE = 256
 
 
 def _block_d(head_size: int) -> int:
-    return max(16, triton.next_power_of_2(head_size))
+    return max(16, _host.next_power_of_2(head_size))
 
 
 def _scratch(cache: Tensor, n_parts: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -140,7 +140,7 @@ def _attention_decode_op(qkv: Tensor, cache: Tensor, positions: Tensor, scale: f
     qkv = qkv if qkv.stride(2) == 1 else qkv.contiguous()
     block_d = _block_d(head_size)
     config = configs.find(qkv, "attention_decode", "fwd", block_d)
-    n_parts = triton.cdiv(n_slots, config.BLOCK_N)
+    n_parts = _host.cdiv(n_slots, config.BLOCK_N)
     parts = _scratch(cache, n_parts)
     qk_scale = scale * _host.LOG2_E
     sizes = dict(ACC=_host.accumulator(qkv.dtype), HEAD=head_size, BLOCK_D=block_d)

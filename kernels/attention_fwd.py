@@ -370,23 +370,19 @@ def aligned(x: Tensor) -> Tensor:
     return x.clone(memory_format=torch.contiguous_format)
 
 
-def arguments(kernel: str, q: Tensor, k: Tensor, v: Tensor, options: Options) -> dict[str, Any]:
-    """What every attention kernel takes beside its own tensors."""
+_STRIDES = [f"{name}_stride_{dim}" for name in "qkv" for dim in "bht"]
+
+
+def arguments(q: Tensor, k: Tensor, v: Tensor, options: Options) -> dict[str, Any]:
+    """What every attention kernel takes beside its own tensors and ``launch``."""
     seed, doc_start, causal, scale, dropout_p, dropout_offset = options
     threshold, keep_scale = _host.dropout_numbers(dropout_p)
-    block_d = max(16, triton.next_power_of_2(q.shape[3]))
-    given = dict(dropout=threshold > 0, documents=doc_start is not None)
-    names = (name for name, is_given in given.items() if is_given)
-    strides = {
-        f"{name}_stride_{dim}": stride
-        for name, x in (("q", q), ("k", k), ("v", v))
-        for dim, stride in zip("bht", x.stride(), strict=False)
-    }
+    strides = *q.stride()[:3], *k.stride()[:3], *v.stride()[:3]
     return dict(
         q_ptr=q,
         k_ptr=k,
         v_ptr=v,
-        **strides,
+        **dict(zip(_STRIDES, strides, strict=True)),
         doc_start_ptr=None if doc_start is None else doc_start.contiguous(),
         seed_ptr=seed,
         dropout_offset=dropout_offset,
@@ -403,10 +399,21 @@ def arguments(kernel: str, q: Tensor, k: Tensor, v: Tensor, options: Options) ->
         PRECISION=_host.dot_precision(q.dtype),
         ACC=_host.accumulator(q.dtype),
         HEAD=q.shape[3],
-        BLOCK_D=block_d,
-        **configs.launch(configs.find(q, "attention", kernel, block_d, *names)),
+        BLOCK_D=_block_d(q),
         **_host.FMA,
     )
+
+
+def _block_d(q: Tensor) -> int:
+    return max(16, _host.next_power_of_2(q.shape[3]))
+
+
+def launch(kernel: str, q: Tensor, options: Options) -> dict[str, Any]:
+    """The configuration of one of the kernels."""
+    dropout = _host.dropout_numbers(options.dropout_p)[0] > 0
+    given = dict(dropout=dropout, documents=options.doc_start is not None)
+    names = (name for name, is_given in given.items() if is_given)
+    return configs.launch(configs.find(q, "attention", kernel, _block_d(q), *names))
 
 
 def attention_fwd(q: Tensor, k: Tensor, v: Tensor, options: Options) -> tuple[Tensor, Tensor]:
@@ -416,8 +423,8 @@ def attention_fwd(q: Tensor, k: Tensor, v: Tensor, options: Options) -> tuple[Te
     out = torch.empty(batch, n_queries, n_head, head_size, dtype=q.dtype, device=q.device)
     lse = empty_lse(q, batch, n_head, n_queries)
     if out.numel():
-        shared = arguments("fwd", q, k, v, options)
-        grid = (triton.cdiv(n_queries, shared["BLOCK_M"]) * batch * n_head,)
+        shared, config = arguments(q, k, v, options), launch("fwd", q, options)
+        grid = (_host.cdiv(n_queries, config["BLOCK_M"]) * batch * n_head,)
         with _host.on_device(q):
-            _attention_fwd_kernel[grid](out_ptr=out, lse_ptr=lse, **shared)
+            _attention_fwd_kernel[grid](out_ptr=out, lse_ptr=lse, **shared, **config)
     return out, lse

@@ -21,6 +21,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from fastgpt.kernels._operators import differentiable, fake, operator
 from fastgpt.kernels._tensors import autocast_dtype, matmul_float32
 
 # rows(logits, targets, losses, ignore_index, label_smoothing, z_loss, want_gradient) writes the
@@ -131,10 +132,10 @@ def _scale(
     )
 
 
-_scale_op = torch.library.custom_op("fastgpt::linear_cross_entropy_bwd", _scale, mutates_args=())
+_scale_op = operator("linear_cross_entropy_bwd")(_scale)
 
 
-@_scale_op.register_fake
+@fake(_scale_op)
 def _(grad, divisor, dx, dweight, dx_dtype, dweight_dtype):
     return torch.empty_like(dx, dtype=dx_dtype), torch.empty_like(dweight, dtype=dweight_dtype)
 
@@ -159,16 +160,14 @@ def define(
     name: str, forward: Callable[..., tuple[Tensor, ...]]
 ) -> Callable[..., tuple[Tensor, ...]]:
     """The operator ``fastgpt::name``. ``forward``: as ``chunked`` makes it of a row function."""
-    op = torch.library.custom_op(
-        f"fastgpt::{name}",
-        forward,
-        mutates_args=(),
-        schema="(Tensor x, Tensor weight, Tensor targets, ScalarType dtype, int ignore_index, "
+    op = operator(
+        name,
+        "(Tensor x, Tensor weight, Tensor targets, ScalarType dtype, int ignore_index, "
         "bool mean, float label_smoothing, float z_loss, bool want_dx, bool want_dweight) "
         "-> (Tensor, Tensor, Tensor, Tensor)",
-    )
-    op.register_fake(_fake_forward)
-    op.register_autograd(_backward, setup_context=_setup_context)
+    )(forward)
+    fake(op)(_fake_forward)
+    differentiable(op, _backward, _setup_context)
     return op
 
 

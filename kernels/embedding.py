@@ -4,10 +4,10 @@ The equations, what is saved, bytes and the order of the sums stand in ``embeddi
 """
 
 import torch
-import triton
 from torch import Tensor
 
 from fastgpt.kernels import _checks, _host, configs
+from fastgpt.kernels._operators import differentiable, fake, operator
 from fastgpt.kernels.embedding_kernels import (
     _embedding_bwd_position_kernel,
     _embedding_bwd_row_blocks_kernel,
@@ -19,7 +19,7 @@ ROW_BLOCK = 64
 
 
 def _launch(x: Tensor, kernel: str) -> dict[str, int]:
-    size = max(32, triton.next_power_of_2(x.shape[-1]))
+    size = max(32, _host.next_power_of_2(x.shape[-1]))
     return configs.launch(configs.find(x, "embedding", kernel, size))
 
 
@@ -28,7 +28,7 @@ def _dropout_numbers(dropout_p: float) -> dict[str, float]:
     return dict(threshold=threshold, keep_scale=keep_scale, DROPOUT=threshold > 0)
 
 
-@torch.library.custom_op("fastgpt::embedding", mutates_args=())
+@operator("embedding")
 def _embedding_op(
     idx: Tensor,
     token_weight: Tensor,
@@ -43,7 +43,7 @@ def _embedding_op(
     out = torch.empty(*idx.shape, n_cols, dtype=out_dtype, device=idx.device)
     if idx.numel():
         launch = _launch(token_weight, "fwd")
-        grid = triton.cdiv(idx.numel(), launch["BLOCK_M"]), triton.cdiv(n_cols, launch["BLOCK_N"])
+        grid = _host.cdiv(idx.numel(), launch["BLOCK_M"]), _host.cdiv(n_cols, launch["BLOCK_N"])
         with _host.on_device(idx):
             _embedding_fwd_kernel[grid](
                 idx.contiguous(),
@@ -66,7 +66,7 @@ def _embedding_op(
     return out
 
 
-@torch.library.custom_op("fastgpt::embedding_bwd_token", mutates_args=())
+@operator("embedding_bwd_token")
 def _token_bwd_op(
     dout: Tensor,
     idx: Tensor,
@@ -88,7 +88,7 @@ def _token_bwd_op(
         n_rows // ROW_BLOCK, n_cols, dtype=_host.stats_dtype(dtype), device=dout.device
     )
     launch = _launch(dout, "bwd_token")
-    column_blocks = triton.cdiv(n_cols, launch["BLOCK_N"])
+    column_blocks = _host.cdiv(n_cols, launch["BLOCK_N"])
     options = dict(
         ROW_BLOCK=ROW_BLOCK,
         ACC=_host.accumulator(dtype),
@@ -117,7 +117,7 @@ def _token_bwd_op(
     return dtoken
 
 
-@torch.library.custom_op("fastgpt::embedding_bwd_position", mutates_args=())
+@operator("embedding_bwd_position")
 def _position_bwd_op(
     dout: Tensor,
     idx: Tensor,
@@ -135,7 +135,7 @@ def _position_bwd_op(
     dposition = torch.empty(n_positions, n_cols, dtype=dtype, device=dout.device)
     launch = _launch(dout, "bwd_position")
     with _host.on_device(dout):
-        _embedding_bwd_position_kernel[(n_positions, triton.cdiv(n_cols, launch["BLOCK_N"]))](
+        _embedding_bwd_position_kernel[(n_positions, _host.cdiv(n_cols, launch["BLOCK_N"]))](
             idx.contiguous(),
             dout.contiguous(),
             dposition,
@@ -153,17 +153,17 @@ def _position_bwd_op(
     return dposition
 
 
-@_embedding_op.register_fake
+@fake(_embedding_op)
 def _(idx, token_weight, position_weight, seed, doc_start, dropout_p, dropout_offset, out_dtype):
     return token_weight.new_empty(*idx.shape, token_weight.shape[1], dtype=out_dtype)
 
 
-@_token_bwd_op.register_fake
+@fake(_token_bwd_op)
 def _(dout, idx, seed, n_vocab, dtype, dropout_p, dropout_offset):
     return dout.new_empty(n_vocab, dout.shape[2], dtype=dtype)
 
 
-@_position_bwd_op.register_fake
+@fake(_position_bwd_op)
 def _(dout, idx, seed, n_vocab, n_positions, dtype, dropout_p, dropout_offset):
     return dout.new_empty(n_positions, dout.shape[2], dtype=dtype)
 
@@ -198,7 +198,7 @@ def _positions(idx: Tensor, doc_start: Tensor, n_vocab: int) -> Tensor:
     return positions.where((idx >= 0) & (idx < n_vocab), -1)
 
 
-_embedding_op.register_autograd(_backward, setup_context=_setup_context)
+differentiable(_embedding_op, _backward, _setup_context)
 
 
 def embedding(

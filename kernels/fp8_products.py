@@ -129,14 +129,14 @@ def quantise(x: Tensor, *, columns: bool) -> Quantised:
     tile, amax = configs.find(x, "fp8", "quantise"), configs.find(x, "fp8", "amax")
     scale = x.new_empty(1, dtype=torch.float32)
     n_partials = min(
-        triton.cdiv(x.numel(), amax.BLOCK),
+        _host.cdiv(x.numel(), amax.BLOCK),
         amax.programs * _host.multiprocessors(x.device),
         _MAX_PARTIALS,
     )
     partials = x.new_empty(n_partials, dtype=torch.int32)
     with _host.on_device(x):
         _amax_kernel[(n_partials,)](x, partials, x.numel(), **configs.launch(amax), **_host.FMA)
-        _quantise_kernel[triton.cdiv(n_rows, tile.BLOCK_M), triton.cdiv(n_cols, tile.BLOCK_N)](
+        _quantise_kernel[_host.cdiv(n_rows, tile.BLOCK_M), _host.cdiv(n_cols, tile.BLOCK_N)](
             x,
             partials,
             scale,
@@ -144,7 +144,7 @@ def quantise(x: Tensor, *, columns: bool) -> Quantised:
             n_rows,
             n_cols,
             n_partials,
-            MAX_PARTIALS=triton.next_power_of_2(n_partials),
+            MAX_PARTIALS=_host.next_power_of_2(n_partials),
             **configs.launch(tile),
             **_host.FMA,
         )
@@ -157,8 +157,8 @@ def transposed(x8: Tensor) -> Tensor:
     columns = x8.new_empty(n_cols, _padded(n_rows))
     tile = configs.find(x8, "fp8", "transpose")
     grid = (
-        triton.cdiv(columns.shape[1], tile.BLOCK_M),
-        triton.cdiv(n_cols, tile.BLOCK_N),
+        _host.cdiv(columns.shape[1], tile.BLOCK_M),
+        _host.cdiv(n_cols, tile.BLOCK_N),
     )
     with _host.on_device(x8):
         _transpose_kernel[grid](

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from fastgpt.kernels import _checks, _host, configs
 from fastgpt.kernels._device_math import gelu_slope, gelu_value
+from fastgpt.kernels._operators import differentiable, fake, operator
 
 
 @triton.jit
@@ -57,7 +58,7 @@ def gelu_forward(x: Tensor, approximate: str) -> Tensor:
     if x.numel():
         config = configs.find(x, "gelu", "fwd")
         with _host.on_device(x):
-            _gelu_fwd_kernel[(triton.cdiv(x.numel(), config.BLOCK),)](
+            _gelu_fwd_kernel[(_host.cdiv(x.numel(), config.BLOCK),)](
                 x,
                 y,
                 x.numel(),
@@ -76,7 +77,7 @@ def gelu_backward(dy: Tensor, x: Tensor, approximate: str) -> Tensor:
     if x.numel():
         config = configs.find(x, "gelu", "bwd")
         with _host.on_device(x):
-            _gelu_bwd_kernel[(triton.cdiv(x.numel(), config.BLOCK),)](
+            _gelu_bwd_kernel[(_host.cdiv(x.numel(), config.BLOCK),)](
                 dy,
                 x,
                 dx,
@@ -90,16 +91,16 @@ def gelu_backward(dy: Tensor, x: Tensor, approximate: str) -> Tensor:
     return dx
 
 
-_gelu_op = torch.library.custom_op("fastgpt::gelu", gelu_forward, mutates_args=())
-_gelu_bwd_op = torch.library.custom_op("fastgpt::gelu_bwd", gelu_backward, mutates_args=())
+_gelu_op = operator("gelu")(gelu_forward)
+_gelu_bwd_op = operator("gelu_bwd")(gelu_backward)
 
 
-@_gelu_op.register_fake
+@fake(_gelu_op)
 def _(x, approximate):
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
-@_gelu_bwd_op.register_fake
+@fake(_gelu_bwd_op)
 def _(dy, x, approximate):
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
@@ -114,7 +115,7 @@ def _backward(ctx, dy):
     return _gelu_bwd_op(dy, x, ctx.approximate), None
 
 
-_gelu_op.register_autograd(_backward, setup_context=_setup_context)
+differentiable(_gelu_op, _backward, _setup_context)
 
 
 def gelu(x: Tensor, approximate: str = "none") -> Tensor:

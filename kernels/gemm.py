@@ -9,7 +9,6 @@ import math
 
 import torch
 import torch.nn.functional as F
-import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
@@ -75,7 +74,7 @@ def _linear_gelu(
     gradient = dpre is not None
     block_m, block_n, block_k = config[:3]
     (n_rows, n_inner), n_cols = a.shape, pre.shape[1]
-    n_tiles = triton.cdiv(n_rows, block_m) * triton.cdiv(n_cols, block_n)
+    n_tiles = _host.cdiv(n_rows, block_m) * _host.cdiv(n_cols, block_n)
     n_programs = min(n_tiles, config.programs * _host.multiprocessors(a.device))
     half = block_m, block_n // 2  # the epilogue's block
     with _host.on_device(a):
@@ -136,7 +135,7 @@ def linear_gelu_gradient(
     dbias = parts = None
     if dbias_dtype is not None:
         dbias = pre.new_empty(pre.shape[1], dtype=dbias_dtype)
-        n_parts = triton.cdiv(pre.shape[0], config.BLOCK_M)
+        n_parts = _host.cdiv(pre.shape[0], config.BLOCK_M)
         parts = pre.new_empty(1, n_parts, pre.shape[1], dtype=_host.stats_dtype(pre.dtype))
     _linear_gelu(config, dy, weight, parts, pre, dpre, act, approximate)
     if parts is not None and dbias is not None:
@@ -174,11 +173,11 @@ def weight_gradient(
         dweight = _host.matmul_float32(dy.t(), x).to(dtype)
         return dweight, _column_sums(dy, dtype) if has_bias else None
     block_m, block_n, block_k = config[:3]
-    n_tiles = triton.cdiv(n_rows, block_m) * triton.cdiv(n_cols, block_n)
+    n_tiles = _host.cdiv(n_rows, block_m) * _host.cdiv(n_cols, block_n)
     slots = config.programs * _host.multiprocessors(dy.device)
     n_splits = splits(n_rows, n_cols, n_tokens, n_tiles, slots)
-    tokens_per_split = triton.cdiv(triton.cdiv(n_tokens, n_splits), block_k) * block_k
-    n_splits = triton.cdiv(n_tokens, tokens_per_split)
+    tokens_per_split = _host.cdiv(_host.cdiv(n_tokens, n_splits), block_k) * block_k
+    n_splits = _host.cdiv(n_tokens, tokens_per_split)
     outs = [dy.new_empty(n_rows, n_cols, dtype=dtype)]
     if has_bias:
         outs.append(dy.new_empty(n_rows, dtype=dtype))

@@ -26,13 +26,14 @@ import torch
 from torch import Tensor
 
 from fastgpt.kernels import _checks, _host
+from fastgpt.kernels._operators import differentiable, fake, operator
 from fastgpt.kernels.layer_norm_bwd import layer_norm_bwd
 from fastgpt.kernels.layer_norm_fwd import layer_norm_fwd
 
 MAX_WIDTH = 16384
 
 
-@torch.library.custom_op("fastgpt::layer_norm", mutates_args=())
+@operator("layer_norm")
 def _layer_norm_op(
     x: Tensor,
     delta: Tensor | None,
@@ -53,7 +54,7 @@ def _layer_norm_op(
     return y, x.new_empty(0) if total is None else total, mean, rstd
 
 
-@_layer_norm_op.register_fake
+@fake(_layer_norm_op)
 def _(x, delta, weight, bias, delta_bias, seed, eps, dropout_p, dropout_offset, out_dtype):
     mean = x.new_empty(x.numel() // x.shape[-1], dtype=_host.stats_dtype(x.dtype))
     total = x.new_empty(0 if delta is None else x.shape)
@@ -71,7 +72,7 @@ def _gradients(
     ]
 
 
-@torch.library.custom_op("fastgpt::layer_norm_bwd", mutates_args=())
+@operator("layer_norm_bwd")
 def _layer_norm_bwd_op(
     dy: Tensor,
     dtotal: Tensor | None,
@@ -109,7 +110,7 @@ def _layer_norm_bwd_op(
     return gradients
 
 
-@_layer_norm_bwd_op.register_fake
+@fake(_layer_norm_bwd_op)
 def _(
     dy, dtotal, x, weight, mean, rstd, seed, dropout_p, dropout_offset, ddelta_dtype, has_bias,
     has_delta_bias,
@@ -155,7 +156,7 @@ def _backward(ctx, dy, dtotal, _dmean, _drstd):
     return dx, ddelta if ctx.has_delta else None, dweight, dbias, ddelta_bias, *[None] * 5
 
 
-_layer_norm_op.register_autograd(_backward, setup_context=_setup_context)
+differentiable(_layer_norm_op, _backward, _setup_context)
 
 
 # ------------------------------------------------------------------------------ public functions

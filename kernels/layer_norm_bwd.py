@@ -198,10 +198,10 @@ def layer_norm_bwd(
     launch = row_launch
     if not fused:
         launch = configs.launch(configs.find(x, "layer_norm", "bwd_narrow"))
-    tiles = triton.cdiv(n_rows, launch["BLOCK_M"])
+    tiles = _host.cdiv(n_rows, launch["BLOCK_M"])
     programs = min(resident * _host.multiprocessors(x.device), tiles)
-    rows_per_program = triton.cdiv(tiles, programs) * launch["BLOCK_M"]
-    programs = triton.cdiv(n_rows, rows_per_program)
+    rows_per_program = _host.cdiv(tiles, programs) * launch["BLOCK_M"]
+    programs = _host.cdiv(n_rows, rows_per_program)
     partial = torch.empty(len(params), programs, n_cols, dtype=mean.dtype, device=x.device)
     threshold, keep_scale = _host.dropout_numbers(dropout_p)
     acc = _host.accumulator(x.dtype)
@@ -209,10 +209,10 @@ def layer_norm_bwd(
     means = None if fused else torch.empty(2, n_rows, dtype=mean.dtype, device=x.device)
     with _host.on_device(x):
         if not fused:
-            _layer_norm_bwd_means_kernel[(triton.cdiv(n_rows, row_launch["BLOCK_M"]),)](
+            _layer_norm_bwd_means_kernel[(_host.cdiv(n_rows, row_launch["BLOCK_M"]),)](
                 dy, *inputs, means, n_rows, n_cols, ACC=acc, **row_launch, **_host.FMA
             )
-        _layer_norm_bwd_kernel[(programs, triton.cdiv(n_cols, launch["BLOCK_N"]))](
+        _layer_norm_bwd_kernel[(programs, _host.cdiv(n_cols, launch["BLOCK_N"]))](
             dy,
             dtotal,
             *inputs,

@@ -114,7 +114,7 @@ def contiguous_or_none(x: Tensor | None) -> Tensor | None:
 def whole_rows(x: Tensor, kernel: str) -> tuple[dict[str, int], int | None]:
     """The launch of a kernel whose tile is as wide as x's rows, and how many of its programs share
     a multiprocessor, if the launch table says so."""
-    block_n = max(32, triton.next_power_of_2(x.shape[-1]))
+    block_n = max(32, _host.next_power_of_2(x.shape[-1]))
     config = configs.find(x, "layer_norm", kernel, block_n)
     return dict(BLOCK_N=block_n, **configs.launch(config)), getattr(config, "programs", None)
 
@@ -142,7 +142,7 @@ def layer_norm_fwd(
     if n_rows:
         launch, _ = whole_rows(x, "fwd")
         with _host.on_device(x):
-            _layer_norm_fwd_kernel[(triton.cdiv(n_rows, launch["BLOCK_M"]),)](
+            _layer_norm_fwd_kernel[(_host.cdiv(n_rows, launch["BLOCK_M"]),)](
                 rows,
                 rows.stride(0),
                 delta_rows,

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastgpt.kernels import _checks, _host, gemm
+from fastgpt.kernels._operators import differentiable, fake, operator
 from fastgpt.kernels.layer_norm_fwd import layer_norm_fwd
 
 
@@ -51,7 +52,7 @@ def recomputed(
     return layer_norm_fwd(saved, None, ln_weight, ln_bias, None, None, eps, 0.0, 0, dtype)[0]
 
 
-@torch.library.custom_op("fastgpt::linear", mutates_args=())
+@operator("linear")
 def _linear_op(
     x: Tensor,
     weight: Tensor,
@@ -65,12 +66,12 @@ def _linear_op(
     return F.linear(rows(x), cast(weight, x.dtype), bias).view(*x.shape[:-1], weight.shape[0])
 
 
-@_linear_op.register_fake
+@fake(_linear_op)
 def _(x, weight, bias, source, ln_weight, ln_bias, eps):
     return x.new_empty(*x.shape[:-1], weight.shape[0])
 
 
-@torch.library.custom_op("fastgpt::linear_bwd", mutates_args=())
+@operator("linear_bwd")
 def _linear_bwd_op(
     dy: Tensor,
     weight: Tensor,
@@ -95,7 +96,7 @@ def _linear_bwd_op(
     return gradients
 
 
-@_linear_bwd_op.register_fake
+@fake(_linear_bwd_op)
 def _(dy, weight, saved, ln_weight, ln_bias, eps, has_bias, wants_dx, wants_dweight):
     gradients = [dy.new_empty(saved.shape)] if wants_dx else []
     if wants_dweight:
@@ -127,7 +128,7 @@ def _backward(ctx, dy):
     return dx, dweight, dbias, None, None, None, None
 
 
-_linear_op.register_autograd(_backward, setup_context=_setup_context)
+differentiable(_linear_op, _backward, _setup_context)
 
 
 def with_recompute(

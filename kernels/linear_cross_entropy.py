@@ -126,7 +126,7 @@ def _rows(
 ) -> None:
     """With ``dlogits8``, of the logits' layout, dlogits / ``_DLOGITS_SCALE`` are written there."""
     n_rows, n_cols = logits.shape
-    size = max(256, triton.next_power_of_2(n_cols))
+    size = max(256, _host.next_power_of_2(n_cols))
     config = configs.find(logits, "cross_entropy", "rows", size)
     with _host.on_device(logits):
         _cross_entropy_rows_kernel[(n_rows,)](

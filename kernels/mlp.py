@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastgpt.kernels import _checks, _host, gemm
+from fastgpt.kernels._operators import differentiable, fake, operator
 from fastgpt.kernels.linear import (
     cast,
     recomputed,
@@ -28,7 +29,7 @@ from fastgpt.kernels.linear import (
 )
 
 
-@torch.library.custom_op("fastgpt::mlp", mutates_args=())
+@operator("mlp")
 def _mlp_op(
     x: Tensor,
     fc_weight: Tensor,
@@ -49,7 +50,7 @@ def _mlp_op(
     return [y, pre, act] if source is None else [y, pre]
 
 
-@_mlp_op.register_fake
+@fake(_mlp_op)
 def _(x, fc_weight, fc_bias, proj_weight, source, ln_weight, ln_bias, eps, approximate, saves):
     y = x.new_empty(*x.shape[:-1], proj_weight.shape[0])
     hidden = (1 if source is not None else 2) if saves else 0
@@ -57,7 +58,7 @@ def _(x, fc_weight, fc_bias, proj_weight, source, ln_weight, ln_bias, eps, appro
     return [y, *(x.new_empty(n_tokens, fc_weight.shape[0]) for _ in range(hidden))]
 
 
-@torch.library.custom_op("fastgpt::mlp_bwd", mutates_args=())
+@operator("mlp_bwd")
 def _mlp_bwd_op(
     dy: Tensor,
     fc_weight: Tensor,
@@ -100,7 +101,7 @@ def _mlp_bwd_op(
     return gradients
 
 
-@_mlp_bwd_op.register_fake
+@fake(_mlp_bwd_op)
 def _(
     dy, fc_weight, proj_weight, saved, ln_weight, ln_bias, pre, act, eps, approximate,
     has_bias, wants_dx, wants_dfc, wants_dproj,
@@ -126,14 +127,14 @@ def _setup_context(ctx, inputs, output):
     ctx.set_materialize_grads(False)  # allocate no zeros as gradients of pre and act
 
 
-def _backward(ctx, grads):
-    if grads[0] is None:
+def _backward(ctx, dy, *_):
+    if dy is None:
         return (*[None] * 10,)
     wants_dx, wants_dfc_weight, wants_dfc_bias, wants_dproj, *_ = ctx.needs_input_grad
     wants_dfc = wants_dfc_weight or wants_dfc_bias
     gradients = iter(
         _mlp_bwd_op(
-            grads[0],
+            dy,
             *ctx.saved_tensors,
             ctx.eps,
             ctx.approximate,
@@ -150,7 +151,7 @@ def _backward(ctx, grads):
     return dx, dfc_weight, dfc_bias, dproj, *[None] * 6
 
 
-_mlp_op.register_autograd(_backward, setup_context=_setup_context)
+differentiable(_mlp_op, _backward, _setup_context)
 
 
 def mlp(

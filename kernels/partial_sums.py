@@ -46,7 +46,7 @@ def sum_row_blocks(partial: Tensor, outs: list[Tensor], config: Tile) -> None:
     to three outs, of any dtype and of the shape behind the dots."""
     n_row_blocks, n_cols = partial.shape[1], outs[0].numel()
     with _host.on_device(partial):
-        _sum_row_blocks_kernel[(triton.cdiv(n_cols, config.BLOCK_N), len(outs))](
+        _sum_row_blocks_kernel[(_host.cdiv(n_cols, config.BLOCK_N), len(outs))](
             partial,
             *outs,
             *[None] * (3 - len(outs)),

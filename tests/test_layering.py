@@ -16,8 +16,8 @@ ROOT = Path(__file__).resolve().parent.parent
 
 # A folder, or a named file of one, imports from its own line and from the lines above it.
 RANKS = (
-    "kernels/_checks kernels/_device_math kernels/_host kernels/_tensors kernels/configs "
-    "kernels/reference",
+    "kernels/_checks kernels/_device_math kernels/_host kernels/_operators kernels/_tensors "
+    "kernels/configs kernels/reference",
     "kernels/",
     "kernels/costs kernels/fused",
     "fastgpt/_files fastgpt/_optional fastgpt/_progress fastgpt/cuda_graph fastgpt/devices",
@@ -33,7 +33,15 @@ RANKS = (
 )
 
 # Modules of the kernels that need torch alone: a machine without Triton has them.
-TORCH_ALONE = {"_checks", "_tensors", "chunked_loss", "costs", "reference", "torch_ops"}
+TORCH_ALONE = {
+    "_checks",
+    "_operators",
+    "_tensors",
+    "chunked_loss",
+    "costs",
+    "reference",
+    "torch_ops",
+}
 # optional: imported where used
 LATE = {
     "huggingface_hub",

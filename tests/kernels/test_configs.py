@@ -45,3 +45,10 @@ def test_attention_has_a_line_for_every_launch() -> None:
         # Elsewhere no product overlaps with a softmax of its own program, or Triton sees to it.
         pipelined = kernel == "fwd" and dtype != torch.float32 and capability in (None, 90)
         assert bool(config.PIPELINED_PV) == pipelined
+
+
+def test_equal_configurations_of_two_kinds_keep_their_names() -> None:
+    rows, parts = configs.WholeRows(8, 4), configs.AttentionDecodeSum(8, 4)
+    assert rows == parts  # as tuples, also as keys of a cache
+    assert configs.launch(rows) == {"BLOCK_M": 8, "num_warps": 4}
+    assert configs.launch(parts) == {"PARTS": 8, "num_warps": 4}

@@ -333,7 +333,7 @@ def test_bytes_by_hand(ops, device: str) -> None:
     (x, weight), targets = inputs((3 * CHUNK,), 16, 65, device)
     op = {fused: linear_cross_entropy, torch_ops: torch_ops}[ops]._linear_cross_entropy_op
     args = (x, weight, targets, torch.bfloat16, -1, True, 0.0, 0.0, True, True)
-    costs = COSTS[f"fastgpt.{op._name}"](op(*args), *args)
+    costs = COSTS[f"fastgpt.{op._opname}"](op(*args), *args)
     rows, logits, weights = 2 * 24 * 16, 2 * 24 * 65, 2 * 65 * 16
     assert {cost.name: cost.bytes for cost in costs} == {
         "logits": rows + 3 * weights + logits,

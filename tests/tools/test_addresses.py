@@ -26,6 +26,7 @@ def _one_tile_a_program() -> Iterator[None]:
 
 
 SEED = _meta(1, dtype=torch.int64)
+_ON_CPU = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)  # not the key Meta: shapes alone
 
 
 @triton.jit
@@ -64,11 +65,11 @@ def test_embedding() -> None:
     out = _meta(1, length, width)
     last = length - 1
     with checked_addresses({"idx_ptr": last}):
-        _embedding_op._init_fn(idx, table, table, SEED, None, 0.1, 0, table.dtype)
+        _embedding_op.redispatch(_ON_CPU, idx, table, table, SEED, None, 0.1, 0, table.dtype)
     with checked_addresses({"idx_ptr": last}):
-        _position_bwd_op._init_fn(out, idx, SEED, length, length, table.dtype, 0.1, 0)
+        _position_bwd_op.redispatch(_ON_CPU, out, idx, SEED, length, length, table.dtype, 0.1, 0)
     # the only band of the run is its last one; all ids are the last of the table
     numbers = {"sorted_ptr": last, "order_ptr": last, "ends_ptr": length}
     with checked_addresses(numbers) as launched:
-        _token_bwd_op._init_fn(out, idx, SEED, length, table.dtype, 0.1, 0)
+        _token_bwd_op.redispatch(_ON_CPU, out, idx, SEED, length, table.dtype, 0.1, 0)
     assert len(launched) == 2
