@@ -5,7 +5,7 @@ parameters one by one, float32 alone, the gradients scaled by a kernel before it
 Bytes and share of the ceiling are those of the flat update for all.
 """
 
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -84,3 +84,15 @@ OP = Op(
 )
 
 test_adamw = OP.test()
+
+
+def compiled() -> None:
+    param, grad, exp_avg, exp_avg_sq = (torch.zeros(4096) for _ in range(4))
+    step, lr, clip, skip = (torch.zeros(()) for _ in range(4))
+    update = partial(fused.adamw, **_OPTIONS)
+    for low_precision in (None, param.bfloat16()):
+        update(param, low_precision, grad, exp_avg, exp_avg_sq, step, lr)
+        update(param, low_precision, grad, exp_avg, exp_avg_sq, step, lr, clip=clip, skip=skip)
+
+
+COMPILED = {"adamw": compiled}
