@@ -3,6 +3,7 @@ provider copies to split and to gather heads is part of its time. Sizes with an 
 holds documents of L tokens, and no token attends to another document.
 """
 
+import itertools
 from functools import partial
 from types import ModuleType
 
@@ -141,14 +142,13 @@ DOCUMENTS = Op(
 test_attention_of_documents = DOCUMENTS.test()
 
 
-def compiled(documents: bool, head_sizes: tuple[int, ...], random: RandomTensors) -> None:
+def compiled(documents: bool, *head_sizes: int) -> None:
     """With and without dropout."""
     doc_start = torch.zeros(1, 1024, dtype=torch.int32) if documents else None
-    for head_size in head_sizes:
-        for dropout_p in (0.0, 0.1):
-            qkv, n_head = inputs(random, 1, 1024, 2, head_size)
-            y = fused.attention_qkvpacked(qkv, n_head, dropout_p=dropout_p, doc_start=doc_start)
-            y.sum().backward()
+    for random, head_size, p in itertools.product((BF16, FP32), head_sizes, (0.0, 0.1)):
+        qkv, n_head = inputs(random, 1, 1024, 2, head_size)
+        y = fused.attention_qkvpacked(qkv, n_head, dropout_p=p, doc_start=doc_start)
+        y.sum().backward()
 
 
 def compiled_others() -> None:
@@ -164,8 +164,7 @@ def compiled_others() -> None:
 
 
 COMPILED = {
-    f"attention{suffix}-{sizes[-1]}-{dtype}": partial(compiled, documents, sizes, random)
+    f"attention{suffix}-{sizes[-1]}": partial(compiled, documents, *sizes)
     for suffix, documents in (("", False), ("_documents", True))
     for sizes in ((16, 25, 32), (64,), (80, 128), (256,))
-    for dtype, random in (("bf16", BF16), ("fp32", FP32))
 } | {"attention-others": compiled_others}
