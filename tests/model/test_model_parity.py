@@ -18,7 +18,7 @@ from torch._subclasses import FakeTensorMode
 
 import fastgpt.ops
 from fastgpt import GPT
-from fastgpt.kernels import fused, reference, torch_ops
+from fastgpt.kernels import fused, reference
 from tests.tools.small_models import BLOCK, V, model_with, small_config, tokens
 
 CONFIGS = {
@@ -26,11 +26,6 @@ CONFIGS = {
     "odd": (small_config(n_head=3, n_embd=75, bias=True), 7),
     "one-token": (small_config(n_layer=1, n_head=1), 1),
 }
-
-
-@pytest.fixture(params=[torch_ops, fused], ids=["torch_ops", "fused"])
-def ops(request: pytest.FixtureRequest) -> ModuleType:
-    return request.param
 
 
 def batch(length: int, device: str) -> tuple[Tensor, Tensor]:
