@@ -5,7 +5,7 @@ parameters one by one, float32 alone, the gradients scaled by a kernel before it
 Bytes and share of the ceiling are those of the flat update for all.
 """
 
-from functools import cached_property, partial
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -87,12 +87,11 @@ test_adamw = OP.test()
 
 
 def compiled() -> None:
-    param, grad, exp_avg, exp_avg_sq = (torch.zeros(4096) for _ in range(4))
-    step, lr, clip, skip = (torch.zeros(()) for _ in range(4))
-    update = partial(fused.adamw, **_OPTIONS)
-    for low_precision in (None, param.bfloat16()):
-        update(param, low_precision, grad, exp_avg, exp_avg_sq, step, lr)
-        update(param, low_precision, grad, exp_avg, exp_avg_sq, step, lr, clip=clip, skip=skip)
+    s, skip = State(4096, torch.device("cpu")), torch.zeros(())
+    for low_precision in (None, s.low_precision):
+        tensors = s.param, low_precision, s.grad, *s.moments, s.step, s.lr
+        fused.adamw(*tensors, **_OPTIONS)
+        fused.adamw(*tensors, **_OPTIONS, clip=s.clip, skip=skip)
 
 
 COMPILED = {"adamw": compiled}
