@@ -84,3 +84,14 @@ OP = Op(
 )
 
 test_adamw = OP.test()
+
+
+def compiled() -> None:
+    s, skip = State(4096, torch.device("cpu")), torch.zeros(())
+    for low_precision in (None, s.low_precision):
+        tensors = s.param, low_precision, s.grad, *s.moments, s.step, s.lr
+        fused.adamw(*tensors, **_OPTIONS)
+        fused.adamw(*tensors, **_OPTIONS, clip=s.clip, skip=skip)
+
+
+COMPILED = {"adamw": compiled}

@@ -3,6 +3,8 @@ provider copies to split and to gather heads is part of its time. Sizes with an 
 holds documents of L tokens, and no token attends to another document.
 """
 
+import itertools
+from functools import partial
 from types import ModuleType
 
 import torch
@@ -10,7 +12,16 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from bench._ops.op_bench import Direction, Function, Op, RandomTensors, standard_providers
+from bench._ops.op_bench import (
+    BF16,
+    FP16,
+    FP32,
+    Direction,
+    Function,
+    Op,
+    RandomTensors,
+    standard_providers,
+)
 from fastgpt.kernels import fused, reference, torch_ops
 from fastgpt.kernels._tensors import split_heads
 from fastgpt.kernels.costs import attention_pairs
@@ -129,3 +140,31 @@ DOCUMENTS = Op(
 )
 
 test_attention_of_documents = DOCUMENTS.test()
+
+
+def compiled(documents: bool, *head_sizes: int) -> None:
+    """With and without dropout."""
+    doc_start = torch.zeros(1, 1024, dtype=torch.int32) if documents else None
+    for random, head_size, p in itertools.product((BF16, FP32), head_sizes, (0.0, 0.1)):
+        qkv, n_head = inputs(random, 1, 1024, 2, head_size)
+        y = fused.attention_qkvpacked(qkv, n_head, dropout_p=p, doc_start=doc_start)
+        y.sum().backward()
+
+
+def compiled_others() -> None:
+    """Separate q, k and v of an odd head size, in fp16, without the causal mask; TF32."""
+    q, k, v = (FP16.normal(1, 2, 100, 25) for _ in range(3))
+    fused.attention(q, k, v, causal=False).sum().backward()
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    try:
+        fused.attention_qkvpacked(*inputs(FP32, 1, 1024, 2, 64)).sum().backward()
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+COMPILED = {
+    f"attention{suffix}-{sizes[-1]}": partial(compiled, documents, *sizes)
+    for suffix, documents in (("", False), ("_documents", True))
+    for sizes in ((16, 25, 32), (64,), (80, 128), (256,))
+} | {"attention-others": compiled_others}

@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench._ops.op_bench import Op, RandomTensors, standard_providers
-from fastgpt.kernels import reference
+from bench._ops.op_bench import BF16, FP32, Op, RandomTensors, standard_providers
+from fastgpt.kernels import fused, reference
 from fastgpt.kernels._tensors import split_heads
 
 
@@ -54,5 +54,13 @@ OP = Op(
     table="attention_decode",
 )
 
-
 test_attention_decode = OP.test()
+
+
+def compiled() -> None:
+    for random in (BF16, FP32):
+        for head_size in (25, 32, 64, 128, 256):
+            fused.attention_decode(*inputs(random, 2, 1024, 2, head_size))
+
+
+COMPILED = {"attention_decode": compiled}

@@ -4,8 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench._ops.op_bench import Op, RandomTensors, standard_providers
-from fastgpt.kernels import reference
+from bench._ops.op_bench import BF16, FP32, Op, RandomTensors, standard_providers
+from fastgpt.kernels import fused, reference
 
 
 def inputs(random: RandomTensors, B: int, T: int, C: int, V: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -34,3 +34,17 @@ OP = Op(
 )
 
 test_embedding = OP.test()
+
+
+def compiled() -> None:
+    """With and without documents and dropout."""
+    for random in (BF16, FP32):
+        for width in (65, 768, 1600):
+            idx, token, position = inputs(random, 2, 64, width, 96)
+            for doc_start in (None, torch.zeros_like(idx, dtype=torch.int32)):
+                for p in (0.0, 0.1):
+                    y = fused.embedding(idx, token, position, dropout_p=p, doc_start=doc_start)
+                    y.sum().backward()
+
+
+COMPILED = {"embedding": compiled}

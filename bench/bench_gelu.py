@@ -3,8 +3,8 @@
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench._ops.op_bench import Op, RandomTensors, standard_providers
-from fastgpt.kernels import reference
+from bench._ops.op_bench import BF16, FP16, FP32, Op, RandomTensors, standard_providers
+from fastgpt.kernels import fused, reference
 
 
 def inputs(random: RandomTensors, M: int, N: int) -> tuple[Tensor]:
@@ -27,3 +27,12 @@ OP = Op(
 )
 
 test_gelu = OP.test()
+
+
+def compiled() -> None:
+    for random in (BF16, FP16, FP32):
+        for form in ("none", "tanh"):
+            fused.gelu(random.normal(4096), form).sum().backward()
+
+
+COMPILED = {"gelu": compiled}

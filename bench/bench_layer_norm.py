@@ -5,8 +5,8 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench._ops.op_bench import Op, RandomTensors, standard_providers
-from fastgpt.kernels import reference
+from bench._ops.op_bench import BF16, FP32, Op, RandomTensors, standard_providers
+from fastgpt.kernels import fused, reference
 
 
 def inputs(random: RandomTensors, M: int, C: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -40,3 +40,18 @@ OP = Op(
 )
 
 test_layer_norm = OP.test()
+
+
+COMPILED_WIDTHS = (65, 384, 768, 1600, 4096, 8192, 16384)
+
+
+def compiled() -> None:
+    """With and without a bias."""
+    for random in (BF16, FP32):
+        for width in COMPILED_WIDTHS:
+            x, weight, bias = inputs(random, 64, width)
+            fused.layer_norm(x, weight, bias).sum().backward()
+            fused.layer_norm(x, weight).sum().backward()
+
+
+COMPILED = {"layer_norm": compiled}

@@ -2,12 +2,14 @@
 that computes these two gradients, against cuBLAS and a sum.
 """
 
+import itertools
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench._ops.op_bench import Op, RandomTensors, standard_providers
-from fastgpt.kernels import gemm, reference
+from bench._ops.op_bench import BF16, FP16, Op, RandomTensors, standard_providers
+from fastgpt.kernels import fused, gemm, reference
 from fastgpt.kernels._host import matmul_float32
 
 
@@ -41,7 +43,7 @@ def gradient_inputs(random: RandomTensors, M: int, K: int, N: int) -> tuple[Tens
 def of_weight_gradient(has_bias: bool) -> Op:
     """float32 gradients, as a model with float32 weights has them."""
 
-    def fused(dy: Tensor, x: Tensor) -> tuple[Tensor, ...]:
+    def ours(dy: Tensor, x: Tensor) -> tuple[Tensor, ...]:
         dweight, dbias = gemm.weight_gradient(dy, x, has_bias, torch.float32)
         return (dweight,) if dbias is None else (dweight, dbias)
 
@@ -57,7 +59,7 @@ def of_weight_gradient(has_bias: bool) -> Op:
     return Op(
         name=f"linear: weight{' and bias' if has_bias else ''} gradient",
         inputs=gradient_inputs,
-        providers={"fused": fused, "cuBLAS": cublas},
+        providers={"fused": ours, "cuBLAS": cublas},
         reference=plain,
         directions=("inference",),
         baseline="cuBLAS",
@@ -77,3 +79,15 @@ WEIGHT_GRADIENT, WEIGHT_AND_BIAS_GRADIENT = of_weight_gradient(False), of_weight
 
 test_weight_gradient = WEIGHT_GRADIENT.test()
 test_weight_and_bias_gradient = WEIGHT_AND_BIAS_GRADIENT.test()
+
+
+def compiled() -> None:
+    """The weight gradient in parts, with a bias and without, of weights in both dtypes."""
+    for random, wide, bias in itertools.product((BF16, FP16), (False, True), (False, True)):
+        x, weight, added = inputs(random, 4096, 64, 256)
+        if wide:
+            weight, added = weight.detach().float().requires_grad_(), added.detach().float()
+        fused.linear(x, weight, added.requires_grad_() if bias else None).sum().backward()
+
+
+COMPILED = {"linear": compiled}

@@ -13,7 +13,16 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from bench._ops.op_bench import Function, Op, RandomTensors, gradients_like, standard_providers
+from bench._ops.op_bench import (
+    BF16,
+    FP16,
+    FP32,
+    Function,
+    Op,
+    RandomTensors,
+    gradients_like,
+    standard_providers,
+)
 from fastgpt.kernels import fused, reference
 
 _ROWS = 1024  # whose plain logits are in memory at a time
@@ -104,3 +113,21 @@ FP8 = Op(
 )
 
 test_fp8 = FP8.test()
+
+
+def compiled(fp8: bool) -> None:
+    """With gradients, plain and with label smoothing; without."""
+    sizes = [(256, 64, 50304)] if fp8 else [(8, 16, 65), (8, 16, 50257), (8, 16, 50304)]
+    for random in (BF16, FP16) if fp8 else (BF16, FP32):
+        for M, C, V in sizes:
+            x, weight, targets = inputs(random, M, C, V)
+            if fp8:
+                weight = FP32.normal(V, C)
+            for smoothing in (0.0, 0.1):
+                fused.linear_cross_entropy(x, weight, targets, label_smoothing=smoothing, fp8=fp8)
+            with torch.no_grad():
+                fused.linear_cross_entropy(x, weight, targets, fp8=fp8)
+
+
+COMPILED = {"linear_cross_entropy": partial(compiled, False), "fp8": partial(compiled, True)}
+LEAST_CAPABILITY = {"fp8": 89}

@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench._ops.op_bench import Op, RandomTensors, standard_providers
-from fastgpt.kernels import gemm, reference
+from bench._ops.op_bench import BF16, FP16, FP32, Op, RandomTensors, standard_providers
+from fastgpt.kernels import fused, gemm, reference
 from fastgpt.kernels.gelu import gelu_backward, gelu_forward
 
 
@@ -118,3 +118,18 @@ FC_GRADIENT, FC_GRADIENT_RECOMPUTE = of_fc_gradient(False), of_fc_gradient(True)
 
 test_fc_gradient = FC_GRADIENT.test()
 test_fc_gradient_recompute = FC_GRADIENT_RECOMPUTE.test()
+
+
+def compiled() -> None:
+    """Both products with an epilogue and the weight gradients, keeping all and recomputing."""
+    for random, bias, form in (
+        *((BF16, bias, form) for bias in (False, True) for form in ("none", "tanh")),
+        (FP16, True, "none"),
+    ):
+        x, fc_weight, fc_bias, proj_weight = inputs(random, 256, 64)
+        for recompute in (None, (x, FP32.normal(64), None, 1e-5)):
+            weights = fc_weight, fc_bias if bias else None, proj_weight
+            fused.mlp(x, *weights, approximate=form, recompute=recompute).sum().backward()
+
+
+COMPILED = {"mlp": compiled}

@@ -2,11 +2,12 @@
 differently by each provider.
 """
 
+import torch
 from torch import Tensor
 
 from bench import bench_layer_norm
-from bench._ops.op_bench import Op, RandomTensors, standard_providers
-from fastgpt.kernels import reference
+from bench._ops.op_bench import BF16, FP16, FP32, Op, RandomTensors, standard_providers
+from fastgpt.kernels import fused, reference
 
 
 def inputs(random: RandomTensors, M: int, C: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -30,3 +31,25 @@ OP = Op(
 )
 
 test_residual_layer_norm = OP.test()
+
+
+def compiled() -> None:
+    """With all that it can do, with and without dropout; and with nothing."""
+    widths = bench_layer_norm.COMPILED_WIDTHS
+    for random, stream, of_pair in (
+        (BF16, BF16, widths),
+        (FP32, FP32, widths),
+        (FP16, FP32, (768, 8192)),
+    ):
+        for width in of_pair:
+            weight, bias, delta_bias = (FP32.normal(width) for _ in range(3))
+            residual, delta = stream.normal(64, width), random.normal(64, width)
+            for dropout_p in (0.0, 0.1):
+                y, total = fused.residual_layer_norm(
+                    residual, delta, weight, bias, delta_bias=delta_bias, dropout_p=dropout_p
+                )
+                torch.autograd.backward((y, total), (y, total))
+            fused.residual_layer_norm(residual, delta, weight)[0].sum().backward()
+
+
+COMPILED = {"residual_layer_norm": compiled}

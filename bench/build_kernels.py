@@ -3,7 +3,7 @@
     python setup.py build_kernels                        # sm_80, sm_90 and sm_100, on all cores
     python setup.py build_kernels --arch=90 --only='attention*'
 
-ninja runs one process for each case of ``kernel_cases.py``, again only after a kernel or this tool
+ninja runs one process for each case of ``bench_<op>.py``, again only after a kernel or this tool
 has changed; Triton's cache in ``build/kernels/cache`` keeps the configurations that have not.
 ``build/kernels/manifest.json`` holds the registers, spills, shared memory, occupancy, matrix
 instructions and asynchronous copies of every kernel configuration.
@@ -45,7 +45,7 @@ _ROOT = _BENCH.parent
 CASES = _BENCH / "_compile" / "kernel_cases.py"
 OUT = _ROOT / "build" / "kernels"
 KERNELS = _ROOT / "kernels"
-_TOOL = [CASES.with_name(name) for name in ("multiprocessor.py", "static.py")]
+_TOOL = [*(_BENCH / "_compile").glob("*.py"), *_BENCH.glob("bench_*.py")]
 
 
 @dataclass
@@ -77,7 +77,7 @@ def edges(cases: Path, architectures: Iterable[int]) -> dict[str, list[int]]:
 
 def _ninja_file(cases: Path, out: Path, found: Mapping[str, list[int]]) -> str:
     program = _escaped(shlex.join([sys.executable, str(cases)]))
-    inputs = " ".join(map(_escaped, [cases, *_TOOL, *sorted(KERNELS.glob("*.py"))]))
+    inputs = " ".join(map(_escaped, sorted({cases, *_TOOL, *KERNELS.glob("*.py")})))
     # ninja repeats a command that has changed, so it names the versions.
     versions = _escaped(shlex.quote(f"triton {triton.__version__}, torch {torch.__version__}"))
     lines = [

@@ -13,6 +13,7 @@ import sys
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -21,7 +22,7 @@ from torch import Tensor
 from torch._subclasses import FakeTensor
 from torch.utils import _device
 
-from fastgpt.kernels import _host
+from fastgpt.kernels import _host, fused, torch_ops
 from tests.tools import interpreter
 from tests.tools.sanitizer import sanitize
 
@@ -105,6 +106,12 @@ def device(request: pytest.FixtureRequest) -> Iterator[str]:
     """ "cpu", where kernels are interpreted and every launch is checked, and "cuda"."""
     with sanitize(_seed(request)) if request.param == "cpu" else nullcontext():
         yield request.param
+
+
+@pytest.fixture(params=[fused, torch_ops], ids=["fused", "torch_ops"])
+def ops(request: pytest.FixtureRequest) -> ModuleType:
+    """What promises the numbers of ``reference``."""
+    return request.param
 
 
 @pytest.hookimpl(trylast=True)

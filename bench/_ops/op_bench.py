@@ -72,6 +72,13 @@ class RandomTensors:
         return torch.randint(n_ids, shape, device=self.device)
 
 
+# For COMPILED, the cases of the compile gate.
+BF16, FP16, FP32 = (
+    RandomTensors(torch.device("cpu"), dtype)
+    for dtype in (torch.bfloat16, torch.float16, torch.float32)
+)
+
+
 def standard_providers(
     name: str, eager: Function, liger: Function | None = None
 ) -> dict[str, Function]:

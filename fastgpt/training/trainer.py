@@ -22,7 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from fastgpt._files import exclusive_lock
 from fastgpt._progress import PlainConsole, run_console
-from fastgpt.data.batches import Batches
+from fastgpt.data.batches import SPLITS, Batches, token_files
 from fastgpt.devices import (
     autocast,
     random_states,
@@ -82,6 +82,8 @@ class Trainer:
         torch.backends.cuda.matmul.allow_tf32 = True
         torch.backends.cudnn.allow_tf32 = True
 
+        for split in SPLITS:  # a missing file is named before weights are drawn or downloaded
+            token_files(config.data_dir, split)
         self.tokenizer = saved_tokenizer(config.data_dir)
         saved, path = None, self.out_dir
         if config.init_from == "resume":

@@ -80,11 +80,6 @@ def test_every_key_is_an_option() -> None:
         assert vars(parsed("--preset=gpt2", *arguments(other))) == other
 
 
-def test_nanogpts_spelling() -> None:
-    config = parsed("--preset=gpt2", "--compile=False", "--learning_rate=1e-3", "--bias=True")
-    assert (config.compile, config.learning_rate, config.bias) == (False, 1e-3, True)
-
-
 def test_resume_goes_on_with_the_keys_of_the_checkpoint() -> None:
     data_set(Path())
     assert cli.main(small(log_interval=7)) == 0
@@ -128,12 +123,6 @@ def test_the_counted_bigram_is_near_its_entropy(capsys: pytest.CaptureFixture[st
     counted, entropy = rows["bigram, counted on train.bin"], rows["bigram entropy of val.bin"]
     assert abs(counted - entropy) < 0.01
     assert rows["gpt"] > counted  # five updates are too few to beat it
-
-
-def test_the_bigram_trains(capsys: pytest.CaptureFixture[str]) -> None:
-    data_set(Path())
-    assert cli.main(small(model="bigram")) == 0
-    assert "bigram with 324 parameters on cpu" in capsys.readouterr().out
 
 
 def test_a_vocabulary_too_large_for_a_table(

@@ -12,12 +12,7 @@ from fastgpt.data import file_formats, sources
 from fastgpt.data.prepare import prepare
 from fastgpt.data.sources import DatasetSource, FileSource, TextSource, source_of
 from fastgpt.tokenizer import CharTokenizer
-from tests.data.test_prepare import DOCUMENTS, jsonl
-
-
-@pytest.fixture
-def source(tmp_path: Path) -> FileSource:
-    return FileSource(jsonl(tmp_path / "documents.jsonl"))
+from tests.data.test_prepare import DOCUMENTS
 
 
 def test_the_seed_and_the_share_choose_the_documents(source: FileSource) -> None:

@@ -68,8 +68,9 @@ def test_documents_are_what_they_are_alone(module, length: int, borders: list[in
 
 
 @pytest.mark.parametrize("dropout_p", [0.0, 0.3])
-@pytest.mark.parametrize("dtype", parity.DTYPES, ids=str)
-@pytest.mark.parametrize("length", [1, 64, 150])
+@pytest.mark.parametrize(
+    "length,dtype", [(1, torch.float16), (64, torch.float32), (150, torch.bfloat16)], ids=str
+)
 def test_one_document_gives_the_same_bits_as_none(
     monkeypatch: pytest.MonkeyPatch, device: str, length: int, dtype: torch.dtype, dropout_p: float
 ) -> None:

@@ -57,8 +57,11 @@ def test_parity(device: str, shape: tuple[int, ...], dtype: torch.dtype) -> None
     parity.assert_parity(kernel, pytorch, plain, weights, grad, NAMES)
 
 
-@pytest.mark.parametrize("shape", [(3, 17, 17, 50, 65), (1, 70, 70, 3, 1025)], ids=str)
-@pytest.mark.parametrize("dtype", parity.DTYPES, ids=str)
+@pytest.mark.parametrize(
+    "shape,dtype",
+    [*(((3, 17, 17, 50, 65), d) for d in parity.DTYPES), ((1, 70, 70, 3, 1025), torch.bfloat16)],
+    ids=str,
+)
 @pytest.mark.parametrize("documents", [False, True])
 def test_parity_with_dropout(
     device: str, documents: bool, shape: tuple[int, ...], dtype: torch.dtype
@@ -225,11 +228,11 @@ def test_autocast(device: str) -> None:
 @pytest.mark.parametrize("width", [32, 1030])
 @pytest.mark.parametrize("documents", [False, True])
 def test_two_runs_give_the_same_bits(device: str, documents: bool, width: int) -> None:
-    idx, weights = _inputs((3, 60, 60, 4, width), torch.float32, device)
+    idx, weights = _inputs((2, 40, 40, 2, width), torch.float32, device)
     leaves = [x.requires_grad_() for x in weights]
-    grad = torch.randn(3, 60, width, device=device)
+    grad = torch.randn(2, 40, width, device=device)
     seed = torch.tensor([9], device=device)
-    doc_start = starts_of(60, [10], [], [1, 50], device=device) if documents else None
+    doc_start = starts_of(40, [10], [1, 30], device=device) if documents else None
     runs = []
     for order in (1, 2):
         with sanitize(seed=order):  # interpreted: also in another order of the programs
@@ -242,7 +245,7 @@ def test_two_runs_give_the_same_bits(device: str, documents: bool, width: int) -
 @pytest.mark.parametrize("doc_start", [None, starts_of(3, [1], [2])], ids=["one", "several"])
 def test_gradcheck(doc_start: Tensor | None, dropout_p: float) -> None:
     idx = torch.tensor([[0, 2, 2], [2, 1, 0]])
-    leaves = [torch.randn(n, 5, dtype=torch.float64, requires_grad=True) for n in (4, 3)]
+    leaves = [torch.randn(n, 3, dtype=torch.float64, requires_grad=True) for n in (3, 3)]
     seed = torch.tensor([1])
     assert torch.autograd.gradcheck(
         partial(fused.embedding, idx, dropout_p=dropout_p, seed=seed, doc_start=doc_start), leaves

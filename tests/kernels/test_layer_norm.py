@@ -347,7 +347,7 @@ def test_gradcheck(dropout_p: float) -> None:
 
 @pytest.mark.parametrize("width", [96, 8200])
 def test_two_runs_give_the_same_bits(device: str, width: int) -> None:
-    n_rows = 70 if width < 1000 else 12
+    n_rows = 70 if width < 1000 else 9  # two tiles, the second partial
     inputs = _inputs((n_rows, width), torch.float32, device)
     leaves = [x.requires_grad_() for x in inputs.values()]
     grads = torch.randn(2, n_rows, width, device=device).unbind()

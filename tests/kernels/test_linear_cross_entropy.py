@@ -42,11 +42,6 @@ NAMES = ["x", "weight"]
 Pair = tuple[Tensor, Tensor]  # x and weight
 
 
-@pytest.fixture(params=[fused, torch_ops], ids=["fused", "torch_ops"])
-def ops(request: pytest.FixtureRequest) -> ModuleType:
-    return request.param
-
-
 @pytest.fixture(autouse=True)
 def _small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(chunked_loss, "chunk_rows", lambda n_cols, dtype, device: CHUNK)

@@ -23,11 +23,6 @@ from tests.tools.interpreter import Observer, Program
 CHUNK = 8
 
 
-@pytest.fixture(params=[fused, torch_ops], ids=["fused", "torch_ops"])
-def ops(request: pytest.FixtureRequest) -> ModuleType:
-    return request.param
-
-
 @pytest.fixture
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(chunked_loss, "chunk_rows", lambda n_cols, dtype, device: CHUNK)

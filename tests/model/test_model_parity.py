@@ -18,7 +18,7 @@ from torch._subclasses import FakeTensorMode
 
 import fastgpt.ops
 from fastgpt import GPT
-from fastgpt.kernels import fused, reference, torch_ops
+from fastgpt.kernels import fused, reference
 from tests.tools.small_models import BLOCK, V, model_with, small_config, tokens
 
 CONFIGS = {
@@ -26,11 +26,6 @@ CONFIGS = {
     "odd": (small_config(n_head=3, n_embd=75, bias=True), 7),
     "one-token": (small_config(n_layer=1, n_head=1), 1),
 }
-
-
-@pytest.fixture(params=[torch_ops, fused], ids=["torch_ops", "fused"])
-def ops(request: pytest.FixtureRequest) -> ModuleType:
-    return request.param
 
 
 def batch(length: int, device: str) -> tuple[Tensor, Tensor]:
@@ -78,12 +73,6 @@ def test_logits_on_request_change_nothing_else(ops, device):
     assert max(largest_differences(got, fused_loss).values()) <= 1e-5
 
 
-def test_the_two_gelus_can_be_told_apart(ops, device):
-    x, y = batch(BLOCK, device)
-    losses = [model_with(ops, small_config(), device, gelu=g)(x, y)[1] for g in ("none", "tanh")]
-    assert 1e-6 < (losses[0] - losses[1]).abs() < 1e-2
-
-
 def following(x: Tensor) -> Tensor:
     """The next token of a made-up language: one of two, evenly. Its entropy is ln 2."""
     return (3 * x + torch.randint(1, 3, x.shape)) % V
@@ -117,7 +106,7 @@ def test_training_does_not_drift(ops, device):
     assert (training_losses(reference, device, gelu="tanh") - plain).abs().max() > 1e-4
 
 
-@pytest.mark.parametrize("position", [0, 5, BLOCK - 1])
+@pytest.mark.parametrize("position", [5, BLOCK - 1])
 def test_causality(ops, device, position):
     model = model_with(ops, small_config(), device).eval()
     x = tokens(2, BLOCK).to(device)
@@ -163,15 +152,6 @@ def test_half_precision_parameters(device, dtype):
     check_half_precision(fused, device, dtype, autocast=False)
 
 
-def test_training_dropout_drops(ops, device):
-    model = model_with(ops, small_config(dropout=0.5), device)
-    x, y = batch(BLOCK, device)
-    first, second = outcome(model, x, y)["loss"], outcome(model, x, y)["loss"]
-    assert first.isfinite() and first != second
-    model.eval()
-    assert torch.equal(model(x, y)[1], model(x, y)[1])
-
-
 @pytest.mark.parametrize("recompute", [False, True], ids=["", "recompute"])
 def test_compiled_whole(ops, device, recompute):
     x, y = batch(BLOCK, device)
@@ -192,13 +172,12 @@ def test_compiled_autocast_and_dropout(ops, device):
 
 
 def test_few_recompilations_for_many_lengths(ops, device):
-    """Of 20 lengths: one graph for the first, one for every other; length 1 may have its own."""
+    """One graph for the first length, one for every other; length 1 may have its own."""
     torch._dynamo.reset()
     counter = CompileCounterWithBackend("aot_eager")
-    model = model_with(ops, small_config(n_layer=1, block_size=20), device)
+    model = model_with(ops, small_config(n_layer=1, block_size=12), device)
     compiled = torch.compile(model, fullgraph=True, backend=counter)
-    lengths = [20, *(torch.randperm(19) + 1).tolist()]
-    for length in lengths:
+    for length in (12, 7, 1, 8, 2, 11):
         x, y = batch(length, device)
         expected = model(x, y)[1]
         torch.testing.assert_close(compiled(x, y)[1], expected, atol=1e-6, rtol=0)
@@ -217,9 +196,14 @@ def test_inductor(device: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         pytest.skip("Inductor needs a C++ compiler on the CPU")
     x, y = batch(BLOCK, device)
     config = small_config(n_layer=1)
-    eager = outcome(model_with(reference, config, device), x, y)
-    compiled: Any = torch.compile(model_with(fastgpt.ops, config, device), fullgraph=True)
-    assert max(largest_differences(outcome(compiled, x, y), eager).values()) <= 1e-5
+    eager, model = model_with(reference, config, device), model_with(fastgpt.ops, config, device)
+    compiled: Any = torch.compile(model, fullgraph=True)
+    losses = eager(x, y)[1], compiled(x, y)[1]
+    for loss in losses:
+        loss.backward()
+    torch.testing.assert_close(*losses, atol=1e-5, rtol=0)
+    for p, q in zip(eager.parameters(), model.parameters(), strict=True):
+        torch.testing.assert_close(p.grad, q.grad, atol=1e-5, rtol=0)
 
 
 def test_dispatch_compiles_for_cuda_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:

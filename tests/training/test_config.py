@@ -10,7 +10,6 @@ import pytest
 import torch
 
 from fastgpt.devices import resolve_device, resolve_dtype
-from fastgpt.training import config as configuration
 from fastgpt.training.config import PRESETS, SampleConfig, TrainConfig, automatic_keys
 from fastgpt.training.config_file import read_config_file
 
@@ -257,8 +256,3 @@ def test_dtype_of_a_gpu(major: int, dtype: torch.dtype, monkeypatch: pytest.Monk
     monkeypatch.setattr(torch.cuda, "_check_bf16_tensor_supported", lambda device: True)
     assert torch.cuda.is_bf16_supported()
     assert resolve_dtype("auto", torch.device("cuda")) == dtype
-
-
-def test_every_group_is_part_of_the_whole() -> None:
-    parts = [key for group in configuration.GROUPS for key in asdict(group())]
-    assert sorted(parts) == sorted(asdict(TrainConfig()))

@@ -308,8 +308,9 @@ def test_pretrained_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_what_a_run_refuses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(GPT, "from_pretrained", lambda *args: pytest.fail("data come first"))
     with pytest.raises(FileNotFoundError, match="absent.*train.bin"):
-        Trainer(small_config(tmp_path, dataset="absent"))
+        Trainer(small_config(tmp_path, dataset="absent", init_from="gpt2"))
     with pytest.raises(FileNotFoundError, match="no ckpt.pt or iter-.*.pt in .*out"):
         Trainer(small_config(tmp_path, init_from="resume"))
     with pytest.raises(ValueError, match="block_size=100000"):

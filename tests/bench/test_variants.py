@@ -1,0 +1,73 @@
+"""The trainings that bench/run.py compares: what each computes, and what each needs."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from bench._step import baselines, variants
+
+
+def test_wrong_variants_are_refused() -> None:
+    with pytest.raises(ValueError, match="each once, got sdpa sdpa"):
+        variants.Options(variants=("sdpa", "sdpa"))
+    with pytest.raises(ValueError, match="got none"):
+        variants.Options(variants=())
+    with pytest.raises(ValueError, match="one or more of naive, huggingface, sdpa, .*got eager"):
+        variants.Options(variants=("eager",))
+
+
+def test_variants_are_what_their_names_say(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On equal weights: nanoGPT's forward or ours, kept or recomputed, and whose AdamW."""
+    calls: list[bool] = []
+    forward = variants.GPT.forward
+
+    def noted(self: Any, *args: Any) -> Any:
+        calls.append(self.recompute)
+        return forward(self, *args)
+
+    monkeypatch.setattr(variants.GPT, "forward", noted)
+    config = variants.GPTConfig(16, 32, 1, 2, 16)
+    idx = torch.arange(16).view(1, 16)
+    losses = {}
+    for name, variant in variants.VARIANTS.items():
+        torch.manual_seed(0)
+        gpt = variants.GPT(config, recompute=variant.recompute)
+        model = baselines.huggingface_model(gpt) if variant.huggingface else gpt
+        calls.clear()
+        losses[name] = variant.loss(model, idx, idx).item()
+        assert calls == ([] if variant.baseline else ["recompute" in name])
+        optimizer = variants.optimizer_of(model, variant, 0.25)
+        for group in optimizer.param_groups:
+            assert (group["lr"], group["fused"]) == (0.25, None if variant.baseline else True)
+        assert [len(group["params"]) for group in optimizer.param_groups] == [6, 10]
+    assert [name for name in losses if variants.VARIANTS[name].baseline] == [
+        name for name in losses if not name.startswith("fastgpt")
+    ]
+    assert list(losses.values()) == pytest.approx([losses["naive"]] * len(losses), abs=1e-5)
+
+
+def test_a_gpu_that_emulates_bfloat16_computes_in_float32(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for has, dtype in ((False, torch.float32), (True, torch.bfloat16)):
+        monkeypatch.setattr(variants, "has_bfloat16", lambda has=has: has)
+        assert variants.Plan.of(variants.Options(), tmp_path).dtype == dtype
+
+
+def test_what_compiling_on_a_cpu_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu, compiled = torch.device("cpu"), variants.VARIANTS["sdpa_compile"]
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    assert variants.why_not(compiled, cpu) == "no C++ compiler (no-such-compiler)"
+    assert variants.why_not(compiled, torch.device("cuda")) is None
+    assert variants.why_not(variants.VARIANTS["fastgpt"], cpu) is None
+    assert variants.why_not(variants.VARIANTS["sdpa_graphs"], cpu) == "CUDA graphs need a GPU"
+    fp8 = variants.why_not(variants.VARIANTS["fastgpt_fp8_head"], cpu)
+    assert fp8 == "fp8 needs a GPU of compute capability 8.9"
+    unbiased = variants.why_not(variants.VARIANTS["huggingface"], cpu, bias=False)
+    assert unbiased == "transformers' GPT-2 always has biases"
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    missing = variants.why_not(variants.VARIANTS["huggingface"], cpu)
+    assert missing == "transformers is not installed"
