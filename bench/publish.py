@@ -30,7 +30,7 @@ RESULTS, README = machine.ROOT / "bench" / "results", machine.ROOT / "README.md"
 
 _ALT = {
     "speed": "Tokens per second of each variant",
-    "loss": "Loss of each variant, and its distance from float32",
+    "loss": "Loss of each variant, and how far apart they are",
 }
 _KEYS = (
     "created", "complete", "machine", "options", "dtype", "ceilings", "variants",

@@ -102,12 +102,14 @@ class Subject:
     @property
     def candidates(self) -> list[Config]:
         """The present one first."""
-        present = configs.lookup(*self.request)
-        if present == CUBLAS:
+        present = tile = configs.lookup(*self.request)
+        if present == CUBLAS:  # beside it the neighbours of another architecture's tile
+            tile = configs.lookup(*self.request._replace(capability=100))
+        if tile == CUBLAS:
             return [CUBLAS]
-        choices = [neighbours(present, name) for name in present._fields]
-        found = [present, *(type(present)(*values) for values in itertools.product(*choices))]
-        return list(dict.fromkeys(found)) + [CUBLAS] * isinstance(present, Gemm)
+        choices = [neighbours(tile, name) for name in tile._fields]
+        found = [present, tile, *(type(tile)(*values) for values in itertools.product(*choices))]
+        return list(dict.fromkeys(found + [CUBLAS] * isinstance(tile, Gemm)))
 
 
 def neighbours(config: Config, name: str) -> list[Any]:

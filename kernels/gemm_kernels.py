@@ -74,11 +74,11 @@ def _gelu_epilogue(
     if GRADIENT:
         x = _load(pre, n_cols, row, col, n_rows, n_cols, TMA, R, C).to(ACC)
         gradient = acc * gelu_slope(x, TANH, FAST)  # 0 past the last row, where acc is 0
-        _store(dpre, n_cols, gradient, row, col, n_rows, n_cols, TMA, R, C)
         if HAS_BIAS:
             offs = col + tl.arange(0, C)
             ptrs = bias_ptr + row // R * n_cols + offs
             tl.store(ptrs, tl.sum(gradient, axis=0), mask=offs < n_cols)
+        _store(dpre, n_cols, gradient, row, col, n_rows, n_cols, TMA, R, C)
     else:
         # GELU of the rounded value that is saved, so that the backward's slope is at the same point
         rounded = acc.to(pre.dtype if TMA else pre.dtype.element_ty)

@@ -88,12 +88,12 @@ def test_any_tile(
     _assert_parity(inputs, 24, "contiguous", form, bias=True)
 
 
-def _tables_say_cublas(monkeypatch: pytest.MonkeyPatch) -> None:
+def _tables_say(monkeypatch: pytest.MonkeyPatch, product: configs.Gemm | str) -> None:
     lookup = configs.lookup
     monkeypatch.setattr(
         configs,
         "lookup",
-        lambda op, *asked: configs.CUBLAS if op == "gemm" else lookup(op, *asked),
+        lambda op, *asked: product if op == "gemm" else lookup(op, *asked),
     )
 
 
@@ -119,7 +119,7 @@ def test_tables_that_say_cublas(
         ]
 
     with_kernels = products()
-    _tables_say_cublas(monkeypatch)
+    _tables_say(monkeypatch, configs.CUBLAS)
     monkeypatch.setattr(gemm, "_linear_gelu_kernel", None)  # whose launch would be a TypeError
     monkeypatch.setattr(gemm, "_weight_grad_kernel", None)
     for ours, theirs in zip(with_kernels, products(), strict=True):
@@ -150,9 +150,9 @@ def test_costs_when_the_tables_say_cublas(monkeypatch: pytest.MonkeyPatch, recom
         return [(sum(k.flops for k in of), sum(k.bytes for k in of)) for of in kernels]
 
     monkeypatch.setattr(gemm, "splits", lambda *args: 1)
-    rows_of_tiles = t // costs._on_hopper("bwd", *["recompute"] * recompute).BLOCK_M
+    _tables_say(monkeypatch, configs.Gemm(128, 128, 64, 4, 3, 2))
     fused = totals()
-    _tables_say_cublas(monkeypatch)
+    _tables_say(monkeypatch, configs.CUBLAS)
     separate = totals()
     flops = 2 * t * c * f
     assert [count for count, _ in fused] == [count for count, _ in separate] == [flops] * 3
@@ -160,7 +160,7 @@ def test_costs_when_the_tables_say_cublas(monkeypatch: pytest.MonkeyPatch, recom
     saved = [theirs - ours for (_, ours), (_, theirs) in zip(fused, separate, strict=True)]
     # pre is read by GELU; dact is written and read, and dpre is read by its sum, which needs no
     # parts, written and read, of each row of tiles
-    gradient = (4 if recompute else 3) * activation - 2 * rows_of_tiles * 4 * f
+    gradient = (4 if recompute else 3) * activation - 2 * (t // 128) * 4 * f
     assert saved == [activation, gradient, activation]
 
 
