@@ -27,6 +27,44 @@ def triton_refusal(device: torch.device) -> str:
     return f"{reason}: CUDA tensors run on PyTorch's kernels"
 
 
+# TFLOP/s of dense matrix products of bfloat16 (before 8.0: float16) with sums in float32, by the
+# vendor's data sheets; the first name that is part of a GPU's.
+_PEAKS = {
+    "B200": 2250.0,
+    "H200 NVL": 835.0,
+    "H200": 989.0,
+    "H100 NVL": 835.0,
+    "H100 PCIe": 756.0,
+    "H100": 989.0,
+    "A100": 312.0,
+    "A40": 149.7,
+    "A30": 165.0,
+    "A10G": 70.0,
+    "A10": 125.0,
+    "L40S": 362.0,
+    "L40": 181.0,
+    "L4": 121.0,
+    "RTX 6000 Ada": 364.2,
+    "RTX A6000": 154.8,
+    "RTX 5090": 209.5,
+    "RTX 4090": 165.2,
+    "RTX 3090 Ti": 80.0,
+    "RTX 3090": 71.0,
+    "T4": 65.0,
+    "V100": 125.0,
+}
+
+
+def peak_flops(gpu: str) -> float | None:
+    """FLOP/s of matrix products in half precision, by the GPU's name as PyTorch has it; None for
+    one that no table here knows."""
+    words = f" {gpu} ".replace("-", " ")
+    if any(f" {other} " in words for other in ("Laptop", "D", "Max")):  # slower, of the same name
+        return None
+    found = (peak for name, peak in _PEAKS.items() if f" {name} " in words)
+    return next((1e12 * peak for peak in found), None)
+
+
 def resolve_device(name: str) -> torch.device:
     """The device of a key ``device``; ValueError when this machine has none of that name."""
     if name == "auto":

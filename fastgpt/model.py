@@ -39,7 +39,7 @@ PRETRAINED_SHAPES = {
     "gpt2-large": (36, 20, 1280),
     "gpt2-xl": (48, 25, 1600),
 }
-_A100_PEAK_FLOPS = 312e12  # bf16, dense
+A100_PEAK_FLOPS = 312e12  # bf16, dense
 
 
 class _Transformer(nn.ModuleDict):
@@ -362,4 +362,4 @@ class GPT(LanguageModel):
         attention = 12 * config.n_layer * config.n_head * head_size * config.block_size
         flops_per_token = 6 * self.get_num_params() + attention
         flops_per_iter = flops_per_token * config.block_size * fwdbwd_per_iter
-        return flops_per_iter / dt / _A100_PEAK_FLOPS
+        return flops_per_iter / dt / A100_PEAK_FLOPS

@@ -25,13 +25,14 @@ from fastgpt._progress import PlainConsole, run_console
 from fastgpt.data.batches import SPLITS, Batches, token_files
 from fastgpt.devices import (
     autocast,
+    peak_flops,
     random_states,
     resolve_device,
     resolve_dtype,
     set_random_states,
 )
 from fastgpt.language_model import LanguageModel
-from fastgpt.model import GPT
+from fastgpt.model import A100_PEAK_FLOPS, GPT
 from fastgpt.tokenizer import packed, saved_tokenizer
 from fastgpt.training import checkpoint as ckpt
 from fastgpt.training import checkpoint_folder, fsdp, init_from, sharded_checkpoint
@@ -270,12 +271,18 @@ class Trainer:
         model = self.model
         if self.device.type != "cuda" or not isinstance(model, GPT):
             return Meter(self.config, self.console, self.iter_num, None)
+        gpu = torch.cuda.get_device_name(self.device)
+        peak = peak_flops(gpu)
+        if peak is None:
+            self.console.print(f"no mfu: the peak of {gpu} is not known")
+            return Meter(self.config, self.console, self.iter_num, None)
+        scale = A100_PEAK_FLOPS / peak  # of nanoGPT's figure
         size = self.world.size  # the figure is that of one GPU, which has a share of the sequences
         return Meter(
             self.config,
             self.console,
             self.iter_num,
-            lambda sequences, seconds: model.estimate_mfu(sequences // size, seconds),
+            lambda sequences, seconds: scale * model.estimate_mfu(sequences // size, seconds),
         )
 
     @contextmanager

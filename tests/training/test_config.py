@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from fastgpt.devices import resolve_device, resolve_dtype
+from fastgpt.devices import peak_flops, resolve_device, resolve_dtype
 from fastgpt.training.config import PRESETS, SampleConfig, TrainConfig, automatic_keys
 from fastgpt.training.config_file import read_config_file
 
@@ -256,3 +256,25 @@ def test_dtype_of_a_gpu(major: int, dtype: torch.dtype, monkeypatch: pytest.Monk
     monkeypatch.setattr(torch.cuda, "_check_bf16_tensor_supported", lambda device: True)
     assert torch.cuda.is_bf16_supported()
     assert resolve_dtype("auto", torch.device("cuda")) == dtype
+
+
+@pytest.mark.parametrize(
+    "gpu, tflops",
+    [
+        ("NVIDIA H200", 989),
+        ("NVIDIA H100 80GB HBM3", 989),
+        ("NVIDIA H100 PCIe", 756),
+        ("NVIDIA A100-SXM4-80GB", 312),
+        ("NVIDIA A10G", 70),
+        ("NVIDIA L40S", 362),
+        ("NVIDIA L4", 121),
+        ("NVIDIA GeForce RTX 4090", 165.2),
+        ("NVIDIA GeForce RTX 4090 D", None),
+        ("NVIDIA GeForce RTX 3080 Laptop GPU", None),
+        ("Tesla T4", 65),
+        ("Tesla V100-SXM2-16GB", 125),
+        ("NVIDIA GeForce GTX 1080", None),
+    ],
+)
+def test_the_peak_of_a_gpu(gpu: str, tflops: float | None) -> None:
+    assert peak_flops(gpu) == (None if tflops is None else 1e12 * tflops)
