@@ -2,8 +2,8 @@
 
 A line of ``log.jsonl`` is one JSON object with ``iter``, the number of an update, and ``time`` in
 seconds since 1970. A report adds ``loss``, ``lr``, ``tokens_per_second`` and, on a GPU of known
-peak, ``mfu`` in percent; an evaluation adds nanoGPT's keys ``train/loss``, ``val/loss``, ``lr``, ``mfu``. A figure
-that is not finite is null.
+peak, ``mfu`` in percent; an evaluation adds nanoGPT's keys ``train/loss``, ``val/loss``, ``lr``,
+``mfu``. A figure that is not finite is null.
 """
 
 import importlib
