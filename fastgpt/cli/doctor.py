@@ -59,7 +59,13 @@ def facts(device: torch.device, dtype: torch.dtype) -> dict[str, str]:
     if on_gpu:
         in_float16 = "no: in float16 the host decides whether an update counts"
         graph = in_float16 if dtype == torch.float16 else "yes: an update is replayed as one"
-    fp8 = not refusal and torch.cuda.get_device_capability(device) >= _FP8_CAPABILITY
+    capability = (0, 0) if refusal else torch.cuda.get_device_capability(device)
+    where = f"on PyTorch's kernels ({refusal})"
+    if not refusal:
+        from fastgpt.kernels import configs  # needs Triton
+
+        table = configs.architecture(10 * capability[0] + capability[1])
+        where = f"on the Triton kernels, with the launch table of {table}"
     return {
         "fastgpt": _version_of_fastgpt(),
         "Python": f"{platform.python_version()} at {sys.executable}",
@@ -69,10 +75,12 @@ def facts(device: torch.device, dtype: torch.dtype) -> dict[str, str]:
         **_gpus(),
         "device auto": str(device),
         "dtype auto": str(dtype).removeprefix("torch."),
-        "ops": f"on PyTorch's kernels ({refusal})" if refusal else "on the Triton kernels",
+        "ops": where,
         "": names,
         "CUDA graph": graph,
-        "fp8": "yes: --fp8=head" if fp8 else "no: it needs compute capability 8.9",
+        "fp8": "yes: --fp8=head"
+        if capability >= _FP8_CAPABILITY
+        else "no: it needs compute capability 8.9",
     }
 
 

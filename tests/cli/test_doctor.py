@@ -70,14 +70,14 @@ def test_a_new_gpu(gpu: Callable[[int, int], None]) -> None:
     facts = found()
     assert facts["GPU cuda:0"] == "GPU X, compute capability 9.0, 80.0 GiB"
     assert (facts["device auto"], facts["dtype auto"]) == ("cuda", "bfloat16")
-    assert facts["ops"] == "on the Triton kernels"
+    assert facts["ops"] == "on the Triton kernels, with the launch table of sm_90"
     assert facts["CUDA graph"].startswith("yes: ") and facts["fp8"] == "yes: --fp8=head"
 
 
 def test_gpus_that_are_too_old_for_something(gpu: Callable[[int, int], None]) -> None:
     gpu(8, 6)
     facts = found()
-    assert facts["fp8"].startswith("no: ") and facts["ops"] == "on the Triton kernels"
+    assert facts["fp8"].startswith("no: ") and facts["ops"].endswith("launch table of sm_80")
     gpu(7, 0)
     facts = found()
     for what in ("GPU cuda:0", "ops"):
