@@ -44,7 +44,7 @@ def operator(name: str, schema: str | None = None) -> Callable[[Callable[..., An
         launches = torch._disable_dynamo(implementation)
         _library.impl(name, launches, "CompositeExplicitAutograd")
         _formulas[op] = _Formula(op)
-        kernel = _autograd_kernel(op, launches, _formulas[op])
+        kernel = _with_autograd(op, launches, _formulas[op])
         _library.impl(name, kernel, "Autograd", with_keyset=True)
         return op
 
@@ -66,7 +66,7 @@ def differentiable(
     formula.setup_context, formula.backward = setup_context, backward
 
 
-def _autograd_kernel(
+def _with_autograd(
     op: OpOverload, implementation: Callable[..., Any], formula: _Formula
 ) -> Callable[..., Any]:
     """The operator's kernel for the key Autograd: a node of the graph where one is needed."""
