@@ -135,11 +135,11 @@ def _backward(ctx, dy, dtotal, _dmean, _drstd):
         dtotal = None
     if dy is None and dtotal is None:
         return (*[None] * 10,)
-    x = ctx.saved_tensors[0]
+    saved = ctx.saved_tensors  # read once: a checkpoint drops them then
     gradients = _layer_norm_bwd_op(
-        torch.zeros_like(x) if dy is None else dy,
+        torch.zeros_like(saved[0]) if dy is None else dy,
         dtotal,
-        *ctx.saved_tensors,
+        *saved,
         ctx.dropout_p,
         ctx.dropout_offset,
         ctx.ddelta_dtype,
