@@ -77,7 +77,7 @@ def _autograd_kernel(
 
     def run(keyset: Any, inputs: Any) -> Any:
         rest = keyset & below_autograd
-        with torch._C._AutoDispatchBelowAutograd():
+        with torch._C._AutoDispatchBelowADInplaceOrView():  # no result is marked as a view
             if rest.raw_repr() in plain:  # nothing between here and the implementation
                 return implementation(*inputs)
             return op.redispatch(rest, *inputs)

@@ -159,3 +159,32 @@ def test_checkpointing_changes_no_bit(ops, device: str, kind: Callable, call: Ca
         out = _as_tuple(run(lambda *args: call.run(ops, *args), *tensors))
         outcomes.append([*(y.detach().clone() for y in out), *_gradients(out, tensors)])
     assert all(torch.equal(x, y) for x, y in zip(*outcomes, strict=True))
+
+
+# ----------------------------------------------------------------------- in-place changes
+
+# What a backward needs of its own results; SDPA's needs its own too.
+_NEEDED = {("attention", 0), ("attention_qkvpacked", 0), ("residual_layer_norm", 1)}
+
+
+@every_call
+def test_results_may_be_changed_in_place(ops, device: str, call: Call) -> None:
+    """The gradient is that of a change that is not in place; or, where the backward needs the
+    result, PyTorch says so."""
+    tensors = _tensors(call, device)
+    n_outputs = len(_as_tuple(call.run(ops, *tensors)))
+    for k in range(n_outputs):
+        torch.manual_seed(1)
+        out = list(_as_tuple(call.run(ops, *tensors)))
+        out[k] = out[k] * 2.0 + 1.0
+        expected = _gradients(tuple(out), tensors)
+        torch.manual_seed(1)
+        out = list(_as_tuple(call.run(ops, *tensors)))
+        out[k].mul_(2.0).add_(1.0)
+        try:
+            gradients = _gradients(tuple(out), tensors)
+        except RuntimeError as error:
+            assert (call.op, k) in _NEEDED
+            assert "modified by an inplace operation" in str(error)
+        else:
+            assert all(torch.equal(x, y) for x, y in zip(gradients, expected, strict=True))
