@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.optim.adamw import adamw as _functional_adamw
 
 from fastgpt.kernels import _checks, chunked_loss
-from fastgpt.kernels._tensors import autocast_dtype, unpacked
+from fastgpt.kernels._tensors import as_matrix, autocast_dtype, unpacked
 from fastgpt.kernels.reference import document_mask, widened
 from fastgpt.kernels.reference import dropout_seed as dropout_seed
 
@@ -203,10 +203,10 @@ class _RecomputedLinear(torch.autograd.Function):
         (dy,) = grads
         weight, *sources = ctx.saved_tensors
         dx = dy @ weight if ctx.needs_input_grad[0] else None
-        rows = dy.flatten(0, -2)
+        rows = as_matrix(dy)
         dweight = dbias = None
         if ctx.needs_input_grad[1]:
-            dweight = rows.t() @ ctx.rebuild(*sources).to(ctx.dtype).flatten(0, -2)
+            dweight = rows.t() @ as_matrix(ctx.rebuild(*sources).to(ctx.dtype))
         if ctx.has_bias and ctx.needs_input_grad[2]:
             dbias = rows.sum(0)
         return dx, dweight, dbias, None, *[None] * len(sources)

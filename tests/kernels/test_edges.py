@@ -6,14 +6,17 @@ from typing import NamedTuple
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+from torch._subclasses import FakeTensorMode
 from torch.utils.checkpoint import (
     CheckpointPolicy,
     checkpoint,
     create_selective_checkpoint_contexts,
 )
+from torch.utils.flop_counter import FlopCounterMode
 
-from fastgpt.kernels import reference
+from fastgpt.kernels import fused, reference, torch_ops
 
 WITHOUT_GRADIENT = {"adamw", "attention_decode"}
 
@@ -113,10 +116,11 @@ def _as_tuple(out: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
 def _gradients(out: tuple[Tensor, ...], tensors: list[Tensor]) -> list[Tensor]:
     grads = [torch.linspace(-1.0, 1.0, y.numel(), device=y.device).view_as(y) for y in out]
     torch.autograd.backward(out, grads)
-    gradients = [x.grad for x in tensors]
+    gradients = []
     for x in tensors:
+        assert x.grad is not None
+        gradients.append(x.grad)
         x.grad = None
-    assert all(gradient is not None for gradient in gradients)
     return gradients
 
 
@@ -188,3 +192,105 @@ def test_results_may_be_changed_in_place(ops, device: str, call: Call) -> None:
             assert "modified by an inplace operation" in str(error)
         else:
             assert all(torch.equal(x, y) for x, y in zip(gradients, expected, strict=True))
+
+
+# ------------------------------------------------------------------------- nothing to compute
+
+
+# The sizes of an op's tensors of which one may be 0: every op of ``CALLS`` without rows, and the
+# products without anything between or beside the rows. ``LayerNorm`` of nothing and attention
+# without keys are refused.
+EMPTY: dict[str, list[list[tuple[int, ...]]]] = {
+    "gelu": [[(0, 33)], [(5, 0)], [(0,)]],
+    "layer_norm": [[(0, 33), (33,), (33,)], [(2, 0, 33), (33,), (33,)]],
+    "residual_layer_norm": [[(0, 33), (0, 33), (33,), (33,), (33,)]],
+    "residual_layer_norm, dropout": [[(0, 33), (0, 33), (33,), (33,), (33,)]],
+    "linear": [
+        [(0, 2, 20), (11, 20), (11,)],
+        [(3, 0), (5, 0), (5,)],
+        [(0,), (5, 0), (5,)],
+        [(0, 0), (5, 0), (5,)],
+        [(3, 20), (0, 20), (0,)],
+        [(2, 0, 0), (0, 0), (0,)],
+    ],
+    "linear, recompute": [
+        [(0, 20), (20,), (11, 20)],
+        [(3, 20), (20,), (0, 20)],
+        [(0, 20), (20,), (0, 20)],
+    ],
+    "mlp": [
+        [(0, 2, 20), (24, 20), (24,), (16, 24)],
+        [(3, 0), (24, 0), (24,), (16, 24)],
+        [(3, 20), (0, 20), (0,), (16, 0)],
+        [(3, 20), (24, 20), (24,), (0, 24)],
+        [(0,), (0, 0), (0,), (0, 0)],
+    ],
+    "mlp, recompute": [
+        [(0, 20), (20,), (24, 20), (16, 24)],
+        [(3, 20), (20,), (0, 20), (16, 0)],
+        [(3, 20), (20,), (24, 20), (0, 24)],
+    ],
+    "attention": [[(0, 2, 9, 16)] * 3, [(2, 0, 9, 16)] * 3, [(2, 2, 0, 16), *[(2, 2, 9, 16)] * 2]],
+    "attention, dropout": [[(0, 2, 9, 16)] * 3],
+    "attention, odd head": [[(0, 2, 9, 15)] * 3],
+    "attention_qkvpacked": [[(0, 9, 96)]],
+    "attention_qkvpacked, odd head": [[(0, 9, 45)]],
+    "linear_cross_entropy": [[(0, 20), (17, 20)], [(5, 0), (17, 0)], [(0, 0), (17, 0)]],
+}
+_EMPTY = [(name, shapes) for name, cases in EMPTY.items() for shapes in cases]
+
+
+def test_every_call_has_a_case_of_nothing() -> None:
+    assert {*EMPTY} == {name for name, call in CALLS.items() if call.op != "embedding"}
+
+
+@pytest.mark.parametrize(("name", "shapes"), _EMPTY, ids=str)
+def test_nothing_to_compute(ops, device: str, name: str, shapes: list[tuple[int, ...]]) -> None:
+    call, outcomes = CALLS[name], []
+    leaves = [torch.randn(shape, device=device) for shape in shapes]
+    for implementation in (reference, ops):
+        tensors = [x.clone().requires_grad_() for x in leaves]
+        with FlopCounterMode(display=False):
+            out = _as_tuple(call.run(implementation, *tensors))
+            outcomes.append([*(y.detach() for y in out), *_gradients(out, tensors)])
+    torch.testing.assert_close(*outcomes, rtol=1e-5, atol=1e-6, equal_nan=True)
+    with FakeTensorMode():
+        tensors = [torch.zeros(shape, device=device, requires_grad=True) for shape in shapes]
+        out = _as_tuple(call.run(ops, *tensors))
+        fakes = [*out, *torch.autograd.grad(out, tensors, [torch.zeros_like(y) for y in out])]
+    assert [x.shape for x in fakes] == [x.shape for x in outcomes[0]]
+
+
+def test_products_of_nothing_are_pytorchs(device: str) -> None:
+    """What the plain ops give, with which all others are compared."""
+    for shapes in EMPTY["linear"]:
+        tensors = [torch.randn(shape, device=device, requires_grad=True) for shape in shapes]
+        expected, got = F.linear(*tensors), reference.linear(*tensors)
+        torch.testing.assert_close(got, expected)
+        torch.testing.assert_close(_gradients((got,), tensors), _gradients((expected,), tensors))
+
+
+@pytest.mark.parametrize("shape", [(0, 6), (2, 0)])
+@pytest.mark.parametrize("documents", [False, True])
+def test_embedding_of_nothing(ops, device: str, shape: tuple[int, int], documents: bool) -> None:
+    token, position = (torch.randn(n, 33, device=device, requires_grad=True) for n in (5, 6))
+    idx = torch.zeros(shape, dtype=torch.int64, device=device)
+    doc_start = idx.int() if documents else None
+    out = ops.embedding(idx, token, position, dropout_p=0.5, doc_start=doc_start)
+    assert out.shape == (*shape, 33)
+    for gradient in torch.autograd.grad(out.sum(), (token, position)):
+        assert not gradient.any()
+
+
+def test_decoding_no_sequence(device: str) -> None:
+    for ops in (reference, torch_ops, fused):
+        cache = torch.zeros(2, 0, 2, 8, 16, device=device)
+        positions = torch.zeros(0, dtype=torch.int64, device=device)
+        out = ops.attention_decode(torch.zeros(0, 1, 96, device=device), cache, positions)
+        assert out.shape == (0, 1, 32)
+
+
+@pytest.mark.parametrize("shape", [(0, 8), (3, 0), (0, 2, 3, 5), (2, 0, 3, 5), (2, 2, 0, 5)])
+def test_the_dropout_mask_of_nothing(shape: tuple[int, ...]) -> None:
+    mask, _ = reference.dropout_mask(torch.tensor([1]), shape, 0.5)
+    assert mask.shape == shape
