@@ -26,7 +26,10 @@ def rows(x: Tensor) -> Tensor:
     """(..., N) → (T, N) with adjacent columns; copied only where no view can say it, and where rows
     overlap (an expanded gradient), which no tensor descriptor can say."""
     x = as_matrix(x)
-    return x if x.stride(1) == 1 and x.stride(0) >= x.shape[1] else x.contiguous()
+    if x.stride(1) == 1 and x.stride(0) >= x.shape[1]:
+        return x
+    # contiguous() would return a single element as it is, with any strides
+    return x.clone(memory_format=torch.contiguous_format)
 
 
 def cast(weight: Tensor, dtype: torch.dtype) -> Tensor:

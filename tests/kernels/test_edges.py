@@ -16,7 +16,8 @@ from torch.utils.checkpoint import (
 )
 from torch.utils.flop_counter import FlopCounterMode
 
-from fastgpt.kernels import fused, reference, torch_ops
+from fastgpt.kernels import _host, fused, reference, torch_ops
+from fastgpt.kernels.linear import rows
 
 WITHOUT_GRADIENT = {"adamw", "attention_decode"}
 
@@ -294,3 +295,46 @@ def test_decoding_no_sequence(device: str) -> None:
 def test_the_dropout_mask_of_nothing(shape: tuple[int, ...]) -> None:
     mask, _ = reference.dropout_mask(torch.tensor([1]), shape, 0.5)
     assert mask.shape == shape
+
+
+# ------------------------------------------------------------------------- expanded gradients
+
+# One row, one column: PyTorch calls such a tensor contiguous whatever its strides are.
+SINGLE: dict[str, list[tuple[int, ...]]] = {
+    "gelu": [(1, 1)],
+    "layer_norm": [(1, 1), (1,), (1,)],
+    "residual_layer_norm": [(1, 1), (1, 1), (1,), (1,), (1,)],
+    "linear": [(1, 16), (1, 16), (1,)],
+    "linear, recompute": [(1, 16), (16,), (1, 16)],
+    "mlp": [(1, 16), (1, 16), (1,), (1, 1)],
+    "mlp, recompute": [(1, 16), (16,), (16, 16), (1, 16)],
+    "attention": [(1, 1, 1, 16)] * 3,
+    "attention, odd head": [(1, 1, 1, 1)] * 3,
+    "attention_qkvpacked": [(1, 1, 96)],
+    "attention_qkvpacked, odd head": [(1, 1, 3)],
+    "linear_cross_entropy": [(1, 16), (1, 16)],
+}
+
+
+@pytest.mark.parametrize("single", [False, True], ids=["ragged", "single"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", SINGLE)
+def test_expanded_gradients(device: str, name: str, dtype: torch.dtype, single: bool) -> None:
+    """What ``y.sum().backward()`` hands down: one number with strides of 0."""
+    call = CALLS[name]
+    shapes = SINGLE[name] if single else call.shapes
+    leaves = [torch.randn(s, device=device, dtype=dtype, requires_grad=True) for s in shapes]
+    for launches in (None, 90) if device == "cpu" else (None,):
+        with _host.interpreted(_host.INTERPRETED, launches):
+            out = _as_tuple(call.run(fused, *leaves))
+            expanded = [torch.ones((), dtype=y.dtype, device=device).expand(y.shape) for y in out]
+            dense = [torch.ones(y.shape, dtype=y.dtype, device=device) for y in out]
+            got = torch.autograd.grad(out, leaves, expanded, retain_graph=True)
+            expected = torch.autograd.grad(out, leaves, dense)
+        assert all(torch.equal(x, y) for x, y in zip(got, expected, strict=True))
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (1, 8), (8, 1), (9, 24)], ids=str)
+def test_rows_of_an_expanded_gradient_have_strides(shape: tuple[int, int]) -> None:
+    """No descriptor takes a stride of 0, nor does every routine of a library."""
+    assert rows(torch.ones(()).expand(shape)).stride() == (shape[1], 1)
