@@ -113,7 +113,7 @@ def attention_qkvpacked(
         dropout_offset=dropout_offset,
         doc_start=doc_start,
     )
-    return y.transpose(1, 2).flatten(2)  # (B, T, C)
+    return y.transpose(1, 2).flatten(2).contiguous()  # (B, T, C)
 
 
 def attention_decode(

@@ -338,3 +338,27 @@ def test_expanded_gradients(device: str, name: str, dtype: torch.dtype, single: 
 def test_rows_of_an_expanded_gradient_have_strides(shape: tuple[int, int]) -> None:
     """No descriptor takes a stride of 0, nor does every routine of a library."""
     assert rows(torch.ones(()).expand(shape)).stride() == (shape[1], 1)
+
+
+# ----------------------------------------------------------------------------- memory layouts
+
+
+@every_call
+def test_results_are_contiguous(device: str, call: Call) -> None:
+    """Of the Triton ops, whatever the strides of their arguments; ``attention`` in token order."""
+    dense = _tensors(call, device)
+    strided = [x.mT.contiguous().mT if x.dim() > 1 else x.repeat(2)[::2] for x in dense]
+    for tensors in (dense, [x.detach().requires_grad_() for x in strided]):
+        for y in _as_tuple(call.run(fused, *tensors)):
+            if call.op == "attention":
+                assert y.stride(3) == 1 and sorted(y.stride(), reverse=True) == [
+                    y.stride(dim) for dim in (0, 2, 1, 3)
+                ]
+            else:
+                assert y.is_contiguous()
+
+
+@pytest.mark.parametrize("shape", [(2, 9, 45), (1, 9, 48), (9, 1, 45), (2, 9, 96)])
+@pytest.mark.parametrize("ops", [reference, torch_ops, fused])
+def test_packed_attention_is_contiguous(ops, device: str, shape: tuple[int, int, int]) -> None:
+    assert ops.attention_qkvpacked(torch.randn(shape, device=device), 1).is_contiguous()
