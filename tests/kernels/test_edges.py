@@ -362,3 +362,37 @@ def test_results_are_contiguous(device: str, call: Call) -> None:
 @pytest.mark.parametrize("ops", [reference, torch_ops, fused])
 def test_packed_attention_is_contiguous(ops, device: str, shape: tuple[int, int, int]) -> None:
     assert ops.attention_qkvpacked(torch.randn(shape, device=device), 1).is_contiguous()
+
+
+# ------------------------------------------------------------------------- second derivatives
+
+
+def _second_derivatives(ops, call: Call, leaves: list[Tensor]) -> list[Tensor]:
+    """Of all leaves' gradients, contracted with themselves."""
+    torch.manual_seed(1)
+    tensors = [x.clone().requires_grad_() for x in leaves]
+    out = _as_tuple(call.run(ops, *tensors))
+    grads = [torch.linspace(-1.0, 1.0, y.numel(), device=y.device).view_as(y) for y in out]
+    grads = [grad.requires_grad_() for grad in grads]
+    first = torch.autograd.grad(out, tensors, grads, create_graph=True)
+    total = torch.stack([(x * x).sum() for x in first]).sum()
+    return list(torch.autograd.grad(total, [*tensors, *grads], materialize_grads=True))
+
+
+@every_call
+def test_second_derivatives_are_right_or_refused(ops, device: str, call: Call) -> None:
+    """No kernel has one, and every op says so in the same words; PyTorch's SDPA in its own."""
+    leaves = [torch.randn(shape, device=device) for shape in call.shapes]
+    if ops is fused or call.op == "linear_cross_entropy":
+        names = f"({call.op.removeprefix('residual_')}|layer_norm)"
+        message = f"^{names.replace('_qkvpacked', '(_qkvpacked)?')} has no second derivative: "
+        with pytest.raises(RuntimeError, match=message):
+            _second_derivatives(ops, call, leaves)
+        return
+    try:
+        got = _second_derivatives(ops, call, leaves)
+    except RuntimeError as error:
+        assert "scaled_dot_product" in str(error) and "not implemented" in str(error)
+    else:
+        expected = _second_derivatives(reference, call, leaves)
+        torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-3)
