@@ -404,6 +404,20 @@ def test_compiles_without_a_graph_break(device: str) -> None:
         torch.testing.assert_close(x, z)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_inductor_at_width_768(device: str, dtype: torch.dtype) -> None:
+    """GPT-2's width, at which a compiled LayerNorm is most used: as eager to the bit, whatever the
+    number of rows."""
+    compiled = torch.compile(fused.layer_norm, fullgraph=True)
+    for n_rows in (4, 9, 1):
+        inputs, _ = _plain_inputs((n_rows, 768), dtype, device, "contiguous", True)
+        grad = torch.randn(n_rows, 768, device=device)
+        got, expected = (
+            parity.results(op, inputs, grad, dtype) for op in (compiled, fused.layer_norm)
+        )
+        assert all(torch.equal(x, y) for x, y in zip(got, expected, strict=True))
+
+
 def test_errors() -> None:
     inputs = _inputs((2, 8), torch.float32, "cpu")
 
