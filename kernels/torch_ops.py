@@ -64,6 +64,8 @@ def attention(
     """
     _checks.attention(q, k, v, causal, scale, dropout_p, seed, dropout_offset, doc_start)
     _refuse(seed)
+    if not q.numel():  # PyTorch 2.11 divides by the number of heads, and the process ends
+        return q @ k.mT @ v
     visible = None if doc_start is None else document_mask(doc_start)
     return F.scaled_dot_product_attention(
         q, k, v, visible, dropout_p, is_causal=causal and visible is None, scale=scale
