@@ -1,4 +1,5 @@
-"""What holds for every op: checkpointing, and what else autograd's users do with its results."""
+"""What holds for every op at its edges: checkpointing, changes in place, sizes of 0, expanded
+gradients, memory layouts, second derivatives."""
 
 from collections.abc import Callable
 from functools import partial
@@ -125,8 +126,13 @@ def _gradients(out: tuple[Tensor, ...], tensors: list[Tensor]) -> list[Tensor]:
     return gradients
 
 
-# ----------------------------------------------------------------------------- checkpointing
+def _assert_same(ops, got: list[Tensor], expected: list[Tensor]) -> None:
+    """To the bit, but for PyTorch's kernels on a GPU, some of which add up in any order."""
+    tolerance = None if ops is torch_ops and got[0].is_cuda else 0.0  # None: the default
+    torch.testing.assert_close(got, expected, rtol=tolerance, atol=tolerance)
 
+
+# ----------------------------------------------------------------------------- checkpointing
 
 _PRODUCTS = {torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.bmm}
 
@@ -156,14 +162,14 @@ CHECKPOINTS = {
 
 @every_call
 @pytest.mark.parametrize("kind", CHECKPOINTS.values(), ids=CHECKPOINTS.keys())
-def test_checkpointing_changes_no_bit(ops, device: str, kind: Callable, call: Call) -> None:
+def test_checkpointing_changes_no_number(ops, device: str, kind: Callable, call: Call) -> None:
     tensors = _tensors(call, device)
     outcomes = []
     for run in (lambda f, *args: f(*args), kind):
         torch.manual_seed(1)
         out = _as_tuple(run(lambda *args: call.run(ops, *args), *tensors))
         outcomes.append([*(y.detach().clone() for y in out), *_gradients(out, tensors)])
-    assert all(torch.equal(x, y) for x, y in zip(*outcomes, strict=True))
+    _assert_same(ops, *outcomes)
 
 
 # ----------------------------------------------------------------------- in-place changes
@@ -192,15 +198,14 @@ def test_results_may_be_changed_in_place(ops, device: str, call: Call) -> None:
             assert (call.op, k) in _NEEDED
             assert "modified by an inplace operation" in str(error)
         else:
-            assert all(torch.equal(x, y) for x, y in zip(gradients, expected, strict=True))
+            _assert_same(ops, gradients, expected)
 
 
 # ------------------------------------------------------------------------- nothing to compute
 
 
-# The sizes of an op's tensors of which one may be 0: every op of ``CALLS`` without rows, and the
-# products without anything between or beside the rows. ``LayerNorm`` of nothing and attention
-# without keys are refused.
+# Shapes for ``CALLS`` with a size of 0: every op without rows, and products whose inner or outer
+# size is 0. LayerNorm over no columns and attention without keys are refused.
 EMPTY: dict[str, list[list[tuple[int, ...]]]] = {
     "gelu": [[(0, 33)], [(5, 0)], [(0,)]],
     "layer_norm": [[(0, 33), (33,), (33,)], [(2, 0, 33), (33,), (33,)]],
@@ -254,7 +259,7 @@ def test_nothing_to_compute(ops, device: str, name: str, shapes: list[tuple[int,
         with FlopCounterMode(display=False):
             out = _as_tuple(call.run(implementation, *tensors))
             outcomes.append([*(y.detach() for y in out), *_gradients(out, tensors)])
-    torch.testing.assert_close(*outcomes, rtol=1e-5, atol=1e-6, equal_nan=True)
+    torch.testing.assert_close(*outcomes, rtol=1e-5, atol=1e-5, equal_nan=True)
     with FakeTensorMode():
         tensors = [torch.zeros(shape, device=device, requires_grad=True) for shape in shapes]
         out = _as_tuple(call.run(ops, *tensors))
