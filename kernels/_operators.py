@@ -18,7 +18,8 @@ _formulas: dict[OpOverload, "_Formula"] = {}
 
 
 class _Formula:
-    """How one operator is differentiated; unless ``differentiable`` says how, it is not."""
+    """How one operator is differentiated. Those named ``OP_bwd...``, which compute the gradient of
+    OP, are not."""
 
     def __init__(self, op: OpOverload) -> None:
         self._op = op
@@ -27,8 +28,11 @@ class _Formula:
         pass
 
     def backward(self, ctx: Any, *grads: Any) -> tuple[Any, ...]:
+        name, _, _ = self._op._opname.partition("_bwd")
         raise RuntimeError(
-            f"Trying to backward through {self._op} but no autograd formula was registered."
+            f"{name} has no second derivative: a kernel computes its gradient, which autograd "
+            "cannot differentiate; the ops of fastgpt.kernels.reference have derivatives of any "
+            "order"
         )
 
 
@@ -77,7 +81,7 @@ def _with_autograd(
 
     def run(keyset: Any, inputs: Any) -> Any:
         rest = keyset & below_autograd
-        with torch._C._AutoDispatchBelowAutograd():
+        with torch._C._AutoDispatchBelowADInplaceOrView():  # no result is marked as a view
             if rest.raw_repr() in plain:  # nothing between here and the implementation
                 return implementation(*inputs)
             return op.redispatch(rest, *inputs)

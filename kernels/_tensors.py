@@ -1,6 +1,7 @@
-"""What ``torch_ops`` and the Triton ops share: in which dtype they compute, and views of packed
+"""What all implementations of an op share: in which dtype they compute, and views as matrices and
 heads. Needs torch alone."""
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -25,8 +26,10 @@ def matmul_float32(a: Tensor, b: Tensor, accumulate_into: Tensor | None = None) 
     With ``accumulate_into``, of the result's shape and dtype, the product is added to it in place
     and it is returned. Only ``out=`` forms are called: autocast leaves those alone.
     """
-    # cuBLAS adds up in float32 and stores that. hipBLAS is not asked to: untested.
-    if a.is_cuda and torch.version.hip is None and a.dtype in (torch.float16, torch.bfloat16):
+    half = a.dtype in (torch.float16, torch.bfloat16)
+    # cuBLAS adds up in float32 and stores that. hipBLAS is not asked to: untested. Nor is cuBLAS
+    # asked about matrices without elements, whose sums need no precision.
+    if half and a.is_cuda and torch.version.hip is None and a.numel() and b.numel():
         if accumulate_into is None:
             return torch.mm(a, b, out_dtype=torch.float32)
         return torch.addmm(accumulate_into, a, b, out_dtype=torch.float32, out=accumulate_into)
@@ -35,6 +38,16 @@ def matmul_float32(a: Tensor, b: Tensor, accumulate_into: Tensor | None = None) 
     if accumulate_into is None:
         return torch.mm(a, b, out=a.new_empty(a.shape[0], b.shape[1]))
     return torch.addmm(accumulate_into, a, b, out=accumulate_into)
+
+
+def row_count(x: Tensor) -> int:
+    """M of ``as_matrix``."""
+    return math.prod(x.shape[:-1])
+
+
+def as_matrix(x: Tensor) -> Tensor:
+    """(..., N) → (M, N), a view where there is one. ``reshape(-1, N)`` fails where N is 0."""
+    return x.reshape(row_count(x), x.shape[-1])
 
 
 def split_heads(qkv: Tensor, n_head: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -69,4 +82,4 @@ def unpacked(
         dropout_offset=dropout_offset,
         doc_start=doc_start,
     )
-    return y.transpose(1, 2).reshape(*qkv.shape[:2], -1)  # (B, T, C)
+    return y.transpose(1, 2).flatten(2).contiguous()  # (B, T, C)

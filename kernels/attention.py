@@ -208,8 +208,13 @@ def attention(
             wrong, but nothing outside of the tensors is touched.
 
     Returns:
-        (B, H, Tq, D) of q's dtype, in the memory order of (B, Tq, H, D). Softmax and sums are
-        float32; float32 products are TF32 if ``torch.backends.cuda.matmul.allow_tf32`` is set.
+        (B, H, Tq, D) of q's dtype, in the memory order of (B, Tq, H, D), with a gap behind each row
+        where D is not a multiple of 16. Softmax and sums are float32; float32 products are TF32 if
+        ``torch.backends.cuda.matmul.allow_tf32`` is set. The backward needs the result: to change
+        it in place before is an error, as with ``F.scaled_dot_product_attention``.
+
+        An infinity or NaN in v shows in the rows that see its key, and in no other. There it may
+        make the whole row NaN, where a plain product would change one column only.
 
     Raises:
         TypeError: q, k or v is no floating-point tensor, or of another dtype.
@@ -250,7 +255,7 @@ def attention_qkvpacked(
         causal, scale, dropout_p, seed, dropout_offset, doc_start: as in ``attention``.
 
     Returns:
-        (B, T, C), contiguous.
+        (B, T, C), contiguous; else as ``attention``.
 
     Raises:
         TypeError, ValueError: as ``attention``.

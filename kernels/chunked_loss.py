@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from fastgpt.kernels._operators import differentiable, fake, operator
-from fastgpt.kernels._tensors import autocast_dtype, matmul_float32
+from fastgpt.kernels._tensors import as_matrix, autocast_dtype, matmul_float32
 
 # rows(logits, targets, losses, ignore_index, label_smoothing, z_loss, want_gradient) writes the
 # losses (rows), 0 where ignored. With want_gradient it overwrites logits (rows, V), columns
@@ -60,7 +60,7 @@ def _forward(
     wide = torch.promote_types(dtype, torch.float32)
     dx = x.new_empty(x.shape if want_dx else 0, dtype=dtype)
     dweight = None if want_dweight else x.new_empty(0, dtype=wide)
-    x = x.reshape(-1, x.shape[-1]).to(dtype)
+    x = as_matrix(x).to(dtype)
     weight = weight.to(dtype)
     targets = targets.reshape(-1).contiguous()
     n_rows, n_cols = x.shape[0], weight.shape[0]

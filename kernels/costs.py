@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from fastgpt.kernels import chunked_loss
-from fastgpt.kernels._tensors import split_heads
+from fastgpt.kernels._tensors import row_count, split_heads
 
 
 class KernelCost(NamedTuple):
@@ -241,9 +241,9 @@ def _linear_gelu_gradient(
 def _weight_gradient(dy: Tensor, x: Tensor, *gradients: Tensor) -> list[KernelCost]:
     """Of ``weight_gradient``, whose results are like ``gradients``."""
     n_cols = x.shape[-1]
-    n_tokens, n_rows = x.numel() // n_cols, gradients[0].shape[0]
+    n_tokens, n_rows = row_count(x), gradients[0].shape[0]
     flops = 2 * n_tokens * n_rows * n_cols
-    config = _on_hopper("weight", *["bias"] * (len(gradients) - 1))
+    config = _on_hopper("weight", *["bias"] * (len(gradients) - 1)) if flops else None
     if config is None:
         rounded = gradients[0].dtype != torch.float32
         again = 4 * n_rows * n_cols + nbytes(gradients[0]) if rounded else 0
@@ -271,14 +271,14 @@ def _(out, x, weight, bias, *_):
     w = _operand(weight, x.dtype)
     return [
         *_casting(x.dtype, weight, bias),
-        _product("linear", x.numel() // k, n, k, x, w, bias, out),
+        _product("linear", row_count(x), n, k, x, w, bias, out),
     ]
 
 
 @_cost_of("linear_bwd")
 def _(out, dy, weight, saved, ln_weight, ln_bias, eps, has_bias, wants_dx, wants_dweight):
     n, k = weight.shape
-    tokens = dy.numel() // n
+    tokens = row_count(dy)
     w = _operand(weight, dy.dtype)
     kernels = []
     if wants_dx:
@@ -296,7 +296,7 @@ def _(out, dy, weight, saved, ln_weight, ln_bias, eps, has_bias, wants_dx, wants
 def _(out, x, fc_weight, fc_bias, proj_weight, *_):
     f, c = fc_weight.shape
     n = proj_weight.shape[0]
-    tokens = x.numel() // c
+    tokens = row_count(x)
     fc, proj = _operand(fc_weight, x.dtype), _operand(proj_weight, x.dtype)
     hidden = x.new_empty(tokens, f, device="meta")
     return [

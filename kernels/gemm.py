@@ -104,7 +104,7 @@ def linear_gelu(
 ) -> tuple[Tensor, Tensor]:
     """x (M, K), weight (N, K) → ``pre = x weightᵀ + bias`` and ``gelu(pre)``, both (M, N)."""
     pre = x.new_empty(x.shape[0], weight.shape[0])
-    config = _config("fwd", x, weight, pre) if x.numel() else None
+    config = _config("fwd", x, weight, pre) if x.numel() and pre.numel() else None
     if config is None:
         pre = F.linear(x, weight, None if bias is None else bias.to(x.dtype))
         return pre, gelu_forward(pre, approximate)
@@ -125,7 +125,8 @@ def linear_gelu_gradient(
     """dy (M, K), weight (K, N), pre (M, N) → ``dpre = (dy weight) * gelu'(pre)`` (M, N); if
     ``recompute``, ``gelu(pre)`` (M, N); with ``dbias_dtype`` the sum of dpre over M (N)."""
     options = ("recompute",) if recompute else ()
-    config = _config("bwd", dy, weight, pre, options=options) if dy.numel() else None
+    some = dy.numel() and pre.numel()
+    config = _config("bwd", dy, weight, pre, options=options) if some else None
     if config is None:
         dpre = gelu_backward(dy @ weight, pre, approximate)
         act = gelu_forward(pre, approximate) if recompute else None

@@ -27,6 +27,7 @@ from torch import Tensor
 
 from fastgpt.kernels import _checks, _host
 from fastgpt.kernels._operators import differentiable, fake, operator
+from fastgpt.kernels._tensors import row_count
 from fastgpt.kernels.layer_norm_bwd import layer_norm_bwd
 from fastgpt.kernels.layer_norm_fwd import layer_norm_fwd
 
@@ -56,7 +57,7 @@ def _layer_norm_op(
 
 @fake(_layer_norm_op)
 def _(x, delta, weight, bias, delta_bias, seed, eps, dropout_p, dropout_offset, out_dtype):
-    mean = x.new_empty(x.numel() // x.shape[-1], dtype=_host.stats_dtype(x.dtype))
+    mean = x.new_empty(row_count(x), dtype=_host.stats_dtype(x.dtype))
     total = x.new_empty(0 if delta is None else x.shape)
     return x.new_empty(x.shape, dtype=out_dtype), total, mean, torch.empty_like(mean)
 
@@ -135,11 +136,11 @@ def _backward(ctx, dy, dtotal, _dmean, _drstd):
         dtotal = None
     if dy is None and dtotal is None:
         return (*[None] * 10,)
-    x = ctx.saved_tensors[0]
+    saved = ctx.saved_tensors  # read once: a checkpoint drops them then
     gradients = _layer_norm_bwd_op(
-        torch.zeros_like(x) if dy is None else dy,
+        torch.zeros_like(saved[0]) if dy is None else dy,
         dtotal,
-        *ctx.saved_tensors,
+        *saved,
         ctx.dropout_p,
         ctx.dropout_offset,
         ctx.ddelta_dtype,

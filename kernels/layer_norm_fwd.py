@@ -8,6 +8,7 @@ from torch import Tensor
 
 from fastgpt.kernels import _host, configs
 from fastgpt.kernels._device_math import dropout_keep, rounded_quotient
+from fastgpt.kernels._tensors import as_matrix
 
 # Specialising on the values of these arguments only causes recompilation.
 NOT_SPECIALISED = ["n_rows", "rows_per_program", "dropout_offset", "threshold"]
@@ -103,7 +104,7 @@ def _layer_norm_fwd_kernel(
 def as_rows(x: Tensor) -> Tensor:
     """(..., N) → (M, N) with adjacent columns; copied only where no view can say it, or where the
     distances inside a tile may pass 2^31."""
-    rows = x.reshape(-1, x.shape[-1])
+    rows = as_matrix(x)
     return rows if rows.stride(1) == 1 and rows.stride(0) < 2**26 else rows.contiguous()
 
 

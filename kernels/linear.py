@@ -18,14 +18,18 @@ from torch import Tensor
 
 from fastgpt.kernels import _checks, _host, gemm
 from fastgpt.kernels._operators import differentiable, fake, operator
+from fastgpt.kernels._tensors import as_matrix
 from fastgpt.kernels.layer_norm_fwd import layer_norm_fwd
 
 
 def rows(x: Tensor) -> Tensor:
     """(..., N) → (T, N) with adjacent columns; copied only where no view can say it, and where rows
     overlap (an expanded gradient), which no tensor descriptor can say."""
-    x = x.reshape(-1, x.shape[-1])
-    return x if x.stride(1) == 1 and x.stride(0) >= x.shape[1] else x.contiguous()
+    x = as_matrix(x)
+    if x.stride(1) == 1 and x.stride(0) >= x.shape[1]:
+        return x
+    # contiguous() would return a single element as it is, with any strides
+    return x.clone(memory_format=torch.contiguous_format)
 
 
 def cast(weight: Tensor, dtype: torch.dtype) -> Tensor:

@@ -19,6 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastgpt.kernels import _checks, _host, chunked_loss, configs, fp8_products
+from fastgpt.kernels._tensors import as_matrix
 
 
 @triton.jit
@@ -177,7 +178,7 @@ def _forward_fp8(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """As ``chunked_loss`` has it, with products in fp8."""
     dx = x.new_empty(x.shape if want_dx else 0, dtype=dtype)
-    x = x.reshape(-1, x.shape[-1]).to(dtype).contiguous()
+    x = as_matrix(x).to(dtype).contiguous()
     targets = targets.reshape(-1).contiguous()
     n_rows, n_cols = x.shape[0], weight.shape[0]
     x8 = fp8_products.quantise(x, columns=want_dweight)

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from fastgpt.kernels import _checks, _host, gemm
 from fastgpt.kernels._operators import differentiable, fake, operator
+from fastgpt.kernels._tensors import row_count
 from fastgpt.kernels.linear import (
     cast,
     recomputed,
@@ -54,7 +55,7 @@ def _mlp_op(
 def _(x, fc_weight, fc_bias, proj_weight, source, ln_weight, ln_bias, eps, approximate, saves):
     y = x.new_empty(*x.shape[:-1], proj_weight.shape[0])
     hidden = (1 if source is not None else 2) if saves else 0
-    n_tokens = x.numel() // x.shape[-1]
+    n_tokens = row_count(x)
     return [y, *(x.new_empty(n_tokens, fc_weight.shape[0]) for _ in range(hidden))]
 
 

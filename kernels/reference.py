@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from fastgpt.kernels import _checks
+from fastgpt.kernels._tensors import as_matrix
 
 # Each op, and the file of kernels/ that has it in Triton.
 OPS = {
@@ -112,7 +113,7 @@ def attention_qkvpacked(
         dropout_offset=dropout_offset,
         doc_start=doc_start,
     )
-    return y.transpose(1, 2).flatten(2)  # (B, T, C)
+    return y.transpose(1, 2).flatten(2).contiguous()  # (B, T, C)
 
 
 def attention_decode(
@@ -176,7 +177,7 @@ def residual_layer_norm(
     )
     if delta_bias is not None:
         delta = delta + delta_bias.to(delta.dtype)
-    rows = _dropout(delta.reshape(-1, delta.shape[-1]), dropout_p, seed, dropout_offset)
+    rows = _dropout(as_matrix(delta), dropout_p, seed, dropout_offset)
     total = (residual + rows.view_as(residual)).to(residual.dtype)
     weight, bias = widened(weight, bias, total.dtype)
     return layer_norm(total, weight, bias, eps).to(delta.dtype), total
@@ -277,11 +278,11 @@ def linear_cross_entropy(
     no less than float32, on any device and in any dtype."""
     _checks.linear_cross_entropy(x, weight, targets, reduction, label_smoothing, z_loss, fp8)
     if fp8:
-        product = (_InFp8.apply(x) @ _InFp8.apply(weight).t()).flatten(0, -2)
+        product = as_matrix(_InFp8.apply(x) @ _InFp8.apply(weight).t())
         logits = product.detach().to(x.dtype)
         logits = logits.to(torch.promote_types(x.dtype, torch.float32)).requires_grad_()
     else:
-        logits = linear(x, weight).flatten(0, -2)  # (rows, V)
+        logits = as_matrix(linear(x, weight))  # (rows, V)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     targets = targets.flatten().long()
     valid = targets != ignore_index
@@ -365,15 +366,15 @@ def dropout_mask(
     """
     *planes, n_rows, n_cols = shape
     device = seed.device
-    j = torch.arange(-(-n_cols // 8), device=device).view(1, 1, -1)
-    i = torch.arange(n_rows, device=device).view(1, -1, 1)
-    plane = torch.arange(math.prod(planes), device=device).view(-1, 1, 1)
+    j = torch.arange(-(-n_cols // 8), device=device)[None, None, :]
+    i = torch.arange(n_rows, device=device)[None, :, None]
+    plane = torch.arange(math.prod(planes), device=device)[:, None, None]
     c0, c1, c2 = torch.broadcast_tensors(j, i, plane)
     c3 = torch.full_like(c0, dropout_offset)
     words = torch.stack(philox_4x32(int(seed), (c0, c1, c2, c3)), dim=-1)
     bits = torch.cat([words & 0xFFFF, words >> 16], dim=-1)  # (planes, M, N / 8, 8)
     threshold = round(dropout_p * 65536)
-    keep = (bits >= threshold).reshape(*planes, n_rows, -1)[..., :n_cols]
+    keep = (bits >= threshold).reshape(*planes, n_rows, 8 * j.numel())[..., :n_cols]
     return keep, 1.0 - threshold / 65536
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.optim.adamw import adamw as _functional_adamw
 
 from fastgpt.kernels import _checks, chunked_loss
-from fastgpt.kernels._tensors import autocast_dtype, unpacked
+from fastgpt.kernels._tensors import as_matrix, autocast_dtype, unpacked
 from fastgpt.kernels.reference import document_mask, widened
 from fastgpt.kernels.reference import dropout_seed as dropout_seed
 
@@ -64,6 +64,8 @@ def attention(
     """
     _checks.attention(q, k, v, causal, scale, dropout_p, seed, dropout_offset, doc_start)
     _refuse(seed)
+    if not q.numel():  # PyTorch 2.11 divides by the number of heads, and the process ends
+        return q @ k.mT @ v
     visible = None if doc_start is None else document_mask(doc_start)
     return F.scaled_dot_product_attention(
         q, k, v, visible, dropout_p, is_causal=causal and visible is None, scale=scale
@@ -203,10 +205,10 @@ class _RecomputedLinear(torch.autograd.Function):
         (dy,) = grads
         weight, *sources = ctx.saved_tensors
         dx = dy @ weight if ctx.needs_input_grad[0] else None
-        rows = dy.flatten(0, -2)
+        rows = as_matrix(dy)
         dweight = dbias = None
         if ctx.needs_input_grad[1]:
-            dweight = rows.t() @ ctx.rebuild(*sources).to(ctx.dtype).flatten(0, -2)
+            dweight = rows.t() @ as_matrix(ctx.rebuild(*sources).to(ctx.dtype))
         if ctx.has_bias and ctx.needs_input_grad[2]:
             dbias = rows.sum(0)
         return dx, dweight, dbias, None, *[None] * len(sources)

@@ -123,7 +123,7 @@ def test_a_mode_sees_each_operator_once_and_nothing_inside() -> None:
 def test_no_gradient_of_a_gradient() -> None:
     x = _x(3, requires_grad=True)
     (dx,) = torch.autograd.grad(ours(x, 1.0, False)[0].sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match=r"fastgpt\.test_powers_bwd.*no autograd formula"):
+    with pytest.raises(RuntimeError, match="^test_powers has no second derivative: "):
         dx.sum().backward()
 
 

@@ -17,7 +17,7 @@ import fastgpt
 from fastgpt import GPT, GPTConfig
 from fastgpt.kernels import reference, torch_ops
 from fastgpt.model import MLP, Block, CausalSelfAttention, LayerNorm
-from tests.tools.small_models import BLOCK, V, small_config, small_model, tokens
+from tests.tools.small_models import BLOCK, V, model_with, small_config, small_model, tokens
 
 # -- the package
 
@@ -232,6 +232,17 @@ def test_forward_returns_by_mode():
     with torch.no_grad():
         assert torch.equal(model(x, x)[0], full)  # as nanoGPT's evaluation sees it
     assert torch.equal(model.eval()(x, x)[0], full)
+
+
+def test_no_rows(ops):
+    """As nanoGPT's model: logits of no row, the mean of nothing, gradients of 0."""
+    model, x = model_with(ops, small_config(n_head=1, n_embd=24, dropout=0.1)), tokens(0)
+    assert model(x)[0].shape == (0, 1, V)
+    logits, loss = model(x, x, return_logits=True)
+    assert logits.shape == (0, BLOCK, V) and loss.isnan()
+    loss.backward()
+    assert not any(p.grad.any() for p in model.parameters())
+    assert model.eval().generate(x[:, :3], 4).shape == (0, 7)
 
 
 def test_loss_is_mean_cross_entropy_without_ignored_targets():

@@ -322,7 +322,7 @@ def _exchanges() -> list[tuple[Any, str, Any, Any]]:
 @contextmanager
 def _interpreted_language() -> Iterator[None]:
     # A GPU does not warn of exp(-inf) or inf - inf.
-    with lowering.LANGUAGE, np.errstate(all="ignore"):
+    with np.errstate(all="ignore"):
         exchanges = _exchanges()
         try:
             for owner, name, interpreted, _ in exchanges:
@@ -442,7 +442,8 @@ def install() -> None:
         if warmup or self.is_gluon() or not _all_on_cpu((*args, *kwargs.values())):
             return compiled_run(self, *args, grid=grid, warmup=warmup, **kwargs)
         arguments = _bind(self, args, kwargs)
-        lowering.lower_once(self, args, kwargs)
-        return _interpret(self, grid, arguments)
+        with lowering.LANGUAGE:  # grid, program, observer and language are the process's
+            lowering.lower_once(self, args, kwargs)
+            return _interpret(self, grid, arguments)
 
     JITFunction.run = run

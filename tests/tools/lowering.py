@@ -22,8 +22,9 @@ from bench._compile.static import no_gpu_needed
 # fp8 needs 89 or more. Up to Triton's IR all else is the same for all architectures.
 CAPABILITY = 90
 
-# The compiler must not see triton.language while the interpreter has exchanged its attributes.
-LANGUAGE = threading.Lock()
+# Held for a whole interpreted launch: neither the compiler nor another launch may see
+# triton.language while the interpreter has exchanged its attributes.
+LANGUAGE = threading.RLock()
 
 _lowered: set[str] = set()
 
@@ -111,8 +112,8 @@ def specialise(
 
 def lower_once(kernel: JITFunction, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Nothing of a kind that this process has lowered already: that is 50 ms each."""
-    found = specialise(kernel, args, kwargs)
-    if found.kind not in _lowered:
-        with LANGUAGE:
+    with LANGUAGE:
+        found = specialise(kernel, args, kwargs)
+        if found.kind not in _lowered:
             found.lower()
-        _lowered.add(found.kind)
+            _lowered.add(found.kind)

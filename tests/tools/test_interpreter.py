@@ -1,5 +1,7 @@
 """The repaired interpreter computes what a GPU would, and leaves no trace of itself."""
 
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 
 import numpy as np
@@ -214,6 +216,23 @@ def test_every_program_of_the_grid_runs(grid):
     out = torch.full((n,), -1)
     toy_kernels.program_kernel[grid](out)
     assert out.equal(torch.arange(n))
+
+
+def test_threads_launch_one_after_another():
+    """The grid, the program and the exchanged language are the process's."""
+    sizes = [40, 56, 72]
+    start = threading.Barrier(len(sizes))
+
+    def launch(n: int) -> list[Tensor]:
+        outs = [torch.full((n,), -1) for _ in range(8)]
+        start.wait()
+        for out in outs:
+            toy_kernels.program_kernel[(n // 8, 4, 2)](out)
+        return outs
+
+    with ThreadPoolExecutor(len(sizes)) as pool:
+        for n, outs in zip(sizes, pool.map(launch, sizes), strict=True):
+            assert all(out.equal(torch.arange(n)) for out in outs)
 
 
 def test_an_empty_grid_runs_nothing():
