@@ -7,6 +7,7 @@ import torch
 import tyro
 from rich.console import Console
 
+from fastgpt._progress import escape_unprintable
 from fastgpt.cli.doctor import DoctorConfig, doctor
 from fastgpt.cli.plot import PlotConfig, plot
 from fastgpt.cli.prepare import Prepare, TrainTokenizer, run_prepare, run_train_tokenizer, shown
@@ -85,6 +86,7 @@ def main(argv: list[str] | None = None) -> int:
     argument, configuration, data set or checkpoint, or a missing package. 130: interrupted
     (training saves its state).
     """
+    escape_unprintable()
     errors = Console(stderr=True, markup=False, highlight=False, soft_wrap=True)
     argv = sys.argv[1:] if argv is None else argv
     try:

@@ -33,6 +33,7 @@ def run_sample(config: SampleConfig, console: Console, errors: Console) -> None:
 
 
 def _print_json(completions: Iterable[Completion], console: Console) -> None:
+    plain = not console.encoding.lower().startswith("utf")  # the escapes are JSON's own then
     for completion in completions:
         fields = {
             "prompt": completion.prompt,
@@ -40,7 +41,7 @@ def _print_json(completions: Iterable[Completion], console: Console) -> None:
             "tokens": completion.tokens,
             "finish": completion.finish,
         }
-        console.out(json.dumps(fields, ensure_ascii=False))
+        console.out(json.dumps(fields, ensure_ascii=plain))
 
 
 def _print_growing(sampler: Sampler, prompt: str, console: Console) -> None:

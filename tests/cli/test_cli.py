@@ -1,5 +1,7 @@
 """The command line: precedence of keys, output, exit codes."""
 
+import io
+import json
 import random
 import shutil
 import subprocess
@@ -109,6 +111,34 @@ def test_prepare_train_sample(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["sample", "--num_samples=2", "--max_new_tokens=30", "--start=12"]) == 0
     samples = capsys.readouterr().out
     assert samples.count("12") >= 2 and len(samples) > 60
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252"])
+def test_output_that_cannot_show_the_text(encoding: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Printing changes no outcome: what a terminal cannot show is escaped."""
+    Path("na\u00efve \u2603.txt").write_text(
+        "na\u00efve caf\u00e9 \U0001f600\n" * 200, encoding="utf-8"
+    )
+
+    def printed(*argv: str) -> str:
+        out = io.TextIOWrapper(io.BytesIO(), encoding=encoding, errors="strict")
+        with monkeypatch.context() as patch:
+            patch.setattr("sys.stdout", out)
+            assert cli.main([*argv]) == 0
+            out.flush()
+        return out.buffer.getvalue().decode(encoding)
+
+    name = "na\u00efve \u2603"
+    assert r"\u2603" in printed("prepare", "--input", f"{name}.txt")
+    text = printed(*small(data_root="data", dataset=name, max_iters=2, n_layer=1))
+    assert "step 3" in text and r"\U0001f600" in text[text.index(" sample ") :]
+    sample = ["sample", "--num_samples=2", "--max_new_tokens=60", "--start=\u00e9 \U0001f600"]
+    assert r"\U0001f600" in printed(*sample)
+    rows = [json.loads(line) for line in printed(*sample, "--json").splitlines()]
+    assert [row["prompt"] for row in rows] == ["\u00e9 \U0001f600"] * 2
+    errors = io.TextIOWrapper(io.BytesIO(), encoding=encoding, errors="strict")
+    monkeypatch.setattr("sys.stderr", errors)
+    assert cli.main(["prepare", "--input=absent \u2603"]) == 2
 
 
 def test_the_counted_bigram_is_near_its_entropy(capsys: pytest.CaptureFixture[str]) -> None:
