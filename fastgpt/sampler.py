@@ -19,6 +19,7 @@ from fastgpt.tokenizer import (
     tokenizer_in,
 )
 from fastgpt.training import checkpoint as ckpt
+from fastgpt.training import checkpoint_folder
 from fastgpt.training.config import SampleConfig
 
 _FROM_FILE = "FILE:"
@@ -40,13 +41,15 @@ class Sampler:
     Raises FileNotFoundError without a checkpoint, weights or prompt file; ValueError for one that
     cannot be read, weights without a known tokenizer, a device that this machine lacks, an empty
     prompt or one with unknown characters; and what ``GPT.from_pretrained`` raises.
+
+    ``note`` says which checkpoint was read where that is not ``ckpt.pt``, else it is None.
     """
 
     def __init__(self, config: SampleConfig) -> None:
         self.config = config
         self.device = resolve_device(config.device)
         dtype = resolve_dtype(config.dtype, self.device)
-        model, self.tokenizer = _load(config)
+        model, self.tokenizer, self.note = _load(config)
         round_matrices(model, dtype)
         self.model = model.to(self.device).eval()
         if config.compile:
@@ -257,15 +260,15 @@ def _read(start: str) -> str:
     return text
 
 
-def _load(config: SampleConfig) -> tuple[LanguageModel, Tokenizer]:
+def _load(config: SampleConfig) -> tuple[LanguageModel, Tokenizer, str | None]:
     if config.init_from == "resume":
-        path = Path(config.out_dir) / ckpt.BEST
+        path, note = checkpoint_folder.for_sampling(Path(config.out_dir))
         checkpoint = ckpt.load(path)
-        return ckpt.build_model(checkpoint, path), ckpt.tokenizer_of(checkpoint, path)
+        return ckpt.build_model(checkpoint, path), ckpt.tokenizer_of(checkpoint, path), note
     model = GPT.from_pretrained(config.init_from)
     if config.init_from in PRETRAINED_SHAPES:
-        return model, GPT2Tokenizer()
-    return model, _tokenizer_beside(Path(config.init_from), model.config.vocab_size)
+        return model, GPT2Tokenizer(), None
+    return model, _tokenizer_beside(Path(config.init_from), model.config.vocab_size), None
 
 
 def _tokenizer_beside(path: Path, vocab_size: int) -> Tokenizer:

@@ -12,11 +12,14 @@ from fastgpt.training.config import SampleConfig
 
 
 def run_sample(config: SampleConfig, console: Console, errors: Console) -> None:
-    """Print samples to ``console``; in the dialogue, errors of a prompt to ``errors``.
+    """Print samples to ``console``; to ``errors`` which checkpoint stands in for ckpt.pt and, in
+    the dialogue, the errors of a prompt.
 
     Raises as ``Sampler`` does.
     """
     sampler = Sampler(config)
+    if sampler.note:
+        errors.print(f"note: {sampler.note}")
     if config.interactive:
         _dialogue(sampler, console, errors)
         return

@@ -12,7 +12,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -31,6 +31,7 @@ from fastgpt.tokenizer import (
 )
 from fastgpt.tokenizer.subword import byte_of_character
 from fastgpt.training import checkpoint as ckpt
+from fastgpt.training import checkpoint_folder
 
 _DEFAULT_NAMES = {"hf": "hf", "safetensors": "model.safetensors", "nanogpt": "nanogpt"}
 _NANOGPT_KEYS = ("optimizer", "iter_num", "best_val_loss", "config")
@@ -65,6 +66,7 @@ class _Source:
     name: str
     find_tokenizer: Callable[[], Tokenizer | None]
     training: dict[str, Any]  # the other entries of a nanoGPT checkpoint
+    notes: list[str] = field(default_factory=list)
 
 
 def export(config: ExportConfig) -> Exported:
@@ -85,7 +87,7 @@ def export(config: ExportConfig) -> Exported:
     _remove(temporary)
     write = {"hf": _write_hf, "safetensors": _write_safetensors, "nanogpt": _write_nanogpt}
     try:
-        notes = write[config.to](source, temporary)
+        notes = source.notes + write[config.to](source, temporary)
         os.rename(temporary, output)
     finally:
         _remove(temporary)
@@ -101,13 +103,19 @@ def _remove(path: Path) -> None:
 
 def _source(config: ExportConfig) -> _Source:
     if config.init_from == "resume":
-        path = Path(config.out_dir) / ckpt.BEST
+        path, note = checkpoint_folder.for_sampling(Path(config.out_dir))
         saved = ckpt.load(path)
         model = ckpt.build_model(saved, path)
         if not isinstance(model, GPT):
             raise ValueError(f"{path} holds a {ckpt.kind(model)}: only a gpt can be exported")
         training = {key: saved[key] for key in _NANOGPT_KEYS if key in saved}
-        return _Source(model, str(path), lambda: ckpt.tokenizer_of(saved, path), training)
+        return _Source(
+            model,
+            str(path),
+            lambda: ckpt.tokenizer_of(saved, path),
+            training,
+            [note] if note else [],
+        )
     model, name = GPT.from_pretrained(config.init_from), config.init_from
     optimizer = model.configure_optimizers(0.1, 6e-4, (0.9, 0.95), "cpu")  # nanoGPT's defaults
     training = {

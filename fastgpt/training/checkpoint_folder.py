@@ -3,7 +3,8 @@
 - ``iter-0002000.pt``: the state before update 2000; in a sharded run a folder, ``iter-0002000``. A
   run is resumed from the newest. The last few are kept, and the best by validation loss.
 - ``ckpt.pt``: a copy of the best, or of the newest with ``always_save_checkpoint``; what nanoGPT
-  and ``fastgpt sample`` read.
+  and ``fastgpt sample`` read. Before the first evaluation, or if none was better than that of
+  iteration 0, there is none; then ``fastgpt sample`` and ``export`` read the newest ``iter-*``.
 """
 
 import re
@@ -48,6 +49,21 @@ def newest(out_dir: Path) -> Path:
     if not iterations:
         raise FileNotFoundError(f"there is no {ckpt.BEST} or iter-*.pt in {out_dir}")
     return max(iterations, key=lambda path: iterations[path])  # among equals not ckpt.pt
+
+
+def for_sampling(out_dir: Path) -> tuple[Path, str | None]:
+    """The checkpoint to sample from or to export: ``ckpt.pt``, else the newest ``iter-*`` of a run
+    that was stopped before it wrote one, and then a note that says so.
+
+    Raises FileNotFoundError if there is neither.
+    """
+    best = out_dir / ckpt.BEST
+    if best.exists():
+        return best, None
+    paths = saved(out_dir)
+    if not paths:
+        raise FileNotFoundError(f"there is no checkpoint {best}, nor an iter-*.pt beside it")
+    return paths[0], f"{out_dir} has no {ckpt.BEST} (best by validation loss) yet: took {paths[0]}"
 
 
 def read_newest(out_dir: Path, read: Callable[[Path], _T]) -> tuple[_T, Path]:

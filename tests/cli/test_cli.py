@@ -14,6 +14,7 @@ import torch
 
 from fastgpt.cli import main as cli
 from fastgpt.training.config import PRESETS, TrainConfig
+from fastgpt.training.distributed import World
 from fastgpt.training.trainer import Trainer
 from tests.tools.small_runs import TEXT, arguments, data_set, small_keys
 
@@ -139,6 +140,24 @@ def test_output_that_cannot_show_the_text(encoding: str, monkeypatch: pytest.Mon
     errors = io.TextIOWrapper(io.BytesIO(), encoding=encoding, errors="strict")
     monkeypatch.setattr("sys.stderr", errors)
     assert cli.main(["prepare", "--input=absent \u2603"]) == 2
+
+
+def test_a_run_stopped_before_its_first_evaluation(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """sample and export take the newest iter-*.pt where there is no ckpt.pt, and say so."""
+    data_set(Path())
+    monkeypatch.setattr(World, "any", lambda self, value: True)  # stops behind its first update
+    assert cli.main(small(eval_interval=1000)) == 130
+    assert not Path("out/ckpt.pt").exists()
+    capsys.readouterr()
+    assert cli.main(["sample", "--num_samples=1", "--max_new_tokens=5", "--start=1"]) == 0
+    captured = capsys.readouterr()
+    assert captured.err.startswith("note: out has no ckpt.pt")
+    assert captured.err.endswith("took out/iter-0000001.pt\n") and "took" not in captured.out
+    assert cli.main(["export", "--to=nanogpt"]) == 0
+    assert "note: out has no ckpt.pt" in capsys.readouterr().out
+    assert torch.load("out/nanogpt/ckpt.pt")["iter_num"] == 1
 
 
 def test_the_counted_bigram_is_near_its_entropy(capsys: pytest.CaptureFixture[str]) -> None:
