@@ -10,20 +10,41 @@ from typing import IO, Any
 
 
 @contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """A failure to write in the with block, such as a full disk, is an OSError that names ``path``.
+
+    A write to an open file raises OSError without a path. PyTorch's zip writer then raises a
+    RuntimeError of its own over that, or not, by how much of the file was buffered.
+    """
+    try:
+        yield
+    except (OSError, RuntimeError) as error:
+        cause: BaseException | None = error
+        while cause is not None and not isinstance(cause, OSError):
+            cause = cause.__context__
+        if cause is None or cause.errno is None or cause.filename is not None:
+            raise
+        raise OSError(cause.errno, os.strerror(cause.errno), str(path)) from error
+
+
+@contextlib.contextmanager
 def atomic_write(path: Path) -> Iterator[IO[bytes]]:
     """A temporary file to write in the with block. At its end the file is synced to the disk and
     renamed to ``path``; if the block raises or the process dies, ``path`` is unchanged.
+
+    Raises OSError as ``writing`` does.
     """
     temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    sync_folder(path.parent)
+    with writing(path):
+        try:
+            with open(temporary, "wb") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+        sync_folder(path.parent)
 
 
 def check_folder(out_dir: Path) -> None:

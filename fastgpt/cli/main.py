@@ -1,5 +1,8 @@
 """The command line: parse, run one command, turn errors into exit codes."""
 
+import contextlib
+import errno
+import os
 import sys
 from typing import Annotated, Any
 
@@ -37,6 +40,8 @@ _marked(
     folders=(tyro.conf.Positional, shown("[OUT_DIR ...]", "out")),
     output=(shown("FILE.png", "curves.png in the folder; for several, here"),),
 )
+
+_OF_WRITING = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT, errno.EPIPE)
 
 Command = Prepare | TrainTokenizer | Train | SampleConfig | ExportConfig | PlotConfig | DoctorConfig
 
@@ -79,6 +84,23 @@ def _export(config: ExportConfig, console: Console) -> None:
         console.print(f"note: {note}")
 
 
+def _without_errno(error: BaseException) -> str:
+    """An error of the system as cause and path, as far as they are known."""
+    if not isinstance(error, OSError) or error.strerror is None:
+        return str(error)
+    path = error.filename
+    if path is None and error.errno in _OF_WRITING:  # every file's failure names it
+        path = "stdout"
+        _drop_stdout()
+    return error.strerror if path is None else f"{error.strerror}: {path}"
+
+
+def _drop_stdout() -> None:
+    """Python writes what is left for stdout when it exits, and would complain a second time."""
+    with contextlib.suppress(OSError):  # io.UnsupportedOperation: stdout is no file
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run the command line (``sys.argv`` by default); returns the exit code.
 
@@ -118,10 +140,10 @@ def main(argv: list[str] | None = None) -> int:
         PermissionError,
         ImportError,
     ) as error:
-        errors.print(f"error: {error}", style="bold red")
+        errors.print(f"error: {_without_errno(error)}", style="bold red")
         return 2
     except (FloatingPointError, OSError, torch.OutOfMemoryError) as error:
-        errors.print(f"error: {error}", style="bold red")
+        errors.print(f"error: {_without_errno(error)}", style="bold red")
         return 1
     except KeyboardInterrupt:
         errors.print("interrupted", style="bold red")

@@ -18,6 +18,7 @@ from typing import Any, Literal
 
 import torch
 
+from fastgpt._files import writing
 from fastgpt._optional import optional
 from fastgpt.interop import huggingface
 from fastgpt.model import GPT, PRETRAINED_SHAPES
@@ -77,6 +78,7 @@ def export(config: ExportConfig) -> Exported:
         FileExistsError: the output exists.
         ValueError: the checkpoint is damaged, or holds no GPT.
         ImportError: a package is missing.
+        OSError: the output cannot be written; nothing is left of it.
     """
     output = config.output or Path(config.out_dir) / _DEFAULT_NAMES[config.to]
     if output.exists():
@@ -87,8 +89,9 @@ def export(config: ExportConfig) -> Exported:
     _remove(temporary)
     write = {"hf": _write_hf, "safetensors": _write_safetensors, "nanogpt": _write_nanogpt}
     try:
-        notes = source.notes + write[config.to](source, temporary)
-        os.rename(temporary, output)
+        with writing(output):
+            notes = source.notes + write[config.to](source, temporary)
+            os.rename(temporary, output)
     finally:
         _remove(temporary)
     return Exported(output, notes)
@@ -180,10 +183,10 @@ def _write_tokenizer(source: _Source, folder: Path) -> int | None:
     }
     end: int | None = None
     if isinstance(tokenizer, CharTokenizer):
-        _of_characters(tokenizer).save(str(path))
+        path.write_text(_of_characters(tokenizer).to_str(pretty=True), encoding="utf-8")
     elif isinstance(tokenizer, GPT2Tokenizer):
         end = tokenizer.end_of_text
-        _of_byte_pairs(tokenizer).save(str(path))
+        path.write_text(_of_byte_pairs(tokenizer).to_str(pretty=True), encoding="utf-8")
     elif isinstance(tokenizer, JsonTokenizer):
         end = tokenizer.end_of_text
         tokenizer.save(path)

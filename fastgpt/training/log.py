@@ -13,10 +13,11 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
+from io import FileIO
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
-from fastgpt._files import atomic_write
+from fastgpt._files import atomic_write, writing
 from fastgpt.training.config import TrainConfig
 
 LOG, TENSORBOARD = "log.jsonl", "tensorboard"
@@ -41,7 +42,7 @@ class RunLog:
         self._tensorboard: Any = None
         if config.tensorboard_log:
             self._tensorboard = _imported("torch.utils.tensorboard", "tensorboard_log")
-        self._file: TextIO | None = None
+        self._file: FileIO | None = None
         self._writer: Any = None
 
     @contextmanager
@@ -63,7 +64,7 @@ class RunLog:
         if self._tensorboard is not None:
             folder = str(out_dir / TENSORBOARD)
             self._writer = self._tensorboard.SummaryWriter(folder, purge_step=first_iter)
-        with open(path, "a", encoding="utf-8") as self._file:
+        with open(path, "ab", buffering=0) as self._file:
             try:
                 yield
             finally:
@@ -93,8 +94,10 @@ class RunLog:
         assert self._file is not None, "opened() comes first"
         finite = {k: v if math.isfinite(v) else None for k, v in row.items()}
         line = json.dumps({**finite, "time": round(time.time(), 3)}, allow_nan=False)
-        self._file.write(line + "\n")
-        self._file.flush()
+        data = f"{line}\n".encode()
+        with writing(Path(self._file.name)):
+            while data:  # unbuffered: a full disk takes a part of it
+                data = data[self._file.write(data) :]
         if self._writer is not None:
             for key, value in row.items():
                 if key != "iter":

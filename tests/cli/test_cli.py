@@ -252,7 +252,7 @@ def test_arguments_that_do_not_parse(
         (FloatingPointError("nan"), 1),
         (ConnectionError("offline"), 1),
         (torch.OutOfMemoryError("CUDA out of memory"), 1),
-        (OSError(28, "No space left on device"), 1),
+        (OSError(28, "No space left on device", "out/x"), 1),
         (PermissionError(13, "Permission denied", "out"), 2),
         (ImportError("wandb"), 2),
         (KeyboardInterrupt(), 130),
@@ -275,7 +275,10 @@ def test_exit_codes(
             cli.main(small())
         return
     assert cli.main(small()) == code
-    assert str(error) in capsys.readouterr().err
+    shown = str(error)
+    if isinstance(error, OSError) and error.filename:
+        shown = f"error: {error.strerror}: {error.filename}\n"
+    assert shown in capsys.readouterr().err
 
 
 def test_the_module_runs_and_its_help_names_the_keys() -> None:
