@@ -43,13 +43,13 @@ class Output:
 
 @dataclass(frozen=True, kw_only=True)
 class Logging:
-    # Log to Weights & Biases (pip install "fastgpt-triton[log]").
+    # Log to Weights & Biases (needs wandb).
     wandb_log: bool = False
     # Its project.
     wandb_project: str = "owt"
     # Its name for this run.
     wandb_run_name: str = "gpt2"
-    # Write TensorBoard's files to out_dir/tensorboard (the same extra).
+    # Write TensorBoard's files to out_dir/tensorboard (needs tensorboard).
     tensorboard_log: bool = False
 
 

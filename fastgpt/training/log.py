@@ -6,7 +6,6 @@ percent; an evaluation adds nanoGPT's keys ``train/loss``, ``val/loss``, ``lr``,
 that is not finite is null.
 """
 
-import importlib
 import json
 import math
 import time
@@ -18,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from fastgpt._files import atomic_write, writing
+from fastgpt._optional import optional
 from fastgpt.training.config import TrainConfig
 
 LOG, TENSORBOARD = "log.jsonl", "tensorboard"
@@ -38,10 +38,10 @@ class RunLog:
     """
 
     def __init__(self, config: TrainConfig) -> None:
-        self._wandb = _imported("wandb", "wandb_log") if config.wandb_log else None
+        self._wandb = optional("wandb", "wandb_log=True", "log") if config.wandb_log else None
         self._tensorboard: Any = None
         if config.tensorboard_log:
-            self._tensorboard = _imported("torch.utils.tensorboard", "tensorboard_log")
+            self._tensorboard = optional("torch.utils.tensorboard", "tensorboard_log=True", "log")
         self._file: FileIO | None = None
         self._writer: Any = None
 
@@ -136,12 +136,3 @@ def _drop_from(path: Path, first_iter: int, keep_evaluation: bool) -> None:
     ]
     with atomic_write(path) as file:
         file.writelines((json.dumps(row) + "\n").encode() for row in kept)
-
-
-def _imported(module: str, key: str) -> Any:
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        raise ImportError(
-            f'{key}=True needs {module.rpartition(".")[2]}: pip install "fastgpt-triton[log]"'
-        ) from error

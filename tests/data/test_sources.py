@@ -136,7 +136,7 @@ def test_a_missing_library_names_the_extra(
     for name in ("a.txt.zst", "a.parquet"):
         (tmp_path / name).write_bytes(b"x")
     monkeypatch.setitem(sys.modules, library, None)
-    with pytest.raises(ImportError, match=r'pip install "fastgpt-triton\[data\]"'):
+    with pytest.raises(ImportError, match=r'pip install -e "\.\[data\]" in '):
         read(tmp_path)
 
 
