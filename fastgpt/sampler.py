@@ -1,5 +1,6 @@
 """Text from a checkpoint or from pretrained weights."""
 
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ from fastgpt.training import checkpoint_folder
 from fastgpt.training.config import SampleConfig
 
 _FROM_FILE = "FILE:"
+_LINE_END = re.compile(r"\r?\n")
 
 
 @dataclass(frozen=True)
@@ -232,14 +234,15 @@ def write(
 
 
 def read_prompts(start: str, lines: bool = False) -> list[str]:
-    """The prompt of the key ``start``; with ``lines`` one prompt for each line.
+    """The prompt of the key ``start``; with ``lines`` one prompt for each line. A file's text is
+    what ``fastgpt prepare`` reads of it, line ends included, but for a byte order mark.
 
     Raises FileNotFoundError, or ValueError for a file that is empty or not UTF-8.
     """
     text = _read(start)
     if not lines:
         return [text]
-    prompts = [line for line in text.splitlines() if line]
+    prompts = [line for line in _LINE_END.split(text) if line]
     if not prompts:
         raise ValueError(f"start={start!r} must hold a line that is not empty, with lines")
     return prompts
@@ -252,7 +255,7 @@ def _read(start: str) -> str:
     if not path.is_file():
         raise FileNotFoundError(f"start={start!r}: there is no file {path}")
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"start={start!r}: {path} is not UTF-8 text ({error})") from error
     if not text:

@@ -1,5 +1,7 @@
 """``fastgpt sample``: prints samples, as text, as JSON, or in a dialogue."""
 
+import io
+import itertools
 import json
 import sys
 from collections.abc import Iterable, Iterator
@@ -58,7 +60,7 @@ def _print_growing(sampler: Sampler, prompt: str, console: Console) -> None:
 
 def _dialogue(sampler: Sampler, console: Console, errors: Console) -> None:
     torch.manual_seed(sampler.config.seed)
-    for line in _lines("> " if sys.stdin.isatty() and not sampler.config.json else ""):
+    for line in _lines("" if sampler.config.json else "> "):
         try:
             (prompt,) = read_prompts(line)
             if sampler.config.json:
@@ -72,11 +74,25 @@ def _dialogue(sampler: Sampler, console: Console, errors: Console) -> None:
 
 
 def _lines(prompt: str) -> Iterator[str]:
-    """The lines of stdin that are not empty."""
-    while True:
+    """The lines of stdin that are not empty. They end with a line feed, or one behind a carriage
+    return, as those of a file of prompts do; a byte order mark is none of the first.
+    """
+    typed = sys.stdin.isatty()
+    if not typed and isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(newline="\n")
+    for number in itertools.count():
         try:
-            line = input(prompt)
+            line = input(prompt) if typed else _next_line()
         except EOFError:
             return
+        if number == 0:
+            line = line.removeprefix("\ufeff")
         if line:
             yield line
+
+
+def _next_line() -> str:
+    line = sys.stdin.readline()
+    if not line:
+        raise EOFError
+    return line.removesuffix("\n").removesuffix("\r")

@@ -256,3 +256,9 @@ def test_dtype_of_a_gpu(major: int, dtype: torch.dtype, monkeypatch: pytest.Monk
     monkeypatch.setattr(torch.cuda, "_check_bf16_tensor_supported", lambda device: True)
     assert torch.cuda.is_bf16_supported()
     assert resolve_dtype("auto", torch.device("cuda")) == dtype
+
+
+def test_a_configuration_file_with_a_byte_order_mark(tmp_path: Path) -> None:
+    path = tmp_path / "c.py"
+    path.write_bytes(b"\xef\xbb\xbfn_layer = 1\r\nbias = True\r\n")
+    assert read_config_file(path) == {"n_layer": 1, "bias": True}
