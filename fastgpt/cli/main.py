@@ -10,12 +10,14 @@ import torch
 import tyro
 from rich.console import Console
 
+import fastgpt
 from fastgpt._progress import escape_unprintable
+from fastgpt.cli.arguments import normalized
 from fastgpt.cli.doctor import DoctorConfig, doctor
 from fastgpt.cli.plot import PlotConfig, plot
 from fastgpt.cli.prepare import Prepare, TrainTokenizer, run_prepare, run_train_tokenizer, shown
 from fastgpt.cli.sample import run_sample
-from fastgpt.cli.train import Train, check_old_keys, keys_below, run_train, train_defaults
+from fastgpt.cli.train import Train, keys_below, run_train, train_defaults
 from fastgpt.interop.export import ExportConfig, export
 from fastgpt.training.config import SampleConfig, TrainConfig
 from fastgpt.training.distributed import World
@@ -32,7 +34,6 @@ _marked(
     SampleConfig,
     start=(shown(None, "a line break"),),
     stop=(tyro.conf.UseAppendAction, shown("TEXT", "none")),
-    compile=(tyro.conf.FlagConversionOff,),
 )
 _marked(ExportConfig, output=(shown("PATH", "hf, model.safetensors or nanogpt in out_dir"),))
 _marked(
@@ -45,6 +46,17 @@ _OF_WRITING = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT, errno.EPIPE)
 
 Command = Prepare | TrainTokenizer | Train | SampleConfig | ExportConfig | PlotConfig | DoctorConfig
 
+# the dataclasses that have a command's keys
+_COMMANDS: dict[str, tuple[type, ...]] = {
+    "prepare": (Prepare,),
+    "tokenizer": (TrainTokenizer,),
+    "train": (Train, TrainConfig),
+    "sample": (SampleConfig,),
+    "export": (ExportConfig,),
+    "plot": (PlotConfig,),
+    "doctor": (DoctorConfig,),
+}
+
 
 def _parse(argv: list[str], defaults: Train) -> Command:
     command: Command = tyro.cli(
@@ -53,13 +65,13 @@ def _parse(argv: list[str], defaults: Train) -> Command:
         | Annotated[
             Train, tyro.conf.FlagConversionOff, tyro.conf.subcommand("train", default=defaults)
         ]
-        | Annotated[SampleConfig, tyro.conf.FlagCreatePairsOff, tyro.conf.subcommand("sample")]
+        | Annotated[SampleConfig, tyro.conf.FlagConversionOff, tyro.conf.subcommand("sample")]
         | Annotated[ExportConfig, tyro.conf.subcommand("export")]
         | Annotated[PlotConfig, tyro.conf.subcommand("plot")]
         | Annotated[DoctorConfig, tyro.conf.subcommand("doctor")],
         prog="fastgpt",
-        description="Train GPT-2-class models and sample from them.",
-        args=argv,
+        description="Train GPT-2-class models and sample from them. --version shows the version.",
+        args=normalized(argv, _COMMANDS),
         use_underscores=True,
         config=(tyro.conf.OmitArgPrefixes,),
     )
@@ -114,7 +126,9 @@ def main(argv: list[str] | None = None) -> int:
     try:
         world = World.from_environment()
         console = Console(markup=False, highlight=False, soft_wrap=True, quiet=not world.is_main)
-        check_old_keys(argv)
+        if argv[:1] == ["--version"]:
+            console.print(f"fastgpt {fastgpt.__version__}")
+            return 0
         command = _parse(argv, Train())
         if isinstance(command, Train):
             run_train(_train_config(argv, command), world, console)

@@ -120,14 +120,6 @@ def _saved_keys(out_dir: Path) -> dict[str, Any]:
     return {key: value for key, value in saved.items() if key in known}
 
 
-def check_old_keys(argv: list[str]) -> None:
-    """ValueError for an option of `fastgpt train` that has another name now."""
-    for argument in argv[1:] if argv[:1] == ["train"] else []:
-        key = argument.partition("=")[0].removeprefix("--")
-        if argument.startswith("--") and key in RENAMED_KEYS:
-            raise ValueError(f"unknown option --{key}: it is called --{RENAMED_KEYS[key]} now")
-
-
 def run_train(config: TrainConfig, world: World, console: Console) -> None:
     """Train as ``config`` says, on all ranks of ``world``. Raises as ``Trainer`` does."""
     out_dir = Path(config.out_dir)

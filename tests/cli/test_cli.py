@@ -7,13 +7,15 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import pytest
 import torch
 
+import fastgpt
 from fastgpt.cli import main as cli
-from fastgpt.training.config import PRESETS, TrainConfig
+from fastgpt.cli.arguments import normalized
+from fastgpt.training.config import PRESETS, SampleConfig, TrainConfig
 from fastgpt.training.distributed import World
 from fastgpt.training.trainer import Trainer
 from tests.tools.small_runs import TEXT, arguments, data_set, small_keys
@@ -81,6 +83,39 @@ def test_every_key_is_an_option() -> None:
     for pair in ({"model": "bigram", "fp8": "none"}, {"model": "gpt", "fp8": "head"}):
         other |= pair  # the two exclude each other
         assert vars(parsed("--preset=gpt2", *arguments(other))) == other
+
+
+@pytest.mark.parametrize(
+    ("argv", "value"),
+    [
+        (["--recompute"], True),
+        (["--recompute", "--batch_size=2"], True),
+        (["--recompute", "config.py"], True),
+        (["--recompute=true"], True),
+        (["--recompute", "True"], True),
+        (["--recompute=False"], False),
+        (["--recompute", "false"], False),
+    ],
+)
+def test_both_forms_of_a_boolean(argv: list[str], value: bool) -> None:
+    Path("config.py").write_text("n_layer = 5\n")
+    assert parsed("--preset=gpt2", *argv).recompute is value
+    keys = {key for key, kind in get_type_hints(SampleConfig).items() if kind is bool}
+    assert keys == {"lines", "interactive", "json", "compile"}
+    for key in keys:
+        args = ["sample", *(word.replace("recompute", key) for word in argv if "=2" not in word)]
+        args = [word for word in args if word != "config.py"]
+        assert getattr(cli._parse(args, cli.Train()), key) is value
+
+
+def test_values_that_look_like_options() -> None:
+    argv = ["sample", "--start", "top_k=3", "--stop", "--json", "--json"]
+    assert normalized(argv, cli._COMMANDS) == [*argv[:-1], "--json=True"]
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["--version"]) == 0
+    assert capsys.readouterr().out == f"fastgpt {fastgpt.__version__}\n"
 
 
 def test_resume_goes_on_with_the_keys_of_the_checkpoint() -> None:
@@ -210,6 +245,11 @@ def test_the_builtin_corpus_is_prepared_when_it_is_missing(
         (["train", "--preset=gpt2", "--device=cpu"], "train.bin is not a file"),
         (["train", "--preset=gpt2", "--n_head=7"], "n_embd=768 with n_head=7"),
         (["train", "--pack=True"], "unknown option --pack: it is called --document_mask now"),
+        (["train", "--resume"], "did you mean --init_from=resume?"),
+        (["train", "dataset=shake"], "dataset=shake needs two dashes in front: --dataset=shake"),
+        (["sample", "--json", "top_k=3"], "top_k=3 needs two dashes in front: --top_k=3"),
+        (["trian"], "unknown command 'trian'; did you mean 'train'?"),
+        (["x"], "allowed: prepare, tokenizer, train, sample, export, plot, doctor"),
         (["train", "--dropout=2"], "dropout must lie between 0 and 0.999, got 2.0"),
         (["train", "--init_from=resume"], "no ckpt.pt or iter-*.pt in out"),
         (["sample"], "there is no checkpoint out/ckpt.pt"),
