@@ -1,9 +1,10 @@
-"""Atomic writes, an exclusive lock on a folder, checksums."""
+"""Atomic writes, an exclusive lock on a folder, checksums, what a file may hold."""
 
 import contextlib
 import hashlib
 import json
 import os
+import pickle
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
@@ -47,10 +48,11 @@ def atomic_write(path: Path) -> Iterator[IO[bytes]]:
         sync_folder(path.parent)
 
 
-def check_folder(out_dir: Path) -> None:
-    """Raise NotADirectoryError if ``out_dir``, which is to be made or written to, is a file."""
-    if out_dir.exists() and not out_dir.is_dir():
-        raise NotADirectoryError(f"out_dir must be a folder, but {out_dir} is a file")
+def check_folder(out_dir: Path, rule: str = "out_dir must be a folder") -> None:
+    """Raise NotADirectoryError if ``out_dir``, or a folder that it is to lie in, is a file."""
+    for folder in (out_dir, *out_dir.parents):
+        if folder.is_file():
+            raise NotADirectoryError(f"{rule}, but {folder} is a file")
 
 
 def sync_folder(folder: Path) -> None:
@@ -100,6 +102,19 @@ def sha256_of(path: Path) -> str:
         for data in iter(lambda: file.read(1 << 16), b""):
             digest.update(data)
     return digest.hexdigest()
+
+
+def foreign_objects(path: Path) -> str:
+    """The classes and functions, separated by commas, for which PyTorch's ``weights_only=True``
+    refuses a file of ``torch.save``'s; empty if there are none, or if it is no such file.
+    """
+    import torch  # this module is for commands without it too
+
+    try:
+        names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+    except (ValueError, RuntimeError, OSError, EOFError, pickle.UnpicklingError):
+        return ""
+    return ", ".join(sorted(names))
 
 
 def is_path(source: str) -> bool:

@@ -18,7 +18,7 @@ from typing import Any, Literal
 
 import torch
 
-from fastgpt._files import writing
+from fastgpt._files import check_folder, writing
 from fastgpt._optional import optional
 from fastgpt.interop import huggingface
 from fastgpt.model import GPT, PRETRAINED_SHAPES
@@ -76,6 +76,7 @@ def export(config: ExportConfig) -> Exported:
     Raises:
         FileNotFoundError: there is no such checkpoint.
         FileExistsError: the output exists.
+        NotADirectoryError: ``out_dir``, or a folder of the output, is a file.
         ValueError: the checkpoint is damaged, or holds no GPT.
         ImportError: a package is missing.
         OSError: the output cannot be written; nothing is left of it.
@@ -83,6 +84,8 @@ def export(config: ExportConfig) -> Exported:
     output = config.output or Path(config.out_dir) / _DEFAULT_NAMES[config.to]
     if output.exists():
         raise FileExistsError(f"output {output} exists; remove it, or name another")
+    if config.output is not None:
+        check_folder(output.parent, "output must lie in a folder")
     source = _source(config)
     output.parent.mkdir(parents=True, exist_ok=True)
     temporary = output.with_name(f".{output.name}.tmp")

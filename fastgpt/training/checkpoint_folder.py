@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TypeVar
 
+from fastgpt._files import check_folder
 from fastgpt.training import checkpoint as ckpt
 
 _NAME = re.compile(r"iter-(\d{7,})(\.pt)?")
@@ -25,7 +26,11 @@ def path_of(out_dir: Path, iteration: int, sharded: bool) -> Path:
 
 
 def saved(out_dir: Path) -> list[Path]:
-    """The checkpoints ``iter-*`` in the folder, newest first."""
+    """The checkpoints ``iter-*`` in the folder, newest first.
+
+    Raises NotADirectoryError if ``out_dir`` is a file.
+    """
+    check_folder(out_dir)
     if not out_dir.is_dir():
         return []
     return sorted((p for p in out_dir.iterdir() if _NAME.fullmatch(p.name)), key=_by_name)[::-1]

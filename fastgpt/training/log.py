@@ -50,7 +50,8 @@ class RunLog:
         """Write into the folder ``out_dir``, which must exist.
 
         An existing log is continued. Rows of iterations from ``first_iter`` on are dropped, because
-        these are run again. ValueError if it cannot be read.
+        these are run again. ValueError if it cannot be read, or if wandb refuses, for want of a
+        login, say.
         """
         out_dir = Path(config.out_dir)
         path = out_dir / LOG
@@ -58,9 +59,7 @@ class RunLog:
             evaluated_again = first_iter % config.eval_interval == 0
             _drop_from(path, first_iter, keep_evaluation=not evaluated_again)
         if self._wandb is not None:
-            self._wandb.init(
-                project=config.wandb_project, name=config.wandb_run_name, config=asdict(config)
-            )
+            _start(self._wandb, config)
         if self._tensorboard is not None:
             folder = str(out_dir / TENSORBOARD)
             self._writer = self._tensorboard.SummaryWriter(folder, purge_step=first_iter)
@@ -136,3 +135,13 @@ def _drop_from(path: Path, first_iter: int, keep_evaluation: bool) -> None:
     ]
     with atomic_write(path) as file:
         file.writelines((json.dumps(row) + "\n").encode() for row in kept)
+
+
+def _start(wandb: Any, config: TrainConfig) -> None:
+    try:
+        wandb.init(project=config.wandb_project, name=config.wandb_run_name, config=asdict(config))
+    except wandb.Error as error:
+        raise ValueError(
+            f"wandb_log=True: {str(error).splitlines()[0]} With WANDB_MODE=offline in the "
+            "environment the run is logged on this machine only"
+        ) from error

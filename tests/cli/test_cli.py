@@ -241,7 +241,14 @@ def test_the_builtin_corpus_is_prepared_when_it_is_missing(
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["train", "absent.py"], "absent.py"),
+        (["train", "absent.py"], "there is no configuration file absent.py"),
+        (["train", "folder"], "a configuration file is expected, but folder is a folder"),
+        (["train", "--out_dir=file"], "out_dir must be a folder, but file is a file"),
+        (["train", "--init_from=resume", "--out_dir=file"], "out_dir must be a folder, but file"),
+        (["sample", "--out_dir=file"], "out_dir must be a folder, but file is a file"),
+        (["export", "--to=nanogpt", "--out_dir=file"], "out_dir must be a folder, but file is"),
+        (["export", "--to=nanogpt", "--output=file/x"], "output must lie in a folder, but file is"),
+        (["prepare", "--input=file", "--out_dir=file/x"], "out_dir must be a folder, but file is"),
         (["train", "--preset=gpt2", "--device=cpu"], "train.bin is not a file"),
         (["train", "--preset=gpt2", "--n_head=7"], "n_embd=768 with n_head=7"),
         (["train", "--pack=True"], "unknown option --pack: it is called --document_mask now"),
@@ -260,6 +267,8 @@ def test_the_builtin_corpus_is_prepared_when_it_is_missing(
 def test_user_errors_are_one_line(
     argv: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    Path("folder").mkdir()
+    Path("file").write_text("a text\n")
     assert cli.main(argv) == 2
     captured = capsys.readouterr()
     assert captured.err.startswith("error: ") and message in captured.err

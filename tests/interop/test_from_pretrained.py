@@ -1,5 +1,6 @@
 """``GPT.from_pretrained``: no network, few layers, transformers' own model as the truth."""
 
+import argparse
 import json
 import shutil
 import sys
@@ -178,6 +179,9 @@ def test_damaged_and_missing_files_are_named(folder: Path, tmp_path: Path) -> No
         GPT.from_pretrained(str(folder))
     (folder / "pytorch_model.bin").write_bytes(b"PK")
     with pytest.raises(ValueError, match="pytorch_model.bin is not a PyTorch file"):
+        GPT.from_pretrained(str(folder))
+    torch.save({"a": argparse.Namespace(b=1)}, folder / "pytorch_model.bin")
+    with pytest.raises(ValueError, match="pytorch_model.bin holds objects of argparse.Namespace;"):
         GPT.from_pretrained(str(folder))
     (folder / "model.safetensors.index.json").write_text('{"weight_map": {"a": "absent"}}')
     with pytest.raises(FileNotFoundError, match="there is no .*absent"):
