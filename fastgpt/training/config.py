@@ -159,6 +159,11 @@ class TrainConfig(System, Schedule, Optimizer, Model, Data, Logging, Output):
             )
         if self.model == "bigram" and self.fp8 != "none":
             raise ValueError(f"fp8 must be none with model='bigram', got {self.fp8!r}")
+        if self.decay_lr and self.min_lr > self.learning_rate:
+            raise ValueError(
+                f"min_lr must be at most learning_rate with decay_lr=True, "
+                f"got min_lr={self.min_lr} with learning_rate={self.learning_rate}"
+            )
         if self.n_embd % self.n_head:
             raise ValueError(
                 f"n_embd must be a multiple of n_head, "
