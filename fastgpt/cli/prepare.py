@@ -47,8 +47,9 @@ class Prepare:
         tyro.conf.Positional[Literal["builtin", "shakespeare"] | None],
         shown("[builtin|shakespeare]", "builtin"),
     ] = None
-    # Texts of your own, instead of a corpus: a UTF-8 text, .jsonl, .parquet, any of them as .gz
-    # or .zst, or a folder of such files. A text in a folder, a line or a row is a document.
+    # Texts of your own, instead of a corpus: a UTF-8 text, .jsonl (or .ndjson, or .json with an
+    # object in each line), .parquet, any of them as .gz or .zst, or a folder of such files. A text
+    # in a folder, a line or a row is a document.
     input: Annotated[Path | None, shown("PATH", "none")] = None
     # A data set of Hugging Face's, streamed, instead of a corpus.
     hf_dataset: Annotated[str | None, shown("NAME", "none")] = None

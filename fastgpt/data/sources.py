@@ -121,7 +121,8 @@ class FileSource(Source):
     ones.
 
     Each line of a ``.jsonl`` is a JSON object with the key ``text_key``; a ``.parquet`` has such a
-    column; any other file is one UTF-8 text. ``.gz`` and ``.zst`` are decompressed.
+    column; any other file is one UTF-8 text (see ``format_of``). ``.gz`` and ``.zst`` are
+    decompressed.
 
     Raises:
         FileNotFoundError: there is nothing at ``path``.
