@@ -1,5 +1,6 @@
 """The commands that make data: ``fastgpt prepare`` and ``fastgpt tokenizer``."""
 
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -152,8 +153,10 @@ def run_prepare(command: Prepare, console: Console) -> None:
         console.print("stopped; the same command continues from here")
         raise
     report_prepared(out_dir, manifest, console)
-    where = "" if out_dir.parent == Path("data") else f" --data_root={out_dir.parent}"
-    console.print(f"train on it: fastgpt train{where} --dataset={out_dir.name}")
+    where = (
+        "" if out_dir.parent == Path("data") else f" --data_root={shlex.quote(str(out_dir.parent))}"
+    )
+    console.print(f"train on it: fastgpt train{where} --dataset={shlex.quote(out_dir.name)}")
 
 
 def report_prepared(data_dir: Path, manifest: Manifest, console: Console) -> None:

@@ -1,5 +1,6 @@
 """``fastgpt train``: its keys, the run, and the table and sample at the end."""
 
+import shlex
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -149,6 +150,9 @@ def _train_connected(config: TrainConfig, world: World, console: Console) -> Non
         model = trainer.full_model()
         if world.is_main:
             _print_sample(trainer, model, console)
+            path, _ = checkpoint_folder.for_sampling(trainer.out_dir)
+            where = "" if config.out_dir == "out" else f" --out_dir={shlex.quote(config.out_dir)}"
+            console.print(f"saved {path}. Write text with it: fastgpt sample{where}")
 
 
 def _summary(trainer: Trainer) -> Table:

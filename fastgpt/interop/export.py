@@ -3,7 +3,7 @@
 | ``to`` | what is written | who reads it |
 |---|---|---|
 | hf | folder: config.json, model.safetensors, tokenizer | transformers, ``GPT.from_pretrained`` |
-| safetensors | one file, names and shapes as in ``GPT.state_dict()`` | ``GPT.from_pretrained`` |
+| safetensors | one file, named as ``GPT.state_dict()``; tokenizer | ``GPT.from_pretrained`` |
 | nanogpt | folder: ckpt.pt | nanoGPT, ``fastgpt`` |
 """
 
@@ -18,7 +18,7 @@ from typing import Any, Literal
 
 import torch
 
-from fastgpt._files import check_folder, writing
+from fastgpt._files import atomic_write, check_folder, writing
 from fastgpt._optional import optional
 from fastgpt.interop import huggingface
 from fastgpt.model import GPT, PRETRAINED_SHAPES
@@ -29,6 +29,7 @@ from fastgpt.tokenizer import (
     JsonTokenizer,
     Tokenizer,
     saved_tokenizer,
+    tokenizer_in,
 )
 from fastgpt.tokenizer.subword import byte_of_character
 from fastgpt.training import checkpoint as ckpt
@@ -42,7 +43,8 @@ _NANOGPT_KEYS = ("optimizer", "iter_num", "best_val_loss", "config")
 class ExportConfig:
     """Write a trained model for other programs."""
 
-    # hf: a folder for transformers. safetensors: one file. nanogpt: a folder with a ckpt.pt.
+    # hf: a folder for transformers. safetensors: one file, the tokenizer beside it. nanogpt: a
+    # folder with a ckpt.pt.
     to: Literal["hf", "safetensors", "nanogpt"]
     # resume (ckpt.pt in out_dir), gpt2, gpt2-medium, gpt2-large, gpt2-xl, or the path of a folder
     # or file that `export` or transformers wrote.
@@ -156,6 +158,22 @@ def _write_hf(source: _Source, folder: Path) -> list[str]:
 
 def _write_safetensors(source: _Source, path: Path) -> list[str]:
     huggingface.write_safetensors(_weights(source.model), path)
+    return _write_tokenizer_beside(source, path.parent)
+
+
+def _write_tokenizer_beside(source: _Source, folder: Path) -> list[str]:
+    """Write the tokenizer to where ``fastgpt sample`` looks for it, unless one is there already."""
+    try:
+        tokenizer, present = source.find_tokenizer(), tokenizer_in(folder)
+    except (ValueError, ImportError, ConnectionError) as error:
+        return [f"no tokenizer: {error}"]
+    if tokenizer is None:
+        return [f"no tokenizer: there is none beside {source.name}"]
+    if present is None:
+        with atomic_write(folder / tokenizer.FILE) as file:
+            file.write(tokenizer.file_bytes)
+    elif present.fingerprint != tokenizer.fingerprint:
+        return [f"no tokenizer: {folder} has another, {present.FILE}"]
     return []
 
 

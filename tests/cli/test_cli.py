@@ -141,7 +141,8 @@ def test_prepare_train_sample(capsys: pytest.CaptureFixture[str]) -> None:
     assert "keys that differ from the defaults: " in out and "dataset=own" in out
     assert "step 20: train loss" in out
     assert "bigram, counted on train.bin" in out and "bigram entropy of val.bin" in out
-    sample = out[out.index(" sample ") :].partition("\n")[2]
+    sample, saved, last = out[out.index(" sample ") :].partition("\n")[2].rpartition("saved ")
+    assert saved + last == "saved out/ckpt.pt. Write text with it: fastgpt sample\n"
     assert len(sample) > 300 and set(sample) <= set(TEXT)
 
     assert cli.main(["sample", "--num_samples=2", "--max_new_tokens=30", "--start=12"]) == 0
