@@ -1,35 +1,58 @@
-"""Atomic writes, an exclusive lock on a folder, checksums."""
+"""Atomic writes, an exclusive lock on a folder, checksums, what a file may hold."""
 
 import contextlib
 import hashlib
 import json
 import os
+import pickle
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
 
 @contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """A failure to write in the with block, such as a full disk, is an OSError that names ``path``.
+
+    A write to an open file raises OSError without a path. PyTorch's zip writer then raises a
+    RuntimeError of its own over that, or not, by how much of the file was buffered.
+    """
+    try:
+        yield
+    except (OSError, RuntimeError) as error:
+        cause: BaseException | None = error
+        while cause is not None and not isinstance(cause, OSError):
+            cause = cause.__context__
+        if cause is None or cause.errno is None or cause.filename is not None:
+            raise
+        raise OSError(cause.errno, os.strerror(cause.errno), str(path)) from error
+
+
+@contextlib.contextmanager
 def atomic_write(path: Path) -> Iterator[IO[bytes]]:
     """A temporary file to write in the with block. At its end the file is synced to the disk and
     renamed to ``path``; if the block raises or the process dies, ``path`` is unchanged.
+
+    Raises OSError as ``writing`` does.
     """
     temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    sync_folder(path.parent)
+    with writing(path):
+        try:
+            with open(temporary, "wb") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+        sync_folder(path.parent)
 
 
-def check_folder(out_dir: Path) -> None:
-    """Raise NotADirectoryError if ``out_dir``, which is to be made or written to, is a file."""
-    if out_dir.exists() and not out_dir.is_dir():
-        raise NotADirectoryError(f"out_dir must be a folder, but {out_dir} is a file")
+def check_folder(out_dir: Path, rule: str = "out_dir must be a folder") -> None:
+    """Raise NotADirectoryError if ``out_dir``, or a folder that it is to lie in, is a file."""
+    for folder in (out_dir, *out_dir.parents):
+        if folder.is_file():
+            raise NotADirectoryError(f"{rule}, but {folder} is a file")
 
 
 def sync_folder(folder: Path) -> None:
@@ -79,6 +102,19 @@ def sha256_of(path: Path) -> str:
         for data in iter(lambda: file.read(1 << 16), b""):
             digest.update(data)
     return digest.hexdigest()
+
+
+def foreign_objects(path: Path) -> str:
+    """The classes and functions, separated by commas, for which PyTorch's ``weights_only=True``
+    refuses a file of ``torch.save``'s; empty if there are none, or if it is no such file.
+    """
+    import torch  # this module is for commands without it too
+
+    try:
+        names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+    except (ValueError, RuntimeError, OSError, EOFError, pickle.UnpicklingError):
+        return ""
+    return ", ".join(sorted(names))
 
 
 def is_path(source: str) -> bool:

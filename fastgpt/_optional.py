@@ -1,15 +1,21 @@
 """Packages that only some commands need."""
 
 import importlib
+from pathlib import Path
 from typing import Any
+
+_CLONE = Path(__file__).parents[1]
 
 
 def optional(module: str, what: str, extra: str) -> Any:
-    """Import ``module``, which ``what`` needs; an ImportError names the extra that has it."""
+    """Import ``module``, which ``what`` needs; an ImportError says how to install it: in a clone
+    with its ``extra``, else by its own name, as no index has this project.
+    """
     try:
         return importlib.import_module(module)
     except ImportError as error:
-        package = module.partition(".")[0]
-        raise ImportError(
-            f'{what} needs {package}: pip install "fastgpt-triton[{extra}]"'
-        ) from error
+        package = module.removeprefix("torch.utils.").partition(".")[0]
+        install = f"pip install {package}"
+        if (_CLONE / "pyproject.toml").is_file():
+            install = f'pip install -e ".[{extra}]" in {_CLONE}'
+        raise ImportError(f"{what} needs {package}: {install}") from error

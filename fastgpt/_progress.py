@@ -1,6 +1,8 @@
 """What long work shows: a progress bar on stderr, and the lines of a run; with or without rich."""
 
 import contextlib
+import io
+import sys
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -68,8 +70,20 @@ class PlainConsole:
         print(text, flush=True)
 
 
+def escape_unprintable() -> None:
+    """From now on stdout and stderr show a character that their encoding lacks as an escape such
+    as ``\\u2500``, where Python would raise UnicodeEncodeError.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
 def run_console() -> "Console | PlainConsole":
-    """A console on stdout without markup: names of files and texts are shown as they are."""
+    """A console on stdout without markup: names of files and texts are shown as they are, but see
+    ``escape_unprintable``.
+    """
+    escape_unprintable()
     try:
         from rich.console import Console
     except ModuleNotFoundError:

@@ -1,5 +1,6 @@
 """Text from a checkpoint or from pretrained weights."""
 
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -19,9 +20,11 @@ from fastgpt.tokenizer import (
     tokenizer_in,
 )
 from fastgpt.training import checkpoint as ckpt
+from fastgpt.training import checkpoint_folder
 from fastgpt.training.config import SampleConfig
 
 _FROM_FILE = "FILE:"
+_LINE_END = re.compile(r"\r?\n")
 
 
 @dataclass(frozen=True)
@@ -40,13 +43,15 @@ class Sampler:
     Raises FileNotFoundError without a checkpoint, weights or prompt file; ValueError for one that
     cannot be read, weights without a known tokenizer, a device that this machine lacks, an empty
     prompt or one with unknown characters; and what ``GPT.from_pretrained`` raises.
+
+    ``note`` says which checkpoint was read where that is not ``ckpt.pt``, else it is None.
     """
 
     def __init__(self, config: SampleConfig) -> None:
         self.config = config
         self.device = resolve_device(config.device)
         dtype = resolve_dtype(config.dtype, self.device)
-        model, self.tokenizer = _load(config)
+        model, self.tokenizer, self.note = _load(config)
         round_matrices(model, dtype)
         self.model = model.to(self.device).eval()
         if config.compile:
@@ -229,14 +234,15 @@ def write(
 
 
 def read_prompts(start: str, lines: bool = False) -> list[str]:
-    """The prompt of the key ``start``; with ``lines`` one prompt for each line.
+    """The prompt of the key ``start``; with ``lines`` one prompt for each line. A file's text is
+    what ``fastgpt prepare`` reads of it, line ends included, but for a byte order mark.
 
     Raises FileNotFoundError, or ValueError for a file that is empty or not UTF-8.
     """
     text = _read(start)
     if not lines:
         return [text]
-    prompts = [line for line in text.splitlines() if line]
+    prompts = [line for line in _LINE_END.split(text) if line]
     if not prompts:
         raise ValueError(f"start={start!r} must hold a line that is not empty, with lines")
     return prompts
@@ -249,7 +255,7 @@ def _read(start: str) -> str:
     if not path.is_file():
         raise FileNotFoundError(f"start={start!r}: there is no file {path}")
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"start={start!r}: {path} is not UTF-8 text ({error})") from error
     if not text:
@@ -257,15 +263,15 @@ def _read(start: str) -> str:
     return text
 
 
-def _load(config: SampleConfig) -> tuple[LanguageModel, Tokenizer]:
+def _load(config: SampleConfig) -> tuple[LanguageModel, Tokenizer, str | None]:
     if config.init_from == "resume":
-        path = Path(config.out_dir) / ckpt.BEST
+        path, note = checkpoint_folder.for_sampling(Path(config.out_dir))
         checkpoint = ckpt.load(path)
-        return ckpt.build_model(checkpoint, path), ckpt.tokenizer_of(checkpoint, path)
+        return ckpt.build_model(checkpoint, path), ckpt.tokenizer_of(checkpoint, path), note
     model = GPT.from_pretrained(config.init_from)
     if config.init_from in PRETRAINED_SHAPES:
-        return model, GPT2Tokenizer()
-    return model, _tokenizer_beside(Path(config.init_from), model.config.vocab_size)
+        return model, GPT2Tokenizer(), None
+    return model, _tokenizer_beside(Path(config.init_from), model.config.vocab_size), None
 
 
 def _tokenizer_beside(path: Path, vocab_size: int) -> Tokenizer:

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 import fastgpt
+from fastgpt import _optional
 
 ROOT = Path(__file__).resolve().parent.parent
 _SOURCES = ("fastgpt", "kernels", "pyproject.toml", "setup.py", "LICENSE", "README.md")
@@ -146,6 +147,7 @@ import site, sys
 sys.path.append({sysconfig.get_path("purelib")!r})  # torch; what is installed there by .pth is not
 site.addsitedir({str(site)!r})
 import fastgpt
+from fastgpt import _optional
 from fastgpt.kernels import reference
 print(fastgpt.GPTConfig.__module__, reference.__file__)
 """
@@ -173,3 +175,16 @@ def test_the_kernels_are_one_folder_with_a_committed_link() -> None:
         check=True,
     )
     assert listed.stdout.startswith("120000 "), listed.stdout
+
+
+def test_hints_name_what_can_be_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The project is on no index: a clone installs its extra, a wheel the package by its name."""
+    root = Path(_optional.__file__).parents[1]
+    for clone, hint in (
+        (root, f'pip install -e ".[log]" in {root}'),
+        (tmp_path, "pip install fig"),
+    ):
+        monkeypatch.setattr(_optional, "_CLONE", clone)
+        with pytest.raises(ImportError) as raised:
+            _optional.optional("fig.plots", "plot", "log")
+        assert str(raised.value) == f"plot needs fig: {hint}"

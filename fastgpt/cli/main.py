@@ -1,5 +1,8 @@
 """The command line: parse, run one command, turn errors into exit codes."""
 
+import contextlib
+import errno
+import os
 import sys
 from typing import Annotated, Any
 
@@ -7,11 +10,14 @@ import torch
 import tyro
 from rich.console import Console
 
+import fastgpt
+from fastgpt._progress import escape_unprintable
+from fastgpt.cli.arguments import normalized
 from fastgpt.cli.doctor import DoctorConfig, doctor
 from fastgpt.cli.plot import PlotConfig, plot
 from fastgpt.cli.prepare import Prepare, TrainTokenizer, run_prepare, run_train_tokenizer, shown
 from fastgpt.cli.sample import run_sample
-from fastgpt.cli.train import Train, check_old_keys, keys_below, run_train, train_defaults
+from fastgpt.cli.train import Train, keys_below, run_train, train_defaults
 from fastgpt.interop.export import ExportConfig, export
 from fastgpt.training.config import SampleConfig, TrainConfig
 from fastgpt.training.distributed import World
@@ -28,7 +34,6 @@ _marked(
     SampleConfig,
     start=(shown(None, "a line break"),),
     stop=(tyro.conf.UseAppendAction, shown("TEXT", "none")),
-    compile=(tyro.conf.FlagConversionOff,),
 )
 _marked(ExportConfig, output=(shown("PATH", "hf, model.safetensors or nanogpt in out_dir"),))
 _marked(
@@ -37,7 +42,20 @@ _marked(
     output=(shown("FILE.png", "curves.png in the folder; for several, here"),),
 )
 
+_OF_WRITING = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT, errno.EPIPE)
+
 Command = Prepare | TrainTokenizer | Train | SampleConfig | ExportConfig | PlotConfig | DoctorConfig
+
+# the dataclasses that have a command's keys
+_COMMANDS: dict[str, tuple[type, ...]] = {
+    "prepare": (Prepare,),
+    "tokenizer": (TrainTokenizer,),
+    "train": (Train, TrainConfig),
+    "sample": (SampleConfig,),
+    "export": (ExportConfig,),
+    "plot": (PlotConfig,),
+    "doctor": (DoctorConfig,),
+}
 
 
 def _parse(argv: list[str], defaults: Train) -> Command:
@@ -47,13 +65,13 @@ def _parse(argv: list[str], defaults: Train) -> Command:
         | Annotated[
             Train, tyro.conf.FlagConversionOff, tyro.conf.subcommand("train", default=defaults)
         ]
-        | Annotated[SampleConfig, tyro.conf.FlagCreatePairsOff, tyro.conf.subcommand("sample")]
+        | Annotated[SampleConfig, tyro.conf.FlagConversionOff, tyro.conf.subcommand("sample")]
         | Annotated[ExportConfig, tyro.conf.subcommand("export")]
         | Annotated[PlotConfig, tyro.conf.subcommand("plot")]
         | Annotated[DoctorConfig, tyro.conf.subcommand("doctor")],
         prog="fastgpt",
-        description="Train GPT-2-class models and sample from them.",
-        args=argv,
+        description="Train GPT-2-class models and sample from them. --version shows the version.",
+        args=normalized(argv, _COMMANDS),
         use_underscores=True,
         config=(tyro.conf.OmitArgPrefixes,),
     )
@@ -78,6 +96,23 @@ def _export(config: ExportConfig, console: Console) -> None:
         console.print(f"note: {note}")
 
 
+def _without_errno(error: BaseException) -> str:
+    """An error of the system as cause and path, as far as they are known."""
+    if not isinstance(error, OSError) or error.strerror is None:
+        return str(error)
+    path = error.filename
+    if path is None and error.errno in _OF_WRITING:  # every file's failure names it
+        path = "stdout"
+        _drop_stdout()
+    return error.strerror if path is None else f"{error.strerror}: {path}"
+
+
+def _drop_stdout() -> None:
+    """Python writes what is left for stdout when it exits, and would complain a second time."""
+    with contextlib.suppress(OSError):  # io.UnsupportedOperation: stdout is no file
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run the command line (``sys.argv`` by default); returns the exit code.
 
@@ -85,12 +120,15 @@ def main(argv: list[str] | None = None) -> int:
     argument, configuration, data set or checkpoint, or a missing package. 130: interrupted
     (training saves its state).
     """
+    escape_unprintable()
     errors = Console(stderr=True, markup=False, highlight=False, soft_wrap=True)
     argv = sys.argv[1:] if argv is None else argv
     try:
         world = World.from_environment()
         console = Console(markup=False, highlight=False, soft_wrap=True, quiet=not world.is_main)
-        check_old_keys(argv)
+        if argv[:1] == ["--version"]:
+            console.print(f"fastgpt {fastgpt.__version__}")
+            return 0
         command = _parse(argv, Train())
         if isinstance(command, Train):
             run_train(_train_config(argv, command), world, console)
@@ -116,10 +154,10 @@ def main(argv: list[str] | None = None) -> int:
         PermissionError,
         ImportError,
     ) as error:
-        errors.print(f"error: {error}", style="bold red")
+        errors.print(f"error: {_without_errno(error)}", style="bold red")
         return 2
     except (FloatingPointError, OSError, torch.OutOfMemoryError) as error:
-        errors.print(f"error: {error}", style="bold red")
+        errors.print(f"error: {_without_errno(error)}", style="bold red")
         return 1
     except KeyboardInterrupt:
         errors.print("interrupted", style="bold red")

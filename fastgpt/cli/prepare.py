@@ -1,5 +1,6 @@
 """The commands that make data: ``fastgpt prepare`` and ``fastgpt tokenizer``."""
 
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -47,8 +48,9 @@ class Prepare:
         tyro.conf.Positional[Literal["builtin", "shakespeare"] | None],
         shown("[builtin|shakespeare]", "builtin"),
     ] = None
-    # Texts of your own, instead of a corpus: a UTF-8 text, .jsonl, .parquet, any of them as .gz
-    # or .zst, or a folder of such files. A text in a folder, a line or a row is a document.
+    # Texts of your own, instead of a corpus: a UTF-8 text, .jsonl (or .ndjson, or .json with an
+    # object in each line), .parquet, any of them as .gz or .zst, or a folder of such files. A text
+    # in a folder, a line or a row is a document.
     input: Annotated[Path | None, shown("PATH", "none")] = None
     # A data set of Hugging Face's, streamed, instead of a corpus.
     hf_dataset: Annotated[str | None, shown("NAME", "none")] = None
@@ -151,8 +153,10 @@ def run_prepare(command: Prepare, console: Console) -> None:
         console.print("stopped; the same command continues from here")
         raise
     report_prepared(out_dir, manifest, console)
-    where = "" if out_dir.parent == Path("data") else f" --data_root={out_dir.parent}"
-    console.print(f"train on it: fastgpt train{where} --dataset={out_dir.name}")
+    where = (
+        "" if out_dir.parent == Path("data") else f" --data_root={shlex.quote(str(out_dir.parent))}"
+    )
+    console.print(f"train on it: fastgpt train{where} --dataset={shlex.quote(out_dir.name)}")
 
 
 def report_prepared(data_dir: Path, manifest: Manifest, console: Console) -> None:

@@ -1,5 +1,7 @@
 """``fastgpt sample``: prints samples, as text, as JSON, or in a dialogue."""
 
+import io
+import itertools
 import json
 import sys
 from collections.abc import Iterable, Iterator
@@ -12,11 +14,14 @@ from fastgpt.training.config import SampleConfig
 
 
 def run_sample(config: SampleConfig, console: Console, errors: Console) -> None:
-    """Print samples to ``console``; in the dialogue, errors of a prompt to ``errors``.
+    """Print samples to ``console``; to ``errors`` which checkpoint stands in for ckpt.pt and, in
+    the dialogue, the errors of a prompt.
 
     Raises as ``Sampler`` does.
     """
     sampler = Sampler(config)
+    if sampler.note:
+        errors.print(f"note: {sampler.note}")
     if config.interactive:
         _dialogue(sampler, console, errors)
         return
@@ -33,6 +38,7 @@ def run_sample(config: SampleConfig, console: Console, errors: Console) -> None:
 
 
 def _print_json(completions: Iterable[Completion], console: Console) -> None:
+    plain = not console.encoding.lower().startswith("utf")  # the escapes are JSON's own then
     for completion in completions:
         fields = {
             "prompt": completion.prompt,
@@ -40,7 +46,7 @@ def _print_json(completions: Iterable[Completion], console: Console) -> None:
             "tokens": completion.tokens,
             "finish": completion.finish,
         }
-        console.out(json.dumps(fields, ensure_ascii=False))
+        console.out(json.dumps(fields, ensure_ascii=plain))
 
 
 def _print_growing(sampler: Sampler, prompt: str, console: Console) -> None:
@@ -54,7 +60,7 @@ def _print_growing(sampler: Sampler, prompt: str, console: Console) -> None:
 
 def _dialogue(sampler: Sampler, console: Console, errors: Console) -> None:
     torch.manual_seed(sampler.config.seed)
-    for line in _lines("> " if sys.stdin.isatty() and not sampler.config.json else ""):
+    for line in _lines("" if sampler.config.json else "> "):
         try:
             (prompt,) = read_prompts(line)
             if sampler.config.json:
@@ -68,11 +74,25 @@ def _dialogue(sampler: Sampler, console: Console, errors: Console) -> None:
 
 
 def _lines(prompt: str) -> Iterator[str]:
-    """The lines of stdin that are not empty."""
-    while True:
+    """The lines of stdin that are not empty. They end with a line feed, or one behind a carriage
+    return, as those of a file of prompts do; a byte order mark is none of the first.
+    """
+    typed = sys.stdin.isatty()
+    if not typed and isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(newline="\n")
+    for number in itertools.count():
         try:
-            line = input(prompt)
+            line = input(prompt) if typed else _next_line()
         except EOFError:
             return
+        if number == 0:
+            line = line.removeprefix("\ufeff")
         if line:
             yield line
+
+
+def _next_line() -> str:
+    line = sys.stdin.readline()
+    if not line:
+        raise EOFError
+    return line.removesuffix("\n").removesuffix("\r")

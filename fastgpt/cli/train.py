@@ -1,5 +1,6 @@
 """``fastgpt train``: its keys, the run, and the table and sample at the end."""
 
+import shlex
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -120,14 +121,6 @@ def _saved_keys(out_dir: Path) -> dict[str, Any]:
     return {key: value for key, value in saved.items() if key in known}
 
 
-def check_old_keys(argv: list[str]) -> None:
-    """ValueError for an option of `fastgpt train` that has another name now."""
-    for argument in argv[1:] if argv[:1] == ["train"] else []:
-        key = argument.partition("=")[0].removeprefix("--")
-        if argument.startswith("--") and key in RENAMED_KEYS:
-            raise ValueError(f"unknown option --{key}: it is called --{RENAMED_KEYS[key]} now")
-
-
 def run_train(config: TrainConfig, world: World, console: Console) -> None:
     """Train as ``config`` says, on all ranks of ``world``. Raises as ``Trainer`` does."""
     out_dir = Path(config.out_dir)
@@ -157,6 +150,9 @@ def _train_connected(config: TrainConfig, world: World, console: Console) -> Non
         model = trainer.full_model()
         if world.is_main:
             _print_sample(trainer, model, console)
+            path, _ = checkpoint_folder.for_sampling(trainer.out_dir)
+            where = "" if config.out_dir == "out" else f" --out_dir={shlex.quote(config.out_dir)}"
+            console.print(f"saved {path}. Write text with it: fastgpt sample{where}")
 
 
 def _summary(trainer: Trainer) -> Table:

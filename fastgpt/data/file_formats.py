@@ -14,6 +14,7 @@ from typing import Any
 from fastgpt._optional import optional
 
 _COMPRESSED = (".gz", ".zst")
+_JSON_LINES = (".jsonl", ".ndjson")
 
 _CHUNK = 1 << 20  # bytes
 _ROWS = 256  # of Parquet at a time
@@ -26,9 +27,27 @@ def decompressed(path: Path) -> Path:
 
 
 def format_of(path: Path) -> str:
-    """``"jsonl"``, ``"parquet"`` or ``"text"``, by the name without ``.gz`` and ``.zst``."""
-    suffix = decompressed(path).suffix.lower()
-    return {".jsonl": "jsonl", ".parquet": "parquet"}.get(suffix, "text")
+    """``"jsonl"``, ``"parquet"`` or ``"text"``, by the name without ``.gz`` and ``.zst``.
+
+    A name such as ``x.json`` or ``x.jsonl.txt`` leaves it open: then it is ``"jsonl"`` if the first
+    line that is not blank is a JSON object. Raises what ``read_text`` raises if that is damaged.
+    """
+    plain = decompressed(path)
+    suffix = plain.suffix.lower()
+    if suffix in _JSON_LINES:
+        return "jsonl"
+    if suffix == ".parquet":
+        return "parquet"
+    unclear = suffix == ".json" or any(part.lower() in _JSON_LINES for part in plain.suffixes)
+    return "jsonl" if unclear and _begins_with_object(path) else "text"
+
+
+def _begins_with_object(path: Path) -> bool:
+    lines = (line for line, _ in _lines(_chunks(path)) if line.strip())
+    try:
+        return type(json.loads(next(lines, b""))) is dict
+    except (ValueError, RecursionError):
+        return False
 
 
 def read_text(path: Path) -> Iterator[tuple[str, int]]:

@@ -3,8 +3,9 @@
     for piece in FileSource("texts").pieces(val_share=0.01, seed=0): ...
 
 A **document** is a text file, a line of ``.jsonl``, or a row of Parquet or of a data set. Each
-document goes to one split as a whole. A source that is one text is split as in nanoGPT: its
-beginning is for training, its end for validation.
+document goes to one split as a whole. If there are so few that one split would get none, the
+documents are split as one text is, as in nanoGPT: the beginning is for training, the end for
+validation, and at most one document is cut.
 
 To bound memory, a document of more than about a million characters is cut into pieces. Cuts do not
 change the tokens of GPT-2's BPE or of any tokenizer that splits at white space: they lie behind a
@@ -58,15 +59,37 @@ class Source(ABC):
 
     def pieces(self, val_share: float, seed: int) -> Iterator[Piece]:
         """All pieces in order. A document is for validation with the probability ``val_share``,
-        decided by ``seed`` and the document's number alone.
+        decided by ``seed`` and the document's number alone. If that leaves a split without any,
+        the last ``val_share`` of all characters is for validation.
         """
+        if self._too_few(val_share, seed):
+            lengths = [sum(len(text) for text, _ in chunks) for chunks in self.documents()]
+            total = sum(lengths)
+            cut = int(total * (1 - val_share))
+            if min(cut, total - cut) >= 2:
+                yield from self._cut(lengths, cut)
+                return
         for index, chunks in enumerate(self.documents()):
-            split = "val" if _uniform(seed, index) < val_share else "train"
-            yield from _pieces(chunks, split)
+            yield from _pieces(chunks, _split_of(index, val_share, seed))
+
+    def _too_few(self, val_share: float, seed: int) -> bool:
+        """Whether one of the splits gets no document; read up to the first of the second split."""
+        first = _split_of(0, val_share, seed)
+        numbers = (index for index, _ in enumerate(self.documents()))
+        return all(_split_of(index, val_share, seed) == first for index in numbers)
+
+    def _cut(self, lengths: list[int], cut: int) -> Iterator[Piece]:
+        """The pieces of documents of ``lengths``, for validation from the character ``cut`` on."""
+        twice = zip(self.documents(), self.documents(), strict=True)
+        for length, (chunks, again) in zip(lengths, twice, strict=True):
+            here = min(max(cut, 0), length)
+            yield from _pieces(_between(chunks, 0, here), "train")
+            yield from _pieces(_between(again, here, length), "val")
+            cut -= length
 
     def texts(self) -> Iterator[str]:
         """The text of all pieces."""
-        return (piece.text for piece in self.pieces(0.0, 0))
+        return (piece.text for chunks in self.documents() for piece in _pieces(chunks, "train"))
 
 
 class TextSource(Source):
@@ -100,15 +123,18 @@ class TextSource(Source):
                 f"the text has {total} characters: with val_share={val_share} that is {cut} for "
                 f"training and {total - cut} for validation, but each needs at least 2"
             )
-        yield from _pieces(_between(self._chunks(), 0, cut, total), "train")
-        yield from _pieces(_between(self._chunks(), cut, total, total), "val")
+        yield from _pieces(_between(self._measured(total), 0, cut), "train")
+        yield from _pieces(_between(self._measured(total), cut, total), "val")
 
     def length(self) -> int:
         """The number of characters."""
         return sum(map(len, self._chunks()))
 
-    def texts(self) -> Iterator[str]:
-        return (piece.text for chunks in self.documents() for piece in _pieces(chunks, "train"))
+    def _measured(self, total: int) -> Iterator[Chunk]:
+        position = 0
+        for text in self._chunks():
+            position += len(text)
+            yield text, position / total
 
     def _chunks(self) -> Iterator[str]:
         if isinstance(self._text, Path):
@@ -121,7 +147,8 @@ class FileSource(Source):
     ones.
 
     Each line of a ``.jsonl`` is a JSON object with the key ``text_key``; a ``.parquet`` has such a
-    column; any other file is one UTF-8 text. ``.gz`` and ``.zst`` are decompressed.
+    column; any other file is one UTF-8 text (see ``format_of``). ``.gz`` and ``.zst`` are
+    decompressed.
 
     Raises:
         FileNotFoundError: there is nothing at ``path``.
@@ -218,13 +245,17 @@ def _uniform(seed: int, index: int) -> float:
     return (int.from_bytes(digest, "big") >> 11) / (1 << 53)
 
 
-def _between(chunks: Iterable[str], start: int, stop: int, total: int) -> Iterator[Chunk]:
-    """The characters ``start`` to ``stop`` of a text of ``total``."""
+def _split_of(index: int, val_share: float, seed: int) -> str:
+    return "val" if _uniform(seed, index) < val_share else "train"
+
+
+def _between(chunks: Iterable[Chunk], start: int, stop: int) -> Iterator[Chunk]:
+    """The characters ``start`` to ``stop`` of a text."""
     position = 0
-    for chunk in chunks:
-        if part := chunk[max(start - position, 0) : max(stop - position, 0)]:
-            yield part, min(position + len(chunk), stop) / total
-        position += len(chunk)
+    for text, fraction in chunks:
+        if part := text[max(start - position, 0) : max(stop - position, 0)]:
+            yield part, fraction
+        position += len(text)
         if position >= stop:
             return
 

@@ -5,6 +5,7 @@ input are saved and how long each split was then. Opening the folder again trunc
 that state. ``finish`` renames everything to its place, the manifest last.
 """
 
+import contextlib
 import json
 import os
 import shutil
@@ -14,7 +15,7 @@ from typing import Any, BinaryIO
 import numpy as np
 import numpy.typing as npt
 
-from fastgpt._files import sha256_of, sync_folder, write_json
+from fastgpt._files import sha256_of, sync_folder, write_json, writing
 from fastgpt.data.manifest import NAME, Manifest, Shard, Split, read_manifest
 
 _STATE = "state.json"
@@ -59,7 +60,8 @@ class ShardWriter:
             while len(new):
                 start = self.tokens[split] % self._shard_tokens
                 part, new = np.split(new, [self._shard_tokens - start])
-                part.astype(self._dtype).tofile(self._file(split))
+                with writing(self._work):
+                    self._file(split).write(part.astype(self._dtype).data)
                 self.tokens[split] += len(part)
                 if start + len(part) == self._shard_tokens:
                     self._sync(split)
@@ -84,7 +86,8 @@ class ShardWriter:
     def close(self) -> None:
         """Close the files, without saving. A folder that was never saved is removed."""
         while self._open:
-            self._open.popitem()[1].close()
+            with contextlib.suppress(OSError):  # the disk is full: what was saved is on it
+                self._open.popitem()[1].close()
         if self._work.exists() and not (self._work / _STATE).exists():
             shutil.rmtree(self._work)
 
@@ -154,8 +157,9 @@ class ShardWriter:
         return self._open[split]
 
     def _sync(self, split: str) -> None:
-        self._open[split].flush()
-        os.fsync(self._open[split].fileno())
+        with writing(self._work):
+            self._open[split].flush()
+            os.fsync(self._open[split].fileno())
 
     def _split(self, split: str) -> Split:
         count = -(-self.tokens[split] // self._shard_tokens)

@@ -3,7 +3,7 @@
 | ``to`` | what is written | who reads it |
 |---|---|---|
 | hf | folder: config.json, model.safetensors, tokenizer | transformers, ``GPT.from_pretrained`` |
-| safetensors | one file, names and shapes as in ``GPT.state_dict()`` | ``GPT.from_pretrained`` |
+| safetensors | one file, named as ``GPT.state_dict()``; tokenizer | ``GPT.from_pretrained`` |
 | nanogpt | folder: ckpt.pt | nanoGPT, ``fastgpt`` |
 """
 
@@ -12,12 +12,13 @@ import json
 import os
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
+from fastgpt._files import atomic_write, check_folder, writing
 from fastgpt._optional import optional
 from fastgpt.interop import huggingface
 from fastgpt.model import GPT, PRETRAINED_SHAPES
@@ -28,9 +29,11 @@ from fastgpt.tokenizer import (
     JsonTokenizer,
     Tokenizer,
     saved_tokenizer,
+    tokenizer_in,
 )
 from fastgpt.tokenizer.subword import byte_of_character
 from fastgpt.training import checkpoint as ckpt
+from fastgpt.training import checkpoint_folder
 
 _DEFAULT_NAMES = {"hf": "hf", "safetensors": "model.safetensors", "nanogpt": "nanogpt"}
 _NANOGPT_KEYS = ("optimizer", "iter_num", "best_val_loss", "config")
@@ -40,7 +43,8 @@ _NANOGPT_KEYS = ("optimizer", "iter_num", "best_val_loss", "config")
 class ExportConfig:
     """Write a trained model for other programs."""
 
-    # hf: a folder for transformers. safetensors: one file. nanogpt: a folder with a ckpt.pt.
+    # hf: a folder for transformers. safetensors: one file, the tokenizer beside it. nanogpt: a
+    # folder with a ckpt.pt.
     to: Literal["hf", "safetensors", "nanogpt"]
     # resume (ckpt.pt in out_dir), gpt2, gpt2-medium, gpt2-large, gpt2-xl, or the path of a folder
     # or file that `export` or transformers wrote.
@@ -65,6 +69,7 @@ class _Source:
     name: str
     find_tokenizer: Callable[[], Tokenizer | None]
     training: dict[str, Any]  # the other entries of a nanoGPT checkpoint
+    notes: list[str] = field(default_factory=list)
 
 
 def export(config: ExportConfig) -> Exported:
@@ -73,20 +78,25 @@ def export(config: ExportConfig) -> Exported:
     Raises:
         FileNotFoundError: there is no such checkpoint.
         FileExistsError: the output exists.
+        NotADirectoryError: ``out_dir``, or a folder of the output, is a file.
         ValueError: the checkpoint is damaged, or holds no GPT.
         ImportError: a package is missing.
+        OSError: the output cannot be written; nothing is left of it.
     """
     output = config.output or Path(config.out_dir) / _DEFAULT_NAMES[config.to]
     if output.exists():
         raise FileExistsError(f"output {output} exists; remove it, or name another")
+    if config.output is not None:
+        check_folder(output.parent, "output must lie in a folder")
     source = _source(config)
     output.parent.mkdir(parents=True, exist_ok=True)
     temporary = output.with_name(f".{output.name}.tmp")
     _remove(temporary)
     write = {"hf": _write_hf, "safetensors": _write_safetensors, "nanogpt": _write_nanogpt}
     try:
-        notes = write[config.to](source, temporary)
-        os.rename(temporary, output)
+        with writing(output):
+            notes = source.notes + write[config.to](source, temporary)
+            os.rename(temporary, output)
     finally:
         _remove(temporary)
     return Exported(output, notes)
@@ -101,13 +111,19 @@ def _remove(path: Path) -> None:
 
 def _source(config: ExportConfig) -> _Source:
     if config.init_from == "resume":
-        path = Path(config.out_dir) / ckpt.BEST
+        path, note = checkpoint_folder.for_sampling(Path(config.out_dir))
         saved = ckpt.load(path)
         model = ckpt.build_model(saved, path)
         if not isinstance(model, GPT):
             raise ValueError(f"{path} holds a {ckpt.kind(model)}: only a gpt can be exported")
         training = {key: saved[key] for key in _NANOGPT_KEYS if key in saved}
-        return _Source(model, str(path), lambda: ckpt.tokenizer_of(saved, path), training)
+        return _Source(
+            model,
+            str(path),
+            lambda: ckpt.tokenizer_of(saved, path),
+            training,
+            [note] if note else [],
+        )
     model, name = GPT.from_pretrained(config.init_from), config.init_from
     optimizer = model.configure_optimizers(0.1, 6e-4, (0.9, 0.95), "cpu")  # nanoGPT's defaults
     training = {
@@ -142,6 +158,22 @@ def _write_hf(source: _Source, folder: Path) -> list[str]:
 
 def _write_safetensors(source: _Source, path: Path) -> list[str]:
     huggingface.write_safetensors(_weights(source.model), path)
+    return _write_tokenizer_beside(source, path.parent)
+
+
+def _write_tokenizer_beside(source: _Source, folder: Path) -> list[str]:
+    """Write the tokenizer to where ``fastgpt sample`` looks for it, unless one is there already."""
+    try:
+        tokenizer, present = source.find_tokenizer(), tokenizer_in(folder)
+    except (ValueError, ImportError, ConnectionError) as error:
+        return [f"no tokenizer: {error}"]
+    if tokenizer is None:
+        return [f"no tokenizer: there is none beside {source.name}"]
+    if present is None:
+        with atomic_write(folder / tokenizer.FILE) as file:
+            file.write(tokenizer.file_bytes)
+    elif present.fingerprint != tokenizer.fingerprint:
+        return [f"no tokenizer: {folder} has another, {present.FILE}"]
     return []
 
 
@@ -172,10 +204,10 @@ def _write_tokenizer(source: _Source, folder: Path) -> int | None:
     }
     end: int | None = None
     if isinstance(tokenizer, CharTokenizer):
-        _of_characters(tokenizer).save(str(path))
+        path.write_text(_of_characters(tokenizer).to_str(pretty=True), encoding="utf-8")
     elif isinstance(tokenizer, GPT2Tokenizer):
         end = tokenizer.end_of_text
-        _of_byte_pairs(tokenizer).save(str(path))
+        path.write_text(_of_byte_pairs(tokenizer).to_str(pretty=True), encoding="utf-8")
     elif isinstance(tokenizer, JsonTokenizer):
         end = tokenizer.end_of_text
         tokenizer.save(path)

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from fastgpt._files import foreign_objects
 from fastgpt._optional import optional
 from fastgpt.language_model import GPTConfig
 
@@ -216,7 +217,11 @@ def _read_all_tensors(path: Path) -> dict[str, Tensor]:
         try:
             found = torch.load(path, map_location="cpu", weights_only=True)
         except (RuntimeError, pickle.UnpicklingError, EOFError) as error:
-            raise ValueError(f"{path} is not a PyTorch file, or is damaged: {error}") from error
+            objects = foreign_objects(path)
+            reason = (
+                f"holds objects of {objects}" if objects else "is not a PyTorch file, or is damaged"
+            )
+            raise ValueError(f"{path} {reason}; it must hold tensors by name") from error
         if not isinstance(found, dict) or not all(isinstance(x, Tensor) for x in found.values()):
             raise ValueError(f"{path.name} must hold tensors by name, got {type(found).__name__}")
         return found

@@ -11,6 +11,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from fastgpt._files import writing
 from fastgpt.tokenizer.base import END_OF_TEXT, TokenIds, Tokenizer
 from fastgpt.tokenizer.char import MAX_VOCAB_SIZE, CharTokenizer
 from fastgpt.tokenizer.subword import (
@@ -147,5 +148,6 @@ def unpacked(entries: dict[str, Any]) -> Tokenizer | None:
     if name not in TOKENIZER_FILES or not isinstance(data, bytes):
         raise ValueError(f"the tokenizer is damaged: {name!r} with {type(data).__name__}")
     with tempfile.TemporaryDirectory() as folder:
-        (Path(folder) / name).write_bytes(data)
+        with writing(Path(folder) / name):
+            (Path(folder) / name).write_bytes(data)
         return saved_tokenizer(folder)

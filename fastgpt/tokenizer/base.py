@@ -8,6 +8,8 @@ from typing import Any, ClassVar
 import numpy as np
 import numpy.typing as npt
 
+from fastgpt._files import writing
+
 END_OF_TEXT = "<|endoftext|>"
 
 TokenIds = Sequence[int] | npt.NDArray[np.integer[Any]]
@@ -69,7 +71,8 @@ class Tokenizer(ABC):
 
     def save(self, path: str | Path) -> None:
         """Write the file from which the tokenizer can be loaded."""
-        Path(path).write_bytes(self.file_bytes)
+        with writing(Path(path)):
+            Path(path).write_bytes(self.file_bytes)
 
     @abstractmethod
     def _encode(self, text: str) -> list[int]: ...

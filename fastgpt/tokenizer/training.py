@@ -7,7 +7,7 @@ import io
 from collections.abc import Iterator
 from pathlib import Path
 
-from fastgpt._files import check_folder
+from fastgpt._files import check_folder, writing
 from fastgpt._optional import optional
 from fastgpt.data.sources import Source
 from fastgpt.tokenizer.base import END_OF_TEXT, Tokenizer
@@ -52,7 +52,8 @@ def train_tokenizer(source: Source, kind: str, vocab_size: int, out_dir: str | P
         raise FileExistsError(f"{path} exists and is not replaced; choose another out_dir")
     data = _bpe(source, vocab_size) if kind == "bpe" else _unigram(source, vocab_size)
     out_dir.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(data)
+    with writing(path):
+        path.write_bytes(data)
     return JsonTokenizer(path) if kind == "bpe" else SentencePieceTokenizer(path)
 
 

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from fastgpt._files import atomic_write
+from fastgpt._files import atomic_write, foreign_objects
 from fastgpt.bigram import Bigram
 from fastgpt.language_model import GPTConfig, LanguageModel
 from fastgpt.model import GPT
@@ -62,6 +62,13 @@ def _reading(path: Path) -> Iterator[None]:
     try:
         yield
     except (RuntimeError, pickle.UnpicklingError, EOFError, zipfile.BadZipFile) as error:
+        objects = foreign_objects(path)
+        if objects:
+            raise ValueError(
+                f"{path} holds objects of {objects}, which PyTorch loads only by running code: if "
+                "you trust the file, torch.load it with weights_only=False and torch.save it "
+                "without them"
+            ) from error
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(
             f"{path} is not a checkpoint that torch.save wrote, or it is damaged: {reason}"
@@ -196,5 +203,6 @@ def build_model(
         if weights:
             model.load_state_dict(checkpoint["model"])
     except (ValueError, TypeError, RuntimeError) as error:
-        raise ValueError(f"{path} holds no model that fastgpt can build: {error}") from error
+        reason = " ".join(str(error).split())  # PyTorch's has a line for each tensor
+        raise ValueError(f"{path} holds no model that fastgpt can build: {reason}") from error
     return model

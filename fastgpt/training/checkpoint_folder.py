@@ -3,7 +3,8 @@
 - ``iter-0002000.pt``: the state before update 2000; in a sharded run a folder, ``iter-0002000``. A
   run is resumed from the newest. The last few are kept, and the best by validation loss.
 - ``ckpt.pt``: a copy of the best, or of the newest with ``always_save_checkpoint``; what nanoGPT
-  and ``fastgpt sample`` read.
+  and ``fastgpt sample`` read. Before the first evaluation, or if none was better than that of
+  iteration 0, there is none; then ``fastgpt sample`` and ``export`` read the newest ``iter-*``.
 """
 
 import re
@@ -12,6 +13,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TypeVar
 
+from fastgpt._files import check_folder
 from fastgpt.training import checkpoint as ckpt
 
 _NAME = re.compile(r"iter-(\d{7,})(\.pt)?")
@@ -24,7 +26,11 @@ def path_of(out_dir: Path, iteration: int, sharded: bool) -> Path:
 
 
 def saved(out_dir: Path) -> list[Path]:
-    """The checkpoints ``iter-*`` in the folder, newest first."""
+    """The checkpoints ``iter-*`` in the folder, newest first.
+
+    Raises NotADirectoryError if ``out_dir`` is a file.
+    """
+    check_folder(out_dir)
     if not out_dir.is_dir():
         return []
     return sorted((p for p in out_dir.iterdir() if _NAME.fullmatch(p.name)), key=_by_name)[::-1]
@@ -48,6 +54,21 @@ def newest(out_dir: Path) -> Path:
     if not iterations:
         raise FileNotFoundError(f"there is no {ckpt.BEST} or iter-*.pt in {out_dir}")
     return max(iterations, key=lambda path: iterations[path])  # among equals not ckpt.pt
+
+
+def for_sampling(out_dir: Path) -> tuple[Path, str | None]:
+    """The checkpoint to sample from or to export: ``ckpt.pt``, else the newest ``iter-*`` of a run
+    that was stopped before it wrote one, and then a note that says so.
+
+    Raises FileNotFoundError if there is neither.
+    """
+    best = out_dir / ckpt.BEST
+    if best.exists():
+        return best, None
+    paths = saved(out_dir)
+    if not paths:
+        raise FileNotFoundError(f"there is no checkpoint {best}, nor an iter-*.pt beside it")
+    return paths[0], f"{out_dir} has no {ckpt.BEST} (best by validation loss) yet: took {paths[0]}"
 
 
 def read_newest(out_dir: Path, read: Callable[[Path], _T]) -> tuple[_T, Path]:

@@ -43,13 +43,13 @@ class Output:
 
 @dataclass(frozen=True, kw_only=True)
 class Logging:
-    # Log to Weights & Biases (pip install "fastgpt-triton[log]").
+    # Log to Weights & Biases (needs wandb).
     wandb_log: bool = False
     # Its project.
     wandb_project: str = "owt"
     # Its name for this run.
     wandb_run_name: str = "gpt2"
-    # Write TensorBoard's files to out_dir/tensorboard (the same extra).
+    # Write TensorBoard's files to out_dir/tensorboard (needs tensorboard).
     tensorboard_log: bool = False
 
 
@@ -159,6 +159,11 @@ class TrainConfig(System, Schedule, Optimizer, Model, Data, Logging, Output):
             )
         if self.model == "bigram" and self.fp8 != "none":
             raise ValueError(f"fp8 must be none with model='bigram', got {self.fp8!r}")
+        if self.decay_lr and self.min_lr > self.learning_rate:
+            raise ValueError(
+                f"min_lr must be at most learning_rate with decay_lr=True, "
+                f"got min_lr={self.min_lr} with learning_rate={self.learning_rate}"
+            )
         if self.n_embd % self.n_head:
             raise ValueError(
                 f"n_embd must be a multiple of n_head, "

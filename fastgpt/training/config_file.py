@@ -13,11 +13,16 @@ def read_config_file(path: str | Path) -> dict[str, Any]:
 
     Such a file is Python: one plain assignment per line (``n_layer = 6``). A value is a number, a
     string, True or False, arithmetic on numbers (``5 * 8``) or a key that was set before. Anything
-    else is a ValueError (a value of the wrong type a TypeError) naming file and line.
+    else is a ValueError (a value of the wrong type a TypeError) naming file and line;
+    FileNotFoundError or IsADirectoryError if there is no such file.
     """
     path = Path(path)
+    if path.is_dir():
+        raise IsADirectoryError(f"a configuration file is expected, but {path} is a folder")
+    if not path.exists():
+        raise FileNotFoundError(f"there is no configuration file {path}")
     try:
-        tree = ast.parse(path.read_text(encoding="utf-8"), filename=str(path))
+        tree = ast.parse(path.read_text(encoding="utf-8-sig"), filename=str(path))
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: not UTF-8 text ({error.reason} at {error.start})") from None
     except SyntaxError as error:

@@ -6,17 +6,18 @@ peak, ``mfu`` in percent; an evaluation adds nanoGPT's keys ``train/loss``, ``va
 ``mfu``. A figure that is not finite is null.
 """
 
-import importlib
 import json
 import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
+from io import FileIO
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
-from fastgpt._files import atomic_write
+from fastgpt._files import atomic_write, writing
+from fastgpt._optional import optional
 from fastgpt.training.config import TrainConfig
 
 LOG, TENSORBOARD = "log.jsonl", "tensorboard"
@@ -37,11 +38,11 @@ class RunLog:
     """
 
     def __init__(self, config: TrainConfig) -> None:
-        self._wandb = _imported("wandb", "wandb_log") if config.wandb_log else None
+        self._wandb = optional("wandb", "wandb_log=True", "log") if config.wandb_log else None
         self._tensorboard: Any = None
         if config.tensorboard_log:
-            self._tensorboard = _imported("torch.utils.tensorboard", "tensorboard_log")
-        self._file: TextIO | None = None
+            self._tensorboard = optional("torch.utils.tensorboard", "tensorboard_log=True", "log")
+        self._file: FileIO | None = None
         self._writer: Any = None
 
     @contextmanager
@@ -49,7 +50,8 @@ class RunLog:
         """Write into the folder ``out_dir``, which must exist.
 
         An existing log is continued. Rows of iterations from ``first_iter`` on are dropped, because
-        these are run again. ValueError if it cannot be read.
+        these are run again. ValueError if it cannot be read, or if wandb refuses, for want of a
+        login, say.
         """
         out_dir = Path(config.out_dir)
         path = out_dir / LOG
@@ -57,13 +59,11 @@ class RunLog:
             evaluated_again = first_iter % config.eval_interval == 0
             _drop_from(path, first_iter, keep_evaluation=not evaluated_again)
         if self._wandb is not None:
-            self._wandb.init(
-                project=config.wandb_project, name=config.wandb_run_name, config=asdict(config)
-            )
+            _start(self._wandb, config)
         if self._tensorboard is not None:
             folder = str(out_dir / TENSORBOARD)
             self._writer = self._tensorboard.SummaryWriter(folder, purge_step=first_iter)
-        with open(path, "a", encoding="utf-8") as self._file:
+        with open(path, "ab", buffering=0) as self._file:
             try:
                 yield
             finally:
@@ -93,8 +93,10 @@ class RunLog:
         assert self._file is not None, "opened() comes first"
         finite = {k: v if math.isfinite(v) else None for k, v in row.items()}
         line = json.dumps({**finite, "time": round(time.time(), 3)}, allow_nan=False)
-        self._file.write(line + "\n")
-        self._file.flush()
+        data = f"{line}\n".encode()
+        with writing(Path(self._file.name)):
+            while data:  # unbuffered: a full disk takes a part of it
+                data = data[self._file.write(data) :]
         if self._writer is not None:
             for key, value in row.items():
                 if key != "iter":
@@ -135,10 +137,11 @@ def _drop_from(path: Path, first_iter: int, keep_evaluation: bool) -> None:
         file.writelines((json.dumps(row) + "\n").encode() for row in kept)
 
 
-def _imported(module: str, key: str) -> Any:
+def _start(wandb: Any, config: TrainConfig) -> None:
     try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        raise ImportError(
-            f'{key}=True needs {module.rpartition(".")[2]}: pip install "fastgpt-triton[log]"'
+        wandb.init(project=config.wandb_project, name=config.wandb_run_name, config=asdict(config))
+    except wandb.Error as error:
+        raise ValueError(
+            f"wandb_log=True: {str(error).splitlines()[0]} With WANDB_MODE=offline in the "
+            "environment the run is logged on this machine only"
         ) from error

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from fastgpt._files import exclusive_lock
+from fastgpt._files import check_folder, exclusive_lock
 from fastgpt._progress import PlainConsole, run_console
 from fastgpt.data.batches import SPLITS, Batches, token_files
 from fastgpt.devices import (
@@ -55,7 +55,7 @@ class Trainer:
     tokens), ``iter_num``, ``val_loss`` of the last evaluation, ``best_val_loss``, ``best_iter``.
 
     Raises what the config, the data set and the checkpoint raise: ValueError, TypeError,
-    FileNotFoundError, ImportError.
+    FileNotFoundError, NotADirectoryError, ImportError.
     """
 
     def __init__(
@@ -78,6 +78,7 @@ class Trainer:
                 f"that share them, got {config.gradient_accumulation_steps}"
             )
         self.out_dir = Path(config.out_dir)
+        check_folder(self.out_dir)
         self._log = RunLog(config)
         torch.manual_seed(config.seed)
         torch.backends.cuda.matmul.allow_tf32 = True

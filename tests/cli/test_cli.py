@@ -1,17 +1,22 @@
 """The command line: precedence of keys, output, exit codes."""
 
+import io
+import json
 import random
 import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import pytest
 import torch
 
+import fastgpt
 from fastgpt.cli import main as cli
-from fastgpt.training.config import PRESETS, TrainConfig
+from fastgpt.cli.arguments import normalized
+from fastgpt.training.config import PRESETS, SampleConfig, TrainConfig
+from fastgpt.training.distributed import World
 from fastgpt.training.trainer import Trainer
 from tests.tools.small_runs import TEXT, arguments, data_set, small_keys
 
@@ -80,6 +85,39 @@ def test_every_key_is_an_option() -> None:
         assert vars(parsed("--preset=gpt2", *arguments(other))) == other
 
 
+@pytest.mark.parametrize(
+    ("argv", "value"),
+    [
+        (["--recompute"], True),
+        (["--recompute", "--batch_size=2"], True),
+        (["--recompute", "config.py"], True),
+        (["--recompute=true"], True),
+        (["--recompute", "True"], True),
+        (["--recompute=False"], False),
+        (["--recompute", "false"], False),
+    ],
+)
+def test_both_forms_of_a_boolean(argv: list[str], value: bool) -> None:
+    Path("config.py").write_text("n_layer = 5\n")
+    assert parsed("--preset=gpt2", *argv).recompute is value
+    keys = {key for key, kind in get_type_hints(SampleConfig).items() if kind is bool}
+    assert keys == {"lines", "interactive", "json", "compile"}
+    for key in keys:
+        args = ["sample", *(word.replace("recompute", key) for word in argv if "=2" not in word)]
+        args = [word for word in args if word != "config.py"]
+        assert getattr(cli._parse(args, cli.Train()), key) is value
+
+
+def test_values_that_look_like_options() -> None:
+    argv = ["sample", "--start", "top_k=3", "--stop", "--json", "--json"]
+    assert normalized(argv, cli._COMMANDS) == [*argv[:-1], "--json=True"]
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["--version"]) == 0
+    assert capsys.readouterr().out == f"fastgpt {fastgpt.__version__}\n"
+
+
 def test_resume_goes_on_with_the_keys_of_the_checkpoint() -> None:
     data_set(Path())
     assert cli.main(small(log_interval=7)) == 0
@@ -103,12 +141,59 @@ def test_prepare_train_sample(capsys: pytest.CaptureFixture[str]) -> None:
     assert "keys that differ from the defaults: " in out and "dataset=own" in out
     assert "step 20: train loss" in out
     assert "bigram, counted on train.bin" in out and "bigram entropy of val.bin" in out
-    sample = out[out.index(" sample ") :].partition("\n")[2]
+    sample, saved, last = out[out.index(" sample ") :].partition("\n")[2].rpartition("saved ")
+    assert saved + last == "saved out/ckpt.pt. Write text with it: fastgpt sample\n"
     assert len(sample) > 300 and set(sample) <= set(TEXT)
 
     assert cli.main(["sample", "--num_samples=2", "--max_new_tokens=30", "--start=12"]) == 0
     samples = capsys.readouterr().out
     assert samples.count("12") >= 2 and len(samples) > 60
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252"])
+def test_output_that_cannot_show_the_text(encoding: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Printing changes no outcome: what a terminal cannot show is escaped."""
+    Path("na\u00efve \u2603.txt").write_text(
+        "na\u00efve caf\u00e9 \U0001f600\n" * 200, encoding="utf-8"
+    )
+
+    def printed(*argv: str) -> str:
+        out = io.TextIOWrapper(io.BytesIO(), encoding=encoding, errors="strict")
+        with monkeypatch.context() as patch:
+            patch.setattr("sys.stdout", out)
+            assert cli.main([*argv]) == 0
+            out.flush()
+        return out.buffer.getvalue().decode(encoding)
+
+    name = "na\u00efve \u2603"
+    assert r"\u2603" in printed("prepare", "--input", f"{name}.txt")
+    text = printed(*small(data_root="data", dataset=name, max_iters=2, n_layer=1))
+    assert "step 3" in text and r"\U0001f600" in text[text.index(" sample ") :]
+    sample = ["sample", "--num_samples=2", "--max_new_tokens=60", "--start=\u00e9 \U0001f600"]
+    assert r"\U0001f600" in printed(*sample)
+    rows = [json.loads(line) for line in printed(*sample, "--json").splitlines()]
+    assert [row["prompt"] for row in rows] == ["\u00e9 \U0001f600"] * 2
+    errors = io.TextIOWrapper(io.BytesIO(), encoding=encoding, errors="strict")
+    monkeypatch.setattr("sys.stderr", errors)
+    assert cli.main(["prepare", "--input=absent \u2603"]) == 2
+
+
+def test_a_run_stopped_before_its_first_evaluation(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """sample and export take the newest iter-*.pt where there is no ckpt.pt, and say so."""
+    data_set(Path())
+    monkeypatch.setattr(World, "any", lambda self, value: True)  # stops behind its first update
+    assert cli.main(small(eval_interval=1000)) == 130
+    assert not Path("out/ckpt.pt").exists()
+    capsys.readouterr()
+    assert cli.main(["sample", "--num_samples=1", "--max_new_tokens=5", "--start=1"]) == 0
+    captured = capsys.readouterr()
+    assert captured.err.startswith("note: out has no ckpt.pt")
+    assert captured.err.endswith("took out/iter-0000001.pt\n") and "took" not in captured.out
+    assert cli.main(["export", "--to=nanogpt"]) == 0
+    assert "note: out has no ckpt.pt" in capsys.readouterr().out
+    assert torch.load("out/nanogpt/ckpt.pt")["iter_num"] == 1
 
 
 def test_the_counted_bigram_is_near_its_entropy(capsys: pytest.CaptureFixture[str]) -> None:
@@ -157,10 +242,22 @@ def test_the_builtin_corpus_is_prepared_when_it_is_missing(
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["train", "absent.py"], "absent.py"),
+        (["train", "absent.py"], "there is no configuration file absent.py"),
+        (["train", "folder"], "a configuration file is expected, but folder is a folder"),
+        (["train", "--out_dir=file"], "out_dir must be a folder, but file is a file"),
+        (["train", "--init_from=resume", "--out_dir=file"], "out_dir must be a folder, but file"),
+        (["sample", "--out_dir=file"], "out_dir must be a folder, but file is a file"),
+        (["export", "--to=nanogpt", "--out_dir=file"], "out_dir must be a folder, but file is"),
+        (["export", "--to=nanogpt", "--output=file/x"], "output must lie in a folder, but file is"),
+        (["prepare", "--input=file", "--out_dir=file/x"], "out_dir must be a folder, but file is"),
         (["train", "--preset=gpt2", "--device=cpu"], "train.bin is not a file"),
         (["train", "--preset=gpt2", "--n_head=7"], "n_embd=768 with n_head=7"),
         (["train", "--pack=True"], "unknown option --pack: it is called --document_mask now"),
+        (["train", "--resume"], "did you mean --init_from=resume?"),
+        (["train", "dataset=shake"], "dataset=shake needs two dashes in front: --dataset=shake"),
+        (["sample", "--json", "top_k=3"], "top_k=3 needs two dashes in front: --top_k=3"),
+        (["trian"], "unknown command 'trian'; did you mean 'train'?"),
+        (["x"], "allowed: prepare, tokenizer, train, sample, export, plot, doctor"),
         (["train", "--dropout=2"], "dropout must lie between 0 and 0.999, got 2.0"),
         (["train", "--init_from=resume"], "no ckpt.pt or iter-*.pt in out"),
         (["sample"], "there is no checkpoint out/ckpt.pt"),
@@ -171,6 +268,8 @@ def test_the_builtin_corpus_is_prepared_when_it_is_missing(
 def test_user_errors_are_one_line(
     argv: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    Path("folder").mkdir()
+    Path("file").write_text("a text\n")
     assert cli.main(argv) == 2
     captured = capsys.readouterr()
     assert captured.err.startswith("error: ") and message in captured.err
@@ -203,7 +302,7 @@ def test_arguments_that_do_not_parse(
         (FloatingPointError("nan"), 1),
         (ConnectionError("offline"), 1),
         (torch.OutOfMemoryError("CUDA out of memory"), 1),
-        (OSError(28, "No space left on device"), 1),
+        (OSError(28, "No space left on device", "out/x"), 1),
         (PermissionError(13, "Permission denied", "out"), 2),
         (ImportError("wandb"), 2),
         (KeyboardInterrupt(), 130),
@@ -226,7 +325,10 @@ def test_exit_codes(
             cli.main(small())
         return
     assert cli.main(small()) == code
-    assert str(error) in capsys.readouterr().err
+    shown = str(error)
+    if isinstance(error, OSError) and error.filename:
+        shown = f"error: {error.strerror}: {error.filename}\n"
+    assert shown in capsys.readouterr().err
 
 
 def test_the_module_runs_and_its_help_names_the_keys() -> None:

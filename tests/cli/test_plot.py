@@ -109,5 +109,5 @@ def test_what_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     with pytest.raises(ValueError, match="folders must name at least one run"):
         plot(PlotConfig(folders=()))
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    with pytest.raises(ImportError, match=r'pip install "fastgpt-triton\[log\]"'):
+    with pytest.raises(ImportError, match=r'pip install -e "\.\[log\]" in '):
         plot(PlotConfig(folders=(folder,)))

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from fastgpt.cli import main as cli
-from fastgpt.sampler import Sampler
+from fastgpt.cli.sample import _lines
+from fastgpt.sampler import Sampler, read_prompts
 from fastgpt.training.config import SampleConfig
 from fastgpt.training.trainer import Trainer
 from tests.tools.small_runs import data_set, small_config
@@ -87,6 +88,20 @@ def test_lines_of_a_file(sample: Any, tmp_path: Path) -> None:
     (tmp_path / "p.txt").write_text("1\n22 times\n")
     out, _ = sample(f"--start=FILE:{tmp_path / 'p.txt'}", "--lines", "--num_samples=1", "--json")
     assert [json.loads(line)["prompt"] for line in out.splitlines()] == ["1", "22 times"]
+
+
+_ODD_LINES = "\ufeff1\r\n2\f2 \u2028x\x85\r3\r\n\r\n4\n"
+
+
+def test_where_lines_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At \\n or \\r\\n only, in a file and on stdin alike; a byte order mark is no character."""
+    expected = ["1", "2\f2 \u2028x\x85\r3", "4"]
+    path = tmp_path / "p.txt"
+    path.write_bytes(_ODD_LINES.encode())
+    assert read_prompts(f"FILE:{path}", lines=True) == expected
+    assert read_prompts(f"FILE:{path}") == [_ODD_LINES[1:]]
+    monkeypatch.setattr("sys.stdin", path.open(encoding="utf-8"))
+    assert list(_lines("> ")) == expected
 
 
 def test_dialogue(sample: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -323,3 +323,23 @@ def test_nothing_that_is_there_is_replaced(
     prepare(source, tokenizer, tmp_path, val_share=0.3)
     with pytest.raises(NotADirectoryError, match="train.bin is a file"):
         prepare(source, tokenizer, tmp_path / "train.bin", val_share=0.3)
+
+
+@pytest.mark.parametrize("form", ["folder", "jsonl"])
+def test_few_documents_are_split_by_tokens(tmp_path: Path, form: str) -> None:
+    """1% of three documents is none: the end of all of them is for validation."""
+    texts = ["a" * 1000, "b" * 491, "c" * 9]
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    for number, text in enumerate(texts):
+        (folder / f"{number}.txt").write_text(text)
+    (tmp_path / "t.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in texts))
+    source = FileSource(folder if form == "folder" else tmp_path / "t.jsonl")
+    tokenizer = characters_of(source)
+    prepare(source, tokenizer, tmp_path / "data")
+
+    def text_of(split: str) -> str:
+        return tokenizer.decode(np.fromfile(tmp_path / "data" / f"{split}.bin", np.uint16))
+
+    assert text_of("train") == f"{'a' * 1000}\n{'b' * 485}\n"
+    assert text_of("val") == f"{'b' * 6}\n{'c' * 9}\n"

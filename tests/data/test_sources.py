@@ -136,7 +136,7 @@ def test_a_missing_library_names_the_extra(
     for name in ("a.txt.zst", "a.parquet"):
         (tmp_path / name).write_bytes(b"x")
     monkeypatch.setitem(sys.modules, library, None)
-    with pytest.raises(ImportError, match=r'pip install "fastgpt-triton\[data\]"'):
+    with pytest.raises(ImportError, match=r'pip install -e "\.\[data\]" in '):
         read(tmp_path)
 
 
@@ -194,3 +194,27 @@ def test_a_long_document_stays_in_one_split(
     assert all(len(splits) == 1 for _, splits in documents)
     fractions = [piece.fraction or 0.0 for piece in pieces]
     assert fractions == sorted(fractions) and fractions[-1] == 1.0
+
+
+@pytest.mark.parametrize("name", ["x.ndjson", "x.json", "x.jsonl.txt", "X.NDJSON.gz", "x.json.gz"])
+def test_json_lines_under_other_names(tmp_path: Path, name: str) -> None:
+    path = tmp_path / name
+    data = b'\n{"text": "one"}\n{"text": "two"}\n'
+    path.write_bytes(gzip.compress(data) if name.endswith(".gz") else data)
+    source = source_of(path)
+    assert isinstance(source, FileSource) and list(source.texts()) == ["one", "two"]
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("x.json", '{\n "text": "one"\n}\n'),
+        ("x.json", "[1]"),
+        ("x.jsonl.txt", "one"),
+        ("x.json", ""),
+    ],
+)
+def test_other_json_is_text(tmp_path: Path, name: str, text: str) -> None:
+    (tmp_path / name).write_text(text)
+    source = source_of(tmp_path / name)
+    assert isinstance(source, TextSource) and "".join(source.texts()) == text

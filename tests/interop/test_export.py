@@ -13,9 +13,11 @@ from fastgpt import GPT, GPTConfig
 from fastgpt.__main__ import main
 from fastgpt.interop import export as exporting
 from fastgpt.interop.export import ExportConfig, Exported, export
-from fastgpt.tokenizer import END_OF_TEXT, GPT2Tokenizer
+from fastgpt.sampler import Sampler
+from fastgpt.tokenizer import END_OF_TEXT, CharTokenizer, GPT2Tokenizer
 from fastgpt.tokenizer.subword import byte_of_character
 from fastgpt.training import checkpoint as ckpt
+from fastgpt.training.config import SampleConfig
 from fastgpt.training.trainer import Trainer
 from tests.interop.test_from_pretrained import assert_same_logits, theirs
 from tests.tools.small_runs import TEXT, data_set, quiet, small_config, trained
@@ -151,6 +153,20 @@ def test_to_safetensors_and_back(tmp_path: Path) -> None:
         assert torch.equal(saved[name], tensor)
 
 
+def test_safetensors_can_be_sampled(tmp_path: Path) -> None:
+    run(tmp_path)
+    file = tmp_path / "elsewhere" / "model.safetensors"
+    assert exported(tmp_path, "safetensors", output=file).notes == []
+    keys: dict[str, Any] = {"device": "cpu", "num_samples": 1, "start": "12", "max_new_tokens": 9}
+    (text,) = Sampler(SampleConfig(init_from=str(file), **keys))
+    assert [text] == list(Sampler(SampleConfig(out_dir=str(tmp_path / "out"), **keys)))
+    # a second model of the same tokens, and one of others
+    assert exported(tmp_path, "safetensors", output=file.with_name("b.safetensors")).notes == []
+    CharTokenizer.from_texts(["ab"]).save(file.with_name("meta.pkl"))
+    (note,) = exported(tmp_path, "safetensors", output=file.with_name("c.safetensors")).notes
+    assert note == f"no tokenizer: {file.parent} has another, meta.pkl"
+
+
 def test_to_nanogpt(tmp_path: Path) -> None:
     """What nanoGPT itself does with a checkpoint: shape, strict weights, optimizer, iteration."""
     run(tmp_path, bias=True)
@@ -254,6 +270,6 @@ def test_what_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     run(tmp_path)
     monkeypatch.setitem(sys.modules, "safetensors.torch", None)
     for to in ("hf", "safetensors"):
-        with pytest.raises(ImportError, match=r'safetensors: pip install "fastgpt-triton\[hf\]"'):
+        with pytest.raises(ImportError, match=r'safetensors: pip install -e "\.\[hf\]" in '):
             exported(tmp_path, to)
     assert not list((tmp_path / "out").glob("*hf*"))

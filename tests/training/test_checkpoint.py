@@ -127,8 +127,10 @@ def test_damaged_and_foreign_files_are_named(run: Trainer) -> None:
     with pytest.raises(ValueError, match="ckpt.pt lacks the checkpoint key model_args"):
         ckpt.load(path)
     torch.save({"model": TrainConfig}, path)
-    with pytest.raises(ValueError, match="ckpt.pt is not a checkpoint"):  # it names a class
-        ckpt.load(path)
+    for read in (ckpt.load, ckpt.header):
+        with pytest.raises(ValueError, match="ckpt.pt holds objects of .*TrainConfig, ") as raised:
+            read(path)
+        assert "\n" not in str(raised.value) and "weights_only=False" in str(raised.value)
 
 
 @pytest.mark.parametrize(
@@ -136,7 +138,7 @@ def test_damaged_and_foreign_files_are_named(run: Trainer) -> None:
     [
         ({"model_args": {"n_layer": 2, "colour": 1}}, "model .*colour"),
         ({"model_args": None}, "model"),
-        ({"model": {}}, "model (?s:.*)Missing key"),
+        ({"model": {}}, "model .*Missing key"),
         ({"optimizer": {"state": {}, "param_groups": []}}, "state to go on from"),
         ({"fastgpt": {"data": {}}}, "state to go on from"),
     ],

@@ -80,6 +80,7 @@ def test_presets_and_automatic_keys(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_values_and_differences() -> None:
     assert TrainConfig(n_layer=3, device="cuda").differences() == {"n_layer": 3}
+    assert TrainConfig(learning_rate=3e-5, decay_lr=False).min_lr == 6e-5  # not in use
     value = TrainConfig(learning_rate=1).learning_rate  # an int is accepted for a float
     assert value == 1.0 and isinstance(value, float)
 
@@ -105,6 +106,7 @@ def test_values_and_differences() -> None:
         ({"n_head": 5}, ValueError, "n_embd=768 with n_head=5"),
         ({"batch_size": 0}, ValueError, "batch_size must be at least 1, got 0"),
         ({"dropout": 1.0}, ValueError, "dropout must lie between 0 and 0.999, got 1.0"),
+        ({"learning_rate": 3e-5}, ValueError, "min_lr=6e-05 with learning_rate=3e-05"),
         ({"learning_rate": math.nan}, ValueError, "learning_rate must be at least 0, got nan"),
         ({"learning_rate": -1e-3}, ValueError, "learning_rate must be .* got -0.001"),
         ({"seed": -1}, ValueError, "seed must lie between 0 and .* got -1"),
@@ -278,3 +280,9 @@ def test_dtype_of_a_gpu(major: int, dtype: torch.dtype, monkeypatch: pytest.Monk
 )
 def test_the_peak_of_a_gpu(gpu: str, tflops: float | None) -> None:
     assert peak_flops(gpu) == (None if tflops is None else 1e12 * tflops)
+
+
+def test_a_configuration_file_with_a_byte_order_mark(tmp_path: Path) -> None:
+    path = tmp_path / "c.py"
+    path.write_bytes(b"\xef\xbb\xbfn_layer = 1\r\nbias = True\r\n")
+    assert read_config_file(path) == {"n_layer": 1, "bias": True}

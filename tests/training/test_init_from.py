@@ -17,8 +17,8 @@ from fastgpt.training.init_from import eot_token
 from fastgpt.training.trainer import Trainer
 from tests.tools.small_runs import TEXT, data_set, quiet, small_config, trained
 
-pytest.importorskip("safetensors", reason='pip install "fastgpt-triton[hf]"')
-pytest.importorskip("tokenizers", reason='pip install "fastgpt-triton[data]"')
+pytest.importorskip("safetensors", reason="the extra hf")
+pytest.importorskip("tokenizers", reason="the extra data")
 
 
 def exported(root: Path, to: str) -> str:

@@ -137,6 +137,19 @@ def test_wandb_gets_nanogpts_figures(tmp_path: Path, monkeypatch: pytest.MonkeyP
     wandb.finish.assert_called_once_with()
 
 
+def test_wandb_without_a_login(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    wandb = pytest.importorskip("wandb", reason="needs the extra log")
+
+    def refuse(**options: Any) -> None:
+        raise wandb.errors.UsageError("No API key configured.\nUse `wandb login`.")
+
+    monkeypatch.setattr(wandb, "init", refuse)
+    data_set(tmp_path)
+    with pytest.raises(ValueError, match=r"wandb_log=True: No API key .* WANDB_MODE=offline") as e:
+        trained(tmp_path, wandb_log=True)
+    assert "\n" not in str(e.value)
+
+
 def test_wandb_itself_takes_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("wandb", reason="needs the extra log")
     monkeypatch.setenv("WANDB_MODE", "offline")
@@ -155,5 +168,5 @@ def test_a_missing_package_is_named_before_any_work(
     key: str, module: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, module, None)
-    with pytest.raises(ImportError, match=rf'{key}=True .*pip install "fastgpt-triton\[log\]"'):
+    with pytest.raises(ImportError, match=rf'{key}=True .*pip install -e "\.\[log\]" in '):
         Trainer(small_config(tmp_path, **{key: True}), quiet())  # there is no data set either
