@@ -75,9 +75,8 @@ def fake(op: OpOverload) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
 
 
 # Up to PyTorch 2.12 Inductor describes an operator that it does not know, with all that leads to
-# it, for a log that is off. In GPT everything is reached on two ways, layer by layer: 12 blocks take
-# it hours.
-_INDUCTOR_DESCRIBES = torch.__version__ < (2, 13)
+# it, for a log that is off. In GPT two ways lead from each layer to the next: 12 blocks take hours.
+_INDUCTOR_DESCRIBES = torch.__version__ < "2.13"
 
 
 def _make_known_to_inductor(op: OpOverload) -> None:
