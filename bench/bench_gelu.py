@@ -1,10 +1,12 @@
 """GELU, forward and backward."""
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from bench._ops.op_bench import BF16, FP16, FP32, Op, RandomTensors, standard_providers
 from fastgpt.kernels import fused, reference
+from fastgpt.kernels.gelu import gelu_backward_rows_
 
 
 def inputs(random: RandomTensors, M: int, N: int) -> tuple[Tensor]:
@@ -33,6 +35,9 @@ def compiled() -> None:
     for random in (BF16, FP16, FP32):
         for form in ("none", "tanh"):
             fused.gelu(random.normal(4096), form).sum().backward()
+            dy, x = random.normal(128, 256), random.normal(128, 256)
+            gelu_backward_rows_(dy, x, form, None, None, 64)
+            gelu_backward_rows_(dy, x, form, torch.empty_like(x), FP32.normal(1, 2, 256), 64)
 
 
 COMPILED = {"gelu": compiled}

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from bench._ops.op_bench import BF16, FP16, FP32, Op, RandomTensors, standard_providers
 from fastgpt.kernels import fused, gemm, reference
-from fastgpt.kernels.gelu import gelu_backward, gelu_forward
+from fastgpt.kernels.gelu import gelu_backward_rows_, gelu_forward
 
 
 def inputs(random: RandomTensors, M: int, C: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -92,9 +92,10 @@ def of_fc_gradient(recompute: bool) -> Op:
         return tuple(t for t in (dpre, act, dbias) if t is not None)
 
     def cublas(dy: Tensor, weight: Tensor, pre: Tensor) -> tuple[Tensor, ...]:
-        dpre = gelu_backward(dy @ weight, pre, "none")
-        act = [gelu_forward(pre, "none")] if recompute else []
-        return (dpre, *act, dpre.sum(0))
+        dpre, act = dy @ weight, [torch.empty_like(pre)] if recompute else []
+        parts = dpre.new_empty(1, -(-len(pre) // gemm.ROWS), pre.shape[1], dtype=torch.float32)
+        gelu_backward_rows_(dpre, pre, "none", act[0] if act else None, parts, gemm.ROWS)
+        return (dpre, *act, parts[0].sum(0).to(dy.dtype))
 
     def plain(dy: Tensor, weight: Tensor, pre: Tensor) -> tuple[Tensor, ...]:
         dpre = torch.ops.aten.gelu_backward(dy @ weight, pre)

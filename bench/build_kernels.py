@@ -1,7 +1,10 @@
 """Compiles every configuration in the kernels' launch tables ahead of time, with no GPU.
 
-    python setup.py build_kernels                        # sm_80, sm_90 and sm_100, on all cores
+    python setup.py build_kernels                        # on all cores
     python setup.py build_kernels --arch=90 --only='attention*'
+
+By default all cases are compiled for sm_80, sm_90 and sm_100, one GPU of each class of the launch
+tables, and those of GPT-2's sizes for sm_86, sm_89 and sm_120 too.
 
 ninja runs one process for each case of ``bench_<op>.py``, again only after a kernel or this tool
 has changed; Triton's cache in ``build/kernels/cache`` keeps the configurations that have not.
@@ -52,24 +55,33 @@ _TOOL = [*(_BENCH / "_compile").glob("*.py"), *_BENCH.glob("bench_*.py")]
 class Options:
     """Compile every kernel configuration ahead of time, with no GPU."""
 
-    arch: tuple[Literal[80, 86, 89, 90, 100, 120], ...] = (80, 90, 100)
-    """Compute capabilities."""
+    arch: tuple[Literal[80, 86, 89, 90, 100, 120], ...] = ()
+    """Compute capabilities, of all cases. By default as above."""
     jobs: int = os.cpu_count() or 1
     """Processes at a time, 1 or more."""
     only: str = "*"
     """Cases whose names match this pattern: 'attention*', say."""
 
 
-def edges(cases: Path, architectures: Iterable[int]) -> dict[str, list[int]]:
-    """Case → the architectures that can run it, of a file that defines ``CASES``: name →
-    ``functools.partial``; and perhaps ``LEAST_CAPABILITY``: name → the first such architecture."""
+_CLASSES, _OTHERS = (80, 90, 100), (86, 89, 120)
+
+
+def edges(cases: Path, architectures: Iterable[int] = ()) -> dict[str, list[int]]:
+    """Case → the architectures to compile it for and that can run it, of a file that defines
+    ``CASES``: name → ``functools.partial``; and perhaps ``LEAST_CAPABILITY``: name → the first that
+    can run it, and ``EVERY_GPU``: names of those that by default are compiled for all."""
     spec = importlib.util.spec_from_file_location(cases.stem, cases)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     least = getattr(module, "LEAST_CAPABILITY", {})
-    able = {case: [c for c in architectures if c >= least.get(case, 0)] for case in module.CASES}
-    return {case: capabilities for case, capabilities in able.items() if capabilities}
+    everywhere = getattr(module, "EVERY_GPU", ())
+    asked = sorted(set(architectures))
+    found = {}
+    for case in module.CASES:
+        wanted = asked or sorted([*_CLASSES, *(_OTHERS if case in everywhere else ())])
+        found[case] = [c for c in wanted if c >= least.get(case, 0)]
+    return {case: capabilities for case, capabilities in found.items() if capabilities}
 
 
 # ----------------------------------------------------------------------------------------- ninja
@@ -124,7 +136,7 @@ def build(
     """
     if jobs < 1:
         raise ValueError(f"jobs must be at least 1, got {jobs}")
-    every = edges(cases, sorted(set(arch)))
+    every = edges(cases, arch)
     chosen = fnmatch.filter(every, only)
     if not chosen:
         names = ", ".join(sorted(every))

@@ -181,7 +181,7 @@ TABLE: dict[Key, Any] = {
     Key("attention", "bwd_dq", "sm_80", "half", 256): Attention(32, 32, 8, 1),
     Key("attention", "bwd_dq", "sm_80", "half", 256, _DROPOUT): Attention(32, 32, 8, 1),
     Key("attention", "bwd_dkdv", "sm_80", "half", 64): Attention(32, 128, 8, 2),
-    Key("attention", "bwd_dkdv", "sm_80", "half", 64, _DROPOUT): Attention(32, 128, 8, 2),
+    Key("attention", "bwd_dkdv", "sm_80", "half", 64, _DROPOUT): Attention(16, 128, 8, 2),
     Key("attention", "bwd_dkdv", "sm_80", "half", 128): Attention(32, 64, 8, 1),
     Key("attention", "bwd_dkdv", "sm_80", "half", 128, _DROPOUT): Attention(32, 64, 8, 1),
     Key("attention", "bwd_dkdv", "sm_80", "half", 256): Attention(16, 32, 8, 1),
@@ -276,6 +276,7 @@ TABLE: dict[Key, Any] = {
     # longer fit into the registers.
     Key("layer_norm", "fwd"): WholeRows(8, 4),
     Key("layer_norm", "fwd", size=1024): WholeRows(4, 4),
+    Key("layer_norm", "fwd", "sm_80", size=1024): WholeRows(2, 2),
     Key("layer_norm", "fwd", size=2048): WholeRows(2, 8),
     Key("layer_norm", "fwd", size=4096): WholeRows(1, 16),
     Key("layer_norm", "fwd", size=8192): WholeRows(1, 16),
@@ -311,7 +312,7 @@ TABLE: dict[Key, Any] = {
     Key("embedding", "bwd_token", size=512): Tile(8, 512, 4),
     # Eight elements a thread: 16-byte accesses in half precision, two of them in float32.
     Key("gelu", ANY): Elementwise(1024, 4),
-    Key("gelu", "bwd_rows"): TileLoop(8, 128, 2),
+    Key("gelu", "bwd_rows"): TileLoop(8, 128, 2, 2),
     Key("adamw", "update"): Elementwise(1024, 4),
     # fp8: a tile is 8 KB, whose rows and columns both fill sectors of memory; 16 programs hold
     # enough loads under way. "amax" finds the largest magnitude.
