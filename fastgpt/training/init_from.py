@@ -77,13 +77,13 @@ def _check_tokens(config: TrainConfig, tokenizer: Tokenizer | None, model: GPT) 
 
 
 def saved_state(
-    config: TrainConfig, tokenizer: Tokenizer | None, world: World
+    config: TrainConfig, tokenizer: Tokenizer | None, fingerprint: str, world: World
 ) -> tuple[ckpt.Checkpoint, Path]:
     """The newest checkpoint in ``out_dir`` and its path. For a sharded run a folder's tensors are
-    left out; ``sharded_checkpoint.load_into`` reads them.
+    left out; ``sharded_checkpoint.load_into`` reads them. ``fingerprint`` is that of the data set.
 
-    Raises FileNotFoundError if there is none, ValueError if it is damaged or was trained on other
-    tokens.
+    Raises FileNotFoundError if there is none, ValueError if it is damaged, was trained on other
+    tokens, or on other data under the data set's name.
     """
 
     def read(path: Path) -> ckpt.Checkpoint:
@@ -100,7 +100,19 @@ def saved_state(
             f"{path} was trained on {known.vocab_size} {tokens} that are not those of the "
             f"data set {config.data_dir}: resume with the data it was trained on"
         )
+    same_name = saved.get("config", {}).get("dataset") == config.dataset
+    if same_name and is_of_other_data(saved, fingerprint):
+        raise ValueError(
+            f"{path} was trained on other data than {config.data_dir} holds now: resume with the "
+            "data it was trained on, or rename that folder and name it with --dataset to go on "
+            "with the new data"
+        )
     return saved, path
+
+
+def is_of_other_data(saved: ckpt.Checkpoint, fingerprint: str) -> bool:
+    """Whether a checkpoint knows its data set, and that is another one."""
+    return ckpt.own_state(saved).get("data_fingerprint", fingerprint) != fingerprint
 
 
 def is_sharded(config: TrainConfig, world: World) -> bool:

@@ -22,7 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from fastgpt._files import check_folder, exclusive_lock
 from fastgpt._progress import PlainConsole, run_console
-from fastgpt.data.batches import SPLITS, Batches, token_files
+from fastgpt.data.batches import Batches, fingerprint
 from fastgpt.devices import (
     autocast,
     peak_flops,
@@ -84,12 +84,14 @@ class Trainer:
         torch.backends.cuda.matmul.allow_tf32 = True
         torch.backends.cudnn.allow_tf32 = True
 
-        for split in SPLITS:  # a missing file is named before weights are drawn or downloaded
-            token_files(config.data_dir, split)
+        # A missing file is named before weights are drawn or downloaded.
+        self._data_fingerprint = fingerprint(config.data_dir)
         self.tokenizer = saved_tokenizer(config.data_dir)
         saved, path = None, self.out_dir
         if config.init_from == "resume":
-            saved, path = init_from.saved_state(config, self.tokenizer, world)
+            saved, path = init_from.saved_state(
+                config, self.tokenizer, self._data_fingerprint, world
+            )
         model = self._build_model(saved, path)
         self.config = config = self._with_shape_of(model)
         self.batches = Batches(
@@ -207,6 +209,10 @@ class Trainer:
                     self.scaler.load_state_dict(own["scaler"])
         except (KeyError, ValueError, TypeError, RuntimeError) as error:
             raise ValueError(f"{path} holds no state to go on from: {error}") from error
+        if init_from.is_of_other_data(saved, self._data_fingerprint):
+            # Its best loss is one of other validation data.
+            self.best_val_loss, self.best_iter = math.inf, None
+            self.console.print(f"{path} was trained on other data than {self.config.data_dir}")
         self.console.print(f"going on from {path} at iteration {self.iter_num}")
 
     def learning_rate(self, iteration: int) -> float:
@@ -371,6 +377,7 @@ class Trainer:
             **packed(self.tokenizer),
             "generators": self.world.all_gather_object(random_states(self.device)),
             "data": self.batches.state_dict(),
+            "data_fingerprint": self._data_fingerprint,
             "scaler": self.scaler.state_dict(),
             "best_iter": self.best_iter,
         }
