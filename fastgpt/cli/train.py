@@ -33,7 +33,7 @@ from fastgpt.training.config import (
     TrainConfig,
     automatic_keys,
 )
-from fastgpt.training.config_file import read_config_file
+from fastgpt.training.config_file import keys_of
 from fastgpt.training.distributed import World
 from fastgpt.training.trainer import Trainer
 
@@ -54,18 +54,32 @@ class Train:
     config_file: Annotated[
         tyro.conf.Positional[Path | None],
         tyro.conf.arg(
-            metavar="[CONFIG.py]",
+            metavar="[CONFIG.py|PRESET]",
             help="A configuration file of nanoGPT's kind: assignments such as n_layer = 6. It is "
-            "read, not executed.",
+            "read, not executed. Or the name of a preset.",
             help_behavior_hint="(default: none)",
         ),
     ] = None
     preset: Annotated[
-        Literal["char", "char-cpu", "gpt2"] | None,
+        Literal[
+            "char",
+            "char-cpu",
+            "gpt2",
+            "train_gpt2",
+            "train_shakespeare_char",
+            "finetune_shakespeare",
+            "eval_gpt2",
+            "eval_gpt2_medium",
+            "eval_gpt2_large",
+            "eval_gpt2_xl",
+        ]
+        | None,
         tyro.conf.arg(
-            metavar="{char,char-cpu,gpt2}",
+            metavar="PRESET",
             help="char: 10.6M parameters on characters, for a GPU. char-cpu: 0.8M, a few minutes "
-            "on a CPU. gpt2: the defaults below, GPT-2 124M on OpenWebText.",
+            "on a CPU. gpt2: the defaults below, GPT-2 124M on OpenWebText. nanoGPT's "
+            "configurations, without wandb_log: train_gpt2, train_shakespeare_char, "
+            "finetune_shakespeare, eval_gpt2, eval_gpt2_medium, eval_gpt2_large, eval_gpt2_xl.",
             help_behavior_hint="(default: by device; none with CONFIG.py)",
         ),
     ] = None
@@ -100,7 +114,7 @@ def keys_below(first: Train) -> dict[str, Any]:
     if first.preset is not None:
         base.update(PRESETS[first.preset])
     if first.config_file is not None:
-        base.update(read_config_file(first.config_file))
+        base.update(keys_of(first.config_file))
     if first.preset is None and first.config_file is None:
         if first.output.init_from == "resume":
             base.update(_saved_keys(Path(first.output.out_dir)))
@@ -132,6 +146,8 @@ def run_train(config: TrainConfig, world: World, console: Console) -> None:
 
 
 def _train_connected(config: TrainConfig, world: World, console: Console) -> None:
+    # A file's str(time.time()) differs between the processes.
+    config = world.all_gather_object(config)[0]
     changed = ", ".join(f"{key}={value}" for key, value in config.differences().items())
     console.print(f"keys that differ from the defaults: {changed or 'none'}")
     data_dir = config.data_dir

@@ -6,8 +6,9 @@ import random
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, get_args, get_type_hints
 
 import pytest
 import torch
@@ -51,6 +52,24 @@ def test_defaults_preset_file_command_line() -> None:
         assert parsed(*argv) == TrainConfig(**changed)
     # the command line wins even with the default
     assert parsed("--preset=char-cpu", "--n_layer=12", "--device=cuda").n_layer == 12
+
+
+def test_presets_by_name() -> None:
+    assert set(get_args(get_args(get_type_hints(cli.Train)["preset"])[0])) == set(PRESETS)
+    for name, keys in PRESETS.items():
+        expected = TrainConfig(**keys | {"batch_size": 3})
+        assert parsed(name, "--batch_size=3") == parsed("--batch_size=3", name) == expected
+        assert parsed(f"--preset={name}", "--batch_size=3") == expected
+    train = {"eval_interval": 1000, "log_interval": 10, "wandb_run_name": "gpt2-124M"}
+    assert parsed("train_gpt2").differences() == train
+    tuned = parsed("finetune_shakespeare", "--device=cpu")
+    assert (tuned.init_from, tuned.dataset, tuned.decay_lr) == ("gpt2-xl", "shakespeare", False)
+    assert tuned.batch_size * tuned.gradient_accumulation_steps * tuned.max_iters == 640
+    for size in ("medium", "large", "xl"):
+        config = parsed(f"eval_gpt2_{size}")
+        assert config.eval_only and config.init_from == f"gpt2-{size}"
+    Path("char").write_text("n_layer = 5\n")  # a file of that name goes first
+    assert parsed("char") == TrainConfig(n_layer=5)
 
 
 def test_nanogpts_checkpoint_does_not_ask_for_torch_compile() -> None:
@@ -127,6 +146,19 @@ def test_resume_goes_on_with_the_keys_of_the_checkpoint() -> None:
     assert parsed("--init_from=resume", "--preset=gpt2") == TrainConfig(init_from="resume")
     torch.save({"iter_num": 1, "config": {"pack": True}}, "out/iter-0000099.pt")  # an old name
     assert parsed("--init_from=resume").document_mask
+
+
+def test_all_processes_take_the_keys_of_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    """out_dir = 'out-' + str(time.time()) is another folder in each."""
+
+    def gathered(self: World, item: Any) -> list[Any]:
+        first = replace(item, out_dir="first") if isinstance(item, TrainConfig) else item
+        return [first, item]
+
+    data_set(Path())
+    monkeypatch.setattr(World, "all_gather_object", gathered)
+    assert cli.main(small(out_dir="second")) == 0
+    assert Path("first/ckpt.pt").exists() and not Path("second").exists()
 
 
 def test_prepare_train_sample(capsys: pytest.CaptureFixture[str]) -> None:
@@ -242,7 +274,12 @@ def test_the_builtin_corpus_is_prepared_when_it_is_missing(
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["train", "absent.py"], "there is no configuration file absent.py"),
+        (["train", "absent.py"], "there is no configuration file absent.py\n"),
+        (
+            ["train", "config/train_gpt2.py"],
+            "train_gpt2.py; a built-in one has the name train_gpt2",
+        ),
+        (["train", "chars"], "a built-in one has the name char: fastgpt train char"),
         (["train", "folder"], "a configuration file is expected, but folder is a folder"),
         (["train", "--out_dir=file"], "out_dir must be a folder, but file is a file"),
         (["train", "--init_from=resume", "--out_dir=file"], "out_dir must be a folder, but file"),
