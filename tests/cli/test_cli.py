@@ -19,7 +19,7 @@ from fastgpt.cli.arguments import normalized
 from fastgpt.training.config import PRESETS, SampleConfig, TrainConfig
 from fastgpt.training.distributed import World
 from fastgpt.training.trainer import Trainer
-from tests.tools.small_runs import TEXT, arguments, data_set, small_keys
+from tests.tools.small_runs import TEXT, arguments, data_set, quiet, small_keys, state_of
 
 
 @pytest.fixture(autouse=True)
@@ -31,7 +31,7 @@ def parsed(*argv: str) -> TrainConfig:
     args = ["train", *argv]
     command = cli._parse(args, cli.Train())
     assert isinstance(command, cli.Train)
-    return cli._train_config(args, command)
+    return cli._train_config(args, command, quiet())
 
 
 def small(**changes: Any) -> list[str]:
@@ -159,6 +159,29 @@ def test_all_processes_take_the_keys_of_the_first(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(World, "all_gather_object", gathered)
     assert cli.main(small(out_dir="second")) == 0
     assert Path("first/ckpt.pt").exists() and not Path("second").exists()
+
+
+@pytest.mark.parametrize("of_nanogpt", [False, True])
+def test_resume_without_the_dtype_of_the_checkpoint(
+    of_nanogpt: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data_set(Path())
+    assert cli.main(small(max_iters=10)) == 0
+    state = state_of(Path())
+    state["config"]["dtype"] = "float16"  # of a GPU
+    if of_nanogpt:
+        del state["fastgpt"]
+    torch.save(state, "out/iter-0000011.pt")
+    resume = ["train", "--init_from=resume", "--max_iters=11"]
+    capsys.readouterr()
+    assert cli.main(resume) == 0
+    said = "dtype = auto, as cpu has no float16, which the checkpoint names"
+    assert capsys.readouterr().out.count(said) == 1
+    assert cli.main([*resume, "--max_iters=12"]) == 0  # the new checkpoint has auto
+    assert said not in capsys.readouterr().out
+    for form in (["--dtype=float16"], ["--dtype", "float16"]):
+        assert cli.main([*resume, *form]) == 2
+        assert "dtype must be auto, float32 or bfloat16 on cpu" in capsys.readouterr().err
 
 
 def test_prepare_train_sample(capsys: pytest.CaptureFixture[str]) -> None:
@@ -289,6 +312,9 @@ def test_the_builtin_corpus_is_prepared_when_it_is_missing(
         (["prepare", "--input=file", "--out_dir=file/x"], "out_dir must be a folder, but file is"),
         (["train", "--preset=gpt2", "--device=cpu"], "train.bin is not a file"),
         (["train", "--preset=gpt2", "--n_head=7"], "n_embd=768 with n_head=7"),
+        (["train", "cuda.py"], "this machine has (cpu), got 'cuda': --device=cpu runs here"),
+        (["train", "--device=cuda:1"], "got 'cuda:1': --device=cpu runs here"),
+        (["sample", "--device=cuda"], "got 'cuda': --device=cpu runs here"),
         (["train", "--pack=True"], "unknown option --pack: it is called --document_mask now"),
         (["train", "--resume"], "did you mean --init_from=resume?"),
         (["train", "dataset=shake"], "dataset=shake needs two dashes in front: --dataset=shake"),
@@ -303,8 +329,14 @@ def test_the_builtin_corpus_is_prepared_when_it_is_missing(
     ],
 )
 def test_user_errors_are_one_line(
-    argv: list[str], message: str, capsys: pytest.CaptureFixture[str]
+    argv: list[str],
+    message: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    Path("cuda.py").write_text("device = 'cuda'\n")
     Path("folder").mkdir()
     Path("file").write_text("a text\n")
     assert cli.main(argv) == 2

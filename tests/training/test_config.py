@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from fastgpt.devices import peak_flops, resolve_device, resolve_dtype
+from fastgpt.devices import is_native, peak_flops, resolve_device, resolve_dtype
 from fastgpt.training.config import PRESETS, SampleConfig, TrainConfig, automatic_keys
 from fastgpt.training.config_file import read_config_file
 
@@ -278,7 +278,10 @@ def test_dtype_of_a_gpu(major: int, dtype: torch.dtype, monkeypatch: pytest.Monk
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: facts)
     monkeypatch.setattr(torch.cuda, "_check_bf16_tensor_supported", lambda device: True)
     assert torch.cuda.is_bf16_supported()
-    assert resolve_dtype("auto", torch.device("cuda")) == dtype
+    device = torch.device("cuda")
+    assert resolve_dtype("auto", device) == dtype
+    assert is_native("bfloat16", device) == (dtype == torch.bfloat16)
+    assert is_native("float16", device) and not is_native("float16", torch.device("cpu"))
 
 
 @pytest.mark.parametrize(
