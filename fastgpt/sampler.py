@@ -12,7 +12,7 @@ from torch import nn
 from fastgpt.devices import autocast, resolve_device, resolve_dtype
 from fastgpt.generation import Generator, Sampling
 from fastgpt.language_model import LanguageModel
-from fastgpt.model import GPT, PRETRAINED_SHAPES
+from fastgpt.model import GPT, published_name
 from fastgpt.tokenizer import (
     TOKENIZER_FILES,
     GPT2Tokenizer,
@@ -269,7 +269,7 @@ def _load(config: SampleConfig) -> tuple[LanguageModel, Tokenizer, str | None]:
         checkpoint = ckpt.load(path)
         return ckpt.build_model(checkpoint, path), ckpt.tokenizer_of(checkpoint, path), note
     model = GPT.from_pretrained(config.init_from)
-    if config.init_from in PRETRAINED_SHAPES:
+    if published_name(config.init_from):
         return model, GPT2Tokenizer(), None
     return model, _tokenizer_beside(Path(config.init_from), model.config.vocab_size), None
 

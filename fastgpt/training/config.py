@@ -14,10 +14,11 @@ from typing import Any, Literal
 import torch
 
 from fastgpt._files import is_path
+from fastgpt.model import PRETRAINED_SHAPES
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
-INIT_FROM = ("scratch", "resume", "gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
+INIT_FROM = ("scratch", "resume", *PRETRAINED_SHAPES)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +38,8 @@ class Output:
     # Newest checkpoints to keep, besides the best.
     keep_last: int = 2
     # scratch, resume (from out_dir), or pretrained weights: gpt2, gpt2-medium, gpt2-large, gpt2-xl,
-    # or the path of a folder or .safetensors file that transformers or `fastgpt export` wrote.
+    # distilgpt2, or the path of a folder or .safetensors file that transformers or `fastgpt export`
+    # wrote.
     init_from: str = "scratch"
 
 
@@ -185,9 +187,9 @@ class TrainConfig(System, Schedule, Optimizer, Model, Data, Logging, Output):
 class SampleConfig:
     """Write text with a trained model."""
 
-    # resume (ckpt.pt in out_dir), or pretrained weights: gpt2, gpt2-medium, gpt2-large, gpt2-xl, or
-    # the path of a folder or .safetensors file that transformers or `fastgpt export` wrote; the
-    # tokenizer is the one beside it (tokenizer.json, say), else GPT-2's.
+    # resume (ckpt.pt in out_dir), or pretrained weights: gpt2, gpt2-medium, gpt2-large, gpt2-xl,
+    # distilgpt2, or the path of a folder or .safetensors file that transformers or `fastgpt export`
+    # wrote; the tokenizer is the one beside it (tokenizer.json, say), else GPT-2's.
     init_from: str = "resume"
     # Folder of the checkpoint.
     out_dir: str = "out"

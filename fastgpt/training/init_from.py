@@ -3,11 +3,10 @@
 from pathlib import Path
 from typing import Any
 
-from fastgpt._files import is_path
 from fastgpt.bigram import Bigram
 from fastgpt.data.manifest import read_manifest
 from fastgpt.language_model import GPTConfig, LanguageModel
-from fastgpt.model import GPT
+from fastgpt.model import GPT, published_name
 from fastgpt.tokenizer import CharTokenizer, Tokenizer, tokenizer_in
 from fastgpt.training import checkpoint as ckpt
 from fastgpt.training import checkpoint_folder, sharded_checkpoint
@@ -36,16 +35,15 @@ def new_model(config: TrainConfig, tokenizer: Tokenizer | None) -> LanguageModel
 
 def _pretrained(config: TrainConfig, tokenizer: Tokenizer | None) -> GPT:
     source = f"init_from={config.init_from!r}"
-    if is_path(config.init_from):
-        model = GPT.from_pretrained(config.init_from, {"dropout": config.dropout})
+    published = published_name(config.init_from)
+    if published and tokenizer and tokenizer.padded_vocab_size != PADDED_GPT2_VOCAB_SIZE:
+        raise ValueError(
+            f"{source} needs a data set of GPT-2's tokens, but {config.data_dir} has others "
+            f"({tokenizer.name})"
+        )
+    model = GPT.from_pretrained(config.init_from, {"dropout": config.dropout})
+    if not published:
         _check_tokens(config, tokenizer, model)
-    else:
-        if tokenizer and tokenizer.padded_vocab_size != PADDED_GPT2_VOCAB_SIZE:
-            raise ValueError(
-                f"{source} needs a data set of GPT-2's tokens, but {config.data_dir} has others "
-                f"({tokenizer.name})"
-            )
-        model = GPT.from_pretrained(config.init_from, {"dropout": config.dropout})
     if config.block_size > model.config.block_size:
         raise ValueError(
             f"block_size must be at most {model.config.block_size} with {source}, "

@@ -96,7 +96,8 @@ def test_the_characters_come_with_the_checkpoint(out_dir: Path, tmp_path: Path) 
         sampler(tmp_path / "out")
 
 
-def test_pretrained_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("name", ["gpt2-xl", "openai-community/gpt2-xl", "distilgpt2"])
+def test_pretrained_weights(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """With a vocabulary padded beyond the tokenizer's, as GPT-2's is when trained from scratch."""
     torch.manual_seed(0)
     model = GPT(GPTConfig(16, 64, 1, 1, 8))
@@ -109,9 +110,9 @@ def test_pretrained_weights(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(GPT, "from_pretrained", pretrained)
     monkeypatch.setattr(sampling, "GPT2Tokenizer", lambda: tokenizer)
-    config = SampleConfig(init_from="gpt2-xl", device="cpu", num_samples=1, max_new_tokens=400)
+    config = SampleConfig(init_from=name, device="cpu", num_samples=1, max_new_tokens=400)
     (text,) = Sampler(config)
-    assert asked == ["gpt2-xl"]
+    assert asked == [name]
     assert text[0] == "\n" and 5 < len(text) < 200 and set(text) <= set("\nabc")
 
 
