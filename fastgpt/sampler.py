@@ -15,6 +15,7 @@ from fastgpt.language_model import LanguageModel
 from fastgpt.model import GPT, published_name
 from fastgpt.tokenizer import (
     TOKENIZER_FILES,
+    CharTokenizer,
     GPT2Tokenizer,
     Tokenizer,
     tokenizer_in,
@@ -23,6 +24,7 @@ from fastgpt.training import checkpoint as ckpt
 from fastgpt.training import checkpoint_folder
 from fastgpt.training.config import SampleConfig
 
+_DEFAULT_START = "\n"
 _FROM_FILE = "FILE:"
 _LINE_END = re.compile(r"\r?\n")
 
@@ -65,6 +67,8 @@ class Sampler:
         )
         self._generator = Generator(self.model, sampling, autocast(self.device, dtype))
         self.prompts = [] if config.interactive else read_prompts(config.start, config.lines)
+        if self.prompts == [_DEFAULT_START] and not _has_line_feed(self.tokenizer):
+            self.prompts = [self.tokenizer.decode(start_ids(self.tokenizer))]
         for prompt in self.prompts:  # errors come before the first sample
             self._encode(prompt)
 
@@ -111,6 +115,8 @@ class Sampler:
             yield rest
 
     def _encode(self, prompt: str) -> list[int]:
+        if prompt == _DEFAULT_START:
+            return start_ids(self.tokenizer)
         ids = self.tokenizer.encode(prompt)
         if not ids:
             raise ValueError(f"a prompt must hold at least one token, got {prompt!r}")
@@ -212,6 +218,17 @@ def round_matrices(model: LanguageModel, dtype: torch.dtype) -> None:
     for module in model.modules():
         if isinstance(module, nn.Linear) and id(module.weight) in tables:
             module.weight = nn.Parameter(module.weight.detach().to(dtype))
+
+
+def start_ids(tokenizer: Tokenizer) -> list[int]:
+    """The ids of a line feed, with which a text starts by default; token 0 if the vocabulary has
+    none, as that of a text in one line.
+    """
+    return (tokenizer.encode(_DEFAULT_START) if _has_line_feed(tokenizer) else []) or [0]
+
+
+def _has_line_feed(tokenizer: Tokenizer) -> bool:
+    return not isinstance(tokenizer, CharTokenizer) or _DEFAULT_START in tokenizer.stoi
 
 
 def write(

@@ -15,8 +15,8 @@ from fastgpt.cli.prepare import BUILTIN, report_prepared
 from fastgpt.data import builtin_texts, manifest
 from fastgpt.devices import autocast, resolve_device
 from fastgpt.language_model import LanguageModel
-from fastgpt.sampler import write
-from fastgpt.tokenizer import CharTokenizer, GPT2Tokenizer
+from fastgpt.sampler import start_ids, write
+from fastgpt.tokenizer import GPT2Tokenizer
 from fastgpt.training import checkpoint as ckpt
 from fastgpt.training import checkpoint_folder
 from fastgpt.training.config import (
@@ -204,11 +204,10 @@ def _print_sample(trainer: Trainer, model: LanguageModel, console: Console) -> N
     except (ImportError, ConnectionError) as error:
         console.print(f"no sample: {error}")
         return
-    unknown = isinstance(tokenizer, CharTokenizer) and "\n" not in tokenizer.stoi
     text = write(
         model.eval(),
         tokenizer,
-        ([] if unknown else tokenizer.encode("\n")) or [0],
+        start_ids(tokenizer),
         _SAMPLE_TOKENS,
         _SAMPLE_TEMPERATURE,
         _SAMPLE_TOP_K,

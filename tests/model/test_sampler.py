@@ -361,6 +361,18 @@ def test_text_in_pieces_is_the_text_of_all_tokens(
         assert decoded < 10 * len(ids)
 
 
+def test_a_vocabulary_without_a_line_feed(tmp_path: Path) -> None:
+    """The default start is then token 0, in `fastgpt sample` and at the end of training."""
+    data_set(tmp_path, "a text in a single line, " * 60)
+    Trainer(small_config(tmp_path)).run()
+    made = sampler(tmp_path / "out")
+    assert sampling.start_ids(made.tokenizer) == [0] and made.prompts == [" "]
+    for text in made:
+        assert len(text) == 21 and text[0] == " "
+    with pytest.raises(ValueError, match=r"text has '\\n' at position 1"):
+        sampler(tmp_path / "out", start="a\n")
+
+
 def test_what_is_wrong_with_a_prompt_is_said_at_once(out_dir: Path) -> None:
     made = sampler(out_dir)
     with pytest.raises(ValueError, match="'é' at position 0"):
