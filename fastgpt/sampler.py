@@ -252,7 +252,7 @@ def write(
 
 def read_prompts(start: str, lines: bool = False) -> list[str]:
     """The prompt of the key ``start``; with ``lines`` one prompt for each line. A file's text is
-    what ``fastgpt prepare`` reads of it, line ends included, but for a byte order mark.
+    what ``fastgpt prepare`` reads of it, line ends included, without a byte order mark.
 
     Raises FileNotFoundError, or ValueError for a file that is empty or not UTF-8.
     """
