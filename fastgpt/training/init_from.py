@@ -9,7 +9,7 @@ from fastgpt.language_model import GPTConfig, LanguageModel
 from fastgpt.model import GPT, published_name
 from fastgpt.tokenizer import CharTokenizer, Tokenizer, tokenizer_in
 from fastgpt.training import checkpoint as ckpt
-from fastgpt.training import checkpoint_folder, sharded_checkpoint
+from fastgpt.training import checkpoint_folder
 from fastgpt.training.config import TrainConfig
 from fastgpt.training.distributed import World
 
@@ -86,6 +86,8 @@ def saved_state(
 
     def read(path: Path) -> ckpt.Checkpoint:
         if path.is_dir() and is_sharded(config, world):
+            from fastgpt.training import sharded_checkpoint
+
             sharded_checkpoint.check(path, world)
             return sharded_checkpoint.header(path)
         return ckpt.load(path, ckpt.FOR_RESUMING)

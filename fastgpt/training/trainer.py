@@ -35,7 +35,7 @@ from fastgpt.language_model import LanguageModel
 from fastgpt.model import A100_PEAK_FLOPS, GPT
 from fastgpt.tokenizer import packed, saved_tokenizer
 from fastgpt.training import checkpoint as ckpt
-from fastgpt.training import checkpoint_folder, fsdp, init_from, sharded_checkpoint
+from fastgpt.training import checkpoint_folder, init_from
 from fastgpt.training.config import TrainConfig
 from fastgpt.training.distributed import ALONE, World
 from fastgpt.training.log import LOG, TENSORBOARD, RunLog
@@ -153,6 +153,9 @@ class Trainer:
         """The model as ``Step`` takes it: compiled, sharded or in DDP, as the config says."""
         self._forward: torch.nn.Module = self.model
         if self._sharded:
+            # Imported where it is needed: it takes half as long as PyTorch itself.
+            from fastgpt.training import fsdp
+
             fsdp.shard(self.model, self.device, self.world, self.dtype)
             if self.config.compile:
                 self.model.compile()
@@ -191,6 +194,8 @@ class Trainer:
             state = saved["optimizer"]
             for old, new in zip(state["param_groups"], self.optimizer.param_groups, strict=True):
                 old.update({k: v for k, v in new.items() if k != "params"})
+            if self._sharded:
+                from fastgpt.training import fsdp, sharded_checkpoint
             if self._sharded and path.is_dir():
                 moments = fsdp.empty_state(self.optimizer)
                 state["state"] = sharded_checkpoint.load_into(self.model, moments, path)
@@ -396,6 +401,8 @@ class Trainer:
         }
         path = checkpoint_folder.path_of(self.out_dir, self.iter_num, self._sharded)
         if self._sharded:
+            from fastgpt.training import sharded_checkpoint
+
             sharded_checkpoint.save(state, path, self.world)
         elif self.world.is_main:
             ckpt.save(state, path)
@@ -411,6 +418,8 @@ class Trainer:
         """
         if not self._sharded:
             return self.model
+        from fastgpt.training import fsdp
+
         state = {
             "model": fsdp.full_state_dict(self.model),
             "model_args": ckpt.model_args(self.model),

@@ -400,6 +400,26 @@ def test_exit_codes(
     assert shown in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("argv", [["--help"], ["plot", "--help"], ["train", "--help"]])
+def test_help_imports_little_besides_pytorch(argv: list[str]) -> None:
+    """What takes long to import is imported by what needs it."""
+    program = (
+        "import sys, torch; before = set(sys.modules); from fastgpt.__main__ import main\n"
+        f"try: main({argv})\n"
+        "finally: print('modules:', *set(sys.modules) - before)"
+    )
+    command = [sys.executable, "-c", program]
+    root = Path(cli.__file__).parents[2]
+    shown = subprocess.run(command, capture_output=True, text=True, cwd=root, check=True).stdout
+    modules = set(shown.rpartition("modules:")[2].split())
+    assert "usage: fastgpt" in shown and "fastgpt.model" in modules
+    heavy = """matplotlib wandb tensorboard transformers huggingface_hub tokenizers tiktoken
+        datasets pyarrow sentencepiece safetensors triton sympy torch._dynamo torch._inductor
+        torch.distributed.tensor torch.distributed.fsdp torch.distributed.checkpoint
+        torch.utils.tensorboard""".split()
+    assert modules & set(heavy) == set()
+
+
 def test_the_module_runs_and_its_help_names_the_keys() -> None:
     command = [sys.executable, "-m", "fastgpt"]
     root = Path(cli.__file__).parents[2]
