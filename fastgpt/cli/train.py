@@ -5,12 +5,10 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import torch
 import tyro
 from rich.console import Console
 from rich.table import Table
 
-from fastgpt.bigram import Bigram
 from fastgpt.cli.prepare import BUILTIN, report_prepared
 from fastgpt.data import builtin_texts, manifest
 from fastgpt.devices import autocast, resolve_device
@@ -162,9 +160,9 @@ def _train_connected(config: TrainConfig, world: World, console: Console) -> Non
     )
     trainer.run()
     if not config.eval_only:
-        console.print(_summary(trainer))
         model = trainer.full_model()
         if world.is_main:
+            console.print(_summary(trainer))
             _print_sample(trainer, model, console)
             path, _ = checkpoint_folder.for_sampling(trainer.out_dir)
             where = "" if config.out_dir == "out" else f" --out_dir={shlex.quote(config.out_dir)}"
@@ -172,7 +170,7 @@ def _train_connected(config: TrainConfig, world: World, console: Console) -> Non
 
 
 def _summary(trainer: Trainer) -> Table:
-    """The losses of the trained model and of a bigram."""
+    """The losses of the trained model, over random batches, and of a bigram, over all of val."""
     data_dir, shape = trainer.config.data_dir, trainer.model.config
     table = Table(title="Validation loss in nats per token, lower is better")
     table.add_column("model")
@@ -186,13 +184,11 @@ def _summary(trainer: Trainer) -> Table:
     if shape.vocab_size > builtin_texts.MAX_BIGRAM_VOCAB_SIZE:
         table.caption = f"No bigram table: {shape.vocab_size} x {shape.vocab_size} is too large."
         return table
-    counts = torch.from_numpy(builtin_texts.bigram_counts(data_dir, "train", shape.vocab_size))
-    bigram = Bigram(shape)
-    bigram.load_state_dict({"table.weight": (counts + 1.0).log()})  # softmax normalises the rows
-    bigram.to(trainer.device)
-    loss = trainer.mean_loss(bigram, "val")
-    table.add_row("bigram, counted on train.bin", f"{bigram.get_num_params():,}", f"{loss:.4f}")
-    val_counts = builtin_texts.bigram_counts(data_dir, "val", shape.vocab_size)
+    counts, val_counts = (
+        builtin_texts.bigram_counts(data_dir, split, shape.vocab_size) for split in ("train", "val")
+    )
+    loss = builtin_texts.bigram_loss(counts, val_counts)
+    table.add_row("bigram, counted on train.bin", f"{counts.size:,}", f"{loss:.4f}")
     entropy = builtin_texts.bigram_entropy(val_counts)
     table.add_row("bigram entropy of val.bin", "", f"{entropy:.4f}")
     return table

@@ -10,7 +10,7 @@ stopped.
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -22,7 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from fastgpt._files import check_folder, exclusive_lock
 from fastgpt._progress import PlainConsole, run_console
-from fastgpt.data.batches import Batches, fingerprint
+from fastgpt.data.batches import SPLITS, Batches, fingerprint
 from fastgpt.devices import (
     autocast,
     peak_flops,
@@ -332,27 +332,26 @@ class Trainer:
             f"batch is ignored. Last good checkpoint: {kept[0] if kept else 'none yet'}"
         )
 
-    @torch.no_grad()
-    def mean_loss(self, model: LanguageModel, split: str) -> float:
-        """The loss of any model over ``eval_iters`` batches of a split, the same at every call.
-        Collective: every rank must call it; they share the batches.
+    def evaluate(self) -> dict[str, float]:
+        """The mean loss of ``eval_iters`` batches of each split, ``{"train": .., "val": ..}``: of
+        the same batches at every call. Collective: every rank must call it; they share the batches.
         """
-        was_training = model.training
-        model.eval()
-        forward: Callable[..., Any] = self._forward if model is self.model else model
+        was_training = self.model.training
+        self.model.eval()
+        losses = {split: self._mean_loss(split) for split in SPLITS}
+        self.model.train(was_training)
+        return losses
+
+    @torch.no_grad()
+    def _mean_loss(self, split: str) -> float:
         count, size = self.config.eval_iters, self.world.size
         # The ranks of a sharded model run it equally often; a surplus result is discarded.
         losses = []
         for x, y in self.batches.evaluation(split, -(-count // size) * size):
             with self._autocast:
-                losses.append(forward(x, y)[1])
-        model.train(was_training)
+                losses.append(self._forward(x, y)[1])
         mine = len(range(self.world.rank, count, size))
         return (self.world.all_reduce(torch.stack(losses)[:mine].sum()) / count).item()
-
-    def evaluate(self) -> dict[str, float]:
-        """The mean loss of ``eval_iters`` batches of each split: ``{"train": .., "val": ..}``."""
-        return {split: self.mean_loss(self.model, split) for split in ("train", "val")}
 
     def _evaluate_and_save(self, mfu: float | None) -> None:
         losses = self.evaluate()
