@@ -5,6 +5,9 @@ the same dispatch keys: ``torch.compile``, ``opcheck`` and the FLOP counter trea
 two wrap each call in Python code for operators of any kind. Left out is what serves default values,
 lists of tensors among the arguments, and results that alias an argument, which no operator here
 has. Operators that write to an argument are registered by ``custom_op``.
+
+Beyond them, ``torch.func.grad``, ``vjp`` and ``vmap`` work, and a tangent of forward mode is an
+error, where ``custom_op`` drops it.
 """
 
 from collections.abc import Callable

@@ -19,7 +19,6 @@ from fastgpt.training import checkpoint as ckpt
 from fastgpt.training import checkpoint_folder
 from fastgpt.training.config import (
     GROUPS,
-    PRESETS,
     RENAMED_KEYS,
     Data,
     Logging,
@@ -29,10 +28,10 @@ from fastgpt.training.config import (
     Schedule,
     System,
     TrainConfig,
-    automatic_keys,
 )
 from fastgpt.training.config_file import keys_of
 from fastgpt.training.distributed import World
+from fastgpt.training.presets import PRESETS, automatic_keys
 from fastgpt.training.trainer import Trainer
 
 # the sample at the end of a training run

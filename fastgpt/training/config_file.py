@@ -7,7 +7,8 @@ import typing
 from pathlib import Path
 from typing import Any
 
-from fastgpt.training.config import PRESETS, TrainConfig, check_key, typed
+from fastgpt.training.config import TrainConfig, check_key, typed
+from fastgpt.training.presets import PRESETS
 
 
 def keys_of(source: str | Path) -> dict[str, Any]:

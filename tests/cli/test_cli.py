@@ -16,8 +16,9 @@ import torch
 import fastgpt
 from fastgpt.cli import main as cli
 from fastgpt.cli.arguments import normalized
-from fastgpt.training.config import PRESETS, SampleConfig, TrainConfig
+from fastgpt.training.config import SampleConfig, TrainConfig
 from fastgpt.training.distributed import World
+from fastgpt.training.presets import PRESETS
 from fastgpt.training.trainer import Trainer
 from tests.tools.small_runs import TEXT, arguments, data_set, quiet, small_keys, state_of
 

@@ -11,8 +11,9 @@ import pytest
 import torch
 
 from fastgpt.devices import is_native, peak_flops, resolve_device, resolve_dtype
-from fastgpt.training.config import PRESETS, SampleConfig, TrainConfig, automatic_keys
+from fastgpt.training.config import SampleConfig, TrainConfig
 from fastgpt.training.config_file import read_config_file
+from fastgpt.training.presets import PRESETS, automatic_keys
 
 NANOGPT_DEFAULTS = {
     "out_dir": "out",
