@@ -74,8 +74,9 @@ def resolve_device(name: str) -> torch.device:
     if torch.backends.mps.is_available():
         here.append("mps")
     if name not in here:
+        hint = ": --device=cpu runs here" if name.startswith("cuda") and not gpus else ""
         raise ValueError(
-            f"device must be one that this machine has ({', '.join(here)}), got {name!r}"
+            f"device must be one that this machine has ({', '.join(here)}), got {name!r}{hint}"
         )
     return torch.device(name)
 
@@ -86,13 +87,21 @@ def has_bfloat16() -> bool:
     return torch.cuda.is_bf16_supported(including_emulation=False)
 
 
+def is_native(dtype: str, device: torch.device) -> bool:
+    """Whether ``device`` has the dtype of a key: float16 needs a GPU, bfloat16 one that has it in
+    hardware, or none."""
+    if dtype == "float16":
+        return device.type == "cuda"
+    return dtype != "bfloat16" or device.type != "cuda" or has_bfloat16()
+
+
 def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
     """The autocast dtype of a key ``dtype`` on ``device``; float32 means no autocast."""
     if name == "auto":
         if device.type != "cuda":
             return torch.float32
         return torch.bfloat16 if has_bfloat16() else torch.float16
-    if name == "float16" and device.type != "cuda":
+    if name == "float16" and not is_native(name, device):
         raise ValueError(f"dtype must be auto, float32 or bfloat16 on {device.type}, got 'float16'")
     return {
         "float32": torch.float32,

@@ -86,7 +86,8 @@ class LanguageModel(nn.Module):
         - with targets: logits (B, T, V) and the mean cross-entropy in nats, a float32 scalar
           (float64 for a float64 model). Targets of -1 are ignored; if all are, the loss is NaN.
         - while training (``self.training``, gradients enabled, targets given) logits is None,
-          unless ``return_logits``: the fused loss never builds them.
+          unless ``return_logits``: the fused loss never builds them. Code with a loss of its own
+          passes ``return_logits=True``.
 
         Raises TypeError or ValueError on a wrong dtype, shape or device, and AssertionError, as
         nanoGPT does, on a T over block_size. Ids are not checked against the vocabulary: on a

@@ -32,14 +32,28 @@ from fastgpt.blocks import (
 from fastgpt.interop import huggingface
 from fastgpt.language_model import GPTConfig, LanguageModel
 
-# layers, heads and width of the checkpoints that OpenAI published
+# layers, heads and width of the checkpoints that OpenAI published, and of the one that Hugging Face
+# distilled from the smallest
 PRETRAINED_SHAPES = {
     "gpt2": (12, 12, 768),
     "gpt2-medium": (24, 16, 1024),
     "gpt2-large": (36, 20, 1280),
     "gpt2-xl": (48, 25, 1600),
+    "distilgpt2": (6, 12, 768),
 }
 A100_PEAK_FLOPS = 312e12  # bf16, dense
+
+
+def published_name(source: str) -> str | None:
+    """The published model that ``source`` names, as a key of ``PRETRAINED_SHAPES``: ``gpt2``, or
+    with its owner on the Hub, ``openai-community/gpt2``, unless that is a folder here. None for
+    anything else.
+    """
+    owner, _, name = source.rpartition("/")
+    owners = ("", "distilbert" if name == "distilgpt2" else "openai-community")
+    if name not in PRETRAINED_SHAPES or owner not in owners:
+        return None
+    return None if owner and Path(source).exists() else name
 
 
 class _Transformer(nn.ModuleDict):
@@ -315,8 +329,9 @@ class GPT(LanguageModel):
     ) -> "GPT":
         """Weights from elsewhere, in float32. ``model_type`` is
 
-        - ``gpt2``, ``gpt2-medium``, ``gpt2-large`` or ``gpt2-xl``: OpenAI's, from Hugging Face's
-          cache or, once, the Hub;
+        - ``gpt2``, ``gpt2-medium``, ``gpt2-large`` or ``gpt2-xl``: OpenAI's, or ``distilgpt2``,
+          also with their owners (``openai-community/gpt2``, ``distilbert/distilgpt2``), from
+          Hugging Face's cache or, once, the Hub;
         - a folder that transformers' GPT2LMHeadModel (or ``fastgpt export --to=hf``) wrote;
         - a ``.safetensors`` file of such a folder, or from ``fastgpt export --to=safetensors``.
 
@@ -333,7 +348,7 @@ class GPT(LanguageModel):
         if refused:
             raise ValueError(f"override_args may hold 'dropout' only, got {', '.join(refused)}")
         name = os.fspath(model_type)
-        if name in PRETRAINED_SHAPES:
+        if published_name(name):
             source = huggingface.download(name)
         elif is_path(name):
             source = Path(name)

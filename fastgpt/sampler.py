@@ -12,9 +12,10 @@ from torch import nn
 from fastgpt.devices import autocast, resolve_device, resolve_dtype
 from fastgpt.generation import Generator, Sampling
 from fastgpt.language_model import LanguageModel
-from fastgpt.model import GPT, PRETRAINED_SHAPES
+from fastgpt.model import GPT, published_name
 from fastgpt.tokenizer import (
     TOKENIZER_FILES,
+    CharTokenizer,
     GPT2Tokenizer,
     Tokenizer,
     tokenizer_in,
@@ -23,6 +24,7 @@ from fastgpt.training import checkpoint as ckpt
 from fastgpt.training import checkpoint_folder
 from fastgpt.training.config import SampleConfig
 
+_DEFAULT_START = "\n"
 _FROM_FILE = "FILE:"
 _LINE_END = re.compile(r"\r?\n")
 
@@ -65,6 +67,8 @@ class Sampler:
         )
         self._generator = Generator(self.model, sampling, autocast(self.device, dtype))
         self.prompts = [] if config.interactive else read_prompts(config.start, config.lines)
+        if self.prompts == [_DEFAULT_START] and not _has_line_feed(self.tokenizer):
+            self.prompts = [self.tokenizer.decode(start_ids(self.tokenizer))]
         for prompt in self.prompts:  # errors come before the first sample
             self._encode(prompt)
 
@@ -111,6 +115,8 @@ class Sampler:
             yield rest
 
     def _encode(self, prompt: str) -> list[int]:
+        if prompt == _DEFAULT_START:
+            return start_ids(self.tokenizer)
         ids = self.tokenizer.encode(prompt)
         if not ids:
             raise ValueError(f"a prompt must hold at least one token, got {prompt!r}")
@@ -214,6 +220,17 @@ def round_matrices(model: LanguageModel, dtype: torch.dtype) -> None:
             module.weight = nn.Parameter(module.weight.detach().to(dtype))
 
 
+def start_ids(tokenizer: Tokenizer) -> list[int]:
+    """The ids of a line feed, with which a text starts by default; token 0 if the vocabulary has
+    none, as that of a text in one line.
+    """
+    return (tokenizer.encode(_DEFAULT_START) if _has_line_feed(tokenizer) else []) or [0]
+
+
+def _has_line_feed(tokenizer: Tokenizer) -> bool:
+    return not isinstance(tokenizer, CharTokenizer) or _DEFAULT_START in tokenizer.stoi
+
+
 def write(
     model: LanguageModel,
     tokenizer: Tokenizer,
@@ -235,7 +252,7 @@ def write(
 
 def read_prompts(start: str, lines: bool = False) -> list[str]:
     """The prompt of the key ``start``; with ``lines`` one prompt for each line. A file's text is
-    what ``fastgpt prepare`` reads of it, line ends included, but for a byte order mark.
+    what ``fastgpt prepare`` reads of it, line ends included, without a byte order mark.
 
     Raises FileNotFoundError, or ValueError for a file that is empty or not UTF-8.
     """
@@ -269,7 +286,7 @@ def _load(config: SampleConfig) -> tuple[LanguageModel, Tokenizer, str | None]:
         checkpoint = ckpt.load(path)
         return ckpt.build_model(checkpoint, path), ckpt.tokenizer_of(checkpoint, path), note
     model = GPT.from_pretrained(config.init_from)
-    if config.init_from in PRETRAINED_SHAPES:
+    if published_name(config.init_from):
         return model, GPT2Tokenizer(), None
     return model, _tokenizer_beside(Path(config.init_from), model.config.vocab_size), None
 

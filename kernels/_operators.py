@@ -5,6 +5,9 @@ the same dispatch keys: ``torch.compile``, ``opcheck`` and the FLOP counter trea
 two wrap each call in Python code for operators of any kind. Left out is what serves default values,
 lists of tensors among the arguments, and results that alias an argument, which no operator here
 has. Operators that write to an argument are registered by ``custom_op``.
+
+Beyond them, ``torch.func.grad``, ``vjp`` and ``vmap`` work, and a tangent of forward mode is an
+error, where ``custom_op`` drops it.
 """
 
 import functools
@@ -13,8 +16,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch._functorch.utils import enable_single_level_autograd_function
 from torch._library.utils import get_layout_constraint_tag
 from torch._ops import OpOverload
+from torch.autograd import forward_ad
 
 _library = torch.library.Library("fastgpt", "FRAGMENT")
 _formulas: dict[OpOverload, "_Formula"] = {}
@@ -53,6 +58,7 @@ def operator(name: str, schema: str | None = None) -> Callable[[Callable[..., An
         _formulas[op] = _Formula(op)
         kernel = _with_autograd(op, launches, _formulas[op])
         _library.impl(name, kernel, "Autograd", with_keyset=True)
+        torch.library.register_vmap(f"fastgpt::{name}", _one_by_one(op), lib=_library)
         return op
 
     return register
@@ -96,6 +102,51 @@ def differentiable(
     formula.setup_context, formula.backward = setup_context, backward
 
 
+def wants_gradient(*tensors: torch.Tensor | None) -> bool:
+    """Whether autograd may differentiate by one of ``tensors``. A transform of torch.func hides
+    whether it does: a tensor with a dimension of ``vmap`` never seems to require a gradient."""
+    if not torch.is_grad_enabled():
+        return False
+    if torch._C._are_functorch_transforms_active():
+        return True
+    return any(x is not None and x.requires_grad for x in tensors)
+
+
+def _one_by_one(op: OpOverload) -> Callable[..., Any]:
+    """The operator's rule for ``torch.vmap``: a call for each element of the batch, and the results
+    stacked. PyTorch's own fallback, which does the same, refuses a list of tensors."""
+
+    def rule(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Any, Any]:
+        if not info.batch_size:
+            raise ValueError(f"vmap over {op._opname} must have a batch of at least 1, got 0")
+        calls = [
+            op(
+                *(
+                    a if dim is None else a.select(dim, i)
+                    for a, dim in zip(args, in_dims, strict=True)
+                )
+            )
+            for i in range(info.batch_size)
+        ]
+        if isinstance(calls[0], torch.Tensor):
+            return torch.stack(calls), 0
+        results = [torch.stack(tensors) for tensors in zip(*calls, strict=True)]
+        return (
+            (results, [0] * len(results))
+            if isinstance(calls[0], list)
+            else (tuple(results), (0,) * len(results))
+        )
+
+    return rule
+
+
+def _has_tangent(inputs: tuple[Any, ...]) -> bool:
+    return any(
+        isinstance(x, torch.Tensor) and forward_ad.unpack_dual(x).tangent is not None
+        for x in inputs
+    )
+
+
 def _with_autograd(
     op: OpOverload, implementation: Callable[..., Any], formula: _Formula
 ) -> Callable[..., Any]:
@@ -125,10 +176,27 @@ def _with_autograd(
     name = f"GeneratedBackwardFor_fastgpt_{op._opname}_default"  # as custom_op names it
     node: Any = type(name, (torch.autograd.Function,), methods)
 
+    @torch.enable_grad()  # the transform outside may differentiate what this one computes
+    def forward_in_transform(ctx: Any, *args: Any) -> Any:
+        return forward(ctx, *args)
+
+    # For a transform of torch.func, which runs this kernel at its own level.
+    methods = {**methods, "forward": staticmethod(forward_in_transform)}
+    in_transform: Any = type(name, (torch.autograd.function._SingleLevelFunction,), methods)
+
     def kernel(keyset: Any, *inputs: Any) -> Any:
-        if torch.is_grad_enabled() and torch._C._any_requires_grad(*inputs):
+        if forward_ad._current_level >= 0 and _has_tangent(inputs):
+            raise NotImplementedError(
+                f"{op._opname} has no forward-mode derivative (torch.func.jvp, jacfwd, dual "
+                "tensors): use reverse mode, or the ops of fastgpt.kernels.reference"
+            )
+        if not (torch.is_grad_enabled() and torch._C._any_requires_grad(*inputs)):
+            return run(keyset, inputs)
+        if torch._C._are_functorch_transforms_active():
+            with enable_single_level_autograd_function():
+                output = in_transform.apply(*inputs, keyset)
+        else:
             output = node.apply(*inputs, keyset)
-            return list(output) if returns_list else output
-        return run(keyset, inputs)
+        return list(output) if returns_list else output
 
     return kernel

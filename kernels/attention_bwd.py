@@ -296,7 +296,7 @@ def attention_bwd(
             config = launch("bwd_dq", q, options)
             grid = (_host.cdiv(n_queries, config["BLOCK_M"]) * batch * n_head,)
             _attention_bwd_dq_kernel[grid](
-                out_ptr=out, dq_ptr=dq, dq_stride_t=dq.stride(1), **read, **config
+                out_ptr=out.contiguous(), dq_ptr=dq, dq_stride_t=dq.stride(1), **read, **config
             )
         if dk.numel():
             config = launch("bwd_dkdv", q, options)

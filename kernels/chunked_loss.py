@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastgpt.kernels._operators import differentiable, fake, operator
+from fastgpt.kernels._operators import differentiable, fake, operator, wants_gradient
 from fastgpt.kernels._tensors import as_matrix, autocast_dtype, matmul_float32
 
 # rows(logits, targets, losses, ignore_index, label_smoothing, z_loss, want_gradient) writes the
@@ -197,7 +197,6 @@ def apply(
     z_loss: float,
 ) -> Tensor:
     """The loss by an operator of ``define``, which computes only the gradients required."""
-    differentiable = torch.is_grad_enabled()
     return op(
         x,
         weight,
@@ -207,6 +206,6 @@ def apply(
         reduction == "mean",
         label_smoothing,
         z_loss,
-        differentiable and x.requires_grad,
-        differentiable and weight.requires_grad,
+        wants_gradient(x),
+        wants_gradient(weight),
     )[0]

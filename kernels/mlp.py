@@ -14,12 +14,11 @@ separate kernel reads pre to write act, and dact is never written. 2 T F (C + N)
 floating-point operations forward, twice as many backward.
 """
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from fastgpt.kernels import _checks, _host, gemm
-from fastgpt.kernels._operators import differentiable, fake, operator
+from fastgpt.kernels._operators import differentiable, fake, operator, wants_gradient
 from fastgpt.kernels._tensors import row_count
 from fastgpt.kernels.linear import (
     cast,
@@ -189,8 +188,6 @@ def mlp(
     x = x.to(_host.autocast_dtype(x))
     _checks.mlp(x, fc_weight, fc_bias, proj_weight, approximate, recompute)
     _host.launchable(x=x, fc_weight=fc_weight, fc_bias=fc_bias, proj_weight=proj_weight)
-    saves = torch.is_grad_enabled() and any(
-        t is not None and t.requires_grad for t in (x, fc_weight, fc_bias, proj_weight)
-    )
+    saves = wants_gradient(x, fc_weight, fc_bias, proj_weight)
     norm_arguments = with_recompute(recompute)
     return _mlp_op(x, fc_weight, fc_bias, proj_weight, *norm_arguments, approximate, saves)[0]

@@ -224,6 +224,8 @@ def _recomputed_linear(
     x = x.to(autocast_dtype(x))  # a Function is not cast, and its backward runs outside of autocast
     weight = weight.to(x.dtype)
     bias = None if bias is None else bias.to(x.dtype)
+    if torch._C._are_functorch_transforms_active():  # for which x is kept: they take no Function
+        return F.linear(x, weight, bias)
     return _RecomputedLinear.apply(x, weight, bias, rebuild, *sources)
 
 

@@ -12,7 +12,7 @@ import signal
 import sys
 import zlib
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from types import ModuleType
 from typing import Any
 
@@ -25,6 +25,23 @@ from torch.utils import _device
 from fastgpt.kernels import _host, fused, torch_ops
 from tests.tools import interpreter
 from tests.tools.sanitizer import sanitize
+
+with suppress(ImportError):  # of the extra test; without it the tests that need it are skipped
+    import hypothesis
+
+    _common: Any = dict(
+        deadline=None, database=None, suppress_health_check=list(hypothesis.HealthCheck)
+    )
+    # A failure is not made smaller: that may take minutes.
+    _phases = [
+        hypothesis.Phase.explicit,
+        hypothesis.Phase.generate,
+    ]
+    hypothesis.settings.register_profile(
+        "small", max_examples=60, derandomize=True, phases=_phases, **_common
+    )
+    hypothesis.settings.register_profile("large", max_examples=2000, **_common)
+    hypothesis.settings.load_profile("small")
 
 
 def _poisoning(allocate: Callable[..., Tensor]) -> Callable[..., Tensor]:

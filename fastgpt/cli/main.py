@@ -4,6 +4,7 @@ import contextlib
 import errno
 import os
 import sys
+from dataclasses import replace
 from typing import Annotated, Any
 
 import torch
@@ -18,6 +19,7 @@ from fastgpt.cli.plot import PlotConfig, plot
 from fastgpt.cli.prepare import Prepare, TrainTokenizer, run_prepare, run_train_tokenizer, shown
 from fastgpt.cli.sample import run_sample
 from fastgpt.cli.train import Train, keys_below, run_train, train_defaults
+from fastgpt.devices import is_native, resolve_device
 from fastgpt.interop.export import ExportConfig, export
 from fastgpt.training.config import SampleConfig, TrainConfig
 from fastgpt.training.distributed import World
@@ -78,15 +80,25 @@ def _parse(argv: list[str], defaults: Train) -> Command:
     return command
 
 
-def _train_config(argv: list[str], first: Train) -> TrainConfig:
+def _train_config(argv: list[str], first: Train, console: Console) -> TrainConfig:
     """Defaults < preset < configuration file < command line.
 
     ``first`` is ``argv`` parsed on the plain defaults, which gives preset and file. ``argv`` is
-    then parsed again with these as the defaults.
+    then parsed again with these as the defaults. A checkpoint's dtype that the device lacks becomes
+    auto, which is printed; one of the command line does not.
     """
-    second = _parse(argv, train_defaults(keys_below(first)))
+    below = keys_below(first)
+    second = _parse(argv, train_defaults(below))
     assert isinstance(second, Train)
-    return TrainConfig(**second.keys())
+    config = TrainConfig(**second.keys())
+    asked = any(argument.partition("=")[0] == "--dtype" for argument in argv)
+    if config.init_from != "resume" or "dtype" not in below or asked:
+        return config
+    device = resolve_device(config.device)
+    if is_native(config.dtype, device):
+        return config
+    console.print(f"dtype = auto, as {device} has no {config.dtype}, which the checkpoint names")
+    return replace(config, dtype="auto")
 
 
 def _export(config: ExportConfig, console: Console) -> None:
@@ -131,7 +143,7 @@ def main(argv: list[str] | None = None) -> int:
             return 0
         command = _parse(argv, Train())
         if isinstance(command, Train):
-            run_train(_train_config(argv, command), world, console)
+            run_train(_train_config(argv, command, console), world, console)
         elif isinstance(command, Prepare):
             run_prepare(command, console)
         elif isinstance(command, TrainTokenizer):

@@ -5,23 +5,20 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import torch
 import tyro
 from rich.console import Console
 from rich.table import Table
 
-from fastgpt.bigram import Bigram
 from fastgpt.cli.prepare import BUILTIN, report_prepared
 from fastgpt.data import builtin_texts, manifest
 from fastgpt.devices import autocast, resolve_device
 from fastgpt.language_model import LanguageModel
-from fastgpt.sampler import write
-from fastgpt.tokenizer import CharTokenizer, GPT2Tokenizer
+from fastgpt.sampler import start_ids, write
+from fastgpt.tokenizer import GPT2Tokenizer
 from fastgpt.training import checkpoint as ckpt
 from fastgpt.training import checkpoint_folder
 from fastgpt.training.config import (
     GROUPS,
-    PRESETS,
     RENAMED_KEYS,
     Data,
     Logging,
@@ -31,10 +28,10 @@ from fastgpt.training.config import (
     Schedule,
     System,
     TrainConfig,
-    automatic_keys,
 )
-from fastgpt.training.config_file import read_config_file
+from fastgpt.training.config_file import keys_of
 from fastgpt.training.distributed import World
+from fastgpt.training.presets import PRESETS, automatic_keys
 from fastgpt.training.trainer import Trainer
 
 # the sample at the end of a training run
@@ -54,18 +51,32 @@ class Train:
     config_file: Annotated[
         tyro.conf.Positional[Path | None],
         tyro.conf.arg(
-            metavar="[CONFIG.py]",
+            metavar="[CONFIG.py|PRESET]",
             help="A configuration file of nanoGPT's kind: assignments such as n_layer = 6. It is "
-            "read, not executed.",
+            "read, not executed. Or the name of a preset.",
             help_behavior_hint="(default: none)",
         ),
     ] = None
     preset: Annotated[
-        Literal["char", "char-cpu", "gpt2"] | None,
+        Literal[
+            "char",
+            "char-cpu",
+            "gpt2",
+            "train_gpt2",
+            "train_shakespeare_char",
+            "finetune_shakespeare",
+            "eval_gpt2",
+            "eval_gpt2_medium",
+            "eval_gpt2_large",
+            "eval_gpt2_xl",
+        ]
+        | None,
         tyro.conf.arg(
-            metavar="{char,char-cpu,gpt2}",
+            metavar="PRESET",
             help="char: 10.6M parameters on characters, for a GPU. char-cpu: 0.8M, a few minutes "
-            "on a CPU. gpt2: the defaults below, GPT-2 124M on OpenWebText.",
+            "on a CPU. gpt2: the defaults below, GPT-2 124M on OpenWebText. nanoGPT's "
+            "configurations, without wandb_log: train_gpt2, train_shakespeare_char, "
+            "finetune_shakespeare, eval_gpt2, eval_gpt2_medium, eval_gpt2_large, eval_gpt2_xl.",
             help_behavior_hint="(default: by device; none with CONFIG.py)",
         ),
     ] = None
@@ -100,7 +111,7 @@ def keys_below(first: Train) -> dict[str, Any]:
     if first.preset is not None:
         base.update(PRESETS[first.preset])
     if first.config_file is not None:
-        base.update(read_config_file(first.config_file))
+        base.update(keys_of(first.config_file))
     if first.preset is None and first.config_file is None:
         if first.output.init_from == "resume":
             base.update(_saved_keys(Path(first.output.out_dir)))
@@ -132,6 +143,8 @@ def run_train(config: TrainConfig, world: World, console: Console) -> None:
 
 
 def _train_connected(config: TrainConfig, world: World, console: Console) -> None:
+    # A file's str(time.time()) differs between the processes.
+    config = world.all_gather_object(config)[0]
     changed = ", ".join(f"{key}={value}" for key, value in config.differences().items())
     console.print(f"keys that differ from the defaults: {changed or 'none'}")
     data_dir = config.data_dir
@@ -146,9 +159,9 @@ def _train_connected(config: TrainConfig, world: World, console: Console) -> Non
     )
     trainer.run()
     if not config.eval_only:
-        console.print(_summary(trainer))
         model = trainer.full_model()
         if world.is_main:
+            console.print(_summary(trainer))
             _print_sample(trainer, model, console)
             path, _ = checkpoint_folder.for_sampling(trainer.out_dir)
             where = "" if config.out_dir == "out" else f" --out_dir={shlex.quote(config.out_dir)}"
@@ -156,7 +169,7 @@ def _train_connected(config: TrainConfig, world: World, console: Console) -> Non
 
 
 def _summary(trainer: Trainer) -> Table:
-    """The losses of the trained model and of a bigram."""
+    """The losses of the trained model, over random batches, and of a bigram, over all of val."""
     data_dir, shape = trainer.config.data_dir, trainer.model.config
     table = Table(title="Validation loss in nats per token, lower is better")
     table.add_column("model")
@@ -170,13 +183,11 @@ def _summary(trainer: Trainer) -> Table:
     if shape.vocab_size > builtin_texts.MAX_BIGRAM_VOCAB_SIZE:
         table.caption = f"No bigram table: {shape.vocab_size} x {shape.vocab_size} is too large."
         return table
-    counts = torch.from_numpy(builtin_texts.bigram_counts(data_dir, "train", shape.vocab_size))
-    bigram = Bigram(shape)
-    bigram.load_state_dict({"table.weight": (counts + 1.0).log()})  # softmax normalises the rows
-    bigram.to(trainer.device)
-    loss = trainer.mean_loss(bigram, "val")
-    table.add_row("bigram, counted on train.bin", f"{bigram.get_num_params():,}", f"{loss:.4f}")
-    val_counts = builtin_texts.bigram_counts(data_dir, "val", shape.vocab_size)
+    counts, val_counts = (
+        builtin_texts.bigram_counts(data_dir, split, shape.vocab_size) for split in ("train", "val")
+    )
+    loss = builtin_texts.bigram_loss(counts, val_counts)
+    table.add_row("bigram, counted on train.bin", f"{counts.size:,}", f"{loss:.4f}")
     entropy = builtin_texts.bigram_entropy(val_counts)
     table.add_row("bigram entropy of val.bin", "", f"{entropy:.4f}")
     return table
@@ -188,11 +199,10 @@ def _print_sample(trainer: Trainer, model: LanguageModel, console: Console) -> N
     except (ImportError, ConnectionError) as error:
         console.print(f"no sample: {error}")
         return
-    unknown = isinstance(tokenizer, CharTokenizer) and "\n" not in tokenizer.stoi
     text = write(
         model.eval(),
         tokenizer,
-        ([] if unknown else tokenizer.encode("\n")) or [0],
+        start_ids(tokenizer),
         _SAMPLE_TOKENS,
         _SAMPLE_TEMPERATURE,
         _SAMPLE_TOP_K,

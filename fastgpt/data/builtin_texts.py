@@ -4,6 +4,7 @@ prepare_builtin("data/builtin")              # the running Python's standard lib
 TextSource(shakespeare_text())               # Tiny Shakespeare, downloaded
 counts = bigram_counts("data/builtin", "val", 96)
 bigram_entropy(counts)                       # nats per token
+bigram_loss(bigram_counts("data/builtin", "train", 96), counts)   # of the table counted on train
 """
 
 import hashlib
@@ -119,6 +120,20 @@ def bigram_entropy(counts: npt.NDArray[np.int64]) -> float:
         raise ValueError("counts must hold at least one pair of tokens, got none")
     # H = -sum_ab p(ab) log(n_ab / n_a)
     return (_sum_n_log_n(counts.sum(1)) - _sum_n_log_n(counts)) / float(counts.sum())
+
+
+def bigram_loss(train: npt.NDArray[np.int64], val: npt.NDArray[np.int64]) -> float:
+    """The mean loss, in nats per token, over all pairs that ``val`` counts, of the table that
+    predicts b after a with the probability (train[a, b] + 1) / (sum of train[a] + V). It is at
+    least the entropy of ``val``.
+
+    Raises:
+        ValueError: ``val`` is empty, as for a split of 1 token.
+    """
+    if not val.any():
+        raise ValueError("val must hold at least one pair of tokens, got none")
+    log_p = np.log(train + 1.0) - np.log(train.sum(1, keepdims=True) + float(len(train)))
+    return -float((val * log_p).sum()) / float(val.sum())
 
 
 def _sum_n_log_n(counts: npt.NDArray[np.int64]) -> float:

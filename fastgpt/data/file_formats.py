@@ -51,7 +51,7 @@ def _begins_with_object(path: Path) -> bool:
 
 
 def read_text(path: Path) -> Iterator[tuple[str, int]]:
-    """The text of one file in chunks, with its line ends unchanged.
+    """The text of one file in chunks, with its line ends unchanged and without a byte order mark.
 
     Raises:
         ValueError: it is not UTF-8 (the message has the position of the byte), or its compression
@@ -60,11 +60,14 @@ def read_text(path: Path) -> Iterator[tuple[str, int]]:
     """
     decoder = codecs.getincrementaldecoder("utf-8")()
     start = 0  # of the chunk, in the text's bytes
+    first = True
     data, position = b"", 0
     try:
         for data, position in _chunks(path):
             if text := decoder.decode(data):
-                yield text, position
+                if text := text.removeprefix("\ufeff") if first else text:
+                    yield text, position
+                first = False
             start += len(data)
         data = b""
         decoder.decode(data, final=True)

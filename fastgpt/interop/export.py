@@ -21,7 +21,7 @@ import torch
 from fastgpt._files import atomic_write, check_folder, writing
 from fastgpt._optional import optional
 from fastgpt.interop import huggingface
-from fastgpt.model import GPT, PRETRAINED_SHAPES
+from fastgpt.model import GPT, published_name
 from fastgpt.tokenizer import (
     END_OF_TEXT,
     CharTokenizer,
@@ -132,7 +132,7 @@ def _source(config: ExportConfig) -> _Source:
         "best_val_loss": torch.tensor(1e9),
         "config": {},
     }
-    if name in PRETRAINED_SHAPES:
+    if published_name(name):
         return _Source(model, name, GPT2Tokenizer, training)
     folder = Path(name) if Path(name).is_dir() else Path(name).parent
     return _Source(model, name, lambda: saved_tokenizer(folder), training)

@@ -28,7 +28,6 @@ from fastgpt.tokenizer import (
     saved_tokenizer,
     unpacked,
 )
-from fastgpt.training import sharded_checkpoint
 
 BEST = "ckpt.pt"  # its name, where nanoGPT looks for it
 
@@ -82,6 +81,9 @@ def load(path: Path, required: tuple[str, ...] = FOR_SAMPLING) -> Checkpoint:
     Raises FileNotFoundError, or ValueError when it is damaged or lacks a ``required`` key.
     """
     if path.is_dir():
+        # Imported where it is needed: it takes half as long as PyTorch itself.
+        from fastgpt.training import sharded_checkpoint
+
         checkpoint = sharded_checkpoint.load(path)
     elif path.is_file():
         with _reading(path):
@@ -103,6 +105,8 @@ def header(path: Path) -> Checkpoint:
     Raises FileNotFoundError, or ValueError when it is damaged or lacks the key ``iter_num``.
     """
     if path.is_dir():
+        from fastgpt.training import sharded_checkpoint
+
         checkpoint = sharded_checkpoint.header(path)
     else:
         with _reading(path):

@@ -1,4 +1,4 @@
-"""The keys of a run: nanoGPT's names and defaults, and presets.
+"""The keys of a run: nanoGPT's names and defaults.
 
 The keys are in small dataclasses, one for each heading of ``--help``; ``TrainConfig`` inherits them
 all. A key's type is its annotation, its help the comment above it.
@@ -11,13 +11,12 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
-
 from fastgpt._files import is_path
+from fastgpt.model import PRETRAINED_SHAPES
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
-INIT_FROM = ("scratch", "resume", "gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
+INIT_FROM = ("scratch", "resume", *PRETRAINED_SHAPES)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +36,8 @@ class Output:
     # Newest checkpoints to keep, besides the best.
     keep_last: int = 2
     # scratch, resume (from out_dir), or pretrained weights: gpt2, gpt2-medium, gpt2-large, gpt2-xl,
-    # or the path of a folder or .safetensors file that transformers or `fastgpt export` wrote.
+    # distilgpt2, or the path of a folder or .safetensors file that transformers or `fastgpt export`
+    # wrote.
     init_from: str = "scratch"
 
 
@@ -185,9 +185,9 @@ class TrainConfig(System, Schedule, Optimizer, Model, Data, Logging, Output):
 class SampleConfig:
     """Write text with a trained model."""
 
-    # resume (ckpt.pt in out_dir), or pretrained weights: gpt2, gpt2-medium, gpt2-large, gpt2-xl, or
-    # the path of a folder or .safetensors file that transformers or `fastgpt export` wrote; the
-    # tokenizer is the one beside it (tokenizer.json, say), else GPT-2's.
+    # resume (ckpt.pt in out_dir), or pretrained weights: gpt2, gpt2-medium, gpt2-large, gpt2-xl,
+    # distilgpt2, or the path of a folder or .safetensors file that transformers or `fastgpt export`
+    # wrote; the tokenizer is the one beside it (tokenizer.json, say), else GPT-2's.
     init_from: str = "resume"
     # Folder of the checkpoint.
     out_dir: str = "out"
@@ -236,58 +236,6 @@ class SampleConfig:
             raise ValueError("stop must hold texts of at least one character, got ''")
         if self.interactive and self.lines:
             raise ValueError("lines must be False with interactive, whose prompts are lines anyway")
-
-
-_CHAR: dict[str, Any] = {
-    "dataset": "builtin",
-    "eval_interval": 250,
-    "eval_iters": 200,
-    "log_interval": 10,
-    "always_save_checkpoint": False,
-    "gradient_accumulation_steps": 1,
-    "batch_size": 64,
-    "block_size": 256,
-    "n_layer": 6,
-    "n_head": 6,
-    "n_embd": 384,
-    "dropout": 0.2,
-    "learning_rate": 1e-3,
-    "max_iters": 5000,
-    "lr_decay_iters": 5000,
-    "min_lr": 1e-4,
-    "beta2": 0.99,
-    "warmup_iters": 100,
-}
-
-# What each preset changes. `gpt2` is the defaults themselves: GPT-2 124M on OpenWebText.
-PRESETS: dict[str, dict[str, Any]] = {
-    "char": _CHAR,
-    "char-cpu": {
-        **_CHAR,
-        "eval_iters": 20,
-        "batch_size": 12,
-        "block_size": 64,
-        "n_layer": 4,
-        "n_head": 4,
-        "n_embd": 128,
-        "dropout": 0.0,
-        "max_iters": 2000,
-        "lr_decay_iters": 2000,
-        "device": "cpu",
-    },
-    "gpt2": {},
-}
-
-
-# A run without any keys, on a CPU: half of char-cpu, under 3 minutes on two cores.
-_SHORT_RUN = {"max_iters": 1000, "lr_decay_iters": 1000}
-
-
-def automatic_keys() -> dict[str, Any]:
-    """The keys of a run without a preset and without a configuration file."""
-    if torch.cuda.is_available():
-        return PRESETS["char"]
-    return {**PRESETS["char-cpu"], **_SHORT_RUN}
 
 
 _COUNTS = (

@@ -3,14 +3,13 @@
 from pathlib import Path
 from typing import Any
 
-from fastgpt._files import is_path
 from fastgpt.bigram import Bigram
 from fastgpt.data.manifest import read_manifest
 from fastgpt.language_model import GPTConfig, LanguageModel
-from fastgpt.model import GPT
+from fastgpt.model import GPT, published_name
 from fastgpt.tokenizer import CharTokenizer, Tokenizer, tokenizer_in
 from fastgpt.training import checkpoint as ckpt
-from fastgpt.training import checkpoint_folder, sharded_checkpoint
+from fastgpt.training import checkpoint_folder
 from fastgpt.training.config import TrainConfig
 from fastgpt.training.distributed import World
 
@@ -36,16 +35,15 @@ def new_model(config: TrainConfig, tokenizer: Tokenizer | None) -> LanguageModel
 
 def _pretrained(config: TrainConfig, tokenizer: Tokenizer | None) -> GPT:
     source = f"init_from={config.init_from!r}"
-    if is_path(config.init_from):
-        model = GPT.from_pretrained(config.init_from, {"dropout": config.dropout})
+    published = published_name(config.init_from)
+    if published and tokenizer and tokenizer.padded_vocab_size != PADDED_GPT2_VOCAB_SIZE:
+        raise ValueError(
+            f"{source} needs a data set of GPT-2's tokens, but {config.data_dir} has others "
+            f"({tokenizer.name})"
+        )
+    model = GPT.from_pretrained(config.init_from, {"dropout": config.dropout})
+    if not published:
         _check_tokens(config, tokenizer, model)
-    else:
-        if tokenizer and tokenizer.padded_vocab_size != PADDED_GPT2_VOCAB_SIZE:
-            raise ValueError(
-                f"{source} needs a data set of GPT-2's tokens, but {config.data_dir} has others "
-                f"({tokenizer.name})"
-            )
-        model = GPT.from_pretrained(config.init_from, {"dropout": config.dropout})
     if config.block_size > model.config.block_size:
         raise ValueError(
             f"block_size must be at most {model.config.block_size} with {source}, "
@@ -77,17 +75,19 @@ def _check_tokens(config: TrainConfig, tokenizer: Tokenizer | None, model: GPT) 
 
 
 def saved_state(
-    config: TrainConfig, tokenizer: Tokenizer | None, world: World
+    config: TrainConfig, tokenizer: Tokenizer | None, fingerprint: str, world: World
 ) -> tuple[ckpt.Checkpoint, Path]:
     """The newest checkpoint in ``out_dir`` and its path. For a sharded run a folder's tensors are
-    left out; ``sharded_checkpoint.load_into`` reads them.
+    left out; ``sharded_checkpoint.load_into`` reads them. ``fingerprint`` is that of the data set.
 
-    Raises FileNotFoundError if there is none, ValueError if it is damaged or was trained on other
-    tokens.
+    Raises FileNotFoundError if there is none, ValueError if it is damaged, was trained on other
+    tokens, or on other data under the data set's name.
     """
 
     def read(path: Path) -> ckpt.Checkpoint:
         if path.is_dir() and is_sharded(config, world):
+            from fastgpt.training import sharded_checkpoint
+
             sharded_checkpoint.check(path, world)
             return sharded_checkpoint.header(path)
         return ckpt.load(path, ckpt.FOR_RESUMING)
@@ -100,7 +100,19 @@ def saved_state(
             f"{path} was trained on {known.vocab_size} {tokens} that are not those of the "
             f"data set {config.data_dir}: resume with the data it was trained on"
         )
+    same_name = saved.get("config", {}).get("dataset") == config.dataset
+    if same_name and is_of_other_data(saved, fingerprint):
+        raise ValueError(
+            f"{path} was trained on other data than {config.data_dir} holds now: resume with the "
+            "data it was trained on, or rename that folder and name it with --dataset to go on "
+            "with the new data"
+        )
     return saved, path
+
+
+def is_of_other_data(saved: ckpt.Checkpoint, fingerprint: str) -> bool:
+    """Whether a checkpoint knows its data set, and that is another one."""
+    return ckpt.own_state(saved).get("data_fingerprint", fingerprint) != fingerprint
 
 
 def is_sharded(config: TrainConfig, world: World) -> bool:

@@ -10,7 +10,7 @@ stopped.
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -22,7 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from fastgpt._files import check_folder, exclusive_lock
 from fastgpt._progress import PlainConsole, run_console
-from fastgpt.data.batches import SPLITS, Batches, token_files
+from fastgpt.data.batches import SPLITS, Batches, fingerprint
 from fastgpt.devices import (
     autocast,
     peak_flops,
@@ -35,7 +35,7 @@ from fastgpt.language_model import LanguageModel
 from fastgpt.model import A100_PEAK_FLOPS, GPT
 from fastgpt.tokenizer import packed, saved_tokenizer
 from fastgpt.training import checkpoint as ckpt
-from fastgpt.training import checkpoint_folder, fsdp, init_from, sharded_checkpoint
+from fastgpt.training import checkpoint_folder, init_from
 from fastgpt.training.config import TrainConfig
 from fastgpt.training.distributed import ALONE, World
 from fastgpt.training.log import LOG, TENSORBOARD, RunLog
@@ -84,12 +84,14 @@ class Trainer:
         torch.backends.cuda.matmul.allow_tf32 = True
         torch.backends.cudnn.allow_tf32 = True
 
-        for split in SPLITS:  # a missing file is named before weights are drawn or downloaded
-            token_files(config.data_dir, split)
+        # A missing file is named before weights are drawn or downloaded.
+        self._data_fingerprint = fingerprint(config.data_dir)
         self.tokenizer = saved_tokenizer(config.data_dir)
         saved, path = None, self.out_dir
         if config.init_from == "resume":
-            saved, path = init_from.saved_state(config, self.tokenizer, world)
+            saved, path = init_from.saved_state(
+                config, self.tokenizer, self._data_fingerprint, world
+            )
         model = self._build_model(saved, path)
         self.config = config = self._with_shape_of(model)
         self.batches = Batches(
@@ -151,6 +153,9 @@ class Trainer:
         """The model as ``Step`` takes it: compiled, sharded or in DDP, as the config says."""
         self._forward: torch.nn.Module = self.model
         if self._sharded:
+            # Imported where it is needed: it takes half as long as PyTorch itself.
+            from fastgpt.training import fsdp
+
             fsdp.shard(self.model, self.device, self.world, self.dtype)
             if self.config.compile:
                 self.model.compile()
@@ -189,6 +194,8 @@ class Trainer:
             state = saved["optimizer"]
             for old, new in zip(state["param_groups"], self.optimizer.param_groups, strict=True):
                 old.update({k: v for k, v in new.items() if k != "params"})
+            if self._sharded:
+                from fastgpt.training import fsdp, sharded_checkpoint
             if self._sharded and path.is_dir():
                 moments = fsdp.empty_state(self.optimizer)
                 state["state"] = sharded_checkpoint.load_into(self.model, moments, path)
@@ -207,6 +214,10 @@ class Trainer:
                     self.scaler.load_state_dict(own["scaler"])
         except (KeyError, ValueError, TypeError, RuntimeError) as error:
             raise ValueError(f"{path} holds no state to go on from: {error}") from error
+        if init_from.is_of_other_data(saved, self._data_fingerprint):
+            # Its best loss is one of other validation data.
+            self.best_val_loss, self.best_iter = math.inf, None
+            self.console.print(f"{path} was trained on other data than {self.config.data_dir}")
         self.console.print(f"going on from {path} at iteration {self.iter_num}")
 
     def learning_rate(self, iteration: int) -> float:
@@ -321,27 +332,26 @@ class Trainer:
             f"batch is ignored. Last good checkpoint: {kept[0] if kept else 'none yet'}"
         )
 
-    @torch.no_grad()
-    def mean_loss(self, model: LanguageModel, split: str) -> float:
-        """The loss of any model over ``eval_iters`` batches of a split, the same at every call.
-        Collective: every rank must call it; they share the batches.
+    def evaluate(self) -> dict[str, float]:
+        """The mean loss of ``eval_iters`` batches of each split, ``{"train": .., "val": ..}``: of
+        the same batches at every call. Collective: every rank must call it; they share the batches.
         """
-        was_training = model.training
-        model.eval()
-        forward: Callable[..., Any] = self._forward if model is self.model else model
+        was_training = self.model.training
+        self.model.eval()
+        losses = {split: self._mean_loss(split) for split in SPLITS}
+        self.model.train(was_training)
+        return losses
+
+    @torch.no_grad()
+    def _mean_loss(self, split: str) -> float:
         count, size = self.config.eval_iters, self.world.size
         # The ranks of a sharded model run it equally often; a surplus result is discarded.
         losses = []
         for x, y in self.batches.evaluation(split, -(-count // size) * size):
             with self._autocast:
-                losses.append(forward(x, y)[1])
-        model.train(was_training)
+                losses.append(self._forward(x, y)[1])
         mine = len(range(self.world.rank, count, size))
         return (self.world.all_reduce(torch.stack(losses)[:mine].sum()) / count).item()
-
-    def evaluate(self) -> dict[str, float]:
-        """The mean loss of ``eval_iters`` batches of each split: ``{"train": .., "val": ..}``."""
-        return {split: self.mean_loss(self.model, split) for split in ("train", "val")}
 
     def _evaluate_and_save(self, mfu: float | None) -> None:
         losses = self.evaluate()
@@ -371,6 +381,7 @@ class Trainer:
             **packed(self.tokenizer),
             "generators": self.world.all_gather_object(random_states(self.device)),
             "data": self.batches.state_dict(),
+            "data_fingerprint": self._data_fingerprint,
             "scaler": self.scaler.state_dict(),
             "best_iter": self.best_iter,
         }
@@ -389,6 +400,8 @@ class Trainer:
         }
         path = checkpoint_folder.path_of(self.out_dir, self.iter_num, self._sharded)
         if self._sharded:
+            from fastgpt.training import sharded_checkpoint
+
             sharded_checkpoint.save(state, path, self.world)
         elif self.world.is_main:
             ckpt.save(state, path)
@@ -404,6 +417,8 @@ class Trainer:
         """
         if not self._sharded:
             return self.model
+        from fastgpt.training import fsdp
+
         state = {
             "model": fsdp.full_state_dict(self.model),
             "model_args": ckpt.model_args(self.model),

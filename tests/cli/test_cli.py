@@ -6,8 +6,9 @@ import random
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, get_args, get_type_hints
 
 import pytest
 import torch
@@ -15,10 +16,11 @@ import torch
 import fastgpt
 from fastgpt.cli import main as cli
 from fastgpt.cli.arguments import normalized
-from fastgpt.training.config import PRESETS, SampleConfig, TrainConfig
+from fastgpt.training.config import SampleConfig, TrainConfig
 from fastgpt.training.distributed import World
+from fastgpt.training.presets import PRESETS
 from fastgpt.training.trainer import Trainer
-from tests.tools.small_runs import TEXT, arguments, data_set, small_keys
+from tests.tools.small_runs import TEXT, arguments, data_set, quiet, small_keys, state_of
 
 
 @pytest.fixture(autouse=True)
@@ -30,7 +32,7 @@ def parsed(*argv: str) -> TrainConfig:
     args = ["train", *argv]
     command = cli._parse(args, cli.Train())
     assert isinstance(command, cli.Train)
-    return cli._train_config(args, command)
+    return cli._train_config(args, command, quiet())
 
 
 def small(**changes: Any) -> list[str]:
@@ -51,6 +53,24 @@ def test_defaults_preset_file_command_line() -> None:
         assert parsed(*argv) == TrainConfig(**changed)
     # the command line wins even with the default
     assert parsed("--preset=char-cpu", "--n_layer=12", "--device=cuda").n_layer == 12
+
+
+def test_presets_by_name() -> None:
+    assert set(get_args(get_args(get_type_hints(cli.Train)["preset"])[0])) == set(PRESETS)
+    for name, keys in PRESETS.items():
+        expected = TrainConfig(**keys | {"batch_size": 3})
+        assert parsed(name, "--batch_size=3") == parsed("--batch_size=3", name) == expected
+        assert parsed(f"--preset={name}", "--batch_size=3") == expected
+    train = {"eval_interval": 1000, "log_interval": 10, "wandb_run_name": "gpt2-124M"}
+    assert parsed("train_gpt2").differences() == train
+    tuned = parsed("finetune_shakespeare", "--device=cpu")
+    assert (tuned.init_from, tuned.dataset, tuned.decay_lr) == ("gpt2-xl", "shakespeare", False)
+    assert tuned.batch_size * tuned.gradient_accumulation_steps * tuned.max_iters == 640
+    for size in ("medium", "large", "xl"):
+        config = parsed(f"eval_gpt2_{size}")
+        assert config.eval_only and config.init_from == f"gpt2-{size}"
+    Path("char").write_text("n_layer = 5\n")  # a file of that name goes first
+    assert parsed("char") == TrainConfig(n_layer=5)
 
 
 def test_nanogpts_checkpoint_does_not_ask_for_torch_compile() -> None:
@@ -129,6 +149,42 @@ def test_resume_goes_on_with_the_keys_of_the_checkpoint() -> None:
     assert parsed("--init_from=resume").document_mask
 
 
+def test_all_processes_take_the_keys_of_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    """out_dir = 'out-' + str(time.time()) is another folder in each."""
+
+    def gathered(self: World, item: Any) -> list[Any]:
+        first = replace(item, out_dir="first") if isinstance(item, TrainConfig) else item
+        return [first, item]
+
+    data_set(Path())
+    monkeypatch.setattr(World, "all_gather_object", gathered)
+    assert cli.main(small(out_dir="second")) == 0
+    assert Path("first/ckpt.pt").exists() and not Path("second").exists()
+
+
+@pytest.mark.parametrize("of_nanogpt", [False, True])
+def test_resume_without_the_dtype_of_the_checkpoint(
+    of_nanogpt: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data_set(Path())
+    assert cli.main(small(max_iters=10)) == 0
+    state = state_of(Path())
+    state["config"]["dtype"] = "float16"  # of a GPU
+    if of_nanogpt:
+        del state["fastgpt"]
+    torch.save(state, "out/iter-0000011.pt")
+    resume = ["train", "--init_from=resume", "--max_iters=11"]
+    capsys.readouterr()
+    assert cli.main(resume) == 0
+    said = "dtype = auto, as cpu has no float16, which the checkpoint names"
+    assert capsys.readouterr().out.count(said) == 1
+    assert cli.main([*resume, "--max_iters=12"]) == 0  # the new checkpoint has auto
+    assert said not in capsys.readouterr().out
+    for form in (["--dtype=float16"], ["--dtype", "float16"]):
+        assert cli.main([*resume, *form]) == 2
+        assert "dtype must be auto, float32 or bfloat16 on cpu" in capsys.readouterr().err
+
+
 def test_prepare_train_sample(capsys: pytest.CaptureFixture[str]) -> None:
     Path("own.txt").write_text(TEXT)
     assert cli.main(["prepare", "--input", "own.txt"]) == 0
@@ -196,18 +252,23 @@ def test_a_run_stopped_before_its_first_evaluation(
     assert torch.load("out/nanogpt/ckpt.pt")["iter_num"] == 1
 
 
-def test_the_counted_bigram_is_near_its_entropy(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_counted_bigram_is_a_fact_of_the_data(capsys: pytest.CaptureFixture[str]) -> None:
+    """It depends neither on the batches nor on the seed, and is not below its entropy."""
     draw = random.Random(0)
-    data_set(Path(), "".join(draw.choice(["ab", "ac", "b ", "cab"]) for _ in range(20000)))
-    assert cli.main(small(max_iters=5, batch_size=64, eval_iters=40)) == 0
-    rows = {
-        cells[1].strip(): float(cells[-2])
-        for cells in (line.split("│") for line in capsys.readouterr().out.splitlines())
-        if len(cells) > 3
-    }
-    counted, entropy = rows["bigram, counted on train.bin"], rows["bigram entropy of val.bin"]
-    assert abs(counted - entropy) < 0.01
-    assert rows["gpt"] > counted  # five updates are too few to beat it
+    data_set(Path(), "".join(draw.choice(["ab", "ac", "b ", "cab"]) for _ in range(2000)))
+    shown = []
+    for seed, eval_iters in ((1, 1), (2, 3)):
+        assert cli.main(small(max_iters=2, seed=seed, eval_iters=eval_iters)) == 0
+        shown.append(
+            {
+                cells[1].strip(): float(cells[-2])
+                for cells in (line.split("│") for line in capsys.readouterr().out.splitlines())
+                if len(cells) > 3
+            }
+        )
+    assert shown[0].pop("gpt") != shown[1].pop("gpt") and shown[0] == shown[1]
+    entropy = shown[0]["bigram entropy of val.bin"]
+    assert entropy <= shown[0]["bigram, counted on train.bin"] < entropy + 0.02
 
 
 def test_a_vocabulary_too_large_for_a_table(
@@ -242,7 +303,12 @@ def test_the_builtin_corpus_is_prepared_when_it_is_missing(
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["train", "absent.py"], "there is no configuration file absent.py"),
+        (["train", "absent.py"], "there is no configuration file absent.py\n"),
+        (
+            ["train", "config/train_gpt2.py"],
+            "train_gpt2.py; a built-in one has the name train_gpt2",
+        ),
+        (["train", "chars"], "a built-in one has the name char: fastgpt train char"),
         (["train", "folder"], "a configuration file is expected, but folder is a folder"),
         (["train", "--out_dir=file"], "out_dir must be a folder, but file is a file"),
         (["train", "--init_from=resume", "--out_dir=file"], "out_dir must be a folder, but file"),
@@ -252,6 +318,9 @@ def test_the_builtin_corpus_is_prepared_when_it_is_missing(
         (["prepare", "--input=file", "--out_dir=file/x"], "out_dir must be a folder, but file is"),
         (["train", "--preset=gpt2", "--device=cpu"], "train.bin is not a file"),
         (["train", "--preset=gpt2", "--n_head=7"], "n_embd=768 with n_head=7"),
+        (["train", "cuda.py"], "this machine has (cpu), got 'cuda': --device=cpu runs here"),
+        (["train", "--device=cuda:1"], "got 'cuda:1': --device=cpu runs here"),
+        (["sample", "--device=cuda"], "got 'cuda': --device=cpu runs here"),
         (["train", "--pack=True"], "unknown option --pack: it is called --document_mask now"),
         (["train", "--resume"], "did you mean --init_from=resume?"),
         (["train", "dataset=shake"], "dataset=shake needs two dashes in front: --dataset=shake"),
@@ -266,8 +335,14 @@ def test_the_builtin_corpus_is_prepared_when_it_is_missing(
     ],
 )
 def test_user_errors_are_one_line(
-    argv: list[str], message: str, capsys: pytest.CaptureFixture[str]
+    argv: list[str],
+    message: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    Path("cuda.py").write_text("device = 'cuda'\n")
     Path("folder").mkdir()
     Path("file").write_text("a text\n")
     assert cli.main(argv) == 2
@@ -329,6 +404,26 @@ def test_exit_codes(
     if isinstance(error, OSError) and error.filename:
         shown = f"error: {error.strerror}: {error.filename}\n"
     assert shown in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("argv", [["--help"], ["plot", "--help"], ["train", "--help"]])
+def test_help_imports_little_besides_pytorch(argv: list[str]) -> None:
+    """What takes long to import is imported by what needs it."""
+    program = (
+        "import sys, torch; before = set(sys.modules); from fastgpt.__main__ import main\n"
+        f"try: main({argv})\n"
+        "finally: print('modules:', *set(sys.modules) - before)"
+    )
+    command = [sys.executable, "-c", program]
+    root = Path(cli.__file__).parents[2]
+    shown = subprocess.run(command, capture_output=True, text=True, cwd=root, check=True).stdout
+    modules = set(shown.rpartition("modules:")[2].split())
+    assert "usage: fastgpt" in shown and "fastgpt.model" in modules
+    heavy = """matplotlib wandb tensorboard transformers huggingface_hub tokenizers tiktoken
+        datasets pyarrow sentencepiece safetensors triton sympy torch._dynamo torch._inductor
+        torch.distributed.tensor torch.distributed.fsdp torch.distributed.checkpoint
+        torch.utils.tensorboard""".split()
+    assert modules & set(heavy) == set()
 
 
 def test_the_module_runs_and_its_help_names_the_keys() -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fastgpt import _progress
 from fastgpt.data import manifest
-from fastgpt.data.batches import SPLITS, Batches, TokenFile
+from fastgpt.data.batches import SPLITS, Batches, TokenFile, fingerprint
 from tests.tools.small_runs import data_set
 
 BATCH, BLOCK, SEED, VOCAB = 5, 7, 1337, 1000
@@ -239,6 +239,21 @@ def test_processes_share_the_batches_of_one(tmp_path: Path, world_size: int) -> 
     assert sum(map(len, shares)) == 7
     with pytest.raises(ValueError, match=r"rank must lie in \[0, 2\), got 2"):
         Batches(folder, 4, 16, "cpu", 1, rank=2, world_size=2)
+
+
+def test_the_fingerprint_is_that_of_the_tokens(data_dir: Path) -> None:
+    first = fingerprint(data_dir)
+    assert fingerprint(str(data_dir)) == first and len(first) == 64
+    for split, length in LENGTHS.items():
+        tokens = np.fromfile(data_dir / f"{split}.bin", dtype=np.uint16)
+        for changed in (np.append(tokens, tokens[:1]), tokens ^ (np.arange(length) == length - 1)):
+            changed.astype(np.uint16).tofile(data_dir / f"{split}.bin")
+            assert fingerprint(data_dir) != first
+        tokens.tofile(data_dir / f"{split}.bin")
+    assert fingerprint(data_dir) == first
+    (data_dir / "val.bin").unlink()
+    with pytest.raises(FileNotFoundError, match=r"val\.bin"):
+        fingerprint(data_dir)
 
 
 # ---- data sets of several files

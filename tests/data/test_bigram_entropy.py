@@ -6,9 +6,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from fastgpt import _progress
-from fastgpt.data.builtin_texts import bigram_counts, bigram_entropy
+from fastgpt.data.builtin_texts import bigram_counts, bigram_entropy, bigram_loss
 from fastgpt.tokenizer import CharTokenizer
 from tests.tools.small_runs import data_set
 
@@ -44,6 +45,19 @@ def test_bigram_entropy_of_known_sources(tmp_path: Path) -> None:
     ids = [4095, 0, 4095, 4095]  # the largest table: 4095 → 0 and 4095 → 4095 once each
     entropy = bigram_entropy(counts_of(tmp_path, ids, 4096))
     assert entropy == pytest.approx(2 * math.log(2) / 3)
+
+
+def test_the_loss_of_counts_is_that_of_the_table() -> None:
+    """Beyond 2^24 too, where float32 no longer counts."""
+    random = np.random.default_rng(3)
+    train, val = random.integers(1 << 40, size=(2, 5, 5))
+    train[2] = 0  # a token that only val has
+    table = torch.log_softmax(torch.from_numpy(train).double().add(1).log(), dim=1)
+    expected = -(torch.from_numpy(val) * table).sum() / val.sum()
+    assert bigram_loss(train, val) == pytest.approx(expected.item(), abs=1e-12)
+    assert bigram_loss(val, val) == pytest.approx(bigram_entropy(val), abs=1e-9)
+    with pytest.raises(ValueError, match="at least one pair of tokens, got none"):
+        bigram_loss(train, val * 0)
 
 
 def test_what_is_refused(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """Texts from files: what is refused, where long ones are cut, which split a document goes to."""
 
 import gzip
+import json
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -80,6 +81,22 @@ def test_endings_in_capitals_and_lone_surrogates(tmp_path: Path) -> None:
     path = tmp_path / "A.JSONL.GZ"
     path.write_bytes(gzip.compress(b'{"text": "one"}\n{"text": "a\\ud800b \\ud83d\\ude42"}\n'))
     assert list(source_of(path).texts()) == ["one", "a\ufffdb 🙂"]
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.csv", "a.json", "a.jsonl", "a.txt.gz"])
+def test_a_byte_order_mark_is_no_part_of_a_text(name: str, tmp_path: Path) -> None:
+    """As of a prompt. Behind the beginning it is a character."""
+    text = "one\r\ntwo\ufeff"
+    rows = "json" in name
+    data = (json.dumps({"text": text}) if rows else text).encode("utf-8-sig")
+    (tmp_path / name).write_bytes(gzip.compress(data) if name.endswith(".gz") else data)
+    assert "".join(source_of(tmp_path / name).texts()) == text
+    if not rows:  # with a character before a byte that is none: the place counts the mark
+        (tmp_path / "b.txt").write_bytes(b"\xef\xbb\xbfa\xff")
+        with pytest.raises(ValueError, match="byte 0xff at position 4"):
+            list(source_of(tmp_path / "b.txt").texts())
+        (tmp_path / "b.txt").write_bytes(b"\xef\xbb\xbf")
+        assert list(source_of(tmp_path / "b.txt").texts()) == []
 
 
 def test_a_zst_with_a_long_window_and_frames_to_be_skipped(tmp_path: Path) -> None:

@@ -57,7 +57,7 @@ def assert_same_logits(model: GPT, published: Any) -> None:
 
 @pytest.mark.parametrize("name", PRETRAINED_SHAPES)
 def test_each_published_shape_has_the_logits_of_transformers(name: str, tmp_path: Path) -> None:
-    """Widths and heads of all four, one layer; the whole vocabulary in the smallest."""
+    """Widths and heads of all, one layer; the whole vocabulary in the smallest."""
     _, n_head, n_embd = PRETRAINED_SHAPES[name]
     vocab_size = 50257 if name == "gpt2" else 1000
     gelu = "gelu" if name == "gpt2" else "gelu_new"
@@ -72,7 +72,19 @@ def test_each_published_shape_has_the_logits_of_transformers(name: str, tmp_path
     assert_same_logits(model, published)
 
 
-def test_a_name_is_looked_up_on_the_hub(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "name",
+    [
+        "gpt2",
+        "openai-community/gpt2",
+        "openai-community/gpt2-xl",
+        "distilgpt2",
+        "distilbert/distilgpt2",
+    ],
+)
+def test_a_name_is_looked_up_on_the_hub(
+    name: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The published files name weights without ``transformer.``, and hold masks."""
     path = folder / "model.safetensors"
     state = {
@@ -88,11 +100,25 @@ def test_a_name_is_looked_up_on_the_hub(folder: Path, monkeypatch: pytest.Monkey
         return str(folder)
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
-    model = GPT.from_pretrained("gpt2", {"dropout": 0.1})
-    assert asked == [("gpt2", ["config.json", "model.safetensors"])]
+    monkeypatch.chdir(tmp_path)
+    model = GPT.from_pretrained(name, {"dropout": 0.1})
+    assert asked == [(name, ["config.json", "model.safetensors"])]
     assert model.config.dropout == 0.1 and model.transformer.drop.p == 0.1
     assert model.gelu_approximate == "tanh"
     assert_same_logits(model, theirs())
+
+
+def test_a_folder_named_like_a_published_model(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "openai-community").mkdir()
+    folder.rename(tmp_path / "openai-community" / "gpt2")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(huggingface, "download", lambda name: pytest.fail(f"{name} is here"))
+    assert_same_logits(GPT.from_pretrained("openai-community/gpt2"), theirs())
+    for owner in ("distilbert", "someone"):
+        with pytest.raises(FileNotFoundError, match=f"no folder or file {owner}/gpt2"):
+            GPT.from_pretrained(f"{owner}/gpt2")
 
 
 def test_a_name_that_cannot_be_downloaded(monkeypatch: pytest.MonkeyPatch) -> None:

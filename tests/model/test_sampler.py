@@ -96,7 +96,8 @@ def test_the_characters_come_with_the_checkpoint(out_dir: Path, tmp_path: Path) 
         sampler(tmp_path / "out")
 
 
-def test_pretrained_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("name", ["gpt2-xl", "openai-community/gpt2-xl", "distilgpt2"])
+def test_pretrained_weights(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """With a vocabulary padded beyond the tokenizer's, as GPT-2's is when trained from scratch."""
     torch.manual_seed(0)
     model = GPT(GPTConfig(16, 64, 1, 1, 8))
@@ -109,9 +110,9 @@ def test_pretrained_weights(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(GPT, "from_pretrained", pretrained)
     monkeypatch.setattr(sampling, "GPT2Tokenizer", lambda: tokenizer)
-    config = SampleConfig(init_from="gpt2-xl", device="cpu", num_samples=1, max_new_tokens=400)
+    config = SampleConfig(init_from=name, device="cpu", num_samples=1, max_new_tokens=400)
     (text,) = Sampler(config)
-    assert asked == ["gpt2-xl"]
+    assert asked == [name]
     assert text[0] == "\n" and 5 < len(text) < 200 and set(text) <= set("\nabc")
 
 
@@ -358,6 +359,18 @@ def test_text_in_pieces_is_the_text_of_all_tokens(
             assert expected.startswith(row.certain())
         assert row.completion().text == expected
         assert decoded < 10 * len(ids)
+
+
+def test_a_vocabulary_without_a_line_feed(tmp_path: Path) -> None:
+    """The default start is then token 0, in `fastgpt sample` and at the end of training."""
+    data_set(tmp_path, "a text in a single line, " * 60)
+    Trainer(small_config(tmp_path)).run()
+    made = sampler(tmp_path / "out")
+    assert sampling.start_ids(made.tokenizer) == [0] and made.prompts == [" "]
+    for text in made:
+        assert len(text) == 21 and text[0] == " "
+    with pytest.raises(ValueError, match=r"text has '\\n' at position 1"):
+        sampler(tmp_path / "out", start="a\n")
 
 
 def test_what_is_wrong_with_a_prompt_is_said_at_once(out_dir: Path) -> None:

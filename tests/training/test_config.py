@@ -1,6 +1,7 @@
 """Keys, presets, limits, and the reader of nanoGPT's configuration files."""
 
 import math
+import time
 from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
@@ -9,9 +10,10 @@ from typing import Any
 import pytest
 import torch
 
-from fastgpt.devices import peak_flops, resolve_device, resolve_dtype
-from fastgpt.training.config import PRESETS, SampleConfig, TrainConfig, automatic_keys
+from fastgpt.devices import is_native, peak_flops, resolve_device, resolve_dtype
+from fastgpt.training.config import SampleConfig, TrainConfig
 from fastgpt.training.config_file import read_config_file
+from fastgpt.training.presets import PRESETS, automatic_keys
 
 NANOGPT_DEFAULTS = {
     "out_dir": "out",
@@ -186,7 +188,15 @@ warmup_iters = max_iters // 100 % 50 - 2
 @pytest.mark.parametrize(
     ("line", "error", "message"),
     [
-        ("import time", ValueError, "'import time' is not read; allowed: key = "),
+        ("import os", ValueError, "'import os' is not read; allowed: key = "),
+        ("import time as t", ValueError, "is not read"),
+        ("from time import time", ValueError, "is not read"),
+        ("out_dir = str(time.time())", ValueError, r"'time.time\(\)' is not read"),
+        ("import time\nout_dir = time.ctime()", ValueError, "is not read"),
+        ("import time\nout_dir = time.time()", TypeError, "out_dir must be a string, got 1"),
+        ("out_dir = 'a' + 1", ValueError, "'1' is not a string"),
+        ("out_dir = 1 + 'a'", ValueError, "\"'a'\" is not a number"),
+        ("out_dir = str(1, 2)", ValueError, "is not read"),
         ("n_layer = int('6')", ValueError, r"\"int\('6'\)\" is not read; allowed: key = "),
         ("n_layer = (lambda: 6)()", ValueError, "is not read"),
         ("n_layer = n_head", ValueError, "'n_head' is not read"),
@@ -209,7 +219,7 @@ def test_bad_lines_are_named(
     tmp_path: Path, line: str, error: type[Exception], message: str
 ) -> None:
     path = written(tmp_path, f"batch_size = 8\n{line}\n")
-    with pytest.raises(error, match=f"config.py:2: .*{message}"):
+    with pytest.raises(error, match=f"config.py:{2 + line.count(chr(10) + 'out')}: .*{message}"):
         read_config_file(path)
 
 
@@ -220,9 +230,21 @@ def test_nothing_in_a_config_file_is_executed(tmp_path: Path) -> None:
     assert not (tmp_path / "made").exists()
 
 
+def test_a_name_by_the_time_as_nanogpt_gives_one(tmp_path: Path) -> None:
+    text = (
+        "import time\nbatch_size = 2\nout_dir = 'ft-' + str(time.time()) + '-' + str(batch_size)\n"
+    )
+    before = time.time()
+    name = read_config_file(written(tmp_path, text))["out_dir"]
+    assert before <= float(name.removeprefix("ft-").removesuffix("-2")) <= time.time()
+
+
 def test_config_file_missing_or_no_text(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match="absent.py"):
+    with pytest.raises(FileNotFoundError, match="no configuration file .*absent.py$"):
         read_config_file(tmp_path / "absent.py")
+    built_in = "config/eval_gpt2_xl.py; a built-in .*: fastgpt train eval_gpt2_xl$"
+    with pytest.raises(FileNotFoundError, match=built_in):
+        read_config_file("config/eval_gpt2_xl.py")
     path = tmp_path / "binary.py"
     path.write_bytes(b"n_layer = \xff")
     with pytest.raises(ValueError, match="binary.py: not UTF-8 text"):
@@ -257,7 +279,10 @@ def test_dtype_of_a_gpu(major: int, dtype: torch.dtype, monkeypatch: pytest.Monk
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: facts)
     monkeypatch.setattr(torch.cuda, "_check_bf16_tensor_supported", lambda device: True)
     assert torch.cuda.is_bf16_supported()
-    assert resolve_dtype("auto", torch.device("cuda")) == dtype
+    device = torch.device("cuda")
+    assert resolve_dtype("auto", device) == dtype
+    assert is_native("bfloat16", device) == (dtype == torch.bfloat16)
+    assert is_native("float16", device) and not is_native("float16", torch.device("cpu"))
 
 
 @pytest.mark.parametrize(

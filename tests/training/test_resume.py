@@ -1,7 +1,9 @@
 """A run that was killed or stopped resumes bit for bit."""
 
 import io
+import math
 import os
+import shutil
 import signal
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,7 @@ from torch import Tensor
 
 from fastgpt.training.trainer import Trainer
 from tests.tools.small_runs import (
+    TEXT,
     assert_same,
     data_set,
     quiet,
@@ -98,11 +101,58 @@ def test_the_shape_comes_from_the_checkpoint(tmp_path: Path) -> None:
     assert "n_layer = 2 comes from the loaded model (not 5)" in out.getvalue()
 
 
-def test_resuming_on_other_data_is_refused(tmp_path: Path) -> None:
+def test_resuming_on_other_characters_is_refused(tmp_path: Path) -> None:
     trained(tmp_path)
     data_set(tmp_path, "an altogether different text, " * 50)
     with pytest.raises(ValueError, match="0021.pt was trained on .* characters that are not those"):
         Trainer(small_config(tmp_path, init_from="resume"))
+
+
+def without_manifest(folder: Path) -> None:
+    """The folder as nanoGPT's prepare.py leaves it."""
+    (folder / "manifest.json").unlink()
+
+
+@pytest.mark.parametrize("of_nanogpt", [False, True])
+def test_resuming_on_other_data_of_the_same_characters(tmp_path: Path, of_nanogpt: bool) -> None:
+    def prepared(text: str) -> Path:
+        folder = data_set(tmp_path, text)
+        if of_nanogpt:
+            without_manifest(folder)
+        return folder
+
+    prepared(TEXT)
+    trained(tmp_path)
+    folder = prepared(TEXT[::-1])
+    with pytest.raises(ValueError, match="0021.pt was trained on other data than .*small holds"):
+        Trainer(small_config(tmp_path, init_from="resume"), quiet())
+
+    folder.rename(tmp_path / "other")  # the way to go on that the message names
+    out = io.StringIO()
+    keys: dict[str, Any] = dict(dataset="other", init_from="resume", max_iters=30)
+    trainer = Trainer(small_config(tmp_path, **keys), Console(file=out, width=300))
+    assert "was trained on other data than" in out.getvalue()
+    assert trainer.iter_num == 21 and trainer.best_val_loss == math.inf
+    trainer.run()
+    assert state_of(tmp_path)["best_val_loss"] < math.inf
+
+    prepared(TEXT)  # the same text prepared anew is the same data
+    shutil.rmtree(tmp_path / "out")
+    trained(tmp_path)
+    prepared(TEXT)
+    out = io.StringIO()
+    Trainer(small_config(tmp_path, init_from="resume"), Console(file=out, width=300))
+    assert "other data" not in out.getvalue()
+
+
+def test_a_checkpoint_that_does_not_know_its_data(tmp_path: Path) -> None:
+    """One written before checkpoints kept the fingerprint."""
+    trained(tmp_path)
+    state = state_of(tmp_path)
+    del state["fastgpt"]["data_fingerprint"]
+    torch.save(state, tmp_path / "out" / "iter-0000021.pt")
+    data_set(tmp_path, TEXT[::-1])
+    assert Trainer(small_config(tmp_path, init_from="resume"), quiet()).iter_num == 21
 
 
 @pytest.mark.gpu

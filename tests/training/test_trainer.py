@@ -288,14 +288,15 @@ def test_when_updates_are_replayed_as_a_cuda_graph(
 
 def test_pretrained_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def pretrained(name: str, override_args: dict[str, float]) -> GPT:
-        assert name == "gpt2-medium"
+        assert name in ("gpt2-medium", "openai-community/gpt2-medium")
         return GPT(GPTConfig(32, 300, 3, 2, 8, bias=True, **override_args), gelu="tanh")  # type: ignore[arg-type]
 
     monkeypatch.setattr(GPT, "from_pretrained", pretrained)
-    with pytest.raises(
-        ValueError, match="needs a data set of GPT-2's tokens, but .*small has others"
-    ):
-        Trainer(small_config(tmp_path, init_from="gpt2-medium"))
+    for owner in ("", "openai-community/"):
+        with pytest.raises(
+            ValueError, match="needs a data set of GPT-2's tokens, but .*small has others"
+        ):
+            Trainer(small_config(tmp_path, init_from=f"{owner}gpt2-medium"))
     (tmp_path / "small" / "meta.pkl").unlink()
     assert Trainer(small_config(tmp_path)).model.config.vocab_size == 50304
     with pytest.raises(ValueError, match="block_size must be at most 32 .* got 33"):
