@@ -42,6 +42,13 @@ _PRODUCT = (
     Gemm(256, 128, 64, 8, 3, 1),
     CUBLAS,
 )
+_PRODUCT_GRADIENT = (
+    Gemm(128, 128, 64, 4, 3, 2),
+    Gemm(128, 64, 64, 4, 4, 2),
+    Gemm(128, 256, 64, 8, 3, 1),
+    Gemm(256, 128, 64, 8, 3, 1),
+    CUBLAS,
+)
 _PRODUCT_RECOMPUTE = (
     Gemm(128, 64, 64, 4, 4, 2),
     Gemm(128, 64, 64, 8, 4, 2),
@@ -144,7 +151,7 @@ CANDIDATES: dict[Key, tuple[Any, ...]] = {
     ),
     # Products. On sm_80 accumulators live in registers.
     Key("gemm", "fwd", "gpu", "half"): _PRODUCT,
-    Key("gemm", "bwd", "gpu", "half"): _PRODUCT,
+    Key("gemm", "bwd", "gpu", "half"): _PRODUCT_GRADIENT,
     Key("gemm", "bwd", "gpu", "half", ANY, ("recompute",)): _PRODUCT_RECOMPUTE,
     Key("gemm", "weight", "gpu", "half"): _WEIGHT,
     Key("gemm", "fwd", "sm_80", "half"): _PRODUCT_80,

@@ -231,11 +231,11 @@ TABLE: dict[Key, Any] = {
     Key("attention_decode", "fwd", size=128): AttentionDecode(64, 8),
     Key("attention_decode", "fwd", size=256): AttentionDecode(32, 8),
     Key("attention_decode", "sum"): AttentionDecodeSum(8, 4),
-    # Products with an epilogue. Two programs or more on a multiprocessor: one computes its epilogue
-    # while another multiplies. Of 4 and 8 warps, those that issue fewer instructions a tile: on
-    # sm_90 and K = 768, 4100 to 4200 cycles beside 6144 of the tensor cores with 4, 5400 to 5500
-    # with 8. cuBLAS has float32: its TF32 kernels are as good, and beside IEEE products there is no
-    # epilogue to hide.
+    # Products with an epilogue; size: of the longest row of the two operands. Two programs or more
+    # on a multiprocessor: one computes its epilogue while another multiplies. Of 4 and 8 warps,
+    # those that issue fewer instructions a tile: on sm_90 and K = 768, 4100 to 4200 cycles beside
+    # 6144 of the tensor cores with 4, 5400 to 5500 with 8. cuBLAS has float32: its TF32 kernels are
+    # as good, and beside IEEE products there is no epilogue to hide.
     Key("gemm", ANY, "interpreter"): Gemm(64, 64, 64, 4, 1, 1),
     Key("gemm", "sum_parts", "interpreter"): Tile(8, 64, 4),
     Key("gemm", "sum_tiles", "interpreter"): Tile(8, 64, 4),
