@@ -105,8 +105,14 @@ CANDIDATES: dict[Key, tuple[Any, ...]] = {
         (128, 64, 8, 2, True),
         (128, 64, 8, 3, True),
         (128, 64, 8, 2),
-        (64, 64, 4, 2, True),
-        (128, 128, 8, 2, True),
+        (64, 32, 4, 2, True),
+        (64, 32, 4, 3, True),
+    ),
+    Key("attention", "fwd", "sm_90", "half", 128, _DROPOUT): _attention(
+        (64, 32, 4, 2, True),
+        (64, 32, 4, 3, True),
+        (128, 64, 8, 2, True),
+        (64, 64, 8, 2, True),
     ),
     Key("attention", "fwd", "sm_90", "half", 32): _attention(
         (128, 64, 4, 3, True),
@@ -140,8 +146,14 @@ CANDIDATES: dict[Key, tuple[Any, ...]] = {
     Key("attention", "bwd_dkdv", "gpu", "half", 64): _attention(
         (64, 64, 4, 3), (64, 64, 4, 2), (32, 64, 4, 3), (32, 64, 4, 2), (64, 128, 8, 3)
     ),
+    Key("attention", "bwd_dkdv", "gpu", "half", 64, _DROPOUT): _attention(
+        (32, 64, 4, 2), (32, 64, 4, 3), (32, 64, 8, 2), (16, 64, 4, 2), (32, 128, 8, 2)
+    ),
     Key("attention", "bwd_dkdv", "gpu", "half", 128): _attention(
-        (32, 128, 8, 2), (32, 64, 4, 2), (32, 64, 8, 2), (64, 64, 8, 2), (16, 128, 8, 2)
+        (32, 128, 8, 2), (32, 64, 8, 2), (64, 64, 8, 2), (16, 128, 8, 2), (16, 64, 4, 2)
+    ),
+    Key("attention", "bwd_dkdv", "gpu", "half", 128, _DROPOUT): _attention(
+        (16, 128, 8, 2), (16, 64, 4, 2), (16, 64, 4, 3), (32, 64, 8, 2)
     ),
     Key("attention", "bwd_dkdv", "sm_80", "half", 64): _attention(
         (32, 128, 8, 2), (64, 64, 4, 2), (32, 64, 4, 2), (64, 128, 8, 2), (32, 64, 8, 2)

@@ -26,7 +26,7 @@ RANKS = (
     "fastgpt/ops",
     "fastgpt/generation fastgpt/language_model",
     "fastgpt/bigram fastgpt/blocks fastgpt/interop/huggingface fastgpt/model",
-    "fastgpt/tuning",
+    "fastgpt/tuning/",
     "fastgpt/__init__",
     "fastgpt/training/",
     "fastgpt/step fastgpt/optimizer fastgpt/sampler fastgpt/interop/",
