@@ -155,11 +155,24 @@ CANDIDATES: dict[Key, tuple[Any, ...]] = {
     Key("attention", "bwd_dkdv", "gpu", "half", 128, _DROPOUT): _attention(
         (16, 128, 8, 2), (16, 64, 4, 2), (16, 64, 4, 3), (32, 64, 8, 2)
     ),
+    # On sm_80 operands pass through registers: smaller tiles, or more warps.
+    Key("attention", "fwd", "sm_80", "half", 64): _attention(
+        (128, 64, 8, 3), (64, 64, 4, 3), (64, 64, 4, 2), (64, 32, 4, 3), (128, 32, 8, 3)
+    ),
+    Key("attention", "fwd", "sm_80", "half", 128): _attention(
+        (64, 32, 4, 2), (64, 32, 4, 3), (128, 32, 8, 2), (64, 64, 8, 2), (64, 32, 8, 2)
+    ),
+    Key("attention", "bwd_dq", "sm_80", "half", 64): _attention(
+        (64, 32, 4, 2), (64, 32, 4, 3), (64, 32, 8, 2), (128, 32, 8, 2), (64, 64, 8, 2)
+    ),
     Key("attention", "bwd_dkdv", "sm_80", "half", 64): _attention(
-        (32, 128, 8, 2), (64, 64, 4, 2), (32, 64, 4, 2), (64, 128, 8, 2), (32, 64, 8, 2)
+        (32, 128, 8, 2), (64, 64, 8, 2), (64, 64, 4, 2), (32, 64, 4, 2), (32, 64, 8, 2)
+    ),
+    Key("attention", "bwd_dkdv", "sm_80", "half", 64, _DROPOUT): _attention(
+        (32, 128, 8, 2), (64, 64, 8, 2), (32, 64, 8, 2), (16, 64, 4, 2)
     ),
     Key("attention", "bwd_dkdv", "sm_80", "half", 128): _attention(
-        (32, 64, 8, 1), (32, 64, 4, 1), (32, 64, 8, 2), (32, 128, 8, 1), (16, 64, 4, 2)
+        (32, 64, 8, 1), (32, 64, 8, 2), (32, 64, 4, 1), (16, 64, 4, 2), (16, 128, 8, 1)
     ),
     # Products. On sm_80 accumulators live in registers.
     Key("gemm", "fwd", "gpu", "half"): _PRODUCT,
@@ -203,6 +216,13 @@ CANDIDATES: dict[Key, tuple[Any, ...]] = {
         RowLoop(1, 4, 2, 4),
         RowLoop(1, 8, 3, 2),
         RowLoop(1, 8, 3, 3),
+    ),
+    Key("layer_norm", "bwd", size=4096): (
+        WholeRows(1, 8),
+        WholeRows(1, 16),
+        RowLoop(1, 8, 2, 2),
+        RowLoop(1, 8, 3, 2),
+        RowLoop(1, 16, 2, 1),
     ),
     Key("cross_entropy", "rows"): tuple(
         PartOfRow(*one) for one in ((4096, 16), (4096, 8), (2048, 8), (8192, 16), (8192, 32))

@@ -4,7 +4,7 @@ while it compiles."""
 import os
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from triton.runtime._async_compile import AsyncCompileMode
@@ -45,4 +45,5 @@ def compile_ahead(calls: Iterable[Callable[[], Any]]) -> None:
     n_threads = min(_MOST_THREADS, len(os.sched_getaffinity(0)))
     with ThreadPoolExecutor(n_threads) as pool, AsyncCompileMode(pool, ignore_errors=True):
         for kernel, args, options in launches:
-            kernel.warmup(*args, grid=(1,), **options)
+            with suppress(Exception):
+                kernel.warmup(*args, grid=(1,), **options)
