@@ -42,7 +42,7 @@ def compile_ahead(calls: Iterable[Callable[[], Any]]) -> None:
     with _noted() as launches:
         for call in calls:
             call()
-    n_threads = min(_MOST_THREADS, len(os.sched_getaffinity(0)))
+    n_threads = min(_MOST_THREADS, os.cpu_count() or 1)
     with ThreadPoolExecutor(n_threads) as pool, AsyncCompileMode(pool, ignore_errors=True):
         for kernel, args, options in launches:
             with suppress(Exception):

@@ -370,7 +370,7 @@ _TUNED: dict[int | None, dict[Key, Any]] = {None: {}}
 
 
 def tuned(device: torch.device) -> dict[Key, Any]:
-    """The lines that go before ``TABLE`` on this device. What is written to them takes effect with
+    """The lines that go before ``TABLE`` on a device with an index, or the CPU. What is written to them takes effect with
     the next launch. A GPU's are read from the file of ``fastgpt tune`` at its first launch."""
     index = device.index if device.type == "cuda" else None
     lines = _TUNED.get(index)
@@ -388,7 +388,10 @@ def read_tuned(device: torch.device) -> dict[Key, Any]:
 
 def use_tuned(device: torch.device, lines: dict[Key, Any]) -> dict[Key, Any]:
     """Let ``lines`` be ``tuned(device)``."""
-    _TUNED[device.index if device.type == "cuda" else None] = lines
+    index = device.index
+    if device.type == "cuda" and index is None:
+        index = torch.cuda.current_device()
+    _TUNED[index if device.type == "cuda" else None] = lines
     return lines
 
 

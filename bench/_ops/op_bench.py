@@ -106,8 +106,6 @@ class Op:
     counted: str | Function | None = "fused"
     # The FLOPs that are necessary, ``flops(direction, **sizes)``, if not those of ``counted``.
     flops: Callable[..., int] | None = None
-    # Of configs.TABLE: the op whose lines ``sweep.py`` looks for with this benchmark.
-    table: str = ""
     # For ``determinism.py``: with partial tiles, an element more or less than a multiple.
     small: dict[str, int] | None = None
     # In place of the comparison with ``reference``: ``check(provider, function, inputs)``.

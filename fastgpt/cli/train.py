@@ -13,8 +13,9 @@ from rich.table import Table
 from fastgpt.bigram import Bigram
 from fastgpt.cli.prepare import BUILTIN, report_prepared
 from fastgpt.data import builtin_texts, manifest
-from fastgpt.devices import autocast, resolve_device
+from fastgpt.devices import autocast, resolve_device, triton_refusal
 from fastgpt.language_model import LanguageModel
+from fastgpt.model import GPT
 from fastgpt.sampler import write
 from fastgpt.tokenizer import CharTokenizer, GPT2Tokenizer
 from fastgpt.training import checkpoint as ckpt
@@ -144,6 +145,8 @@ def _train_connected(config: TrainConfig, world: World, console: Console) -> Non
         f"{config.model} with {trainer.model.get_num_params():,} parameters on {trainer.device}, "
         f"{str(trainer.dtype).removeprefix('torch.')}"
     )
+    if config.tune and world.is_main and not config.eval_only:
+        _tune(trainer, console)
     trainer.run()
     if not config.eval_only:
         console.print(_summary(trainer))
@@ -153,6 +156,24 @@ def _train_connected(config: TrainConfig, world: World, console: Console) -> Non
             path, _ = checkpoint_folder.for_sampling(trainer.out_dir)
             where = "" if config.out_dir == "out" else f" --out_dir={shlex.quote(config.out_dir)}"
             console.print(f"saved {path}. Write text with it: fastgpt sample{where}")
+
+
+def _tune(trainer: Trainer, console: Console) -> None:
+    """Measure, where that was not done before, which launches are fastest for the model."""
+    model, device = trainer.model, trainer.device
+    if not isinstance(model, GPT) or device.type != "cuda" or triton_refusal(device):
+        return
+    from fastgpt.tuning import Workload  # needs Triton
+    from fastgpt.tuning.before_training import tune_before_training
+
+    work = Workload(
+        model.config,
+        trainer.config.batch_size,
+        trainer.dtype,
+        trainer.config.recompute,
+        trainer.config.document_mask,
+    )
+    tune_before_training(work, device, console.print, trainer.world.size)
 
 
 def _summary(trainer: Trainer) -> Table:

@@ -134,6 +134,9 @@ class System:
     compile: bool = False
     # On a GPU, replay every update as one CUDA graph; not in float16, where the host decides.
     cuda_graph: bool = True
+    # On a GPU that has not measured which launches of the kernels are fastest for this model, do so
+    # first: 60 s at most, once. Not with several processes; see `fastgpt tune`.
+    tune: bool = True
     # Seed of the weights, the batches and dropout.
     seed: int = 1337
 

@@ -12,8 +12,8 @@ faster by 1% and by more than the noise. What is decided is written at once, so 
 kernels whose lines do not depend on the dtype; so do decoding and fp8.
 """
 
-from fastgpt.tuning.table import Line, Table, exported
+from fastgpt.tuning.table import Line, Table, exported, summary
 from fastgpt.tuning.tuner import tune
 from fastgpt.tuning.workload import Workload
 
-__all__ = ["Line", "Table", "Workload", "exported", "tune"]
+__all__ = ["Line", "Table", "Workload", "exported", "summary", "tune"]

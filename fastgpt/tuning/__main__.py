@@ -12,7 +12,7 @@ import torch
 
 from fastgpt._progress import progress_bar
 from fastgpt.language_model import GPTConfig
-from fastgpt.tuning.table import name_of
+from fastgpt.tuning.table import name_of, summary
 from fastgpt.tuning.tuner import tune
 from fastgpt.tuning.workload import Workload
 
@@ -24,17 +24,21 @@ def main(argv: Sequence[str]) -> int:
     if "dtype" in keys:
         keys["dtype"] = getattr(torch, keys["dtype"])
     work = Workload(shape, **keys)
-    with progress_bar("tuning") as progress:
-        table, left = tune(
-            work,
-            torch.device(device),
-            seconds=seconds,
-            only_missing=only_missing,
-            progress=progress,
-        )
+    try:
+        with progress_bar("tuning") as progress:
+            table, left = tune(
+                work,
+                torch.device(device),
+                seconds=seconds,
+                only_missing=only_missing,
+                progress=progress,
+            )
+    except (ValueError, OSError, RuntimeError) as error:  # which PyTorch's are, out of memory too
+        print(f"{type(error).__name__}: {str(error).strip().splitlines()[0]}")
+        return 1
     for line in table.lines.values():
         print(f"{name_of(line.key)}: {line.gain:.3f} times as fast, {line.config}")
-    print(f"{left} lines are not decided" if left else "all lines are decided")
+    print(summary(table, left))
     return 0
 
 

@@ -75,6 +75,14 @@ class Table:
         held = json.loads(json.dumps(held))  # tuples are lists in the file, and for its checksum
         write_json({**held, "sha256": tuned_table.checksum(held)}, path)
 
+    def changes(self) -> list[Line]:
+        """The lines that ``configs.TABLE`` has otherwise."""
+        return [
+            line
+            for line in self.lines.values()
+            if not same(line.config, choices(line.key, self.device)[0])
+        ]
+
     def why_not(self, key: Key, config: Any) -> str | None:
         """Why a configuration was rejected before."""
         for rejected, other, why in self.rejected:
@@ -86,9 +94,8 @@ class Table:
 def exported(table: Table) -> list[str]:
     """Lines for ``configs.TABLE``: those that are not there."""
     found = []
-    for key, line in table.lines.items():
-        if same(line.config, choices(key, table.device)[0]):
-            continue
+    for line in table.changes():
+        key = line.key
         given = [*key[:-1], *([key.options] if key.options else [])]
         while given[-1] == configs.ANY and len(given) > 2:
             given.pop()
@@ -109,3 +116,9 @@ def name_of(key: Key) -> str:
     """A line, for a reader."""
     size = [] if key.size == configs.ANY else [str(key.size)]
     return " ".join((key.op, key.kernel, *size, *key.options))
+
+
+def summary(table: Table, left: int) -> str:
+    """In one line."""
+    undecided = f"; {left} are not decided yet: the next time goes on with them" if left else ""
+    return f"{len(table.lines)} launches measured, {len(table.changes())} changed{undecided}"

@@ -162,10 +162,13 @@ def tune(
         are not decided yet.
 
     Raises:
-        ValueError: ``FASTGPT_TUNED`` is empty, or another process is tuning.
+        ValueError: ``seconds`` is negative, ``FASTGPT_TUNED`` is empty, or another process is
+            tuning.
         OSError: the file cannot be written.
         RuntimeError: a candidate made the GPU fail; what was decided is kept.
     """
+    if not seconds >= 0:
+        raise ValueError(f"seconds must be at least 0, got {seconds}")
     if device.type == "cuda" and device.index is None:
         device = torch.device("cuda", torch.cuda.current_device())
     deadline = time.monotonic() + seconds

@@ -21,13 +21,20 @@ _MOST_PARAMETERS = 1 << 26  # in AdamW's update, whose time is proportional to t
 
 @dataclass(frozen=True)
 class Workload:
-    """A model in training, on one GPU: its shape, and what else decides which kernels it needs."""
+    """A model in training, on one GPU: its shape, and what else decides which kernels it needs.
+
+    Raises ValueError for a batch without sequences.
+    """
 
     config: GPTConfig
     batch_size: int = 32
     dtype: torch.dtype = torch.bfloat16
     recompute: bool = False
     document_mask: bool = False
+
+    def __post_init__(self) -> None:
+        if self.batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, got {self.batch_size}")
 
     def __str__(self) -> str:
         """All of it, in one line; stands in the file for what it holds."""
