@@ -370,8 +370,9 @@ _TUNED: dict[int | None, dict[Key, Any]] = {None: {}}
 
 
 def tuned(device: torch.device) -> dict[Key, Any]:
-    """The lines that go before ``TABLE`` on a device with an index, or the CPU. What is written to them takes effect with
-    the next launch. A GPU's are read from the file of ``fastgpt tune`` at its first launch."""
+    """The lines that go before ``TABLE`` on the CPU or a GPU, which must have an index. What is
+    written to them takes effect with the next launch. A GPU's are read from the file of
+    ``fastgpt tune`` at its first launch."""
     index = device.index if device.type == "cuda" else None
     lines = _TUNED.get(index)
     return read_tuned(device) if lines is None else lines

@@ -192,17 +192,23 @@ def tune(
         ]
         compile_ahead(phase.run for phase in phases)
         times = {phase: tuner.once(phase) for phase in phases}
-        done = 0
+        done, too_large = 0, set[Key]()
         while True:
-            left = _left(table, phases, times, only_missing)
+            found = _left(table, phases, times, only_missing)
+            left = [(key, at) for key, at in found if key not in too_large]
             if not left or time.monotonic() >= deadline:
                 break
             for key, at in left:
                 if time.monotonic() >= deadline:
                     break
                 progress(done / (done + len(left)), name_of(key))
-                line = tuner.decide(key, at)
                 done += 1
+                try:
+                    line = tuner.decide(key, at)
+                except torch.OutOfMemoryError:
+                    show(f"{name_of(key)}: too little memory to measure it")
+                    too_large.add(key)
+                    continue
                 if not same(line.config, choices(key, device)[0]):
                     break  # other kernels may be launched now
         if not left and str(work) not in table.workloads:
