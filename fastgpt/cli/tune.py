@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -114,10 +115,12 @@ def _gpu(config: TuneConfig) -> "torch.device":
 def _shown(table: "tuning.Table") -> Table:
     from fastgpt.tuning.table import name_of
 
-    out = Table(title="Milliseconds of a step's passes that take the launch")
-    out.add_column("launch")
-    for header in ("before", "now", "times as fast", "noise"):
-        out.add_column(header, justify="right")
+    out = Table(
+        title="Launches, and the milliseconds of a step's passes that have them", box=box.SIMPLE
+    )
+    out.add_column("launch", no_wrap=True)
+    for header in ("before", "now", "gain"):
+        out.add_column(header, justify="right", no_wrap=True)
     out.add_column("configuration")
     changes = table.changes()
     for line in table.lines.values():
@@ -125,8 +128,16 @@ def _shown(table: "tuning.Table") -> Table:
             name_of(line.key),
             f"{line.present_ms:.3f}",
             f"{line.ms:.3f}",
-            f"{line.gain:.3f}",
-            f"{line.noise - 1:.1%}",
-            str(line.config) if line in changes else f"as before, best of {line.n_tried}",
+            f"{line.gain:.3f}x",
+            _short(line.config) if line in changes else f"as before, of {line.n_tried}",
         )
     return out
+
+
+def _short(config: Any) -> str:
+    if isinstance(config, str):
+        return config
+    values = list(config)
+    while values[-1] is None:
+        values.pop()
+    return f"{type(config).__name__}({', '.join(map(str, values))})"

@@ -11,6 +11,7 @@ from dataclasses import fields
 import torch
 
 from fastgpt._progress import progress_bar
+from fastgpt.devices import resolve_device
 from fastgpt.language_model import GPTConfig
 from fastgpt.tuning.table import name_of, summary
 from fastgpt.tuning.tuner import tune
@@ -28,12 +29,12 @@ def main(argv: Sequence[str]) -> int:
         with progress_bar("tuning") as progress:
             table, left = tune(
                 work,
-                torch.device(device),
+                resolve_device(device),
                 seconds=seconds,
                 only_missing=only_missing,
                 progress=progress,
             )
-    except (ValueError, OSError, RuntimeError) as error:  # which PyTorch's are, out of memory too
+    except (ValueError, OSError, RuntimeError) as error:  # PyTorch's, too
         print(f"{type(error).__name__}: {str(error).strip().splitlines()[0]}")
         return 1
     for line in table.lines.values():

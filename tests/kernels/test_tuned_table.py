@@ -84,13 +84,18 @@ def _flipped(path: Path) -> None:
     assert path.read_text() != text
 
 
+def _made_a_folder(path: Path) -> None:
+    path.unlink()
+    path.mkdir()
+
+
 DAMAGES: dict[str, Callable[[Path], object]] = {
     "cut off": lambda path: path.write_bytes(path.read_bytes()[:-40]),
     "empty": lambda path: path.write_bytes(b""),
     "not text": lambda path: path.write_bytes(b"\xff\xfe\x00"),
     "a list": lambda path: path.write_text("[1, 2]"),
     "another number": _flipped,
-    "a folder": lambda path: (path.unlink(), path.mkdir()),
+    "a folder": _made_a_folder,
     "another GPU's": lambda path: write(made_for={**tuned_table.made_for(CPU), "gpu": "GPU Y"}),
     "an older PyTorch's": lambda path: write(made_for={**tuned_table.made_for(CPU), "torch": "1"}),
     "other kernels'": lambda path: write(made_for={**tuned_table.made_for(CPU), "kernels": "0"}),

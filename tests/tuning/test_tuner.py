@@ -256,7 +256,12 @@ def test_passes_count_as_often_as_a_step_has_them(
     second = choices(key, CPU)[1]
     phases: list[Phase] = []
     prepared = Phase.prepared
-    monkeypatch.setattr(Phase, "prepared", lambda self: phases.append(self) or prepared(self))
+
+    def noted(self: Phase) -> Callable[[], Any]:
+        phases.append(self)
+        return prepared(self)
+
+    monkeypatch.setattr(Phase, "prepared", noted)
 
     def milliseconds(work: Callable[[], Any], device: torch.device) -> float:
         trying = candidates.same(configs.tuned(device).get(key), second)
