@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from typing import Any
 
-from triton.runtime._async_compile import AsyncCompileMode
+from triton import AsyncCompileMode
 from triton.runtime.jit import JITFunction
 
 from fastgpt.kernels import _host

@@ -142,6 +142,7 @@ def test_the_name_of_a_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
 
 def test_configurations_survive_a_file() -> None:
     """Equal tuples of two kinds keep their kinds."""
+    assert not same(configs.WholeRows(8, 4), configs.AttentionDecodeSum(8, 4))
     lines = [*configs.TABLE.values(), *itertools.chain(*CANDIDATES.values()), "cuDNN"]
     for config in lines:
         again = configs.decoded(json.loads(json.dumps(configs.encoded(config))))
