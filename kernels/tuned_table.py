@@ -66,9 +66,10 @@ def _hash_of_kernels() -> str:
 
 def path_of(device: torch.device) -> Path | None:
     """The device's file, which need not exist; None without a ``folder``."""
-    where, facts = folder(), made_for(device)
+    where = folder()
     if where is None:
         return None
+    facts = made_for(device)
     gpu = re.sub(r"\W+", "-", facts["gpu"])
     return where / f"{gpu}-{checksum(facts)[:12]}.json"
 
