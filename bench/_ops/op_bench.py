@@ -42,6 +42,7 @@ from bench._step import variants
 from fastgpt.kernels import fused, torch_ops
 from fastgpt.kernels.costs import nbytes
 from fastgpt.timing import Occupier, milliseconds
+from fastgpt.tuning.phase import rms_errors, tensors
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 _ON_GPU = DEVICE.type == "cuda"
@@ -290,10 +291,7 @@ class Case:
     def _errors_of(self, function: Function) -> list[float]:
         """RMS of each output's error and then of each gradient's."""
         results = self._results(function, self._op.dtype)
-        return [
-            float((got.to(right.dtype) - right).square().mean().sqrt())
-            for got, right in zip(results, self._right, strict=True)
-        ]
+        return rms_errors(results, self._right)
 
     def _results(self, function: Function, dtype: torch.dtype) -> list[Tensor]:
         """Outputs, then gradients, computed in ``dtype``."""
@@ -322,11 +320,6 @@ def converted(x: Any, dtype: torch.dtype) -> Any:
 
 def leaves_of(inputs: tuple[Any, ...]) -> list[Tensor]:
     return [x for x in inputs if isinstance(x, Tensor) and x.requires_grad]
-
-
-def tensors(out: Any) -> tuple[Tensor, ...]:
-    """Of an op's result."""
-    return out if isinstance(out, tuple) else () if out is None else (out,)
 
 
 def gradients_like(out: Any) -> list[Tensor]:

@@ -19,10 +19,11 @@ class Phase:
 
     def __init__(self, call: Call, count: int, backward: bool, ops: ModuleType) -> None:
         self.call, self.count, self.backward, self._ops = call, count, backward, ops
-        tensors = [x for x in flat((call.args, call.kwargs)) if isinstance(x, Tensor)]
-        self.device = tensors[0].device
-        self.leaves = [x for x in tensors if x.requires_grad]
-        self.out_grads: list[Tensor] = []
+        inputs = [x for x in flat((call.args, call.kwargs)) if isinstance(x, Tensor)]
+        self.device = inputs[0].device
+        self.drops = call.kwargs.get("seed") is not None
+        self._leaves = [x for x in inputs if x.requires_grad]
+        self._grads: list[Tensor] = []  # of the outputs
 
     def __str__(self) -> str:
         return f"{self.call} {'backward' if self.backward else 'forward'}"
@@ -30,29 +31,29 @@ class Phase:
     def prepared(self) -> Callable[[], Any]:
         """The work; all that comes before it is done."""
         if not self.backward:
-            return lambda: self._forward(self._ops)
-        outputs = self._forward(self._ops)
+            return self._forward
+        outputs = self._forward()
         grads = self._out_grads(outputs)
-        return lambda: torch.autograd.grad(outputs, self.leaves, grads, allow_unused=True)
+        return lambda: torch.autograd.grad(outputs, self._leaves, grads, allow_unused=True)
 
     def run(self) -> None:
         """With all that comes before it."""
         self.prepared()()
 
-    def _forward(self, ops: ModuleType) -> tuple[Tensor, ...]:
-        with autocast(self.device, self.call.dtype):
-            return _tensors(getattr(ops, self.call.op)(*self.call.args, **self.call.kwargs))
+    def _forward(self) -> tuple[Tensor, ...]:
+        call = self.call
+        with autocast(self.device, call.dtype):
+            return tensors(getattr(self._ops, call.op)(*call.args, **call.kwargs))
 
     def _out_grads(self, outputs: Sequence[Tensor]) -> list[Tensor]:
-        if not self.out_grads:
-            self.out_grads = [
-                torch.randn_like(t) if t.dim() else torch.ones_like(t) for t in outputs
-            ]
-        return self.out_grads
+        """Random, the same in every run; 1 for a loss."""
+        if not self._grads:
+            self._grads = [torch.randn_like(t) if t.dim() else torch.ones_like(t) for t in outputs]
+        return self._grads
 
     def check(self, right: "Right") -> None:
         """AssertionError where an output or a gradient of our op, as it is now, errs too much."""
-        errors = rms_errors(_results(self.call, self._ops, None, self.out_grads), right.values)
+        errors = rms_errors(_results(self.call, self._ops, None, self._grads), right.values)
         for number, (error, limit) in enumerate(zip(errors, right.limits, strict=True)):
             if not error <= limit:
                 raise AssertionError(
@@ -62,12 +63,11 @@ class Phase:
     def right(self) -> "Right":
         """What ``check`` compares with. Dropout's masks are ours alone: with them, our op as it is
         now stands for PyTorch's."""
-        plain = self._ops if self.call.kwargs.get("seed") is not None else torch_ops
-        if not self.out_grads:
-            self._out_grads(self._forward(self._ops))
-        values = _results(self.call, plain, torch.float32, self.out_grads)
-        own = _results(self.call, self._ops, None, self.out_grads)
-        others = _results(self.call, plain, None, self.out_grads)
+        plain = self._ops if self.drops else torch_ops
+        grads = self._out_grads(self._forward())
+        values = _results(self.call, plain, torch.float32, grads)
+        own = _results(self.call, self._ops, None, grads)
+        others = _results(self.call, plain, None, grads)
         # Autocast gives some of PyTorch's results in float32 that ours give in the model's dtype.
         rounded = [x.to(y.dtype) for x, y in zip(others, own, strict=True)]
         errors = rms_errors(rounded, values)
@@ -97,7 +97,7 @@ def _results(
     inputs = [x for x in flat((args, kwargs)) if isinstance(x, Tensor)]
     with _exact_products():
         with autocast(inputs[0].device, dtype or call.dtype):
-            outputs = _tensors(getattr(ops, call.op)(*args, **kwargs))
+            outputs = tensors(getattr(ops, call.op)(*args, **kwargs))
         if not outputs:  # it has written to its arguments
             return inputs
         leaves = [x for x in inputs if x.requires_grad]
@@ -106,7 +106,8 @@ def _results(
     return [x.detach() for x in (*outputs, *found) if x is not None]
 
 
-def _tensors(out: Any) -> tuple[Tensor, ...]:
+def tensors(out: Any) -> tuple[Tensor, ...]:
+    """Of an op's result."""
     return out if isinstance(out, tuple) else () if out is None else (out,)
 
 

@@ -190,7 +190,8 @@ def tune(
             for call, count in calls_of(work, device, ops)
             for backward in ((False, True) if call.op != "adamw" else (False,))
         ]
-        compile_ahead(phase.run for phase in phases)
+        dropping = [phase for phase in phases if phase.drops and phase.backward]
+        compile_ahead([*(phase.run for phase in phases), *(phase.right for phase in dropping)])
         times = {phase: tuner.once(phase) for phase in phases}
         done, too_large = 0, set[Key]()
         while True:

@@ -60,6 +60,7 @@ class Call:
 
 
 def flat(value: Any) -> Iterator[Any]:
+    """What arguments hold, tuples and dictionaries taken apart."""
     if isinstance(value, Mapping):
         value = tuple(value.values())
     if isinstance(value, (tuple, list)):
@@ -133,7 +134,9 @@ def calls_of(
         name: n + (work.config.n_layer - 1) * (in_two[name] - n) for name, n in in_one.items()
     }
     found = [(call, counts[name]) for name, call in {str(call): call for call in once}.items()]
-    return [*found, (_adamw(min(n_parameters, _MOST_PARAMETERS), work.dtype, device), 1)]
+    if work.dtype == torch.bfloat16:  # float16 has PyTorch's AdamW
+        found.append((_adamw(min(n_parameters, _MOST_PARAMETERS), work.dtype, device), 1))
+    return found
 
 
 def _adamw(n: int, dtype: torch.dtype, device: torch.device) -> Call:
