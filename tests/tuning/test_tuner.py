@@ -279,6 +279,22 @@ def test_passes_count_as_often_as_a_step_has_them(
     assert table.lines[key].present_ms == 70.0 and table.lines[key].ms == 69.0
 
 
+def test_a_choice_decides_which_kernels_are_left(
+    trusting: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """GELU is a kernel of its own only behind cuBLAS, which sm_90 has forward and not backward."""
+
+    def cost(key: Key, config: Any) -> float:
+        if key.op != "gemm":
+            return 0.0
+        return 1.0 if (config == CUBLAS) == (key.kernel == "fwd") else 0.0
+
+    clock(monkeypatch, cost)
+    table, left = run()
+    found = {key[:2] for key in table.lines}
+    assert left == 0 and ("gelu", "bwd") in found and ("gelu", "fwd") not in found
+
+
 # -------------------------------------------------------------------------------- what survives
 
 
