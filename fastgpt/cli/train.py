@@ -145,8 +145,7 @@ def _train_connected(config: TrainConfig, world: World, console: Console) -> Non
         f"{config.model} with {trainer.model.get_num_params():,} parameters on {trainer.device}, "
         f"{str(trainer.dtype).removeprefix('torch.')}"
     )
-    if config.tune and world.is_main and not config.eval_only:
-        _tune(trainer, console)
+    _tune(trainer, console)
     trainer.run()
     if not config.eval_only:
         console.print(_summary(trainer))
@@ -159,19 +158,23 @@ def _train_connected(config: TrainConfig, world: World, console: Console) -> Non
 
 
 def _tune(trainer: Trainer, console: Console) -> None:
-    """Measure, where that was not done before, which launches are fastest for the model."""
-    model, device = trainer.model, trainer.device
-    if not isinstance(model, GPT) or device.type != "cuda" or triton_refusal(device):
+    """Measure, where that was not done before, which launches are fastest for the model. A resumed
+    run keeps those that it had: other launches round otherwise."""
+    config, model, device = trainer.config, trainer.model, trainer.device
+    wanted = config.tune and not config.eval_only and config.init_from != "resume"
+    if not wanted or not trainer.world.is_main or not isinstance(model, GPT):
+        return
+    if device.type != "cuda" or triton_refusal(device):
         return
     from fastgpt.tuning import Workload  # needs Triton
     from fastgpt.tuning.before_training import tune_before_training
 
     work = Workload(
         model.config,
-        trainer.config.batch_size,
+        config.batch_size,
         trainer.dtype,
-        trainer.config.recompute,
-        trainer.config.document_mask,
+        config.recompute,
+        config.document_mask,
     )
     tune_before_training(work, device, console.print, trainer.world.size)
 

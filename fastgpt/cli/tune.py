@@ -138,6 +138,6 @@ def _short(config: Any) -> str:
     if isinstance(config, str):
         return config
     values = list(config)
-    while values[-1] is None:
+    while values and values[-1] is None:
         values.pop()
     return f"{type(config).__name__}({', '.join(map(str, values))})"

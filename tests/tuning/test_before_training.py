@@ -15,6 +15,8 @@ from fastgpt import GPT, Bigram, GPTConfig
 from fastgpt.cli import train as cli_train
 from fastgpt.kernels import configs, tuned_table
 from fastgpt.kernels.configs import Elementwise, Key
+from fastgpt.training.config import TrainConfig
+from fastgpt.training.distributed import World
 from fastgpt.tuning import Table, Workload, __main__, before_training
 from fastgpt.tuning.before_training import tune_before_training
 from fastgpt.tuning.table import Line
@@ -137,26 +139,31 @@ def test_the_other_process_starts_from_any_folder(
     assert said[1] == f"not tuned, training goes on: {why}"
 
 
-def test_who_is_asked_to_tune(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_when_a_run_tunes(monkeypatch: pytest.MonkeyPatch) -> None:
     """A GPT on a GPU that has the kernels: with the model's shape, the run's batch and dtype."""
     asked: list[tuple[Any, ...]] = []
     monkeypatch.setattr(before_training, "tune_before_training", lambda *args: asked.append(args))
     refusal = [""]
     monkeypatch.setattr(cli_train, "triton_refusal", lambda device: refusal[0])
-    console = SimpleNamespace(print=print)
 
-    def trainer(model: Any, device: torch.device = GPU) -> Any:
-        config = SimpleNamespace(batch_size=3, recompute=True, document_mask=False)
-        world = SimpleNamespace(size=2)
-        return SimpleNamespace(
+    def tunes(model: Any = GPT(SHAPE), device: torch.device = GPU, **keys: Any) -> bool:
+        config = TrainConfig(batch_size=3, recompute=True, **keys)
+        world, before = World(size=2), len(asked)
+        trainer: Any = SimpleNamespace(
             model=model, device=device, dtype=torch.float16, config=config, world=world
         )
+        console: Any = SimpleNamespace(print=print)
+        cli_train._tune(trainer, console)
+        return len(asked) > before
 
-    cli_train._tune(trainer(Bigram(SHAPE)), console)  # type: ignore[arg-type]
-    cli_train._tune(trainer(GPT(SHAPE), torch.device("cpu")), console)  # type: ignore[arg-type]
+    assert tunes() and asked == [(WORK, GPU, print, 2)]
+    assert tunes(init_from="gpt2")
+    assert not tunes(Bigram(SHAPE))
+    assert not tunes(device=torch.device("cpu"))
+    assert not tunes(tune=False) and not tunes(eval_only=True)
+    assert not tunes(init_from="resume")  # other launches would round otherwise
     refusal[0] = "too old"
-    cli_train._tune(trainer(GPT(SHAPE)), console)  # type: ignore[arg-type]
-    assert not asked
+    assert not tunes()
+    monkeypatch.setattr(World, "is_main", False)
     refusal[0] = ""
-    cli_train._tune(trainer(GPT(SHAPE)), console)  # type: ignore[arg-type]
-    assert asked == [(WORK, GPU, print, 2)]
+    assert not tunes()
