@@ -146,7 +146,9 @@ def test_when_a_run_tunes(monkeypatch: pytest.MonkeyPatch) -> None:
     refusal = [""]
     monkeypatch.setattr(cli_train, "triton_refusal", lambda device: refusal[0])
 
-    def tunes(model: Any = GPT(SHAPE), device: torch.device = GPU, **keys: Any) -> bool:
+    model = GPT(SHAPE)
+
+    def tunes(model: Any = model, device: torch.device = GPU, **keys: Any) -> bool:
         config = TrainConfig(batch_size=3, recompute=True, **keys)
         world, before = World(size=2), len(asked)
         trainer: Any = SimpleNamespace(
