@@ -61,6 +61,7 @@ def test_another_process_tunes(monkeypatch: pytest.MonkeyPatch) -> None:
     """It gets the same workload, and this process takes what it has written."""
     given = other_process(monkeypatch, ended(0, "gelu: 2 times", "1 launches measured"))
     said: list[object] = []
+    assert configs.tuned(GPU) == {}  # a kernel was launched before
     tune_before_training(WORK, GPU, said.append)
     assert len(said) == 2 and "60 s at most" in str(said[0]) and "--tune=False" in str(said[0])
     assert said[1] == "1 launches measured"
