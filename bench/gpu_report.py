@@ -60,11 +60,11 @@ def parts() -> list[Part]:
     sanitize = "env", "PYTORCH_NO_CUDA_MEMORY_CACHING=1", "compute-sanitizer"
     return [
         Part("parity", (*parity, "--continue-on-collection-errors"), 130),
-        Part("run-b32", (*run, "--batch_size=32", "--reference=False"), 180, 60),
+        Part("run-b32", (*run, "--batch_size=32"), 180, 60),
         Part("profile", (*module, "bench._step.profile", "{out}"), 25, 15),
         Part("run-b4", (*run, "--batch_size=4", "--loss_steps=200"), 110, 60),
         Part("ops", (*pytest, "-n0", "bench"), 100),
-        Part("run-b64", (*run, "--batch_size=64", "--reference=False"), 200, 60),
+        Part("run-b64", (*run, "--batch_size=64"), 200, 60),
         Part("determinism", (*determinism, "{out}"), 25, 15),
         *(
             Part(tool, (*sanitize, "--tool", tool, "--error-exitcode", "9", *determinism), 30, 10)

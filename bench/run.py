@@ -1,6 +1,7 @@
 """Tokens per second of GPT training: this library beside PyTorch, in one process.
 
     python bench/run.py                             # GPT-2 124M on a GPU, a small size on a CPU
+    python bench/run.py --quick                     # four variants, few steps: below 100 s
     python bench/run.py --batch_size=8 --variants fastgpt sdpa_compile
     python bench/run.py --out bench/results/h200    # for bench/publish.py
 
@@ -11,8 +12,9 @@ bfloat16 weights over float32 masters, as one CUDA graph. fp8 changes the number
 is measured only if it is named. One step is: the next batch from host to device, forward, backward,
 gradient clipping, AdamW; the host reads no loss.
 
-1. fp32 reference, unless ``--reference=False``: ``loss_steps`` steps of nanoGPT's model, eager and
-   with masked matmul attention, in float32, four sequences at a time, for the losses alone.
+1. fp32 reference, with up to four sequences or ``--reference=True``: ``loss_steps`` steps of
+   nanoGPT's model, eager and with masked matmul attention, in float32, four sequences at a time,
+   for the losses alone.
 2. Each variant alone on the device: the time to its first step, ``loss_steps`` losses, and the peak
    of allocated memory over those steps but the first.
 3. All variants side by side: built again, warmed up for ``warmup`` steps, then ``rounds`` rounds in
@@ -34,7 +36,7 @@ folders full. Starting Python and importing torch is in neither.
 import sys
 import tempfile
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -49,7 +51,7 @@ if __name__ == "__main__":  # Python looks for modules in the folder of the scri
 from bench._harness import cli, machine
 from bench._step import pictures, report
 from bench._step.measurement import Measurement, unsupported
-from bench._step.variants import CPU_OPTIONS, VARIANTS, Options, Plan
+from bench._step.variants import CPU_OPTIONS, QUICK, VARIANTS, Options, Plan
 from fastgpt import GPT
 from fastgpt.data.batches import token_files
 from fastgpt.data.builtin_texts import prepare_builtin
@@ -130,7 +132,11 @@ def _measure(
 
 def _planned(argv: list[str] | None, folder: Path) -> tuple[Plan, Path, str]:
     """What to measure, and folder and name of the results. Every user error is raised here."""
-    options = cli.options(Options() if torch.cuda.is_available() else CPU_OPTIONS, argv)
+    argv = sys.argv[1:] if argv is None else argv
+    default = Options() if torch.cuda.is_available() else CPU_OPTIONS
+    if "--quick" in argv:
+        default, argv = replace(default, **QUICK), [word for word in argv if word != "--quick"]
+    options = cli.options(default, argv)
     if options.data_dir is None:
         prepare_builtin(folder / "data")
         plan = Plan.of(options, folder / "data")

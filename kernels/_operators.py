@@ -7,10 +7,13 @@ lists of tensors among the arguments, and results that alias an argument, which 
 has. Operators that write to an argument are registered by ``custom_op``.
 """
 
+import functools
+import sys
 from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch._library.utils import get_layout_constraint_tag
 from torch._ops import OpOverload
 
 _library = torch.library.Library("fastgpt", "FRAGMENT")
@@ -57,8 +60,31 @@ def operator(name: str, schema: str | None = None) -> Callable[[Callable[..., An
 
 def fake(op: OpOverload) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Decorates what gives the operator's results on fake tensors: shapes, strides, dtypes."""
-    decorator: Callable[..., Any] = torch.library.register_fake(op, lib=_library)
-    return decorator
+
+    def register(results: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(results)
+        def traced(*args: Any) -> Any:
+            if _INDUCTOR_DESCRIBES:
+                _make_known_to_inductor(op)
+            return results(*args)
+
+        decorator: Callable[..., Any] = torch.library.register_fake(op, lib=_library)
+        return decorator(traced)
+
+    return register
+
+
+# Up to PyTorch 2.12 Inductor describes an operator that it does not know, with all that leads to
+# it, for a log that is off. In GPT two ways lead from each layer to the next: 12 blocks take hours.
+_INDUCTOR_DESCRIBES = torch.__version__ < "2.13"
+
+
+def _make_known_to_inductor(op: OpOverload) -> None:
+    """While tracing, before Inductor meets the operator; as Inductor itself does it then."""
+    inductor: Any = sys.modules.get("torch._inductor.lowering")
+    if inductor is not None and op not in inductor.lowerings:
+        constraint = inductor.tag_to_layout_constraint(get_layout_constraint_tag(op))
+        inductor.make_fallback(op, layout_constraint=constraint, warn=False)
 
 
 def differentiable(

@@ -4,7 +4,8 @@
 
 q is (B, H, Tq, D), k and v (B, H, Tk, D), read by strides, packed (B, T, 3C) as much as separate.
 The forward is the online softmax of FlashAttention-2 (Dao 2023, arXiv:2307.08691): a program owns a
-block of queries, walks over the keys and rescales what it has when the running maximum grows. It
+block of queries, walks over the keys and rescales what it has when the running maximum grows. Where
+the launch tables say so, cuDNN computes O and lse, if it takes the inputs. The kernel
 works in base 2: P = 2^(c Q Kᵀ - lse) with c = scale log2(e). Saved for backward: q, k, v, O, and
 lse (B, H, 1, Tq) in float32.
 
@@ -214,7 +215,8 @@ def attention(
         it in place before is an error, as with ``F.scaled_dot_product_attention``.
 
         An infinity or NaN in v shows in the rows that see its key, and in no other. There it may
-        make the whole row NaN, where a plain product would change one column only.
+        make the whole row NaN, where a plain product would change one column only. Where the launch
+        tables give the forward to cuDNN, other rows of its tile may become NaN too.
 
     Raises:
         TypeError: q, k or v is no floating-point tensor, or of another dtype.

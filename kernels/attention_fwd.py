@@ -9,6 +9,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.backends.cuda import SDPAParams, can_use_cudnn_attention
 
 from fastgpt.kernels import _host, configs
 from fastgpt.kernels._device_math import dropout_keep, rounded_quotient
@@ -416,10 +417,31 @@ def launch(kernel: str, q: Tensor, options: Options) -> dict[str, Any]:
     return configs.launch(configs.find(q, "attention", kernel, _block_d(q), *names))
 
 
+def _cudnn_can(q: Tensor, k: Tensor, v: Tensor, options: Options) -> bool:
+    """Whether cuDNN, as PyTorch calls it, takes this."""
+    if not q.is_cuda or options.dropout_p or options.doc_start is not None:
+        return False
+    if options.causal and q.shape[2] != k.shape[2]:
+        return False
+    asked = SDPAParams(q, k, v, None, 0.0, options.causal, False)
+    return can_use_cudnn_attention(asked)
+
+
+def _cudnn(q: Tensor, k: Tensor, v: Tensor, options: Options) -> tuple[Tensor, Tensor]:
+    out, lse, *_ = torch.ops.aten._scaled_dot_product_cudnn_attention(
+        q, k, v, None, True, 0.0, options.causal, False, scale=options.scale
+    )
+    # Its logarithms are natural, and (B, H, Tq) or (B, H, Tq, 1).
+    return out.transpose(1, 2).contiguous(), (lse * _host.LOG2_E).view(*q.shape[:2], 1, -1)
+
+
 def attention_fwd(q: Tensor, k: Tensor, v: Tensor, options: Options) -> tuple[Tensor, Tensor]:
     """O (B, Tq, H, D), contiguous, and lse (B, H, 1 or 2, Tq)."""
     q, k, v = aligned(q), aligned(k), aligned(v)
     batch, n_head, n_queries, head_size = q.shape
+    if configs.find(q, "attention", "fwd_library", _block_d(q)) == configs.CUDNN:
+        if q.numel() and k.numel() and _cudnn_can(q, k, v, options):
+            return _cudnn(q, k, v, options)
     out = torch.empty(batch, n_queries, n_head, head_size, dtype=q.dtype, device=q.device)
     lse = empty_lse(q, batch, n_head, n_queries)
     if out.numel():

@@ -17,6 +17,7 @@ for the chunks (one product writes them, the rows are read and written, two prod
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -132,12 +133,18 @@ def _scale(
     )
 
 
-_scale_op = operator("linear_cross_entropy_bwd")(_scale)
-
-
-@fake(_scale_op)
-def _(grad, divisor, dx, dweight, dx_dtype, dweight_dtype):
+def _fake_scale(grad, divisor, dx, dweight, dx_dtype, dweight_dtype):
     return torch.empty_like(dx, dtype=dx_dtype), torch.empty_like(dweight, dtype=dweight_dtype)
+
+
+def define_scale(name: str, scale: Callable[..., tuple[Tensor, Tensor]]) -> Any:
+    """The operator ``fastgpt::name``, the backward of a loss. ``scale``: as ``_scale``."""
+    op = operator(name)(scale)
+    fake(op)(_fake_scale)
+    return op
+
+
+_scale_op = define_scale("linear_cross_entropy_bwd", _scale)
 
 
 def _setup_context(ctx, inputs, output):
@@ -148,18 +155,21 @@ def _setup_context(ctx, inputs, output):
     ctx.save_for_backward(divisor, dx, dweight)
 
 
-def _backward(ctx, grad, *_):
-    no_gradient = [None] * 8
-    if grad is None:  # the loss has no part in what is differentiated
-        return None, None, *no_gradient
-    dx, dweight = _scale_op(grad, *ctx.saved_tensors, *ctx.dtypes)
-    return (dx if ctx.want_dx else None, dweight if ctx.want_dweight else None, *no_gradient)
-
-
 def define(
-    name: str, forward: Callable[..., tuple[Tensor, ...]]
+    name: str,
+    forward: Callable[..., tuple[Tensor, ...]],
+    scale_op: Callable[..., tuple[Tensor, Tensor]] = _scale_op,
 ) -> Callable[..., tuple[Tensor, ...]]:
-    """The operator ``fastgpt::name``. ``forward``: as ``chunked`` makes it of a row function."""
+    """The operator ``fastgpt::name``. ``forward``: as ``chunked`` makes it of a row function;
+    ``scale_op``: of ``define_scale``."""
+
+    def backward(ctx, grad, *_):
+        no_gradient = [None] * 8
+        if grad is None:  # the loss has no part in what is differentiated
+            return None, None, *no_gradient
+        dx, dweight = scale_op(grad, *ctx.saved_tensors, *ctx.dtypes)
+        return (dx if ctx.want_dx else None, dweight if ctx.want_dweight else None, *no_gradient)
+
     op = operator(
         name,
         "(Tensor x, Tensor weight, Tensor targets, ScalarType dtype, int ignore_index, "
@@ -167,7 +177,7 @@ def define(
         "-> (Tensor, Tensor, Tensor, Tensor)",
     )(forward)
     fake(op)(_fake_forward)
-    differentiable(op, _backward, _setup_context)
+    differentiable(op, backward, _setup_context)
     return op
 
 

@@ -29,6 +29,7 @@ from torch import Tensor
 from fastgpt.kernels import _host, tuned_table
 
 ANY = "any"
+CUDNN = "cuDNN"  # in place of the attention kernel where PyTorch's cuDNN takes the inputs
 CUBLAS = "cuBLAS"  # in place of a configuration: PyTorch's product, the epilogue in its own kernel
 
 
@@ -88,6 +89,15 @@ class Tile(NamedTuple):
     num_warps: int
 
 
+class TileLoop(NamedTuple):
+    """A program walks down its columns; ``STAGES - 1`` tiles are loaded while one is computed."""
+
+    BLOCK_M: int
+    BLOCK_N: int
+    num_warps: int
+    STAGES: int = 1
+
+
 class WholeRows(NamedTuple):
     """The tile is as wide as the row."""
 
@@ -105,8 +115,11 @@ class RowLoop(NamedTuple):
 
 
 class PartOfRow(NamedTuple):
+    """``STAGES - 1`` tiles are loaded while one is computed."""
+
     BLOCK_N: int
     num_warps: int
+    STAGES: int = 1
 
 
 class Elementwise(NamedTuple):
@@ -146,6 +159,8 @@ TABLE: dict[Key, Any] = {
     Key("attention", "fwd", "sm_90", "half", 128): Attention(128, 64, 8, 2, True),
     Key("attention", "fwd", "sm_90", "half", 128, _DROPOUT): Attention(64, 32, 4, 2, True),
     Key("attention", "fwd", "sm_90", "half", 256): Attention(64, 32, 8, 2, True),
+    Key("attention", "fwd_library"): None,
+    Key("attention", "fwd_library", "sm_90", "half", 64): CUDNN,
     # Measured: both backward kernels together 1.07 and 1.03 times as fast as with 64 x 64.
     Key("attention", "bwd_dq", "sm_90", "half", 64): Attention(64, 32, 4, 3),
     Key("attention", "bwd_dkdv", "sm_90", "half", 64): Attention(32, 64, 4, 3),
@@ -243,6 +258,7 @@ TABLE: dict[Key, Any] = {
     # Parts of a weight gradient, few and long; sums of dpre, one for each row of tiles.
     Key("gemm", "sum_parts", "gpu"): Tile(8, 512, 4),
     Key("gemm", "sum_tiles", "gpu"): Tile(128, 16, 4),
+    Key("gemm", "sum_tiles", "gpu", "float32"): Tile(128, 16, 4),  # behind cuBLAS
     # sm_90 and sm_100: tiles come by TMA.
     Key("gemm", "fwd", "gpu", "half"): Gemm(128, 128, 64, 4, 3, 2),
     Key("gemm", "bwd", "gpu", "half"): Gemm(128, 128, 64, 4, 3, 2),
@@ -281,6 +297,7 @@ TABLE: dict[Key, Any] = {
     # precision. 4 rows of 512 threads fill a multiprocessor, while the rows under way (40 MB of
     # GPT-2's in half precision) still fit into the L2 cache of sm_90.
     Key("cross_entropy", "rows"): PartOfRow(4096, 16),
+    Key("cross_entropy", "scale"): Elementwise(1024, 4),
     Key("cross_entropy", "rows", size=256): PartOfRow(256, 1),
     Key("cross_entropy", "rows", size=512): PartOfRow(512, 2),
     Key("cross_entropy", "rows", size=1024): PartOfRow(1024, 4),
@@ -297,6 +314,7 @@ TABLE: dict[Key, Any] = {
     Key("embedding", "bwd_token", size=512): Tile(8, 512, 4),
     # Eight elements a thread: 16-byte accesses in half precision, two of them in float32.
     Key("gelu", ANY): Elementwise(1024, 4),
+    Key("gelu", "bwd_rows"): TileLoop(8, 128, 2),
     Key("adamw", "update"): Elementwise(1024, 4),
     # fp8: a tile is 8 KB, whose rows and columns both fill sectors of memory; 16 programs hold
     # enough loads under way. "amax" finds the largest magnitude.

@@ -218,28 +218,30 @@ def _linear_gelu_gradient(
     dy: Tensor, weight: Tensor, pre: Tensor, recompute: bool, dbias: Tensor | None
 ) -> list[KernelCost]:
     """Of ``linear_gelu_gradient``; ``dbias``: as it is returned."""
+    from fastgpt.kernels import gemm
+
     flops = 2 * pre.numel() * dy.shape[-1]
-    moved = nbytes(dy, weight)
+    operands = nbytes(dy, weight)
     config = _on_hopper("bwd", *["recompute"] * recompute)
+    epilogue = (2 + recompute) * nbytes(pre)
+    rows = gemm.ROWS if config is None else config.BLOCK_M
+    parts = 0 if dbias is None else -(-pre.shape[0] // rows) * 4 * pre.shape[1]
     if config is not None:
-        moved += (2 + recompute) * nbytes(pre)
-        if dbias is None:
-            return [KernelCost("linear dx * GELU'", flops, moved)]
-        parts = -(-pre.shape[0] // config.BLOCK_M) * 4 * pre.shape[1]
-        return [
-            KernelCost("linear dx * GELU'", flops, moved + parts),
-            KernelCost("linear dbias, its parts added up", 0, parts + nbytes(dbias)),
+        kernels = [KernelCost("linear dx * GELU'", flops, operands + epilogue + parts)]
+    else:
+        kernels = [
+            KernelCost("linear dx", flops, operands + nbytes(pre)),
+            KernelCost("GELU'", 0, nbytes(pre) + epilogue + parts),
         ]
-    kernels = [
-        KernelCost("linear dx", flops, moved + nbytes(pre)),
-        KernelCost("GELU'", 0, 3 * nbytes(pre)),
-    ]
-    kernels += [KernelCost("GELU again", 0, 2 * nbytes(pre))] * recompute
-    return kernels if dbias is None else [*kernels, KernelCost("dbias", 0, nbytes(pre, dbias))]
+    if dbias is not None:
+        kernels.append(KernelCost("linear dbias, its parts added up", 0, parts + nbytes(dbias)))
+    return kernels
 
 
 def _weight_gradient(dy: Tensor, x: Tensor, *gradients: Tensor) -> list[KernelCost]:
     """Of ``weight_gradient``, whose results are like ``gradients``."""
+    from fastgpt.kernels import gemm
+
     n_cols = x.shape[-1]
     n_tokens, n_rows = row_count(x), gradients[0].shape[0]
     flops = 2 * n_tokens * n_rows * n_cols
@@ -252,8 +254,6 @@ def _weight_gradient(dy: Tensor, x: Tensor, *gradients: Tensor) -> list[KernelCo
             KernelCost("linear dweight, rounded", 0, again),
             *(KernelCost("linear dbias", 0, nbytes(dy, dbias)) for dbias in gradients[1:]),
         ]
-    from fastgpt.kernels import gemm
-
     n_tiles = -(-n_rows // config.BLOCK_M) * -(-n_cols // config.BLOCK_N)
     n_splits = gemm.splits(n_rows, n_cols, n_tokens, n_tiles, 132 * config.programs)
     split = n_splits > 1
@@ -374,7 +374,7 @@ def _(out, x, weight, targets, dtype, ignore_index, mean, smoothing, z_loss, wan
     return costs
 
 
-@_cost_of("linear_cross_entropy_bwd")
+@_cost_of("linear_cross_entropy_bwd", "linear_cross_entropy_bwd_fused")
 def _(out, grad, divisor, dx, dweight, dx_dtype, dweight_dtype):
     return [
         KernelCost("scale dx", 0, nbytes(dx, out[0])),

@@ -52,6 +52,42 @@ def _gelu_bwd_kernel(
     tl.store(dx_ptr + offs, dx.to(dx_ptr.dtype.element_ty), mask=mask)
 
 
+@triton.jit
+def _gelu_bwd_rows_kernel(
+    dy_ptr,  # (n_rows, n_cols), contiguous; overwritten by dx
+    x_ptr,  # (n_rows, n_cols), contiguous
+    y_ptr,  # (n_rows, n_cols), contiguous, written; or None
+    sums_ptr,  # (1, row blocks, n_cols), written: sums of dx; or None
+    n_rows,
+    n_cols,
+    TANH: tl.constexpr,
+    FAST: tl.constexpr,
+    ACC: tl.constexpr,
+    ROWS: tl.constexpr,  # in a row block, a multiple of BLOCK_M
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    STAGES: tl.constexpr,  # STAGES - 1 tiles are loaded while one is computed
+):
+    row_block = tl.program_id(0)
+    offs_n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    mask_n = offs_n < n_cols
+    acc = tl.zeros([BLOCK_M, BLOCK_N], dtype=ACC)
+    for start in tl.range(0, ROWS, BLOCK_M, num_stages=STAGES):
+        offs_m = row_block * ROWS + start + tl.arange(0, BLOCK_M)
+        mask = (offs_m < n_rows)[:, None] & mask_n[None, :]
+        offs = offs_m.to(tl.int64)[:, None] * n_cols + offs_n[None, :]
+        x = tl.load(x_ptr + offs, mask=mask, other=0.0).to(ACC)
+        dy = tl.load(dy_ptr + offs, mask=mask, other=0.0).to(ACC)
+        dx = dy * gelu_slope(x, TANH, FAST)
+        acc += dx
+        tl.store(dy_ptr + offs, dx.to(dy_ptr.dtype.element_ty), mask=mask)
+        if y_ptr is not None:
+            tl.store(y_ptr + offs, gelu_value(x, TANH, FAST).to(y_ptr.dtype.element_ty), mask=mask)
+    if sums_ptr is not None:
+        sums = tl.sum(acc, axis=0)
+        tl.store(sums_ptr + row_block.to(tl.int64) * n_cols + offs_n, sums, mask=mask_n)
+
+
 def gelu_forward(x: Tensor, approximate: str) -> Tensor:
     x = x.contiguous()
     y = torch.empty_like(x)
@@ -89,6 +125,31 @@ def gelu_backward(dy: Tensor, x: Tensor, approximate: str) -> Tensor:
                 **_host.FMA,
             )
     return dx
+
+
+def gelu_backward_rows_(
+    dy: Tensor, x: Tensor, approximate: str, y: Tensor | None, sums: Tensor | None, rows: int
+) -> None:
+    """dy (M, N), contiguous as x, is overwritten by dx. Written too where they are given: ``y``, of
+    x's layout, and ``sums`` (1, ceil(M / rows), N), the sums of each ``rows`` rows of dx."""
+    n_rows, n_cols = x.shape
+    config = configs.find(x, "gelu", "bwd_rows")
+    grid = _host.cdiv(n_rows, rows), _host.cdiv(n_cols, config.BLOCK_N)
+    with _host.on_device(x):
+        _gelu_bwd_rows_kernel[grid](
+            dy,
+            x,
+            y,
+            sums,
+            n_rows,
+            n_cols,
+            TANH=approximate == "tanh",
+            FAST=_host.is_half(x.dtype),
+            ACC=_host.accumulator(x.dtype),
+            ROWS=rows,
+            **configs.launch(config),
+            **_host.FMA,
+        )
 
 
 _gelu_op = operator("gelu")(gelu_forward)

@@ -14,7 +14,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fastgpt.kernels import _host, configs
 from fastgpt.kernels.configs import Gemm
-from fastgpt.kernels.gelu import gelu_backward, gelu_forward
+from fastgpt.kernels.gelu import gelu_backward_rows_, gelu_forward
 from fastgpt.kernels.gemm_kernels import _linear_gelu_kernel, _weight_grad_kernel
 from fastgpt.kernels.partial_sums import sum_row_blocks
 
@@ -23,6 +23,7 @@ from fastgpt.kernels.partial_sums import sum_row_blocks
 _FLOPS_PER_BYTE = 183
 _MAX_SPLITS = 32
 _MIN_TOKENS = 256  # in a part: for fewer, the pass over dW costs more than it saves
+ROWS = 64  # for each of which a kernel behind cuBLAS writes one row of partial sums
 
 
 def _tma(device: torch.device) -> bool:
@@ -128,18 +129,17 @@ def linear_gelu_gradient(
     options = ("recompute",) if recompute else ()
     some = dy.numel() and pre.numel()
     config = _config("bwd", dy, weight, pre, options=options) if some else None
-    if config is None:
-        dpre = gelu_backward(dy @ weight, pre, approximate)
-        act = gelu_forward(pre, approximate) if recompute else None
-        return dpre, act, None if dbias_dtype is None else _column_sums(dpre, dbias_dtype)
-    dpre = torch.empty_like(pre)
+    dpre = dy @ weight if config is None else torch.empty_like(pre)
     act = torch.empty_like(pre) if recompute else None
     dbias = parts = None
     if dbias_dtype is not None:
         dbias = pre.new_empty(pre.shape[1], dtype=dbias_dtype)
-        n_parts = _host.cdiv(pre.shape[0], config.BLOCK_M)
+        n_parts = _host.cdiv(pre.shape[0], ROWS if config is None else config.BLOCK_M)
         parts = pre.new_empty(1, n_parts, pre.shape[1], dtype=_host.stats_dtype(pre.dtype))
-    _linear_gelu(config, dy, weight, parts, pre, dpre, act, approximate)
+    if config is None:
+        gelu_backward_rows_(dpre, pre, approximate, act, parts, ROWS)
+    else:
+        _linear_gelu(config, dy, weight, parts, pre, dpre, act, approximate)
     if parts is not None and dbias is not None:
         sum_row_blocks(parts, [dbias], configs.find(dy, "gemm", "sum_tiles"))
     return dpre, act, dbias

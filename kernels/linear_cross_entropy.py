@@ -19,6 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastgpt.kernels import _checks, _host, chunked_loss, configs, fp8_products
+from fastgpt.kernels._device_math import rounded_quotient
 from fastgpt.kernels._tensors import as_matrix
 
 
@@ -55,6 +56,7 @@ def _cross_entropy_rows_kernel(
     GRADIENT: tl.constexpr,
     ACC: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    STAGES: tl.constexpr,  # STAGES - 1 tiles are loaded while one is computed
 ):
     row = tl.program_id(0).to(tl.int64)
     row_ptr = logits_ptr + row * padded_cols
@@ -68,7 +70,7 @@ def _cross_entropy_rows_kernel(
     max_8 = tl.full([BLOCK_N // 8], float("-inf"), dtype=ACC)
     acc_exp = tl.zeros([BLOCK_N // 8], dtype=ACC)
     acc_logits = tl.zeros([BLOCK_N // 8], dtype=ACC)
-    for start in range(0, n_cols, BLOCK_N):
+    for start in tl.range(0, n_cols, BLOCK_N, num_stages=STAGES):
         logits, offs_n = _load_tile(row_ptr, start, padded_cols, n_cols, GRADIENT, ACC, BLOCK_N)
         new_max = tl.maximum(max_8, tl.max(logits, axis=1))
         shift = tl.where(new_max == float("-inf"), 0.0, new_max)  # eight columns past the end
@@ -99,7 +101,7 @@ def _cross_entropy_rows_kernel(
         end = tl.where(valid, n_cols, 0)
         # From the end of the row, which was read last.
         last = (n_cols - 1) // BLOCK_N * BLOCK_N
-        for start in range(0, n_cols, BLOCK_N):
+        for start in tl.range(0, n_cols, BLOCK_N, num_stages=STAGES):
             logits, offs_n = _load_tile(
                 row_ptr, last - start, padded_cols, end, False, ACC, BLOCK_N
             )
@@ -113,6 +115,54 @@ def _cross_entropy_rows_kernel(
                 mask=offs_n < padded_cols,
                 eviction_policy="evict_first",
             )
+
+
+@triton.jit
+def _scaled_kernel(
+    x_ptr,  # (n_elements)
+    y_ptr,  # (n_elements)
+    grad_ptr,  # (1)
+    divisor_ptr,  # (1)
+    n_elements,
+    ACC: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    divisor = tl.maximum(tl.load(divisor_ptr).to(ACC), 1.0)  # 0 if no row is valid
+    factor = rounded_quotient(tl.load(grad_ptr).to(ACC), divisor)
+    offs = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    mask = offs < n_elements
+    x = tl.load(x_ptr + offs, mask=mask, other=0.0).to(ACC)
+    tl.store(y_ptr + offs, (x * factor).to(y_ptr.dtype.element_ty), mask=mask)
+
+
+def _scale(
+    grad: Tensor,
+    divisor: Tensor,
+    dx: Tensor,
+    dweight: Tensor,
+    dx_dtype: torch.dtype,
+    dweight_dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    """As in ``chunked_loss``. PyTorch's product of two dtypes takes twice as long."""
+    gradients = torch.empty_like(dx, dtype=dx_dtype), torch.empty_like(dweight, dtype=dweight_dtype)
+    config = configs.find(dx, "cross_entropy", "scale")
+    with _host.on_device(dx):
+        for x, y in zip((dx, dweight), gradients, strict=True):
+            if x.numel():
+                _scaled_kernel[(_host.cdiv(x.numel(), config.BLOCK),)](
+                    x,
+                    y,
+                    grad,
+                    divisor,
+                    x.numel(),
+                    ACC=_host.accumulator(x.dtype),
+                    **configs.launch(config),
+                    **_host.FMA,
+                )
+    return gradients
+
+
+_scale_op = chunked_loss.define_scale("linear_cross_entropy_bwd_fused", _scale)
 
 
 def _rows(
@@ -149,7 +199,9 @@ def _rows(
         )
 
 
-_linear_cross_entropy_op = chunked_loss.define("linear_cross_entropy", chunked_loss.chunked(_rows))
+_linear_cross_entropy_op = chunked_loss.define(
+    "linear_cross_entropy", chunked_loss.chunked(_rows), _scale_op
+)
 
 _DLOGITS_SCALE = 2.0**-15
 
@@ -212,7 +264,9 @@ def _forward_fp8(
     return *chunked_loss.reduced(losses, targets, ignore_index, mean), dx, dweight
 
 
-_linear_cross_entropy_fp8_op = chunked_loss.define("linear_cross_entropy_fp8", _forward_fp8)
+_linear_cross_entropy_fp8_op = chunked_loss.define(
+    "linear_cross_entropy_fp8", _forward_fp8, _scale_op
+)
 
 
 def linear_cross_entropy(

@@ -26,6 +26,22 @@ def loss(gpt: GPT, idx: Tensor, targets: Tensor, attention: Attention) -> Tensor
     )
 
 
+def chunked_loss(gpt: GPT, idx: Tensor, targets: Tensor) -> Tensor:
+    """As ``loss`` with SDPA, head and cross-entropy by PyTorch's op in chunks (PyTorch 2.13)."""
+    hidden = _hidden(gpt, idx, sdpa).flatten(0, 1)
+    weight = gpt.lm_head.weight
+    if torch.is_autocast_enabled(hidden.device.type):  # which knows nothing of the op
+        dtype = torch.get_autocast_dtype(hidden.device.type)
+        hidden, weight = hidden.to(dtype), weight.to(dtype)
+    return F.linear_cross_entropy(  # type: ignore[attr-defined]  # of PyTorch 2.13
+        hidden,
+        weight,
+        targets.flatten(),
+        ignore_index=-1,
+        options=nn.LinearCrossEntropyOptions(),  # type: ignore[attr-defined]
+    )
+
+
 def last_logits(gpt: GPT, idx: Tensor, attention: Attention) -> Tensor:
     """Those of the token after ``idx`` (B, T): (B, V)."""
     return _linear(gpt.lm_head, _hidden(gpt, idx, attention)[:, -1])

@@ -169,7 +169,7 @@ class Measurement:
 
     def run(self) -> None:
         """Raises FloatingPointError where the float32 reference diverges, as everything will."""
-        if self.plan.options.reference:
+        if self.plan.has_reference:
             self._show("float32 reference")
             with tf32(False):
                 self._measure_reference()

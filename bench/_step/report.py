@@ -14,7 +14,14 @@ from bench._harness.timing import Spread, rate, spread
 
 CPU_NOTE = "CPU, no claim about GPUs"
 # The fastest of them is what a speed-up refers to.
-_BASELINES = ("sdpa_compile", "sdpa_autotune", "sdpa_graphs")
+_BASELINES = (
+    "sdpa_compile",
+    "sdpa_flash",
+    "sdpa_cudnn",
+    "sdpa_chunked",
+    "sdpa_graphs",
+    "sdpa_autotune",
+)
 _OVER_EAGER = ("fastgpt", "sdpa")
 _NOISE = ("fastgpt", "fastgpt_again")  # the same code measured twice
 

@@ -6,14 +6,16 @@ import shutil
 import sys
 import sysconfig
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
 from unittest import mock
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from bench._step import baselines
 from fastgpt import GPT, GPTConfig
@@ -47,6 +49,7 @@ class Variant:
     fp8: str = "none"
     compile_mode: str | None = None  # of torch.compile; None runs eagerly
     trainer: bool = False  # with the update of `fastgpt train`; otherwise with nanoGPT's
+    attention: SDPBackend | None = None  # SDPA's only choice; None: PyTorch chooses
 
     @property
     def baseline(self) -> bool:
@@ -58,9 +61,14 @@ class Variant:
         return self.loss is baselines.huggingface_loss
 
 
-def _compiled(mode: str) -> Variant:
-    suffix = "" if mode == "default" else f" ({mode.removesuffix('-no-cudagraphs')})"
-    return Variant(f"nanoGPT, SDPA, torch.compile{suffix}", _sdpa_loss, compile_mode=mode)
+def _compiled(
+    suffix: str = "",
+    mode: str = "default",
+    attention: SDPBackend | None = None,
+    loss: Loss = _sdpa_loss,
+) -> Variant:
+    label = f"nanoGPT, SDPA, torch.compile{suffix}"
+    return Variant(label, loss, compile_mode=mode, attention=attention)
 
 
 def _ours(label: str, **options: Any) -> Variant:
@@ -68,16 +76,19 @@ def _ours(label: str, **options: Any) -> Variant:
 
 
 VARIANTS: dict[str, Variant] = {
+    "sdpa_compile": _compiled(),
+    "fastgpt_train": _ours("fastgpt train", trainer=True),
+    "fastgpt": _ours("fastgpt"),
+    "sdpa": Variant("nanoGPT, SDPA", _sdpa_loss),
     "naive": Variant("nanoGPT, masked matmul", _naive_loss),
     "huggingface": Variant("Hugging Face, SDPA", baselines.huggingface_loss),
-    "sdpa": Variant("nanoGPT, SDPA", _sdpa_loss),
-    "sdpa_compile": _compiled("default"),
-    "sdpa_autotune": _compiled("max-autotune-no-cudagraphs"),
-    "sdpa_graphs": _compiled("reduce-overhead"),
-    "fastgpt": _ours("fastgpt"),
+    "sdpa_flash": _compiled(" (Flash)", attention=SDPBackend.FLASH_ATTENTION),
+    "sdpa_cudnn": _compiled(" (cuDNN)", attention=SDPBackend.CUDNN_ATTENTION),
+    "sdpa_chunked": _compiled(" (chunked loss)", loss=baselines.chunked_loss),
+    "sdpa_graphs": _compiled(" (reduce-overhead)", mode="reduce-overhead"),
+    "sdpa_autotune": _compiled(" (max-autotune)", mode="max-autotune-no-cudagraphs"),
     "fastgpt_recompute": _ours("fastgpt, recompute", recompute=True),
     "fastgpt_compile": _ours("fastgpt, torch.compile", compile_mode="default"),
-    "fastgpt_train": _ours("fastgpt train", trainer=True),
     "fastgpt_train_recompute": _ours("fastgpt train, recompute", trainer=True, recompute=True),
     "fastgpt_fp8_head": _ours("fastgpt train, fp8 head", trainer=True, fp8="head"),
     "fastgpt_again": _ours("fastgpt again"),
@@ -93,10 +104,10 @@ class Options:
     nanoGPT's step in eager PyTorch and under torch.compile, and fastgpt, side by side.
     """
 
-    # What is measured, in this order: naive, huggingface, sdpa, sdpa_compile, sdpa_autotune,
-    # sdpa_graphs, fastgpt, fastgpt_recompute, fastgpt_compile, fastgpt_train,
-    # fastgpt_train_recompute, fastgpt_fp8_head; and fastgpt_again, which shows the noise. Default:
-    # all but sdpa_autotune and fastgpt_fp8_head.
+    # What is measured, in this order: sdpa_compile, fastgpt_train, fastgpt, sdpa, naive,
+    # huggingface, sdpa_flash, sdpa_cudnn, sdpa_chunked, sdpa_graphs, sdpa_autotune,
+    # fastgpt_recompute, fastgpt_compile, fastgpt_train_recompute, fastgpt_fp8_head; and
+    # fastgpt_again, which shows the noise. Default: all but sdpa_autotune and fastgpt_fp8_head.
     variants: tuple[str, ...] = tuple(
         name for name in VARIANTS if name not in ("sdpa_autotune", "fastgpt_fp8_head")
     )
@@ -121,8 +132,9 @@ class Options:
     learning_rate: float = 3e-4
     # Seed of the weights and of the batches.
     seed: int = 1337
-    # Train nanoGPT's model in float32 too, to compare the losses with.
-    reference: bool = True
+    # Train nanoGPT's model in float32 too, to compare the losses with. Default: with up to four
+    # sequences; with 32 it takes longer than all else.
+    reference: bool | None = None
     # Steps whose losses are compared with those of the float32 reference.
     loss_steps: int = 100
     # Steps before the first round.
@@ -151,9 +163,18 @@ class Options:
             raise ValueError(f"learning_rate must be positive, got {self.learning_rate}")
 
 
+# The comparison that matters most, in less than 100 seconds on an H100.
+QUICK: dict[str, Any] = dict(
+    variants=("sdpa_compile", "fastgpt_train", "fastgpt", "sdpa"),
+    loss_steps=50,
+    warmup=5,
+    rounds=3,
+    steps=10,
+)
+
 # Takes a minute, half of it for the C++ compiler that torch.compile calls.
 CPU_OPTIONS = Options(
-    variants=("naive", "sdpa", "sdpa_compile", "fastgpt", "fastgpt_recompute", "fastgpt_again"),
+    variants=("sdpa_compile", "fastgpt", "sdpa", "naive", "fastgpt_recompute", "fastgpt_again"),
     batch_size=4,
     block_size=64,
     n_layer=2,
@@ -194,6 +215,11 @@ class Plan:
         return cls(options, config, device, getattr(torch, wanted), data_dir)
 
     @property
+    def has_reference(self) -> bool:
+        asked = self.options.reference
+        return self.options.batch_size <= _REFERENCE_SEQUENCES if asked is None else asked
+
+    @property
     def tokens_per_step(self) -> int:
         return self.options.batch_size * self.options.block_size
 
@@ -227,6 +253,7 @@ class Training:
         gpt = GPT(plan.config, recompute=variant.recompute, fp8=variant.fp8).to(plan.device)
         self._model = baselines.huggingface_model(gpt) if variant.huggingface else gpt
         self._loss = variant.loss
+        self._attention = variant.attention
         if variant.compile_mode is not None:
             self._loss = torch.compile(variant.loss, mode=variant.compile_mode)
         self._autocast = autocast(plan.device, dtype)
@@ -265,7 +292,9 @@ class Training:
     def _backward(self, x: Tensor, y: Tensor) -> Tensor:
         if self._graphs:
             torch.compiler.cudagraph_mark_step_begin()
-        with self._autocast:
+        # Outside of what is compiled, which keeps the choice that it finds the first time.
+        chosen = nullcontext() if self._attention is None else sdpa_kernel(self._attention)
+        with self._autocast, chosen:
             loss = self._loss(self._model, x, y)
         loss.backward()
         return loss.detach().clone()  # with CUDA graphs the next step writes there
@@ -312,6 +341,10 @@ def why_not(variant: Variant, device: torch.device, bias: bool = True) -> str | 
         return "transformers' GPT-2 always has biases"
     if variant.fp8 != "none" and not _has_fp8(device):
         return "fp8 needs a GPU of compute capability 8.9"
+    if variant.loss is baselines.chunked_loss and not hasattr(F, "linear_cross_entropy"):
+        return "PyTorch 2.13 is the first with F.linear_cross_entropy"
+    if variant.attention is not None and device.type == "cpu":
+        return "a choice of attention needs a GPU"
     if variant.compile_mode is None or device.type != "cpu":
         return None
     if variant.compile_mode == "reduce-overhead":

@@ -14,7 +14,6 @@ copy; the others, of the master weights. The host never waits: learning rate, co
 factor are tensors on the device.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -75,9 +74,10 @@ class MasterAdamW(torch.optim.AdamW):
     float32; ``master_state_dict`` has all in float32. Groups, order and state are those of
     ``model.configure_optimizers``: a ``state_dict`` of either loads into the other.
 
-    The gradient of a backward pass is added to a float32 buffer at once and ``p.grad`` is left
-    None. ``param_groups[i]["lr"]`` is a tensor on the device. While the attribute ``found_inf``, a
-    tensor (), is not 0, ``step`` changes nothing.
+    ``p.grad`` is left None: the gradients of a backward pass are added to a float32 buffer, all
+    together once every parameter has one, or when they are needed. ``param_groups[i]["lr"]`` is a
+    tensor on the device. While the attribute ``found_inf``, a tensor (), is not 0, ``step`` changes
+    nothing.
 
     Args:
         model: on its device, in float32.
@@ -108,6 +108,8 @@ class MasterAdamW(torch.optim.AdamW):
         self._model = model
         self._clip: Tensor | None = None
         self._has_grad: set[nn.Parameter] = set()
+        self._totals: dict[nn.Parameter, Tensor] = {}
+        self._waiting: dict[nn.Parameter, Tensor] = {}  # gradients not yet in the totals
         self.found_inf: Tensor | None = None
         masters = [
             {
@@ -122,28 +124,41 @@ class MasterAdamW(torch.optim.AdamW):
             for p, moments in zip(options["params"], group.moments(), strict=True):
                 self.state[p] = {"step": group.step, **moments}
             for p, grad in zip(group.params, group.views(group.grad), strict=True):
-                p.register_post_accumulate_grad_hook(self._adder(grad))
+                self._totals[p] = grad
+                p.register_post_accumulate_grad_hook(self._take)
 
-    def _adder(self, total: Tensor) -> Callable[[Tensor], None]:
-        def add(p: Tensor) -> None:
-            assert p.grad is not None and isinstance(p, nn.Parameter)
-            if p in self._has_grad:
-                total.add_(p.grad)
-            else:
-                total.copy_(p.grad)
-                self._has_grad.add(p)
-            p.grad = None
+    def _take(self, p: Tensor) -> None:
+        """A backward pass has the gradient of p."""
+        assert p.grad is not None and isinstance(p, nn.Parameter)
+        if p in self._waiting:
+            self._add_waiting()
+        self._waiting[p] = p.grad
+        p.grad = None
+        if len(self._waiting) == len(self._totals):
+            self._add_waiting()
 
-        return add
+    @torch.no_grad()
+    def _add_waiting(self) -> None:
+        """In a few launches, one or two for each dtype."""
+        for dtype in {grad.dtype for grad in self._waiting.values()}:
+            grads = {p: grad for p, grad in self._waiting.items() if grad.dtype == dtype}
+            for add, ps in (
+                (torch._foreach_copy_, [p for p in grads if p not in self._has_grad]),
+                (torch._foreach_add_, [p for p in grads if p in self._has_grad]),
+            ):
+                if ps:
+                    add([self._totals[p] for p in ps], [grads[p] for p in ps])
+        self._has_grad.update(self._waiting)
+        self._waiting.clear()
 
     @torch.no_grad()
     def _complete_gradients(self) -> None:
         """A parameter without a backward pass since ``zero_grad`` has the gradient 0."""
-        for group in self._groups:
-            for p, grad in zip(group.params, group.views(group.grad), strict=True):
-                if p not in self._has_grad:
-                    grad.zero_()
-                    self._has_grad.add(p)
+        self._add_waiting()
+        for p, total in self._totals.items():
+            if p not in self._has_grad:
+                total.zero_()
+                self._has_grad.add(p)
 
     @torch.no_grad()
     def clip_grad_norm_(self, max_norm: float) -> Tensor:
@@ -179,6 +194,7 @@ class MasterAdamW(torch.optim.AdamW):
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget the gradients; the next backward pass overwrites the buffers."""
         self._has_grad.clear()
+        self._waiting.clear()
         self._clip = None
 
     def master_state_dict(self) -> dict[str, Tensor]:

@@ -388,6 +388,24 @@ def test_refused_arguments(
     assert not (tmp_path / "out").exists()
 
 
+def test_quick_is_short_and_gives_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its steps and variants, unless the command line says otherwise."""
+    planned: list[variants.Plan] = []
+
+    def noted(plan: variants.Plan, *_: Any) -> None:
+        planned.append(plan)
+        raise StopIteration
+
+    monkeypatch.setattr(bench, "_measure", noted)
+    with pytest.raises(StopIteration):
+        bench.main(
+            ["--quick", "--steps=3", f"--data_dir={data_set(tmp_path)}", f"--out={tmp_path}"]
+        )
+    (options,) = (plan.options for plan in planned)
+    assert options.variants == ("sdpa_compile", "fastgpt_train", "fastgpt", "sdpa")
+    assert (options.loss_steps, options.rounds, options.steps) == (50, 3, 3)
+
+
 def test_matplotlib_is_missed_before_anything_is_measured(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -1,12 +1,15 @@
 """The trainings that bench/run.py compares: what each computes, and what each needs."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from bench._step import baselines, variants
+from tests.tools.small_runs import data_set
 
 
 def test_wrong_variants_are_refused() -> None:
@@ -14,7 +17,7 @@ def test_wrong_variants_are_refused() -> None:
         variants.Options(variants=("sdpa", "sdpa"))
     with pytest.raises(ValueError, match="got none"):
         variants.Options(variants=())
-    with pytest.raises(ValueError, match="one or more of naive, huggingface, sdpa, .*got eager"):
+    with pytest.raises(ValueError, match="one or more of sdpa_compile, fastgpt_train, .*got eager"):
         variants.Options(variants=("eager",))
 
 
@@ -32,6 +35,8 @@ def test_variants_are_what_their_names_say(monkeypatch: pytest.MonkeyPatch) -> N
     idx = torch.arange(16).view(1, 16)
     losses = {}
     for name, variant in variants.VARIANTS.items():
+        if "F.linear" in str(variants.why_not(variant, torch.device("cpu"))):
+            continue
         torch.manual_seed(0)
         gpt = variants.GPT(config, recompute=variant.recompute)
         model = baselines.huggingface_model(gpt) if variant.huggingface else gpt
@@ -64,6 +69,11 @@ def test_what_compiling_on_a_cpu_needs(monkeypatch: pytest.MonkeyPatch) -> None:
     assert variants.why_not(compiled, torch.device("cuda")) is None
     assert variants.why_not(variants.VARIANTS["fastgpt"], cpu) is None
     assert variants.why_not(variants.VARIANTS["sdpa_graphs"], cpu) == "CUDA graphs need a GPU"
+    for name in ("sdpa_flash", "sdpa_cudnn"):
+        assert variants.why_not(variants.VARIANTS[name], cpu) == "a choice of attention needs a GPU"
+    monkeypatch.delattr(F, "linear_cross_entropy", raising=False)
+    chunked = variants.why_not(variants.VARIANTS["sdpa_chunked"], torch.device("cuda"))
+    assert chunked == "PyTorch 2.13 is the first with F.linear_cross_entropy"
     fp8 = variants.why_not(variants.VARIANTS["fastgpt_fp8_head"], cpu)
     assert fp8 == "fp8 needs a GPU of compute capability 8.9"
     unbiased = variants.why_not(variants.VARIANTS["huggingface"], cpu, bias=False)
@@ -71,3 +81,35 @@ def test_what_compiling_on_a_cpu_needs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     missing = variants.why_not(variants.VARIANTS["huggingface"], cpu)
     assert missing == "transformers is not installed"
+
+
+@pytest.mark.parametrize("name", ["sdpa_flash", "sdpa_cudnn"])
+def test_a_choice_of_attention_is_the_only_one(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While the loss is traced and computed, PyTorch has no other."""
+    enabled: list[tuple[bool, ...]] = []
+
+    def noted(model: Any, x: Any, y: Any) -> Any:
+        cuda = torch.backends.cuda
+        enabled.append(
+            (
+                cuda.flash_sdp_enabled(),
+                cuda.cudnn_sdp_enabled(),
+                cuda.mem_efficient_sdp_enabled(),
+                cuda.math_sdp_enabled(),
+            )
+        )
+        return sum(p.sum() for p in model.parameters())  # no attention: a CPU has none of these
+
+    variant = replace(variants.VARIANTS[name], loss=noted, compile_mode=None)
+    options = replace(variants.CPU_OPTIONS, data_dir=data_set(tmp_path), block_size=8)
+    plan = variants.Plan.of(options, data_set(tmp_path))
+    variants.Training(variant, plan).step()
+    assert enabled == [(name == "sdpa_flash", name == "sdpa_cudnn", False, False)]
+
+
+def test_the_reference_is_for_few_sequences(tmp_path: Path) -> None:
+    for batch_size, asked, has in ((4, None, True), (5, None, False), (5, True, True)):
+        options = variants.Options(batch_size=batch_size, reference=asked)
+        assert variants.Plan.of(options, tmp_path).has_reference is has

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastgpt.kernels import _host, fused, reference, torch_ops
+from fastgpt.kernels import _host, attention_fwd, configs, fused, reference, torch_ops
 from fastgpt.kernels._tensors import split_heads
 from fastgpt.kernels.attention import (
     _attention_bwd_op,
@@ -112,6 +112,63 @@ def test_one_key(device: str, dtype: torch.dtype, causal: bool) -> None:
     rounding = 64 * torch.finfo(torch.float32).eps * terms / 64**0.5
     assert dq.abs().max() <= rounding * k.abs().max()
     assert dk.abs().max() <= rounding * q.abs().sum(2).max()
+
+
+def _forward_by(monkeypatch: pytest.MonkeyPatch, library: str | None) -> None:
+    lookup = configs.lookup
+
+    def said(op: str, kernel: str, *asked: Any) -> Any:
+        return library if kernel == "fwd_library" else lookup(op, kernel, *asked)
+
+    monkeypatch.setattr(configs, "lookup", said)
+
+
+@pytest.mark.parametrize("library", [None, configs.CUDNN])
+@pytest.mark.parametrize("causal", [True, False], ids=["causal", "full"])
+@pytest.mark.parametrize("n_queries,n_keys", [(127, 127), (64, 130), (1, 1)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_parity_of_both_forwards(
+    device: str,
+    monkeypatch: pytest.MonkeyPatch,
+    dtype: torch.dtype,
+    n_queries: int,
+    n_keys: int,
+    causal: bool,
+    library: str | None,
+) -> None:
+    """Ours and, on a GPU where it takes the inputs, cuDNN's."""
+    _forward_by(monkeypatch, library)
+    inputs = [
+        parity.randn((2, 3, length, 64), dtype, device, "contiguous")
+        for length in (n_queries, n_keys, n_keys)
+    ]
+    grad = parity.randn((2, 3, n_queries, 64), dtype, device, "transposed")
+    assert_parity("attention", inputs, grad, causal=causal, scale=0.2)
+
+
+def test_what_is_saved_of_cudnn_is_ours(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stand-in for cuDNN with its shapes and natural logarithms: our backward follows it."""
+    calls = []
+
+    def cudnn(q, k, v, bias, with_lse, dropout, causal, debug, *, scale):
+        assert (bias, with_lse, dropout, debug) == (None, True, 0.0, False)
+        calls.append(causal)
+        scores = (q @ k.mT * scale).float()
+        if causal:
+            hidden = torch.ones(scores.shape[-2:], dtype=torch.bool).triu(1)
+            scores = scores.masked_fill(hidden, float("-inf"))
+        out = scores.softmax(-1).to(v.dtype) @ v
+        token_major = out.transpose(1, 2).contiguous().transpose(1, 2)
+        return token_major, scores.logsumexp(-1, keepdim=True), *[None] * 7
+
+    _forward_by(monkeypatch, configs.CUDNN)
+    monkeypatch.setattr(attention_fwd, "_cudnn_can", lambda *_: True)
+    monkeypatch.setattr(torch.ops.aten, "_scaled_dot_product_cudnn_attention", cudnn)
+    for causal in (True, False):
+        inputs = [torch.randn(2, 3, 70, 64).bfloat16() for _ in "qkv"]
+        grad = torch.randn(2, 3, 70, 64).bfloat16()
+        assert_parity("attention", inputs, grad, causal=causal)
+    assert set(calls) == {True, False}
 
 
 @pytest.mark.parametrize("head_size", [1, 16, 33, 256])

@@ -42,6 +42,9 @@ NAMES = ["x", "weight"]
 Pair = tuple[Tensor, Tensor]  # x and weight
 
 
+SCALE_OPS = {fused: linear_cross_entropy._scale_op, torch_ops: chunked_loss._scale_op}
+
+
 @pytest.fixture(autouse=True)
 def _small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(chunked_loss, "chunk_rows", lambda n_cols, dtype, device: CHUNK)
@@ -159,12 +162,13 @@ def test_float16_gradients_do_not_underflow(ops, device: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-def test_the_mean_divides_in_float32(device: str, dtype: torch.dtype) -> None:
+def test_the_mean_divides_in_float32(ops, device: str, dtype: torch.dtype) -> None:
     """n / n is 1; n times the rounded 1 / n often is not."""
+    scale = SCALE_OPS[ops]
     one, nothing = torch.ones((), device=device), torch.empty(0, device=device)
     for n in range(1, 257, 5):
         dx = torch.full((3,), float(n), dtype=dtype, device=device)
-        scaled, _ = chunked_loss._scale_op(one, n * one, dx, nothing, dtype, torch.float32)
+        scaled, _ = scale(one, n * one, dx, nothing, dtype, torch.float32)
         assert torch.equal(scaled, torch.ones_like(scaled))
 
 
@@ -295,7 +299,7 @@ def test_opcheck(ops, device: str) -> None:
         x.detach(), weight.detach(), targets, torch.float32, -1, True, 0.0, 0.0, True, True
     )
     args = (torch.ones((), device=device), divisor, dx, dweight, torch.float16, torch.float32)
-    torch.library.opcheck(chunked_loss._scale_op, args)
+    torch.library.opcheck(SCALE_OPS[ops], args)
 
 
 @pytest.mark.parametrize("x_needs_gradient", [False, True])

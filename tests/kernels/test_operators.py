@@ -11,6 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
+from fastgpt.kernels import _operators
 from fastgpt.kernels._operators import differentiable, fake, operator
 
 
@@ -24,6 +25,10 @@ def _powers_bwd(x: Tensor, scale: float, dsquare: Tensor | None, dcube: Tensor |
     dx += 0.0 if dsquare is None else 2 * scale * x * dsquare
     dx += 0.0 if dcube is None else 3 * scale * x**2 * dcube
     return dx
+
+
+def _twice(x: Tensor) -> Tensor:
+    return 2 * x
 
 
 def _setup_context(ctx, inputs, output):
@@ -130,3 +135,33 @@ def test_no_gradient_of_a_gradient() -> None:
 def test_opcheck() -> None:
     torch.library.opcheck(ours, (_x(3, requires_grad=True), 1.0, True))
     torch.library.opcheck(ours_bwd, (_x(3), 1.0, _x(3), None))
+
+
+def test_inductor_knows_an_operator_before_it_meets_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Up to PyTorch 2.12 it describes one that it does not know, with both ways that lead to every
+    step of a residual stream: for 12 blocks that takes hours."""
+    from torch._inductor import graph
+    from torch._inductor.utils import fresh_cache
+
+    op = operator("test_known")(_twice)
+    fake(op)(torch.empty_like)
+    met: list[Any] = []
+    make_fallback = graph.make_fallback
+
+    def noted(op: Any, *args: Any, **options: Any) -> Any:
+        met.append(op)
+        return make_fallback(op, *args, **options)
+
+    monkeypatch.setattr(graph, "make_fallback", noted)
+    monkeypatch.setattr(_operators, "_INDUCTOR_DESCRIBES", True)
+
+    def stream(x: Tensor) -> Tensor:
+        for _ in range(12):
+            x = x + op(x)
+        return x
+
+    x = _x(3, 4)
+    with fresh_cache():  # where compiled code lies, nothing is lowered
+        compiled = torch.compile(stream)(x)
+    assert torch.equal(compiled, stream(x))
+    assert op not in met
