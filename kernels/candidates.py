@@ -4,7 +4,7 @@ eight with the line itself.
 The line that holds for a launch is found as in ``configs``. A launch without one, such as all in
 float32 but LayerNorm's, the embedding's and the loss's, keeps its line of ``TABLE``. Any hashable
 value that the host function understands may be a configuration; to ``configs.encoded`` it must be
-a string or a named tuple of ``configs``.
+a string, None or a named tuple of ``configs``.
 """
 
 from typing import Any
@@ -17,6 +17,7 @@ from fastgpt.kernels.configs import (
     _LIMIT,
     ANY,
     CUBLAS,
+    CUDNN,
     Attention,
     Elementwise,
     Gemm,
@@ -24,6 +25,7 @@ from fastgpt.kernels.configs import (
     PartOfRow,
     RowLoop,
     Tile,
+    TileLoop,
     WholeRows,
     first_line,
     lookup,
@@ -79,6 +81,15 @@ _WEIGHT_80 = (
     CUBLAS,
 )
 
+_BLOCKS = (
+    Elementwise(1024, 4),
+    Elementwise(512, 4),
+    Elementwise(1024, 8),
+    Elementwise(2048, 4),
+    Elementwise(2048, 8),
+    Elementwise(4096, 8),
+)
+
 CANDIDATES: dict[Key, tuple[Any, ...]] = {
     # Attention on sm_90.
     Key("attention", "fwd", "sm_90", "half", 64): _attention(
@@ -121,7 +132,9 @@ CANDIDATES: dict[Key, tuple[Any, ...]] = {
         (64, 64, 4, 2, True),
         (128, 128, 8, 2, True),
     ),
-    # Attention elsewhere.
+    # Attention elsewhere, and by cuDNN.
+    Key("attention", "fwd_library", "gpu", "half", 64): (None, CUDNN),
+    Key("attention", "fwd_library", "gpu", "half", 128): (None, CUDNN),
     Key("attention", "fwd", "gpu", "half", 32): _attention(
         (128, 64, 4, 3), (128, 64, 8, 3), (64, 64, 4, 3), (64, 64, 4, 2), (64, 32, 4, 2)
     ),
@@ -225,7 +238,8 @@ CANDIDATES: dict[Key, tuple[Any, ...]] = {
         RowLoop(1, 16, 2, 1),
     ),
     Key("cross_entropy", "rows"): tuple(
-        PartOfRow(*one) for one in ((4096, 16), (4096, 8), (2048, 8), (8192, 16), (8192, 32))
+        PartOfRow(*one)
+        for one in ((4096, 16), (4096, 16, 2), (4096, 8), (2048, 8, 3), (2048, 8), (8192, 16))
     ),
     Key("cross_entropy", "rows", size=256): tuple(
         PartOfRow(*one) for one in ((256, 1), (256, 2), (256, 4))
@@ -240,12 +254,17 @@ CANDIDATES: dict[Key, tuple[Any, ...]] = {
     Key("embedding", "bwd_token", size=1024): tuple(
         Tile(*one) for one in ((4, 1024, 4), (8, 1024, 8), (4, 1024, 8), (4, 512, 4), (2, 1024, 4))
     ),
-    Key("gelu", ANY): tuple(
-        Elementwise(*one) for one in ((1024, 4), (512, 4), (2048, 4), (2048, 8), (4096, 8))
+    Key("gelu", "fwd"): _BLOCKS,
+    Key("gelu", "bwd_rows"): (
+        TileLoop(8, 128, 2),
+        TileLoop(8, 128, 4),
+        TileLoop(16, 128, 4),
+        TileLoop(4, 256, 2),
+        TileLoop(8, 128, 2, 2),
+        TileLoop(8, 128, 2, 3),
     ),
-    Key("adamw", "update"): tuple(
-        Elementwise(*one) for one in ((1024, 4), (512, 4), (1024, 8), (2048, 4), (2048, 8))
-    ),
+    Key("cross_entropy", "scale"): _BLOCKS,
+    Key("adamw", "update"): _BLOCKS,
 }
 
 
@@ -260,8 +279,11 @@ def candidates(
     """What a launch may be given, its line of ``TABLE`` first; that alone where there is no choice.
     The arguments are those of ``configs.lookup``."""
     asked = op, kernel, capability, dtype, size, options
-    others = first_line(CANDIDATES, *asked) or ()
     present = lookup(*asked)
+    try:
+        others = first_line(CANDIDATES, *asked)
+    except KeyError:
+        return [present]
     return [present, *(one for one in others if not same(one, present))]
 
 

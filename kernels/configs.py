@@ -347,7 +347,11 @@ def first_line(
     size: int | str = ANY,
     options: tuple[str, ...] = (),
 ) -> Any:
-    """The line of a table for a launch, by the order that stands above; None where it has none."""
+    """The line of a table for a launch, by the order that stands above.
+
+    Raises:
+        KeyError: there is no line for it.
+    """
     own = architecture(capability)
     for chosen, arch, of_dtype, of_size, of_kernel in itertools.product(
         [options[:n] for n in range(len(options), -1, -1)],
@@ -359,7 +363,7 @@ def first_line(
         key = Key(op, of_kernel, arch, of_dtype, of_size, chosen)
         if key in table:
             return table[key]
-    return None
+    raise KeyError((op, kernel, capability, dtype, size, options))
 
 
 @functools.cache
@@ -371,20 +375,14 @@ def lookup(
     size: int | str = ANY,
     options: tuple[str, ...] = (),
 ) -> Any:
-    """The configuration of a launch in ``TABLE``.
-
-    Raises:
-        KeyError: there is no line for it.
-    """
-    found = first_line(TABLE, op, kernel, capability, dtype, size, options)
-    if found is None:
-        raise KeyError((op, kernel, capability, dtype, size, options))
-    return found
+    """The configuration of a launch in ``TABLE``. Raises KeyError as ``first_line``."""
+    return first_line(TABLE, op, kernel, capability, dtype, size, options)
 
 
 # Lines that were measured on a GPU, by its index, with the exact keys of its launches. None stands
 # for the interpreter: it has lines only where a test, or the tuner, puts some there.
 _TUNED: dict[int | None, dict[Key, Any]] = {None: {}}
+_UNKNOWN = object()  # None is a configuration
 
 
 def tuned(device: torch.device) -> dict[Key, Any]:
@@ -415,13 +413,14 @@ def use_tuned(device: torch.device, lines: dict[Key, Any]) -> dict[Key, Any]:
 
 
 def encoded(config: Any) -> Any:
-    """A configuration for a JSON file: a string as it is, a named tuple behind its class's name."""
-    return config if isinstance(config, str) else [type(config).__name__, *config]
+    """A configuration for a JSON file: a string or None as it is, a named tuple behind its class's
+    name."""
+    return [type(config).__name__, *config] if isinstance(config, tuple) else config
 
 
 def decoded(value: Any) -> Any:
     """What ``encoded`` was given. Raises ValueError for anything else."""
-    if isinstance(value, str):
+    if value is None or isinstance(value, str):
         return value
     name, *values = value
     kind = globals().get(name)
@@ -441,8 +440,8 @@ def find(x: Tensor, op: str, kernel: str, size: int | str = ANY, *options: str) 
     measured = tuned(x.device)
     if measured:
         key = Key(op, kernel, architecture(capability), dtype_class(x.dtype), size, options)
-        found = measured.get(key)
-        if found is not None:
+        found = measured.get(key, _UNKNOWN)
+        if found is not _UNKNOWN:
             return found
     return lookup(op, kernel, capability, x.dtype, size, options)
 

@@ -135,8 +135,8 @@ def _shown(table: "tuning.Table") -> Table:
 
 
 def _short(config: Any) -> str:
-    if isinstance(config, str):
-        return config
+    if not isinstance(config, tuple):
+        return str(config)
     values = list(config)
     while values and values[-1] is None:
         values.pop()

@@ -55,15 +55,13 @@ class Tuner:
     @contextmanager
     def _using(self, key: Key, config: Any) -> Iterator[None]:
         """Within, launches take ``config`` for this line."""
-        before = self._lines.get(key)
+        before = {key: self._lines[key]} if key in self._lines else {}
         self._lines[key] = config
         try:
             yield
         finally:
-            if before is None:
-                del self._lines[key]
-            else:
-                self._lines[key] = before
+            del self._lines[key]
+            self._lines.update(before)
 
     def _compile(self, key: Key, phases: Sequence[Phase], tried: Sequence[Any]) -> None:
         def call(config: Any, phase: Phase) -> None:

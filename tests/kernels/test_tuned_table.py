@@ -66,6 +66,8 @@ def test_a_measured_line_is_for_exactly_its_launch() -> None:
         assert found(BF16, 64, "dropout") != MEASURED
     configs.tuned(CPU)[LINE] = "a library"  # in effect at once
     assert found(BF16, 64, "dropout") == "a library"
+    configs.tuned(CPU)[LINE] = None  # a configuration, too: no library
+    assert found(BF16, 64, "dropout") is None
 
 
 def test_a_gpus_file_is_read_once(gpu: None, monkeypatch: pytest.MonkeyPatch) -> None:

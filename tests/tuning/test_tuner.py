@@ -292,7 +292,7 @@ def test_a_choice_decides_which_kernels_are_left(
     clock(monkeypatch, cost)
     table, left = run()
     found = {key[:2] for key in table.lines}
-    assert left == 0 and ("gelu", "bwd") in found and ("gelu", "fwd") not in found
+    assert left == 0 and ("gelu", "bwd_rows") in found and ("gelu", "fwd") not in found
 
 
 # -------------------------------------------------------------------------------- what survives
