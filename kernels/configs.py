@@ -324,6 +324,7 @@ TABLE: dict[Key, Any] = {
 }
 
 
+@functools.cache
 def architecture(capability: int | None) -> str:
     """The class of a compute capability (80, 90, ...); None: the interpreter."""
     if capability is None:
@@ -333,6 +334,7 @@ def architecture(capability: int | None) -> str:
     return "sm_90" if capability == 90 else "sm_80"
 
 
+@functools.cache
 def dtype_class(dtype: torch.dtype) -> str:
     """As ``Key`` has it."""
     return "half" if _host.is_half(dtype) else str(dtype).removeprefix("torch.")
@@ -439,8 +441,9 @@ def find(x: Tensor, op: str, kernel: str, size: int | str = ANY, *options: str) 
     capability = _host.capability(x.device)
     measured = tuned(x.device)
     if measured:
-        key = Key(op, kernel, architecture(capability), dtype_class(x.dtype), size, options)
-        found = measured.get(key, _UNKNOWN)
+        # As a key it is equal to a Key, and it is cheaper to make.
+        key = op, kernel, architecture(capability), dtype_class(x.dtype), size, options
+        found = measured.get(key, _UNKNOWN)  # type: ignore[call-overload]
         if found is not _UNKNOWN:
             return found
     return lookup(op, kernel, capability, x.dtype, size, options)

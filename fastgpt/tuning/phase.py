@@ -139,8 +139,8 @@ class _Watched(dict[Key, Any]):
     def __bool__(self) -> bool:
         return True
 
-    def get(self, key: Key, default: Any = None) -> Any:
-        self.asked.append(key)
+    def get(self, key: Any, default: Any = None) -> Any:
+        self.asked.append(Key(*key))
         return super().get(key, default)
 
 
