@@ -80,7 +80,6 @@ OP = Op(
     check=check,
     gpu_sizes=[{"N": 124_439_808}, {"N": 10_745_088}],  # GPT-2 124M; nanoGPT's character model
     cpu_sizes=[{"N": 2**20}],
-    table="adamw",
 )
 
 test_adamw = OP.test()

@@ -80,7 +80,6 @@ OP = Op(
         {"B": 2, "T": 16384, "H": 6, "D": 128},
     ],
     cpu_sizes=[{"B": 1, "T": 128, "H": 2, "D": 32}],
-    table="attention",
     small={"B": 2, "T": 161, "H": 2, "D": 64},
 )
 
@@ -136,7 +135,6 @@ DOCUMENTS = Op(
         {"B": 4, "T": 8192, "H": 12, "D": 64, "L": 512},
     ],
     cpu_sizes=[{"B": 1, "T": 128, "H": 2, "D": 32, "L": 48}],
-    table="attention",
 )
 
 test_attention_of_documents = DOCUMENTS.test()

@@ -51,7 +51,6 @@ OP = Op(
         {"B": 8, "S": 4096, "H": 6, "D": 128},
     ],
     cpu_sizes=[{"B": 1, "S": 256, "H": 12, "D": 64}, {"B": 4, "S": 256, "H": 12, "D": 64}],
-    table="attention_decode",
 )
 
 test_attention_decode = OP.test()

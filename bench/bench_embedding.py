@@ -29,7 +29,6 @@ OP = Op(
         {"B": 64, "T": 256, "C": 384, "V": 65},  # nanoGPT's character model
     ],
     cpu_sizes=[{"B": 2, "T": 128, "C": 128, "V": 65}],
-    table="embedding",
     small={"B": 2, "T": 33, "C": 96, "V": 65},
 )
 

@@ -24,7 +24,6 @@ OP = Op(
         {"M": 1024, "N": 3072},  # fits into the cache
     ],
     cpu_sizes=[{"M": 256, "N": 512}],
-    table="gelu",
     small={"M": 33, "N": 200},
 )
 

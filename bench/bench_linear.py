@@ -71,7 +71,6 @@ def of_weight_gradient(has_bias: bool) -> Op:
             {"M": 32768, "K": 3072, "N": 768},
             {"M": 65536, "K": 768, "N": 768},  # B=64
         ],
-        table="gemm",
     )
 
 

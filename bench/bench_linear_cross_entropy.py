@@ -67,7 +67,6 @@ OP = Op(
         {"M": 16384, "C": 384, "V": 65},  # nanoGPT's character model, B=64, T=256
     ],
     cpu_sizes=[{"M": 64, "C": 64, "V": 50257}],
-    table="cross_entropy",
     small={"M": 33, "C": 64, "V": 1003},
 )
 
@@ -109,7 +108,6 @@ FP8 = Op(
     counted="fp8",
     check=check_fp8,
     gpu_sizes=OP.gpu_sizes[:1],
-    table="fp8",
 )
 
 test_fp8 = FP8.test()

@@ -71,7 +71,6 @@ FC = Op(
     counted=None,
     flops=flops,
     gpu_sizes=OP.gpu_sizes,
-    table="gemm",
 )
 
 test_fc = FC.test()
@@ -111,7 +110,6 @@ def of_fc_gradient(recompute: bool) -> Op:
         counted=None,
         flops=flops,
         gpu_sizes=OP.gpu_sizes,
-        table="gemm",
     )
 
 

@@ -26,7 +26,6 @@ OP = Op(
     reference=reference.residual_layer_norm,
     gpu_sizes=bench_layer_norm.OP.gpu_sizes,
     cpu_sizes=bench_layer_norm.OP.cpu_sizes,
-    table="layer_norm",
     small={"M": 37, "C": 200},
 )
 

@@ -13,17 +13,20 @@ All lines were chosen by ahead-of-time compilation (``python setup.py build_kern
 register on any architecture of the class, and the most work per program. They are predicted, not
 measured, but for those that a comment calls measured: there on an H200 with GPT-2 124M's sizes, 32
 sequences of 1024 tokens, bfloat16 (``bench/results/h200``).
+
+On a GPU that ``fastgpt tune`` has measured, its own lines come before all of these: ``tuned``.
 """
 
 import functools
 import itertools
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
 import triton
 from torch import Tensor
 
-from fastgpt.kernels import _host
+from fastgpt.kernels import _host, tuned_table
 
 ANY = "any"
 CUDNN = "cuDNN"  # in place of the attention kernel where PyTorch's cuDNN takes the inputs
@@ -243,11 +246,11 @@ TABLE: dict[Key, Any] = {
     Key("attention_decode", "fwd", size=128): AttentionDecode(64, 8),
     Key("attention_decode", "fwd", size=256): AttentionDecode(32, 8),
     Key("attention_decode", "sum"): AttentionDecodeSum(8, 4),
-    # Products with an epilogue. Two programs or more on a multiprocessor: one computes its epilogue
-    # while another multiplies. Of 4 and 8 warps, those that issue fewer instructions a tile: on
-    # sm_90 and K = 768, 4100 to 4200 cycles beside 6144 of the tensor cores with 4, 5400 to 5500
-    # with 8. cuBLAS has float32: its TF32 kernels are as good, and beside IEEE products there is no
-    # epilogue to hide.
+    # Products with an epilogue; size: of the longest row of the two operands. Two programs or more
+    # on a multiprocessor: one computes its epilogue while another multiplies. Of 4 and 8 warps,
+    # those that issue fewer instructions a tile: on sm_90 and K = 768, 4100 to 4200 cycles beside
+    # 6144 of the tensor cores with 4, 5400 to 5500 with 8. cuBLAS has float32: its TF32 kernels are
+    # as good, and beside IEEE products there is no epilogue to hide.
     Key("gemm", ANY, "interpreter"): Gemm(64, 64, 64, 4, 1, 1),
     Key("gemm", "sum_parts", "interpreter"): Tile(8, 64, 4),
     Key("gemm", "sum_tiles", "interpreter"): Tile(8, 64, 4),
@@ -322,6 +325,7 @@ TABLE: dict[Key, Any] = {
 }
 
 
+@functools.cache
 def architecture(capability: int | None) -> str:
     """The class of a compute capability (80, 90, ...); None: the interpreter."""
     if capability is None:
@@ -329,6 +333,40 @@ def architecture(capability: int | None) -> str:
     if 100 <= capability < 120:
         return "sm_100"
     return "sm_90" if capability == 90 else "sm_80"
+
+
+@functools.cache
+def dtype_class(dtype: torch.dtype) -> str:
+    """As ``Key`` has it."""
+    return "half" if _host.is_half(dtype) else str(dtype).removeprefix("torch.")
+
+
+def first_line(
+    table: Mapping[Key, Any],
+    op: str,
+    kernel: str,
+    capability: int | None,
+    dtype: torch.dtype,
+    size: int | str = ANY,
+    options: tuple[str, ...] = (),
+) -> Any:
+    """The line of a table for a launch, by the order that stands above.
+
+    Raises:
+        KeyError: there is no line for it.
+    """
+    own = architecture(capability)
+    for chosen, arch, of_dtype, of_size, of_kernel in itertools.product(
+        [options[:n] for n in range(len(options), -1, -1)],
+        (own, ANY) if capability is None else (own, "gpu", ANY),
+        (dtype_class(dtype), ANY),
+        (size, ANY),
+        (kernel, ANY),
+    ):
+        key = Key(op, of_kernel, arch, of_dtype, of_size, chosen)
+        if key in table:
+            return table[key]
+    raise KeyError((op, kernel, capability, dtype, size, options))
 
 
 @functools.cache
@@ -340,29 +378,76 @@ def lookup(
     size: int | str = ANY,
     options: tuple[str, ...] = (),
 ) -> Any:
-    """The configuration of a launch, by the order that stands above.
+    """The configuration of a launch in ``TABLE``. Raises KeyError as ``first_line``."""
+    return first_line(TABLE, op, kernel, capability, dtype, size, options)
 
-    Raises:
-        KeyError: there is no line for it.
-    """
-    own = architecture(capability)
-    half_or_name = "half" if _host.is_half(dtype) else str(dtype).removeprefix("torch.")
-    for chosen, arch, dtype_class, of_size, of_kernel in itertools.product(
-        [options[:n] for n in range(len(options), -1, -1)],
-        (own, ANY) if capability is None else (own, "gpu", ANY),
-        (half_or_name, ANY),
-        (size, ANY),
-        (kernel, ANY),
-    ):
-        key = Key(op, of_kernel, arch, dtype_class, of_size, chosen)
-        if key in TABLE:
-            return TABLE[key]
-    raise KeyError((op, kernel, capability, dtype, size, options))
+
+# Lines that were measured on a GPU, by its index, with the exact keys of its launches. None stands
+# for the interpreter: it has lines only where a test, or the tuner, puts some there.
+_TUNED: dict[int | None, dict[Key, Any]] = {None: {}}
+_UNKNOWN = object()  # None is a configuration
+
+
+def tuned(device: torch.device) -> dict[Key, Any]:
+    """The lines that go before ``TABLE`` on the CPU or a GPU, which must have an index. What is
+    written to them takes effect with the next launch. A GPU's are read from the file of
+    ``fastgpt tune`` at its first launch."""
+    index = device.index if device.type == "cuda" else None
+    lines = _TUNED.get(index)
+    return read_tuned(device) if lines is None else lines
+
+
+def read_tuned(device: torch.device) -> dict[Key, Any]:
+    """``tuned``, read again from the file. One that is damaged, or made elsewhere, is ignored with
+    a warning."""
+    with tuned_table.notice_of_damage(device):
+        lines = {decoded_key(key): decoded(one) for key, one in tuned_table.lines(device)}
+        return use_tuned(device, lines)
+    return use_tuned(device, {})
+
+
+def use_tuned(device: torch.device, lines: dict[Key, Any]) -> dict[Key, Any]:
+    """Let ``lines`` be ``tuned(device)``."""
+    index = device.index
+    if device.type == "cuda" and index is None:
+        index = torch.cuda.current_device()
+    _TUNED[index if device.type == "cuda" else None] = lines
+    return lines
+
+
+def encoded(config: Any) -> Any:
+    """A configuration for a JSON file: a string or None as it is, a named tuple behind its class's
+    name."""
+    return [type(config).__name__, *config] if isinstance(config, tuple) else config
+
+
+def decoded(value: Any) -> Any:
+    """What ``encoded`` was given. Raises ValueError for anything else."""
+    if value is None or isinstance(value, str):
+        return value
+    name, *values = value
+    kind = globals().get(name)
+    if not (isinstance(kind, type) and issubclass(kind, tuple) and kind is not Key):
+        raise ValueError(f"{name!r} is no kind of configuration")
+    return kind(*values)
+
+
+def decoded_key(value: Any) -> Key:
+    """A ``Key`` from the list that a JSON file has of it."""
+    return Key._make([*value[:-1], tuple(value[-1])])
 
 
 def find(x: Tensor, op: str, kernel: str, size: int | str = ANY, *options: str) -> Any:
     """The configuration of a launch whose main operand is ``x``."""
-    return lookup(op, kernel, _host.capability(x.device), x.dtype, size, options)
+    capability = _host.capability(x.device)
+    measured = tuned(x.device)
+    if measured:
+        # As a key it is equal to a Key, and it is cheaper to make.
+        key = op, kernel, architecture(capability), dtype_class(x.dtype), size, options
+        found = measured.get(key, _UNKNOWN)  # type: ignore[call-overload]
+        if found is not _UNKNOWN:
+            return found
+    return lookup(op, kernel, capability, x.dtype, size, options)
 
 
 @functools.lru_cache(maxsize=None, typed=True)  # typed: equal tuples of two kinds are not equal

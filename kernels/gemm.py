@@ -42,7 +42,8 @@ def _config(kernel: str, *matrices: Tensor, options: tuple[str, ...] = ()) -> Ge
             return None
         if x.stride(1) != 1 or x.stride(0) < x.shape[1]:
             return None
-    config = configs.find(matrices[0], "gemm", kernel, configs.ANY, *options)
+    size = _host.next_power_of_2(max(matrices[0].shape[1], matrices[1].shape[1]))
+    config = configs.find(matrices[0], "gemm", kernel, size, *options)
     return None if config == configs.CUBLAS else config
 
 

@@ -17,15 +17,17 @@ ROOT = Path(__file__).resolve().parent.parent
 # A folder, or a named file of one, imports from its own line and from the lines above it.
 RANKS = (
     "kernels/_checks kernels/_device_math kernels/_host kernels/_operators kernels/_tensors "
-    "kernels/configs kernels/reference",
+    "kernels/configs kernels/reference kernels/tuned_table",
     "kernels/",
     "kernels/costs kernels/fused",
-    "fastgpt/_files fastgpt/_optional fastgpt/_progress fastgpt/cuda_graph fastgpt/devices",
+    "fastgpt/_files fastgpt/_optional fastgpt/_progress fastgpt/cuda_graph fastgpt/devices "
+    "fastgpt/timing",
     "fastgpt/tokenizer/ fastgpt/data/",
     "fastgpt/ops",
     "fastgpt/generation fastgpt/language_model",
     "fastgpt/bigram fastgpt/blocks fastgpt/interop/huggingface fastgpt/model",
     "fastgpt/__init__",
+    "fastgpt/tuning/",
     "fastgpt/training/",
     "fastgpt/step fastgpt/optimizer fastgpt/sampler fastgpt/interop/",
     "fastgpt/cli/",

@@ -35,20 +35,20 @@ import torch
 from torch import Tensor
 
 from bench._harness import machine
-from bench._harness.timing import Clock, Spread, rate, spread
+from bench._harness.timing import Spread, rate, spread
 from bench._roofline.ceilings import DEVICES, Ceilings
 from bench._roofline.counting import CostMode, OpTotal, fake_tensors
 from bench._step import variants
 from fastgpt.kernels import fused, torch_ops
 from fastgpt.kernels.costs import nbytes
+from fastgpt.timing import Occupier, milliseconds
+from fastgpt.tuning.phase import rms_errors, tensors
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 _ON_GPU = DEVICE.type == "cuda"
 DTYPE = torch.bfloat16 if _ON_GPU else torch.float32
 
 _ROUNDS, _WARMUP_ROUNDS = (100, 10) if _ON_GPU else (10, 2)
-_SCRATCH_BYTES = 1 << 30 if _ON_GPU else 1 << 26  # more than the last level of cache
-_FILLS = 16 if _ON_GPU else 1  # 4 ms on an H200, where the host needs up to 1 ms for an op
 
 Direction = Literal["forward", "backward", "inference", "forward+backward", "update"]
 Sizes = tuple[tuple[str, int], ...]  # (("B", 32), ("T", 1024), ...)
@@ -107,8 +107,6 @@ class Op:
     counted: str | Function | None = "fused"
     # The FLOPs that are necessary, ``flops(direction, **sizes)``, if not those of ``counted``.
     flops: Callable[..., int] | None = None
-    # Of configs.TABLE: the op whose lines ``sweep.py`` looks for with this benchmark.
-    table: str = ""
     # For ``determinism.py``: with partial tiles, an element more or less than a multiple.
     small: dict[str, int] | None = None
     # In place of the comparison with ``reference``: ``check(provider, function, inputs)``.
@@ -179,12 +177,7 @@ class Stopwatch:
         return sum(self.ms) / 1e3
 
     def time(self, work: Callable[[], Any]) -> None:
-        clock = Clock(DEVICE)
-        clock.mark()
-        result = work()
-        clock.mark()
-        self.ms += clock.durations_ms()
-        del result  # only now: freeing a graph is not part of the work
+        self.ms.append(milliseconds(work, DEVICE))
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -218,7 +211,7 @@ class Row:
 
         def setup() -> tuple[tuple[Callable[[], Any]], dict[str, Any]]:
             work = prepared(self.direction, function, case.inputs, case.out_grads)
-            occupy_device()
+            occupier()()
             return (work,), {}
 
         benchmark.pedantic(
@@ -298,10 +291,7 @@ class Case:
     def _errors_of(self, function: Function) -> list[float]:
         """RMS of each output's error and then of each gradient's."""
         results = self._results(function, self._op.dtype)
-        return [
-            float((got.to(right.dtype) - right).square().mean().sqrt())
-            for got, right in zip(results, self._right, strict=True)
-        ]
+        return rms_errors(results, self._right)
 
     def _results(self, function: Function, dtype: torch.dtype) -> list[Tensor]:
         """Outputs, then gradients, computed in ``dtype``."""
@@ -330,11 +320,6 @@ def converted(x: Any, dtype: torch.dtype) -> Any:
 
 def leaves_of(inputs: tuple[Any, ...]) -> list[Tensor]:
     return [x for x in inputs if isinstance(x, Tensor) and x.requires_grad]
-
-
-def tensors(out: Any) -> tuple[Tensor, ...]:
-    """Of an op's result."""
-    return out if isinstance(out, tuple) else () if out is None else (out,)
 
 
 def gradients_like(out: Any) -> list[Tensor]:
@@ -388,14 +373,7 @@ def machine_ceilings() -> Ceilings | None:
     return Ceilings("measured", found["matmul_tflops"], found["copy_tb_per_s"])
 
 
-def occupy_device() -> None:
-    """Leave nothing of the inputs in the cache and, on a GPU, give it some milliseconds of work:
-    the host has then launched what is timed before the GPU comes to it, so that the events around
-    it show the GPU's time and not the host's, which takes longer over a small op than the GPU."""
-    for _ in range(_FILLS):
-        _scratch().fill_(1)
-
-
 @functools.cache
-def _scratch() -> Tensor:
-    return torch.empty(_SCRATCH_BYTES, dtype=torch.uint8, device=DEVICE)
+def occupier() -> Occupier:
+    """One for all rows."""
+    return Occupier(DEVICE)

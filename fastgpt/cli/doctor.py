@@ -65,7 +65,9 @@ def facts(device: torch.device, dtype: torch.dtype) -> dict[str, str]:
         from fastgpt.kernels import configs  # needs Triton
 
         table = configs.architecture(10 * capability[0] + capability[1])
-        where = f"on the Triton kernels, with the launch table of {table}"
+        n_measured = len(configs.read_tuned(device))
+        measured = f"{n_measured} lines measured here" if n_measured else "fastgpt tune was not run"
+        where = f"on the Triton kernels, with the launch table of {table} ({measured})"
     return {
         "fastgpt": _version_of_fastgpt(),
         "Python": f"{platform.python_version()} at {sys.executable}",

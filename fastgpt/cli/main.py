@@ -19,6 +19,7 @@ from fastgpt.cli.plot import PlotConfig, plot
 from fastgpt.cli.prepare import Prepare, TrainTokenizer, run_prepare, run_train_tokenizer, shown
 from fastgpt.cli.sample import run_sample
 from fastgpt.cli.train import Train, keys_below, run_train, train_defaults
+from fastgpt.cli.tune import TuneConfig, run_tune
 from fastgpt.devices import is_native, resolve_device
 from fastgpt.interop.export import ExportConfig, export
 from fastgpt.training.config import SampleConfig, TrainConfig
@@ -46,13 +47,23 @@ _marked(
 
 _OF_WRITING = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT, errno.EPIPE)
 
-Command = Prepare | TrainTokenizer | Train | SampleConfig | ExportConfig | PlotConfig | DoctorConfig
+Command = (
+    Prepare
+    | TrainTokenizer
+    | Train
+    | TuneConfig
+    | SampleConfig
+    | ExportConfig
+    | PlotConfig
+    | DoctorConfig
+)
 
 # the dataclasses that have a command's keys
 _COMMANDS: dict[str, tuple[type, ...]] = {
     "prepare": (Prepare,),
     "tokenizer": (TrainTokenizer,),
     "train": (Train, TrainConfig),
+    "tune": (TuneConfig,),
     "sample": (SampleConfig,),
     "export": (ExportConfig,),
     "plot": (PlotConfig,),
@@ -67,6 +78,7 @@ def _parse(argv: list[str], defaults: Train) -> Command:
         | Annotated[
             Train, tyro.conf.FlagConversionOff, tyro.conf.subcommand("train", default=defaults)
         ]
+        | Annotated[TuneConfig, tyro.conf.FlagConversionOff, tyro.conf.subcommand("tune")]
         | Annotated[SampleConfig, tyro.conf.FlagConversionOff, tyro.conf.subcommand("sample")]
         | Annotated[ExportConfig, tyro.conf.subcommand("export")]
         | Annotated[PlotConfig, tyro.conf.subcommand("plot")]
@@ -148,6 +160,8 @@ def main(argv: list[str] | None = None) -> int:
             run_prepare(command, console)
         elif isinstance(command, TrainTokenizer):
             run_train_tokenizer(command, console)
+        elif isinstance(command, TuneConfig):
+            return run_tune(command, console)
         elif isinstance(command, ExportConfig):
             _export(command, console)
         elif isinstance(command, PlotConfig):

@@ -11,8 +11,9 @@ from rich.table import Table
 
 from fastgpt.cli.prepare import BUILTIN, report_prepared
 from fastgpt.data import builtin_texts, manifest
-from fastgpt.devices import autocast, resolve_device
+from fastgpt.devices import autocast, resolve_device, triton_refusal
 from fastgpt.language_model import LanguageModel
+from fastgpt.model import GPT
 from fastgpt.sampler import start_ids, write
 from fastgpt.tokenizer import GPT2Tokenizer
 from fastgpt.training import checkpoint as ckpt
@@ -157,6 +158,7 @@ def _train_connected(config: TrainConfig, world: World, console: Console) -> Non
         f"{config.model} with {trainer.model.get_num_params():,} parameters on {trainer.device}, "
         f"{str(trainer.dtype).removeprefix('torch.')}"
     )
+    _tune(trainer, console)
     trainer.run()
     if not config.eval_only:
         model = trainer.full_model()
@@ -166,6 +168,28 @@ def _train_connected(config: TrainConfig, world: World, console: Console) -> Non
             path, _ = checkpoint_folder.for_sampling(trainer.out_dir)
             where = "" if config.out_dir == "out" else f" --out_dir={shlex.quote(config.out_dir)}"
             console.print(f"saved {path}. Write text with it: fastgpt sample{where}")
+
+
+def _tune(trainer: Trainer, console: Console) -> None:
+    """Measure, where that was not done before, which launches are fastest for the model. A resumed
+    run keeps those that it had: other launches round otherwise."""
+    config, model, device = trainer.config, trainer.model, trainer.device
+    wanted = config.tune and not config.eval_only and config.init_from != "resume"
+    if not wanted or not trainer.world.is_main or not isinstance(model, GPT):
+        return
+    if device.type != "cuda" or triton_refusal(device):
+        return
+    from fastgpt.tuning import Workload  # needs Triton
+    from fastgpt.tuning.before_training import tune_before_training
+
+    work = Workload(
+        model.config,
+        config.batch_size,
+        trainer.dtype,
+        config.recompute,
+        config.document_mask,
+    )
+    tune_before_training(work, device, console.print, trainer.world.size)
 
 
 def _summary(trainer: Trainer) -> Table:

@@ -134,6 +134,9 @@ class System:
     compile: bool = False
     # On a GPU, replay every update as one CUDA graph; not in float16, where the host decides.
     cuda_graph: bool = True
+    # Before a run on a GPU, measure which launches of the kernels are fastest for the model: 60 s
+    # at most, once. Not with several processes, nor when it resumes. See `fastgpt tune`.
+    tune: bool = True
     # Seed of the weights, the batches and dropout.
     seed: int = 1337
 

@@ -57,6 +57,7 @@ def test_nanogpts_keys_and_defaults() -> None:
         "dtype": "auto",
         "compile": False,  # True in nanoGPT
         "cuda_graph": True,
+        "tune": True,
         "seed": 1337,
         "model": "gpt",
         "recompute": False,

@@ -1,8 +1,7 @@
-"""The benchmarks on the pretended device at toy sizes, kernels filled: their times mean nothing,
-that they run through does. Started by ``test_on_pretended_device.py``.
+"""The benchmarks and the tuner on the pretended device at toy sizes, kernels filled: their times
+mean nothing, that they run through does. Started by ``test_on_pretended_device.py``.
 """
 
-import dataclasses
 import functools
 import json
 from collections.abc import Iterator
@@ -14,13 +13,17 @@ import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-from bench import bench_adamw, bench_decode, bench_linear_cross_entropy, sweep
+from bench import bench_adamw, bench_decode, bench_linear_cross_entropy
 from bench import run as run_py
 from bench._harness import machine
 from bench._ops import determinism, op_bench
 from bench._ops.op_bench import Case, Op, Row
 from bench._step import profile as step_profile
 from bench._step.variants import VARIANTS, Options
+from fastgpt import GPTConfig, timing
+from fastgpt.kernels import configs
+from fastgpt.tuning import Workload, tune, tuner
+from fastgpt.tuning.phase import Phase
 from tests.bench.test_bench_ops import FP8_SIZES, TINY
 
 CPU = ProfilerActivity.CPU
@@ -40,7 +43,7 @@ def _short(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     of the profiler what it knows of the host."""
     monkeypatch.setattr(op_bench, "_ROUNDS", 2)
     monkeypatch.setattr(op_bench, "_WARMUP_ROUNDS", 1)
-    monkeypatch.setattr(op_bench, "_SCRATCH_BYTES", 1 << 12)
+    monkeypatch.setattr(timing, "_SCRATCH_BYTES", {"cuda": 1 << 12})
     randn, randint, compiled = torch.randn, torch.randint, torch.compile
 
     def small_randn(*size: int, **options: Any) -> Tensor:
@@ -67,7 +70,7 @@ def _short(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     for module, name in ((machine, "profile"), (step_profile, "profiler")):
         monkeypatch.setattr(module, name, lambda activities: profile(activities=[CPU]))
     op_bench.machine_ceilings.cache_clear()
-    op_bench._scratch.cache_clear()
+    op_bench.occupier.cache_clear()
     op_bench.case_of.cache_clear()
     yield
 
@@ -136,15 +139,18 @@ def test_decode(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert json.loads(out.read_text())["tokens_per_s"]["fastgpt"] > 0
 
 
-def test_sweep(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    """Compiling ahead of time is not part of it: every candidate counts as good, and right."""
-    gelu = sweep.op_of("gelu.OP", torch.bfloat16)
-    small = dataclasses.replace(gelu, gpu_sizes=[{"M": 5, "N": 24}])
-    monkeypatch.setattr(sweep, "op_of", lambda benchmark, dtype: small)
-    monkeypatch.setattr(
-        sweep, "compile_all", lambda _, candidates, *options: [sweep.Made(None)] * len(candidates)
-    )
-    monkeypatch.setattr(Case, "check", lambda *_: None)
-    assert sweep.main(["gelu", "--only=*fwd"]) == 0
-    printed = capsys.readouterr().out
-    assert "# pretended device" in printed and 'Key("gelu", "fwd", "sm_90", "half"' in printed
+def test_tune(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is compiled, and kernels are filled: every candidate counts as right."""
+    monkeypatch.setattr(tuner, "compile_ahead", lambda calls: None)
+    monkeypatch.setenv("FASTGPT_TUNED", str(tmp_path))
+    monkeypatch.setattr(Phase, "check", lambda *_: None)
+    config = GPTConfig(block_size=16, vocab_size=64, n_layer=2, n_head=1, n_embd=16)
+    device = torch.device("cuda")
+    table, left = tune(Workload(config, batch_size=2), device)
+    assert left == 0 and not table.rejected and ("gemm", "fwd") in {key[:2] for key in table.lines}
+    assert all(line.ms > 0 for line in table.lines.values())
+    (path,) = tmp_path.iterdir()
+    assert path.name.startswith("pretended-device-")
+    device = torch.device("cuda", 0)
+    in_use = configs.tuned(device)
+    assert configs.read_tuned(device) == in_use == {k: v.config for k, v in table.lines.items()}

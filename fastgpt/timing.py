@@ -1,0 +1,83 @@
+"""Times of a device's work: between marks, with nothing of its inputs in a cache, and in turns."""
+
+import itertools
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeVar
+
+import torch
+
+T = TypeVar("T")
+
+_SCRATCH_BYTES = {"cuda": 1 << 30, "cpu": 1 << 26}  # more than the last level of cache
+_FILLS = {"cuda": 16, "cpu": 1}  # 4 ms on an H200, where the host needs up to 1 ms for an op
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until the device has done all submitted work."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+class Clock:
+    """The device's time from mark to mark.
+
+    On CUDA a mark is an event in the current stream, so the host runs ahead as in training.
+    Elsewhere, where work is done when a call returns, it is the host's clock.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._events: list[torch.cuda.Event] = []
+        self._times: list[float] = []
+
+    def mark(self) -> None:
+        if self._device.type == "cuda":
+            event = torch.cuda.Event(enable_timing=True)
+            event.record()
+            self._events.append(event)
+        else:
+            self._times.append(time.perf_counter())
+
+    def durations_ms(self) -> list[float]:
+        """Milliseconds between neighbouring marks; waits for the device."""
+        synchronize(self._device)
+        if self._device.type == "cuda":
+            events = itertools.pairwise(self._events)
+            return [start.elapsed_time(end) for start, end in events]
+        return [1e3 * (end - start) for start, end in itertools.pairwise(self._times)]
+
+
+def interleaved(items: Sequence[T], rounds: int) -> Iterator[tuple[int, T]]:
+    """(round, item): every round visits every item once and begins one item later than the round
+    before, so that a drift of the machine affects all items and none is always first.
+    """
+    for number in range(rounds):
+        for place in range(len(items)):
+            yield number, items[(number + place) % len(items)]
+
+
+class Occupier:
+    """Call it before what is timed: it leaves nothing of the inputs in the cache and, on a GPU,
+    gives it some milliseconds of work. The host has then launched what is timed before the GPU
+    comes to it, so that the events around it show the GPU's time and not the host's, which takes
+    longer over a small op than the GPU."""
+
+    def __init__(self, device: torch.device) -> None:
+        n_bytes = _SCRATCH_BYTES["cuda" if device.type == "cuda" else "cpu"]
+        self._scratch = torch.empty(n_bytes, dtype=torch.uint8, device=device)
+
+    def __call__(self) -> None:
+        for _ in range(_FILLS["cuda" if self._scratch.is_cuda else "cpu"]):
+            self._scratch.fill_(1)
+
+
+def milliseconds(work: Callable[[], Any], device: torch.device) -> float:
+    """What one call of ``work`` takes the device."""
+    clock = Clock(device)
+    clock.mark()
+    result = work()
+    clock.mark()
+    (found,) = clock.durations_ms()
+    del result  # only now: freeing a graph is not part of the work
+    return found

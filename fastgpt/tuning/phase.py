@@ -1,0 +1,157 @@
+"""The passes of a call of an op: run, and compared with what is right."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastgpt.devices import autocast
+from fastgpt.kernels import configs, torch_ops
+from fastgpt.kernels.configs import Key
+from fastgpt.tuning.workload import Call, flat, mapped
+
+
+class Phase:
+    """The forward or the backward pass of a call: lines of the launch tables are timed with it."""
+
+    def __init__(self, call: Call, count: int, backward: bool, ops: ModuleType) -> None:
+        self.call, self.count, self.backward, self._ops = call, count, backward, ops
+        inputs = [x for x in flat((call.args, call.kwargs)) if isinstance(x, Tensor)]
+        self.device = inputs[0].device
+        self.drops = call.kwargs.get("seed") is not None
+        self._leaves = [x for x in inputs if x.requires_grad]
+        self._grads: list[Tensor] = []  # of the outputs
+
+    def __str__(self) -> str:
+        return f"{self.call} {'backward' if self.backward else 'forward'}"
+
+    def prepared(self) -> Callable[[], Any]:
+        """The work; all that comes before it is done."""
+        if not self.backward:
+            return self._forward
+        outputs = self._forward()
+        grads = self._out_grads(outputs)
+        return lambda: torch.autograd.grad(outputs, self._leaves, grads, allow_unused=True)
+
+    def run(self) -> None:
+        """With all that comes before it."""
+        self.prepared()()
+
+    def _forward(self) -> tuple[Tensor, ...]:
+        call = self.call
+        with autocast(self.device, call.dtype):
+            return tensors(getattr(self._ops, call.op)(*call.args, **call.kwargs))
+
+    def _out_grads(self, outputs: Sequence[Tensor]) -> list[Tensor]:
+        """Random, the same in every run; 1 for a loss."""
+        if not self._grads:
+            self._grads = [torch.randn_like(t) if t.dim() else torch.ones_like(t) for t in outputs]
+        return self._grads
+
+    def check(self, right: "Right") -> None:
+        """AssertionError where an output or a gradient of our op, as it is now, errs too much."""
+        errors = rms_errors(_results(self.call, self._ops, None, self._grads), right.values)
+        for number, (error, limit) in enumerate(zip(errors, right.limits, strict=True)):
+            if not error <= limit:
+                raise AssertionError(
+                    f"result {number} errs by {error:.3g}, allowed are {limit:.3g}"
+                )
+
+    def right(self) -> "Right":
+        """What ``check`` compares with. Dropout's masks are ours alone: with them, our op as it is
+        now stands for PyTorch's."""
+        plain = self._ops if self.drops else torch_ops
+        grads = self._out_grads(self._forward())
+        values = _results(self.call, plain, torch.float32, grads)
+        own = _results(self.call, self._ops, None, grads)
+        others = _results(self.call, plain, None, grads)
+        # Autocast gives some of PyTorch's results in float32 that ours give in the model's dtype.
+        rounded = [x.to(y.dtype) for x, y in zip(others, own, strict=True)]
+        errors = rms_errors(rounded, values)
+        scales = [float(x.float().square().mean().sqrt()) for x in values]
+        return Right(values, [2 * e + 1e-5 * x for e, x in zip(errors, scales, strict=True)])
+
+
+class Right(NamedTuple):
+    """Outputs and gradients in float32, and the RMS error that each may have: twice that of
+    PyTorch's own kernels in the model's dtype, plus 1e-5 of the values."""
+
+    values: list[Tensor]
+    limits: list[float]
+
+
+def _results(
+    call: Call, ops: ModuleType, dtype: torch.dtype | None, out_grads: list[Tensor]
+) -> list[Tensor]:
+    """Outputs, then gradients, in ``dtype``, or (None) as the model calls the op."""
+    wide = None if call.op == "adamw" else dtype  # its state has the dtypes that it has
+
+    def copied(x: Tensor) -> Tensor:
+        to = wide if wide is not None and x.is_floating_point() else x.dtype
+        return x.detach().to(to, copy=True).requires_grad_(x.requires_grad)
+
+    args, kwargs = mapped(copied, call.args), mapped(copied, call.kwargs)
+    inputs = [x for x in flat((args, kwargs)) if isinstance(x, Tensor)]
+    with _exact_products():
+        with autocast(inputs[0].device, dtype or call.dtype):
+            outputs = tensors(getattr(ops, call.op)(*args, **kwargs))
+        if not outputs:  # it has written to its arguments
+            return inputs
+        leaves = [x for x in inputs if x.requires_grad]
+        grads = [g.to(x.dtype) for g, x in zip(out_grads, outputs, strict=True)]
+        found = torch.autograd.grad(outputs, leaves, grads, allow_unused=True)
+    return [x.detach() for x in (*outputs, *found) if x is not None]
+
+
+def tensors(out: Any) -> tuple[Tensor, ...]:
+    """Of an op's result."""
+    return out if isinstance(out, tuple) else () if out is None else (out,)
+
+
+@contextmanager
+def _exact_products() -> Iterator[None]:
+    """float32 products without TF32."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def rms_errors(found: Sequence[Tensor], right: Sequence[Tensor]) -> list[float]:
+    """Of each tensor."""
+    return [
+        float((x.to(y.dtype) - y).square().mean().sqrt()) for x, y in zip(found, right, strict=True)
+    ]
+
+
+class _Watched(dict[Key, Any]):
+    """Lines that note what is asked for."""
+
+    def __init__(self, lines: Mapping[Key, Any]) -> None:
+        super().__init__(lines)
+        self.asked: list[Key] = []
+
+    def __bool__(self) -> bool:
+        return True
+
+    def get(self, key: Any, default: Any = None) -> Any:
+        self.asked.append(Key(*key))
+        return super().get(key, default)
+
+
+def asked_by(phase: Phase) -> list[Key]:
+    """The lines that a phase asks for, each once."""
+    lines = configs.tuned(phase.device)
+    work = phase.prepared()
+    watched = _Watched(lines)
+    configs.use_tuned(phase.device, watched)
+    try:
+        work()
+    finally:
+        configs.use_tuned(phase.device, lines)
+    return list(dict.fromkeys(watched.asked))

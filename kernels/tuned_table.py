@@ -1,0 +1,113 @@
+"""The file of ``fastgpt tune``: the launch configurations that are fastest on one GPU.
+
+It holds for that GPU, its driver, this PyTorch, this Triton and these kernels alone. All of them
+make its name, ``GPU-HASH.json``, and it repeats them under "made_for". A "sha256" of the rest tells
+a damaged file. It lies in ``$FASTGPT_TUNED``, else in ``$XDG_CACHE_HOME/fastgpt/tuned``, by default
+``~/.cache/fastgpt/tuned``; with ``FASTGPT_TUNED`` set to nothing, no file is read.
+"""
+
+import contextlib
+import functools
+import hashlib
+import json
+import os
+import re
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+
+VARIABLE = "FASTGPT_TUNED"
+_DRIVER = Path("/proc/driver/nvidia/version")
+
+
+def folder() -> Path | None:
+    """Where the files lie; None where there are to be none."""
+    own = os.environ.get(VARIABLE)
+    if own is not None:
+        return Path(own).expanduser() if own else None
+    cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(cache).expanduser() / "fastgpt" / "tuned"
+
+
+@functools.cache
+def made_for(device: torch.device) -> dict[str, str]:
+    """What a measured line holds for."""
+    on_gpu = device.type == "cuda"
+    return {
+        "gpu": torch.cuda.get_device_name(device) if on_gpu else "interpreter",
+        "driver": _driver() if on_gpu else "",
+        "torch": str(torch.__version__),
+        "triton": triton.__version__,
+        "kernels": _hash_of_kernels(),
+    }
+
+
+def _driver() -> str:
+    """Its version, or at least that of CUDA in it where Linux's file is not to be seen."""
+    try:
+        found = re.search(r"Kernel Module\D*(\d[\d.]*)", _DRIVER.read_text())
+    except OSError:
+        found = None
+    version = getattr(torch._C, "_cuda_getDriverVersion", lambda: "unknown")  # CUDA builds have it
+    return found[1] if found else f"CUDA {version()}"
+
+
+@functools.cache
+def _hash_of_kernels() -> str:
+    digest = hashlib.sha256()
+    for path in sorted(Path(__file__).parent.glob("*.py")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def path_of(device: torch.device) -> Path | None:
+    """The device's file, which need not exist; None without a ``folder``."""
+    where = folder()
+    if where is None:
+        return None
+    facts = made_for(device)
+    gpu = re.sub(r"\W+", "-", facts["gpu"])
+    return where / f"{gpu}-{checksum(facts)[:12]}.json"
+
+
+def checksum(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def read(device: torch.device) -> dict[str, Any]:
+    """What the device's file holds; empty where there is none.
+
+    Raises:
+        ValueError: it is damaged, or was made for something else.
+        OSError: it cannot be read.
+    """
+    path = path_of(device)
+    if path is None or not path.exists():
+        return {}
+    held = json.loads(path.read_text())
+    if not isinstance(held, dict) or held.pop("sha256", "") != checksum(held):
+        raise ValueError("damaged")
+    for name, fact in made_for(device).items():
+        if held["made_for"].get(name) != fact:
+            raise ValueError(f"made for {name} {held['made_for'].get(name)!r}, not {fact!r}")
+    return held
+
+
+def lines(device: torch.device) -> list[tuple[Any, Any]]:
+    """Pairs of an encoded key and an encoded configuration. Raises as ``read`` does."""
+    return [(line["key"], line["config"]) for line in read(device).get("lines", [])]
+
+
+@contextlib.contextmanager
+def notice_of_damage(device: torch.device) -> Iterator[None]:
+    """Within, a file that cannot be used is ignored with a warning."""
+    try:
+        yield
+    except (ValueError, TypeError, KeyError, AttributeError, OSError) as error:
+        warnings.warn(
+            f"{path_of(device)} is ignored ({error}): fastgpt tune makes a new one", stacklevel=2
+        )
