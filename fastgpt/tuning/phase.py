@@ -71,16 +71,25 @@ class Phase:
         # Autocast gives some of PyTorch's results in float32 that ours give in the model's dtype.
         rounded = [x.to(y.dtype) for x, y in zip(others, own, strict=True)]
         errors = rms_errors(rounded, values)
-        scales = [float(x.float().square().mean().sqrt()) for x in values]
-        return Right(values, [2 * e + 1e-5 * x for e, x in zip(errors, scales, strict=True)])
+        scales = [
+            _tie(x.dtype) * float(y.float().square().mean().sqrt())
+            for x, y in zip(own, values, strict=True)
+        ]
+        return Right(values, [2 * e + x for e, x in zip(errors, scales, strict=True)])
 
 
 class Right(NamedTuple):
     """Outputs and gradients in float32, and the RMS error that each may have: twice that of
-    PyTorch's own kernels in the model's dtype, plus 1e-5 of the values."""
+    PyTorch's own kernels in the model's dtype, plus ``_tie`` of the values."""
 
     values: list[Tensor]
     limits: list[float]
+
+
+def _tie(dtype: torch.dtype) -> float:
+    """1e-5, or what it costs that one in 10,000 is rounded the other way: PyTorch's AdamW rounds to
+    the very numbers that are right."""
+    return max(1e-5, 0.01 * torch.finfo(dtype).eps)
 
 
 def _results(

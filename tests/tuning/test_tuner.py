@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -14,12 +15,12 @@ import pytest
 import torch
 
 from fastgpt import GPTConfig
-from fastgpt.kernels import _host, candidates, configs, fused, tuned_table
+from fastgpt.kernels import _host, candidates, configs, fused, torch_ops, tuned_table
 from fastgpt.kernels.configs import CUBLAS, Key
 from fastgpt.tuning import Table, Workload, exported, summary, tune, tuner
 from fastgpt.tuning.phase import Phase
 from fastgpt.tuning.table import choices
-from fastgpt.tuning.workload import Call, calls_of
+from fastgpt.tuning.workload import Call, _adamw, calls_of
 
 CPU = torch.device("cpu")
 WORK = Workload(GPTConfig(block_size=8, vocab_size=16, n_layer=3, n_head=1, n_embd=16), 1)
@@ -191,6 +192,24 @@ def test_a_wrong_candidate_is_left_out_however_fast(
         del table.lines[key]  # so that it is measured again
         table.write()
         monkeypatch.setattr(Phase, "check", lambda *_: None)
+
+
+@pytest.mark.parametrize("share,right", [(1e-5, True), (1e-2, False)])
+def test_a_rounding_that_falls_the_other_way(share: float, right: bool) -> None:
+    """One weight in 100,000 is rounded the other way, as on an H200; one in a hundred is wrong."""
+    size = 400_000
+    call = _adamw(size, torch.bfloat16, CPU)
+    flips = torch.arange(0, size, int(1 / share))
+    ops = ModuleType("ops")
+
+    def adamw(param: torch.Tensor, rounded: torch.Tensor, *args: Any, **kwargs: Any) -> None:
+        torch_ops.adamw(param, rounded, *args, **kwargs)
+        rounded[flips] = (rounded[flips].float() * (1 + 2**-7)).bfloat16()
+
+    ops.adamw = adamw  # type: ignore[attr-defined]
+    phase = Phase(call, 1, False, ops)
+    with nullcontext() if right else pytest.raises(AssertionError, match="result 1 errs by"):
+        phase.check(phase.right())
 
 
 def only(monkeypatch: pytest.MonkeyPatch, *keys: Key) -> None:
