@@ -255,7 +255,7 @@ CANDIDATES: dict[Key, tuple[Any, ...]] = {
         Tile(*one) for one in ((4, 1024, 4), (8, 1024, 8), (4, 1024, 8), (4, 512, 4), (2, 1024, 4))
     ),
     Key("gelu", "fwd"): _BLOCKS,
-    Key("gelu", "bwd_rows"): (
+    Key("gelu", "bwd_rows", dtype="half"): (
         TileLoop(8, 128, 2),
         TileLoop(8, 128, 4),
         TileLoop(16, 128, 4),

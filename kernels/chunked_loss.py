@@ -144,7 +144,7 @@ def define_scale(name: str, scale: Callable[..., tuple[Tensor, Tensor]]) -> Any:
     return op
 
 
-_scale_op = define_scale("linear_cross_entropy_bwd", _scale)
+_scale_op = define_scale("linear_cross_entropy_bwd_torch", _scale)
 
 
 def _setup_context(ctx, inputs, output):

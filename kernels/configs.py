@@ -315,7 +315,9 @@ TABLE: dict[Key, Any] = {
     Key("embedding", "bwd_token", size=512): Tile(8, 512, 4),
     # Eight elements a thread: 16-byte accesses in half precision, two of them in float32.
     Key("gelu", ANY): Elementwise(1024, 4),
-    Key("gelu", "bwd_rows"): TileLoop(8, 128, 2, 2),
+    # No tiles ahead in float32: erf branches, and a copy's barrier must not lie behind a branch.
+    Key("gelu", "bwd_rows"): TileLoop(8, 128, 2),
+    Key("gelu", "bwd_rows", dtype="half"): TileLoop(8, 128, 2, 2),
     Key("adamw", "update"): Elementwise(1024, 4),
     # fp8: a tile is 8 KB, whose rows and columns both fill sectors of memory; 16 programs hold
     # enough loads under way. "amax" finds the largest magnitude.

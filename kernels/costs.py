@@ -374,7 +374,7 @@ def _(out, x, weight, targets, dtype, ignore_index, mean, smoothing, z_loss, wan
     return costs
 
 
-@_cost_of("linear_cross_entropy_bwd", "linear_cross_entropy_bwd_fused")
+@_cost_of("linear_cross_entropy_bwd", "linear_cross_entropy_bwd_torch")
 def _(out, grad, divisor, dx, dweight, dx_dtype, dweight_dtype):
     return [
         KernelCost("scale dx", 0, nbytes(dx, out[0])),

@@ -162,7 +162,7 @@ def _scale(
     return gradients
 
 
-_scale_op = chunked_loss.define_scale("linear_cross_entropy_bwd_fused", _scale)
+_scale_op = chunked_loss.define_scale("linear_cross_entropy_bwd", _scale)
 
 
 def _rows(

@@ -28,7 +28,7 @@ def test_computed_runs() -> None:
 def test_tests_for_a_gpu() -> None:
     """Kernels filled: that a graph changes nothing, that no wait is hidden."""
     passes(
-        *("-m", "gpu"),
+        *("-m", "gpu", "-k", "not ignored_targets"),
         "tests/data/test_batches.py",
         "tests/model/test_generation.py::test_a_captured_step_draws_the_same",
         "tests/model/test_model_documents.py::test_the_host_never_waits",
@@ -40,13 +40,15 @@ def test_tests_for_a_gpu() -> None:
 
 
 def test_computed_tests_for_a_gpu() -> None:
-    """Those whose numbers count: a cache, two gradients of one weight, recomputing, benchmarks."""
+    """Those whose numbers count: a cache, two gradients of one weight, recomputing, benchmarks, a
+    loss that is NaN."""
     passes(
         *("-m", "gpu"),
         "tests/bench/test_bench_ops.py",
         "tests/model/test_generation.py::test_cached_logits_are_those_of_the_forward",
         "tests/model/test_model_step.py::test_recomputing_under_autocast",
         "tests/model/test_model_step.py::test_the_tied_weight_gets_both_gradients",
+        "tests/training/test_trainer.py::test_ignored_targets_change_no_weight",
         interpret=True,
         own=False,
     )

@@ -214,8 +214,26 @@ def _tiles_of_sm_100() -> Iterator[None]:
         yield
 
 
+@contextmanager
+def _products_of_cublas() -> Iterator[None]:
+    """With GELU and its slope as kernels of their own."""
+    lookup = configs.lookup
+
+    def library(op: str, kernel: str, *rest: Any) -> Any:
+        product = op == "gemm" and kernel in ("fwd", "bwd", "weight")
+        return configs.CUBLAS if product else lookup(op, kernel, *rest)
+
+    with mock.patch.object(configs, "lookup", library):
+        yield
+
+
 def _mlp(
-    dtype: torch.dtype, rows: int, bias: bool, approximate: str, recompute: bool = False
+    dtype: torch.dtype,
+    rows: int,
+    bias: bool,
+    approximate: str,
+    recompute: bool = False,
+    library: bool = False,
 ) -> None:
     shapes = [(rows, 72), (136, 72), (136,), (72, 136)]
     x, weight, fc_bias, proj = (torch.randn(shape).mul(0.3).to(dtype) for shape in shapes)
@@ -234,7 +252,7 @@ def _mlp(
     kernel = op(fused, recompute=(source, norm_weight, None, 1e-5) if recompute else None)
     names = ["x", "weight", "bias", "proj"] if bias else ["x", "weight", "proj"]
     grad = torch.randn(rows, 72).to(dtype)
-    with _tiles_of_sm_100():
+    with _products_of_cublas() if library else _tiles_of_sm_100():
         parity.assert_parity(kernel, op(reference), op(reference), inputs, grad, names)
 
 
@@ -302,6 +320,8 @@ def _adamw(rounded: torch.dtype | None, controlled: bool, betas: tuple[float, fl
 case("mlp-float16", _mlp, FLOAT16, 140, True, "none")
 case("mlp-bfloat16-recompute", _mlp, BFLOAT16, 70, False, "tanh", recompute=True)
 case("mlp-float32", _mlp, FLOAT32, 40, True, "none")
+case("mlp-float16-library", _mlp, FLOAT16, 140, True, "tanh", library=True)
+case("mlp-bfloat16-library", _mlp, BFLOAT16, 70, True, "none", recompute=True, library=True)
 case("linear-float16-splits", _linear, FLOAT16, True, 1500)
 case("linear-bfloat16-splits", _linear, BFLOAT16, False, 1500)
 case("linear-bfloat16", _linear, BFLOAT16, False, 70)
