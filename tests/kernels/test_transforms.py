@@ -139,5 +139,7 @@ def test_forward_mode_names_the_op() -> None:
     message = "^gelu has no forward-mode derivative .* the ops of fastgpt.kernels.reference$"
     with pytest.raises(NotImplementedError, match=message):
         jvp(fused.gelu, (x,), (x,))
+    with pytest.raises(NotImplementedError, match=message):  # forward over reverse
+        jvp(grad(lambda x: fused.gelu(x).sum()), (x,), (x,))
     with pytest.raises(RuntimeError, match="^gelu has no second derivative"):
         torch.func.grad(lambda x: torch.func.grad(lambda x: fused.gelu(x).sum())(x).sum())(x)
