@@ -184,8 +184,8 @@ def test_cudnn_gets_no_expanded_tensor(monkeypatch: pytest.MonkeyPatch) -> None:
     assert attention_fwd._cudnn_can(full, full, full, options)
     for expanded in (full[:, :1].expand(2, 3, 16, 64), full[:1].expand(2, 3, 16, 64)):
         for place in range(3):
-            tensors = [expanded if i == place else full for i in range(3)]
-            assert not attention_fwd._cudnn_can(*tensors, options)
+            q, k, v = (expanded if i == place else full for i in range(3))
+            assert not attention_fwd._cudnn_can(q, k, v, options)
 
 
 @pytest.mark.parametrize("library", [None, configs.CUDNN])
