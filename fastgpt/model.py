@@ -49,11 +49,11 @@ def published_name(source: str) -> str | None:
     with its owner on the Hub, ``openai-community/gpt2``, unless that is a folder here. None for
     anything else.
     """
-    owner, _, name = source.rpartition("/")
-    owners = ("", "distilbert" if name == "distilgpt2" else "openai-community")
-    if name not in PRETRAINED_SHAPES or owner not in owners:
+    owner, slash, name = source.rpartition("/")
+    its_owner = "distilbert" if name == "distilgpt2" else "openai-community"
+    if name not in PRETRAINED_SHAPES or (slash and owner != its_owner):
         return None
-    return None if owner and Path(source).exists() else name
+    return None if slash and Path(source).exists() else name
 
 
 class _Transformer(nn.ModuleDict):

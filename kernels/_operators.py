@@ -178,7 +178,8 @@ def _with_autograd(
 
     @torch.enable_grad()  # the transform outside may differentiate what this one computes
     def forward_in_transform(ctx: Any, *args: Any) -> Any:
-        return forward(ctx, *args)
+        with forward_ad._set_fwd_grad_enabled(True):  # or see that it has a tangent
+            return forward(ctx, *args)
 
     # For a transform of torch.func, which runs this kernel at its own level.
     methods = {**methods, "forward": staticmethod(forward_in_transform)}

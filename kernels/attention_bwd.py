@@ -286,7 +286,7 @@ def attention_bwd(
     options: Options,
 ) -> None:
     """Writes dq, dk, dv: (B, T, H, D), contiguous but for the distance between two tokens."""
-    q, k, v = aligned(q), aligned(k), aligned(v)
+    q, k, v, lse = aligned(q), aligned(k), aligned(v), lse.contiguous()
     batch, n_head, n_queries, _ = q.shape
     delta = torch.empty_like(lse[:, :, 0])
     read = dict(dout_ptr=dout.contiguous(), lse_ptr=lse, delta_ptr=delta, scale=options.scale)

@@ -423,6 +423,8 @@ def _cudnn_can(q: Tensor, k: Tensor, v: Tensor, options: Options) -> bool:
         return False
     if options.causal and q.shape[2] != k.shape[2]:
         return False
+    if any(0 in x.stride() for x in (q, k, v)):  # expanded: before PyTorch's #175764 an error
+        return False
     asked = SDPAParams(q, k, v, None, 0.0, options.causal, False)
     return can_use_cudnn_attention(asked)
 

@@ -126,6 +126,7 @@ def linear_gelu_gradient(
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """dy (M, K), weight (K, N), pre (M, N) → ``dpre = (dy weight) * gelu'(pre)`` (M, N); if
     ``recompute``, ``gelu(pre)`` (M, N); with ``dbias_dtype`` the sum of dpre over M (N)."""
+    pre = pre.contiguous()  # was saved: whoever saves tensors elsewhere may change its strides
     options = ("recompute",) if recompute else ()
     some = dy.numel() and pre.numel()
     config = _config("bwd", dy, weight, pre, options=options) if some else None

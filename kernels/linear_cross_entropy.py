@@ -144,6 +144,7 @@ def _scale(
     dweight_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
     """As in ``chunked_loss``. PyTorch's product of two dtypes takes twice as long."""
+    dx, dweight = dx.contiguous(), dweight.contiguous()
     gradients = torch.empty_like(dx, dtype=dx_dtype), torch.empty_like(dweight, dtype=dweight_dtype)
     config = configs.find(dx, "cross_entropy", "scale")
     with _host.on_device(dx):

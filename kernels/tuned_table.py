@@ -25,12 +25,15 @@ _DRIVER = Path("/proc/driver/nvidia/version")
 
 
 def folder() -> Path | None:
-    """Where the files lie; None where there are to be none."""
+    """Where the files lie; None where there are to be none, or in a home that is not known."""
     own = os.environ.get(VARIABLE)
-    if own is not None:
-        return Path(own).expanduser() if own else None
     cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(cache).expanduser() / "fastgpt" / "tuned"
+    try:
+        if own is not None:
+            return Path(own).expanduser() if own else None
+        return Path(cache).expanduser() / "fastgpt" / "tuned"
+    except RuntimeError:  # a user without a name, as in some containers
+        return None
 
 
 @functools.cache
@@ -88,7 +91,10 @@ def read(device: torch.device) -> dict[str, Any]:
     path = path_of(device)
     if path is None or not path.exists():
         return {}
-    held = json.loads(path.read_text())
+    try:
+        held = json.loads(path.read_text())
+    except RecursionError:
+        raise ValueError("damaged") from None
     if not isinstance(held, dict) or held.pop("sha256", "") != checksum(held):
         raise ValueError("damaged")
     for name, fact in made_for(device).items():
@@ -107,7 +113,7 @@ def notice_of_damage(device: torch.device) -> Iterator[None]:
     """Within, a file that cannot be used is ignored with a warning."""
     try:
         yield
-    except (ValueError, TypeError, KeyError, AttributeError, OSError) as error:
+    except (ValueError, TypeError, LookupError, AttributeError, OSError) as error:
         warnings.warn(
             f"{path_of(device)} is ignored ({error}): fastgpt tune makes a new one", stacklevel=2
         )

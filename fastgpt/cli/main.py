@@ -104,7 +104,8 @@ def _train_config(argv: list[str], first: Train, console: Console) -> TrainConfi
     assert isinstance(second, Train)
     config = TrainConfig(**second.keys())
     asked = any(argument.partition("=")[0] == "--dtype" for argument in argv)
-    if config.init_from != "resume" or "dtype" not in below or asked:
+    of_checkpoint = first.preset is None and first.config_file is None and "dtype" in below
+    if config.init_from != "resume" or not of_checkpoint or asked:
         return config
     device = resolve_device(config.device)
     if is_native(config.dtype, device):

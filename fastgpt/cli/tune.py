@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
+import torch
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -14,9 +15,7 @@ from fastgpt.model import PRETRAINED_SHAPES
 from fastgpt.training.config import Dtype
 from fastgpt.training.presets import PRESETS
 
-if TYPE_CHECKING:  # they need Triton
-    import torch
-
+if TYPE_CHECKING:  # it needs Triton
     from fastgpt import tuning
 
 
@@ -105,7 +104,9 @@ def run_tune(config: TuneConfig, console: Console) -> int:
     return 0
 
 
-def _gpu(config: TuneConfig) -> "torch.device":
+def _gpu(config: TuneConfig) -> torch.device:
+    if config.device.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError(f"device must be a GPU, got {config.device}: this machine has none")
     device = resolve_device(config.device)
     refusal = triton_refusal(device) if device.type == "cuda" else "it has no Triton kernels"
     if refusal:

@@ -57,7 +57,7 @@ def read_config_file(path: str | Path) -> dict[str, Any]:
             key, value = _assignment(statement, values, modules)
             check_key(key)
             values[key] = typed(TrainConfig, key, value)
-        except (ValueError, TypeError, ZeroDivisionError) as error:
+        except (ValueError, TypeError, ArithmeticError) as error:
             kind = TypeError if isinstance(error, TypeError) else ValueError
             raise kind(f"{path}:{statement.lineno}: {error}") from None
     return values

@@ -1,5 +1,6 @@
 """Decides the lines of the launch tables for a model, one after the other."""
 
+import os
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -172,7 +173,8 @@ def tune(
     deadline = time.monotonic() + seconds
     path = tuned_table.path_of(device)
     if path is None:
-        raise ValueError(f"{tuned_table.VARIABLE} must name a folder for tuning, got ''")
+        named = os.environ.get(tuned_table.VARIABLE)
+        raise ValueError(f"{tuned_table.VARIABLE} must name a folder for tuning, got {named!r}")
     path.parent.mkdir(parents=True, exist_ok=True)
     on_gpu = device.type == "cuda"
     with (

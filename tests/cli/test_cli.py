@@ -183,6 +183,9 @@ def test_resume_without_the_dtype_of_the_checkpoint(
     for form in (["--dtype=float16"], ["--dtype", "float16"]):
         assert cli.main([*resume, *form]) == 2
         assert "dtype must be auto, float32 or bfloat16 on cpu" in capsys.readouterr().err
+    Path("own.py").write_text("dtype = 'float16'")  # a file's is asked for, too
+    assert cli.main(["train", "own.py", *small()[1:], "--init_from=resume"]) == 2
+    assert "dtype must be auto, float32 or bfloat16 on cpu" in capsys.readouterr().err
 
 
 def test_prepare_train_sample(capsys: pytest.CaptureFixture[str]) -> None:

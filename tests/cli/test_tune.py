@@ -70,6 +70,10 @@ def test_a_gpu_that_fails_is_an_error(
 def test_what_a_user_can_do_wrong(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["tune", "--device=cpu"]) == 2
     assert "device must be a GPU for the Triton kernels, got cpu" in capsys.readouterr().err
+    if not torch.cuda.is_available():
+        assert main(["tune"]) == 2
+        error = " ".join(capsys.readouterr().err.split())
+        assert "device must be a GPU" in error and "device=cpu" not in error
     with pytest.raises(SystemExit):
         main(["tune", "--model=gpt3"])
 

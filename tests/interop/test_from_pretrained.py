@@ -116,7 +116,7 @@ def test_a_folder_named_like_a_published_model(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(huggingface, "download", lambda name: pytest.fail(f"{name} is here"))
     assert_same_logits(GPT.from_pretrained("openai-community/gpt2"), theirs())
-    for owner in ("distilbert", "someone"):
+    for owner in ("distilbert", "someone", ""):  # "": in the root of the file system
         with pytest.raises(FileNotFoundError, match=f"no folder or file {owner}/gpt2"):
             GPT.from_pretrained(f"{owner}/gpt2")
 

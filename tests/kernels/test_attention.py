@@ -171,6 +171,34 @@ def test_what_is_saved_of_cudnn_is_ours(monkeypatch: pytest.MonkeyPatch) -> None
     assert set(calls) == {True, False}
 
 
+class _OnGpu(Tensor):
+    is_cuda = True
+
+
+def test_cudnn_gets_no_expanded_tensor(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before pytorch/pytorch#175764 PyTorch's call of cuDNN fails with one."""
+    monkeypatch.setattr(attention_fwd, "SDPAParams", lambda *given: given)
+    monkeypatch.setattr(attention_fwd, "can_use_cudnn_attention", lambda given: True)
+    full = torch.randn(2, 3, 16, 64).as_subclass(_OnGpu)
+    options = attention_fwd.Options(None, None, True, 0.125, 0.0, 0)
+    assert attention_fwd._cudnn_can(full, full, full, options)
+    for expanded in (full[:, :1].expand(2, 3, 16, 64), full[:1].expand(2, 3, 16, 64)):
+        for place in range(3):
+            q, k, v = (expanded if i == place else full for i in range(3))
+            assert not attention_fwd._cudnn_can(q, k, v, options)
+
+
+@pytest.mark.parametrize("library", [None, configs.CUDNN])
+def test_parity_of_expanded_keys(
+    device: str, library: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Queries that share the keys of one head."""
+    _forward_by(monkeypatch, library)
+    q, grad = (parity.randn((2, 3, 33, 64), torch.bfloat16, device, "contiguous") for _ in "qd")
+    k, v = (parity.randn((2, 1, 33, 64), torch.bfloat16, device, "contiguous") for _ in "kv")
+    assert_parity("attention", [q, k.expand(2, 3, -1, -1), v.expand(2, 3, -1, -1)], grad)
+
+
 @pytest.mark.parametrize("head_size", [1, 16, 33, 256])
 @pytest.mark.parametrize("dtype", parity.DTYPES, ids=str)
 def test_parity_of_every_size_class(device: str, head_size: int, dtype: torch.dtype) -> None:

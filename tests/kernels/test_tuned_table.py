@@ -96,6 +96,7 @@ DAMAGES: dict[str, Callable[[Path], object]] = {
     "empty": lambda path: path.write_bytes(b""),
     "not text": lambda path: path.write_bytes(b"\xff\xfe\x00"),
     "a list": lambda path: path.write_text("[1, 2]"),
+    "lists in lists": lambda path: path.write_text("[" * 100_000),
     "another number": _flipped,
     "a folder": _made_a_folder,
     "another GPU's": lambda path: write(made_for={**tuned_table.made_for(CPU), "gpu": "GPU Y"}),
@@ -107,6 +108,7 @@ DAMAGES: dict[str, Callable[[Path], object]] = {
         lines=[{"key": LINE, "config": ["Elementwise", 1, 2, 3]}]
     ),
     "half a key": lambda path: write(lines=[{"key": ["gelu", []], "config": "cuBLAS"}]),
+    "nothing for a key": lambda path: write(lines=[{"key": [], "config": "cuBLAS"}]),
     "no key": lambda path: write(lines=[{"config": "cuBLAS"}]),
     "no lines": lambda path: write(lines=3),
 }
@@ -137,6 +139,8 @@ def test_the_name_of_a_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", str(tmp_path))
     assert tuned_table.folder() == tmp_path / ".cache" / "fastgpt" / "tuned"
+    monkeypatch.setenv("FASTGPT_TUNED", "~nobody-has-this-name/tuned")
+    assert tuned_table.folder() is None
     monkeypatch.setenv("FASTGPT_TUNED", "")
     assert tuned_table.folder() is None and tuned_table.path_of(GPU) is None
     assert tuned_table.read(GPU) == {}

@@ -205,6 +205,7 @@ warmup_iters = max_iters // 100 % 50 - 2
         ("n_layer = True + 1", ValueError, "'True' is not a number"),
         ("n_layer = 2 ** 3", ValueError, "is not read"),
         ("n_layer = 6 / 0", ValueError, "division by zero"),
+        (f"min_lr = {10**200} * {10**200}", ValueError, "too large"),
         ("n_layer = n_head = 6", ValueError, "is not read"),
         ("n_layer += 1", ValueError, "is not read"),
         ("if True:\n    n_layer = 6", ValueError, "'if True:' is not read"),
