@@ -69,17 +69,19 @@ _CLASSES, _OTHERS = (80, 90, 100), (86, 89, 120)
 def edges(cases: Path, architectures: Iterable[int] = ()) -> dict[str, list[int]]:
     """Case → the architectures to compile it for and that can run it, of a file that defines
     ``CASES``: name → ``functools.partial``; and perhaps ``LEAST_CAPABILITY``: name → the first that
-    can run it, and ``EVERY_GPU``: names of those that by default are compiled for all."""
+    can run it, and ``OTHER_GPUS``: names of those that by default are compiled for the others, of
+    which "gpt2" is for them alone."""
     spec = importlib.util.spec_from_file_location(cases.stem, cases)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     least = getattr(module, "LEAST_CAPABILITY", {})
-    everywhere = getattr(module, "EVERY_GPU", ())
+    others = getattr(module, "OTHER_GPUS", ())
     asked = sorted(set(architectures))
     found = {}
     for case in module.CASES:
-        wanted = asked or sorted([*_CLASSES, *(_OTHERS if case in everywhere else ())])
+        classes, more = () if case == "gpt2" else _CLASSES, _OTHERS if case in others else ()
+        wanted = asked or sorted([*classes, *more])
         found[case] = [c for c in wanted if c >= least.get(case, 0)]
     return {case: capabilities for case, capabilities in found.items() if capabilities}
 

@@ -6,8 +6,8 @@ of real models.
 
     python -m bench._compile.kernel_cases gelu 90      # one case on one architecture, at once
 
-``gpt2`` is a training step at GPT-2's sizes. It is compiled for every GPU that people own, most
-other cases for one of each class of the launch tables.
+Most cases are compiled for one GPU of each class of the launch tables. ``gpt2``, a training step at
+GPT-2's sizes, repeats theirs for the other GPUs that people own.
 """
 
 import importlib
@@ -36,7 +36,7 @@ def _gpt2() -> None:
 
 
 CASES: dict[str, Callable[[], object]] = {"gpt2": _gpt2}
-EVERY_GPU = ("gpt2", "adamw", "attention_decode")  # cases to be compiled for each
+OTHER_GPUS = ("gpt2", "adamw", "attention_decode")  # cases that are compiled for those too
 LEAST_CAPABILITY: dict[str, int] = {}  # of cases that older architectures cannot run
 for path in sorted(Path(__file__).parents[1].glob("bench_*.py")):
     module = importlib.import_module(f"bench.{path.stem}")
