@@ -279,7 +279,7 @@ TABLE: dict[Key, Any] = {
     # longer fit into the registers.
     Key("layer_norm", "fwd"): WholeRows(8, 4),
     Key("layer_norm", "fwd", size=1024): WholeRows(4, 4),
-    Key("layer_norm", "fwd", "sm_80", size=1024): WholeRows(2, 2),
+    Key("layer_norm", "fwd", "sm_80", size=1024): WholeRows(2, 4),
     Key("layer_norm", "fwd", size=2048): WholeRows(2, 8),
     Key("layer_norm", "fwd", size=4096): WholeRows(1, 16),
     Key("layer_norm", "fwd", size=8192): WholeRows(1, 16),
@@ -316,7 +316,7 @@ TABLE: dict[Key, Any] = {
     # Eight elements a thread: 16-byte accesses in half precision, two of them in float32.
     Key("gelu", ANY): Elementwise(1024, 4),
     # No tiles ahead in float32: erf branches, and a copy's barrier must not lie behind a branch.
-    Key("gelu", "bwd_rows"): TileLoop(8, 128, 2),
+    Key("gelu", "bwd_rows"): TileLoop(8, 128, 4),
     Key("gelu", "bwd_rows", dtype="half"): TileLoop(8, 128, 2, 2),
     Key("adamw", "update"): Elementwise(1024, 4),
     # fp8: a tile is 8 KB, whose rows and columns both fill sectors of memory; 16 programs hold
