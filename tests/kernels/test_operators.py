@@ -138,8 +138,8 @@ def test_opcheck() -> None:
 
 
 def test_inductor_knows_an_operator_before_it_meets_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Up to PyTorch 2.12 it describes one that it does not know, with both ways that lead to every
-    step of a residual stream: for 12 blocks that takes hours."""
+    """PyTorch 2.11's describes one that it does not know, with both ways that lead to every step of
+    a residual stream."""
     from torch._inductor import graph
     from torch._inductor.utils import fresh_cache
 
