@@ -44,7 +44,7 @@ def gelu(x: Tensor, approximate: str = "none") -> Tensor:
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None = None, eps: float = 1e-5) -> Tensor:
     """LayerNorm (Ba et al. 2016) over the last dimension. See ``fused.layer_norm``."""
     _checks.layer_norm(x, weight, bias, eps)
-    return F.layer_norm(x, x.shape[-1:], weight, bias, eps)
+    return _layer_norm(x, weight, bias, eps)
 
 
 def attention(
@@ -181,7 +181,11 @@ def residual_layer_norm(
 
 
 def _layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
-    return F.layer_norm(x, x.shape[-1:], *widened(weight, bias, x.dtype), eps)
+    weight, bias = widened(weight, bias, x.dtype)
+    if x.is_cuda and x.dtype != weight.dtype and not torch.is_autocast_enabled("cuda"):
+        # PyTorch's kernel for GPUs takes one dtype only.
+        return F.layer_norm(x.to(weight.dtype), x.shape[-1:], weight, bias, eps).to(x.dtype)
+    return F.layer_norm(x, x.shape[-1:], weight, bias, eps)
 
 
 class _RecomputedLinear(torch.autograd.Function):

@@ -82,10 +82,11 @@ def test_plain_frozen_weight(device: str) -> None:
     torch.testing.assert_close(x.grad, expected)
 
 
-def test_float32_weight_with_low_precision_input(device: str) -> None:
+@pytest.mark.parametrize("ops", [fused, torch_ops], ids=["fused", "torch_ops"])
+def test_float32_weight_with_low_precision_input(device: str, ops) -> None:
     x = torch.randn(4, 64, device=device).bfloat16()
     weight = torch.randn(64, device=device, requires_grad=True)
-    y = fused.layer_norm(x, weight)
+    y = ops.layer_norm(x, weight)
     y.sum().backward()
     assert y.dtype == torch.bfloat16 and weight.grad is not None
     expected = reference.layer_norm(x.double(), weight.double())

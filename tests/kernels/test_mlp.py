@@ -232,6 +232,22 @@ def test_recompute_keeps_less_and_changes_no_bit(device: str, ops, form: str) ->
     assert x.untyped_storage().data_ptr() not in less
 
 
+@pytest.mark.parametrize("ops", [fused, torch_ops], ids=["fused", "torch_ops"])
+def test_recompute_of_a_float32_norm_under_autocast(device: str, ops) -> None:
+    """The backward, which recomputes it, runs outside of autocast."""
+    source = torch.randn(9, 32, device=device).bfloat16()
+    norm = torch.randn(32, device=device), torch.randn(32, device=device)
+    weights = [torch.randn(*shape, device=device) for shape in ((64, 32), (16, 64))]
+    results = []
+    for recompute in (None, (source, *norm, 1e-5)):
+        fc, proj = leaves = [w.clone().requires_grad_() for w in weights]
+        with torch.autocast(device, dtype=torch.bfloat16):
+            x = ops.layer_norm(source, *norm)
+            y = ops.mlp(x, fc, None, proj, recompute=recompute)
+        results.append(torch.autograd.grad(y.float().square().sum(), leaves))
+    assert all(map(torch.equal, *results))
+
+
 def test_nothing_is_kept_without_gradients() -> None:
     inputs = _inputs((9, 16), 64, 16, torch.float32, "cpu", "contiguous")
     with torch.no_grad():
