@@ -127,6 +127,12 @@ def _check_keys(path: Path, checkpoint: object, required: tuple[str, ...]) -> No
         raise ValueError(
             f"{path} lacks the checkpoint key {', '.join(missing)}; needed: {', '.join(required)}"
         )
+    for key in (*required, "config", "fastgpt"):
+        number = key in ("iter_num", "best_val_loss")
+        if not number and not isinstance(checkpoint.get(key, {}), dict):
+            raise ValueError(
+                f"{path} must hold a dict under the key {key}, got {type(checkpoint[key]).__name__}"
+            )
 
 
 def model_args(model: LanguageModel) -> dict[str, int | float | bool]:

@@ -44,6 +44,8 @@ def read_config_file(path: str | Path) -> dict[str, Any]:
         raise ValueError(f"{path}:{error.lineno}: not a Python assignment: {error.msg}") from None
     except ValueError as error:  # a NUL character, before Python 3.12
         raise ValueError(f"{path}: {error}") from None
+    except (RecursionError, MemoryError):
+        raise ValueError(f"{path}: an expression has too many operators") from None
     values: dict[str, Any] = {}
     modules: set[str] = set()
     for statement in tree.body:
@@ -57,6 +59,10 @@ def read_config_file(path: str | Path) -> dict[str, Any]:
             key, value = _assignment(statement, values, modules)
             check_key(key)
             values[key] = typed(TrainConfig, key, value)
+        except RecursionError:
+            raise ValueError(
+                f"{path}:{statement.lineno}: an expression has too many operators"
+            ) from None
         except (ValueError, TypeError, ArithmeticError) as error:
             kind = TypeError if isinstance(error, TypeError) else ValueError
             raise kind(f"{path}:{statement.lineno}: {error}") from None

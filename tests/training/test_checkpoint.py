@@ -126,6 +126,10 @@ def test_damaged_and_foreign_files_are_named(run: Trainer) -> None:
     torch.save({"model": {}}, path)
     with pytest.raises(ValueError, match="ckpt.pt lacks the checkpoint key model_args"):
         ckpt.load(path)
+    for key in ("model_args", "config", "fastgpt"):
+        torch.save({"model": {}, "model_args": {}, key: None}, path)
+        with pytest.raises(ValueError, match=f"ckpt.pt must hold a dict under the key {key}, got"):
+            ckpt.load(path)
     torch.save({"model": TrainConfig}, path)
     for read in (ckpt.load, ckpt.header):
         with pytest.raises(ValueError, match="ckpt.pt holds objects of .*TrainConfig, ") as raised:
@@ -136,11 +140,12 @@ def test_damaged_and_foreign_files_are_named(run: Trainer) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"model_args": {"n_layer": 2, "colour": 1}}, "model .*colour"),
-        ({"model_args": None}, "model"),
-        ({"model": {}}, "model .*Missing key"),
-        ({"optimizer": {"state": {}, "param_groups": []}}, "state to go on from"),
-        ({"fastgpt": {"data": {}}}, "state to go on from"),
+        ({"model_args": {"n_layer": 2, "colour": 1}}, "holds no model .*colour"),
+        ({"model_args": None}, "must hold a dict under the key model_args, got NoneType"),
+        ({"config": None}, "must hold a dict under the key config, got NoneType"),
+        ({"model": {}}, "holds no model .*Missing key"),
+        ({"optimizer": {"state": {}, "param_groups": []}}, "holds no state to go on from"),
+        ({"fastgpt": {"data": {}}}, "holds no state to go on from"),
     ],
 )
 def test_a_checkpoint_with_wrong_contents_is_named(
@@ -148,7 +153,7 @@ def test_a_checkpoint_with_wrong_contents_is_named(
 ) -> None:
     path = run.out_dir / "iter-0000021.pt"
     torch.save({**torch.load(path), **change}, path)
-    with pytest.raises(ValueError, match=f"iter-0000021.pt holds no {message}"):
+    with pytest.raises(ValueError, match=f"iter-0000021.pt {message}"):
         Trainer(small_config(tmp_path, init_from="resume"))
 
 

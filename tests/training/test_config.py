@@ -225,6 +225,14 @@ def test_bad_lines_are_named(
         read_config_file(path)
 
 
+@pytest.mark.parametrize("operators", [1500, 5000, 200_000])
+def test_too_long_an_expression(tmp_path: Path, operators: int) -> None:
+    for expression in ("+".join(["1"] * operators), "-" * operators + "1"):
+        path = written(tmp_path, f"batch_size = {expression}\n")
+        with pytest.raises(ValueError, match="config.py:.* too many operators"):
+            read_config_file(path)
+
+
 def test_nothing_in_a_config_file_is_executed(tmp_path: Path) -> None:
     path = written(tmp_path, f"out_dir = open({str(tmp_path / 'made')!r}, 'w').name\n")
     with pytest.raises(ValueError, match="is not read"):
