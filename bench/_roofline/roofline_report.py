@@ -6,6 +6,7 @@ from typing import Any
 from rich.table import Table
 
 from bench._harness import cli
+from bench._harness.bars import stacked_bars
 
 # Kinds of work in the order of a bar, each with parts of "operator: kernel" that belong to it; the
 # first that fits counts. A GEMM's epilogue belongs to the GEMM.
@@ -19,16 +20,6 @@ KINDS: dict[str, tuple[str, ...]] = {
     "embedding": ("embedding",),
     "copies and sums": ("",),
 }
-_COLOURS = (
-    "#33415c",
-    "#c2571a",
-    "#a4133c",
-    "#6a994e",
-    "#5c7fa8",
-    "#e0a458",
-    "#9d8189",
-    "#c9ccd3",
-)
 
 
 def kind(op: str, kernel: str) -> str:
@@ -83,27 +74,10 @@ def by_kind(run: dict[str, Any]) -> dict[str, dict[str, float]]:
 
 def chart(run: dict[str, Any], path: Path) -> None:
     """Predicted milliseconds as bars of stacked kinds of work, the floor below, as a PNG."""
-    from matplotlib.figure import Figure
-
-    kinds = by_kind(run)
     labels = [variant["label"] for variant in run["variants"].values()] + ["the floor"]
-    figure = Figure(figsize=(9.0, 2.4 + 0.55 * len(labels)), layout="constrained")
-    axes = figure.subplots()
-    left = [0.0] * len(labels)
-    for name, colour in zip(KINDS, _COLOURS, strict=True):
-        widths = [times[name] for times in kinds.values()]
-        axes.barh(range(len(labels)), widths, left=left, color=colour, label=name, height=0.65)
-        left = [start + width for start, width in zip(left, widths, strict=True)]
-    floor_ms = run["floor"]["ms"]
-    for row, ms in enumerate(left):
-        text = f"{ms:.1f} ms" + (f"  {ms / floor_ms:.2f}x" if row < len(labels) - 1 else "")
-        axes.annotate(text, (ms, row), xytext=(6, 0), textcoords="offset points", va="center")
-    axes.axvline(floor_ms, color="black", linewidth=0.8, linestyle=":")
-    axes.set_yticks(range(len(labels)), labels)
-    axes.invert_yaxis()
-    axes.margins(x=0.15)
-    axes.set_xlabel("predicted ms of one forward and backward: every kernel at a ceiling, no gaps")
-    axes.spines[["top", "right"]].set_visible(False)
-    figure.legend(loc="outside lower center", ncols=4, frameon=False)
-    figure.suptitle(title(run))
-    figure.savefig(path, dpi=150)
+    stacked_bars(
+        dict(zip(labels, by_kind(run).values(), strict=True)),
+        title(run),
+        "predicted ms of one forward and backward: every kernel at a ceiling, no gaps",
+        path,
+    )

@@ -1,5 +1,5 @@
-"""The time of a training step by kernel, which goes to profile.json in FOLDER: a part of
-``gpu_report.py``.
+"""The time of a training step by kernel, which goes to profile.json in FOLDER, and by kind of work,
+to profile.png: a part of ``gpu_report.py``.
 
     python -m bench._step.profile FOLDER
 """
@@ -7,6 +7,7 @@
 import sys
 import tempfile
 import traceback
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity
 from torch.profiler import profile as profiler
 
+from bench._harness.bars import stacked_bars
 from bench._harness.cli import failure_of, write_json
 from bench._harness.timing import Clock, spread, synchronize
 from bench._step.variants import VARIANTS, Options, Plan, Training, tf32
@@ -21,11 +23,27 @@ from fastgpt.data.builtin_texts import prepare_builtin
 
 _STEPS = 5
 
+# Kinds of work in the order of a bar, each with parts of kernels' names (ours, those of PyTorch,
+# of torch.compile and of NVIDIA's libraries) in lower case; the first that fits counts.
+KINDS: dict[str, tuple[str, ...]] = {
+    "loss": ("cross_entropy", "log_softmax", "nll_loss", "_scaled_kernel"),
+    "attention": ("attention", "sdpa", "flash"),
+    "AdamW and gradients": ("adam", "multi_tensor", "lpnorm", "normtwo"),
+    "LayerNorm and residual": ("layer_norm",),
+    "matrix products": (
+        *("nvjet", "gemm", "cutlass", "splitk", "linear_gelu", "weight_grad"),
+        *("addmm", "aten::mm"),
+    ),
+    "GELU": ("gelu", "erf"),
+    "embedding": ("embedding", "radix"),
+    "copies and sums": ("",),
+}
+
 
 def profile(folder: Path, options: Options | None = None) -> int:
-    """Profile updates of ``fastgpt train``, and of its model in nanoGPT's loop; 1 if one fails.
-    ``options``: of run.py."""
-    options = options or Options()
+    """Profile steps of nanoGPT under torch.compile, of fastgpt in nanoGPT's loop and of ``fastgpt
+    train``, or of the variants in ``options``, those of run.py; 1 if one fails."""
+    options = options or Options(variants=("sdpa_compile", "fastgpt", "fastgpt_train"))
     found: dict[str, Any] = {
         "batch_size": options.batch_size,
         "block_size": options.block_size,
@@ -34,14 +52,38 @@ def profile(folder: Path, options: Options | None = None) -> int:
     with tempfile.TemporaryDirectory() as temporary, tf32(True):
         prepare_builtin(temporary)
         plan = Plan.of(options, Path(temporary))
-        for name in ("fastgpt_train", "fastgpt"):
+        for name in options.variants:
             try:
                 found["variants"][name] = _profiled(Training(VARIANTS[name], plan))
-            except Exception as error:  # whatever it is, the other is still profiled
+            except Exception as error:  # whatever it is, the others are still profiled
                 traceback.print_exc()
                 found["variants"][name] = {"failure": failure_of(error)}
             write_json(folder / "profile.json", found)
+    with suppress(ModuleNotFoundError):  # matplotlib: the figures are there without it
+        chart(found, folder / "profile.png")
     return int(any("failure" in one for one in found["variants"].values()))
+
+
+def by_kind(kernels: list[dict[str, Any]]) -> dict[str, float]:
+    """Milliseconds of each kind of work."""
+    out = dict.fromkeys(KINDS, 0.0)
+    for kernel in kernels:
+        name = kernel["name"].lower()
+        fits = (kind for kind, parts in KINDS.items() if any(part in name for part in parts))
+        out[next(fits)] += kernel["ms"]
+    return out
+
+
+def chart(found: dict[str, Any], path: Path) -> None:
+    """A profile as bars of stacked kinds of work, as a PNG; nothing if no variant has one."""
+    times = {
+        VARIANTS[name].label: by_kind(one["kernels"])
+        for name, one in found["variants"].items()
+        if "failure" not in one
+    }
+    if times:
+        title = f"B={found['batch_size']}, T={found['block_size']}"
+        stacked_bars(times, title, "ms of a training step's kernels, without gaps", path)
 
 
 def _profiled(training: Training) -> dict[str, Any]:
