@@ -52,7 +52,7 @@ from bench._harness import cli, machine
 from bench._step import pictures, report
 from bench._step.measurement import Measurement, unsupported
 from bench._step.variants import CPU_OPTIONS, QUICK, VARIANTS, Options, Plan
-from fastgpt import GPT
+from fastgpt import GPT, devices
 from fastgpt.data.batches import token_files
 from fastgpt.data.builtin_texts import prepare_builtin
 
@@ -64,6 +64,12 @@ def _notes(plan: Plan) -> list[str]:
     notes = []
     if plan.device.type == "cpu":
         notes.append(f"{report.CPU_NOTE}: fastgpt runs PyTorch's own ops there")
+    elif not devices.triton_refusal(plan.device):
+        from fastgpt.kernels import configs  # needs Triton
+
+        n_tuned = len(configs.tuned(plan.device))
+        if n_tuned:
+            notes.append(f"fastgpt takes {n_tuned} launches from a table of 'fastgpt tune'")
     few = {key: n for key in _PROTOCOL if (n := getattr(plan.options, key)) < _PROTOCOL[key]}
     if few:
         given = ", ".join(f"{key}={n}" for key, n in few.items())

@@ -211,7 +211,9 @@ class Plan:
             n_embd=options.n_embd,
             bias=options.bias,
         )
-        device = torch.device("cuda" if on_gpu else "cpu")
+        device = (
+            torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
+        )
         return cls(options, config, device, getattr(torch, wanted), data_dir)
 
     @property

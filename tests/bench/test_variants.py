@@ -8,7 +8,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from bench import run
 from bench._step import baselines, variants
+from fastgpt import devices
+from fastgpt.kernels import configs
 from tests.tools.small_runs import data_set
 
 
@@ -113,3 +116,14 @@ def test_the_reference_is_for_few_sequences(tmp_path: Path) -> None:
     for batch_size, asked, has in ((4, None, True), (5, None, False), (5, True, True)):
         options = variants.Options(batch_size=batch_size, reference=asked)
         assert variants.Plan.of(options, tmp_path).has_reference is has
+
+
+def test_a_table_of_tuned_launches_is_noted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gpu = torch.device("cuda", 0)
+    plan = replace(variants.Plan.of(variants.CPU_OPTIONS, tmp_path), device=gpu)
+    monkeypatch.setattr(devices, "triton_refusal", lambda device: "")
+    for lines, noted in (({}, False), ({configs.Key("gelu", "fwd"): None}, True)):
+        monkeypatch.setitem(configs._TUNED, 0, lines)
+        assert ("fastgpt takes 1 launches from a table" in " ".join(run._notes(plan))) == noted
