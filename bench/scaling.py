@@ -5,9 +5,11 @@
 
 The computation is the roofline's step on one GPU (``roofline.py``) plus the bytes of AdamW. A
 collective takes its bytes over the bandwidth of a ring (Patarasuk & Yuan 2009) plus the latency of
-its steps. How much of it overlaps with the computation is not predicted: each row shows both ends,
-no overlap and full overlap. Each GPU has its own batch. Efficiency is tokens per second relative to
-that many single GPUs; FSDP2's can pass 100%, since each GPU updates only its shard.
+its steps. With a model on each GPU (``--parallel=ddp``) all gradients are summed behind the
+backward. How much of FSDP2's collectives overlaps with the computation is not predicted: each row
+shows both ends, no overlap and full overlap. Each GPU has its own batch. Efficiency is tokens per
+second relative to that many single GPUs; FSDP2's can pass 100%, since each GPU updates only its
+shard.
 
 ``tests/bench/test_scaling.py`` compares the bytes of each kind of collective with two real
 processes.
@@ -31,6 +33,7 @@ if __name__ == "__main__":  # Python looks for modules in the folder of the scri
 from bench import roofline
 from bench._harness import cli
 from fastgpt import GPT, GPTConfig
+from fastgpt.training.optimizer import flat_size
 
 # Rate of the links to the other GPUs of a node in one direction, GB/s: half of what NVIDIA's data
 # sheets give for NVLink 3, 4 and 5.
@@ -44,7 +47,6 @@ _NVLINK_SHARE, _NETWORK_SHARE = 370 / 450, 47 / 50
 _START_US = 14.0
 _RING_US, _TREE_US = (1.9, 4.0), (1.25, 8.5)
 
-_BUCKET_BYTES = 25 << 20  # of gradients that DDP reduces at a time
 # Per parameter: the norm reads the gradient, clipping scales it, AdamW reads and updates all.
 _UPDATE_BYTES = 4 + 8 + 28
 
@@ -107,10 +109,10 @@ def collectives(
     bfloat16 but for LayerNorm's, which are float32 (see ``fastgpt.training.fsdp.shard``).
     """
     found: list[Collective] = [("all-reduce", 8), ("all-reduce", 4)]  # valid targets, the loss
-    if parallel == "ddp":  # the last micro-batch reduces the sum of all
-        nbytes = 4 * sum(p.numel() for p in parameters.values())
-        buckets = range(0, nbytes, _BUCKET_BYTES)
-        return found + [("all-reduce", min(_BUCKET_BYTES, nbytes - begin)) for begin in buckets]
+    if parallel == "ddp":  # two flat buffers: with weight decay, and without
+        decayed = [p for p in parameters.values() if p.dim() >= 2]
+        others = [p for p in parameters.values() if p.dim() < 2]
+        return found + [("all-reduce", 4 * flat_size(group)) for group in (decayed, others)]
     groups: dict[str, list[Tensor]] = {}
     for name, p in parameters.items():
         block = re.search(r"\.h\.\d+\.", name)
@@ -163,7 +165,8 @@ def table(options: Options, parallel: Parallel, micro_batch_ms: float) -> Table:
         f"{ceilings.name}, {o.network:g} Gb/s a GPU between nodes of {o.gpus_per_node}"
     )
     headers = "GPUs\n", "sent\nGB a GPU", "communi-\ncation ms", "compu-\ntation ms"
-    results = "million tokens/s,\nno .. full overlap", "efficiency\n"
+    overlap = "" if parallel == "ddp" else "no .. full overlap"
+    results = f"million tokens/s,\n{overlap}", "efficiency\n"
     out = cli.plain_table(title, (), (*headers, *results))
 
     def computed_ms(updated: int) -> float:
@@ -174,7 +177,9 @@ def table(options: Options, parallel: Parallel, micro_batch_ms: float) -> Table:
         sent = collectives(parameters, parallel, gpus, o.gradient_accumulation_steps)
         communication = communication_ms(sent, gpus, o)
         computation = computed_ms(numel if parallel == "ddp" else -(-numel // gpus))
-        steps_ms = computation + communication, max(computation, communication)
+        steps_ms = [computation + communication]
+        if parallel == "fsdp":
+            steps_ms.append(max(computation, communication))
         tokens = gpus * o.batch_size * config.block_size * o.gradient_accumulation_steps
         speeds = [f"{tokens / ms / 1e3:.3f}" for ms in steps_ms]
         shares = [f"{computed_ms(numel) / ms:.1%}" for ms in steps_ms]

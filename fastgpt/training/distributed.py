@@ -104,6 +104,11 @@ class World:
             dist.all_reduce(x)
         return x
 
+    def broadcast(self, x: Tensor) -> None:
+        """Collective: ``x`` of rank 0, written to that of every other rank."""
+        if self.size > 1:
+            dist.broadcast(x, 0)
+
     def any(self, flag: bool) -> bool:
         """Collective: whether ``flag`` is true in any rank."""
         if self.size == 1:

@@ -12,8 +12,13 @@ weight decay and one for those without, so that an update is one kernel (``ops.a
 The model's parameters become views: those that matrix products round anyway, of a low-precision
 copy; the others, of the master weights. The host never waits: learning rate, count and clipping
 factor are tensors on the device.
+
+Several processes sum these buffers before an update, in float32 and with one collective for each:
+``DistributedDataParallel`` would sum what the model's parameters have, in half precision.
 """
 
+import itertools
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -21,9 +26,19 @@ from torch import Tensor, nn
 
 from fastgpt import ops
 from fastgpt.language_model import LanguageModel
+from fastgpt.training.distributed import ALONE, World
 
 _ALIGNMENT = 128  # elements between the beginnings of two parameters: a multiple of 16 bytes, which
 # the GEMMs' copies need, and of a cache line
+
+
+def flat_size(params: Iterable[Tensor]) -> int:
+    """Elements of a flat buffer of these parameters, one behind the other."""
+    return sum(_room(p) for p in params)
+
+
+def _room(p: Tensor) -> int:
+    return -(-p.numel() // _ALIGNMENT) * _ALIGNMENT
 
 
 class _Group:
@@ -35,13 +50,11 @@ class _Group:
         rounded: set[nn.Parameter],
         dtype: torch.dtype,
         device: torch.device,
+        world: World,
     ) -> None:
         self.params = params
-        self._starts: list[int] = []
-        size = 0
-        for p in params:
-            self._starts.append(size)
-            size += -(-p.numel() // _ALIGNMENT) * _ALIGNMENT
+        self._starts = [0, *itertools.accumulate(map(_room, params))][:-1]
+        size = flat_size(params)
         self.master, self.grad, self.exp_avg, self.exp_avg_sq = (
             torch.zeros(size, device=device) for _ in range(4)
         )
@@ -49,6 +62,7 @@ class _Group:
         self.step = torch.zeros((), device=device)
         for p, master in zip(params, self.views(self.master), strict=True):
             master.copy_(p.data)
+        world.broadcast(self.master)
         self.rounded.copy_(self.master)
         homes = zip(params, self.views(self.rounded), self.views(self.master), strict=True)
         for p, low, high in homes:
@@ -83,9 +97,14 @@ class MasterAdamW(torch.optim.AdamW):
         model: on its device, in float32.
         dtype: torch.bfloat16 or torch.float16.
         weight_decay, learning_rate, betas: as in ``configure_optimizers``.
+        world: the processes that make every update together, each with a model of its own on its
+            own batches: all begin with the weights of rank 0, and ``clip_grad_norm_`` and ``step``,
+            which every rank must call, sum the gradients of all.
 
     Raises:
         TypeError: ``dtype`` is neither, or a parameter is not float32.
+        RuntimeError: in several processes, a backward pass comes between ``clip_grad_norm_`` and
+            ``step``.
     """
 
     def __init__(
@@ -95,6 +114,7 @@ class MasterAdamW(torch.optim.AdamW):
         weight_decay: float,
         learning_rate: float,
         betas: tuple[float, float],
+        world: World = ALONE,
     ) -> None:
         if dtype not in (torch.bfloat16, torch.float16):
             raise TypeError(f"dtype must be torch.bfloat16 or torch.float16, got {dtype}")
@@ -104,8 +124,10 @@ class MasterAdamW(torch.optim.AdamW):
         rounded = set(model.low_precision_parameters())
         plan = model.configure_optimizers(weight_decay, learning_rate, betas, "cpu").param_groups
         device = next(model.parameters()).device
-        self._groups = [_Group(group["params"], rounded, dtype, device) for group in plan]
+        self._groups = [_Group(group["params"], rounded, dtype, device, world) for group in plan]
         self._model = model
+        self._world = world
+        self._is_summed = False  # over the processes
         self._clip: Tensor | None = None
         self._has_grad: set[nn.Parameter] = set()
         self._totals: dict[nn.Parameter, Tensor] = {}
@@ -130,6 +152,11 @@ class MasterAdamW(torch.optim.AdamW):
     def _take(self, p: Tensor) -> None:
         """A backward pass has the gradient of p."""
         assert p.grad is not None and isinstance(p, nn.Parameter)
+        if self._is_summed:
+            raise RuntimeError(
+                "in several processes no backward pass may come between clip_grad_norm_ and step: "
+                "the gradients of all are summed already"
+            )
         if p in self._waiting:
             self._add_waiting()
         self._waiting[p] = p.grad
@@ -153,12 +180,17 @@ class MasterAdamW(torch.optim.AdamW):
 
     @torch.no_grad()
     def _complete_gradients(self) -> None:
-        """A parameter without a backward pass since ``zero_grad`` has the gradient 0."""
+        """A parameter without a backward pass since ``zero_grad`` has the gradient 0; then the
+        gradients of all processes are summed, once."""
         self._add_waiting()
         for p, total in self._totals.items():
             if p not in self._has_grad:
                 total.zero_()
                 self._has_grad.add(p)
+        if self._world.size > 1 and not self._is_summed:
+            for group in self._groups:
+                self._world.all_reduce(group.grad)
+            self._is_summed = True
 
     @torch.no_grad()
     def clip_grad_norm_(self, max_norm: float) -> Tensor:
@@ -190,12 +222,13 @@ class MasterAdamW(torch.optim.AdamW):
                 clip=self._clip,
                 skip=self.found_inf,
             )
+        self._is_summed = False
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget the gradients; the next backward pass overwrites the buffers."""
         self._has_grad.clear()
         self._waiting.clear()
-        self._clip = None
+        self._clip, self._is_summed = None, False
 
     def master_state_dict(self) -> dict[str, Tensor]:
         """The model's ``state_dict`` in float32."""

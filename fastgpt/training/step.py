@@ -3,7 +3,8 @@
     step = Step(model, optimizer, device, micro_batches=8, grad_clip=1.0)
     loss = step(batches, learning_rate=6e-4)     # batches: 8 pairs x, y
 
-On a GPU the whole update can be replayed as one CUDA graph. What changes from one update to the
+On a GPU the whole update can be replayed as one CUDA graph; with several processes, forward and
+backward of all micro-batches, as the graph holds no collective. What changes from one update to the
 next lies in tensors on the device: the batches, the learning rate, the optimizer's count, and the
 state of PyTorch's generator, from which each replay draws its own dropout masks.
 """
@@ -30,7 +31,8 @@ class Step:
     """An update of a model, to be called once for each.
 
     The loss of an update is the mean over all its targets that are not -1, in all micro-batches of
-    all processes. Gradients are all-reduced once, in the backward of the last micro-batch.
+    all processes. Gradients are all-reduced once: by ``MasterAdamW`` behind the last micro-batch,
+    by DistributedDataParallel and FSDP2 in its backward.
 
     Attributes:
         not_finite: a float32 tensor (), 1 from the first update on whose loss or gradient norm is
@@ -55,8 +57,9 @@ class Step:
         world: the processes that make the update together.
 
     Raises:
-        ValueError: a CUDA graph is asked for on another device, in several processes, with a
-            compiled model, or with a gradient scaler, where the host decides upon an update.
+        ValueError: a CUDA graph is asked for on another device, in several processes without
+            ``MasterAdamW``, with a compiled model, or with a gradient scaler, where the host
+            decides upon an update.
     """
 
     def __init__(
@@ -73,6 +76,9 @@ class Step:
         world: World = ALONE,
     ) -> None:
         self._world = world
+        # MasterAdamW sums the gradients of all processes, the others take their mean.
+        self._has_masters = isinstance(optimizer, MasterAdamW)
+        self._divisor = 1 if self._has_masters else world.size
         self._model = model
         self._optimizer = optimizer
         self._device = device
@@ -84,17 +90,21 @@ class Step:
         if not self._scaler.is_enabled():
             # PyTorch's fused AdamW knows the attribute from the gradient scaler.
             optimizer.found_inf = self.not_finite  # type: ignore[attr-defined]
+        self._counts: tuple[Tensor, Tensor] | None = None  # which the graph reads
         self._graphed: Graphed[Tensor] | None = None
         if cuda_graph:
             for where, refused in {
                 "with a compiled model": _is_compiled(model),
                 f"on {device.type}": device.type != "cuda",
                 "with a gradient scaler": self._scaler.is_enabled(),
-                f"in {world.size} processes": world.size > 1,
+                f"in {world.size} processes": world.size > 1 and not self._has_masters,
             }.items():
                 if refused:
                     raise ValueError(f"cuda_graph must be False {where}, got True")
-            self._graphed = Graphed(self._update_of_inputs, device)
+            several = world.size > 1
+            self._graphed = Graphed(
+                self._accumulated_of_inputs if several else self._update_of_inputs, device
+            )
 
     def __call__(self, batches: Iterable[Batch], learning_rate: float) -> Tensor:
         """Make one update; the mean loss of its batches, on the device.
@@ -110,6 +120,9 @@ class Step:
         if self._graphed is None:
             return self._update(batches)
         self._copy_to_inputs(batches)
+        if self._world.size > 1:
+            self._copy_to_counts(self._counted(batches))
+            return self._finish(self._graphed().clone())
         return self._graphed().clone()  # the next replay writes to the same tensor
 
     def _set_learning_rate(self, learning_rate: float) -> None:
@@ -136,15 +149,41 @@ class Step:
                     )
                 target.copy_(source)
 
+    def _copy_to_counts(self, counts: tuple[Tensor, Tensor]) -> None:
+        if self._counts is None:
+            self._counts = counts
+            return
+        for place, count in zip(self._counts, counts, strict=True):
+            place.copy_(count)
+
+    def _inputs(self) -> list[Batch]:
+        return [batch for batch in self.inputs if batch is not None]
+
     def _update_of_inputs(self) -> Tensor:
         if torch.cuda.is_current_stream_capturing():
             for group in self._optimizer.param_groups:
                 group["capturable"] = True  # PyTorch demands it in a capture, and warns elsewhere
-        return self._update([batch for batch in self.inputs if batch is not None])
+        return self._update(self._inputs())
+
+    def _accumulated_of_inputs(self) -> Tensor:
+        assert self._counts is not None
+        # Here and not behind the update: what the optimizer knows of its gradients after the
+        # capture stays true, as a replay runs none of its code.
+        self._optimizer.zero_grad()
+        return self._accumulated(self._inputs(), *self._counts)
 
     def _update(self, batches: list[Batch]) -> Tensor:
+        total = self._finish(self._accumulated(batches, *self._counted(batches)))
+        self._optimizer.zero_grad(set_to_none=True)
+        return total
+
+    def _counted(self, batches: list[Batch]) -> tuple[Tensor, Tensor]:
+        """The targets that count, of each micro-batch (micro_batches,) and of the update ()."""
         n_valid = torch.stack([(y != -1).sum() for _, y in batches])
-        all_valid = self._world.all_reduce(n_valid.sum())
+        return n_valid, self._world.all_reduce(n_valid.sum())
+
+    def _accumulated(self, batches: list[Batch], n_valid: Tensor, all_valid: Tensor) -> Tensor:
+        """Forward and backward of all micro-batches; this process's part of the loss."""
         total = torch.zeros((), device=self._device)
         for number, (x, y) in enumerate(batches):
             with self._gradient_sync(number == len(batches) - 1):
@@ -152,7 +191,11 @@ class Step:
                     loss = self._weighted(self._model(x, y)[1], n_valid[number], all_valid)
                 self._scaler.scale(loss).backward()
             total += loss.detach()
-        total = self._world.all_reduce(total) / self._world.size
+        return total
+
+    def _finish(self, total: Tensor) -> Tensor:
+        """The update by the gradients that there are; the loss of all processes."""
+        total = self._world.all_reduce(total) / self._divisor
         self._check_finite(total)
         if self._grad_clip != 0.0:
             self._scaler.unscale_(self._optimizer)
@@ -163,15 +206,14 @@ class Step:
         if self._device.type == "cuda" or not self.not_finite:
             self._scaler.step(self._optimizer)
             self._scaler.update()
-        self._optimizer.zero_grad(set_to_none=True)
         return total
 
     def _weighted(self, loss: Tensor, n_valid: Tensor, all_valid: Tensor) -> Tensor:
         """A micro-batch's mean ``loss``, weighted by its share of the update's targets; times the
-        number of processes, because gradients are averaged over them. NaN, as ``loss`` is, if the
+        number of processes where gradients are averaged over them. NaN, as ``loss`` is, if the
         update has no valid target at all.
         """
-        weighted = loss / (all_valid / (n_valid * self._world.size))
+        weighted = loss / (all_valid / (n_valid * self._divisor))
         return torch.where((n_valid > 0) | (all_valid == 0), weighted, 0.0)
 
     def _gradient_sync(self, enabled: bool) -> AbstractContextManager[object]:

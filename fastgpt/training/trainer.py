@@ -163,25 +163,32 @@ class Trainer:
             self._forward = cast(torch.nn.Module, torch.compile(self.model))
         if self.world.size > 1:
             torch.manual_seed(self.config.seed + self.world.rank)  # dropout differs between ranks
-        if self.world.size == 1 or self._sharded:
+        if self.world.size == 1 or self._sharded or self._has_masters:
             return self._forward
         return DistributedDataParallel(self._forward, gradient_as_bucket_view=True)
+
+    @property
+    def _has_masters(self) -> bool:
+        """Whether bfloat16 weights are held over float32 masters; FSDP2 has its own way to that."""
+        return self.dtype == torch.bfloat16 and not self._sharded
 
     def _build_optimizer(self) -> torch.optim.Optimizer:
         config, model = self.config, self.model
         betas = (config.beta1, config.beta2)
-        # Several processes exchange float32 gradients of float32 weights, under autocast.
-        if self.dtype == torch.bfloat16 and self.world.size == 1:
-            return MasterAdamW(model, self.dtype, config.weight_decay, config.learning_rate, betas)
+        if self._has_masters:
+            return MasterAdamW(
+                model, self.dtype, config.weight_decay, config.learning_rate, betas, self.world
+            )
         return model.configure_optimizers(
             config.weight_decay, config.learning_rate, betas, self.device.type
         )
 
     def _uses_cuda_graph(self) -> bool:
-        """Not in float16, where the host decides on an update, nor in several processes, whose
-        collectives are not captured, nor with torch.compile, which allocates by itself."""
-        alone_on_gpu = self.device.type == "cuda" and self.world.size == 1
-        if not (alone_on_gpu and self.dtype != torch.float16 and self.config.cuda_graph):
+        """Not in float16, where the host decides on an update, nor where DDP and FSDP2 exchange
+        gradients in the backward, nor with torch.compile, which allocates by itself."""
+        exchanges = self.world.size > 1 and not self._has_masters
+        on_gpu = self.device.type == "cuda" and not exchanges
+        if not (on_gpu and self.dtype != torch.float16 and self.config.cuda_graph):
             return False
         if self.config.compile:
             self.console.print("compile=True: updates are not replayed as a CUDA graph")

@@ -63,6 +63,26 @@ def test_two_processes_train_as_one(tmp_path: Path, parallel: str) -> None:
     assert_near(state_of(tmp_path)["model"], expected)
 
 
+def test_two_processes_with_master_weights_train_as_one(tmp_path: Path, device: str) -> None:
+    """To the bit, as two gradients have one sum: bfloat16 weights over float32 masters. On a GPU,
+    which both share, the backward passes are CUDA graphs."""
+    keys = {**SHORT, "gradient_accumulation_steps": 2, "dtype": "bfloat16", "device": device}
+    if device == "cuda":
+        keys |= {"n_embd": 64, "block_size": 64}
+    trained(tmp_path, **keys)
+    expected = state_of(tmp_path)
+    program = tmp_path / "program.py"
+    program.write_text(
+        "import os, sys\nos.environ['LOCAL_RANK'] = '0'\n"
+        "from fastgpt.__main__ import main\nsys.exit(main())\n"
+    )
+    finished(started(small_keys(tmp_path, **keys, backend="gloo"), processes=2, program=program))
+    found = state_of(tmp_path)
+    assert found["iter_num"] == expected["iter_num"] == 20
+    assert_same(found["model"], expected["model"])
+    assert_same(found["optimizer"], expected["optimizer"])
+
+
 def test_sigterm_saves_and_ends(tmp_path: Path) -> None:
     process = started(small_keys(tmp_path, **{**SHORT, "max_iters": 10**6}), processes=2)
     wait_for(tmp_path / "out" / "iter-0000010.pt", process)

@@ -264,7 +264,8 @@ def test_compile_is_honoured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         ({"compile": True}, torch.bfloat16, 1, False, True),
         ({"compile": True, "cuda_graph": False}, torch.float32, 1, False, False),
         ({"compile": True}, torch.float16, 1, False, False),
-        ({}, torch.bfloat16, 2, False, False),
+        ({}, torch.bfloat16, 2, True, False),
+        ({}, torch.float32, 2, False, False),
     ],
 )
 def test_when_updates_are_replayed_as_a_cuda_graph(
