@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from fastgpt import GPT
 from fastgpt.data.batches import Batch
+from fastgpt.training.distributed import ALONE, World
 from fastgpt.training.optimizer import MasterAdamW
 from fastgpt.training.step import Step
 from tests.tools.small_models import small_model, tokens
@@ -19,16 +20,27 @@ BETAS = (0.9, 0.95)
 DTYPES = [torch.float32, torch.bfloat16]
 
 
-def optimizer_of(model: GPT, dtype: torch.dtype) -> torch.optim.Optimizer:
+class Twins(World):
+    """Two processes with equal models and batches."""
+
+    def all_reduce(self, x: Tensor) -> Tensor:
+        return x.mul_(2)
+
+    def broadcast(self, x: Tensor) -> None:
+        pass
+
+
+def optimizer_of(model: GPT, dtype: torch.dtype, world: World = ALONE) -> torch.optim.Optimizer:
     if dtype == torch.float32:
         device_type = next(model.parameters()).device.type
         return model.configure_optimizers(0.1, 1e-2, BETAS, device_type)
-    return MasterAdamW(model, dtype, 0.1, 1e-2, BETAS)
+    return MasterAdamW(model, dtype, 0.1, 1e-2, BETAS, world)
 
 
 def step_of(model: GPT, dtype: torch.dtype, **options: Any) -> Step:
     device = next(model.parameters()).device
-    return Step(model, optimizer_of(model, dtype), device, **options)
+    optimizer = optimizer_of(model, dtype, options.get("world", ALONE))
+    return Step(model, optimizer, device, **options)
 
 
 def batch(seed: int, device: str = "cpu") -> Batch:
@@ -124,16 +136,30 @@ def test_errors() -> None:
             Step(compiled, optimizer, torch.device("cpu"), cuda_graph=True)  # type: ignore[arg-type]
 
 
+def test_nothing_may_come_behind_the_sum_over_processes() -> None:
+    model = small_model()
+    optimizer = MasterAdamW(model, torch.bfloat16, 0.1, 1e-2, BETAS, Twins(size=2))
+    x, y = batch(0)
+    model(x, y)[1].backward()
+    optimizer.clip_grad_norm_(1.0)
+    with pytest.raises(RuntimeError, match="no backward pass may come between"):
+        model(x, y)[1].backward()
+    optimizer.zero_grad()
+    model(x, y)[1].backward()
+
+
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")
 
 
-def trained(dtype: torch.dtype, updates: int, **options: Any) -> tuple[Tensor, GPT]:
-    model = small_model(dropout=0.1).cuda()
+def trained(
+    dtype: torch.dtype, updates: int, device: str = "cuda", **options: Any
+) -> tuple[Tensor, GPT]:
+    model = small_model(dropout=0.1).to(device)
     step = step_of(model, dtype, micro_batches=2, grad_clip=1.0, **options)
     torch.manual_seed(3)
 
     def batches(number: int) -> Iterable[Batch]:
-        return [batch(2 * number + i, "cuda") for i in range(2)]
+        return [batch(2 * number + i, device) for i in range(2)]
 
     losses = [step(batches(i), 1e-3 * (1 + i % 3)) for i in range(updates)]
     return torch.stack(losses), model
@@ -147,6 +173,15 @@ def test_a_graph_makes_the_same_updates(dtype: torch.dtype) -> None:
     plain, model = trained(dtype, 12)
     graphed, same = trained(dtype, 12, cuda_graph=True)
     torch.testing.assert_close(graphed, plain, rtol=0.0, atol=0.0)
+    assert_same(weights(same), weights(model))
+
+
+def test_equal_processes_update_as_one(device: str) -> None:
+    """To the bit; on a GPU with what lies between two collectives as a graph."""
+    alone, model = trained(torch.bfloat16, 8, device)
+    options = dict(world=Twins(size=2), cuda_graph=device == "cuda")
+    shared, same = trained(torch.bfloat16, 8, device, **options)
+    assert torch.equal(alone, shared)
     assert_same(weights(same), weights(model))
 
 
