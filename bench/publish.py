@@ -1,13 +1,15 @@
-"""Puts what ``run.py`` measured into the README, as tables and as pictures.
+"""Puts what ``run.py`` measured into docs/speed.md and the README, as tables and as pictures.
 
     python bench/publish.py
 
 A folder ``bench/results/<gpu>`` holds one ``run-b<batch size>.json`` for each batch size; this
-writes ``speed.png`` and ``loss.png`` beside them, and README.md between its markers. Nothing is
+writes ``speed.png`` and ``loss.png`` beside them, and both texts between their markers: all of it
+in docs/speed.md, for the README a short table of the run nearest to 32 sequences. Nothing is
 published that was not measured on a CUDA GPU.
 """
 
 import json
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -27,6 +29,8 @@ NOTHING = (
     "produced it.\n"
 )
 RESULTS, README = machine.ROOT / "bench" / "results", machine.ROOT / "README.md"
+PAGE = machine.ROOT / "docs" / "speed.md"
+_SHORT = (0, 1, 2, 5, 7)  # variant, tokens/s, speed-up, peak memory, loss
 
 _ALT = {
     "speed": "Tokens per second of each variant",
@@ -77,21 +81,36 @@ def _run(path: Path) -> dict[str, Any]:
     return run
 
 
-def text(found: Runs, root: Path) -> str:
-    """What belongs between the markers. ``root``: what links to pictures are relative to."""
-    lines = [line for folder, runs in found.items() for line in _of_gpu(folder, runs, root)]
+def text(found: Runs, beside: Path) -> str:
+    """What belongs between the markers of docs/speed.md. ``beside``: the folder that links to
+    pictures are relative to."""
+    lines = [line for folder, runs in found.items() for line in _of_gpu(folder, runs, beside)]
     return "\n".join(lines) or NOTHING
 
 
-def _of_gpu(folder: Path, runs: list[dict[str, Any]], root: Path) -> Iterator[str]:
+def summary(found: Runs, beside: Path) -> str:
+    """What belongs between the markers of the README."""
+    lines = []
+    for folder, runs in found.items():
+        run = min(runs, key=lambda run: abs(run["options"]["batch_size"] - 32))
+        lines += [f"{report.title(run)}:", "", *report.markdown(run, _SHORT), ""]
+        lines.append(_picture(folder, "speed", beside))
+    return "\n".join(lines) or NOTHING
+
+
+def _picture(folder: Path, name: str, beside: Path) -> str:
+    path = Path(os.path.relpath(folder, beside), f"{name}.png").as_posix()
+    return f"![{_ALT[name]}]({path})\n"
+
+
+def _of_gpu(folder: Path, runs: list[dict[str, Any]], beside: Path) -> Iterator[str]:
     yield from (f"### {machine.name(runs[0]['machine'])}", "")
     for run in runs:
         o = run["options"]
         yield from (f"**{o['batch_size']} sequences of {o['block_size']} tokens**", "")
         yield from (*report.markdown(run), "")
         yield from (". ".join([*report.notes(run), *_facts(run)]) + ".", "")
-    path = folder.relative_to(root).as_posix()
-    yield from (f"![{_ALT[name]}]({path}/{name}.png)\n" for name in PICTURES)
+    yield from (_picture(folder, name, beside) for name in PICTURES)
 
 
 def _facts(run: dict[str, Any]) -> Iterator[str]:
@@ -119,32 +138,35 @@ def _facts(run: dict[str, Any]) -> Iterator[str]:
     )
 
 
-def _around(readme: str) -> tuple[str, str]:
+def _around(path: Path) -> tuple[str, str]:
     """What is before and behind the results, markers included."""
-    if readme.count(BEGIN) != 1 or readme.count(END) != 1 or readme.find(BEGIN) > readme.find(END):
-        raise ValueError(f"README must have one line {BEGIN!r} and, behind it, one {END!r}")
-    return f"{readme.partition(BEGIN)[0]}{BEGIN}\n", f"{END}{readme.partition(END)[2]}"
+    found = path.read_text()
+    if found.count(BEGIN) != 1 or found.count(END) != 1 or found.find(BEGIN) > found.find(END):
+        raise ValueError(f"{path.name} must have one line {BEGIN!r} and, behind it, one {END!r}")
+    return f"{found.partition(BEGIN)[0]}{BEGIN}\n", f"{END}{found.partition(END)[2]}"
 
 
-def publish(results: Path, readme: Path) -> list[Path]:
-    """Write pictures and README; the files."""
+def publish(results: Path, readme: Path, page: Path) -> list[Path]:
+    """Write pictures, docs/speed.md and README; the files."""
     found = read(results)
-    before, behind = _around(readme.read_text())
+    texts = {page: text(found, page.parent), readme: summary(found, readme.parent)}
+    around = {path: _around(path) for path in texts}
     written = []
     for folder, runs in found.items():
         for name, draw in PICTURES.items():
             written.append(folder / f"{name}.png")
             draw(runs, written[-1])
-    partial = readme.with_name(readme.name + ".partial")
-    partial.write_text(before + text(found, readme.parent) + behind)
-    partial.replace(readme)
-    return [*written, readme]
+    for path, (before, behind) in around.items():
+        partial = path.with_name(path.name + ".partial")
+        partial.write_text(before + texts[path] + behind)
+        partial.replace(path)
+    return [*written, *texts]
 
 
 def main() -> int:
     """The exit code: 0, or 2 where results cannot be published."""
     try:
-        written = publish(RESULTS, README)
+        written = publish(RESULTS, README, PAGE)
     except (ValueError, ModuleNotFoundError) as error:
         return cli.failed(error)
     for path in written:

@@ -168,14 +168,12 @@ def table(run: dict[str, Any]) -> Table:
     return out
 
 
-def markdown(run: dict[str, Any]) -> list[str]:
-    """The same table, in lines."""
-    rows = [(variant["label"], *_cells(variant)) for variant in run["variants"].values()]
-    headers = [
-        " ".join(header.split()).replace(" /", "/").replace(" -", "-") for header in _HEADERS
-    ]
-    rule = "|---" + "|--:" * (len(_HEADERS) - 1) + "|"
-    return [f"| {' | '.join(headers)} |", rule, *(f"| {' | '.join(row)} |" for row in rows)]
+def markdown(run: dict[str, Any], columns: Sequence[int] = range(len(_HEADERS))) -> list[str]:
+    """The same table, or these columns of it, in lines."""
+    titles = [" ".join(title.split()).replace(" /", "/").replace(" -", "-") for title in _HEADERS]
+    rows = [titles, *([one["label"], *_cells(one)] for one in run["variants"].values())]
+    lines = [f"| {' | '.join(row[column] for column in columns)} |" for row in rows]
+    return [lines[0], "|---" + "|--:" * (len(columns) - 1) + "|", *lines[1:]]
 
 
 def _cells(variant: dict[str, Any]) -> list[str]:

@@ -70,36 +70,45 @@ def made_up(batch_size: int) -> dict[str, Any]:
     }
 
 
-def written(root: Path, *runs: dict[str, Any]) -> tuple[Path, Path]:
-    """A folder of results with these runs, and a README with markers."""
+def written(root: Path, *runs: dict[str, Any]) -> tuple[Path, Path, Path]:
+    """A folder of results with these runs, and a README and a page with markers."""
     results, readme = root / "bench" / "results", root / "README.md"
+    page = root / "docs" / "speed.md"
+    page.parent.mkdir()
     (results / "test-data").mkdir(parents=True)
     for run in runs:
         path = results / "test-data" / f"run-b{run['options']['batch_size']}.json"
         path.write_text(json.dumps(run))
-    readme.write_text(f"# title\n\n{publish.BEGIN}\n{publish.END}\n\nthe end\n")
-    return results, readme
+    for path in (readme, page):
+        path.write_text(f"# title\n\n{publish.BEGIN}\n{publish.END}\n\nthe end\n")
+    return results, readme, page
 
 
-def test_the_readme_shows_the_results() -> None:
-    shown = publish.text(publish.read(publish.RESULTS), publish.README.parent)
-    assert f"{publish.BEGIN}\n{shown}{publish.END}" in publish.README.read_text()
+def test_the_readme_and_the_page_show_the_results() -> None:
+    found = publish.read(publish.RESULTS)
+    for path, shown in ((publish.README, publish.summary), (publish.PAGE, publish.text)):
+        between = f"{publish.BEGIN}\n{shown(found, path.parent)}{publish.END}"
+        assert between in path.read_text()
 
 
 def test_nothing_measured_is_said(tmp_path: Path) -> None:
-    results, readme = written(tmp_path)
+    results, *texts = written(tmp_path)
     for _ in range(2):
-        assert publish.publish(results, readme) == [readme]
+        assert publish.publish(results, *texts) == texts[::-1]
         between = f"{publish.BEGIN}\n{publish.NOTHING}{publish.END}"
-        assert readme.read_text() == f"# title\n\n{between}\n\nthe end\n"
+        assert all(path.read_text() == f"# title\n\n{between}\n\nthe end\n" for path in texts)
 
 
 def test_tables(tmp_path: Path) -> None:
-    results, readme = written(tmp_path, *map(made_up, (64, 4, 32)))
-    files = publish.publish(results, readme)
+    results, readme, page = written(tmp_path, *map(made_up, (64, 4, 32)))
+    files = publish.publish(results, readme, page)
     pictures = [results / "test-data" / name for name in ("speed.png", "loss.png")]
-    assert files == [*pictures, readme] and all(path.exists() for path in files)
-    text = readme.read_text()
+    assert files == [*pictures, page, readme] and all(path.exists() for path in files)
+    short = readme.read_text()
+    assert "TEST DATA, 124.0M parameters, B=32, T=1024, bfloat16:" in short
+    assert re.search(r"\| fastgpt \| [\d,]+ \| 1.29x \| 17.00 \| [\d.]+ \|\n", short)
+    assert "](bench/results/test-data/speed.png)" in short
+    text = page.read_text()
     assert text.startswith("# title\n") and text.endswith("the end\n")
     assert publish.NOTHING not in text
     titles = [f"**{b} sequences of 1024 tokens**" for b in (4, 32, 64)]
@@ -121,7 +130,7 @@ def test_tables(tmp_path: Path) -> None:
     columns = {line.count("|") for line in text.splitlines() if line.startswith("|")}
     assert columns == {10}
     for path in pictures:
-        assert f"](bench/results/test-data/{path.name})" in text
+        assert f"](../bench/results/test-data/{path.name})" in text
 
 
 def report_of(run: dict[str, Any]) -> str:
@@ -179,16 +188,16 @@ def test_a_run_without_float32(monkeypatch: pytest.MonkeyPatch) -> None:
     ids=["cpu", "incomplete", "name"],
 )
 def test_what_cannot_be_published(tmp_path: Path, change: dict[str, Any], message: str) -> None:
-    results, readme = written(tmp_path, made_up(4))
-    before = readme.read_text()
+    results, *texts = written(tmp_path, made_up(4))
+    before = [path.read_text() for path in texts]
     (results / "test-data" / "run-b4.json").write_text(json.dumps(made_up(4) | change))
     with pytest.raises(ValueError, match=message):
-        publish.publish(results, readme)
-    assert readme.read_text() == before
+        publish.publish(results, *texts)
+    assert [path.read_text() for path in texts] == before
 
 
 def test_files_that_are_no_records(tmp_path: Path) -> None:
-    results, readme = written(tmp_path, made_up(4))
+    results, *_ = written(tmp_path, made_up(4))
     path = results / "test-data" / "run-b32.json"
     path.write_text("{")
     with pytest.raises(ValueError, match="run-b32.json is no JSON"):
@@ -206,12 +215,13 @@ def test_files_that_are_no_records(tmp_path: Path) -> None:
 def test_the_command(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    results, readme = written(tmp_path)
+    results, readme, page = written(tmp_path)
     monkeypatch.setattr(publish, "RESULTS", results)
     monkeypatch.setattr(publish, "README", readme)
+    monkeypatch.setattr(publish, "PAGE", page)
     assert publish.main() == 0
     assert f"wrote {readme}" in capsys.readouterr().out
     readme.write_text("no markers\n")
     assert publish.main() == 2
-    assert "README must have one line" in capsys.readouterr().err
+    assert "README.md must have one line" in capsys.readouterr().err
     assert readme.read_text() == "no markers\n"
