@@ -53,8 +53,8 @@ def test_torch_ops(n_queries: int, n_keys: int, lengths: list[int], causal: bool
                 torch.testing.assert_close(x, tensors[0], rtol=1e-5, atol=1e-5)
 
 
-# Tq, Tk, lengths, (query heads, key heads), D, options. With a length of 1 dq and dk would be 0, but
-# for the rounding of O, of which the plain op knows nothing.
+# Tq, Tk, lengths, (query heads, key heads), D, options. With a length of 1 dq and dk would be 0,
+# but for the rounding of O, of which the plain op knows nothing.
 PARITY: list[tuple[Any, ...]] = [
     (70, 130, [0, 65, 130], (1, 1), 16, dict(causal=False)),
     (130, 130, [17, 100], (2, 1), 25, dict(dropout_p=0.2)),
