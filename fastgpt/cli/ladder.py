@@ -57,6 +57,7 @@ def run_ladder(config: LadderConfig, console: Console, progress: Console) -> Non
     blocks = [ladder.keys_of(rung)["block_size"] for rung in rungs]
     if config.output.suffix != ".png":
         raise ValueError(f"output must end in .png, got {config.output}")
+    config.output.parent.mkdir(parents=True, exist_ok=True)  # before minutes of training
     results: list[ladder.Result] = []
     with tempfile.TemporaryDirectory(prefix="fastgpt-ladder-") as folder:
         data_dir = Path(folder) / "data"
@@ -93,8 +94,8 @@ def _check_length(manifest: Manifest, block_size: int) -> None:
     for name, split in manifest.splits.items():
         if split.tokens <= block_size:
             raise ValueError(
-                f"input must have more than {block_size} characters in each split, for blocks of "
-                f"that size; the last tenth is for validation; got {split.tokens} in {name}"
+                f"input must have more than {block_size} characters in each split, the length of a "
+                f"block, got {split.tokens} in {name}"
             )
 
 
@@ -108,7 +109,6 @@ def _show(
     except ImportError as error:
         progress.print(f"no picture: {error}")
         return
-    config.output.parent.mkdir(parents=True, exist_ok=True)
     draw({result.rung: result.rows for result in results}).savefig(config.output, dpi=150)
     progress.print(f"wrote {config.output}")
 
