@@ -15,6 +15,7 @@ import fastgpt
 from fastgpt._progress import escape_unprintable
 from fastgpt.cli.arguments import normalized
 from fastgpt.cli.doctor import DoctorConfig, doctor
+from fastgpt.cli.ladder import LadderConfig, run_ladder
 from fastgpt.cli.plot import PlotConfig, plot
 from fastgpt.cli.prepare import Prepare, TrainTokenizer, run_prepare, run_train_tokenizer, shown
 from fastgpt.cli.sample import run_sample
@@ -44,6 +45,11 @@ _marked(
     folders=(tyro.conf.Positional, shown("[OUT_DIR ...]", "out")),
     output=(shown("FILE.png", "curves.png in the folder; for several, here"),),
 )
+_marked(
+    LadderConfig,
+    input=(shown("FILE", "the sources of Python's standard library"),),
+    rungs=(shown("RUNG ...", "all; without a GPU all but scaled"),),
+)
 
 _OF_WRITING = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT, errno.EPIPE)
 
@@ -55,6 +61,7 @@ Command = (
     | SampleConfig
     | ExportConfig
     | PlotConfig
+    | LadderConfig
     | DoctorConfig
 )
 
@@ -67,6 +74,7 @@ _COMMANDS: dict[str, tuple[type, ...]] = {
     "sample": (SampleConfig,),
     "export": (ExportConfig,),
     "plot": (PlotConfig,),
+    "ladder": (LadderConfig,),
     "doctor": (DoctorConfig,),
 }
 
@@ -82,6 +90,7 @@ def _parse(argv: list[str], defaults: Train) -> Command:
         | Annotated[SampleConfig, tyro.conf.FlagConversionOff, tyro.conf.subcommand("sample")]
         | Annotated[ExportConfig, tyro.conf.subcommand("export")]
         | Annotated[PlotConfig, tyro.conf.subcommand("plot")]
+        | Annotated[LadderConfig, tyro.conf.FlagConversionOff, tyro.conf.subcommand("ladder")]
         | Annotated[DoctorConfig, tyro.conf.subcommand("doctor")],
         prog="fastgpt",
         description="Train GPT-2-class models and sample from them. --version shows the version.",
@@ -167,6 +176,8 @@ def main(argv: list[str] | None = None) -> int:
             _export(command, console)
         elif isinstance(command, PlotConfig):
             console.print(f"wrote {plot(command)}")
+        elif isinstance(command, LadderConfig):
+            run_ladder(command, console, errors)
         elif isinstance(command, DoctorConfig):
             return doctor(console)
         else:

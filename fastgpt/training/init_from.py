@@ -1,5 +1,6 @@
 """What a run starts from: new weights, pretrained ones, or its own checkpoint."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,13 @@ PADDED_GPT2_VOCAB_SIZE = -(-ckpt.GPT2_VOCAB_SIZE // 64) * 64  # for data without
 SHAPE_KEYS = ("n_layer", "n_head", "n_embd", "block_size", "bias")
 
 
-def new_model(config: TrainConfig, tokenizer: Tokenizer | None) -> LanguageModel:
-    """A model with new weights, or the pretrained one that ``init_from`` names.
+def new_model(
+    config: TrainConfig,
+    tokenizer: Tokenizer | None,
+    build: Callable[[GPTConfig], LanguageModel] | None = None,
+) -> LanguageModel:
+    """A model with new weights, made by ``build`` where that is given, or the pretrained one that
+    ``init_from`` names.
 
     Raises ValueError if the pretrained one does not fit the data or the config, and what
     ``GPT.from_pretrained`` raises.
@@ -30,6 +36,8 @@ def new_model(config: TrainConfig, tokenizer: Tokenizer | None) -> LanguageModel
         dropout=config.dropout,
         **{key: getattr(config, key) for key in SHAPE_KEYS},
     )
+    if build is not None:
+        return build(shape)
     return Bigram(shape) if config.model == "bigram" else GPT(shape)
 
 

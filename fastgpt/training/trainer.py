@@ -10,7 +10,7 @@ stopped.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -31,7 +31,7 @@ from fastgpt.devices import (
     resolve_dtype,
     set_random_states,
 )
-from fastgpt.language_model import LanguageModel
+from fastgpt.language_model import GPTConfig, LanguageModel
 from fastgpt.model import A100_PEAK_FLOPS, GPT
 from fastgpt.tokenizer import packed, saved_tokenizer
 from fastgpt.training import checkpoint as ckpt
@@ -54,6 +54,9 @@ class Trainer:
     are of use afterwards: ``config``, ``model`` (on ``device``), ``tokenizer`` (None for GPT-2's
     tokens), ``iter_num``, ``val_loss`` of the last evaluation, ``best_val_loss``, ``best_iter``.
 
+    ``build`` makes a model of your own in the config's shape. A checkpoint could not name it, so
+    none is written.
+
     Raises what the config, the data set and the checkpoint raise: ValueError, TypeError,
     FileNotFoundError, NotADirectoryError, ImportError.
     """
@@ -63,9 +66,15 @@ class Trainer:
         config: TrainConfig,
         console: "Console | PlainConsole | None" = None,
         world: World = ALONE,
+        build: Callable[[GPTConfig], LanguageModel] | None = None,
     ) -> None:
+        if build is not None and config.init_from != "scratch":
+            raise ValueError(
+                f"init_from must be scratch with a model of your own, got {config.init_from!r}"
+            )
         self.config = config
         self.world = world
+        self._build = build
         self.console = console or run_console()
         self.device = world.device(resolve_device(config.device))
         self.dtype = resolve_dtype(config.dtype, self.device)
@@ -130,7 +139,7 @@ class Trainer:
     def _build_model(self, saved: ckpt.Checkpoint | None, path: Path) -> LanguageModel:
         config = self.config
         if saved is None:
-            model = init_from.new_model(config, self.tokenizer)
+            model = init_from.new_model(config, self.tokenizer, self._build)
         else:  # a sharded run reads a folder's tensors later, into its shards
             weights = not (self._sharded and path.is_dir())
             model = ckpt.build_model(saved, path, dropout=config.dropout, weights=weights)
@@ -279,6 +288,8 @@ class Trainer:
             if not stopped:
                 self._evaluate_and_save(meter.mfu)  # for the updates since the last evaluation
                 return
+        if self._build is not None:
+            raise KeyboardInterrupt
         saved = self._save(publish=False)
         self.console.print(
             f"stopped before iteration {self.iter_num}; saved {saved}. Go on "
@@ -372,7 +383,7 @@ class Trainer:
         improved = losses["val"] < self.best_val_loss
         if improved:
             self.best_val_loss, self.best_iter = losses["val"], self.iter_num
-        if self.iter_num > 0:
+        if self.iter_num > 0 and self._build is None:
             self._save(publish=improved or self.config.always_save_checkpoint)
 
     def _report_losses(self, losses: dict[str, float]) -> None:
