@@ -30,7 +30,7 @@ def tokenizer(request: pytest.FixtureRequest, tmp_path: Path) -> ChatTokenizer:
     if request.param == "char":
         return ChatTokenizer(CharTokenizer.from_text(TEXT))
     pytest.importorskip("tokenizers" if request.param == "bpe" else "sentencepiece")
-    return ChatTokenizer(train_tokenizer(TextSource(TEXT), request.param, 280, tmp_path / "base"))
+    return ChatTokenizer(train_tokenizer(TextSource(TEXT), request.param, 294, tmp_path / "base"))
 
 
 def test_a_dialogue(tokenizer: ChatTokenizer) -> None:
