@@ -125,6 +125,8 @@ def test_the_names_of_the_tokens_in_a_plain_prompt(sample: Any) -> None:
     start = "<|dialogue|><|user|>ping<|end|><|assistant|>"
     out, _ = sample(f"--start={start}", "--stop=<|end|>", "--num_samples=1", "--json")
     assert json.loads(out)["completion"] == "pong"
+    out, _ = sample("--num_samples=1", "--max_new_tokens=3", "--json")
+    assert json.loads(out)["prompt"] == "<|dialogue|>"
 
 
 def test_wrong_arguments(sample: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
