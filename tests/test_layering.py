@@ -22,7 +22,9 @@ RANKS = (
     "kernels/costs kernels/fused",
     "fastgpt/_files fastgpt/_optional fastgpt/_progress fastgpt/cuda_graph fastgpt/devices "
     "fastgpt/timing",
-    "fastgpt/tokenizer/ fastgpt/data/",
+    "fastgpt/tokenizer/ fastgpt/data/ fastgpt/assistant/__init__ "
+    "fastgpt/assistant/template fastgpt/assistant/dialogues fastgpt/assistant/windows "
+    "fastgpt/assistant/words",
     "fastgpt/ops",
     "fastgpt/generation fastgpt/language_model",
     "fastgpt/bigram fastgpt/blocks fastgpt/interop/huggingface fastgpt/model",
@@ -30,6 +32,7 @@ RANKS = (
     "fastgpt/tuning/",
     "fastgpt/training/",
     "fastgpt/ladder fastgpt/step fastgpt/optimizer fastgpt/sampler fastgpt/interop/",
+    "fastgpt/assistant/",
     "fastgpt/cli/",
     "fastgpt/__main__",
 )
