@@ -1,0 +1,310 @@
+"""What the reward model's run and reinforcement learning share: keys, folder, loop, checkpoint.
+
+A run starts from the checkpoint of another one and writes ``log.jsonl`` and ``ckpt.pt``. An update
+is made of ``gradient_accumulation_steps`` micro-batches, whose losses count by their tokens or
+pairs; the learning rate falls linearly to 0.
+"""
+
+import json
+import math
+import time
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from fastgpt._files import check_folder, exclusive_lock
+from fastgpt._progress import PlainConsole, progress_bar
+from fastgpt.devices import autocast, resolve_device, resolve_dtype
+from fastgpt.model import GPT
+from fastgpt.tokenizer import ChatTokenizer, packed
+from fastgpt.training import checkpoint as ckpt
+from fastgpt.training import checkpoint_folder
+from fastgpt.training.config import Dtype, TrainConfig
+from fastgpt.training.init_from import shape_of
+from fastgpt.training.log import LOG, RunLog
+from fastgpt.training.optimizer import MasterAdamW
+from fastgpt.training.progress import interrupts
+from fastgpt.training.step import Step
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+Figures = dict[str, float]
+_T = TypeVar("_T")
+
+HELD_OUT = 10  # of so many prompts, one is held out
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageConfig:
+    # Folder of the model to start from: a run of `fastgpt train` on dialogues.
+    init_from: str
+    # Updates.
+    max_iters: int = 200
+    # Micro-batches summed up into one update.
+    gradient_accumulation_steps: int = 1
+    # Learning rate of AdamW at first; it falls linearly to 0.
+    learning_rate: float = 1e-4
+    # Weight decay of the matrices; vectors are not decayed.
+    weight_decay: float = 0.0
+    # Largest gradient norm; 0 turns clipping off.
+    grad_clip: float = 1.0
+    # Updates between two evaluations, on every tenth prompt, which is held out; ckpt.pt is written
+    # there.
+    eval_interval: int = 50
+    # Updates between two reports.
+    log_interval: int = 10
+    # Seed of the batches and the draws.
+    seed: int = 1337
+    # cuda, cuda:N, cpu, mps, or auto (cuda where there is one, else cpu).
+    device: str = "auto"
+    # auto is bfloat16 on a GPU that has it, float16 on an older one, float32 elsewhere.
+    dtype: Dtype = "auto"
+
+
+def loaded(folder: str, key: str) -> tuple[ckpt.Checkpoint, ChatTokenizer, Path]:
+    """The checkpoint in the folder of the option ``key``, its tokenizer and its path.
+
+    Raises FileNotFoundError, NotADirectoryError or ValueError that name the folder or file.
+    """
+    if not Path(folder).exists():
+        raise FileNotFoundError(f"{key} must be the folder of a run, but there is no {folder}")
+    path, _ = checkpoint_folder.for_sampling(Path(folder))
+    checkpoint = ckpt.load(path)
+    tokenizer = ckpt.tokenizer_of(checkpoint, path)
+    if not isinstance(tokenizer, ChatTokenizer):
+        raise ValueError(
+            f"{key} must be the folder of a model trained on dialogues, but {path} knows no tokens "
+            f"for them ({tokenizer.name})"
+        )
+    return checkpoint, tokenizer, path
+
+
+def loaded_gpt(folder: str) -> tuple[GPT, ChatTokenizer]:
+    """The GPT of ``init_from``, without dropout, and its tokenizer. Raises as ``loaded``, and
+    ValueError for a model of another kind.
+    """
+    checkpoint, tokenizer, path = loaded(folder, "init_from")
+    model = ckpt.build_model(checkpoint, path, dropout=0.0)
+    if not isinstance(model, GPT):
+        raise ValueError(f"init_from must be the folder of a GPT, but {path} is a bigram model")
+    return model, tokenizer
+
+
+def lines(path: Path, fields: Sequence[str]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The objects of a JSONL file, each with its place, ``FILE:LINE``; empty lines are left out.
+
+    Raises FileNotFoundError, or ValueError naming file and line for one that is no JSON object or
+    lacks one of ``fields``.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"dataset must be a JSONL file, but there is no file {path}")
+    for number, line in enumerate(path.read_bytes().split(b"\n"), start=1):
+        if not line.strip():
+            continue
+        where = f"{path}:{number}"
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise ValueError(f"{where}: not a line of JSON: {error}") from error
+        missing = [f for f in fields if not isinstance(row, dict) or f not in row]
+        if missing:
+            raise ValueError(f"{where}: must be an object with {', '.join(fields)}")
+        yield where, row
+
+
+def held_out(
+    path: Path, rows: Sequence[_T], prompt: Callable[[_T], Hashable]
+) -> tuple[list[_T], list[_T]]:
+    """``rows`` for training, and those of every tenth prompt, in the order of the file.
+
+    Raises ValueError if there are fewer than ten prompts.
+    """
+    numbers: dict[Hashable, int] = {}
+    for row in rows:
+        numbers.setdefault(prompt(row), len(numbers) + 1)
+    if len(numbers) < HELD_OUT:
+        raise ValueError(
+            f"{path} must hold at least {HELD_OUT} different prompts, one of which is held out, "
+            f"got {len(numbers)}"
+        )
+    parts: tuple[list[_T], list[_T]] = [], []
+    for row in rows:
+        parts[numbers[prompt(row)] % HELD_OUT == 0].append(row)
+    return parts
+
+
+def padded(rows: Sequence[Sequence[int]], value: int, device: torch.device) -> Tensor:
+    """Rows of any lengths as int64 (B, T), padded on the right."""
+    width = max(len(row) for row in rows)
+    return torch.tensor([[*row, *[value] * (width - len(row))] for row in rows], device=device)
+
+
+class Order:
+    """The order of ``count`` things: each epoch is a new permutation, drawn from the seed."""
+
+    def __init__(self, count: int, seed: int) -> None:
+        self._count = count
+        self._generator = torch.Generator().manual_seed(seed)
+        self._left: list[int] = []
+
+    def next(self, number: int) -> list[int]:
+        while len(self._left) < number:
+            self._left += torch.randperm(self._count, generator=self._generator).tolist()
+        taken, self._left = self._left[:number], self._left[number:]
+        return taken
+
+
+class Stage:
+    """A run that trains ``model`` by the loss module around it. See ``training.step.Step`` for what
+    that gets.
+
+    Raises ValueError or TypeError naming the key of the config, NotADirectoryError if ``out_dir``
+    is a file.
+    """
+
+    def __init__(
+        self,
+        config: StageConfig,
+        batch_size: int,
+        out_dir: str,
+        model: GPT,
+        loss: Callable[[Any], nn.Module],
+        tokenizer: ChatTokenizer,
+        console: "Console | PlainConsole",
+    ) -> None:
+        self._train_config = TrainConfig(
+            **{f: v for f, v in asdict(config).items() if f in TrainConfig.__dataclass_fields__},
+            **shape_of(model),
+            batch_size=batch_size,
+            out_dir=out_dir,
+            decay_lr=False,
+        )
+        self.config = config
+        self.out_dir = Path(out_dir)
+        self.console = console
+        check_folder(self.out_dir)
+        self.device = resolve_device(config.device)
+        self.dtype = resolve_dtype(config.dtype, self.device)
+        self.autocast = autocast(self.device, self.dtype)
+        self._tokenizer = tokenizer
+        self._log = RunLog(self._train_config)
+        torch.manual_seed(config.seed)
+        self.model = model.to(self.device).eval()
+        self._optimizer = self._build_optimizer()
+        self.loss: Any = loss(self.model)
+        self._step = Step(
+            self.loss,
+            self._optimizer,
+            self.device,
+            micro_batches=config.gradient_accumulation_steps,
+            grad_clip=config.grad_clip,
+            autocast=self.autocast,
+            scaler=torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16),
+        )
+        self._iteration = 0
+
+    def _build_optimizer(self) -> torch.optim.Optimizer:
+        config, betas = self._train_config, (0.9, 0.95)
+        if self.dtype == torch.bfloat16:
+            return MasterAdamW(
+                self.model, self.dtype, config.weight_decay, config.learning_rate, betas
+            )
+        return self.model.configure_optimizers(
+            config.weight_decay, config.learning_rate, betas, self.device.type
+        )
+
+    def learning_rate(self) -> float:
+        return self.config.learning_rate * (1.0 - self._iteration / self.config.max_iters)
+
+    def step(self, batches: Sequence[Any]) -> float:
+        """One update; its mean loss. FloatingPointError if that is not finite."""
+        loss = self._step(batches, self.learning_rate()).item()
+        if self._step.not_finite:
+            raise FloatingPointError(
+                f"the loss or its gradient is not finite at iteration {self._iteration}: try a "
+                f"smaller learning_rate than {self.config.learning_rate}"
+            )
+        return loss
+
+    def run(
+        self,
+        update: Callable[[], tuple[Figures, int]],
+        evaluate: Callable[[], Figures],
+        stop: Callable[[Figures], str | None] = lambda figures: None,
+    ) -> None:
+        """Make ``max_iters`` updates. ``update()`` makes one and returns its figures and the number
+        of its tokens; ``evaluate()`` those of the held-out prompts; ``stop(figures)`` a reason to
+        end the run, or None. All are logged; ``ckpt.pt`` is written with each evaluation.
+
+        Ctrl-C ends the update in progress, saves and raises KeyboardInterrupt.
+        """
+        config, log = self.config, self._log
+        self.out_dir.mkdir(parents=True, exist_ok=True)
+        with exclusive_lock(self.out_dir):
+            moved = checkpoint_folder.archive_previous_run(self.out_dir, (LOG,))
+            if moved:
+                self.console.print(f"an earlier run's checkpoint and log are now in {moved}")
+            with (
+                log.opened(self._train_config, first_iter=0),
+                progress_bar("iteration") as show,
+                interrupts() as interrupted,
+            ):
+                tokens, since = 0, time.perf_counter()
+                reason: str | None = None
+                while self._iteration < config.max_iters and reason is None:
+                    if self._iteration % config.eval_interval == 0:
+                        self._evaluate(evaluate)
+                        tokens, since = 0, time.perf_counter()
+                    learning_rate = self.learning_rate()
+                    figures, n_tokens = update()
+                    tokens += n_tokens
+                    reason = "interrupted" if interrupted.is_set() else stop(figures)
+                    text = ", ".join(f"{key} {value:.4g}" for key, value in figures.items())
+                    if self._iteration % config.log_interval == 0 or reason is not None:
+                        speed = tokens / (time.perf_counter() - since)
+                        tokens, since = 0, time.perf_counter()
+                        log.write(
+                            self._iteration, **figures, lr=learning_rate, tokens_per_second=speed
+                        )
+                        self.console.print(f"iter {self._iteration}: {text}, {speed:,.0f} tokens/s")
+                    self._iteration += 1
+                    show(self._iteration / config.max_iters, text)
+                if reason is None or not interrupted.is_set():
+                    self._evaluate(evaluate)
+        if interrupted.is_set():
+            self.console.print(f"stopped before iteration {self._iteration}; saved {self._save()}")
+            raise KeyboardInterrupt
+        if reason is not None:
+            self.console.print(f"ended before iteration {self._iteration}: {reason}")
+
+    def _evaluate(self, evaluate: Callable[[], Figures]) -> None:
+        figures = evaluate()
+        text = ", ".join(f"{key} {value:.4g}" for key, value in figures.items())
+        self.console.print(f"step {self._iteration}: {text}")
+        self._log.write(self._iteration, **{f"val/{key}": v for key, v in figures.items()})
+        if self._iteration > 0:
+            self._save()
+
+    def _save(self) -> Path:
+        path = self.out_dir / ckpt.BEST
+        optimizer = self._optimizer
+        weights = (
+            optimizer.master_state_dict()
+            if isinstance(optimizer, MasterAdamW)
+            else self.model.state_dict()
+        )
+        state = {
+            "model": weights,
+            "model_args": ckpt.model_args(self.model),
+            "iter_num": self._iteration,
+            "best_val_loss": torch.tensor(math.inf),
+            "config": asdict(self._train_config),
+            "fastgpt": {**ckpt.kind_and_gelu(self.model), **packed(self._tokenizer)},
+        }
+        ckpt.save(state, path)
+        return path
