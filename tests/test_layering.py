@@ -22,7 +22,7 @@ RANKS = (
     "kernels/costs kernels/fused",
     "fastgpt/_files fastgpt/_optional fastgpt/_progress fastgpt/cuda_graph fastgpt/devices "
     "fastgpt/timing",
-    "fastgpt/tokenizer/ fastgpt/data/",
+    "fastgpt/tokenizer/ fastgpt/data/ fastgpt/assistant/__init__ fastgpt/assistant/template",
     "fastgpt/ops",
     "fastgpt/generation fastgpt/language_model",
     "fastgpt/bigram fastgpt/blocks fastgpt/interop/huggingface fastgpt/model",

@@ -14,6 +14,7 @@ from typing import Any
 from fastgpt._files import writing
 from fastgpt.tokenizer.base import END_OF_TEXT, TokenIds, Tokenizer
 from fastgpt.tokenizer.char import MAX_VOCAB_SIZE, CharTokenizer
+from fastgpt.tokenizer.chat import ChatTokenizer, base_in
 from fastgpt.tokenizer.subword import (
     GPT2Tokenizer,
     JsonTokenizer,
@@ -26,6 +27,7 @@ __all__ = [
     "MAX_VOCAB_SIZE",
     "TOKENIZER_FILES",
     "CharTokenizer",
+    "ChatTokenizer",
     "GPT2Tokenizer",
     "JsonTokenizer",
     "SentencePieceTokenizer",
@@ -41,7 +43,14 @@ __all__ = [
 
 # The files that ``Tokenizer.save`` leaves in the folder of a data set.
 TOKENIZER_FILES = tuple(
-    kind.FILE for kind in (CharTokenizer, GPT2Tokenizer, JsonTokenizer, SentencePieceTokenizer)
+    kind.FILE
+    for kind in (
+        CharTokenizer,
+        GPT2Tokenizer,
+        JsonTokenizer,
+        SentencePieceTokenizer,
+        ChatTokenizer,
+    )
 )
 
 
@@ -114,6 +123,8 @@ def tokenizer_from(spec: str | Path) -> Tokenizer:
         return tokenizer
     if path.suffix == ".model":
         return SentencePieceTokenizer(path)
+    if path.name == ChatTokenizer.FILE:
+        return _chat_tokenizer(path)
     if path.suffix == ".tiktoken":
         return GPT2Tokenizer(path)
     if path.suffix == ".json":
@@ -122,6 +133,13 @@ def tokenizer_from(spec: str | Path) -> Tokenizer:
         f"tokenizer must be char, gpt2, a folder, or a file that ends in .json, .model or "
         f".tiktoken, got {path}"
     )
+
+
+def _chat_tokenizer(path: Path) -> ChatTokenizer:
+    name, data = base_in(path)
+    base = unpacked({"tokenizer_file": name, "tokenizer": data})
+    assert base is not None
+    return ChatTokenizer(base)
 
 
 def packed(tokenizer: Tokenizer | None) -> dict[str, Any]:
