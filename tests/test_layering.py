@@ -29,7 +29,7 @@ RANKS = (
     "fastgpt/__init__",
     "fastgpt/tuning/",
     "fastgpt/training/",
-    "fastgpt/step fastgpt/optimizer fastgpt/sampler fastgpt/interop/",
+    "fastgpt/assistant/ fastgpt/step fastgpt/optimizer fastgpt/sampler fastgpt/interop/",
     "fastgpt/cli/",
     "fastgpt/__main__",
 )

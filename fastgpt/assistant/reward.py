@@ -36,7 +36,7 @@ class RewardConfig(StageConfig):
     """Train a reward model on pairs of answers."""
 
     # JSONL file of pairs: {"messages": [...], "chosen": "...", "rejected": "..."}
-    dataset: Path
+    dataset: str
     # Folder of ckpt.pt and log.jsonl.
     out_dir: str = "out-reward"
     # Pairs in a micro-batch.
@@ -82,13 +82,11 @@ class RewardTraining:
 
     def __init__(self, config: RewardConfig, console: "Console | PlainConsole") -> None:
         gpt, tokenizer = loaded_gpt(config.init_from)
-        pairs = read_pairs(config.dataset, tokenizer, gpt.config.block_size)
+        pairs = read_pairs(Path(config.dataset), tokenizer, gpt.config.block_size)
         self.train, self.val = held_out(config.dataset, pairs, lambda pair: pair.prompt)
         model = RewardModel(gpt.config, gpt.gelu_approximate)
         model.load_state_dict(gpt.state_dict(), strict=False)
-        self.stage = Stage(
-            config, config.batch_size, config.out_dir, model, PairLoss, tokenizer, console
-        )
+        self.stage = Stage(config, model, PairLoss, tokenizer, console)
         self._batch_size = config.batch_size
         self._order = Order(len(self.train), config.seed)
         console.print(f"{len(self.train):,} pairs, {len(self.val):,} more held out")

@@ -46,7 +46,7 @@ class RLConfig(StageConfig):
     reward: str
     # JSONL file of dialogues: {"messages": [...]}. An answer at the end is left out; it is what an
     # answer to a held-out prompt has to match.
-    dataset: Path
+    dataset: str
     # Folder of ckpt.pt and log.jsonl.
     out_dir: str = "out-rl"
     # Prompts in a micro-batch.
@@ -104,7 +104,7 @@ class ReinforcementLearning:
         self.config, self._console = config, console
         policy, self._tokenizer = loaded_gpt(config.init_from)
         prompts = read_prompts(
-            config.dataset, self._tokenizer, policy.config.block_size, config.max_new_tokens
+            Path(config.dataset), self._tokenizer, policy.config.block_size, config.max_new_tokens
         )
         self.train, val = held_out(config.dataset, prompts, lambda prompt: prompt.tokens)
         self.val = val[: config.eval_prompts]
@@ -112,8 +112,6 @@ class ReinforcementLearning:
         reference = deepcopy(policy).requires_grad_(False).eval()
         self.stage = stage = Stage(
             config,
-            config.batch_size,
-            config.out_dir,
             policy,
             partial(PolicyLoss, kl_weight=config.kl_weight),
             self._tokenizer,

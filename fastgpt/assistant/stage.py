@@ -43,8 +43,14 @@ HELD_OUT = 10  # of so many prompts, one is held out
 class StageConfig:
     # Folder of the model to start from: a run of `fastgpt train` on dialogues.
     init_from: str
+    # JSONL file.
+    dataset: str
+    # Folder of ckpt.pt and log.jsonl.
+    out_dir: str
     # Updates.
     max_iters: int = 200
+    # Items of the data set in a micro-batch.
+    batch_size: int
     # Micro-batches summed up into one update.
     gradient_accumulation_steps: int = 1
     # Learning rate of AdamW at first; it falls linearly to 0.
@@ -118,7 +124,7 @@ def lines(path: Path, fields: Sequence[str]) -> Iterator[tuple[str, dict[str, An
 
 
 def held_out(
-    path: Path, rows: Sequence[_T], prompt: Callable[[_T], Hashable]
+    path: str, rows: Sequence[_T], prompt: Callable[[_T], Hashable]
 ) -> tuple[list[_T], list[_T]]:
     """``rows`` for training, and those of every tenth prompt, in the order of the file.
 
@@ -170,8 +176,6 @@ class Stage:
     def __init__(
         self,
         config: StageConfig,
-        batch_size: int,
-        out_dir: str,
         model: GPT,
         loss: Callable[[Any], nn.Module],
         tokenizer: ChatTokenizer,
@@ -180,12 +184,10 @@ class Stage:
         self._train_config = TrainConfig(
             **{f: v for f, v in asdict(config).items() if f in TrainConfig.__dataclass_fields__},
             **shape_of(model),
-            batch_size=batch_size,
-            out_dir=out_dir,
             decay_lr=False,
         )
         self.config = config
-        self.out_dir = Path(out_dir)
+        self.out_dir = Path(config.out_dir)
         self.console = console
         check_folder(self.out_dir)
         self.device = resolve_device(config.device)
