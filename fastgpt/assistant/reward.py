@@ -6,8 +6,8 @@ and two answers to it, ``chosen`` and ``rejected``.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from functools import partial
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,10 +21,10 @@ from fastgpt.assistant.stage import (
     Stage,
     StageConfig,
     held_out,
-    lines,
     loaded_gpt,
     padded,
 )
+from fastgpt.data.file_formats import in_utf8
 from fastgpt.tokenizer import ChatTokenizer
 
 if TYPE_CHECKING:
@@ -49,30 +49,27 @@ class Pair(NamedTuple):
     rejected: list[int]
 
 
-def read_pairs(path: Path, tokenizer: ChatTokenizer, block_size: int) -> list[Pair]:
-    """The pairs of a JSONL file. Raises ValueError naming file, line and field."""
-    pairs = []
-    for where, row in lines(path, ("messages", "chosen", "rejected")):
+def read_pair(tokenizer: ChatTokenizer, block_size: int, row: dict[str, Any]) -> Pair:
+    """The pair of a line. Raises ValueError naming the field."""
+    prompt = template.prompt(tokenizer, row.get("messages", []))
+    answers = []
+    for key in ("chosen", "rejected"):
+        text = row.get(key)
+        if not isinstance(text, str) or not text:
+            raise ValueError(f"{key} must be a text, not empty, got {text!r:.60}")
         try:
-            prompt = tuple(template.prompt(tokenizer, row["messages"]))
-            texts = []
-            for key in ("chosen", "rejected"):
-                answer = {"role": "assistant", "content": row[key]}
-                if not isinstance(row[key], str) or not row[key]:
-                    raise ValueError(f"{key} must be a text, not empty, got {row[key]!r:.60}")
-                tokens = template.encode(tokenizer, [*row["messages"], answer])[0].tolist()
-                if len(tokens) > block_size:
-                    raise ValueError(
-                        f"{key} must end within the model's block_size of {block_size} tokens, "
-                        f"got {len(tokens)} with its messages"
-                    )
-                texts.append(tokens)
-            if texts[0] == texts[1]:
-                raise ValueError("rejected must differ from chosen")
+            answer = [*tokenizer.encode_array(in_utf8(text)).tolist(), tokenizer.end]
         except ValueError as error:
-            raise ValueError(f"{where}: {error}") from error
-        pairs.append(Pair(prompt, *texts))
-    return pairs
+            raise ValueError(f"{key}: {error}") from error
+        if len(prompt) + len(answer) > block_size:
+            raise ValueError(
+                f"{key} must end within the model's block_size of {block_size} tokens, got "
+                f"{len(prompt) + len(answer)} with its messages"
+            )
+        answers.append(prompt + answer)
+    if answers[0] == answers[1]:
+        raise ValueError(f"rejected must differ from chosen, got {row['chosen']!r:.60} twice")
+    return Pair(tuple(prompt), *answers)
 
 
 class RewardTraining:
@@ -82,8 +79,8 @@ class RewardTraining:
 
     def __init__(self, config: RewardConfig, console: "Console | PlainConsole") -> None:
         gpt, tokenizer = loaded_gpt(config.init_from)
-        pairs = read_pairs(Path(config.dataset), tokenizer, gpt.config.block_size)
-        self.train, self.val = held_out(config.dataset, pairs, lambda pair: pair.prompt)
+        read = partial(read_pair, tokenizer, gpt.config.block_size)
+        self.train, self.val = held_out(config, read, lambda pair: pair.prompt)
         model = RewardModel(gpt.config, gpt.gelu_approximate)
         model.load_state_dict(gpt.state_dict(), strict=False)
         self.stage = Stage(config, model, PairLoss, tokenizer, console)
@@ -98,7 +95,7 @@ class RewardTraining:
         count = self.stage.config.gradient_accumulation_steps
         pairs = [self.train[i] for i in self._order.next(count * self._batch_size)]
         loss = self.stage.step([self._batch(part) for part in self._parts(pairs)])
-        return {"loss": loss}, sum(len(pair.chosen) + len(pair.rejected) for pair in pairs)
+        return {"pair_loss": loss}, sum(len(pair.chosen) + len(pair.rejected) for pair in pairs)
 
     def _parts(self, pairs: list[Pair]) -> Iterator[list[Pair]]:
         for start in range(0, len(pairs), self._batch_size):
@@ -117,7 +114,7 @@ class RewardTraining:
             parts = [self.stage.loss(*self._batch(part))[0] for part in self._parts(self.val)]
         margins = torch.cat(parts)
         return {
-            "loss": pair_loss(margins).item(),
+            "pair_loss": pair_loss(margins).item(),
             "accuracy": (margins > 0).float().mean().item(),
             "margin": margins.mean().item(),
         }

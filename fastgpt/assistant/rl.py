@@ -8,8 +8,7 @@ from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -23,7 +22,6 @@ from fastgpt.assistant.stage import (
     Stage,
     StageConfig,
     held_out,
-    lines,
     loaded_gpt,
     padded,
 )
@@ -42,7 +40,7 @@ class RLConfig(StageConfig):
     """Reinforcement learning: answers that are rated higher become likelier."""
 
     # What rates answers: the folder of a reward model, or module:function, which is called with the
-    # texts of prompt and answer and returns a number.
+    # texts of a prompt, one message a line, and of an answer, and returns a number.
     reward: str
     # JSONL file of dialogues: {"messages": [...]}. An answer at the end is left out; it is what an
     # answer to a held-out prompt has to match.
@@ -71,28 +69,22 @@ class RLConfig(StageConfig):
                 raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
 
 
-def read_prompts(
-    path: Path, tokenizer: ChatTokenizer, block_size: int, max_new_tokens: int
-) -> list[Prompt]:
-    """The prompts of a JSONL file of dialogues. Raises ValueError naming file, line and field."""
-    prompts = []
-    for where, row in lines(path, ("messages",)):
-        try:
-            messages, answer = row["messages"], None
-            template.check(messages)
-            if messages[-1]["role"] == "assistant":
-                *messages, last = messages
-                answer = last["content"]
-            tokens = tuple(template.prompt(tokenizer, messages))
-            if len(tokens) + max_new_tokens > block_size:
-                raise ValueError(
-                    f"messages must leave room for max_new_tokens={max_new_tokens} in the model's "
-                    f"block_size of {block_size} tokens, got {len(tokens)} tokens"
-                )
-        except ValueError as error:
-            raise ValueError(f"{where}: {error}") from error
-        prompts.append(Prompt(messages[-1]["content"], tokens, answer))
-    return prompts
+def read_prompt(
+    tokenizer: ChatTokenizer, block_size: int, max_new_tokens: int, row: dict[str, Any]
+) -> Prompt:
+    """The prompt of a line. Raises ValueError naming the field."""
+    template.check(row.get("messages"))
+    messages, answer = row["messages"], None
+    if messages[-1]["role"] == "assistant":
+        *messages, last = messages
+        answer = last["content"]
+    tokens = tuple(template.prompt(tokenizer, messages))
+    if len(tokens) + max_new_tokens > block_size:
+        raise ValueError(
+            f"messages must leave room for max_new_tokens={max_new_tokens} in the model's "
+            f"block_size of {block_size} tokens, got {len(tokens)} tokens"
+        )
+    return Prompt("\n".join(message["content"] for message in messages), tokens, answer)
 
 
 class ReinforcementLearning:
@@ -103,12 +95,13 @@ class ReinforcementLearning:
     def __init__(self, config: RLConfig, console: "Console | PlainConsole") -> None:
         self.config, self._console = config, console
         policy, self._tokenizer = loaded_gpt(config.init_from)
-        prompts = read_prompts(
-            Path(config.dataset), self._tokenizer, policy.config.block_size, config.max_new_tokens
+        read = partial(
+            read_prompt, self._tokenizer, policy.config.block_size, config.max_new_tokens
         )
-        self.train, val = held_out(config.dataset, prompts, lambda prompt: prompt.tokens)
+        self.train, val = held_out(config, read, lambda prompt: prompt.tokens)
         self.val = val[: config.eval_prompts]
-        self._capacity = max(len(prompt.tokens) for prompt in prompts) + config.max_new_tokens
+        longest = max(len(prompt.tokens) for prompt in self.train + self.val)
+        self._capacity = longest + config.max_new_tokens
         reference = deepcopy(policy).requires_grad_(False).eval()
         self.stage = stage = Stage(
             config,

@@ -21,7 +21,7 @@ _ROWS = 64  # texts that the reward model reads at a time
 
 
 class Prompt(NamedTuple):
-    text: str  # of the user's last message
+    text: str  # its messages' contents, one behind the other by line feeds
     tokens: tuple[int, ...]  # of the whole dialogue, up to where an answer begins
     answer: str | None  # the data set's
 

@@ -5,10 +5,9 @@ is made of ``gradient_accumulation_steps`` micro-batches, whose losses count by 
 pairs; the learning rate falls linearly to 0.
 """
 
-import json
 import math
 import time
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 
 from fastgpt._files import check_folder, exclusive_lock
 from fastgpt._progress import PlainConsole, progress_bar
+from fastgpt.data.file_formats import read_json_lines
 from fastgpt.devices import autocast, resolve_device, resolve_dtype
 from fastgpt.model import GPT
 from fastgpt.tokenizer import ChatTokenizer, packed
@@ -45,6 +45,8 @@ class StageConfig:
     init_from: str
     # JSONL file.
     dataset: str
+    # JSONL file of what is held out to evaluate on; without one, every tenth prompt is.
+    val_dataset: str = ""
     # Folder of ckpt.pt and log.jsonl.
     out_dir: str
     # Updates.
@@ -59,8 +61,7 @@ class StageConfig:
     weight_decay: float = 0.0
     # Largest gradient norm; 0 turns clipping off.
     grad_clip: float = 1.0
-    # Updates between two evaluations, on every tenth prompt, which is held out; ckpt.pt is written
-    # there.
+    # Updates between two evaluations; ckpt.pt is written there.
     eval_interval: int = 50
     # Updates between two reports.
     log_interval: int = 10
@@ -101,43 +102,45 @@ def loaded_gpt(folder: str) -> tuple[GPT, ChatTokenizer]:
     return model, tokenizer
 
 
-def lines(path: Path, fields: Sequence[str]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The objects of a JSONL file, each with its place, ``FILE:LINE``; empty lines are left out.
+def read_lines(path: str, key: str, read: Callable[[dict[str, Any]], _T]) -> list[_T]:
+    """What ``read`` makes of each object of a JSONL file.
 
-    Raises FileNotFoundError, or ValueError naming file and line for one that is no JSON object or
-    lacks one of ``fields``.
+    Raises FileNotFoundError naming the option ``key``; ValueError naming file and line.
     """
-    if not path.is_file():
-        raise FileNotFoundError(f"dataset must be a JSONL file, but there is no file {path}")
-    for number, line in enumerate(path.read_bytes().split(b"\n"), start=1):
-        if not line.strip():
-            continue
-        where = f"{path}:{number}"
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"{key} must be a JSONL file, but there is no file {path}")
+    rows = []
+    for row, where, _ in read_json_lines(Path(path)):
         try:
-            row = json.loads(line)
+            rows.append(read(row))
         except ValueError as error:
-            raise ValueError(f"{where}: not a line of JSON: {error}") from error
-        missing = [f for f in fields if not isinstance(row, dict) or f not in row]
-        if missing:
-            raise ValueError(f"{where}: must be an object with {', '.join(fields)}")
-        yield where, row
+            raise ValueError(f"{where}: {error}") from error
+    return rows
 
 
 def held_out(
-    path: str, rows: Sequence[_T], prompt: Callable[[_T], Hashable]
+    config: StageConfig, read: Callable[[dict[str, Any]], _T], prompt: Callable[[_T], Hashable]
 ) -> tuple[list[_T], list[_T]]:
-    """``rows`` for training, and those of every tenth prompt, in the order of the file.
+    """What to train on, and what is held out: the rows of ``val_dataset`` or, without one, those
+    of every tenth prompt.
 
-    Raises ValueError if there are fewer than ten prompts.
+    Raises as ``read_lines``, and ValueError if there are too few prompts.
     """
+    rows = read_lines(config.dataset, "dataset", read)
     numbers: dict[Hashable, int] = {}
     for row in rows:
         numbers.setdefault(prompt(row), len(numbers) + 1)
-    if len(numbers) < HELD_OUT:
+    least = 1 if config.val_dataset else HELD_OUT
+    if len(numbers) < least:
         raise ValueError(
-            f"{path} must hold at least {HELD_OUT} different prompts, one of which is held out, "
-            f"got {len(numbers)}"
+            f"dataset must hold at least {least} different prompts, but {config.dataset} has "
+            f"{len(numbers)}"
         )
+    if config.val_dataset:
+        val = read_lines(config.val_dataset, "val_dataset", read)
+        if not val:
+            raise ValueError(f"val_dataset must hold a prompt, but {config.val_dataset} is empty")
+        return rows, val
     parts: tuple[list[_T], list[_T]] = [], []
     for row in rows:
         parts[numbers[prompt(row)] % HELD_OUT == 0].append(row)

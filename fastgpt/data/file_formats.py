@@ -79,12 +79,12 @@ def read_text(path: Path) -> Iterator[tuple[str, int]]:
         ) from error
 
 
-def read_jsonl(path: Path, text_key: str) -> Iterator[tuple[str, int]]:
-    """The texts of a file with a JSON object in each line; blank lines are skipped.
+def read_json_lines(path: Path) -> Iterator[tuple[dict[str, Any], str, int]]:
+    """For each line of a file, which holds a JSON object: the object, "line 3 of the input FILE",
+    and the position. Blank lines are skipped.
 
     Raises:
-        ValueError: a line is no JSON object, or has no text under ``text_key``; or see
-            ``read_text``.
+        ValueError: a line is no JSON object; or see ``read_text``.
     """
     for number, (line, position) in enumerate(_lines(_chunks(path)), 1):
         if line.isspace() or not line:
@@ -96,6 +96,16 @@ def read_jsonl(path: Path, text_key: str) -> Iterator[tuple[str, int]]:
             raise ValueError(f"{where} is not JSON: {error}") from error
         if type(row) is not dict:
             raise ValueError(f"{where} must be a JSON object, got {type(row).__name__}")
+        yield row, where, position
+
+
+def read_jsonl(path: Path, text_key: str) -> Iterator[tuple[str, int]]:
+    """The texts of a file with a JSON object in each line.
+
+    Raises:
+        ValueError: as ``read_json_lines``; or an object has no text under ``text_key``.
+    """
+    for row, where, position in read_json_lines(path):
         yield checked_text(row, text_key, where), position
 
 
@@ -132,7 +142,7 @@ def read_parquet(path: Path, text_key: str) -> Iterator[tuple[str, int]]:
 
 
 def checked_text(row: dict[str, Any], text_key: str, where: str) -> str:
-    """``row[text_key]``; lone surrogates, which JSON can hold but UTF-8 cannot, become U+FFFD.
+    """``row[text_key]``, ``in_utf8``.
 
     Raises:
         ValueError: there is no such key, or its value is not a str.
@@ -145,6 +155,11 @@ def checked_text(row: dict[str, Any], text_key: str, where: str) -> str:
     text = row[text_key]
     if not isinstance(text, str):
         raise ValueError(f"{where} must have a text as {text_key!r}, got {type(text).__name__}")
+    return in_utf8(text)
+
+
+def in_utf8(text: str) -> str:
+    """``text`` with U+FFFD for lone surrogates, which JSON can hold but UTF-8 cannot."""
     try:
         text.encode()
     except UnicodeEncodeError:
