@@ -1,7 +1,8 @@
 """Text from a checkpoint or from pretrained weights."""
 
 import re
-from collections.abc import Iterator, Sequence
+from collections import abc
+from collections.abc import Container, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,7 +37,7 @@ class Completion:
     prompt: str
     text: str  # without the prompt
     tokens: int  # tokens drawn, those of a stop text included
-    finish: str  # "length": max_new_tokens were drawn; "stop": a stop text was found
+    finish: str  # "length": max_new_tokens were drawn; "stop": a stop text or token was
 
 
 class Sampler:
@@ -66,7 +67,8 @@ class Sampler:
             repetition_penalty=config.repetition_penalty,
         )
         self._generator = Generator(self.model, sampling, autocast(self.device, dtype))
-        self.prompts = [] if config.interactive else read_prompts(config.start, config.lines)
+        in_turns = config.interactive or config.chat or bool(config.dialogues)
+        self.prompts = [] if in_turns else read_prompts(config.start, config.lines)
         if self.prompts == [_DEFAULT_START] and not _has_line_feed(self.tokenizer):
             self.prompts = [self.tokenizer.decode(start_ids(self.tokenizer))]
         for prompt in self.prompts:  # errors come before the first sample
@@ -92,7 +94,18 @@ class Sampler:
         finite.
         """
         rows = [self._row(prompt) for prompt in prompts]
-        for _ in self._grow(rows):
+        for _ in self._grow(rows, self.config.max_new_tokens):
+            pass
+        return [row.completion() for row in rows]
+
+    def answers(
+        self, prompts: Sequence[list[int]], ends: Container[int], max_new_tokens: int
+    ) -> list[Completion]:
+        """Continue the ids of prompts, all at the same time, each up to a token of ``ends``. The
+        completions have no prompt.
+        """
+        rows = [_Row(self.tokenizer, ids, "", self.config.stop, ends) for ids in prompts]
+        for _ in self._grow(rows, max_new_tokens):
             pass
         return [row.completion() for row in rows]
 
@@ -101,11 +114,19 @@ class Sampler:
 
         Raises as ``complete``: for the prompt at once.
         """
-        return self._pieces(self._row(prompt))
+        return self._pieces(self._row(prompt), self.config.max_new_tokens)
 
-    def _pieces(self, row: "_Row") -> Iterator[str]:
+    def stream_answer(
+        self, prompt: list[int], ends: Container[int], max_new_tokens: int
+    ) -> abc.Generator[str, None, Completion]:
+        """The same for one prompt of ``answers``; returns the completion."""
+        row = _Row(self.tokenizer, prompt, "", self.config.stop, ends)
+        yield from self._pieces(row, max_new_tokens)
+        return row.completion()
+
+    def _pieces(self, row: "_Row", max_new_tokens: int) -> Iterator[str]:
         shown = 0
-        for _ in self._grow([row]):
+        for _ in self._grow([row], max_new_tokens):
             text = row.certain()
             if len(text) > shown:
                 yield text[shown:]
@@ -125,10 +146,10 @@ class Sampler:
     def _row(self, prompt: str) -> "_Row":
         return _Row(self.tokenizer, self._encode(prompt), prompt, self.config.stop)
 
-    def _grow(self, rows: Sequence["_Row"]) -> Iterator[None]:
+    def _grow(self, rows: Sequence["_Row"], max_new_tokens: int) -> Iterator[None]:
         """Give the rows a token each, until all are finished."""
         prompts = [torch.tensor(row.prompt_ids, device=self.device) for row in rows]
-        for tokens in self._generator.on_host(prompts, self.config.max_new_tokens):
+        for tokens in self._generator.on_host(prompts, max_new_tokens):
             for row, token in zip(rows, tokens, strict=True):
                 row.add(token)
             yield
@@ -142,13 +163,19 @@ class _Row:
     """
 
     def __init__(
-        self, tokenizer: Tokenizer, prompt_ids: list[int], prompt: str, stop: Sequence[str]
+        self,
+        tokenizer: Tokenizer,
+        prompt_ids: list[int],
+        prompt: str,
+        stop: Sequence[str],
+        ends: Container[int] = (),
     ) -> None:
         self.prompt_ids = prompt_ids
         self.stopped = False
         self._tokenizer = tokenizer
         self._prompt = prompt
         self._stop = stop
+        self._ends = ends
         # Text depends on what stands before: decoders drop the space in front of the first word.
         # So new ids are decoded behind these, whose text is known.
         self._context = prompt_ids
@@ -161,6 +188,9 @@ class _Row:
         if self.stopped:
             return
         self._tokens += 1
+        if token in self._ends:
+            self.stopped = True
+            return
         # A vocabulary padded for speed (50304 for GPT-2) has ids that stand for no text.
         if token >= self._tokenizer.vocab_size:
             return

@@ -22,14 +22,17 @@ RANKS = (
     "kernels/costs kernels/fused",
     "fastgpt/_files fastgpt/_optional fastgpt/_progress fastgpt/cuda_graph fastgpt/devices "
     "fastgpt/timing",
-    "fastgpt/tokenizer/ fastgpt/data/ fastgpt/assistant/__init__ fastgpt/assistant/template",
+    "fastgpt/tokenizer/ fastgpt/data/ fastgpt/assistant/__init__ "
+    "fastgpt/assistant/template fastgpt/assistant/dialogues fastgpt/assistant/windows "
+    "fastgpt/assistant/words",
     "fastgpt/ops",
     "fastgpt/generation fastgpt/language_model",
     "fastgpt/bigram fastgpt/blocks fastgpt/interop/huggingface fastgpt/model",
     "fastgpt/__init__",
     "fastgpt/tuning/",
     "fastgpt/training/",
-    "fastgpt/assistant/ fastgpt/step fastgpt/optimizer fastgpt/sampler fastgpt/interop/",
+    "fastgpt/step fastgpt/optimizer fastgpt/sampler fastgpt/interop/",
+    "fastgpt/assistant/",
     "fastgpt/cli/",
     "fastgpt/__main__",
 )

@@ -21,7 +21,7 @@ ROLES = ("system", "user", "assistant")
 
 Message = Mapping[str, Any]  # {"role": ..., "content": ...}
 
-_ASSISTANT = SPECIAL_TOKENS.index("<|assistant|>")
+ASSISTANT = SPECIAL_TOKENS.index("<|assistant|>")  # behind <|dialogue|>
 
 
 def encode(
@@ -75,7 +75,7 @@ def answer_mask(tokens: npt.NDArray[np.integer[Any]], begin: int) -> npt.NDArray
     places = np.where(tokens >= begin, np.arange(tokens.shape[-1]), 0)
     nearest = np.maximum.accumulate(places, axis=-1)[..., :-1]  # of the next token
     mask = np.zeros(tokens.shape, dtype=np.bool_)
-    mask[..., 1:] = np.take_along_axis(tokens, nearest, axis=-1) == begin + _ASSISTANT
+    mask[..., 1:] = np.take_along_axis(tokens, nearest, axis=-1) == begin + ASSISTANT
     return mask
 
 

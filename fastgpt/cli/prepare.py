@@ -9,6 +9,7 @@ import tyro
 from rich.console import Console
 
 from fastgpt._files import check_folder
+from fastgpt.assistant.dialogues import DIALOGUES_VAL_SHARE, DialogueSource
 from fastgpt.data import builtin_texts
 from fastgpt.data.file_formats import decompressed
 from fastgpt.data.manifest import Manifest
@@ -21,7 +22,7 @@ from fastgpt.data.prepare import (
     prepare,
 )
 from fastgpt.data.sources import DatasetSource, Source, TextSource, source_of
-from fastgpt.tokenizer import Tokenizer, tokenizer_from
+from fastgpt.tokenizer import ChatTokenizer, Tokenizer, tokenizer_from
 from fastgpt.tokenizer.training import train_tokenizer
 
 BUILTIN = "builtin"
@@ -52,6 +53,10 @@ class Prepare:
     # object in each line), .parquet, any of them as .gz or .zst, or a folder of such files. A text
     # in a folder, a line or a row is a document.
     input: Annotated[Path | None, shown("PATH", "none")] = None
+    # Dialogues, to make an assistant of a model, instead of a corpus: a .jsonl whose lines are
+    # {"messages": [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]},
+    # perhaps with a first message of the role system. --tokenizer is that of the base model.
+    dialogues: Annotated[Path | None, shown("FILE", "none")] = None
     # A data set of Hugging Face's, streamed, instead of a corpus.
     hf_dataset: Annotated[str | None, shown("NAME", "none")] = None
     # The configuration of --hf_dataset.
@@ -72,7 +77,11 @@ class Prepare:
     # Share of validation: random documents, or the end of one text.
     val_share: Annotated[
         float | None,
-        shown("SHARE", f"{DOCUMENTS_VAL_SHARE} of documents, {TEXT_VAL_SHARE} of one text"),
+        shown(
+            "SHARE",
+            f"{DOCUMENTS_VAL_SHARE} of documents, {DIALOGUES_VAL_SHARE} of dialogues, "
+            f"{TEXT_VAL_SHARE} of one text",
+        ),
     ] = None
     # Seed of the choice of documents for validation.
     seed: Annotated[int | None, shown("N", str(SEED))] = None
@@ -115,6 +124,7 @@ def run_prepare(command: Prepare, console: Console) -> None:
     inputs = {
         "a corpus": command.corpus,
         "--input": command.input,
+        "--dialogues": command.dialogues,
         "--hf_dataset": command.hf_dataset,
     }
     given = [name for name, value in inputs.items() if value is not None]
@@ -133,6 +143,14 @@ def run_prepare(command: Prepare, console: Console) -> None:
         if command.tokenizer == _CHARACTERS
         else tokenizer_from(command.tokenizer)
     )
+    val_share = command.val_share
+    if isinstance(source, DialogueSource):
+        if command.end_of_text is not None:
+            raise ValueError(
+                f"--end_of_text={command.end_of_text} has no use: a dialogue has its own tokens"
+            )
+        val_share = DIALOGUES_VAL_SHARE if val_share is None else val_share
+        tokenizer = tokenizer if isinstance(tokenizer, ChatTokenizer) else ChatTokenizer(tokenizer)
     for name in ("seed", "end_of_text"):
         value = getattr(command, name)
         if value is not None and isinstance(source, TextSource):
@@ -143,7 +161,7 @@ def run_prepare(command: Prepare, console: Console) -> None:
             source,
             tokenizer,
             out_dir,
-            val_share=command.val_share,
+            val_share=val_share,
             seed=SEED if command.seed is None else command.seed,
             shard_tokens=command.shard_tokens,
             end_of_text=None if end is None else _one_token(tokenizer, end),
@@ -156,7 +174,8 @@ def run_prepare(command: Prepare, console: Console) -> None:
     where = (
         "" if out_dir.parent == Path("data") else f" --data_root={shlex.quote(str(out_dir.parent))}"
     )
-    console.print(f"train on it: fastgpt train{where} --dataset={shlex.quote(out_dir.name)}")
+    base = " --init_from=FOLDER" if command.dialogues is not None else ""
+    console.print(f"train on it: fastgpt train{where} --dataset={shlex.quote(out_dir.name)}{base}")
 
 
 def report_prepared(data_dir: Path, manifest: Manifest, console: Console) -> None:
@@ -186,6 +205,8 @@ def _default_out_dir(command: Prepare) -> Path:
     if command.input is not None:
         path = decompressed(command.input.resolve())
         return Path("data") / (path.name if path.is_dir() else path.stem)
+    if command.dialogues is not None:
+        return Path("data") / decompressed(command.dialogues.resolve()).stem
     if command.hf_dataset is not None:
         return Path("data") / command.hf_dataset.rstrip("/").rpartition("/")[2]
     name = command.corpus or BUILTIN
@@ -200,6 +221,8 @@ def _source(command: Prepare) -> Source:
         return DatasetSource(command.hf_dataset, command.hf_config, split, command.text_key)
     if command.input is not None:
         return source_of(command.input, command.text_key)
+    if command.dialogues is not None:
+        return DialogueSource(command.dialogues)
     if command.corpus == "shakespeare":
         return TextSource(builtin_texts.shakespeare_text())
     return TextSource(builtin_texts.builtin_text())

@@ -1,16 +1,23 @@
 """``fastgpt sample``: prints samples, as text, as JSON, or in a dialogue."""
 
+import contextlib
 import io
 import itertools
 import json
 import sys
 from collections.abc import Iterable, Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
 
+from fastgpt.assistant.chat import Chat, answers
 from fastgpt.sampler import Completion, Sampler, read_prompts
 from fastgpt.training.config import SampleConfig
+
+_EXIT = "/exit"
 
 
 def run_sample(config: SampleConfig, console: Console, errors: Console) -> None:
@@ -25,6 +32,12 @@ def run_sample(config: SampleConfig, console: Console, errors: Console) -> None:
     if config.interactive:
         _dialogue(sampler, console, errors)
         return
+    if config.chat:
+        _chat(Chat(sampler, config.system), console, errors)
+        return
+    if config.dialogues:
+        _exact_matches(sampler, console)
+        return
     for batch in sampler.batches():
         if config.json:
             _print_json(sampler.complete(batch), console)
@@ -38,7 +51,6 @@ def run_sample(config: SampleConfig, console: Console, errors: Console) -> None:
 
 
 def _print_json(completions: Iterable[Completion], console: Console) -> None:
-    plain = not console.encoding.lower().startswith("utf")  # the escapes are JSON's own then
     for completion in completions:
         fields = {
             "prompt": completion.prompt,
@@ -46,16 +58,57 @@ def _print_json(completions: Iterable[Completion], console: Console) -> None:
             "tokens": completion.tokens,
             "finish": completion.finish,
         }
-        console.out(json.dumps(fields, ensure_ascii=plain))
+        _print_object(fields, console)
+
+
+def _print_object(fields: dict[str, Any], console: Console) -> None:
+    plain = not console.encoding.lower().startswith("utf")  # the escapes are JSON's own then
+    console.out(json.dumps(fields, ensure_ascii=plain))
 
 
 def _print_growing(sampler: Sampler, prompt: str, console: Console) -> None:
     pieces = sampler.stream(prompt)
     console.out(prompt, end="")
+    _print_pieces(pieces, console)
+
+
+def _print_pieces(pieces: Iterable[str], console: Console) -> None:
     for piece in pieces:
         console.out(piece, end="")
         console.file.flush()
     console.out("")
+
+
+def _chat(chat: Chat, console: Console, errors: Console) -> None:
+    for line in _lines("> "):
+        if line.strip() == _EXIT:
+            return
+        try:
+            with contextlib.closing(chat.say(line)) as pieces:
+                if chat.forgotten:
+                    errors.print(
+                        f"note: the oldest {chat.forgotten} messages no longer fit into the "
+                        "context and are forgotten"
+                    )
+                _print_pieces(pieces, console)
+            if chat.cut:
+                errors.print("note: the answer was cut, it has as many tokens as it may have")
+        except ValueError as error:
+            errors.print(f"error: {error}", style="bold red")
+        except KeyboardInterrupt:  # ends this answer; at a prompt it ends the dialogue
+            console.out("")
+
+
+def _exact_matches(sampler: Sampler, console: Console) -> None:
+    torch.manual_seed(sampler.config.seed)
+    total = exact = 0
+    for answer in answers(sampler, Path(sampler.config.dialogues)):
+        total += 1
+        exact += answer.answer == answer.expected
+        if sampler.config.json:
+            _print_object(asdict(answer), console)
+    if not sampler.config.json:
+        console.print(f"exact match: {exact} of {total} answers ({exact / total:.1%})")
 
 
 def _dialogue(sampler: Sampler, console: Console, errors: Console) -> None:

@@ -164,10 +164,13 @@ def _train_connected(config: TrainConfig, world: World, console: Console) -> Non
         model = trainer.full_model()
         if world.is_main:
             console.print(_summary(trainer))
-            _print_sample(trainer, model, console)
             path, _ = checkpoint_folder.for_sampling(trainer.out_dir)
             where = "" if config.out_dir == "out" else f" --out_dir={shlex.quote(config.out_dir)}"
-            console.print(f"saved {path}. Write text with it: fastgpt sample{where}")
+            if trainer.batches.of_dialogues:
+                console.print(f"saved {path}. Talk to it: fastgpt sample --chat{where}")
+            else:
+                _print_sample(trainer, model, console)
+                console.print(f"saved {path}. Write text with it: fastgpt sample{where}")
 
 
 def _tune(trainer: Trainer, console: Console) -> None:
@@ -204,6 +207,9 @@ def _summary(trainer: Trainer) -> Table:
     if trainer.best_iter not in (None, trainer.iter_num):
         kept = f"best, at iteration {trainer.best_iter}"
         table.add_row(kept, parameters, f"{trainer.best_val_loss:.4f}")
+    if trainer.batches.of_dialogues:
+        table.caption = "Of the answers alone."
+        return table
     if shape.vocab_size > builtin_texts.MAX_BIGRAM_VOCAB_SIZE:
         table.caption = f"No bigram table: {shape.vocab_size} x {shape.vocab_size} is too large."
         return table

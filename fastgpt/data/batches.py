@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from fastgpt._progress import spans
+from fastgpt.assistant.windows import DialogueWindows
 from fastgpt.data import manifest
 
 SPLITS = ("train", "val")
@@ -141,6 +142,9 @@ class Batches:
     CUDA a batch goes from pinned memory to the device, in one asynchronous copy on the current
     stream.
 
+    A data set of dialogues (see ``manifest``) has only the starts at which a dialogue begins, and y
+    is -1 where the next token is not part of an answer.
+
     Several processes share the batches that one would draw alone: of ``world_size`` batches in a
     row the process of rank r takes number r. All draw all starts, so all have one ``state_dict``,
     whatever their number.
@@ -155,12 +159,17 @@ class Batches:
         rank: of this process, in [0, world_size).
         world_size: the number of processes.
 
+    Attributes:
+        of_dialogues: whether the data set is one of dialogues.
+        note: for the user, of dialogues that are longer than T + 1; else None.
+
     Raises:
         FileNotFoundError: a file is missing.
         TypeError: batch_size, block_size or seed is no int.
         ValueError: a file is empty, has an odd size or holds an id that is too large; no file of a
-            split has T + 1 tokens; the manifest is not usable (see ``token_files``); batch_size or
-            block_size is below 1, or seed or rank out of range.
+            split has T + 1 tokens, or no dialogue of it an answer within these; the manifest is not
+            usable (see ``token_files``); batch_size or block_size is below 1, or seed or rank out
+            of range.
     """
 
     def __init__(
@@ -185,20 +194,26 @@ class Batches:
         self._device = torch.device(device)
         self._on_gpu = self._device.type == "cuda"
         self._seed = seed
-        # Of each file a view whose row i is the window tokens[i : i + T + 1]: one row for each
+        self.note: str | None = None
+        # Of each file an array whose row i is the window tokens[i : i + T + 1]: one row for each
         # legal start, counted through all files.
-        self._windows: dict[str, list[np.ndarray[Any, Any]]] = {}
+        self._windows: dict[str, list[np.ndarray[Any, Any]] | list[DialogueWindows]] = {}
+        found = manifest.read_manifest(data_dir)
+        self.of_dialogues = found is not None and found.dialogues
         for split in SPLITS:
             files = token_files(data_dir, split)
+            if vocab_size is not None:
+                for file in files:
+                    file.check_ids(vocab_size)
+            if found is not None and self.of_dialogues:
+                self._windows[split] = self._of_dialogues(files, found.settings["end_of_text"])
+                continue
             longest = max(files, key=len)
             if len(longest) < block_size + 1:
                 raise ValueError(
                     f"{longest.path} has {len(longest)} tokens, but block_size={block_size} needs "
                     f"at least {block_size + 1}"
                 )
-            if vocab_size is not None:
-                for file in files:
-                    file.check_ids(vocab_size)
             self._windows[split] = [
                 np.lib.stride_tricks.sliding_window_view(file.tokens, block_size + 1)
                 for file in files
@@ -208,6 +223,21 @@ class Batches:
             split: torch.Generator().manual_seed(seed + number)
             for number, split in enumerate(SPLITS)
         }
+
+    def _of_dialogues(self, files: list[TokenFile], begin: int) -> list[DialogueWindows]:
+        windows = [DialogueWindows(file.tokens, self._block_size + 1, begin) for file in files]
+        if not any(map(len, windows)):
+            raise ValueError(
+                f"{files[0].path} has no dialogue with an answer within block_size="
+                f"{self._block_size} tokens"
+            )
+        too_long = sum(of_file.too_long for of_file in windows)
+        if too_long:
+            self.note = (
+                f"{too_long:,} dialogues are longer than block_size={self._block_size} tokens: "
+                "their ends are cut off"
+            )
+        return windows
 
     def next(self, split: str, out: Batch | None = None) -> Batch:
         """The next batch of ``split`` ("train" or "val"): x and y, int64, (B, T), on the device.
@@ -267,9 +297,11 @@ class Batches:
         )
         for i in np.unique(where):
             rows = where == i
-            windows = files[i][starts[rows] - (ends[i] - len(files[i]))]
+            file = files[i]
+            windows = file[starts[rows] - (ends[i] - len(file))]
             pair.numpy()[0, rows] = windows[:, :-1]
-            pair.numpy()[1, rows] = windows[:, 1:]
+            masked = isinstance(file, DialogueWindows)
+            pair.numpy()[1, rows] = file.targets(windows) if masked else windows[:, 1:]
         return pair
 
 

@@ -62,6 +62,12 @@ class Manifest:
     splits: dict[str, Split]
     settings: dict[str, Any]
 
+    @property
+    def dialogues(self) -> bool:
+        """Whether the documents are dialogues, each of which begins with the token
+        ``settings["end_of_text"]``."""
+        return "dialogues" in self.settings.get("source", {})
+
     def write(self, folder: Path) -> None:
         """Write ``folder/manifest.json``, atomically."""
         write_json({"version": _VERSION, **asdict(self)}, folder / NAME)

@@ -42,6 +42,8 @@ DOCUMENTS_VAL_SHARE = 0.01
 _WORK = ".prepare"
 _BATCH = 1 << 20  # characters of one task, or one longer piece
 
+_NONE = np.array([], dtype=np.uint32)
+
 _T = TypeVar("_T")
 _R = TypeVar("_R")
 
@@ -124,20 +126,20 @@ def prepare(
         finished = _finished(out_dir, settings, tokenizer)
         if finished is not None:
             return finished
-        batches = _batches(source.pieces(val_share, seed))
-        return _written(batches, tokenizer, out_dir, settings, workers)
+        return _written(source, tokenizer, out_dir, settings, workers)
 
 
 def _written(
-    batches: Iterable[list[Piece]],
+    source: Source,
     tokenizer: Tokenizer,
     out_dir: Path,
     settings: dict[str, Any],
     workers: int,
 ) -> Manifest:
     def encode(batch: list[Piece]) -> _Encoded:
-        return _encode(batch, tokenizer, settings["end_of_text"])
+        return _encode(batch, source, tokenizer, settings["end_of_text"])
 
+    batches = _batches(source.pieces(settings["val_share"], settings["seed"]))
     work = out_dir / _WORK
     dtype = "uint16" if tokenizer.vocab_size <= 1 << 16 else "uint32"
     writer = ShardWriter(work, settings, dtype, settings["shard_tokens"])
@@ -224,17 +226,16 @@ def _batches(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
         yield batch
 
 
-def _encode(batch: list[Piece], tokenizer: Tokenizer, eot_token: int | None) -> _Encoded:
+def _encode(
+    batch: list[Piece], source: Source, tokenizer: Tokenizer, eot_token: int | None
+) -> _Encoded:
     arrays: dict[str, list[npt.NDArray[np.integer[Any]]]] = {"train": [], "val": []}
     documents = {"train": 0, "val": 0}
-    end = np.array([] if eot_token is None else [eot_token], dtype=np.uint32)
     for piece in batch:
-        arrays[piece.split].append(tokenizer.encode_array(piece.text))
-        if piece.ends_document:
-            arrays[piece.split].append(end)
-            documents[piece.split] += 1
+        arrays[piece.split].append(source.tokens(piece, tokenizer, eot_token))
+        documents[piece.split] += piece.ends_document
     return _Encoded(
-        {split: np.concatenate([end[:0], *parts]) for split, parts in arrays.items()},
+        {split: np.concatenate([_NONE, *parts]) for split, parts in arrays.items()},
         documents,
         sum(len(piece.text) for piece in batch),
         batch[-1].fraction,

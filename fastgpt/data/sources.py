@@ -20,8 +20,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
+
 from fastgpt._optional import optional
 from fastgpt.data.file_formats import checked_text, format_of, read_jsonl, read_parquet, read_text
+from fastgpt.tokenizer.base import Tokenizer
 
 PIECE = 1 << 20  # characters
 
@@ -70,13 +74,13 @@ class Source(ABC):
                 yield from self._cut(lengths, cut)
                 return
         for index, chunks in enumerate(self.documents()):
-            yield from _pieces(chunks, _split_of(index, val_share, seed))
+            yield from _pieces(chunks, split_of(index, val_share, seed))
 
     def _too_few(self, val_share: float, seed: int) -> bool:
         """Whether one of the splits gets no document; read up to the first of the second split."""
-        first = _split_of(0, val_share, seed)
+        first = split_of(0, val_share, seed)
         numbers = (index for index, _ in enumerate(self.documents()))
-        return all(_split_of(index, val_share, seed) == first for index in numbers)
+        return all(split_of(index, val_share, seed) == first for index in numbers)
 
     def _cut(self, lengths: list[int], cut: int) -> Iterator[Piece]:
         """The pieces of documents of ``lengths``, for validation from the character ``cut`` on."""
@@ -86,6 +90,13 @@ class Source(ABC):
             yield from _pieces(_between(chunks, 0, here), "train")
             yield from _pieces(_between(again, here, length), "val")
             cut -= length
+
+    def tokens(
+        self, piece: Piece, tokenizer: Tokenizer, end: int | None
+    ) -> npt.NDArray[np.integer[Any]]:
+        """The ids of a piece; the id ``end``, unless it is None, follows those of a document."""
+        ids = tokenizer.encode_array(piece.text)
+        return ids if end is None or not piece.ends_document else np.append(ids, np.uint32(end))
 
     def texts(self) -> Iterator[str]:
         """The text of all pieces."""
@@ -100,7 +111,7 @@ class TextSource(Source):
 
     def identity(self) -> dict[str, Any]:
         if isinstance(self._text, Path):
-            return {"text": _stamp(self._text)}
+            return {"text": stamp(self._text)}
         data = self._text.encode("utf-8", "surrogatepass")
         return {"text": hashlib.sha256(data).hexdigest()}
 
@@ -167,7 +178,7 @@ class FileSource(Source):
         self._text_key = text_key
 
     def identity(self) -> dict[str, Any]:
-        return {"files": [_stamp(path) for path in self.paths], "text_key": self._text_key}
+        return {"files": [stamp(path) for path in self.paths], "text_key": self._text_key}
 
     def documents(self) -> Iterator[Iterable[Chunk]]:
         sizes = [path.stat().st_size for path in self.paths]
@@ -233,7 +244,7 @@ def _files_of(folder: Path) -> list[Path]:
     return sorted(shown, key=names.__getitem__)
 
 
-def _stamp(path: Path) -> list[str | int]:
+def stamp(path: Path) -> list[str | int]:
     """Name, size and time of change: identifies a file without reading it."""
     stat = path.stat()
     return [str(path), stat.st_size, stat.st_mtime_ns]
@@ -245,7 +256,8 @@ def _uniform(seed: int, index: int) -> float:
     return (int.from_bytes(digest, "big") >> 11) / (1 << 53)
 
 
-def _split_of(index: int, val_share: float, seed: int) -> str:
+def split_of(index: int, val_share: float, seed: int) -> str:
+    """The split of the document number ``index``."""
     return "val" if _uniform(seed, index) < val_share else "train"
 
 

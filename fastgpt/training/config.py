@@ -200,6 +200,13 @@ class SampleConfig:
     lines: bool = False
     # Read prompts from the terminal or a pipe, line by line, and write one sample for each.
     interactive: bool = False
+    # Talk to a model that was fine-tuned on dialogues. /exit or the end of the input ends it.
+    chat: bool = False
+    # The system's message, for chat.
+    system: str = ""
+    # A .jsonl of dialogues, as for `fastgpt prepare --dialogues`: answer every question in it, and
+    # count the answers that equal the file's. With json each answer is printed.
+    dialogues: str = ""
     # Number of samples, of each prompt.
     num_samples: int = 10
     # Samples written side by side: with 1 the text is shown as it grows, more are faster.
@@ -239,6 +246,14 @@ class SampleConfig:
             raise ValueError("stop must hold texts of at least one character, got ''")
         if self.interactive and self.lines:
             raise ValueError("lines must be False with interactive, whose prompts are lines anyway")
+        modes = ("chat", "dialogues", "interactive", "lines")
+        given = [mode for mode in modes if getattr(self, mode)]
+        if len(given) > 1:
+            raise ValueError(f"give --{' or --'.join(given)}, not both")
+        if self.chat and self.json:
+            raise ValueError("json must be False with chat, got True")
+        if self.system and not self.chat:
+            raise ValueError(f"system must be empty without chat, got {self.system!r}")
 
 
 _COUNTS = (

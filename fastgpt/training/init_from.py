@@ -3,11 +3,15 @@
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import nn
+
 from fastgpt.bigram import Bigram
 from fastgpt.data.manifest import read_manifest
+from fastgpt.interop import huggingface
 from fastgpt.language_model import GPTConfig, LanguageModel
 from fastgpt.model import GPT, published_name
-from fastgpt.tokenizer import CharTokenizer, Tokenizer, tokenizer_in
+from fastgpt.tokenizer import CharTokenizer, ChatTokenizer, Tokenizer, tokenizer_in
 from fastgpt.training import checkpoint as ckpt
 from fastgpt.training import checkpoint_folder
 from fastgpt.training.config import TrainConfig
@@ -36,14 +40,18 @@ def new_model(config: TrainConfig, tokenizer: Tokenizer | None) -> LanguageModel
 def _pretrained(config: TrainConfig, tokenizer: Tokenizer | None) -> GPT:
     source = f"init_from={config.init_from!r}"
     published = published_name(config.init_from)
-    if published and tokenizer and tokenizer.padded_vocab_size != PADDED_GPT2_VOCAB_SIZE:
+    base = tokenizer.base if isinstance(tokenizer, ChatTokenizer) else tokenizer
+    if published and base and base.padded_vocab_size != PADDED_GPT2_VOCAB_SIZE:
         raise ValueError(
             f"{source} needs a data set of GPT-2's tokens, but {config.data_dir} has others "
-            f"({tokenizer.name})"
+            f"({base.name})"
         )
-    model = GPT.from_pretrained(config.init_from, {"dropout": config.dropout})
+    model, theirs = _loaded(config)
+    grows = isinstance(tokenizer, ChatTokenizer) and not isinstance(theirs, ChatTokenizer)
     if not published:
-        _check_tokens(config, tokenizer, model)
+        _check_tokens(config, base if grows else tokenizer, theirs, model.config.vocab_size)
+    if isinstance(tokenizer, ChatTokenizer) and grows:
+        _add_tokens(model, tokenizer)
     if config.block_size > model.config.block_size:
         raise ValueError(
             f"block_size must be at most {model.config.block_size} with {source}, "
@@ -53,16 +61,51 @@ def _pretrained(config: TrainConfig, tokenizer: Tokenizer | None) -> GPT:
     return model
 
 
-def _check_tokens(config: TrainConfig, tokenizer: Tokenizer | None, model: GPT) -> None:
-    """ValueError unless the model was trained on the tokens of the data set."""
-    path, rows = Path(config.init_from), model.config.vocab_size
+def _loaded(config: TrainConfig) -> tuple[GPT, Tokenizer | None]:
+    """The model that ``init_from`` names, on the CPU, and its tokenizer, if that is known."""
+    path = Path(config.init_from)
+    if published_name(config.init_from):
+        return GPT.from_pretrained(config.init_from, {"dropout": config.dropout}), None
+    of_a_run = path.is_dir() and not (path / huggingface.CONFIG_FILE).exists()
+    if of_a_run and ((path / ckpt.BEST).exists() or checkpoint_folder.saved(path)):
+        file, _ = checkpoint_folder.for_sampling(path)
+        saved = ckpt.load(file)
+        model = ckpt.build_model(saved, file, dropout=config.dropout)
+        if not isinstance(model, GPT):
+            raise ValueError(
+                f"init_from={config.init_from!r} must hold a gpt, got {ckpt.kind(model)} in {file}"
+            )
+        return model, ckpt.own_tokenizer(saved)
+    model = GPT.from_pretrained(config.init_from, {"dropout": config.dropout})
+    return model, tokenizer_in(path if path.is_dir() else path.parent)
+
+
+def _add_tokens(model: GPT, tokenizer: ChatTokenizer) -> None:
+    """Rows of the token table for what ``tokenizer`` has beyond its base, padding included. They
+    start at the mean of the others, because a row of zeros is likelier than most tokens of a
+    trained model; a little noise tells them apart.
+    """
+    wte, known = model.transformer.wte, tokenizer.base.vocab_size
+    old = model.lm_head.weight.detach()
+    n_rows = max(len(old), tokenizer.padded_vocab_size)
+    table = torch.empty(n_rows, old.shape[1]).normal_(0.0, 0.02)
+    table += old[:known].mean(dim=0)
+    table[:known] = old[:known]
+    wte.weight = model.lm_head.weight = nn.Parameter(table)
+    wte.num_embeddings = model.lm_head.out_features = model.config.vocab_size = n_rows
+
+
+def _check_tokens(
+    config: TrainConfig, tokenizer: Tokenizer | None, theirs: Tokenizer | None, rows: int
+) -> None:
+    """ValueError unless a model with so many ``rows`` of its token table, and the tokenizer
+    ``theirs``, was trained on the tokens of the data set."""
     ids = tokenizer.vocab_size if tokenizer else ckpt.GPT2_VOCAB_SIZE
     if not (tokenizer.fits(rows) if tokenizer else ids <= rows):
         raise ValueError(
             f"init_from={config.init_from!r} has a vocabulary of {rows} tokens, but the data set "
             f"{config.data_dir} has {ids}"
         )
-    theirs = tokenizer_in(path if path.is_dir() else path.parent)
     if tokenizer is None or theirs is None or theirs.fingerprint == tokenizer.fingerprint:
         return
     # Two files of different kinds may hold the same vocabulary.

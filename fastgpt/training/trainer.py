@@ -23,6 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 from fastgpt._files import check_folder, exclusive_lock
 from fastgpt._progress import PlainConsole, run_console
 from fastgpt.data.batches import SPLITS, Batches, fingerprint
+from fastgpt.data.manifest import read_manifest
 from fastgpt.devices import (
     autocast,
     peak_flops,
@@ -87,6 +88,12 @@ class Trainer:
         # A missing file is named before weights are drawn or downloaded.
         self._data_fingerprint = fingerprint(config.data_dir)
         self.tokenizer = saved_tokenizer(config.data_dir)
+        found = read_manifest(config.data_dir)
+        if found is not None and found.dialogues and not config.document_mask:
+            self.config = config = replace(config, document_mask=True)
+            self.console.print(
+                "document_mask = True comes from the data set, which is of dialogues"
+            )
         saved, path = None, self.out_dir
         if config.init_from == "resume":
             saved, path = init_from.saved_state(
@@ -104,6 +111,8 @@ class Trainer:
             rank=world.rank,
             world_size=world.size,
         )
+        if self.batches.note:
+            self.console.print(f"note: {self.batches.note}")
         self.model = model.to(self.device)
         trained = self._parallel_model()
         self.optimizer = self._build_optimizer()
@@ -333,8 +342,9 @@ class Trainer:
         )
 
     def evaluate(self) -> dict[str, float]:
-        """The mean loss of ``eval_iters`` batches of each split, ``{"train": .., "val": ..}``: of
-        the same batches at every call. Collective: every rank must call it; they share the batches.
+        """The mean loss of the targets in ``eval_iters`` batches of each split, ``{"train": ..,
+        "val": ..}``: of the same batches at every call. Collective: every rank must call it; they
+        share the batches.
         """
         was_training = self.model.training
         self.model.eval()
@@ -346,12 +356,17 @@ class Trainer:
     def _mean_loss(self, split: str) -> float:
         count, size = self.config.eval_iters, self.world.size
         # The ranks of a sharded model run it equally often; a surplus result is discarded.
-        losses = []
+        losses, n_valid = [], []
         for x, y in self.batches.evaluation(split, -(-count // size) * size):
             with self._autocast:
                 losses.append(self._forward(x, y)[1])
+            n_valid.append((y != -1).sum())
         mine = len(range(self.world.rank, count, size))
-        return (self.world.all_reduce(torch.stack(losses)[:mine].sum()) / count).item()
+        # Each batch weighs as many targets as it has: exactly 1 where all have the same number.
+        counts = torch.stack(n_valid)[:mine]
+        weights = counts * count / self.world.all_reduce(counts.sum())
+        weighted = (torch.stack(losses)[:mine] * weights).sum()
+        return (self.world.all_reduce(weighted) / count).item()
 
     def _evaluate_and_save(self, mfu: float | None) -> None:
         losses = self.evaluate()

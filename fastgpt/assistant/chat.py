@@ -1,0 +1,152 @@
+"""Answers of a model that was fine-tuned on dialogues: in a chat, and to the questions of a file.
+
+chat = Chat(Sampler(SampleConfig(chat=True)))
+for piece in chat.say("Say lemon backwards."):
+    print(piece, end="")
+"""
+
+from collections.abc import Generator, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from fastgpt.assistant import template
+from fastgpt.assistant.dialogues import read_dialogues
+from fastgpt.sampler import Sampler
+from fastgpt.tokenizer import ChatTokenizer
+
+
+class Chat:
+    """A dialogue. What no longer fits into the model's context is forgotten from the oldest turn
+    on, the system's message excepted.
+
+    Args:
+        sampler: of a model that was fine-tuned on dialogues.
+        system: the system's message, if it is not empty.
+
+    Attributes:
+        messages: what the model sees of the dialogue so far.
+        forgotten: how many messages the last ``say`` dropped.
+        cut: whether the last answer ended because it had as many tokens as it may have.
+
+    Raises:
+        ValueError: the model was not fine-tuned on dialogues, or ``system`` has characters that it
+            does not know.
+    """
+
+    def __init__(self, sampler: Sampler, system: str = "") -> None:
+        self._sampler, self._tokenizer = sampler, chat_tokenizer(sampler)
+        self.messages: list[template.Message] = []
+        if system:
+            self.messages = [{"role": "system", "content": system}]
+            template.encode(self._tokenizer, self.messages)
+        self.forgotten, self.cut = 0, False
+
+    def say(self, content: str) -> Generator[str, None, None]:
+        """The answer to a user's message, in pieces as it grows. When the generator ends, or is
+        closed, the message and what was read of the answer become part of the dialogue, unless that
+        is nothing.
+
+        Raises:
+            ValueError, at once: the message is empty, longer than the context, or has characters
+            that the model does not know.
+        """
+        messages = [*self.messages, {"role": "user", "content": content}]
+        ids, kept, room = fitting(self._sampler, self._tokenizer, messages)
+        self.forgotten, self.cut = len(messages) - len(kept), False
+        return self._answer(ids, kept, room)
+
+    def _answer(
+        self, ids: list[int], kept: list[template.Message], room: int
+    ) -> Generator[str, None, None]:
+        answer = ""
+        pieces = self._sampler.stream_answer(ids, template.stops(self._tokenizer), room)
+        try:
+            while True:
+                piece = next(pieces)
+                answer += piece
+                yield piece
+        except StopIteration as stop:
+            self.cut = stop.value.finish == "length"
+        finally:
+            if answer:
+                self.messages = [*kept, {"role": "assistant", "content": answer}]
+
+
+def fitting(
+    sampler: Sampler, tokenizer: ChatTokenizer, messages: Sequence[template.Message]
+) -> tuple[list[int], list[template.Message], int]:
+    """The prompt for an answer, the messages in it, and how many tokens the answer may have. The
+    oldest turns are left out where a quarter of the context, or ``max_new_tokens`` if that is less,
+    would not be left.
+
+    Raises:
+        ValueError: the last message alone is longer than the context, or see ``template.prompt``.
+    """
+    kept, block_size = list(messages), sampler.model.config.block_size
+    most = sampler.config.max_new_tokens
+    ids = template.prompt(tokenizer, kept)
+    oldest = int(kept[0]["role"] == "system")
+    while len(ids) + min(most, block_size // 4) > block_size and len(kept) > oldest + 1:
+        del kept[oldest : oldest + 2]
+        ids = template.prompt(tokenizer, kept)
+    if len(ids) >= block_size:
+        raise ValueError(
+            f"the message makes a prompt of {len(ids)} tokens, but the model's context is "
+            f"{block_size}, the answer included"
+        )
+    return ids, kept, min(most, block_size - len(ids))
+
+
+@dataclass(frozen=True)
+class Answer:
+    """The model's answer to a question of a file, and the file's.
+
+    Attributes:
+        question: the user's last message.
+        answer: the model's, of the likeliest or of drawn tokens, as the sampler is configured.
+        expected: the file's.
+    """
+
+    question: str
+    answer: str
+    expected: str
+
+
+def answers(sampler: Sampler, path: Path) -> Iterator[Answer]:
+    """Answer every user's message in a file of dialogues, given what stands before it in the file;
+    ``batch_size`` at a time.
+
+    Raises:
+        ValueError: as ``read_dialogues`` and ``fitting``, with the file and the line.
+    """
+    tokenizer, ends = chat_tokenizer(sampler), template.stops(chat_tokenizer(sampler))
+    asked: list[tuple[list[int], int, str, str]] = []
+    for messages, where, _ in read_dialogues(path):
+        for number, message in enumerate(messages):
+            if message["role"] != "assistant":
+                continue
+            try:
+                ids, _, room = fitting(sampler, tokenizer, messages[:number])
+            except ValueError as error:
+                raise ValueError(f"{where}: {error}") from error
+            asked.append((ids, room, messages[number - 1]["content"], message["content"]))
+    for start in range(0, len(asked), sampler.config.batch_size):
+        batch = asked[start : start + sampler.config.batch_size]
+        room = max(room for _, room, *_ in batch)
+        found = sampler.answers([ids for ids, *_ in batch], ends, room)
+        for (_, _, question, expected), completion in zip(batch, found, strict=True):
+            yield Answer(question, completion.text, expected)
+
+
+def chat_tokenizer(sampler: Sampler) -> ChatTokenizer:
+    """The sampler's tokenizer.
+
+    Raises:
+        ValueError: it has no tokens for dialogues.
+    """
+    if not isinstance(sampler.tokenizer, ChatTokenizer):
+        raise ValueError(
+            "chat and dialogues need a model that was fine-tuned on a data set of "
+            f"'fastgpt prepare --dialogues', but this one's tokenizer is {sampler.tokenizer.name}"
+        )
+    return sampler.tokenizer
