@@ -1,0 +1,146 @@
+"""``fastgpt sample --chat`` and ``--dialogues`` with a model that knows two answers by heart."""
+
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fastgpt.assistant.chat import Chat
+from fastgpt.assistant.dialogues import DialogueSource
+from fastgpt.assistant.words import Dialogue, write_dialogues
+from fastgpt.cli import main as cli
+from fastgpt.data.prepare import prepare
+from fastgpt.sampler import Sampler
+from fastgpt.tokenizer import CharTokenizer, ChatTokenizer
+from fastgpt.training.config import SampleConfig
+from tests.tools.small_runs import data_set, trained
+
+SYSTEM = {"role": "system", "content": "go"}
+PING = [{"role": "user", "content": "ping"}, {"role": "assistant", "content": "pong"}]
+MORE = [{"role": "user", "content": "more"}, {"role": "assistant", "content": "no, me"}]
+BLOCK_SIZE = 32  # a turn has 12 or 14 tokens
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("chat")
+    shapes: list[Dialogue] = [PING, MORE, PING + MORE, MORE + PING, PING + PING]
+    shapes += [[SYSTEM, *shape] for shape in shapes]
+    write_dialogues(shapes * 8, root / "d.jsonl")
+    tokenizer = ChatTokenizer(CharTokenizer.from_text("gimnopre, "))
+    prepare(DialogueSource(root / "d.jsonl"), tokenizer, root / "chat", val_share=0.2)
+    keys = {"dataset": "chat", "block_size": BLOCK_SIZE, "n_embd": 32, "n_layer": 1, "dropout": 0.0}
+    keys |= {"max_iters": 120, "lr_decay_iters": 120, "eval_interval": 60}
+    keys |= {"gradient_accumulation_steps": 1, "batch_size": 8}
+    trainer = trained(root, **keys)
+    assert trainer.val_loss < 0.02
+    return root
+
+
+def chat_of(root: Path, system: str = "", **changes: Any) -> Chat:
+    keys = {"out_dir": str(root / "out"), "device": "cpu", "temperature": 0.0, **changes}
+    return Chat(Sampler(SampleConfig(chat=True, **keys)), system)
+
+
+@pytest.fixture
+def sample(root: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Any:
+    def run(*argv: str, typed: str = "", code: int = 0) -> tuple[str, str]:
+        capsys.readouterr()
+        monkeypatch.setattr("sys.stdin", io.StringIO(typed))
+        common = [f"--out_dir={root / 'out'}", "--device=cpu", "--temperature=0"]
+        assert cli.main(["sample", *common, *argv]) == code
+        return capsys.readouterr()
+
+    return run
+
+
+def test_a_chat(sample: Any) -> None:
+    out, err = sample("--chat", typed="ping\nmore\n/exit\nping\n")
+    assert out == "pong\nno, me\n" and err == ""
+    out, err = sample("--chat", typed="more\n\nPing\nping")  # until the input ends
+    assert out == "no, me\npong\n"
+    assert err == (
+        "error: messages[2].content: text has 'P' at position 0, which is not among the 10 "
+        "characters of the vocabulary\n"
+    )
+
+
+def test_an_answer_grows_and_may_be_left(root: Path) -> None:
+    chat = chat_of(root)
+    answer = chat.say("more")
+    assert next(answer) == "n" and next(answer) == "o" and chat.messages == []
+    answer.close()
+    assert chat.messages == [MORE[0], {"role": "assistant", "content": "no"}]
+    assert not chat.cut
+    "".join(chat.say("ping"))
+    assert chat.messages[1]["content"] == "no" and chat.messages[2] == PING[0]
+
+
+def test_what_does_not_fit_is_forgotten_from_the_oldest_on(root: Path, sample: Any) -> None:
+    chat = chat_of(root, "go", max_new_tokens=6)
+    forgotten = []
+    for _ in range(4):
+        assert "".join(chat.say("ping")) == "pong"
+        assert chat.messages[0] == SYSTEM and chat.messages[-2:] == PING
+        forgotten.append(chat.forgotten)
+    assert forgotten == [0, 0, 2, 2]
+    _, err = sample("--chat", "--system=go", typed="ping\n" * 3)
+    assert err == "note: the oldest 2 messages no longer fit into the context and are forgotten\n"
+
+
+def test_an_answer_that_is_cut(root: Path, sample: Any) -> None:
+    chat = chat_of(root, max_new_tokens=2)
+    assert "".join(chat.say("more")) == "no" and chat.cut
+    out, err = sample("--chat", "--max_new_tokens=2", typed="more")
+    assert out == "no\n" and "note: the answer was cut" in err
+
+
+def test_a_message_that_is_too_long(sample: Any) -> None:
+    out, err = sample("--chat", typed=f"{'o' * 28}\nping\n")
+    assert out == "pong\n"  # the chat goes on
+    assert err == (
+        "error: the message makes a prompt of 32 tokens, but the model's context is 32, the answer "
+        "included\n"
+    )
+
+
+def test_exact_matches_of_a_file(sample: Any, root: Path, tmp_path: Path) -> None:
+    wrong = [PING[0], {"role": "assistant", "content": "no"}]
+    write_dialogues([PING + MORE, wrong], tmp_path / "d.jsonl")
+    for size in (1, 2, 64):
+        out, _ = sample(f"--dialogues={tmp_path / 'd.jsonl'}", f"--batch_size={size}")
+        assert out == "exact match: 2 of 3 answers (66.7%)\n"
+    out, _ = sample(f"--dialogues={tmp_path / 'd.jsonl'}", "--json")
+    rows = [json.loads(line) for line in out.splitlines()]
+    assert rows[1] == {"question": "more", "answer": "no, me", "expected": "no, me"}
+    assert rows[2] == {"question": "ping", "answer": "pong", "expected": "no"}
+    (tmp_path / "d.jsonl").write_text("{}")
+    _, err = sample(f"--dialogues={tmp_path / 'd.jsonl'}", code=2)
+    assert f"line 1 of the input {tmp_path / 'd.jsonl'}: messages must be a list" in err
+
+
+def test_the_names_of_the_tokens_in_a_plain_prompt(sample: Any) -> None:
+    start = "<|dialogue|><|user|>ping<|end|><|assistant|>"
+    out, _ = sample(f"--start={start}", "--stop=<|end|>", "--num_samples=1", "--json")
+    assert json.loads(out)["completion"] == "pong"
+
+
+def test_wrong_arguments(sample: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for keys, reason in (
+        ({"chat": True, "interactive": True}, "give --chat or --interactive, not both"),
+        ({"chat": True, "json": True}, "json must be False with chat"),
+        ({"system": "go"}, "system must be empty without chat, got 'go'"),
+    ):
+        with pytest.raises(ValueError, match=reason):
+            SampleConfig(**keys)  # type: ignore[arg-type]
+    for argv, reason in (
+        (["--chat", "--system=Go"], "messages[0].content: text has 'G' at position 0"),
+        (["--dialogues=nowhere.jsonl"], "No such file or directory: nowhere.jsonl"),
+    ):
+        assert reason in sample(*argv, code=2)[1]
+    data_set(tmp_path)
+    trained(tmp_path, max_iters=1, always_save_checkpoint=True)
+    assert cli.main(["sample", "--chat", f"--out_dir={tmp_path / 'out'}", "--device=cpu"]) == 2
+    assert "chat and dialogues need a model that was fine-tuned on" in capsys.readouterr().err
