@@ -85,15 +85,15 @@ class RewardTraining:
         model.load_state_dict(gpt.state_dict(), strict=False)
         self.stage = Stage(config, model, PairLoss, tokenizer, console)
         self._batch_size = config.batch_size
-        self._order = Order(len(self.train), config.seed)
+        self._pairs = config.batch_size * config.gradient_accumulation_steps
+        self._order = Order(len(self.train), config.seed, self._pairs * self.stage.iteration)
         console.print(f"{len(self.train):,} pairs, {len(self.val):,} more held out")
 
     def run(self) -> None:
         self.stage.run(self._update, self.evaluate)
 
     def _update(self) -> tuple[Figures, int]:
-        count = self.stage.config.gradient_accumulation_steps
-        pairs = [self.train[i] for i in self._order.next(count * self._batch_size)]
+        pairs = [self.train[i] for i in self._order.next(self._pairs)]
         loss = self.stage.step([self._batch(part) for part in self._parts(pairs)])
         return {"pair_loss": loss}, sum(len(pair.chosen) + len(pair.rejected) for pair in pairs)
 

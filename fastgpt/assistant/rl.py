@@ -115,7 +115,8 @@ class ReinforcementLearning:
         # The weights stay where they are, as the caches and graphs of both need it.
         self._sampler = Generator(policy, Sampling(), stage.autocast)
         self._greedy = Generator(policy, Sampling(temperature=0.0), stage.autocast)
-        self._order = Order(len(self.train), config.seed)
+        self._prompts = config.batch_size * config.gradient_accumulation_steps
+        self._order = Order(len(self.train), config.seed, self._prompts * stage.iteration)
         console.print(f"{len(self.train):,} prompts; {len(self.val):,} held-out ones are evaluated")
 
     def run(self) -> None:
@@ -152,8 +153,7 @@ class ReinforcementLearning:
 
     def _update(self) -> tuple[Figures, int]:
         config, stage = self.config, self.stage
-        count = config.batch_size * config.gradient_accumulation_steps
-        chosen = [self.train[i] for i in self._order.next(count)]
+        chosen = [self.train[i] for i in self._order.next(self._prompts)]
         prompts = [prompt for prompt in chosen for _ in range(config.group_size)]
         answers = self.answers(prompts, self._sampler)
         rewards = self._score(prompts, answers)

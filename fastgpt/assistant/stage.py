@@ -6,6 +6,7 @@ pairs; the learning rate falls linearly to 0.
 """
 
 import math
+import threading
 import time
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import asdict, dataclass
@@ -18,7 +19,13 @@ from torch import Tensor, nn
 from fastgpt._files import check_folder, exclusive_lock
 from fastgpt._progress import PlainConsole, progress_bar
 from fastgpt.data.file_formats import read_json_lines
-from fastgpt.devices import autocast, resolve_device, resolve_dtype
+from fastgpt.devices import (
+    autocast,
+    random_states,
+    resolve_device,
+    resolve_dtype,
+    set_random_states,
+)
 from fastgpt.model import GPT
 from fastgpt.tokenizer import ChatTokenizer, packed
 from fastgpt.training import checkpoint as ckpt
@@ -26,7 +33,7 @@ from fastgpt.training import checkpoint_folder
 from fastgpt.training.config import Dtype, TrainConfig
 from fastgpt.training.init_from import shape_of
 from fastgpt.training.log import LOG, RunLog
-from fastgpt.training.optimizer import MasterAdamW
+from fastgpt.training.optimizer import MasterAdamW, saved_state
 from fastgpt.training.progress import interrupts
 from fastgpt.training.step import Step
 
@@ -49,6 +56,8 @@ class StageConfig:
     val_dataset: str = ""
     # Folder of ckpt.pt and log.jsonl.
     out_dir: str
+    # Go on with the run in out_dir, which was stopped. Give the options that it had.
+    resume: bool = False
     # Updates.
     max_iters: int = 200
     # Items of the data set in a micro-batch.
@@ -154,12 +163,15 @@ def padded(rows: Sequence[Sequence[int]], value: int, device: torch.device) -> T
 
 
 class Order:
-    """The order of ``count`` things: each epoch is a new permutation, drawn from the seed."""
+    """The order of ``count`` things: each epoch is a new permutation, drawn from the seed.
+    ``done`` of them are left out.
+    """
 
-    def __init__(self, count: int, seed: int) -> None:
+    def __init__(self, count: int, seed: int, done: int) -> None:
         self._count = count
         self._generator = torch.Generator().manual_seed(seed)
         self._left: list[int] = []
+        self.next(done)
 
     def next(self, number: int) -> list[int]:
         while len(self._left) < number:
@@ -173,7 +185,7 @@ class Stage:
     that gets.
 
     Raises ValueError or TypeError naming the key of the config, NotADirectoryError if ``out_dir``
-    is a file.
+    is a file; with ``resume`` FileNotFoundError or ValueError without a usable checkpoint there.
     """
 
     def __init__(
@@ -199,8 +211,13 @@ class Stage:
         self._tokenizer = tokenizer
         self._log = RunLog(self._train_config)
         torch.manual_seed(config.seed)
+        saved = self._load_into(model) if config.resume else None
         self.model = model.to(self.device).eval()
         self._optimizer = self._build_optimizer()
+        self._scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
+        self.iteration = 0
+        if saved is not None:
+            self._restore(saved)
         self.loss: Any = loss(self.model)
         self._step = Step(
             self.loss,
@@ -209,9 +226,8 @@ class Stage:
             micro_batches=config.gradient_accumulation_steps,
             grad_clip=config.grad_clip,
             autocast=self.autocast,
-            scaler=torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16),
+            scaler=self._scaler,
         )
-        self._iteration = 0
 
     def _build_optimizer(self) -> torch.optim.Optimizer:
         config, betas = self._train_config, (0.9, 0.95)
@@ -223,15 +239,36 @@ class Stage:
             config.weight_decay, config.learning_rate, betas, self.device.type
         )
 
+    def _load_into(self, model: GPT) -> ckpt.Checkpoint:
+        """The checkpoint in ``out_dir``, and its weights into ``model``."""
+        path = self.out_dir / ckpt.BEST
+        saved = ckpt.load(path, ckpt.FOR_RESUMING)
+        try:
+            model.load_state_dict(saved["model"])
+        except RuntimeError as error:
+            raise ValueError(f"resume: {path} is of another model than init_from") from error
+        return saved
+
+    def _restore(self, saved: ckpt.Checkpoint) -> None:
+        state, own = saved["optimizer"], ckpt.own_state(saved)
+        for old, new in zip(state["param_groups"], self._optimizer.param_groups, strict=True):
+            old.update({key: value for key, value in new.items() if key != "params"})
+        self._optimizer.load_state_dict(state)
+        set_random_states(own["generators"], self.device)
+        if self._scaler.is_enabled() and own["scaler"]:
+            self._scaler.load_state_dict(own["scaler"])
+        self.iteration = int(saved["iter_num"])
+        self.console.print(f"going on from {self.out_dir} at iteration {self.iteration}")
+
     def learning_rate(self) -> float:
-        return self.config.learning_rate * (1.0 - self._iteration / self.config.max_iters)
+        return self.config.learning_rate * (1.0 - self.iteration / self.config.max_iters)
 
     def step(self, batches: Sequence[Any]) -> float:
         """One update; its mean loss. FloatingPointError if that is not finite."""
         loss = self._step(batches, self.learning_rate()).item()
         if self._step.not_finite:
             raise FloatingPointError(
-                f"the loss or its gradient is not finite at iteration {self._iteration}: try a "
+                f"the loss or its gradient is not finite at iteration {self.iteration}: try a "
                 f"smaller learning_rate than {self.config.learning_rate}"
             )
         return loss
@@ -248,52 +285,65 @@ class Stage:
 
         Ctrl-C ends the update in progress, saves and raises KeyboardInterrupt.
         """
-        config, log = self.config, self._log
         self.out_dir.mkdir(parents=True, exist_ok=True)
         with exclusive_lock(self.out_dir):
-            moved = checkpoint_folder.archive_previous_run(self.out_dir, (LOG,))
-            if moved:
-                self.console.print(f"an earlier run's checkpoint and log are now in {moved}")
-            with (
-                log.opened(self._train_config, first_iter=0),
-                progress_bar("iteration") as show,
-                interrupts() as interrupted,
-            ):
-                tokens, since = 0, time.perf_counter()
-                reason: str | None = None
-                while self._iteration < config.max_iters and reason is None:
-                    if self._iteration % config.eval_interval == 0:
-                        self._evaluate(evaluate)
-                        tokens, since = 0, time.perf_counter()
-                    learning_rate = self.learning_rate()
-                    figures, n_tokens = update()
-                    tokens += n_tokens
-                    reason = "interrupted" if interrupted.is_set() else stop(figures)
-                    text = ", ".join(f"{key} {value:.4g}" for key, value in figures.items())
-                    if self._iteration % config.log_interval == 0 or reason is not None:
-                        speed = tokens / (time.perf_counter() - since)
-                        tokens, since = 0, time.perf_counter()
-                        log.write(
-                            self._iteration, **figures, lr=learning_rate, tokens_per_second=speed
-                        )
-                        self.console.print(f"iter {self._iteration}: {text}, {speed:,.0f} tokens/s")
-                    self._iteration += 1
-                    show(self._iteration / config.max_iters, text)
-                if reason is None or not interrupted.is_set():
+            if not self.config.resume:
+                moved = checkpoint_folder.archive_previous_run(self.out_dir, (LOG,))
+                if moved:
+                    self.console.print(f"an earlier run's checkpoint and log are now in {moved}")
+            with self._log.opened(self._train_config, self.iteration), interrupts() as interrupted:
+                reason = self._updates(update, evaluate, stop, interrupted)
+                if interrupted.is_set():
+                    self.console.print(
+                        f"stopped before iteration {self.iteration}; saved {self._save()}. Go on "
+                        "with the same command and --resume"
+                    )
+                    raise KeyboardInterrupt
+                if reason is not None:
+                    self.console.print(f"ended before iteration {self.iteration}: {reason}")
+                self._evaluate(evaluate)
+                self._save()
+
+    def _updates(
+        self,
+        update: Callable[[], tuple[Figures, int]],
+        evaluate: Callable[[], Figures],
+        stop: Callable[[Figures], str | None],
+        interrupted: threading.Event,
+    ) -> str | None:
+        """Those that are left; returns the reason of ``stop``."""
+        config = self.config
+        tokens, since = 0, time.perf_counter()
+        with progress_bar("iteration") as show:
+            while self.iteration < config.max_iters and not interrupted.is_set():
+                if self.iteration % config.eval_interval == 0:
                     self._evaluate(evaluate)
-        if interrupted.is_set():
-            self.console.print(f"stopped before iteration {self._iteration}; saved {self._save()}")
-            raise KeyboardInterrupt
-        if reason is not None:
-            self.console.print(f"ended before iteration {self._iteration}: {reason}")
+                    if self.iteration > 0:
+                        self._save()
+                    tokens, since = 0, time.perf_counter()
+                learning_rate = self.learning_rate()
+                figures, n_tokens = update()
+                tokens += n_tokens
+                reason = stop(figures)
+                if self.iteration % config.log_interval == 0 or reason is not None:
+                    speed = tokens / (time.perf_counter() - since)
+                    tokens, since = 0, time.perf_counter()
+                    self._log.write(
+                        self.iteration, **figures, lr=learning_rate, tokens_per_second=speed
+                    )
+                    self.console.print(
+                        f"iter {self.iteration}: {_shown(figures)}, {speed:,.0f} tokens/s"
+                    )
+                self.iteration += 1
+                show(self.iteration / config.max_iters, _shown(figures))
+                if reason is not None:
+                    return reason
+        return None
 
     def _evaluate(self, evaluate: Callable[[], Figures]) -> None:
         figures = evaluate()
-        text = ", ".join(f"{key} {value:.4g}" for key, value in figures.items())
-        self.console.print(f"step {self._iteration}: {text}")
-        self._log.write(self._iteration, **{f"val/{key}": v for key, v in figures.items()})
-        if self._iteration > 0:
-            self._save()
+        self.console.print(f"step {self.iteration}: {_shown(figures)}")
+        self._log.write(self.iteration, **{f"val/{key}": v for key, v in figures.items()})
 
     def _save(self) -> Path:
         path = self.out_dir / ckpt.BEST
@@ -305,11 +355,21 @@ class Stage:
         )
         state = {
             "model": weights,
+            "optimizer": saved_state(optimizer),
             "model_args": ckpt.model_args(self.model),
-            "iter_num": self._iteration,
+            "iter_num": self.iteration,
             "best_val_loss": torch.tensor(math.inf),
             "config": asdict(self._train_config),
-            "fastgpt": {**ckpt.kind_and_gelu(self.model), **packed(self._tokenizer)},
+            "fastgpt": {
+                **ckpt.kind_and_gelu(self.model),
+                **packed(self._tokenizer),
+                "generators": random_states(self.device),
+                "scaler": self._scaler.state_dict(),
+            },
         }
         ckpt.save(state, path)
         return path
+
+
+def _shown(figures: Figures) -> str:
+    return ", ".join(f"{key} {value:.4g}" for key, value in figures.items())

@@ -87,8 +87,8 @@ def _parse(argv: list[str], defaults: Train) -> Command:
         ]
         | Annotated[TuneConfig, tyro.conf.FlagConversionOff, tyro.conf.subcommand("tune")]
         | Annotated[SampleConfig, tyro.conf.FlagConversionOff, tyro.conf.subcommand("sample")]
-        | Annotated[RewardConfig, tyro.conf.subcommand("reward")]
-        | Annotated[RLConfig, tyro.conf.subcommand("rl")]
+        | Annotated[RewardConfig, tyro.conf.FlagConversionOff, tyro.conf.subcommand("reward")]
+        | Annotated[RLConfig, tyro.conf.FlagConversionOff, tyro.conf.subcommand("rl")]
         | Annotated[ExportConfig, tyro.conf.subcommand("export")]
         | Annotated[PlotConfig, tyro.conf.subcommand("plot")]
         | Annotated[DoctorConfig, tyro.conf.subcommand("doctor")],

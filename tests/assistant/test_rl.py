@@ -224,18 +224,38 @@ _rated = 0
 def interrupting(prompt: str, answer: str) -> float:
     global _rated
     _rated += 1
-    if _rated == 40:
+    if _rated == 90:  # in the third update
         signal.raise_signal(signal.SIGINT)
-    return 0.0
+    return share_of_a(prompt, answer)
 
 
-def test_ctrl_c_saves(tmp_path: Path) -> None:
-    run = ReinforcementLearning(config(tmp_path, reward=f"{__name__}:interrupting"), quiet())
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_ctrl_c_saves_and_the_run_goes_on(
+    tmp_path: Path, dtype: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The run that was stopped ends as the one that never was."""
+    monkeypatch.setattr(f"{__name__}._rated", 0)
+    keys: dict[str, Any] = {"dtype": dtype, "max_iters": 5, "log_interval": 1}
+    whole = ReinforcementLearning(config(tmp_path, **keys, out_dir=str(tmp_path / "w")), quiet())
+    whole.run()
+    stopped = ReinforcementLearning(
+        config(tmp_path, **keys, reward=f"{__name__}:interrupting", eval_interval=100), quiet()
+    )
     with pytest.raises(KeyboardInterrupt):
-        run.run()
+        stopped.run()
     saved = torch.load(tmp_path / "out" / "ckpt.pt", weights_only=True)
-    assert 0 < saved["iter_num"] < 8
-    assert_same(dict(saved["model"]), dict(run.stage.model.state_dict()))
+    assert saved["iter_num"] == 3
+    assert {tensor.dtype for tensor in saved["model"].values()} == {torch.float32}
+    ReinforcementLearning(config(tmp_path, **keys, resume=True), quiet()).run()
+    expected, found = (
+        torch.load(tmp_path / f / "ckpt.pt", weights_only=True) for f in ("w", "out")
+    )
+    assert_same(expected["model"], found["model"])
+    rows = [
+        [row["reward"] for row in log.read(tmp_path / name / "log.jsonl") if "reward" in row]
+        for name in ("w", "out")
+    ]
+    assert rows[0] == rows[1] and len(rows[0]) == 5
 
 
 # -- what is refused
@@ -270,6 +290,7 @@ HERE = f"reward='{__name__}"
         ({"init_from": "BASE"}, "init_from must be the folder of a model trained on dialogues"),
         ({"dataset": "nowhere.jsonl"}, "dataset must be a JSONL file, but there is no file"),
         ({"val_dataset": "nowhere.jsonl"}, "val_dataset must be a JSONL file"),
+        ({"resume": True}, "there is no checkpoint"),
         ({"max_new_tokens": 14}, "line 1 of the input"),
         ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
         ({"learning_rate": math.nan}, "learning_rate must be at least 0, got nan"),
