@@ -17,6 +17,7 @@ from fastgpt.model import GPT, published_name
 from fastgpt.tokenizer import (
     TOKENIZER_FILES,
     CharTokenizer,
+    ChatTokenizer,
     GPT2Tokenizer,
     Tokenizer,
     tokenizer_in,
@@ -252,12 +253,16 @@ def round_matrices(model: LanguageModel, dtype: torch.dtype) -> None:
 
 def start_ids(tokenizer: Tokenizer) -> list[int]:
     """The ids of a line feed, with which a text starts by default; token 0 if the vocabulary has
-    none, as that of a text in one line.
+    none, as that of a text in one line. A dialogue starts with its own token.
     """
+    if isinstance(tokenizer, ChatTokenizer):
+        return [tokenizer.begin]
     return (tokenizer.encode(_DEFAULT_START) if _has_line_feed(tokenizer) else []) or [0]
 
 
 def _has_line_feed(tokenizer: Tokenizer) -> bool:
+    if isinstance(tokenizer, ChatTokenizer):
+        return False
     return not isinstance(tokenizer, CharTokenizer) or _DEFAULT_START in tokenizer.stoi
 
 

@@ -68,7 +68,11 @@ class DialogueSource(Source):
     def tokens(
         self, piece: Piece, tokenizer: Tokenizer, end: int | None
     ) -> npt.NDArray[np.integer[Any]]:
-        assert isinstance(piece, Dialogue) and isinstance(tokenizer, ChatTokenizer)
+        assert isinstance(piece, Dialogue)
+        if not isinstance(tokenizer, ChatTokenizer):
+            raise TypeError(
+                f"tokenizer must be a ChatTokenizer for dialogues, got {tokenizer.name}"
+            )
         try:
             return template.encode(tokenizer, piece.messages)[0]
         except ValueError as error:

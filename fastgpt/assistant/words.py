@@ -1,6 +1,6 @@
 """A tiny assistant's data: a text about words to train a base model on, and dialogues about words.
 
-    python -m fastgpt.assistant.words data/words
+    python -m fastgpt.assistant.words words
 
 writes ``base.txt``, ``train.jsonl``, ``pairs.jsonl`` and ``heldout.jsonl``. The words are random
 letters; those of the held-out dialogues are in none of the other files. The text has questions too,

@@ -33,7 +33,7 @@ def run_sample(config: SampleConfig, console: Console, errors: Console) -> None:
         _dialogue(sampler, console, errors)
         return
     if config.chat:
-        _chat(Chat(sampler, config.system), console, errors)
+        _chat(Chat(sampler, config.system), config.seed, console, errors)
         return
     if config.dialogues:
         _exact_matches(sampler, console)
@@ -79,7 +79,8 @@ def _print_pieces(pieces: Iterable[str], console: Console) -> None:
     console.out("")
 
 
-def _chat(chat: Chat, console: Console, errors: Console) -> None:
+def _chat(chat: Chat, seed: int, console: Console, errors: Console) -> None:
+    torch.manual_seed(seed)
     for line in _lines("> "):
         if line.strip() == _EXIT:
             return

@@ -25,16 +25,24 @@ from fastgpt.model import GPT, published_name
 from fastgpt.tokenizer import (
     END_OF_TEXT,
     CharTokenizer,
+    ChatTokenizer,
     GPT2Tokenizer,
     JsonTokenizer,
     Tokenizer,
     saved_tokenizer,
     tokenizer_in,
 )
+from fastgpt.tokenizer.chat import SPECIAL_TOKENS
 from fastgpt.tokenizer.subword import byte_of_character
 from fastgpt.training import checkpoint as ckpt
 from fastgpt.training import checkpoint_folder
 
+# ``assistant.template`` in the language of transformers' apply_chat_template.
+CHAT_TEMPLATE = (
+    "<|dialogue|>{% for message in messages %}"
+    "<|{{ message['role'] }}|>{{ message['content'] }}<|end|>"
+    "{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
 _DEFAULT_NAMES = {"hf": "hf", "safetensors": "model.safetensors", "nanogpt": "nanogpt"}
 _NANOGPT_KEYS = ("optimizer", "iter_num", "best_val_loss", "config")
 
@@ -196,6 +204,8 @@ def _write_tokenizer(source: _Source, folder: Path) -> int | None:
     Raises ValueError if there is no tokenizer, or one that transformers cannot read.
     """
     tokenizer = source.find_tokenizer()
+    if tokenizer is None:
+        raise ValueError(f"there is none beside {source.name}")
     path = folder / JsonTokenizer.FILE
     facts: dict[str, Any] = {
         "tokenizer_class": "PreTrainedTokenizerFast",
@@ -203,22 +213,34 @@ def _write_tokenizer(source: _Source, folder: Path) -> int | None:
         "clean_up_tokenization_spaces": False,
     }
     end: int | None = None
-    if isinstance(tokenizer, CharTokenizer):
-        path.write_text(_of_characters(tokenizer).to_str(pretty=True), encoding="utf-8")
-    elif isinstance(tokenizer, GPT2Tokenizer):
-        end = tokenizer.end_of_text
-        path.write_text(_of_byte_pairs(tokenizer).to_str(pretty=True), encoding="utf-8")
-    elif isinstance(tokenizer, JsonTokenizer):
-        end = tokenizer.end_of_text
-        tokenizer.save(path)
-    elif tokenizer is None:
-        raise ValueError(f"there is none beside {source.name}")
+    base = tokenizer.base if isinstance(tokenizer, ChatTokenizer) else tokenizer
+    if isinstance(base, CharTokenizer):
+        path.write_text(_of_characters(base).to_str(pretty=True), encoding="utf-8")
+    elif isinstance(base, GPT2Tokenizer):
+        end = base.end_of_text
+        path.write_text(_of_byte_pairs(base).to_str(pretty=True), encoding="utf-8")
+    elif isinstance(base, JsonTokenizer):
+        end = base.end_of_text
+        base.save(path)
     else:
         raise ValueError(f"{tokenizer.name} has no form that transformers reads")
+    if isinstance(tokenizer, ChatTokenizer):
+        end = tokenizer.end
+        _add_special_tokens(path)
+        facts["chat_template"] = CHAT_TEMPLATE
     if end is not None:
         facts["bos_token"] = facts["eos_token"] = tokenizer.decode([end])
     (folder / "tokenizer_config.json").write_text(json.dumps(facts, indent=2) + "\n")
     return end
+
+
+def _add_special_tokens(path: Path) -> None:
+    """Add the tokens of dialogues to a ``tokenizer.json``, behind its vocabulary."""
+    tokenizers = optional("tokenizers", "the exported tokenizer", "hf")
+    json_form = tokenizers.Tokenizer.from_file(str(path))
+    added = [tokenizers.AddedToken(name, normalized=False) for name in SPECIAL_TOKENS]
+    json_form.add_special_tokens(added)
+    path.write_text(json_form.to_str(pretty=True), encoding="utf-8")
 
 
 def _of_characters(tokenizer: CharTokenizer) -> Any:

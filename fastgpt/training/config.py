@@ -37,7 +37,7 @@ class Output:
     keep_last: int = 2
     # scratch, resume (from out_dir), or pretrained weights: gpt2, gpt2-medium, gpt2-large, gpt2-xl,
     # distilgpt2, or the path of a folder or .safetensors file that transformers or `fastgpt export`
-    # wrote.
+    # wrote, or of another run's folder, whose best (or newest) weights are taken.
     init_from: str = "scratch"
 
 

@@ -7,11 +7,13 @@ from typing import Any
 
 import pytest
 
+from fastgpt.assistant import template
 from fastgpt.assistant.chat import Chat
 from fastgpt.assistant.dialogues import DialogueSource
 from fastgpt.assistant.words import Dialogue, write_dialogues
 from fastgpt.cli import main as cli
 from fastgpt.data.prepare import prepare
+from fastgpt.interop.export import ExportConfig, export
 from fastgpt.sampler import Sampler
 from fastgpt.tokenizer import CharTokenizer, ChatTokenizer
 from fastgpt.training.config import SampleConfig
@@ -125,6 +127,25 @@ def test_the_names_of_the_tokens_in_a_plain_prompt(sample: Any) -> None:
     start = "<|dialogue|><|user|>ping<|end|><|assistant|>"
     out, _ = sample(f"--start={start}", "--stop=<|end|>", "--num_samples=1", "--json")
     assert json.loads(out)["completion"] == "pong"
+    out, _ = sample("--num_samples=1", "--max_new_tokens=3", "--json")
+    assert json.loads(out)["prompt"] == "<|dialogue|>"
+
+
+def test_exported_for_others_and_for_ourselves(root: Path, tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers", reason="the extra hf")
+    out_dir, own = str(root / "out"), chat_of(root)._tokenizer
+    written = export(ExportConfig(to="hf", out_dir=out_dir, output=tmp_path / "hf"))
+    assert [note for note in written.notes if "tokenizer" in note] == []
+    theirs = transformers.AutoTokenizer.from_pretrained(written.path, local_files_only=True)
+    dialogue = [SYSTEM, *PING, MORE[0]]
+    ids = theirs.apply_chat_template(dialogue, add_generation_prompt=True, return_dict=False)
+    assert ids == template.prompt(own, dialogue)
+    whole = theirs.apply_chat_template(dialogue[:3], return_dict=False)
+    assert whole == template.encode(own, dialogue[:3])[0].tolist()
+    assert theirs.decode(whole) == own.decode(whole) and theirs.eos_token_id == own.end
+    path = tmp_path / "model.safetensors"
+    export(ExportConfig(to="safetensors", out_dir=out_dir, output=path))
+    assert "".join(chat_of(root, init_from=str(path)).say("ping")) == "pong"
 
 
 def test_wrong_arguments(sample: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -53,6 +53,8 @@ def test_a_data_set_of_whole_dialogues(tmp_path: Path) -> None:
         mine = [dialogue for dialogue in whole if dialogue in text]
         assert "".join(mine) == text and len(mine) == manifest.splits[split].documents
     # the base's own text can be prepared for the same vocabulary, and is no data set of dialogues
+    with pytest.raises(TypeError, match="tokenizer must be a ChatTokenizer for dialogues, got ch"):
+        prepare(DialogueSource(tmp_path / "d.jsonl"), CHAT.base, tmp_path / "other")
     (tmp_path / "base.jsonl").write_text('{"text": "abba"}\n{"text": "baab"}\n')
     argv = ["prepare", f"--input={tmp_path / 'base.jsonl'}", f"--tokenizer={folder}"]
     assert cli.main([*argv, f"--out_dir={tmp_path / 'base'}", "--val_share=0.5"]) == 0
