@@ -2,9 +2,9 @@
 
     python -m fastgpt.assistant.words words
 
-writes ``base.txt``, ``train.jsonl`` and ``heldout.jsonl``. The words are random letters; those of
-the held-out dialogues are in neither of the other files. The text has questions too, but never an
-answer behind one.
+writes ``base.txt``, ``train.jsonl``, ``pairs.jsonl`` and ``heldout.jsonl``. The words are random
+letters; those of the held-out dialogues are in none of the other files. The text has questions too,
+but never an answer behind one. A pair is a dialogue with a right answer and a nearly right one.
 """
 
 import argparse
@@ -12,7 +12,7 @@ import json
 import random
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from fastgpt._files import atomic_write, check_folder
 
@@ -37,15 +37,19 @@ _QUESTION_SHARE = 0.2  # of the text's lines
 
 
 class Words(NamedTuple):
-    """The text of a base model, and the dialogues to train and to measure an assistant with."""
+    """The text of a base model, the dialogues to train and to measure an assistant with, and pairs
+    of answers, for ``fastgpt reward``."""
 
     base: str
     train: list[Dialogue]
     heldout: list[Dialogue]
+    pairs: list[dict[str, Any]]
 
 
-def words(seed: int = 0, lines: int = 60000, train: int = 2000, heldout: int = 300) -> Words:
-    """The data of ``seed``: a text of so many ``lines``, and so many dialogues."""
+def words(
+    seed: int = 0, lines: int = 60000, train: int = 2000, heldout: int = 300, pairs: int = 6000
+) -> Words:
+    """The data of ``seed``: a text of so many ``lines``, so many dialogues, and so many pairs."""
     draw = random.Random(seed)
     kept = [_word(draw) for _ in range(heldout)]
     left_out = set(kept)
@@ -58,6 +62,7 @@ def words(seed: int = 0, lines: int = 60000, train: int = 2000, heldout: int = 3
         "".join(_line(draw, known()) + "\n" for _ in range(lines)),
         [_dialogue(draw, known()) for _ in range(train)],
         [_dialogue(draw, word) for word in kept],
+        [_pair(draw, _dialogue(draw, known())) for _ in range(pairs)],
     )
 
 
@@ -85,15 +90,43 @@ def _dialogue(draw: random.Random, word: str) -> Dialogue:
     ]
 
 
+def _pair(draw: random.Random, dialogue: Dialogue) -> dict[str, Any]:
+    """The rejected answer has one letter too few, too many, or another one."""
+    right = dialogue[-1]["content"]
+    place, letter = draw.randrange(len(right)), draw.choice(_LETTERS)
+    letter = letter.upper() if right.isupper() else letter
+    behind = draw.choice((right[place:], right[place + 1 :], right[place + 1 :]))
+    wrong = right[:place] + draw.choice(("", letter)) + behind
+    if wrong == right:
+        return _pair(draw, dialogue)
+    return {"messages": dialogue[:-1], "chosen": right, "rejected": wrong}
+
+
+def exact(prompt: str, answer: str) -> float:
+    """A reward for ``fastgpt rl``: 1 for the right answer, else 0."""
+    question, *more = prompt.split("\n")
+    for task in _TASKS:
+        before, behind = task.question.split("{}")
+        if question.startswith(before) and question.endswith(behind):
+            word = question.removeprefix(before).removesuffix(behind)
+            asked = [task, *(other for other in _TASKS if other.follow_up in more)][-1]
+            return float(answer == asked.answer(word))
+    raise ValueError(f"{question!r} is no question about a word")
+
+
 def write_dialogues(dialogues: Iterable[Dialogue], path: Path) -> None:
     """Write a ``.jsonl`` for ``fastgpt prepare --dialogues``, atomically."""
+    _write_lines(({"messages": dialogue} for dialogue in dialogues), path)
+
+
+def _write_lines(rows: Iterable[dict[str, Any]], path: Path) -> None:
     with atomic_write(path) as file:
-        file.writelines((json.dumps({"messages": d}) + "\n").encode() for d in dialogues)
+        file.writelines((json.dumps(row) + "\n").encode() for row in rows)
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Write a tiny assistant's data.")
-    parser.add_argument("out_dir", type=Path, help="folder of base.txt, train.jsonl, heldout.jsonl")
+    parser.add_argument("out_dir", type=Path, help="folder to write the files to")
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args(argv)
     check_folder(given.out_dir)
@@ -103,7 +136,8 @@ def main(argv: list[str] | None = None) -> None:
         file.write(data.base.encode())
     write_dialogues(data.train, given.out_dir / "train.jsonl")
     write_dialogues(data.heldout, given.out_dir / "heldout.jsonl")
-    print(f"wrote base.txt, train.jsonl, heldout.jsonl to {given.out_dir}")
+    _write_lines(data.pairs, given.out_dir / "pairs.jsonl")
+    print(f"wrote base.txt, train.jsonl, pairs.jsonl, heldout.jsonl to {given.out_dir}")
 
 
 if __name__ == "__main__":

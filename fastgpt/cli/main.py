@@ -13,7 +13,10 @@ from rich.console import Console
 
 import fastgpt
 from fastgpt._progress import escape_unprintable
+from fastgpt.assistant.reward import RewardConfig
+from fastgpt.assistant.rl import RLConfig
 from fastgpt.cli.arguments import normalized
+from fastgpt.cli.assistant import run_reward, run_rl
 from fastgpt.cli.doctor import DoctorConfig, doctor
 from fastgpt.cli.ladder import LadderConfig, run_ladder
 from fastgpt.cli.plot import PlotConfig, plot
@@ -59,6 +62,8 @@ Command = (
     | Train
     | TuneConfig
     | SampleConfig
+    | RewardConfig
+    | RLConfig
     | ExportConfig
     | PlotConfig
     | LadderConfig
@@ -72,6 +77,8 @@ _COMMANDS: dict[str, tuple[type, ...]] = {
     "train": (Train, TrainConfig),
     "tune": (TuneConfig,),
     "sample": (SampleConfig,),
+    "reward": (RewardConfig,),
+    "rl": (RLConfig,),
     "export": (ExportConfig,),
     "plot": (PlotConfig,),
     "ladder": (LadderConfig,),
@@ -88,6 +95,8 @@ def _parse(argv: list[str], defaults: Train) -> Command:
         ]
         | Annotated[TuneConfig, tyro.conf.FlagConversionOff, tyro.conf.subcommand("tune")]
         | Annotated[SampleConfig, tyro.conf.FlagConversionOff, tyro.conf.subcommand("sample")]
+        | Annotated[RewardConfig, tyro.conf.FlagConversionOff, tyro.conf.subcommand("reward")]
+        | Annotated[RLConfig, tyro.conf.FlagConversionOff, tyro.conf.subcommand("rl")]
         | Annotated[ExportConfig, tyro.conf.subcommand("export")]
         | Annotated[PlotConfig, tyro.conf.subcommand("plot")]
         | Annotated[LadderConfig, tyro.conf.FlagConversionOff, tyro.conf.subcommand("ladder")]
@@ -172,6 +181,10 @@ def main(argv: list[str] | None = None) -> int:
             run_train_tokenizer(command, console)
         elif isinstance(command, TuneConfig):
             return run_tune(command, console)
+        elif isinstance(command, RewardConfig):
+            run_reward(command, console)
+        elif isinstance(command, RLConfig):
+            run_rl(command, console)
         elif isinstance(command, ExportConfig):
             _export(command, console)
         elif isinstance(command, PlotConfig):

@@ -9,18 +9,32 @@ from fastgpt._optional import optional
 from fastgpt.training import log
 
 _CURVES = "curves.png"
-# key in the log → title and unit of its panel
+# key in the log → title and unit of its panel, for each kind of run; the first key tells the kind
 _PANELS = {
     "loss": "training loss (nats per token; dots: evaluated)",
     "val/loss": "validation loss (nats per token)",
     "lr": "learning rate",
     "tokens_per_second": "tokens per second",
 }
+_REWARD_PANELS = {
+    "pair_loss": "training loss (nats per pair; dots: held out)",
+    "val/accuracy": "held-out pairs rated in the right order",
+    "val/margin": "held-out margin (chosen - rejected)",
+    "lr": "learning rate",
+}
+_RL_PANELS = {
+    "reward": "mean reward (dots: held out, likeliest tokens)",
+    "kl": "divergence from the start (nats per token)",
+    "length": "tokens of an answer",
+    "val/match": "held-out answers that match",
+}
+# Figures of single updates are noisy: these evaluations are drawn over them.
+_OVER = {"loss": "train/loss", "pair_loss": "val/pair_loss", "reward": "val/reward"}
 
 
 @dataclass(frozen=True, kw_only=True)
 class PlotConfig:
-    """Draw learning curves as PNG: losses, learning rate, tokens per second."""
+    """Draw learning curves as PNG: of losses and speed, or of what `reward` and `rl` report."""
 
     # Folders of the runs to compare.
     folders: tuple[Path, ...] = (Path("out"),)
@@ -51,7 +65,9 @@ def draw(runs: dict[str, list[log.Row]]) -> Any:
     matplotlib_figure = optional("matplotlib.figure", "plot", "log")
     figure = matplotlib_figure.Figure(figsize=(11, 7), layout="constrained")
     panels = figure.subplots(2, 2, sharex=True).flat
-    for axes, (key, title) in zip(panels, _PANELS.items(), strict=True):
+    keys = {key for rows in runs.values() for row in rows for key in row}
+    kinds = (kind for kind in (_RL_PANELS, _REWARD_PANELS) if next(iter(kind)) in keys)
+    for axes, (key, title) in zip(panels, next(kinds, _PANELS).items(), strict=True):
         for number, (name, rows) in enumerate(runs.items()):
             _draw(axes, rows, key, f"C{number}", _label(name, rows))
         axes.set_title(title)
@@ -83,14 +99,13 @@ def _points(rows: list[log.Row], key: str) -> tuple[list[int], list[float]]:
 
 def _draw(axes: Any, rows: list[log.Row], key: str, colour: str, label: str) -> None:
     x, y = _points(rows, key)
-    if key == "val/loss":
+    if key.startswith("val/"):
         axes.plot(x, y, color=colour, marker="o", markersize=3, label=label)
         return
-    # The loss of single updates is noisy, so evaluations on the same split are drawn over it.
-    noisy = key == "loss"
+    noisy = key in _OVER
     axes.plot(x, y, color=colour, linewidth=1, alpha=0.4 if noisy else 1.0, label=label)
     if noisy:
-        axes.plot(*_points(rows, "train/loss"), color=colour, marker="o", markersize=3)
+        axes.plot(*_points(rows, _OVER[key]), color=colour, marker="o", markersize=3)
 
 
 def _label(name: str, rows: list[log.Row]) -> str:

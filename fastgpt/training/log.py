@@ -76,20 +76,22 @@ class RunLog:
         self, iteration: int, loss: float, lr: float, tokens_per_second: float, mfu: float | None
     ) -> None:
         """The loss of one update and the speed since the last report; ``mfu`` in [0, 1]."""
-        row = {"iter": iteration, "loss": loss, "lr": lr, "tokens_per_second": tokens_per_second}
-        self._write(row if mfu is None else {**row, "mfu": 100 * mfu})
+        row = {"loss": loss, "lr": lr, "tokens_per_second": tokens_per_second}
+        self.write(iteration, **(row if mfu is None else {**row, "mfu": 100 * mfu}))
 
     def evaluation(
         self, iteration: int, train: float, val: float, lr: float, mfu: float | None
     ) -> None:
         """The mean losses of both splits before the update ``iteration``."""
-        row = {"iter": iteration, "train/loss": train, "val/loss": val, "lr": lr}
+        row = {"train/loss": train, "val/loss": val, "lr": lr}
         row["mfu"] = -1.0 if mfu is None else 100 * mfu  # as in nanoGPT
-        self._write(row)
+        self.write(iteration, **row)
         if self._wandb is not None:
-            self._wandb.log(row)
+            self._wandb.log({"iter": iteration, **row})
 
-    def _write(self, row: Row) -> None:
+    def write(self, iteration: int, **figures: float) -> None:
+        """A row of any figures of the update ``iteration``, not to Weights & Biases."""
+        row: Row = {"iter": iteration, **figures}
         assert self._file is not None, "opened() comes first"
         finite = {k: v if math.isfinite(v) else None for k, v in row.items()}
         line = json.dumps({**finite, "time": round(time.time(), 3)}, allow_nan=False)

@@ -329,7 +329,10 @@ def test_the_builtin_corpus_is_prepared_when_it_is_missing(
         (["train", "dataset=shake"], "dataset=shake needs two dashes in front: --dataset=shake"),
         (["sample", "--json", "top_k=3"], "top_k=3 needs two dashes in front: --top_k=3"),
         (["trian"], "unknown command 'trian'; did you mean 'train'?"),
-        (["x"], "allowed: prepare, tokenizer, train, tune, sample, export, plot, doctor"),
+        (
+            ["x"],
+            "allowed: prepare, tokenizer, train, tune, sample, reward, rl, export, plot, doctor",
+        ),
         (["train", "--dropout=2"], "dropout must lie between 0 and 0.999, got 2.0"),
         (["train", "--init_from=resume"], "no ckpt.pt or iter-*.pt in out"),
         (["sample"], "there is no checkpoint out/ckpt.pt"),

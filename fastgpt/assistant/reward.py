@@ -1,0 +1,120 @@
+"""``fastgpt reward``: train a reward model on pairs of answers.
+
+A line of the data set is an object with ``messages``, a dialogue that ends with the user's turn,
+and two answers to it, ``chosen`` and ``rejected``.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastgpt._progress import PlainConsole
+from fastgpt.assistant import template
+from fastgpt.assistant.reward_model import PairLoss, RewardModel, pair_loss
+from fastgpt.assistant.stage import (
+    Figures,
+    Order,
+    Stage,
+    StageConfig,
+    held_out,
+    loaded_gpt,
+    padded,
+)
+from fastgpt.data.file_formats import in_utf8
+from fastgpt.tokenizer import ChatTokenizer
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+
+@dataclass(frozen=True, kw_only=True)
+class RewardConfig(StageConfig):
+    """Train a reward model on pairs of answers."""
+
+    # JSONL file of pairs: {"messages": [...], "chosen": "...", "rejected": "..."}
+    dataset: str
+    # Folder of ckpt.pt and log.jsonl.
+    out_dir: str = "out-reward"
+    # Pairs in a micro-batch.
+    batch_size: int = 32
+
+
+class Pair(NamedTuple):
+    prompt: tuple[int, ...]
+    chosen: list[int]  # the whole dialogue
+    rejected: list[int]
+
+
+def read_pair(tokenizer: ChatTokenizer, block_size: int, row: dict[str, Any]) -> Pair:
+    """The pair of a line. Raises ValueError naming the field."""
+    prompt = template.prompt(tokenizer, row.get("messages", []))
+    answers = []
+    for key in ("chosen", "rejected"):
+        text = row.get(key)
+        if not isinstance(text, str) or not text:
+            raise ValueError(f"{key} must be a text, not empty, got {text!r:.60}")
+        try:
+            answer = [*tokenizer.encode_array(in_utf8(text)).tolist(), tokenizer.end]
+        except ValueError as error:
+            raise ValueError(f"{key}: {error}") from error
+        if len(prompt) + len(answer) > block_size:
+            raise ValueError(
+                f"{key} must end within the model's block_size of {block_size} tokens, got "
+                f"{len(prompt) + len(answer)} with its messages"
+            )
+        answers.append(prompt + answer)
+    if answers[0] == answers[1]:
+        raise ValueError(f"rejected must differ from chosen, got {row['chosen']!r:.60} twice")
+    return Pair(tuple(prompt), *answers)
+
+
+class RewardTraining:
+    """A run of ``fastgpt reward``. Raises what the config, the data and the model raise:
+    ValueError, FileNotFoundError, NotADirectoryError.
+    """
+
+    def __init__(self, config: RewardConfig, console: "Console | PlainConsole") -> None:
+        gpt, tokenizer = loaded_gpt(config.init_from)
+        read = partial(read_pair, tokenizer, gpt.config.block_size)
+        self.train, self.val = held_out(config, read, lambda pair: pair.prompt)
+        model = RewardModel(gpt.config, gpt.gelu_approximate)
+        model.load_state_dict(gpt.state_dict(), strict=False)
+        self.stage = Stage(config, model, PairLoss, tokenizer, console)
+        self._batch_size = config.batch_size
+        self._pairs = config.batch_size * config.gradient_accumulation_steps
+        self._order = Order(len(self.train), config.seed, self._pairs * self.stage.iteration)
+        console.print(f"{len(self.train):,} pairs, {len(self.val):,} more held out")
+
+    def run(self) -> None:
+        self.stage.run(self._update, self.evaluate)
+
+    def _update(self) -> tuple[Figures, int]:
+        pairs = [self.train[i] for i in self._order.next(self._pairs)]
+        loss = self.stage.step([self._batch(part) for part in self._parts(pairs)])
+        return {"pair_loss": loss}, sum(len(pair.chosen) + len(pair.rejected) for pair in pairs)
+
+    def _parts(self, pairs: list[Pair]) -> Iterator[list[Pair]]:
+        for start in range(0, len(pairs), self._batch_size):
+            yield pairs[start : start + self._batch_size]
+
+    def _batch(self, pairs: list[Pair]) -> tuple[tuple[Tensor, Tensor], Tensor]:
+        device = self.stage.device
+        texts = [pair.chosen for pair in pairs] + [pair.rejected for pair in pairs]
+        last = torch.tensor([len(text) - 1 for text in texts], device=device)
+        return (padded(texts, 0, device), last), torch.zeros(len(pairs), device=device)
+
+    @torch.no_grad()
+    def evaluate(self) -> Figures:
+        """On the held-out pairs: mean loss, share of pairs with a positive margin, mean margin."""
+        with self.stage.autocast:
+            parts = [self.stage.loss(*self._batch(part))[0] for part in self._parts(self.val)]
+        margins = torch.cat(parts)
+        return {
+            "pair_loss": pair_loss(margins).item(),
+            "accuracy": (margins > 0).float().mean().item(),
+            "margin": margins.mean().item(),
+        }

@@ -1,0 +1,62 @@
+"""A reward model: a GPT whose last token's hidden state is weighed into one number.
+
+It learns from pairs of answers to the same prompt (Bradley & Terry 1952; Ouyang et al. 2022,
+arXiv:2203.02155): with rewards r of the two,
+
+    loss = -log(sigmoid(r_chosen - r_rejected)),  the mean over pairs
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastgpt.language_model import GPTConfig
+from fastgpt.model import GPT
+
+HEAD = "reward_head.weight"  # its name in the state dict
+
+
+class RewardModel(GPT):
+    """``GPT`` with a scalar head, without bias, on the final LayerNorm; at first every reward is 0.
+
+    In the shape comments B is the batch, T the length.
+    """
+
+    def __init__(self, config: GPTConfig, gelu: str = "none") -> None:
+        super().__init__(config, gelu=gelu)
+        self.reward_head = nn.Linear(config.n_embd, 1, bias=False)
+        nn.init.zeros_(self.reward_head.weight)
+
+    def low_precision_parameters(self) -> list[nn.Parameter]:
+        return [p for p in super().low_precision_parameters() if p is not self.reward_head.weight]
+
+    def rewards(self, idx: Tensor, last: Tensor) -> Tensor:
+        """Token ids (B, T), of which row b ends at ``last[b]`` and is padded by any ids → rewards
+        (B,), float32 at least.
+        """
+        x = self._hidden(idx)[torch.arange(len(idx), device=idx.device), last]  # (B, C)
+        weight = self.reward_head.weight
+        # Not a matrix product, which autocast would round: rewards are subtracted.
+        return (x.to(weight.dtype) * weight).sum(dim=-1)
+
+
+def pair_loss(margins: Tensor) -> Tensor:
+    """Margins r_chosen - r_rejected (B,) → the mean loss."""
+    return F.softplus(-margins).mean()
+
+
+class PairLoss(nn.Module):
+    """The loss of a micro-batch of pairs, as ``training.step.Step`` calls it."""
+
+    def __init__(self, model: RewardModel) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: tuple[Tensor, Tensor], pairs: Tensor) -> tuple[Tensor, Tensor]:
+        """``x``: what ``RewardModel.rewards`` takes, the chosen texts (B of them) before the
+        rejected ones; ``pairs`` (B,) holds anything but -1, which would not count.
+
+        Returns the margins (B,) and the mean loss.
+        """
+        chosen, rejected = self.model.rewards(*x).chunk(2)
+        return chosen - rejected, pair_loss(chosen - rejected)

@@ -1,0 +1,205 @@
+"""``fastgpt rl``: reinforcement learning of an assistant, by ``policy_loss``.
+
+A step draws ``group_size`` answers to each of its prompts, all in one batch, rates them, and makes
+one update. The fine-tuned model that the run starts from is the reference.
+"""
+
+from collections.abc import Sequence
+from copy import deepcopy
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from fastgpt._progress import PlainConsole
+from fastgpt.assistant import template
+from fastgpt.assistant.policy_loss import PolicyLoss, advantages, token_logps
+from fastgpt.assistant.scoring import Answer, Prompt, scorer
+from fastgpt.assistant.stage import (
+    Figures,
+    Order,
+    Stage,
+    StageConfig,
+    held_out,
+    loaded_gpt,
+    padded,
+)
+from fastgpt.generation import Generator, Sampling, check_finite
+from fastgpt.tokenizer import ChatTokenizer
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+# On a GPU the host looks every so many tokens whether all answers have ended.
+_LOOK_EVERY = {"cpu": 1, "cuda": 16}
+
+
+@dataclass(frozen=True, kw_only=True)
+class RLConfig(StageConfig):
+    """Reinforcement learning: answers that are rated higher become likelier."""
+
+    # What rates answers: the folder of a reward model, or module:function, which is called with the
+    # texts of a prompt, one message a line, and of an answer, and returns a number.
+    reward: str
+    # JSONL file of dialogues: {"messages": [...]}. An answer at the end is left out; it is what an
+    # answer to a held-out prompt has to match.
+    dataset: str
+    # Folder of ckpt.pt and log.jsonl.
+    out_dir: str = "out-rl"
+    # Prompts in a micro-batch.
+    batch_size: int = 8
+    # Answers drawn for each prompt.
+    group_size: int = 8
+    # Tokens of an answer, at most.
+    max_new_tokens: int = 64
+    # Weight of the divergence from the fine-tuned model.
+    kl_weight: float = 0.05
+    # The run ends when the divergence per token, in nats, is larger.
+    max_kl: float = 0.5
+    # Held-out prompts that an evaluation answers, at most.
+    eval_prompts: int = 200
+
+    def __post_init__(self) -> None:
+        for name, least in (("group_size", 2), ("max_new_tokens", 1), ("eval_prompts", 1)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
+        for name in ("kl_weight", "max_kl"):
+            if not getattr(self, name) >= 0.0:
+                raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
+
+
+def read_prompt(
+    tokenizer: ChatTokenizer, block_size: int, max_new_tokens: int, row: dict[str, Any]
+) -> Prompt:
+    """The prompt of a line. Raises ValueError naming the field."""
+    template.check(row.get("messages"))
+    messages, answer = row["messages"], None
+    if messages[-1]["role"] == "assistant":
+        *messages, last = messages
+        answer = last["content"]
+    tokens = tuple(template.prompt(tokenizer, messages))
+    if len(tokens) + max_new_tokens > block_size:
+        raise ValueError(
+            f"messages must leave room for max_new_tokens={max_new_tokens} in the model's "
+            f"block_size of {block_size} tokens, got {len(tokens)} tokens"
+        )
+    return Prompt("\n".join(message["content"] for message in messages), tokens, answer)
+
+
+class ReinforcementLearning:
+    """A run of ``fastgpt rl``. Raises what the config, the data, the models and the reward raise:
+    ValueError, ImportError, FileNotFoundError, NotADirectoryError.
+    """
+
+    def __init__(self, config: RLConfig, console: "Console | PlainConsole") -> None:
+        self.config, self._console = config, console
+        policy, self._tokenizer = loaded_gpt(config.init_from)
+        read = partial(
+            read_prompt, self._tokenizer, policy.config.block_size, config.max_new_tokens
+        )
+        self.train, val = held_out(config, read, lambda prompt: prompt.tokens)
+        self.val = val[: config.eval_prompts]
+        longest = max(len(prompt.tokens) for prompt in self.train + self.val)
+        self._capacity = longest + config.max_new_tokens
+        reference = deepcopy(policy).requires_grad_(False).eval()
+        self.stage = stage = Stage(
+            config,
+            policy,
+            partial(PolicyLoss, kl_weight=config.kl_weight),
+            self._tokenizer,
+            console,
+        )
+        self._reference = reference.to(stage.device)
+        self._score = scorer(config.reward, self._tokenizer, stage.device, stage.autocast)
+        # The weights stay where they are, as the caches and graphs of both need it.
+        self._sampler = Generator(policy, Sampling(), stage.autocast)
+        self._greedy = Generator(policy, Sampling(temperature=0.0), stage.autocast)
+        self._prompts = config.batch_size * config.gradient_accumulation_steps
+        self._order = Order(len(self.train), config.seed, self._prompts * stage.iteration)
+        console.print(f"{len(self.train):,} prompts; {len(self.val):,} held-out ones are evaluated")
+
+    def run(self) -> None:
+        self.stage.run(self._update, self.evaluate, self._stop)
+
+    def _stop(self, figures: Figures) -> str | None:
+        if figures["kl"] <= self.config.max_kl:
+            return None
+        return f"the divergence of {figures['kl']:.4g} nats per token is over max_kl"
+
+    def answers(self, prompts: Sequence[Prompt], generator: Generator) -> list[Answer]:
+        """An answer to each, drawn in one batch."""
+        device = self.stage.device
+        stops = template.stops(self._tokenizer)
+        inputs = [torch.tensor(prompt.tokens, device=device) for prompt in prompts]
+        ended = torch.zeros(len(prompts), dtype=torch.bool, device=device)
+        drawn = []
+        # The same capacity for all batches, so that cache and graph are kept.
+        room = self._capacity - max(len(row) for row in inputs)
+        for tokens in generator(inputs, room):
+            drawn.append(tokens)
+            ended |= (tokens >= stops.start) & (tokens < stops.stop)
+            look = len(drawn) % _LOOK_EVERY.get(device.type, 1) == 0
+            if len(drawn) == self.config.max_new_tokens or (look and bool(ended.all())):
+                break
+        found = []
+        for row in torch.stack(drawn, dim=1).tolist():
+            end = next((i for i, token in enumerate(row) if token in stops), len(row))
+            check_finite(row[: end + 1])
+            # A vocabulary padded for speed has ids that stand for no text.
+            ids = [token for token in row[:end] if token < stops.stop]
+            found.append(Answer(row[: end + 1], self._tokenizer.decode(ids), end < len(row)))
+        return found
+
+    def _update(self) -> tuple[Figures, int]:
+        config, stage = self.config, self.stage
+        chosen = [self.train[i] for i in self._order.next(self._prompts)]
+        prompts = [prompt for prompt in chosen for _ in range(config.group_size)]
+        answers = self.answers(prompts, self._sampler)
+        rewards = self._score(prompts, answers)
+        of_answers = advantages(rewards.view(-1, config.group_size)).flatten()
+        batches = []
+        for start in range(0, len(prompts), config.batch_size * config.group_size):
+            part = slice(start, start + config.batch_size * config.group_size)
+            rows = list(zip(prompts[part], answers[part], strict=True))
+            texts = [[*prompt.tokens, *answer.tokens] for prompt, answer in rows]
+            goals = [[-1] * (len(p.tokens) - 1) + a.tokens for p, a in rows]
+            idx = padded([text[:-1] for text in texts], 0, stage.device)
+            targets = padded(goals, -1, stage.device)
+            with torch.no_grad(), stage.autocast:
+                reference = token_logps(self._reference, idx, targets)
+            batches.append(((idx, of_answers[part], reference), targets))
+        stage.loss.kl_sum.zero_()
+        stage.step(batches)
+        n_tokens = sum(len(answer.tokens) for answer in answers)
+        figures = {
+            "reward": rewards.mean().item(),
+            "kl": stage.loss.kl_sum.item() / n_tokens,
+            "length": n_tokens / len(answers),
+            "ended": sum(answer.ended for answer in answers) / len(answers),
+        }
+        return figures, sum(map(len, texts))
+
+    def evaluate(self) -> Figures:
+        """On the held-out prompts, with the likeliest token taken: mean reward, mean length and,
+        where the data set has the answers, the share of those that are the same.
+        """
+        size = self.config.batch_size * self.config.group_size
+        answers: list[Answer] = []
+        rewards = []
+        for start in range(0, len(self.val), size):
+            part = self.val[start : start + size]
+            answers += (new := self.answers(part, self._greedy))
+            rewards.append(self._score(part, new))
+        all_rewards = torch.cat(rewards)
+        figures = {
+            "reward": all_rewards.mean().item(),
+            "length": sum(len(answer.tokens) for answer in answers) / len(answers),
+        }
+        known = [(p.answer, a) for p, a in zip(self.val, answers, strict=True) if p.answer]
+        if known:
+            figures["match"] = sum(text == a.text and a.ended for text, a in known) / len(known)
+        self._console.print(
+            f"{self.val[0].text!r} → {answers[0].text!r} (reward {all_rewards[0].item():.4g})"
+        )
+        return figures

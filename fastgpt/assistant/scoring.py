@@ -1,0 +1,127 @@
+"""What rates answers: a reward model, or a function of the user's."""
+
+import importlib
+import math
+import sys
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastgpt.assistant.reward_model import HEAD, RewardModel
+from fastgpt.assistant.stage import loaded, padded
+from fastgpt.language_model import GPTConfig
+from fastgpt.tokenizer import ChatTokenizer
+from fastgpt.training import checkpoint as ckpt
+
+_ROWS = 64  # texts that the reward model reads at a time
+
+
+class Prompt(NamedTuple):
+    text: str  # its messages' contents, one behind the other by line feeds
+    tokens: tuple[int, ...]  # of the whole dialogue, up to where an answer begins
+    answer: str | None  # the data set's
+
+
+class Answer(NamedTuple):
+    tokens: list[int]  # with that which ended it
+    text: str
+    ended: bool  # by itself, not by max_new_tokens
+
+
+# (B) prompts and their answers → rewards (B,), float32, on the model's device
+Scorer = Callable[[Sequence[Prompt], Sequence[Answer]], Tensor]
+
+
+def scorer(
+    source: str,
+    tokenizer: ChatTokenizer,
+    device: torch.device,
+    autocast: AbstractContextManager[object],
+) -> Scorer:
+    """By the key ``reward``: the reward model in a folder, or the function ``module:function``.
+
+    Raises ValueError, ImportError or FileNotFoundError naming the key. The scorer raises ValueError
+    where the function fails or returns anything but a finite number.
+    """
+    module, colon, name = source.partition(":")
+    if colon and not Path(source).exists():
+        return _by_function(source, _imported(source, module, name), device)
+    return _by_model(_reward_model(source, tokenizer).to(device), device, autocast)
+
+
+def _imported(source: str, module: str, name: str) -> Callable[[str, str], Any]:
+    sys.path.insert(0, "")  # the installed command does not look into the current folder
+    try:
+        function = getattr(importlib.import_module(module), name, None)
+    except Exception as error:  # whatever the user's module does
+        raise ValueError(f"reward={source!r} cannot be imported: {_in_one_line(error)}") from error
+    finally:
+        sys.path.remove("")
+    if not callable(function):
+        raise ValueError(f"reward={source!r}: {module} has no function {name!r}")
+    return function  # type: ignore[no-any-return]
+
+
+def _by_function(source: str, function: Callable[[str, str], Any], device: torch.device) -> Scorer:
+    def rate(prompt: str, answer: str) -> float:
+        call = f"reward={source!r} with prompt {prompt!r:.80} and answer {answer!r:.80}"
+        try:
+            reward = function(prompt, answer)
+        except Exception as error:  # whatever the user's function does
+            raise ValueError(f"{call} failed: {_in_one_line(error)}") from error
+        try:
+            number = float(reward)
+        except (TypeError, ValueError):
+            number = math.nan
+        if not math.isfinite(number):
+            raise ValueError(f"{call} must return a finite number, got {reward!r:.80}")
+        return number
+
+    def score(prompts: Sequence[Prompt], answers: Sequence[Answer]) -> Tensor:
+        rewards = [rate(p.text, a.text) for p, a in zip(prompts, answers, strict=True)]
+        return torch.tensor(rewards, dtype=torch.float32, device=device)
+
+    return score
+
+
+def _in_one_line(error: Exception) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())
+
+
+def _reward_model(source: str, tokenizer: ChatTokenizer) -> RewardModel:
+    checkpoint, its_tokenizer, path = loaded(source, "reward")
+    if HEAD not in checkpoint["model"]:
+        raise ValueError(
+            f"reward must be the folder of a reward model, which `fastgpt reward` trains, or "
+            f"module:function, but {path} holds a language model"
+        )
+    if its_tokenizer.fingerprint != tokenizer.fingerprint:
+        raise ValueError(f"reward={source!r} was trained on other tokens than those of init_from")
+    args = {**checkpoint["model_args"], "dropout": 0.0}
+    model = RewardModel(GPTConfig(**args), ckpt.own_state(checkpoint)["gelu"])
+    model.load_state_dict(checkpoint["model"])
+    return model.requires_grad_(False).eval()
+
+
+def _by_model(
+    model: RewardModel, device: torch.device, autocast: AbstractContextManager[object]
+) -> Scorer:
+    block_size = model.config.block_size
+
+    @torch.no_grad()
+    def score(prompts: Sequence[Prompt], answers: Sequence[Answer]) -> Tensor:
+        pairs = zip(prompts, answers, strict=True)
+        texts = [[*prompt.tokens, *answer.tokens][-block_size:] for prompt, answer in pairs]
+        rewards = []
+        for start in range(0, len(texts), _ROWS):
+            part = texts[start : start + _ROWS]
+            last = torch.tensor([len(text) - 1 for text in part], device=device)
+            with autocast:
+                rewards.append(model.rewards(padded(part, 0, device), last))
+        return torch.cat(rewards).float()
+
+    return score

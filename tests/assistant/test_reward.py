@@ -1,0 +1,148 @@
+"""The reward model: its loss, its runs, its folder, what is refused."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from fastgpt.__main__ import main
+from fastgpt.assistant.reward import RewardConfig, RewardTraining
+from fastgpt.assistant.reward_model import HEAD, PairLoss, RewardModel
+from fastgpt.assistant.scoring import Answer, Prompt, scorer
+from fastgpt.assistant.stage import padded
+from fastgpt.training import log
+from tests.tools.small_assistants import (
+    LETTERS,
+    first_gradient,
+    folder_of,
+    questions,
+    small_gpt,
+    tokenizer,
+    written,
+)
+from tests.tools.small_runs import assert_same, quiet
+
+CPU = torch.device("cpu")
+
+
+def small_model(**changes: Any) -> RewardModel:
+    gpt = small_gpt(**changes)
+    model = RewardModel(gpt.config)
+    model.load_state_dict(gpt.state_dict(), strict=False)
+    torch.nn.init.normal_(model.reward_head.weight)
+    return model
+
+
+def test_the_loss_of_padded_rows_is_that_of_each_alone() -> None:
+    model = small_model()
+    chosen, rejected = [[1, 2, 3], [4]], [[3, 2], [5, 6, 7, 1, 2]]
+    expected = []
+    for good, bad in zip(chosen, rejected, strict=True):
+        rewards = [
+            model.reward_head(model._hidden(torch.tensor([text]))[0, -1]).item()
+            for text in (good, bad)
+        ]
+        expected.append(rewards[0] - rewards[1])
+    texts = chosen + rejected
+    last = torch.tensor([len(text) - 1 for text in texts])
+    for filler in (0, 7):
+        margins, loss = PairLoss(model)((padded(texts, filler, CPU), last), torch.zeros(2))
+        torch.testing.assert_close(margins, torch.tensor(expected))
+        plain = -sum(math.log(1 / (1 + math.exp(-margin))) for margin in expected) / 2
+        assert loss.item() == pytest.approx(plain, rel=1e-5)
+
+
+def config(root: Path, **changes: Any) -> RewardConfig:
+    """Pairs of which the rejected answer has an h."""
+    root.mkdir(exist_ok=True)
+    if not (root / "tuned").exists():
+        folder_of(root / "tuned", small_gpt(dropout=0.1))
+    rows = [
+        {**question, "chosen": LETTERS[i % 7], "rejected": LETTERS[i % 5] + "h"}
+        for i, question in enumerate(questions())
+    ]
+    keys: dict[str, Any] = {
+        "init_from": str(root / "tuned"),
+        "dataset": written(root / "pairs.jsonl", rows),
+        "out_dir": str(root / "out"),
+        "max_iters": 30,
+        "batch_size": 8,
+        "learning_rate": 1e-2,
+        "eval_interval": 10,
+        "device": "cpu",
+    }
+    return RewardConfig(**{**keys, **changes})
+
+
+def test_a_run_learns_and_its_folder_rates_answers(tmp_path: Path) -> None:
+    run = RewardTraining(config(tmp_path), quiet())
+    assert (len(run.train), len(run.val)) == (18, 2)
+    assert run.evaluate() == {"pair_loss": pytest.approx(math.log(2)), "accuracy": 0, "margin": 0}
+    run.run()
+    assert run.evaluate()["accuracy"] == 1.0 and run.evaluate()["margin"] > 1.0
+    rows = log.read(tmp_path / "out" / "log.jsonl")
+    assert [row["iter"] for row in rows if "val/accuracy" in row] == [0, 10, 20, 30]
+    assert all("pair_loss" in row for row in rows if "lr" in row)
+
+    score = scorer(str(tmp_path / "out"), tokenizer(), CPU, run.stage.autocast)
+    pair = run.val[0]
+    prompt = Prompt("", pair.prompt, None)
+    answers = [Answer(text[len(pair.prompt) :], "", True) for text in (pair.chosen, pair.rejected)]
+    good, bad = score([prompt, prompt], answers).tolist()
+    assert good - bad == pytest.approx(run.stage.loss(*run._batch([pair]))[0].item(), rel=1e-4)
+
+
+def test_micro_batches_and_the_seed(tmp_path: Path) -> None:
+    """Eight pairs at once and in micro-batches of one have the same gradient. A second run has the
+    same weights; another seed gives another gradient."""
+    runs, gradients = [], []
+    for changes in (
+        {"batch_size": 8},
+        {"batch_size": 8},
+        {"batch_size": 1, "gradient_accumulation_steps": 8},
+        {"batch_size": 8, "seed": 1},
+    ):
+        runs.append(RewardTraining(config(tmp_path, max_iters=3, **changes), quiet()))
+        torch.nn.init.ones_(runs[-1].stage.model.get_parameter(HEAD))
+        gradients.append(first_gradient(runs[-1]))
+    assert_same(runs[0].stage.model.state_dict(), runs[1].stage.model.state_dict())
+    torch.testing.assert_close(gradients[0], gradients[2], rtol=1e-4, atol=1e-6)
+    assert not torch.allclose(gradients[0], gradients[3], rtol=1e-4, atol=1e-6)
+
+
+GOOD: dict[str, Any] = {
+    "messages": [{"role": "user", "content": "ab"}],
+    "chosen": "a",
+    "rejected": "b",
+}
+
+
+@pytest.mark.parametrize(
+    "row, message",
+    [
+        ("[", "pairs.jsonl is not JSON"),
+        ("3", "pairs.jsonl must be a JSON object"),
+        ({**GOOD, "chosen": 3}, "chosen must be a text, not empty, got 3"),
+        ({k: v for k, v in GOOD.items() if k != "rejected"}, "rejected must be a text"),
+        ({**GOOD, "rejected": "a"}, "rejected must differ from chosen, got 'a' twice"),
+        ({**GOOD, "chosen": "a" * 12}, "chosen must end within the model's block_size of 16"),
+        ({**GOOD, "messages": []}, "messages must be a list with at least one message"),
+        ({**GOOD, "messages": GOOD["messages"] * 2}, "messages[1].role must be 'assistant'"),
+        ({**GOOD, "messages": [{"role": "user", "content": "x"}]}, "messages[0].content: "),
+        ({**GOOD, "chosen": "x"}, "chosen: "),
+    ],
+)
+def test_a_bad_line_is_named(
+    tmp_path: Path, row: Any, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines = [json.dumps(GOOD), row if isinstance(row, str) else json.dumps(row)]
+    (tmp_path / "pairs.jsonl").write_text("\n".join(lines) + "\n")
+    tuned = folder_of(tmp_path / "tuned", small_gpt())
+    given = [f"--init_from={tuned}", f"--dataset={tmp_path / 'pairs.jsonl'}", "--device=cpu"]
+    assert main(["reward", *given]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: line 2 of the input {tmp_path}") and message in error
+    assert error.count("\n") == 1

@@ -1,0 +1,62 @@
+"""A GPT of dialogues small enough that a run of every stage takes a second, and its data."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastgpt import GPT, GPTConfig
+from fastgpt.tokenizer import CharTokenizer, ChatTokenizer, packed
+from fastgpt.training import checkpoint as ckpt
+
+LETTERS = "abcdefgh"
+
+
+def tokenizer() -> ChatTokenizer:
+    return ChatTokenizer(CharTokenizer(dict(enumerate(LETTERS))))
+
+
+def small_gpt(seed: int = 0, **changes: Any) -> GPT:
+    """Weights that are larger than those of a new model, so that answers differ."""
+    torch.manual_seed(seed)
+    sizes = dict(block_size=16, vocab_size=16, n_layer=1, n_head=2)  # three ids are padding
+    model = GPT(GPTConfig(**{**sizes, "n_embd": 16, **changes}))
+    with torch.no_grad():
+        for param in model.parameters():
+            param.add_(torch.randn_like(param), alpha=0.1)
+    return model
+
+
+def folder_of(path: Path, model: GPT, own: dict[str, Any] | None = None) -> str:
+    """A run's folder with this model; ``own`` takes the place of its tokenizer."""
+    path.mkdir()
+    kind = {**ckpt.kind_and_gelu(model), **(packed(tokenizer()) if own is None else own)}
+    saved = {"model": model.state_dict(), "model_args": ckpt.model_args(model), "fastgpt": kind}
+    ckpt.save({**saved, "iter_num": 1, "config": {}}, path / ckpt.BEST)
+    return str(path)
+
+
+def questions(count: int = 20) -> list[dict[str, Any]]:
+    """Dialogues of one to three letters, each with another question."""
+    texts = [LETTERS[i % 8] * (1 + i // 8) for i in range(count)]
+    return [{"messages": [{"role": "user", "content": text}]} for text in texts]
+
+
+def written(path: Path, rows: list[Any]) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def first_gradient(run: Any) -> torch.Tensor:
+    """Let a run make its updates; the gradient of the first one, of all parameters."""
+    found = []
+
+    def record(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        grads = [p.grad for group in optimizer.param_groups for p in group["params"]]
+        found.append(torch.cat([grad.detach().flatten() for grad in grads if grad is not None]))
+
+    run.stage._optimizer.register_step_pre_hook(record)
+    run.run()
+    assert found[0].any()
+    return found[0]
