@@ -5,6 +5,7 @@ kernels do, in the same words.
 """
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -101,16 +102,19 @@ def _scale(scale: float | None) -> None:
         raise ValueError(f"scale must be positive and finite, or None, got {scale}")
 
 
+def _int32(name: str, tensor: Any, x_name: str, x: Tensor, shape: tuple[int, ...]) -> None:
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
+    if tensor.dtype != torch.int32:
+        raise TypeError(f"{name} must be torch.int32, got {tensor.dtype}")
+    _shaped(name, tensor, shape, f"{x_name} {tuple(x.shape)}")
+    _same_device(**{x_name: x, name: tensor})
+
+
 def _doc_start(doc_start: Tensor | None, x_name: str, x: Tensor, shape: tuple[int, int]) -> None:
     """``shape``: (B, T) of x."""
-    if doc_start is None:
-        return
-    if not isinstance(doc_start, Tensor):
-        raise TypeError(f"doc_start must be a torch.Tensor, got {type(doc_start).__name__}")
-    if doc_start.dtype != torch.int32:
-        raise TypeError(f"doc_start must be torch.int32, got {doc_start.dtype}")
-    _shaped("doc_start", doc_start, shape, f"{x_name} {tuple(x.shape)}")
-    _same_device(**{x_name: x, "doc_start": doc_start})
+    if doc_start is not None:
+        _int32("doc_start", doc_start, x_name, x, shape)
 
 
 def _documents(
@@ -131,6 +135,7 @@ def attention(
     seed: Tensor | None,
     dropout_offset: int,
     doc_start: Tensor | None,
+    key_lengths: Tensor | None,
 ) -> None:
     floating(q=q, k=k, v=v)
     for name, tensor in (("q", q), ("k", k), ("v", v)):
@@ -138,10 +143,12 @@ def attention(
             raise ValueError(f"{name} must have shape (B, H, T, D), got {tuple(tensor.shape)}")
     same_dtype_and_device(q=q, k=k, v=v)
     batch, n_head, _, head_size = q.shape
-    if k.shape[:2] != (batch, n_head) or k.shape[3] != head_size:
+    n_kv_head = k.shape[1]
+    grouped = 0 < n_kv_head < n_head and n_head % n_kv_head == 0
+    if not (k.shape[0] == batch and (grouped or n_kv_head == n_head) and k.shape[3] == head_size):
         raise ValueError(
-            f"k must have shape ({batch}, {n_head}, T, {head_size}) to go with q "
-            f"{tuple(q.shape)}, got {tuple(k.shape)}"
+            f"k must have shape ({batch}, {n_head}, T, {head_size}), or a divisor of {n_head} as "
+            f"its number of heads, to go with q {tuple(q.shape)}, got {tuple(k.shape)}"
         )
     if v.shape != k.shape:
         raise ValueError(f"v must have the shape of k {tuple(k.shape)}, got {tuple(v.shape)}")
@@ -157,6 +164,10 @@ def attention(
             f"and k {tuple(k.shape)}"
         )
     _documents(doc_start, "q", q, (batch, q.shape[2]), causal)
+    if key_lengths is not None:
+        if doc_start is not None:
+            raise ValueError("key_lengths must be None together with doc_start, got a tensor")
+        _int32("key_lengths", key_lengths, "q", q, (batch,))
 
 
 def qkvpacked(

@@ -185,6 +185,7 @@ def attention(
     seed: Tensor | None = None,
     dropout_offset: int = 0,
     doc_start: Tensor | None = None,
+    key_lengths: Tensor | None = None,
 ) -> Tensor:
     """Softmax attention (Vaswani et al. 2017) by the tiles of FlashAttention-2 (Dao 2023,
     arXiv:2307.08691). Memory is linear in Tq and Tk; the backward is deterministic.
@@ -193,7 +194,9 @@ def attention(
         q: (B, H, Tq, D), D from 1 to 256; float32, float16 or bfloat16, on a CUDA device. Any
             strides; copied where D or a stride is not a multiple of 16 elements.
             Under autocast they are cast to its dtype.
-        k, v: (B, H, Tk, D), Tk at least 1; dtype and device of q, strides likewise.
+        k, v: (B, H_kv, Tk, D), Tk at least 1; dtype and device of q, strides likewise. H is a
+            multiple of H_kv: query head h uses key head h // (H / H_kv), as with ``enable_gqa`` of
+            ``F.scaled_dot_product_attention``.
         causal: query i sees the keys j <= i, counted from the start of both as in
             ``F.scaled_dot_product_attention(is_causal=True)``.
         scale: factor of q kᵀ, positive; 1 / sqrt(D) if None.
@@ -207,6 +210,11 @@ def attention(
             sequence: query i sees the keys doc_start[b, i] <= j <= i. 0 <= doc_start[b, i] <= i,
             never falling along T. The host does not read the values: with others the result is
             wrong, but nothing outside of the tensors is touched.
+        key_lengths: int32 (B,), from 0 to Tk: the keys of sequence b are the first
+            key_lengths[b]; those behind them are padding, which no query sees, whatever stands
+            there, and whose gradients are 0. Without any key the result and dq are 0. Not together
+            with doc_start. The host does not read the values: below 0 they count as 0, above Tk as
+            Tk.
 
     Returns:
         (B, H, Tq, D) of q's dtype, in the memory order of (B, Tq, H, D), with a gap behind each row
@@ -224,7 +232,11 @@ def attention(
     """
     _checks.floating(q=q, k=k, v=v)
     q, k, v = (x.to(_host.autocast_dtype(x)) for x in (q, k, v))
-    _checks.attention(q, k, v, causal, scale, dropout_p, seed, dropout_offset, doc_start)
+    _checks.attention(
+        q, k, v, causal, scale, dropout_p, seed, dropout_offset, doc_start, key_lengths
+    )
+    if key_lengths is not None or k.shape[1] != q.shape[1]:
+        raise NotImplementedError("key_lengths and grouped heads: not in the Triton kernels yet")
     _host.launchable(q=q, k=k, v=v)
     _check_head_size("q", q.shape[3])
     head_size = q.shape[3]

@@ -65,11 +65,17 @@ def attention(
     seed: Tensor | None = None,
     dropout_offset: int = 0,
     doc_start: Tensor | None = None,
+    key_lengths: Tensor | None = None,
 ) -> Tensor:
     """Attention as a masked matrix product: the (Tq, Tk) scores are all stored. Same arguments as
     ``fused.attention``; without a ``seed`` the dropout mask comes from PyTorch's generator.
     """
-    _checks.attention(q, k, v, causal, scale, dropout_p, seed, dropout_offset, doc_start)
+    _checks.attention(
+        q, k, v, causal, scale, dropout_p, seed, dropout_offset, doc_start, key_lengths
+    )
+    k, v = (each_query_head(x, q.shape[1]) for x in (k, v))
+    if key_lengths is not None:
+        k, v, visible_keys = padding_hidden(k, v, key_lengths)
     if scale is None:
         scale = 1.0 / math.sqrt(q.shape[-1])
     scores = (q @ k.transpose(-2, -1)) * scale  # (B, H, Tq, Tk)
@@ -78,8 +84,26 @@ def attention(
         if doc_start is not None:
             visible = document_mask(doc_start)
         scores = scores.masked_fill(~visible, float("-inf"))
+    if key_lengths is not None:
+        scores = scores.masked_fill(~visible_keys, float("-inf"))
     probs = torch.softmax(scores, dim=-1)
     return _dropout(probs, dropout_p, seed, dropout_offset) @ v
+
+
+def each_query_head(x: Tensor, n_head: int) -> Tensor:
+    """Keys or values (B, H_kv, T, D), repeated for the query heads that share them."""
+    return x if x.shape[1] == n_head else x.repeat_interleave(n_head // x.shape[1], dim=1)
+
+
+def padding_hidden(k: Tensor, v: Tensor, key_lengths: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """k and v with zeros in the place of padding, which may be NaN, and (B, 1, 1, Tk) of bool:
+    which keys a query sees. With a length of 0 that is the first, one of the zeros: without any
+    the softmax would be 0 / 0."""
+    keys = torch.arange(k.shape[2], device=k.device)
+    lengths = key_lengths[:, None, None, None]
+    padding = (keys >= lengths).mT  # (B, 1, Tk, 1)
+    k, v = k.masked_fill(padding, 0.0), v.masked_fill(padding, 0.0)
+    return k, v, keys < lengths.clamp(min=1)
 
 
 def document_mask(doc_start: Tensor) -> Tensor:

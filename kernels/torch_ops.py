@@ -15,7 +15,7 @@ from torch.optim.adamw import adamw as _functional_adamw
 
 from fastgpt.kernels import _checks, chunked_loss
 from fastgpt.kernels._tensors import as_matrix, autocast_dtype, unpacked
-from fastgpt.kernels.reference import document_mask, widened
+from fastgpt.kernels.reference import document_mask, each_query_head, padding_hidden, widened
 from fastgpt.kernels.reference import dropout_seed as dropout_seed
 
 
@@ -58,15 +58,24 @@ def attention(
     seed: Tensor | None = None,
     dropout_offset: int = 0,
     doc_start: Tensor | None = None,
+    key_lengths: Tensor | None = None,
 ) -> Tensor:
     """Attention by ``F.scaled_dot_product_attention``. Same arguments as ``fused.attention``, but
     PyTorch's generator alone draws the dropout mask here: a ``seed`` is refused.
     """
-    _checks.attention(q, k, v, causal, scale, dropout_p, seed, dropout_offset, doc_start)
+    _checks.attention(
+        q, k, v, causal, scale, dropout_p, seed, dropout_offset, doc_start, key_lengths
+    )
     _refuse(seed)
+    k, v = (each_query_head(x, q.shape[1]) for x in (k, v))
     if not q.numel():  # PyTorch 2.11 divides by the number of heads, and the process ends
         return q @ k.mT @ v
     visible = None if doc_start is None else document_mask(doc_start)
+    if key_lengths is not None:
+        k, v, visible = padding_hidden(k, v, key_lengths)
+        if causal:
+            lower = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril()
+            visible = visible & lower
     return F.scaled_dot_product_attention(
         q, k, v, visible, dropout_p, is_causal=causal and visible is None, scale=scale
     )
