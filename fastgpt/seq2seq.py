@@ -12,6 +12,7 @@ width ``n_embd``, H the heads and D their size, K the hypotheses of one source.
 
 import functools
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from types import ModuleType
 from typing import NamedTuple
@@ -20,8 +21,16 @@ import torch
 from torch import Tensor, nn
 
 from fastgpt import ops as default_ops
-from fastgpt.blocks import MLP, Attend, Block, CausalSelfAttention, Context, Delta, Dropout
-from fastgpt.blocks import LayerNorm
+from fastgpt.blocks import (
+    MLP,
+    Attend,
+    Block,
+    CausalSelfAttention,
+    Context,
+    Delta,
+    Dropout,
+    LayerNorm,
+)
 from fastgpt.language_model import GPTConfig, Trainable
 
 PADDING = -1  # behind the end of a shorter source or target
@@ -139,6 +148,8 @@ class Seq2Seq(Trainable):
     the decoder starts with it. ``ops`` is a module of ops, as for ``GPT``.
     """
 
+    encoder: Sequence[Block]
+    decoder: Sequence[DecoderBlock]
     positions: Tensor
 
     def __init__(self, config: Seq2SeqConfig, ops: ModuleType = default_ops) -> None:
@@ -150,9 +161,9 @@ class Seq2Seq(Trainable):
         if config.source_vocab_size is not None:
             self.source_wte = nn.Embedding(config.source_vocab_size, width)
         self.drop = nn.Dropout(config.dropout)
-        self.encoder = nn.ModuleList(Block(config, ops) for _ in blocks)
+        self.encoder = nn.ModuleList(Block(config, ops) for _ in blocks)  # type: ignore
         self.ln_encoder = LayerNorm(width, config.bias, ops)
-        self.decoder = nn.ModuleList(DecoderBlock(config, ops) for _ in blocks)
+        self.decoder = nn.ModuleList(DecoderBlock(config, ops) for _ in blocks)  # type: ignore
         self.ln_decoder = LayerNorm(width, config.bias, ops)
         # Before the factor sqrt(C), which the token embeddings get.
         table = sinusoids(config.block_size, width) / math.sqrt(width)
@@ -209,10 +220,10 @@ class Seq2Seq(Trainable):
     def empty_cache(self, n_sequences: int, n_slots: int) -> list[Tensor]:
         """For the keys and values of targets of at most ``n_slots`` tokens: for each layer
         (2, n_sequences, H, n_slots, D)."""
-        n_head, weight = self.config.n_head, self.decoder[0].attn.c_attn.weight
-        dtype = weight.dtype
-        if torch.is_autocast_enabled(weight.device.type):
-            dtype = torch.get_autocast_dtype(weight.device.type)
+        n_head, weight = self.config.n_head, self.wte.weight
+        dtype, kind = weight.dtype, weight.device.type
+        if torch.is_autocast_enabled(kind):
+            dtype = torch.get_autocast_dtype(kind)
         shape = (2, n_sequences, n_head, n_slots, self.config.n_embd // n_head)
         return [weight.new_zeros(shape, dtype=dtype) for _ in self.decoder]
 
@@ -270,7 +281,7 @@ class Seq2Seq(Trainable):
         residual: Tensor,
         memory: Memory,
         context: Context,
-        attends: list[Attend | None] | list[Attend],
+        attends: Sequence[Attend | None],
     ) -> Tensor:
         norms = [*(block.ln_1 for block in self.decoder), self.ln_decoder]
         x = norms[0](residual)

@@ -25,11 +25,11 @@ RANKS = (
     "fastgpt/tokenizer/ fastgpt/data/",
     "fastgpt/ops",
     "fastgpt/generation fastgpt/language_model",
-    "fastgpt/bigram fastgpt/blocks fastgpt/interop/huggingface fastgpt/model",
+    "fastgpt/bigram fastgpt/blocks fastgpt/interop/huggingface fastgpt/model fastgpt/seq2seq",
     "fastgpt/__init__",
     "fastgpt/tuning/",
     "fastgpt/training/",
-    "fastgpt/step fastgpt/optimizer fastgpt/sampler fastgpt/interop/",
+    "fastgpt/step fastgpt/optimizer fastgpt/sampler fastgpt/interop/ fastgpt/translation/",
     "fastgpt/cli/",
     "fastgpt/__main__",
 )
@@ -48,6 +48,7 @@ TORCH_ALONE = {
 LATE = {
     "huggingface_hub",
     "matplotlib",
+    "sacrebleu",
     "safetensors",
     "tensorboard",
     "tiktoken",

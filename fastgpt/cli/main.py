@@ -19,11 +19,13 @@ from fastgpt.cli.plot import PlotConfig, plot
 from fastgpt.cli.prepare import Prepare, TrainTokenizer, run_prepare, run_train_tokenizer, shown
 from fastgpt.cli.sample import run_sample
 from fastgpt.cli.train import Train, keys_below, run_train, train_defaults
+from fastgpt.cli.translate import TRANSLATION_MARKS, Translate, run_translate, run_translate_train
 from fastgpt.cli.tune import TuneConfig, run_tune
 from fastgpt.devices import is_native, resolve_device
 from fastgpt.interop.export import ExportConfig, export
 from fastgpt.training.config import SampleConfig, TrainConfig
 from fastgpt.training.distributed import World
+from fastgpt.translation.trainer import TranslationConfig
 
 
 def _marked(command: type, **marks: tuple[Any, ...]) -> None:
@@ -45,6 +47,8 @@ _marked(
     output=(shown("FILE.png", "curves.png in the folder; for several, here"),),
 )
 
+_marked(TranslationConfig, **TRANSLATION_MARKS)
+
 _OF_WRITING = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT, errno.EPIPE)
 
 Command = (
@@ -55,6 +59,8 @@ Command = (
     | SampleConfig
     | ExportConfig
     | PlotConfig
+    | Translate
+    | TranslationConfig
     | DoctorConfig
 )
 
@@ -67,11 +73,15 @@ _COMMANDS: dict[str, tuple[type, ...]] = {
     "sample": (SampleConfig,),
     "export": (ExportConfig,),
     "plot": (PlotConfig,),
+    "translate": (Translate,),
+    "translate train": (TranslationConfig,),
     "doctor": (DoctorConfig,),
 }
 
 
 def _parse(argv: list[str], defaults: Train) -> Command:
+    if argv[:2] == ["translate", "train"]:
+        argv = ["translate train", *argv[2:]]
     command: Command = tyro.cli(
         Annotated[Prepare, tyro.conf.FlagConversionOff, tyro.conf.subcommand("prepare")]
         | Annotated[TrainTokenizer, tyro.conf.FlagConversionOff, tyro.conf.subcommand("tokenizer")]
@@ -82,6 +92,10 @@ def _parse(argv: list[str], defaults: Train) -> Command:
         | Annotated[SampleConfig, tyro.conf.FlagConversionOff, tyro.conf.subcommand("sample")]
         | Annotated[ExportConfig, tyro.conf.subcommand("export")]
         | Annotated[PlotConfig, tyro.conf.subcommand("plot")]
+        | Annotated[Translate, tyro.conf.subcommand("translate")]
+        | Annotated[
+            TranslationConfig, tyro.conf.FlagConversionOff, tyro.conf.subcommand("translate train")
+        ]
         | Annotated[DoctorConfig, tyro.conf.subcommand("doctor")],
         prog="fastgpt",
         description="Train GPT-2-class models and sample from them. --version shows the version.",
@@ -167,6 +181,10 @@ def main(argv: list[str] | None = None) -> int:
             _export(command, console)
         elif isinstance(command, PlotConfig):
             console.print(f"wrote {plot(command)}")
+        elif isinstance(command, TranslationConfig):
+            run_translate_train(command, console)
+        elif isinstance(command, Translate):
+            run_translate(command, console)
         elif isinstance(command, DoctorConfig):
             return doctor(console)
         else:

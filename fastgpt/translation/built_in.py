@@ -7,7 +7,7 @@ Pairs = list[tuple[str, str]]
 
 _N_PAIRS = 20_000
 _LETTERS = "abcdefghijklmnopqrstuvwxyz"
-_MAX_LETTERS = 20
+_MAX_LETTERS = 12
 
 _ENGLISH = (
     "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen "
@@ -65,7 +65,7 @@ def numbers(seed: int) -> Pairs:
 
 
 def reversals(seed: int) -> Pairs:
-    """Distinct words of up to 20 random letters, and the same from behind."""
+    """Distinct words of up to 12 random letters, and the same from behind."""
     draw = random.Random(seed)
     words: set[str] = set()
     while len(words) < _N_PAIRS:

@@ -1,14 +1,12 @@
 """A trained model in a folder, as a function from texts to translations; and their scores.
 
-    translator = Translator("out-translate")
-    translator(["twenty-one"])           # ["einundzwanzig"]
+translator = Translator("out-translate")
+translator(["twenty-one"])           # ["einundzwanzig"]
 """
 
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from fastgpt._optional import optional
 from fastgpt._progress import progress_bar
@@ -42,7 +40,8 @@ def load_model(checkpoint: ckpt.Checkpoint, path: Path) -> tuple[Seq2Seq, Tokeni
     Raises ValueError naming ``path``, where the checkpoint came from.
     """
     try:
-        source, target = (unpacked(checkpoint[f"{side}_tokenizer"]) for side in ("source", "target"))
+        source = unpacked(checkpoint["source_tokenizer"])
+        target = unpacked(checkpoint["target_tokenizer"])
         if source is None or target is None:
             raise ValueError("it has no tokenizer")
         model = Seq2Seq(Seq2SeqConfig(**checkpoint["model_args"]))
