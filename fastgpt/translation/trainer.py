@@ -123,23 +123,26 @@ class TranslationConfig:
     # auto is bfloat16 on a GPU that has it, float16 on an older one, float32 elsewhere.
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
 
-    def __post_init__(self) -> None:
-        given = [key for key in ("task", "source", "pairs") if getattr(self, key) is not None]
-        if len(given) != 1 or (self.source is None) != (self.target is None):
-            raise ValueError(
-                "give one parallel text: --source and --target, or --pairs, or numbers or reverse; "
-                f"got {', '.join(given) or 'none'}"
-                + (" without target" if self.source and not self.target else "")
-                + (" with target" if self.target and not self.source else "")
-            )
-        for key in ("batch_tokens", "eval_interval", "log_interval", "warmup_iters", "max_length"):
-            if getattr(self, key) < 1:
-                raise ValueError(f"{key} must be at least 1, got {getattr(self, key)}")
-        for key in ("max_iters", "grad_clip"):
-            if getattr(self, key) < 0:
-                raise ValueError(f"{key} must be at least 0, got {getattr(self, key)}")
-        if self.learning_rate is not None and not self.learning_rate > 0:
-            raise ValueError(f"learning_rate must be positive, got {self.learning_rate}")
+
+def check(config: TranslationConfig) -> None:
+    """Raise ValueError naming a key that is out of range, its value and what is allowed. (Not when
+    it is made: what a dataclass raises then, tyro shows as a box.)"""
+    given = [key for key in ("task", "source", "pairs") if getattr(config, key) is not None]
+    if len(given) != 1 or (config.source is None) != (config.target is None):
+        raise ValueError(
+            "give one parallel text: --source and --target, or --pairs, or numbers or reverse; "
+            f"got {', '.join(given) or 'none'}"
+            + (" without target" if config.source and not config.target else "")
+            + (" with target" if config.target and not config.source else "")
+        )
+    for key in ("batch_tokens", "eval_interval", "log_interval", "warmup_iters", "max_length"):
+        if getattr(config, key) < 1:
+            raise ValueError(f"{key} must be at least 1, got {getattr(config, key)}")
+    for key in ("max_iters", "grad_clip"):
+        if getattr(config, key) < 0:
+            raise ValueError(f"{key} must be at least 0, got {getattr(config, key)}")
+    if config.learning_rate is not None and not config.learning_rate > 0:
+        raise ValueError(f"learning_rate must be positive, got {config.learning_rate}")
 
 
 def read_pairs(config: TranslationConfig) -> Pairs:
@@ -184,6 +187,7 @@ class TranslationTrainer:
     def __init__(
         self, config: TranslationConfig, console: "Console | PlainConsole | None" = None
     ) -> None:
+        check(config)
         self.config = config
         self.console = console or run_console()
         self.device = resolve_device(config.device)

@@ -1,0 +1,251 @@
+"""The encoder and decoder against ``torch.nn.Transformer``; padding, the cache, the search."""
+
+import itertools
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import fastgpt.ops
+from fastgpt.seq2seq import PADDING, Seq2Seq, Seq2SeqConfig
+from fastgpt.training.optimizer import MasterAdamW
+from fastgpt.training.step import Step
+from fastgpt.translation.search import beam_search
+
+C, H, V, SOURCE_V = 16, 2, 11, 7
+LENGTHS = ((5, 3, 1), (2, 4, 4))  # of the sources and targets of a batch
+
+
+def small(ops=fastgpt.ops, device="cpu", **changes) -> Seq2Seq:
+    """With gains and biases that are none of their initial values."""
+    sizes = dict(block_size=8, vocab_size=V, n_layer=2, n_head=H, n_embd=C)
+    torch.manual_seed(0)
+    model = Seq2Seq(Seq2SeqConfig(**{**sizes, "source_vocab_size": SOURCE_V, **changes}), ops)
+    with torch.no_grad():
+        for param in model.parameters():
+            param.add_(torch.randn_like(param), alpha=0.1)
+    return model.to(device)
+
+
+def rows(lengths: tuple[int, ...], vocab_size: int, width: int | None = None) -> Tensor:
+    """Random ids, padded to ``width``; the same ones whatever the width."""
+    found = torch.full((len(lengths), width or max(lengths)), PADDING)
+    for row, length in zip(found, lengths, strict=True):
+        draw = torch.Generator().manual_seed(length)
+        row[:length] = torch.randint(vocab_size, (length,), generator=draw)
+    return found
+
+
+def batch(device: str = "cpu") -> tuple[Tensor, Tensor]:
+    return rows(LENGTHS[0], SOURCE_V).to(device), rows(LENGTHS[1], V).to(device)
+
+
+class Plain(nn.Module):
+    """The same model on ``torch.nn.Transformer``; the rest is the paper, written out."""
+
+    def __init__(self, ours: Seq2Seq) -> None:
+        super().__init__()
+        config = ours.config
+        self.smoothing = config.label_smoothing
+        self.wte, self.source_wte = (
+            nn.Embedding.from_pretrained(table.weight.detach().clone(), freeze=False)
+            for table in (ours.wte, ours.source_wte)
+        )
+        self.transformer = nn.Transformer(
+            C, H, config.n_layer, config.n_layer, 4 * C, 0.0, "gelu",
+            batch_first=True, norm_first=True,
+        )  # fmt: skip
+        state = ours.state_dict()
+        with torch.no_grad():
+            for name, param in self.transformer.named_parameters():
+                parts = [state[part] for part in our_names(name)]
+                param.copy_(torch.cat(parts))
+
+    def embedded(self, table: nn.Embedding, ids: Tensor) -> Tensor:
+        place = torch.arange(ids.shape[1])[:, None]
+        angle = place / 10000 ** (torch.arange(0, C, 2) / C)
+        positions = torch.empty(ids.shape[1], C)
+        positions[:, 0::2], positions[:, 1::2] = angle.sin(), angle.cos()
+        return table(ids.clamp(min=0)) * math.sqrt(C) + positions
+
+    def forward(self, source: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        shifted = torch.cat((torch.full((len(target), 1), V - 1), target[:, :-1]), dim=1)
+        hidden = self.transformer(
+            self.embedded(self.source_wte, source),
+            self.embedded(self.wte, shifted),
+            tgt_mask=nn.Transformer.generate_square_subsequent_mask(target.shape[1]),
+            src_key_padding_mask=source == PADDING,
+            memory_key_padding_mask=source == PADDING,
+        )
+        logits = hidden @ self.wte.weight.t()
+        loss = F.cross_entropy(
+            logits.flatten(0, 1), target.flatten(), ignore_index=PADDING,
+            label_smoothing=self.smoothing,
+        )  # fmt: skip
+        return logits, loss
+
+
+def our_names(name: str) -> list[str]:
+    """The tensors of ours that, joined, are PyTorch's ``name``."""
+    side, *rest = name.split(".")
+    if rest[0] == "norm":
+        return [f"ln_{side}.{rest[1]}"]
+    number, layer, *kind = rest[1:]
+    norms = {"norm1": "ln_1", "norm2": "ln_2"}
+    if side == "decoder":
+        norms = {"norm1": "ln_1", "norm2": "ln_cross", "norm3": "ln_2"}
+    layers = {**norms, "linear1": "mlp.c_fc", "linear2": "mlp.c_proj"}
+    layers |= {"self_attn": "attn", "multihead_attn": "cross"}
+    ours = f"{side}.{number}.{layers[layer]}"
+    what = kind[-1].removeprefix("in_proj_")
+    if kind[0] == "out_proj":
+        return [f"{ours}.c_proj.{what}"]
+    if not kind[0].startswith("in_proj_"):
+        return [f"{ours}.{what}"]
+    parts = ["c_attn"] if layer == "self_attn" else ["c_q", "c_kv"]
+    return [f"{ours}.{part}.{what}" for part in parts]
+
+
+def test_parity_with_pytorch(ops, device):
+    """Logits, the smoothed loss and every gradient, on copied weights."""
+    ours = small(ops, device)
+    plain = Plain(ours.cpu())
+    ours.to(device)
+    source, target = batch(device)
+    logits, loss = ours(source, target, return_logits=True)
+    expected, expected_loss = plain(source.cpu(), target.cpu())
+    for got, want in ((logits, expected), (loss, expected_loss)):
+        torch.testing.assert_close(got.cpu(), want, atol=1e-5, rtol=0)
+    loss.backward()
+    expected_loss.backward()
+    grads = {name: p.grad.cpu() for name, p in ours.named_parameters()}
+    found = {
+        "wte.weight": grads.pop("wte.weight"),
+        "source_wte.weight": grads.pop("source_wte.weight"),
+    }
+    for name, param in plain.named_parameters():
+        if not name.startswith("transformer."):
+            got = found[name]
+        else:
+            parts = our_names(name.removeprefix("transformer."))
+            got = torch.cat([grads.pop(part) for part in parts])
+        torch.testing.assert_close(got, param.grad, atol=1e-5, rtol=0, msg=lambda m, n=name: n + m)
+    assert not grads  # every parameter was compared
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_padding_changes_nothing(ops, device, shared):
+    model = small(ops, device, source_vocab_size=None if shared else SOURCE_V).eval()
+    with torch.no_grad():
+        whole, _ = model(*batch(device), return_logits=True)
+        wider = rows(LENGTHS[0], SOURCE_V, 8).to(device), rows(LENGTHS[1], V, 6).to(device)
+        padded, _ = model(*wider, return_logits=True)
+        for i, (s, t) in enumerate(zip(*LENGTHS, strict=True)):
+            alone, _ = model(
+                batch(device)[0][i : i + 1, :s], batch(device)[1][i : i + 1, :t], return_logits=True
+            )
+            torch.testing.assert_close(whole[i, :t], alone[0], atol=1e-6, rtol=0)
+            torch.testing.assert_close(whole[i, :t], padded[i, :t], atol=1e-6, rtol=0)
+
+
+def greedy(model: Seq2Seq, source: Tensor, limit: int) -> list[int]:
+    """One source (S,), without a cache: a forward pass for each token."""
+    found: list[int] = []
+    while len(found) < limit:
+        target = torch.tensor([[*found, 0]], device=source.device)
+        logits, _ = model(source[None], target, return_logits=True)
+        found.append(int(logits[0, -1].argmax()))
+        if found[-1] == model.end:
+            return found[:-1]
+    return found
+
+
+@torch.no_grad()
+def test_cached_logits_and_a_beam_of_one(ops, device):
+    model = small(ops, device).eval()
+    source, target = batch(device)
+    logits, _ = model(source, target, return_logits=True)
+    memory, cache = model.encode(source), model.empty_cache(len(source), 8)
+    tokens = torch.full((len(source),), model.end, device=device)
+    for position in range(target.shape[1]):
+        step = model.decode(tokens, position, memory, cache)
+        tokens = target[:, position].clamp(min=0)
+        inside = target[:, position] != PADDING
+        torch.testing.assert_close(step[inside], logits[inside, position], atol=1e-5, rtol=0)
+    expected = [greedy(model, row[row != PADDING], 8) for row in source]
+    assert beam_search(model, source, beam=1) == expected
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("alpha", [0.0, 0.6, 3.0])
+def test_a_wide_beam_finds_the_best_of_all(alpha):
+    """Of every target of up to 3 tokens over a vocabulary of 4."""
+    model = small(vocab_size=4).eval()
+    source = rows((5, 3), SOURCE_V)
+    ends = [[*body, 3] for n in range(3) for body in itertools.product(range(3), repeat=n)]
+    cut_off = [list(body) for body in itertools.product(range(3), repeat=3)]
+    for i, found in enumerate(beam_search(model, source, 4, alpha, max_tokens=3)):
+        scores = {}
+        for target in ends + cut_off:
+            logits, _ = model(source[i : i + 1], torch.tensor([target]), return_logits=True)
+            sums = logits[0].log_softmax(-1).gather(1, torch.tensor(target)[:, None]).sum()
+            scores[tuple(target)] = sums.item() / ((5 + len(target)) / 6) ** alpha
+        best = max(scores, key=lambda target: scores[target])
+        kept = tuple(found if len(found) == 3 else [*found, 3])
+        assert scores[kept] == pytest.approx(scores[best], abs=1e-6)
+
+
+def test_beam_search_of_a_source_does_not_depend_on_its_batch():
+    model = small().eval()
+    source = rows((5, 3, 1), SOURCE_V)
+    together = beam_search(model, source, beam=3)
+    assert together == [beam_search(model, row[None, row != PADDING], beam=3)[0] for row in source]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_it_learns(device, dtype):
+    """With dropout, in each way that training holds the weights."""
+    model = small(device=device, dropout=0.1).train()
+    optimizer: torch.optim.Optimizer = model.configure_optimizers(0.0, 1e-2, (0.9, 0.98), device)
+    if dtype == torch.bfloat16:
+        optimizer = MasterAdamW(model, dtype, 0.0, 1e-2, (0.9, 0.98))
+    context = torch.autocast(device, dtype, enabled=dtype != torch.float32)
+    step = Step(model, optimizer, torch.device(device), grad_clip=1.0, autocast=context)
+    losses = [step([batch(device)], 1e-2).item() for _ in range(30)]
+    assert losses[-1] < 0.5 * losses[0]
+    with context:
+        found = beam_search(model.eval(), batch(device)[0], beam=2)
+    assert len(found) == 3 and all(0 <= token < V - 1 for row in found for token in row)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (dict(source_vocab_size=0), "source_vocab_size must be at least 1 or None, got 0"),
+        (dict(n_head=1, n_embd=15), "n_embd must be even .*, got 15"),
+        (dict(label_smoothing=1.0), r"label_smoothing must lie in \[0, 1\), got 1.0"),
+    ],
+)
+def test_refused_shapes(change, message):
+    with pytest.raises(ValueError, match=message):
+        small(**change)
+
+
+def test_refused_arguments():
+    model = small().eval()
+    with pytest.raises(ValueError, match="at most block_size 8 tokens, got 9"):
+        model(torch.zeros(1, 9, dtype=torch.int64), torch.zeros(1, 2, dtype=torch.int64))
+    source = torch.zeros(1, 2, dtype=torch.int64)
+    for options, message in (
+        (dict(beam=V + 1), r"beam must lie in \[1, 11\]"),
+        (dict(length_penalty=-1.0), r"length_penalty must lie in \[0, 10\]"),
+        (dict(max_tokens=9), r"max_tokens must lie in \[1, 8\]"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            beam_search(model, source, **options)
+    with torch.no_grad():
+        model.ln_decoder.weight.fill_(math.nan)
+    with pytest.raises(FloatingPointError):
+        beam_search(model, source)
