@@ -56,7 +56,7 @@ if TYPE_CHECKING:
 
 HELD_OUT = "held_out.tsv"
 
-_BETAS = (0.9, 0.98)  # the paper's
+BETAS = (0.9, 0.98)  # the paper's
 _MAY_CHANGE = {"resume", "out_dir", "max_iters", "eval_interval", "log_interval", "device"}
 
 
@@ -249,8 +249,8 @@ class TranslationTrainer:
     def _build_optimizer(self) -> torch.optim.Optimizer:
         peak = self.learning_rate(self.config.warmup_iters)
         if self.dtype == torch.bfloat16:
-            return MasterAdamW(self.model, self.dtype, 0.0, peak, _BETAS)
-        return self.model.configure_optimizers(0.0, peak, _BETAS, self.device.type)
+            return MasterAdamW(self.model, self.dtype, 0.0, peak, BETAS)
+        return self.model.configure_optimizers(0.0, peak, BETAS, self.device.type)
 
     def _check_same(self, saved: ckpt.Checkpoint) -> None:
         """Raise ValueError naming the first key that a resumed run may not change."""

@@ -5,10 +5,10 @@ import math
 
 import pytest
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 import fastgpt.ops
+from bench.translation import TorchTransformer, our_names
 from fastgpt.seq2seq import PADDING, Seq2Seq, Seq2SeqConfig
 from fastgpt.training.optimizer import MasterAdamW
 from fastgpt.training.step import Step
@@ -42,95 +42,20 @@ def batch(device: str = "cpu") -> tuple[Tensor, Tensor]:
     return rows(LENGTHS[0], SOURCE_V).to(device), rows(LENGTHS[1], V).to(device)
 
 
-class Plain(nn.Module):
-    """The same model on ``torch.nn.Transformer``; the rest is the paper, written out."""
-
-    def __init__(self, ours: Seq2Seq) -> None:
-        super().__init__()
-        config = ours.config
-        self.smoothing = config.label_smoothing
-        self.wte, self.source_wte = (
-            nn.Embedding.from_pretrained(table.weight.detach().clone(), freeze=False)
-            for table in (ours.wte, ours.source_wte)
-        )
-        self.transformer = nn.Transformer(
-            C, H, config.n_layer, config.n_layer, 4 * C, 0.0, "gelu",
-            batch_first=True, norm_first=True,
-        )  # fmt: skip
-        state = ours.state_dict()
-        with torch.no_grad():
-            for name, param in self.transformer.named_parameters():
-                parts = [state[part] for part in our_names(name)]
-                param.copy_(torch.cat(parts))
-
-    def embedded(self, table: nn.Embedding, ids: Tensor) -> Tensor:
-        place = torch.arange(ids.shape[1])[:, None]
-        angle = place / 10000 ** (torch.arange(0, C, 2) / C)
-        positions = torch.empty(ids.shape[1], C)
-        positions[:, 0::2], positions[:, 1::2] = angle.sin(), angle.cos()
-        return table(ids.clamp(min=0)) * math.sqrt(C) + positions
-
-    def forward(self, source: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-        shifted = torch.cat((torch.full((len(target), 1), V - 1), target[:, :-1]), dim=1)
-        hidden = self.transformer(
-            self.embedded(self.source_wte, source),
-            self.embedded(self.wte, shifted),
-            tgt_mask=nn.Transformer.generate_square_subsequent_mask(target.shape[1]),
-            src_key_padding_mask=source == PADDING,
-            memory_key_padding_mask=source == PADDING,
-        )
-        logits = hidden @ self.wte.weight.t()
-        loss = F.cross_entropy(
-            logits.flatten(0, 1), target.flatten(), ignore_index=PADDING,
-            label_smoothing=self.smoothing,
-        )  # fmt: skip
-        return logits, loss
-
-
-def our_names(name: str) -> list[str]:
-    """The tensors of ours that, joined, are PyTorch's ``name``."""
-    side, *rest = name.split(".")
-    if rest[0] == "norm":
-        return [f"ln_{side}.{rest[1]}"]
-    number, layer, *kind = rest[1:]
-    norms = {"norm1": "ln_1", "norm2": "ln_2"}
-    if side == "decoder":
-        norms = {"norm1": "ln_1", "norm2": "ln_cross", "norm3": "ln_2"}
-    layers = {**norms, "linear1": "mlp.c_fc", "linear2": "mlp.c_proj"}
-    layers |= {"self_attn": "attn", "multihead_attn": "cross"}
-    ours = f"{side}.{number}.{layers[layer]}"
-    what = kind[-1].removeprefix("in_proj_")
-    if kind[0] == "out_proj":
-        return [f"{ours}.c_proj.{what}"]
-    if not kind[0].startswith("in_proj_"):
-        return [f"{ours}.{what}"]
-    parts = ["c_attn"] if layer == "self_attn" else ["c_q", "c_kv"]
-    return [f"{ours}.{part}.{what}" for part in parts]
-
-
 def test_parity_with_pytorch(ops, device):
     """Logits, the smoothed loss and every gradient, on copied weights."""
     ours = small(ops, device)
-    plain = Plain(ours.cpu())
-    ours.to(device)
+    plain = TorchTransformer(ours)
     source, target = batch(device)
     logits, loss = ours(source, target, return_logits=True)
-    expected, expected_loss = plain(source.cpu(), target.cpu())
+    expected, expected_loss = plain.cpu()(source.cpu(), target.cpu())
     for got, want in ((logits, expected), (loss, expected_loss)):
         torch.testing.assert_close(got.cpu(), want, atol=1e-5, rtol=0)
     loss.backward()
     expected_loss.backward()
     grads = {name: p.grad.cpu() for name, p in ours.named_parameters()}
-    found = {
-        "wte.weight": grads.pop("wte.weight"),
-        "source_wte.weight": grads.pop("source_wte.weight"),
-    }
     for name, param in plain.named_parameters():
-        if not name.startswith("transformer."):
-            got = found[name]
-        else:
-            parts = our_names(name.removeprefix("transformer."))
-            got = torch.cat([grads.pop(part) for part in parts])
+        got = torch.cat([grads.pop(part) for part in our_names(name)])
         torch.testing.assert_close(got, param.grad, atol=1e-5, rtol=0, msg=lambda m, n=name: n + m)
     assert not grads  # every parameter was compared
 
