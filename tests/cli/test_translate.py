@@ -22,9 +22,8 @@ from fastgpt.translation.translator import Translator, scores
 from tests.tools.small_runs import assert_same, quiet
 
 PAIRS = [(f"{a} {b}", f"{b}-{a}") for a in "abcdefgh" for b in "stuvwxyz"]
-SMALL: dict[str, object] = dict(
-    n_layer=1, n_head=2, n_embd=16, batch_tokens=64, max_iters=12, eval_interval=5
-)
+SMALL: dict[str, object] = dict(n_layer=1, n_head=2, n_embd=16, batch_tokens=64)
+SMALL |= dict(max_iters=12, eval_interval=5)
 SMALL |= dict(log_interval=2, warmup_iters=4, held_out=6, max_length=16, device="cpu")
 
 
