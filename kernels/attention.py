@@ -67,10 +67,10 @@ def _token_major(x: Tensor) -> Tensor:
 
 @operator(
     "attention",
-    f"(Tensor q, Tensor k, Tensor v, {_OPTIONS}) -> (Tensor, Tensor)",
+    f"(Tensor q, Tensor k, Tensor v, Tensor? key_lengths, {_OPTIONS}) -> (Tensor, Tensor)",
 )
-def _attention_op(q, k, v, *options):
-    out, lse = attention_fwd(q, k, v, Options(*options))
+def _attention_op(q, k, v, key_lengths, *options):
+    out, lse = attention_fwd(q, k, v, Options(*options, key_lengths))
     return out.transpose(1, 2), lse
 
 
@@ -81,13 +81,13 @@ def _(q, *_):
 
 @operator(
     "attention_bwd",
-    "(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
+    "(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor? key_lengths, "
     f"{_OPTIONS}) -> (Tensor, Tensor, Tensor)",
 )
-def _attention_bwd_op(dout, q, k, v, out, lse, *options):
+def _attention_bwd_op(dout, q, k, v, out, lse, key_lengths, *options):
     gradients = [_token_major(x) for x in (q, k, v)]
     dout, out = dout.transpose(1, 2), out.transpose(1, 2)
-    attention_bwd(dout, q, k, v, out, lse, *gradients, Options(*options))
+    attention_bwd(dout, q, k, v, out, lse, *gradients, Options(*options, key_lengths))
     return tuple(x.transpose(1, 2) for x in gradients)
 
 
@@ -97,15 +97,15 @@ def _(dout, q, k, v, *_):
 
 
 def _setup_context(ctx, inputs, output):
-    q, k, v, seed, doc_start, *ctx.options = inputs
+    q, k, v, key_lengths, seed, doc_start, *ctx.options = inputs
     ctx.set_materialize_grads(False)  # allocate no zeros as lse's gradient
-    ctx.save_for_backward(q, k, v, *output, seed, doc_start)
+    ctx.save_for_backward(q, k, v, *output, key_lengths, seed, doc_start)
 
 
 def _backward(ctx, dout, _dlse):
     if dout is None:
-        return (*[None] * 9,)
-    return *_attention_bwd_op(dout, *ctx.saved_tensors, *ctx.options), *[None] * 6
+        return (*[None] * 10,)
+    return *_attention_bwd_op(dout, *ctx.saved_tensors, *ctx.options), *[None] * 7
 
 
 differentiable(_attention_op, _backward, _setup_context)
@@ -235,8 +235,6 @@ def attention(
     _checks.attention(
         q, k, v, causal, scale, dropout_p, seed, dropout_offset, doc_start, key_lengths
     )
-    if key_lengths is not None or k.shape[1] != q.shape[1]:
-        raise NotImplementedError("key_lengths and grouped heads: not in the Triton kernels yet")
     _host.launchable(q=q, k=k, v=v)
     _check_head_size("q", q.shape[3])
     head_size = q.shape[3]
@@ -244,7 +242,8 @@ def attention(
     if head_size % 16:  # columns of zeros change no product
         q, k, v = (F.pad(x, (0, -head_size % 16)) for x in (q, k, v))
     seed = _host.drawn_seed(seed, dropout_p, q.device)
-    out, _ = _attention_op(q, k, v, seed, doc_start, causal, scale, dropout_p, dropout_offset)
+    options = seed, doc_start, causal, scale, dropout_p, dropout_offset
+    out, _ = _attention_op(q, k, v, key_lengths, *options)
     return out[..., :head_size]
 
 

@@ -15,6 +15,7 @@ from fastgpt.kernels.attention_fwd import (
     _finite_or_zero,
     _first_keys,
     _head,
+    _key_length,
     _load_lse,
     _load_tile,
     _lse_of,
@@ -62,22 +63,26 @@ def _attention_dq_tiles(
     return dq
 
 
-@triton.jit(do_not_specialize=["dropout_offset"], do_not_specialize_on_alignment=["seed_ptr"])
+@triton.jit(
+    do_not_specialize=["dropout_offset"],
+    do_not_specialize_on_alignment=["seed_ptr", "key_lengths_ptr"],
+)
 def _attention_bwd_dq_kernel(
     q_ptr, q_stride_b, q_stride_h, q_stride_t,  # (B, H, n_queries, HEAD), HEAD adjacent
-    k_ptr, k_stride_b, k_stride_h, k_stride_t,  # (B, H, n_keys, HEAD)
-    v_ptr, v_stride_b, v_stride_h, v_stride_t,  # (B, H, n_keys, HEAD)
+    k_ptr, k_stride_b, k_stride_h, k_stride_t,  # (B, H / GROUP, n_keys, HEAD)
+    v_ptr, v_stride_b, v_stride_h, v_stride_t,  # (B, H / GROUP, n_keys, HEAD)
     out_ptr,  # (B, n_queries, H, HEAD), contiguous
     dout_ptr,  # (B, n_queries, H, HEAD), contiguous
     lse_ptr,  # (B, H, 1, n_queries), contiguous; base 2. APART: (B, H, 2, n_queries)
     delta_ptr,  # (B, H, n_queries), contiguous; written here, read by the other kernel
     dq_ptr, dq_stride_t,  # (B, n_queries, H, HEAD) but for the distance of two tokens
     doc_start_ptr,  # (B, n_queries), contiguous; read only if PACKED
+    key_lengths_ptr,  # (B), contiguous; read only if LENGTHS
     seed_ptr,  # (1), read only if DROPOUT
     dropout_offset,
     n_head, n_queries, n_keys, qk_scale, scale, threshold, keep_scale,
-    CAUSAL: tl.constexpr, PACKED: tl.constexpr, DROPOUT: tl.constexpr, APART: tl.constexpr,
-    PRECISION: tl.constexpr, ACC: tl.constexpr,
+    CAUSAL: tl.constexpr, PACKED: tl.constexpr, LENGTHS: tl.constexpr, GROUP: tl.constexpr,
+    DROPOUT: tl.constexpr, APART: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr,
     HEAD: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     n_blocks = tl.cdiv(n_queries, BLOCK_M)
@@ -87,8 +92,8 @@ def _attention_bwd_dq_kernel(
     mask_m = offs_m < n_queries
 
     q_ptr = _head(q_ptr, q_stride_b, q_stride_h, batch_head, n_head)
-    k_ptr = _head(k_ptr, k_stride_b, k_stride_h, batch_head, n_head)
-    v_ptr = _head(v_ptr, v_stride_b, v_stride_h, batch_head, n_head)
+    k_ptr = _head(k_ptr, k_stride_b, k_stride_h, batch_head // GROUP, n_head // GROUP)
+    v_ptr = _head(v_ptr, v_stride_b, v_stride_h, batch_head // GROUP, n_head // GROUP)
     out_stride_t = n_head * HEAD
     out_stride_b = tl.cast(n_queries, tl.int64) * out_stride_t
     out_ptr = _head(out_ptr, out_stride_b, HEAD, batch_head, n_head)
@@ -103,6 +108,8 @@ def _attention_bwd_dq_kernel(
     lse, log_sum = _load_lse(lse_ptr, offs_m, n_queries, APART)
     q = _load_tile(q_ptr, q_stride_t, start_m, n_queries, True, HEAD, BLOCK_M, BLOCK_D)
     seed = tl.load(seed_ptr) if DROPOUT else 0
+    if LENGTHS:
+        n_keys = _key_length(key_lengths_ptr, batch_head // n_head, n_keys)
 
     dq = tl.zeros([BLOCK_M, BLOCK_D], dtype=ACC)
     if CAUSAL:
@@ -144,33 +151,57 @@ def _in_registers(x):
 
 
 @triton.jit
+def _later_head(ptr, stride_h, member, GROUP: tl.constexpr):
+    """Pointer to the query head that is ``member`` heads behind the group's first."""
+    if GROUP > 1:
+        ptr += tl.cast(member, tl.int64) * stride_h
+    return ptr
+
+
+@triton.jit
 def _attention_dkdv_tiles(
     dk, dv, k, v, start_n, offs_n,
-    q_ptr, q_stride_t, dout_ptr, dout_stride_t, lse_ptr, delta_ptr, doc_start_ptr,
+    q_ptr, q_stride_h, q_stride_t, dout_ptr, dout_stride_t, lse_ptr, delta_ptr, doc_start_ptr,
     lo, hi, n_queries, qk_scale, seed, dropout_offset, batch_head, threshold, keep_scale,
-    MASKED: tl.constexpr, CAUSAL: tl.constexpr, PACKED: tl.constexpr, DROPOUT: tl.constexpr,
-    APART: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr, HEAD: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, WGMMA: tl.constexpr,
+    MASKED: tl.constexpr, CAUSAL: tl.constexpr, PACKED: tl.constexpr, GROUP: tl.constexpr,
+    DROPOUT: tl.constexpr, APART: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr,
+    HEAD: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    WGMMA: tl.constexpr,
 ):  # fmt: skip
-    """Add the part of queries lo .. hi to dk / scale and dv / keep_scale. Scores are transposed,
-    (N, M), so that the products for dV and dK take P and dS from registers."""
-    for start_m in range(lo, hi, BLOCK_M):
+    """Add the part of queries lo .. hi of each head of the group to dk / scale and dv / keep_scale.
+    Scores are transposed, (N, M), so that the products for dV and dK take P and dS from registers.
+
+    One loop over heads and tiles: with a loop around this one, it would be followed by another."""
+    stop = hi
+    if GROUP > 1:
+        span = tl.cdiv(hi - lo, BLOCK_M) * BLOCK_M
+        stop = lo + GROUP * span
+    for at in range(lo, stop, BLOCK_M):
+        member, start_m = 0, at
+        if GROUP > 1:
+            member = (at - lo) // span
+            start_m = at - member * span
+        head_q_ptr = _later_head(q_ptr, q_stride_h, member, GROUP)
+        head_dout_ptr = _later_head(dout_ptr, HEAD, member, GROUP)
+        head_lse_ptr = _later_head(lse_ptr, n_queries * (2 if APART else 1), member, GROUP)
+        head_delta_ptr = _later_head(delta_ptr, n_queries, member, GROUP)
         offs_m = start_m + tl.arange(0, BLOCK_M)
-        q = _load_tile(q_ptr, q_stride_t, start_m, n_queries, MASKED, HEAD, BLOCK_M, BLOCK_D)
+        q = _load_tile(head_q_ptr, q_stride_t, start_m, n_queries, MASKED, HEAD, BLOCK_M, BLOCK_D)
         dout = _load_tile(
-            dout_ptr, dout_stride_t, start_m, n_queries, MASKED, HEAD, BLOCK_M, BLOCK_D
+            head_dout_ptr, dout_stride_t, start_m, n_queries, MASKED, HEAD, BLOCK_M, BLOCK_D
         )
         # Past the last query q, dout and delta are 0, so those rows add 0 to both sums.
-        lse, log_sum = _load_lse(lse_ptr, offs_m, n_queries, APART)
-        delta = tl.load(delta_ptr + offs_m, mask=offs_m < n_queries, other=0.0)
+        lse, log_sum = _load_lse(head_lse_ptr, offs_m, n_queries, APART)
+        delta = tl.load(head_delta_ptr + offs_m, mask=offs_m < n_queries, other=0.0)
         scores_t = tl.dot(k, tl.trans(q), input_precision=PRECISION, out_dtype=ACC)
         probs_t = _probabilities(scores_t, lse[None, :], log_sum[None, :], qk_scale, APART)
         dprobs_t = tl.dot(v, tl.trans(dout), input_precision=PRECISION, out_dtype=ACC)
         dropped_t = probs_t
         if DROPOUT:
             keep = dropout_keep(
-                seed, dropout_offset, batch_head, start_n, offs_m, threshold, BLOCK_M, BLOCK_N
-            )
+                seed, dropout_offset, batch_head + member, start_n, offs_m, threshold,
+                BLOCK_M, BLOCK_N,
+            )  # fmt: skip
             keep_t = tl.trans(keep)
             dropped_t = tl.where(keep_t, probs_t, 0.0)
             dprobs_t = tl.where(keep_t, dprobs_t * keep_scale, 0.0)
@@ -190,42 +221,50 @@ def _attention_dkdv_tiles(
     return dk, dv
 
 
-@triton.jit(do_not_specialize=["dropout_offset"], do_not_specialize_on_alignment=["seed_ptr"])
+@triton.jit(
+    do_not_specialize=["dropout_offset"],
+    do_not_specialize_on_alignment=["seed_ptr", "key_lengths_ptr"],
+)
 def _attention_bwd_dkdv_kernel(
     q_ptr, q_stride_b, q_stride_h, q_stride_t,  # (B, H, n_queries, HEAD), HEAD adjacent
-    k_ptr, k_stride_b, k_stride_h, k_stride_t,  # (B, H, n_keys, HEAD)
-    v_ptr, v_stride_b, v_stride_h, v_stride_t,  # (B, H, n_keys, HEAD)
+    k_ptr, k_stride_b, k_stride_h, k_stride_t,  # (B, H / GROUP, n_keys, HEAD)
+    v_ptr, v_stride_b, v_stride_h, v_stride_t,  # (B, H / GROUP, n_keys, HEAD)
     dout_ptr,  # (B, n_queries, H, HEAD), contiguous
     lse_ptr,  # (B, H, 1, n_queries), contiguous; base 2. APART: (B, H, 2, n_queries)
     delta_ptr,  # (B, H, n_queries), contiguous
-    dk_ptr, dv_ptr, dkdv_stride_t,  # (B, n_keys, H, HEAD) but for the distance of two tokens
+    dk_ptr, dv_ptr, dkdv_stride_t,  # (B, n_keys, H / GROUP, HEAD) but for that distance
     doc_start_ptr,  # (B, n_queries), contiguous; read only if PACKED
     doc_end_ptr,  # (B, n_keys), contiguous; read only if PACKED: where a key's queries end
+    key_lengths_ptr,  # (B), contiguous; read only if LENGTHS
     seed_ptr,  # (1), read only if DROPOUT
     dropout_offset,
     n_head, n_queries, n_keys, qk_scale, scale, threshold, keep_scale,
-    CAUSAL: tl.constexpr, PACKED: tl.constexpr, DROPOUT: tl.constexpr, APART: tl.constexpr,
-    PRECISION: tl.constexpr, ACC: tl.constexpr,
+    CAUSAL: tl.constexpr, PACKED: tl.constexpr, LENGTHS: tl.constexpr, GROUP: tl.constexpr,
+    DROPOUT: tl.constexpr, APART: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr,
     HEAD: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
     WGMMA: tl.constexpr = False,
 ):  # fmt: skip
     # The first keys have the most queries: the longest column of tiles goes first.
     n_blocks = tl.cdiv(n_keys, BLOCK_N)
-    batch_head = tl.program_id(0) // n_blocks
+    kv_head = tl.program_id(0) // n_blocks
+    batch_head = kv_head * GROUP  # the first query head of the group
     start_n = (tl.program_id(0) % n_blocks) * BLOCK_N
     offs_n = start_n + tl.arange(0, BLOCK_N)
 
     q_ptr = _head(q_ptr, q_stride_b, q_stride_h, batch_head, n_head)
-    k_ptr = _head(k_ptr, k_stride_b, k_stride_h, batch_head, n_head)
-    v_ptr = _head(v_ptr, v_stride_b, v_stride_h, batch_head, n_head)
+    k_ptr = _head(k_ptr, k_stride_b, k_stride_h, kv_head, n_head // GROUP)
+    v_ptr = _head(v_ptr, v_stride_b, v_stride_h, kv_head, n_head // GROUP)
     dout_stride_t = n_head * HEAD
     dout_stride_b = tl.cast(n_queries, tl.int64) * dout_stride_t
     dout_ptr = _head(dout_ptr, dout_stride_b, HEAD, batch_head, n_head)
     lse_ptr = _lse_of(lse_ptr, batch_head, n_queries, APART)
     delta_ptr += batch_head.to(tl.int64) * n_queries
 
-    k = _load_tile(k_ptr, k_stride_t, start_n, n_keys, True, HEAD, BLOCK_N, BLOCK_D)
-    v = _load_tile(v_ptr, v_stride_t, start_n, n_keys, True, HEAD, BLOCK_N, BLOCK_D)
+    length = n_keys
+    if LENGTHS:
+        length = _key_length(key_lengths_ptr, batch_head // n_head, n_keys)
+    k = _load_tile(k_ptr, k_stride_t, start_n, length, True, HEAD, BLOCK_N, BLOCK_D)
+    v = _load_tile(v_ptr, v_stride_t, start_n, length, True, HEAD, BLOCK_N, BLOCK_D)
     seed = tl.load(seed_ptr) if DROPOUT else 0
     dk = tl.zeros([BLOCK_N, BLOCK_D], dtype=ACC)
     dv = tl.zeros([BLOCK_N, BLOCK_D], dtype=ACC)
@@ -237,6 +276,9 @@ def _attention_bwd_dkdv_kernel(
         doc_end_ptr += (batch_head // n_head).to(tl.int64) * n_keys
         hi_of_all = tl.load(doc_end_ptr + start_n)
         hi = tl.load(doc_end_ptr + tl.minimum(start_n + BLOCK_N, n_keys) - 1)
+    if LENGTHS:  # a tile of padding has no queries
+        hi = tl.where(start_n < length, hi, 0)
+        hi_of_all = hi
     if CAUSAL:
         lo = start_n // BLOCK_M * BLOCK_M
         unmasked_lo = tl.cdiv(start_n + BLOCK_N - 1, BLOCK_M) * BLOCK_M
@@ -253,16 +295,20 @@ def _attention_bwd_dkdv_kernel(
         if start < stop:
             dk, dv = _attention_dkdv_tiles(
                 dk, dv, k, v, start_n, offs_n,
-                q_ptr, q_stride_t, dout_ptr, dout_stride_t, lse_ptr, delta_ptr, doc_start_ptr,
+                q_ptr, q_stride_h, q_stride_t, dout_ptr, dout_stride_t, lse_ptr, delta_ptr,
+                doc_start_ptr,
                 start, stop, n_queries, qk_scale, seed, dropout_offset, batch_head, threshold,
-                keep_scale, stage < 2, CAUSAL, PACKED, DROPOUT, APART, PRECISION, ACC, HEAD,
-                BLOCK_M, BLOCK_N, BLOCK_D, WGMMA,
+                keep_scale, stage < 2, CAUSAL, PACKED, GROUP, DROPOUT, APART, PRECISION, ACC,
+                HEAD, BLOCK_M, BLOCK_N, BLOCK_D, WGMMA,
             )  # fmt: skip
     if DROPOUT:
         dv = dv * keep_scale
+    if LENGTHS:
+        exists = (offs_n < length)[:, None]
+        dk, dv = tl.where(exists, dk, 0.0), tl.where(exists, dv, 0.0)
     stride_b = tl.cast(n_keys, tl.int64) * dkdv_stride_t
-    dk_ptr = _head(dk_ptr, stride_b, HEAD, batch_head, n_head)
-    dv_ptr = _head(dv_ptr, stride_b, HEAD, batch_head, n_head)
+    dk_ptr = _head(dk_ptr, stride_b, HEAD, kv_head, n_head // GROUP)
+    dv_ptr = _head(dv_ptr, stride_b, HEAD, kv_head, n_head // GROUP)
     _store_tile(dk_ptr, dkdv_stride_t, start_n, n_keys, dk * scale, HEAD, BLOCK_N, BLOCK_D)
     _store_tile(dv_ptr, dkdv_stride_t, start_n, n_keys, dv, HEAD, BLOCK_N, BLOCK_D)
 
@@ -301,7 +347,7 @@ def attention_bwd(
         if dk.numel():
             config = launch("bwd_dkdv", q, options)
             wgmma = _host.is_half(q.dtype) and _host.capability(q.device) == 90
-            grid = (_host.cdiv(k.shape[2], config["BLOCK_N"]) * batch * n_head,)
+            grid = (_host.cdiv(k.shape[2], config["BLOCK_N"]) * batch * k.shape[1],)
             _attention_bwd_dkdv_kernel[grid](
                 dk_ptr=dk,
                 dv_ptr=dv,

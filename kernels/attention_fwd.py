@@ -121,6 +121,12 @@ def _visible(
 
 
 @triton.jit
+def _key_length(key_lengths_ptr, batch, n_keys):
+    """How many keys this sequence has, clamped to [0, n_keys]."""
+    return tl.minimum(tl.maximum(tl.load(key_lengths_ptr + batch), 0), n_keys)
+
+
+@triton.jit
 def _first_keys(doc_start_ptr, rows, length):
     """doc_start of these rows, clamped to [0, row], so that every query sees itself."""
     first = tl.load(doc_start_ptr + rows, mask=rows < length, other=0)
@@ -253,19 +259,23 @@ def _attention_fwd_tiles_pipelined(
     return acc, row_max, row_sum
 
 
-@triton.jit(do_not_specialize=["dropout_offset"], do_not_specialize_on_alignment=["seed_ptr"])
+@triton.jit(
+    do_not_specialize=["dropout_offset"],
+    do_not_specialize_on_alignment=["seed_ptr", "key_lengths_ptr"],
+)
 def _attention_fwd_kernel(
     q_ptr, q_stride_b, q_stride_h, q_stride_t,  # (B, H, n_queries, HEAD), HEAD adjacent
-    k_ptr, k_stride_b, k_stride_h, k_stride_t,  # (B, H, n_keys, HEAD)
-    v_ptr, v_stride_b, v_stride_h, v_stride_t,  # (B, H, n_keys, HEAD)
+    k_ptr, k_stride_b, k_stride_h, k_stride_t,  # (B, H / GROUP, n_keys, HEAD)
+    v_ptr, v_stride_b, v_stride_h, v_stride_t,  # (B, H / GROUP, n_keys, HEAD)
     out_ptr,  # (B, n_queries, H, HEAD), contiguous
     lse_ptr,  # (B, H, 1, n_queries), contiguous; base 2. APART: (B, H, 2, n_queries)
     doc_start_ptr,  # (B, n_queries), contiguous; read only if PACKED
+    key_lengths_ptr,  # (B), contiguous; read only if LENGTHS
     seed_ptr,  # (1), read only if DROPOUT
     dropout_offset,
     n_head, n_queries, n_keys, qk_scale, threshold, keep_scale,
-    CAUSAL: tl.constexpr, PACKED: tl.constexpr, DROPOUT: tl.constexpr, APART: tl.constexpr,
-    PRECISION: tl.constexpr, ACC: tl.constexpr,
+    CAUSAL: tl.constexpr, PACKED: tl.constexpr, LENGTHS: tl.constexpr, GROUP: tl.constexpr,
+    DROPOUT: tl.constexpr, APART: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr,
     HEAD: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
     PIPELINED_PV: tl.constexpr = False,
 ):  # fmt: skip
@@ -277,10 +287,12 @@ def _attention_fwd_kernel(
     offs_m = start_m + tl.arange(0, BLOCK_M)
 
     q_ptr = _head(q_ptr, q_stride_b, q_stride_h, batch_head, n_head)
-    k_ptr = _head(k_ptr, k_stride_b, k_stride_h, batch_head, n_head)
-    v_ptr = _head(v_ptr, v_stride_b, v_stride_h, batch_head, n_head)
+    k_ptr = _head(k_ptr, k_stride_b, k_stride_h, batch_head // GROUP, n_head // GROUP)
+    v_ptr = _head(v_ptr, v_stride_b, v_stride_h, batch_head // GROUP, n_head // GROUP)
     q = _load_tile(q_ptr, q_stride_t, start_m, n_queries, True, HEAD, BLOCK_M, BLOCK_D)
     seed = tl.load(seed_ptr) if DROPOUT else 0
+    if LENGTHS:
+        n_keys = _key_length(key_lengths_ptr, batch_head // n_head, n_keys)
 
     acc = tl.zeros([BLOCK_M, BLOCK_D], dtype=ACC)
     row_sum = tl.zeros([BLOCK_M], dtype=ACC)
@@ -324,6 +336,8 @@ def _attention_fwd_kernel(
                 batch_head, threshold, False, CAUSAL, PACKED, DROPOUT, APART, PRECISION, ACC, HEAD,
                 BLOCK_M, BLOCK_N, BLOCK_D,
             )  # fmt: skip
+    if LENGTHS:
+        row_sum = tl.where(n_keys > 0, row_sum, 1.0)  # 0 / 1, not 0 / 0
     # One division a row; the probability of a single key is exactly 1.
     out = acc * rounded_quotient(tl.full([BLOCK_M], 1.0, ACC), row_sum)[:, None]
     if DROPOUT:
@@ -354,6 +368,7 @@ class Options(NamedTuple):
     scale: float
     dropout_p: float
     dropout_offset: int
+    key_lengths: Tensor | None = None
 
 
 def empty_lse(x: Tensor, batch: int, n_head: int, n_queries: int) -> Tensor:
@@ -376,7 +391,7 @@ _STRIDES = [f"{name}_stride_{dim}" for name in "qkv" for dim in "bht"]
 
 def arguments(q: Tensor, k: Tensor, v: Tensor, options: Options) -> dict[str, Any]:
     """What every attention kernel takes beside its own tensors and ``launch``."""
-    seed, doc_start, causal, scale, dropout_p, dropout_offset = options
+    seed, doc_start, causal, scale, dropout_p, dropout_offset, key_lengths = options
     threshold, keep_scale = _host.dropout_numbers(dropout_p)
     strides = *q.stride()[:3], *k.stride()[:3], *v.stride()[:3]
     return dict(
@@ -385,6 +400,7 @@ def arguments(q: Tensor, k: Tensor, v: Tensor, options: Options) -> dict[str, An
         v_ptr=v,
         **dict(zip(_STRIDES, strides, strict=True)),
         doc_start_ptr=None if doc_start is None else doc_start.contiguous(),
+        key_lengths_ptr=None if key_lengths is None else key_lengths.contiguous(),
         seed_ptr=seed,
         dropout_offset=dropout_offset,
         n_head=q.shape[1],
@@ -395,6 +411,8 @@ def arguments(q: Tensor, k: Tensor, v: Tensor, options: Options) -> dict[str, An
         keep_scale=keep_scale,
         CAUSAL=causal,
         PACKED=doc_start is not None,
+        LENGTHS=key_lengths is not None,
+        GROUP=q.shape[1] // max(1, k.shape[1]),
         DROPOUT=threshold > 0,
         APART=not _host.is_half(q.dtype),
         PRECISION=_host.dot_precision(q.dtype),
@@ -419,7 +437,9 @@ def launch(kernel: str, q: Tensor, options: Options) -> dict[str, Any]:
 
 def _cudnn_can(q: Tensor, k: Tensor, v: Tensor, options: Options) -> bool:
     """Whether cuDNN, as PyTorch calls it, takes this."""
-    if not q.is_cuda or options.dropout_p or options.doc_start is not None:
+    if not q.is_cuda or options.dropout_p or q.shape[1] != k.shape[1]:
+        return False
+    if options.doc_start is not None or options.key_lengths is not None:
         return False
     if options.causal and q.shape[2] != k.shape[2]:
         return False

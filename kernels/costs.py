@@ -123,12 +123,12 @@ def _attention_bwd(q, k, v, out, lse, causal):
 
 
 @_cost_of("attention")
-def _(out, q, k, v, seed, doc_start, causal, *_):
+def _(out, q, k, v, key_lengths, seed, doc_start, causal, *_):
     return _attention_fwd(q, k, v, *out, causal)
 
 
 @_cost_of("attention_bwd")
-def _(grads, dout, q, k, v, out, lse, seed, doc_start, causal, *_):
+def _(grads, dout, q, k, v, out, lse, key_lengths, seed, doc_start, causal, *_):
     return _attention_bwd(q, k, v, out, lse, causal)
 
 

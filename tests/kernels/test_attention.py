@@ -175,8 +175,9 @@ class _OnGpu(Tensor):
     is_cuda = True
 
 
-def test_cudnn_gets_no_expanded_tensor(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Before pytorch/pytorch#175764 PyTorch's call of cuDNN fails with one."""
+def test_what_cudnn_does_not_get(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Expanded tensors, with which PyTorch's call of it fails before pytorch/pytorch#175764; shared
+    keys; lengths."""
     monkeypatch.setattr(attention_fwd, "SDPAParams", lambda *given: given)
     monkeypatch.setattr(attention_fwd, "can_use_cudnn_attention", lambda given: True)
     full = torch.randn(2, 3, 16, 64).as_subclass(_OnGpu)
@@ -186,6 +187,10 @@ def test_cudnn_gets_no_expanded_tensor(monkeypatch: pytest.MonkeyPatch) -> None:
         for place in range(3):
             q, k, v = (expanded if i == place else full for i in range(3))
             assert not attention_fwd._cudnn_can(q, k, v, options)
+    one = full[:, :1]
+    assert not attention_fwd._cudnn_can(full, one, one, options)
+    lengths = torch.tensor([16, 3], dtype=torch.int32)
+    assert not attention_fwd._cudnn_can(full, full, full, options._replace(key_lengths=lengths))
 
 
 @pytest.mark.parametrize("library", [None, configs.CUDNN])
@@ -297,13 +302,16 @@ def test_opcheck(device: str) -> None:
     q, k, v = (torch.randn(1, 2, t, 16, device=device, requires_grad=True) for t in (9, 7, 7))
     qkv = torch.randn(1, 9, 96, device=device, requires_grad=True)
     seed, doc_start = seed_on(device), starts_of(9, [2, 5], device=device)
-    torch.library.opcheck(_attention_op, (q, k, v, None, None, True, 0.25, 0.0, 0))
-    torch.library.opcheck(_attention_op, (q, k, v, seed, None, False, 0.25, 0.5, 3))
+    lengths = torch.tensor([5], dtype=torch.int32, device=device)
+    torch.library.opcheck(_attention_op, (q, k, v, None, None, None, True, 0.25, 0.0, 0))
+    grouped = (q, k[:, :1], v[:, :1], lengths, seed, None, False, 0.25, 0.5, 3)
+    torch.library.opcheck(_attention_op, grouped)
     torch.library.opcheck(_attention_qkvpacked_op, (qkv, 2, seed, doc_start, True, 0.25, 0.5, 3))
     q, k, v, qkv = (x.detach() for x in (q, k, v, qkv))
-    out, lse = _attention_op(q, k, v, None, None, True, 0.25, 0.0, 0)
+    k, v = k[:, :1], v[:, :1]
+    out, lse = _attention_op(q, k, v, lengths, None, None, True, 0.25, 0.0, 0)
     dout = torch.randn(1, 2, 16, 9, device=device).mT
-    separate = (dout, q, k, v, out, lse, None, None, True, 0.25, 0.0, 0)
+    separate = (dout, q, k, v, out, lse, lengths, None, None, True, 0.25, 0.0, 0)
     torch.library.opcheck(_attention_bwd_op, separate)
     out, lse = _attention_qkvpacked_op(qkv, 2, None, doc_start, True, 0.25, 0.0, 0)
     packed = (torch.randn_like(out), qkv, out, lse, 2, None, doc_start, True, 0.25, 0.0, 0)
@@ -364,7 +372,7 @@ def test_head_size_limit_of_the_kernels() -> None:
         fused.attention_qkvpacked(torch.randn(1, 2, 3 * 257), 1)
 
 
-def test_torch_ops_refuse_aseed_on() -> None:
+def test_torch_ops_refuse_a_seed() -> None:
     q = torch.randn(1, 1, 2, 8)
     with pytest.raises(ValueError, match="seed must be None"):
         torch_ops.attention(q, q, q, dropout_p=0.1, seed=seed_on("cpu"))

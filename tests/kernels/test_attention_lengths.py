@@ -7,14 +7,19 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from fastgpt.kernels import reference, torch_ops
-from tests.kernels.test_attention import results
+from fastgpt.kernels import fused, reference, torch_ops
+from fastgpt.kernels.costs import COSTS
+from tests.kernels.test_attention import assert_parity, results, seed_on
+from tests.tools import interpreter, parity
+from tests.tools.documents import starts_of
+from tests.tools.sanitizer import sanitize
 
-MODULES = [torch_ops, reference]
+MODULES = [fused, torch_ops, reference]
 # Tq, Tk, and the lengths of the keys: none, one, at an edge of a tile and beside it, all.
-LENGTHS = [(70, 130, [0, 1, 64, 65, 130]), (130, 70, [70, 0, 63]), (1, 1, [1, 0])]
+LENGTHS = [(70, 130, [0, 1, 64, 65, 130]), (70, 65, [65, 63]), (1, 1, [1, 0])]
 CASES = pytest.mark.parametrize("n_queries,n_keys,lengths", LENGTHS, ids=str)
 CAUSAL = pytest.mark.parametrize("causal", [True, False], ids=["causal", "full"])
 
@@ -40,17 +45,89 @@ def test_torch_ops(n_queries: int, n_keys: int, lengths: list[int], causal: bool
             results(partial(m.attention, causal=causal, **options), inputs, grad)
             for m in (torch_ops, reference)
         ]
-        for x, y in zip(*runs, strict=True):
-            torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-5)
+        if not options:
+            pytorch = partial(F.scaled_dot_product_attention, is_causal=causal, enable_gqa=True)
+            runs.append(results(pytorch, inputs, grad))
+        for tensors in zip(*runs, strict=True):
+            for x in tensors[1:]:
+                torch.testing.assert_close(x, tensors[0], rtol=1e-5, atol=1e-5)
+
+
+# Tq, Tk, lengths, (query heads, key heads), D, options. With a length of 1 dq and dk would be 0,
+# but for the rounding of O, of which the plain op knows nothing.
+PARITY: list[tuple[Any, ...]] = [
+    (70, 130, [0, 65, 130], (1, 1), 16, dict(causal=False)),
+    (130, 130, [17, 100], (2, 1), 25, dict(dropout_p=0.2)),
+    (20, 130, [64, 0], (6, 2), 16, dict(causal=False, scale=0.3, dropout_p=0.3)),
+    (70, 80, None, (4, 2), 128, {}),
+    (1, 65, [64, 65], (3, 1), 64, dict(causal=False)),
+]
+
+
+@pytest.mark.parametrize("dtype", parity.DTYPES, ids=str)
+@pytest.mark.parametrize("case", range(len(PARITY)))
+def test_parity(device: str, case: int, dtype: torch.dtype) -> None:
+    n_queries, n_keys, lengths, (n_head, n_kv_head), head_size, options = PARITY[case]
+    batch = 2 if lengths is None else len(lengths)
+    q, grad = (
+        parity.randn((batch, n_head, n_queries, head_size), dtype, device, parity.LAYOUTS[case % 4])
+        for _ in range(2)
+    )
+    # Views of a projection to keys and values, side by side.
+    kv = parity.randn((batch, n_keys, 2 * n_kv_head * head_size), dtype, device, "contiguous")
+    k, v = kv.unflatten(2, (2, n_kv_head, head_size)).permute(2, 0, 3, 1, 4)
+    if "dropout_p" in options:
+        options = options | {"seed": seed_on(device), "dropout_offset": 3}
+    if lengths is not None:
+        options = options | {"key_lengths": of(lengths, device)}
+    assert_parity("attention", [q, k, v], grad, **options)
+
+
+@pytest.mark.parametrize("dtype", parity.DTYPES, ids=str)
+def test_parity_of_documents_with_shared_keys(device: str, dtype: torch.dtype) -> None:
+    *inputs, grad = (x.to(dtype) for x in inputs_of(device, 1, 140, 140))
+    doc_start = starts_of(140, [30, 64, 100], device=device)
+    assert_parity("attention", inputs, grad, doc_start=doc_start)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_scores_in_the_thousands(device: str, dtype: torch.dtype) -> None:
+    """The padding, zeros, would be the maximum of a row whose scores are all far below 0."""
+    q, k, v, grad = (x.to(dtype) for x in inputs_of(device, 2, 70, 100))
+    k = torch.where(torch.arange(2, device=device)[:, None, None, None] == 0, -k.abs(), k)
+    with interpreter.gpu_arithmetic():
+        assert_parity(
+            "attention",
+            [30.0 * q.abs(), 30.0 * k, v],
+            grad,
+            causal=False,
+            key_lengths=of([70, 99], device),
+        )
+
+
+@CAUSAL
+def test_shared_keys_are_repeated_keys(device: str, causal: bool) -> None:
+    """Of a group's heads outputs and dq keep every bit; dk and dv are summed over the group."""
+    *inputs, grad = inputs_of(device, 1, 70, 70, (6, 2))
+    op = partial(fused.attention, causal=causal)
+    shared = results(op, inputs, grad)
+    repeated = results(op, [inputs[0], *(x.repeat_interleave(3, 1) for x in inputs[1:])], grad)
+    assert all(torch.equal(x, y) for x, y in zip(shared[:2], repeated[:2], strict=True))
+    for x, y in zip(shared[2:], repeated[2:], strict=True):
+        torch.testing.assert_close(x, y.unflatten(1, (2, 3)).sum(2), rtol=1e-5, atol=1e-5)
 
 
 @CAUSAL
 @CASES
-@pytest.mark.parametrize("module", MODULES)
+@pytest.mark.parametrize(
+    "module,dtype", [*((m, torch.float32) for m in MODULES), (fused, torch.bfloat16)]
+)
 def test_a_row_is_what_it_is_alone(
-    module, n_queries: int, n_keys: int, lengths: list[int], causal: bool
+    module, dtype: torch.dtype, n_queries: int, n_keys: int, lengths: list[int], causal: bool
 ) -> None:
-    *inputs, grad = inputs_of("cpu", len(lengths), n_queries, n_keys)
+    """Of our kernels, bit for bit."""
+    *inputs, grad = (x.to(dtype) for x in inputs_of("cpu", len(lengths), n_queries, n_keys))
+    tolerance = 0.0 if module is fused else 1e-5
     op = partial(module.attention, causal=causal)
     together = results(partial(op, key_lengths=of(lengths)), inputs, grad)
     for b, length in enumerate(lengths):
@@ -62,22 +139,107 @@ def test_a_row_is_what_it_is_alone(
         q, k, v, row_grad = (x[b : b + 1] for x in (*inputs, grad))
         alone = results(op, [q, k[:, :, :length], v[:, :, :length]], row_grad)
         for x, y in zip((out, dq, dk[:, :, :length], dv[:, :, :length]), alone, strict=True):
-            torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(x, y, rtol=tolerance, atol=tolerance)
 
 
 @CAUSAL
 @pytest.mark.parametrize("module", MODULES)
 def test_what_stands_in_padding_changes_no_bit(module, causal: bool) -> None:
-    lengths = [0, 1, 64, 70, 100]
-    *inputs, grad = inputs_of("cpu", len(lengths), 90, 100)
+    lengths = [0, 64, 70]
+    *inputs, grad = inputs_of("cpu", len(lengths), 70, 130)
     op = partial(module.attention, causal=causal, key_lengths=of(lengths))
     before = results(op, inputs, grad)
-    for poison in (float("nan"), float("inf"), 0.0):
+    for poison in (float("nan"), float("inf")):
         for x in inputs[1:]:
             for row, length in zip(x, lengths, strict=True):
                 row[:, length:] = poison
         after = results(op, inputs, grad)
         assert all(torch.equal(x, y) for x, y in zip(before, after, strict=True))
+
+
+@CAUSAL
+def test_whatever_lengths_hold_is_within_bounds(causal: bool) -> None:
+    """The sanitizer sees every address; a number counts as the nearest that is allowed."""
+    *inputs, grad = inputs_of("cpu", 4, 20, 70)
+    op = partial(fused.attention, causal=causal)
+    wild, allowed = [-5, 200, -(2**31), 2**31 - 1], [0, 70, 0, 70]
+    with sanitize():
+        runs = [results(partial(op, key_lengths=of(n)), inputs, grad) for n in (wild, allowed)]
+    assert all(torch.equal(x, y) for x, y in zip(*runs, strict=True))
+
+
+def test_tiles_of_padding_are_not_visited(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Products are counted: 2 a tile forward, 3 for dq, 4 for dk and dv."""
+    products, dot = [0], interpreter.Builder.create_dot
+
+    def counted(*args: Any) -> Any:
+        products[0] += 1
+        return dot(*args)
+
+    monkeypatch.setattr(interpreter.Builder, "create_dot", counted)
+    *inputs, grad = inputs_of("cpu", 1, 64, 256)
+    for length, n_tiles in ((256, 4), (129, 3), (64, 1), (1, 1), (0, 0)):
+        products[0] = 0
+        op = partial(fused.attention, causal=False, key_lengths=of([length]))
+        results(op, inputs, grad)
+        assert products[0] == 9 * 2 * n_tiles  # of two heads
+
+
+def test_strided_lengths(device: str) -> None:
+    *inputs, grad = inputs_of(device, 3, 20, 30)
+    row = of([7], device)
+    runs = [
+        results(partial(fused.attention, key_lengths=n), inputs, grad)
+        for n in (row.expand(3), row.repeat(6)[::2], row.repeat(3))
+    ]
+    for run in runs[:2]:
+        assert all(torch.equal(x, y) for x, y in zip(run, runs[2], strict=True))
+
+
+@CAUSAL
+def test_gradcheck(causal: bool) -> None:
+    inputs = [x.double().requires_grad_() for x in inputs_of("cpu", 3, 9, 7)[:3]]
+    op = partial(
+        fused.attention,
+        causal=causal,
+        key_lengths=of([5, 0, 7]),
+        dropout_p=0.4,
+        seed=seed_on("cpu"),
+    )
+    assert torch.autograd.gradcheck(op, inputs, fast_mode=True)
+
+
+def test_transforms(device: str) -> None:
+    """A gradient for each element of a batch, of tensors and of lengths."""
+    *inputs, grad = (torch.stack([x, x.flip(0)]) for x in inputs_of(device, 2, 9, 7, (4, 2)))
+    lengths = torch.stack([of([7, 3], device), of([0, 5], device)])
+
+    def loss(q: Tensor, k: Tensor, v: Tensor, dout: Tensor, key_lengths: Tensor) -> Tensor:
+        y = fused.attention(q, k, v, causal=False, key_lengths=key_lengths)
+        return (y * dout).sum()
+
+    got = torch.func.vmap(torch.func.grad(loss, (0, 1, 2)))(*inputs, grad, lengths)
+    for i, n in enumerate(lengths):
+        op = partial(reference.attention, causal=False, key_lengths=n)
+        expected = results(op, [x[i] for x in inputs], grad[i])[1:]
+        torch.testing.assert_close([x[i] for x in got], expected)
+
+
+def test_cost_is_that_of_all_keys() -> None:
+    """A formula reads no values; of shared keys the bytes count once."""
+    q, k, v, _ = inputs_of("cpu", 1, 9, 7)
+    op = torch.ops.fastgpt.attention
+    costs = [
+        COSTS[str(op)](op(*args), *args)[0]
+        for args in (
+            (q, *keys, n, None, None, False, 0.25, 0.0, 0)
+            for keys in ((k, v), (k.repeat(1, 2, 1, 1), v.repeat(1, 2, 1, 1)))
+            for n in (None, of([3]))
+        )
+    ]
+    assert costs[0] == costs[1] and costs[2] == costs[3]
+    assert costs[0].flops == costs[2].flops
+    assert costs[2].bytes - costs[0].bytes == k.nbytes + v.nbytes
 
 
 @pytest.mark.parametrize("module", MODULES)
