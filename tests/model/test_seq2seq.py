@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 import fastgpt.ops
+from bench.attention_map import cross_attention
 from bench.translation import TorchTransformer, our_names
 from fastgpt.kernels import fused
 from fastgpt.seq2seq import PADDING, Seq2Seq, Seq2SeqConfig
@@ -111,6 +112,15 @@ def test_a_beam_of_one_is_greedy():
     source = batch()[0]
     expected = [greedy(model, row[row != PADDING], 8) for row in source]
     assert beam_search(model, source, beam=1) == expected
+
+
+def test_the_cross_attention_that_is_drawn():
+    model = small().eval()
+    source, target = (side[:1] for side in batch())
+    target = target[:, :2]
+    weights = cross_attention(model, source, target)
+    assert weights.shape == (2, H, 2, 5)
+    torch.testing.assert_close(weights.sum(-1), torch.ones(2, H, 2))
 
 
 @torch.no_grad()
