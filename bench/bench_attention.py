@@ -161,8 +161,28 @@ def compiled_others() -> None:
         torch.set_float32_matmul_precision(before)
 
 
+def compiled_lengths() -> None:
+    """Keys of given lengths, as of a batch of sentences."""
+    lengths = torch.zeros(1, dtype=torch.int32)
+    for random, p in itertools.product((BF16, FP32), (0.0, 0.1)):
+        q, k, v = (random.normal(1, 2, 1024, 64) for _ in range(3))
+        y = fused.attention(q, k, v, causal=False, dropout_p=p, key_lengths=lengths)
+        y.sum().backward()
+
+
+def compiled_grouped() -> None:
+    """Four heads that share their keys."""
+    for random, head_size in itertools.product((BF16, FP32), (64, 128)):
+        q, k, v = (random.normal(1, n_head, 1024, head_size) for n_head in (4, 1, 1))
+        fused.attention(q, k, v).sum().backward()
+
+
 COMPILED = {
     f"attention{suffix}-{sizes[-1]}": partial(compiled, documents, *sizes)
     for suffix, documents in (("", False), ("_documents", True))
     for sizes in ((16, 25, 32), (64,), (80, 128), (256,))
-} | {"attention-others": compiled_others}
+} | {
+    "attention-lengths": compiled_lengths,
+    "attention-grouped": compiled_grouped,
+    "attention-others": compiled_others,
+}

@@ -167,22 +167,25 @@ def _continue(c: Options) -> None:
 
 
 @run(
-    batch=(1, 2), n_head=(1, 2), n_queries=_SIZES, n_keys=_SIZES,
-    head_size=(*_SIZES, 32, 64, 128, 256), mask=("none", "causal", "documents"), dropout=_DROPOUT,
+    batch=(1, 2), n_head=(1, 2), group=(1, 2, 3), n_queries=_SIZES, n_keys=_SIZES,
+    head_size=(*_SIZES, 32, 64, 128, 256),
+    mask=("none", "causal", "documents", "lengths", "causal lengths"), dropout=_DROPOUT,
     layout=("heads first", "tokens first"), tf32=(False, True), dtype=("fp32", "bf16", "fp16"),
 )  # fmt: skip
 def _attend(c: Options) -> None:
-    def part(length: int) -> Tensor:
+    def part(n_head: int, length: int) -> Tensor:
         if c.layout == "heads first":
-            return _leaf(c.batch, c.n_head, length, c.head_size, dtype=c.dtype)
-        return _leaf(c.batch, length, c.n_head, c.head_size, dtype=c.dtype).transpose(1, 2)
+            return _leaf(c.batch, n_head, length, c.head_size, dtype=c.dtype)
+        return _leaf(c.batch, length, n_head, c.head_size, dtype=c.dtype).transpose(1, 2)
 
-    n_keys = c.n_keys if c.mask == "none" else c.n_queries
-    q, k, v = part(c.n_queries), part(n_keys), part(n_keys)
-    doc_start = torch.zeros(c.batch, n_keys, dtype=torch.int32) if c.mask == "documents" else None
-    options: dict[str, Any] = dict(
-        causal=c.mask != "none", dropout_p=c.dropout, doc_start=doc_start
-    )
+    causal = c.mask not in ("none", "lengths")
+    n_keys = c.n_queries if causal else c.n_keys
+    q, k, v = part(c.n_head * c.group, c.n_queries), *(part(c.n_head, n_keys) for _ in "kv")
+    options: dict[str, Any] = dict(causal=causal, dropout_p=c.dropout)
+    if c.mask == "documents":
+        options["doc_start"] = torch.zeros(c.batch, n_keys, dtype=torch.int32)
+    if "lengths" in c.mask:
+        options["key_lengths"] = torch.zeros(c.batch, dtype=torch.int32)
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("high" if c.tf32 else "highest")
     try:

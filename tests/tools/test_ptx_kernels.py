@@ -80,6 +80,15 @@ def _attention(
     parity.assert_parity(kernel, plain, plain, [qkv], grad, ["qkv"])
 
 
+def _attention_lengths(dtype: torch.dtype, **options: Any) -> None:
+    """Four heads that share the keys of two."""
+    shapes = [(2, 4, 40, 32), (2, 2, 70, 32), (2, 2, 70, 32), (2, 4, 40, 32)]
+    *inputs, grad = (torch.randn(shape).to(dtype) for shape in shapes)
+    options |= {"key_lengths": torch.tensor([37, 0], dtype=torch.int32)}
+    kernel, plain = (partial(module.attention, **options) for module in (fused, reference))
+    parity.assert_parity(kernel, plain, plain, inputs, grad, ["q", "k", "v"])
+
+
 def _attention_tf32() -> None:
     """Operands of 11 bits: errors between those of float32 and of bfloat16, which has 8."""
     inputs = [torch.randn(1, 2, 40, 32) for _ in range(3)]
@@ -124,6 +133,8 @@ case("attention-float16-dropout", _attention, FLOAT16, 16, 70, dropout_p=0.2)
 for name, tile in (("wgmma", (64, 16)), ("mma", (32, 32))):
     options: Any = dict(block_m=tile[0], block_n=tile[1], causal=False, sm=(90,))
     case(f"attention-pipelined-{name}", assert_pipelined_pv_is_the_same, 64, 64, FLOAT16, **options)
+case("attention-float32-lengths", _attention_lengths, FLOAT32, causal=False)
+case("attention-bfloat16-lengths", _attention_lengths, BFLOAT16, causal=False)
 case("attention-tf32", _attention_tf32)
 for dtype in parity.DTYPES:
     case(f"decode-{dtype}".replace("torch.", ""), _decode, dtype, 64)
