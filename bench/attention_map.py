@@ -12,13 +12,13 @@ from typing import Any
 
 import torch
 import tyro
-from matplotlib.figure import Figure
 from torch import Tensor
 
 if __name__ == "__main__":  # Python looks for modules in the folder of the script
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from fastgpt import ops
+from fastgpt._optional import optional
 from fastgpt.seq2seq import Seq2Seq
 from fastgpt.translation.pairs import encoded, padded
 from fastgpt.translation.search import beam_search
@@ -64,7 +64,9 @@ def main(argv: list[str] | None = None) -> None:
     sides = ((source_tokens, source), (target_tokens, target))
     columns, rows = ([*(t.decode([i]) for i in ids[:-1]), "END"] for t, ids in sides)
     size = (1.5 + 0.42 * len(columns) * len(maps), 1.5 + 0.3 * len(rows))
-    figure = Figure(figsize=size, layout="constrained")
+    figure = optional("matplotlib.figure", "the picture", "log").Figure(
+        figsize=size, layout="constrained"
+    )
     for number, (axes, weights) in enumerate(
         zip(figure.subplots(1, len(maps), squeeze=False)[0], maps, strict=True), start=1
     ):

@@ -30,7 +30,8 @@ from fastgpt.language_model import Trainable
 from fastgpt.seq2seq import PADDING, Seq2Seq
 from fastgpt.training.step import Step
 from fastgpt.translation.built_in import Pairs
-from fastgpt.translation.trainer import BETAS, TranslationConfig, TranslationTrainer
+from fastgpt.translation.config import TranslationConfig
+from fastgpt.translation.trainer import BETAS, TranslationTrainer
 from fastgpt.translation.translator import Translator, scores
 
 _WORDS = range(2, 11)  # of a message, and of its translation

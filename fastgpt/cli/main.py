@@ -25,7 +25,7 @@ from fastgpt.devices import is_native, resolve_device
 from fastgpt.interop.export import ExportConfig, export
 from fastgpt.training.config import SampleConfig, TrainConfig
 from fastgpt.training.distributed import World
-from fastgpt.translation.trainer import TranslationConfig
+from fastgpt.translation.config import TranslationConfig
 
 
 def _marked(command: type, **marks: tuple[Any, ...]) -> None:

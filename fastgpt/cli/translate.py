@@ -8,9 +8,11 @@ from typing import Annotated, Any, Literal
 import tyro
 from rich.console import Console
 
+from fastgpt._optional import optional
 from fastgpt.cli.prepare import shown
+from fastgpt.translation.config import TranslationConfig
 from fastgpt.translation.pairs import read_lines, read_tsv, read_two_files
-from fastgpt.translation.trainer import TranslationConfig, TranslationTrainer
+from fastgpt.translation.trainer import TranslationTrainer
 from fastgpt.translation.translator import Translator, exact_match, scores
 
 # how --help shows the keys of ``translate train``, whose class does not import tyro
@@ -69,6 +71,8 @@ def run_translate(command: Translate, console: Console) -> None:
         texts, references = map(list, zip(*both, strict=True))
     elif command.source is not None:
         texts = read_lines(command.source)
+    if references:
+        optional("sacrebleu", "BLEU", "translate")  # before the work, not behind it
     translator = Translator(command.model, command.device, command.dtype)
     translations = translator(texts, command.beam, command.length_penalty)
     if references:
@@ -88,7 +92,7 @@ def run_translate_train(config: TranslationConfig, console: Console) -> None:
     n_parameters = sum(p.numel() for p in trainer.model.parameters())
     source, target = trainer.tokenizers
     sizes = str(target.vocab_size)
-    if source is not target:
+    if trainer.model.config.source_vocab_size is not None:
         sizes = f"{source.vocab_size} and {sizes}"
     console.print(
         f"{n_parameters:,} parameters on {trainer.device}, "

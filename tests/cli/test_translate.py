@@ -16,8 +16,9 @@ from fastgpt.__main__ import main
 from fastgpt.tokenizer import CharTokenizer
 from fastgpt.training import checkpoint as ckpt
 from fastgpt.translation.built_in import TASKS, english, german
+from fastgpt.translation.config import TranslationConfig
 from fastgpt.translation.pairs import Batches, encoded_pairs, hold_out
-from fastgpt.translation.trainer import TranslationConfig, TranslationTrainer
+from fastgpt.translation.trainer import TranslationTrainer
 from fastgpt.translation.translator import Translator, scores
 from tests.tools.small_runs import assert_same, quiet
 
@@ -117,10 +118,7 @@ def test_a_new_run_keeps_the_files_of_the_one_before() -> None:
 def test_divergence_saves_nothing(capfd: pytest.CaptureFixture[str]) -> None:
     assert train("--pairs=both.tsv", "--out_dir=out", learning_rate=1e30, grad_clip=0) == 1
     assert "the loss or its gradient is not finite at iteration" in capfd.readouterr().err
-    saved = Path("out/last.pt")
-    assert not saved.exists() or all(
-        tensor.isfinite().all() for tensor in ckpt.load(saved)["model"].values()
-    )
+    assert not Path("out/last.pt").exists() and not Path("out/ckpt.pt").exists()
 
 
 def test_scores(capfd: pytest.CaptureFixture[str]) -> None:
