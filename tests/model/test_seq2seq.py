@@ -64,12 +64,13 @@ def test_parity_with_pytorch(ops, device):
 
 @torch.no_grad()
 def test_padding_changes_nothing(ops, device):
-    """Bit for bit on the kernels; PyTorch's sums have another order over a wider mask."""
+    """Bit for bit on the kernels, if matrix products of other heights sum alike, as in the
+    interpreter; PyTorch's attention sums over a wider mask in another order."""
     model = small(ops, device, n_layer=1, source_vocab_size=None).eval()
     whole, _ = model(*batch(device), return_logits=True)
     wider = rows(LENGTHS[0], SOURCE_V, 8).to(device), rows(LENGTHS[1], V, 6).to(device)
     padded, _ = model(*wider, return_logits=True)
-    bound = 0.0 if ops is fused else 1e-6
+    bound = 0.0 if ops is fused and device == "cpu" else 1e-5
     for i, length in enumerate(LENGTHS[1]):
         difference = (padded[i, :length] - whole[i, :length]).abs().max().item()
         assert difference <= bound
@@ -77,7 +78,7 @@ def test_padding_changes_nothing(ops, device):
         side[1:2, :length].to(device) for side, length in zip(wider, (3, 4), strict=True)
     )
     alone, _ = model(source, target, return_logits=True)
-    torch.testing.assert_close(whole[1, :4], alone[0], atol=1e-6, rtol=0)
+    torch.testing.assert_close(whole[1, :4], alone[0], atol=1e-5, rtol=0)
 
 
 def greedy(model: Seq2Seq, source: Tensor, limit: int) -> list[int]:
