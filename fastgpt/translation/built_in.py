@@ -5,8 +5,9 @@ from collections.abc import Callable
 
 Pairs = list[tuple[str, str]]
 
-_N_PAIRS = 20_000
-_LETTERS = "abcdefghijklmnopqrstuvwxyz"
+_N_NUMBERS = 20_000
+_N_WORDS = 50_000
+_LETTERS = "abcdefghij"  # few, so that a word has some twice
 _MAX_LETTERS = 12
 
 _ENGLISH = (
@@ -59,16 +60,16 @@ def numbers(seed: int) -> Pairs:
     chosen: set[int] = set()
     for digits in range(1, 7):
         first, last = (0 if digits == 1 else 10 ** (digits - 1)), 10**digits - 1
-        still = (_N_PAIRS - len(chosen)) // (7 - digits)
+        still = (_N_NUMBERS - len(chosen)) // (7 - digits)
         chosen.update(draw.sample(range(first, last + 1), min(still, last + 1 - first)))
     return [(english(n), german(n)) for n in sorted(chosen)]
 
 
 def reversals(seed: int) -> Pairs:
-    """Distinct words of up to 12 random letters, and the same from behind."""
+    """Distinct words of up to 12 letters, and the same from behind."""
     draw = random.Random(seed)
     words: set[str] = set()
-    while len(words) < _N_PAIRS:
+    while len(words) < _N_WORDS:
         words.add("".join(draw.choices(_LETTERS, k=draw.randint(1, _MAX_LETTERS))))
     return [(word, word[::-1]) for word in sorted(words)]
 

@@ -227,11 +227,11 @@ def test_numbers_in_words() -> None:
     assert len({english(n) for n in every}) == len({german(n) for n in every}) == len(every)
 
 
-@pytest.mark.parametrize("task", TASKS)
-def test_built_in_texts(task: str) -> None:
+@pytest.mark.parametrize("task, size", [("numbers", 20_000), ("reverse", 50_000)])
+def test_built_in_texts(task: str, size: int) -> None:
     pairs = TASKS[task](1)
-    assert pairs == TASKS[task](1) != TASKS[task](2)
-    assert len(pairs) == len({source for source, _ in pairs}) == 20_000
+    assert pairs == TASKS[task](1)
+    assert len(pairs) == len({source for source, _ in pairs}) == size
     if task == "reverse":
         assert all(source[::-1] == target for source, target in pairs)
 
