@@ -15,7 +15,7 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -143,11 +143,11 @@ def our_names(name: str) -> list[str]:
     return [f"{ours}.{part}.{what}" for part in parts]
 
 
-class _TorchTrainer(TranslationTrainer):
+class TorchTrainer(TranslationTrainer):
     """The same run with PyTorch's model, whose weights are copied to ours where they are used."""
 
-    def __init__(self, config: TranslationConfig) -> None:
-        super().__init__(config)
+    def __init__(self, config: TranslationConfig, console: Any = None) -> None:
+        super().__init__(config, console)
         self._torch = TorchTransformer(self.model)
         self.optimizer = self._torch.configure_optimizers(0.0, 0.0, BETAS, self.device.type)
         self._step = Step(self._torch, self.optimizer, self.device, grad_clip=config.grad_clip)
@@ -196,7 +196,7 @@ def main(argv: list[str] | None = None) -> None:
         warmup_iters=300,
         learning_rate=3e-3,
     )
-    trainer = (TranslationTrainer if options.model == "fastgpt" else _TorchTrainer)(config)
+    trainer = (TranslationTrainer if options.model == "fastgpt" else TorchTrainer)(config)
     start = time.process_time()
     trainer.run()
     seconds = time.process_time() - start

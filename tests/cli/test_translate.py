@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from bench.translation import TorchTrainer
 from fastgpt.__main__ import main
 from fastgpt.tokenizer import CharTokenizer
 from fastgpt.training import checkpoint as ckpt
@@ -82,6 +83,22 @@ def test_it_learns_to_translate() -> None:
     trainer = trained("out", max_iters=200, eval_interval=200, batch_tokens=128, n_embd=32, **plain)
     texts, references = zip(*trainer.held_out, strict=True)
     assert Translator("out", "cpu")(texts) == list(references)
+
+
+def test_the_losses_are_those_of_pytorchs_transformer_trained_alike() -> None:
+    keys: dict = {**SMALL, "pairs": Path("both.tsv"), "dropout": 0.0}
+    ours, theirs = (
+        kind(TranslationConfig(**keys, out_dir=Path(kind.__name__)), quiet())
+        for kind in (TranslationTrainer, TorchTrainer)
+    )
+    ours.run()
+    theirs.run()
+    logs = [Path(kind, "log.jsonl") for kind in ("TranslationTrainer", "TorchTrainer")]
+    rows = [[json.loads(line) for line in log.read_text().splitlines()] for log in logs]
+    assert len(rows[0]) == 10
+    for row, other in zip(*rows, strict=True):
+        for key in row.keys() & {"loss", "train/loss", "val/loss"}:
+            assert row[key] == pytest.approx(other[key], abs=1e-4)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
