@@ -80,11 +80,11 @@ def check_config(config: TranslationConfig) -> None:
             + (" without target" if config.source and not config.target else "")
             + (" with target" if config.target and not config.source else "")
         )
-    for key in ("batch_tokens", "eval_interval", "log_interval", "warmup_iters", "max_length"):
+    counts = ("batch_tokens", "max_iters", "warmup_iters", "eval_interval", "log_interval")
+    for key in (*counts, "max_length"):
         if getattr(config, key) < 1:
             raise ValueError(f"{key} must be at least 1, got {getattr(config, key)}")
-    for key in ("max_iters", "grad_clip"):
-        if getattr(config, key) < 0:
-            raise ValueError(f"{key} must be at least 0, got {getattr(config, key)}")
+    if not config.grad_clip >= 0:
+        raise ValueError(f"grad_clip must be at least 0, got {config.grad_clip}")
     if config.learning_rate is not None and not config.learning_rate > 0:
         raise ValueError(f"learning_rate must be positive, got {config.learning_rate}")

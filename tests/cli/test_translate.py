@@ -175,6 +175,7 @@ def test_scores_without_sacrebleu(
         (["--pairs=both.tsv", "--held_out=64"], r"held_out must lie in \[1, 63\], .* got 64"),
         (["--pairs=both.tsv", "--tokenizer=nope"], "tokenizer must be char, gpt2 or a path"),
         (["--pairs=both.tsv", "--batch_tokens=0"], "batch_tokens must be at least 1, got 0"),
+        (["--pairs=both.tsv", "--grad_clip=-1"], "grad_clip must be at least 0, got -1.0"),
         (["--pairs=both.tsv", "--learning_rate=0"], "learning_rate must be positive, got 0.0"),
         (["--pairs=both.tsv", "--n_head=3"], "n_embd must be a multiple of n_head"),
         (["--pairs=both.tsv", "--out_dir=a.txt"], "out_dir must be a folder, but a.txt is a file"),
