@@ -45,7 +45,39 @@ class GPTConfig:
             raise ValueError(f"dropout must lie in [0, 1), got {self.dropout}")
 
 
-class LanguageModel(nn.Module):
+class Trainable(nn.Module):
+    """What an optimizer asks of any model here."""
+
+    def low_precision_parameters(self) -> list[nn.Parameter]:
+        """The parameters that matrix products in half precision round before use. A model may hold
+        them in half precision, if the optimizer keeps them in float32.
+        """
+        return [p for p in self.parameters() if p.dim() >= 2]
+
+    def configure_optimizers(
+        self,
+        weight_decay: float,
+        learning_rate: float,
+        betas: tuple[float, float],
+        device_type: str,
+    ) -> torch.optim.AdamW:
+        """AdamW (Loshchilov & Hutter 2019), eps 1e-8, fused on CUDA and on the CPU.
+
+        Group 0 holds the matrices and is decayed, group 1 the vectors and is not. Each keeps the
+        order of ``named_parameters()``, by which a saved optimizer state is indexed.
+        """
+        params = [p for p in self.parameters() if p.requires_grad]
+        groups = [
+            {"params": [p for p in params if p.dim() >= 2], "weight_decay": weight_decay},
+            {"params": [p for p in params if p.dim() < 2], "weight_decay": 0.0},
+        ]
+        # None lets PyTorch choose for other devices. Unlike in nanoGPT the CPU has the fused form
+        # too: one pass, without temporaries.
+        fused = True if torch.device(device_type).type in ("cuda", "cpu") else None
+        return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, eps=1e-8, fused=fused)
+
+
+class LanguageModel(Trainable):
     """What every model here shares: loss, sampling, optimizer, loading. A model adds its
     parameters and ``_logits``.
     """
@@ -203,34 +235,6 @@ class LanguageModel(nn.Module):
                     f"{name} must hold token ids from 0 to {self._n_ids() - 1} "
                     f"(vocab_size {self._n_ids()}), got {value}"
                 )
-
-    def low_precision_parameters(self) -> list[nn.Parameter]:
-        """The parameters that matrix products in half precision round before use. A model may hold
-        them in half precision, if the optimizer keeps them in float32.
-        """
-        return [p for p in self.parameters() if p.dim() >= 2]
-
-    def configure_optimizers(
-        self,
-        weight_decay: float,
-        learning_rate: float,
-        betas: tuple[float, float],
-        device_type: str,
-    ) -> torch.optim.AdamW:
-        """AdamW (Loshchilov & Hutter 2019), eps 1e-8, fused on CUDA and on the CPU.
-
-        Group 0 holds the matrices and is decayed, group 1 the vectors and is not. Each keeps the
-        order of ``named_parameters()``, by which a saved optimizer state is indexed.
-        """
-        params = [p for p in self.parameters() if p.requires_grad]
-        groups = [
-            {"params": [p for p in params if p.dim() >= 2], "weight_decay": weight_decay},
-            {"params": [p for p in params if p.dim() < 2], "weight_decay": 0.0},
-        ]
-        # None lets PyTorch choose for other devices. Unlike in nanoGPT the CPU has the fused form
-        # too: one pass, without temporaries.
-        fused = True if torch.device(device_type).type in ("cuda", "cpu") else None
-        return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, eps=1e-8, fused=fused)
 
     def load_state_dict(
         self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False

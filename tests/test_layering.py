@@ -27,11 +27,12 @@ RANKS = (
     "fastgpt/assistant/words",
     "fastgpt/ops",
     "fastgpt/generation fastgpt/language_model",
-    "fastgpt/bigram fastgpt/blocks fastgpt/interop/huggingface fastgpt/model",
+    "fastgpt/bigram fastgpt/blocks fastgpt/interop/huggingface fastgpt/model fastgpt/seq2seq",
     "fastgpt/__init__",
     "fastgpt/tuning/",
     "fastgpt/training/",
-    "fastgpt/ladder fastgpt/step fastgpt/optimizer fastgpt/sampler fastgpt/interop/",
+    "fastgpt/ladder fastgpt/step fastgpt/optimizer fastgpt/sampler fastgpt/interop/ "
+    "fastgpt/translation/",
     "fastgpt/assistant/",
     "fastgpt/cli/",
     "fastgpt/__main__",
@@ -51,6 +52,7 @@ TORCH_ALONE = {
 LATE = {
     "huggingface_hub",
     "matplotlib",
+    "sacrebleu",
     "safetensors",
     "tensorboard",
     "tiktoken",

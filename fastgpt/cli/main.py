@@ -23,11 +23,13 @@ from fastgpt.cli.plot import PlotConfig, plot
 from fastgpt.cli.prepare import Prepare, TrainTokenizer, run_prepare, run_train_tokenizer, shown
 from fastgpt.cli.sample import run_sample
 from fastgpt.cli.train import Train, keys_below, run_train, train_defaults
+from fastgpt.cli.translate import TRANSLATION_MARKS, Translate, run_translate, run_translate_train
 from fastgpt.cli.tune import TuneConfig, run_tune
 from fastgpt.devices import is_native, resolve_device
 from fastgpt.interop.export import ExportConfig, export
 from fastgpt.training.config import SampleConfig, TrainConfig
 from fastgpt.training.distributed import World
+from fastgpt.translation.config import TranslationConfig
 
 
 def _marked(command: type, **marks: tuple[Any, ...]) -> None:
@@ -54,6 +56,8 @@ _marked(
     rungs=(shown("RUNG ...", "all; without a GPU all but scaled"),),
 )
 
+_marked(TranslationConfig, **TRANSLATION_MARKS)
+
 _OF_WRITING = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT, errno.EPIPE)
 
 Command = (
@@ -67,6 +71,8 @@ Command = (
     | ExportConfig
     | PlotConfig
     | LadderConfig
+    | Translate
+    | TranslationConfig
     | DoctorConfig
 )
 
@@ -82,11 +88,15 @@ _COMMANDS: dict[str, tuple[type, ...]] = {
     "export": (ExportConfig,),
     "plot": (PlotConfig,),
     "ladder": (LadderConfig,),
+    "translate": (Translate,),
+    "translate train": (TranslationConfig,),
     "doctor": (DoctorConfig,),
 }
 
 
 def _parse(argv: list[str], defaults: Train) -> Command:
+    if argv[:2] == ["translate", "train"]:
+        argv = ["translate train", *argv[2:]]
     command: Command = tyro.cli(
         Annotated[Prepare, tyro.conf.FlagConversionOff, tyro.conf.subcommand("prepare")]
         | Annotated[TrainTokenizer, tyro.conf.FlagConversionOff, tyro.conf.subcommand("tokenizer")]
@@ -100,6 +110,10 @@ def _parse(argv: list[str], defaults: Train) -> Command:
         | Annotated[ExportConfig, tyro.conf.subcommand("export")]
         | Annotated[PlotConfig, tyro.conf.subcommand("plot")]
         | Annotated[LadderConfig, tyro.conf.FlagConversionOff, tyro.conf.subcommand("ladder")]
+        | Annotated[Translate, tyro.conf.subcommand("translate")]
+        | Annotated[
+            TranslationConfig, tyro.conf.FlagConversionOff, tyro.conf.subcommand("translate train")
+        ]
         | Annotated[DoctorConfig, tyro.conf.subcommand("doctor")],
         prog="fastgpt",
         description="Train GPT-2-class models and sample from them. --version shows the version.",
@@ -191,6 +205,10 @@ def main(argv: list[str] | None = None) -> int:
             console.print(f"wrote {plot(command)}")
         elif isinstance(command, LadderConfig):
             run_ladder(command, console, errors)
+        elif isinstance(command, TranslationConfig):
+            run_translate_train(command, console)
+        elif isinstance(command, Translate):
+            run_translate(command, console)
         elif isinstance(command, DoctorConfig):
             return doctor(console)
         else:

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from fastgpt import ops
-from fastgpt.language_model import LanguageModel
+from fastgpt.language_model import Trainable
 from fastgpt.training.distributed import ALONE, World
 
 _ALIGNMENT = 128  # elements between the beginnings of two parameters: a multiple of 16 bytes, which
@@ -109,7 +109,7 @@ class MasterAdamW(torch.optim.AdamW):
 
     def __init__(
         self,
-        model: LanguageModel,
+        model: Trainable,
         dtype: torch.dtype,
         weight_decay: float,
         learning_rate: float,

@@ -1,0 +1,82 @@
+"""A picture of what a translation model looks at: its cross-attention, a row for each token of the
+translation, a column for each of the source, averaged over the heads of each layer.
+
+    python bench/attention_map.py --model=DIR --text="forty-two" --out=map.png
+"""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+import tyro
+from torch import Tensor
+
+if __name__ == "__main__":  # Python looks for modules in the folder of the script
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from fastgpt import ops
+from fastgpt._optional import optional
+from fastgpt.seq2seq import Seq2Seq
+from fastgpt.translation.pairs import encoded, padded
+from fastgpt.translation.search import beam_search
+from fastgpt.translation.translator import Translator
+
+
+@dataclass
+class Options:
+    """Draw the cross-attention of one translation."""
+
+    model: Path
+    """Folder of the model."""
+    text: str
+    """The text to translate."""
+    out: Path = Path("map.png")
+    """The picture."""
+
+
+@torch.no_grad()
+def cross_attention(model: Seq2Seq, source: Tensor, target: Tensor) -> Tensor:
+    """The probabilities (layers, H, T, S) with which ``model`` reads one source (1, S) for each
+    token of its target (1, T)."""
+    found: list[Tensor] = []
+
+    def attention(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
+        found.append((q @ k.mT * q.shape[-1] ** -0.5).softmax(-1)[0])
+        return ops.attention(q, k, v, **options)
+
+    recording: Any = SimpleNamespace(**{**vars(ops), "attention": attention})
+    twin = Seq2Seq(model.config, recording).eval()
+    twin.load_state_dict(model.state_dict())
+    twin(source, target)
+    return torch.stack(found[model.config.n_layer :])  # behind the encoder's own
+
+
+def main(argv: list[str] | None = None) -> None:
+    options = tyro.cli(Options, args=argv)
+    translator = Translator(options.model, "cpu")
+    model, (source_tokens, target_tokens) = translator.model, translator.tokenizers
+    source = encoded(options.text, source_tokens, model.config.block_size, "text")
+    target = [*beam_search(model, padded([source]))[0], model.end]
+    maps = cross_attention(model, padded([source]), padded([target])).mean(1)
+    sides = ((source_tokens, source), (target_tokens, target))
+    columns, rows = ([*(t.decode([i]) for i in ids[:-1]), "END"] for t, ids in sides)
+    size = (1.5 + 0.42 * len(columns) * len(maps), 1.5 + 0.3 * len(rows))
+    figure = optional("matplotlib.figure", "the picture", "log").Figure(
+        figsize=size, layout="constrained"
+    )
+    for number, (axes, weights) in enumerate(
+        zip(figure.subplots(1, len(maps), squeeze=False)[0], maps, strict=True), start=1
+    ):
+        axes.imshow(weights, cmap="Blues", vmin=0.0, vmax=1.0)
+        axes.set_xticks(range(len(columns)), columns, rotation=90)
+        axes.set_yticks(range(len(rows)), rows)
+        axes.set_title(f"layer {number}")
+    figure.savefig(options.out, dpi=110)
+    print(f"wrote {options.out}: {options.text} → {target_tokens.decode(target[:-1])}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Translation with ``fastgpt.seq2seq``: data, training, search."""

@@ -1,0 +1,125 @@
+"""A trained model in a folder, as a function from texts to translations; and their scores.
+
+translator = Translator("out-translate")
+translator(["twenty-one"])           # ["einundzwanzig"]
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from fastgpt._optional import optional
+from fastgpt._progress import progress_bar
+from fastgpt.devices import autocast, resolve_device, resolve_dtype
+from fastgpt.seq2seq import Seq2Seq, Seq2SeqConfig
+from fastgpt.tokenizer import Tokenizer, packed, unpacked
+from fastgpt.training import checkpoint as ckpt
+from fastgpt.translation.pairs import Ids, cut_by_tokens, encoded, padded
+from fastgpt.translation.search import beam_search
+
+LAST = "last.pt"  # the newest state; ckpt.BEST has the best validation loss
+
+Tokenizers = tuple[Tokenizer, Tokenizer]  # of the sources and of the targets, which may be one
+
+_BATCH_TOKENS = 2048
+
+
+def model_entries(model: Seq2Seq, tokenizers: Tokenizers) -> ckpt.Checkpoint:
+    """What a checkpoint holds of the shape and of the tokenizers."""
+    source, target = tokenizers
+    return {
+        "model_args": dict(vars(model.config)),
+        "source_tokenizer": packed(source),
+        "target_tokenizer": packed(target),
+    }
+
+
+def load_model(checkpoint: ckpt.Checkpoint, path: Path) -> tuple[Seq2Seq, Tokenizers]:
+    """The model, on the CPU, and its tokenizers.
+
+    Raises ValueError naming ``path``, where the checkpoint came from.
+    """
+    try:
+        source = unpacked(checkpoint["source_tokenizer"])
+        target = unpacked(checkpoint["target_tokenizer"])
+        if source is None or target is None:
+            raise ValueError("it has no tokenizer")
+        model = Seq2Seq(Seq2SeqConfig(**checkpoint["model_args"]))
+        model.load_state_dict(checkpoint["model"])
+    except (KeyError, ValueError, TypeError, RuntimeError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{path} holds no translation model: {reason}") from error
+    return model, (source, target)
+
+
+class Translator:
+    """The model that ``fastgpt translate train`` wrote into ``folder``: the best by validation
+    loss, or the newest of a run that was stopped before it was evaluated.
+
+    Raises FileNotFoundError if there is none, ValueError if it is damaged or of another kind.
+    """
+
+    def __init__(self, folder: str | Path, device: str = "auto", dtype: str = "auto") -> None:
+        folder = Path(folder)
+        path = next((p for p in (folder / ckpt.BEST, folder / LAST) if p.is_file()), None)
+        if path is None:
+            raise FileNotFoundError(
+                f"there is no model {folder / ckpt.BEST}: fastgpt translate train writes one"
+            )
+        model, self.tokenizers = load_model(ckpt.load(path), path)
+        self.device = resolve_device(device)
+        self.model = model.to(self.device).eval()
+        self._autocast = autocast(self.device, resolve_dtype(dtype, self.device))
+
+    def __call__(
+        self, texts: Sequence[str], beam: int = 4, length_penalty: float = 0.6
+    ) -> list[str]:
+        """Translate each text. Raises ValueError for one that is empty, too long, or has a
+        character that the model has never seen; see ``beam_search`` for the options."""
+        source, target = self.tokenizers
+        limit = self.model.config.block_size
+        for text in texts:
+            if not text.strip():
+                raise ValueError(f"a text to translate must not be empty, got {text!r}")
+        rows = [encoded(text, source, limit, f"text {text[:40]!r}") for text in texts]
+        found = translate_ids(self.model, rows, beam, length_penalty, self._autocast)
+        return [target.decode(ids) for ids in found]
+
+
+def translate_ids(
+    model: Seq2Seq, rows: Sequence[Ids], beam: int, length_penalty: float, context: Any
+) -> list[Ids]:
+    """The translations of ``rows`` of ids, of similar lengths together, in the order of ``rows``.
+    The model, in eval mode, runs in ``context``."""
+    device = next(model.parameters()).device
+    order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
+    starts = cut_by_tokens((len(rows[i]) for i in order), _BATCH_TOKENS)
+    found: dict[int, Ids] = {}
+    with progress_bar("translating", hidden=len(starts) < 2) as show:
+        for start, stop in zip(starts, [*starts[1:], len(rows)], strict=True):
+            numbers = order[start:stop]
+            batch = padded([rows[i] for i in numbers]).to(device)
+            with context:
+                best = beam_search(model, batch, beam, length_penalty)
+            found.update(zip(numbers, best, strict=True))
+            show(stop / len(rows))
+    return [found[i] for i in range(len(rows))]
+
+
+def exact_match(translations: Sequence[str], references: Sequence[str]) -> float:
+    """The share of translations that are the reference, letter for letter."""
+    same = sum(a == b for a, b in zip(translations, references, strict=True))
+    return same / len(references)
+
+
+def scores(translations: Sequence[str], references: Sequence[str]) -> dict[str, float]:
+    """BLEU and chrF in [0, 100] by sacrebleu, and exact matches in percent.
+
+    Raises ImportError without sacrebleu.
+    """
+    sacrebleu = optional("sacrebleu", "BLEU", "translate")
+    return {
+        "BLEU": sacrebleu.corpus_bleu(translations, [references]).score,
+        "chrF": sacrebleu.corpus_chrf(translations, [references]).score,
+        "exact": 100.0 * exact_match(translations, references),
+    }
