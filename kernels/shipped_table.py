@@ -277,6 +277,8 @@ TABLE: dict[Key, Any] = {
     Key("layer_norm", "bwd", "sm_90", "half", 1024): RowLoop(1, 2, 3, 6),
     Key("layer_norm", "bwd_narrow"): Tile(8, 128, 4),
     Key("layer_norm", "sum_row_blocks"): Tile(128, 16, 4),
+    # The interpreter takes a millisecond for a program, of whatever size.
+    Key("layer_norm", "sum_row_blocks", "interpreter"): Tile(8, 256, 4),
     # Rows of the loss; size: classes, 256 or more. 8 elements a thread are one 16-byte load in half
     # precision. 4 rows of 512 threads fill a multiprocessor, while the rows under way (40 MB of
     # GPT-2's in half precision) still fit into the L2 cache of sm_90.
@@ -290,6 +292,7 @@ TABLE: dict[Key, Any] = {
     # that divide GPT-2's widths. Token: most runs are short, so few programs with long rows.
     Key("embedding", "fwd"): Tile(16, 128, 4),
     Key("embedding", "bwd_position"): Tile(16, 128, 4),
+    Key("embedding", "bwd_position", "interpreter"): Tile(16, 512, 4),
     Key("embedding", "bwd_token"): Tile(4, 1024, 4),
     Key("embedding", "bwd_token", size=32): Tile(16, 32, 4),
     Key("embedding", "bwd_token", size=64): Tile(16, 64, 4),
