@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 
-from fastgpt.kernels.configs import (
+from fastgpt.kernels.configs import first_line, lookup
+from fastgpt.kernels.shipped_table import (
     _DOCUMENTS,
     _DROPOUT,
     _LIMIT,
@@ -27,8 +28,6 @@ from fastgpt.kernels.configs import (
     Tile,
     TileLoop,
     WholeRows,
-    first_line,
-    lookup,
 )
 
 

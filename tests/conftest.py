@@ -39,7 +39,7 @@ with suppress(ImportError):  # of the extra test; without it the tests that need
         hypothesis.Phase.generate,
     ]
     hypothesis.settings.register_profile(
-        "small", max_examples=60, derandomize=True, phases=_phases, **_common
+        "small", max_examples=30, derandomize=True, phases=_phases, **_common
     )
     hypothesis.settings.register_profile("large", max_examples=2000, **_common)
     hypothesis.settings.load_profile("small")

@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # A folder, or a named file of one, imports from its own line and from the lines above it.
 RANKS = (
     "kernels/_checks kernels/_device_math kernels/_host kernels/_operators kernels/_tensors "
-    "kernels/configs kernels/reference kernels/tuned_table",
+    "kernels/configs kernels/reference kernels/shipped_table kernels/tuned_table",
     "kernels/",
     "kernels/costs kernels/fused",
     "fastgpt/_files fastgpt/_optional fastgpt/_progress fastgpt/cuda_graph fastgpt/devices "

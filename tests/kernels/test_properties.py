@@ -1,5 +1,5 @@
 """Every op on inputs that hypothesis draws: shapes, strides, dtypes and options, by the rule of
-``parity`` for few numbers against the plain op. 60 cases an op, always the same; others, and more:
+``parity`` for few numbers against the plain op. 30 cases an op, always the same; others, and more:
 
     pytest --hypothesis-profile=large tests/kernels/test_properties.py
 

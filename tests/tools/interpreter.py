@@ -28,6 +28,7 @@ import triton.language as tl
 import triton.runtime.interpreter as triton_interpreter
 from torch import Tensor
 from triton.backends.nvidia.compiler import CUDAOptions
+from triton.language.semantic import TritonSemantic
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 from triton.runtime.jit import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
@@ -280,6 +281,37 @@ def _remembered_numpy_dtype(numpy_dtype: Callable) -> Callable:
     return get_numpy_dtype
 
 
+def _checked_overflow(self: TritonSemantic, lhs: tl.tensor, rhs: tl.tensor, op: Callable) -> None:
+    """The original's check in two steps of NumPy; it spells it out in the language, ten operations
+    for each one that is checked, whether the outcome is looked at or not."""
+    element = lhs.type.scalar
+    if element.int_bitwidth >= 64 or not self.builder.options.debug:
+        return
+    wide = (operand.handle.data.astype(np.int64) for operand in (lhs, rhs))
+    exact = _CHECKED_OPS[op.__name__](*wide)
+    inside = (exact >= element.get_int_min_value()) & (exact <= element.get_int_max_value())
+    if not inside.all():
+        message = f"int{element.int_bitwidth} overflow detected for operation {op.__name__}"
+        self.builder.create_assert(TensorHandle(inside, tl.int1), message)
+
+
+_CHECKED_OPS = {"add": np.add, "sub": np.subtract, "mul": np.multiply}
+
+
+def _short_cut_operands(check: Callable) -> Callable:
+    """Two blocks or scalars of one type are the operands as they are, except of a division."""
+
+    def binary_op_type_checking_impl(
+        self: TritonSemantic, lhs: Any, rhs: Any, *allowed: bool, **options: bool
+    ) -> tuple[tl.tensor, tl.tensor]:
+        if isinstance(lhs, tl.tensor) and isinstance(rhs, tl.tensor) and lhs.type is rhs.type:
+            if not options and len(allowed) < 4 and not lhs.type.scalar.is_ptr():
+                return lhs, rhs
+        return check(self, lhs, rhs, *allowed, **options)
+
+    return binary_op_type_checking_impl
+
+
 # -------------------------------------------------------------------- exchange of the language
 
 
@@ -310,6 +342,9 @@ def _exchanges() -> list[tuple[Any, str, Any, Any]]:
     scope.set_attr(tl.tensor, "__init__", _remembered_tensor(tl.tensor.__init__))
     scope.set_attr(tl.tuple, "__eq__", _equal_tuples)
     scope.set_attr(tl.block_type, "__init__", _remembered_block_type(tl.block_type.__init__))
+    scope.set_attr(TritonSemantic, "binary_op_sanitize_overflow_impl", _checked_overflow)
+    operands = TritonSemantic.binary_op_type_checking_impl
+    scope.set_attr(TritonSemantic, "binary_op_type_checking_impl", _short_cut_operands(operands))
     # Some attributes are exchanged twice: the first entry has the true original.
     originals = {(owner, name): old for owner, name, old in reversed(scope._changes)}
     exchanges = [

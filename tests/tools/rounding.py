@@ -27,8 +27,10 @@ def _widened(tree: Any) -> Any:
 def _product(a: Tensor, b: Tensor) -> Tensor:
     """(..., M, K) @ (..., K, N) in float32, returned in float64."""
     total = a.new_zeros(*a.shape[:-1], b.shape[-1])
+    rounded = torch.empty_like(total, dtype=torch.float32)
     for k in range(a.shape[-1]):
-        total = total.addcmul(a[..., k, None], b[..., k, None, :]).float().double()
+        rounded.copy_(total.addcmul_(a[..., k, None], b[..., k, None, :]))
+        total.copy_(rounded)
     return total
 
 

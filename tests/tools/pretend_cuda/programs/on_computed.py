@@ -10,7 +10,7 @@ import torch
 from tests.tools.pretend_cuda.programs.on_trainer import run
 from tests.tools.small_runs import assert_same
 
-SHORT = dict(max_iters=5, lr_decay_iters=5)
+SHORT = dict(max_iters=4, lr_decay_iters=4, gradient_accumulation_steps=1)
 
 
 def losses(state: dict[str, Any]) -> torch.Tensor:

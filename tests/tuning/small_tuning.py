@@ -1,0 +1,57 @@
+"""A tuner's run on a small model, with a clock that a test sets."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from fastgpt import GPTConfig
+from fastgpt.kernels import candidates, configs, fused
+from fastgpt.kernels.configs import Key
+from fastgpt.tuning import Table, Workload, tune, tuner
+from fastgpt.tuning.phase import Phase
+from fastgpt.tuning.table import choices
+
+CPU = torch.device("cpu")
+WORK = Workload(GPTConfig(block_size=8, vocab_size=16, n_layer=3, n_head=1, n_embd=16), 1)
+Clock = Callable[[Phase], float]
+
+
+def clock(monkeypatch: pytest.MonkeyPatch, cost: Callable[[Key, Any], float]) -> list[Key]:
+    """What is timed takes the sum of the costs of the lines in effect; returns the calls' keys."""
+    timed: list[Key] = []
+
+    def milliseconds(work: Callable[[], Any], device: torch.device) -> float:
+        work()
+        lines = configs.tuned(device)
+        timed.extend(list(lines)[-1:])
+        return 1.0 + sum(cost(key, config) for key, config in lines.items())
+
+    monkeypatch.setattr(tuner, "milliseconds", milliseconds)
+    return timed
+
+
+def number(key: Key, config: Any) -> int:
+    """Among the candidates; 0 for the table's own."""
+    found = choices(key, CPU)
+    return next(n for n, one in enumerate(found) if candidates.same(one, config))
+
+
+def last(key: Key, config: Any) -> float:
+    """A clock by which the last candidate is the fastest."""
+    return 10.0 * (8 - number(key, config))
+
+
+def run(work: Workload = WORK, **options: Any) -> tuple[Table, int]:
+    return tune(work, CPU, **{"ops": fused, **options})
+
+
+def only(monkeypatch: pytest.MonkeyPatch, *keys: Key) -> None:
+    """The other lines have no candidates."""
+    monkeypatch.setattr(
+        "fastgpt.tuning.table.candidates",
+        lambda *asked, of=candidates.candidates: (
+            of(*asked) if (asked[0], asked[1]) in {key[:2] for key in keys} else of(*asked)[:1]
+        ),
+    )

@@ -1,0 +1,225 @@
+"""What a run of the tuner keeps, however it ends, and what a user can do wrong."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from fastgpt.kernels import configs, tuned_table
+from fastgpt.kernels.configs import Key
+from fastgpt.tuning import Table, Workload, summary, tuner
+from fastgpt.tuning.phase import Phase
+from fastgpt.tuning.table import choices
+from tests.tuning.small_tuning import CPU, WORK, clock, last, number, only, run
+
+pytestmark = pytest.mark.usefixtures("measured")
+
+
+def test_what_is_decided_is_not_measured_again(
+    trusting: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock(monkeypatch, last)
+    before = run()[0]
+    timed = clock(monkeypatch, lambda key, config: 0.0)
+    assert run()[0] == before
+    n_phases = len(timed)  # each once, for the order
+    other = Workload(WORK.config, 2)
+    assert run(other, only_missing=True)[0].workloads == [str(WORK), str(other)]
+    assert len(timed) == 2 * n_phases
+    after = run(other)[0].lines
+    assert len(timed) > 3 * n_phases
+    adamw = Key("adamw", "update", "sm_90", "float32")  # which does not depend on the batch
+    assert after[adamw] == before.lines[adamw] and number(adamw, after[adamw].config) > 0
+    again = [line for line in after.values() if "(2, 8" in line.at[0]]
+    assert len(again) > 8 and all(number(line.key, line.config) == 0 for line in again)
+
+
+def test_the_time_is_kept(trusting: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It stops, keeps what is decided, says what is left, and goes on."""
+    now = [0.0]
+    monkeypatch.setattr(tuner.time, "monotonic", lambda: now[0])
+    decide = tuner.Tuner.decide
+
+    def slow(*args: Any) -> Any:
+        now[0] += 10.0
+        return decide(*args)
+
+    monkeypatch.setattr(tuner.Tuner, "decide", slow)
+    table, left = run(seconds=0.0)
+    assert not table.lines and left > 5 and not table.workloads
+    table, left = run(seconds=25.0)
+    assert len(table.lines) == 3 and left > 5 and not table.workloads
+    assert Table.read(CPU) == table and configs.tuned(CPU).keys() == table.lines.keys()
+    assert "not decided yet" in summary(table, left)
+    table, left = run(seconds=1e9)
+    assert left == 0 and table.workloads and "not decided" not in summary(table, left)
+
+
+def test_what_takes_most_time_comes_first(trusting: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the whole step: a pass of 2 ms that a step has three times before one of 5 ms."""
+    order = ["mlp (1, 8, 16) (64, 16) (16, 64) forward", "adamw forward"]
+    once = {order[0]: 2.0, order[1]: 5.0}
+    monkeypatch.setattr(
+        tuner.Tuner, "once", lambda self, phase: phase.count * once.get(str(phase), 1e-3)
+    )
+    table, _ = run()
+    keys = list(table.lines)
+    assert {key[:2] for key in keys[:2]} == {("gemm", "fwd"), ("gelu", "fwd")}
+    assert keys[2][:2] == ("adamw", "update")
+
+
+def test_killed_at_any_time_it_goes_on(tmp_path: Path) -> None:
+    """kill -9 after the fourth decision, in the middle of the fifth."""
+    program = tmp_path / "tune.py"
+    program.write_text(KILLED)
+    root = Path(__file__).parents[2]
+    folder = tmp_path / "tuned"
+    environment = {**os.environ, "PYTHONPATH": str(root), "TUNED": str(folder)}
+
+    def start(die_at: int) -> "subprocess.CompletedProcess[str]":
+        return subprocess.run(
+            [sys.executable, str(program), str(die_at)],
+            env=environment,
+            capture_output=True,
+            text=True,
+        )
+
+    run = start(5)
+    assert run.returncode == -signal.SIGKILL, run.stderr
+    (path,) = folder.glob("*.json")
+    held = json.loads(path.read_text())
+    kept = [line["key"] for line in held["lines"]]
+    assert len(kept) == 4 and not held["workloads"]
+    (folder / f".{path.name}.tmp").write_text("half a file")  # of a write that was cut off
+    run = start(0)
+    assert run.returncode == 0, run.stderr
+    decided = [json.loads(line) for line in run.stdout.splitlines()]
+    held = json.loads(path.read_text())
+    assert held["workloads"] and [line["key"] for line in held["lines"]] == [*kept, *decided]
+
+
+KILLED = """
+import json, os, signal, sys
+import tests.conftest
+os.environ["FASTGPT_TUNED"] = os.environ["TUNED"]
+import torch
+from fastgpt import GPTConfig
+from fastgpt.kernels import _host, fused
+from fastgpt.tuning import Workload, tune, tuner
+from fastgpt.tuning.phase import Phase
+
+tuner.ROUNDS = 1
+tuner.Occupier = lambda device: lambda: None
+tuner.milliseconds = lambda work, device: 1.0
+Phase.right, Phase.check = lambda phase: None, lambda phase, right: None
+times, decide, at = tuner.Tuner._times, tuner.Tuner.decide, int(sys.argv[1])
+
+def killed(self, *asked):
+    global at
+    at -= 1
+    if at == 0:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return times(self, *asked)
+
+def noted(self, key, phases):
+    print(json.dumps(key))
+    return decide(self, key, phases)
+
+tuner.Tuner._times, tuner.Tuner.decide = killed, noted
+work = Workload(GPTConfig(block_size=8, vocab_size=16, n_layer=1, n_head=1, n_embd=16), 1)
+with _host.interpreted(True, 90):
+    table, left = tune(work, torch.device("cpu"), ops=fused)
+assert left == 0
+"""
+
+
+def test_a_damaged_table_is_made_anew(trusting: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    only(monkeypatch, Key("gemm", "fwd"))
+    before, _ = run()
+    path = tuned_table.path_of(CPU)
+    assert path is not None
+    path.write_bytes(path.read_bytes()[:100])
+    with pytest.warns(UserWarning, match="is ignored"):
+        table, left = run()
+    assert left == 0 and table == before == Table.read(CPU)
+
+
+def test_a_candidate_that_breaks_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The process has to end; the next one leaves that candidate out."""
+    key = Key("gemm", "fwd", "sm_90", "half", 16)
+    only(monkeypatch, key)
+    second = choices(key, CPU)[1]
+    broken = [False]
+
+    def check(self: Phase, right: Any) -> None:
+        if configs.tuned(CPU)[key] == second:
+            broken[0] = True
+            raise RuntimeError("CUDA error: an illegal memory access\nmore")
+
+    def synchronize(device: torch.device) -> None:
+        if broken[0]:
+            raise RuntimeError("CUDA error: an illegal memory access")
+
+    monkeypatch.setattr(Phase, "check", check)
+    monkeypatch.setattr(tuner, "synchronize", synchronize)
+    with pytest.raises(RuntimeError, match=r"the GPU failed with Gemm\(.*tune again"):
+        run()
+    assert key not in configs.tuned(CPU)
+    broken[0] = False
+    shown: list[str] = []
+    table, left = run(show=shown.append)
+    assert left == 0 and table.lines[key].n_tried == len(choices(key, CPU)) - 1
+    assert "is left out: RuntimeError: CUDA error: an illegal memory access" in shown[0]
+
+
+def test_too_little_memory(trusting: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For one line: the others are decided. For one candidate: it may fit the next time."""
+    key, other = Key("gemm", "fwd", "sm_90", "half", 16), Key("gemm", "bwd", "sm_90", "half", 64)
+    only(monkeypatch, key, other)
+    second = choices(other, CPU)[1]
+
+    def right(self: Phase) -> None:
+        if key in configs.tuned(CPU):
+            raise torch.OutOfMemoryError("too large")
+
+    def check(self: Phase, right: Any) -> None:
+        if configs.tuned(CPU).get(other) == second:
+            raise torch.OutOfMemoryError("too large")
+
+    monkeypatch.setattr(Phase, "right", right)
+    monkeypatch.setattr(Phase, "check", check)
+    shown: list[str] = []
+    table, left = run(show=shown.append)
+    assert left == 0 and key not in table.lines and not table.rejected
+    assert table.lines[other].n_tried == len(choices(other, CPU)) - 1
+    assert any("gemm fwd 16: too little memory" in text for text in shown)
+
+
+def test_nothing_else_changes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A training run goes on with the random numbers and the products that it had."""
+    only(monkeypatch, Key("gemm", "fwd"))
+    torch.set_float32_matmul_precision("high")
+    state = torch.get_rng_state()
+    assert run()[1] == 0
+    assert torch.equal(state, torch.get_rng_state())
+    assert torch.get_float32_matmul_precision() == "high"
+
+
+def test_what_a_user_can_do_wrong(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from fastgpt._files import exclusive_lock
+
+    with pytest.raises(ValueError, match="batch_size must be at least 1, got 0"):
+        Workload(WORK.config, 0)
+    with pytest.raises(ValueError, match="seconds must be at least 0, got -1"):
+        run(seconds=-1)
+    with exclusive_lock(tmp_path), pytest.raises(ValueError, match="another process"):
+        run()
+    monkeypatch.setenv("FASTGPT_TUNED", "")
+    with pytest.raises(ValueError, match="FASTGPT_TUNED must name a folder for tuning, got ''"):
+        run()
