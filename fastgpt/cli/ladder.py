@@ -109,7 +109,9 @@ def _show(
     except ImportError as error:
         progress.print(f"no picture: {error}")
         return
-    draw({result.rung: result.rows for result in results}).savefig(config.output, dpi=150)
+    # The losses before training are so large that they would hide the differences.
+    trained = {r.rung: [row for row in r.rows if row["iter"]] for r in results}
+    draw(trained, ("loss", "val/loss")).savefig(config.output, dpi=150)
     progress.print(f"wrote {config.output}")
 
 

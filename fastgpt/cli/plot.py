@@ -1,6 +1,7 @@
 """``fastgpt plot``: learning curves of one or more runs, from their ``log.jsonl``."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -46,21 +47,23 @@ def plot(config: PlotConfig) -> Path:
     return output
 
 
-def draw(runs: dict[str, list[log.Row]]) -> Any:
-    """The curves of runs, name → rows of the log, as a ``matplotlib.figure.Figure``."""
+def draw(runs: dict[str, list[log.Row]], keys: Sequence[str] = tuple(_PANELS)) -> Any:
+    """The curves of runs, name → rows of the log, as a ``matplotlib.figure.Figure``. ``keys`` are
+    those of the panels, two in a row.
+    """
     matplotlib_figure = optional("matplotlib.figure", "plot", "log")
     figure = matplotlib_figure.Figure(figsize=(11, 7), layout="constrained")
-    panels = figure.subplots(2, 2, sharex=True).flat
-    for axes, (key, title) in zip(panels, _PANELS.items(), strict=True):
+    panels = figure.subplots(len(keys) // 2, 2, sharex=True).flat
+    for axes, key in zip(panels, keys, strict=True):
         for number, (name, rows) in enumerate(runs.items()):
             _draw(axes, rows, key, f"C{number}", _label(name, rows))
-        axes.set_title(title)
+        axes.set_title(_PANELS[key])
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
         if key == "tokens_per_second":
             axes.set_ylim(bottom=0)
             axes.yaxis.set_major_formatter("{x:,.0f}")
-    for axes in figure.axes[2:]:
+    for axes in figure.axes[-2:]:
         axes.set_xlabel("iteration")
     handles, labels = figure.axes[1].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", frameon=False)
