@@ -14,7 +14,7 @@ from rich.text import Text
 
 from fastgpt import ladder
 from fastgpt._optional import optional
-from fastgpt.cli.plot import draw
+from fastgpt.cli.plot import LOSSES, draw
 from fastgpt.data import builtin_texts
 from fastgpt.data.manifest import Manifest
 from fastgpt.data.prepare import characters_of, prepare
@@ -109,7 +109,9 @@ def _show(
     except ImportError as error:
         progress.print(f"no picture: {error}")
         return
-    draw({result.rung: result.rows for result in results}).savefig(config.output, dpi=150)
+    # The losses before training are so large that they would hide the differences.
+    trained = {r.rung: [row for row in r.rows if row["iter"]] for r in results}
+    draw(trained, LOSSES).savefig(config.output, dpi=150)
     progress.print(f"wrote {config.output}")
 
 

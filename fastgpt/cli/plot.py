@@ -10,9 +10,12 @@ from fastgpt.training import log
 
 _CURVES = "curves.png"
 # key in the log → title and unit of its panel, for each kind of run; the first key tells the kind
-_PANELS = {
+LOSSES = {
     "loss": "training loss (nats per token; dots: evaluated)",
     "val/loss": "validation loss (nats per token)",
+}
+_PANELS = {
+    **LOSSES,
     "lr": "learning rate",
     "tokens_per_second": "tokens per second",
 }
@@ -60,14 +63,18 @@ def plot(config: PlotConfig) -> Path:
     return output
 
 
-def draw(runs: dict[str, list[log.Row]]) -> Any:
-    """The curves of runs, name → rows of the log, as a ``matplotlib.figure.Figure``."""
+def draw(runs: dict[str, list[log.Row]], panels: dict[str, str] | None = None) -> Any:
+    """The curves of runs, name → rows of the log, as a ``matplotlib.figure.Figure``. ``panels``:
+    key → title, two in a row; None for those of the runs' kind.
+    """
     matplotlib_figure = optional("matplotlib.figure", "plot", "log")
     figure = matplotlib_figure.Figure(figsize=(11, 7), layout="constrained")
-    panels = figure.subplots(2, 2, sharex=True).flat
-    keys = {key for rows in runs.values() for row in rows for key in row}
-    kinds = (kind for kind in (_RL_PANELS, _REWARD_PANELS) if next(iter(kind)) in keys)
-    for axes, (key, title) in zip(panels, next(kinds, _PANELS).items(), strict=True):
+    if panels is None:
+        found = {key for rows in runs.values() for row in rows for key in row}
+        kinds = (kind for kind in (_RL_PANELS, _REWARD_PANELS) if next(iter(kind)) in found)
+        panels = next(kinds, _PANELS)
+    grid = figure.subplots(len(panels) // 2, 2, sharex=True).flat
+    for axes, (key, title) in zip(grid, panels.items(), strict=True):
         for number, (name, rows) in enumerate(runs.items()):
             _draw(axes, rows, key, f"C{number}", _label(name, rows))
         axes.set_title(title)
@@ -76,7 +83,7 @@ def draw(runs: dict[str, list[log.Row]]) -> Any:
         if key == "tokens_per_second":
             axes.set_ylim(bottom=0)
             axes.yaxis.set_major_formatter("{x:,.0f}")
-    for axes in figure.axes[2:]:
+    for axes in figure.axes[-2:]:
         axes.set_xlabel("iteration")
     handles, labels = figure.axes[1].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", frameon=False)
