@@ -117,7 +117,8 @@ def answers(sampler: Sampler, path: Path) -> Iterator[Answer]:
     ``batch_size`` at a time.
 
     Raises:
-        ValueError: as ``read_dialogues`` and ``fitting``, with the file and the line.
+        ValueError: as ``read_dialogues`` and ``fitting``, with the file and the line; or there is
+            no answer in the file.
     """
     tokenizer, ends = chat_tokenizer(sampler), template.stops(chat_tokenizer(sampler))
     asked: list[tuple[list[int], int, str, str]] = []
@@ -130,6 +131,8 @@ def answers(sampler: Sampler, path: Path) -> Iterator[Answer]:
             except ValueError as error:
                 raise ValueError(f"{where}: {error}") from error
             asked.append((ids, room, messages[number - 1]["content"], message["content"]))
+    if not asked:
+        raise ValueError(f"the dialogues {path} have no answer to compare with")
     for start in range(0, len(asked), sampler.config.batch_size):
         batch = asked[start : start + sampler.config.batch_size]
         room = max(room for _, room, *_ in batch)

@@ -118,9 +118,12 @@ def test_exact_matches_of_a_file(sample: Any, root: Path, tmp_path: Path) -> Non
     rows = [json.loads(line) for line in out.splitlines()]
     assert rows[1] == {"question": "more", "answer": "no, me", "expected": "no, me"}
     assert rows[2] == {"question": "ping", "answer": "pong", "expected": "no"}
-    (tmp_path / "d.jsonl").write_text("{}")
-    _, err = sample(f"--dialogues={tmp_path / 'd.jsonl'}", code=2)
-    assert f"line 1 of the input {tmp_path / 'd.jsonl'}: messages must be a list" in err
+    for text, reason in (
+        ("{}", f"line 1 of the input {tmp_path / 'd.jsonl'}: messages must be a list"),
+        (json.dumps({"messages": PING[:1]}), "d.jsonl have no answer to compare with"),
+    ):
+        (tmp_path / "d.jsonl").write_text(text)
+        assert reason in sample(f"--dialogues={tmp_path / 'd.jsonl'}", code=2)[1]
 
 
 def test_the_names_of_the_tokens_in_a_plain_prompt(sample: Any) -> None:
