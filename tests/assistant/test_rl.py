@@ -356,7 +356,7 @@ def test_a_bad_line_is_named(tmp_path: Path, row: dict[str, Any], message: str) 
     "letters, block_size, message",
     [
         ("abcdefghi", 16, "was trained on other tokens"),
-        (LETTERS, 8, "reads at most 8 tokens, but a prompt and its answer may have 12"),
+        (LETTERS, 8, "reads at most 8 tokens, but a prompt and its answer may have 13"),
     ],
 )
 def test_a_reward_model_that_does_not_fit_is_refused(
