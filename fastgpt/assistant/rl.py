@@ -111,7 +111,9 @@ class ReinforcementLearning:
             console,
         )
         self._reference = reference.to(stage.device)
-        self._score = scorer(config.reward, self._tokenizer, stage.device, stage.autocast)
+        self._score = scorer(
+            config.reward, self._tokenizer, self._capacity, stage.device, stage.autocast
+        )
         # The weights stay where they are, as the caches and graphs of both need it.
         self._sampler = Generator(policy, Sampling(), stage.autocast)
         self._greedy = Generator(policy, Sampling(temperature=0.0), stage.autocast)
@@ -125,7 +127,8 @@ class ReinforcementLearning:
     def _stop(self, figures: Figures) -> str | None:
         if figures["kl"] <= self.config.max_kl:
             return None
-        return f"the divergence of {figures['kl']:.4g} nats per token is over max_kl"
+        bound = self.config.max_kl
+        return f"the divergence of {figures['kl']:.4g} nats per token is over max_kl={bound}"
 
     def answers(self, prompts: Sequence[Prompt], generator: Generator) -> list[Answer]:
         """An answer to each, drawn in one batch."""
@@ -162,10 +165,9 @@ class ReinforcementLearning:
         for start in range(0, len(prompts), config.batch_size * config.group_size):
             part = slice(start, start + config.batch_size * config.group_size)
             rows = list(zip(prompts[part], answers[part], strict=True))
-            texts = [[*prompt.tokens, *answer.tokens] for prompt, answer in rows]
-            goals = [[-1] * (len(p.tokens) - 1) + a.tokens for p, a in rows]
-            idx = padded([text[:-1] for text in texts], 0, stage.device)
-            targets = padded(goals, -1, stage.device)
+            texts = [[*prompt.tokens, *answer.tokens][:-1] for prompt, answer in rows]
+            goals = [[-1] * (len(prompt.tokens) - 1) + answer.tokens for prompt, answer in rows]
+            idx, targets = padded(texts, 0, stage.device), padded(goals, -1, stage.device)
             with torch.no_grad(), stage.autocast:
                 reference = token_logps(self._reference, idx, targets)
             batches.append(((idx, of_answers[part], reference), targets))
@@ -178,7 +180,7 @@ class ReinforcementLearning:
             "length": n_tokens / len(answers),
             "ended": sum(answer.ended for answer in answers) / len(answers),
         }
-        return figures, sum(map(len, texts))
+        return figures, n_tokens + sum(len(prompt.tokens) for prompt in prompts)
 
     def evaluate(self) -> Figures:
         """On the held-out prompts, with the likeliest token taken: mean reward, mean length and,

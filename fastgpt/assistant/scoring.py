@@ -39,10 +39,12 @@ Scorer = Callable[[Sequence[Prompt], Sequence[Answer]], Tensor]
 def scorer(
     source: str,
     tokenizer: ChatTokenizer,
+    length: int,
     device: torch.device,
     autocast: AbstractContextManager[object],
 ) -> Scorer:
-    """By the key ``reward``: the reward model in a folder, or the function ``module:function``.
+    """By the key ``reward``: the reward model in a folder, which must take texts of ``length``
+    tokens, or the function ``module:function``.
 
     Raises ValueError, ImportError or FileNotFoundError naming the key. The scorer raises ValueError
     where the function fails or returns anything but a finite number.
@@ -50,17 +52,16 @@ def scorer(
     module, colon, name = source.partition(":")
     if colon and not Path(source).exists():
         return _by_function(source, _imported(source, module, name), device)
-    return _by_model(_reward_model(source, tokenizer).to(device), device, autocast)
+    return _by_model(_reward_model(source, tokenizer, length).to(device), device, autocast)
 
 
 def _imported(source: str, module: str, name: str) -> Callable[[str, str], Any]:
-    sys.path.insert(0, "")  # the installed command does not look into the current folder
+    if "" not in sys.path:  # the installed command does not look into the current folder
+        sys.path.insert(0, "")
     try:
         function = getattr(importlib.import_module(module), name, None)
     except Exception as error:  # whatever the user's module does
         raise ValueError(f"reward={source!r} cannot be imported: {_in_one_line(error)}") from error
-    finally:
-        sys.path.remove("")
     if not callable(function):
         raise ValueError(f"reward={source!r}: {module} has no function {name!r}")
     return function  # type: ignore[no-any-return]
@@ -92,7 +93,7 @@ def _in_one_line(error: Exception) -> str:
     return " ".join(f"{type(error).__name__}: {error}".split())
 
 
-def _reward_model(source: str, tokenizer: ChatTokenizer) -> RewardModel:
+def _reward_model(source: str, tokenizer: ChatTokenizer, length: int) -> RewardModel:
     checkpoint, its_tokenizer, path = loaded(source, "reward")
     if HEAD not in checkpoint["model"]:
         raise ValueError(
@@ -102,6 +103,11 @@ def _reward_model(source: str, tokenizer: ChatTokenizer) -> RewardModel:
     if its_tokenizer.fingerprint != tokenizer.fingerprint:
         raise ValueError(f"reward={source!r} was trained on other tokens than those of init_from")
     args = {**checkpoint["model_args"], "dropout": 0.0}
+    if args["block_size"] < length:
+        raise ValueError(
+            f"reward={source!r} reads at most {args['block_size']} tokens, but a prompt and its "
+            f"answer may have {length}"
+        )
     model = RewardModel(GPTConfig(**args), ckpt.own_state(checkpoint)["gelu"])
     model.load_state_dict(checkpoint["model"])
     return model.requires_grad_(False).eval()
@@ -110,12 +116,10 @@ def _reward_model(source: str, tokenizer: ChatTokenizer) -> RewardModel:
 def _by_model(
     model: RewardModel, device: torch.device, autocast: AbstractContextManager[object]
 ) -> Scorer:
-    block_size = model.config.block_size
-
     @torch.no_grad()
     def score(prompts: Sequence[Prompt], answers: Sequence[Answer]) -> Tensor:
         pairs = zip(prompts, answers, strict=True)
-        texts = [[*prompt.tokens, *answer.tokens][-block_size:] for prompt, answer in pairs]
+        texts = [[*prompt.tokens, *answer.tokens] for prompt, answer in pairs]
         rewards = []
         for start in range(0, len(texts), _ROWS):
             part = texts[start : start + _ROWS]

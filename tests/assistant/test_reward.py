@@ -87,7 +87,7 @@ def test_a_run_learns_and_its_folder_rates_answers(tmp_path: Path) -> None:
     assert [row["iter"] for row in rows if "val/accuracy" in row] == [0, 10, 20, 30]
     assert all("pair_loss" in row for row in rows if "lr" in row)
 
-    score = scorer(str(tmp_path / "out"), tokenizer(), CPU, run.stage.autocast)
+    score = scorer(str(tmp_path / "out"), tokenizer(), 16, CPU, run.stage.autocast)
     pair = run.val[0]
     prompt = Prompt("", pair.prompt, None)
     answers = [Answer(text[len(pair.prompt) :], "", True) for text in (pair.chosen, pair.rejected)]

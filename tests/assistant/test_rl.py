@@ -11,12 +11,14 @@ import torch
 from fastgpt.__main__ import main
 from fastgpt.assistant import policy_loss, template
 from fastgpt.assistant.policy_loss import PolicyLoss, advantages, kl_estimates, token_logps
+from fastgpt.assistant.reward_model import RewardModel
 from fastgpt.assistant.rl import ReinforcementLearning, RLConfig
 from fastgpt.assistant.scoring import Prompt
 from fastgpt.assistant.stage import padded
-from fastgpt.cli.plot import draw
+from fastgpt.assistant.words import exact, words
 from fastgpt.generation import Generator, Sampling
 from fastgpt.sampler import Sampler
+from fastgpt.tokenizer import CharTokenizer, ChatTokenizer, packed
 from fastgpt.training import log
 from fastgpt.training.config import SampleConfig
 from tests.tools.small_assistants import (
@@ -164,9 +166,6 @@ def test_a_run_learns_and_its_folder_is_a_model(tmp_path: Path) -> None:
 
     sampler = Sampler(SampleConfig(out_dir=str(tmp_path / "out"), device="cpu", start="a"))
     assert_same(dict(sampler.model.state_dict()), dict(run.stage.model.state_dict()))
-    if pytest.importorskip("matplotlib", reason="needs the extra log"):
-        titles = [axes.get_title() for axes in draw({"rl": found}).axes]
-        assert titles[0].startswith("mean reward") and titles[1].startswith("divergence")
 
 
 def test_micro_batches_and_the_seed(tmp_path: Path) -> None:
@@ -258,6 +257,17 @@ def test_ctrl_c_saves_and_the_run_goes_on(
     assert rows[0] == rows[1] and len(rows[0]) == 5
 
 
+def test_the_reward_of_the_words() -> None:
+    """It tells the two answers of each generated pair apart, of first and of second questions."""
+    pairs = words(lines=1, train=1, heldout=1, pairs=60).pairs
+    assert {len(pair["messages"]) for pair in pairs} == {1, 3}
+    for pair in pairs:
+        prompt = "\n".join(message["content"] for message in pair["messages"])
+        assert (exact(prompt, pair["chosen"]), exact(prompt, pair["rejected"])) == (1.0, 0.0)
+    with pytest.raises(ValueError, match="is no question about a word"):
+        exact("Hello?", "Hello.")
+
+
 # -- what is refused
 
 
@@ -342,12 +352,18 @@ def test_a_bad_line_is_named(tmp_path: Path, row: dict[str, Any], message: str) 
     assert message in str(raised.value)
 
 
-def test_a_reward_model_of_other_tokens_is_refused(tmp_path: Path) -> None:
-    from fastgpt.assistant.reward_model import RewardModel
-    from fastgpt.tokenizer import CharTokenizer, ChatTokenizer, packed
-
-    other = ChatTokenizer(CharTokenizer(dict(enumerate("abcdefghi"))))
-    model = RewardModel(small_gpt().config)
-    reward = folder_of(tmp_path / "reward", model, own=packed(other))
-    with pytest.raises(ValueError, match="was trained on other tokens"):
+@pytest.mark.parametrize(
+    "letters, block_size, message",
+    [
+        ("abcdefghi", 16, "was trained on other tokens"),
+        (LETTERS, 8, "reads at most 8 tokens, but a prompt and its answer may have 13"),
+    ],
+)
+def test_a_reward_model_that_does_not_fit_is_refused(
+    tmp_path: Path, letters: str, block_size: int, message: str
+) -> None:
+    own = packed(ChatTokenizer(CharTokenizer(dict(enumerate(letters)))))
+    model = RewardModel(small_gpt(block_size=block_size).config)
+    reward = folder_of(tmp_path / "reward", model, own=own)
+    with pytest.raises(ValueError, match=message):
         ReinforcementLearning(config(tmp_path, reward=reward), quiet())

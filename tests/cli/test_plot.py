@@ -59,6 +59,27 @@ def test_the_curves_are_those_of_the_log() -> None:
     ]
 
 
+@pytest.mark.parametrize(
+    "figures, evaluated",
+    [
+        ({"pair_loss": 0.7}, {"val/pair_loss": 0.6, "val/accuracy": 0.5, "val/margin": 0.1}),
+        ({"reward": 0.2, "kl": 0.1, "length": 3.0}, {"val/reward": 0.4, "val/match": 0.5}),
+    ],
+    ids=["reward", "rl"],
+)
+def test_the_curves_of_an_assistants_runs(
+    figures: dict[str, float], evaluated: dict[str, float]
+) -> None:
+    found = [{"iter": 1, **evaluated}, {"iter": 1, **figures, "lr": 1e-3}]
+    panels = [lines(draw({"a": found}), panel) for panel in range(4)]
+    first, over = panels[0]
+    drawn = [first, over, *(line for panel in panels[1:] for line in panel)]
+    expected = {**figures, **evaluated}
+    if "pair_loss" in figures:
+        expected["lr"] = 1e-3
+    assert sorted(y for line in drawn for y in line.values()) == sorted(expected.values())
+
+
 def test_gaps_and_labels() -> None:
     """A value that was not finite, a run without an evaluation, a name that matplotlib hides."""
     gap = {"iter": 50, "val/loss": None, "train/loss": None, "lr": 0.0}
