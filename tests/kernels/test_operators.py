@@ -156,7 +156,7 @@ def test_inductor_knows_an_operator_before_it_meets_it(monkeypatch: pytest.Monke
     monkeypatch.setattr(_operators, "_INDUCTOR_DESCRIBES", True)
 
     def stream(x: Tensor) -> Tensor:
-        for _ in range(2):
+        for _ in range(12):
             x = x + op(x)
         return x
 

@@ -33,6 +33,7 @@ from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 from triton.runtime.jit import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from tests.tools import interpreter_speed as speed
 from tests.tools import lowering
 
 Program = tuple[int, int, int]
@@ -234,84 +235,6 @@ def _retyped(tensor: tl.tensor, handle: TensorHandle) -> tl.tensor:
     return tl.tensor(handle, tl.block_type(handle.dtype, shape) if is_block else handle.dtype)
 
 
-# --------------------------------------------------------------------------------------- speed
-# Most of an interpreted kernel's time goes into describing blocks, the same few over and over.
-# Types of equal name are equal, so what was worked out for one is good for the next.
-
-
-def _remembered_block_type(init: Callable) -> Callable:
-    known: dict[Any, dict[str, Any]] = {}
-
-    def __init__(self: tl.block_type, element_ty: tl.dtype, shape: Iterable[Any]) -> None:
-        key = (element_ty.name, *[getattr(size, "value", size) for size in shape])
-        if key not in known:
-            init(self, element_ty, shape)
-            known[key] = dict(vars(self))
-        vars(self).update(known[key])
-
-    return __init__
-
-
-def _remembered_tensor(init: Callable) -> Callable:
-    known: dict[str, dict[str, Any]] = {}
-
-    def __init__(self: tl.tensor, handle: Any, type: tl.dtype) -> None:
-        if type.name not in known:
-            init(self, None, type)
-            known[type.name] = dict(vars(self))
-        vars(self).update(known[type.name])
-        self.handle = handle
-
-    return __init__
-
-
-def _equal_tuples(self: tl.tuple, other: Any) -> tl.constexpr:
-    """The original makes a tl.tuple of the other, with a type and a name, to compare shapes."""
-    return tl.constexpr(list(self) == list(other))
-
-
-def _remembered_numpy_dtype(numpy_dtype: Callable) -> Callable:
-    known: dict[str, np.dtype] = {}
-
-    def get_numpy_dtype(dtype: tl.dtype) -> np.dtype:
-        if dtype.name not in known:
-            known[dtype.name] = numpy_dtype(dtype)
-        return known[dtype.name]
-
-    return get_numpy_dtype
-
-
-def _checked_overflow(self: TritonSemantic, lhs: tl.tensor, rhs: tl.tensor, op: Callable) -> None:
-    """The original's check in two steps of NumPy; it spells it out in the language, ten operations
-    for each one that is checked, whether the outcome is looked at or not."""
-    element = lhs.type.scalar
-    if element.int_bitwidth >= 64 or not self.builder.options.debug:
-        return
-    wide = (operand.handle.data.astype(np.int64) for operand in (lhs, rhs))
-    exact = _CHECKED_OPS[op.__name__](*wide)
-    inside = (exact >= element.get_int_min_value()) & (exact <= element.get_int_max_value())
-    if not inside.all():
-        message = f"int{element.int_bitwidth} overflow detected for operation {op.__name__}"
-        self.builder.create_assert(TensorHandle(inside, tl.int1), message)
-
-
-_CHECKED_OPS = {"add": np.add, "sub": np.subtract, "mul": np.multiply}
-
-
-def _short_cut_operands(check: Callable) -> Callable:
-    """Two blocks or scalars of one type are the operands as they are, except of a division."""
-
-    def binary_op_type_checking_impl(
-        self: TritonSemantic, lhs: Any, rhs: Any, *allowed: bool, **options: bool
-    ) -> tuple[tl.tensor, tl.tensor]:
-        if isinstance(lhs, tl.tensor) and isinstance(rhs, tl.tensor) and lhs.type is rhs.type:
-            if not options and len(allowed) < 4 and not lhs.type.scalar.is_ptr():
-                return lhs, rhs
-        return check(self, lhs, rhs, *allowed, **options)
-
-    return binary_op_type_checking_impl
-
-
 # -------------------------------------------------------------------- exchange of the language
 
 
@@ -339,12 +262,14 @@ def _exchanges() -> list[tuple[Any, str, Any, Any]]:
     scope = triton_interpreter._patch_lang(visible)
     scope.set_attr(tl.tensor, "__index__", _to_index)
     scope.set_attr(JITFunction, "__call__", _call_helper)
-    scope.set_attr(tl.tensor, "__init__", _remembered_tensor(tl.tensor.__init__))
-    scope.set_attr(tl.tuple, "__eq__", _equal_tuples)
-    scope.set_attr(tl.block_type, "__init__", _remembered_block_type(tl.block_type.__init__))
-    scope.set_attr(TritonSemantic, "binary_op_sanitize_overflow_impl", _checked_overflow)
+    scope.set_attr(tl.tensor, "__init__", speed.remembered_tensor(tl.tensor.__init__))
+    scope.set_attr(tl.tuple, "__eq__", speed.equal_tuples)
+    scope.set_attr(tl.block_type, "__init__", speed.remembered_block_type(tl.block_type.__init__))
+    scope.set_attr(TritonSemantic, "binary_op_sanitize_overflow_impl", speed.checked_overflow)
     operands = TritonSemantic.binary_op_type_checking_impl
-    scope.set_attr(TritonSemantic, "binary_op_type_checking_impl", _short_cut_operands(operands))
+    scope.set_attr(
+        TritonSemantic, "binary_op_type_checking_impl", speed.short_cut_operands(operands)
+    )
     # Some attributes are exchanged twice: the first entry has the true original.
     originals = {(owner, name): old for owner, name, old in reversed(scope._changes)}
     exchanges = [
@@ -463,7 +388,9 @@ def _all_on_cpu(arguments: Iterable[Any]) -> bool:
 @functools.cache
 def install() -> None:
     """Idempotent; for the life of the process."""
-    triton_interpreter._get_np_dtype = _remembered_numpy_dtype(triton_interpreter._get_np_dtype)
+    triton_interpreter._get_np_dtype = speed.remembered_numpy_dtype(
+        triton_interpreter._get_np_dtype
+    )
     triton_interpreter.ReduceOps = _ReduceOps
     triton_interpreter.ScanOps = _ScanOps
     builder = triton_interpreter.interpreter_builder

@@ -43,14 +43,23 @@ class Specialisation:
     target: GPUTarget
 
     @property
+    def kinds(self) -> list[str]:
+        """Of each argument what decides whether the program lowers: its type and, of a constant,
+        which value. It does not matter whether it is divisible by 16, nor how large a constant past
+        1 is unless it becomes a block's shape: a power of two then, and not below 16 for a product.
+        The two half precisions count as one."""
+        found = [
+            f"{name}: {kind}".replace("bf16", "fp16")
+            for name, kind in self.source.signature.items()
+        ]
+        for (number, *part), value in self.source.constants.items():
+            found[number] += f" {part} {_kind(value)}"
+        return found
+
+    @property
     def kind(self) -> str:
-        """What decides whether it lowers: types, and which arguments are constants of which value.
-        It does not matter which are divisible by 16, nor how large a constant past 1 is unless it
-        becomes a block's shape: a power of two then, and not below 16 for a product. The two half
-        precisions count as one."""
-        types = str(self.source.signature).replace("bf16", "fp16")
-        constants = {path: _kind(value) for path, value in self.source.constants.items()}
-        return f"{self.source.name} {types} {constants}"
+        """Programs of one kind lower, or none of them does."""
+        return f"{self.source.name} {self.kinds}"
 
     @property
     def program(self) -> str:

@@ -1,0 +1,85 @@
+"""Parts of Triton's interpreter, made faster. Most of an interpreted kernel's time goes into
+describing blocks, the same few over and over: types of equal name are equal, so what was worked out
+for one is good for the next.
+"""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import numpy as np
+import triton.language as tl
+from triton.language.semantic import TritonSemantic
+from triton.runtime.interpreter import TensorHandle
+
+
+def remembered_block_type(init: Callable) -> Callable:
+    known: dict[Any, dict[str, Any]] = {}
+
+    def __init__(self: tl.block_type, element_ty: tl.dtype, shape: Iterable[Any]) -> None:
+        key = (element_ty.name, *[getattr(size, "value", size) for size in shape])
+        if key not in known:
+            init(self, element_ty, shape)
+            known[key] = dict(vars(self))
+        vars(self).update(known[key])
+
+    return __init__
+
+
+def remembered_tensor(init: Callable) -> Callable:
+    known: dict[str, dict[str, Any]] = {}
+
+    def __init__(self: tl.tensor, handle: Any, type: tl.dtype) -> None:
+        if type.name not in known:
+            init(self, None, type)
+            known[type.name] = dict(vars(self))
+        vars(self).update(known[type.name])
+        self.handle = handle
+
+    return __init__
+
+
+def equal_tuples(self: tl.tuple, other: Any) -> tl.constexpr:
+    """The original makes a tl.tuple of the other, with a type and a name, to compare shapes."""
+    return tl.constexpr(list(self) == list(other))
+
+
+def remembered_numpy_dtype(numpy_dtype: Callable) -> Callable:
+    known: dict[str, np.dtype] = {}
+
+    def get_numpy_dtype(dtype: tl.dtype) -> np.dtype:
+        if dtype.name not in known:
+            known[dtype.name] = numpy_dtype(dtype)
+        return known[dtype.name]
+
+    return get_numpy_dtype
+
+
+def checked_overflow(self: TritonSemantic, lhs: tl.tensor, rhs: tl.tensor, op: Callable) -> None:
+    """The original's check in two steps of NumPy; it spells it out in the language, ten operations
+    for each one that is checked, whether the outcome is looked at or not."""
+    element = lhs.type.scalar
+    if element.int_bitwidth >= 64 or not self.builder.options.debug:
+        return
+    wide = (operand.handle.data.astype(np.int64) for operand in (lhs, rhs))
+    exact = _CHECKED_OPS[op.__name__](*wide)
+    inside = (exact >= element.get_int_min_value()) & (exact <= element.get_int_max_value())
+    if not inside.all():
+        message = f"int{element.int_bitwidth} overflow detected for operation {op.__name__}"
+        self.builder.create_assert(TensorHandle(inside, tl.int1), message)
+
+
+_CHECKED_OPS = {"add": np.add, "sub": np.subtract, "mul": np.multiply}
+
+
+def short_cut_operands(check: Callable) -> Callable:
+    """Two blocks or scalars of one type are the operands as they are, except of a division."""
+
+    def binary_op_type_checking_impl(
+        self: TritonSemantic, lhs: Any, rhs: Any, *allowed: bool, **options: bool
+    ) -> tuple[tl.tensor, tl.tensor]:
+        if isinstance(lhs, tl.tensor) and isinstance(rhs, tl.tensor) and lhs.type is rhs.type:
+            if not options and len(allowed) < 4 and not lhs.type.scalar.is_ptr():
+                return lhs, rhs
+        return check(self, lhs, rhs, *allowed, **options)
+
+    return binary_op_type_checking_impl
