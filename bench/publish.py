@@ -2,10 +2,11 @@
 
     python bench/publish.py
 
-A folder ``bench/results/<gpu>`` holds one ``run-b<batch size>.json`` for each batch size; this
-writes ``speed.png`` and ``loss.png`` beside them, and both texts between their markers: all of it
-in docs/speed.md, for the README a short table of the run nearest to 32 sequences. Nothing is
-published that was not measured on a CUDA GPU.
+A folder ``bench/results/<gpu>`` holds a ``run-b<batch size>.json`` for each batch size, and perhaps
+others of the same size, ``run-b<batch size>-<what>.json``; this writes ``speed.png`` and
+``loss.png`` beside them, and both texts between their markers: all of it in docs/speed.md, for the
+README a short table of the run nearest to 32 sequences. Nothing is published that was not measured
+on a CUDA GPU.
 """
 
 import json
@@ -75,9 +76,9 @@ def _run(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path} must be measured on a CUDA GPU, got {run['machine']['device']}")
     if not run["complete"]:
         raise ValueError(f"{path} must be complete, but was cut off")
-    expected = f"run-b{run['options']['batch_size']}.json"
-    if path.name != expected:
-        raise ValueError(f"{path} must be called {expected}, after its batch size")
+    expected = f"run-b{run['options']['batch_size']}"
+    if path.stem.split("-", 2)[:2] != expected.split("-"):
+        raise ValueError(f"{path} must be called {expected}.json, after its batch size")
     return run
 
 

@@ -39,13 +39,14 @@ def started(
     if processes > 1:
         options = ["--standalone", f"--nproc_per_node={processes}", *torchrun]
         command = ["-m", "torch.distributed.run", *options, *command]
+    search = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     return subprocess.Popen(
         [sys.executable, *command, "train", "--preset=gpt2", *arguments(keys)],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
         cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(search)},
     )
 
 
