@@ -121,7 +121,7 @@ def test_both_forms_of_a_boolean(argv: list[str], value: bool) -> None:
     Path("config.py").write_text("n_layer = 5\n")
     assert parsed("--preset=gpt2", *argv).recompute is value
     keys = {key for key, kind in get_type_hints(SampleConfig).items() if kind is bool}
-    assert keys == {"lines", "interactive", "json", "compile"}
+    assert keys == {"lines", "interactive", "chat", "json", "compile"}
     for key in keys:
         args = ["sample", *(word.replace("recompute", key) for word in argv if "=2" not in word)]
         args = [word for word in args if word != "config.py"]
