@@ -46,7 +46,7 @@ Runs = dict[Path, list[dict[str, Any]]]  # the folder of a GPU → its runs, by 
 
 
 def read(results: Path) -> Runs:
-    """What was measured, in the order of the folders' names.
+    """What was measured, in the order of the folders' names, by batch size, the newest first.
 
     Raises:
         ValueError: a file is no record of ``run.py`` on a CUDA GPU, or not of the batch size in
@@ -54,8 +54,9 @@ def read(results: Path) -> Runs:
     """
     found = {}
     for folder in sorted(path for path in results.glob("*") if path.is_dir()):
-        files = sorted(folder.glob("run-b*.json"), key=lambda path: (len(path.name), path.name))
-        runs = [_run(path) for path in files]
+        runs = [_run(path) for path in sorted(folder.glob("run-b*.json"))]
+        runs.sort(key=lambda run: run["created"], reverse=True)
+        runs.sort(key=lambda run: run["options"]["batch_size"])
         names = sorted({machine.name(run["machine"]) for run in runs})
         if len(names) > 1:
             raise ValueError(f"{folder} must hold runs of one GPU, got {', '.join(names)}")

@@ -50,6 +50,8 @@ def loss(runs: list[dict[str, Any]], path: Path) -> None:
     those of a variant without this library's ops."""
     figure, rows = _figure(runs, 2, "loss")
     handles: dict[str, Any] = {}
+    names = list(dict.fromkeys(name for run in runs for name in run["variants"]))
+    colours = {name: _COLOURS[i % len(_COLOURS)] for i, name in enumerate(names)}
     for run, (left, right) in zip(runs, rows, strict=True):
         reference = run["reference_losses"]
         if reference:
@@ -62,9 +64,9 @@ def loss(runs: list[dict[str, Any]], path: Path) -> None:
         right.axhline(0.0, color="black", linewidth=0.8)
         if subtracted:
             right.set_title(f"less that of {of}", fontsize=10)
-        for number, (name, variant) in enumerate(run["variants"].items()):
+        for name, variant in run["variants"].items():
             style = {
-                "color": _COLOURS[number % len(_COLOURS)],
+                "color": colours[name],
                 "linewidth": 1.6 if name.startswith("fastgpt") else 1.0,
                 "linestyle": ":" if name.endswith("_again") else "-",
             }
@@ -88,8 +90,8 @@ def loss(runs: list[dict[str, Any]], path: Path) -> None:
 PICTURES = {"speed": speed, "loss": loss}
 
 
-def _figure(runs: list[dict[str, Any]], columns: int, title: str) -> tuple[Any, Any]:
-    """A figure, and its axes by run and column; those of a run have its batch size as title."""
+def _figure(runs: list[dict[str, Any]], columns: int, heading: str) -> tuple[Any, Any]:
+    """A figure, and its axes by run and column; those of a run have its batch size and its commit as title."""
     from matplotlib.figure import Figure
 
     height = sum(1.0 + 0.4 * len(run["variants"]) for run in runs)
@@ -97,8 +99,11 @@ def _figure(runs: list[dict[str, Any]], columns: int, title: str) -> tuple[Any, 
     rows = figure.subplots(len(runs), columns, squeeze=False)
     for run, row in zip(runs, rows, strict=True):
         o = run["options"]
-        row[0].set_title(f"B={o['batch_size']}, T={o['block_size']}", loc="left", fontsize=10)
+        commit = run["machine"]["commit"]
+        of = f", commit {commit[:7]}" if commit else ""
+        title = f"B={o['batch_size']}, T={o['block_size']}{of}"
+        row[0].set_title(title, loc="left", fontsize=10)
     found = runs[0]["machine"]
     claim = f"{report.CPU_NOTE}: " if found["device"] == "cpu" else ""
-    figure.suptitle(f"{claim}{machine.name(found)}\n{title}")
+    figure.suptitle(f"{claim}{machine.name(found)}\n{heading}")
     return figure, rows
