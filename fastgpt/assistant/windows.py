@@ -11,27 +11,37 @@ _Tokens = npt.NDArray[np.unsignedinteger[Any]]
 
 
 class DialogueWindows:
-    """Windows of ``length`` tokens of one file, one for each dialogue: it, and those behind it. The
-    last dialogue of a window may be cut at the window's end, never at its beginning. Behind the
-    file's end a window has ``<|dialogue|>`` tokens.
+    """Windows of ``length`` tokens, one for each dialogue that begins in one file: it, and those
+    behind it. The last dialogue of a window may be cut at the window's end, never at its beginning.
+    Behind the last file's end a window has ``<|dialogue|>`` tokens.
 
     Args:
         tokens: of the file, (N,).
         length: T + 1.
         begin: the id of ``<|dialogue|>``.
+        behind: the first ``length`` tokens of the files behind this one, or as many as they have:
+            a file may end within a dialogue.
 
     Attributes:
         too_long: the number of dialogues that are longer than a window: what stands behind is
             never seen. Those of which no answer would be seen have no window.
     """
 
-    def __init__(self, tokens: _Tokens, length: int, begin: int) -> None:
+    def __init__(self, tokens: _Tokens, length: int, begin: int, behind: _Tokens) -> None:
         self._tokens, self._begin = tokens, begin
         self._offsets = np.arange(length)
+        self._behind = np.append(behind, np.full(length - len(behind), begin, behind.dtype))
         starts = np.flatnonzero(tokens == begin)
-        self.too_long = int((np.diff(starts, append=len(tokens)) > length).sum())
+        later = np.append(np.flatnonzero(behind == begin), len(behind))[0]
+        self.too_long = int((np.diff(starts, append=len(tokens) + later) > length).sum())
         # An answer is seen if the window goes on behind the token with which the answer begins.
-        answers = np.append(np.flatnonzero(tokens == begin + ASSISTANT), len(tokens) + length)
+        answers = np.concatenate(
+            [
+                np.flatnonzero(tokens == begin + ASSISTANT),
+                len(tokens) + np.flatnonzero(behind == begin + ASSISTANT),
+                [len(tokens) + length],
+            ]
+        )
         first = answers[np.searchsorted(answers, starts)]
         self._starts = starts[first - starts < length - 1]
 
@@ -43,7 +53,7 @@ class DialogueWindows:
         places = self._starts[numbers][:, None] + self._offsets
         inside = places < len(self._tokens)
         found = self._tokens[np.where(inside, places, 0)]
-        found[~inside] = self._begin
+        found[~inside] = self._behind[places[~inside] - len(self._tokens)]
         return found
 
     def targets(self, windows: _Tokens) -> npt.NDArray[np.int64]:

@@ -225,7 +225,12 @@ class Batches:
         }
 
     def _of_dialogues(self, files: list[TokenFile], begin: int) -> list[DialogueWindows]:
-        windows = [DialogueWindows(file.tokens, self._block_size + 1, begin) for file in files]
+        length = self._block_size + 1
+        windows: list[DialogueWindows] = []
+        behind = files[-1].tokens[:0]
+        for file in reversed(files):
+            windows.insert(0, DialogueWindows(file.tokens, length, begin, behind))
+            behind = np.append(file.tokens[:length], behind)[:length]
         if not any(map(len, windows)):
             raise ValueError(
                 f"{files[0].path} has no dialogue with an answer within block_size="

@@ -19,7 +19,7 @@ from fastgpt.data.manifest import read_manifest
 from fastgpt.data.prepare import prepare
 from fastgpt.tokenizer import CharTokenizer, ChatTokenizer, saved_tokenizer
 from fastgpt.training.trainer import Trainer
-from tests.tools.small_runs import data_set, quiet, small_config, trained
+from tests.tools.small_runs import assert_same, data_set, quiet, small_config, trained
 
 DATA = words(lines=50, train=60, heldout=20)
 CHAT = ChatTokenizer(CharTokenizer.from_text(words(lines=2000).base))
@@ -108,7 +108,7 @@ def test_wrong_arguments(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
 def test_windows(tmp_path: Path, length: int) -> None:
     (file,) = token_files(dialogues(tmp_path), "val")
     tokens = file.tokens
-    windows = DialogueWindows(tokens, length, BEGIN)
+    windows = DialogueWindows(tokens, length, BEGIN, tokens[:0])
     starts = np.flatnonzero(tokens == BEGIN)
     assert windows.too_long == sum(n > length for n in np.diff([*starts, len(tokens)]))
     if length == 12:  # a question has more
@@ -135,6 +135,19 @@ def test_what_is_cut_off_is_said(tmp_path: Path) -> None:
     assert note is not None and "longer than block_size=40 tokens: their ends are cut off" in note
     with pytest.raises(ValueError, match="train.bin has no dialogue with an answer within block_s"):
         Batches(tmp_path / "chat", 2, 8, "cpu", 0)
+
+
+@pytest.mark.parametrize("shard_tokens", [17, 300])
+def test_a_file_may_end_within_a_dialogue(tmp_path: Path, shard_tokens: int) -> None:
+    """The batches, and what is cut off, are those of one file."""
+    source = DialogueSource(dialogues(tmp_path).parent / "d.jsonl")
+    prepare(source, CHAT, tmp_path / "cut", val_share=0.2, shard_tokens=shard_tokens)
+    assert len(token_files(tmp_path / "cut", "train")) > 5
+    for block_size in (40, 200):
+        whole, cut = (Batches(tmp_path / f, 32, block_size, "cpu", 0) for f in ("chat", "cut"))
+        assert whole.note == cut.note
+        for split in ("train", "val"):
+            assert_same(cut.next(split), whole.next(split))
 
 
 def test_micro_batches_weigh_by_their_answers(tmp_path: Path) -> None:
@@ -177,7 +190,7 @@ def test_a_dialogue_does_not_see_the_others_of_its_row(tmp_path: Path) -> None:
     dialogues(tmp_path)
     model = Trainer(chat_config(tmp_path, block_size=160), quiet()).model.eval()
     first, second = (template.encode(CHAT, DATA.train[i])[0].astype(np.int64) for i in (0, 1))
-    windows = DialogueWindows(first.astype(np.uint16), 161, BEGIN)
+    windows = DialogueWindows(first.astype(np.uint16), 161, BEGIN, np.empty(0, np.uint16))
 
     def loss(tokens: np.ndarray, start: int, length: int) -> torch.Tensor:
         """Of each target of the dialogue that begins at ``start``."""
