@@ -100,13 +100,15 @@ class Sampler:
         return [row.completion() for row in rows]
 
     def answers(
-        self, prompts: Sequence[list[int]], ends: Container[int], max_new_tokens: int
+        self, prompts: Sequence[tuple[list[int], int]], ends: Container[int]
     ) -> list[Completion]:
-        """Continue the ids of prompts, all at the same time, each up to a token of ``ends``. The
-        completions have no prompt.
+        """Continue prompts, all at the same time: the ids of each and how many tokens it may get,
+        up to a token of ``ends``. The completions have no prompt.
         """
-        rows = [_Row(self.tokenizer, ids, "", self.config.stop, ends) for ids in prompts]
-        for _ in self._grow(rows, max_new_tokens):
+        rows = [
+            _Row(self.tokenizer, ids, "", self.config.stop, ends, room) for ids, room in prompts
+        ]
+        for _ in self._grow(rows, max(room for _, room in prompts)):
             pass
         return [row.completion() for row in rows]
 
@@ -170,8 +172,10 @@ class _Row:
         prompt: str,
         stop: Sequence[str],
         ends: Container[int] = (),
+        room: int | None = None,
     ) -> None:
         self.prompt_ids = prompt_ids
+        self._room = room  # the tokens that it may get, where that is less than others get
         self.stopped = False
         self._tokenizer = tokenizer
         self._prompt = prompt
@@ -186,7 +190,7 @@ class _Row:
         self._text = ""
 
     def add(self, token: int) -> None:
-        if self.stopped:
+        if self.stopped or self._tokens == self._room:
             return
         self._tokens += 1
         if token in self._ends:

@@ -146,8 +146,7 @@ def answers(sampler: Sampler, path: Path) -> Iterator[Answer]:
         raise ValueError(f"the dialogues {path} have no answer to compare with")
     for start in range(0, len(asked), sampler.config.batch_size):
         batch = asked[start : start + sampler.config.batch_size]
-        room = max(room for _, room, _ in batch)
-        found = sampler.answers([ids for ids, *_ in batch], ends, room)
+        found = sampler.answers([(ids, room) for ids, room, _ in batch], ends)
         for (*_, (question, expected, forgotten)), completion in zip(batch, found, strict=True):
             yield Answer(question, completion.text, expected, forgotten)
 

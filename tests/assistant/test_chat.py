@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from fastgpt.assistant import template
-from fastgpt.assistant.chat import Chat
+from fastgpt.assistant.chat import Chat, answers
 from fastgpt.assistant.dialogues import DialogueSource
 from fastgpt.assistant.words import Dialogue, write_dialogues
 from fastgpt.cli import main as cli
@@ -17,6 +17,7 @@ from fastgpt.interop.export import ExportConfig, export
 from fastgpt.sampler import Sampler
 from fastgpt.tokenizer import CharTokenizer, ChatTokenizer
 from fastgpt.training.config import SampleConfig
+from tests.tools.small_assistants import folder_of, small_gpt
 from tests.tools.small_runs import data_set, trained
 
 SYSTEM = {"role": "system", "content": "go"}
@@ -133,6 +134,18 @@ def test_what_a_question_of_a_file_does_not_see(sample: Any, tmp_path: Path) -> 
     assert err == "note: 2 questions were asked without the oldest messages, which no longer fit\n"
     out, _ = sample(f"--dialogues={tmp_path / 'd.jsonl'}", "--json")
     assert [json.loads(line)["forgotten"] for line in out.splitlines()] == [0, 0, 2, 4]
+
+
+def test_answers_are_those_of_any_batch_size(tmp_path: Path) -> None:
+    """Each ends with the context, also beside others that have more room."""
+    keys: dict[str, Any] = {"out_dir": folder_of(tmp_path / "out", small_gpt(1)), "device": "cpu"}
+    rows = [[{**PING[i], "content": "a" * n} for i, n in enumerate((n, 1))] for n in (1, 9, 4)]
+    write_dialogues(rows, tmp_path / "d.jsonl")
+    found = []
+    for size in (1, 3):
+        sampler = Sampler(SampleConfig(dialogues="d", temperature=0.0, batch_size=size, **keys))
+        found.append([answer.answer for answer in answers(sampler, tmp_path / "d.jsonl")])
+    assert found[0] == found[1] and len(found[0][1]) == 3
 
 
 def test_the_names_of_the_tokens_in_a_plain_prompt(sample: Any) -> None:
