@@ -16,9 +16,10 @@ import numpy as np
 import numpy.typing as npt
 
 from fastgpt.assistant import template
-from fastgpt.data.file_formats import in_utf8, read_json_lines
+from fastgpt.data.file_formats import read_json_lines
 from fastgpt.data.sources import Chunk, Piece, Source, split_of, stamp
 from fastgpt.tokenizer import ChatTokenizer, Tokenizer
+from fastgpt.tokenizer.base import in_utf8
 
 DIALOGUES_VAL_SHARE = 0.1
 

@@ -24,8 +24,8 @@ from fastgpt.assistant.stage import (
     loaded_gpt,
     padded,
 )
-from fastgpt.data.file_formats import in_utf8
 from fastgpt.tokenizer import ChatTokenizer
+from fastgpt.tokenizer.base import in_utf8
 
 if TYPE_CHECKING:
     from rich.console import Console

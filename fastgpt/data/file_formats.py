@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from fastgpt._optional import optional
+from fastgpt.tokenizer.base import in_utf8
 
 _COMPRESSED = (".gz", ".zst")
 _JSON_LINES = (".jsonl", ".ndjson")
@@ -156,15 +157,6 @@ def checked_text(row: dict[str, Any], text_key: str, where: str) -> str:
     if not isinstance(text, str):
         raise ValueError(f"{where} must have a text as {text_key!r}, got {type(text).__name__}")
     return in_utf8(text)
-
-
-def in_utf8(text: str) -> str:
-    """``text`` with U+FFFD for lone surrogates, which JSON can hold but UTF-8 cannot."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-    return text
 
 
 def _chunks(path: Path) -> Iterator[tuple[bytes, int]]:

@@ -105,3 +105,13 @@ def _checked_ids(ids: TokenIds, vocab_size: int) -> npt.NDArray[np.int64]:
             f"ids must lie in [0, {vocab_size}), got {array[position]} at position {position}"
         )
     return array.astype(np.int64)
+
+
+def in_utf8(text: str) -> str:
+    """``text`` with U+FFFD for lone surrogates, which JSON and a command line can hold
+    but UTF-8 cannot."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return text

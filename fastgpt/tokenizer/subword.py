@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fastgpt._optional import optional
-from fastgpt.tokenizer.base import END_OF_TEXT, Tokenizer
+from fastgpt.tokenizer.base import END_OF_TEXT, Tokenizer, in_utf8
 
 # Files of GPT-2's vocabulary: OpenAI's names and Hugging Face's. Ids, then merges.
 _GPT2_FILES = (("encoder.json", "vocab.bpe"), ("vocab.json", "merges.txt"))
@@ -73,7 +73,9 @@ class GPT2Tokenizer(Tokenizer):
         return ids
 
     def _encode_array(self, text: str) -> npt.NDArray[np.uint32]:
-        ids: npt.NDArray[np.uint32] = self._encoding.encode_to_numpy(text, disallowed_special=())
+        ids: npt.NDArray[np.uint32] = self._encoding.encode_to_numpy(
+            in_utf8(text), disallowed_special=()
+        )
         return ids
 
     def _decode(self, ids: npt.NDArray[np.int64]) -> str:
@@ -119,11 +121,11 @@ class JsonTokenizer(Tokenizer):
         self.fingerprint = hashlib.sha256(self.file_bytes).hexdigest()
 
     def _encode(self, text: str) -> list[int]:
-        ids: list[int] = self._prompts.encode(text, add_special_tokens=False).ids
+        ids: list[int] = self._prompts.encode(in_utf8(text), add_special_tokens=False).ids
         return ids
 
     def _encode_array(self, text: str) -> npt.NDArray[np.uint32]:
-        (encoding,) = self._data.encode_batch_fast([text], add_special_tokens=False)
+        (encoding,) = self._data.encode_batch_fast([in_utf8(text)], add_special_tokens=False)
         return np.asarray(encoding.ids, dtype=np.uint32)
 
     def _decode(self, ids: npt.NDArray[np.int64]) -> str:
@@ -161,11 +163,11 @@ class SentencePieceTokenizer(Tokenizer):
         self.fingerprint = hashlib.sha256(self.file_bytes).hexdigest()
 
     def _encode(self, text: str) -> list[int]:
-        ids: list[int] = self._model.encode(text)
+        ids: list[int] = self._model.encode(in_utf8(text))
         return ids
 
     def _encode_array(self, text: str) -> npt.NDArray[np.uint32]:
-        return np.asarray(self._model.encode(text), dtype=np.uint32)
+        return np.asarray(self._model.encode(in_utf8(text)), dtype=np.uint32)
 
     def _decode(self, ids: npt.NDArray[np.int64]) -> str:
         return str(self._model.decode(ids.tolist()))

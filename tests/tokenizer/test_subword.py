@@ -87,6 +87,12 @@ def test_every_text_comes_back(tokenizer: Tokenizer, text: str) -> None:
     assert len(ids) < 0.7 * len(TEXT) or text != TEXT
 
 
+def test_half_of_a_character(tokenizer: Tokenizer) -> None:
+    """A lone surrogate, as JSON and a command line that is not UTF-8 give it, is U+FFFD."""
+    for encode in (tokenizer.encode, tokenizer.encode_array):
+        assert list(encode("caf\udce9 ")) == list(encode("caf\ufffd "))
+
+
 def test_gpt2s_ids_are_those_of_the_other_library(folder: Path) -> None:
     """tiktoken over vocab.bpe against tokenizers over the same merges, by the tokens' bytes."""
     ours, theirs = tokenizer_from(folder / "gpt2"), tokenizer_from(folder / "json")
