@@ -25,13 +25,13 @@ from fastgpt._optional import optional
 
 NAME = "fastgpt"
 MAX_HEAD_SIZE = 256
-_OLDEST = (5, 24)  # of transformers: the functions for masks had other arguments before
+_OLDEST = (5, 17)  # of transformers: the functions for masks had other arguments before
 
 
 def register() -> None:
     """Make ``attn_implementation="fastgpt"`` known to transformers. More than once is harmless.
 
-    Raises ImportError without transformers, or with one older than 5.24.
+    Raises ImportError without transformers, or with one older than 5.17.
     """
     transformers = optional("transformers", 'attn_implementation="fastgpt"', "hf")
     if tuple(int(part) for part in transformers.__version__.split(".")[:2]) < _OLDEST:

@@ -16,8 +16,11 @@ from fastgpt.kernels import fused
 
 transformers = pytest.importorskip("transformers", reason="needs the extra hf")
 
+CausalLMOutput = transformers.modeling_outputs.CausalLMOutputWithCrossAttentions
+
 VOCABULARY, LENGTH = 61, 12
 SHAPE = dict(vocab_size=VOCABULARY, bos_token_id=0, eos_token_id=0, pad_token_id=0)
+CACHE = "cache" if hasattr(CausalLMOutput(), "cache") else "past_key_values"
 DROPOUT = ("embd_pdrop", "attn_pdrop", "resid_pdrop")
 
 
@@ -182,8 +185,8 @@ def test_a_prompt_in_chunks(build: Callable[..., Any], static: bool) -> None:
     with torch.no_grad():
         expected = plain(x).logits
         for start, end in ((0, 4), (4, 9), (9, 10), (10, LENGTH)):
-            out = model(x[:, start:end], cache=cache, use_cache=True)
-            cache = out.cache
+            out = model(x[:, start:end], use_cache=True, **{CACHE: cache})
+            cache = out[CACHE]
             close(out.logits, expected[:, start:end])
 
 
