@@ -2,12 +2,12 @@
 
     S = scale * Q Kᵀ     P = softmax(S) over the visible keys     O = dropout(P) V
 
-q is (B, H, Tq, D), k and v (B, H, Tk, D), read by strides, packed (B, T, 3C) as much as separate.
-The forward is the online softmax of FlashAttention-2 (Dao 2023, arXiv:2307.08691): a program owns a
-block of queries, walks over the keys and rescales what it has when the running maximum grows. Where
-the launch tables say so, cuDNN computes O and lse, if it takes the inputs. The kernel
-works in base 2: P = 2^(c Q Kᵀ - lse) with c = scale log2(e). Saved for backward: q, k, v, O, and
-lse (B, H, 1, Tq) in float32.
+q is (B, H, Tq, D), k and v (B, H_kv, Tk, D), read by strides, packed (B, T, 3C) as much as
+separate. The forward is the online softmax of FlashAttention-2 (Dao 2023, arXiv:2307.08691): a
+program owns a block of queries, walks over the keys and rescales what it has when the running
+maximum grows. Where the launch tables say so, cuDNN computes O and lse, if it takes the inputs. The
+kernel works in base 2: P = 2^(c Q Kᵀ - lse) with c = scale log2(e). Saved for backward: q, k, v, O,
+and lse (B, H, 1, Tq) in float32.
 
 Large scores need more: at some thousands, a float32 lse has three digits behind the point, and its
 error is that of every probability of the row. With 16-bit inputs, P is rounded more coarsely anyway
@@ -28,10 +28,18 @@ on, all its rows see them, so only the tiles between the two starts are masked. 
 doc_end[j], the number of starts up to j, says where the queries end that see key j. (Counted in the
 kernel it is a reduction, for which the compiler keeps a whole tile in registers in float32.)
 
-Bytes, s an element, C = H * D: 4 s B T C forward (q, k, v in; O out), 8 s B T C backward (q, k, v,
-O, dO in; dQ, dK, dV out), beside what is read again, mostly from L2. FLOPs: 4 B H Tq Tk D forward,
-14 B H Tq Tk D backward (10 if S and dP were computed once); half of that if causal. With documents
-it is less, which depends on what stands in doc_start.
+Keys of given lengths (LENGTHS): a program reads the length of its sequence and takes it for Tk.
+Padding is neither loaded nor visited, so it changes no bit of a result. The kernel that owns keys
+writes zeros for it.
+
+Heads that share keys (GROUP = H / H_kv of them): query head h reads key head h // GROUP. A program
+that owns keys walks over the queries of all heads of its group, so dK and dV are still one sum in
+one order.
+
+Bytes, s an element, C = H * D, H_kv = H: 4 s B T C forward (q, k, v in; O out), 8 s B T C backward
+(q, k, v, O, dO in; dQ, dK, dV out), beside what is read again, mostly from L2. FLOPs: 4 B H Tq Tk D
+forward, 14 B H Tq Tk D backward (10 if S and dP were computed once); half of that if causal. With
+documents or lengths it is less, which depends on what stands in them.
 """
 
 import math

@@ -430,7 +430,8 @@ def _block_d(q: Tensor) -> int:
 def launch(kernel: str, q: Tensor, options: Options) -> dict[str, Any]:
     """The configuration of one of the kernels."""
     dropout = _host.dropout_numbers(options.dropout_p)[0] > 0
-    given = dict(dropout=dropout, documents=options.doc_start is not None)
+    documents, lengths = options.doc_start is not None, options.key_lengths is not None
+    given = dict(dropout=dropout, documents=documents, lengths=lengths)
     names = (name for name, is_given in given.items() if is_given)
     return configs.launch(configs.find(q, "attention", kernel, _block_d(q), *names))
 

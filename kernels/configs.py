@@ -134,6 +134,7 @@ class Reduction(NamedTuple):
 
 
 _DROPOUT, _DOCUMENTS, _BOTH = ("dropout",), ("documents",), ("dropout", "documents")
+_LENGTHS = ("lengths",)
 
 # Two programs share a multiprocessor with 128 registers a thread. The loop needs no more, but
 # without a limit ptxas takes more for the masked tiles. Triton 3.9's code spills under the limit,
@@ -141,8 +142,8 @@ _DROPOUT, _DOCUMENTS, _BOTH = ("dropout",), ("documents",), ("dropout", "documen
 _LIMIT = 128 if triton.__version__.startswith("3.6.") else None
 
 TABLE: dict[Key, Any] = {
-    # Attention; size: of a head. Philox and document borders take registers: where dropout or
-    # documents need another tile, they have a line of their own.
+    # Attention; size: of a head. Philox, document borders and lengths take registers: where one
+    # of them needs another tile, it has a line of its own.
     Key("attention", ANY, "interpreter"): Attention(64, 64, 4, 1),
     Key("attention", "fwd", "interpreter", "half"): Attention(64, 64, 4, 1, True),
     # sm_90: wgmma reads its operands from shared memory, of which there is 227 KB. Its softmax
@@ -235,6 +236,7 @@ TABLE: dict[Key, Any] = {
     Key("attention", "bwd_dkdv", "gpu", "float32", 32): Attention(32, 64, 8, 1),
     Key("attention", "bwd_dkdv", "gpu", "float32", 32, _BOTH): Attention(32, 32, 8, 1),
     Key("attention", "bwd_dkdv", "gpu", "float32", 64): Attention(32, 32, 8, 1),
+    Key("attention", "bwd_dkdv", "gpu", "float32", 64, _LENGTHS): Attention(16, 32, 8, 1),
     Key("attention", "bwd_dkdv", "gpu", "float32", 64, _DROPOUT): Attention(16, 16, 8, 1),
     Key("attention", "bwd_dkdv", "gpu", "float32", 128): Attention(16, 16, 4, 1),
     Key("attention", "bwd_dkdv", "gpu", "float32", 256): Attention(16, 16, 8, 1),

@@ -37,7 +37,11 @@ def test_the_order_of_fall_back(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_attention_has_a_line_for_every_launch() -> None:
     kernels, dtypes = ("fwd", "bwd_dq", "bwd_dkdv"), (torch.float32, torch.float16, BF16)
-    given = ((), ("dropout",), ("documents",), ("dropout", "documents"))
+    given = [
+        (*dropout, *mask)
+        for dropout in ((), ("dropout",))
+        for mask in ((), ("documents",), ("lengths",))
+    ]
     for capability, kernel, dtype, size, options in itertools.product(
         (None, 80, 86, 89, 90, 100, 120), kernels, dtypes, (16, 32, 64, 128, 256), given
     ):

@@ -149,7 +149,9 @@ def _attention(case: Case) -> Made:
     batch, heads, size, queries = case.size(2), case.size(2), case.size(16), case.size(20)
     keys = queries if case.flag() else case.size(20)
     options = _attention_options(case, batch, queries if keys == queries else None)
-    shapes = [(batch, heads, length, size) for length in (queries, keys, keys)]
+    if "doc_start" not in options and case.flag():
+        options["key_lengths"] = torch.randint(keys + 1, (batch,), dtype=torch.int32)
+    shapes = [(batch, heads * case.size(3), queries, size), *[(batch, heads, keys, size)] * 2]
     return lambda ops, *qkv: ops.attention(*qkv, **options), [case.tensor(*s) for s in shapes]
 
 

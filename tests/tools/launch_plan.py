@@ -167,7 +167,7 @@ def _continue(c: Options) -> None:
 
 
 @run(
-    batch=(1, 2), n_head=(1, 2), group=(1, 2, 3), n_queries=_SIZES, n_keys=_SIZES,
+    batch=(1, 2), n_head=(1, 2), group=(1, 2), n_queries=_SIZES, n_keys=_SIZES,
     head_size=(*_SIZES, 32, 64, 128, 256),
     mask=("none", "causal", "documents", "lengths", "causal lengths"), dropout=_DROPOUT,
     layout=("heads first", "tokens first"), tf32=(False, True), dtype=("fp32", "bf16", "fp16"),
