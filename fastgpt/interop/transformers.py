@@ -49,6 +49,7 @@ def _attention_forward(self: Any, hidden_states: Tensor, *args: Any, **kwargs: A
     packed = (
         self.config._attn_implementation == NAME
         and cache is encoder_states is None
+        and self.is_causal
         and self.head_dim <= MAX_HEAD_SIZE
         and all(more.get(name) is None for name in _CHANGES)
     )
@@ -255,7 +256,7 @@ def undo(model: Model) -> Model:
         for module in root.modules():
             if "_fastgpt" not in module.__dict__:
                 continue
-            if getattr(module.forward, "__func__", None) is _FORWARDS[type(module)]:
+            if getattr(module.forward, "__func__", None) is _FORWARDS.get(type(module)):
                 del module.forward, module._fastgpt
             else:
                 module._fastgpt = False  # type: ignore[assignment]

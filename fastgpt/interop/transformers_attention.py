@@ -78,6 +78,8 @@ def attention_mask(
             padding = attention_mask[:, :kv_length].bool()
             visible = visible & F.pad(padding, (0, kv_length - padding.shape[1]))
             found, short = _without_padding(visible, q_length)
+            if found and short is None and not allow_is_causal_skip:
+                return _lengths(visible)  # of the form of other steps, for which a graph exists
             if found:
                 return short
         elif isinstance(q_offset, Tensor):

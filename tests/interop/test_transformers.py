@@ -91,7 +91,8 @@ def is_token(side: str) -> Tensor:
 
 
 def close(a: Tensor, b: Tensor) -> None:
-    torch.testing.assert_close(a, b, atol=2e-6, rtol=1e-4)
+    factor = 10 if torch.cuda.is_available() else 1  # a GPU adds in another order
+    torch.testing.assert_close(a, b, atol=2e-6 * factor, rtol=1e-4 * factor)
 
 
 def assert_same(model: Any, plain: Any, side: str = "none", **more: Any) -> None:
@@ -262,11 +263,12 @@ def patched(**options: Any) -> Any:
 
 
 def losses(model: Any, side: str = "none", **more: Any) -> Any:
-    x, used = tokens(), is_token(side)
+    x, used = tokens().to(model.device), is_token(side).to(model.device)
     labels = x.masked_fill(~used, -100)
     labels[:, 0] = -100
     labels[:, 1:][~used[:, :-1]] = -100  # what padding predicts
-    return model(x, labels=labels, use_cache=False, **inputs(side), **more)
+    given = {k: v if v is None else v.to(model.device) for k, v in inputs(side).items()}
+    return model(x, labels=labels, use_cache=False, **given, **more)
 
 
 def assert_same_loss(model: Any, plain: Any, side: str = "none", **more: Any) -> None:
@@ -304,6 +306,21 @@ def test_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
         assert_same_loss(model, plain, side)
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")
+@pytest.mark.parametrize("side", [side for side in SIDES if side != "whole"])
+def test_on_a_gpu(side: str) -> None:
+    model, plain = patched().cuda().train(), gpt2("sdpa").cuda().train()
+    assert_same_loss(model, plain, side)
+    for each in (model, plain):
+        each.bfloat16()
+    assert abs(losses(model, side).loss - losses(plain, side).loss) < 2e-2
+    if side == "left":
+        mask, x = is_token(side).long().cuda(), tokens().cuda()
+        options: dict[str, Any] = dict(max_new_tokens=4, eos_token_id=None, do_sample=False)
+        assert model.generate(x, attention_mask=mask, **options).shape == (3, LENGTH + 4)
+
+
 def test_arguments_of_the_loss() -> None:
     model, plain, x = patched().train(), gpt2().train(), tokens()
     for more in (
@@ -334,6 +351,15 @@ def test_generate_with_the_layers(static: bool, side: str) -> None:
         options |= dict(cache_implementation="static", disable_compile=True)
     ids = [each.generate(tokens(), **options) for each in (patched(), gpt2())]
     assert torch.equal(*ids)
+
+
+def test_attention_to_every_token() -> None:
+    model, plain = patched(), gpt2("sdpa")
+    for each in (model, plain):
+        for block in each.transformer.h:
+            block.attn.is_causal = False
+    assert_same(model, plain)
+    assert not torch.equal(model(tokens()).logits, patched()(tokens()).logits)
 
 
 def test_undo_is_equal_to_the_bit() -> None:
