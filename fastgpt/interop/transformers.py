@@ -42,8 +42,9 @@ _FORWARDS: dict[type[nn.Module], Callable[..., Any]] = {}
 
 
 def _attention_forward(self: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-    """GPT2Attention's. Without a cache, q, k and v are read where ``c_attn`` wrote them, and their
-    gradients are written side by side."""
+    """GPT2Attention's. Without a cache or right padding the op reads q, k and v as ``c_attn`` wrote
+    them, and writes one gradient for all three. Else ``attention`` of the other module is called.
+    """
     cache, mask, encoder_states, _, more = _arguments(args, kwargs)
     short = short_form(mask)
     packed = (
@@ -88,7 +89,8 @@ def _arguments(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 
 
 def _hooked(norm: Any) -> bool:
-    """Whether a call of the norm may do more than the op in its place."""
+    """Whether a call of the norm may do more than the op in its place: it was replaced, wrapped or
+    hooked."""
     own = norm.__dict__
     return not (
         type(norm) is nn.LayerNorm
@@ -102,14 +104,15 @@ def _hooked(norm: Any) -> bool:
 
 
 def _norm_forward(self: Any, input: Tensor) -> Tensor:
-    if self.weight is None or self.weight.dtype not in (input.dtype, torch.float32):
+    weight = self.weight
+    if weight is None or weight.dim() != 1 or weight.dtype not in (input.dtype, torch.float32):
         return type(self).forward(self, input)
-    return ops.layer_norm(input, self.weight, self.bias, self.eps)
+    return ops.layer_norm(input, weight, self.bias, self.eps)
 
 
 def _trunk_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-    """GPT2Model's. It numbers the tokens and looks whether the numbers begin again somewhere; in a
-    graph it cannot look, and would always make a whole mask."""
+    """GPT2Model's. transformers finds packed documents by their position ids. A compiled graph
+    cannot read those, so it would hold a whole mask even where nothing is packed or padded."""
     given = (kwargs.get(name) for name in ("attention_mask", "cache", "position_ids"))
     if (
         torch.compiler.is_compiling()
@@ -177,8 +180,7 @@ def _model_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 def _fill() -> None:
-    """``_FORWARDS``, whose forwards are those of the modules' classes again after ``undo``: what
-    wrapped one in the meantime still calls it."""
+    """Fill ``_FORWARDS``, once transformers is there."""
     from transformers.activations import ACT2FN
     from transformers.models.gpt2 import modeling_gpt2
 
@@ -196,9 +198,11 @@ def _fill() -> None:
 
 
 def _switched(own: Callable[..., Any], replacement: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(own)
+    """``replacement``, or after ``undo`` the class's own forward: a wrapper may still call it."""
+
+    @functools.wraps(own)  # generate and trainers read its signature
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        chosen = replacement if self._fastgpt else own
+        chosen = replacement if self._fastgpt else type(self).forward
         return chosen(self, *args, **kwargs)
 
     return forward
