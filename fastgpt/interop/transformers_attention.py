@@ -84,7 +84,7 @@ def attention_mask(
                 return short
         elif isinstance(q_offset, Tensor):
             return _lengths(visible.expand(batch_size, -1))
-        elif square or kv_length == q_offset + 1:
+        elif allow_is_causal_skip:
             return None
     make: Callable[..., Any] = theirs.sdpa_mask
     whole = make(

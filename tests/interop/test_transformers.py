@@ -157,6 +157,25 @@ def test_attention(build: Callable[..., Any], side: str, calls: list[str]) -> No
     assert calls == ([] if form is None else 2 * [form])
 
 
+def test_a_step_of_a_static_cache_is_told_by_lengths() -> None:
+    """In each step, so that one graph serves them all; whole where a model asks for it."""
+    options: dict[str, Any] = dict(
+        batch_size=3,
+        q_length=1,
+        kv_length=8,
+        mask_function=transformers.masking_utils.causal_mask_function,
+        allow_is_causal_skip=False,
+    )
+    for place in (5, 7):
+        offset, mask = torch.tensor([place]), torch.ones(3, place + 1, dtype=torch.bool)
+        for padding_mask in (None, mask):
+            made = attention_mask(**options, q_offset=offset, attention_mask=padding_mask)
+            assert made is not None and made.dtype == torch.int32
+            assert torch.equal(made, torch.full((3, 1, 1, 1), place + 1, dtype=torch.int32))
+    made = attention_mask(**options, q_offset=7)
+    assert made is not None and made.dtype == torch.bool and made.shape == (3, 1, 1, 8)
+
+
 def test_a_sliding_window(calls: list[str]) -> None:
     assert_same(mistral("fastgpt"), mistral())
     assert calls == 2 * ["causal doc_start"]
@@ -353,13 +372,14 @@ def test_generate_with_the_layers(static: bool, side: str) -> None:
     assert torch.equal(*ids)
 
 
-def test_attention_to_every_token() -> None:
+@pytest.mark.parametrize("given", [{}, {"is_causal": False}])
+def test_attention_to_every_token(given: dict[str, Any]) -> None:
     model, plain = patched(), gpt2("sdpa")
-    for each in (model, plain):
+    for each in (model, plain) if not given else ():
         for block in each.transformer.h:
             block.attn.is_causal = False
-    assert_same(model, plain)
-    assert not torch.equal(model(tokens()).logits, patched()(tokens()).logits)
+    assert_same(model, plain, **given)
+    assert not torch.equal(model(tokens(), **given).logits, patched()(tokens()).logits)
 
 
 def test_undo_is_equal_to_the_bit() -> None:
@@ -489,6 +509,13 @@ def test_compiled(side: str, calls: list[str]) -> None:
     assert_same_loss(compiled, model, side)
     # Values of a mask cannot be read in a graph, so PyTorch's attention has the whole mask.
     assert calls == (4 * ["causal"] if side == "none" else 2 * ["causal key_lengths"])
+
+
+def test_autocast_of_rotated_heads() -> None:
+    """q and k are float32 behind the rotation, v is not."""
+    model, plain = llama("fastgpt"), llama("sdpa")
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        torch.testing.assert_close(model(tokens()).logits, plain(tokens()).logits)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
