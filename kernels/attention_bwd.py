@@ -171,7 +171,8 @@ def _attention_dkdv_tiles(
     """Add the part of queries lo .. hi of each head of the group to dk / scale and dv / keep_scale.
     Scores are transposed, (N, M), so that the products for dV and dK take P and dS from registers.
 
-    One loop over heads and tiles: with a loop around this one, it would be followed by another."""
+    Heads and tiles are one loop: nested in one over heads, the unmasked loop would be followed by
+    others, for which ptxas serialises every wgmma (see the forward)."""
     stop = hi
     if GROUP > 1:
         span = tl.cdiv(hi - lo, BLOCK_M) * BLOCK_M
