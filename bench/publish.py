@@ -38,8 +38,8 @@ _ALT = {
     "loss": "Loss of each variant, and how far apart they are",
 }
 _KEYS = (
-    "created", "complete", "machine", "options", "dtype", "ceilings", "variants",
-    "reference_losses",
+    "created", "complete", "machine", "options", "dtype", "parameters", "sdpa", "ceilings",
+    "variants", "reference_losses",
 )  # fmt: skip
 
 Runs = dict[Path, list[dict[str, Any]]]  # the folder of a GPU → its runs, by batch size

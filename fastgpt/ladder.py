@@ -194,7 +194,7 @@ def keys_of(rung: str) -> dict[str, Any]:
     if rung == "scaled":
         return PRESETS["char"]
     # AdamW moves an entry by about the learning rate, and a table's logits have far to go.
-    return _KEYS | {"learning_rate": 1e-2} if rung == "bigram" else _KEYS
+    return _KEYS | {"model": "bigram", "learning_rate": 1e-2} if rung == "bigram" else _KEYS
 
 
 def climb(

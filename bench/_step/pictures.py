@@ -91,7 +91,8 @@ PICTURES = {"speed": speed, "loss": loss}
 
 
 def _figure(runs: list[dict[str, Any]], columns: int, heading: str) -> tuple[Any, Any]:
-    """A figure, and its axes by run and column; those of a run have size and commit as title."""
+    """A figure, and its axes by run and column; the title of a run's first axes is its batch size
+    and its commit."""
     from matplotlib.figure import Figure
 
     height = sum(1.0 + 0.4 * len(run["variants"]) for run in runs)

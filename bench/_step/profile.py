@@ -27,7 +27,8 @@ _STEPS = 5
 # of torch.compile and of NVIDIA's libraries) in lower case; the first that fits counts.
 KINDS: dict[str, tuple[str, ...]] = {
     "loss": ("cross_entropy", "log_softmax", "nll_loss", "_scaled_kernel"),
-    "attention": ("attention", "sdpa", "flash"),
+    # cudnn::fusion: what cuDNN's backward of attention does before and behind its products.
+    "attention": ("attention", "sdpa", "flash", "cudnn::fusion"),
     "AdamW and gradients": ("adam", "multi_tensor", "lpnorm", "normtwo"),
     "LayerNorm and residual": ("layer_norm",),
     "matrix products": (

@@ -14,6 +14,8 @@ from fastgpt.assistant.dialogues import read_dialogues
 from fastgpt.sampler import Sampler
 from fastgpt.tokenizer import ChatTokenizer
 
+_SHORTEST_TURN = 5  # tokens: <|user|>, one of a message, <|end|>, <|assistant|>, one of an answer
+
 
 class Chat:
     """A dialogue. What no longer fits into the model's context is forgotten from the oldest turn
@@ -30,7 +32,7 @@ class Chat:
 
     Raises:
         ValueError: the model was not fine-tuned on dialogues, or ``system`` has characters that it
-            does not know.
+            does not know, or leaves no room for a message and an answer.
     """
 
     def __init__(self, sampler: Sampler, system: str = "") -> None:
@@ -38,7 +40,13 @@ class Chat:
         self.messages: list[template.Message] = []
         if system:
             self.messages = [{"role": "system", "content": system}]
-            template.encode(self._tokenizer, self.messages)
+            tokens, _ = template.encode(self._tokenizer, self.messages)
+            block_size = sampler.model.config.block_size
+            if len(tokens) + _SHORTEST_TURN > block_size:
+                raise ValueError(
+                    f"system makes {len(tokens)} tokens, too many for the model's context of "
+                    f"{block_size}: a message and its answer need at least {_SHORTEST_TURN}"
+                )
         self.forgotten, self.cut = 0, False
 
     def say(self, content: str) -> Generator[str, None, None]:
@@ -105,40 +113,43 @@ class Answer:
         question: the user's last message.
         answer: the model's, of the likeliest or of drawn tokens, as the sampler is configured.
         expected: the file's.
+        forgotten: how many of the oldest messages the model did not see, as they did not fit.
     """
 
     question: str
     answer: str
     expected: str
+    forgotten: int
 
 
 def answers(sampler: Sampler, path: Path) -> Iterator[Answer]:
-    """Answer every user's message in a file of dialogues, given what stands before it in the file;
-    ``batch_size`` at a time.
+    """Answer every user's message in a file of dialogues, given what stands before it in the file,
+    as far as it fits (see ``fitting``); ``batch_size`` at a time.
 
     Raises:
         ValueError: as ``read_dialogues`` and ``fitting``, with the file and the line; or there is
             no answer in the file.
     """
     tokenizer, ends = chat_tokenizer(sampler), template.stops(chat_tokenizer(sampler))
-    asked: list[tuple[list[int], int, str, str]] = []
+    asked: list[tuple[list[int], int, tuple[str, str, int]]] = []
     for messages, where, _ in read_dialogues(path):
         for number, message in enumerate(messages):
             if message["role"] != "assistant":
                 continue
             try:
-                ids, _, room = fitting(sampler, tokenizer, messages[:number])
+                ids, kept, room = fitting(sampler, tokenizer, messages[:number])
             except ValueError as error:
                 raise ValueError(f"{where}: {error}") from error
-            asked.append((ids, room, messages[number - 1]["content"], message["content"]))
+            item = messages[number - 1]["content"], message["content"], number - len(kept)
+            asked.append((ids, room, item))
     if not asked:
         raise ValueError(f"the dialogues {path} have no answer to compare with")
     for start in range(0, len(asked), sampler.config.batch_size):
         batch = asked[start : start + sampler.config.batch_size]
-        room = max(room for _, room, *_ in batch)
+        room = max(room for _, room, _ in batch)
         found = sampler.answers([ids for ids, *_ in batch], ends, room)
-        for (_, _, question, expected), completion in zip(batch, found, strict=True):
-            yield Answer(question, completion.text, expected)
+        for (*_, (question, expected, forgotten)), completion in zip(batch, found, strict=True):
+            yield Answer(question, completion.text, expected, forgotten)
 
 
 def chat_tokenizer(sampler: Sampler) -> ChatTokenizer:

@@ -53,10 +53,12 @@ def run_ladder(config: LadderConfig, console: Console, progress: Console) -> Non
     Raises ValueError for an unknown rung, an output that is no .png, and a text too short for the
     rungs' block size; and what reading the text and ``Trainer`` raise.
     """
-    rungs = config.rungs or _fitting(config.device)
+    rungs = tuple(dict.fromkeys(config.rungs)) or _fitting(config.device)
     blocks = [ladder.keys_of(rung)["block_size"] for rung in rungs]
     if config.output.suffix != ".png":
         raise ValueError(f"output must end in .png, got {config.output}")
+    if config.output.is_dir():
+        raise ValueError(f"output must be a file, but {config.output} is a folder")
     config.output.parent.mkdir(parents=True, exist_ok=True)  # before minutes of training
     results: list[ladder.Result] = []
     with tempfile.TemporaryDirectory(prefix="fastgpt-ladder-") as folder:

@@ -36,7 +36,7 @@ def run_sample(config: SampleConfig, console: Console, errors: Console) -> None:
         _chat(Chat(sampler, config.system), config.seed, console, errors)
         return
     if config.dialogues:
-        _exact_matches(sampler, console)
+        _exact_matches(sampler, console, errors)
         return
     for batch in sampler.batches():
         if config.json:
@@ -100,16 +100,22 @@ def _chat(chat: Chat, seed: int, console: Console, errors: Console) -> None:
             console.out("")
 
 
-def _exact_matches(sampler: Sampler, console: Console) -> None:
+def _exact_matches(sampler: Sampler, console: Console, errors: Console) -> None:
     torch.manual_seed(sampler.config.seed)
-    total = exact = 0
+    total = exact = incomplete = 0
     for answer in answers(sampler, Path(sampler.config.dialogues)):
         total += 1
         exact += answer.answer == answer.expected
+        incomplete += answer.forgotten > 0
         if sampler.config.json:
             _print_object(asdict(answer), console)
     if not sampler.config.json:
         console.print(f"exact match: {exact} of {total} answers ({exact / total:.1%})")
+    if incomplete:
+        errors.print(
+            f"note: {incomplete} questions were asked without the oldest messages, which no longer "
+            "fit"
+        )
 
 
 def _dialogue(sampler: Sampler, console: Console, errors: Console) -> None:

@@ -84,6 +84,8 @@ def check_config(config: TranslationConfig) -> None:
     for key in (*counts, "max_length"):
         if getattr(config, key) < 1:
             raise ValueError(f"{key} must be at least 1, got {getattr(config, key)}")
+    if not 0 <= config.seed < 1 << 63:
+        raise ValueError(f"seed must lie between 0 and {(1 << 63) - 1}, got {config.seed}")
     if not config.grad_clip >= 0:
         raise ValueError(f"grad_clip must be at least 0, got {config.grad_clip}")
     if config.learning_rate is not None and not config.learning_rate > 0:

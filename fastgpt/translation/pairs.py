@@ -23,7 +23,7 @@ def read_lines(path: Path) -> list[str]:
     is empty or not UTF-8.
     """
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        text = path.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} must be UTF-8: {error}") from error
     lines = [line.removesuffix("\r") for line in text.removesuffix("\n").split("\n")]
@@ -63,6 +63,11 @@ def hold_out(pairs: Pairs, n_held_out: int, seed: int) -> tuple[Pairs, Pairs]:
     """Random pairs for training, and others for validation, whose sources are ``n_held_out``
     different texts that training never sees."""
     sources = sorted({source for source, _ in pairs})
+    if len(sources) < 2:
+        raise ValueError(
+            "a parallel text must have at least two different sources, one to hold out, got "
+            f"{len(sources)}"
+        )
     if not 1 <= n_held_out < len(sources):
         raise ValueError(
             f"held_out must lie in [1, {len(sources) - 1}], one less than there are different "

@@ -64,13 +64,21 @@ _MAY_CHANGE |= {"source", "target", "pairs"}
 
 
 def read_pairs(config: TranslationConfig) -> Pairs:
-    """The parallel text that ``config`` names. Raises as ``read_lines`` does."""
+    """The parallel text that ``config`` names. Raises as ``read_lines`` does, and ValueError for a
+    tab in one of two files."""
     if config.task is not None:
         return TASKS[config.task](config.seed)
     if config.pairs is not None:
         return read_tsv(config.pairs)
     assert config.source is not None and config.target is not None
-    return read_two_files(config.source, config.target)
+    pairs = read_two_files(config.source, config.target)
+    for number, pair in enumerate(pairs, start=1):
+        if any("\t" in text for text in pair):
+            raise ValueError(
+                f"line {number} of {config.source} and of {config.target} must hold no tab, which "
+                f"separates the texts in {HELD_OUT}"
+            )
+    return pairs
 
 
 def make_tokenizers(config: TranslationConfig, pairs: Pairs) -> Tokenizers:

@@ -91,6 +91,8 @@ def translate_ids(
 ) -> list[Ids]:
     """The translations of ``rows`` of ids, of similar lengths together, in the order of ``rows``.
     The model, in eval mode, runs in ``context``."""
+    if not rows:
+        return []
     device = next(model.parameters()).device
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
     starts = cut_by_tokens((len(rows[i]) for i in order), _BATCH_TOKENS)

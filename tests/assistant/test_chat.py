@@ -116,14 +116,23 @@ def test_exact_matches_of_a_file(sample: Any, root: Path, tmp_path: Path) -> Non
         assert out == "exact match: 2 of 3 answers (66.7%)\n"
     out, _ = sample(f"--dialogues={tmp_path / 'd.jsonl'}", "--json")
     rows = [json.loads(line) for line in out.splitlines()]
-    assert rows[1] == {"question": "more", "answer": "no, me", "expected": "no, me"}
-    assert rows[2] == {"question": "ping", "answer": "pong", "expected": "no"}
+    assert rows[1] == {"question": "more", "answer": "no, me", "expected": "no, me", "forgotten": 0}
+    assert rows[2] == {"question": "ping", "answer": "pong", "expected": "no", "forgotten": 0}
     for text, reason in (
         ("{}", f"line 1 of the input {tmp_path / 'd.jsonl'}: messages must be a list"),
         (json.dumps({"messages": PING[:1]}), "d.jsonl have no answer to compare with"),
     ):
         (tmp_path / "d.jsonl").write_text(text)
         assert reason in sample(f"--dialogues={tmp_path / 'd.jsonl'}", code=2)[1]
+
+
+def test_what_a_question_of_a_file_does_not_see(sample: Any, tmp_path: Path) -> None:
+    write_dialogues([PING * 4], tmp_path / "d.jsonl")
+    out, err = sample(f"--dialogues={tmp_path / 'd.jsonl'}")
+    assert out == "exact match: 4 of 4 answers (100.0%)\n"
+    assert err == "note: 2 questions were asked without the oldest messages, which no longer fit\n"
+    out, _ = sample(f"--dialogues={tmp_path / 'd.jsonl'}", "--json")
+    assert [json.loads(line)["forgotten"] for line in out.splitlines()] == [0, 0, 2, 4]
 
 
 def test_the_names_of_the_tokens_in_a_plain_prompt(sample: Any) -> None:
@@ -161,6 +170,7 @@ def test_wrong_arguments(sample: Any, tmp_path: Path, capsys: pytest.CaptureFixt
             SampleConfig(**keys)  # type: ignore[arg-type]
     for argv, reason in (
         (["--chat", "--system=Go"], "messages[0].content: text has 'G' at position 0"),
+        (["--chat", f"--system={'o' * 26}"], "system makes 29 tokens, too many for the model's "),
         (["--dialogues=nowhere.jsonl"], "No such file or directory: nowhere.jsonl"),
     ):
         assert reason in sample(*argv, code=2)[1]

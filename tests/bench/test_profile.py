@@ -39,6 +39,8 @@ def test_a_kernel_belongs_to_one_kind() -> None:
         "triton_poi_fused_gelu_3": "GELU",
         "triton_red_fused__log_softmax__to_copy_nll_loss_forward": "loss",
         "cudnn_generated_fort_native_sdpa_sm90_flash_fprop": "attention",
+        "cudnn::fusion::compute_dot_do_o_specialized<true, 64>": "attention",
+        "cudnn::fusion::convert_dq_to_16bits<true>": "attention",
         "at::native::multi_tensor_apply_kernel<FusedAdamMathFunctor>": "AdamW and gradients",
         "triton_per_fused_add_native_layer_norm_7": "LayerNorm and residual",
         "triton_poi_fused__to_copy_0": "copies and sums",

@@ -18,7 +18,7 @@ from fastgpt.tokenizer import CharTokenizer
 from fastgpt.training import checkpoint as ckpt
 from fastgpt.translation.built_in import TASKS, english, german
 from fastgpt.translation.config import TranslationConfig
-from fastgpt.translation.pairs import Batches, encoded_pairs, hold_out
+from fastgpt.translation.pairs import Batches, encoded_pairs, hold_out, read_lines
 from fastgpt.translation.trainer import TranslationTrainer
 from fastgpt.translation.translator import Translator, scores
 from tests.tools.small_runs import assert_same, quiet
@@ -176,6 +176,9 @@ def test_scores_without_sacrebleu(
         (["--pairs=both.tsv", "--tokenizer=nope"], "tokenizer must be char, gpt2 or a path"),
         (["--pairs=both.tsv", "--batch_tokens=0"], "batch_tokens must be at least 1, got 0"),
         (["--pairs=both.tsv", "--grad_clip=-1"], "grad_clip must be at least 0, got -1.0"),
+        (["--pairs=both.tsv", "--seed=-1"], "seed must lie between 0 and 9223372036854775807"),
+        (["--pairs=one.tsv"], "must have at least two different sources, one to hold out, got 1"),
+        (["--source=tab.txt", "--target=short.txt"], "line 2 of .*tab.txt.* must hold no tab"),
         (["--pairs=both.tsv", "--learning_rate=0"], "learning_rate must be positive, got 0.0"),
         (["--pairs=both.tsv", "--n_head=3"], "n_embd must be a multiple of n_head"),
         (["--pairs=both.tsv", "--out_dir=a.txt"], "out_dir must be a folder, but a.txt is a file"),
@@ -190,6 +193,8 @@ def test_what_training_refuses(
     Path("nothing.txt").write_text("\n")
     Path("latin.txt").write_bytes("é".encode("latin-1"))
     Path("three.tsv").write_text("a\tb\tc\n")
+    Path("one.tsv").write_text("a\tb\na\tc\n")
+    Path("tab.txt").write_text("x\ny\tz\n")
     assert main(["translate", "train", *argv]) == 2
     (line,) = capfd.readouterr().err.splitlines()
     assert line.startswith("error: ")
@@ -222,6 +227,17 @@ def test_what_resuming_and_translating_refuse(capfd: pytest.CaptureFixture[str])
     assert "out/ckpt.pt is not a checkpoint" in refused(*use, "a s")
     torch.save({"model": {}, "model_args": {}}, "out/ckpt.pt")
     assert "out/ckpt.pt holds no translation model" in refused(*use, "a s")
+
+
+def test_lines_end_with_a_line_feed_alone(tmp_path: Path) -> None:
+    """A carriage return within a line, as web pages have them, is a character of it."""
+    (tmp_path / "texts").write_bytes(b"\xef\xbb\xbfa\rb\r\nc\xc2\x85d\n")
+    assert read_lines(tmp_path / "texts") == ["a\rb", "c\x85d"]
+
+
+def test_nothing_to_translate() -> None:
+    trained("out", max_iters=1)
+    assert Translator("out", "cpu")([]) == []
 
 
 def test_numbers_in_words() -> None:

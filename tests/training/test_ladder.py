@@ -103,8 +103,10 @@ def test_the_command(small, capsys, monkeypatch):
         raise ImportError("matplotlib is missing")
 
     monkeypatch.setattr(command, "optional", missing)
-    assert main([*ARGUMENTS, "--rungs", "bigram", "--output=c.png"]) == 0
-    assert "no picture: matplotlib is missing" in capsys.readouterr().err
+    assert main([*ARGUMENTS, "--rungs", "bigram", "bigram", "--output=c.png"]) == 0
+    err = capsys.readouterr().err
+    assert "no picture: matplotlib is missing" in err
+    assert err.count("bigram: ") == 1 and "loaded model" not in err and "earlier run" not in err
 
 
 def test_ctrl_c_keeps_what_is_finished(small, capsys, monkeypatch):
@@ -125,10 +127,12 @@ def test_ctrl_c_keeps_what_is_finished(small, capsys, monkeypatch):
 
 def test_what_is_refused(small, capsys):
     Path("short.txt").write_text("abc\n" * 50)
+    Path("folder.png").mkdir()
     for arguments, message in (
         (["--rungs", "bigram", "hed"], "rungs must be among bigram, average, .*got 'hed'"),
         (["--input=absent"], "the input absent does not exist"),
         (["--output=a.svg"], "output must end in .png, got a.svg"),
+        (["--output=folder.png"], "output must be a file, but folder.png is a folder"),
         (["--input=short.txt", "--rungs", "bigram", "scaled"], "more than 256 .* got 180 in train"),
         (["--max_iters=-1"], "max_iters must be at least 0, got -1"),
     ):
