@@ -283,7 +283,7 @@ TABLE: dict[Key, Any] = {
     Key("layer_norm", "bwd_narrow"): Tile(8, 128, 4),
     Key("layer_norm", "sum_row_blocks"): Tile(128, 16, 4),
     # The interpreter takes a millisecond for a program, of whatever size.
-    Key("layer_norm", "sum_row_blocks", "interpreter"): Tile(8, 256, 4),
+    Key("layer_norm", "sum_row_blocks", "interpreter"): Tile(64, 256, 4),
     # Rows of the loss; size: classes, 256 or more. 8 elements a thread are one 16-byte load in half
     # precision. 4 rows of 512 threads fill a multiprocessor, while the rows under way (40 MB of
     # GPT-2's in half precision) still fit into the L2 cache of sm_90.

@@ -25,7 +25,8 @@ def stacked_bars(
         axes.barh(range(len(times)), widths, left=left, color=colour, label=name, height=0.65)
         left = [start + width for start, width in zip(left, widths, strict=True)]
     for row, ms in enumerate(left):
-        text = f"{ms:.1f} ms" + (f"  {ms / left[-1]:.2f}x" if row < len(left) - 1 else "")
+        compared = row < len(left) - 1 and left[-1] > 0
+        text = f"{ms:.1f} ms" + (f"  {ms / left[-1]:.2f}x" if compared else "")
         axes.annotate(text, (ms, row), xytext=(6, 0), textcoords="offset points", va="center")
     axes.axvline(left[-1], color="black", linewidth=0.8, linestyle=":")
     axes.set_yticks(range(len(times)), list(times))

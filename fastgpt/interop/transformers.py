@@ -12,7 +12,7 @@ comments B is the batch, T the length, C the width.
 import functools
 from collections.abc import Callable, Iterator
 from types import MethodType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -24,37 +24,38 @@ from fastgpt.interop.huggingface import _GELUS
 from fastgpt.interop.transformers_attention import MAX_HEAD_SIZE, NAME, causal_mask, short_form
 from fastgpt.interop.transformers_attention import register as register
 
+Model = TypeVar("Model", bound=nn.Module)
+
 _IGNORED = -100  # transformers' label of a token without a loss
+
+# Of GPT2Attention and GPT2Block, behind hidden_states. Versions differ in the name of the cache.
+_POSITIONAL = (
+    ("cache", "past_key_values"),
+    ("attention_mask",),
+    ("encoder_hidden_states",),
+    ("encoder_attention_mask",),
+)
+_CHANGES = "softcap", "s_aux", "position_bias", "is_causal"  # of an attention, if given
 
 # The forward in the place of that of a module of exactly this type. Filled by ``_fill``.
 _FORWARDS: dict[type[nn.Module], Callable[..., Any]] = {}
 
 
-def _attention_forward(
-    self: Any,
-    hidden_states: Tensor,
-    cache: Any = None,
-    attention_mask: Tensor | None = None,
-    encoder_hidden_states: Tensor | None = None,
-    *args: Any,
-    **kwargs: Any,
-) -> tuple[Tensor, None]:
-    """GPT2Attention's. Without a cache, q, k and v are read where ``c_attn`` wrote them, and their
-    gradients are written side by side."""
-    short = short_form(attention_mask)
+def _attention_forward(self: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+    """GPT2Attention's. Without a cache or right padding the op reads q, k and v as ``c_attn`` wrote
+    them, and writes one gradient for all three. Else ``attention`` of the other module is called.
+    """
+    cache, mask, encoder_states, _, more = _arguments(args, kwargs)
+    short = short_form(mask)
     packed = (
         self.config._attn_implementation == NAME
-        and cache is encoder_hidden_states is None
-        and short is not None
-        and "key_lengths" not in short
+        and cache is encoder_states is None
+        and self.is_causal
         and self.head_dim <= MAX_HEAD_SIZE
-        and not args
-        and not _changes_attention(kwargs)
+        and all(more.get(name) is None for name in _CHANGES)
     )
-    if short is None or not packed:
-        return type(self).forward(
-            self, hidden_states, cache, attention_mask, encoder_hidden_states, *args, **kwargs
-        )
+    if not packed or short is None or "key_lengths" in short:
+        return type(self).forward(self, hidden_states, *args, **kwargs)
     y = ops.attention_qkvpacked(
         self.c_attn(hidden_states),  # (B, T, 3C)
         self.num_heads,
@@ -65,34 +66,31 @@ def _attention_forward(
     return self.resid_dropout(self.c_proj(y)), None
 
 
-def _changes_attention(arguments: dict[str, Any]) -> bool:
-    names = "softcap", "s_aux", "position_bias", "is_causal", "past_key_values"
-    return any(arguments.get(name) is not None for name in names)
-
-
-def _block_forward(
-    self: Any,
-    hidden_states: Tensor,
-    cache: Any = None,
-    attention_mask: Tensor | None = None,
-    encoder_hidden_states: Tensor | None = None,
-    *args: Any,
-    **kwargs: Any,
-) -> Tensor:
+def _block_forward(self: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     """GPT2Block's. The first sum and the LayerNorm behind it are one op."""
+    cache, mask, encoder_states, _, more = _arguments(args, kwargs)
     norm = self.ln_2
-    if args or encoder_hidden_states is not None or "past_key_values" in kwargs or _hooked(norm):
-        return type(self).forward(
-            self, hidden_states, cache, attention_mask, encoder_hidden_states, *args, **kwargs
-        )
-    kwargs.pop("encoder_attention_mask", None)
-    y, _ = self.attn(self.ln_1(hidden_states), cache=cache, attention_mask=attention_mask, **kwargs)
+    if encoder_states is not None or _hooked(norm):
+        return type(self).forward(self, hidden_states, *args, **kwargs)
+    y, _ = self.attn(self.ln_1(hidden_states), cache, mask, **more)
     x, residual = ops.residual_layer_norm(hidden_states, y, norm.weight, norm.bias, norm.eps)
     return residual + self.mlp(x)
 
 
+def _arguments(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The values of ``_POSITIONAL``, None where not given, and the other arguments."""
+    more = dict(kwargs)
+    found = []
+    for i, names in enumerate(_POSITIONAL):
+        values = [args[i]] if i < len(args) else []
+        values += [more.pop(name) for name in names if name in more]
+        found.append(values[0] if values else None)
+    return *found, more
+
+
 def _hooked(norm: Any) -> bool:
-    """Whether a call of the norm may do more than the op in its place."""
+    """Whether a call of the norm may do more than the op in its place: it was replaced, wrapped or
+    hooked."""
     own = norm.__dict__
     return not (
         type(norm) is nn.LayerNorm
@@ -106,14 +104,15 @@ def _hooked(norm: Any) -> bool:
 
 
 def _norm_forward(self: Any, input: Tensor) -> Tensor:
-    if self.weight is None or self.weight.dtype not in (input.dtype, torch.float32):
+    weight = self.weight
+    if weight is None or weight.dim() != 1 or weight.dtype not in (input.dtype, torch.float32):
         return type(self).forward(self, input)
-    return ops.layer_norm(input, self.weight, self.bias, self.eps)
+    return ops.layer_norm(input, weight, self.bias, self.eps)
 
 
 def _trunk_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-    """GPT2Model's. It numbers the tokens and looks whether the numbers begin again somewhere; in a
-    graph it cannot look, and would always make a whole mask."""
+    """GPT2Model's. transformers finds packed documents by their position ids. A compiled graph
+    cannot read those, so it would hold a whole mask even where nothing is packed or padded."""
     given = (kwargs.get(name) for name in ("attention_mask", "cache", "position_ids"))
     if (
         torch.compiler.is_compiling()
@@ -181,8 +180,7 @@ def _model_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 def _fill() -> None:
-    """``_FORWARDS``, whose forwards are those of the modules' classes again after ``undo``: what
-    wrapped one in the meantime still calls it."""
+    """Fill ``_FORWARDS``, once transformers is there."""
     from transformers.activations import ACT2FN
     from transformers.models.gpt2 import modeling_gpt2
 
@@ -200,9 +198,11 @@ def _fill() -> None:
 
 
 def _switched(own: Callable[..., Any], replacement: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(own)
+    """``replacement``, or after ``undo`` the class's own forward: a wrapper may still call it."""
+
+    @functools.wraps(own)  # generate and trainers read its signature
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        chosen = replacement if self._fastgpt else own
+        chosen = replacement if self._fastgpt else type(self).forward
         return chosen(self, *args, **kwargs)
 
     return forward
@@ -211,7 +211,7 @@ def _switched(own: Callable[..., Any], replacement: Callable[..., Any]) -> Calla
 # ----------------------------------------------------------------------------------- the switch
 
 
-def apply_to(model: nn.Module) -> nn.Module:
+def apply_to(model: Model) -> Model:
     """Replace the layers of a GPT-2 of transformers, or of a model that holds one (peft's), by the
     ops of ``fastgpt.ops``: kernels on a GPU that has them, PyTorch's own elsewhere.
 
@@ -221,7 +221,7 @@ def apply_to(model: nn.Module) -> nn.Module:
     Raises:
         ValueError: there is no GPT-2 in ``model``, or it has an option that the ops do not compute.
             Nothing is replaced then.
-        ImportError: transformers is not installed, or too old.
+        ImportError: transformers is not installed, or older than 5.17.
     """
     register()
     roots = list(_roots(model))
@@ -244,7 +244,7 @@ def apply_to(model: nn.Module) -> nn.Module:
     return model
 
 
-def undo(model: nn.Module) -> nn.Module:
+def undo(model: Model) -> Model:
     """Take back ``apply_to``: the same results to the bit as before. What has wrapped a module's
     ``forward`` since (a trainer's mixed precision) stays, and calls the module's own.
 
@@ -260,7 +260,7 @@ def undo(model: nn.Module) -> nn.Module:
         for module in root.modules():
             if "_fastgpt" not in module.__dict__:
                 continue
-            if getattr(module.forward, "__func__", None) is _FORWARDS[type(module)]:
+            if getattr(module.forward, "__func__", None) is _FORWARDS.get(type(module)):
                 del module.forward, module._fastgpt
             else:
                 module._fastgpt = False  # type: ignore[assignment]

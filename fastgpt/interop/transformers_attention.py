@@ -25,13 +25,13 @@ from fastgpt._optional import optional
 
 NAME = "fastgpt"
 MAX_HEAD_SIZE = 256
-_OLDEST = (5, 24)  # of transformers: the functions for masks had other arguments before
+_OLDEST = (5, 17)  # of transformers: the functions for masks had other arguments before
 
 
 def register() -> None:
     """Make ``attn_implementation="fastgpt"`` known to transformers. More than once is harmless.
 
-    Raises ImportError without transformers, or with one older than 5.24.
+    Raises ImportError without transformers, or with one older than 5.17.
     """
     transformers = optional("transformers", 'attn_implementation="fastgpt"', "hf")
     if tuple(int(part) for part in transformers.__version__.split(".")[:2]) < _OLDEST:
@@ -78,11 +78,13 @@ def attention_mask(
             padding = attention_mask[:, :kv_length].bool()
             visible = visible & F.pad(padding, (0, kv_length - padding.shape[1]))
             found, short = _without_padding(visible, q_length)
+            if found and short is None and not allow_is_causal_skip:
+                return _lengths(visible)  # of the form of other steps, for which a graph exists
             if found:
                 return short
         elif isinstance(q_offset, Tensor):
             return _lengths(visible.expand(batch_size, -1))
-        elif square or kv_length == q_offset + 1:
+        elif allow_is_causal_skip:
             return None
     make: Callable[..., Any] = theirs.sdpa_mask
     whole = make(

@@ -331,7 +331,8 @@ def test_the_builtin_corpus_is_prepared_when_it_is_missing(
         (["trian"], "unknown command 'trian'; did you mean 'train'?"),
         (
             ["x"],
-            "allowed: prepare, tokenizer, train, tune, sample, reward, rl, export, plot, doctor",
+            "allowed: prepare, tokenizer, train, tune, sample, reward, rl, export, plot, ladder, "
+            "translate, translate train, doctor",
         ),
         (["train", "--dropout=2"], "dropout must lie between 0 and 0.999, got 2.0"),
         (["train", "--init_from=resume"], "no ckpt.pt or iter-*.pt in out"),

@@ -16,8 +16,11 @@ from fastgpt.kernels import fused
 
 transformers = pytest.importorskip("transformers", reason="needs the extra hf")
 
+CausalLMOutput = transformers.modeling_outputs.CausalLMOutputWithCrossAttentions
+
 VOCABULARY, LENGTH = 61, 12
 SHAPE = dict(vocab_size=VOCABULARY, bos_token_id=0, eos_token_id=0, pad_token_id=0)
+CACHE = "cache" if hasattr(CausalLMOutput(), "cache") else "past_key_values"
 DROPOUT = ("embd_pdrop", "attn_pdrop", "resid_pdrop")
 
 
@@ -88,7 +91,8 @@ def is_token(side: str) -> Tensor:
 
 
 def close(a: Tensor, b: Tensor) -> None:
-    torch.testing.assert_close(a, b, atol=2e-6, rtol=1e-4)
+    factor = 10 if torch.cuda.is_available() else 1  # a GPU adds in another order
+    torch.testing.assert_close(a, b, atol=2e-6 * factor, rtol=1e-4 * factor)
 
 
 def assert_same(model: Any, plain: Any, side: str = "none", **more: Any) -> None:
@@ -153,6 +157,25 @@ def test_attention(build: Callable[..., Any], side: str, calls: list[str]) -> No
     assert calls == ([] if form is None else 2 * [form])
 
 
+def test_a_step_of_a_static_cache_is_told_by_lengths() -> None:
+    """In each step, so that one graph serves them all; whole where a model asks for it."""
+    options: dict[str, Any] = dict(
+        batch_size=3,
+        q_length=1,
+        kv_length=8,
+        mask_function=transformers.masking_utils.causal_mask_function,
+        allow_is_causal_skip=False,
+    )
+    for place in (5, 7):
+        offset, mask = torch.tensor([place]), torch.ones(3, place + 1, dtype=torch.bool)
+        for padding_mask in (None, mask):
+            made = attention_mask(**options, q_offset=offset, attention_mask=padding_mask)
+            assert made is not None and made.dtype == torch.int32
+            assert torch.equal(made, torch.full((3, 1, 1, 1), place + 1, dtype=torch.int32))
+    made = attention_mask(**options, q_offset=7)
+    assert made is not None and made.dtype == torch.bool and made.shape == (3, 1, 1, 8)
+
+
 def test_a_sliding_window(calls: list[str]) -> None:
     assert_same(mistral("fastgpt"), mistral())
     assert calls == 2 * ["causal doc_start"]
@@ -182,8 +205,8 @@ def test_a_prompt_in_chunks(build: Callable[..., Any], static: bool) -> None:
     with torch.no_grad():
         expected = plain(x).logits
         for start, end in ((0, 4), (4, 9), (9, 10), (10, LENGTH)):
-            out = model(x[:, start:end], cache=cache, use_cache=True)
-            cache = out.cache
+            out = model(x[:, start:end], use_cache=True, **{CACHE: cache})
+            cache = out[CACHE]
             close(out.logits, expected[:, start:end])
 
 
@@ -259,11 +282,12 @@ def patched(**options: Any) -> Any:
 
 
 def losses(model: Any, side: str = "none", **more: Any) -> Any:
-    x, used = tokens(), is_token(side)
+    x, used = tokens().to(model.device), is_token(side).to(model.device)
     labels = x.masked_fill(~used, -100)
     labels[:, 0] = -100
     labels[:, 1:][~used[:, :-1]] = -100  # what padding predicts
-    return model(x, labels=labels, use_cache=False, **inputs(side), **more)
+    given = {k: v if v is None else v.to(model.device) for k, v in inputs(side).items()}
+    return model(x, labels=labels, use_cache=False, **given, **more)
 
 
 def assert_same_loss(model: Any, plain: Any, side: str = "none", **more: Any) -> None:
@@ -301,6 +325,21 @@ def test_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
         assert_same_loss(model, plain, side)
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")
+@pytest.mark.parametrize("side", [side for side in SIDES if side != "whole"])
+def test_on_a_gpu(side: str) -> None:
+    model, plain = patched().cuda().train(), gpt2("sdpa").cuda().train()
+    assert_same_loss(model, plain, side)
+    for each in (model, plain):
+        each.bfloat16()
+    assert abs(losses(model, side).loss - losses(plain, side).loss) < 2e-2
+    if side == "left":
+        mask, x = is_token(side).long().cuda(), tokens().cuda()
+        options: dict[str, Any] = dict(max_new_tokens=4, eos_token_id=None, do_sample=False)
+        assert model.generate(x, attention_mask=mask, **options).shape == (3, LENGTH + 4)
+
+
 def test_arguments_of_the_loss() -> None:
     model, plain, x = patched().train(), gpt2().train(), tokens()
     for more in (
@@ -331,6 +370,16 @@ def test_generate_with_the_layers(static: bool, side: str) -> None:
         options |= dict(cache_implementation="static", disable_compile=True)
     ids = [each.generate(tokens(), **options) for each in (patched(), gpt2())]
     assert torch.equal(*ids)
+
+
+@pytest.mark.parametrize("given", [{}, {"is_causal": False}])
+def test_attention_to_every_token(given: dict[str, Any]) -> None:
+    model, plain = patched(), gpt2("sdpa")
+    for each in (model, plain) if not given else ():
+        for block in each.transformer.h:
+            block.attn.is_causal = False
+    assert_same(model, plain, **given)
+    assert not torch.equal(model(tokens(), **given).logits, patched()(tokens()).logits)
 
 
 def test_undo_is_equal_to_the_bit() -> None:
@@ -460,6 +509,13 @@ def test_compiled(side: str, calls: list[str]) -> None:
     assert_same_loss(compiled, model, side)
     # Values of a mask cannot be read in a graph, so PyTorch's attention has the whole mask.
     assert calls == (4 * ["causal"] if side == "none" else 2 * ["causal key_lengths"])
+
+
+def test_autocast_of_rotated_heads() -> None:
+    """q and k are float32 behind the rotation, v is not."""
+    model, plain = llama("fastgpt"), llama("sdpa")
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        torch.testing.assert_close(model(tokens()).logits, plain(tokens()).logits)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
