@@ -47,7 +47,7 @@ class Translate:
     # Or both in one file: each line a text, a tab, its translation.
     pairs: Annotated[Path | None, shown("FILE.tsv", "none")] = None
     # Hypotheses kept in the search; 1 is greedy.
-    beam: int = 4
+    beam: Annotated[int | None, shown("N", "4, or the vocabulary if that is smaller")] = None
     # How much longer translations are preferred: alpha of Wu et al. 2016.
     length_penalty: float = 0.6
     # cuda, cuda:N, cpu, mps, or auto.

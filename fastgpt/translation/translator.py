@@ -22,6 +22,7 @@ LAST = "last.pt"  # the newest state; ckpt.BEST has the best validation loss
 Tokenizers = tuple[Tokenizer, Tokenizer]  # of the sources and of the targets, which may be one
 
 _BATCH_TOKENS = 2048
+_BEAM = 4
 
 
 def model_entries(model: Seq2Seq, tokenizers: Tokenizers) -> ckpt.Checkpoint:
@@ -72,12 +73,15 @@ class Translator:
         self._autocast = autocast(self.device, resolve_dtype(dtype, self.device))
 
     def __call__(
-        self, texts: Sequence[str], beam: int = 4, length_penalty: float = 0.6
+        self, texts: Sequence[str], beam: int | None = None, length_penalty: float = 0.6
     ) -> list[str]:
         """Translate each text. Raises ValueError for one that is empty, too long, or has a
-        character that the model has never seen; see ``beam_search`` for the options."""
+        character that the model has never seen; see ``beam_search`` for the options. By default
+        the beam is 4, or the vocabulary if that is smaller."""
         source, target = self.tokenizers
         limit = self.model.config.block_size
+        if beam is None:
+            beam = min(_BEAM, self.model.config.vocab_size)
         for text in texts:
             if not text.strip():
                 raise ValueError(f"a text to translate must not be empty, got {text!r}")
