@@ -195,6 +195,7 @@ class Batches:
         self._on_gpu = self._device.type == "cuda"
         self._seed = seed
         self.note: str | None = None
+        self._too_long = 0  # dialogues, of both splits
         # Of each file an array whose row i is the window tokens[i : i + T + 1]: one row for each
         # legal start, counted through all files.
         self._windows: dict[str, list[np.ndarray[Any, Any]] | list[DialogueWindows]] = {}
@@ -236,11 +237,11 @@ class Batches:
                 f"{files[0].path} has no dialogue with an answer within block_size="
                 f"{self._block_size} tokens"
             )
-        too_long = sum(of_file.too_long for of_file in windows)
-        if too_long:
+        self._too_long += sum(of_file.too_long for of_file in windows)
+        if self._too_long:
             self.note = (
-                f"{too_long:,} dialogues are longer than block_size={self._block_size} tokens: "
-                "their ends are cut off"
+                f"{self._too_long:,} dialogues are longer than block_size={self._block_size} "
+                "tokens: their ends are cut off"
             )
         return windows
 

@@ -132,7 +132,10 @@ def test_what_is_cut_off_is_said(tmp_path: Path) -> None:
     batches = Batches(tmp_path / "chat", 2, 400, "cpu", 0)
     assert batches.of_dialogues and batches.note is None
     note = Batches(tmp_path / "chat", 2, 40, "cpu", 0).note
-    assert note is not None and "longer than block_size=40 tokens: their ends are cut off" in note
+    too_long = sum(len(template.encode(CHAT, dialogue)[0]) > 41 for dialogue in DATA.train)
+    assert note == (  # of both splits
+        f"{too_long} dialogues are longer than block_size=40 tokens: their ends are cut off"
+    )
     with pytest.raises(ValueError, match="train.bin has no dialogue with an answer within block_s"):
         Batches(tmp_path / "chat", 2, 8, "cpu", 0)
 
