@@ -9,10 +9,11 @@ README a short table of the run nearest to 32 sequences. Nothing is published th
 on a CUDA GPU.
 """
 
+import argparse
 import json
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -165,8 +166,10 @@ def publish(results: Path, readme: Path, page: Path) -> list[Path]:
     return [*written, *texts]
 
 
-def main() -> int:
+def main(argv: Sequence[str] = ()) -> int:
     """The exit code: 0, or 2 where results cannot be published."""
+    description = "Put the measurements of bench/results into docs/speed.md and the README."
+    argparse.ArgumentParser(description=description).parse_args(argv)
     try:
         written = publish(RESULTS, README, PAGE)
     except (ValueError, ModuleNotFoundError) as error:
@@ -177,4 +180,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

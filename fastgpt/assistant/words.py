@@ -129,7 +129,10 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("out_dir", type=Path, help="folder to write the files to")
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args(argv)
-    check_folder(given.out_dir)
+    try:
+        check_folder(given.out_dir)
+    except NotADirectoryError as error:
+        parser.error(str(error))
     given.out_dir.mkdir(parents=True, exist_ok=True)
     data = words(given.seed)
     with atomic_write(given.out_dir / "base.txt") as file:

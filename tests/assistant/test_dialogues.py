@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from fastgpt.assistant import template
 from fastgpt.assistant.dialogues import DialogueSource
 from fastgpt.assistant.windows import DialogueWindows
+from fastgpt.assistant.words import main as words_main
 from fastgpt.assistant.words import words, write_dialogues
 from fastgpt.cli import main as cli
 from fastgpt.data.batches import Batches, token_files
@@ -102,6 +103,13 @@ def test_wrong_arguments(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     ):
         assert cli.main(["prepare", *argv, f"--out_dir={tmp_path / 'chat'}"]) == 2
         assert reason in capsys.readouterr().err
+
+
+def test_the_words_go_to_a_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(SystemExit):
+        words_main([str(tmp_path / "file")])
+    assert f"error: out_dir must be a folder, but {tmp_path / 'file'} is" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("length", [12, 41, 400])

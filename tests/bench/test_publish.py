@@ -224,6 +224,8 @@ def test_the_command(
     assert publish.main() == 0
     assert f"wrote {readme}" in capsys.readouterr().out
     readme.write_text("no markers\n")
+    with pytest.raises(SystemExit):
+        publish.main(["--help"])
     assert publish.main() == 2
     assert "README.md must have one line" in capsys.readouterr().err
     assert readme.read_text() == "no markers\n"
