@@ -194,6 +194,7 @@ class _Row:
             return
         self._tokens += 1
         if token in self._ends:
+            self._add_incomplete()
             self.stopped = True
             return
         # A vocabulary padded for speed (50304 for GPT-2) has ids that stand for no text.
@@ -230,11 +231,16 @@ class _Row:
             held = next((n for n in lengths if self._text.endswith(stop[:n])), held)
         return self._text[: len(self._text) - held]
 
-    def completion(self) -> Completion:
-        if self._new and not self.stopped:  # ends within a character
+    def _add_incomplete(self) -> None:
+        """The text ends within a character."""
+        if self._new:
             text = self._tokenizer.decode(self._context + self._new)
             self._append(text[len(self._context_text) :])
             self._new = []
+
+    def completion(self) -> Completion:
+        if not self.stopped:
+            self._add_incomplete()
         finish = "stop" if self.stopped else "length"
         return Completion(self._prompt, self._text, self._tokens, finish)
 

@@ -226,7 +226,7 @@ def _write_tokenizer(source: _Source, folder: Path) -> int | None:
         raise ValueError(f"{tokenizer.name} has no form that transformers reads")
     if isinstance(tokenizer, ChatTokenizer):
         end = tokenizer.end
-        _add_special_tokens(path)
+        _add_special_tokens(path, tokenizer.begin)
         facts["chat_template"] = CHAT_TEMPLATE
     if end is not None:
         facts["bos_token"] = facts["eos_token"] = tokenizer.decode([end])
@@ -234,12 +234,21 @@ def _write_tokenizer(source: _Source, folder: Path) -> int | None:
     return end
 
 
-def _add_special_tokens(path: Path) -> None:
-    """Add the tokens of dialogues to a ``tokenizer.json``, behind its vocabulary."""
+def _add_special_tokens(path: Path, first: int) -> None:
+    """Add the tokens of dialogues to a ``tokenizer.json``, with the ids from ``first`` on.
+
+    Raises ValueError, without the file, if they would get others: it has a token of that name, or
+    ids without a token.
+    """
     tokenizers = optional("tokenizers", "the exported tokenizer", "hf")
     json_form = tokenizers.Tokenizer.from_file(str(path))
     added = [tokenizers.AddedToken(name, normalized=False) for name in SPECIAL_TOKENS]
     json_form.add_special_tokens(added)
+    for number, name in enumerate(SPECIAL_TOKENS, start=first):
+        found = json_form.token_to_id(name)
+        if found != number:
+            path.unlink()
+            raise ValueError(f"{name} has the id {found} in it, but {number} in the model")
     path.write_text(json_form.to_str(pretty=True), encoding="utf-8")
 
 

@@ -15,7 +15,7 @@ from fastgpt.cli import main as cli
 from fastgpt.data.prepare import prepare
 from fastgpt.interop.export import ExportConfig, export
 from fastgpt.sampler import Sampler
-from fastgpt.tokenizer import CharTokenizer, ChatTokenizer
+from fastgpt.tokenizer import CharTokenizer, ChatTokenizer, JsonTokenizer, packed
 from fastgpt.training.config import SampleConfig
 from tests.tools.small_assistants import folder_of, small_gpt
 from tests.tools.small_runs import data_set, trained
@@ -171,6 +171,19 @@ def test_exported_for_others_and_for_ourselves(root: Path, tmp_path: Path) -> No
     path = tmp_path / "model.safetensors"
     export(ExportConfig(to="safetensors", out_dir=out_dir, output=path))
     assert "".join(chat_of(root, init_from=str(path)).say("ping")) == "pong"
+
+
+def test_a_base_with_a_token_of_dialogues_is_exported_without_its_tokenizer(tmp_path: Path) -> None:
+    """As Phi-3's, which has <|end|>: transformers would give that one's id, not the model's."""
+    tokenizers = pytest.importorskip("tokenizers", reason="needs the extra hf")
+    theirs = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0, "b": 1}))
+    theirs.add_special_tokens(["<|end|>"])
+    theirs.save(str(tmp_path / "tokenizer.json"))
+    own = packed(ChatTokenizer(JsonTokenizer(tmp_path / "tokenizer.json")))
+    out_dir = folder_of(tmp_path / "out", small_gpt(), own)
+    written = export(ExportConfig(to="hf", out_dir=out_dir, output=tmp_path / "hf"))
+    assert any("no tokenizer: <|end|> has the id 2 in it, but 7 in the" in n for n in written.notes)
+    assert not list(written.path.glob("tokenizer*"))
 
 
 def test_wrong_arguments(sample: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -293,6 +293,12 @@ def test_incomplete_characters_and_stop_texts_are_held_back() -> None:
     row.add(256)  # an id that only pads the vocabulary
     assert row.completion() == sampling.Completion("", "", 1, "length")
 
+    for ending, finish in ((b"", "length"), (b"!", "stop")):
+        row = sampling._Row(Bytes(), [1], "", (), ends=b"!")  # type: ignore[arg-type]
+        for byte in b"a\xe2" + ending:
+            row.add(byte)
+        assert row.completion() == sampling.Completion("", "a\ufffd", 2 + len(ending), finish)
+
 
 WORDS = "".join(f"Größe {n}:  {n} × {n + 1} €\n\tund 😀 {n * 7} ; " for n in range(300))
 
