@@ -110,7 +110,9 @@ def _of_gpu(folder: Path, runs: list[dict[str, Any]], beside: Path) -> Iterator[
     yield from (f"### {machine.name(runs[0]['machine'])}", "")
     for run in runs:
         o = run["options"]
-        yield from (f"**{o['batch_size']} sequences of {o['block_size']} tokens**", "")
+        commit = (run["machine"]["commit"] or "unknown")[:7]
+        size = f"{o['batch_size']} sequences of {o['block_size']} tokens"
+        yield from (f"**{size}**, commit `{commit}`", "")
         yield from (*report.markdown(run), "")
         yield from (". ".join([*report.notes(run), *_facts(run)]) + ".", "")
     yield from (_picture(folder, name, beside) for name in PICTURES)
