@@ -4,6 +4,7 @@ mean nothing, that they run through does. Started by ``test_on_pretended_device.
 
 import functools
 import json
+from dataclasses import replace
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -120,7 +121,9 @@ def test_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_profile(tmp_path: Path) -> None:
-    options = Options(n_layer=1, n_head=1, n_embd=16, block_size=16, batch_size=2, vocab_size=128)
+    names = "fastgpt_train", "fastgpt"
+    size = Options(n_layer=1, n_head=1, n_embd=16, block_size=16, batch_size=2, vocab_size=128)
+    options = replace(size, variants=names)
     assert step_profile.profile(tmp_path, options) == 0
 
 
