@@ -4,8 +4,8 @@ mean nothing, that they run through does. Started by ``test_on_pretended_device.
 
 import functools
 import json
-from dataclasses import replace
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
