@@ -49,10 +49,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastgpt.kernels import _checks, _host
+from fastgpt.kernels._attention import Options
 from fastgpt.kernels._operators import differentiable, fake, operator
 from fastgpt.kernels._tensors import split_heads, unpacked
 from fastgpt.kernels.attention_bwd import attention_bwd
-from fastgpt.kernels.attention_fwd import Options, attention_fwd, empty_lse
+from fastgpt.kernels.attention_fwd import attention_fwd, empty_lse
 
 MAX_HEAD_SIZE = 256
 

@@ -8,8 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastgpt.kernels import _host
-from fastgpt.kernels._device_math import dropout_keep
-from fastgpt.kernels.attention_fwd import (
+from fastgpt.kernels._attention import (
     Options,
     _document_bounds,
     _finite_or_zero,
@@ -27,6 +26,7 @@ from fastgpt.kernels.attention_fwd import (
     arguments,
     launch,
 )
+from fastgpt.kernels._device_math import dropout_keep
 
 
 @triton.jit

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastgpt.kernels import _host, attention_fwd, configs, fused, reference, torch_ops
+from fastgpt.kernels import _attention, _host, attention_fwd, configs, fused, reference, torch_ops
 from fastgpt.kernels._tensors import split_heads
 from fastgpt.kernels.attention import (
     _attention_bwd_op,
@@ -181,7 +181,7 @@ def test_what_cudnn_does_not_get(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(attention_fwd, "SDPAParams", lambda *given: given)
     monkeypatch.setattr(attention_fwd, "can_use_cudnn_attention", lambda given: True)
     full = torch.randn(2, 3, 16, 64).as_subclass(_OnGpu)
-    options = attention_fwd.Options(None, None, True, 0.125, 0.0, 0)
+    options = _attention.Options(None, None, True, 0.125, 0.0, 0)
     assert attention_fwd._cudnn_can(full, full, full, options)
     for expanded in (full[:, :1].expand(2, 3, 16, 64), full[:1].expand(2, 3, 16, 64)):
         for place in range(3):

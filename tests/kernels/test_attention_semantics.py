@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from fastgpt.kernels import _host, configs, fused, reference
-from fastgpt.kernels.attention_fwd import Options, attention_fwd
+from fastgpt.kernels._attention import Options
+from fastgpt.kernels.attention_fwd import attention_fwd
 from fastgpt.kernels.configs import Attention
 from tests.kernels.test_attention import qkv_of, results
 from tests.tools.documents import starts_of

@@ -136,6 +136,17 @@ def test_errors() -> None:
             Step(compiled, optimizer, torch.device("cpu"), cuda_graph=True)  # type: ignore[arg-type]
 
 
+def test_all_processes_begin_with_the_weights_of_rank_0() -> None:
+    class Second(World):
+        def broadcast(self, x: Tensor) -> None:
+            x.fill_(0.25)  # what rank 0 has
+
+    model = small_model()
+    MasterAdamW(model, torch.bfloat16, 0.1, 1e-2, BETAS, Second(rank=1, size=2))
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16, torch.float32}
+    assert all((p == 0.25).all() for p in model.parameters())
+
+
 def test_nothing_may_come_behind_the_sum_over_processes() -> None:
     model = small_model()
     optimizer = MasterAdamW(model, torch.bfloat16, 0.1, 1e-2, BETAS, Twins(size=2))
