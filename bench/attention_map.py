@@ -20,7 +20,7 @@ if __name__ == "__main__":  # Python looks for modules in the folder of the scri
 from fastgpt import ops
 from fastgpt._optional import optional
 from fastgpt.seq2seq import Seq2Seq
-from fastgpt.translation.pairs import encoded, padded
+from fastgpt.translation.pairs import encoded
 from fastgpt.translation.search import beam_search
 from fastgpt.translation.translator import Translator
 
@@ -59,8 +59,9 @@ def main(argv: list[str] | None = None) -> None:
     translator = Translator(options.model, "cpu")
     model, (source_tokens, target_tokens) = translator.model, translator.tokenizers
     source = encoded(options.text, source_tokens, model.config.block_size, "text")
-    target = [*beam_search(model, padded([source]))[0], model.end]
-    maps = cross_attention(model, padded([source]), padded([target])).mean(1)
+    ids = torch.tensor([source])
+    target = [*beam_search(model, ids)[0], model.end]
+    maps = cross_attention(model, ids, torch.tensor([target])).mean(1)
     sides = ((source_tokens, source), (target_tokens, target))
     columns, rows = ([*(t.decode([i]) for i in ids[:-1]), "END"] for t, ids in sides)
     size = (1.5 + 0.42 * len(columns) * len(maps), 1.5 + 0.3 * len(rows))

@@ -28,7 +28,6 @@ if __name__ == "__main__":  # Python looks for modules in the folder of the scri
 from fastgpt._files import atomic_write
 from fastgpt.language_model import Trainable
 from fastgpt.seq2seq import PADDING, Seq2Seq
-from fastgpt.training.step import Step
 from fastgpt.translation.built_in import Pairs
 from fastgpt.translation.config import TranslationConfig
 from fastgpt.translation.trainer import BETAS, TranslationTrainer
@@ -150,15 +149,15 @@ class TorchTrainer(TranslationTrainer):
         super().__init__(config, console)
         self._torch = TorchTransformer(self.model)
         self.optimizer = self._torch.configure_optimizers(0.0, 0.0, BETAS, self.device.type)
-        self._step = Step(self._torch, self.optimizer, self.device, grad_clip=config.grad_clip)
+        self._build_step(self._torch)
 
     def evaluate(self) -> dict[str, float]:
         self._torch.copy_to(self.model)
         return super().evaluate()
 
-    def _save(self, path: Path) -> None:
+    def _save(self) -> Path:
         self._torch.copy_to(self.model)
-        super()._save(path)
+        return super()._save()
 
 
 def messages(folder: Path) -> Pairs:

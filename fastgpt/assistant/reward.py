@@ -15,17 +15,11 @@ from torch import Tensor
 from fastgpt._progress import PlainConsole
 from fastgpt.assistant import template
 from fastgpt.assistant.reward_model import PairLoss, RewardModel, pair_loss
-from fastgpt.assistant.stage import (
-    Figures,
-    Order,
-    Stage,
-    StageConfig,
-    held_out,
-    loaded_gpt,
-    padded,
-)
+from fastgpt.assistant.stage import Order, Stage, StageConfig, held_out, loaded_gpt
+from fastgpt.data.batches import padded
 from fastgpt.tokenizer import ChatTokenizer
 from fastgpt.tokenizer.base import in_utf8
+from fastgpt.training.run import Figures
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -72,10 +66,12 @@ def read_pair(tokenizer: ChatTokenizer, block_size: int, row: dict[str, Any]) ->
     return Pair(tuple(prompt), *answers)
 
 
-class RewardTraining:
+class RewardTraining(Stage):
     """A run of ``fastgpt reward``. Raises what the config, the data and the model raise:
     ValueError, FileNotFoundError, NotADirectoryError.
     """
+
+    config: RewardConfig
 
     def __init__(self, config: RewardConfig, console: "Console | PlainConsole") -> None:
         gpt, tokenizer = loaded_gpt(config.init_from)
@@ -83,26 +79,23 @@ class RewardTraining:
         self.train, self.val = held_out(config, read, lambda pair: pair.prompt)
         model = RewardModel(gpt.config, gpt.gelu_approximate)
         model.load_state_dict(gpt.state_dict(), strict=False)
-        self.stage = Stage(config, model, PairLoss, tokenizer, console)
-        self._batch_size = config.batch_size
+        super().__init__(config, model, PairLoss, tokenizer, console)
         self._pairs = config.batch_size * config.gradient_accumulation_steps
-        self._order = Order(len(self.train), config.seed, self._pairs * self.stage.iteration)
+        self._order = Order(len(self.train), config.seed, self._pairs * self.iter_num)
         console.print(f"{len(self.train):,} pairs, {len(self.val):,} more held out")
 
-    def run(self) -> None:
-        self.stage.run(self._update, self.evaluate)
-
-    def _update(self) -> tuple[Figures, int]:
+    def _update(self, learning_rate: float) -> tuple[dict[str, Tensor], int]:
         pairs = [self.train[i] for i in self._order.next(self._pairs)]
-        loss = self.stage.step([self._batch(part) for part in self._parts(pairs)])
-        return {"pair_loss": loss}, sum(len(pair.chosen) + len(pair.rejected) for pair in pairs)
+        batches = [self._batch(part) for part in self._parts(pairs)]
+        n_tokens = sum(len(pair.chosen) + len(pair.rejected) for pair in pairs)
+        return {"pair_loss": self._updated(batches, learning_rate)}, n_tokens
 
     def _parts(self, pairs: list[Pair]) -> Iterator[list[Pair]]:
-        for start in range(0, len(pairs), self._batch_size):
-            yield pairs[start : start + self._batch_size]
+        for start in range(0, len(pairs), self.config.batch_size):
+            yield pairs[start : start + self.config.batch_size]
 
     def _batch(self, pairs: list[Pair]) -> tuple[tuple[Tensor, Tensor], Tensor]:
-        device = self.stage.device
+        device = self.device
         texts = [pair.chosen for pair in pairs] + [pair.rejected for pair in pairs]
         last = torch.tensor([len(text) - 1 for text in texts], device=device)
         return (padded(texts, 0, device), last), torch.zeros(len(pairs), device=device)
@@ -110,8 +103,8 @@ class RewardTraining:
     @torch.no_grad()
     def evaluate(self) -> Figures:
         """On the held-out pairs: mean loss, share of pairs with a positive margin, mean margin."""
-        with self.stage.autocast:
-            parts = [self.stage.loss(*self._batch(part))[0] for part in self._parts(self.val)]
+        with self.autocast:
+            parts = [self.loss(*self._batch(part))[0] for part in self._parts(self.val)]
         margins = torch.cat(parts)
         return {
             "pair_loss": pair_loss(margins).item(),

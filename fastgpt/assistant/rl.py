@@ -4,7 +4,7 @@ A step draws ``group_size`` answers to each of its prompts, all in one batch, ra
 one update. The fine-tuned model that the run starts from is the reference.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import partial
@@ -16,17 +16,11 @@ from fastgpt._progress import PlainConsole
 from fastgpt.assistant import template
 from fastgpt.assistant.policy_loss import PolicyLoss, advantages, token_logps
 from fastgpt.assistant.scoring import Answer, Prompt, scorer
-from fastgpt.assistant.stage import (
-    Figures,
-    Order,
-    Stage,
-    StageConfig,
-    held_out,
-    loaded_gpt,
-    padded,
-)
+from fastgpt.assistant.stage import Order, Stage, StageConfig, held_out, loaded_gpt
+from fastgpt.data.batches import padded
 from fastgpt.generation import Generator, Sampling, check_finite
 from fastgpt.tokenizer import ChatTokenizer
+from fastgpt.training.run import Figures
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -87,52 +81,41 @@ def read_prompt(
     return Prompt("\n".join(message["content"] for message in messages), tokens, answer)
 
 
-class ReinforcementLearning:
+class ReinforcementLearning(Stage):
     """A run of ``fastgpt rl``. Raises what the config, the data, the models and the reward raise:
     ValueError, ImportError, FileNotFoundError, NotADirectoryError.
     """
 
+    config: RLConfig
+
     def __init__(self, config: RLConfig, console: "Console | PlainConsole") -> None:
-        self.config, self._console = config, console
-        policy, self._tokenizer = loaded_gpt(config.init_from)
-        read = partial(
-            read_prompt, self._tokenizer, policy.config.block_size, config.max_new_tokens
-        )
+        policy, tokenizer = loaded_gpt(config.init_from)
+        read = partial(read_prompt, tokenizer, policy.config.block_size, config.max_new_tokens)
         self.train, val = held_out(config, read, lambda prompt: prompt.tokens)
         self.val = val[: config.eval_prompts]
         longest = max(len(prompt.tokens) for prompt in self.train + self.val)
         self._capacity = longest + config.max_new_tokens
         reference = deepcopy(policy).requires_grad_(False).eval()
-        self.stage = stage = Stage(
-            config,
-            policy,
-            partial(PolicyLoss, kl_weight=config.kl_weight),
-            self._tokenizer,
-            console,
-        )
-        self._reference = reference.to(stage.device)
-        self._score = scorer(
-            config.reward, self._tokenizer, self._capacity, stage.device, stage.autocast
-        )
+        loss = partial(PolicyLoss, kl_weight=config.kl_weight)
+        super().__init__(config, policy, loss, tokenizer, console)
+        self._reference = reference.to(self.device)
+        self._score = scorer(config.reward, tokenizer, self._capacity, self.device, self.autocast)
         # The weights stay where they are, as the caches and graphs of both need it.
-        self._sampler = Generator(policy, Sampling(), stage.autocast)
-        self._greedy = Generator(policy, Sampling(temperature=0.0), stage.autocast)
+        self._sampler = Generator(policy, Sampling(), self.autocast)
+        self._greedy = Generator(policy, Sampling(temperature=0.0), self.autocast)
         self._prompts = config.batch_size * config.gradient_accumulation_steps
-        self._order = Order(len(self.train), config.seed, self._prompts * stage.iteration)
+        self._order = Order(len(self.train), config.seed, self._prompts * self.iter_num)
         console.print(f"{len(self.train):,} prompts; {len(self.val):,} held-out ones are evaluated")
 
-    def run(self) -> None:
-        self.stage.run(self._update, self.evaluate, self._stop)
-
-    def _stop(self, figures: Figures) -> str | None:
-        if figures["kl"] <= self.config.max_kl:
+    def _stop(self, figures: Mapping[str, Any]) -> str | None:
+        kl, bound = figures["kl"], self.config.max_kl
+        if kl <= bound:
             return None
-        bound = self.config.max_kl
-        return f"the divergence of {figures['kl']:.4g} nats per token is over max_kl={bound}"
+        return f"the divergence of {kl:.4g} nats per token is over max_kl={bound}"
 
     def answers(self, prompts: Sequence[Prompt], generator: Generator) -> list[Answer]:
         """An answer to each, drawn in one batch."""
-        device = self.stage.device
+        device = self.device
         stops = template.stops(self._tokenizer)
         inputs = [torch.tensor(prompt.tokens, device=device) for prompt in prompts]
         ended = torch.zeros(len(prompts), dtype=torch.bool, device=device)
@@ -154,8 +137,8 @@ class ReinforcementLearning:
             found.append(Answer(row[: end + 1], self._tokenizer.decode(ids), end < len(row)))
         return found
 
-    def _update(self) -> tuple[Figures, int]:
-        config, stage = self.config, self.stage
+    def _update(self, learning_rate: float) -> tuple[Figures, int]:
+        config, device = self.config, self.device
         chosen = [self.train[i] for i in self._order.next(self._prompts)]
         prompts = [prompt for prompt in chosen for _ in range(config.group_size)]
         answers = self.answers(prompts, self._sampler)
@@ -167,16 +150,16 @@ class ReinforcementLearning:
             rows = list(zip(prompts[part], answers[part], strict=True))
             texts = [[*prompt.tokens, *answer.tokens][:-1] for prompt, answer in rows]
             goals = [[-1] * (len(prompt.tokens) - 1) + answer.tokens for prompt, answer in rows]
-            idx, targets = padded(texts, 0, stage.device), padded(goals, -1, stage.device)
-            with torch.no_grad(), stage.autocast:
+            idx, targets = padded(texts, 0, device), padded(goals, -1, device)
+            with torch.no_grad(), self.autocast:
                 reference = token_logps(self._reference, idx, targets)
             batches.append(((idx, of_answers[part], reference), targets))
-        stage.loss.kl_sum.zero_()
-        stage.step(batches)
+        self.loss.kl_sum.zero_()
+        self._updated(batches, learning_rate)
         n_tokens = sum(len(answer.tokens) for answer in answers)
         figures = {
             "reward": rewards.mean().item(),
-            "kl": stage.loss.kl_sum.item() / n_tokens,
+            "kl": self.loss.kl_sum.item() / n_tokens,
             "length": n_tokens / len(answers),
             "ended": sum(answer.ended for answer in answers) / len(answers),
         }
@@ -201,7 +184,7 @@ class ReinforcementLearning:
         known = [(p.answer, a) for p, a in zip(self.val, answers, strict=True) if p.answer]
         if known:
             figures["match"] = sum(text == a.text and a.ended for text, a in known) / len(known)
-        self._console.print(
+        self.console.print(
             f"{self.val[0].text!r} → {answers[0].text!r} (reward {all_rewards[0].item():.4g})"
         )
         return figures

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from fastgpt.assistant.reward_model import HEAD, RewardModel
-from fastgpt.assistant.stage import loaded, padded
+from fastgpt.assistant.stage import loaded
+from fastgpt.data.batches import padded
 from fastgpt.language_model import GPTConfig
 from fastgpt.tokenizer import ChatTokenizer
 from fastgpt.training import checkpoint as ckpt

@@ -11,7 +11,7 @@ nanoGPT, they are ``train.bin`` and ``val.bin`` in uint16.
 """
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -309,6 +309,12 @@ class Batches:
             masked = isinstance(file, DialogueWindows)
             pair.numpy()[1, rows] = file.targets(windows) if masked else windows[:, 1:]
         return pair
+
+
+def padded(rows: Sequence[Sequence[int]], value: int, device: torch.device | str = "cpu") -> Tensor:
+    """Rows of any lengths as int64 (B, T), with ``value`` behind the shorter ones."""
+    width = max(map(len, rows))
+    return torch.tensor([[*row, *[value] * (width - len(row))] for row in rows], device=device)
 
 
 def _check_range(name: str, value: int, low: int, limit: int) -> None:

@@ -8,7 +8,12 @@ from contextlib import contextmanager
 from types import FrameType, TracebackType
 from typing import TYPE_CHECKING
 
+import torch
+
 from fastgpt._progress import PlainConsole
+from fastgpt.devices import peak_flops
+from fastgpt.language_model import LanguageModel
+from fastgpt.model import A100_PEAK_FLOPS, GPT
 from fastgpt.training.config import TrainConfig
 
 if TYPE_CHECKING:
@@ -46,12 +51,12 @@ class Meter:
         config: TrainConfig,
         console: "Console | PlainConsole",
         first_iter: int,
-        estimate_mfu: Callable[[int, float], float] | None,
+        model: LanguageModel,
+        n_gpus: int = 1,
     ) -> None:
-        """``estimate_mfu(sequences, seconds)`` is in [0, 1]; None where there is no such figure."""
         self._config = config
         self._console = console
-        self._estimate_mfu = estimate_mfu
+        self._estimate_mfu = _estimate_of(model, n_gpus, console)
         self._bar: Progress | None = None
         if not isinstance(console, PlainConsole) and console.is_terminal:
             self._bar = _bar(console)
@@ -107,6 +112,23 @@ class Meter:
                 f"iter {iteration}: {facts}, {1000 * seconds:.1f} ms", highlight=False
             )
         return speed
+
+
+def _estimate_of(
+    model: LanguageModel, n_gpus: int, console: "Console | PlainConsole"
+) -> Callable[[int, float], float] | None:
+    """The MFU in [0, 1] of so many sequences in so many seconds; None without a known GPU."""
+    device = next(model.parameters()).device
+    if device.type != "cuda" or not isinstance(model, GPT):
+        return None
+    gpu = torch.cuda.get_device_name(device)
+    peak = peak_flops(gpu)
+    if peak is None:
+        console.print(f"no mfu: the peak of {gpu} is not known")
+        return None
+    scale = A100_PEAK_FLOPS / peak  # of nanoGPT's figure
+    # The figure is that of one GPU, which has a share of the sequences.
+    return lambda sequences, seconds: scale * model.estimate_mfu(sequences // n_gpus, seconds)
 
 
 @contextmanager

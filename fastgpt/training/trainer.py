@@ -10,9 +10,8 @@ stopped.
 """
 
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, replace
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -20,35 +19,26 @@ import torch
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from fastgpt._files import check_folder, exclusive_lock
-from fastgpt._progress import PlainConsole, run_console
+from fastgpt._progress import PlainConsole
 from fastgpt.data.batches import SPLITS, Batches, fingerprint
 from fastgpt.data.manifest import read_manifest
-from fastgpt.devices import (
-    autocast,
-    peak_flops,
-    random_states,
-    resolve_device,
-    resolve_dtype,
-    set_random_states,
-)
+from fastgpt.devices import random_states
 from fastgpt.language_model import GPTConfig, LanguageModel
-from fastgpt.model import A100_PEAK_FLOPS, GPT
-from fastgpt.tokenizer import packed, saved_tokenizer
+from fastgpt.model import GPT
+from fastgpt.tokenizer import saved_tokenizer
 from fastgpt.training import checkpoint as ckpt
 from fastgpt.training import checkpoint_folder, init_from
 from fastgpt.training.config import TrainConfig
 from fastgpt.training.distributed import ALONE, World
-from fastgpt.training.log import LOG, TENSORBOARD, RunLog
-from fastgpt.training.optimizer import MasterAdamW, saved_state
+from fastgpt.training.log import LOG, TENSORBOARD
 from fastgpt.training.progress import Meter, interrupts
-from fastgpt.training.step import Step
+from fastgpt.training.run import Run
 
 if TYPE_CHECKING:
     from rich.console import Console
 
 
-class Trainer:
+class Trainer(Run):
     """A run: model, optimizer, data and progress.
 
     Building it draws the initial weights or loads a checkpoint; ``run`` trains. Attributes that
@@ -62,6 +52,10 @@ class Trainer:
     FileNotFoundError, NotADirectoryError, ImportError.
     """
 
+    config: TrainConfig
+    model: LanguageModel
+    FILES = (LOG, TENSORBOARD)
+
     def __init__(
         self,
         config: TrainConfig,
@@ -73,12 +67,8 @@ class Trainer:
             raise ValueError(
                 f"init_from must be scratch with a model of your own, got {config.init_from!r}"
             )
-        self.config = config
-        self.world = world
+        super().__init__(config, config, console, world)
         self._build = build
-        self.console = console or run_console()
-        self.device = world.device(resolve_device(config.device))
-        self.dtype = resolve_dtype(config.dtype, self.device)
         self._sharded = init_from.is_sharded(config, world)
         if self._sharded and self.dtype == torch.float16:
             raise ValueError("dtype must be float32 or bfloat16 with parallel='fsdp', got float16")
@@ -87,10 +77,6 @@ class Trainer:
                 f"gradient_accumulation_steps must be a multiple of the {world.size} processes "
                 f"that share them, got {config.gradient_accumulation_steps}"
             )
-        self.out_dir = Path(config.out_dir)
-        check_folder(self.out_dir)
-        self._log = RunLog(config)
-        torch.manual_seed(config.seed)
         torch.backends.cuda.matmul.allow_tf32 = True
         torch.backends.cudnn.allow_tf32 = True
 
@@ -109,7 +95,7 @@ class Trainer:
                 config, self.tokenizer, self._data_fingerprint, world
             )
         model = self._build_model(saved, path)
-        self.config = config = self._with_shape_of(model)
+        self.config = self._log_config = config = self._with_shape_of(model)
         self.batches = Batches(
             config.data_dir,
             config.batch_size,
@@ -124,26 +110,15 @@ class Trainer:
             self.console.print(f"note: {self.batches.note}")
         self.model = model.to(self.device)
         trained = self._parallel_model()
-        self.optimizer = self._build_optimizer()
-        self._autocast = autocast(self.device, self.dtype)
-        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
-        self._step = Step(
-            trained,
-            self.optimizer,
-            self.device,
-            micro_batches=config.gradient_accumulation_steps // world.size,
-            grad_clip=config.grad_clip,
-            autocast=self._autocast,
-            scaler=self.scaler,
-            cuda_graph=self._uses_cuda_graph(),
-            world=world,
+        betas = (config.beta1, config.beta2)
+        self.optimizer = self._build_optimizer(
+            self.model, config.weight_decay, config.learning_rate, betas, masters=not self._sharded
         )
-        self.iter_num = 0
+        micro_batches = config.gradient_accumulation_steps // world.size
+        self._build_step(trained, micro_batches, self._uses_cuda_graph())
         self.val_loss = math.nan
-        self.best_val_loss = math.inf
-        self.best_iter: int | None = None
         if saved is not None:
-            self._restore(saved, path)
+            self._go_on(saved, path)
 
     def _build_model(self, saved: ckpt.Checkpoint | None, path: Path) -> LanguageModel:
         config = self.config
@@ -190,17 +165,6 @@ class Trainer:
         """Whether bfloat16 weights are held over float32 masters; FSDP2 has its own way to that."""
         return self.dtype == torch.bfloat16 and not self._sharded
 
-    def _build_optimizer(self) -> torch.optim.Optimizer:
-        config, model = self.config, self.model
-        betas = (config.beta1, config.beta2)
-        if self._has_masters:
-            return MasterAdamW(
-                model, self.dtype, config.weight_decay, config.learning_rate, betas, self.world
-            )
-        return model.configure_optimizers(
-            config.weight_decay, config.learning_rate, betas, self.device.type
-        )
-
     def _uses_cuda_graph(self) -> bool:
         """Not in float16, where the host decides on an update, nor where DDP and FSDP2 exchange
         gradients in the backward, nor with torch.compile, which allocates by itself."""
@@ -212,38 +176,31 @@ class Trainer:
             self.console.print("compile=True: updates are not replayed as a CUDA graph")
         return not self.config.compile
 
-    def _restore(self, saved: ckpt.Checkpoint, path: Path) -> None:
-        own = ckpt.own_state(saved)
-        try:
-            # The moments come from the file, the options (betas, weight decay, fused) from here.
-            state = saved["optimizer"]
-            for old, new in zip(state["param_groups"], self.optimizer.param_groups, strict=True):
-                old.update({k: v for k, v in new.items() if k != "params"})
-            if self._sharded:
-                from fastgpt.training import fsdp, sharded_checkpoint
-            if self._sharded and path.is_dir():
-                moments = fsdp.empty_state(self.optimizer)
-                state["state"] = sharded_checkpoint.load_into(self.model, moments, path)
-            elif self._sharded:
-                state["state"] = fsdp.shard_optimizer_state(state["state"], self.optimizer)
-            self.optimizer.load_state_dict(state)
-            self.iter_num = int(saved["iter_num"])
-            self.best_val_loss = float(saved["best_val_loss"])
-            if own:
-                self.best_iter = own["best_iter"]
-                self.batches.load_state_dict(own["data"])
-                states = own["generators"]  # of each rank; a new one keeps its own
-                if self.world.rank < len(states):
-                    set_random_states(states[self.world.rank], self.device)
-                if self.scaler.is_enabled() and own["scaler"]:
-                    self.scaler.load_state_dict(own["scaler"])
-        except (KeyError, ValueError, TypeError, RuntimeError) as error:
-            raise ValueError(f"{path} holds no state to go on from: {error}") from error
+    def _go_on(self, saved: ckpt.Checkpoint, path: Path) -> None:
+        self._restore(saved, ckpt.own_state(saved), path)
         if init_from.is_of_other_data(saved, self._data_fingerprint):
             # Its best loss is one of other validation data.
             self.best_val_loss, self.best_iter = math.inf, None
             self.console.print(f"{path} was trained on other data than {self.config.data_dir}")
         self.console.print(f"going on from {path} at iteration {self.iter_num}")
+
+    def _load_optimizer(self, state: dict[str, Any], path: Path) -> None:
+        if self._sharded:
+            from fastgpt.training import fsdp, sharded_checkpoint
+
+            if path.is_dir():
+                moments = fsdp.empty_state(self.optimizer)
+                state["state"] = sharded_checkpoint.load_into(self.model, moments, path)
+            else:
+                state["state"] = fsdp.shard_optimizer_state(state["state"], self.optimizer)
+        super()._load_optimizer(state, path)
+
+    def _restore_own(self, own: Mapping[str, Any]) -> None:
+        self.best_iter = own["best_iter"]
+        self.batches.load_state_dict(own["data"])
+        states, rank = own["generators"], self.world.rank
+        mine = states[rank] if rank < len(states) else random_states(self.device)  # a new rank's
+        super()._restore_own({**own, "generators": mine})
 
     def learning_rate(self, iteration: int) -> float:
         """Linear warm-up, cosine down to ``min_lr``, then ``min_lr``."""
@@ -273,8 +230,7 @@ class Trainer:
             return
         with (
             self._own_out_dir(),
-            self._log.opened(config, self.iter_num) if self.world.is_main else nullcontext(),
-            self._meter() as meter,
+            Meter(config, self.console, self.iter_num, self.model, self.world.size) as meter,
             interrupts() as interrupted,
         ):
             stopped = False
@@ -306,58 +262,10 @@ class Trainer:
         )
         raise KeyboardInterrupt
 
-    def _meter(self) -> Meter:
-        model = self.model
-        if self.device.type != "cuda" or not isinstance(model, GPT):
-            return Meter(self.config, self.console, self.iter_num, None)
-        gpu = torch.cuda.get_device_name(self.device)
-        peak = peak_flops(gpu)
-        if peak is None:
-            self.console.print(f"no mfu: the peak of {gpu} is not known")
-            return Meter(self.config, self.console, self.iter_num, None)
-        scale = A100_PEAK_FLOPS / peak  # of nanoGPT's figure
-        size = self.world.size  # the figure is that of one GPU, which has a share of the sequences
-        return Meter(
-            self.config,
-            self.console,
-            self.iter_num,
-            lambda sequences, seconds: scale * model.estimate_mfu(sequences // size, seconds),
-        )
-
-    @contextmanager
-    def _own_out_dir(self) -> Iterator[None]:
-        """``out_dir`` locked for this run, without an earlier run's files."""
-        if not self.world.is_main:
-            yield
-            return
-        self.out_dir.mkdir(parents=True, exist_ok=True)
-        with exclusive_lock(self.out_dir):
-            if self.config.init_from != "resume":
-                moved = checkpoint_folder.archive_previous_run(self.out_dir, (LOG, TENSORBOARD))
-                if moved:
-                    self.console.print(
-                        f"the checkpoints and logs of an earlier run are now in {moved}"
-                    )
-            yield
-
     def _update(self, learning_rate: float) -> Tensor:
         """One optimizer step; the mean loss of its batches, on the device."""
         batches = [self.batches.next("train", place) for place in self._step.inputs]
-        loss = self._step(batches, learning_rate)
-        if self.device.type != "cuda":
-            self._check_finite()  # costs nothing where the host does not run ahead
-        return loss
-
-    def _check_finite(self) -> None:
-        if not self._step.not_finite:
-            return
-        kept = checkpoint_folder.saved(self.out_dir)
-        raise FloatingPointError(
-            f"the loss or its gradient is not finite at iteration {self.iter_num} or since the "
-            "last report before it; no update was made from there on. Either training diverged "
-            f"(try a smaller learning_rate than {self.config.learning_rate}) or every target of a "
-            f"batch is ignored. Last good checkpoint: {kept[0] if kept else 'none yet'}"
-        )
+        return self._updated(batches, learning_rate)
 
     def evaluate(self) -> dict[str, float]:
         """The mean loss of the targets in ``eval_iters`` batches of each split, ``{"train": ..,
@@ -376,7 +284,7 @@ class Trainer:
         # The ranks of a sharded model run it equally often; a surplus result is discarded.
         losses, n_valid = [], []
         for x, y in self.batches.evaluation(split, -(-count // size) * size):
-            with self._autocast:
+            with self.autocast:
                 losses.append(self._forward(x, y)[1])
             n_valid.append((y != -1).sum())
         mine = len(range(self.world.rank, count, size))
@@ -387,54 +295,30 @@ class Trainer:
         return (self.world.all_reduce(weighted) / count).item()
 
     def _evaluate_and_save(self, mfu: float | None) -> None:
-        losses = self.evaluate()
-        self._report_losses(losses)
-        if self.world.is_main:
-            learning_rate = self.learning_rate(self.iter_num)
-            self._log.evaluation(self.iter_num, losses["train"], losses["val"], learning_rate, mfu)
-        if not math.isfinite(losses["val"]):
-            self._step.not_finite.fill_(1.0)
-            self._check_finite()
-        improved = losses["val"] < self.best_val_loss
-        if improved:
-            self.best_val_loss, self.best_iter = losses["val"], self.iter_num
+        self._record(self.evaluate(), mfu)
         if self.iter_num > 0 and self._build is None:
+            improved = self.best_iter == self.iter_num
             self._save(publish=improved or self.config.always_save_checkpoint)
 
-    def _report_losses(self, losses: dict[str, float]) -> None:
+    def _report_losses(self, losses: Mapping[str, float]) -> None:
         self.val_loss = losses["val"]
-        self.console.print(
-            f"step {self.iter_num}: train loss {losses['train']:.4f}, val loss {losses['val']:.4f}"
-        )
+        super()._report_losses(losses)
 
     def _save(self, publish: bool) -> Path:
         """Save the state before ``iter_num``, with ``publish`` also as ``ckpt.pt``."""
-        own: dict[str, Any] = {
-            **ckpt.kind_and_gelu(self.model),
-            **packed(self.tokenizer),
-            "generators": self.world.all_gather_object(random_states(self.device)),
-            "data": self.batches.state_dict(),
-            "data_fingerprint": self._data_fingerprint,
-            "scaler": self.scaler.state_dict(),
-            "best_iter": self.best_iter,
-        }
-        if isinstance(self.optimizer, MasterAdamW):
-            weights = self.optimizer.master_state_dict()
-        else:
-            weights = self.model.state_dict(keep_vars=self._sharded)
-        state = {
-            "model": weights,
-            "optimizer": saved_state(self.optimizer),
-            "model_args": ckpt.model_args(self.model),
-            "iter_num": self.iter_num,
-            "best_val_loss": torch.tensor(self.best_val_loss),
-            "config": asdict(self.config),
-            "fastgpt": own,
-        }
+        state = self._language_model_state(
+            self.config,
+            self.tokenizer,
+            generators=self.world.all_gather_object(random_states(self.device)),
+            data=self.batches.state_dict(),
+            data_fingerprint=self._data_fingerprint,
+            best_iter=self.best_iter,
+        )
         path = checkpoint_folder.path_of(self.out_dir, self.iter_num, self._sharded)
         if self._sharded:
             from fastgpt.training import sharded_checkpoint
 
+            state["model"] = self.model.state_dict(keep_vars=True)
             sharded_checkpoint.save(state, path, self.world)
         elif self.world.is_main:
             ckpt.save(state, path)

@@ -1,13 +1,13 @@
 """Parallel texts: read from files, held out, encoded, and cut into batches by their tokens."""
 
 import random
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
+from fastgpt.data.batches import padded
 from fastgpt.seq2seq import PADDING
 from fastgpt.tokenizer import Tokenizer
 from fastgpt.translation.built_in import Pairs
@@ -107,12 +107,6 @@ def encoded_pairs(
     ]
 
 
-def padded(rows: Sequence[Ids]) -> Tensor:
-    """(B, T), int64, with ``PADDING`` behind shorter rows."""
-    length = max(map(len, rows))
-    return torch.tensor([[*row, *[PADDING] * (length - len(row))] for row in rows])
-
-
 def cut_by_tokens(lengths: Iterable[int], batch_tokens: int) -> list[int]:
     """Where batches begin if texts of these lengths, which grow, are taken in order: each batch has
     at most ``batch_tokens`` tokens, padding included, and at least one text."""
@@ -171,7 +165,7 @@ class Batches:
 
 def _batch(pairs: IdPairs) -> Batch:
     sources, targets = zip(*pairs, strict=True)
-    return Batch(padded(sources), padded(targets))
+    return Batch(padded(sources, PADDING), padded(targets, PADDING))
 
 
 def _lengths(pair: tuple[Ids, Ids]) -> tuple[int, int, int]:

@@ -6,15 +6,15 @@ translator(["twenty-one"])           # ["einundzwanzig"]
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from fastgpt._optional import optional
 from fastgpt._progress import progress_bar
+from fastgpt.data.batches import padded
 from fastgpt.devices import autocast, resolve_device, resolve_dtype
-from fastgpt.seq2seq import Seq2Seq, Seq2SeqConfig
+from fastgpt.seq2seq import PADDING, Seq2Seq, Seq2SeqConfig
 from fastgpt.tokenizer import Tokenizer, packed, unpacked
 from fastgpt.training import checkpoint as ckpt
-from fastgpt.translation.pairs import Ids, cut_by_tokens, encoded, padded
+from fastgpt.translation.pairs import cut_by_tokens, encoded
 from fastgpt.translation.search import beam_search
 
 LAST = "last.pt"  # the newest state; ckpt.BEST has the best validation loss
@@ -86,30 +86,20 @@ class Translator:
             if not text.strip():
                 raise ValueError(f"a text to translate must not be empty, got {text!r}")
         rows = [encoded(text, source, limit, f"text {text[:40]!r}") for text in texts]
-        found = translate_ids(self.model, rows, beam, length_penalty, self._autocast)
-        return [target.decode(ids) for ids in found]
-
-
-def translate_ids(
-    model: Seq2Seq, rows: Sequence[Ids], beam: int, length_penalty: float, context: Any
-) -> list[Ids]:
-    """The translations of ``rows`` of ids, of similar lengths together, in the order of ``rows``.
-    The model, in eval mode, runs in ``context``."""
-    if not rows:
-        return []
-    device = next(model.parameters()).device
-    order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
-    starts = cut_by_tokens((len(rows[i]) for i in order), _BATCH_TOKENS)
-    found: dict[int, Ids] = {}
-    with progress_bar("translating", hidden=len(starts) < 2) as show:
-        for start, stop in zip(starts, [*starts[1:], len(rows)], strict=True):
-            numbers = order[start:stop]
-            batch = padded([rows[i] for i in numbers]).to(device)
-            with context:
-                best = beam_search(model, batch, beam, length_penalty)
-            found.update(zip(numbers, best, strict=True))
-            show(stop / len(rows))
-    return [found[i] for i in range(len(rows))]
+        if not rows:
+            return []
+        order = sorted(range(len(rows)), key=lambda i: len(rows[i]))  # similar lengths together
+        starts = cut_by_tokens((len(rows[i]) for i in order), _BATCH_TOKENS)
+        found: dict[int, str] = {}
+        with progress_bar("translating", hidden=len(starts) < 2) as show:
+            for start, stop in zip(starts, [*starts[1:], len(rows)], strict=True):
+                numbers = order[start:stop]
+                batch = padded([rows[i] for i in numbers], PADDING, self.device)
+                with self._autocast:
+                    best = beam_search(self.model, batch, beam, length_penalty)
+                found.update(zip(numbers, map(target.decode, best), strict=True))
+                show(stop / len(rows))
+        return [found[i] for i in range(len(rows))]
 
 
 def exact_match(translations: Sequence[str], references: Sequence[str]) -> float:

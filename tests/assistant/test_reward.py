@@ -12,7 +12,7 @@ from fastgpt.__main__ import main
 from fastgpt.assistant.reward import RewardConfig, RewardTraining
 from fastgpt.assistant.reward_model import HEAD, PairLoss, RewardModel
 from fastgpt.assistant.scoring import Answer, Prompt, scorer
-from fastgpt.assistant.stage import padded
+from fastgpt.data.batches import padded
 from fastgpt.training import log
 from tests.tools.small_assistants import (
     LETTERS,
@@ -87,12 +87,12 @@ def test_a_run_learns_and_its_folder_rates_answers(tmp_path: Path) -> None:
     assert [row["iter"] for row in rows if "val/accuracy" in row] == [0, 10, 20, 30]
     assert all("pair_loss" in row for row in rows if "lr" in row)
 
-    score = scorer(str(tmp_path / "out"), tokenizer(), 16, CPU, run.stage.autocast)
+    score = scorer(str(tmp_path / "out"), tokenizer(), 16, CPU, run.autocast)
     pair = run.val[0]
     prompt = Prompt("", pair.prompt, None)
     answers = [Answer(text[len(pair.prompt) :], "", True) for text in (pair.chosen, pair.rejected)]
     good, bad = score([prompt, prompt], answers).tolist()
-    assert good - bad == pytest.approx(run.stage.loss(*run._batch([pair]))[0].item(), rel=1e-4)
+    assert good - bad == pytest.approx(run.loss(*run._batch([pair]))[0].item(), rel=1e-4)
 
 
 def test_micro_batches_and_the_seed(tmp_path: Path) -> None:
@@ -106,9 +106,9 @@ def test_micro_batches_and_the_seed(tmp_path: Path) -> None:
         {"batch_size": 8, "seed": 1},
     ):
         runs.append(RewardTraining(config(tmp_path, max_iters=3, **changes), quiet()))
-        torch.nn.init.ones_(runs[-1].stage.model.get_parameter(HEAD))
+        torch.nn.init.ones_(runs[-1].model.get_parameter(HEAD))
         gradients.append(first_gradient(runs[-1]))
-    assert_same(runs[0].stage.model.state_dict(), runs[1].stage.model.state_dict())
+    assert_same(runs[0].model.state_dict(), runs[1].model.state_dict())
     torch.testing.assert_close(gradients[0], gradients[2], rtol=1e-4, atol=1e-6)
     assert not torch.allclose(gradients[0], gradients[3], rtol=1e-4, atol=1e-6)
 

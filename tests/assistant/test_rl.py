@@ -14,8 +14,8 @@ from fastgpt.assistant.policy_loss import PolicyLoss, advantages, kl_estimates, 
 from fastgpt.assistant.reward_model import RewardModel
 from fastgpt.assistant.rl import ReinforcementLearning, RLConfig
 from fastgpt.assistant.scoring import Prompt
-from fastgpt.assistant.stage import padded
 from fastgpt.assistant.words import exact, words
+from fastgpt.data.batches import padded
 from fastgpt.generation import Generator, Sampling
 from fastgpt.sampler import Sampler
 from fastgpt.tokenizer import CharTokenizer, ChatTokenizer, packed
@@ -165,7 +165,7 @@ def test_a_run_learns_and_its_folder_is_a_model(tmp_path: Path) -> None:
     assert all(0 < row["length"] <= 6 and 0 <= row["ended"] <= 1 for row in reports)
 
     sampler = Sampler(SampleConfig(out_dir=str(tmp_path / "out"), device="cpu", start="a"))
-    assert_same(dict(sampler.model.state_dict()), dict(run.stage.model.state_dict()))
+    assert_same(dict(sampler.model.state_dict()), dict(run.model.state_dict()))
 
 
 def test_micro_batches_and_the_seed(tmp_path: Path) -> None:
@@ -180,7 +180,7 @@ def test_micro_batches_and_the_seed(tmp_path: Path) -> None:
     ):
         runs.append(ReinforcementLearning(config(tmp_path, max_iters=2, **changes), quiet()))
         gradients.append(first_gradient(runs[-1]))
-    assert_same(dict(runs[0].stage.model.state_dict()), dict(runs[1].stage.model.state_dict()))
+    assert_same(dict(runs[0].model.state_dict()), dict(runs[1].model.state_dict()))
     torch.testing.assert_close(gradients[0], gradients[2], rtol=1e-4, atol=1e-6)
     assert not torch.allclose(gradients[0], gradients[3], rtol=1e-4, atol=1e-6)
 
@@ -198,8 +198,8 @@ def test_answers_are_those_of_the_present_weights(tmp_path: Path, device: str) -
     after = run.answers(prompts, run._greedy)
     assert [answer.tokens for answer in after] != before
     for prompt, answer in zip(prompts, after, strict=True):
-        alone = Generator(run.stage.model, Sampling(temperature=0.0), run.stage.autocast)
-        tokens = torch.tensor(prompt.tokens, device=run.stage.device)
+        alone = Generator(run.model, Sampling(temperature=0.0), run.autocast)
+        tokens = torch.tensor(prompt.tokens, device=run.device)
         expected = [int(step) for step in alone([tokens], 6)]
         end = next((i for i, token in enumerate(expected) if token in stops), len(expected))
         assert answer.tokens == expected[: end + 1]

@@ -56,7 +56,7 @@ def first_gradient(run: Any) -> torch.Tensor:
         grads = [p.grad for group in optimizer.param_groups for p in group["params"]]
         found.append(torch.cat([grad.detach().flatten() for grad in grads if grad is not None]))
 
-    run.stage._optimizer.register_step_pre_hook(record)
+    run.optimizer.register_step_pre_hook(record)
     run.run()
     assert found[0].any()
     return found[0]

@@ -158,9 +158,7 @@ def test_in_two_processes(tmp_path: Path) -> None:
 def test_half_precision_that_overflows_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(
-        "fastgpt.training.trainer.resolve_dtype", lambda dtype, device: torch.float16
-    )
+    monkeypatch.setattr("fastgpt.training.run.resolve_dtype", lambda dtype, device: torch.float16)
     config = small_config(tmp_path, parallel="fsdp", dtype="float16")
     with pytest.raises(ValueError, match="dtype must be .* with parallel='fsdp', got float16"):
         Trainer(config, quiet(), World(size=2))

@@ -1,0 +1,294 @@
+"""What all training runs share: a folder with a log, optimizer and update, the state that is saved.
+
+``Run`` has these parts. ``Loop`` adds the loop of a run in one process that reports figures of its
+own; ``fastgpt train`` has one of its own in ``trainer.py``.
+"""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from time import perf_counter
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from fastgpt._files import check_folder, exclusive_lock
+from fastgpt._progress import PlainConsole, progress_bar, run_console
+from fastgpt.devices import (
+    autocast,
+    random_states,
+    resolve_device,
+    resolve_dtype,
+    set_random_states,
+)
+from fastgpt.language_model import Trainable
+from fastgpt.tokenizer import Tokenizer, packed
+from fastgpt.training import checkpoint as ckpt
+from fastgpt.training import checkpoint_folder
+from fastgpt.training.config import TrainConfig
+from fastgpt.training.distributed import ALONE, World
+from fastgpt.training.log import LOG, RunLog
+from fastgpt.training.optimizer import MasterAdamW, saved_state
+from fastgpt.training.progress import interrupts
+from fastgpt.training.step import Step
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+Figures = dict[str, float]
+
+
+class Run:
+    """The parts of a run, which a subclass puts together: ``_build_optimizer`` once it has a model,
+    then ``_build_step``, and ``_restore`` where it goes on from a checkpoint.
+
+    ``config`` holds the keys ``device``, ``dtype``, ``seed`` and ``grad_clip``; ``log_config``
+    those of folder and log.
+
+    Raises ValueError or ImportError naming a key, NotADirectoryError if ``out_dir`` is a file.
+    """
+
+    model: Any
+    loss: Any  # the module that Step calls
+    optimizer: torch.optim.Optimizer
+    NEWEST = ckpt.BEST  # the file of the newest state, where that is not an ``iter-*``
+    FILES: tuple[str, ...] = (LOG,)  # an earlier run's, besides its checkpoints
+
+    def __init__(
+        self,
+        config: Any,
+        log_config: TrainConfig,
+        console: "Console | PlainConsole | None" = None,
+        world: World = ALONE,
+    ) -> None:
+        self.config, self._log_config = config, log_config
+        self.console = console or run_console()
+        self.world = world
+        self.device = world.device(resolve_device(config.device))
+        self.dtype = resolve_dtype(config.dtype, self.device)
+        self.autocast = autocast(self.device, self.dtype)
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
+        self.out_dir = Path(config.out_dir)
+        check_folder(self.out_dir)
+        self._log = RunLog(log_config)
+        self._resumed = False
+        self.iter_num = 0
+        self.best_val_loss, self.best_iter = math.inf, None  # type: float, int | None
+        torch.manual_seed(config.seed)
+
+    def _build_optimizer(
+        self,
+        model: Trainable,
+        weight_decay: float,
+        peak: float,
+        betas: tuple[float, float],
+        masters: bool = True,
+    ) -> torch.optim.Optimizer:
+        """AdamW for the model; in bfloat16 with float32 ``masters``. ``peak`` is the largest
+        learning rate."""
+        self._peak = peak
+        if masters and self.dtype == torch.bfloat16:
+            return MasterAdamW(model, self.dtype, weight_decay, peak, betas, self.world)
+        return model.configure_optimizers(weight_decay, peak, betas, self.device.type)
+
+    def _build_step(
+        self, loss: nn.Module, micro_batches: int = 1, cuda_graph: bool = False
+    ) -> None:
+        self.loss = loss
+        self._step = Step(
+            loss,
+            self.optimizer,
+            self.device,
+            micro_batches=micro_batches,
+            grad_clip=self.config.grad_clip,
+            autocast=self.autocast,
+            scaler=self.scaler,
+            cuda_graph=cuda_graph,
+            world=self.world,
+        )
+
+    def learning_rate(self, iteration: int) -> float:
+        raise NotImplementedError
+
+    def _updated(self, batches: Sequence[Any], learning_rate: float) -> Tensor:
+        """One update; its mean loss, on the device."""
+        loss = self._step(batches, learning_rate)
+        if self.device.type != "cuda":
+            self._check_finite()  # costs nothing where the host does not run ahead
+        return loss
+
+    def _check_finite(self) -> None:
+        if not self._step.not_finite:
+            return
+        kept = [*checkpoint_folder.saved(self.out_dir), self.out_dir / self.NEWEST]
+        last = next((path for path in kept if path.exists()), "none yet")
+        raise FloatingPointError(
+            f"the loss or its gradient is not finite at iteration {self.iter_num} or since the "
+            "last report before it; no update was made from there on. Either training diverged "
+            f"(try a smaller learning_rate than {self._peak:.3g}) or every target of a batch is "
+            f"ignored. Last good checkpoint: {last}"
+        )
+
+    @contextmanager
+    def _own_out_dir(self) -> Iterator[None]:
+        """``out_dir`` locked for this run, without an earlier run's files, and its log open."""
+        if not self.world.is_main:
+            yield
+            return
+        self.out_dir.mkdir(parents=True, exist_ok=True)
+        with exclusive_lock(self.out_dir):
+            if not self._resumed:
+                moved = checkpoint_folder.archive_previous_run(self.out_dir, self.FILES)
+                if moved:
+                    self.console.print(
+                        f"the checkpoints and logs of an earlier run are now in {moved}"
+                    )
+            with self._log.opened(self._log_config, self.iter_num):
+                yield
+
+    def _report_losses(self, losses: Mapping[str, float]) -> None:
+        self.console.print(
+            f"step {self.iter_num}: train loss {losses['train']:.4f}, val loss {losses['val']:.4f}"
+        )
+
+    def _record(self, losses: Mapping[str, float], mfu: float | None = None) -> None:
+        """Print and log the losses of an evaluation, and note the best. FloatingPointError if that
+        of validation is not finite."""
+        self._report_losses(losses)
+        if self.world.is_main:
+            rate = self.learning_rate(self.iter_num)
+            self._log.evaluation(self.iter_num, losses["train"], losses["val"], rate, mfu)
+        if not math.isfinite(losses["val"]):
+            self._step.not_finite.fill_(1.0)
+            self._check_finite()
+        if losses["val"] < self.best_val_loss:
+            self.best_val_loss, self.best_iter = losses["val"], self.iter_num
+
+    def _state(self) -> ckpt.Checkpoint:
+        """Weights, optimizer and progress, as every checkpoint holds them."""
+        held = self.optimizer if isinstance(self.optimizer, MasterAdamW) else None
+        return {
+            "model": held.master_state_dict() if held else self.model.state_dict(),
+            "optimizer": saved_state(self.optimizer),
+            "iter_num": self.iter_num,
+            "best_val_loss": torch.tensor(self.best_val_loss),
+        }
+
+    def _own_state(self) -> dict[str, Any]:
+        """What nanoGPT does not save: random generators and gradient scaler."""
+        return {"generators": random_states(self.device), "scaler": self.scaler.state_dict()}
+
+    def _language_model_state(
+        self, config: TrainConfig, tokenizer: Tokenizer | None, **own: Any
+    ) -> ckpt.Checkpoint:
+        """``_state`` in nanoGPT's format; ``own`` goes under the key ``fastgpt``."""
+        kind = {**ckpt.kind_and_gelu(self.model), **packed(tokenizer)}
+        return {
+            **self._state(),
+            "model_args": ckpt.model_args(self.model),
+            "config": asdict(config),
+            "fastgpt": {**kind, **self._own_state(), **own},
+        }
+
+    def _restore(self, saved: ckpt.Checkpoint, own: Mapping[str, Any], path: Path) -> None:
+        """Take up the progress of a checkpoint; ``own`` is what it has of ``_own_state``.
+
+        Raises ValueError naming ``path`` where it lacks something.
+        """
+        try:
+            # The moments come from the file, the options (betas, weight decay, fused) from here.
+            state = saved["optimizer"]
+            for old, new in zip(state["param_groups"], self.optimizer.param_groups, strict=True):
+                old.update({key: value for key, value in new.items() if key != "params"})
+            self._load_optimizer(state, path)
+            self.iter_num = int(saved["iter_num"])
+            self.best_val_loss = float(saved["best_val_loss"])
+            if own:
+                self._restore_own(own)
+        except (KeyError, ValueError, TypeError, RuntimeError) as error:
+            raise ValueError(f"{path} holds no state to go on from: {error}") from error
+        self._resumed = True
+
+    def _load_optimizer(self, state: dict[str, Any], path: Path) -> None:
+        self.optimizer.load_state_dict(state)
+
+    def _restore_own(self, own: Mapping[str, Any]) -> None:
+        set_random_states(own["generators"], self.device)
+        if self.scaler.is_enabled() and own["scaler"]:
+            self.scaler.load_state_dict(own["scaler"])
+
+
+class Loop(Run):
+    """A run of ``max_iters`` updates. A subclass has ``learning_rate``, ``_update``, ``evaluate``
+    and ``_save``; ``config`` also holds ``max_iters``, ``eval_interval`` and ``log_interval``."""
+
+    def _update(self, learning_rate: float) -> tuple[Mapping[str, float | Tensor], int]:
+        """Make one update; its figures, and the number of tokens that it took."""
+        raise NotImplementedError
+
+    def evaluate(self) -> Figures:
+        raise NotImplementedError
+
+    def _save(self) -> Path:
+        """Write the state before ``iter_num``; the file."""
+        raise NotImplementedError
+
+    def _stop(self, figures: Mapping[str, float | Tensor]) -> str | None:
+        """Why the run ends after an update of these figures; None: it does not."""
+        return None
+
+    def _evaluate(self) -> None:
+        figures = self.evaluate()
+        self.console.print(f"step {self.iter_num}: {_shown(figures)}")
+        self._log.write(self.iter_num, **{f"val/{key}": v for key, v in figures.items()})
+
+    def run(self) -> None:
+        """Train; evaluate and save every ``eval_interval`` updates and at the end.
+
+        Ctrl-C ends the update in progress, saves and raises KeyboardInterrupt. A loss that is not
+        finite raises FloatingPointError: that update is not made, nothing is saved. ValueError if
+        another process trains into ``out_dir``.
+        """
+        config, reason = self.config, None
+        with self._own_out_dir(), progress_bar("training") as show, interrupts() as interrupted:
+            since, tokens, text = perf_counter(), 0, ""
+            while self.iter_num < config.max_iters and not (reason or interrupted.is_set()):
+                if self.iter_num % config.eval_interval == 0:
+                    self._check_finite()
+                    self._evaluate()
+                    if self.iter_num > 0:
+                        self._save()
+                    since, tokens = perf_counter(), 0
+                learning_rate = self.learning_rate(self.iter_num)
+                found, n_tokens = self._update(learning_rate)
+                tokens += n_tokens
+                reason = self._stop(found)
+                if self.iter_num % config.log_interval == 0 or reason:
+                    self._check_finite()
+                    figures = {key: float(value) for key, value in found.items()}
+                    speed = tokens / (perf_counter() - since)
+                    since, tokens = perf_counter(), 0
+                    of_update = {"lr": learning_rate, "tokens_per_second": speed}
+                    self._log.write(self.iter_num, **figures, **of_update)
+                    text = _shown(figures)
+                    self.console.print(f"iter {self.iter_num}: {text}, {speed:,.0f} tokens/s")
+                self.iter_num += 1
+                show(self.iter_num / config.max_iters, text)
+            self._check_finite()
+            if interrupted.is_set():
+                self.console.print(
+                    f"stopped before iteration {self.iter_num}; saved {self._save()}. Go on by the "
+                    "same command with --resume"
+                )
+                raise KeyboardInterrupt
+            if reason:
+                self.console.print(f"ended before iteration {self.iter_num}: {reason}")
+            self._evaluate()
+            self._save()
+
+
+def _shown(figures: Figures) -> str:
+    return ", ".join(f"{key} {value:.4g}" for key, value in figures.items())
