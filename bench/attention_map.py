@@ -4,14 +4,13 @@ translation, a column for each of the source, averaged over the heads of each la
     python bench/attention_map.py --model=DIR --text="forty-two" --out=map.png
 """
 
+import argparse
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import torch
-import tyro
 from torch import Tensor
 
 if __name__ == "__main__":  # Python looks for modules in the folder of the script
@@ -23,18 +22,6 @@ from fastgpt.seq2seq import Seq2Seq
 from fastgpt.translation.pairs import encoded
 from fastgpt.translation.search import beam_search
 from fastgpt.translation.translator import Translator
-
-
-@dataclass
-class Options:
-    """Draw the cross-attention of one translation."""
-
-    model: Path
-    """Folder of the model."""
-    text: str
-    """The text to translate."""
-    out: Path = Path("map.png")
-    """The picture."""
 
 
 @torch.no_grad()
@@ -55,7 +42,11 @@ def cross_attention(model: Seq2Seq, source: Tensor, target: Tensor) -> Tensor:
 
 
 def main(argv: list[str] | None = None) -> None:
-    options = tyro.cli(Options, args=argv)
+    parser = argparse.ArgumentParser(description="Draw the cross-attention of one translation.")
+    parser.add_argument("--model", type=Path, required=True, help="folder of the model")
+    parser.add_argument("--text", required=True, help="the text to translate")
+    parser.add_argument("--out", type=Path, default=Path("map.png"), help="the picture")
+    options = parser.parse_args(argv)
     translator = Translator(options.model, "cpu")
     model, (source_tokens, target_tokens) = translator.model, translator.tokenizers
     source = encoded(options.text, source_tokens, model.config.block_size, "text")

@@ -43,21 +43,30 @@ _TURN = 16  # tokens
 class Options:
     """Tokens per second of generation: nanoGPT's method beside fastgpt's."""
 
+    # Blocks.
     n_layer: int = 12
+    # Attention heads; must divide n_embd.
     n_head: int = 12
+    # Width.
     n_embd: int = 768
+    # Rows of the embedding and of the head.
     vocab_size: int = 50304
+    # Tokens of the context.
     block_size: int = 1024
+    # Tokens of the prompt.
     prompt: int = 1
-    """Tokens of the prompt."""
+    # Tokens that are generated.
     new_tokens: int = 256
+    # Sequences.
     batch_size: int = 1
+    # cuda, cuda:N, cpu, mps, or auto.
     device: str = "auto"
+    # auto is bfloat16 on a GPU that has it, float16 on an older one, float32 elsewhere.
     dtype: Dtype = "auto"
+    # Threads of the CPU.
     threads: int = field(default_factory=torch.get_num_threads)
-    """Of the CPU."""
+    # File for the figures, as JSON; it must not exist yet.
     out: Path | None = None
-    """File for the figures, as JSON; it must not exist yet."""
 
 
 @torch.no_grad()

@@ -9,17 +9,16 @@ The text: messages of programs and their translations, from the catalogs (``*.mo
 distributions ship in ``/usr/share/locale/de/LC_MESSAGES``. What is held out gives BLEU and chrF.
 """
 
+import argparse
 import gettext
 import math
 import sys
 import time
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-import tyro
 from torch import Tensor, nn
 
 if __name__ == "__main__":  # Python looks for modules in the folder of the script
@@ -34,21 +33,6 @@ from fastgpt.translation.trainer import BETAS, TranslationTrainer
 from fastgpt.translation.translator import Translator, scores
 
 _WORDS = range(2, 11)  # of a message, and of its translation
-
-
-@dataclass
-class Options:
-    """One training of one model, and its scores."""
-
-    pairs: Path
-    """The parallel text: each line a text, a tab, its translation."""
-    catalogs: Path | None = None
-    """Make that file, of all catalogs in this folder, instead of training."""
-    model: Literal["fastgpt", "torch"] = "fastgpt"
-    out_dir: Path = Path("out-translation")
-    """The models go into its folders fastgpt and torch."""
-    max_iters: int = 1500
-    beam: int = 4
 
 
 class TorchTransformer(Trainable):
@@ -177,7 +161,14 @@ def messages(folder: Path) -> Pairs:
 
 
 def main(argv: list[str] | None = None) -> None:
-    options = tyro.cli(Options, args=argv, config=(tyro.conf.FlagConversionOff,))
+    parser = argparse.ArgumentParser(description="One training of one model, and its scores.")
+    parser.add_argument("--pairs", type=Path, required=True, help="the parallel text, as a table")
+    parser.add_argument("--catalogs", type=Path, help="make --pairs of a folder's, do not train")
+    parser.add_argument("--model", choices=("fastgpt", "torch"), default="fastgpt")
+    parser.add_argument("--out_dir", type=Path, default=Path("out-translation"))
+    parser.add_argument("--max_iters", type=int, default=1500)
+    parser.add_argument("--beam", type=int, default=4)
+    options = parser.parse_args(argv)
     if options.catalogs is not None:
         pairs = messages(options.catalogs)
         with atomic_write(options.pairs) as file:

@@ -14,7 +14,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import tyro
 
 from bench import publish
 from fastgpt.cli import main as cli
@@ -99,10 +98,8 @@ def _python(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
         if not words[1:]:
             assert callable(module.main)
             return
-        monkeypatch.setattr(tyro, "cli", _stopping(tyro.cli))
-        if hasattr(module, "argparse"):
-            parser = argparse.ArgumentParser
-            monkeypatch.setattr(parser, "parse_args", _stopping(parser.parse_args))
+        parser = argparse.ArgumentParser
+        monkeypatch.setattr(parser, "parse_args", _stopping(parser.parse_args))
         with pytest.raises(_Parsed):
             module.main(words[1:])
     else:

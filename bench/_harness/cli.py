@@ -1,10 +1,13 @@
 """What the command lines share: options, errors, tables, and the files that they write."""
 
+import argparse
 import importlib.util
+import inspect
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from types import UnionType
+from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from rich import box
 from rich.console import Console
@@ -23,16 +26,46 @@ USER_ERRORS = (
 )
 
 
-def options(default: T, argv: list[str] | None) -> T:
-    """``default`` with the fields that the command line gives, --like_this=1."""
-    found = tyro()
-    return found.cli(
-        type(default),
-        default=default,
-        args=argv,
-        use_underscores=True,
-        config=(found.conf.FlagConversionOff,),
-    )
+def options(default: T, argv: Sequence[str] | None) -> T:
+    """``default`` with the fields that the command line gives, --like_this=1. The comment above a
+    field is its help. Raises what the class of ``default`` raises."""
+    owner = type(default)
+    parser = argparse.ArgumentParser(description=owner.__doc__, allow_abbrev=False)
+    helps = _comments(owner)
+    for name, kind in get_type_hints(owner).items():
+        many = get_origin(kind) is tuple
+        one = get_args(kind)[0] if many or isinstance(kind, UnionType) else kind  # X of X | None
+        choices = get_args(one) if get_origin(one) is Literal else None
+        value = getattr(default, name)
+        parser.add_argument(
+            f"--{name}",
+            type=_boolean if one is bool else type(choices[0]) if choices else one,
+            choices=choices,
+            nargs="*" if many else None,
+            metavar=None if choices else name.upper(),
+            default=value,
+            help=helps[name] + ("" if value is None else " (default: %(default)s)"),
+        )
+    given = vars(parser.parse_args(argv))
+    return owner(**{key: tuple(v) if isinstance(v, list) else v for key, v in given.items()})
+
+
+def _boolean(text: str) -> bool:
+    if text.capitalize() not in ("True", "False"):
+        raise argparse.ArgumentTypeError(f"must be True or False, got {text!r}")
+    return text.capitalize() == "True"
+
+
+def _comments(owner: type) -> dict[str, str]:
+    """The comment above each field of a class."""
+    found, comment = {}, list[str]()
+    for line in map(str.strip, inspect.getsource(owner).splitlines()):
+        if line.startswith("# "):
+            comment.append(line[2:].replace("%", "%%"))
+        else:
+            found[line.partition(":")[0]] = " ".join(comment)
+            comment = []
+    return found
 
 
 def tyro() -> Any:

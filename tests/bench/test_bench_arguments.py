@@ -1,7 +1,6 @@
 """bench/run.py: arguments that are refused, what --quick stands for, and packages that are missed
 before anything is measured."""
 
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +23,9 @@ from tests.tools.small_runs import data_set
         ("--vocab_size=20", "ids must lie below vocab_size=20"),
         ("--data_dir=nowhere", "nowhere/train.bin is not a file"),
         ("--variants=fastgpt,fastgpt", "fastgpt,fastgpt"),
+        ("--bias=maybe", "must be True or False, got 'maybe'"),
+        ("--dtype=int8", "invalid choice: 'int8'"),
+        ("--bach_size=3", "--bach_size=3"),
     ],
 )
 def test_refused_arguments(
@@ -63,11 +65,3 @@ def test_matplotlib_is_missed_before_anything_is_measured(
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert bench.main([*TINY, f"--data_dir={data_set(tmp_path)}", f"--out={tmp_path}"]) == 2
     assert 'pip install -e ".[bench]"' in capsys.readouterr().err
-
-
-def test_tyro_is_missed_in_one_line(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setitem(sys.modules, "tyro", None)
-    assert bench.main([]) == 2
-    assert capsys.readouterr().err == "error: the command line needs tyro: pip install tyro\n"

@@ -167,14 +167,6 @@ def test_table(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPat
         (["--network=-1"], "network must be positive and finite, got -1.0"),
     ],
 )
-def test_wrong_arguments(
-    wrong: list[str],
-    said: str,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setenv("COLUMNS", "200")
-    with pytest.raises(SystemExit) as left:
-        scaling.main(wrong)
-    assert left.value.code == 2
-    assert said in " ".join(capsys.readouterr().err.split())
+def test_wrong_arguments(wrong: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert scaling.main(wrong) == 2
+    assert said in capsys.readouterr().err
