@@ -26,12 +26,10 @@ CUDA's autocast makes, which ``_step/baselines.py`` makes itself.
 """
 
 import sys
-from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from rich.console import Console
@@ -44,35 +42,12 @@ from bench._harness import cli
 from bench._roofline import roofline_report
 from bench._roofline.ceilings import DEVICES, Ceilings, floor
 from bench._roofline.counting import Report, count, fake_tensors
-from bench._step import baselines
+from bench._step.variants import VARIANTS
 from fastgpt import GPT, GPTConfig
 from fastgpt.kernels import fused
 from fastgpt.model import PRETRAINED_SHAPES
 
-VariantName = Literal["naive", "sdpa", "fastgpt", "fastgpt-recompute"]
-
-Loss = Callable[[GPT, Tensor, Tensor], Tensor]
-
-
-@dataclass(frozen=True)
-class Variant:
-    label: str
-    loss: Loss
-    recompute: bool = False
-
-
-def _fused_loss(gpt: GPT, idx: Tensor, targets: Tensor) -> Tensor:
-    loss = gpt(idx, targets)[1]
-    assert loss is not None
-    return loss
-
-
-VARIANTS: dict[str, Variant] = {
-    "naive": Variant("nanoGPT, masked matmul", partial(baselines.loss, attention=baselines.naive)),
-    "sdpa": Variant("nanoGPT, SDPA", partial(baselines.loss, attention=baselines.sdpa)),
-    "fastgpt": Variant("fastgpt", _fused_loss),
-    "fastgpt-recompute": Variant("fastgpt, recompute", _fused_loss, recompute=True),
-}
+VariantName = Literal["naive", "sdpa", "fastgpt", "fastgpt_recompute"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,7 +56,7 @@ class Options:
     GPT. Needs no GPU."""
 
     # What is counted, side by side.
-    variant: tuple[VariantName, ...] = ("naive", "sdpa", "fastgpt", "fastgpt-recompute")
+    variant: tuple[VariantName, ...] = ("naive", "sdpa", "fastgpt", "fastgpt_recompute")
     # Layers, heads and width.
     model: Literal["gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"] = "gpt2"
     # Sequences per batch.
@@ -106,7 +81,7 @@ class Options:
     def __post_init__(self) -> None:
         if not self.variant or len(set(self.variant)) < len(self.variant):
             raise ValueError(
-                f"variant must be one or more of {', '.join(VARIANTS)}, each once, "
+                f"variant must be one or more of {', '.join(get_args(VariantName))}, each once, "
                 f"got {' '.join(self.variant) or 'none'}"
             )
 

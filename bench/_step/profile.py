@@ -4,9 +4,11 @@ to profile.png: a part of ``gpu_report.py``.
     python -m bench._step.profile FOLDER
 """
 
+import argparse
 import sys
 import tempfile
 import traceback
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -117,5 +119,13 @@ def _profiled(training: Training) -> dict[str, Any]:
     return {"step_ms": step_ms, "kernels_ms": total, "kernels": kernels}
 
 
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description="The time of a training step by kernel.")
+    parser.add_argument("folder", type=Path, help="where profile.json and profile.png go")
+    folder: Path = parser.parse_args(argv).folder
+    folder.mkdir(parents=True, exist_ok=True)
+    return profile(folder)
+
+
 if __name__ == "__main__":
-    sys.exit(profile(Path(sys.argv[1])))
+    sys.exit(main())

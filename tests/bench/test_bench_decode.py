@@ -37,36 +37,6 @@ def test_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "is there already" in capsys.readouterr().err
 
 
-def test_an_interrupt_before_anything_was_measured(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    def interrupted(*args: Any) -> bool:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(bench_decode, "same_greedy_tokens", interrupted)
-    assert bench_decode.main(TINY) == 130
-    assert "error: interrupted before anything was measured" in capsys.readouterr().err
-
-
-def test_an_interrupt_keeps_what_was_measured(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    whole: Any = bench_decode.whole_windows
-
-    def interrupted(*args: Any, greedy: bool) -> Any:
-        for number, tokens in enumerate(whole(*args, greedy=greedy)):
-            if number == 35:
-                raise KeyboardInterrupt
-            yield tokens
-
-    monkeypatch.setattr(bench_decode, "whole_windows", interrupted)
-    path = tmp_path / "decode.json"
-    assert bench_decode.main([*TINY, f"--out={path}"]) == 130
-    record = json.loads(path.read_text())
-    assert record["steps"] == {"nanoGPT's method": 32, "fastgpt": 32}
-    assert record["complete"] is False and len(record["tokens_per_s"]) == 2
-
-
 def test_bytes_of_a_token() -> None:
     options = bench_decode.Options(n_layer=2, n_head=2, n_embd=32, batch_size=3, new_tokens=8)
     config = bench_decode.GPTConfig(64, 128, 2, 2, 32, bias=False)
