@@ -101,7 +101,8 @@ class CrossAttention(nn.Module):
         """x is (B, T, C), or (B * K, 1, C), where the hypotheses of a source are its queries."""
         k, v = keys_values
         q = self._linear(x, self.c_q.weight, self.c_q.bias)
-        q = q.view(len(k), -1, self.n_head, k.shape[3]).transpose(1, 2)  # (B, H, T or K, D)
+        n_queries = (len(x) // max(len(k), 1) or 1) * x.shape[1]  # of a source: T, or K
+        q = q.view(len(k), n_queries, self.n_head, k.shape[3]).transpose(1, 2)  # (B, H, T or K, D)
         drop = context.dropout.arguments(self, self.dropout)
         y = self._attention(q, k, v, causal=False, key_lengths=lengths, **drop)
         y = y.transpose(1, 2).reshape(x.shape)

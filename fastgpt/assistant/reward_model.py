@@ -13,8 +13,6 @@ from torch import Tensor, nn
 from fastgpt.language_model import GPTConfig
 from fastgpt.model import GPT
 
-HEAD = "reward_head.weight"  # its name in the state dict
-
 
 class RewardModel(GPT):
     """``GPT`` with a scalar head, without bias, on the final LayerNorm; at first every reward is 0.

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastgpt.assistant.reward_model import HEAD, RewardModel
+from fastgpt.assistant.reward_model import RewardModel
 from fastgpt.assistant.stage import loaded
 from fastgpt.data.batches import padded
 from fastgpt.language_model import GPTConfig
@@ -96,7 +96,7 @@ def _in_one_line(error: Exception) -> str:
 
 def _reward_model(source: str, tokenizer: ChatTokenizer, length: int) -> RewardModel:
     checkpoint, its_tokenizer, path = loaded(source, "reward")
-    if HEAD not in checkpoint["model"]:
+    if ckpt.REWARD_HEAD not in checkpoint["model"]:
         raise ValueError(
             f"reward must be the folder of a reward model, which `fastgpt reward` trains, or "
             f"module:function, but {path} holds a language model"

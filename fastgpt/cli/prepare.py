@@ -64,7 +64,7 @@ class Prepare:
     # The split of --hf_dataset.
     hf_split: Annotated[str | None, shown("NAME", "train")] = None
     # The key of a JSON line, or column of a row, that holds the text.
-    text_key: Annotated[str, tyro.conf.arg(metavar="KEY")] = "text"
+    text_key: Annotated[str | None, shown("KEY", "text")] = None
     # char: a token for each character. gpt2: GPT-2's BPE. PATH: a tokenizer.json, a
     # SentencePiece .model, a .tiktoken file, or a folder with one of them or with encoder.json and
     # vocab.bpe.
@@ -138,6 +138,10 @@ def run_prepare(command: Prepare, console: Console) -> None:
     out_dir = command.out_dir or _default_out_dir(command)
     check_folder(out_dir)  # before anything is downloaded
     source = _source(command)
+    if command.text_key is not None and isinstance(source, (DialogueSource, TextSource)):
+        of_dialogues = isinstance(source, DialogueSource)
+        why = "dialogues are under messages" if of_dialogues else "one text has no keys"
+        raise ValueError(f"--text_key={command.text_key} has no use: {why}")
     tokenizer = (
         characters_of(source)
         if command.tokenizer == _CHARACTERS
@@ -216,11 +220,12 @@ def _default_out_dir(command: Prepare) -> Path:
 
 
 def _source(command: Prepare) -> Source:
+    text_key = command.text_key or "text"
     if command.hf_dataset is not None:
         split = command.hf_split or "train"
-        return DatasetSource(command.hf_dataset, command.hf_config, split, command.text_key)
+        return DatasetSource(command.hf_dataset, command.hf_config, split, text_key)
     if command.input is not None:
-        return source_of(command.input, command.text_key)
+        return source_of(command.input, text_key)
     if command.dialogues is not None:
         return DialogueSource(command.dialogues)
     if command.corpus == "shakespeare":

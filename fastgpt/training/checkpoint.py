@@ -34,6 +34,8 @@ BEST = "ckpt.pt"  # its name, where nanoGPT looks for it
 FOR_SAMPLING = ("model", "model_args")
 FOR_RESUMING = (*FOR_SAMPLING, "optimizer", "iter_num", "best_val_loss")
 
+REWARD_HEAD = "reward_head.weight"  # what a reward model has besides a GPT's weights
+
 GPT2_VOCAB_SIZE = 50257  # the last token ends a document
 
 Checkpoint = dict[str, Any]
@@ -158,9 +160,11 @@ def tokenizer_of(checkpoint: Checkpoint, path: Path) -> Tokenizer:
     """The tokenizer of the data that a model was trained on: the checkpoint's, else that of the
     data set's folder, else GPT-2's BPE, as in nanoGPT.
 
-    Raises ValueError naming ``path`` if it is missing or does not fit the model's vocabulary;
-    ImportError or ConnectionError if a library or GPT-2's vocabulary is missing.
+    Raises ValueError naming ``path`` if it is missing or does not fit the model's vocabulary, or
+    for a translation model; ImportError or ConnectionError if a library or GPT-2's vocabulary is
+    missing.
     """
+    _refuse_translation(checkpoint, path)
     size = checkpoint["model_args"]["vocab_size"]
     run = checkpoint.get("config", {})
     data_dir = Path(run.get("data_root", "data")) / run.get("dataset", "")
@@ -181,6 +185,13 @@ def tokenizer_of(checkpoint: Checkpoint, path: Path) -> Tokenizer:
     return tokenizer
 
 
+def _refuse_translation(checkpoint: Checkpoint, path: Path) -> None:
+    if "source_tokenizer" in checkpoint:
+        raise ValueError(
+            f"{path} is a translation model: fastgpt translate --model {path.parent} uses it"
+        )
+
+
 def kind(model: LanguageModel) -> str:
     """The value of the key ``model`` that makes such a model."""
     return "bigram" if isinstance(model, Bigram) else "gpt"
@@ -199,6 +210,9 @@ def build_model(
 
     Raises ValueError naming ``path``, where the checkpoint came from.
     """
+    _refuse_translation(checkpoint, path)
+    if REWARD_HEAD in checkpoint["model"]:
+        raise ValueError(f"{path} is a reward model: fastgpt rl --reward {path.parent} uses it")
     own = own_state(checkpoint)
     try:
         args = dict(checkpoint["model_args"])

@@ -168,11 +168,12 @@ class Run:
             self.best_val_loss, self.best_iter = losses["val"], self.iter_num
 
     def _state(self) -> ckpt.Checkpoint:
-        """Weights, optimizer and progress, as every checkpoint holds them."""
+        """Weights, optimizer, shape and progress, as every checkpoint holds them."""
         held = self.optimizer if isinstance(self.optimizer, MasterAdamW) else None
         return {
             "model": held.master_state_dict() if held else self.model.state_dict(),
             "optimizer": saved_state(self.optimizer),
+            "model_args": asdict(self.model.config),
             "iter_num": self.iter_num,
             "best_val_loss": torch.tensor(self.best_val_loss),
         }
@@ -188,7 +189,6 @@ class Run:
         kind = {**ckpt.kind_and_gelu(self.model), **packed(tokenizer)}
         return {
             **self._state(),
-            "model_args": ckpt.model_args(self.model),
             "config": asdict(config),
             "fastgpt": {**kind, **self._own_state(), **own},
         }

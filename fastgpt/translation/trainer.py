@@ -23,7 +23,7 @@ from fastgpt._files import atomic_write
 from fastgpt._progress import PlainConsole
 from fastgpt.data.sources import TextSource
 from fastgpt.seq2seq import PADDING, Seq2Seq, Seq2SeqConfig
-from fastgpt.tokenizer import CharTokenizer, Tokenizer, tokenizer_from
+from fastgpt.tokenizer import CharTokenizer, Tokenizer, packed, tokenizer_from
 from fastgpt.tokenizer.training import KINDS, train_tokenizer
 from fastgpt.training import checkpoint as ckpt
 from fastgpt.training.config import TrainConfig
@@ -39,7 +39,7 @@ from fastgpt.translation.pairs import (
     read_tsv,
     read_two_files,
 )
-from fastgpt.translation.translator import LAST, Tokenizers, load_model, model_entries
+from fastgpt.translation.translator import LAST, Tokenizers, load_model
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -211,7 +211,8 @@ class TranslationTrainer(Loop):
         state = {
             **self._state(),
             **self._own_state(),
-            **model_entries(self.model, self.tokenizers),
+            "source_tokenizer": packed(self.tokenizers[0]),
+            "target_tokenizer": packed(self.tokenizers[1]),
             "best_val_loss": self.best_val_loss,
             "config": _plain(self.config),
             "data_fingerprint": self._fingerprint,

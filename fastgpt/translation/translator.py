@@ -12,7 +12,7 @@ from fastgpt._progress import progress_bar
 from fastgpt.data.batches import padded
 from fastgpt.devices import autocast, resolve_device, resolve_dtype
 from fastgpt.seq2seq import PADDING, Seq2Seq, Seq2SeqConfig
-from fastgpt.tokenizer import Tokenizer, packed, unpacked
+from fastgpt.tokenizer import Tokenizer, unpacked
 from fastgpt.training import checkpoint as ckpt
 from fastgpt.translation.pairs import cut_by_tokens, encoded
 from fastgpt.translation.search import beam_search
@@ -25,21 +25,13 @@ _BATCH_TOKENS = 2048
 _BEAM = 4
 
 
-def model_entries(model: Seq2Seq, tokenizers: Tokenizers) -> ckpt.Checkpoint:
-    """What a checkpoint holds of the shape and of the tokenizers."""
-    source, target = tokenizers
-    return {
-        "model_args": dict(vars(model.config)),
-        "source_tokenizer": packed(source),
-        "target_tokenizer": packed(target),
-    }
-
-
 def load_model(checkpoint: ckpt.Checkpoint, path: Path) -> tuple[Seq2Seq, Tokenizers]:
     """The model, on the CPU, and its tokenizers.
 
     Raises ValueError naming ``path``, where the checkpoint came from.
     """
+    if "source_tokenizer" not in checkpoint:
+        raise ValueError(f"{path} is no translation model: fastgpt translate train writes one")
     try:
         source = unpacked(checkpoint["source_tokenizer"])
         target = unpacked(checkpoint["target_tokenizer"])

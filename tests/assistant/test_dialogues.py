@@ -100,6 +100,7 @@ def test_wrong_arguments(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
         ([given, f"--input={tmp_path}"], "give --input or --dialogues, not both"),
         ([f"--dialogues={tmp_path}"], "are not a file"),
         ([given, "--end_of_text=a"], "--end_of_text=a has no use"),
+        ([given, "--text_key=text"], "--text_key=text has no use: dialogues are under messages"),
     ):
         assert cli.main(["prepare", *argv, f"--out_dir={tmp_path / 'chat'}"]) == 2
         assert reason in capsys.readouterr().err

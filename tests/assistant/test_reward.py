@@ -10,10 +10,11 @@ import torch
 
 from fastgpt.__main__ import main
 from fastgpt.assistant.reward import RewardConfig, RewardTraining
-from fastgpt.assistant.reward_model import HEAD, PairLoss, RewardModel
+from fastgpt.assistant.reward_model import PairLoss, RewardModel
 from fastgpt.assistant.scoring import Answer, Prompt, scorer
 from fastgpt.data.batches import padded
 from fastgpt.training import log
+from fastgpt.training.checkpoint import REWARD_HEAD
 from tests.tools.small_assistants import (
     LETTERS,
     first_gradient,
@@ -106,7 +107,7 @@ def test_micro_batches_and_the_seed(tmp_path: Path) -> None:
         {"batch_size": 8, "seed": 1},
     ):
         runs.append(RewardTraining(config(tmp_path, max_iters=3, **changes), quiet()))
-        torch.nn.init.ones_(runs[-1].model.get_parameter(HEAD))
+        torch.nn.init.ones_(runs[-1].model.get_parameter(REWARD_HEAD))
         gradients.append(first_gradient(runs[-1]))
     assert_same(runs[0].model.state_dict(), runs[1].model.state_dict())
     torch.testing.assert_close(gradients[0], gradients[2], rtol=1e-4, atol=1e-6)
@@ -146,3 +147,12 @@ def test_a_bad_line_is_named(
     error = capsys.readouterr().err
     assert error.startswith(f"error: line 2 of the input {tmp_path}") and message in error
     assert error.count("\n") == 1
+
+
+def test_a_reward_model_is_no_language_model(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = folder_of(tmp_path / "reward", small_model())
+    assert main(["sample", f"--out_dir={folder}", "--device=cpu"]) == 2
+    said = f"{folder}/ckpt.pt is a reward model: fastgpt rl --reward {folder} uses it\n"
+    assert capsys.readouterr().err == f"error: {said}"

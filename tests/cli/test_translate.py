@@ -21,7 +21,7 @@ from fastgpt.translation.config import TranslationConfig
 from fastgpt.translation.pairs import Batches, encoded_pairs, hold_out, read_lines
 from fastgpt.translation.trainer import TranslationTrainer
 from fastgpt.translation.translator import Translator, scores
-from tests.tools.small_runs import assert_same, quiet
+from tests.tools.small_runs import arguments, assert_same, data_set, quiet, small_keys
 
 PAIRS = [(f"{a} {b}", f"{b}-{a}") for a in "abcdefgh" for b in "stuvwxyz"]
 SMALL: dict[str, object] = dict(n_layer=1, n_head=2, n_embd=16, batch_tokens=64)
@@ -225,8 +225,26 @@ def test_what_resuming_and_translating_refuse(capfd: pytest.CaptureFixture[str])
     assert "beam must lie in [1, " in refused(*use, "--beam=0", "a s")
     Path("out/ckpt.pt").write_bytes(b"nothing")
     assert "out/ckpt.pt is not a checkpoint" in refused(*use, "a s")
-    torch.save({"model": {}, "model_args": {}}, "out/ckpt.pt")
-    assert "out/ckpt.pt holds no translation model" in refused(*use, "a s")
+    torch.save({"model": {}, "model_args": {}}, "out/ckpt.pt")  # as that of a language model
+    assert "out/ckpt.pt is no translation model: fastgpt translate train writes one" in refused(
+        *use, "a s"
+    )
+
+
+@pytest.mark.parametrize("command", ["sample", "train", "reward"])
+def test_a_translation_model_is_no_language_model(
+    command: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    trained("out", max_iters=1)
+    keys = small_keys(data_set(tmp_path).parent, init_from="out", out_dir="other")
+    argv = {
+        "sample": ["--out_dir=out"],
+        "train": arguments(keys),
+        "reward": ["--init_from=out", "--dataset=none.jsonl"],
+    }
+    assert main([command, *argv[command]]) == 2
+    said = "out/ckpt.pt is a translation model: fastgpt translate --model out uses it\n"
+    assert capfd.readouterr().err == f"error: {said}"
 
 
 def test_lines_end_with_a_line_feed_alone(tmp_path: Path) -> None:

@@ -179,6 +179,14 @@ def test_refused_shapes(change, message):
         small(**change)
 
 
+def test_no_sequence():
+    """As ``GPT`` has it: results of no rows, and the mean loss of none."""
+    model, none = small(), torch.zeros(0, 3, dtype=torch.long)
+    logits, loss = model(none, none, return_logits=True)
+    assert logits.shape == (0, 3, V) and loss.isnan()
+    assert beam_search(model.eval(), none) == []
+
+
 def test_refused_arguments():
     model = small().eval()
     with pytest.raises(ValueError, match="at most block_size 8 tokens, got 9"):
