@@ -7,6 +7,7 @@ and two answers to it, ``chosen`` and ``rejected``.
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -14,9 +15,8 @@ from torch import Tensor
 
 from fastgpt._progress import PlainConsole
 from fastgpt.assistant import template
-from fastgpt.assistant.reward_model import PairLoss, RewardModel, pair_loss
-from fastgpt.assistant.stage import Order, Stage, StageConfig, held_out, loaded_gpt
-from fastgpt.data.batches import padded
+from fastgpt.assistant.reward_model import PairLoss, RewardModel, pair_loss, rows
+from fastgpt.assistant.stage import Stage, StageConfig, held_out, loaded_gpt, order
 from fastgpt.tokenizer import ChatTokenizer
 from fastgpt.tokenizer.base import in_utf8
 from fastgpt.training.run import Figures
@@ -81,11 +81,11 @@ class RewardTraining(Stage):
         model.load_state_dict(gpt.state_dict(), strict=False)
         super().__init__(config, model, PairLoss, tokenizer, console)
         self._pairs = config.batch_size * config.gradient_accumulation_steps
-        self._order = Order(len(self.train), config.seed, self._pairs * self.iter_num)
+        self._order = order(len(self.train), config.seed, self._pairs * self.iter_num)
         console.print(f"{len(self.train):,} pairs, {len(self.val):,} more held out")
 
     def _update(self, learning_rate: float) -> tuple[dict[str, Tensor], int]:
-        pairs = [self.train[i] for i in self._order.next(self._pairs)]
+        pairs = [self.train[i] for i in islice(self._order, self._pairs)]
         batches = [self._batch(part) for part in self._parts(pairs)]
         n_tokens = sum(len(pair.chosen) + len(pair.rejected) for pair in pairs)
         return {"pair_loss": self._updated(batches, learning_rate)}, n_tokens
@@ -95,10 +95,8 @@ class RewardTraining(Stage):
             yield pairs[start : start + self.config.batch_size]
 
     def _batch(self, pairs: list[Pair]) -> tuple[tuple[Tensor, Tensor], Tensor]:
-        device = self.device
         texts = [pair.chosen for pair in pairs] + [pair.rejected for pair in pairs]
-        last = torch.tensor([len(text) - 1 for text in texts], device=device)
-        return (padded(texts, 0, device), last), torch.zeros(len(pairs), device=device)
+        return rows(texts, self.device), torch.zeros(len(pairs), device=self.device)
 
     @torch.no_grad()
     def evaluate(self) -> Figures:

@@ -6,10 +6,13 @@ arXiv:2203.02155): with rewards r of the two,
     loss = -log(sigmoid(r_chosen - r_rejected)),  the mean over pairs
 """
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastgpt.data.batches import padded
 from fastgpt.language_model import GPTConfig
 from fastgpt.model import GPT
 
@@ -29,13 +32,19 @@ class RewardModel(GPT):
         return [p for p in super().low_precision_parameters() if p is not self.reward_head.weight]
 
     def rewards(self, idx: Tensor, last: Tensor) -> Tensor:
-        """Token ids (B, T), of which row b ends at ``last[b]`` and is padded by any ids → rewards
-        (B,), float32 at least.
+        """Token ids (B, T), of which row b ends at ``last[b]``, see ``rows`` → rewards (B,),
+        float32 at least.
         """
         x = self._hidden(idx)[torch.arange(len(idx), device=idx.device), last]  # (B, C)
         weight = self.reward_head.weight
         # Not a matrix product, which autocast would round: rewards are subtracted.
         return (x.to(weight.dtype) * weight).sum(dim=-1)
+
+
+def rows(texts: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:
+    """For ``RewardModel.rewards``: padded ids (B, T), and where each text ends (B,)."""
+    last = torch.tensor([len(text) - 1 for text in texts], device=device)
+    return padded(texts, 0, device), last
 
 
 def pair_loss(margins: Tensor) -> Tensor:

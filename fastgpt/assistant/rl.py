@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,7 +17,7 @@ from fastgpt._progress import PlainConsole
 from fastgpt.assistant import template
 from fastgpt.assistant.policy_loss import PolicyLoss, advantages, token_logps
 from fastgpt.assistant.scoring import Answer, Prompt, scorer
-from fastgpt.assistant.stage import Order, Stage, StageConfig, held_out, loaded_gpt
+from fastgpt.assistant.stage import Stage, StageConfig, held_out, loaded_gpt, order
 from fastgpt.data.batches import padded
 from fastgpt.generation import Generator, Sampling, check_finite
 from fastgpt.tokenizer import ChatTokenizer
@@ -104,7 +105,7 @@ class ReinforcementLearning(Stage):
         self._sampler = Generator(policy, Sampling(), self.autocast)
         self._greedy = Generator(policy, Sampling(temperature=0.0), self.autocast)
         self._prompts = config.batch_size * config.gradient_accumulation_steps
-        self._order = Order(len(self.train), config.seed, self._prompts * self.iter_num)
+        self._order = order(len(self.train), config.seed, self._prompts * self.iter_num)
         console.print(f"{len(self.train):,} prompts; {len(self.val):,} held-out ones are evaluated")
 
     def _stop(self, figures: Mapping[str, Any]) -> str | None:
@@ -139,7 +140,7 @@ class ReinforcementLearning(Stage):
 
     def _update(self, learning_rate: float) -> tuple[Figures, int]:
         config, device = self.config, self.device
-        chosen = [self.train[i] for i in self._order.next(self._prompts)]
+        chosen = [self.train[i] for i in islice(self._order, self._prompts)]
         prompts = [prompt for prompt in chosen for _ in range(config.group_size)]
         answers = self.answers(prompts, self._sampler)
         rewards = self._score(prompts, answers)

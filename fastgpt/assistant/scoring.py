@@ -11,9 +11,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastgpt.assistant.reward_model import RewardModel
+from fastgpt.assistant.reward_model import RewardModel, rows
 from fastgpt.assistant.stage import loaded
-from fastgpt.data.batches import padded
 from fastgpt.language_model import GPTConfig
 from fastgpt.tokenizer import ChatTokenizer
 from fastgpt.training import checkpoint as ckpt
@@ -123,10 +122,8 @@ def _by_model(
         texts = [[*prompt.tokens, *answer.tokens] for prompt, answer in pairs]
         rewards = []
         for start in range(0, len(texts), _ROWS):
-            part = texts[start : start + _ROWS]
-            last = torch.tensor([len(text) - 1 for text in part], device=device)
             with autocast:
-                rewards.append(model.rewards(padded(part, 0, device), last))
+                rewards.append(model.rewards(*rows(texts[start : start + _ROWS], device)))
         return torch.cat(rewards).float()
 
     return score

@@ -5,7 +5,8 @@ is made of ``gradient_accumulation_steps`` micro-batches, whose losses count by 
 pairs; the learning rate falls linearly to 0.
 """
 
-from collections.abc import Callable, Hashable
+import itertools
+from collections.abc import Callable, Hashable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -141,22 +142,13 @@ def held_out(
     return parts
 
 
-class Order:
-    """The order of ``count`` things: each epoch is a new permutation, drawn from the seed.
-    ``done`` of them are left out.
+def order(count: int, seed: int, done: int) -> Iterator[int]:
+    """Numbers below ``count`` without end: each epoch is a new permutation, drawn from the seed.
+    The first ``done`` of them are left out.
     """
-
-    def __init__(self, count: int, seed: int, done: int) -> None:
-        self._count = count
-        self._generator = torch.Generator().manual_seed(seed)
-        self._left: list[int] = []
-        self.next(done)
-
-    def next(self, number: int) -> list[int]:
-        while len(self._left) < number:
-            self._left += torch.randperm(self._count, generator=self._generator).tolist()
-        taken, self._left = self._left[:number], self._left[number:]
-        return taken
+    generator = torch.Generator().manual_seed(seed)
+    epochs = (torch.randperm(count, generator=generator).tolist() for _ in itertools.count())
+    return itertools.islice(itertools.chain.from_iterable(epochs), done, None)
 
 
 class Stage(Loop):
