@@ -85,7 +85,6 @@ VARIANTS: dict[str, Variant] = {
     "sdpa_flash": _compiled(" (Flash)", attention=SDPBackend.FLASH_ATTENTION),
     "sdpa_cudnn": _compiled(" (cuDNN)", attention=SDPBackend.CUDNN_ATTENTION),
     "sdpa_chunked": _compiled(" (chunked loss)", loss=baselines.chunked_loss),
-    "sdpa_graphs": _compiled(" (reduce-overhead)", mode="reduce-overhead"),
     "sdpa_autotune": _compiled(" (max-autotune)", mode="max-autotune-no-cudagraphs"),
     "fastgpt_recompute": _ours("fastgpt, recompute", recompute=True),
     "fastgpt_compile": _ours("fastgpt, torch.compile", compile_mode="default"),
@@ -94,8 +93,7 @@ VARIANTS: dict[str, Variant] = {
     "fastgpt_again": _ours("fastgpt again"),
 }
 
-# The first ended a run of six variants on an H200 with a segmentation fault (bench/LOG.md).
-_NOT_BY_DEFAULT = "sdpa_graphs", "sdpa_autotune", "fastgpt_fp8_head"
+_NOT_BY_DEFAULT = "sdpa_autotune", "fastgpt_fp8_head"
 
 _WEIGHT_DECAY, _BETAS, _GRAD_CLIP = 0.1, (0.9, 0.95), 1.0  # nanoGPT's
 _REFERENCE_SEQUENCES = 4  # at a time: the float32 reference keeps every score and every logit
@@ -108,10 +106,9 @@ class Options:
     """
 
     # What is measured, in this order: sdpa_compile, fastgpt_train, fastgpt, sdpa, naive,
-    # huggingface, sdpa_flash, sdpa_cudnn, sdpa_chunked, sdpa_graphs, sdpa_autotune,
-    # fastgpt_recompute, fastgpt_compile, fastgpt_train_recompute, fastgpt_fp8_head; and
-    # fastgpt_again, which shows the noise. Default: all but sdpa_graphs, sdpa_autotune and
-    # fastgpt_fp8_head.
+    # huggingface, sdpa_flash, sdpa_cudnn, sdpa_chunked, sdpa_autotune, fastgpt_recompute,
+    # fastgpt_compile, fastgpt_train_recompute, fastgpt_fp8_head; and fastgpt_again, which shows
+    # the noise. Default: all but sdpa_autotune and fastgpt_fp8_head.
     variants: tuple[str, ...] = tuple(name for name in VARIANTS if name not in _NOT_BY_DEFAULT)
     # Sequences per batch.
     batch_size: int = 32
@@ -261,7 +258,6 @@ class Training:
         self._autocast = autocast(plan.device, dtype)
         self._batches = plan.batches()
         self._rate = rate
-        self._graphs = variant.compile_mode == "reduce-overhead"
         self._step: Step | None = None
         if variant.trainer:
             self._optimizer: torch.optim.Optimizer = (
@@ -292,14 +288,12 @@ class Training:
         return loss
 
     def _backward(self, x: Tensor, y: Tensor) -> Tensor:
-        if self._graphs:
-            torch.compiler.cudagraph_mark_step_begin()
         # Outside of what is compiled, which keeps the choice that it finds the first time.
         chosen = nullcontext() if self._attention is None else sdpa_kernel(self._attention)
         with self._autocast, chosen:
             loss = self._loss(self._model, x, y)
         loss.backward()
-        return loss.detach().clone()  # with CUDA graphs the next step writes there
+        return loss.detach()
 
 
 class ReferenceTraining(Training):
@@ -349,8 +343,6 @@ def why_not(variant: Variant, device: torch.device, bias: bool = True) -> str | 
         return "a choice of attention needs a GPU"
     if variant.compile_mode is None or device.type != "cpu":
         return None
-    if variant.compile_mode == "reduce-overhead":
-        return "CUDA graphs need a GPU"
     compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
     if shutil.which(compiler) is None:
         return f"no C++ compiler ({compiler})"
