@@ -4,6 +4,7 @@ import argparse
 import importlib.util
 import inspect
 import json
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import UnionType
@@ -27,8 +28,8 @@ USER_ERRORS = (
 
 
 def options(default: T, argv: Sequence[str] | None) -> T:
-    """``default`` with the fields that the command line gives, --like_this=1. The comment above a
-    field is its help. Raises what the class of ``default`` raises."""
+    """``default`` with the fields that the command line gives, --like_this=1 or --like-this 1.
+    The comment above a field is its help. Raises what the class of ``default`` raises."""
     owner = type(default)
     parser = argparse.ArgumentParser(description=owner.__doc__, allow_abbrev=False)
     helps = _comments(owner)
@@ -46,8 +47,14 @@ def options(default: T, argv: Sequence[str] | None) -> T:
             default=value,
             help=helps[name] + ("" if value is None else " (default: %(default)s)"),
         )
-    given = vars(parser.parse_args(argv))
+    words = sys.argv[1:] if argv is None else argv
+    given = vars(parser.parse_args([_underscored(word) for word in words]))
     return owner(**{key: tuple(v) if isinstance(v, list) else v for key, v in given.items()})
+
+
+def _underscored(word: str) -> str:
+    name, equals, value = word.partition("=")
+    return f"--{name[2:].replace('-', '_')}{equals}{value}" if word.startswith("--") else word
 
 
 def _boolean(text: str) -> bool:
