@@ -55,13 +55,9 @@ class RLConfig(StageConfig):
     # Held-out prompts that an evaluation answers, at most.
     eval_prompts: int = 200
 
-    def __post_init__(self) -> None:
-        for name, least in (("group_size", 2), ("max_new_tokens", 1), ("eval_prompts", 1)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
-        for name in ("kl_weight", "max_kl"):
-            if not getattr(self, name) >= 0.0:
-                raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
+
+# Checked when a run starts: what a __post_init__ raises, the command line shows in several lines.
+_LEAST = {"group_size": 2, "max_new_tokens": 1, "eval_prompts": 1, "kl_weight": 0, "max_kl": 0}
 
 
 def read_prompt(
@@ -90,6 +86,9 @@ class ReinforcementLearning(Stage):
     config: RLConfig
 
     def __init__(self, config: RLConfig, console: "Console | PlainConsole") -> None:
+        for name, least in _LEAST.items():
+            if not getattr(config, name) >= least:
+                raise ValueError(f"{name} must be at least {least}, got {getattr(config, name)}")
         policy, tokenizer = loaded_gpt(config.init_from)
         read = partial(read_prompt, tokenizer, policy.config.block_size, config.max_new_tokens)
         self.train, val = held_out(config, read, lambda prompt: prompt.tokens)

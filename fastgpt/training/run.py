@@ -154,9 +154,9 @@ class Run:
             f"step {self.iter_num}: train loss {losses['train']:.4f}, val loss {losses['val']:.4f}"
         )
 
-    def _record(self, losses: Mapping[str, float], mfu: float | None = None) -> None:
-        """Print and log the losses of an evaluation, and note the best. FloatingPointError if that
-        of validation is not finite."""
+    def _record(self, losses: Mapping[str, float], mfu: float | None = None) -> bool:
+        """Print and log the losses of an evaluation; whether that of validation is the best so far.
+        FloatingPointError if it is not finite."""
         self._report_losses(losses)
         if self.world.is_main:
             rate = self.learning_rate(self.iter_num)
@@ -164,8 +164,10 @@ class Run:
         if not math.isfinite(losses["val"]):
             self._step.not_finite.fill_(1.0)
             self._check_finite()
-        if losses["val"] < self.best_val_loss:
+        improved = losses["val"] < self.best_val_loss
+        if improved:
             self.best_val_loss, self.best_iter = losses["val"], self.iter_num
+        return improved
 
     def _state(self) -> ckpt.Checkpoint:
         """Weights, optimizer, shape and progress, as every checkpoint holds them."""

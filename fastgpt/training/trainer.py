@@ -295,9 +295,8 @@ class Trainer(Run):
         return (self.world.all_reduce(weighted) / count).item()
 
     def _evaluate_and_save(self, mfu: float | None) -> None:
-        self._record(self.evaluate(), mfu)
+        improved = self._record(self.evaluate(), mfu)
         if self.iter_num > 0 and self._build is None:
-            improved = self.best_iter == self.iter_num
             self._save(publish=improved or self.config.always_save_checkpoint)
 
     def _report_losses(self, losses: Mapping[str, float]) -> None:
