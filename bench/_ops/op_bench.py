@@ -10,7 +10,7 @@ A row is one op, size, direction and provider:
   calls; ``compile`` is torch.compile of that.
 - Before it is timed, its outputs and gradients are compared with the plain op on the same numbers,
   in float32 for half precision and in float64 for float32. Their RMS error may be twice that of
-  ``eager``, plus 1e-5. (For a loss, plus 1e-5 of the loss: one number's error is a matter of luck.)
+  ``eager``, plus 1e-5; of a loss, a single number whose error varies by chance, plus 1e-5 of it.
 - ``forward`` records the graph for the backward, as in training. ``backward`` is timed without the
   forward before it. An op that computes its gradients in the forward pass has ``inference`` (under
   no_grad) and ``forward+backward`` instead; an op without gradients has ``inference`` alone.

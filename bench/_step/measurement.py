@@ -254,7 +254,7 @@ class Measurement:
         try:
             with compiled_code_in(self._folder / name):
                 yield
-        except Exception as error:  # an hour of others' measurements does not hang on one variant
+        except Exception as error:  # whatever it is, the other variants are still measured
             result = self.results[name]
             # A base that fails in a later group keeps what it measured in the first.
             is_new = len(result.step_ms) < self.plan.options.rounds

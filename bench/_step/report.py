@@ -109,16 +109,12 @@ def _ratio(relative: Mapping[str, float], name: str, base: str) -> float | None:
 
 
 def _deviation(result: Result, reference_losses: list[float]) -> dict[str, float | None]:
-    """The last loss, its distance from the reference's, and the largest distance of all steps."""
-    if not result.losses or not reference_losses:
-        loss = result.losses[-1] if result.losses else None
-        return {"loss": loss, "loss_deviation": None, "largest_deviation": None}
-    deviations = [a - b for a, b in zip(result.losses, reference_losses, strict=True)]
-    return {
-        "loss": result.losses[-1],
-        "loss_deviation": deviations[-1],
-        "largest_deviation": max(map(abs, deviations)),
-    }
+    """The last loss, and the largest distance from the reference's of all steps."""
+    loss = result.losses[-1] if result.losses else None
+    if loss is None or not reference_losses:
+        return {"loss": loss, "largest_deviation": None}
+    pairs = zip(result.losses, reference_losses, strict=True)
+    return {"loss": loss, "largest_deviation": max(abs(a - b) for a, b in pairs)}
 
 
 # -------------------------------------------------------------------------------------- the table

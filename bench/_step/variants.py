@@ -288,7 +288,7 @@ class Training:
         return loss
 
     def _backward(self, x: Tensor, y: Tensor) -> Tensor:
-        # Outside of what is compiled, which keeps the choice that it finds the first time.
+        # Around the compiled function: tracing it once fixes what it finds set.
         chosen = nullcontext() if self._attention is None else sdpa_kernel(self._attention)
         with self._autocast, chosen:
             loss = self._loss(self._model, x, y)

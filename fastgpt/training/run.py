@@ -76,7 +76,8 @@ class Run:
         self._log = RunLog(log_config)
         self._resumed = False
         self.iter_num = 0
-        self.best_val_loss, self.best_iter = math.inf, None  # type: float, int | None
+        self.best_val_loss = math.inf
+        self.best_iter: int | None = None
         torch.manual_seed(config.seed)
 
     def _build_optimizer(
