@@ -11,6 +11,7 @@ from pathlib import Path
 
 from fastgpt.assistant import template
 from fastgpt.assistant.dialogues import read_dialogues
+from fastgpt.data.file_formats import naming
 from fastgpt.sampler import Sampler
 from fastgpt.tokenizer import ChatTokenizer
 
@@ -136,10 +137,8 @@ def answers(sampler: Sampler, path: Path) -> Iterator[Answer]:
         for number, message in enumerate(messages):
             if message["role"] != "assistant":
                 continue
-            try:
+            with naming(where):
                 ids, kept, room = fitting(sampler, tokenizer, messages[:number])
-            except ValueError as error:
-                raise ValueError(f"{where}: {error}") from error
             item = messages[number - 1]["content"], message["content"], number - len(kept)
             asked.append((ids, room, item))
     if not asked:

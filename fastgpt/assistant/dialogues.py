@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fastgpt.assistant import template
-from fastgpt.data.file_formats import read_json_lines
+from fastgpt.data.file_formats import naming, read_json_lines
 from fastgpt.data.sources import Chunk, Piece, Source, split_of, stamp
 from fastgpt.tokenizer import ChatTokenizer, Tokenizer
 from fastgpt.tokenizer.base import in_utf8
@@ -74,10 +74,8 @@ class DialogueSource(Source):
             raise TypeError(
                 f"tokenizer must be a ChatTokenizer for dialogues, got {tokenizer.name}"
             )
-        try:
+        with naming(piece.where):
             return template.encode(tokenizer, piece.messages)[0]
-        except ValueError as error:
-            raise ValueError(f"{piece.where}: {error}") from error
 
 
 def read_dialogues(path: Path) -> Iterator[tuple[list[template.Message], str, int]]:
@@ -87,10 +85,8 @@ def read_dialogues(path: Path) -> Iterator[tuple[list[template.Message], str, in
         ValueError: a line is not JSON, or its messages are no dialogue.
     """
     for row, where, position in read_json_lines(path):
-        try:
+        with naming(where):
             template.check(row.get("messages"))
-        except ValueError as error:
-            raise ValueError(f"{where}: {error}") from error
         yield [_in_utf8(message) for message in row["messages"]], where, position
 
 

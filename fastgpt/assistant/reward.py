@@ -17,6 +17,7 @@ from fastgpt._progress import PlainConsole
 from fastgpt.assistant import template
 from fastgpt.assistant.reward_model import PairLoss, RewardModel, pair_loss, rows
 from fastgpt.assistant.stage import Stage, StageConfig, held_out, loaded_gpt, order
+from fastgpt.data.file_formats import naming
 from fastgpt.tokenizer import ChatTokenizer
 from fastgpt.tokenizer.base import in_utf8
 from fastgpt.training.run import Figures
@@ -51,10 +52,8 @@ def read_pair(tokenizer: ChatTokenizer, block_size: int, row: dict[str, Any]) ->
         text = row.get(key)
         if not isinstance(text, str) or not text:
             raise ValueError(f"{key} must be a text, not empty, got {text!r:.60}")
-        try:
+        with naming(key):
             answer = [*tokenizer.encode_array(in_utf8(text)).tolist(), tokenizer.end]
-        except ValueError as error:
-            raise ValueError(f"{key}: {error}") from error
         if len(prompt) + len(answer) > block_size:
             raise ValueError(
                 f"{key} must end within the model's block_size of {block_size} tokens, got "

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from fastgpt._progress import PlainConsole
-from fastgpt.data.file_formats import read_json_lines
+from fastgpt.data.file_formats import naming, read_json_lines
 from fastgpt.model import GPT
 from fastgpt.tokenizer import ChatTokenizer
 from fastgpt.training import checkpoint as ckpt
@@ -106,10 +106,8 @@ def read_lines(path: str, key: str, read: Callable[[dict[str, Any]], _T]) -> lis
         raise FileNotFoundError(f"{key} must be a JSONL file, but there is no file {path}")
     rows = []
     for row, where, _ in read_json_lines(Path(path)):
-        try:
+        with naming(where):
             rows.append(read(row))
-        except ValueError as error:
-            raise ValueError(f"{where}: {error}") from error
     return rows
 
 

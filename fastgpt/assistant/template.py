@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from fastgpt.data.file_formats import naming
 from fastgpt.tokenizer import ChatTokenizer
 from fastgpt.tokenizer.chat import SPECIAL_TOKENS
 
@@ -36,10 +37,8 @@ def encode(
     check(messages)
     parts: list[npt.NDArray[np.integer[Any]]] = [_one(tokenizer.begin)]
     for number, message in enumerate(messages):
-        try:
+        with naming(f"messages[{number}].content"):
             content = tokenizer.encode_array(message["content"])
-        except ValueError as error:
-            raise ValueError(f"messages[{number}].content: {error}") from error
         parts += [_one(tokenizer.id_of(message["role"])), content, _one(tokenizer.end)]
     tokens = np.concatenate(parts, dtype=np.uint32)
     return tokens, answer_mask(tokens, tokenizer.begin)

@@ -8,6 +8,7 @@ import gzip
 import json
 import zlib
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +79,15 @@ def read_text(path: Path) -> Iterator[tuple[str, int]]:
             f"the input {path} is not UTF-8: byte 0x{error.object[error.start]:02x} at position "
             f"{place} ({error.reason})"
         ) from error
+
+
+@contextmanager
+def naming(where: str) -> Iterator[None]:
+    """Within, a ValueError says ``where``: "line 3 of the input FILE", say."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
 
 
 def read_json_lines(path: Path) -> Iterator[tuple[dict[str, Any], str, int]]:

@@ -8,6 +8,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from fastgpt.data.batches import padded
+from fastgpt.data.file_formats import naming
 from fastgpt.seq2seq import PADDING
 from fastgpt.tokenizer import Tokenizer
 from fastgpt.translation.built_in import Pairs
@@ -83,10 +84,8 @@ def encoded(text: str, tokenizer: Tokenizer, max_length: int, where: str) -> Ids
 
     Raises ValueError, with ``where``, for an unknown character or more than ``max_length`` ids.
     """
-    try:
+    with naming(where):
         ids: Ids = tokenizer.encode_array(text).tolist()
-    except ValueError as error:
-        raise ValueError(f"{where}: {error}") from error
     if len(ids) >= max_length:
         raise ValueError(
             f"{where} has {len(ids)} tokens and an end, more than max_length {max_length}"
