@@ -1,12 +1,13 @@
 """What rates answers: a reward model, or a function of the user's."""
 
+import contextlib
 import importlib
 import math
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -49,13 +50,13 @@ def scorer(
     Raises ValueError, ImportError or FileNotFoundError naming the key. The scorer raises ValueError
     where the function fails or returns anything but a finite number.
     """
-    module, colon, name = source.partition(":")
-    if colon and not Path(source).exists():
-        return _by_function(source, _imported(source, module, name), device)
+    if ":" in source and not Path(source).exists():
+        return _by_function(source, device)
     return _by_model(_reward_model(source, tokenizer, length).to(device), device, autocast)
 
 
-def _imported(source: str, module: str, name: str) -> Callable[[str, str], Any]:
+def _by_function(source: str, device: torch.device) -> Scorer:
+    module, _, name = source.partition(":")
     if "" not in sys.path:  # the installed command does not look into the current folder
         sys.path.insert(0, "")
     try:
@@ -64,26 +65,20 @@ def _imported(source: str, module: str, name: str) -> Callable[[str, str], Any]:
         raise ValueError(f"reward={source!r} cannot be imported: {_in_one_line(error)}") from error
     if not callable(function):
         raise ValueError(f"reward={source!r}: {module} has no function {name!r}")
-    return function  # type: ignore[no-any-return]
 
-
-def _by_function(source: str, function: Callable[[str, str], Any], device: torch.device) -> Scorer:
-    def rate(prompt: str, answer: str) -> float:
-        call = f"reward={source!r} with prompt {prompt!r:.80} and answer {answer!r:.80}"
+    def rate(prompt: Prompt, answer: Answer) -> float:
+        call = f"reward={source!r} with prompt {prompt.text!r:.80} and answer {answer.text!r:.80}"
         try:
-            reward = function(prompt, answer)
+            reward = function(prompt.text, answer.text)
         except Exception as error:  # whatever the user's function does
             raise ValueError(f"{call} failed: {_in_one_line(error)}") from error
-        try:
-            number = float(reward)
-        except (TypeError, ValueError):
-            number = math.nan
-        if not math.isfinite(number):
-            raise ValueError(f"{call} must return a finite number, got {reward!r:.80}")
-        return number
+        with contextlib.suppress(TypeError, ValueError):
+            if math.isfinite(number := float(reward)):
+                return number
+        raise ValueError(f"{call} must return a finite number, got {reward!r:.80}")
 
     def score(prompts: Sequence[Prompt], answers: Sequence[Answer]) -> Tensor:
-        rewards = [rate(p.text, a.text) for p, a in zip(prompts, answers, strict=True)]
+        rewards = list(map(rate, prompts, answers))
         return torch.tensor(rewards, dtype=torch.float32, device=device)
 
     return score
@@ -118,8 +113,7 @@ def _by_model(
 ) -> Scorer:
     @torch.no_grad()
     def score(prompts: Sequence[Prompt], answers: Sequence[Answer]) -> Tensor:
-        pairs = zip(prompts, answers, strict=True)
-        texts = [[*prompt.tokens, *answer.tokens] for prompt, answer in pairs]
+        texts = [[*p.tokens, *a.tokens] for p, a in zip(prompts, answers, strict=True)]
         rewards = []
         for start in range(0, len(texts), _ROWS):
             with autocast:
