@@ -33,7 +33,7 @@ Cases = list[tuple[Op, dict[str, int]]]
 
 
 def small_cases() -> Cases:
-    return [(op, op.small) for op in every_op().values() if op.small is not None]
+    return [(op, op.small) for op in every_op() if op.small is not None]
 
 
 def _forward_and_backward(op: Op, sizes: dict[str, int]) -> Callable[[], list[Tensor]]:

@@ -134,14 +134,11 @@ class Op:
         return measure
 
 
-def every_op() -> dict[str, Op]:
-    """All of ``bench_<op>.py``: "gelu.OP" → op."""
-    found = {}
-    for path in sorted(Path(__file__).parents[1].glob("bench_*.py")):
-        for name, value in vars(importlib.import_module(f"bench.{path.stem}")).items():
-            if isinstance(value, Op):
-                found[f"{path.stem.removeprefix('bench_')}.{name}"] = value
-    return found
+def every_op() -> list[Op]:
+    """All of ``bench_<op>.py``."""
+    paths = sorted(Path(__file__).parents[1].glob("bench_*.py"))
+    modules = (importlib.import_module(f"bench.{path.stem}") for path in paths)
+    return [value for module in modules for value in vars(module).values() if isinstance(value, Op)]
 
 
 def why_not(provider: str) -> str | None:

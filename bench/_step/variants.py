@@ -45,11 +45,11 @@ def _fastgpt_loss(gpt: GPT, idx: Tensor, targets: Tensor) -> Tensor:
 class Variant:
     label: str
     loss: Loss
+    compile_mode: str | None = None  # of torch.compile; None runs eagerly
+    attention: SDPBackend | None = None  # SDPA's only choice; None: PyTorch chooses
+    trainer: bool = False  # with the update of `fastgpt train`; otherwise with nanoGPT's
     recompute: bool = False
     fp8: str = "none"
-    compile_mode: str | None = None  # of torch.compile; None runs eagerly
-    trainer: bool = False  # with the update of `fastgpt train`; otherwise with nanoGPT's
-    attention: SDPBackend | None = None  # SDPA's only choice; None: PyTorch chooses
 
     @property
     def baseline(self) -> bool:
@@ -61,36 +61,31 @@ class Variant:
         return self.loss is baselines.huggingface_loss
 
 
-def _compiled(
-    suffix: str = "",
-    mode: str = "default",
-    attention: SDPBackend | None = None,
-    loss: Loss = _sdpa_loss,
-) -> Variant:
-    label = f"nanoGPT, SDPA, torch.compile{suffix}"
-    return Variant(label, loss, compile_mode=mode, attention=attention)
-
-
-def _ours(label: str, **options: Any) -> Variant:
-    return Variant(label, _fastgpt_loss, **options)
-
+_COMPILED = "nanoGPT, SDPA, torch.compile"
+_TUNED = "max-autotune-no-cudagraphs"
 
 VARIANTS: dict[str, Variant] = {
-    "sdpa_compile": _compiled(),
-    "fastgpt_train": _ours("fastgpt train", trainer=True),
-    "fastgpt": _ours("fastgpt"),
+    "sdpa_compile": Variant(_COMPILED, _sdpa_loss, "default"),
+    "fastgpt_train": Variant("fastgpt train", _fastgpt_loss, trainer=True),
+    "fastgpt": Variant("fastgpt", _fastgpt_loss),
     "sdpa": Variant("nanoGPT, SDPA", _sdpa_loss),
     "naive": Variant("nanoGPT, masked matmul", _naive_loss),
     "huggingface": Variant("Hugging Face, SDPA", baselines.huggingface_loss),
-    "sdpa_flash": _compiled(" (Flash)", attention=SDPBackend.FLASH_ATTENTION),
-    "sdpa_cudnn": _compiled(" (cuDNN)", attention=SDPBackend.CUDNN_ATTENTION),
-    "sdpa_chunked": _compiled(" (chunked loss)", loss=baselines.chunked_loss),
-    "sdpa_autotune": _compiled(" (max-autotune)", mode="max-autotune-no-cudagraphs"),
-    "fastgpt_recompute": _ours("fastgpt, recompute", recompute=True),
-    "fastgpt_compile": _ours("fastgpt, torch.compile", compile_mode="default"),
-    "fastgpt_train_recompute": _ours("fastgpt train, recompute", trainer=True, recompute=True),
-    "fastgpt_fp8_head": _ours("fastgpt train, fp8 head", trainer=True, fp8="head"),
-    "fastgpt_again": _ours("fastgpt again"),
+    "sdpa_flash": Variant(
+        f"{_COMPILED} (Flash)", _sdpa_loss, "default", SDPBackend.FLASH_ATTENTION
+    ),
+    "sdpa_cudnn": Variant(
+        f"{_COMPILED} (cuDNN)", _sdpa_loss, "default", SDPBackend.CUDNN_ATTENTION
+    ),
+    "sdpa_chunked": Variant(f"{_COMPILED} (chunked loss)", baselines.chunked_loss, "default"),
+    "sdpa_autotune": Variant(f"{_COMPILED} (max-autotune)", _sdpa_loss, _TUNED),
+    "fastgpt_recompute": Variant("fastgpt, recompute", _fastgpt_loss, recompute=True),
+    "fastgpt_compile": Variant("fastgpt, torch.compile", _fastgpt_loss, "default"),
+    "fastgpt_train_recompute": Variant(
+        "fastgpt train, recompute", _fastgpt_loss, trainer=True, recompute=True
+    ),
+    "fastgpt_fp8_head": Variant("fastgpt train, fp8 head", _fastgpt_loss, trainer=True, fp8="head"),
+    "fastgpt_again": Variant("fastgpt again", _fastgpt_loss),
 }
 
 _NOT_BY_DEFAULT = "sdpa_autotune", "fastgpt_fp8_head"

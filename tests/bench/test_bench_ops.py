@@ -53,7 +53,7 @@ TINY: list[tuple[Op, dict[str, int]]] = [  # for interpreted kernels
     (bench_mlp.FC_GRADIENT_RECOMPUTE, {"M": 12, "C": 16}),
     (bench_residual_layer_norm.OP, {"M": 7, "C": 24}),
 ]
-OPS = list(op_bench.every_op().values())
+OPS = op_bench.every_op()
 MATRIX_OPS = ("attention", "linear", "mlp")
 FP8_SIZES = {"M": 16, "C": 32, "V": 64}
 

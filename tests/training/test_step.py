@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from fastgpt import GPT
 from fastgpt.data.batches import Batch
 from fastgpt.training.distributed import ALONE, World
-from fastgpt.training.optimizer import MasterAdamW
+from fastgpt.training.optimizer import MasterAdamW, flat_size
 from fastgpt.training.step import Step
 from tests.tools.small_models import small_model, tokens
 from tests.tools.small_runs import assert_same
@@ -145,6 +145,23 @@ def test_all_processes_begin_with_the_weights_of_rank_0() -> None:
     MasterAdamW(model, torch.bfloat16, 0.1, 1e-2, BETAS, Second(rank=1, size=2))
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16, torch.float32}
     assert all((p == 0.25).all() for p in model.parameters())
+
+
+def test_gradients_are_summed_once_an_update() -> None:
+    """Of all micro-batches: two flat buffers, and the number of targets and the loss."""
+    sizes: list[int] = []
+
+    class Counting(Twins):
+        def all_reduce(self, x: Tensor) -> Tensor:
+            sizes.append(x.numel())
+            return super().all_reduce(x)
+
+    model = small_model()
+    step = step_of(model, torch.bfloat16, micro_batches=2, world=Counting(size=2))
+    step([batch(0), batch(1)], 1e-3)
+    params = list(model.parameters())
+    flat = [flat_size(p for p in params if (p.dim() >= 2) is decayed) for decayed in (True, False)]
+    assert sorted(sizes) == sorted([1, 1, *flat])
 
 
 def test_nothing_may_come_behind_the_sum_over_processes() -> None:
