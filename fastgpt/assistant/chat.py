@@ -6,8 +6,8 @@ for piece in chat.say("Say lemon backwards."):
 """
 
 from collections.abc import Generator, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from fastgpt.assistant import template
 from fastgpt.assistant.dialogues import read_dialogues
@@ -106,21 +106,13 @@ def fitting(
     return ids, kept, min(most, block_size - len(ids))
 
 
-@dataclass(frozen=True)
-class Answer:
-    """The model's answer to a question of a file, and the file's.
+class Answer(NamedTuple):
+    """The model's answer to a question of a file, and the file's."""
 
-    Attributes:
-        question: the user's last message.
-        answer: the model's, of the likeliest or of drawn tokens, as the sampler is configured.
-        expected: the file's.
-        forgotten: how many of the oldest messages the model did not see, as they did not fit.
-    """
-
-    question: str
-    answer: str
-    expected: str
-    forgotten: int
+    question: str  # the user's last message
+    answer: str  # the model's
+    expected: str  # the file's
+    forgotten: int  # how many of the oldest messages the model did not see, as they did not fit
 
 
 def answers(sampler: Sampler, path: Path) -> Iterator[Answer]:
@@ -132,22 +124,22 @@ def answers(sampler: Sampler, path: Path) -> Iterator[Answer]:
             no answer in the file.
     """
     tokenizer, ends = chat_tokenizer(sampler), template.stops(chat_tokenizer(sampler))
-    asked: list[tuple[list[int], int, tuple[str, str, int]]] = []
+    asked: list[tuple[list[int], int, Answer]] = []
     for messages, where, _ in read_dialogues(path):
         for number, message in enumerate(messages):
             if message["role"] != "assistant":
                 continue
             with naming(where):
                 ids, kept, room = fitting(sampler, tokenizer, messages[:number])
-            item = messages[number - 1]["content"], message["content"], number - len(kept)
-            asked.append((ids, room, item))
+            question, forgotten = messages[number - 1]["content"], number - len(kept)
+            asked.append((ids, room, Answer(question, "", message["content"], forgotten)))
     if not asked:
         raise ValueError(f"the dialogues {path} have no answer to compare with")
     for start in range(0, len(asked), sampler.config.batch_size):
         batch = asked[start : start + sampler.config.batch_size]
         found = sampler.answers([(ids, room) for ids, room, _ in batch], ends)
-        for (*_, (question, expected, forgotten)), completion in zip(batch, found, strict=True):
-            yield Answer(question, completion.text, expected, forgotten)
+        for (*_, item), completion in zip(batch, found, strict=True):
+            yield item._replace(answer=completion.text)
 
 
 def chat_tokenizer(sampler: Sampler) -> ChatTokenizer:

@@ -6,7 +6,6 @@ import itertools
 import json
 import sys
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -108,7 +107,7 @@ def _exact_matches(sampler: Sampler, console: Console, errors: Console) -> None:
         exact += answer.answer == answer.expected
         incomplete += answer.forgotten > 0
         if sampler.config.json:
-            _print_object(asdict(answer), console)
+            _print_object(answer._asdict(), console)
     if not sampler.config.json:
         console.print(f"exact match: {exact} of {total} answers ({exact / total:.1%})")
     if incomplete:
