@@ -231,20 +231,19 @@ def test_what_resuming_and_translating_refuse(capfd: pytest.CaptureFixture[str])
     )
 
 
-@pytest.mark.parametrize("command", ["sample", "train", "reward"])
 def test_a_translation_model_is_no_language_model(
-    command: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     trained("out", max_iters=1)
     keys = small_keys(data_set(tmp_path).parent, init_from="out", out_dir="other")
-    argv = {
-        "sample": ["--out_dir=out"],
-        "train": arguments(keys),
-        "reward": ["--init_from=out", "--dataset=none.jsonl"],
-    }
-    assert main([command, *argv[command]]) == 2
-    said = "out/ckpt.pt is a translation model: fastgpt translate --model out uses it\n"
-    assert capfd.readouterr().err == f"error: {said}"
+    for argv in (
+        ["sample", "--out_dir=out"],
+        ["train", *arguments(keys)],
+        ["reward", "--init_from=out", "--dataset=none.jsonl"],
+    ):
+        assert main(argv) == 2
+        said = "out/ckpt.pt is a translation model: fastgpt translate --model out uses it\n"
+        assert capfd.readouterr().err == f"error: {said}"
 
 
 def test_lines_end_with_a_line_feed_alone(tmp_path: Path) -> None:
