@@ -124,7 +124,8 @@ def keys_below(first: Train) -> dict[str, Any]:
 def _saved_keys(out_dir: Path) -> dict[str, Any]:
     """The keys of the run to be resumed. From a checkpoint of nanoGPT's without ``compile``, which
     is on there by default."""
-    header, _ = checkpoint_folder.read_newest(out_dir, ckpt.header)
+    header, path = checkpoint_folder.read_newest(out_dir, ckpt.header)
+    ckpt.refuse_translation(header, path)
     saved = header.get("config", {})
     known = {f.name for f in fields(TrainConfig)}
     if not ckpt.own_state(header):

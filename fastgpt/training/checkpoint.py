@@ -164,7 +164,7 @@ def tokenizer_of(checkpoint: Checkpoint, path: Path) -> Tokenizer:
     for a translation model; ImportError or ConnectionError if a library or GPT-2's vocabulary is
     missing.
     """
-    _refuse_translation(checkpoint, path)
+    refuse_translation(checkpoint, path)
     size = checkpoint["model_args"]["vocab_size"]
     run = checkpoint.get("config", {})
     data_dir = Path(run.get("data_root", "data")) / run.get("dataset", "")
@@ -185,7 +185,8 @@ def tokenizer_of(checkpoint: Checkpoint, path: Path) -> Tokenizer:
     return tokenizer
 
 
-def _refuse_translation(checkpoint: Checkpoint, path: Path) -> None:
+def refuse_translation(checkpoint: Checkpoint, path: Path) -> None:
+    """Raise ValueError for what ``fastgpt translate train`` wrote."""
     if "source_tokenizer" in checkpoint:
         raise ValueError(
             f"{path} is a translation model: fastgpt translate --model {path.parent} uses it"
@@ -210,7 +211,7 @@ def build_model(
 
     Raises ValueError naming ``path``, where the checkpoint came from.
     """
-    _refuse_translation(checkpoint, path)
+    refuse_translation(checkpoint, path)
     if REWARD_HEAD in checkpoint["model"]:
         raise ValueError(f"{path} is a reward model: fastgpt rl --reward {path.parent} uses it")
     own = own_state(checkpoint)

@@ -239,6 +239,7 @@ def test_a_translation_model_is_no_language_model(
     for argv in (
         ["sample", "--out_dir=out"],
         ["train", *arguments(keys)],
+        ["train", "--init_from=resume", "--out_dir=out"],
         ["reward", "--init_from=out", "--dataset=none.jsonl"],
     ):
         assert main(argv) == 2
