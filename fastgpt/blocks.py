@@ -323,7 +323,10 @@ class Block(nn.Module):
             *(next_norm.weight, next_norm.bias),  # type: ignore[union-attr]
         )
         dropout = context.dropout
-        rates = (attn.dropout if attn.training else 0.0, *(d.p if d.training else 0.0 for d in drops))
+        rates = (
+            attn.dropout if attn.training else 0.0,
+            *(d.p if d.training else 0.0 for d in drops),
+        )
         options = kernels.Options(
             attn.n_head, mlp.gelu.approximate, rates, dropout.place, context.recompute
         )

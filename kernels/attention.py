@@ -23,10 +23,11 @@ The backward (``attention_bwd.py``) recomputes P in two kernels, one owning quer
 are no atomics and two runs give the same bits.
 
 Several documents in one sequence (PACKED): query i sees the keys doc_start[i] <= j <= i, and
-doc_start never falls. A block of queries sees keys from its first row's start on; from its last row's start
-on, all its rows see them, so only the tiles between the two starts are masked. For a tile of keys,
-doc_end[j], the number of starts up to j, says where the queries end that see key j. (Counted in the
-kernel it is a reduction, for which the compiler keeps a whole tile in registers in float32.)
+doc_start never falls. A block of queries sees keys from the start of its first row's document on;
+from that of its last row's on, all its rows see them, so only the tiles between the two are masked.
+For a tile of keys, doc_end[j], the number of doc_start up to j, says where the queries end that see
+key j. (Counted in the kernel it is a reduction, for which the compiler keeps a whole tile in
+registers in float32.)
 
 Keys of given lengths (LENGTHS): a program reads the length of its sequence and takes it for Tk.
 Padding is neither loaded nor visited, so it changes no bit of a result. The kernel that owns keys

@@ -81,7 +81,7 @@ def fits(
     if not (x.is_cuda or _host.INTERPRETED) or type(x) is not Tensor or x.dim() != 3:
         return False
     width, dtype, device = x.shape[2], x.dtype, x.device
-    head_size = width // options.n_head
+    head_size = width // max(1, options.n_head)
     sizes_fit = (
         x.numel() > 0
         and x.shape[1] > 1  # one token has an MLP without GELU in an epilogue
@@ -98,7 +98,7 @@ def fits(
 
 
 def _layers_fit(layers: Layers, width: int, dtype: torch.dtype, device: torch.device) -> bool:
-    hidden = layers.fc_weight.shape[0]
+    hidden = layers.fc_weight.numel() // width
     shapes = (
         (3 * width, width),
         (3 * width,),

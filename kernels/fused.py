@@ -6,8 +6,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from fastgpt.kernels import block
-from fastgpt.kernels import costs
+from fastgpt.kernels import block, costs
 from fastgpt.kernels._host import dropout_seed as dropout_seed
 from fastgpt.kernels.reference import OPS
 

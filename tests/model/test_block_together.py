@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 from fastgpt import GPT
+from fastgpt.blocks import Context, Dropout
 from fastgpt.kernels import block, fused
 from tests.tools.small_models import model_with, small_config, tokens
 
@@ -36,7 +37,7 @@ def loss_and_gradients(model: GPT, dtype: torch.dtype) -> tuple[Tensor, list[Ten
     torch.manual_seed(2)  # of the dropout
     model.zero_grad()
     with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
-        loss = model(tokens(), tokens(seed=3))[1]
+        loss = model(tokens(1, 8), tokens(1, 8, seed=3))[1]
     loss.backward()
     return loss.detach(), [p.grad for p in model.parameters()]
 
@@ -80,27 +81,19 @@ def test_a_block_whose_last_norm_is_not_asked_for(n_together):
     """Only the residual stream behind the first block has a consumer, or only the norm."""
     model = model_with(fused, small_config(n_layer=1))
     layer: Any = model.transformer.h[0]
-    for of_norm, of_total in ((1.0, 0.0), (0.0, 1.0)):
+    last_norm, context = model.transformer.ln_f, Context(Dropout(None))
+    for which in (0, 1):
         found = []
         for fits in (block.fits, lambda *_: False):
             model.zero_grad()
-            residual = torch.randn(2, 8, 32, generator=torch.Generator().manual_seed(0))
+            residual = torch.randn(1, 8, 32, generator=torch.Generator().manual_seed(0))
             residual.requires_grad_()
             with mock.patch.object(block, "fits", fits):
-                context = _context()
-                norm, total = layer(
-                    layer.ln_1(residual), residual, model.transformer.ln_f, context, None
-                )
-            (of_norm * norm.square().sum() if of_norm else of_total * total.square().sum()).backward()
+                outputs = layer(layer.ln_1(residual), residual, last_norm, context, None)
+            outputs[which].square().sum().backward()
             found.append((residual.grad, [p.grad for p in layer.parameters()]))
         assert_equal(*found)
     assert len(n_together) == 2
-
-
-def _context() -> Any:
-    from fastgpt.blocks import Context, Dropout
-
-    return Context(Dropout(None))
 
 
 def frozen(model: GPT) -> None:
@@ -147,7 +140,7 @@ def test_a_changed_layer(n_together, change: Callable[[GPT], None], n: int):
 
 def test_what_looks_into_the_model_sees_the_ops(n_together):
     model = model_with(fused, small_config())
-    idx = tokens()
+    idx = tokens(1, 8)
     with FlopCounterMode(display=False) as counter:
         model(idx, idx)[1].backward()
     assert any("linear" in str(op) for op in counter.get_flop_counts()["Global"])
@@ -170,13 +163,13 @@ def test_a_wrong_shape_is_refused_as_the_op_refuses_it():
     mlp: Any = model.transformer.h[0].mlp
     mlp.c_fc = nn.Linear(24, 128)
     with pytest.raises(ValueError, match=r"fc_weight must have shape \(N, K\)"):
-        model(tokens(), tokens())
+        model(tokens(1, 8), tokens(1, 8))
 
 
 def test_a_second_derivative_is_refused():
     model = model_with(fused, small_config())
     weight = model.transformer.h[0].attn.c_proj.weight
-    loss = model(tokens(), tokens())[1]
+    loss = model(tokens(1, 8), tokens(1, 8))[1]
     (gradient,) = torch.autograd.grad(loss, weight, create_graph=True)
     with pytest.raises(RuntimeError, match="no second derivative|twice"):
         gradient.sum().backward()
@@ -197,7 +190,9 @@ def test_a_result_that_the_backward_needs_may_not_change(n_together):
     model = model_with(fused, small_config(n_layer=1))
     layer: Any = model.transformer.h[0]
     residual = torch.randn(2, 8, 32)
-    norm, total = layer(layer.ln_1(residual), residual, model.transformer.ln_f, _context(), None)
+    norm, total = layer(
+        layer.ln_1(residual), residual, model.transformer.ln_f, Context(Dropout(None)), None
+    )
     total.add_(1.0)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         norm.sum().backward()
