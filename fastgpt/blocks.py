@@ -8,7 +8,6 @@ with x alone.
 In the shape comments B is the batch, T the length, C the width ``n_embd``.
 """
 
-import itertools
 from collections.abc import Callable
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -29,14 +28,15 @@ class Dropout:
     """
 
     def __init__(self, seed: Tensor | None) -> None:
-        self._seed = seed
-        self._places = itertools.count()
+        self.seed = seed
+        self.place = 0  # the offset of the next place
 
     def arguments(self, module: nn.Module, p: float) -> dict[str, Any]:
         """For the op in the place of ``module``, whose mode says whether it drops."""
         p = p if module.training else 0.0
-        seed = self._seed if p > 0.0 else None
-        return dict(dropout_p=p, seed=seed, dropout_offset=next(self._places))
+        seed = self.seed if p > 0.0 else None
+        self.place += 1
+        return dict(dropout_p=p, seed=seed, dropout_offset=self.place - 1)
 
 
 _FORWARDS: dict[type[nn.Module], Callable[..., Any]] = {
@@ -260,6 +260,7 @@ class Block(nn.Module):
         self.attn = CausalSelfAttention(config, ops)
         self.ln_2 = LayerNorm(config.n_embd, config.bias, ops)
         self.mlp = MLP(config, ops, gelu)
+        self._block_kernels = getattr(ops, "block_kernels", lambda x: None)
 
     def forward(self, x: Tensor, *fused: Any) -> Any:
         """x (B, T, C) → its like. ``GPT`` passes more: see ``between_norms``."""
@@ -282,6 +283,9 @@ class Block(nn.Module):
         Returns ``next_norm`` of the new residual (None without one), and the new residual.
         """
         attn, mlp, dropout = self.attn, self.mlp, context.dropout
+        together = None if attend else self._together(x, residual, next_norm, context)
+        if together is not None:
+            return together
         if is_plain(attn, CausalSelfAttention):
             delta = attn.delta(x, context, _recompute(self.ln_1, residual, context), attend)
         else:
@@ -292,6 +296,45 @@ class Block(nn.Module):
         else:
             delta = Delta(mlp(x))
         return _sum_and_norm(next_norm, residual, delta, dropout)
+
+    def _together(
+        self, x: Tensor, residual: Tensor, next_norm: nn.Module | None, context: Context
+    ) -> tuple[Tensor, Tensor] | None:
+        """``between_norms`` in one call, which spares the host most of its work for the ops; None
+        where that is not possible, or a layer is not plain."""
+        kernels = self._block_kernels(x)
+        if kernels is None:
+            return None
+        attn, ln_2, mlp = self.attn, self.ln_2, self.mlp
+        if not (is_plain(attn, CausalSelfAttention) and is_plain(mlp, MLP)):
+            return None
+        c_attn, attn_proj, c_fc, mlp_proj = attn.c_attn, attn.c_proj, mlp.c_fc, mlp.c_proj
+        drops = attn.resid_dropout, mlp.dropout
+        if not (
+            all(is_plain(norm, LayerNorm) for norm in (ln_2, next_norm))
+            and all(is_plain(layer, nn.Linear) for layer in (c_attn, attn_proj, c_fc, mlp_proj))
+            and all(is_plain(drop, nn.Dropout) for drop in drops)
+            and is_plain(mlp.gelu, nn.GELU)
+        ):
+            return None
+        layers = kernels.Layers(
+            *(c_attn.weight, c_attn.bias, attn_proj.weight, attn_proj.bias),
+            *(ln_2.weight, ln_2.bias, c_fc.weight, c_fc.bias, mlp_proj.weight, mlp_proj.bias),
+            *(next_norm.weight, next_norm.bias),  # type: ignore[union-attr]
+        )
+        dropout = context.dropout
+        rates = (
+            attn.dropout if attn.training else 0.0,
+            *(d.p if d.training else 0.0 for d in drops),
+        )
+        options = kernels.Options(
+            attn.n_head, mlp.gelu.approximate, rates, dropout.place, context.recompute
+        )
+        shared = x, residual, layers, options, dropout.seed, context.doc_start
+        if not kernels.fits(*shared):
+            return None
+        dropout.place += len(rates)
+        return kernels.block(*shared, _recompute(self.ln_1, residual, context))
 
 
 for _kind in (Block, CausalSelfAttention, LayerNorm, MLP):

@@ -73,3 +73,10 @@ def dropout_seed(device: torch.device) -> Tensor | None:  # type: ignore[no-rede
     """The key of the dropout masks of one step, as int64 tensor (1,), drawn from PyTorch's
     generator. None where that generator draws every mask itself."""
     return _implementation(device).dropout_seed(device)
+
+
+def block_kernels(x: Tensor) -> ModuleType | None:
+    """What takes the ops of a transformer block together for x's device: the kernels' ``block``,
+    or None where each op is called."""
+    found = getattr(_implementation(x.device), "block_kernels", None) if x.is_cuda else None
+    return None if found is None else found(x)

@@ -22,11 +22,12 @@ The backward (``attention_bwd.py``) recomputes P in two kernels, one owning quer
 (dQ, and delta on its way), one owning keys (dK, dV): each sum has one owner and one order, so there
 are no atomics and two runs give the same bits.
 
-Several documents in one sequence (PACKED): query i sees the keys doc_start[i] <= j <= i, and starts
-never falls. A block of queries sees keys from its first row's start on; from its last row's start
-on, all its rows see them, so only the tiles between the two starts are masked. For a tile of keys,
-doc_end[j], the number of starts up to j, says where the queries end that see key j. (Counted in the
-kernel it is a reduction, for which the compiler keeps a whole tile in registers in float32.)
+Several documents in one sequence (PACKED): query i sees the keys doc_start[i] <= j <= i, and
+doc_start never falls. A block of queries sees keys from the start of its first row's document on;
+from that of its last row's on, all its rows see them, so only the tiles between the two are masked.
+For a tile of keys, doc_end[j], the number of doc_start up to j, says where the queries end that see
+key j. (Counted in the kernel it is a reduction, for which the compiler keeps a whole tile in
+registers in float32.)
 
 Keys of given lengths (LENGTHS): a program reads the length of its sequence and takes it for Tk.
 Padding is neither loaded nor visited, so it changes no bit of a result. The kernel that owns keys
@@ -56,9 +57,6 @@ from fastgpt.kernels.attention_bwd import attention_bwd
 from fastgpt.kernels.attention_fwd import attention_fwd, empty_lse
 
 MAX_HEAD_SIZE = 256
-
-
-# ---------------------------------------------------------------------------------------- costs
 
 
 # -------------------------------------------------------------------------- separate q, k and v
@@ -123,13 +121,14 @@ differentiable(_attention_op, _backward, _setup_context)
 # ------------------------------------------------------------------------------------ packed qkv
 
 
-@operator(
-    "attention_qkvpacked",
-    f"(Tensor qkv, int n_head, {_OPTIONS}) -> (Tensor, Tensor)",
-)
-def _attention_qkvpacked_op(qkv, n_head, *options):
+def qkvpacked_fwd(qkv, n_head, *options):
     out, lse = attention_fwd(*split_heads(qkv, n_head), Options(*options))
     return out.flatten(2), lse
+
+
+_attention_qkvpacked_op = operator(
+    "attention_qkvpacked", f"(Tensor qkv, int n_head, {_OPTIONS}) -> (Tensor, Tensor)"
+)(qkvpacked_fwd)
 
 
 @fake(_attention_qkvpacked_op)
@@ -139,16 +138,18 @@ def _(qkv, n_head, *_):
     return out, empty_lse(qkv, batch, n_head, length)
 
 
-@operator(
-    "attention_qkvpacked_bwd",
-    f"(Tensor dout, Tensor qkv, Tensor out, Tensor lse, int n_head, {_OPTIONS}) -> Tensor",
-)
-def _attention_qkvpacked_bwd_op(dout, qkv, out, lse, n_head, *options):
+def qkvpacked_bwd(dout, qkv, out, lse, n_head, *options):
     dqkv = torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device)
     gradients = (x.transpose(1, 2) for x in split_heads(dqkv, n_head))
     dout, out = (x.unflatten(2, (n_head, -1)) for x in (dout, out))
     attention_bwd(dout, *split_heads(qkv, n_head), out, lse, *gradients, Options(*options))
     return dqkv
+
+
+_attention_qkvpacked_bwd_op = operator(
+    "attention_qkvpacked_bwd",
+    f"(Tensor dout, Tensor qkv, Tensor out, Tensor lse, int n_head, {_OPTIONS}) -> Tensor",
+)(qkvpacked_bwd)
 
 
 @fake(_attention_qkvpacked_bwd_op)

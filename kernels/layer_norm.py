@@ -73,8 +73,7 @@ def _gradients(
     ]
 
 
-@operator("layer_norm_bwd")
-def _layer_norm_bwd_op(
+def layer_norm_gradients(
     dy: Tensor,
     dtotal: Tensor | None,
     x: Tensor,
@@ -109,6 +108,9 @@ def _layer_norm_bwd_op(
         ddelta_bias=next(rest) if has_delta_bias else None,
     )
     return gradients
+
+
+_layer_norm_bwd_op = operator("layer_norm_bwd")(layer_norm_gradients)
 
 
 @fake(_layer_norm_bwd_op)

@@ -56,8 +56,7 @@ def recomputed(
     return layer_norm_fwd(saved, None, ln_weight, ln_bias, None, None, eps, 0.0, 0, dtype)[0]
 
 
-@operator("linear")
-def _linear_op(
+def linear_fwd(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -70,13 +69,15 @@ def _linear_op(
     return F.linear(rows(x), cast(weight, x.dtype), bias).view(*x.shape[:-1], weight.shape[0])
 
 
+_linear_op = operator("linear")(linear_fwd)
+
+
 @fake(_linear_op)
 def _(x, weight, bias, source, ln_weight, ln_bias, eps):
     return x.new_empty(*x.shape[:-1], weight.shape[0])
 
 
-@operator("linear_bwd")
-def _linear_bwd_op(
+def linear_bwd(
     dy: Tensor,
     weight: Tensor,
     saved: Tensor,
@@ -98,6 +99,9 @@ def _linear_bwd_op(
         dweight, dbias = gemm.weight_gradient(dy_rows, rows(x), has_bias, weight.dtype)
         gradients += [dweight] if dbias is None else [dweight, dbias]
     return gradients
+
+
+_linear_bwd_op = operator("linear_bwd")(linear_bwd)
 
 
 @fake(_linear_bwd_op)

@@ -29,8 +29,7 @@ from fastgpt.kernels.linear import (
 )
 
 
-@operator("mlp")
-def _mlp_op(
+def mlp_fwd(
     x: Tensor,
     fc_weight: Tensor,
     fc_bias: Tensor | None,
@@ -50,6 +49,9 @@ def _mlp_op(
     return [y, pre, act] if source is None else [y, pre]
 
 
+_mlp_op = operator("mlp")(mlp_fwd)
+
+
 @fake(_mlp_op)
 def _(x, fc_weight, fc_bias, proj_weight, source, ln_weight, ln_bias, eps, approximate, saves):
     y = x.new_empty(*x.shape[:-1], proj_weight.shape[0])
@@ -58,8 +60,7 @@ def _(x, fc_weight, fc_bias, proj_weight, source, ln_weight, ln_bias, eps, appro
     return [y, *(x.new_empty(n_tokens, fc_weight.shape[0]) for _ in range(hidden))]
 
 
-@operator("mlp_bwd")
-def _mlp_bwd_op(
+def mlp_bwd(
     dy: Tensor,
     fc_weight: Tensor,
     proj_weight: Tensor,
@@ -99,6 +100,9 @@ def _mlp_bwd_op(
         assert act is not None
         gradients.append(gemm.weight_gradient(dy_rows, act, False, proj_weight.dtype)[0])
     return gradients
+
+
+_mlp_bwd_op = operator("mlp_bwd")(mlp_bwd)
 
 
 @fake(_mlp_bwd_op)

@@ -1,0 +1,275 @@
+"""A transformer block, up to the LayerNorm behind it, as one node of autograd.
+
+In eager mode each op costs the host a call of the dispatcher, checks of its arguments, and nodes of
+the graph; with a small batch or a slow host the GPU waits for them. ``block`` calls the same host
+functions in the same order, so its numbers are those of the ops one by one, to the last bit:
+
+    qkv = x qkv_weightᵀ + qkv_bias                                   out = attention(qkv)
+    total = residual + dropout(out attn_weightᵀ + attn_bias)         h = layer_norm(total)
+    next_total = total + dropout(mlp(h) + mlp_bias)                  y = layer_norm(next_total)
+
+All are (B, T, C) but qkv (B, T, 3C). Saved for backward is what the ops save. Bytes and FLOPs are
+theirs. It is no operator: torch.compile, torch.func, the FLOP counter and other modes see the ops,
+and so does whoever changes a layer. ``fits`` says where it may take their place.
+"""
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.autograd.function import once_differentiable
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
+
+from fastgpt.kernels import _host
+from fastgpt.kernels._checks import Recompute
+from fastgpt.kernels.attention import MAX_HEAD_SIZE, qkvpacked_bwd, qkvpacked_fwd
+from fastgpt.kernels.layer_norm import MAX_WIDTH, layer_norm_gradients
+from fastgpt.kernels.layer_norm_fwd import layer_norm_fwd
+from fastgpt.kernels.linear import linear_bwd, linear_fwd
+from fastgpt.kernels.mlp import mlp_bwd, mlp_fwd
+
+
+class Layers(NamedTuple):
+    """The block's parameters. The biases are None together or not at all."""
+
+    qkv_weight: Tensor  # (3C, C)
+    qkv_bias: Tensor | None  # (3C)
+    attn_weight: Tensor  # (C, C)
+    attn_bias: Tensor | None  # (C), as the rest of the vectors but fc_bias
+    ln_weight: Tensor
+    ln_bias: Tensor | None
+    fc_weight: Tensor  # (F, C)
+    fc_bias: Tensor | None  # (F)
+    mlp_weight: Tensor  # (C, F)
+    mlp_bias: Tensor | None
+    next_ln_weight: Tensor
+    next_ln_bias: Tensor | None
+
+
+class Options(NamedTuple):
+    """What the ops take beside tensors; eps is 1e-5 for both LayerNorms."""
+
+    n_head: int
+    approximate: str = "none"
+    dropout_p: tuple[float, float, float] = (0.0, 0.0, 0.0)  # of attention, behind it, of the MLP
+    dropout_offset: int = 0  # of attention; the other two follow it
+    recompute: bool = False  # h and GELU's result
+
+
+_EPS = 1e-5
+_NO_NORM = None, None, None, 0.0  # the input of a linear layer is not recomputed
+
+
+def fits(
+    x: Tensor,
+    residual: Tensor,
+    layers: Layers,
+    options: Options,
+    seed: Tensor | None,
+    doc_start: Tensor | None,
+) -> bool:
+    """Whether ``block`` does what the ops would. Not where something looks into the calls or wants
+    a part of the gradients, and not for what an op refuses, pads or casts: the ops are for that."""
+    if torch.compiler.is_compiling() or is_in_torch_dispatch_mode() or not torch.is_grad_enabled():
+        return False
+    if torch._C._are_functorch_transforms_active() or torch._C._len_torch_function_stack():
+        return False
+    if forward_ad._current_level >= 0 or (seed is None and any(options.dropout_p)):
+        return False
+    if not (x.is_cuda or _host.INTERPRETED) or type(x) is not Tensor or x.dim() != 3:
+        return False
+    width, dtype, device = x.shape[2], x.dtype, x.device
+    head_size = width // max(1, options.n_head)
+    sizes_fit = (
+        x.numel() > 0
+        and x.shape[1] > 1  # one token has an MLP without GELU in an epilogue
+        and width == head_size * options.n_head <= MAX_WIDTH
+        and head_size % 16 == 0
+        and head_size <= MAX_HEAD_SIZE
+        and type(residual) is Tensor
+        and residual.shape == x.shape
+        and residual.device == device
+        and (residual.dtype == dtype or _host.is_half(dtype))
+        and dtype == _host.autocast_dtype(x)
+    )
+    return sizes_fit and _layers_fit(layers, width, dtype, device)
+
+
+def _layers_fit(layers: Layers, width: int, dtype: torch.dtype, device: torch.device) -> bool:
+    hidden = layers.fc_weight.numel() // width
+    shapes = (
+        (3 * width, width),
+        (3 * width,),
+        (width, width),
+        *[(width,)] * 3,
+        (hidden, width),
+        (hidden,),
+        (width, hidden),
+        *[(width,)] * 3,
+    )
+    dtypes = layers.qkv_weight.dtype, layers.ln_weight.dtype
+    if not {*dtypes} <= {dtype, torch.float32}:
+        return False
+    for name, parameter, shape in zip(Layers._fields, layers, shapes, strict=True):
+        if parameter is None:
+            if layers.qkv_bias is not None or not name.endswith("bias"):
+                return False
+            continue
+        if layers.qkv_bias is None and name.endswith("bias"):
+            return False
+        if (
+            type(parameter) not in (nn.Parameter, Tensor)
+            or parameter.shape != shape
+            or parameter.dtype != dtypes[name not in _IN_PRODUCTS]
+            or parameter.device != device
+            or not parameter.requires_grad
+        ):
+            return False
+    return True
+
+
+# The parameters that meet 16-bit numbers in a product; the others meet the residual stream.
+_IN_PRODUCTS = {"qkv_weight", "qkv_bias", "attn_weight", "fc_weight", "fc_bias", "mlp_weight"}
+
+
+def block(
+    x: Tensor,
+    residual: Tensor,
+    layers: Layers,
+    options: Options,
+    seed: Tensor | None = None,
+    doc_start: Tensor | None = None,
+    recompute: Recompute | None = None,
+) -> tuple[Tensor, Tensor]:
+    """y and next_total, for what ``fits``.
+
+    Args:
+        x: (B, T, C), the LayerNorm of ``residual``; float32, float16 or bfloat16.
+        residual: (B, T, C).
+        layers: the parameters, each of x's dtype or float32.
+        options: what they are applied with.
+        seed: int64 tensor (1,), the key of the dropout masks.
+        doc_start: as in ``attention``.
+        recompute: as in ``linear``, of the LayerNorm that made x.
+    """
+    y, total = _Block.apply(options, seed, doc_start, recompute, x, residual, *layers)
+    return y, total
+
+
+class _Block(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, o: Options, seed: Any, doc_start: Any, norm: Any, *tensors: Any) -> Any:
+        x, residual, *parameters = tensors
+        p = Layers._make(parameters)
+        seeds = [seed if rate > 0.0 else None for rate in o.dropout_p]
+        first = o.dropout_offset
+        scale = 1.0 / math.sqrt(x.shape[2] // o.n_head)
+
+        qkv = linear_fwd(x, p.qkv_weight, p.qkv_bias, *_NO_NORM)
+        attend = seeds[0], doc_start, True, scale, o.dropout_p[0], first
+        out, lse = qkvpacked_fwd(qkv, o.n_head, *attend)
+        delta = linear_fwd(out, p.attn_weight, None, *_NO_NORM)
+        h, total, *stats = layer_norm_fwd(
+            residual, delta, p.ln_weight, p.ln_bias, p.attn_bias, seeds[1], _EPS, o.dropout_p[1],
+            first + 1, x.dtype,
+        )  # fmt: skip
+        again = (total, p.ln_weight, p.ln_bias, _EPS) if o.recompute else _NO_NORM
+        delta, pre, *act = mlp_fwd(
+            h, p.fc_weight, p.fc_bias, p.mlp_weight, *again, o.approximate, True
+        )
+        y, next_total, *next_stats = layer_norm_fwd(
+            total, delta, p.next_ln_weight, p.next_ln_bias, p.mlp_bias, seeds[2], _EPS,
+            o.dropout_p[2], first + 2, x.dtype,
+        )  # fmt: skip
+
+        ctx.options, ctx.attend, ctx.has_bias = o, attend[2:], p.qkv_bias is not None
+        ctx.set_materialize_grads(False)  # no zeros for outputs without a consumer
+        source = (x, None, None) if norm is None else norm[:3]
+        ctx.eps = 0.0 if norm is None else norm[3]
+        ctx.save_for_backward(
+            doc_start, *seeds, *source, qkv, out, lse, total, *stats,
+            None if o.recompute else h, pre, act[0] if act else None, next_total, *next_stats,
+            p.qkv_weight, p.attn_weight, p.ln_weight, p.ln_bias if o.recompute else None,
+            p.fc_weight, p.mlp_weight, p.next_ln_weight,
+        )  # fmt: skip
+        return y, next_total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Any, dtotal: Any) -> Any:
+        if dy is None and dtotal is None:
+            return (*[None] * (6 + len(Layers._fields)),)
+        o: Options = ctx.options
+        (
+            doc_start, seed, seed_1, seed_2, source, norm_weight, norm_bias, qkv, out, lse,
+            total, mean, rstd, h, pre, act, next_total, next_mean, next_rstd,
+            qkv_weight, attn_weight, ln_weight, ln_bias, fc_weight, mlp_weight, next_ln_weight,
+        ) = ctx.saved_tensors  # fmt: skip
+        has_bias, first = ctx.has_bias, o.dropout_offset
+
+        dtotal, ddelta, dnext_ln, dmlp_bias = _norm_bwd(
+            dy, dtotal, next_total, next_ln_weight, next_mean, next_rstd, seed_2,
+            o.dropout_p[2], first + 2, pre.dtype, has_bias,
+        )  # fmt: skip
+        again = (total, ln_weight, ln_bias) if o.recompute else (h, None, None)
+        dh, *dmlp = mlp_bwd(
+            ddelta, fc_weight, mlp_weight, *again, pre, act, _EPS if o.recompute else 0.0,
+            o.approximate, has_bias, True, True, True,
+        )  # fmt: skip
+        dresidual, ddelta, dln, dattn_bias = _norm_bwd(
+            dh, dtotal, total, ln_weight, mean, rstd, seed_1, o.dropout_p[1], first + 1,
+            pre.dtype, has_bias,
+        )  # fmt: skip
+        dout, dattn_weight = linear_bwd(
+            ddelta, attn_weight, out, None, None, 0.0, False, True, True
+        )
+        dqkv = qkvpacked_bwd(dout, qkv, out, lse, o.n_head, seed, doc_start, *ctx.attend)
+        dx, *dqkv_layer = linear_bwd(
+            dqkv, qkv_weight, source, norm_weight, norm_bias, ctx.eps, has_bias, True, True
+        )
+        gradients = Layers(
+            *_pair(dqkv_layer), dattn_weight, dattn_bias, *dln,
+            *_pair(dmlp[:-1]), dmlp[-1], dmlp_bias, *dnext_ln,
+        )  # fmt: skip
+        return None, None, None, None, dx, dresidual, *gradients
+
+
+def _pair(gradients: list[Tensor]) -> tuple[Tensor, Tensor | None]:
+    """Of a weight and of its bias, which there need not be."""
+    return gradients[0], gradients[1] if len(gradients) > 1 else None
+
+
+def _norm_bwd(
+    dy: Tensor | None,
+    dtotal: Tensor | None,
+    total: Tensor,
+    weight: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    seed: Tensor | None,
+    dropout_p: float,
+    dropout_offset: int,
+    delta_dtype: torch.dtype,
+    has_bias: bool,
+) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor | None], Tensor | None]:
+    """Of ``residual_layer_norm``: dresidual, ddelta, those of weight and bias, ddelta_bias."""
+    apart = seed is not None or delta_dtype != total.dtype
+    dresidual, *rest = layer_norm_gradients(
+        torch.zeros_like(total) if dy is None else dy,
+        dtotal,
+        total,
+        weight,
+        mean,
+        rstd,
+        seed,
+        dropout_p,
+        dropout_offset,
+        delta_dtype if apart else None,
+        has_bias,
+        has_bias,
+    )
+    ddelta = rest.pop(0) if apart else dresidual
+    ddelta_bias = rest.pop() if has_bias else None
+    return dresidual, ddelta, _pair(rest), ddelta_bias

@@ -1,0 +1,199 @@
+"""A block's ops in one node of autograd (``kernels/block.py``) give what the ops one by one give,
+to the last bit, and leave the call to them wherever something looks into it or asks for less."""
+
+from collections.abc import Callable
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
+
+from fastgpt import GPT
+from fastgpt.blocks import Context, Dropout
+from fastgpt.kernels import block, fused
+from tests.tools.small_models import model_with, small_config, tokens
+
+N_LAYER = 2
+
+
+@pytest.fixture
+def n_together(monkeypatch) -> list[int]:
+    """Grows by an element with each block that is computed together."""
+    calls: list[int] = []
+    real = block.block
+
+    def counted(*args: Any) -> Any:
+        calls.append(1)
+        return real(*args)
+
+    monkeypatch.setattr(block, "block", counted)
+    return calls
+
+
+def loss_and_gradients(model: GPT, dtype: torch.dtype) -> tuple[Tensor, list[Tensor | None]]:
+    torch.manual_seed(2)  # of the dropout
+    model.zero_grad()
+    with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+        loss = model(tokens(1, 8), tokens(1, 8, seed=3))[1]
+    loss.backward()
+    return loss.detach(), [p.grad for p in model.parameters()]
+
+
+def assert_equal(a: tuple[Tensor, list[Any]], b: tuple[Tensor, list[Any]]) -> None:
+    assert torch.equal(a[0], b[0])
+    for ours, theirs in zip(a[1], b[1], strict=True):
+        assert torch.equal(ours, theirs) if theirs is not None else ours is None
+
+
+@pytest.mark.parametrize(
+    ("dtype", "options", "changes"),
+    [
+        (torch.bfloat16, {}, {}),
+        (torch.bfloat16, dict(recompute=True, gelu="tanh"), dict(dropout=0.1, bias=False)),
+        (torch.float32, dict(recompute=True, eot_token=3), dict(dropout=0.2)),
+        (torch.float16, dict(eot_token=3), dict(dropout=0.1)),
+    ],
+)
+def test_the_numbers_are_those_of_the_ops(n_together, dtype, options, changes):
+    model = model_with(fused, small_config(**changes), **options)
+    together = loss_and_gradients(model, dtype)
+    assert len(n_together) == N_LAYER
+    with mock.patch.object(block, "fits", lambda *_: False):
+        one_by_one = loss_and_gradients(model, dtype)
+    assert len(n_together) == N_LAYER
+    assert_equal(together, one_by_one)
+
+
+def test_bfloat16_weights_over_a_float32_residual_stream(n_together):
+    model = model_with(fused, small_config(dropout=0.1))
+    for p in model.low_precision_parameters():
+        p.data = p.data.bfloat16()
+    together = loss_and_gradients(model, torch.bfloat16)
+    assert len(n_together) == N_LAYER
+    with mock.patch.object(block, "fits", lambda *_: False):
+        assert_equal(together, loss_and_gradients(model, torch.bfloat16))
+
+
+def test_a_block_whose_last_norm_is_not_asked_for(n_together):
+    """Only the residual stream behind the first block has a consumer, or only the norm."""
+    model = model_with(fused, small_config(n_layer=1))
+    layer: Any = model.transformer.h[0]
+    last_norm, context = model.transformer.ln_f, Context(Dropout(None))
+    for which in (0, 1):
+        found = []
+        for fits in (block.fits, lambda *_: False):
+            model.zero_grad()
+            residual = torch.randn(1, 8, 32, generator=torch.Generator().manual_seed(0))
+            residual.requires_grad_()
+            with mock.patch.object(block, "fits", fits):
+                outputs = layer(layer.ln_1(residual), residual, last_norm, context, None)
+            outputs[which].square().sum().backward()
+            found.append((residual.grad, [p.grad for p in layer.parameters()]))
+        assert_equal(*found)
+    assert len(n_together) == 2
+
+
+def frozen(model: GPT) -> None:
+    model.transformer.h[0].attn.c_attn.weight.requires_grad_(False)
+
+
+def hooked(model: GPT) -> None:
+    model.transformer.h[0].mlp.c_fc.register_forward_hook(lambda *_: None)
+
+
+def replaced(model: GPT) -> None:
+    model.transformer.h[0].mlp.gelu = nn.GELU("none")
+    model.transformer.h[0].attn.c_proj = nn.Sequential(model.transformer.h[0].attn.c_proj)
+
+
+def wider(model: GPT) -> None:
+    """An MLP of another width is as plain as ours."""
+    mlp: Any = model.transformer.h[0].mlp
+    mlp.c_fc, mlp.c_proj = nn.Linear(32, 48), nn.Linear(48, 32)
+
+
+def one_bias(model: GPT) -> None:
+    model.transformer.h[0].mlp.c_fc.bias = None
+
+
+def low_precision_bias(model: GPT) -> None:
+    bias = model.transformer.h[0].attn.c_proj.bias
+    bias.data = bias.data.bfloat16()
+
+
+@pytest.mark.parametrize(
+    ("change", "n"),
+    [(frozen, 1), (hooked, 1), (replaced, 1), (wider, 2), (one_bias, 1), (low_precision_bias, 1)],
+)
+def test_a_changed_layer(n_together, change: Callable[[GPT], None], n: int):
+    torch.manual_seed(1)
+    model = model_with(fused, small_config())
+    change(model)
+    together = loss_and_gradients(model, torch.bfloat16)
+    assert len(n_together) == n
+    with mock.patch.object(block, "fits", lambda *_: False):
+        assert_equal(together, loss_and_gradients(model, torch.bfloat16))
+
+
+def test_what_looks_into_the_model_sees_the_ops(n_together):
+    model = model_with(fused, small_config())
+    idx = tokens(1, 8)
+    with FlopCounterMode(display=False) as counter:
+        model(idx, idx)[1].backward()
+    assert any("linear" in str(op) for op in counter.get_flop_counts()["Global"])
+    weights = dict(model.named_parameters())
+
+    def loss(weights: dict[str, Tensor]) -> Tensor:
+        found: Tensor = torch.func.functional_call(model, weights, (idx, idx))[1]
+        return found
+
+    torch.func.grad(loss)({name: w.detach() for name, w in weights.items()})
+    with torch.no_grad():
+        model(idx, idx)
+    assert not n_together
+    model.eval()(idx, idx)[1].backward()
+    assert len(n_together) == N_LAYER
+
+
+def test_a_wrong_shape_is_refused_as_the_op_refuses_it():
+    model = model_with(fused, small_config())
+    mlp: Any = model.transformer.h[0].mlp
+    mlp.c_fc = nn.Linear(24, 128)
+    with pytest.raises(ValueError, match=r"fc_weight must have shape \(N, K\)"):
+        model(tokens(1, 8), tokens(1, 8))
+
+
+def test_a_second_derivative_is_refused():
+    model = model_with(fused, small_config())
+    weight = model.transformer.h[0].attn.c_proj.weight
+    loss = model(tokens(1, 8), tokens(1, 8))[1]
+    (gradient,) = torch.autograd.grad(loss, weight, create_graph=True)
+    with pytest.raises(RuntimeError, match="no second derivative|twice"):
+        gradient.sum().backward()
+
+
+def test_checkpoints(n_together):
+    model = model_with(fused, small_config())
+    plain = loss_and_gradients(model, torch.float32)
+    blocks: Any = model.transformer.h
+    for layer in blocks:
+        between = layer.between_norms
+        layer.between_norms = lambda *a, f=between: checkpoint(f, *a, use_reentrant=False)
+    assert_equal(loss_and_gradients(model, torch.float32), plain)
+    assert len(n_together) >= 2 * N_LAYER
+
+
+def test_a_result_that_the_backward_needs_may_not_change(n_together):
+    model = model_with(fused, small_config(n_layer=1))
+    layer: Any = model.transformer.h[0]
+    residual = torch.randn(2, 8, 32)
+    norm, total = layer(
+        layer.ln_1(residual), residual, model.transformer.ln_f, Context(Dropout(None)), None
+    )
+    total.add_(1.0)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        norm.sum().backward()
+    assert len(n_together) == 1
