@@ -1,5 +1,7 @@
 """LayerNorm, forward and backward with the gradients of weight and bias."""
 
+from typing import Any
+
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -15,10 +17,16 @@ def eager(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return F.layer_norm(x, x.shape[-1:], weight, bias, 1e-5)
 
 
+def liger(x: Tensor, weight: Tensor, bias: Tensor) -> Any:
+    from liger_kernel.transformers.functional import liger_layer_norm
+
+    return liger_layer_norm(x, weight, bias, 1e-5)
+
+
 OP = Op(
     name="layer_norm",
     inputs=inputs,
-    providers=standard_providers("layer_norm", eager),
+    providers=standard_providers("layer_norm", eager, liger),
     reference=reference.layer_norm,
     gpu_sizes=[
         {"M": 32768, "C": 768},  # GPT-2 124M, B=32, T=1024

@@ -37,6 +37,12 @@ def eager(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     return F.cross_entropy(F.linear(x, weight).float(), targets, ignore_index=-1)
 
 
+def liger(x: Tensor, weight: Tensor, targets: Tensor) -> Any:
+    from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
+
+    return liger_fused_linear_cross_entropy(x, weight, targets, ignore_index=-1)
+
+
 def in_slices(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     """The plain op over slices of rows, whose logits are recomputed in the backward pass."""
 
@@ -51,7 +57,7 @@ def in_slices(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
 OP = Op(
     name="linear_cross_entropy",
     inputs=inputs,
-    providers=standard_providers("linear_cross_entropy", eager),
+    providers=standard_providers("linear_cross_entropy", eager, liger),
     reference=in_slices,
     directions=("inference", "forward+backward"),
     gpu_sizes=[

@@ -16,6 +16,7 @@ from rich.progress import Progress
 from torch import Tensor
 
 from bench._harness.cli import failure_of
+from bench._harness.timing import Clock, interleaved, synchronize
 from bench._step.report import Group, Result
 from bench._step.variants import (
     VARIANTS,
@@ -28,7 +29,6 @@ from bench._step.variants import (
     tf32,
     why_not,
 )
-from fastgpt.timing import Clock, interleaved, synchronize
 
 _UNTIMED = 2  # steps at the start of a turn, for the allocator and the caches
 # The first of them that can be measured is the base of every group.
@@ -159,6 +159,7 @@ class Measurement:
             for name in plan.options.variants
         }
         self.reference_losses: list[float] = []
+        self.reference_failure: str | None = None
         self.groups: list[Group] = []
         self._footprints: dict[str, Footprint] = {}
         self._folder = folder  # for compiled code
@@ -167,13 +168,11 @@ class Measurement:
         self._task = progress.add_task("", total=1 + len(self.results) * (2 + plan.options.rounds))
 
     def run(self) -> None:
-        """Raises what the float32 reference raises: FloatingPointError where it diverges, as
-        everything will."""
+        """Raises FloatingPointError where the float32 reference diverges, as everything will."""
         if self.plan.has_reference:
             self._show("float32 reference")
             with tf32(False):
-                self.reference_losses = _reference_losses(self.plan)
-            self._save(self)
+                self._measure_reference()
         with tf32(True):
             if self.plan.device.type == "cuda":
                 with compiled_code_in(self._folder / "none"):
@@ -186,6 +185,16 @@ class Measurement:
                     )
                 self._save(self)
             self._measure_side_by_side()
+
+    def _measure_reference(self) -> None:
+        try:
+            self.reference_losses = _reference_losses(self.plan)
+        except FloatingPointError:
+            raise
+        except Exception as error:  # whatever it is, the variants are still measured
+            self.reference_failure = failure_of(error)
+            traceback.print_exc()
+        self._save(self)
 
     def _measure_side_by_side(self) -> None:
         names = self._measurable()

@@ -19,6 +19,7 @@ _BASELINES = (
     "sdpa_flash",
     "sdpa_cudnn",
     "sdpa_chunked",
+    "sdpa_graphs",
     "sdpa_autotune",
 )
 _OVER_EAGER = ("fastgpt", "sdpa")
@@ -55,6 +56,7 @@ def record(
     reference_losses: list[float],
     tokens_per_step: int,
     groups: Sequence[Group] = (),
+    reference_failure: str | None = None,
 ) -> dict[str, Any]:
     """The variants, their speeds and losses, and what they are compared with. Without ``groups``
     all were measured side by side."""
@@ -75,6 +77,7 @@ def record(
         "noise": None if noise is None else abs(noise - 1.0),
         "groups": [asdict(group) for group in groups],
         "reference_losses": reference_losses,
+        "reference_failure": reference_failure,
         "variants": {
             name: {
                 **asdict(result),
@@ -221,5 +224,7 @@ def notes(run: dict[str, Any]) -> list[str]:
         )
     else:
         lines.append(f"Loss: after {run['options']['loss_steps']} steps")
+    if run["reference_failure"] is not None:
+        lines.append(f"No float32 losses: {run['reference_failure']}")
     lines += [f"{v['label']}: {v['failure']}" for v in variants.values() if v["failure"]]
     return lines

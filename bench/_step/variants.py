@@ -78,6 +78,7 @@ VARIANTS: dict[str, Variant] = {
         f"{_COMPILED} (cuDNN)", _sdpa_loss, "default", SDPBackend.CUDNN_ATTENTION
     ),
     "sdpa_chunked": Variant(f"{_COMPILED} (chunked loss)", baselines.chunked_loss, "default"),
+    "sdpa_graphs": Variant(f"{_COMPILED} (reduce-overhead)", _sdpa_loss, "reduce-overhead"),
     "sdpa_autotune": Variant(f"{_COMPILED} (max-autotune)", _sdpa_loss, _TUNED),
     "fastgpt_recompute": Variant("fastgpt, recompute", _fastgpt_loss, recompute=True),
     "fastgpt_compile": Variant("fastgpt, torch.compile", _fastgpt_loss, "default"),
@@ -88,7 +89,8 @@ VARIANTS: dict[str, Variant] = {
     "fastgpt_again": Variant("fastgpt again", _fastgpt_loss),
 }
 
-_NOT_BY_DEFAULT = "sdpa_autotune", "fastgpt_fp8_head"
+# The first ended a run of six variants on an H200 with a segmentation fault (bench/LOG.md).
+_NOT_BY_DEFAULT = "sdpa_graphs", "sdpa_autotune", "fastgpt_fp8_head"
 
 _WEIGHT_DECAY, _BETAS, _GRAD_CLIP = 0.1, (0.9, 0.95), 1.0  # nanoGPT's
 _REFERENCE_SEQUENCES = 4  # at a time: the float32 reference keeps every score and every logit
@@ -101,9 +103,10 @@ class Options:
     """
 
     # What is measured, in this order: sdpa_compile, fastgpt_train, fastgpt, sdpa, naive,
-    # huggingface, sdpa_flash, sdpa_cudnn, sdpa_chunked, sdpa_autotune, fastgpt_recompute,
-    # fastgpt_compile, fastgpt_train_recompute, fastgpt_fp8_head; and fastgpt_again, which shows
-    # the noise. Default: all but sdpa_autotune and fastgpt_fp8_head.
+    # huggingface, sdpa_flash, sdpa_cudnn, sdpa_chunked, sdpa_graphs, sdpa_autotune,
+    # fastgpt_recompute, fastgpt_compile, fastgpt_train_recompute, fastgpt_fp8_head; and
+    # fastgpt_again, which shows the noise. Default: all but sdpa_graphs, sdpa_autotune and
+    # fastgpt_fp8_head.
     variants: tuple[str, ...] = tuple(name for name in VARIANTS if name not in _NOT_BY_DEFAULT)
     # Sequences per batch.
     batch_size: int = 32
@@ -253,6 +256,7 @@ class Training:
         self._autocast = autocast(plan.device, dtype)
         self._batches = plan.batches()
         self._rate = rate
+        self._graphs = variant.compile_mode == "reduce-overhead"
         self._step: Step | None = None
         if variant.trainer:
             self._optimizer: torch.optim.Optimizer = (
@@ -283,12 +287,14 @@ class Training:
         return loss
 
     def _backward(self, x: Tensor, y: Tensor) -> Tensor:
+        if self._graphs:
+            torch.compiler.cudagraph_mark_step_begin()
         # Around the compiled function: tracing it once fixes what it finds set.
         chosen = nullcontext() if self._attention is None else sdpa_kernel(self._attention)
         with self._autocast, chosen:
             loss = self._loss(self._model, x, y)
         loss.backward()
-        return loss.detach()
+        return loss.detach().clone()  # with CUDA graphs the next step writes there
 
 
 class ReferenceTraining(Training):
@@ -338,6 +344,8 @@ def why_not(variant: Variant, device: torch.device, bias: bool = True) -> str | 
         return "a choice of attention needs a GPU"
     if variant.compile_mode is None or device.type != "cpu":
         return None
+    if variant.compile_mode == "reduce-overhead":
+        return "CUDA graphs need a GPU"
     compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
     if shutil.which(compiler) is None:
         return f"no C++ compiler ({compiler})"

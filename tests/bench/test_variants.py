@@ -71,6 +71,7 @@ def test_what_compiling_on_a_cpu_needs(monkeypatch: pytest.MonkeyPatch) -> None:
     assert variants.why_not(compiled, cpu) == "no C++ compiler (no-such-compiler)"
     assert variants.why_not(compiled, torch.device("cuda")) is None
     assert variants.why_not(variants.VARIANTS["fastgpt"], cpu) is None
+    assert variants.why_not(variants.VARIANTS["sdpa_graphs"], cpu) == "CUDA graphs need a GPU"
     for name in ("sdpa_flash", "sdpa_cudnn"):
         assert variants.why_not(variants.VARIANTS[name], cpu) == "a choice of attention needs a GPU"
     monkeypatch.delattr(F, "linear_cross_entropy", raising=False)
