@@ -28,12 +28,12 @@ if __name__ == "__main__":  # Python looks for modules in the folder of the scri
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from bench._harness import cli, machine
-from bench._harness.timing import Clock
 from bench._step import baselines
 from fastgpt import GPT, GPTConfig
 from fastgpt.devices import autocast, resolve_device, resolve_dtype
 from fastgpt.generation import Generator, Sampling
 from fastgpt.sampler import round_matrices
+from fastgpt.timing import Clock
 from fastgpt.training.config import Dtype
 
 _TURN = 16  # tokens

@@ -49,9 +49,7 @@ def no_launches() -> Iterator[None]:
     with (
         no_gpu_needed(_CAPABILITY),
         mock.patch.object(driver.active, "launcher_cls", launcher, create=True),
-        mock.patch.object(
-            driver.active, "utils", SimpleNamespace(load_binary=loaded), create=True
-        ),
+        mock.patch.object(driver.active, "utils", SimpleNamespace(load_binary=loaded), create=True),
         mock.patch.object(compiler, "max_shared_mem", lambda device: _SHARED_MEMORY),
         _host.interpreted(True, _CAPABILITY, _MULTIPROCESSORS),
     ):

@@ -16,8 +16,9 @@ import numpy as np
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from bench._harness.timing import Clock, rate, spread
+from bench._harness.timing import rate, spread
 from fastgpt.kernels import torch_ops
+from fastgpt.timing import Clock
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -1,14 +1,9 @@
-"""How every benchmark summarises its times. The clock is the package's own, which the tuner uses
-too."""
+"""How every benchmark summarises its times, which it takes by ``fastgpt.timing``."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-
-from fastgpt.timing import Clock as Clock
-from fastgpt.timing import interleaved as interleaved
-from fastgpt.timing import synchronize as synchronize
 
 
 @dataclass(frozen=True)

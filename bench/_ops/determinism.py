@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from bench._harness.cli import failure_of, write_json
-from bench._harness.timing import synchronize
 from bench._ops.op_bench import (
     DEVICE,
     Op,
@@ -26,6 +25,7 @@ from bench._ops.op_bench import (
     leaves_of,
     tensors,
 )
+from fastgpt.timing import synchronize
 
 REPEATS = 250
 

@@ -16,7 +16,6 @@ from rich.progress import Progress
 from torch import Tensor
 
 from bench._harness.cli import failure_of
-from bench._harness.timing import Clock, interleaved, synchronize
 from bench._step.report import Group, Result
 from bench._step.variants import (
     VARIANTS,
@@ -29,6 +28,7 @@ from bench._step.variants import (
     tf32,
     why_not,
 )
+from fastgpt.timing import Clock, interleaved, synchronize
 
 _UNTIMED = 2  # steps at the start of a turn, for the allocator and the caches
 # The first of them that can be measured is the base of every group.

@@ -19,9 +19,10 @@ from torch.profiler import profile as profiler
 
 from bench._harness.bars import stacked_bars
 from bench._harness.cli import failure_of, write_json
-from bench._harness.timing import Clock, spread, synchronize
+from bench._harness.timing import spread
 from bench._step.variants import VARIANTS, Options, Plan, Training, tf32
 from fastgpt.data.builtin_texts import prepare_builtin
+from fastgpt.timing import Clock, synchronize
 
 _STEPS = 5
 
