@@ -17,7 +17,7 @@ from tests.tools.small_models import small_config
 
 def model_in_fp8(fp8: str, device: str = "cpu", **options: Any) -> GPT:
     torch.manual_seed(0)
-    return GPT(small_config(vocab_size=80), fp8=fp8, **options).to(device)
+    return GPT(small_config(vocab_size=80, n_layer=1), fp8=fp8, **options).to(device)
 
 
 def batch(device: str = "cpu", seed: int = 1) -> tuple[Tensor, Tensor]:
@@ -42,7 +42,7 @@ def test_compiled_whole(device: str, recompute: bool) -> None:
 
 def test_fake_tensors() -> None:
     with FakeTensorMode():
-        model = GPT(small_config(vocab_size=80), ops=fused, fp8="head")
+        model = GPT(small_config(vocab_size=80, n_layer=1), ops=fused, fp8="head")
         for value, parameter in zip(
             loss_and_gradients(model, "cpu")[1:], model.parameters(), strict=True
         ):
