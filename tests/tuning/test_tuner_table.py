@@ -45,7 +45,6 @@ def test_what_is_decided_is_not_measured_again(
 
 def test_the_time_is_kept(trusting: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """It stops, keeps what is decided, says what is left, and goes on."""
-    only(monkeypatch, *(Key("gemm", name) for name in ("fwd", "bwd", "weight")))
     now = [0.0]
     monkeypatch.setattr(tuner.time, "monotonic", lambda: now[0])
     decide = tuner.Tuner.decide
