@@ -264,8 +264,7 @@ def test_draws_are_those_of_multinomial(dtype: torch.dtype) -> None:
 
 def kept(logits: Tensor, **options: Any) -> list[set[int]]:
     """The tokens that occur in 3000 draws, for each row."""
-    drawn = [draw(logits, Sampling(**options)).tolist() for _ in range(3000)]
-    return [set(row) for row in zip(*drawn, strict=True)]
+    return [set(draw(row.expand(3000, -1), Sampling(**options)).tolist()) for row in logits]
 
 
 def test_frequencies_after_cuts_are_the_probabilities() -> None:
@@ -304,7 +303,7 @@ def test_against_hugging_face() -> None:
         scores = process.MinPLogitsWarper(min_p)(idx, scores)
         sampling = Sampling(temperature, top_k, top_p, min_p, penalty)
         probs = scores.softmax(-1)
-        for seed in range(20):
+        for seed in range(5):
             torch.manual_seed(seed)
             expected = torch.multinomial(probs, 1)[:, 0]
             torch.manual_seed(seed)

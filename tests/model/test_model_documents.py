@@ -137,18 +137,20 @@ def test_generate_continues_the_last_document() -> None:
     assert not torch.equal(found[:, :BLOCK], without) and len(found.unique()) > 5
 
 
+@pytest.mark.parametrize("ops", [torch_ops, fused], ids=["torch_ops", "fused"])
 def test_compiles_without_a_graph_break(ops: ModuleType) -> None:
+    """Under autocast."""
     x, y = batch()
-    model = model_with(ops, small_config(n_layer=1), eot_token=EOT_TOKEN)
-    expected = model(x, y)[1]
-    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-    found = compiled(x, y)[1]
-    torch.testing.assert_close(found, expected)
-    found.backward()
-    again = model_with(ops, small_config(n_layer=1), eot_token=EOT_TOKEN)
-    again(x, y)[1].backward()
-    for ours, plain in zip(model.parameters(), again.parameters(), strict=True):
-        torch.testing.assert_close(ours.grad, plain.grad)
+    results = []
+    for compiled in (False, True):
+        model: Any = model_with(ops, small_config(n_layer=1), eot_token=EOT_TOKEN)
+        run = torch.compile(model, fullgraph=True, backend="aot_eager") if compiled else model
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = run(x, y)[1]
+        loss.backward()
+        results.append([loss.detach(), *(p.grad for p in model.parameters())])
+    for found, expected in zip(*results, strict=True):
+        torch.testing.assert_close(found, expected)
 
 
 @pytest.mark.gpu
