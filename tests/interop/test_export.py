@@ -142,17 +142,6 @@ def test_a_tokenizer_that_is_missing_is_noted(
     assert note.startswith("no tokenizer: the exported tokenizer needs tokenizers: pip install ")
 
 
-def test_to_safetensors_and_back(tmp_path: Path) -> None:
-    trainer = run(tmp_path)
-    written = exported(tmp_path, "safetensors")
-    assert written == Exported(tmp_path / "out" / "model.safetensors", [])
-    model = GPT.from_pretrained(str(written.path), {"dropout": 0.1})
-    assert model.config == trainer.model.config
-    saved = torch.load(tmp_path / "out" / "ckpt.pt", weights_only=True)["model"]
-    for name, tensor in model.state_dict().items():
-        assert torch.equal(saved[name], tensor)
-
-
 def test_safetensors_can_be_sampled(tmp_path: Path) -> None:
     run(tmp_path)
     file = tmp_path / "elsewhere" / "model.safetensors"

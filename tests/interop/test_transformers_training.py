@@ -12,9 +12,8 @@ import torch
 from torch import Tensor
 
 from fastgpt.interop import transformers as fast
-from tests.interop.test_transformers import VOCABULARY, close, gpt2, losses, patched
+from tests.interop.small_transformers import VOCABULARY, close, gpt2, losses, patched, transformers
 
-transformers = pytest.importorskip("transformers", reason="needs the extra hf")
 pytest.importorskip("accelerate", reason="needs the extra trl")
 
 WORDS = [f"w{i}" for i in range(VOCABULARY)]
