@@ -51,11 +51,7 @@ def collate(rows: list[dict[str, list[int]]]) -> dict[str, Tensor]:
         return torch.nn.utils.rnn.pad_sequence(tensors, True, value)
 
     ids = padded("input_ids", 0)
-    return {
-        "input_ids": ids,
-        "labels": padded("labels", -100),
-        "attention_mask": (ids > 0).long(),
-    }
+    return {"input_ids": ids, "labels": padded("labels", -100), "attention_mask": (ids > 0).long()}
 
 
 def trained(model: Any, folder: Path, **more: Any) -> tuple[list[float], list[Tensor]]:

@@ -11,14 +11,7 @@ from torch import Tensor
 
 from fastgpt import GPT
 from fastgpt.kernels import fused, reference, torch_ops
-from tests.tools.small_models import (
-    BLOCK,
-    V,
-    model_with,
-    small_config,
-    small_model,
-    tokens,
-)
+from tests.tools.small_models import BLOCK, V, model_with, small_config, small_model, tokens
 
 EOT_TOKEN = 7
 # (sequence, begin, end) of every document of ``batch``

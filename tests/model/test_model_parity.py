@@ -217,11 +217,5 @@ def test_dispatch_compiles_for_cuda_without_a_gpu(monkeypatch: pytest.MonkeyPatc
     ours = {name for name in found if name.startswith("fastgpt")}
     assert ours == {
         f"fastgpt.{op}.default"
-        for op in (
-            "attention_qkvpacked",
-            "embedding",
-            "layer_norm",
-            "linear",
-            "mlp",
-        )
+        for op in ("attention_qkvpacked", "embedding", "layer_norm", "linear", "mlp")
     }

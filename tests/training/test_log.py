@@ -161,8 +161,7 @@ def test_wandb_itself_takes_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 
 @pytest.mark.parametrize(
-    ("key", "module"),
-    [("wandb_log", "wandb"), ("tensorboard_log", "torch.utils.tensorboard")],
+    ("key", "module"), [("wandb_log", "wandb"), ("tensorboard_log", "torch.utils.tensorboard")]
 )
 def test_a_missing_package_is_named_before_any_work(
     key: str, module: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
