@@ -203,25 +203,6 @@ def test_nothing_is_autotuned_at_run_time() -> None:
             assert name != "autotune", f"{module}, line {getattr(node, 'lineno', '?')}"
 
 
-def test_how_imports_are_read() -> None:
-    code = (
-        "import triton.language as tl\n"
-        "from fastgpt.kernels import fused, split\n"
-        "from fastgpt.model import GPT\n"
-        "if x:\n    import wandb\n"
-        "def f():\n    import tiktoken\n"
-    )
-    found = {(i.module, i.line, i.at_import) for i in imports(code, set(SOURCES))}
-    assert found == {
-        ("triton.language", 1, True),
-        ("fastgpt.kernels.fused", 2, True),
-        ("fastgpt.kernels", 2, True),
-        ("fastgpt.model", 3, True),
-        ("wandb", 5, True),
-        ("tiktoken", 7, False),
-    }
-
-
 # -- a machine without Triton, tyro and rich
 
 

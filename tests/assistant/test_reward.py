@@ -124,14 +124,11 @@ GOOD: dict[str, Any] = {
     "row, message",
     [
         ("[", "pairs.jsonl is not JSON"),
-        ("3", "pairs.jsonl must be a JSON object"),
         ({**GOOD, "chosen": 3}, "chosen must be a text, not empty, got 3"),
         ({k: v for k, v in GOOD.items() if k != "rejected"}, "rejected must be a text"),
         ({**GOOD, "rejected": "a"}, "rejected must differ from chosen, got 'a' twice"),
         ({**GOOD, "chosen": "a" * 12}, "chosen must end within the model's block_size of 16"),
-        ({**GOOD, "messages": []}, "messages must be a list with at least one message"),
         ({**GOOD, "messages": GOOD["messages"] * 2}, "messages[1].role must be 'assistant'"),
-        ({**GOOD, "messages": [{"role": "user", "content": "x"}]}, "messages[0].content: "),
         ({**GOOD, "chosen": "x"}, "chosen: "),
     ],
 )

@@ -239,10 +239,6 @@ def test_fewer_characters_than_hypotheses() -> None:
     Path("ab.tsv").write_text("a\tb\nb\ta\nab\tba\n")
     assert train("--pairs=ab.tsv", "--out_dir=out", max_iters=1, held_out=1) == 0
     assert main(["translate", "--model=out", "ab"]) == 0
-
-
-def test_nothing_to_translate() -> None:
-    trained("out", max_iters=1)
     assert Translator("out", "cpu")([]) == []
 
 

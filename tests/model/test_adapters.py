@@ -13,15 +13,8 @@ from torch import nn
 from fastgpt import GPT
 from tests.model.test_module_tree import CHANGES, changed, replaced, tokens
 
-TARGETS = {
-    "c_attn": ["c_attn"],
-    "both c_proj": ["attn.c_proj", "mlp.c_proj"],
-    "c_fc": ["c_fc"],
-    "lm_head": ["lm_head"],
-    "all": ["c_attn", "c_proj", "c_fc", "lm_head"],
-}
-
-
+LAYERS = ["c_attn", "attn.c_proj", "c_fc", "mlp.c_proj"]
+TARGETS = {"layers": LAYERS, "all": [*LAYERS, "lm_head"]}
 IDX, NEXT = tokens()
 
 

@@ -18,7 +18,6 @@ from fastgpt.sampler import Sampler
 from fastgpt.tokenizer import CharTokenizer, Tokenizer
 from fastgpt.tokenizer.subword import JsonTokenizer, SentencePieceTokenizer, byte_of_character
 from fastgpt.tokenizer.training import train_tokenizer
-from fastgpt.training import checkpoint as ckpt
 from fastgpt.training.config import SampleConfig
 from fastgpt.training.trainer import Trainer
 from tests.tools.small_runs import data_set, small_config
@@ -159,12 +158,8 @@ def test_weights_with_gpt2s_tokens(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 def test_weights_that_cannot_write(hf_folder: Path, tmp_path: Path) -> None:
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(FileNotFoundError, match="empty has none of the files model.safetensors"):
-        written(tmp_path / "empty")
-    for absent in (tmp_path / "absent", tmp_path / "absent.safetensors"):
-        with pytest.raises(FileNotFoundError, match="there is no folder or file .*absent"):
-            written(absent)
+    with pytest.raises(FileNotFoundError, match="there is no folder or file .*absent"):
+        written(tmp_path / "absent")
     tokenizer = hf_folder / "tokenizer.json"
     tokenizer.rename(tmp_path / "tokenizer.json")
     message = "vocabulary of .* tokens, but beside it there is no tokenizer to say which: none of"
@@ -175,14 +170,6 @@ def test_weights_that_cannot_write(hf_folder: Path, tmp_path: Path) -> None:
         message = rf"tokens, but the tokenizer beside it \(meta.pkl\) has {len(characters)}"
         with pytest.raises(ValueError, match=message):
             written(hf_folder)
-
-
-def test_a_bigram_writes_too(tmp_path: Path) -> None:
-    data_set(tmp_path)
-    Trainer(small_config(tmp_path, model="bigram")).run()
-    saved = ckpt.load(tmp_path / "out" / "ckpt.pt")
-    assert list(saved["model"]) == ["table.weight"]
-    assert len(next(iter(sampler(tmp_path / "out")))) == 21
 
 
 # -- stop texts, pieces, batches
@@ -385,11 +372,3 @@ def test_what_is_wrong_with_a_prompt_is_said_at_once(out_dir: Path) -> None:
         made.stream("é")
     with pytest.raises(ValueError, match="a prompt must hold at least one token, got ''"):
         made.complete(["1", ""])
-
-
-def test_damaged_weights_are_named(out_dir: Path) -> None:
-    made = sampler(out_dir)
-    with torch.no_grad():
-        next(made.model.parameters()).fill_(float("nan"))
-    with pytest.raises(FloatingPointError, match="logits are NaN or infinite"):
-        list(made)
