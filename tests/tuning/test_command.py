@@ -12,7 +12,6 @@ from fastgpt.cli.tune import TuneConfig, shape_of
 from fastgpt.kernels import configs, fused
 from fastgpt.kernels.configs import Elementwise, Key
 from fastgpt.tuning import tuner
-from tests.tuning.conftest import measured, trusting  # noqa: F401
 
 
 @pytest.fixture
