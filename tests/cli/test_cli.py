@@ -123,7 +123,9 @@ def test_a_run_stopped_before_its_first_evaluation(
     monkeypatch.setattr(World, "any", lambda self, value: True)  # stops behind its first update
     assert cli.main(small(eval_interval=1000)) == 130
     assert not Path("out/ckpt.pt").exists()
-    capsys.readouterr()
+    out = " ".join(capsys.readouterr().out.split())
+    assert "stopped before iteration 1; saved out/iter-0000001.pt" in out
+    assert "--init_from=resume" in out
     assert cli.main(["sample", "--num_samples=1", "--max_new_tokens=5", "--start=1"]) == 0
     captured = capsys.readouterr()
     assert captured.err.startswith("note: out has no ckpt.pt")

@@ -66,19 +66,6 @@ def test_from_texts_to_a_sample(kind: str, capfd: pytest.CaptureFixture[str]) ->
     assert "was trained on 300 tokens that are not those of the data" in capfd.readouterr().err
 
 
-def test_characters_of_documents() -> None:
-    run("prepare", "--input=docs.jsonl", "--text_key=body", "--val_share=0.5", "--seed=4")
-    tokenizer = CharTokenizer.load("data/docs/meta.pkl")
-    texts = [
-        tokenizer.decode(np.fromfile(f"data/docs/{split}.bin", np.uint16))
-        for split in ("train", "val")
-    ]
-    lines = [line for text in texts for line in text.split("\n") if line]
-    assert sorted(lines) == sorted(text[-2::-1] for text in DOCUMENTS)
-    assert all(text.count("\n") == 2 * text.count("D") for text in texts)  # own and separator
-    assert all(80 < text.count("D") < 320 for text in texts)
-
-
 def test_the_share_of_one_text() -> None:
     run("prepare", "--input=text.txt")
     run("prepare", "--input=text.txt")  # finds it finished

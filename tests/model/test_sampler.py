@@ -72,9 +72,13 @@ def test_prompt_from_a_file(out_dir: Path, tmp_path: Path) -> None:
         sampler(out_dir, start=f"FILE:{tmp_path / 'absent.txt'}")
 
 
-def test_unknown_characters_and_missing_runs_are_named(out_dir: Path, tmp_path: Path) -> None:
+def test_what_is_wrong_with_a_prompt_or_a_run_is_named(out_dir: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="'é' at position 1, which is not among the"):
         sampler(out_dir, start="1é")
+    with pytest.raises(ValueError, match="'é' at position 0"):
+        sampler(out_dir).stream("é")  # at once
+    with pytest.raises(ValueError, match="a prompt must hold at least one token, got ''"):
+        sampler(out_dir).complete(["1", ""])
     with pytest.raises(FileNotFoundError, match="no checkpoint .*ckpt.pt"):
         sampler(tmp_path)
     with pytest.raises(ValueError, match="device must be one that this machine has"):
@@ -364,11 +368,3 @@ def test_a_vocabulary_without_a_line_feed(tmp_path: Path) -> None:
         assert len(text) == 21 and text[0] == " "
     with pytest.raises(ValueError, match=r"text has '\\n' at position 1"):
         sampler(tmp_path / "out", start="a\n")
-
-
-def test_what_is_wrong_with_a_prompt_is_said_at_once(out_dir: Path) -> None:
-    made = sampler(out_dir)
-    with pytest.raises(ValueError, match="'é' at position 0"):
-        made.stream("é")
-    with pytest.raises(ValueError, match="a prompt must hold at least one token, got ''"):
-        made.complete(["1", ""])

@@ -62,9 +62,9 @@ class Forked:
             free.bind(("localhost", 0))
             port = free.getsockname()[1]
         for rank in range(processes):
-            world = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes}
-            world |= {"MASTER_ADDR": "localhost", "MASTER_PORT": port}
-            environment = {**os.environ, **{name: str(value) for name, value in world.items()}}
+            world = dict(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=processes, MASTER_PORT=port)
+            environment = {**os.environ, "MASTER_ADDR": "localhost"}
+            environment |= {name: str(value) for name, value in world.items()}
             given = (function, args, os.getcwd(), environment, writer)
             self._processes.append(_server().Process(target=_child, args=given))
             self._processes[-1].start()

@@ -25,7 +25,7 @@ from tests.tools.small_runs import (
     state_of,
     trained,
 )
-from tests.training.processes import command, killed_once, started
+from tests.training.processes import command, killed_once
 
 
 @pytest.fixture(autouse=True)
@@ -48,19 +48,6 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(tmp_path: Path) -> None
     for state in (resumed, whole):
         state["config"].pop("init_from")
     assert_same(resumed, whole)
-
-
-def test_ctrl_c_saves_and_can_be_resumed(tmp_path: Path) -> None:
-    run = started(small_keys(tmp_path, max_iters=100000, eval_interval=30))
-    run.wait_for(tmp_path / "out" / "iter-0000030.pt")
-    run.send_signal(signal.SIGINT)
-    output = run.finished(130)
-    stopped = state_of(tmp_path)["iter_num"]
-    saved = tmp_path / "out" / f"iter-{stopped:07d}.pt"
-    assert f"stopped before iteration {stopped}; saved {saved}" in output
-    assert "--init_from=resume" in output and "Traceback" not in output
-    trainer = Trainer(small_config(tmp_path, init_from="resume"), quiet())
-    assert trainer.iter_num == stopped > 30
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
