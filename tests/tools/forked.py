@@ -20,7 +20,9 @@ from unittest import mock
 from tests.tools.small_runs import HANGS
 
 ROOT = Path(__file__).resolve().parents[2]
-_IMPORTED = ["pytest", "fastgpt.cli.train", "fastgpt.training.fsdp", "tests.tools.small_runs"]
+# The last two are what a first update and a sharded checkpoint import.
+_IMPORTED = ["pytest", "tests.tools.small_runs", "fastgpt.cli.train", "fastgpt.training.fsdp"]
+_IMPORTED += ["torch._dynamo", "torch.distributed.checkpoint"]
 
 
 @functools.cache

@@ -63,7 +63,7 @@ class _Calls(TorchDispatchMode):
 
 def _exchange(root: Path, world: World) -> None:
     """Gradients are reduced once an update, however many micro-batches it has."""
-    for count in (2, 6):
+    for count in (2, 4):
         trainer = _built(root, world, gradient_accumulation_steps=count)
         _updates(trainer, 1)
         with _Calls() as calls:
