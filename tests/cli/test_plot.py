@@ -109,12 +109,10 @@ def test_the_command(
     assert main(["plot", "out", "other", "--output=new/both.png"]) == 0
     assert capsys.readouterr().out == "wrote new/both.png\n" and Path("new/both.png").is_file()
     assert main(["plot", "absent"]) == 2
-    assert "there is no absent/log.jsonl" in capsys.readouterr().err
+    assert "there is no absent/log.jsonl: `fastgpt train`" in capsys.readouterr().err
 
 
 def test_what_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(FileNotFoundError, match="there is no .*absent/log.jsonl: `fastgpt train`"):
-        plot(PlotConfig(folders=(tmp_path / "absent",)))
     empty = written(tmp_path / "empty", [])
     with pytest.raises(ValueError, match="log.jsonl is empty"):
         plot(PlotConfig(folders=(empty,)))
