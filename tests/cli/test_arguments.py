@@ -16,11 +16,6 @@ from fastgpt.training.presets import PRESETS
 from tests.tools.small_runs import arguments, data_set, quiet, small_keys
 
 
-@pytest.fixture(autouse=True)
-def in_tmp_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-
-
 def parsed(*argv: str) -> TrainConfig:
     args = ["train", *argv]
     command = cli._parse(args, cli.Train())

@@ -18,11 +18,6 @@ from fastgpt.training.trainer import Trainer
 from tests.tools.small_runs import TEXT, arguments, data_set, small_keys, state_of
 
 
-@pytest.fixture(autouse=True)
-def in_tmp_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-
-
 def small(**changes: Any) -> list[str]:
     return ["train", "--preset=gpt2", *arguments(small_keys(Path(), **changes))]
 

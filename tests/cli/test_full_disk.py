@@ -21,11 +21,6 @@ resource = pytest.importorskip("resource", reason="POSIX's limits")
 _CAUSE = "error: File too large: "
 
 
-@pytest.fixture(autouse=True)
-def in_tmp_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-
-
 def _limited(calls: tuple[tuple[int, list[str]], ...], stdout: str) -> None:
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     sys.stdout = open(stdout, "w")

@@ -24,8 +24,7 @@ DOCUMENTS = [f"Document {i} says: to be, or not to be, that is number {i}.\n" fo
 
 
 @pytest.fixture(autouse=True)
-def _in_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
+def _texts(in_tmp_path: None) -> None:
     lines = [json.dumps({"text": text, "body": text[::-1]}) for text in DOCUMENTS]
     Path("docs.jsonl").write_text("\n".join(lines))
     Path("text.txt").write_text("".join(DOCUMENTS))

@@ -30,8 +30,7 @@ SMALL |= dict(log_interval=2, warmup_iters=4, held_out=6, max_length=16, device=
 
 
 @pytest.fixture(autouse=True)
-def _in_a_folder_with_texts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
+def _texts(in_tmp_path: None) -> None:
     sources, targets = zip(*PAIRS, strict=True)
     Path("a.txt").write_text("\n".join(sources) + "\n")
     Path("b.txt").write_text("\r\n".join(targets))

@@ -17,7 +17,7 @@ from fastgpt.tuning.phase import Phase
 from fastgpt.tuning.table import choices
 from tests.tools import interpreter
 from tests.tools.forked import Forked
-from tests.tuning.small_tuning import CPU, WORK, clock, last, number, only, run
+from tests.tuning.small_tuning import CPU, WORK, clock, last, number, on_no_gpu, only, run, trust
 
 pytestmark = pytest.mark.usefixtures("measured")
 
@@ -80,14 +80,10 @@ def test_what_takes_most_time_comes_first(trusting: None, monkeypatch: pytest.Mo
 def _killed(folder: Path, die_at: int) -> None:
     """A tuner that is killed in a decision, or, at 0, is not."""
     interpreter.install()
-    os.environ["FASTGPT_TUNED"] = str(folder)
     with pytest.MonkeyPatch.context() as patch, _host.interpreted(True, 90):
         only(patch, Key("gemm", "fwd"), Key("gemm", "bwd"), Key("gemm", "weight"))
-        patch.setattr(tuner, "ROUNDS", 1)
-        patch.setattr(tuner, "Occupier", lambda device: lambda: None)
-        patch.setattr(tuner, "milliseconds", lambda work, device: 1.0)
-        patch.setattr(Phase, "right", lambda phase: None)
-        patch.setattr(Phase, "check", lambda phase, right: None)
+        on_no_gpu(patch, folder)
+        trust(patch)
         times, decide, asked = tuner.Tuner._times, tuner.Tuner.decide, itertools.count(1)
 
         def killed(self: tuner.Tuner, *args: Any) -> Any:
