@@ -87,13 +87,21 @@ class Forked:
         output = b"".join(parts).decode()
         for process in self._processes:
             process.join(HANGS)
-            assert process.exitcode == returncode, output
+        codes = [process.exitcode for process in self._processes]
+        self.kill()  # what hangs
+        assert set(codes) == {returncode}, output
         return output
+
+    def kill(self) -> None:
+        for process in self._processes:
+            process.kill()
 
     def wait_for(self, path: Path) -> None:
         """Until there is this file."""
         deadline = time.monotonic() + HANGS
         while not path.exists():
-            assert all(process.is_alive() for process in self._processes), self.finished()
-            assert time.monotonic() < deadline, f"no {path}"
+            alive = all(process.is_alive() for process in self._processes)
+            if not alive or time.monotonic() > deadline:
+                self.kill()
+                raise AssertionError(f"no {path}: {self.finished(-signal.SIGKILL)}")
             time.sleep(0.005)
