@@ -59,7 +59,7 @@ class Options(NamedTuple):
 
 
 _EPS = 1e-5
-_NO_NORM = None, None, None, 0.0  # the input of a linear layer is not recomputed
+_NO_NORM: tuple[Any, ...] = None, None, None, 0.0  # a linear layer's input is not recomputed
 
 
 def fits(
@@ -175,7 +175,8 @@ class _Block(torch.autograd.Function):
             residual, delta, p.ln_weight, p.ln_bias, p.attn_bias, seeds[1], _EPS, o.dropout_p[1],
             first + 1, x.dtype,
         )  # fmt: skip
-        again = (total, p.ln_weight, p.ln_bias, _EPS) if o.recompute else _NO_NORM
+        assert total is not None  # there is a delta
+        again: Any = (total, p.ln_weight, p.ln_bias, _EPS) if o.recompute else _NO_NORM
         delta, pre, *act = mlp_fwd(
             h, p.fc_weight, p.fc_bias, p.mlp_weight, *again, o.approximate, True
         )
@@ -213,10 +214,10 @@ class _Block(torch.autograd.Function):
             dy, dtotal, next_total, next_ln_weight, next_mean, next_rstd, seed_2,
             o.dropout_p[2], first + 2, pre.dtype, has_bias,
         )  # fmt: skip
-        again = (total, ln_weight, ln_bias) if o.recompute else (h, None, None)
+        again: Any = (total, ln_weight, ln_bias, _EPS) if o.recompute else (h, *_NO_NORM[1:])
         dh, *dmlp = mlp_bwd(
-            ddelta, fc_weight, mlp_weight, *again, pre, act, _EPS if o.recompute else 0.0,
-            o.approximate, has_bias, True, True, True,
+            ddelta, fc_weight, mlp_weight, *again[:3], pre, act, again[3], o.approximate,
+            has_bias, True, True, True,
         )  # fmt: skip
         dresidual, ddelta, dln, dattn_bias = _norm_bwd(
             dh, dtotal, total, ln_weight, mean, rstd, seed_1, o.dropout_p[1], first + 1,

@@ -1,14 +1,13 @@
 """The architecture, read from the sources: imports run one way, heavy libraries load late."""
 
 import ast
+import functools
 import json
 import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-
-import pytest
 
 from tests.tools.small_runs import data_set, small_keys
 
@@ -125,18 +124,22 @@ def imports(code: str, modules: set[str]) -> Iterator[Import]:
         yield from (Import(name, node.lineno, id(node) not in late) for name in names)
 
 
+@functools.cache
 def imports_of(module: str) -> list[Import]:
     return list(imports(SOURCES[module].read_text(), set(SOURCES)))
 
 
-MODULES = pytest.mark.parametrize("module", sorted(SOURCES))
+def everything() -> Iterator[tuple[str, Import, str]]:
+    """(module, what it imports, the place in words)."""
+    for module in SOURCES:
+        for found in imports_of(module):
+            yield module, found, f"{module}, line {found.line}: {found.module}"
 
 
-@MODULES
-def test_imports_run_one_way(module: str) -> None:
-    for found in imports_of(module):
+def test_imports_run_one_way() -> None:
+    for module, found, where in everything():
         if found.package == "fastgpt":
-            assert RANK[found.module] <= RANK[module], f"{module}, line {found.line}"
+            assert RANK[found.module] <= RANK[module], where
 
 
 def test_no_modules_import_each_other() -> None:
@@ -151,26 +154,22 @@ def test_no_modules_import_each_other() -> None:
             del left[module]
 
 
-@MODULES
-def test_kernels_know_no_model_and_the_tree_is_not_imported_by_its_other_name(module: str) -> None:
-    for found in imports_of(module):
-        assert found.package not in ("kernels", "bench", "tests"), f"{module}, line {found.line}"
+def test_kernels_know_no_model_and_the_tree_is_not_imported_by_its_other_name() -> None:
+    for module, found, where in everything():
+        assert found.package not in ("kernels", "bench", "tests"), where
         if module.startswith("fastgpt.kernels.") and found.package == "fastgpt":
-            assert found.module.startswith("fastgpt.kernels"), f"{module}, line {found.line}"
+            assert found.module.startswith("fastgpt.kernels"), where
 
 
-@MODULES
-def test_triton_and_optional_libraries_load_late(module: str) -> None:
-    in_kernels, _, name = module.removeprefix("fastgpt.").rpartition(".")
-    of_the_command_line = module.startswith("fastgpt.cli")
-    for found in imports_of(module):
-        where = f"{module}, line {found.line}: {found.module}"
+def test_triton_and_optional_libraries_load_late() -> None:
+    for module, found, where in everything():
+        in_kernels, _, name = module.removeprefix("fastgpt.").rpartition(".")
         if found.package == "triton":
             asked = module == "fastgpt.cli.doctor" and not found.at_import  # for its version
             assert asked or in_kernels == "kernels" and name not in TORCH_ALONE, where
         if found.package in ("tyro", "rich"):
             late = found.package == "rich" and not found.at_import
-            assert of_the_command_line or late, where
+            assert module.startswith("fastgpt.cli") or late, where
         if found.package in LATE:
             assert not found.at_import and in_kernels != "kernels", where
         # `fused` and the op files import Triton, so whoever imports them does
@@ -178,12 +177,12 @@ def test_triton_and_optional_libraries_load_late(module: str) -> None:
             assert module == "fastgpt.ops" and not found.at_import, where
 
 
-@pytest.mark.parametrize("name", sorted(TORCH_ALONE))
-def test_the_plain_ops_need_no_triton(name: str) -> None:
-    for found in imports_of(f"fastgpt.kernels.{name}"):
-        allowed = found.package in ("torch", *sys.stdlib_module_names)
-        allowed |= name == "costs" and not found.at_import  # a formula asks the launch tables
-        assert allowed or found.module.removeprefix("fastgpt.kernels.") in TORCH_ALONE
+def test_the_plain_ops_need_no_triton() -> None:
+    for name in TORCH_ALONE:
+        for found in imports_of(f"fastgpt.kernels.{name}"):
+            allowed = found.package in ("torch", *sys.stdlib_module_names)
+            allowed |= name == "costs" and not found.at_import  # a formula asks the launch tables
+            assert allowed or found.module.removeprefix("fastgpt.kernels.") in TORCH_ALONE, name
 
 
 def test_data_and_tokenizers_never_load_the_model() -> None:
@@ -197,37 +196,19 @@ def test_data_and_tokenizers_never_load_the_model() -> None:
     assert not seen & {"fastgpt", "fastgpt.language_model", "fastgpt.model", "fastgpt.ops"}
 
 
-@MODULES
-def test_nothing_is_autotuned_at_run_time(module: str) -> None:
-    for node in ast.walk(ast.parse(SOURCES[module].read_text())):
-        name = getattr(node, "attr", getattr(node, "id", ""))
-        assert name != "autotune", f"{module}, line {getattr(node, 'lineno', '?')}"
+def test_nothing_is_autotuned_at_run_time() -> None:
+    for module, path in SOURCES.items():
+        for node in ast.walk(ast.parse(path.read_text())):
+            name = getattr(node, "attr", getattr(node, "id", ""))
+            assert name != "autotune", f"{module}, line {getattr(node, 'lineno', '?')}"
 
 
-def test_how_imports_are_read() -> None:
-    code = (
-        "import triton.language as tl\n"
-        "from fastgpt.kernels import fused, split\n"
-        "from fastgpt.model import GPT\n"
-        "if x:\n    import wandb\n"
-        "def f():\n    import tiktoken\n"
-    )
-    found = {(i.module, i.line, i.at_import) for i in imports(code, set(SOURCES))}
-    assert found == {
-        ("triton.language", 1, True),
-        ("fastgpt.kernels.fused", 2, True),
-        ("fastgpt.kernels", 2, True),
-        ("fastgpt.model", 3, True),
-        ("wandb", 5, True),
-        ("tiktoken", 7, False),
-    }
+# -- a machine without Triton, tyro and rich
 
 
-# -- a machine without Triton
-
-
-def test_only_the_command_line_needs_tyro_and_rich(tmp_path: Path) -> None:
-    """Every other module is imported without them, and a run makes two updates."""
+def test_training_on_a_cpu_needs_no_triton_tyro_or_rich(tmp_path: Path) -> None:
+    """A run makes two updates; then, with Triton, every module but the command line's is
+    imported."""
     data_set(tmp_path)
     code = f"""
 import importlib, json, sys
@@ -238,41 +219,24 @@ class Missing:
             raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
 
 sys.meta_path.insert(0, Missing())
-for module in {[name for name in SOURCES if not name.startswith("fastgpt.cli")]}:
-    importlib.import_module(module)
+sys.modules["triton"] = None  # every import of it fails
 from fastgpt.__main__ import main
 from fastgpt.training.config import TrainConfig
 from fastgpt.training.trainer import Trainer
 trainer = Trainer(TrainConfig(**json.loads({json.dumps(small_keys(tmp_path, max_iters=1))!r})))
 trainer.run()
 assert trainer.iter_num == 2
-sys.exit(main(["train"]))
-"""
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
-    assert run.returncode == 2, run.stderr
-    assert run.stderr == "error: the command line needs tyro: pip install tyro\n"
-    assert "iter 0: loss" in run.stdout
-
-
-def test_training_on_a_cpu_needs_no_triton() -> None:
-    code = """
-import math, sys
-sys.modules["triton"] = None  # every import of it fails
-import torch
-from fastgpt import GPT, GPTConfig
-model = GPT(GPTConfig(block_size=8, vocab_size=16, n_layer=1, n_head=2, n_embd=8))
-idx = torch.arange(8).view(1, 8)
-loss = model(idx, idx)[1]
-loss.backward()
-assert all(p.grad.isfinite().all() for p in model.parameters())
-assert abs(loss.item() - math.log(16)) < 0.2
-print("trained")
 try:
     import fastgpt.kernels.fused
 except ImportError:
     print("no triton here")
+del sys.modules["triton"]
+for module in {[name for name in SOURCES if not name.startswith("fastgpt.cli")]}:
+    importlib.import_module(module)
+sys.exit(main(["train"]))
 """
-    run = subprocess.run(
-        [sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, cwd=ROOT
-    )
-    assert run.stdout.split("\n") == ["trained", "no triton here", ""], run.stderr
+    command = [sys.executable, "-W", "error", "-c", code]
+    run = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert run.returncode == 2, run.stderr
+    assert run.stderr == "error: the command line needs tyro: pip install tyro\n"
+    assert "iter 0: loss" in run.stdout and run.stdout.endswith("no triton here\n")

@@ -70,9 +70,6 @@ GOOD = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "co
     "line, reason",
     [
         ("{", "is not JSON"),
-        ("[]", "must be a JSON object, got list"),
-        ('{"text": "a"}', "messages must be a list with at least one message, got None"),
-        (json.dumps({"messages": GOOD["messages"][1:]}), "messages[0].role must be 'user' or"),
         (json.dumps({"messages": GOOD["messages"][:1]}), "messages has no answer"),
         (
             json.dumps({"messages": [*GOOD["messages"], {"role": "user", "content": "a?"}]}),

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from bench._harness import machine, timing
+from fastgpt.timing import Clock, interleaved
 
 
 def test_spread_and_rate() -> None:
@@ -15,7 +16,7 @@ def test_spread_and_rate() -> None:
 
 
 def test_clock_measures_each_interval() -> None:
-    clock = timing.Clock(torch.device("cpu"))
+    clock = Clock(torch.device("cpu"))
     for _ in range(3):
         clock.mark()
         sum(range(10_000))
@@ -24,7 +25,7 @@ def test_clock_measures_each_interval() -> None:
 
 
 def test_every_round_has_every_variant_and_another_first() -> None:
-    order = list(timing.interleaved("abc", 4))
+    order = list(interleaved("abc", 4))
     assert "".join(item for _, item in order) == "abcbcacababc"
     assert [number for number, _ in order] == [0, 0, 0, 1, 1, 1, 2, 2, 2, 3, 3, 3]
 

@@ -78,7 +78,9 @@ def test_a_new_gpu(gpu: Callable[[int, int], None], monkeypatch: pytest.MonkeyPa
     assert facts["CUDA graph"].startswith("yes: ") and facts["fp8"] == "yes: --fp8=head"
 
 
-def test_gpus_that_are_too_old_for_something(gpu: Callable[[int, int], None]) -> None:
+def test_machines_that_lack_something(
+    gpu: Callable[[int, int], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
     gpu(8, 6)
     facts = found()
     assert facts["fp8"].startswith("no: ") and "launch table of sm_80" in facts["ops"]
@@ -87,11 +89,6 @@ def test_gpus_that_are_too_old_for_something(gpu: Callable[[int, int], None]) ->
     for what in ("GPU cuda:0", "ops"):
         assert "need compute capability 8.0, and GPU X has 7.0" in facts[what]
     assert facts["dtype auto"] == "float16" and "float16" in facts["CUDA graph"]
-
-
-def test_rocm_and_no_triton(
-    gpu: Callable[[int, int], None], monkeypatch: pytest.MonkeyPatch
-) -> None:
     gpu(9, 4)
     with monkeypatch.context() as patched:
         patched.setattr(torch.version, "hip", "7.0")

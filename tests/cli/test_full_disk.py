@@ -2,46 +2,36 @@
 for it: writes fail in the same places, with EFBIG for ENOSPC.
 """
 
+import os
 import shutil
-import subprocess
+import signal
 import sys
 from pathlib import Path
-from typing import TextIO
 
 import pytest
 import torch
 
 from fastgpt.cli import main as cli
 from fastgpt.training import checkpoint as ckpt
+from tests.tools.forked import Forked
 from tests.tools.small_runs import TEXT, arguments, data_set, small_keys
 
-pytest.importorskip("resource", reason="POSIX's limits")
+resource = pytest.importorskip("resource", reason="POSIX's limits")
 
-_LIMITED = """
-import resource, signal, sys
-from fastgpt.cli import main
-signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-for size, *argv in {calls}:
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
-    print("exit", main.main(argv), file=sys.stderr)
-"""
 _CAUSE = "error: File too large: "
 
 
-@pytest.fixture(autouse=True)
-def in_tmp_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
+def _limited(calls: tuple[tuple[int, list[str]], ...], stdout: str) -> None:
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    sys.stdout = open(stdout, "w")
+    for size, argv in calls:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
+        print("exit", cli.main(argv), file=sys.stderr)
 
 
-def run(*calls: tuple[int | str, ...], stdout: int | TextIO = subprocess.DEVNULL) -> list[str]:
+def run(*calls: tuple[int, list[str]], stdout: str = os.devnull) -> list[str]:
     """stderr of commands, each with the largest size of a file in bytes before it."""
-    script = _LIMITED.format(calls=list(calls))
-    root = str(Path(cli.__file__).parents[2])
-    program = f"import sys; sys.path.insert(0, {root!r}){script}"
-    command = [sys.executable, "-c", program]
-    done = subprocess.run(command, stdout=stdout, stderr=subprocess.PIPE, text=True)
-    assert done.returncode == 0, done.stderr
-    return done.stderr.splitlines()
+    return Forked(_limited, calls, stdout).finished().splitlines()
 
 
 def test_train() -> None:
@@ -53,11 +43,11 @@ def test_train() -> None:
     whole = max(map(len, before.values()))
     resume = ["train", "--init_from=resume", "--max_iters=3"]
     sizes = [*range(4096, whole, whole // 8), whole - 40]
-    printed = run(*((size, *resume) for size in sizes))
+    printed = run(*((size, resume) for size in sizes))
     assert printed == [f"{_CAUSE}out/iter-0000002.pt", "exit 1"] * len(sizes)
     assert {path: path.read_bytes() for path in Path("out").glob("*.pt")} == before
     assert not list(Path("out").glob(".*"))
-    (log_line, code) = run((100, *resume))
+    (log_line, code) = run((100, resume))
     assert (log_line, code) == (f"{_CAUSE}out/log.jsonl", "exit 1")
     assert cli.main(resume) == 0
     assert ckpt.load(Path("out/iter-0000004.pt"))["iter_num"] == 4
@@ -66,7 +56,7 @@ def test_train() -> None:
 def test_prepare_continues() -> None:
     Path("own.txt").write_text(TEXT * 400)
     command = ["prepare", "--input=own.txt"]
-    assert run((1_000_000, *command)) == [f"{_CAUSE}data/own/.prepare", "exit 1"]
+    assert run((1_000_000, command)) == [f"{_CAUSE}data/own/.prepare", "exit 1"]
     assert cli.main(command) == 0
     expected = Path("data/own/train.bin").read_bytes()
     shutil.rmtree("data")
@@ -80,10 +70,9 @@ def test_export_and_sample() -> None:
     assert cli.main(["train", "--preset=gpt2", *arguments(keys)]) == 0
     nanogpt, hf = ["export", "--to=nanogpt"], ["export", "--to=hf"]
     sample = ["sample", "--num_samples=40", "--max_new_tokens=40", "--start=1"]
-    printed = run((5000, *nanogpt), (100, *hf), (200, *hf), (9000, *hf))
+    printed = run((5000, nanogpt), (100, hf), (200, hf), (9000, hf))
     assert printed[:2] == [f"{_CAUSE}out/.nanogpt.tmp/ckpt.pt", "exit 1"]
     assert len(printed) == 8 and all("File too large" in line for line in printed[::2])
     assert not Path("out/nanogpt").exists() and not Path("out/hf").exists()
-    with Path("samples").open("w") as file:
-        assert run((500, *sample), stdout=file) == [f"{_CAUSE}stdout", "exit 1"]
+    assert run((500, sample), stdout="samples") == [f"{_CAUSE}stdout", "exit 1"]
     assert torch.load("out/ckpt.pt")["iter_num"] == 2

@@ -139,11 +139,3 @@ def test_dialogue_on_a_terminal_and_an_interrupted_sample(
     monkeypatch.setattr(Sampler, "stream", stopped)
     out, _ = sample("--interactive")
     assert out == "12ab\n7abcd\n" and asked == ["> "] * 3
-
-
-def test_weights_that_are_not_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["sample", f"--init_from={tmp_path / 'absent'}", "--device=cpu"]) == 2
-    assert "there is no folder or file" in " ".join(capsys.readouterr().err.split())
-    with pytest.raises(SystemExit):
-        cli.main(["sample", "--init_from=gpt3"])
-    assert "init_from must be one of resume, gpt2" in " ".join(capsys.readouterr().err.split())

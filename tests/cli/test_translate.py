@@ -30,8 +30,7 @@ SMALL |= dict(log_interval=2, warmup_iters=4, held_out=6, max_length=16, device=
 
 
 @pytest.fixture(autouse=True)
-def _in_a_folder_with_texts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
+def _texts(in_tmp_path: None) -> None:
     sources, targets = zip(*PAIRS, strict=True)
     Path("a.txt").write_text("\n".join(sources) + "\n")
     Path("b.txt").write_text("\r\n".join(targets))
@@ -257,10 +256,6 @@ def test_fewer_characters_than_hypotheses() -> None:
     Path("ab.tsv").write_text("a\tb\nb\ta\nab\tba\n")
     assert train("--pairs=ab.tsv", "--out_dir=out", max_iters=1, held_out=1) == 0
     assert main(["translate", "--model=out", "ab"]) == 0
-
-
-def test_nothing_to_translate() -> None:
-    trained("out", max_iters=1)
     assert Translator("out", "cpu")([]) == []
 
 

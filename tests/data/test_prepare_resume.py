@@ -39,12 +39,7 @@ def test_a_stopped_preparation_goes_on(
 ) -> None:
     def run(out_dir: Path, tokenizer: Tokenizer) -> None:
         prepare(
-            source,
-            tokenizer,
-            out_dir,
-            val_share=0.3,
-            shard_tokens=shard_tokens,
-            workers=workers,
+            source, tokenizer, out_dir, val_share=0.3, shard_tokens=shard_tokens, workers=workers
         )
 
     uninterrupted = Stopping()

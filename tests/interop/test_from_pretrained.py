@@ -55,9 +55,9 @@ def assert_same_logits(model: GPT, published: Any) -> None:
     assert logits is not None and (logits - expected).abs().max() <= 1e-4
 
 
-@pytest.mark.parametrize("name", PRETRAINED_SHAPES)
-def test_each_published_shape_has_the_logits_of_transformers(name: str, tmp_path: Path) -> None:
-    """Widths and heads of all, one layer; the whole vocabulary in the smallest."""
+@pytest.mark.parametrize("name", ["gpt2", "gpt2-xl"])
+def test_published_shapes_have_the_logits_of_transformers(name: str, tmp_path: Path) -> None:
+    """The smallest width and the largest, one layer; the whole vocabulary in the smallest."""
     _, n_head, n_embd = PRETRAINED_SHAPES[name]
     vocab_size = 50257 if name == "gpt2" else 1000
     gelu = "gelu" if name == "gpt2" else "gelu_new"

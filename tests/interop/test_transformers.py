@@ -1,7 +1,6 @@
-"""transformers' models on the ops of ``fastgpt``, against transformers' own layers."""
+"""A GPT-2 of transformers with the layers of ``fastgpt`` in place, against its own layers."""
 
 import copy
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,262 +10,24 @@ from torch import Tensor, nn
 
 from fastgpt.interop import transformers as fast
 from fastgpt.interop import transformers_attention
-from fastgpt.interop.transformers_attention import attention, attention_mask
 from fastgpt.kernels import fused
-
-transformers = pytest.importorskip("transformers", reason="needs the extra hf")
-
-CausalLMOutput = transformers.modeling_outputs.CausalLMOutputWithCrossAttentions
-
-VOCABULARY, LENGTH = 61, 12
-SHAPE = dict(vocab_size=VOCABULARY, bos_token_id=0, eos_token_id=0, pad_token_id=0)
-CACHE = "cache" if hasattr(CausalLMOutput(), "cache") else "past_key_values"
-DROPOUT = ("embd_pdrop", "attn_pdrop", "resid_pdrop")
-
-
-def gpt2(attention: str = "eager", kind: str = "GPT2LMHeadModel", **options: Any) -> Any:
-    """The same weights for any attention."""
-    torch.manual_seed(0)
-    options = dict.fromkeys(DROPOUT, 0.0) | {"n_layer": 2} | options
-    config = transformers.GPT2Config(n_positions=32, n_head=4, n_embd=32, **SHAPE, **options)
-    config._attn_implementation = attention
-    return getattr(transformers, kind)(config).eval()
-
-
-def llama(attention: str = "eager", kind: str = "Llama", **options: Any) -> Any:
-    """Four query heads of size 128, which share two heads of keys."""
-    torch.manual_seed(0)
-    config = getattr(transformers, f"{kind}Config")(
-        hidden_size=32,
-        intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=128,
-        **SHAPE,
-        **options,
-    )
-    config._attn_implementation = attention
-    return getattr(transformers, f"{kind}ForCausalLM")(config).eval()
-
-
-def mistral(attention: str = "eager") -> Any:
-    return llama(attention, "Mistral", sliding_window=4)
-
-
-BUILDERS = {"gpt2": gpt2, "llama": llama, "mistral": mistral}
-
-
-def tokens(batch: int = 3, length: int = LENGTH) -> Tensor:
-    return torch.randint(1, VOCABULARY, (batch, length), generator=torch.manual_seed(1))
-
-
-def padding(side: str) -> Tensor | None:
-    """(3, LENGTH), 1 for a token."""
-    mask = torch.ones(3, LENGTH, dtype=torch.long)
-    mask[0, 5:], mask[1, 9:] = 0, 0
-    if side == "left":
-        return mask.flip(1)
-    if side == "both":
-        mask[1] = mask[1].flip(0)
-    if side == "holes":
-        mask[2, 3:5] = 0
-    return {"none": None, "full": torch.ones_like(mask)}.get(side, mask)
-
-
-def inputs(side: str) -> dict[str, Any]:
-    if side == "documents":  # two in each sequence, told by the positions
-        positions = torch.cat([torch.arange(5), torch.arange(LENGTH - 5)]).expand(3, -1)
-        return {"position_ids": positions}
-    if side == "whole":  # somebody's own mask: each token sees itself and the first
-        visible = torch.eye(LENGTH, dtype=torch.bool)
-        visible[:, 0] = True
-        return {"attention_mask": torch.where(visible, 0.0, -1e9).expand(3, 1, -1, -1)}
-    return {"attention_mask": padding(side)}
-
-
-def is_token(side: str) -> Tensor:
-    mask = padding(side)
-    return torch.ones(3, LENGTH, dtype=torch.bool) if mask is None else mask.bool()
-
-
-def close(a: Tensor, b: Tensor) -> None:
-    factor = 10 if torch.cuda.is_available() else 1  # a GPU adds in another order
-    torch.testing.assert_close(a, b, atol=2e-6 * factor, rtol=1e-4 * factor)
-
-
-def assert_same(model: Any, plain: Any, side: str = "none", **more: Any) -> None:
-    """Logits, and every gradient of them."""
-    x, used = tokens(), is_token(side)
-    results = []
-    for each in (model, plain):
-        each.zero_grad()
-        logits = each(x, use_cache=False, **inputs(side), **more).logits[used]
-        logits.square().sum().backward()
-        results.append((logits.detach(), {n: p.grad for n, p in each.named_parameters()}))
-    (got, grads), (expected, expected_grads) = results
-    close(got, expected)
-    assert grads.keys() == expected_grads.keys()
-    for name, grad in expected_grads.items():
-        scale = 1.0 + grad.abs().max()
-        close(grads[name] / scale, grad / scale)
-
-
-@pytest.fixture(autouse=True)
-def _registered() -> None:
-    fast.register()
-
-
-@pytest.fixture
-def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """What of causal, key_lengths and doc_start each call of the op of attention was given."""
-    seen: list[str] = []
-
-    def spied(op: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        def call(*args: Any, **kwargs: Any) -> Tensor:
-            given = [name for name in ("key_lengths", "doc_start") if kwargs.get(name) is not None]
-            seen.append(" ".join((["causal"] if kwargs.get("causal", True) else []) + given))
-            return op(*args, **kwargs)
-
-        return call
-
-    for name in ("attention", "attention_qkvpacked"):
-        monkeypatch.setattr(fast.ops, name, spied(getattr(fast.ops, name)))
-    return seen
-
-
-# -- the attention alone
-
-SIDES = {
-    "none": "causal",
-    "full": "causal",
-    "right": "causal key_lengths",
-    "left": "causal doc_start",
-    "both": "causal doc_start",
-    "documents": "causal doc_start",
-    "holes": None,  # PyTorch's attention
-    "whole": None,
-}
-
-
-@pytest.mark.parametrize("side", SIDES)
-@pytest.mark.parametrize("build", [gpt2, llama])
-def test_attention(build: Callable[..., Any], side: str, calls: list[str]) -> None:
-    assert_same(build("fastgpt"), build(), side)
-    form = SIDES[side]
-    assert calls == ([] if form is None else 2 * [form])
-
-
-def test_a_step_of_a_static_cache_is_told_by_lengths() -> None:
-    """In each step, so that one graph serves them all; whole where a model asks for it."""
-    options: dict[str, Any] = dict(
-        batch_size=3,
-        q_length=1,
-        kv_length=8,
-        mask_function=transformers.masking_utils.causal_mask_function,
-        allow_is_causal_skip=False,
-    )
-    for place in (5, 7):
-        offset, mask = torch.tensor([place]), torch.ones(3, place + 1, dtype=torch.bool)
-        for padding_mask in (None, mask):
-            made = attention_mask(**options, q_offset=offset, attention_mask=padding_mask)
-            assert made is not None and made.dtype == torch.int32
-            assert torch.equal(made, torch.full((3, 1, 1, 1), place + 1, dtype=torch.int32))
-    made = attention_mask(**options, q_offset=7)
-    assert made is not None and made.dtype == torch.bool and made.shape == (3, 1, 1, 8)
-
-
-def test_a_sliding_window(calls: list[str]) -> None:
-    assert_same(mistral("fastgpt"), mistral())
-    assert calls == 2 * ["causal doc_start"]
-
-
-@pytest.mark.parametrize("build", BUILDERS.values(), ids=BUILDERS)
-@pytest.mark.parametrize("side", ["none", "right", "left", "holes"])
-def test_no_token_sees_a_later_one(build: Callable[..., Any], side: str) -> None:
-    model, x, used = build("fastgpt"), tokens(), is_token(side)
-    changed = x.clone()
-    changed[:, 7] = (x[:, 7] + 1) % VOCABULARY
-    changed[~used] = 9  # nor padding
-    with torch.no_grad():
-        before, after = (model(ids, **inputs(side)).logits for ids in (x, changed))
-    used[:, 7:] = False
-    assert torch.equal(before[used], after[used])
-    if side == "none":
-        assert not torch.equal(before[:, 7:], after[:, 7:])
-
-
-@pytest.mark.parametrize("build", BUILDERS.values(), ids=BUILDERS)
-@pytest.mark.parametrize("static", [False, True])
-def test_a_prompt_in_chunks(build: Callable[..., Any], static: bool) -> None:
-    """A chunk behind a cache is not causal from the first key on."""
-    model, plain, x = build("fastgpt"), build(), tokens()
-    cache = transformers.StaticCache(model.config, max_cache_len=20) if static else None
-    with torch.no_grad():
-        expected = plain(x).logits
-        for start, end in ((0, 4), (4, 9), (9, 10), (10, LENGTH)):
-            out = model(x[:, start:end], use_cache=True, **{CACHE: cache})
-            cache = out[CACHE]
-            close(out.logits, expected[:, start:end])
-
-
-@pytest.mark.parametrize("build", BUILDERS.values(), ids=BUILDERS)
-@pytest.mark.parametrize("static", [False, True])
-@pytest.mark.parametrize("side", ["full", "left"])
-def test_generate(build: Callable[..., Any], static: bool, side: str, calls: list[str]) -> None:
-    options: dict[str, Any] = dict(
-        attention_mask=padding(side), max_new_tokens=4, eos_token_id=None, do_sample=False
-    )
-    if static:
-        options |= dict(cache_implementation="static", disable_compile=True)
-    ids = [each.generate(tokens(), **options) for each in (build("fastgpt"), build())]
-    assert torch.equal(*ids)
-    if build is gpt2 and side == "full":
-        step = "key_lengths" if static else ""
-        assert calls == 2 * ["causal"] + 3 * 2 * [step]
-
-
-@pytest.mark.parametrize(
-    "arguments, message",
-    [
-        (dict(softcap=30.0), "softcap must be None"),
-        (dict(s_aux=torch.zeros(4)), "s_aux must be None"),
-    ],
+from tests.interop.small_transformers import (
+    DROPOUT,
+    LENGTH,
+    SIDES,
+    VOCABULARY,
+    assert_same,
+    assert_same_loss,
+    close,
+    gpt2,
+    inputs,
+    is_token,
+    llama,
+    losses,
+    patched,
+    tokens,
+    transformers,
 )
-def test_an_argument_that_would_be_lost(arguments: dict[str, Any], message: str) -> None:
-    q = torch.randn(1, 4, 3, 8)
-    with pytest.raises(ValueError, match=message):
-        attention(nn.Module(), q, q, q, None, **arguments)
-
-
-@pytest.mark.parametrize("side", ["right", "left"])
-def test_what_the_op_does_not_compute(side: str, calls: list[str]) -> None:
-    """Values of another size than the keys, and a bias of positions, with a short mask."""
-    functions = transformers.masking_utils
-    options: dict[str, Any] = dict(
-        batch_size=3,
-        q_length=LENGTH,
-        kv_length=LENGTH,
-        mask_function=functions.causal_mask_function,
-        attention_mask=is_token(side),
-    )
-    mask, whole = attention_mask(**options), functions.sdpa_mask(**options)
-    assert mask is not None and mask.dtype == torch.int32
-    q, k = torch.randn(2, 3, 2, LENGTH, 8)
-    cases: list[tuple[Tensor, dict[str, Any]]] = [
-        (torch.randn(3, 2, LENGTH, 4), {}),
-        (k, {"position_bias": torch.randn(1, 2, LENGTH, LENGTH)}),
-    ]
-    for v, more in cases:
-        out, _ = attention(nn.Module(), q, k, v, mask, **more)
-        scores = q @ k.mT / 8**0.5 + more.get("position_bias", 0.0)
-        expected = scores.masked_fill(~whole, -1e9).softmax(-1) @ v
-        used = is_token(side)
-        close(out[used], expected.transpose(1, 2)[used])
-    assert not calls
-
-
-# -- a GPT-2 in place
 
 OPTIONS = [
     {},
@@ -275,30 +36,6 @@ OPTIONS = [
     {"scale_attn_by_inverse_layer_idx": True},
     {"scale_attn_weights": False, "tie_word_embeddings": False},
 ]
-
-
-def patched(**options: Any) -> Any:
-    return fast.apply_to(gpt2("sdpa", **options))
-
-
-def losses(model: Any, side: str = "none", **more: Any) -> Any:
-    x, used = tokens().to(model.device), is_token(side).to(model.device)
-    labels = x.masked_fill(~used, -100)
-    labels[:, 0] = -100
-    labels[:, 1:][~used[:, :-1]] = -100  # what padding predicts
-    given = {k: v if v is None else v.to(model.device) for k, v in inputs(side).items()}
-    return model(x, labels=labels, use_cache=False, **given, **more)
-
-
-def assert_same_loss(model: Any, plain: Any, side: str = "none", **more: Any) -> None:
-    found = []
-    for each in (model, plain):
-        each.zero_grad()
-        loss = losses(each, side, **more).loss
-        loss.backward()
-        found.append([loss.detach(), *(p.grad for p in each.parameters())])
-    for got, expected in zip(*found, strict=True):
-        close(got, expected)
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
@@ -359,17 +96,6 @@ def test_a_loss_of_ones_own_gets_the_logits() -> None:
     model = patched().train()
     model.loss_function = lambda logits, labels, **_: logits.sum()
     assert losses(model).loss == losses(model).logits.sum()
-
-
-@pytest.mark.parametrize("static", [False, True])
-@pytest.mark.parametrize("side", ["full", "left"])
-def test_generate_with_the_layers(static: bool, side: str) -> None:
-    options: dict[str, Any] = dict(attention_mask=padding(side), max_new_tokens=4, num_beams=2)
-    options |= dict(eos_token_id=None, do_sample=False)
-    if static:
-        options |= dict(cache_implementation="static", disable_compile=True)
-    ids = [each.generate(tokens(), **options) for each in (patched(), gpt2())]
-    assert torch.equal(*ids)
 
 
 @pytest.mark.parametrize("given", [{}, {"is_causal": False}])
@@ -451,25 +177,21 @@ def test_hooked_and_replaced_layers_are_called() -> None:
 
 
 @pytest.mark.parametrize(
-    "option, message",
+    "model, message",
     [
-        ({"activation_function": "relu"}, "activation_function must be 'gelu' or .* got 'relu'"),
-        ({"add_cross_attention": True}, "add_cross_attention must be False, got True"),
-        ({"reorder_and_upcast_attn": True}, "reorder_and_upcast_attn must be False, got True"),
+        (gpt2(activation_function="relu"), "activation_function must be .*gelu.*, got 'relu'"),
+        (gpt2(add_cross_attention=True), "add_cross_attention must be False, got True"),
+        (gpt2(reorder_and_upcast_attn=True), "reorder_and_upcast_attn must be False, got True"),
+        (llama(), "model must be a GPT-2.*LlamaForCausalLM"),
+        (nn.Linear(2, 2), "model must be a GPT-2.*Linear"),
     ],
 )
-def test_refused_options(option: dict[str, Any], message: str) -> None:
-    model = gpt2(**option)
+def test_what_is_refused(model: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         fast.apply_to(model)
-    assert model.config._attn_implementation == "eager"
     assert not any("forward" in module.__dict__ for module in model.modules())
-
-
-def test_refused_families() -> None:
-    for model in (llama(), nn.Linear(2, 2)):
-        with pytest.raises(ValueError, match=f"model must be a GPT-2.*{type(model).__name__}"):
-            fast.apply_to(model)
+    if not isinstance(model, nn.Linear):
+        assert model.config._attn_implementation == "eager"
 
 
 @pytest.mark.parametrize(
@@ -481,9 +203,6 @@ def test_other_heads(kind: str) -> None:
     close(first, expected) if kind != "GPT2Model" else close(
         first[is_token("right")], expected[is_token("right")]
     )
-
-
-# -- training
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
@@ -504,18 +223,11 @@ def test_gradient_checkpointing(reentrant: bool) -> None:
 @pytest.mark.parametrize("side", ["none", "right"])
 def test_compiled(side: str, calls: list[str]) -> None:
     torch._dynamo.reset()
-    model = patched().train()
+    model = patched(n_layer=1).train()
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
     assert_same_loss(compiled, model, side)
     # Values of a mask cannot be read in a graph, so PyTorch's attention has the whole mask.
-    assert calls == (4 * ["causal"] if side == "none" else 2 * ["causal key_lengths"])
-
-
-def test_autocast_of_rotated_heads() -> None:
-    """q and k are float32 behind the rotation, v is not."""
-    model, plain = llama("fastgpt"), llama("sdpa")
-    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
-        torch.testing.assert_close(model(tokens()).logits, plain(tokens()).logits)
+    assert calls == (2 * ["causal"] if side == "none" else ["causal key_lengths"])
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])

@@ -12,9 +12,8 @@ import torch
 from torch import Tensor
 
 from fastgpt.interop import transformers as fast
-from tests.interop.test_transformers import VOCABULARY, close, gpt2, losses, patched
+from tests.interop.small_transformers import VOCABULARY, close, gpt2, losses, patched, transformers
 
-transformers = pytest.importorskip("transformers", reason="needs the extra hf")
 pytest.importorskip("accelerate", reason="needs the extra trl")
 
 WORDS = [f"w{i}" for i in range(VOCABULARY)]
@@ -52,11 +51,7 @@ def collate(rows: list[dict[str, list[int]]]) -> dict[str, Tensor]:
         return torch.nn.utils.rnn.pad_sequence(tensors, True, value)
 
     ids = padded("input_ids", 0)
-    return {
-        "input_ids": ids,
-        "labels": padded("labels", -100),
-        "attention_mask": (ids > 0).long(),
-    }
+    return {"input_ids": ids, "labels": padded("labels", -100), "attention_mask": (ids > 0).long()}
 
 
 def trained(model: Any, folder: Path, **more: Any) -> tuple[list[float], list[Tensor]]:

@@ -11,33 +11,11 @@ import torch
 from torch import nn
 
 from fastgpt import GPT
-from tests.model.test_module_tree import CHANGES, changed, replaced, tokens
+from tests.model.test_module_tree import CHANGES, assert_same_gradients, changed, replaced, tokens
 
-TARGETS = {
-    "c_attn": ["c_attn"],
-    "both c_proj": ["attn.c_proj", "mlp.c_proj"],
-    "c_fc": ["c_fc"],
-    "lm_head": ["lm_head"],
-    "all": ["c_attn", "c_proj", "c_fc", "lm_head"],
-}
-
-
+LAYERS = ["c_attn", "attn.c_proj", "c_fc", "mlp.c_proj"]
+TARGETS = {"layers": LAYERS, "all": [*LAYERS, "lm_head"]}
 IDX, NEXT = tokens()
-
-
-def assert_same_gradients(ours: nn.Module, plain: nn.Module) -> None:
-    loss, expected = (model(IDX, NEXT)[1] for model in (ours, plain))
-    torch.testing.assert_close(loss, expected)
-    loss.backward()
-    expected.backward()
-    gradients = {name: p.grad for name, p in plain.named_parameters()}
-    assert gradients.keys() == dict(ours.named_parameters()).keys()
-    assert any(grad is not None for grad in gradients.values())
-    for name, p in ours.named_parameters():
-        grad = gradients[name]
-        assert (p.grad is None) == (grad is None) == (not p.requires_grad), name
-        if grad is not None:
-            torch.testing.assert_close(p.grad, grad, rtol=1e-4, atol=1e-6, msg=name)
 
 
 def logits(model: Any, training: bool = False) -> torch.Tensor:
@@ -59,7 +37,7 @@ def test_peft(targets: list[str], tmp_path: Path) -> None:
         return peft.get_peft_model(model, keys)
 
     ours, plain = map(adapted, changed(CHANGES["nothing"]))
-    assert_same_gradients(ours, plain)
+    assert_same_gradients(ours, plain, IDX, NEXT)
     before = logits(ours)
     assert_close(before, plain.eval()(IDX, NEXT)[0])
     ours.save_pretrained(tmp_path)
@@ -103,7 +81,7 @@ def test_loralib(targets: list[str]) -> None:
         loralib.mark_only_lora_as_trainable(model)
 
     ours, plain = changed(change)
-    assert_same_gradients(ours, plain)
+    assert_same_gradients(ours, plain, IDX, NEXT)
     unmerged = logits(ours, training=True)
     merged = logits(ours)  # eval() merges the adapters into the weights, train() takes them out
     assert_close(merged, unmerged)

@@ -96,30 +96,30 @@ def test_a_block_whose_last_norm_is_not_asked_for(n_together):
     assert len(n_together) == 2
 
 
-def frozen(model: GPT) -> None:
+def frozen(model: Any) -> None:
     model.transformer.h[0].attn.c_attn.weight.requires_grad_(False)
 
 
-def hooked(model: GPT) -> None:
+def hooked(model: Any) -> None:
     model.transformer.h[0].mlp.c_fc.register_forward_hook(lambda *_: None)
 
 
-def replaced(model: GPT) -> None:
+def replaced(model: Any) -> None:
     model.transformer.h[0].mlp.gelu = nn.GELU("none")
     model.transformer.h[0].attn.c_proj = nn.Sequential(model.transformer.h[0].attn.c_proj)
 
 
-def wider(model: GPT) -> None:
+def wider(model: Any) -> None:
     """An MLP of another width is as plain as ours."""
-    mlp: Any = model.transformer.h[0].mlp
+    mlp = model.transformer.h[0].mlp
     mlp.c_fc, mlp.c_proj = nn.Linear(32, 48), nn.Linear(48, 32)
 
 
-def one_bias(model: GPT) -> None:
+def one_bias(model: Any) -> None:
     model.transformer.h[0].mlp.c_fc.bias = None
 
 
-def low_precision_bias(model: GPT) -> None:
+def low_precision_bias(model: Any) -> None:
     bias = model.transformer.h[0].attn.c_proj.bias
     bias.data = bias.data.bfloat16()
 
@@ -159,15 +159,15 @@ def test_what_looks_into_the_model_sees_the_ops(n_together):
 
 
 def test_a_wrong_shape_is_refused_as_the_op_refuses_it():
-    model = model_with(fused, small_config())
-    mlp: Any = model.transformer.h[0].mlp
+    model: Any = model_with(fused, small_config())
+    mlp = model.transformer.h[0].mlp
     mlp.c_fc = nn.Linear(24, 128)
     with pytest.raises(ValueError, match=r"fc_weight must have shape \(N, K\)"):
         model(tokens(1, 8), tokens(1, 8))
 
 
 def test_a_second_derivative_is_refused():
-    model = model_with(fused, small_config())
+    model: Any = model_with(fused, small_config())
     weight = model.transformer.h[0].attn.c_proj.weight
     loss = model(tokens(1, 8), tokens(1, 8))[1]
     (gradient,) = torch.autograd.grad(loss, weight, create_graph=True)

@@ -1,10 +1,14 @@
-"""Which kernels a tensor's device gets, and that a GPU which Triton is not for does all the rest.
+"""Which kernels a tensor's device gets, and that a GPU which Triton is not for does all the rest;
+the interface that all implementations of the ops share.
 
 There is no GPU here: the device's properties are made up, and what is computed is on fake tensors.
 Those have no values, so that code which asks for one, and would wait for a GPU, fails.
 """
 
+import copy
 import functools
+import inspect
+import pickle
 import warnings
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
@@ -16,8 +20,8 @@ from torch import Tensor
 from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastgpt import devices, ops
-from fastgpt.kernels import fused, torch_ops
+from fastgpt import ops
+from fastgpt.kernels import fused, reference, torch_ops
 from fastgpt.kernels._tensors import matmul_float32
 
 CUDA = [torch.device("cuda", index) for index in (0, 1)]
@@ -50,30 +54,26 @@ def test_a_gpu_of_the_kernels(capability: tuple[int, int], monkeypatch: pytest.M
         assert ops._implementation(CUDA[0]) is fused
 
 
-@pytest.mark.parametrize("capability", [(7, 0), (7, 5), (6, 1)])
-def test_a_gpu_that_is_too_old(
-    capability: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    "capability, changes, why",
+    [
+        ((7, 5), {}, "need compute capability 8.0, and Some GPU has 7.5"),
+        ((6, 1), {}, "need compute capability 8.0, and Some GPU has 6.1"),
+        ((9, 4), {"torch.version.hip": "7.0"}, "this PyTorch is built for ROCm"),
+        ((9, 0), {"fastgpt.devices._HAS_TRITON": False}, "Triton is not installed"),
+    ],
+)
+def test_a_gpu_that_the_kernels_are_not_for(
+    capability: tuple[int, int], changes: dict[str, Any], why: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _gpus(monkeypatch, capability, capability)
-    has = f"Some GPU has {capability[0]}.{capability[1]}: CUDA tensors run on PyTorch's kernels"
-    with pytest.warns(UserWarning, match=f"need compute capability 8.0, and {has}") as notices:
+    for name, value in changes.items():
+        monkeypatch.setattr(name, value)
+    expected = f"{why}.*: CUDA tensors run on PyTorch's kernels"
+    with pytest.warns(UserWarning, match=expected) as notices:
         for device in CUDA * 2:
             assert ops._implementation(device) is torch_ops
     assert len(notices) == 1
-
-
-def test_rocm(monkeypatch: pytest.MonkeyPatch) -> None:
-    _gpus(monkeypatch, (9, 4))
-    monkeypatch.setattr(torch.version, "hip", "7.0")
-    with pytest.warns(UserWarning, match="for NVIDIA GPUs, and this PyTorch is built for ROCm"):
-        assert ops._implementation(CUDA[0]) is torch_ops
-
-
-def test_no_triton(monkeypatch: pytest.MonkeyPatch) -> None:
-    _gpus(monkeypatch, (9, 0))
-    monkeypatch.setattr(devices, "_HAS_TRITON", False)
-    with pytest.warns(UserWarning, match="Triton is not installed"):
-        assert ops._implementation(CUDA[0]) is torch_ops
 
 
 def test_each_gpu_is_asked_about_once(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -162,3 +162,43 @@ def test_hipblas_is_asked_for_no_other_dtype(monkeypatch: pytest.MonkeyPatch) ->
         with FakeTensorMode(), torch.no_grad(), _Called() as called:
             out = matmul_float32(_cuda(2, 2, dtype=torch.float16), _cuda(2, 2, dtype=torch.float16))
         assert out.dtype == torch.float32 and expected in called.names
+
+
+# -- what a user sees of the ops
+
+MODULES = (reference, torch_ops, fused, ops)
+
+
+@pytest.mark.parametrize("op", [*reference.OPS, "dropout_seed"])
+def test_every_implementation_of_an_op_has_one_signature(op: str) -> None:
+    signatures = {str(inspect.signature(getattr(module, op))) for module in MODULES}
+    assert len(signatures) == 1, signatures
+
+
+def test_an_op_is_found_where_it_is_called() -> None:
+    """As help(), pickle and copies of a model need it."""
+    for name in reference.OPS:
+        op = getattr(ops, name)
+        assert op.__name__ == name and op.__doc__ == getattr(reference, name).__doc__
+        assert pickle.loads(pickle.dumps(op)) is op and copy.deepcopy(op) is op
+
+
+def test_arguments_by_name() -> None:
+    x, weight = torch.randn(3, 8), torch.ones(8)
+    assert ops.layer_norm(weight=weight, x=x).equal(torch_ops.layer_norm(x, weight))
+    compiled = torch.compile(ops.layer_norm, fullgraph=True, backend="eager")
+    assert compiled(weight=weight, x=x).equal(torch_ops.layer_norm(x, weight))
+
+
+@pytest.mark.parametrize(
+    ("args", "kwargs", "message"),
+    [
+        ((), {}, r"layer_norm\(\) missing 2 required .* 'x' and 'weight'"),
+        ((torch.ones(2, 4),), {}, r"layer_norm\(\) missing 1 required .* 'weight'"),
+        ((torch.ones(2, 4), torch.ones(4)), {"epsilon": 0.1}, "unexpected keyword .* 'epsilon'"),
+        (([1.0, 2.0], torch.ones(2)), {}, "x must be a torch.Tensor, got list"),
+    ],
+)
+def test_wrong_calls(args: tuple[Any, ...], kwargs: dict[str, Any], message: str) -> None:
+    with pytest.raises(TypeError, match=message):
+        ops.layer_norm(*args, **kwargs)

@@ -6,8 +6,6 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch._subclasses import FakeTensorMode
-from torch.utils.flop_counter import FlopCounterMode
 
 from fastgpt import GPT
 from fastgpt.kernels import fused, reference
@@ -17,7 +15,7 @@ from tests.tools.small_models import small_config
 
 def model_in_fp8(fp8: str, device: str = "cpu", **options: Any) -> GPT:
     torch.manual_seed(0)
-    return GPT(small_config(vocab_size=80), fp8=fp8, **options).to(device)
+    return GPT(small_config(vocab_size=80, n_layer=1), fp8=fp8, **options).to(device)
 
 
 def batch(device: str = "cpu", seed: int = 1) -> tuple[Tensor, Tensor]:
@@ -38,25 +36,6 @@ def test_compiled_whole(device: str, recompute: bool) -> None:
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     eager = loss_and_gradients(model, device)
     assert all(map(torch.equal, loss_and_gradients(model, device, compiled), eager))
-
-
-def test_fake_tensors() -> None:
-    with FakeTensorMode():
-        model = GPT(small_config(vocab_size=80), ops=fused, fp8="head")
-        for value, parameter in zip(
-            loss_and_gradients(model, "cpu")[1:], model.parameters(), strict=True
-        ):
-            assert value.shape == parameter.shape and value.dtype == parameter.dtype
-
-
-def test_flops_are_those_of_bf16() -> None:
-    counts = []
-    for which in ("none", "head"):
-        model = model_in_fp8(which, ops=fused)
-        with FlopCounterMode(display=False) as counter:
-            loss_and_gradients(model, "cpu")
-        counts.append(counter.get_total_flops())
-    assert counts[0] == counts[1] > 0
 
 
 def test_model(device: str) -> None:

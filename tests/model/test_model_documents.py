@@ -11,14 +11,7 @@ from torch import Tensor
 
 from fastgpt import GPT
 from fastgpt.kernels import fused, reference, torch_ops
-from tests.tools.small_models import (
-    BLOCK,
-    V,
-    model_with,
-    small_config,
-    small_model,
-    tokens,
-)
+from tests.tools.small_models import BLOCK, V, model_with, small_config, small_model, tokens
 
 EOT_TOKEN = 7
 # (sequence, begin, end) of every document of ``batch``
@@ -54,18 +47,19 @@ def test_logits_loss_and_gradients_are_those_of_the_documents(
     if device == "cuda" and ops is torch_ops:
         pytest.skip("torch_ops serve machines without CUDA")
     x, y = batch(device)
-    model = model_with(ops, small_config(), device, recompute=recompute, eot_token=EOT_TOKEN)
+    config = small_config(n_layer=1)
+    model = model_with(ops, config, device, recompute=recompute, eot_token=EOT_TOKEN)
     logits, loss = model(x, y, return_logits=True)
     fused_loss = model(x, y)[1]
     fused_loss.backward()
-    alone = model_with(ops, small_config(), device)
+    alone = model_with(ops, config, device)
     total = torch.zeros((), device=device)
     for part_x, part_y, part_logits in pieces(x, y, logits):
-        expected, _ = alone(part_x, part_y, return_logits=True)
+        expected, part_loss = alone(part_x, part_y, return_logits=True)
         assert (part_logits - expected).abs().max() <= 1e-5
         n_targets = (part_y != -1).sum()
         if n_targets:
-            total = total + alone(part_x, part_y)[1] * n_targets
+            total = total + part_loss * n_targets
     total = total / (y != -1).sum()
     total.backward()
     for found in (loss, fused_loss):
@@ -136,18 +130,20 @@ def test_generate_continues_the_last_document() -> None:
     assert not torch.equal(found[:, :BLOCK], without) and len(found.unique()) > 5
 
 
+@pytest.mark.parametrize("ops", [torch_ops, fused], ids=["torch_ops", "fused"])
 def test_compiles_without_a_graph_break(ops: ModuleType) -> None:
+    """Under autocast."""
     x, y = batch()
-    model = model_with(ops, small_config(), eot_token=EOT_TOKEN)
-    expected = model(x, y)[1]
-    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-    found = compiled(x, y)[1]
-    torch.testing.assert_close(found, expected)
-    found.backward()
-    again = model_with(ops, small_config(), eot_token=EOT_TOKEN)
-    again(x, y)[1].backward()
-    for ours, plain in zip(model.parameters(), again.parameters(), strict=True):
-        torch.testing.assert_close(ours.grad, plain.grad)
+    results = []
+    for compiled in (False, True):
+        model: Any = model_with(ops, small_config(n_layer=1), eot_token=EOT_TOKEN)
+        run = torch.compile(model, fullgraph=True, backend="aot_eager") if compiled else model
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = run(x, y)[1]
+        loss.backward()
+        results.append([loss.detach(), *(p.grad for p in model.parameters())])
+    for found, expected in zip(*results, strict=True):
+        torch.testing.assert_close(found, expected)
 
 
 @pytest.mark.gpu

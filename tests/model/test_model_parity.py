@@ -18,7 +18,7 @@ from torch._subclasses import FakeTensorMode
 
 import fastgpt.ops
 from fastgpt import GPT
-from fastgpt.kernels import fused, reference
+from fastgpt.kernels import reference, torch_ops
 from tests.tools.small_models import BLOCK, V, model_with, small_config, tokens
 
 CONFIGS = {
@@ -118,8 +118,12 @@ def test_causality(ops, device, position):
     assert (before[:, position:] != after[:, position:]).flatten(2).any(2).all()
 
 
-def check_half_precision(ops: ModuleType, device: str, dtype: torch.dtype, autocast: bool) -> None:
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+@pytest.mark.parametrize("autocast", [True, False], ids=["autocast", "parameters"])
+def test_half_precision(ops, device, dtype, autocast):
     """No more than twice as far from float32 as the plain model in the same precision."""
+    if ops is torch_ops and not autocast:
+        pytest.skip("PyTorch's LayerNorm on the CPU sums a bf16 bias gradient in bf16")
     x, y = batch(BLOCK, device)
     truth = outcome(model_with(reference, small_config(), device), x, y)
     del truth["loss"]  # one number may be right by luck; it is held to the logits below
@@ -141,34 +145,13 @@ def check_half_precision(ops: ModuleType, device: str, dtype: torch.dtype, autoc
     assert not too_far
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
-def test_autocast(ops, device, dtype):
-    check_half_precision(ops, device, dtype, autocast=True)
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
-def test_half_precision_parameters(device, dtype):
-    """Of the kernels only: PyTorch's own LayerNorm on the CPU sums a bf16 bias gradient in bf16."""
-    check_half_precision(fused, device, dtype, autocast=False)
-
-
 @pytest.mark.parametrize("recompute", [False, True], ids=["", "recompute"])
 def test_compiled_whole(ops, device, recompute):
     x, y = batch(BLOCK, device)
-    eager = outcome(model_with(ops, small_config(), device), x, y)
-    model = model_with(ops, small_config(), device)
-    model.recompute = recompute
+    eager = outcome(model_with(ops, small_config(n_layer=1), device), x, y)
+    model = model_with(ops, small_config(n_layer=1), device, recompute=recompute)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     assert max(largest_differences(outcome(compiled, x, y), eager).values()) <= 1e-6
-
-
-def test_compiled_autocast_and_dropout(ops, device):
-    x, y = batch(BLOCK, device)
-    model = model_with(ops, small_config(n_layer=1, dropout=0.1), device)
-    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-    with torch.autocast(device, torch.bfloat16):
-        result = outcome(compiled, x, y)
-    assert all(tensor.isfinite().all() for tensor in result.values())
 
 
 def test_few_recompilations_for_many_lengths(ops, device):
@@ -190,8 +173,10 @@ def _has_cpp_compiler() -> bool:
 
 def test_inductor(device: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also the dispatch: on a GPU this compiles the Triton kernels into the graph. Inductor's cache
-    does not tell code for one ATEN_CPU_CAPABILITY from another's, so it begins empty."""
+    does not tell code for one ATEN_CPU_CAPABILITY from another's, so it begins empty; and it makes
+    no vector instructions, which double the time of the C++ compiler."""
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr("torch._inductor.config.cpp.vec_isa_ok", False)
     if device == "cpu" and not _has_cpp_compiler():
         pytest.skip("Inductor needs a C++ compiler on the CPU")
     x, y = batch(BLOCK, device)
@@ -225,11 +210,5 @@ def test_dispatch_compiles_for_cuda_without_a_gpu(monkeypatch: pytest.MonkeyPatc
     ours = {name for name in found if name.startswith("fastgpt")}
     assert ours == {
         f"fastgpt.{op}.default"
-        for op in (
-            "attention_qkvpacked",
-            "embedding",
-            "layer_norm",
-            "linear",
-            "mlp",
-        )
+        for op in ("attention_qkvpacked", "embedding", "layer_norm", "linear", "mlp")
     }

@@ -48,9 +48,9 @@ def test_the_tied_weight_gets_both_gradients(ops, device: str) -> None:
     "frozen", ["wte", "wpe", "ln_", "attn", "mlp.c_fc", "mlp.c_proj", "bias", "h.0"]
 )
 def test_frozen_parameters(ops, device: str, frozen: str) -> None:
-    results = []
+    results, n_layer = [], 2 if frozen == "h.0" else 1
     for which in (ops, reference):
-        model = model_with(which, small_config(bias=True), device)
+        model = model_with(which, small_config(bias=True, n_layer=n_layer), device)
         for name, param in model.named_parameters():
             param.requires_grad_(frozen not in name)
         results.append(step(model, device))
@@ -89,14 +89,18 @@ def test_every_place_has_a_mask_of_its_own(device: str) -> None:
     assert sorted(streams) == list(range(1 + 3 * config.n_layer))
 
 
-@pytest.mark.parametrize("dropout", [0.0, 0.3])
-@pytest.mark.parametrize("bias", [False, True], ids=["", "bias"])
-def test_recomputing_changes_no_bit(ops, device: str, bias: bool, dropout: float) -> None:
+@pytest.mark.parametrize(
+    "bias, dropout, autocast", [(True, 0.0, False), (False, 0.3, False), (False, 0.0, True)]
+)
+def test_recomputing_changes_no_bit(
+    ops, device: str, bias: bool, dropout: float, autocast: bool
+) -> None:
     config = small_config(bias=bias, dropout=dropout)
-    kept, again = (
-        step(model_with(ops, config, device, recompute=recompute), device)
-        for recompute in (False, True)
-    )
+    with torch.autocast(device, torch.bfloat16, enabled=autocast):
+        kept, again = (
+            step(model_with(ops, config, device, recompute=recompute), device)
+            for recompute in (False, True)
+        )
     assert kept.keys() == again.keys()
     assert all(torch.equal(kept[name], again[name]) for name in kept)
 
@@ -117,18 +121,3 @@ def test_recomputing_keeps_less(device: str) -> None:
         for recompute in (False, True)
     )
     assert kept - again == config.n_layer * 6 * config.n_embd * 3 * BLOCK * 4
-
-
-def test_recomputing_under_autocast(ops, device: str) -> None:
-    results = []
-    for recompute in (False, True):
-        model = model_with(ops, small_config(), device, recompute=recompute)
-        with torch.autocast(device, torch.bfloat16):
-            results.append(step(model, device))
-    assert all(torch.equal(results[0][name], results[1][name]) for name in results[0])
-
-
-def test_all_targets_ignored(ops, device: str) -> None:
-    model = model_with(ops, small_config(), device)
-    x = tokens(2, BLOCK).to(device)
-    assert model(x, torch.full_like(x, -1))[1].isnan()

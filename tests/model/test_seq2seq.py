@@ -63,37 +63,6 @@ def test_parity_with_pytorch(ops, device):
 
 
 @torch.no_grad()
-def test_padding_changes_nothing(ops, device):
-    """Bit for bit on the kernels, if matrix products of other heights sum alike, as in the
-    interpreter; PyTorch's attention sums over a wider mask in another order."""
-    model = small(ops, device, n_layer=1, source_vocab_size=None).eval()
-    whole, _ = model(*batch(device), return_logits=True)
-    wider = rows(LENGTHS[0], SOURCE_V, 8).to(device), rows(LENGTHS[1], V, 6).to(device)
-    padded, _ = model(*wider, return_logits=True)
-    bound = 0.0 if ops is fused and device == "cpu" else 1e-5
-    for i, length in enumerate(LENGTHS[1]):
-        difference = (padded[i, :length] - whole[i, :length]).abs().max().item()
-        assert difference <= bound
-    source, target = (
-        side[1:2, :length].to(device) for side, length in zip(wider, (3, 4), strict=True)
-    )
-    alone, _ = model(source, target, return_logits=True)
-    torch.testing.assert_close(whole[1, :4], alone[0], atol=1e-5, rtol=0)
-
-
-def greedy(model: Seq2Seq, source: Tensor, limit: int) -> list[int]:
-    """One source (S,), without a cache: a forward pass for each token."""
-    found: list[int] = []
-    while len(found) < limit:
-        target = torch.tensor([[*found, 0]], device=source.device)
-        logits, _ = model(source[None], target, return_logits=True)
-        found.append(int(logits[0, -1].argmax()))
-        if found[-1] == model.end:
-            return found[:-1]
-    return found
-
-
-@torch.no_grad()
 def test_cached_logits(ops, device):
     model = small(ops, device, n_layer=1).eval()
     source, target = batch(device)
@@ -105,14 +74,6 @@ def test_cached_logits(ops, device):
         tokens = target[:, position].clamp(min=0)
         inside = target[:, position] != PADDING
         torch.testing.assert_close(step[inside], logits[inside, position], atol=1e-5, rtol=0)
-
-
-@torch.no_grad()
-def test_a_beam_of_one_is_greedy():
-    model = small().eval()
-    source = batch()[0]
-    expected = [greedy(model, row[row != PADDING], 8) for row in source]
-    assert beam_search(model, source, beam=1) == expected
 
 
 def test_the_cross_attention_that_is_drawn():

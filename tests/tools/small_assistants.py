@@ -1,6 +1,7 @@
 """A GPT of dialogues small enough that a run of every stage takes a second, and its data."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -60,3 +61,21 @@ def first_gradient(run: Any) -> torch.Tensor:
     run.run()
     assert found[0].any()
     return found[0]
+
+
+def assert_micro_batches_and_seed(run_of: Callable[..., Any]) -> None:
+    """Eight rows at once and in micro-batches of one have the same gradient. A second run has the
+    same weights; another seed gives another gradient."""
+    runs, gradients = [], []
+    for changes in (
+        {"batch_size": 8},
+        {"batch_size": 8},
+        {"batch_size": 1, "gradient_accumulation_steps": 8},
+        {"batch_size": 8, "seed": 1},
+    ):
+        runs.append(run_of(max_iters=2, **changes))
+        gradients.append(first_gradient(runs[-1]))
+    first, second, *_ = (run.model.state_dict() for run in runs)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    torch.testing.assert_close(gradients[0], gradients[2], rtol=1e-4, atol=1e-6)
+    assert not torch.allclose(gradients[0], gradients[3], rtol=1e-4, atol=1e-6)

@@ -46,7 +46,7 @@ def test_computed_tests_for_a_gpu() -> None:
         *("-m", "gpu"),
         "tests/bench/test_bench_ops.py",
         "tests/model/test_generation.py::test_cached_logits_are_those_of_the_forward",
-        "tests/model/test_model_step.py::test_recomputing_under_autocast",
+        "tests/model/test_model_step.py::test_recomputing_changes_no_bit",
         "tests/model/test_model_step.py::test_the_tied_weight_gets_both_gradients",
         "tests/training/test_trainer.py::test_ignored_targets_change_no_weight",
         interpret=True,

@@ -1,16 +1,22 @@
 """A run in two processes equals the run in one: weights, resuming, stopping, a killed process."""
 
 import json
+import os
 import signal
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch.distributed import run
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
+from fastgpt.__main__ import main
 from fastgpt.training.distributed import ALONE, World
-from tests.tools.small_runs import HANGS, assert_same, data_set, small_keys, state_of, trained
-from tests.training.processes import KILLED_ONCE, finished, started, wait_for
+from tests.tools.forked import ROOT, Forked
+from tests.tools.small_runs import assert_same, data_set, small_keys, state_of, trained
+from tests.training.processes import command, killed_once, started
 
 # AdamW's eps is small beside most gradients; where a gradient is 0 but for its rounding (the bias
 # of the keys), the order of two sums decides on the sign of an update. So: no biases. The
@@ -41,9 +47,8 @@ def test_two_processes_train_as_one(tmp_path: Path, parallel: str) -> None:
     trained(tmp_path, **SHORT, init_from="resume")
     expected = state_of(tmp_path)["model"]
 
-    output = finished(
-        started(small_keys(tmp_path, **{**SHORT, **sharded, "max_iters": 9}), processes=2)
-    )
+    keys = small_keys(tmp_path, **{**SHORT, **sharded, "max_iters": 9})
+    output = started(keys, processes=2).finished()
     assert output.count("step 0: train loss") == output.count("iter 5: loss") == 1
     saved = state_of(tmp_path)
     assert_near(dict(saved["model"]), dict(expected_state["model"]))
@@ -58,9 +63,14 @@ def test_two_processes_train_as_one(tmp_path: Path, parallel: str) -> None:
     trained(tmp_path, **SHORT, **sharded, init_from="resume")
     assert_near(state_of(tmp_path)["model"], expected)
     trained(tmp_path, **{**SHORT, "max_iters": 9})
-    finished(started(small_keys(tmp_path, **SHORT, **sharded, init_from="resume"), processes=2))
+    started(small_keys(tmp_path, **SHORT, **sharded, init_from="resume"), processes=2).finished()
     assert state_of(tmp_path)["iter_num"] == 20
     assert_near(state_of(tmp_path)["model"], expected)
+
+
+def _on_one_gpu(argv: list[str]) -> int:
+    os.environ["LOCAL_RANK"] = "0"
+    return main(argv)
 
 
 def test_two_processes_with_master_weights_train_as_one(tmp_path: Path, device: str) -> None:
@@ -71,12 +81,8 @@ def test_two_processes_with_master_weights_train_as_one(tmp_path: Path, device: 
         keys |= {"n_embd": 64, "block_size": 64}
     trained(tmp_path, **keys)
     expected = state_of(tmp_path)
-    program = tmp_path / "program.py"
-    program.write_text(
-        "import os, sys\nos.environ['LOCAL_RANK'] = '0'\n"
-        "from fastgpt.__main__ import main\nsys.exit(main())\n"
-    )
-    finished(started(small_keys(tmp_path, **keys, backend="gloo"), processes=2, program=program))
+    argv = command(small_keys(tmp_path, **keys, backend="gloo"))
+    Forked(_on_one_gpu, argv, processes=2).finished()
     found = state_of(tmp_path)
     assert found["iter_num"] == expected["iter_num"] == 20
     assert_same(found["model"], expected["model"])
@@ -84,28 +90,46 @@ def test_two_processes_with_master_weights_train_as_one(tmp_path: Path, device: 
 
 
 def test_sigterm_saves_and_ends(tmp_path: Path) -> None:
-    process = started(small_keys(tmp_path, **{**SHORT, "max_iters": 10**6}), processes=2)
-    wait_for(tmp_path / "out" / "iter-0000010.pt", process)
-    process.send_signal(signal.SIGTERM)
-    output, _ = process.communicate(timeout=HANGS)  # torchrun's exit status is its own
-    assert "stopped before iteration" in output
+    pair = started(small_keys(tmp_path, **{**SHORT, "max_iters": 10**6}), processes=2)
+    pair.wait_for(tmp_path / "out" / "iter-0000010.pt")
+    pair.send_signal(signal.SIGTERM)
+    assert "stopped before iteration" in pair.finished(130)
     before = state_of(tmp_path)["iter_num"]
     trained(tmp_path, **{**SHORT, "max_iters": before + 1}, init_from="resume")
     assert state_of(tmp_path)["iter_num"] == before + 2
 
 
-@pytest.mark.parametrize("parallel", ["ddp", pytest.param("fsdp", marks=pytest.mark.slow)])
-def test_a_killed_process_is_started_again_and_goes_on(tmp_path: Path, parallel: str) -> None:
+def _agent(argv: list[str]) -> int:
+    """torchrun, whose processes are forked."""
+    config = LaunchConfig(1, 1, 2, run_id="x", rdzv_backend="c10d", rdzv_endpoint="localhost:0")
+    config.max_restarts, config.start_method = 1, "fork"
+    elastic_launch(config, killed_once)(argv)
+    return 0
+
+
+def _torchrun(argv: list[str]) -> int:
+    """The command itself."""
+    program = ROOT / "tests" / "training" / "processes.py"
+    options = ["--standalone", "--nproc_per_node=2", "--max-restarts=1"]
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    run.main([*options, str(program), *argv])
+    return 0
+
+
+@pytest.mark.parametrize(
+    "parallel, launched", [("ddp", _agent), pytest.param("fsdp", _torchrun, marks=pytest.mark.slow)]
+)
+def test_a_killed_process_is_started_again_and_goes_on(
+    tmp_path: Path, parallel: str, launched: Callable[[list[str]], int]
+) -> None:
     """To the bit as if nothing had happened, dropout included."""
     changes = {**SHORT, "max_iters": 40, "eval_interval": 20, "dropout": 0.1, "parallel": parallel}
-    finished(started(small_keys(tmp_path, **changes), processes=2))
+    keys = small_keys(tmp_path, **changes)
+    started(keys, processes=2).finished()
     whole = state_of(tmp_path)
     (tmp_path / "out").rename(tmp_path / "whole")
 
-    program = tmp_path / "program.py"
-    program.write_text(KILLED_ONCE)
-    keys = small_keys(tmp_path, **changes)
-    output = finished(started(keys, "--max-restarts=1", processes=2, program=program))
+    output = Forked(launched, command(keys)).finished()
     assert "going on from" in output and "at iteration 20" in output
     after = state_of(tmp_path)
     assert after["iter_num"] == 41

@@ -1,7 +1,5 @@
 """A sharded model in two processes: its shards, its collectives, and the same numbers."""
 
-import os
-import socket
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,6 +17,7 @@ from fastgpt.training import fsdp, step
 from fastgpt.training.distributed import World
 from fastgpt.training.trainer import Trainer
 from tests.tools import interpreter
+from tests.tools.forked import Forked
 from tests.tools.small_runs import data_set, quiet, small_config
 
 KEYS: dict[str, Any] = {"dropout": 0.0, "parallel": "fsdp", "gradient_accumulation_steps": 2}
@@ -64,7 +63,7 @@ class _Calls(TorchDispatchMode):
 
 def _exchange(root: Path, world: World) -> None:
     """Gradients are reduced once an update, however many micro-batches it has."""
-    for count in (2, 6):
+    for count in (2, 4):
         trainer = _built(root, world, gradient_accumulation_steps=count)
         _updates(trainer, 1)
         with _Calls() as calls:
@@ -135,9 +134,7 @@ def _kernels(world: World) -> None:
             assert error < tolerance, tuple(p.shape)
 
 
-def _process(rank: int, root: Path, port: int) -> None:
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="localhost")
-    os.environ["MASTER_PORT"] = str(port)
+def _checks(root: Path) -> None:
     torch.set_num_threads(1)
     world = World.from_environment()
     with world.connected(torch.device("cpu"), "gloo"):
@@ -147,12 +144,8 @@ def _process(rank: int, root: Path, port: int) -> None:
 
 
 def test_in_two_processes(tmp_path: Path) -> None:
-    """All checks in one pair of processes, which takes seconds to start."""
     data_set(tmp_path)
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    torch.multiprocessing.spawn(_process, (tmp_path, port), nprocs=2)
+    Forked(_checks, tmp_path, processes=2).finished()
 
 
 def test_half_precision_that_overflows_is_refused(

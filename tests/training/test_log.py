@@ -150,19 +150,8 @@ def test_wandb_without_a_login(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert "\n" not in str(e.value)
 
 
-def test_wandb_itself_takes_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("wandb", reason="needs the extra log")
-    monkeypatch.setenv("WANDB_MODE", "offline")
-    monkeypatch.setenv("WANDB_DIR", str(tmp_path))
-    monkeypatch.setenv("WANDB_SILENT", "true")
-    data_set(tmp_path)
-    trained(tmp_path, wandb_log=True)
-    assert list((tmp_path / "wandb").glob("offline-run-*/*.wandb"))
-
-
 @pytest.mark.parametrize(
-    ("key", "module"),
-    [("wandb_log", "wandb"), ("tensorboard_log", "torch.utils.tensorboard")],
+    ("key", "module"), [("wandb_log", "wandb"), ("tensorboard_log", "torch.utils.tensorboard")]
 )
 def test_a_missing_package_is_named_before_any_work(
     key: str, module: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -97,21 +97,6 @@ def test_a_parameter_without_a_gradient_is_only_decayed() -> None:
     assert not torch.equal(optimizer.master_state_dict()["lm_head.weight"], before)
 
 
-def test_small_updates_are_not_lost() -> None:
-    """Each is below half a rounding step of bfloat16: without the master weights nothing moves."""
-    model = small_model()
-    optimizer = MasterAdamW(model, torch.bfloat16, 0.0, 1e-5, BETAS)
-    weight = model.get_parameter("transformer.h.0.mlp.c_fc.weight")
-    before = weight.detach().clone()
-    for _ in range(30):
-        backward(model, 0)
-        optimizer.step()
-        optimizer.zero_grad()
-    large = before.abs() > 2**-6  # where a rounding step is 2^-13 and more, 1e-4
-    assert large.sum() > 100
-    assert (weight.detach() != before)[large].sum() > 0.5 * large.sum()
-
-
 def test_found_inf_skips_the_update() -> None:
     model = small_model()
     optimizer = optimizer_of(model)

@@ -14,6 +14,7 @@ from rich.console import Console
 from torch import Tensor
 
 from fastgpt.training.trainer import Trainer
+from tests.tools.forked import Forked
 from tests.tools.small_runs import (
     TEXT,
     assert_same,
@@ -24,7 +25,7 @@ from tests.tools.small_runs import (
     state_of,
     trained,
 )
-from tests.training.processes import KILLED_ONCE, finished, started, wait_for
+from tests.training.processes import command, killed_once
 
 
 @pytest.fixture(autouse=True)
@@ -36,9 +37,7 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(tmp_path: Path) -> None
     keys: dict[str, Any] = dict(
         max_iters=50, lr_decay_iters=50, eval_interval=20, always_save_checkpoint=False
     )
-    program = tmp_path / "program.py"
-    program.write_text(KILLED_ONCE)
-    finished(started(small_keys(tmp_path, **keys), program=program), -signal.SIGKILL)
+    Forked(killed_once, command(small_keys(tmp_path, **keys))).finished(-signal.SIGKILL)
     assert state_of(tmp_path)["iter_num"] == 20
     trained(tmp_path, **keys, init_from="resume")
     resumed = state_of(tmp_path)
@@ -49,19 +48,6 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(tmp_path: Path) -> None
     for state in (resumed, whole):
         state["config"].pop("init_from")
     assert_same(resumed, whole)
-
-
-def test_ctrl_c_saves_and_can_be_resumed(tmp_path: Path) -> None:
-    process = started(small_keys(tmp_path, max_iters=100000, eval_interval=30))
-    wait_for(tmp_path / "out" / "iter-0000030.pt", process)
-    process.send_signal(signal.SIGINT)
-    output = finished(process, 130)
-    stopped = state_of(tmp_path)["iter_num"]
-    saved = tmp_path / "out" / f"iter-{stopped:07d}.pt"
-    assert f"stopped before iteration {stopped}; saved {saved}" in output
-    assert "--init_from=resume" in output and "Traceback" not in output
-    trainer = Trainer(small_config(tmp_path, init_from="resume"), quiet())
-    assert trainer.iter_num == stopped > 30
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -1,6 +1,7 @@
 """A tuner's run on a small model, with a clock that a test sets."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,6 +17,21 @@ from fastgpt.tuning.table import choices
 CPU = torch.device("cpu")
 WORK = Workload(GPTConfig(block_size=8, vocab_size=16, n_layer=3, n_head=1, n_embd=16), 1)
 Clock = Callable[[Phase], float]
+
+
+def on_no_gpu(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+    """As on an sm_90, with a clock that finds every launch as fast as any other."""
+    monkeypatch.setenv("FASTGPT_TUNED", str(folder))
+    monkeypatch.setattr(configs, "_TUNED", {None: {}})
+    monkeypatch.setattr(tuner, "ROUNDS", 1)
+    monkeypatch.setattr(tuner, "Occupier", lambda device: lambda: None)
+    monkeypatch.setattr(tuner, "milliseconds", lambda work, device: 1.0)
+
+
+def trust(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Candidates are not checked."""
+    monkeypatch.setattr(Phase, "right", lambda phase: None)
+    monkeypatch.setattr(Phase, "check", lambda phase, right: None)
 
 
 def clock(monkeypatch: pytest.MonkeyPatch, cost: Callable[[Key, Any], float]) -> list[Key]:

@@ -1,5 +1,6 @@
 """The tuner on interpreted kernels: what a model calls, what a clock decides."""
 
+import functools
 from collections.abc import Callable
 from contextlib import nullcontext
 from types import ModuleType
@@ -9,12 +10,12 @@ import pytest
 import torch
 
 from fastgpt import GPTConfig
-from fastgpt.kernels import _host, candidates, configs, fused, torch_ops
+from fastgpt.kernels import candidates, configs, fused, torch_ops
 from fastgpt.kernels.configs import CUBLAS, Key
 from fastgpt.tuning import Table, Workload, exported, summary, tuner
 from fastgpt.tuning.phase import Phase
 from fastgpt.tuning.table import choices
-from fastgpt.tuning.workload import Call, _adamw, calls_of
+from fastgpt.tuning.workload import _adamw, calls_of
 from tests.tuning.small_tuning import CPU, WORK, clock, number, only, run
 
 pytestmark = pytest.mark.usefixtures("measured")
@@ -60,22 +61,35 @@ def test_a_model_with_all_options() -> None:
 GROUPS = sorted({(key.op, key.kernel) for key in candidates.CANDIDATES})
 
 
-@pytest.fixture(scope="module")
-def calls() -> list[tuple[Call, int]]:
+@functools.cache
+def phases() -> list[Phase]:
     """With a head of 64, which has the most candidates."""
     shape = GPTConfig(block_size=72, vocab_size=80, n_layer=1, n_head=1, n_embd=64)
-    with _host.interpreted(True, 90):
-        return calls_of(Workload(shape, 1), CPU, fused)
+    calls = calls_of(Workload(shape, 1), CPU, fused)
+    both = [Phase(call, n, backward, fused) for call, n in calls for backward in (False, True)]
+    return [phase for phase in both if phase.call.op != "adamw" or not phase.backward]
+
+
+@functools.cache
+def asked(lines: tuple[Key, ...]) -> list[list[Key]]:
+    """The keys that each phase asks for where products of ``lines`` are cuBLAS's."""
+    configs.tuned(CPU).update(dict.fromkeys(lines, CUBLAS))
+    return [tuner.asked_by(phase) for phase in phases()]
+
+
+def interpreted(config: Any) -> tuple[Any, ...]:
+    """What the interpreter makes use of: not warps, stages and registers."""
+    unused = ("num_warps", "num_stages", "maxnreg")
+    fields = config._asdict() if hasattr(config, "_asdict") else {"library": config}
+    return type(config), *((name, fields[name]) for name in fields if name not in unused)
 
 
 @pytest.mark.parametrize("group", GROUPS, ids=" ".join)
-def test_every_candidate_is_right(
-    group: tuple[str, str], calls: list[tuple[Call, int]], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_every_candidate_is_right(group: tuple[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
     """Those of all architectures and sizes, on odd sizes, by the tuner's own check."""
     op, kernel = group
     every = {
-        (type(one), one): one
+        interpreted(one): one
         for key, found in candidates.CANDIDATES.items()
         if (key.op, key.kernel) == group
         for one in found
@@ -85,16 +99,14 @@ def test_every_candidate_is_right(
     )
     table = Table(CPU)
     deciding = tuner.Tuner(table, show=pytest.fail)
-    lines = configs.tuned(CPU)
-    if op == "gelu":
-        for product in ("fwd", "bwd"):  # a kernel of its own only behind cuBLAS
-            lines[Key("gemm", product, "sm_90", "half", 64 if product == "fwd" else 256)] = CUBLAS
-    phases = [Phase(call, n, backward, fused) for call, n in calls for backward in (False, True)]
+    products = [Key("gemm", name, "sm_90", "half", n) for name, n in (("fwd", 64), ("bwd", 256))]
+    lines = tuple(products) if op == "gelu" else ()  # a kernel of its own only behind cuBLAS
     asking: dict[Key, list[Phase]] = {}
-    for phase in phases:
-        for key in tuner.asked_by(phase) if phase.call.op != "adamw" or not phase.backward else []:
+    for phase, keys in zip(phases(), asked(lines), strict=True):
+        for key in keys:
             if key.op == op and kernel in (key.kernel, configs.ANY):
                 asking.setdefault(key, []).append(phase)
+    configs.tuned(CPU).update(dict.fromkeys(lines, CUBLAS))
     assert asking
     for key, at in asking.items():
         line = deciding.decide(key, at[:1])
@@ -243,6 +255,7 @@ def test_a_choice_decides_which_kernels_are_left(
             return 0.0
         return 1.0 if (config == CUBLAS) == (key.kernel == "fwd") else 0.0
 
+    only(monkeypatch, Key("gemm", "fwd"), Key("gemm", "bwd"), Key("gelu", "bwd_rows"))
     clock(monkeypatch, cost)
     table, left = run()
     found = {key[:2] for key in table.lines}

@@ -1,22 +1,23 @@
 """What a run of the tuner keeps, however it ends, and what a user can do wrong."""
 
+import itertools
 import json
 import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from fastgpt.kernels import configs, tuned_table
+from fastgpt.kernels import _host, configs, tuned_table
 from fastgpt.kernels.configs import Key
 from fastgpt.tuning import Table, Workload, summary, tuner
 from fastgpt.tuning.phase import Phase
 from fastgpt.tuning.table import choices
-from tests.tuning.small_tuning import CPU, WORK, clock, last, number, only, run
+from tests.tools import interpreter
+from tests.tools.forked import Forked
+from tests.tuning.small_tuning import CPU, WORK, clock, last, number, on_no_gpu, only, run, trust
 
 pytestmark = pytest.mark.usefixtures("measured")
 
@@ -24,6 +25,7 @@ pytestmark = pytest.mark.usefixtures("measured")
 def test_what_is_decided_is_not_measured_again(
     trusting: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    only(monkeypatch, Key("adamw", "update"), Key("layer_norm", "fwd"), Key("gemm", "bwd"))
     clock(monkeypatch, last)
     before = run()[0]
     timed = clock(monkeypatch, lambda key, config: 0.0)
@@ -37,7 +39,8 @@ def test_what_is_decided_is_not_measured_again(
     adamw = Key("adamw", "update", "sm_90", "float32")  # which does not depend on the batch
     assert after[adamw] == before.lines[adamw] and number(adamw, after[adamw].config) > 0
     again = [line for line in after.values() if "(2, 8" in line.at[0]]
-    assert len(again) > 8 and all(number(line.key, line.config) == 0 for line in again)
+    assert {line.key.op for line in again} == {"gemm", "layer_norm"}
+    assert all(number(line.key, line.config) == 0 for line in again)
 
 
 def test_the_time_is_kept(trusting: None, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -74,69 +77,41 @@ def test_what_takes_most_time_comes_first(trusting: None, monkeypatch: pytest.Mo
     assert keys[2][:2] == ("adamw", "update")
 
 
+def _killed(folder: Path, die_at: int) -> None:
+    """A tuner that is killed in a decision, or, at 0, is not."""
+    interpreter.install()
+    with pytest.MonkeyPatch.context() as patch, _host.interpreted(True, 90):
+        only(patch, Key("gemm", "fwd"), Key("gemm", "bwd"), Key("gemm", "weight"))
+        on_no_gpu(patch, folder)
+        trust(patch)
+        times, decide, asked = tuner.Tuner._times, tuner.Tuner.decide, itertools.count(1)
+
+        def killed(self: tuner.Tuner, *args: Any) -> Any:
+            if next(asked) == die_at:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return times(self, *args)
+
+        def noted(self: tuner.Tuner, key: Key, phases: Any) -> Any:
+            print(json.dumps(key))
+            return decide(self, key, phases)
+
+        patch.setattr(tuner.Tuner, "_times", killed)
+        patch.setattr(tuner.Tuner, "decide", noted)
+        assert run()[1] == 0
+
+
 def test_killed_at_any_time_it_goes_on(tmp_path: Path) -> None:
     """kill -9 after the fourth decision, in the middle of the fifth."""
-    program = tmp_path / "tune.py"
-    program.write_text(KILLED)
-    root = Path(__file__).parents[2]
     folder = tmp_path / "tuned"
-    environment = {**os.environ, "PYTHONPATH": str(root), "TUNED": str(folder)}
-
-    def start(die_at: int) -> "subprocess.CompletedProcess[str]":
-        return subprocess.run(
-            [sys.executable, str(program), str(die_at)],
-            env=environment,
-            capture_output=True,
-            text=True,
-        )
-
-    run = start(5)
-    assert run.returncode == -signal.SIGKILL, run.stderr
+    Forked(_killed, folder, 5).finished(-signal.SIGKILL)
     (path,) = folder.glob("*.json")
     held = json.loads(path.read_text())
     kept = [line["key"] for line in held["lines"]]
     assert len(kept) == 4 and not held["workloads"]
     (folder / f".{path.name}.tmp").write_text("half a file")  # of a write that was cut off
-    run = start(0)
-    assert run.returncode == 0, run.stderr
-    decided = [json.loads(line) for line in run.stdout.splitlines()]
+    decided = [json.loads(line) for line in Forked(_killed, folder, 0).finished().splitlines()]
     held = json.loads(path.read_text())
     assert held["workloads"] and [line["key"] for line in held["lines"]] == [*kept, *decided]
-
-
-KILLED = """
-import json, os, signal, sys
-import tests.conftest
-os.environ["FASTGPT_TUNED"] = os.environ["TUNED"]
-import torch
-from fastgpt import GPTConfig
-from fastgpt.kernels import _host, fused
-from fastgpt.tuning import Workload, tune, tuner
-from fastgpt.tuning.phase import Phase
-
-tuner.ROUNDS = 1
-tuner.Occupier = lambda device: lambda: None
-tuner.milliseconds = lambda work, device: 1.0
-Phase.right, Phase.check = lambda phase: None, lambda phase, right: None
-times, decide, at = tuner.Tuner._times, tuner.Tuner.decide, int(sys.argv[1])
-
-def killed(self, *asked):
-    global at
-    at -= 1
-    if at == 0:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return times(self, *asked)
-
-def noted(self, key, phases):
-    print(json.dumps(key))
-    return decide(self, key, phases)
-
-tuner.Tuner._times, tuner.Tuner.decide = killed, noted
-work = Workload(GPTConfig(block_size=8, vocab_size=16, n_layer=1, n_head=1, n_embd=16), 1)
-with _host.interpreted(True, 90):
-    table, left = tune(work, torch.device("cpu"), ops=fused)
-assert left == 0
-"""
 
 
 def test_a_damaged_table_is_made_anew(trusting: None, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,8 +1,6 @@
 """``fastgpt tune``: its options, its table, its lines for the launch tables."""
 
 import functools
-from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 import torch
@@ -11,23 +9,16 @@ from fastgpt import GPTConfig, tuning
 from fastgpt.__main__ import main
 from fastgpt.cli import tune as command
 from fastgpt.cli.tune import TuneConfig, shape_of
-from fastgpt.kernels import _host, configs, fused
+from fastgpt.kernels import configs, fused
 from fastgpt.kernels.configs import Elementwise, Key
 from fastgpt.tuning import tuner
-from fastgpt.tuning.phase import Phase
 
 
 @pytest.fixture
-def sm_90(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def sm_90(measured: None, trusting: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Interpreted kernels stand for the GPU; its clock favours small blocks of AdamW."""
-    monkeypatch.setenv("FASTGPT_TUNED", str(tmp_path))
-    monkeypatch.setattr(configs, "_TUNED", {None: {}})
     monkeypatch.setattr(command, "_gpu", lambda config: torch.device("cpu"))
     monkeypatch.setattr(tuning, "tune", functools.partial(tuner.tune, ops=fused))
-    monkeypatch.setattr(tuner, "ROUNDS", 1)
-    monkeypatch.setattr(tuner, "Occupier", lambda device: lambda: None)
-    monkeypatch.setattr(Phase, "right", lambda phase: None)
-    monkeypatch.setattr(Phase, "check", lambda phase, right: None)
 
     def milliseconds(work: object, device: torch.device) -> float:
         key = Key("adamw", "update", "sm_90", "float32")
@@ -36,8 +27,6 @@ def sm_90(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(tuner, "milliseconds", milliseconds)
     tiny = GPTConfig(block_size=8, vocab_size=16, n_layer=1, n_head=1, n_embd=16)
     monkeypatch.setattr(command, "shape_of", lambda config: tiny)
-    with _host.interpreted(True, 90):
-        yield
 
 
 def test_tune_and_export(sm_90: None, capsys: pytest.CaptureFixture[str]) -> None:

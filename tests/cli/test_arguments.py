@@ -1,0 +1,229 @@
+"""The arguments of the command line: precedence of keys, what is refused, help."""
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import get_args, get_type_hints
+
+import pytest
+import torch
+
+import fastgpt
+from fastgpt.cli import main as cli
+from fastgpt.cli.arguments import normalized
+from fastgpt.training.config import SampleConfig, TrainConfig
+from fastgpt.training.presets import PRESETS
+from tests.tools.small_runs import arguments, data_set, quiet, small_keys
+
+
+def parsed(*argv: str) -> TrainConfig:
+    args = ["train", *argv]
+    command = cli._parse(args, cli.Train())
+    assert isinstance(command, cli.Train)
+    return cli._train_config(args, command, quiet())
+
+
+def test_defaults_preset_file_command_line() -> None:
+    Path("config.py").write_text("n_layer = 5\nbatch_size = 7\nlearning_rate = 1\n")
+    assert parsed("--preset=gpt2") == TrainConfig()
+    assert parsed("--preset=char") == TrainConfig(**PRESETS["char"])
+    assert parsed("config.py") == TrainConfig(n_layer=5, batch_size=7, learning_rate=1.0)
+    changed = PRESETS["char-cpu"] | {"n_layer": 5, "batch_size": 9, "learning_rate": 1.0}
+    for argv in (
+        ["config.py", "--preset=char-cpu", "--batch_size=9"],
+        ["--batch_size", "9", "config.py", "--preset", "char-cpu"],
+        ["--preset=char-cpu", "--batch-size=9", "config.py"],
+    ):
+        assert parsed(*argv) == TrainConfig(**changed)
+    # the command line wins even with the default
+    assert parsed("--preset=char-cpu", "--n_layer=12", "--device=cuda").n_layer == 12
+
+
+def test_presets_by_name() -> None:
+    assert set(get_args(get_args(get_type_hints(cli.Train)["preset"])[0])) == set(PRESETS)
+    for name, keys in PRESETS.items():
+        assert parsed(name, "--batch_size=3") == TrainConfig(**keys | {"batch_size": 3})
+    expected = parsed("char", "--batch_size=3")
+    assert parsed("--batch_size=3", "char") == parsed("--preset=char", "--batch_size=3") == expected
+    train = {"eval_interval": 1000, "log_interval": 10, "wandb_run_name": "gpt2-124M"}
+    assert parsed("train_gpt2").differences() == train
+    tuned = parsed("finetune_shakespeare", "--device=cpu")
+    assert (tuned.init_from, tuned.dataset, tuned.decay_lr) == ("gpt2-xl", "shakespeare", False)
+    assert tuned.batch_size * tuned.gradient_accumulation_steps * tuned.max_iters == 640
+    for size in ("medium", "large", "xl"):
+        config = parsed(f"eval_gpt2_{size}")
+        assert config.eval_only and config.init_from == f"gpt2-{size}"
+    Path("char").write_text("n_layer = 5\n")  # a file of that name goes first
+    assert parsed("char") == TrainConfig(n_layer=5)
+
+
+def test_nanogpts_checkpoint_does_not_ask_for_torch_compile() -> None:
+    """compile=True is nanoGPT's default, so only in a checkpoint of ours was it asked for."""
+    keys = {"compile": True, "n_layer": 3}
+    state = {"iter_num": 1, "config": keys}
+    Path("out").mkdir()
+    torch.save(state, "out/ckpt.pt")
+    resumed = parsed("--init_from=resume")
+    assert (resumed.n_layer, resumed.compile) == (3, False)
+    torch.save({**state, "fastgpt": {"model": "gpt"}}, "out/ckpt.pt")
+    assert parsed("--init_from=resume").compile
+
+
+def test_no_preset_and_no_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    short = PRESETS["char-cpu"] | {"max_iters": 1000, "lr_decay_iters": 1000}
+    assert parsed() == TrainConfig(**short)
+    assert parsed("--n_embd=64").n_embd == 64
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert parsed() == TrainConfig(**PRESETS["char"])
+
+
+def test_every_key_is_an_option() -> None:
+    other = {
+        key: {bool: not value, int: 8, float: 0.25, str: "x"}[type(value)]
+        for key, value in vars(TrainConfig()).items()
+    }
+    other |= {"dtype": "float16", "init_from": "resume", "parallel": "fsdp"}
+    for pair in ({"model": "bigram", "fp8": "none"}, {"model": "gpt", "fp8": "head"}):
+        other |= pair  # the two exclude each other
+        assert vars(parsed("--preset=gpt2", *arguments(other))) == other
+
+
+@pytest.mark.parametrize(
+    ("argv", "value"),
+    [
+        (["--recompute"], True),
+        (["--recompute", "--batch_size=2"], True),
+        (["--recompute", "config.py"], True),
+        (["--recompute=true"], True),
+        (["--recompute", "True"], True),
+        (["--recompute=False"], False),
+        (["--recompute", "false"], False),
+    ],
+)
+def test_both_forms_of_a_boolean(argv: list[str], value: bool) -> None:
+    Path("config.py").write_text("n_layer = 5\n")
+    assert parsed("--preset=gpt2", *argv).recompute is value
+    keys = {key for key, kind in get_type_hints(SampleConfig).items() if kind is bool}
+    assert keys == {"lines", "interactive", "chat", "json", "compile"}
+    for key in keys:
+        args = ["sample", *(word.replace("recompute", key) for word in argv if "=2" not in word)]
+        args = [word for word in args if word != "config.py"]
+        assert getattr(cli._parse(args, cli.Train()), key) is value
+
+
+def test_values_that_look_like_options() -> None:
+    argv = ["sample", "--start", "top_k=3", "--stop", "--json", "--json"]
+    assert normalized(argv, cli._COMMANDS) == [*argv[:-1], "--json=True"]
+
+
+def test_resume_goes_on_with_the_keys_of_the_checkpoint() -> None:
+    data_set(Path())
+    assert cli.main(["train", "--preset=gpt2", *arguments(small_keys(Path(), log_interval=7))]) == 0
+    config = parsed("--init_from=resume", "--max_iters=30")
+    keys = small_keys(Path(), log_interval=7, max_iters=30, init_from="resume")
+    assert config == TrainConfig(**keys)
+    assert parsed("--init_from=resume", "--preset=gpt2") == TrainConfig(init_from="resume")
+    torch.save({"iter_num": 1, "config": {"pack": True}}, "out/iter-0000099.pt")  # an old name
+    assert parsed("--init_from=resume").document_mask
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["train", "absent.py"], "there is no configuration file absent.py\n"),
+        (
+            ["train", "config/train_gpt2.py"],
+            "train_gpt2.py; a built-in one has the name train_gpt2",
+        ),
+        (["train", "chars"], "a built-in one has the name char: fastgpt train char"),
+        (["train", "folder"], "a configuration file is expected, but folder is a folder"),
+        (["train", "--out_dir=file"], "out_dir must be a folder, but file is a file"),
+        (["train", "--init_from=resume", "--out_dir=file"], "out_dir must be a folder, but file"),
+        (["sample", "--out_dir=file"], "out_dir must be a folder, but file is a file"),
+        (["export", "--to=nanogpt", "--out_dir=file"], "out_dir must be a folder, but file is"),
+        (["export", "--to=nanogpt", "--output=file/x"], "output must lie in a folder, but file is"),
+        (["prepare", "--input=file", "--out_dir=file/x"], "out_dir must be a folder, but file is"),
+        (["train", "--preset=gpt2", "--device=cpu"], "train.bin is not a file"),
+        (["train", "--preset=gpt2", "--n_head=7"], "n_embd=768 with n_head=7"),
+        (["train", "cuda.py"], "this machine has (cpu), got 'cuda': --device=cpu runs here"),
+        (["train", "--device=cuda:1"], "got 'cuda:1': --device=cpu runs here"),
+        (["sample", "--device=cuda"], "got 'cuda': --device=cpu runs here"),
+        (["train", "--pack=True"], "unknown option --pack: it is called --document_mask now"),
+        (["train", "--resume"], "did you mean --init_from=resume?"),
+        (["train", "dataset=shake"], "dataset=shake needs two dashes in front: --dataset=shake"),
+        (["sample", "--json", "top_k=3"], "top_k=3 needs two dashes in front: --top_k=3"),
+        (["trian"], "unknown command 'trian'; did you mean 'train'?"),
+        (
+            ["x"],
+            "allowed: prepare, tokenizer, train, tune, sample, reward, rl, export, plot, ladder, "
+            "translate, translate train, doctor",
+        ),
+        (["train", "--dropout=2"], "dropout must lie between 0 and 0.999, got 2.0"),
+        (["train", "--init_from=resume"], "no ckpt.pt or iter-*.pt in out"),
+        (["sample"], "there is no checkpoint out/ckpt.pt"),
+        (["prepare", "--input=absent.txt"], "absent.txt does not exist"),
+        (["prepare", "builtin", "--input=a.txt"], "a corpus or --input, not both"),
+    ],
+)
+def test_user_errors_are_one_line(
+    argv: list[str],
+    message: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    Path("cuda.py").write_text("device = 'cuda'\n")
+    Path("folder").mkdir()
+    Path("file").write_text("a text\n")
+    assert cli.main(argv) == 2
+    captured = capsys.readouterr()
+    assert captured.err.startswith("error: ") and message in captured.err
+    assert captured.err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        ([], "prepare"),
+        (["train", "--n_layr=2"], "--n_layer"),
+        (["train", "--compile=yes"], "invalid choice 'yes'"),
+        (["train", "--batch_size=2.5"], "2.5"),
+        (["train", "--preset=huge"], "huge"),
+        (["sample", "--top_k=0"], "top_k must be at least 1, got 0"),
+    ],
+)
+def test_arguments_that_do_not_parse(
+    argv: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(argv)
+    assert stopped.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_version_and_help_import_little_besides_pytorch() -> None:
+    """What takes long to import is imported by what needs it."""
+    program = """
+import sys, torch
+before = set(sys.modules)
+from fastgpt.__main__ import main
+main(["--version"])
+for argv in ["--help"], ["plot", "--help"], ["train", "--help"]:
+    try: main(argv)
+    except SystemExit as stopped: assert stopped.code == 0
+print("modules:", *set(sys.modules) - before)
+"""
+    command = [sys.executable, "-c", program]
+    root = Path(cli.__file__).parents[2]
+    shown = subprocess.run(command, capture_output=True, text=True, cwd=root, check=True).stdout
+    modules = set(shown.rpartition("modules:")[2].split())
+    assert shown.startswith(f"fastgpt {fastgpt.__version__}\n") and "fastgpt.model" in modules
+    words = "CONFIG.py", "--preset", "--learning_rate", "model options", "--wandb_log"
+    assert all(word in shown for word in ("usage: fastgpt", *words))
+    heavy = """matplotlib wandb tensorboard transformers huggingface_hub tokenizers tiktoken
+        datasets pyarrow sentencepiece safetensors triton sympy torch._dynamo torch._inductor
+        torch.distributed.tensor torch.distributed.fsdp torch.distributed.checkpoint
+        torch.utils.tensorboard fastgpt.kernels.fused""".split()
+    assert modules & set(heavy) == set()
