@@ -24,7 +24,7 @@ from torch._subclasses import FakeTensor
 from torch.utils import _device
 
 from fastgpt.kernels import _host, fused, torch_ops
-from tests.tools import interpreter
+from tests.tools import broken_gpu, interpreter
 from tests.tools.sanitizer import sanitize
 
 with suppress(ImportError):  # of the extra test; without it the tests that need it are skipped
@@ -92,12 +92,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
 
-_is_worker = False  # of pytest-xdist
-
-
 def pytest_configure(config: pytest.Config) -> None:
-    global _is_worker
-    _is_worker = hasattr(config, "workerinput")
+    config.pluginmanager.register(broken_gpu)
     if config.getoption("--ptx"):
         from tests.tools.ptx.plugin import CompiledKernels
 
@@ -130,19 +126,6 @@ def device(request: pytest.FixtureRequest) -> Iterator[str]:
 def ops(request: pytest.FixtureRequest) -> ModuleType:
     """What promises the numbers of ``reference``."""
     return request.param
-
-
-@pytest.hookimpl(trylast=True)
-def pytest_runtest_logreport(report: pytest.TestReport) -> None:
-    """A kernel that fails for good (an illegal address, a device assert) makes every later test of
-    its process fail: a worker of pytest-xdist ends there, and another goes on with the rest. Other
-    tests than those for a GPU may show the message of another process, or of a pretended device."""
-    message = str(report.longrepr)
-    broken = "CUDA error" in message or "Triton Error [CUDA]" in message
-    on_gpu = "gpu" in report.keywords
-    if _is_worker and report.failed and on_gpu and broken and "out of memory" not in message:
-        os.write(2, f"{report.nodeid}\n{message}\n".encode())
-        os._exit(1)
 
 
 @pytest.fixture(autouse=True)

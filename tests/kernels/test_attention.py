@@ -48,11 +48,12 @@ def assert_parity(name: str, inputs: list[Tensor], grad: Tensor, **options: Any)
     parity.assert_parity(kernel, plain, plain, inputs, grad, names)
 
 
-@pytest.mark.parametrize("dtype", parity.DTYPES, ids=str)
 @pytest.mark.parametrize("head_size", HEAD_SIZES)
 @pytest.mark.parametrize("length", LENGTHS)
-def test_parity_packed(device: str, length: int, head_size: int, dtype: torch.dtype) -> None:
+def test_parity_packed(device: str, length: int, head_size: int) -> None:
+    """Each dtype in turn; the masks of test_parity_separate get the two others."""
     case = LENGTHS.index(length) + HEAD_SIZES.index(head_size)
+    dtype = parity.DTYPES[(case + 2) % 3]
     n_head, batch = 1 + case % 5, 1 + case % 2
     shape = (batch, length, 3 * n_head * head_size)
     qkv = parity.randn(shape, dtype, device, parity.LAYOUTS[case % 4])
@@ -123,12 +124,13 @@ def _forward_by(monkeypatch: pytest.MonkeyPatch, library: str | None) -> None:
     monkeypatch.setattr(configs, "lookup", said)
 
 
+@pytest.mark.gpu  # interpreted there is one forward
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")
 @pytest.mark.parametrize("library", [None, configs.CUDNN])
 @pytest.mark.parametrize("causal", [True, False], ids=["causal", "full"])
 @pytest.mark.parametrize("n_queries,n_keys", [(127, 127), (64, 130), (1, 1)], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_parity_of_both_forwards(
-    device: str,
     monkeypatch: pytest.MonkeyPatch,
     dtype: torch.dtype,
     n_queries: int,
@@ -136,13 +138,13 @@ def test_parity_of_both_forwards(
     causal: bool,
     library: str | None,
 ) -> None:
-    """Ours and, on a GPU where it takes the inputs, cuDNN's."""
+    """Ours and, where it takes the inputs, cuDNN's."""
     _forward_by(monkeypatch, library)
     inputs = [
-        parity.randn((2, 3, length, 64), dtype, device, "contiguous")
+        parity.randn((2, 3, length, 64), dtype, "cuda", "contiguous")
         for length in (n_queries, n_keys, n_keys)
     ]
-    grad = parity.randn((2, 3, n_queries, 64), dtype, device, "transposed")
+    grad = parity.randn((2, 3, n_queries, 64), dtype, "cuda", "transposed")
     assert_parity("attention", inputs, grad, causal=causal, scale=0.2)
 
 
@@ -230,7 +232,7 @@ def test_parity_packed_with_dropout(device: str, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("gpu", [False, True], ids=["cpu_arithmetic", "gpu_arithmetic"])
 @pytest.mark.parametrize("dtype", parity.DTYPES, ids=str)
-@pytest.mark.parametrize("factor", [30.0, 5.0, 1e-3])
+@pytest.mark.parametrize("factor", [30.0, 1e-3])
 def test_scores_of_any_size(device: str, factor: float, dtype: torch.dtype, gpu: bool) -> None:
     """Scores in the thousands overflow exp without the running maximum, and have few digits behind
     the point: what is subtracted from them must be exact, whether the product with the scale is

@@ -83,14 +83,17 @@ def test_nothing_past_the_end_is_read(
     assert all(x.isfinite().all() for x in found)
 
 
+@pytest.mark.parametrize("square", [True, False], ids=["square", "oblong"])
 @pytest.mark.parametrize("tile", TILES, ids=str)
-@pytest.mark.parametrize("n_queries,n_keys", [(150, 150), (40, 150), (150, 40)])
 def test_every_tile_shape_gives_the_same(
-    monkeypatch: pytest.MonkeyPatch, tile: tuple[int, int], n_queries: int, n_keys: int
+    monkeypatch: pytest.MonkeyPatch, tile: tuple[int, int], square: bool
 ) -> None:
     """Wide and tall tiles meet the diagonal, the ends, the borders of documents and the dropout
-    mask in different places. Of three tiles each way the last is partial."""
+    mask in different places. Of three tiles each way the last is partial. Of oblong scores every
+    second tile gets the wide ones, the others the tall ones."""
     monkeypatch.setattr(configs, "find", lambda *asked: Attention(*tile, 4, 1))
+    oblong = [(40, 150), (150, 40)][TILES.index(tile) % 2]
+    n_queries, n_keys = (150, 150) if square else oblong
     n_queries, n_keys = (min(n, 2 * max(tile) + 22) for n in (n_queries, n_keys))
     inputs = [torch.randn(2, 1, t, 16) for t in (n_queries, n_keys, n_keys)]
     grad = torch.randn_like(inputs[0])
@@ -148,12 +151,12 @@ def assert_pipelined_pv_is_the_same(
 
 @pytest.mark.parametrize("block_m,block_n", [(64, 16), (32, 32), (16, 64)])
 @pytest.mark.parametrize("causal", [True, False], ids=["causal", "full"])
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("n_queries,n_keys", [(64, 64), (150, 150), (20, 150), (150, 20), (9, 5)])
 def test_pipelined_pv_gives_the_same_bits(
-    n_queries: int, n_keys: int, dtype: torch.dtype, causal: bool, block_m: int, block_n: int
+    n_queries: int, n_keys: int, causal: bool, block_m: int, block_n: int
 ) -> None:
-    """No unmasked tile, one and several."""
+    """No unmasked tile, one and several; each dtype in turn."""
+    dtype = [torch.float16, torch.bfloat16][(n_queries + block_m // 16) % 2]
     assert_pipelined_pv_is_the_same(n_queries, n_keys, dtype, causal, block_m, block_n)
 
 
@@ -245,20 +248,6 @@ def test_two_runs_give_the_same_bits(device: str, borders: list[int] | None) -> 
         with sanitize(seed=seed):  # interpreted: also in another order of the programs
             runs.append(results(partial(fused.attention, doc_start=doc_start), inputs, grad))
     assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
-
-
-@pytest.mark.parametrize("dropout_p", [0.0, 0.5])
-@pytest.mark.parametrize("causal", [True, False], ids=["causal", "full"])
-@pytest.mark.parametrize("n_queries,n_keys", [(70, 70), (5, 130), (130, 5)])
-def test_sanitized(n_queries: int, n_keys: int, causal: bool, dropout_p: float) -> None:
-    """No access out of bounds, no read of a masked lane, no race, no overflow."""
-    q, k, v = (torch.randn(1, 2, t, 25, requires_grad=True) for t in (n_queries, n_keys, n_keys))
-    op = partial(fused.attention, causal=causal, dropout_p=dropout_p)
-    with sanitize():
-        op(q, k, v, seed=torch.tensor([11]) if dropout_p else None).sum().backward()
-        fused.attention_qkvpacked(
-            torch.randn(2, 19, 3 * 50, requires_grad=True), 2
-        ).sum().backward()
 
 
 def test_memory_is_linear_in_the_length(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -77,9 +77,10 @@ def test_parity_with_dropout(
 
 
 @pytest.mark.parametrize("shape", [s for s in SHAPES if s[4] < 768], ids=str)
-@pytest.mark.parametrize("dtype", parity.DTYPES, ids=str)
-def test_parity_of_documents(device: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+def test_parity_of_documents(device: str, shape: tuple[int, ...]) -> None:
+    """Each dtype in turn."""
     i = SHAPES.index(shape)
+    dtype = parity.DTYPES[i % 3]
     idx, weights = _inputs(shape, dtype, device, parity.LAYOUTS[i % len(parity.LAYOUTS)])
     grad = parity.randn((*shape[:2], shape[4]), dtype, device, "transposed")
     doc_start = _doc_start(device, shape[1], shape[0])

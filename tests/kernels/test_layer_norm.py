@@ -27,9 +27,10 @@ def _plain_inputs(
 
 
 @pytest.mark.parametrize("shape", parity.NORM_SHAPES, ids=str)
-@pytest.mark.parametrize("dtype", parity.DTYPES, ids=str)
-def test_plain_parity(device: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+def test_plain_parity(device: str, shape: tuple[int, ...]) -> None:
+    """Each dtype in turn; the same kernels get them all in test_parity."""
     i = parity.NORM_SHAPES.index(shape)
+    dtype = parity.DTYPES[(i + i // 3) % 3]
     layout = parity.LAYOUTS[i % len(parity.LAYOUTS)]
     inputs, names = _plain_inputs(shape, dtype, device, layout, bias=i % 3 != 0)
     grad = parity.randn(shape, dtype, device, "transposed")

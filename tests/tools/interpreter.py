@@ -268,12 +268,14 @@ def _exchanges() -> list[tuple[Any, str, Any, Any]]:
     scope.set_attr(TritonSemantic, "binary_op_sanitize_overflow_impl", speed.checked_overflow)
     operands = TritonSemantic.binary_op_type_checking_impl
     scope.set_attr(
-        TritonSemantic, "binary_op_type_checking_impl", speed.short_cut_operands(operands)
+        TritonSemantic, "binary_op_type_checking_impl", speed.remembered_operands(operands)
     )
+    scope.set_attr(tl.core, "_unwrap_if_constexpr", speed.unwrapped(tl.core._unwrap_if_constexpr))
     # Some attributes are exchanged twice: the first entry has the true original.
     originals = {(owner, name): old for owner, name, old in reversed(scope._changes)}
     exchanges = [
-        (owner, name, getattr(owner, name), old) for (owner, name), old in originals.items()
+        (owner, name, speed.direct_builtin(getattr(owner, name)), old)
+        for (owner, name), old in originals.items()
     ]
     scope.restore()
     return exchanges

@@ -3,6 +3,7 @@ describing blocks, the same few over and over: types of equal name are equal, so
 for one is good for the next.
 """
 
+import inspect
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -71,15 +72,54 @@ def checked_overflow(self: TritonSemantic, lhs: tl.tensor, rhs: tl.tensor, op: C
 _CHECKED_OPS = {"add": np.add, "sub": np.subtract, "mul": np.multiply}
 
 
-def short_cut_operands(check: Callable) -> Callable:
-    """Two blocks or scalars of one type are the operands as they are, except of a division."""
+def remembered_operands(check: Callable) -> Callable:
+    """The types of two operands decide which types they are brought to, and a number becomes the
+    same block each time. NumPy broadcasts where the original makes blocks of one shape."""
+    known: dict[Any, list[tuple[tl.dtype, tl.tensor | None]]] = {}
+
+    def kind(operand: Any) -> Any:
+        if isinstance(operand, tl.tensor):
+            return operand.type.name
+        return operand or str(operand), operand.__class__  # 0.0 equals -0.0
+
+    def brought_to(self: TritonSemantic, operand: tl.tensor, type: tl.dtype) -> tl.tensor:
+        if operand.type.scalar is not type.scalar:
+            operand = self.cast(operand, type.scalar)
+        return operand if operand.type is type else tl.tensor(operand.handle, type)
 
     def binary_op_type_checking_impl(
         self: TritonSemantic, lhs: Any, rhs: Any, *allowed: bool, **options: bool
     ) -> tuple[tl.tensor, tl.tensor]:
-        if isinstance(lhs, tl.tensor) and isinstance(rhs, tl.tensor) and lhs.type is rhs.type:
-            if not options and len(allowed) < 4 and not lhs.type.scalar.is_ptr():
-                return lhs, rhs
-        return check(self, lhs, rhs, *allowed, **options)
+        key = kind(lhs), kind(rhs), allowed, *options.items()
+        if key not in known:
+            found = check(self, lhs, rhs, *allowed, **options)
+            known[key] = [
+                (out.type, None if isinstance(x, tl.tensor) else out)
+                for x, out in zip((lhs, rhs), found, strict=True)
+            ]
+        (left, left_number), (right, right_number) = known[key]
+        return (
+            brought_to(self, lhs, left) if left_number is None else left_number,
+            brought_to(self, rhs, right) if right_number is None else right_number,
+        )
 
     return binary_op_type_checking_impl
+
+
+def direct_builtin(interpreted: Callable) -> Callable:
+    """A function of the language, called without the three wrappers that it has."""
+    member = (getattr(interpreted, "__kwdefaults__", None) or {}).get("member")
+    if member is None:
+        return interpreted
+    semantic = inspect.getclosurevars(interpreted).nonlocals["semantic"]
+    function = inspect.unwrap(member)
+
+    def call(*args: Any, _semantic: Any = None, **kwargs: Any) -> Any:
+        return function(*args, _semantic=semantic, **kwargs)
+
+    return call
+
+
+def unwrapped(unwrap: Callable) -> Callable:
+    """Most of what is asked about is a tensor."""
+    return lambda x: x if x.__class__ is tl.tensor else unwrap(x)

@@ -42,17 +42,18 @@ def test_the_check_finds_32_bit_offsets() -> None:
         _careless_kernel[(2**15 + 1,)](_meta(2**15 + 1, 2**16), 2**16, BLOCK=64)
 
 
-@pytest.mark.parametrize("width,dropout_p", [(4096, 0.1), (8192, 0.0), (8192, 0.1)])
-def test_layer_norm(width: int, dropout_p: float) -> None:
+@pytest.mark.parametrize("width", [4096, 8192])
+def test_layer_norm(width: int) -> None:
+    """With dropout, whose numbers are those of places among 2^31 elements as well."""
+    dropout_p = 0.1
     n_rows = 2**31 // width + 5
     wide, row = _meta(n_rows, width), _meta(width)
-    seed = SEED if dropout_p else None
     with checked_addresses() as launched:
         _, total, mean, rstd = layer_norm_fwd(
-            wide, wide, row, row, row, seed, 1e-5, dropout_p, 0, wide.dtype
+            wide, wide, row, row, row, SEED, 1e-5, dropout_p, 0, wide.dtype
         )
         layer_norm_bwd(
-            wide, wide, wide, row, mean, rstd, seed, dropout_p, 0, wide, _meta(n_rows, width),
+            wide, wide, wide, row, mean, rstd, SEED, dropout_p, 0, wide, _meta(n_rows, width),
             row, row, row,
         )  # fmt: skip
     assert len(launched) == (3 if width == 4096 else 4)

@@ -64,7 +64,9 @@ def test_a_worker_whose_gpu_is_broken_ends(tmp_path: Path) -> None:
         "-m",
         "pytest",
         "-p",
-        "tests.conftest",
+        "xdist",
+        "-p",
+        "tests.tools.broken_gpu",
         "-n1",
         "-rf",
         "test_breaking.py",
@@ -72,7 +74,7 @@ def test_a_worker_whose_gpu_is_broken_ends(tmp_path: Path) -> None:
     done = subprocess.run(
         command,
         cwd=tmp_path,
-        env=os.environ | {"PYTHONPATH": str(root)},
+        env=os.environ | {"PYTHONPATH": str(root), "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"},
         capture_output=True,
         text=True,
     )

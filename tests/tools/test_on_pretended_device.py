@@ -1,19 +1,12 @@
 """The host code for a GPU, executed on the pretended device, which must find nothing."""
 
-import pytest
-
 from tests.tools.pretend_cuda.process import PROGRAMS, needs_pretended_device, passes
 
 pytestmark = needs_pretended_device
 
 
-@pytest.mark.parametrize("which", ["graph", "float16 or stop or bigram"])
-def test_runs_of_the_trainer(which: str) -> None:
-    passes(str(PROGRAMS / "on_trainer.py"), "-k", which)
-
-
-def test_commands_generation_and_nanogpts_loop() -> None:
-    passes(str(PROGRAMS / "on_commands.py"))
+def test_the_trainer_commands_generation_and_nanogpts_loop() -> None:
+    passes(str(PROGRAMS / "on_trainer.py"), str(PROGRAMS / "on_commands.py"))
 
 
 def test_benchmarks() -> None:
