@@ -58,7 +58,7 @@ test_attention_decode = OP.test()
 
 def compiled() -> None:
     for random in (BF16, FP32):
-        for head_size in (25, 32, 64, 128, 256):
+        for head_size in (16, 25, 64, 128, 256):
             fused.attention_decode(*inputs(random, 2, 1024, 2, head_size))
 
 

@@ -36,14 +36,14 @@ test_embedding = OP.test()
 
 
 def compiled() -> None:
-    """With and without documents and dropout."""
-    for random in (BF16, FP32):
-        for width in (65, 768, 1600):
-            idx, token, position = inputs(random, 2, 64, width, 96)
-            for doc_start in (None, torch.zeros_like(idx, dtype=torch.int32)):
-                for p in (0.0, 0.1):
-                    y = fused.embedding(idx, token, position, dropout_p=p, doc_start=doc_start)
-                    y.sum().backward()
+    """Every tile; an odd width and GPT-2's with documents and dropout."""
+    launches = [(BF16, 768, True, 0.1), (FP32, 768, True, 0.1), (FP32, 65, True, 0.1)]
+    launches += [(FP32, width, False, 0.1) for width in (32, 64, 200, 384)]
+    launches += [(BF16, 768, False, 0.0), (BF16, 768, False, 0.1), (FP32, 768, True, 0.0)]
+    for random, width, documents, p in launches:
+        idx, token, position = inputs(random, 2, 64, width, 96)
+        doc_start = torch.zeros_like(idx, dtype=torch.int32) if documents else None
+        fused.embedding(idx, token, position, dropout_p=p, doc_start=doc_start).sum().backward()
 
 
 COMPILED = {"embedding": compiled}

@@ -42,16 +42,14 @@ OP = Op(
 test_layer_norm = OP.test()
 
 
-COMPILED_WIDTHS = (65, 384, 768, 1600, 4096, 8192, 16384)
-
-
 def compiled() -> None:
-    """With and without a bias."""
+    """Three of the tiles, all of which ``bench_residual_layer_norm`` compiles with the sum."""
     for random in (BF16, FP32):
-        for width in COMPILED_WIDTHS:
+        for width in (65, 768, 16384):
             x, weight, bias = inputs(random, 64, width)
             fused.layer_norm(x, weight, bias).sum().backward()
-            fused.layer_norm(x, weight).sum().backward()
+        x, weight, _ = inputs(random, 64, 768)
+        fused.layer_norm(x, weight).sum().backward()
 
 
 COMPILED = {"layer_norm": compiled}

@@ -114,17 +114,21 @@ test_fp8 = FP8.test()
 
 
 def compiled(fp8: bool) -> None:
-    """With gradients, plain and with label smoothing; without."""
-    sizes = [(256, 64, 50304)] if fp8 else [(8, 16, 65), (8, 16, 50257), (8, 16, 50304)]
-    for random in (BF16, FP16) if fp8 else (BF16, FP32):
-        for M, C, V in sizes:
-            x, weight, targets = inputs(random, M, C, V)
-            if fp8:
-                weight = FP32.normal(V, C)
-            for smoothing in (0.0, 0.1):
-                fused.linear_cross_entropy(x, weight, targets, label_smoothing=smoothing, fp8=fp8)
-            with torch.no_grad():
-                fused.linear_cross_entropy(x, weight, targets, fp8=fp8)
+    """With gradients, with label smoothing and without; without gradients."""
+    if fp8:
+        cases = [(random, 256, 64, 50304) for random in (BF16, FP16)]
+    else:  # a tile for each power of two up to 2048 classes
+        cases = [(random, 8, 16, V) for random in (BF16, FP32) for V in (65, 50257, 50304)]
+        cases += [(FP32, 8, 16, V) for V in (500, 1000, 2000)]
+    for random, M, C, V in cases:
+        x, weight, targets = inputs(random, M, C, V)
+        if fp8:
+            weight = FP32.normal(V, C)
+        for smoothing in (0.0, 0.1) if V > 2000 else (0.1,):
+            options: dict[str, Any] = {"label_smoothing": smoothing, "fp8": fp8}
+            fused.linear_cross_entropy(x, weight, targets, **options).backward()
+        with torch.no_grad():
+            fused.linear_cross_entropy(x, weight, targets, fp8=fp8)
 
 
 COMPILED = {"linear_cross_entropy": partial(compiled, False), "fp8": partial(compiled, True)}

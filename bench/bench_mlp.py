@@ -124,6 +124,7 @@ def compiled() -> None:
     for random, bias, form in (
         *((BF16, bias, form) for bias in (False, True) for form in ("none", "tanh")),
         (FP16, True, "none"),
+        (FP32, True, "none"),  # cuBLAS's products
     ):
         x, fc_weight, fc_bias, proj_weight = inputs(random, 256, 64)
         for recompute in (None, (x, FP32.normal(64), None, 1e-5)):

@@ -4,7 +4,8 @@
     python setup.py build_kernels --arch=90 --only='attention*'
 
 By default all cases are compiled for sm_80, sm_90 and sm_100, one GPU of each class of the launch
-tables, and those of GPT-2's sizes for sm_86, sm_89 and sm_120 too.
+tables, and those of GPT-2's sizes for sm_89 and sm_120 too. (The code of sm_86 has been that of
+sm_89: the same registers, and as much shared memory.)
 
 ninja runs one process for each case of ``bench_<op>.py``, again only after a kernel or this tool
 has changed; Triton's cache in ``build/kernels/cache`` keeps the configurations that have not.
@@ -63,25 +64,22 @@ class Options:
     """Cases whose names match this pattern: 'attention*', say."""
 
 
-_CLASSES, _OTHERS = (80, 90, 100), (86, 89, 120)
+_CLASSES, _OTHERS = (80, 90, 100), (89, 120)
 
 
 def edges(cases: Path, architectures: Iterable[int] = ()) -> dict[str, list[int]]:
     """Case → the architectures to compile it for and that can run it, of a file that defines
-    ``CASES``: name → ``functools.partial``; and perhaps ``LEAST_CAPABILITY``: name → the first that
-    can run it, and ``OTHER_GPUS``: names of those that by default are compiled for the others, of
-    which "gpt2" is for them alone."""
+    ``CASES``: name → function; and perhaps ``LEAST_CAPABILITY``: name → the first that can run it.
+    "gpt2" is by default for the GPUs beside one of each class."""
     spec = importlib.util.spec_from_file_location(cases.stem, cases)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     least = getattr(module, "LEAST_CAPABILITY", {})
-    others = getattr(module, "OTHER_GPUS", ())
     asked = sorted(set(architectures))
     found = {}
     for case in module.CASES:
-        classes, more = () if case == "gpt2" else _CLASSES, _OTHERS if case in others else ()
-        wanted = asked or sorted([*classes, *more])
+        wanted = asked or (_OTHERS if case == "gpt2" else _CLASSES)
         found[case] = [c for c in wanted if c >= least.get(case, 0)]
     return {case: capabilities for case, capabilities in found.items() if capabilities}
 

@@ -176,10 +176,11 @@ class _Block(torch.autograd.Function):
             first + 1, x.dtype,
         )  # fmt: skip
         assert total is not None  # there is a delta
-        again: Any = (total, p.ln_weight, p.ln_bias, _EPS) if o.recompute else _NO_NORM
+        norm_of_h = (total, p.ln_weight, p.ln_bias, _EPS) if o.recompute else _NO_NORM
         delta, pre, *act = mlp_fwd(
-            h, p.fc_weight, p.fc_bias, p.mlp_weight, *again, o.approximate, True
-        )
+            h, p.fc_weight, p.fc_bias, p.mlp_weight, *norm_of_h,
+            approximate=o.approximate, saves=True,
+        )  # fmt: skip
         y, next_total, *next_stats = layer_norm_fwd(
             total, delta, p.next_ln_weight, p.next_ln_bias, p.mlp_bias, seeds[2], _EPS,
             o.dropout_p[2], first + 2, x.dtype,
@@ -214,10 +215,11 @@ class _Block(torch.autograd.Function):
             dy, dtotal, next_total, next_ln_weight, next_mean, next_rstd, seed_2,
             o.dropout_p[2], first + 2, pre.dtype, has_bias,
         )  # fmt: skip
-        again: Any = (total, ln_weight, ln_bias, _EPS) if o.recompute else (h, *_NO_NORM[1:])
+        saved, eps = ((total, ln_weight, ln_bias), _EPS) if o.recompute else ((h, None, None), 0.0)
         dh, *dmlp = mlp_bwd(
-            ddelta, fc_weight, mlp_weight, *again[:3], pre, act, again[3], o.approximate,
-            has_bias, True, True, True,
+            ddelta, fc_weight, mlp_weight, *saved, pre=pre, act=act, eps=eps,
+            approximate=o.approximate, has_bias=has_bias, wants_dx=True, wants_dfc=True,
+            wants_dproj=True,
         )  # fmt: skip
         dresidual, ddelta, dln, dattn_bias = _norm_bwd(
             dh, dtotal, total, ln_weight, mean, rstd, seed_1, o.dropout_p[1], first + 1,

@@ -183,7 +183,6 @@ TABLE: dict[Key, Any] = {
     Key("attention", "fwd", "gpu", "half", 256): Attention(64, 32, 8, 2),
     Key("attention", "bwd_dq", "gpu", "half", 16): Attention(64, 64, 4, 2),
     Key("attention", "bwd_dq", "gpu", "half", 32): Attention(64, 64, 4, 2),
-    Key("attention", "bwd_dq", "gpu", "half", 64): Attention(64, 64, 4, 3),
     Key("attention", "bwd_dq", "gpu", "half", 128): Attention(64, 32, 4, 2),
     Key("attention", "bwd_dq", "gpu", "half", 256): Attention(64, 32, 8, 2),
     Key("attention", "bwd_dq", "gpu", "half", 256, _DROPOUT): Attention(64, 16, 8, 2),

@@ -6,8 +6,8 @@ of real models.
 
     python -m bench._compile.kernel_cases gelu 90      # one case on one architecture, at once
 
-Most cases are compiled for one GPU of each class of the launch tables. ``gpt2``, a training step at
-GPT-2's sizes, repeats theirs for the other GPUs that people own.
+Cases are compiled for one GPU of each class of the launch tables. ``gpt2`` alone repeats them at
+GPT-2's sizes for the other GPUs that people own.
 """
 
 import importlib
@@ -17,26 +17,34 @@ from pathlib import Path
 
 import torch
 
+from bench import bench_adamw, bench_attention_decode
 from bench._compile.static import case_main
+from bench._ops.op_bench import BF16, FP16
 from fastgpt import GPT, GPTConfig
 from fastgpt.kernels import fused
 
 
 def _gpt2() -> None:
-    """Float32 weights under autocast to both 16-bit dtypes, keeping activations and recomputing
-    them, with dropout and without."""
+    """A training step of float32 weights under autocast and a token that is generated, in both
+    16-bit dtypes: with dropout and what is recomputed, and in bfloat16 without either. Of fewer
+    classes than GPT-2's, which take the same programs."""
     idx = torch.zeros(1, 64, dtype=torch.int64)
-    for dropout, recompute in ((0.0, False), (0.1, True)):
-        config = GPTConfig(block_size=64, n_layer=1, dropout=dropout)
+    for dtype, dropout, recompute in (
+        (torch.bfloat16, 0.0, False),
+        (torch.bfloat16, 0.1, True),
+        (torch.float16, 0.1, True),
+    ):
+        config = GPTConfig(block_size=64, vocab_size=5120, n_layer=1, dropout=dropout)
         model = GPT(config, ops=fused, recompute=recompute)
-        for dtype in (torch.bfloat16, torch.float16):
-            with torch.autocast("cpu", dtype):
-                loss = model(idx, idx)[1]
-            loss.backward()
+        with torch.autocast("cpu", dtype):
+            loss = model(idx, idx)[1]
+        loss.backward()
+    bench_adamw.compiled()
+    for random in (BF16, FP16):
+        fused.attention_decode(*bench_attention_decode.inputs(random, 2, 1024, 12, 64))
 
 
 CASES: dict[str, Callable[[], object]] = {"gpt2": _gpt2}
-OTHER_GPUS = ("gpt2", "adamw", "attention_decode")  # cases that are compiled for those too
 LEAST_CAPABILITY: dict[str, int] = {}  # of cases that older architectures cannot run
 for path in sorted(Path(__file__).parents[1].glob("bench_*.py")):
     module = importlib.import_module(f"bench.{path.stem}")

@@ -8,12 +8,16 @@ import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
+import torch
 
 from bench import build_kernels
 from bench._compile import kernel_cases
-from bench._compile.static import compile_case, recorded
+from bench._compile.static import Launch, compile_case, recorded
+from fastgpt.kernels import configs
+from fastgpt.kernels.configs import ANY, Key, dtype_class
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -186,22 +190,65 @@ def defined_kernels() -> set[str]:
     }
 
 
-def test_cases_launch_every_kernel_and_ask_for_fused_multiply_adds() -> None:
+@pytest.fixture(scope="module")
+def recordings() -> dict[int, tuple[list[Launch], set[Key]]]:
+    """Architecture → the launches of its cases, and the lines of the table that they took."""
+    return {capability: recording(capability) for capability in (80, 90, 100)}
+
+
+def recording(capability: int) -> tuple[list[Launch], set[Key]]:
+    taken = set()
+
+    class Table(dict[Key, Any]):
+        def __getitem__(self, key: Key) -> Any:
+            taken.add(key)
+            return super().__getitem__(key)
+
+    configs.lookup.cache_clear()
+    with (
+        mock.patch.object(configs, "TABLE", Table(configs.TABLE)),
+        recorded(capability) as launches,
+    ):
+        for case, architectures in build_kernels.edges(build_kernels.CASES).items():
+            if capability in architectures:
+                kernel_cases.CASES[case]()
+    configs.lookup.cache_clear()
+    return launches, taken
+
+
+def test_cases_launch_every_kernel_and_ask_for_fused_multiply_adds(recordings) -> None:
     """Without ``enable_fp_fusion`` the answer depends on Triton's version."""
-    names = set()
-    for case, run in kernel_cases.CASES.items():
-        with recorded(90) as launches:
-            run()
-        assert launches and all(one.options["enable_fp_fusion"] for one in launches), case
-        names |= {one.kernel.__name__ for one in launches}
-    assert names == defined_kernels()
+    launches, _ = recordings[90]
+    assert all(one.options["enable_fp_fusion"] for one in launches)
+    assert {one.kernel.__name__ for one in launches} == defined_kernels()
 
 
-def test_gpt2s_sizes_are_compiled_for_every_gpu() -> None:
+def test_cases_take_every_line_of_the_table_on_every_architecture_it_is_for(recordings) -> None:
+    """And no line is there in vain."""
+    for key, config in configs.TABLE.items():
+        if key.arch == "interpreter" or not isinstance(config, tuple):  # a library's
+            continue
+        least = kernel_cases.LEAST_CAPABILITY.get(key.op, 0)
+        own = [c for c in recordings if c >= least and is_chosen(key, c)]
+        assert own, f"other lines hide {key}"
+        for capability in own:
+            assert key in recordings[capability][1], f"no case takes {key} on sm_{capability}"
+
+
+def is_chosen(key: Key, capability: int) -> bool:
+    """Whether a launch of the line's own kernel, size and options takes it."""
+    table = {one: one for one in configs.TABLE}
+    dtypes = [d for d in (torch.bfloat16, torch.float32) if key.dtype in (ANY, dtype_class(d))]
+    return key in [
+        configs.first_line(table, key.op, key.kernel, capability, dtype, key.size, key.options)
+        for dtype in dtypes
+    ]
+
+
+def test_gpt2s_sizes_are_compiled_for_other_gpus_too() -> None:
     """All cases for one of each class, unless the command line names architectures."""
     by_default = build_kernels.edges(build_kernels.CASES)
-    assert by_default["gpt2"] == [86, 89, 120]
-    assert by_default["adamw"] == [80, 86, 89, 90, 100, 120]
-    assert by_default["mlp"] == [80, 90, 100]
+    assert by_default["gpt2"] == [89, 120]
+    assert by_default["mlp"] == [80, 90, 100] and by_default["fp8"] == [90, 100]
     assert build_kernels.edges(build_kernels.CASES, [120, 80])["mlp"] == [80, 120]
     assert build_kernels.edges(build_kernels.CASES, [80, 90])["fp8"] == [90]
