@@ -59,7 +59,7 @@ class Options(NamedTuple):
 
 
 _EPS = 1e-5
-_NO_NORM: tuple[Any, ...] = None, None, None, 0.0  # a linear layer's input is not recomputed
+_NO_NORM = None, None, None, 0.0  # the input of a linear layer is not recomputed
 
 
 def fits(
@@ -176,10 +176,11 @@ class _Block(torch.autograd.Function):
             first + 1, x.dtype,
         )  # fmt: skip
         assert total is not None  # there is a delta
-        norm_of_h = (total, p.ln_weight, p.ln_bias, _EPS) if o.recompute else _NO_NORM
+        again, ln_bias = (total, p.ln_bias) if o.recompute else (None, None)
+        ln_weight, eps = (p.ln_weight, _EPS) if o.recompute else (None, 0.0)
         delta, pre, *act = mlp_fwd(
-            h, p.fc_weight, p.fc_bias, p.mlp_weight, *norm_of_h,
-            approximate=o.approximate, saves=True,
+            h, p.fc_weight, p.fc_bias, p.mlp_weight, again, ln_weight, ln_bias, eps,
+            o.approximate, True,
         )  # fmt: skip
         y, next_total, *next_stats = layer_norm_fwd(
             total, delta, p.next_ln_weight, p.next_ln_bias, p.mlp_bias, seeds[2], _EPS,
@@ -193,7 +194,7 @@ class _Block(torch.autograd.Function):
         ctx.save_for_backward(
             doc_start, *seeds, *source, qkv, out, lse, total, *stats,
             None if o.recompute else h, pre, act[0] if act else None, next_total, *next_stats,
-            p.qkv_weight, p.attn_weight, p.ln_weight, p.ln_bias if o.recompute else None,
+            p.qkv_weight, p.attn_weight, p.ln_weight, ln_bias,
             p.fc_weight, p.mlp_weight, p.next_ln_weight,
         )  # fmt: skip
         return y, next_total
@@ -215,11 +216,10 @@ class _Block(torch.autograd.Function):
             dy, dtotal, next_total, next_ln_weight, next_mean, next_rstd, seed_2,
             o.dropout_p[2], first + 2, pre.dtype, has_bias,
         )  # fmt: skip
-        saved, eps = ((total, ln_weight, ln_bias), _EPS) if o.recompute else ((h, None, None), 0.0)
+        saved, again, eps = (total, ln_weight, _EPS) if o.recompute else (h, None, 0.0)
         dh, *dmlp = mlp_bwd(
-            ddelta, fc_weight, mlp_weight, *saved, pre=pre, act=act, eps=eps,
-            approximate=o.approximate, has_bias=has_bias, wants_dx=True, wants_dfc=True,
-            wants_dproj=True,
+            ddelta, fc_weight, mlp_weight, saved, again, ln_bias, pre, act, eps, o.approximate,
+            has_bias, True, True, True,
         )  # fmt: skip
         dresidual, ddelta, dln, dattn_bias = _norm_bwd(
             dh, dtotal, total, ln_weight, mean, rstd, seed_1, o.dropout_p[1], first + 1,
