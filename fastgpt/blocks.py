@@ -249,6 +249,10 @@ class MLP(nn.Module):
         return _projected(self._linear, c_proj, x, self.dropout)
 
 
+def _no_kernels(x: Tensor) -> None:
+    """A module of ops need not have ``block_kernels``."""
+
+
 class Block(nn.Module):
     """A pre-LayerNorm transformer block: attention, then MLP, each added to its input."""
 
@@ -260,7 +264,7 @@ class Block(nn.Module):
         self.attn = CausalSelfAttention(config, ops)
         self.ln_2 = LayerNorm(config.n_embd, config.bias, ops)
         self.mlp = MLP(config, ops, gelu)
-        self._block_kernels = getattr(ops, "block_kernels", lambda x: None)
+        self._block_kernels = getattr(ops, "block_kernels", _no_kernels)
 
     def forward(self, x: Tensor, *fused: Any) -> Any:
         """x (B, T, C) → its like. ``GPT`` passes more: see ``between_norms``."""

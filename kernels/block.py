@@ -76,7 +76,9 @@ def fits(
         return False
     if torch._C._are_functorch_transforms_active() or torch._C._len_torch_function_stack():
         return False
-    if forward_ad._current_level >= 0 or (seed is None and any(options.dropout_p)):
+    if torch.jit.is_tracing() or forward_ad._current_level >= 0:
+        return False
+    if seed is None and any(options.dropout_p):  # each op draws one
         return False
     if not (x.is_cuda or _host.INTERPRETED) or type(x) is not Tensor or x.dim() != 3:
         return False

@@ -1,6 +1,7 @@
 """A block's ops in one node of autograd (``kernels/block.py``) give what the ops one by one give,
 to the last bit, and leave the call to them wherever something looks into it or asks for less."""
 
+import pickle
 from collections.abc import Callable
 from typing import Any
 from unittest import mock
@@ -13,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from fastgpt import GPT
 from fastgpt.blocks import Context, Dropout
-from fastgpt.kernels import block, fused
+from fastgpt.kernels import block, fused, torch_ops
 from tests.tools.small_models import model_with, small_config, tokens
 
 N_LAYER = 2
@@ -156,6 +157,12 @@ def test_what_looks_into_the_model_sees_the_ops(n_together):
     assert not n_together
     model.eval()(idx, idx)[1].backward()
     assert len(n_together) == N_LAYER
+
+
+def test_a_model_on_other_ops_is_pickled_too():
+    model = model_with(torch_ops, small_config())
+    copied = pickle.loads(pickle.dumps(model))
+    assert torch.equal(copied(tokens(1, 8))[0], model(tokens(1, 8))[0])
 
 
 def test_a_wrong_shape_is_refused_as_the_op_refuses_it():
