@@ -249,8 +249,8 @@ class MLP(nn.Module):
         return _projected(self._linear, c_proj, x, self.dropout)
 
 
-def _no_kernels(x: Tensor) -> None:
-    """A module of ops need not have ``block_kernels``."""
+def _no_kernels(x: Tensor, *ops: Any) -> None:
+    """Of a module of ops that does not take any together."""
 
 
 class Block(nn.Module):
@@ -306,17 +306,26 @@ class Block(nn.Module):
     ) -> tuple[Tensor, Tensor] | None:
         """``between_norms`` in one call, which spares the host most of its work for the ops; None
         where that is not possible, or a layer is not plain."""
-        kernels = self._block_kernels(x)
-        if kernels is None:
+        if next_norm is None or torch.compiler.is_compiling():
             return None
         attn, ln_2, mlp = self.attn, self.ln_2, self.mlp
-        if not (is_plain(attn, CausalSelfAttention) and is_plain(mlp, MLP)):
+        if not (
+            is_plain(attn, CausalSelfAttention)
+            and is_plain(mlp, MLP)
+            and all(is_plain(norm, LayerNorm) for norm in (ln_2, next_norm))
+        ):
+            return None
+        if ln_2._residual_layer_norm is not next_norm._residual_layer_norm:  # type: ignore
+            return None
+        kernels = self._block_kernels(
+            x, attn._linear, attn._attention, mlp._mlp, ln_2._residual_layer_norm
+        )
+        if kernels is None:
             return None
         c_attn, attn_proj, c_fc, mlp_proj = attn.c_attn, attn.c_proj, mlp.c_fc, mlp.c_proj
         drops = attn.resid_dropout, mlp.dropout
         if not (
-            all(is_plain(norm, LayerNorm) for norm in (ln_2, next_norm))
-            and all(is_plain(layer, nn.Linear) for layer in (c_attn, attn_proj, c_fc, mlp_proj))
+            all(is_plain(layer, nn.Linear) for layer in (c_attn, attn_proj, c_fc, mlp_proj))
             and all(is_plain(drop, nn.Dropout) for drop in drops)
             and is_plain(mlp.gelu, nn.GELU)
         ):
@@ -324,7 +333,7 @@ class Block(nn.Module):
         layers = kernels.Layers(
             *(c_attn.weight, c_attn.bias, attn_proj.weight, attn_proj.bias),
             *(ln_2.weight, ln_2.bias, c_fc.weight, c_fc.bias, mlp_proj.weight, mlp_proj.bias),
-            *(next_norm.weight, next_norm.bias),  # type: ignore[union-attr]
+            *(next_norm.weight, next_norm.bias),
         )
         dropout = context.dropout
         rates = (

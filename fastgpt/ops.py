@@ -75,8 +75,17 @@ def dropout_seed(device: torch.device) -> Tensor | None:  # type: ignore[no-rede
     return _implementation(device).dropout_seed(device)
 
 
-def block_kernels(x: Tensor) -> ModuleType | None:
-    """What takes the ops of a transformer block together for x's device: the kernels' ``block``,
-    or None where each op is called."""
-    found = getattr(_implementation(x.device), "block_kernels", None) if x.is_cuda else None
-    return None if found is None else found(x)
+_IN_A_BLOCK = tuple(globals()[name] for name in reference.OPS_OF_A_BLOCK)
+
+
+def block_kernels(x: Tensor, *ops: Any) -> ModuleType | None:
+    """What takes these ops of a transformer block together: the kernels' ``block``. None for other
+    ops than these here, and on a device without it."""
+    if not x.is_cuda or ops != _IN_A_BLOCK:
+        return None
+    kernels = _implementation(x.device)
+    if kernels is torch_ops:
+        return None
+    parts = (getattr(kernels, name) for name in reference.OPS_OF_A_BLOCK)
+    found: ModuleType | None = kernels.block_kernels(x, *parts)
+    return found

@@ -70,9 +70,10 @@ def fits(
     seed: Tensor | None,
     doc_start: Tensor | None,
 ) -> bool:
-    """Whether ``block`` does what the ops would. Not where something looks into the calls or wants
-    a part of the gradients, and not for what an op refuses, pads or casts: the ops are for that."""
-    if torch.compiler.is_compiling() or is_in_torch_dispatch_mode() or not torch.is_grad_enabled():
+    """Whether ``block`` does what the ops would, outside of torch.compile. Not where something
+    looks into the calls or wants a part of the gradients, and not for what an op refuses, pads or
+    casts: the ops are for that."""
+    if is_in_torch_dispatch_mode() or not torch.is_grad_enabled():
         return False
     if torch._C._are_functorch_transforms_active() or torch._C._len_torch_function_stack():
         return False

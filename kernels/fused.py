@@ -2,13 +2,13 @@
 
 from importlib import import_module
 from types import ModuleType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
 from fastgpt.kernels import block, costs
 from fastgpt.kernels._host import dropout_seed as dropout_seed
-from fastgpt.kernels.reference import OPS
+from fastgpt.kernels.reference import OPS, OPS_OF_A_BLOCK
 
 if TYPE_CHECKING:  # the signatures, which tests/model/test_ops.py compares
     from fastgpt.kernels.reference import *  # noqa: F403
@@ -19,6 +19,9 @@ for _name, _file in OPS.items():
 costs.publish()
 
 
-def block_kernels(x: Tensor) -> ModuleType:
-    """What takes the ops of a transformer block together."""
-    return block
+_IN_A_BLOCK = tuple(globals()[_name] for _name in OPS_OF_A_BLOCK)
+
+
+def block_kernels(x: Tensor, *ops: Any) -> ModuleType | None:
+    """What takes these ops of a transformer block together; None for other ops than these here."""
+    return block if ops == _IN_A_BLOCK else None

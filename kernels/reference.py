@@ -30,6 +30,9 @@ OPS = {
     "residual_layer_norm": "layer_norm",
 }
 
+# Those that a transformer block consists of, in the order in which ``block_kernels`` is given them.
+OPS_OF_A_BLOCK = "linear", "attention_qkvpacked", "mlp", "residual_layer_norm"
+
 
 def dropout_seed(device: torch.device) -> Tensor | None:
     """None: PyTorch's generator draws the masks here."""

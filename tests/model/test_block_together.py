@@ -3,6 +3,7 @@ to the last bit, and leave the call to them wherever something looks into it or 
 
 import pickle
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -13,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 from fastgpt import GPT
-from fastgpt.blocks import Context, Dropout
+from fastgpt.blocks import MLP, CausalSelfAttention, Context, Dropout, LayerNorm
 from fastgpt.kernels import block, fused, torch_ops
 from tests.tools.small_models import model_with, small_config, tokens
 
@@ -110,6 +111,11 @@ def replaced(model: Any) -> None:
     model.transformer.h[0].attn.c_proj = nn.Sequential(model.transformer.h[0].attn.c_proj)
 
 
+def own_block(model: Any) -> None:
+    """It has no norm that the block before it could compute."""
+    model.transformer.h[1] = nn.Sequential(model.transformer.h[1])
+
+
 def wider(model: Any) -> None:
     """An MLP of another width is as plain as ours."""
     mlp = model.transformer.h[0].mlp
@@ -127,7 +133,15 @@ def low_precision_bias(model: Any) -> None:
 
 @pytest.mark.parametrize(
     ("change", "n"),
-    [(frozen, 1), (hooked, 1), (replaced, 1), (wider, 2), (one_bias, 1), (low_precision_bias, 1)],
+    [
+        (frozen, 1),
+        (hooked, 1),
+        (replaced, 1),
+        (own_block, 0),
+        (wider, 2),
+        (one_bias, 1),
+        (low_precision_bias, 1),
+    ],
 )
 def test_a_changed_layer(n_together, change: Callable[[GPT], None], n: int):
     torch.manual_seed(1)
@@ -157,6 +171,29 @@ def test_what_looks_into_the_model_sees_the_ops(n_together):
     assert not n_together
     model.eval()(idx, idx)[1].backward()
     assert len(n_together) == N_LAYER
+
+
+def test_layers_on_other_ops_are_computed_by_them(n_together):
+    """Also where one op of a namespace, or one layer's, is another."""
+    calls = []
+
+    def linear(*args: Any, **kwargs: Any) -> Tensor:
+        calls.append(1)
+        return fused.linear(*args, **kwargs)
+
+    ops: Any = SimpleNamespace(**{**vars(fused), "linear": linear})
+    loss_and_gradients(model_with(ops, small_config()), torch.float32)
+    assert len(calls) == 2 * N_LAYER and not n_together
+    for change in (
+        lambda layer: setattr(layer, "attn", CausalSelfAttention(small_config(), torch_ops)),
+        lambda layer: setattr(layer, "ln_2", LayerNorm(32, False, torch_ops)),
+        lambda layer: setattr(layer, "mlp", MLP(small_config(), torch_ops)),
+    ):
+        model: Any = model_with(fused, small_config())
+        change(model.transformer.h[0])
+        loss_and_gradients(model, torch.float32)
+        assert len(n_together) == 1
+        n_together.clear()
 
 
 def test_a_model_on_other_ops_is_pickled_too():

@@ -7,6 +7,13 @@ import os
 
 import pytest
 
+_is_worker = False
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    global _is_worker
+    _is_worker = hasattr(config, "workerinput")  # the environment may be that of an outer worker
+
 
 @pytest.hookimpl(trylast=True)
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
@@ -15,7 +22,6 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
     message = str(report.longrepr)
     broken = "CUDA error" in message or "Triton Error [CUDA]" in message
     on_gpu = "gpu" in report.keywords
-    is_worker = "PYTEST_XDIST_WORKER" in os.environ
-    if is_worker and report.failed and on_gpu and broken and "out of memory" not in message:
+    if _is_worker and report.failed and on_gpu and broken and "out of memory" not in message:
         os.write(2, f"{report.nodeid}\n{message}\n".encode())
         os._exit(1)
