@@ -307,7 +307,7 @@ class Block(nn.Module):
         """``between_norms`` in one call, which spares the host most of its work for the ops; None
         where that is not possible, or a layer is not plain."""
         kernels = self._block_kernels(x)
-        if kernels is None:
+        if kernels is None or next_norm is None:
             return None
         attn, ln_2, mlp = self.attn, self.ln_2, self.mlp
         if not (is_plain(attn, CausalSelfAttention) and is_plain(mlp, MLP)):
@@ -324,7 +324,7 @@ class Block(nn.Module):
         layers = kernels.Layers(
             *(c_attn.weight, c_attn.bias, attn_proj.weight, attn_proj.bias),
             *(ln_2.weight, ln_2.bias, c_fc.weight, c_fc.bias, mlp_proj.weight, mlp_proj.bias),
-            *(next_norm.weight, next_norm.bias),  # type: ignore[union-attr]
+            *(next_norm.weight, next_norm.bias),
         )
         dropout = context.dropout
         rates = (
