@@ -14,16 +14,16 @@ and so does whoever changes a layer. ``fits`` says where it may take their place
 """
 
 import math
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
-from torch.autograd.function import once_differentiable
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from fastgpt.kernels import _host
-from fastgpt.kernels._checks import Recompute
+from fastgpt.kernels._checks import MAX_DROPOUT, Recompute
 from fastgpt.kernels.attention import MAX_HEAD_SIZE, qkvpacked_bwd, qkvpacked_fwd
 from fastgpt.kernels.layer_norm import MAX_WIDTH, layer_norm_gradients
 from fastgpt.kernels.layer_norm_fwd import layer_norm_fwd
@@ -79,6 +79,11 @@ def fits(
         return False
     if torch.jit.is_tracing() or forward_ad._current_level >= 0:
         return False
+    # A checkpoint may recompute under a mode that was not on before, or the other way round.
+    if torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
+        return False
+    if not all(0.0 <= rate <= MAX_DROPOUT for rate in options.dropout_p):
+        return False
     if seed is None and any(options.dropout_p):  # each op draws one
         return False
     if not (x.is_cuda or _host.INTERPRETED) or type(x) is not Tensor or x.dim() != 3:
@@ -96,6 +101,7 @@ def fits(
         and residual.device == device
         and (residual.dtype == dtype or _host.is_half(dtype))
         and dtype == _host.autocast_dtype(x)
+        and options.approximate in ("none", "tanh")
     )
     return sizes_fit and _layers_fit(layers, width, dtype, device)
 
@@ -114,6 +120,9 @@ def _layers_fit(layers: Layers, width: int, dtype: torch.dtype, device: torch.de
     )
     dtypes = layers.qkv_weight.dtype, layers.ln_weight.dtype
     if not {*dtypes} <= {dtype, torch.float32}:
+        return False
+    present = [id(parameter) for parameter in layers if parameter is not None]
+    if len({*present}) < len(present):  # shared, in which order its gradients are added matters
         return False
     for name, parameter, shape in zip(Layers._fields, layers, shapes, strict=True):
         if parameter is None:
@@ -161,6 +170,26 @@ def block(
     return y, total
 
 
+_BACKWARD = SimpleNamespace(  # under the names of the operators
+    linear_bwd=linear_bwd,
+    mlp_bwd=mlp_bwd,
+    attention_qkvpacked_bwd=qkvpacked_bwd,
+    layer_norm_bwd=layer_norm_gradients,
+)
+
+
+def _backward_ops() -> Any:
+    """The host functions, or the operators where something looks into the backward, or wants a
+    second derivative, which they refuse."""
+    seen = (
+        torch.is_grad_enabled()
+        or torch.compiler.is_compiling()
+        or is_in_torch_dispatch_mode()
+        or torch._C._are_functorch_transforms_active()
+    )
+    return torch.ops.fastgpt if seen else _BACKWARD
+
+
 class _Block(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, o: Options, seed: Any, doc_start: Any, norm: Any, *tensors: Any) -> Any:
@@ -203,7 +232,6 @@ class _Block(torch.autograd.Function):
         return y, next_total
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, dy: Any, dtotal: Any) -> Any:
         if dy is None and dtotal is None:
             return (*[None] * (6 + len(Layers._fields)),)
@@ -213,26 +241,29 @@ class _Block(torch.autograd.Function):
             total, mean, rstd, h, pre, act, next_total, next_mean, next_rstd,
             qkv_weight, attn_weight, ln_weight, ln_bias, fc_weight, mlp_weight, next_ln_weight,
         ) = ctx.saved_tensors  # fmt: skip
-        has_bias, first = ctx.has_bias, o.dropout_offset
+        has_bias, first, ops = ctx.has_bias, o.dropout_offset, _backward_ops()
+        dtype = pre.dtype  # which a product under another autocast than the forward's has not
 
         dtotal, ddelta, dnext_ln, dmlp_bias = _norm_bwd(
-            dy, dtotal, next_total, next_ln_weight, next_mean, next_rstd, seed_2,
-            o.dropout_p[2], first + 2, pre.dtype, has_bias,
+            ops, dy, dtotal, next_total, next_ln_weight, next_mean, next_rstd, seed_2,
+            o.dropout_p[2], first + 2, dtype, has_bias,
         )  # fmt: skip
         saved, again, eps = (total, ln_weight, _EPS) if o.recompute else (h, None, 0.0)
-        dh, *dmlp = mlp_bwd(
+        dh, *dmlp = ops.mlp_bwd(
             ddelta, fc_weight, mlp_weight, saved, again, ln_bias, pre, act, eps, o.approximate,
             has_bias, True, True, True,
         )  # fmt: skip
         dresidual, ddelta, dln, dattn_bias = _norm_bwd(
-            dh, dtotal, total, ln_weight, mean, rstd, seed_1, o.dropout_p[1], first + 1,
-            pre.dtype, has_bias,
+            ops, dh.to(dtype), dtotal, total, ln_weight, mean, rstd, seed_1, o.dropout_p[1],
+            first + 1, dtype, has_bias,
         )  # fmt: skip
-        dout, dattn_weight = linear_bwd(
+        dout, dattn_weight = ops.linear_bwd(
             ddelta, attn_weight, out, None, None, 0.0, False, True, True
         )
-        dqkv = qkvpacked_bwd(dout, qkv, out, lse, o.n_head, seed, doc_start, *ctx.attend)
-        dx, *dqkv_layer = linear_bwd(
+        dqkv = ops.attention_qkvpacked_bwd(
+            dout.to(dtype), qkv, out, lse, o.n_head, seed, doc_start, *ctx.attend
+        )
+        dx, *dqkv_layer = ops.linear_bwd(
             dqkv, qkv_weight, source, norm_weight, norm_bias, ctx.eps, has_bias, True, True
         )
         gradients = Layers(
@@ -248,6 +279,7 @@ def _pair(gradients: list[Tensor]) -> tuple[Tensor, Tensor | None]:
 
 
 def _norm_bwd(
+    ops: Any,
     dy: Tensor | None,
     dtotal: Tensor | None,
     total: Tensor,
@@ -262,7 +294,7 @@ def _norm_bwd(
 ) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor | None], Tensor | None]:
     """Of ``residual_layer_norm``: dresidual, ddelta, those of weight and bias, ddelta_bias."""
     apart = seed is not None or delta_dtype != total.dtype
-    dresidual, *rest = layer_norm_gradients(
+    dresidual, *rest = ops.layer_norm_bwd(
         torch.zeros_like(total) if dy is None else dy,
         dtotal,
         total,

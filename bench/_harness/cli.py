@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import UnionType
-from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+from typing import Any, Literal, NoReturn, TypeVar, get_args, get_origin, get_type_hints
 
 from rich import box
 from rich.console import Console
@@ -31,25 +31,31 @@ def options(default: T, argv: Sequence[str] | None) -> T:
     """``default`` with the fields that the command line gives, --like_this=1 or --like-this 1.
     The comment above a field is its help. Raises what the class of ``default`` raises."""
     owner = type(default)
-    parser = argparse.ArgumentParser(description=owner.__doc__, allow_abbrev=False)
+    parser = _Parser(description=owner.__doc__, allow_abbrev=False)
     helps = _comments(owner)
     for name, kind in get_type_hints(owner).items():
         many = get_origin(kind) is tuple
         one = get_args(kind)[0] if many or isinstance(kind, UnionType) else kind  # X of X | None
         choices = get_args(one) if get_origin(one) is Literal else None
         value = getattr(default, name)
+        shown = " ".join(map(str, value)) if many else value
         parser.add_argument(
             f"--{name}",
             type=_boolean if one is bool else type(choices[0]) if choices else one,
             choices=choices,
             nargs="*" if many else None,
-            metavar=None if choices else name.upper(),
+            metavar="{True,False}" if one is bool else None if choices else name.upper(),
             default=value,
-            help=helps[name] + ("" if value is None else " (default: %(default)s)"),
+            help=helps[name] + ("" if value is None else f" (default: {shown})".replace("%", "%%")),
         )
     words = sys.argv[1:] if argv is None else argv
     given = vars(parser.parse_args([_underscored(word) for word in words]))
     return owner(**{key: tuple(v) if isinstance(v, list) else v for key, v in given.items()})
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        self.exit(failed(f"{message}; --help shows the options"))
 
 
 def _underscored(word: str) -> str:
@@ -117,9 +123,13 @@ def plain_table(title: str, left: Sequence[str], right: Sequence[str]) -> Table:
 def results_folder(out: Path, name: str) -> Path:
     """Make ``out`` for name.json and name.png, before anything is computed.
 
-    Raises ModuleNotFoundError without matplotlib, FileExistsError if one of the two exists."""
+    Raises ModuleNotFoundError without matplotlib, FileExistsError if one of the two exists,
+    NotADirectoryError where a file is in the way."""
     if importlib.util.find_spec("matplotlib") is None:
         raise ModuleNotFoundError('the chart needs matplotlib: pip install -e ".[bench]"')
+    from fastgpt._files import check_folder  # late: bench/gpu_report.py needs no PyTorch
+
+    check_folder(out, "out must be a folder")
     for path in _results(out, name):
         if path.exists():
             raise FileExistsError(f"out must be a folder without results, but {path} exists")

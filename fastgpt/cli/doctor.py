@@ -2,7 +2,6 @@
 update comes out right there. What a bug report needs.
 """
 
-import inspect
 import os
 import platform
 import shutil
@@ -15,7 +14,7 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from fastgpt import GPT, GPTConfig, ops
+from fastgpt import GPT, GPTConfig
 from fastgpt.devices import autocast, resolve_device, resolve_dtype, triton_refusal
 from fastgpt.kernels import reference
 
@@ -51,8 +50,7 @@ def facts(device: torch.device, dtype: torch.dtype) -> dict[str, str]:
     built = "built without CUDA"
     if torch.version.cuda or torch.version.hip:
         built = f"built for {'ROCm' if torch.version.hip else f'CUDA {torch.version.cuda}'}"
-    public = (name for name, _ in inspect.getmembers(ops, inspect.isfunction))
-    names = ", ".join(name for name in public if not name.startswith("_"))
+    names = ", ".join(reference.OPS)
     on_gpu = device.type == "cuda"
     refusal = triton_refusal(device) if on_gpu else "the Triton kernels need a CUDA GPU"
     graph = "no: it needs a CUDA GPU"

@@ -26,6 +26,7 @@ from tests.tools.small_runs import data_set
         ("--bias=maybe", "must be True or False, got 'maybe'"),
         ("--dtype=int8", "invalid choice: 'int8'"),
         ("--bach_size=3", "--bach_size=3"),
+        (f"--out={__file__}", f"out must be a folder, but {__file__} is a file"),
     ],
 )
 def test_refused_arguments(
@@ -37,7 +38,8 @@ def test_refused_arguments(
         code = stop.code  # type: ignore[assignment]
     assert code == 2
     captured = capsys.readouterr()
-    assert message in captured.err + captured.out
+    assert message in captured.err
+    assert captured.err.startswith("error: ") and captured.err.count("\n") == 1
     assert not (tmp_path / "out").exists()
 
 

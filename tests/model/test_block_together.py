@@ -111,15 +111,16 @@ def replaced(model: Any) -> None:
     model.transformer.h[0].attn.c_proj = nn.Sequential(model.transformer.h[0].attn.c_proj)
 
 
-def own_block(model: Any) -> None:
-    """It has no norm that the block before it could compute."""
-    model.transformer.h[1] = nn.Sequential(model.transformer.h[1])
-
-
 def wider(model: Any) -> None:
     """An MLP of another width is as plain as ours."""
     mlp = model.transformer.h[0].mlp
     mlp.c_fc, mlp.c_proj = nn.Linear(32, 48), nn.Linear(48, 32)
+
+
+def shared(model: Any) -> None:
+    """The sum of three gradients depends on their order."""
+    first, second = model.transformer.h
+    first.ln_2.weight = second.ln_1.weight = second.ln_2.weight
 
 
 def one_bias(model: Any) -> None:
@@ -137,10 +138,10 @@ def low_precision_bias(model: Any) -> None:
         (frozen, 1),
         (hooked, 1),
         (replaced, 1),
-        (own_block, 0),
         (wider, 2),
         (one_bias, 1),
         (low_precision_bias, 1),
+        (shared, 1),
     ],
 )
 def test_a_changed_layer(n_together, change: Callable[[GPT], None], n: int):
@@ -210,24 +211,82 @@ def test_a_wrong_shape_is_refused_as_the_op_refuses_it():
         model(tokens(1, 8), tokens(1, 8))
 
 
-def test_a_second_derivative_is_refused():
+def test_a_second_derivative_is_refused_as_an_op_refuses_it():
     model: Any = model_with(fused, small_config())
     weight = model.transformer.h[0].attn.c_proj.weight
     loss = model(tokens(1, 8), tokens(1, 8))[1]
     (gradient,) = torch.autograd.grad(loss, weight, create_graph=True)
-    with pytest.raises(RuntimeError, match="no second derivative|twice"):
+    with pytest.raises(RuntimeError, match="no second derivative: a kernel computes"):
         gradient.sum().backward()
 
 
-def test_checkpoints(n_together):
+@pytest.mark.parametrize(
+    ("layer", "name", "value", "message"),
+    [
+        ("mlp.dropout", "p", 1.0, r"dropout_p must lie in \[0, 0.999\], got 1.0"),
+        ("mlp.dropout", "p", -0.1, r"dropout_p must lie in \[0, 0.999\], got -0.1"),
+        ("attn", "dropout", float("nan"), r"dropout_p must lie in \[0, 0.999\], got nan"),
+        ("mlp.gelu", "approximate", "erf", "approximate must be 'none' or 'tanh', got 'erf'"),
+    ],
+)
+def test_a_setting_out_of_range_is_refused_as_the_op_refuses_it(layer, name, value, message):
+    model: Any = model_with(fused, small_config(dropout=0.1))
+    setattr(model.transformer.h[0].get_submodule(layer), name, value)
+    with pytest.raises(ValueError, match=message):
+        model(tokens(1, 8), tokens(1, 8))
+
+
+@pytest.mark.parametrize("where", [0, 1])
+def test_a_block_of_the_users(n_together, where: int):
+    model: Any = model_with(fused, small_config())
+    model.transformer.h[where] = nn.Linear(32, 32)
+    together = loss_and_gradients(model, torch.float32)
+    assert len(n_together) == 1 - where  # nothing to end with before a block without our norm
+    with mock.patch.object(block, "fits", lambda *_: False):
+        assert_equal(together, loss_and_gradients(model, torch.float32))
+
+
+def test_a_backward_under_another_autocast(n_together):
     model = model_with(fused, small_config())
+    found = []
+    for fits in (block.fits, lambda *_: False):
+        model.zero_grad()
+        with mock.patch.object(block, "fits", fits):
+            loss = model(tokens(1, 8), tokens(1, 8))[1]
+        with torch.autocast("cpu", torch.bfloat16):
+            loss.backward()
+        found.append((loss, [p.grad for p in model.parameters()]))
+    assert len(n_together) == N_LAYER
+    assert_equal(*found)
+
+
+def test_a_mode_of_the_backward_alone_sees_the_ops(n_together):
+    model = model_with(fused, small_config(n_layer=1))
+    found = []
+    for fits in (block.fits, lambda *_: False):
+        with mock.patch.object(block, "fits", fits):
+            loss = model(tokens(1, 8), tokens(1, 8))[1]
+        with FlopCounterMode(display=False) as counter:
+            loss.backward()
+        found.append(counter.get_total_flops())
+    assert len(n_together) == 1
+    assert found[0] == found[1] > 0
+
+
+def test_checkpoints(n_together):
+    """Both passes of a checkpoint save the same, whatever mode is on in one of them."""
+    model = model_with(fused, small_config(n_layer=1))
     plain = loss_and_gradients(model, torch.float32)
-    blocks: Any = model.transformer.h
-    for layer in blocks:
-        between = layer.between_norms
-        layer.between_norms = lambda *a, f=between: checkpoint(f, *a, use_reentrant=False)
+    layer: Any = model.transformer.h[0]
+    between = layer.between_norms
+    layer.between_norms = lambda *a: checkpoint(between, *a, use_reentrant=False)
     assert_equal(loss_and_gradients(model, torch.float32), plain)
-    assert len(n_together) >= 2 * N_LAYER
+    with FlopCounterMode(display=False):
+        loss = model(tokens(1, 8), tokens(1, 8, seed=3))[1]
+    model.zero_grad()
+    loss.backward()
+    assert_equal((loss, [p.grad for p in model.parameters()]), plain)
+    assert len(n_together) == 1  # the plain one
 
 
 def test_a_result_that_the_backward_needs_may_not_change(n_together):
