@@ -82,10 +82,9 @@ def fits(
     # A checkpoint may recompute under a mode that was not on before, or the other way round.
     if torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
         return False
-    if not all(0.0 <= rate <= MAX_DROPOUT for rate in options.dropout_p):
-        return False
-    if seed is None and any(options.dropout_p):  # each op draws one
-        return False
+    rates = options.dropout_p
+    if any(rates) and (seed is None or not all(0.0 <= rate <= MAX_DROPOUT for rate in rates)):
+        return False  # without a seed each op draws one
     if not (x.is_cuda or _host.INTERPRETED) or type(x) is not Tensor or x.dim() != 3:
         return False
     width, dtype, device = x.shape[2], x.dtype, x.device
