@@ -8,6 +8,7 @@ with x alone.
 In the shape comments B is the batch, T the length, C the width ``n_embd``.
 """
 
+import sys
 from collections.abc import Callable
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -253,6 +254,12 @@ def _no_kernels(x: Tensor) -> None:
     """A module of ops need not have ``block_kernels``."""
 
 
+def _block_kernels_of(ops: ModuleType) -> Callable[[Tensor], Any]:
+    """None of a copy: what is in the place of one of its ops has to be called."""
+    found: Callable[[Tensor], Any] = getattr(ops, "block_kernels", _no_kernels)
+    return found if ops is sys.modules.get(found.__module__) else _no_kernels
+
+
 class Block(nn.Module):
     """A pre-LayerNorm transformer block: attention, then MLP, each added to its input."""
 
@@ -264,7 +271,7 @@ class Block(nn.Module):
         self.attn = CausalSelfAttention(config, ops)
         self.ln_2 = LayerNorm(config.n_embd, config.bias, ops)
         self.mlp = MLP(config, ops, gelu)
-        self._block_kernels = getattr(ops, "block_kernels", _no_kernels)
+        self._block_kernels = _block_kernels_of(ops)
 
     def forward(self, x: Tensor, *fused: Any) -> Any:
         """x (B, T, C) → its like. ``GPT`` passes more: see ``between_norms``."""

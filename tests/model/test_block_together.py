@@ -3,6 +3,7 @@ to the last bit, and leave the call to them wherever something looks into it or 
 
 import pickle
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -171,6 +172,18 @@ def test_what_looks_into_the_model_sees_the_ops(n_together):
     assert not n_together
     model.eval()(idx, idx)[1].backward()
     assert len(n_together) == N_LAYER
+
+
+def test_an_op_in_the_place_of_one_of_the_kernels_is_called():
+    called = []
+
+    def linear(*args: Any, **kwargs: Any) -> Tensor:
+        called.append(1)
+        return fused.linear(*args, **kwargs)
+
+    ops = SimpleNamespace(**{**vars(fused), "linear": linear})
+    model_with(ops, small_config())(tokens(1, 8), tokens(1, 8))
+    assert len(called) == 2 * N_LAYER
 
 
 def test_a_model_on_other_ops_is_pickled_too():
