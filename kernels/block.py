@@ -9,8 +9,9 @@ functions in the same order, so its numbers are those of the ops one by one, to 
     next_total = total + dropout(mlp(h) + mlp_bias)                  y = layer_norm(next_total)
 
 All are (B, T, C) but qkv (B, T, 3C). Saved for backward is what the ops save. Bytes and FLOPs are
-theirs. It is no operator: torch.compile, torch.func, the FLOP counter and other modes see the ops,
-and so does whoever changes a layer. ``fits`` says where it may take their place.
+theirs. It is no operator: torch.compile, torch.func, the FLOP counter and other modes, and hooks on
+saved tensors (a checkpoint's too) see the ops, and so does whoever changes a layer. ``fits`` says
+where it may take their place.
 """
 
 import math
