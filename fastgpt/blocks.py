@@ -343,11 +343,12 @@ class Block(nn.Module):
         options = kernels.Options(
             attn.n_head, mlp.gelu.approximate, rates, dropout.place, context.recompute
         )
-        shared = x, residual, layers, options, dropout.seed, context.doc_start
+        shared = x, residual, layers, options, dropout.seed
         if not kernels.fits(*shared):
             return None
         dropout.place += len(rates)
-        return kernels.block(*shared, _recompute(self.ln_1, residual, context))
+        norm = _recompute(self.ln_1, residual, context)
+        return kernels.block(*shared, context.doc_start, norm)
 
 
 for _kind in (Block, CausalSelfAttention, LayerNorm, MLP):

@@ -69,7 +69,6 @@ def fits(
     layers: Layers,
     options: Options,
     seed: Tensor | None,
-    doc_start: Tensor | None,
 ) -> bool:
     """Whether ``block`` does what the ops would, outside of torch.compile. Not where something
     looks into the calls or wants a part of the gradients, and not for what an op refuses, pads or

@@ -19,6 +19,7 @@ from fastgpt.kernels import block, fused, torch_ops
 from tests.tools.small_models import model_with, small_config, tokens
 
 N_LAYER = 2
+EOT = int(tokens(1, 8)[0, 4])  # a document begins within the sequence
 
 
 @pytest.fixture
@@ -55,8 +56,8 @@ def assert_equal(a: tuple[Tensor, list[Any]], b: tuple[Tensor, list[Any]]) -> No
     [
         (torch.bfloat16, {}, {}),
         (torch.bfloat16, dict(recompute=True, gelu="tanh"), dict(dropout=0.1, bias=False)),
-        (torch.float32, dict(recompute=True, eot_token=3), dict(dropout=0.2)),
-        (torch.float16, dict(eot_token=3), dict(dropout=0.1)),
+        (torch.float32, dict(recompute=True, eot_token=EOT), dict(dropout=0.2)),
+        (torch.float16, dict(eot_token=EOT), dict(dropout=0.1)),
     ],
 )
 def test_the_numbers_are_those_of_the_ops(n_together, dtype, options, changes):
