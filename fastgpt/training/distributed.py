@@ -70,6 +70,10 @@ class World:
     def connected(self, device: torch.device, backend: str) -> Iterator[None]:
         """The process group exists inside. ``backend`` ("nccl", for one) serves tensors on GPUs,
         gloo those on the CPU.
+
+        What all ranks raise, they raise behind a barrier, as leaving is behind one: a thread of
+        gloo may still be freeing the tensors of the last collective, which aborts if Python exits
+        meanwhile, and never ends if the process group is freed meanwhile.
         """
         if self.size == 1:
             yield
@@ -87,8 +91,6 @@ class World:
         dist.init_process_group(backend, store=store, rank=self.rank, world_size=self.size)
         try:
             yield
-            # A thread of gloo may still be freeing the tensors of the last collective. If Python
-            # exits meanwhile, that thread is stopped inside C++, which aborts.
             self.barrier()
         finally:
             dist.destroy_process_group()

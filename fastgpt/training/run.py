@@ -124,6 +124,7 @@ class Run:
     def _check_finite(self) -> None:
         if not self._step.not_finite:
             return
+        self.world.barrier()
         kept = [*checkpoint_folder.saved(self.out_dir), self.out_dir / self.NEWEST]
         last = next((path for path in kept if path.exists()), "none yet")
         raise FloatingPointError(

@@ -253,13 +253,14 @@ class Trainer(Run):
             if not stopped:
                 self._evaluate_and_save(meter.mfu)  # for the updates since the last evaluation
                 return
-        if self._build is not None:
-            raise KeyboardInterrupt
-        saved = self._save(publish=False)
-        self.console.print(
-            f"stopped before iteration {self.iter_num}; saved {saved}. Go on "
-            f"with: fastgpt train --init_from=resume --out_dir={config.out_dir}"
-        )
+            # Here, where a signal does not end the process: this one may get its own only now.
+            if self._build is None:
+                saved = self._save(publish=False)
+                self.console.print(
+                    f"stopped before iteration {self.iter_num}; saved {saved}. Go on "
+                    f"with: fastgpt train --init_from=resume --out_dir={config.out_dir}"
+                )
+            self.world.barrier()
         raise KeyboardInterrupt
 
     def _update(self, learning_rate: float) -> Tensor:

@@ -89,7 +89,7 @@ class Forked:
             process.join(HANGS)
         codes = [process.exitcode for process in self._processes]
         self.kill()  # what hangs
-        assert set(codes) == {returncode}, output
+        assert set(codes) == {returncode}, (codes, output)
         return output
 
     def kill(self) -> None:

@@ -3,6 +3,7 @@
 import os
 import signal
 import sys
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -32,6 +33,25 @@ def killed_once(argv: list[str]) -> int:
         return update(self, learning_rate)
 
     Trainer._update = killed  # type: ignore[method-assign]
+    return main(argv)
+
+
+def interrupted_one_by_one(first: int, argv: list[str]) -> int:
+    """fastgpt, of which the process ``first`` gets SIGTERM in iteration 11, every other one only
+    when it saves."""
+    update, save = Trainer._update, Trainer._save
+
+    def first_updates(self: Trainer, learning_rate: float) -> Tensor:
+        if self.world.rank == first and self.iter_num == 11:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return update(self, learning_rate)
+
+    def other_saves(self: Trainer, publish: bool) -> Path:
+        if self.world.rank != first and self.iter_num == 12:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return save(self, publish)
+
+    Trainer._update, Trainer._save = first_updates, other_saves  # type: ignore[method-assign]
     return main(argv)
 
 

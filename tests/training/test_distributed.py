@@ -2,7 +2,6 @@
 
 import json
 import os
-import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from fastgpt.__main__ import main
 from fastgpt.training.distributed import ALONE, World
 from tests.tools.forked import ROOT, Forked
 from tests.tools.small_runs import assert_same, data_set, small_keys, state_of, trained
-from tests.training.processes import command, killed_once, started
+from tests.training.processes import command, interrupted_one_by_one, killed_once, started
 
 # AdamW's eps is small beside most gradients; where a gradient is 0 but for its rounding (the bias
 # of the keys), the order of two sums decides on the sign of an update. So: no biases. The
@@ -89,14 +88,15 @@ def test_two_processes_with_master_weights_train_as_one(tmp_path: Path, device: 
     assert_same(found["optimizer"], expected["optimizer"])
 
 
-def test_sigterm_saves_and_ends(tmp_path: Path) -> None:
-    pair = started(small_keys(tmp_path, **{**SHORT, "max_iters": 10**6}), processes=2)
-    pair.wait_for(tmp_path / "out" / "iter-0000010.pt")
-    pair.send_signal(signal.SIGTERM)
-    assert "stopped before iteration" in pair.finished(130)
-    before = state_of(tmp_path)["iter_num"]
-    trained(tmp_path, **{**SHORT, "max_iters": before + 1}, init_from="resume")
-    assert state_of(tmp_path)["iter_num"] == before + 2
+@pytest.mark.parametrize("first", [0, 1])
+def test_sigterm_saves_and_ends(tmp_path: Path, first: int) -> None:
+    """Each process, if the signal reaches one of them later than the other."""
+    argv = command(small_keys(tmp_path, **SHORT))
+    output = Forked(interrupted_one_by_one, first, argv, processes=2).finished(130)
+    assert "stopped before iteration 12" in output
+    assert state_of(tmp_path)["iter_num"] == 12
+    trained(tmp_path, **{**SHORT, "max_iters": 12}, init_from="resume")
+    assert state_of(tmp_path)["iter_num"] == 13
 
 
 def _agent(argv: list[str]) -> int:
