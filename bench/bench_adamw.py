@@ -91,6 +91,8 @@ def compiled() -> None:
         tensors = s.param, low_precision, s.grad, *s.moments, s.step, s.lr
         fused.adamw(*tensors, **_OPTIONS)
         fused.adamw(*tensors, **_OPTIONS, clip=s.clip, skip=skip)
+    for dtype in (torch.bfloat16, torch.float16):
+        fused.accumulate([s.grad], [s.param.to(dtype)])
 
 
 COMPILED = {"adamw": compiled}

@@ -8,7 +8,7 @@ this module or ``reference``, ``torch_ops`` or ``fused`` of ``kernels``: ``GPT(c
 import functools
 import inspect
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
@@ -73,6 +73,11 @@ def dropout_seed(device: torch.device) -> Tensor | None:  # type: ignore[no-rede
     """The key of the dropout masks of one step, as int64 tensor (1,), drawn from PyTorch's
     generator. None where that generator draws every mask itself."""
     return _implementation(device).dropout_seed(device)
+
+
+def accumulate(totals: Sequence[Tensor], grads: Sequence[Tensor]) -> None:
+    """``totals[i] += grads[i]``. See ``fused.accumulate``."""
+    _implementation(totals[0].device).accumulate(totals, grads)
 
 
 _IN_A_BLOCK = tuple(globals()[name] for name in reference.OPS_OF_A_BLOCK)

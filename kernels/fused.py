@@ -8,9 +8,10 @@ from torch import Tensor
 
 from fastgpt.kernels import block, costs
 from fastgpt.kernels._host import dropout_seed as dropout_seed
+from fastgpt.kernels.adamw import accumulate as accumulate
 from fastgpt.kernels.reference import OPS, OPS_OF_A_BLOCK
 
-if TYPE_CHECKING:  # the signatures, which tests/model/test_ops.py compares
+if TYPE_CHECKING:  # the signatures, which tests/model/test_dispatch.py compares
     from fastgpt.kernels.reference import *  # noqa: F403
 
 for _name, _file in OPS.items():

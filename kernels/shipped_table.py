@@ -308,7 +308,7 @@ TABLE: dict[Key, Any] = {
     # No tiles ahead in float32: erf branches, and a copy's barrier must not lie behind a branch.
     Key("gelu", "bwd_rows"): TileLoop(8, 128, 4),
     Key("gelu", "bwd_rows", dtype="half"): TileLoop(8, 128, 2, 2),
-    Key("adamw", "update"): Elementwise(1024, 4),
+    Key("adamw", ANY): Elementwise(1024, 4),
     # fp8: a tile is 8 KB, whose rows and columns both fill sectors of memory; 16 programs hold
     # enough loads under way. "amax" finds the largest magnitude.
     Key("fp8", "quantise"): Tile(64, 128, 4),

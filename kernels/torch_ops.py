@@ -4,7 +4,7 @@ Same names and signatures as in ``fused`` and ``reference``.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -356,6 +356,11 @@ def linear_cross_entropy(
         label_smoothing,
         z_loss,
     )
+
+
+def accumulate(totals: Sequence[Tensor], grads: Sequence[Tensor]) -> None:
+    """``totals[i] += grads[i]``. See ``fused.accumulate``."""
+    torch._foreach_add_(totals, grads)
 
 
 def adamw(

@@ -171,7 +171,7 @@ class MasterAdamW(torch.optim.AdamW):
             grads = {p: grad for p, grad in self._waiting.items() if grad.dtype == dtype}
             for add, ps in (
                 (torch._foreach_copy_, [p for p in grads if p not in self._has_grad]),
-                (torch._foreach_add_, [p for p in grads if p in self._has_grad]),
+                (ops.accumulate, [p for p in grads if p in self._has_grad]),
             ):
                 if ps:
                     add([self._totals[p] for p in ps], [grads[p] for p in ps])

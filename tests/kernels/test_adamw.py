@@ -101,6 +101,23 @@ def test_a_skipped_update_changes_nothing(device: str, module: Any) -> None:
     assert state.step.item() == 1
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("module", [fused, torch_ops], ids=["fused", "torch_ops"])
+def test_accumulate(device: str, module: Any, dtype: torch.dtype) -> None:
+    """Gradients of any strides are added to buffers that may begin anywhere, to the last bit."""
+    torch.manual_seed(0)
+    shapes = [(1030,), (0,), (3, 5), (7, 300)]
+    flat = [torch.randn(3 + math.prod(shape), device=device) for shape in shapes]
+    totals = [x[3:].view(shape) for x, shape in zip(flat, shapes, strict=True)]
+    grads = [torch.randn(shape, device=device).to(dtype) for shape in shapes]
+    grads[-1] = grads[-1].t().contiguous().t()
+    expected = [total + grad.float() for total, grad in zip(totals, grads, strict=True)]
+    before = [x[:3].clone() for x in flat]
+    module.accumulate(totals, grads)
+    assert all(map(torch.equal, totals, expected))
+    assert all(map(torch.equal, before, [x[:3] for x in flat]))
+
+
 def test_nothing_to_update(device: str) -> None:
     Buffers(torch.zeros(0, device=device)).update(fused, torch.zeros(0, device=device), 1e-3)
 

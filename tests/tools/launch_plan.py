@@ -288,6 +288,7 @@ def _adamw(c: Options) -> None:
         betas=(c.beta, c.beta), eps=1e-8, weight_decay=0.1, clip=factor if c.clip else None,
         skip=found_inf if c.skip else None,
     )  # fmt: skip
+    fused.accumulate([grad], [param.to(c.rounded or torch.bfloat16)])
 
 
 @contextlib.contextmanager

@@ -328,6 +328,13 @@ def _adamw(rounded: torch.dtype | None, controlled: bool, betas: tuple[float, fl
     torch.testing.assert_close(states[0][:3], states[1][:3], rtol=1e-6, atol=1e-7)
 
 
+def _accumulate(dtype: torch.dtype) -> None:
+    total, grad = torch.randn(1030), torch.randn(1030).to(dtype)
+    expected = total + grad.float()
+    fused.accumulate([total], [grad])
+    assert torch.equal(total, expected)
+
+
 case("mlp-float16", _mlp, FLOAT16, 140, True, "none")
 case("mlp-bfloat16-recompute", _mlp, BFLOAT16, 70, False, "tanh", recompute=True)
 case("mlp-float32", _mlp, FLOAT32, 40, True, "none")
@@ -345,6 +352,8 @@ case("fp8-bfloat16-loss", _fp8_loss, BFLOAT16, sm=(90,))
 case("adamw-bfloat16", _adamw, BFLOAT16, True, (0.9, 0.95))
 case("adamw-float16", _adamw, FLOAT16, False, (0.9, 0.95))
 case("adamw-no-moments", _adamw, None, False, (0.0, 0.0))
+case("accumulate-bfloat16", _accumulate, BFLOAT16)
+case("accumulate-float16", _accumulate, FLOAT16)
 
 
 # ------------------------------------------------------------------------------------- the tests
