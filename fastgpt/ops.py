@@ -8,7 +8,7 @@ this module or ``reference``, ``torch_ops`` or ``fused`` of ``kernels``: ``GPT(c
 import functools
 import inspect
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
@@ -75,7 +75,7 @@ def dropout_seed(device: torch.device) -> Tensor | None:  # type: ignore[no-rede
     return _implementation(device).dropout_seed(device)
 
 
-def accumulate(totals: Sequence[Tensor], grads: Sequence[Tensor]) -> None:
+def accumulate(totals: list[Tensor], grads: list[Tensor]) -> None:
     """``totals[i] += grads[i]``. See ``fused.accumulate``."""
     _implementation(totals[0].device).accumulate(totals, grads)
 

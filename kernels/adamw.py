@@ -103,7 +103,7 @@ def _accumulate_kernel(
     tl.store(total_ptr + offs, total + grad, mask=mask)
 
 
-def accumulate(totals: Sequence[Tensor], grads: Sequence[Tensor]) -> None:
+def accumulate(totals: list[Tensor], grads: list[Tensor]) -> None:
     """``totals[i] += grads[i]``, as ``torch._foreach_add_`` does, which adds numbers of two dtypes
     at half the speed of a copy.
 

@@ -4,7 +4,7 @@ Same names and signatures as in ``fused`` and ``reference``.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -358,7 +358,7 @@ def linear_cross_entropy(
     )
 
 
-def accumulate(totals: Sequence[Tensor], grads: Sequence[Tensor]) -> None:
+def accumulate(totals: list[Tensor], grads: list[Tensor]) -> None:
     """``totals[i] += grads[i]``. See ``fused.accumulate``."""
     torch._foreach_add_(totals, grads)
 
