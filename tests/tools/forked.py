@@ -84,11 +84,13 @@ class Forked:
             parts.append(os.read(self._output.fileno(), 2**16))
             if not parts[-1]:
                 break
+        else:
+            self.kill()
         output = b"".join(parts).decode()
         for process in self._processes:
             process.join(HANGS)
         codes = [process.exitcode for process in self._processes]
-        self.kill()  # what hangs
+        self.kill()  # what closed its output and hangs
         assert set(codes) == {returncode}, (codes, output)
         return output
 
