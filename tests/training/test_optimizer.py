@@ -82,6 +82,16 @@ def test_gradients_of_several_passes_add_up_in_float32() -> None:
     torch.testing.assert_close(norm.double(), total, rtol=1e-5, atol=0.0)
 
 
+def test_gradients_of_one_parameter_add_up_while_others_have_none() -> None:
+    model = small_model()
+    optimizer = optimizer_of(model)
+    weight = model.lm_head.weight
+    for scale in (1.0, 2.0, 4.0):
+        (scale * weight.float()).sum().backward()
+    norm = optimizer.clip_grad_norm_(1.0)
+    torch.testing.assert_close(norm, torch.tensor(7.0 * math.sqrt(weight.numel())))
+
+
 def test_a_parameter_without_a_gradient_is_only_decayed() -> None:
     model = small_model()
     optimizer = optimizer_of(model)
