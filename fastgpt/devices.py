@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
-_LEAST_CAPABILITY = (8, 0)
+_LEAST_CAPABILITY = (7, 5)
 
 
 def triton_refusal(device: torch.device) -> str:
@@ -25,6 +25,11 @@ def triton_refusal(device: torch.device) -> str:
             f"{_LEAST_CAPABILITY[1]}, and {gpu.name} has {gpu.major}.{gpu.minor}"
         )
     return f"{reason}: CUDA tensors run on PyTorch's kernels"
+
+
+def triton_multiplies(device: torch.device) -> bool:
+    """Whether Triton's matrix products take the tensor cores of a GPU that it runs on."""
+    return torch.cuda.get_device_properties(device.index).major >= 8
 
 
 # TFLOP/s of dense matrix products of bfloat16 (before 8.0: float16) with sums in float32, by the

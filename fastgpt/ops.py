@@ -1,8 +1,9 @@
-"""The only dispatch: a CUDA tensor goes to the Triton kernels if its GPU can run them, any other to
-PyTorch's own.
+"""The only dispatch: a CUDA tensor goes to the Triton kernels if its GPU can run them, or to those
+of them that it can run, any other to PyTorch's own.
 
 The ops, their signatures and their documentation are those of ``kernels.reference``; a model takes
-this module or ``reference``, ``torch_ops`` or ``fused`` of ``kernels``: ``GPT(config, ops=fused)``.
+this module or one of ``kernels``: ``reference``, ``torch_ops``, ``fused`` or ``fused_rows``, as in
+``GPT(config, ops=fused)``.
 """
 
 import functools
@@ -22,19 +23,22 @@ from fastgpt.kernels._checks import Recompute as Recompute
 if TYPE_CHECKING:
     from fastgpt.kernels.reference import *  # noqa: F403
 
-_refusals: dict[int | None, str] = {}  # of each GPU, by its index
+# Of each GPU, by its index: why Triton does not run there, and whether it multiplies.
+_known: dict[int | None, tuple[str, bool]] = {}
 
 
 def _implementation(device: torch.device) -> ModuleType:
     if device.type != "cuda":
         return torch_ops
-    if device.index not in _refusals:
-        _refusals[device.index] = devices.triton_refusal(device)
-    refusal = _refusals[device.index]
+    if device.index not in _known:
+        refusal = devices.triton_refusal(device)
+        _known[device.index] = refusal, not refusal and devices.triton_multiplies(device)
+    refusal, multiplies = _known[device.index]
     if not refusal:
-        from fastgpt.kernels import fused  # at the first CUDA tensor: a CPU run needs no Triton
+        # At the first CUDA tensor: a CPU run needs no Triton.
+        from fastgpt.kernels import fused, fused_rows
 
-        return fused
+        return fused if multiplies else fused_rows
     if not torch.compiler.is_compiling():
         _notice(refusal)
     return torch_ops
@@ -89,7 +93,7 @@ def block_kernels(x: Tensor, *ops: Any) -> ModuleType | None:
     if not x.is_cuda or ops != _IN_A_BLOCK:
         return None
     kernels = _implementation(x.device)
-    if kernels is torch_ops:
+    if not hasattr(kernels, "block_kernels"):
         return None
     parts = (getattr(kernels, name) for name in reference.OPS_OF_A_BLOCK)
     found: ModuleType | None = kernels.block_kernels(x, *parts)

@@ -194,6 +194,7 @@ CANDIDATES: dict[Key, tuple[Any, ...]] = {
     Key("gemm", "fwd", "sm_80", "half"): _PRODUCT_80,
     Key("gemm", "bwd", "sm_80", "half"): _PRODUCT_80,
     Key("gemm", "weight", "sm_80", "half"): _WEIGHT_80,
+    **{Key("gemm", kernel, "sm_75", "half"): (CUBLAS,) for kernel in ("fwd", "bwd", "weight")},
     # Rows: of LayerNorm, of the loss.
     Key("layer_norm", "fwd"): tuple(
         WholeRows(*one) for one in ((8, 4), (4, 4), (4, 2), (2, 2), (16, 4))

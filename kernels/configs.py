@@ -49,6 +49,8 @@ def architecture(capability: int | None) -> str:
     """The class of a compute capability (80, 90, ...); None: the interpreter."""
     if capability is None:
         return "interpreter"
+    if capability < 80:
+        return "sm_75"
     if 100 <= capability < 120:
         return "sm_100"
     return "sm_90" if capability == 90 else "sm_80"

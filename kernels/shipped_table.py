@@ -18,8 +18,9 @@ CUBLAS = "cuBLAS"  # in place of a configuration: PyTorch's product, the epilogu
 
 class Key(NamedTuple):
     """``arch``: "sm_90" (H100, H200), "sm_100" (B200), "sm_80" (other GPUs: 8.0, 8.6, 8.9, 12.0),
-    "gpu" or "interpreter". ``dtype``: "half" (float16, bfloat16), "float32", "float64". ``size``:
-    what the kernel's tile spans, rounded up to a power of two. ``options``: in a fixed order."""
+    "sm_75" (T4, RTX 20), "gpu" or "interpreter". ``dtype``: "half" (float16, bfloat16), "float32",
+    "float64". ``size``: what the kernel's tile spans, rounded up to a power of two. ``options``: in
+    a fixed order."""
 
     op: str
     kernel: str
@@ -261,6 +262,11 @@ TABLE: dict[Key, Any] = {
     Key("gemm", "bwd", "sm_80", "half"): Gemm(64, 128, 32, 4, 3, 3),
     Key("gemm", "bwd", "sm_80", "half", ANY, ("recompute",)): Gemm(128, 64, 32, 4, 3, 3),
     Key("gemm", "weight", "sm_80", "half"): Gemm(128, 128, 32, 8, 3, 2),
+    # sm_75: Triton would multiply without its tensor cores.
+    Key("gemm", "fwd", "sm_75", "half"): CUBLAS,
+    Key("gemm", "bwd", "sm_75", "half"): CUBLAS,
+    Key("gemm", "bwd", "sm_75", "half", ANY, ("recompute",)): CUBLAS,
+    Key("gemm", "weight", "sm_75", "half"): CUBLAS,
     # LayerNorm; size: of a row, 32 or more. 8 to 32 elements a thread; a tile of the backward also
     # keeps the sums of the parameters' gradients. "bwd_narrow": for rows beside which these no
     # longer fit into the registers.

@@ -87,7 +87,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--ptx",
         type=int,
-        choices=[80, 90],
+        choices=[75, 80, 90],
         help="run kernels on CPU tensors as compiled for this architecture, in the PTX machine",
     )
 

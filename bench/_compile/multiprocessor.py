@@ -20,6 +20,7 @@ class Architecture:
 
 
 ARCHITECTURES = {
+    75: Architecture("mma", 64 * 1024, 32, 16, 40),  # T4
     80: Architecture("mma", 164 * 1024, 64, 32, 108),  # A100
     86: Architecture("mma", 100 * 1024, 48, 16, 82),  # RTX 3090
     89: Architecture("mma", 100 * 1024, 48, 24, 128),  # RTX 4090

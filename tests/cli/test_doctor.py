@@ -84,10 +84,16 @@ def test_machines_that_lack_something(
     gpu(8, 6)
     facts = found()
     assert facts["fp8"].startswith("no: ") and "launch table of sm_80" in facts["ops"]
+    gpu(7, 5)
+    facts = found()
+    assert "launch table of sm_75" in facts["ops"] and facts["fp8"].startswith("no: ")
+    assert facts["ops"].endswith(
+        "; attention and attention_qkvpacked on PyTorch's, as Triton has no tensor cores before 8.0"
+    )
     gpu(7, 0)
     facts = found()
     for what in ("GPU cuda:0", "ops"):
-        assert "need compute capability 8.0, and GPU X has 7.0" in facts[what]
+        assert "need compute capability 7.5, and GPU X has 7.0" in facts[what]
     assert facts["dtype auto"] == "float16" and "float16" in facts["CUDA graph"]
     gpu(9, 4)
     with monkeypatch.context() as patched:

@@ -11,7 +11,7 @@ import inspect
 import pickle
 import warnings
 from collections.abc import Callable, Iterator
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,9 +19,10 @@ import torch
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from triton.runtime.jit import JITFunction
 
-from fastgpt import ops
-from fastgpt.kernels import fused, reference, torch_ops
+from fastgpt import GPT, GPTConfig, ops
+from fastgpt.kernels import _host, fused, fused_rows, reference, torch_ops
 from fastgpt.kernels._tensors import matmul_float32
 
 CUDA = [torch.device("cuda", index) for index in (0, 1)]
@@ -29,7 +30,7 @@ CUDA = [torch.device("cuda", index) for index in (0, 1)]
 
 @pytest.fixture(autouse=True)
 def _no_choice_yet(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ops, "_refusals", {})
+    monkeypatch.setattr(ops, "_known", {})
     monkeypatch.setattr(ops, "_notice", functools.cache(ops._notice.__wrapped__))
 
 
@@ -46,19 +47,24 @@ def _gpus(monkeypatch: pytest.MonkeyPatch, *capabilities: tuple[int, int]) -> li
     return asked
 
 
-@pytest.mark.parametrize("capability", [(8, 0), (8, 6), (9, 0), (12, 0)])
-def test_a_gpu_of_the_kernels(capability: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "capability, kernels",
+    [((7, 5), fused_rows), ((8, 0), fused), ((8, 6), fused), ((9, 0), fused), ((12, 0), fused)],
+)
+def test_a_gpu_of_the_kernels(
+    capability: tuple[int, int], kernels: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
     _gpus(monkeypatch, capability)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert ops._implementation(CUDA[0]) is fused
+        assert ops._implementation(CUDA[0]) is kernels
 
 
 @pytest.mark.parametrize(
     "capability, changes, why",
     [
-        ((7, 5), {}, "need compute capability 8.0, and Some GPU has 7.5"),
-        ((6, 1), {}, "need compute capability 8.0, and Some GPU has 6.1"),
+        ((7, 0), {}, "need compute capability 7.5, and Some GPU has 7.0"),
+        ((6, 1), {}, "need compute capability 7.5, and Some GPU has 6.1"),
         ((9, 4), {"torch.version.hip": "7.0"}, "this PyTorch is built for ROCm"),
         ((9, 0), {"fastgpt.devices._HAS_TRITON": False}, "Triton is not installed"),
     ],
@@ -77,12 +83,14 @@ def test_a_gpu_that_the_kernels_are_not_for(
 
 
 def test_each_gpu_is_asked_about_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = _gpus(monkeypatch, (9, 0), (7, 5))
-    with pytest.warns(UserWarning, match="has 7.5"):
+    asked = _gpus(monkeypatch, (9, 0), (7, 0))
+    first: list[int] = []
+    with pytest.warns(UserWarning, match="has 7.0"):
         for _ in range(3):
             assert ops._implementation(CUDA[0]) is fused
             assert ops._implementation(CUDA[1]) is torch_ops
-    assert asked == [0, 1]
+            first = first or asked.copy()
+    assert asked == first and {*asked} == {0, 1}
 
 
 def test_no_gpu_is_asked_about_for_other_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -130,7 +138,7 @@ OPS: dict[str, Callable[[], object]] = {
 
 @pytest.fixture
 def old_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    _gpus(monkeypatch, (7, 5))
+    _gpus(monkeypatch, (7, 0))
     monkeypatch.setattr(ops, "_notice", lambda text: None)
     with FakeTensorMode(), torch.no_grad():
         yield
@@ -164,9 +172,64 @@ def test_hipblas_is_asked_for_no_other_dtype(monkeypatch: pytest.MonkeyPatch) ->
         assert out.dtype == torch.float32 and expected in called.names
 
 
+# -- a GPU whose tensor cores Triton leaves idle
+
+
+def test_no_matrix_product_is_tritons_before_8_0(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A training step and a generated token launch kernels without one."""
+    launched: set[str] = set()
+
+    def note(kernel: JITFunction, *args: Any, grid: Any, warmup: bool, **options: Any) -> None:
+        launched.add(kernel.__name__)
+        assert not [name for name in DOTS if name in kernel.__name__]
+
+    monkeypatch.setattr(JITFunction, "run", note)
+    config = GPTConfig(block_size=64, vocab_size=128, n_layer=1, n_head=2, n_embd=64, dropout=0.1)
+    with _host.interpreted(capability=75):
+        for dtype in (torch.float16, torch.bfloat16, torch.float32):
+            model = GPT(config, ops=fused_rows).to(dtype)
+            idx = torch.zeros(2, 64, dtype=torch.int64)
+            model(idx, idx)[1].backward()
+            model.recompute = True
+            model(idx, idx)[1].backward()
+        cache = torch.zeros(2, 2, 2, 64, 32)
+        fused_rows.attention_decode(torch.zeros(2, 1, 192), cache, torch.zeros(2).long())
+    assert len(launched) > 10 and "_attention_decode_kernel" in launched
+
+
+DOTS = "_attention_fwd", "_attention_bwd", "_linear_gelu", "_weight_grad"
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.2])
+def test_training_before_8_0(dropout: float, device: str) -> None:
+    """Loss and gradients of the plain ops; with dropout, masks of PyTorch's generator."""
+    config = GPTConfig(32, 65, 2, 2, 32, dropout)
+    torch.manual_seed(0)
+    models = [GPT(config, ops=module).to(device) for module in (fused_rows, reference)]
+    models[1].load_state_dict(models[0].state_dict())
+    idx = torch.randint(65, (2, 32), device=device)
+    losses, gradients = [], []
+    with _host.interpreted(capability=75):
+        for model in models:
+            torch.manual_seed(1)
+            loss = model(idx, idx.roll(-1, 1))[1]
+            loss.backward()
+            losses.append(loss.item())
+            gradients.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
+            if dropout:
+                torch.manual_seed(1)
+                assert model(idx, idx.roll(-1, 1))[1].item() == losses[-1]
+                assert model(idx, idx.roll(-1, 1))[1].item() != losses[-1]
+    if dropout:
+        assert abs(losses[0] - losses[1]) < 0.2
+    else:
+        assert losses[0] == pytest.approx(losses[1], abs=1e-5)
+        assert (gradients[0] - gradients[1]).norm() < 1e-5 * gradients[1].norm()
+
+
 # -- what a user sees of the ops
 
-MODULES = (reference, torch_ops, fused, ops)
+MODULES = (reference, torch_ops, fused, fused_rows, ops)
 
 
 @pytest.mark.parametrize("op", [*reference.OPS, "dropout_seed"])

@@ -1,4 +1,5 @@
-"""Every kernel as Triton compiles it for sm_80 and sm_90, executed in the PTX machine.
+"""Every kernel as Triton compiles it for sm_80 and sm_90, and those that sm_75 takes for that too,
+executed in the PTX machine.
 
 CASES is the smallest set that compiles each way of each branch of every kernel, in each dtype; the
 last test says what is missing. ``pytest --ptx=90`` runs all other tests of kernels like this.
@@ -33,15 +34,21 @@ FLOAT32, FLOAT16, BFLOAT16 = torch.float32, torch.float16, torch.bfloat16
 class Case:
     name: str
     run: Callable[[], None]
-    capabilities: tuple[int, ...] = (80, 90)
+    capabilities: tuple[int, ...]
 
 
 CASES: list[Case] = []
 
 
 def case(
-    name: str, run: Callable[..., None], *args: Any, sm: tuple[int, ...] = (80, 90), **options: Any
+    name: str,
+    run: Callable[..., None],
+    *args: Any,
+    sm: tuple[int, ...] = (75, 80, 90),
+    **options: Any,
 ) -> None:
+    if run in (_attention, _attention_lengths, _attention_tf32):  # PyTorch's on sm_75
+        sm = tuple(capability for capability in sm if capability >= 80)
     CASES.append(Case(name, partial(run, *args, **options), sm))
 
 
@@ -365,7 +372,7 @@ def _param(capability: int, of: Case) -> Any:
 
 @pytest.mark.parametrize(
     ("capability", "of"),
-    [_param(sm, of) for sm in CAPABILITIES for of in CASES if sm in of.capabilities],
+    [_param(sm, of) for sm in (75, *CAPABILITIES) for of in CASES if sm in of.capabilities],
 )
 def test_compiled(capability: int, of: Case) -> None:
     with launches.compiled_for(capability):
