@@ -1,6 +1,8 @@
 """The host code for a GPU, executed on the pretended device, which must find nothing."""
 
-from tests.tools.pretend_cuda.process import PROGRAMS, needs_pretended_device, passes
+import pytest
+
+from tests.tools.pretend_cuda.process import PROGRAMS, needs_pretended_device, passes, start
 
 pytestmark = needs_pretended_device
 
@@ -16,6 +18,14 @@ def test_benchmarks() -> None:
 def test_computed_runs() -> None:
     """Every kernel in the interpreter: the numbers are those of the CPU."""
     passes(str(PROGRAMS / "on_computed.py"), interpret=True)
+
+
+def test_a_gpu_without_tritons_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An update in float16 on a GPU of compute capability 7.5."""
+    monkeypatch.setenv("PRETEND_CAPABILITY", "75")
+    run = start("--interpret", "-m", "fastgpt", "doctor")
+    assert run.returncode == 0 and "launch table of sm_75" in run.stdout, run.stdout
+    assert "one update      agrees with the reference ops" in run.stdout
 
 
 def test_tests_for_a_gpu() -> None:
