@@ -215,7 +215,8 @@ def test_training_before_8_0(dropout: float, device: str) -> None:
             loss = model(idx, idx.roll(-1, 1))[1]
             loss.backward()
             losses.append(loss.item())
-            gradients.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]))
+            found = (p.grad for p in model.parameters())
+            gradients.append(torch.cat([grad.flatten() for grad in found if grad is not None]))
             if dropout:
                 torch.manual_seed(1)
                 assert model(idx, idx.roll(-1, 1))[1].item() == losses[-1]
