@@ -70,6 +70,14 @@ def test_against_hugging_face() -> None:
             assert torch.equal(draw(logits, sampling, seen), expected), options
 
 
+def test_the_penalty_pushes_scores_down_on_both_sides_of_0() -> None:
+    logits = torch.tensor([[-1.0, -1.4], [1.0, 0.8]])
+    seen = torch.tensor([[True, False]] * 2)
+    for penalty, best in ((1.2, [0, 0]), (1.3, [0, 1]), (1.5, [1, 1])):
+        sampling = Sampling(0.0, repetition_penalty=penalty)
+        assert draw(logits, sampling, seen).tolist() == best
+
+
 class NoLook(TorchDispatchMode):
     """Fails where the host reads a tensor's value, for which it would wait on a GPU."""
 
