@@ -3,7 +3,6 @@
 import functools
 import json
 import re
-from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -18,10 +17,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from bench import roofline
 from bench._roofline import ceilings, counting, roofline_report
-from bench._step import baselines
 from fastgpt import GPTConfig
 from fastgpt.kernels import fused
-from tests.tools.small_models import small_model, tokens
 
 H200 = ceilings.DEVICES["h200"]
 GPT2 = GPTConfig()
@@ -183,25 +180,6 @@ def test_autocast_casts_by_hand() -> None:
     assert report.ops["aten::_to_copy"].bytes == (4 + 2) * casts
     half = roofline.measure("sdpa", GPTConfig(T, V, 1, 1, C), B, params="bfloat16")
     assert "aten::_to_copy" not in half.ops and half.flops == report.flops
-
-
-# -- the baselines compute what they should
-
-
-@pytest.mark.parametrize("attention", [baselines.naive, baselines.sdpa])
-@pytest.mark.parametrize("bias", [True, False])
-def test_a_baseline_is_the_model(attention: Callable[..., Tensor], bias: bool) -> None:
-    model, idx, targets = small_model(bias=bias), tokens(), tokens(seed=2)
-    targets[0, :5] = -1
-    expected = model(idx, targets)[1]
-    expected.backward()
-    grads = {name: p.grad for name, p in model.named_parameters()}
-    model.zero_grad(set_to_none=True)
-    loss = baselines.loss(model, idx, targets, attention)
-    loss.backward()
-    torch.testing.assert_close(loss, expected)
-    for name, p in model.named_parameters():
-        torch.testing.assert_close(p.grad, grads[name])
 
 
 # -- cost formulas
