@@ -43,6 +43,18 @@ def liger(x: Tensor, weight: Tensor, targets: Tensor) -> Any:
     return liger_fused_linear_cross_entropy(x, weight, targets, ignore_index=-1)
 
 
+def quack(x: Tensor, weight: Tensor, targets: Tensor) -> Any:
+    """As its own module chooses: in chunks where its GEMMs can load them, else with all logits."""
+    from quack.linear_cross_entropy import (
+        chunked_linear_cross_entropy,
+        linear_cross_entropy_func,
+    )
+
+    if any(size % 8 for size in (*x.shape, len(weight))):
+        return linear_cross_entropy_func(x, weight, None, targets, ignore_index=-1)
+    return chunked_linear_cross_entropy(x, weight, targets, ignore_index=-1)
+
+
 def in_slices(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     """The plain op over slices of rows, whose logits are recomputed in the backward pass."""
 
@@ -57,7 +69,7 @@ def in_slices(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
 OP = Op(
     name="linear_cross_entropy",
     inputs=inputs,
-    providers=standard_providers("linear_cross_entropy", eager, liger),
+    providers=standard_providers("linear_cross_entropy", eager, liger=liger, quack=quack),
     reference=in_slices,
     directions=("inference", "forward+backward"),
     gpu_sizes=[

@@ -7,7 +7,8 @@ before an op is timed, the timing and the figures are here.
 A row is one op, size, direction and provider:
 
 - ``fused`` is our kernel and needs CUDA, ``torch_ops`` is ours elsewhere; ``eager`` is what nanoGPT
-  calls; ``compile`` is torch.compile of that; ``liger`` is Liger-Kernel's op where it has one.
+  calls; ``compile`` is torch.compile of that; ``liger`` and ``quack`` are the ops of Liger-Kernel
+  and of QuACK, where these have one and are installed.
 - Before it is timed, its outputs and gradients are compared with the plain op on the same numbers,
   in float32 for half precision and in float64 for float32. Their RMS error may be twice that of
   ``eager``, plus 1e-5; of a loss, a single number whose error varies by chance, plus 1e-5 of it.
@@ -24,7 +25,6 @@ A row is one op, size, direction and provider:
 
 import functools
 import importlib
-import importlib.util
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -79,13 +79,10 @@ BF16, FP16, FP32 = (
 )
 
 
-def standard_providers(
-    name: str, eager: Function, liger: Function | None = None
-) -> dict[str, Function]:
-    """Ours by the op's name, and whom it is compared with."""
+def standard_providers(name: str, eager: Function, **packages: Function) -> dict[str, Function]:
+    """Ours by the op's name, and whom it is compared with; ``packages``: of variants.PACKAGES."""
     ours = {"fused": getattr(fused, name), "torch_ops": getattr(torch_ops, name)}
-    others = {"eager": eager, "compile": eager}
-    return ours | others | ({} if liger is None else {"liger": liger})
+    return {**ours, "eager": eager, "compile": eager, **packages}
 
 
 @dataclass(frozen=True, eq=False)
@@ -155,12 +152,7 @@ def why_not(provider: str) -> str | None:
         return variants.why_not(variants.VARIANTS["fastgpt_fp8_head"], DEVICE)
     if provider == "compile":
         return variants.why_not(variants.VARIANTS["sdpa_compile"], DEVICE)
-    if provider == "liger":
-        if not _ON_GPU:
-            return "Liger-Kernel needs a CUDA GPU"
-        if importlib.util.find_spec("liger_kernel") is None:
-            return "Liger-Kernel is not installed (pip install liger-kernel)"
-    return None
+    return variants.package_why_not(provider, DEVICE) if provider in variants.PACKAGES else None
 
 
 class Stopwatch:

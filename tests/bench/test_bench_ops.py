@@ -55,6 +55,7 @@ TINY: list[tuple[Op, dict[str, int]]] = [  # for interpreted kernels
 ]
 OPS = op_bench.every_op()
 MATRIX_OPS = ("attention", "linear", "mlp")
+LOSS = {"M": 16, "C": 24, "V": 64}
 FP8_SIZES = {"M": 16, "C": 32, "V": 64}
 
 
@@ -186,6 +187,23 @@ def test_the_check_passes_our_ops(op: Op, sizes: dict[str, int], device: str) ->
     at_size = case(op, sizes)
     for provider in {"fused", "torch_ops"} & set(op.providers):
         at_size.checked(provider)
+
+
+@pytest.mark.parametrize(
+    ("provider", "op", "sizes", "called"),
+    [
+        ("liger", bench_layer_norm.OP, {"M": 7, "C": 24}, "liger_layer_norm"),
+        ("liger", bench_linear_cross_entropy.OP, LOSS, "liger_fused_linear_cross_entropy"),
+        ("quack", bench_linear_cross_entropy.OP, LOSS, "chunked_linear_cross_entropy"),
+        ("quack", bench_linear_cross_entropy.OP, LOSS | {"V": 65}, "linear_cross_entropy_func"),
+    ],
+)
+def test_the_check_passes_packages(
+    provider: str, op: Op, sizes: dict[str, int], called: str, packages: list[str]
+) -> None:
+    """Each gets its arguments as it wants them."""
+    case(op, sizes).checked(provider)
+    assert set(packages) == {called}
 
 
 @pytest.mark.parametrize(
