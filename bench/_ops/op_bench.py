@@ -42,7 +42,8 @@ from bench._step import variants
 from fastgpt.kernels import fused, torch_ops
 from fastgpt.kernels.costs import nbytes
 from fastgpt.timing import Occupier, milliseconds
-from fastgpt.tuning.phase import rms_errors, tensors
+from fastgpt.tuning.phase import gradients_like, results, rms_errors
+from fastgpt.tuning.workload import tensors_in
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 _ON_GPU = DEVICE.type == "cuda"
@@ -243,7 +244,7 @@ class Case:
         self.inputs = op.inputs(RandomTensors(DEVICE, op.dtype), **dict(sizes))
         self.out_grads: list[Tensor] = []
         if op.has_gradients:
-            self.out_grads = gradients_like(op.function(op.baseline)(*self.inputs))
+            self.out_grads = gradients_like(tensors_in(op.function(op.baseline)(*self.inputs)))
 
     def checked(self, provider: str) -> Function:
         """The provider's function, if it is right; AssertionError if not."""
@@ -271,7 +272,7 @@ class Case:
     @functools.cached_property
     def _right(self) -> list[Tensor]:
         wide = torch.float64 if self._op.dtype == torch.float32 else torch.float32
-        return self._results(self._op.reference, wide)
+        return results(self._op.reference, self.inputs, {}, wide, self.out_grads)
 
     @functools.cached_property
     def _baseline_errors(self) -> list[float]:
@@ -279,41 +280,14 @@ class Case:
 
     def _errors_of(self, function: Function) -> list[float]:
         """RMS of each output's error and then of each gradient's."""
-        results = self._results(function, self._op.dtype)
-        return rms_errors(results, self._right)
-
-    def _results(self, function: Function, dtype: torch.dtype) -> list[Tensor]:
-        """Outputs, then gradients, computed in ``dtype``."""
-        inputs = tuple(converted(x, dtype) for x in self.inputs)
-        if not self._op.has_gradients:
-            with torch.no_grad():
-                return list(tensors(function(*inputs)))
-        outputs = tensors(function(*inputs))
-        grads = [g.to(out.dtype) for g, out in zip(self.out_grads, outputs, strict=True)]
-        found = torch.autograd.grad(outputs, leaves_of(inputs), grads)
-        return [result.detach() for result in (*outputs, *found)]
+        found = results(function, self.inputs, {}, None, self.out_grads)
+        return rms_errors(found, self._right)
 
 
 @functools.lru_cache(maxsize=1)
 def case_of(op: Op, sizes: Sizes) -> Case:
     """One at a time in memory: rows of the same sizes are neighbours."""
     return Case(op, sizes)
-
-
-def converted(x: Any, dtype: torch.dtype) -> Any:
-    """``x`` in ``dtype`` if it is a tensor of floating-point numbers; a leaf of its own."""
-    if not isinstance(x, Tensor) or not x.is_floating_point():
-        return x
-    return x.detach().to(dtype).requires_grad_(x.requires_grad)
-
-
-def leaves_of(inputs: tuple[Any, ...]) -> list[Tensor]:
-    return [x for x in inputs if isinstance(x, Tensor) and x.requires_grad]
-
-
-def gradients_like(out: Any) -> list[Tensor]:
-    """A random gradient for each output; 1 for a loss."""
-    return [torch.randn_like(t) if t.dim() else torch.ones_like(t) for t in tensors(out)]
 
 
 def prepared(
@@ -325,11 +299,11 @@ def prepared(
     if direction in ("inference", "update"):
         without_graph = torch.no_grad()(function)
         return lambda: without_graph(*inputs)
-    leaves = leaves_of(inputs)
+    leaves = [x for x in tensors_in(inputs) if x.requires_grad]
     if direction == "backward":
-        outputs = tensors(function(*inputs))
+        outputs = tensors_in(function(*inputs))
         return lambda: torch.autograd.grad(outputs, leaves, out_grads)
-    return lambda: torch.autograd.grad(tensors(function(*inputs)), leaves, out_grads)
+    return lambda: torch.autograd.grad(tensors_in(function(*inputs)), leaves, out_grads)
 
 
 def cost(op: Op, sizes: Sizes, direction: Direction, ceilings: Ceilings) -> OpTotal:
@@ -338,10 +312,10 @@ def cost(op: Op, sizes: Sizes, direction: Direction, ceilings: Ceilings) -> OpTo
     with fake_tensors():
         inputs = op.inputs(RandomTensors(torch.device("cpu"), op.dtype), **dict(sizes))
         if op.counted is None:
-            total.bytes = nbytes(*inputs, *tensors(op.reference(*inputs)))
+            total.bytes = nbytes(*inputs, *tensors_in(op.reference(*inputs)))
         else:
             function = op.counted if callable(op.counted) else op.providers[op.counted]
-            grads = gradients_like(function(*inputs)) if op.has_gradients else []
+            grads = gradients_like(tensors_in(function(*inputs))) if op.has_gradients else []
             work = prepared(direction, function, inputs, grads)
             mode = CostMode(ceilings)
             with mode:

@@ -11,7 +11,7 @@ from torch import Tensor
 from fastgpt.devices import autocast
 from fastgpt.kernels import configs, torch_ops
 from fastgpt.kernels.configs import Key
-from fastgpt.tuning.workload import Call, flat, mapped
+from fastgpt.tuning.workload import Call, mapped, tensors_in
 
 
 class Phase:
@@ -19,7 +19,7 @@ class Phase:
 
     def __init__(self, call: Call, count: int, backward: bool, ops: ModuleType) -> None:
         self.call, self.count, self.backward, self._ops = call, count, backward, ops
-        inputs = [x for x in flat((call.args, call.kwargs)) if isinstance(x, Tensor)]
+        inputs = tensors_in((call.args, call.kwargs))
         self.device = inputs[0].device
         self.drops = call.kwargs.get("seed") is not None
         self._leaves = [x for x in inputs if x.requires_grad]
@@ -40,15 +40,15 @@ class Phase:
         """With all that comes before it."""
         self.prepared()()
 
-    def _forward(self) -> tuple[Tensor, ...]:
+    def _forward(self) -> list[Tensor]:
         call = self.call
         with autocast(self.device, call.dtype):
-            return tensors(getattr(self._ops, call.op)(*call.args, **call.kwargs))
+            return tensors_in(getattr(self._ops, call.op)(*call.args, **call.kwargs))
 
     def _out_grads(self, outputs: Sequence[Tensor]) -> list[Tensor]:
-        """Random, the same in every run; 1 for a loss."""
+        """The same in every run."""
         if not self._grads:
-            self._grads = [torch.randn_like(t) if t.dim() else torch.ones_like(t) for t in outputs]
+            self._grads = gradients_like(outputs)
         return self._grads
 
     def check(self, right: "Right") -> None:
@@ -96,28 +96,52 @@ def _results(
     call: Call, ops: ModuleType, dtype: torch.dtype | None, out_grads: list[Tensor]
 ) -> list[Tensor]:
     """Outputs, then gradients, in ``dtype``, or (None) as the model calls the op."""
+
+    def op(*args: Any, **kwargs: Any) -> Any:
+        with autocast(tensors_in(args)[0].device, dtype or call.dtype):
+            return getattr(ops, call.op)(*args, **kwargs)
+
     wide = None if call.op == "adamw" else dtype  # its state has the dtypes that it has
+    return results(op, call.args, call.kwargs, wide, out_grads)
+
+
+def results(
+    op: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    dtype: torch.dtype | None,
+    out_grads: Sequence[Tensor],
+) -> list[Tensor]:
+    """Outputs, then the gradients of what requires one, with float32 products that are no TF32.
+
+    Args:
+        args: copied first, as ``kwargs`` are.
+        dtype: of the copies of floating-point numbers; None for their own.
+        out_grads: of the outputs. Without any, as for an op that writes to its arguments, there are
+            no gradients.
+    """
 
     def copied(x: Tensor) -> Tensor:
-        to = wide if wide is not None and x.is_floating_point() else x.dtype
+        to = dtype if dtype is not None and x.is_floating_point() else x.dtype
         return x.detach().to(to, copy=True).requires_grad_(x.requires_grad)
 
-    args, kwargs = mapped(copied, call.args), mapped(copied, call.kwargs)
-    inputs = [x for x in flat((args, kwargs)) if isinstance(x, Tensor)]
-    with _exact_products():
-        with autocast(inputs[0].device, dtype or call.dtype):
-            outputs = tensors(getattr(ops, call.op)(*args, **kwargs))
-        if not outputs:  # it has written to its arguments
+    args, kwargs = mapped(copied, args), mapped(copied, kwargs)
+    inputs = tensors_in((args, kwargs))
+    with _exact_products(), torch.set_grad_enabled(bool(out_grads)):
+        outputs = tensors_in(op(*args, **kwargs))
+        if not outputs:
             return inputs
+        if not out_grads:
+            return outputs
         leaves = [x for x in inputs if x.requires_grad]
         grads = [g.to(x.dtype) for g, x in zip(out_grads, outputs, strict=True)]
         found = torch.autograd.grad(outputs, leaves, grads, allow_unused=True)
     return [x.detach() for x in (*outputs, *found) if x is not None]
 
 
-def tensors(out: Any) -> tuple[Tensor, ...]:
-    """Of an op's result."""
-    return out if isinstance(out, tuple) else () if out is None else (out,)
+def gradients_like(outputs: Sequence[Tensor]) -> list[Tensor]:
+    """A random gradient for each output; 1 for a loss."""
+    return [torch.randn_like(x) if x.dim() else torch.ones_like(x) for x in outputs]
 
 
 @contextmanager
