@@ -39,7 +39,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 TINY: list[tuple[Op, dict[str, int]]] = [  # for interpreted kernels
     (bench_attention.OP, {"B": 1, "T": 33, "H": 2, "D": 16}),
-    (bench_attention.DOCUMENTS, {"B": 2, "T": 33, "H": 2, "D": 16, "L": 10}),
+    (bench_attention.OP, {"B": 2, "T": 33, "H": 2, "D": 16, "L": 10}),
     (bench_attention_decode.OP, {"B": 2, "S": 70, "H": 2, "D": 16}),
     (bench_embedding.OP, {"B": 2, "T": 9, "C": 24, "V": 11}),
     (bench_gelu.OP, {"M": 5, "N": 24}),
@@ -150,7 +150,7 @@ def test_flops_of_attention_are_those_within_documents() -> None:
     pairs = 2 * 5 * 4 // 2 + 1  # documents of 5, 5 and 2 tokens, the diagonal left out
     directions: tuple[tuple[Direction, int], ...] = (("forward", 2), ("backward", 5))
     for direction, products in directions:
-        nbytes, flops = bf16(bench_attention.DOCUMENTS, direction, {**sizes, "L": 5})
+        nbytes, flops = bf16(bench_attention.OP, direction, {**sizes, "L": 5})
         one_document = bf16(bench_attention.OP, direction, sizes)
         assert flops == products * 2 * 2 * pairs * 16 < one_document[1]
         assert nbytes == one_document[0]
@@ -221,10 +221,10 @@ def test_the_check_refuses(wrong: Callable[[Tensor], Tensor], what: str) -> None
 
 
 def test_the_check_of_documents_refuses_a_causal_mask() -> None:
-    def causal(qkv: Tensor, n_head: int, doc_start: Tensor) -> Tensor:
-        return bench_attention.eager(qkv, n_head)
+    def causal(qkv: Tensor, n_head: int, starts: Tensor) -> Tensor:
+        return bench_attention.eager(qkv, n_head, None)
 
-    op = bench_attention.DOCUMENTS
+    op = bench_attention.OP
     op = replace(op, providers={**op.providers, "causal": causal})
     with pytest.raises(AssertionError, match="output 0 has an RMS error"):
         case(op, TINY[1][1]).checked("causal")
@@ -233,15 +233,18 @@ def test_the_check_of_documents_refuses_a_causal_mask() -> None:
 @pytest.mark.parametrize(
     ("op", "whole", "sizes"),
     [
-        (bench_attention.OP, "attention_qkvpacked", TINY[0][1]),
-        (bench_linear_cross_entropy.OP, "linear_cross_entropy", {"M": 2500, "C": 4, "V": 7}),
+        (bench_attention.OP, bench_attention.of(reference), TINY[0][1]),
+        (
+            bench_linear_cross_entropy.OP,
+            reference.linear_cross_entropy,
+            {"M": 2500, "C": 4, "V": 7},
+        ),
     ],
     ids=["attention", "loss"],
 )
-def test_plain_ops_in_slices_equal_the_whole(op: Op, whole: str, sizes: dict[str, int]) -> None:
+def test_plain_ops_in_slices_equal_the_whole(op: Op, whole: Any, sizes: dict[str, int]) -> None:
     providers = {**op.providers, "slices": op.reference}
-    plain = getattr(reference, whole)
-    case(replace(op, providers=providers, reference=plain), sizes).checked("slices")
+    case(replace(op, providers=providers, reference=whole), sizes).checked("slices")
 
 
 @pytest.mark.parametrize("provider", ["fused", "torch_ops", "eager"])
