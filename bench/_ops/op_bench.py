@@ -42,7 +42,7 @@ from bench._step import variants
 from fastgpt.kernels import fused, torch_ops
 from fastgpt.kernels.costs import nbytes
 from fastgpt.timing import Occupier, milliseconds
-from fastgpt.tuning.phase import gradients_like, results, rms_errors
+from fastgpt.tuning.phase import Right, gradients_like, results
 from fastgpt.tuning.workload import tensors_in
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -250,38 +250,23 @@ class Case:
         """The provider's function, if it is right; AssertionError if not."""
         if provider not in self._checked:
             function = self._op.function(provider)
-            (self._op.check or self.check)(provider, function, self.inputs)
+            if self._op.check is None:
+                self._right.check(self._results(function))
+            else:
+                self._op.check(provider, function, self.inputs)
             self._checked[provider] = function
         return self._checked[provider]
 
-    def check(self, provider: str, function: Function, inputs: tuple[Any, ...]) -> None:
-        """AssertionError where an output or a gradient errs too much."""
-        errors = self._errors_of(function)
-        allowed = [
-            2 * error + 1e-5 * float(right.square().mean().sqrt())
-            for error, right in zip(self._baseline_errors, self._right, strict=True)
-        ]
-        for number, (error, limit) in enumerate(zip(errors, allowed, strict=True)):
-            n_outputs = len(self.out_grads) or len(errors)
-            name = f"output {number}" if number < n_outputs else f"gradient {number - n_outputs}"
-            assert error <= limit, (
-                f"{self._op.name} by {provider}: {name} has an RMS error of {error:.3g}, "
-                f"allowed are {limit:.3g}"
-            )
-
     @functools.cached_property
-    def _right(self) -> list[Tensor]:
+    def _right(self) -> Right:
         wide = torch.float64 if self._op.dtype == torch.float32 else torch.float32
-        return results(self._op.reference, self.inputs, {}, wide, self.out_grads)
+        values = self._results(self._op.reference, wide)
+        baseline = self._results(self._op.function(self._op.baseline))
+        return Right.beside(values, baseline, [1e-5] * len(values))
 
-    @functools.cached_property
-    def _baseline_errors(self) -> list[float]:
-        return self._errors_of(self._op.function(self._op.baseline))
-
-    def _errors_of(self, function: Function) -> list[float]:
-        """RMS of each output's error and then of each gradient's."""
-        found = results(function, self.inputs, {}, None, self.out_grads)
-        return rms_errors(found, self._right)
+    def _results(self, function: Function, dtype: torch.dtype | None = None) -> list[Tensor]:
+        """Outputs, then gradients."""
+        return results(function, self.inputs, {}, dtype, self.out_grads)
 
 
 @functools.lru_cache(maxsize=1)

@@ -53,12 +53,7 @@ class Phase:
 
     def check(self, right: "Right") -> None:
         """AssertionError where an output or a gradient of our op, as it is now, errs too much."""
-        errors = rms_errors(_results(self.call, self._ops, None, self._grads), right.values)
-        for number, (error, limit) in enumerate(zip(errors, right.limits, strict=True)):
-            if not error <= limit:
-                raise AssertionError(
-                    f"result {number} errs by {error:.3g}, allowed are {limit:.3g}"
-                )
+        right.check(_results(self.call, self._ops, None, self._grads))
 
     def right(self) -> "Right":
         """What ``check`` compares with. Dropout's masks are ours alone: with them, our op as it is
@@ -70,20 +65,30 @@ class Phase:
         others = _results(self.call, plain, None, grads)
         # Autocast gives some of PyTorch's results in float32 that ours give in the model's dtype.
         rounded = [x.to(y.dtype) for x, y in zip(others, own, strict=True)]
-        errors = rms_errors(rounded, values)
-        scales = [
-            _tie(x.dtype) * float(y.float().square().mean().sqrt())
-            for x, y in zip(own, values, strict=True)
-        ]
-        return Right(values, [2 * e + x for e, x in zip(errors, scales, strict=True)])
+        return Right.beside(values, rounded, [_tie(x.dtype) for x in own])
 
 
 class Right(NamedTuple):
-    """Outputs and gradients in float32, and the RMS error that each may have: twice that of
-    PyTorch's own kernels in the model's dtype, plus ``_tie`` of the values."""
+    """Outputs and gradients in a wide dtype, and the RMS error that each may have."""
 
     values: list[Tensor]
     limits: list[float]
+
+    @classmethod
+    def beside(cls, values: list[Tensor], others: list[Tensor], ties: Sequence[float]) -> "Right":
+        """Allows twice the error of ``others``, plus the share ``ties`` of each value's RMS."""
+        errors, sizes = _rms_errors(others, values), [_rms(x) for x in values]
+        limits = [2 * e + t * x for e, t, x in zip(errors, ties, sizes, strict=True)]
+        return cls(values, limits)
+
+    def check(self, found: Sequence[Tensor]) -> None:
+        """AssertionError where a tensor errs too much."""
+        errors = _rms_errors(found, self.values)
+        for number, (error, limit) in enumerate(zip(errors, self.limits, strict=True)):
+            if not error <= limit:
+                raise AssertionError(
+                    f"result {number} errs by {error:.3g}, allowed are {limit:.3g}"
+                )
 
 
 def _tie(dtype: torch.dtype) -> float:
@@ -155,11 +160,12 @@ def _exact_products() -> Iterator[None]:
         torch.set_float32_matmul_precision(before)
 
 
-def rms_errors(found: Sequence[Tensor], right: Sequence[Tensor]) -> list[float]:
-    """Of each tensor."""
-    return [
-        float((x.to(y.dtype) - y).square().mean().sqrt()) for x, y in zip(found, right, strict=True)
-    ]
+def _rms_errors(found: Sequence[Tensor], right: Sequence[Tensor]) -> list[float]:
+    return [_rms(x.to(y.dtype) - y) for x, y in zip(found, right, strict=True)]
+
+
+def _rms(x: Tensor) -> float:
+    return float(x.square().mean().sqrt())
 
 
 class _Watched(dict[Key, Any]):
