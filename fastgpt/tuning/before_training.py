@@ -17,7 +17,7 @@ from fastgpt.tuning.workload import Workload
 
 SECONDS = 60
 _FOUND_IN = str(Path(fastgpt.__file__).parents[1])
-_START = 12  # of them, at most, until the other process has its GPU
+_START = 12  # of these, for the other process to import PyTorch and to reach its GPU
 
 
 def tune_before_training(

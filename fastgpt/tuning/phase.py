@@ -29,7 +29,7 @@ class Phase:
         return f"{self.call} {'backward' if self.backward else 'forward'}"
 
     def prepared(self) -> Callable[[], Any]:
-        """The work; all that comes before it is done."""
+        """The pass as a function; the forward before a backward has been computed."""
         if not self.backward:
             return self._forward
         outputs = self._forward()
@@ -37,7 +37,7 @@ class Phase:
         return lambda: torch.autograd.grad(outputs, self._leaves, grads, allow_unused=True)
 
     def run(self) -> None:
-        """With all that comes before it."""
+        """Compute the pass, and the forward before a backward."""
         self.prepared()()
 
     def _forward(self) -> list[Tensor]:
@@ -165,11 +165,12 @@ def _rms_errors(found: Sequence[Tensor], right: Sequence[Tensor]) -> list[float]
 
 
 def _rms(x: Tensor) -> float:
-    return float(x.square().mean().sqrt())
+    return float(x.to(torch.promote_types(x.dtype, torch.float32)).square().mean().sqrt())
 
 
 class _Watched(dict[Key, Any]):
-    """Lines that note what is asked for."""
+    """Lines that note what is asked for. True where there are none, too, since ``configs.find``
+    asks no others."""
 
     def __init__(self, lines: Mapping[Key, Any]) -> None:
         super().__init__(lines)

@@ -38,7 +38,7 @@ class Workload:
             raise ValueError(f"batch_size must be at least 1, got {self.batch_size}")
 
     def __str__(self) -> str:
-        """All of it, in one line; stands in the file for what it holds."""
+        """In one line, by which the table's file lists the workloads that are decided."""
         shape = asdict(self.config)
         keys = {"batch_size": self.batch_size, "dtype": str(self.dtype).removeprefix("torch.")}
         keys |= {name: True for name in ("recompute", "document_mask") if getattr(self, name)}
