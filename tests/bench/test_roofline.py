@@ -288,26 +288,6 @@ def test_the_table_fits_80_columns_at_full_size() -> None:
     assert re.search(r"fastgpt_recompute +154 +167.1\d .* 12.49", shown)
 
 
-@pytest.mark.parametrize(
-    "wrong, said",
-    [
-        (["--variant", "sdpa", "sdpa"], "each once, got sdpa sdpa"),
-        (["--variant"], "variant must be one or more of naive, sdpa, fastgpt"),
-        (["--batch_size=0"], "batch_size must be at least 1, got 0"),
-        (["--block_size=0"], "block_size must be at least 1, got 0"),
-        (["--vocab_size=-1"], "vocab_size must be at least 1, got -1"),
-        (["--tflops=0"], "tflops must be positive, got 0.0"),
-        (["--tbps=nan"], "tbps must be positive, got nan"),
-        (["--params=float16"], "params must be float32 or the dtype (bfloat16), got 'float16'"),
-    ],
-)
-def test_a_wrong_option_is_refused(
-    wrong: list[str], said: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert roofline.main(wrong) == 2
-    assert said in " ".join(capsys.readouterr().err.split())
-
-
 def test_dropout_is_refused() -> None:
     with pytest.raises(ValueError, match="dropout must be 0"):
         roofline.measure("sdpa", GPTConfig(64, dropout=0.1), 1)

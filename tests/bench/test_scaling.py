@@ -156,17 +156,3 @@ def test_table(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPat
     one, eight = rows[2:]  # of FSDP2
     assert one[-1] == one[-3] == "100.0%"
     assert 0 < float(eight[-3].rstrip("%")) < float(eight[-1].rstrip("%"))
-
-
-@pytest.mark.parametrize(
-    ("wrong", "said"),
-    [
-        (["--gpus", "4", "12"], "multiple of it, got 12"),
-        (["--batch_size=0"], "batch_size must be at least 1, got 0"),
-        (["--gpus_per_node=0"], "gpus_per_node must be at least 1, got 0"),
-        (["--network=-1"], "network must be positive and finite, got -1.0"),
-    ],
-)
-def test_wrong_arguments(wrong: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert scaling.main(wrong) == 2
-    assert said in capsys.readouterr().err

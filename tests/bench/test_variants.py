@@ -16,15 +16,6 @@ from tests.tools.small_models import small_model, tokens
 from tests.tools.small_runs import data_set
 
 
-def test_wrong_variants_are_refused() -> None:
-    with pytest.raises(ValueError, match="each once, got sdpa sdpa"):
-        variants.Options(variants=("sdpa", "sdpa"))
-    with pytest.raises(ValueError, match="got none"):
-        variants.Options(variants=())
-    with pytest.raises(ValueError, match="one or more of sdpa_compile, fastgpt_train, .*got eager"):
-        variants.Options(variants=("eager",))
-
-
 @pytest.mark.parametrize(
     ("name", "bias"),
     [
