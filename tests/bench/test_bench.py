@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from bench import run as bench
+from bench._harness import machine
 from bench._step import measurement, report, variants
 from tests.tools.small_runs import data_set
 
@@ -34,6 +35,14 @@ def _measured(folder: Path, *more: str) -> dict[str, Any]:
     assert bench.main([*TINY, f"--out={folder}", *more]) == 0
     record: dict[str, Any] = json.loads((folder / "run-b3.json").read_text())
     return record
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _ceilings_once() -> Iterator[None]:
+    """Measured in the first run alone."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(machine, "ceilings", functools.cache(machine.ceilings))
+        yield
 
 
 @pytest.fixture(scope="module")

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -28,6 +29,7 @@ from bench import (
     bench_linear_cross_entropy,
     bench_mlp,
     bench_residual_layer_norm,
+    conftest,
 )
 from bench._harness.timing import Spread
 from bench._ops import determinism, op_bench, op_report
@@ -314,23 +316,20 @@ def test_figures_and_table() -> None:
     assert columns["over eager"] == ["1.50x", "1.00x"]
 
 
-def pytest_on_bench(*options: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "bench/bench_gelu.py"]
-    # pytest-benchmark would take itself for a worker of the run that this test is part of
-    env = {key: value for key, value in os.environ.items() if not key.startswith("PYTEST_")}
-    return subprocess.run([*command, *options], cwd=ROOT, env=env, capture_output=True, text=True)
-
-
 def test_side_by_side_with_other_tests_is_refused() -> None:
-    run = pytest_on_bench("-n2")
-    assert run.returncode == pytest.ExitCode.USAGE_ERROR
-    assert "pytest -n0 bench" in run.stderr
+    config: Any = SimpleNamespace(getoption=lambda name, default: {"numprocesses": 2}[name])
+    with pytest.raises(pytest.UsageError, match="pytest -n0 bench"):
+        conftest.pytest_configure(config)
 
 
 def test_run(tmp_path: Path) -> None:
     out = tmp_path / "gelu.json"
     selection = "forward and not compile and not M8192"
-    run = pytest_on_bench("-n0", "-rs", "-k", selection, f"--benchmark-json={out}")
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "bench/bench_gelu.py"]
+    command += ["-n0", "-rs", "-k", selection, f"--benchmark-json={out}"]
+    # pytest-benchmark would take itself for a worker of the run that this test is part of
+    env = {key: value for key, value in os.environ.items() if not key.startswith("PYTEST_")}
+    run = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
     assert run.returncode == 0, run.stdout + run.stderr
     assert "of ceiling" in run.stdout
     record: dict[str, Any] = json.loads(out.read_text())
