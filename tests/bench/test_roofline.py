@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from rich.console import Console
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
@@ -19,6 +18,7 @@ from bench import roofline
 from bench._roofline import ceilings, counting, roofline_report
 from fastgpt import GPTConfig
 from fastgpt.kernels import fused
+from tests.bench.test_bench import text_of
 
 H200 = ceilings.DEVICES["h200"]
 GPT2 = GPTConfig()
@@ -246,13 +246,6 @@ def test_operators_in_place_and_views() -> None:
 SMALL = ["--batch_size=2", "--block_size=32", "--vocab_size=64"]
 
 
-def text_of(run: dict[str, Any]) -> str:
-    console = Console(width=80, highlight=False)
-    with console.capture() as capture:
-        console.print(roofline_report.table(run))
-    return capture.get()
-
-
 def test_a_run_writes_its_record_and_its_chart(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -265,7 +258,7 @@ def test_a_run_writes_its_record_and_its_chart(
     assert run["variants"]["sdpa"] == json.loads(json.dumps(asdict(expected)))
     assert run["ceilings"] == asdict(used)
     shown = capsys.readouterr().out
-    for table_line in text_of(run).splitlines():
+    for table_line in text_of(roofline_report.table(run)).splitlines():
         assert table_line.rstrip() in shown
     chart = (tmp_path / "roofline.png").read_bytes()
     assert chart.startswith(b"\x89PNG\r\n\x1a\n")
@@ -283,7 +276,7 @@ def test_a_run_writes_its_record_and_its_chart(
 
 def test_the_table_fits_80_columns_at_full_size() -> None:
     run = roofline.record(roofline.Options(variant=("naive", "fastgpt_recompute")))
-    shown = text_of(run)
+    shown = text_of(roofline_report.table(run))
     assert "…" not in shown and max(map(len, shown.splitlines())) <= 80
     assert re.search(r"fastgpt_recompute +154 +167.1\d .* 12.49", shown)
 
