@@ -128,25 +128,18 @@ def test_a_choice_of_attention_is_the_only_one(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """While the loss is traced and computed, PyTorch has no other."""
-    enabled: list[tuple[bool, ...]] = []
+    enabled: list[bool] = []
 
     def noted(model: Any, x: Any, y: Any) -> Any:
-        cuda = torch.backends.cuda
-        enabled.append(
-            (
-                cuda.flash_sdp_enabled(),
-                cuda.cudnn_sdp_enabled(),
-                cuda.mem_efficient_sdp_enabled(),
-                cuda.math_sdp_enabled(),
-            )
-        )
+        kernels = ("flash", "cudnn", "mem_efficient", "math")
+        enabled.extend(getattr(torch.backends.cuda, f"{one}_sdp_enabled")() for one in kernels)
         return sum(p.sum() for p in model.parameters())  # no attention: a CPU has none of these
 
     variant = replace(variants.VARIANTS[name], loss=noted, compile_mode=None)
     options = replace(variants.CPU_OPTIONS, data_dir=data_set(tmp_path), block_size=8)
     plan = variants.Plan.of(options, data_set(tmp_path))
     variants.Training(variant, plan).step()
-    assert enabled == [(name == "sdpa_flash", name == "sdpa_cudnn", False, False)]
+    assert enabled == [name == "sdpa_flash", name == "sdpa_cudnn", False, False]
 
 
 def test_the_reference_is_for_few_sequences(tmp_path: Path) -> None:
