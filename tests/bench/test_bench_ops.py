@@ -36,6 +36,7 @@ from bench._ops import determinism, op_bench, op_report
 from bench._ops.op_bench import Case, Direction, Op, Row, Stopwatch, cost
 from bench._roofline.ceilings import DEVICES, Ceilings
 from fastgpt.kernels import reference
+from tests.tools import fp8_cases  # noqa: F401  # PyTorch 2.11's fp8 products on the CPU
 
 ROOT = Path(__file__).resolve().parents[2]
 
