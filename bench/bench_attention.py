@@ -13,38 +13,45 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from bench._ops.op_bench import (
-    BF16,
-    FP16,
-    FP32,
-    Direction,
-    Function,
-    Op,
-    RandomTensors,
-    standard_providers,
-)
+from bench._ops.op_bench import BF16, FP16, FP32, Direction, Function, Op, RandomTensors
 from fastgpt.kernels import fused, reference, torch_ops
 from fastgpt.kernels._tensors import split_heads
 from fastgpt.kernels.costs import attention_pairs
 
 
-def inputs(random: RandomTensors, B: int, T: int, H: int, D: int) -> tuple[Tensor, int]:
-    return random.normal(B, T, 3 * H * D), H
+def inputs(
+    random: RandomTensors, B: int, T: int, H: int, D: int, L: int = 0
+) -> tuple[Tensor, int, Tensor | None]:
+    starts = doc_start(B, T, L).to(random.device) if L else None
+    return random.normal(B, T, 3 * H * D), H, starts
 
 
-def eager(qkv: Tensor, n_head: int) -> Tensor:
-    """nanoGPT's, with SDPA. PyTorch chooses among its kernels."""
-    batch, length, width = qkv.shape
-    q, k, v = (
-        part.view(batch, length, n_head, -1).transpose(1, 2)  # (B, H, T, D)
-        for part in qkv.split(width // 3, dim=2)
-    )
-    y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-    return y.transpose(1, 2).contiguous().view(batch, length, width // 3)
+def doc_start(B: int, T: int, L: int) -> Tensor:
+    """(B, T) of int32: where each token's document starts. The first document of a sequence is cut
+    off at another place in each, as in sequences that are cut from a stream of documents."""
+    shift = 37 * torch.arange(B)[:, None] % L
+    return ((torch.arange(T) + shift) // L * L - shift).clamp(min=0).int()
 
 
-def head_by_head(qkv: Tensor, n_head: int) -> Tensor:
-    """The plain op with the scores of one head in memory, in the backward pass too."""
+def of(module: ModuleType) -> Function:
+    """A module's op, of those arguments."""
+    return lambda qkv, n_head, starts: module.attention_qkvpacked(qkv, n_head, doc_start=starts)
+
+
+def eager(qkv: Tensor, n_head: int, starts: Tensor | None) -> Tensor:
+    """nanoGPT's, with SDPA, for which PyTorch chooses among its kernels. The mask of documents is
+    made in each call, as in each layer."""
+    q, k, v = split_heads(qkv, n_head)  # (B, H, T, D)
+    mask = None if starts is None else reference.document_mask(starts)
+    y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None)
+    return y.transpose(1, 2).flatten(2)
+
+
+def plain(qkv: Tensor, n_head: int, starts: Tensor | None) -> Tensor:
+    """The plain op; without documents with the scores of one head in memory, in the backward pass
+    too."""
+    if starts is not None:
+        return reference.attention_qkvpacked(qkv, n_head, doc_start=starts)
     heads = zip(*(t.flatten(0, 1) for t in split_heads(qkv, n_head)), strict=True)
     y = [checkpoint(_one_head, *head, use_reentrant=False) for head in heads]  # B * H of (T, D)
     batch, length, _ = qkv.shape
@@ -55,18 +62,20 @@ def _one_head(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return reference.attention(q[None, None], k[None, None], v[None, None])[0, 0]
 
 
-def flops(direction: Direction, B: int, T: int, H: int, D: int) -> int:
-    """Two products a score forward and five backward, although both of our backward kernels
-    compute two of the five."""
-    products = {"forward": 2, "backward": 5}[direction]
-    return products * 2 * B * H * attention_pairs(T, T, causal=True) * D
+def flops(direction: Direction, B: int, T: int, H: int, D: int, L: int = 0) -> int:
+    """Of the scores within documents: two products a score forward and five backward, although both
+    of our backward kernels compute two of the five."""
+    pairs = B * attention_pairs(T, T, causal=True)
+    if L:
+        pairs = int((torch.arange(T) - doc_start(B, T, L)).sum())
+    return {"forward": 2, "backward": 5}[direction] * 2 * H * pairs * D
 
 
 OP = Op(
     name="attention_qkvpacked",
     inputs=inputs,
-    providers=standard_providers("attention_qkvpacked", eager),
-    reference=head_by_head,
+    providers={"fused": of(fused), "torch_ops": of(torch_ops), "eager": eager, "compile": eager},
+    reference=plain,
     flops=flops,
     gpu_sizes=[
         {"B": 32, "T": 1024, "H": 12, "D": 64},  # GPT-2 124M
@@ -79,66 +88,17 @@ OP = Op(
         {"B": 32, "T": 1024, "H": 6, "D": 128},
         {"B": 8, "T": 4096, "H": 6, "D": 128},
         {"B": 2, "T": 16384, "H": 6, "D": 128},
+        {"B": 32, "T": 1024, "H": 12, "D": 64, "L": 256},
+        {"B": 4, "T": 8192, "H": 12, "D": 64, "L": 512},
     ],
-    cpu_sizes=[{"B": 1, "T": 128, "H": 2, "D": 32}],
+    cpu_sizes=[
+        {"B": 1, "T": 128, "H": 2, "D": 32},
+        {"B": 1, "T": 128, "H": 2, "D": 32, "L": 48},
+    ],
     small={"B": 2, "T": 161, "H": 2, "D": 64},
 )
 
 test_attention = OP.test()
-
-
-def doc_start(B: int, T: int, L: int) -> Tensor:
-    """(B, T) of int32: where each token's document starts. The first document of a sequence is cut
-    off at another place in each, as in sequences that are cut from a stream of documents."""
-    shift = 37 * torch.arange(B)[:, None] % L
-    return ((torch.arange(T) + shift) // L * L - shift).clamp(min=0).int()
-
-
-def inputs_of_documents(
-    random: RandomTensors, B: int, T: int, H: int, D: int, L: int
-) -> tuple[Tensor, int, Tensor]:
-    return random.normal(B, T, 3 * H * D), H, doc_start(B, T, L).to(random.device)
-
-
-def eager_of_documents(qkv: Tensor, n_head: int, doc_start: Tensor) -> Tensor:
-    """nanoGPT's with a mask, which is made in each call, as in each layer."""
-    q, k, v = split_heads(qkv, n_head)
-    y = F.scaled_dot_product_attention(q, k, v, reference.document_mask(doc_start))
-    return y.transpose(1, 2).flatten(2)
-
-
-def flops_of_documents(direction: Direction, B: int, T: int, H: int, D: int, L: int) -> int:
-    """Of the scores within documents."""
-    pairs = int((torch.arange(T) - doc_start(B, T, L)).sum())
-    products = {"forward": 2, "backward": 5}[direction]
-    return products * 2 * H * pairs * D
-
-
-def of_documents(module: ModuleType) -> Function:
-    return lambda qkv, n_head, doc_start: module.attention_qkvpacked(
-        qkv, n_head, doc_start=doc_start
-    )
-
-
-DOCUMENTS = Op(
-    name=OP.name,
-    inputs=inputs_of_documents,
-    providers={
-        "fused": of_documents(fused),
-        "torch_ops": of_documents(torch_ops),
-        "eager": eager_of_documents,
-        "compile": eager_of_documents,
-    },
-    reference=of_documents(reference),
-    flops=flops_of_documents,
-    gpu_sizes=[
-        {"B": 32, "T": 1024, "H": 12, "D": 64, "L": 256},
-        {"B": 4, "T": 8192, "H": 12, "D": 64, "L": 512},
-    ],
-    cpu_sizes=[{"B": 1, "T": 128, "H": 2, "D": 32, "L": 48}],
-)
-
-test_attention_of_documents = DOCUMENTS.test()
 
 
 # For the compile gate: documents and dropout. Of launches with the same tile dropout takes more
@@ -153,7 +113,7 @@ def compiled(*both: Combination, forward: Sequence[Combination] = ()) -> None:
     for combinations, backward in ((both, True), (forward, False)):
         for random, head_size, (documents, p) in combinations:
             starts = torch.zeros(1, 1024, dtype=torch.int32) if documents else None
-            qkv, n_head = inputs(random, 1, 1024, 2, head_size)
+            qkv, n_head, _ = inputs(random, 1, 1024, 2, head_size)
             y = fused.attention_qkvpacked(qkv, n_head, dropout_p=p, doc_start=starts)
             if backward:
                 y.sum().backward()
@@ -175,7 +135,7 @@ def compiled_others() -> None:
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("high")
     try:
-        fused.attention_qkvpacked(*inputs(FP32, 1, 1024, 2, 64)).sum().backward()
+        fused.attention_qkvpacked(FP32.normal(1, 1024, 3 * 2 * 64), 2).sum().backward()
     finally:
         torch.set_float32_matmul_precision(before)
 

@@ -1,4 +1,7 @@
-"""LayerNorm, forward and backward with the gradients of weight and bias."""
+"""LayerNorm, forward and backward with the gradients of weight and bias.
+
+QuACK's has no row: it takes float32 weights alone, and autograd does not know it.
+"""
 
 from typing import Any
 
@@ -26,7 +29,7 @@ def liger(x: Tensor, weight: Tensor, bias: Tensor) -> Any:
 OP = Op(
     name="layer_norm",
     inputs=inputs,
-    providers=standard_providers("layer_norm", eager, liger),
+    providers=standard_providers("layer_norm", eager, liger=liger),
     reference=reference.layer_norm,
     gpu_sizes=[
         {"M": 32768, "C": 768},  # GPT-2 124M, B=32, T=1024

@@ -20,7 +20,6 @@ from bench._ops.op_bench import (
     Function,
     Op,
     RandomTensors,
-    gradients_like,
     standard_providers,
 )
 from fastgpt.kernels import fused, reference
@@ -43,6 +42,18 @@ def liger(x: Tensor, weight: Tensor, targets: Tensor) -> Any:
     return liger_fused_linear_cross_entropy(x, weight, targets, ignore_index=-1)
 
 
+def quack(x: Tensor, weight: Tensor, targets: Tensor) -> Any:
+    """As its own module chooses: in chunks where its GEMMs can load them, else with all logits."""
+    from quack.linear_cross_entropy import (
+        chunked_linear_cross_entropy,
+        linear_cross_entropy_func,
+    )
+
+    if any(size % 8 for size in (*x.shape, len(weight))):
+        return linear_cross_entropy_func(x, weight, None, targets, ignore_index=-1)
+    return chunked_linear_cross_entropy(x, weight, targets, ignore_index=-1)
+
+
 def in_slices(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     """The plain op over slices of rows, whose logits are recomputed in the backward pass."""
 
@@ -57,7 +68,7 @@ def in_slices(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
 OP = Op(
     name="linear_cross_entropy",
     inputs=inputs,
-    providers=standard_providers("linear_cross_entropy", eager, liger),
+    providers=standard_providers("linear_cross_entropy", eager, liger=liger, quack=quack),
     reference=in_slices,
     directions=("inference", "forward+backward"),
     gpu_sizes=[
@@ -83,7 +94,7 @@ def check_fp8(provider: str, function: Function, inputs: tuple[Any, ...]) -> Non
 
     def results(op: Function) -> list[Tensor]:
         out = op(*leaves, targets[:_ROWS])
-        return [out.detach(), *torch.autograd.grad(out, leaves, gradients_like(out))]
+        return [out.detach(), *torch.autograd.grad(out, leaves)]
 
     pairs = zip(results(function), results(emulation), strict=True)
     for number, (got, near) in enumerate(pairs):

@@ -56,12 +56,12 @@ _TOOL = [*(_BENCH / "_compile").glob("*.py"), *_BENCH.glob("bench_*.py")]
 class Options:
     """Compile every kernel configuration ahead of time, with no GPU."""
 
+    # Compute capabilities, of all cases. Default: 80, 90 and 100, and 89 and 120 for GPT-2's sizes.
     arch: tuple[Literal[80, 86, 89, 90, 100, 120], ...] = ()
-    """Compute capabilities, of all cases. By default as above."""
+    # Processes at a time, 1 or more.
     jobs: int = os.cpu_count() or 1
-    """Processes at a time, 1 or more."""
+    # Cases whose names match this pattern: 'attention*', say.
     only: str = "*"
-    """Cases whose names match this pattern: 'attention*', say."""
 
 
 _CLASSES, _OTHERS = (80, 90, 100), (89, 120)
@@ -199,13 +199,14 @@ def _range(numbers: list[int]) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     """The exit code: 0, 1 where a kernel is faulty or does not compile, 2 for a wrong argument."""
-    errors = Console(stderr=True, markup=False, highlight=False, soft_wrap=True)
     try:
-        o = cli.tyro().cli(Options, args=argv)
+        o = cli.options(Options(), argv)
         records = build(CASES, OUT, arch=o.arch, jobs=o.jobs, only=o.only)
-    except (ValueError, FileNotFoundError, ModuleNotFoundError, CompilationError) as error:
-        errors.print(f"error: {error}", style="bold red")
-        return 1 if isinstance(error, CompilationError) else 2
+    except CompilationError as error:
+        cli.failed(error)
+        return 1
+    except cli.USER_ERRORS as error:
+        return cli.failed(error)
     console = Console(highlight=False)
     console.print(table(records))
     console.print(f"wrote {OUT / 'manifest.json'}", soft_wrap=True)
@@ -216,7 +217,7 @@ def main(argv: list[str] | None = None) -> int:
         for fault in kernel["faults"]
     ]
     for fault in faults:
-        errors.print(fault, style="red")
+        print(fault, file=sys.stderr)
     return int(bool(faults))
 
 

@@ -7,10 +7,11 @@
 
 Every variant starts from the same weights and sees the same batches of real text. naive and sdpa
 are nanoGPT's step as its users run it: all logits, PyTorch's cross-entropy, AdamW fused on CUDA;
-fastgpt is that step with ``fastgpt.GPT`` in it; fastgpt_train is the update of ``fastgpt train``:
-bfloat16 weights over float32 masters, as one CUDA graph. fp8 changes the numbers, and its variant
-is measured only if it is named. One step is: the next batch from host to device, forward, backward,
-gradient clipping, AdamW; the host reads no loss.
+sdpa_liger is sdpa with Liger-Kernel's LayerNorm, and its head and loss in one op, if that package
+is installed; fastgpt is nanoGPT's step with ``fastgpt.GPT`` in it; fastgpt_train is the update of
+``fastgpt train``: bfloat16 weights over float32 masters, as one CUDA graph. fp8 changes the
+numbers, and its variant is measured only if it is named. One step is: the next batch from host to
+device, forward, backward, gradient clipping, AdamW; the host reads no loss.
 
 1. fp32 reference, with up to four sequences or ``--reference=True``: ``loss_steps`` steps of
    nanoGPT's model, eager and with masked matmul attention, in float32, four sequences at a time,

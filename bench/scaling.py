@@ -79,14 +79,13 @@ class Options:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if not 0 < self.network < math.inf:
             raise ValueError(f"network must be positive and finite, got {self.network}")
-        if not self.gpus:
-            raise ValueError("gpus must be one or more numbers, got none")
-        for gpus in self.gpus:
-            if gpus < 1 or (gpus > self.gpus_per_node and gpus % self.gpus_per_node):
-                raise ValueError(
-                    f"gpus must lie between 1 and gpus_per_node ({self.gpus_per_node}) or be a "
-                    f"multiple of it, got {gpus}"
-                )
+        node = self.gpus_per_node
+        wrong = [gpus for gpus in self.gpus if gpus < 1 or (gpus > node and gpus % node)]
+        if wrong or not self.gpus:
+            raise ValueError(
+                f"gpus must be one or more numbers from 1 to gpus_per_node ({node}) or multiples "
+                f"of it, got {' '.join(map(str, wrong)) or 'none'}"
+            )
 
     @property
     def step(self) -> roofline.Options:
@@ -99,15 +98,11 @@ def parameters_of(config: GPTConfig) -> dict[str, Tensor]:
 
 
 def collectives(
-    parameters: dict[str, Tensor],
-    parallel: Parallel,
-    gpus: int,
-    micro_batches: int = 1,
+    parameters: dict[str, Tensor], parallel: Parallel, gpus: int, micro_batches: int = 1
 ) -> list[Collective]:
     """What one update sends: the kind and the bytes of the whole tensor, which an all-gather
     returns and a reduce-scatter is given. Gradients travel in float32, and FSDP2's parameters in
-    bfloat16 but for LayerNorm's, which are float32 (see ``fastgpt.training.fsdp.shard``).
-    """
+    bfloat16 but for LayerNorm's, which are float32 (see ``fastgpt.training.fsdp.shard``)."""
     found: list[Collective] = [("all-reduce", 8), ("all-reduce", 4)]  # valid targets, the loss
     if parallel == "ddp":  # two flat buffers: with weight decay, and without
         decayed = [p for p in parameters.values() if p.dim() >= 2]

@@ -39,6 +39,7 @@ def options(default: T, argv: Sequence[str] | None) -> T:
         choices = get_args(one) if get_origin(one) is Literal else None
         value = getattr(default, name)
         shown = " ".join(map(str, value)) if many else value
+        ending = "" if value in (None, ()) else f" (default: {shown})".replace("%", "%%")
         parser.add_argument(
             f"--{name}",
             type=_boolean if one is bool else type(choices[0]) if choices else one,
@@ -46,7 +47,7 @@ def options(default: T, argv: Sequence[str] | None) -> T:
             nargs="*" if many else None,
             metavar="{True,False}" if one is bool else None if choices else name.upper(),
             default=value,
-            help=helps[name] + ("" if value is None else f" (default: {shown})".replace("%", "%%")),
+            help=helps[name] + ending,
         )
     words = sys.argv[1:] if argv is None else argv
     given = vars(parser.parse_args([_underscored(word) for word in words]))
@@ -79,15 +80,6 @@ def _comments(owner: type) -> dict[str, str]:
             found[line.partition(":")[0]] = " ".join(comment)
             comment = []
     return found
-
-
-def tyro() -> Any:
-    """The module. Raises ModuleNotFoundError, saying how to install it."""
-    try:
-        import tyro
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError("the command line needs tyro: pip install tyro") from error
-    return tyro
 
 
 def failed(error: object) -> int:

@@ -21,11 +21,10 @@ from bench._ops.op_bench import (
     Op,
     RandomTensors,
     every_op,
-    gradients_like,
-    leaves_of,
-    tensors,
 )
 from fastgpt.timing import synchronize
+from fastgpt.tuning.phase import gradients_like, results
+from fastgpt.tuning.workload import tensors_in
 
 REPEATS = 250
 
@@ -40,14 +39,9 @@ def _forward_and_backward(op: Op, sizes: dict[str, int]) -> Callable[[], list[Te
     """Outputs and gradients of our op, of the same random inputs at every call."""
     torch.manual_seed(0)
     inputs = op.inputs(RandomTensors(DEVICE, op.dtype), **sizes)
-    function, leaves = op.function("fused"), leaves_of(inputs)
-    out_grads = gradients_like(function(*inputs))
-
-    def run() -> list[Tensor]:
-        outputs = tensors(function(*inputs))
-        return [*outputs, *torch.autograd.grad(outputs, leaves, out_grads)]
-
-    return run
+    function = op.function("fused")
+    out_grads = gradients_like(tensors_in(function(*inputs)))
+    return lambda: results(function, inputs, {}, None, out_grads)
 
 
 def determinism(

@@ -7,7 +7,8 @@ before an op is timed, the timing and the figures are here.
 A row is one op, size, direction and provider:
 
 - ``fused`` is our kernel and needs CUDA, ``torch_ops`` is ours elsewhere; ``eager`` is what nanoGPT
-  calls; ``compile`` is torch.compile of that; ``liger`` is Liger-Kernel's op where it has one.
+  calls; ``compile`` is torch.compile of that; ``liger`` and ``quack`` are the ops of Liger-Kernel
+  and of QuACK, where these have one and are installed.
 - Before it is timed, its outputs and gradients are compared with the plain op on the same numbers,
   in float32 for half precision and in float64 for float32. Their RMS error may be twice that of
   ``eager``, plus 1e-5; of a loss, a single number whose error varies by chance, plus 1e-5 of it.
@@ -24,7 +25,6 @@ A row is one op, size, direction and provider:
 
 import functools
 import importlib
-import importlib.util
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -42,7 +42,8 @@ from bench._step import variants
 from fastgpt.kernels import fused, torch_ops
 from fastgpt.kernels.costs import nbytes
 from fastgpt.timing import Occupier, milliseconds
-from fastgpt.tuning.phase import rms_errors, tensors
+from fastgpt.tuning.phase import Right, gradients_like, results
+from fastgpt.tuning.workload import tensors_in
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 _ON_GPU = DEVICE.type == "cuda"
@@ -79,13 +80,10 @@ BF16, FP16, FP32 = (
 )
 
 
-def standard_providers(
-    name: str, eager: Function, liger: Function | None = None
-) -> dict[str, Function]:
-    """Ours by the op's name, and whom it is compared with."""
+def standard_providers(name: str, eager: Function, **packages: Function) -> dict[str, Function]:
+    """Ours by the op's name, and whom it is compared with; ``packages``: of variants.PACKAGES."""
     ours = {"fused": getattr(fused, name), "torch_ops": getattr(torch_ops, name)}
-    others = {"eager": eager, "compile": eager}
-    return ours | others | ({} if liger is None else {"liger": liger})
+    return {**ours, "eager": eager, "compile": eager, **packages}
 
 
 @dataclass(frozen=True, eq=False)
@@ -155,12 +153,7 @@ def why_not(provider: str) -> str | None:
         return variants.why_not(variants.VARIANTS["fastgpt_fp8_head"], DEVICE)
     if provider == "compile":
         return variants.why_not(variants.VARIANTS["sdpa_compile"], DEVICE)
-    if provider == "liger":
-        if not _ON_GPU:
-            return "Liger-Kernel needs a CUDA GPU"
-        if importlib.util.find_spec("liger_kernel") is None:
-            return "Liger-Kernel is not installed (pip install liger-kernel)"
-    return None
+    return variants.package_why_not(provider, DEVICE) if provider in variants.PACKAGES else None
 
 
 class Stopwatch:
@@ -251,77 +244,35 @@ class Case:
         self.inputs = op.inputs(RandomTensors(DEVICE, op.dtype), **dict(sizes))
         self.out_grads: list[Tensor] = []
         if op.has_gradients:
-            self.out_grads = gradients_like(op.function(op.baseline)(*self.inputs))
+            self.out_grads = gradients_like(tensors_in(op.function(op.baseline)(*self.inputs)))
 
     def checked(self, provider: str) -> Function:
         """The provider's function, if it is right; AssertionError if not."""
         if provider not in self._checked:
             function = self._op.function(provider)
-            (self._op.check or self.check)(provider, function, self.inputs)
+            if self._op.check is None:
+                self._right.check(self._results(function))
+            else:
+                self._op.check(provider, function, self.inputs)
             self._checked[provider] = function
         return self._checked[provider]
 
-    def check(self, provider: str, function: Function, inputs: tuple[Any, ...]) -> None:
-        """AssertionError where an output or a gradient errs too much."""
-        errors = self._errors_of(function)
-        allowed = [
-            2 * error + 1e-5 * float(right.square().mean().sqrt())
-            for error, right in zip(self._baseline_errors, self._right, strict=True)
-        ]
-        for number, (error, limit) in enumerate(zip(errors, allowed, strict=True)):
-            n_outputs = len(self.out_grads) or len(errors)
-            name = f"output {number}" if number < n_outputs else f"gradient {number - n_outputs}"
-            assert error <= limit, (
-                f"{self._op.name} by {provider}: {name} has an RMS error of {error:.3g}, "
-                f"allowed are {limit:.3g}"
-            )
-
     @functools.cached_property
-    def _right(self) -> list[Tensor]:
+    def _right(self) -> Right:
         wide = torch.float64 if self._op.dtype == torch.float32 else torch.float32
-        return self._results(self._op.reference, wide)
+        values = self._results(self._op.reference, wide)
+        baseline = self._results(self._op.function(self._op.baseline))
+        return Right.beside(values, baseline, [1e-5] * len(values))
 
-    @functools.cached_property
-    def _baseline_errors(self) -> list[float]:
-        return self._errors_of(self._op.function(self._op.baseline))
-
-    def _errors_of(self, function: Function) -> list[float]:
-        """RMS of each output's error and then of each gradient's."""
-        results = self._results(function, self._op.dtype)
-        return rms_errors(results, self._right)
-
-    def _results(self, function: Function, dtype: torch.dtype) -> list[Tensor]:
-        """Outputs, then gradients, computed in ``dtype``."""
-        inputs = tuple(converted(x, dtype) for x in self.inputs)
-        if not self._op.has_gradients:
-            with torch.no_grad():
-                return list(tensors(function(*inputs)))
-        outputs = tensors(function(*inputs))
-        grads = [g.to(out.dtype) for g, out in zip(self.out_grads, outputs, strict=True)]
-        found = torch.autograd.grad(outputs, leaves_of(inputs), grads)
-        return [result.detach() for result in (*outputs, *found)]
+    def _results(self, function: Function, dtype: torch.dtype | None = None) -> list[Tensor]:
+        """Outputs, then gradients."""
+        return results(function, self.inputs, {}, dtype, self.out_grads)
 
 
 @functools.lru_cache(maxsize=1)
 def case_of(op: Op, sizes: Sizes) -> Case:
     """One at a time in memory: rows of the same sizes are neighbours."""
     return Case(op, sizes)
-
-
-def converted(x: Any, dtype: torch.dtype) -> Any:
-    """``x`` in ``dtype`` if it is a tensor of floating-point numbers; a leaf of its own."""
-    if not isinstance(x, Tensor) or not x.is_floating_point():
-        return x
-    return x.detach().to(dtype).requires_grad_(x.requires_grad)
-
-
-def leaves_of(inputs: tuple[Any, ...]) -> list[Tensor]:
-    return [x for x in inputs if isinstance(x, Tensor) and x.requires_grad]
-
-
-def gradients_like(out: Any) -> list[Tensor]:
-    """A random gradient for each output; 1 for a loss."""
-    return [torch.randn_like(t) if t.dim() else torch.ones_like(t) for t in tensors(out)]
 
 
 def prepared(
@@ -333,11 +284,11 @@ def prepared(
     if direction in ("inference", "update"):
         without_graph = torch.no_grad()(function)
         return lambda: without_graph(*inputs)
-    leaves = leaves_of(inputs)
+    leaves = [x for x in tensors_in(inputs) if x.requires_grad]
     if direction == "backward":
-        outputs = tensors(function(*inputs))
+        outputs = tensors_in(function(*inputs))
         return lambda: torch.autograd.grad(outputs, leaves, out_grads)
-    return lambda: torch.autograd.grad(tensors(function(*inputs)), leaves, out_grads)
+    return lambda: torch.autograd.grad(tensors_in(function(*inputs)), leaves, out_grads)
 
 
 def cost(op: Op, sizes: Sizes, direction: Direction, ceilings: Ceilings) -> OpTotal:
@@ -346,10 +297,10 @@ def cost(op: Op, sizes: Sizes, direction: Direction, ceilings: Ceilings) -> OpTo
     with fake_tensors():
         inputs = op.inputs(RandomTensors(torch.device("cpu"), op.dtype), **dict(sizes))
         if op.counted is None:
-            total.bytes = nbytes(*inputs, *tensors(op.reference(*inputs)))
+            total.bytes = nbytes(*inputs, *tensors_in(op.reference(*inputs)))
         else:
             function = op.counted if callable(op.counted) else op.providers[op.counted]
-            grads = gradients_like(function(*inputs)) if op.has_gradients else []
+            grads = gradients_like(tensors_in(function(*inputs))) if op.has_gradients else []
             work = prepared(direction, function, inputs, grads)
             mode = CostMode(ceilings)
             with mode:

@@ -16,11 +16,12 @@ from torch import Tensor, nn
 from fastgpt import GPT
 
 Attention = Callable[[Tensor, Tensor, Tensor, float], Tensor]  # q, k, v (B, H, T, D), dropout → y
+Norm = Callable[[Any, Tensor], Tensor]  # layer with weight and bias, x (..., C) → y
 
 
 def loss(gpt: GPT, idx: Tensor, targets: Tensor, attention: Attention) -> Tensor:
     """The mean cross-entropy of ``targets`` (B, T) after ``idx`` (B, T)."""
-    logits = _linear(gpt.lm_head, _hidden(gpt, idx, attention))  # (B, T, V)
+    logits = _linear(gpt.lm_head, _hidden(gpt, idx, attention, _norm))  # (B, T, V)
     return F.cross_entropy(
         _wide(logits).view(-1, gpt.config.vocab_size), targets.view(-1), ignore_index=-1
     )
@@ -28,7 +29,7 @@ def loss(gpt: GPT, idx: Tensor, targets: Tensor, attention: Attention) -> Tensor
 
 def chunked_loss(gpt: GPT, idx: Tensor, targets: Tensor) -> Tensor:
     """As ``loss`` with SDPA, head and cross-entropy by PyTorch's op in chunks (PyTorch 2.13)."""
-    hidden = _hidden(gpt, idx, sdpa).flatten(0, 1)
+    hidden = _hidden(gpt, idx, sdpa, _norm).flatten(0, 1)
     weight = gpt.lm_head.weight
     if torch.is_autocast_enabled(hidden.device.type):  # which knows nothing of the op
         dtype = torch.get_autocast_dtype(hidden.device.type)
@@ -42,9 +43,28 @@ def chunked_loss(gpt: GPT, idx: Tensor, targets: Tensor) -> Tensor:
     )
 
 
+def liger_loss(gpt: GPT, idx: Tensor, targets: Tensor) -> Tensor:
+    """As ``loss`` with SDPA, and in the place of LayerNorm, head and cross-entropy Liger-Kernel's,
+    as its patches put them there: they get the float32 stream and the float32 weights, and under
+    autocast the products inside are in its dtype."""
+    from liger_kernel.transformers.functional import (
+        liger_fused_linear_cross_entropy,
+        liger_layer_norm,
+    )
+
+    def norm(layer: Any, x: Tensor) -> Any:
+        return liger_layer_norm(x, layer.weight, layer.bias, 1e-5)
+
+    hidden = _hidden(gpt, idx, sdpa, norm).flatten(0, 1)
+    loss: Tensor = liger_fused_linear_cross_entropy(
+        hidden, gpt.lm_head.weight, targets.flatten(), ignore_index=-1
+    )
+    return loss
+
+
 def last_logits(gpt: GPT, idx: Tensor, attention: Attention) -> Tensor:
     """Those of the token after ``idx`` (B, T): (B, V)."""
-    return _linear(gpt.lm_head, _hidden(gpt, idx, attention)[:, -1])
+    return _linear(gpt.lm_head, _hidden(gpt, idx, attention, _norm)[:, -1])
 
 
 def sdpa(q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Tensor:
@@ -60,17 +80,17 @@ def naive(q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Tensor:
     return F.dropout(F.softmax(_wide(scores), dim=-1), dropout) @ v
 
 
-def _hidden(gpt: GPT, idx: Tensor, attention: Attention) -> Tensor:
+def _hidden(gpt: GPT, idx: Tensor, attention: Attention, norm: Norm) -> Tensor:
     dropout = gpt.config.dropout if gpt.training else 0.0
     trunk: Any = gpt.transformer
     positions = torch.arange(idx.shape[1], device=idx.device)  # (T)
     x = F.embedding(idx, trunk.wte.weight) + F.embedding(positions, trunk.wpe.weight)
     x = F.dropout(x, dropout)  # (B, T, C)
     for block in trunk.h:
-        x = x + _attend(block.attn, _norm(block.ln_1, x), attention, dropout)
-        h = F.gelu(_linear(block.mlp.c_fc, _norm(block.ln_2, x)))  # (B, T, 4C)
+        x = x + _attend(block.attn, norm(block.ln_1, x), attention, dropout)
+        h = F.gelu(_linear(block.mlp.c_fc, norm(block.ln_2, x)))  # (B, T, 4C)
         x = x + F.dropout(_linear(block.mlp.c_proj, h), dropout)
-    return _norm(trunk.ln_f, x)
+    return norm(trunk.ln_f, x)
 
 
 def _attend(attn: Any, x: Tensor, attention: Attention, dropout: float) -> Tensor:

@@ -70,9 +70,9 @@ def groups_that_fit(
 
 
 def _free_memory(device: torch.device) -> None:
-    """Free what earlier variants left behind: reference cycles, cached blocks, graphs' pools."""
-    gc.collect()
+    """Free what earlier variants left on a GPU: in cycles, cached blocks, graphs' pools."""
     if device.type == "cuda":
+        gc.collect()
         torch.cuda.empty_cache()
 
 

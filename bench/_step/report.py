@@ -174,14 +174,14 @@ def markdown(run: dict[str, Any], columns: Sequence[int] = range(len(_HEADERS)))
 
 def _cells(variant: dict[str, Any]) -> list[str]:
     ms, peak = variant["ms_per_step"], variant["peak_memory_bytes"]
-    doc_start = [_three_digits(variant[key]) for key in ("cold_start_s", "warm_start_s")]
+    first_step = [_three_digits(variant[key]) for key in ("cold_start_s", "warm_start_s")]
     return [
         _number(ms and variant["tokens_per_s"]["median"], "{:,.0f}"),
         _number(variant["speedup"], "{:.2f}x"),
         _three_digits(ms and ms["median"]),
         f"{_three_digits(ms['p10'])}-{_three_digits(ms['p90'])}" if ms else "–",
         _number(peak and peak / 1e9, "{:.2f}"),
-        "/".join(doc_start),
+        "/".join(first_step),
         _number(variant["loss"], "{:.4f}"),
         _number(variant["largest_deviation"], "{:.0e}"),
     ]

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal, NamedTuple, cast
 from unittest import mock
 
 import torch
@@ -41,6 +41,21 @@ def _fastgpt_loss(gpt: GPT, idx: Tensor, targets: Tensor) -> Tensor:
     return loss
 
 
+class Package(NamedTuple):
+    """Kernels of others for CUDA GPUs from ``least_capability`` on."""
+
+    name: str
+    module: str
+    distribution: str
+    least_capability: tuple[int, int]
+
+
+PACKAGES = {
+    "liger": Package("Liger-Kernel", "liger_kernel", "liger-kernel", (0, 0)),
+    "quack": Package("QuACK", "quack", "quack-kernels", (9, 0)),
+}
+
+
 @dataclass(frozen=True)
 class Variant:
     label: str
@@ -50,6 +65,7 @@ class Variant:
     trainer: bool = False  # with the update of `fastgpt train`; otherwise with nanoGPT's
     recompute: bool = False
     fp8: str = "none"
+    package: str | None = None  # of PACKAGES, that it needs
 
     @property
     def baseline(self) -> bool:
@@ -69,6 +85,7 @@ VARIANTS: dict[str, Variant] = {
     "fastgpt_train": Variant("fastgpt train", _fastgpt_loss, trainer=True),
     "fastgpt": Variant("fastgpt", _fastgpt_loss),
     "sdpa": Variant("nanoGPT, SDPA", _sdpa_loss),
+    "sdpa_liger": Variant("nanoGPT, SDPA, Liger", baselines.liger_loss, package="liger"),
     "naive": Variant("nanoGPT, masked matmul", _naive_loss),
     "huggingface": Variant("Hugging Face, SDPA", baselines.huggingface_loss),
     "sdpa_flash": Variant(
@@ -102,11 +119,11 @@ class Options:
     nanoGPT's step in eager PyTorch and under torch.compile, and fastgpt, side by side.
     """
 
-    # What is measured, in this order: sdpa_compile, fastgpt_train, fastgpt, sdpa, naive,
-    # huggingface, sdpa_flash, sdpa_cudnn, sdpa_chunked, sdpa_graphs, sdpa_autotune,
-    # fastgpt_recompute, fastgpt_compile, fastgpt_train_recompute, fastgpt_fp8_head; and
-    # fastgpt_again, which shows the noise. Default: all but sdpa_graphs, sdpa_autotune and
-    # fastgpt_fp8_head.
+    # What is measured, in this order: sdpa_compile, fastgpt_train, fastgpt, sdpa, sdpa_liger (if
+    # liger-kernel is installed), naive, huggingface, sdpa_flash, sdpa_cudnn, sdpa_chunked,
+    # sdpa_graphs, sdpa_autotune, fastgpt_recompute, fastgpt_compile, fastgpt_train_recompute,
+    # fastgpt_fp8_head; and fastgpt_again, which shows the noise. Default: all but sdpa_graphs,
+    # sdpa_autotune and fastgpt_fp8_head.
     variants: tuple[str, ...] = tuple(name for name in VARIANTS if name not in _NOT_BY_DEFAULT)
     # Sequences per batch.
     batch_size: int = 32
@@ -336,6 +353,10 @@ def why_not(variant: Variant, device: torch.device, bias: bool = True) -> str | 
         return "transformers is not installed"
     if variant.huggingface and not bias:
         return "transformers' GPT-2 always has biases"
+    if variant.package == "liger" and not bias:
+        return "Liger-Kernel's LayerNorm always has a bias"
+    if variant.package is not None:
+        return package_why_not(variant.package, device)
     if variant.fp8 != "none" and not _has_fp8(device):
         return "fp8 needs a GPU of compute capability 8.9"
     if variant.loss is baselines.chunked_loss and not hasattr(F, "linear_cross_entropy"):
@@ -351,6 +372,19 @@ def why_not(variant: Variant, device: torch.device, bias: bool = True) -> str | 
         return f"no C++ compiler ({compiler})"
     if not Path(sysconfig.get_path("include"), "Python.h").is_file():
         return "no Python.h"
+    return None
+
+
+def package_why_not(key: str, device: torch.device) -> str | None:
+    """Why this machine cannot measure what needs a package of PACKAGES; None if it can."""
+    package = PACKAGES[key]
+    if device.type != "cuda":
+        return f"{package.name} needs a CUDA GPU"
+    if torch.cuda.get_device_capability(device) < package.least_capability:
+        major, minor = package.least_capability
+        return f"{package.name} needs a GPU of compute capability {major}.{minor}"
+    if importlib.util.find_spec(package.module) is None:
+        return f"{package.name} is not installed (pip install {package.distribution})"
     return None
 
 

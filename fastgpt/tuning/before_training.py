@@ -17,7 +17,7 @@ from fastgpt.tuning.workload import Workload
 
 SECONDS = 60
 _FOUND_IN = str(Path(fastgpt.__file__).parents[1])
-_START = 12  # of them, at most, until the other process has its GPU
+_START = 12  # of these, for the other process to import PyTorch and to reach its GPU
 
 
 def tune_before_training(
@@ -36,13 +36,12 @@ def tune_before_training(
         say("kernels are not tuned for this model: run fastgpt tune on one GPU first, if you like")
         return
     say(f"tuning the kernels for this model and GPU, {SECONDS} s at most; --tune=False leaves it")
-    keys = {**asdict(work.config), **vars(work), "dtype": str(work.dtype).removeprefix("torch.")}
-    keys |= {"device": str(device), "seconds": SECONDS - _START, "only_missing": True}
-    del keys["config"]
+    keys = {**asdict(work), "dtype": str(work.dtype).removeprefix("torch.")}
+    given = json.dumps([keys, str(device), SECONDS - _START])
     search = os.pathsep.join(filter(None, (_FOUND_IN, os.environ.get("PYTHONPATH"))))
     try:
         run = subprocess.run(
-            [sys.executable, "-m", "fastgpt.tuning", json.dumps(keys)],
+            [sys.executable, "-m", "fastgpt.tuning", given],
             env={**os.environ, "PYTHONPATH": search},
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,

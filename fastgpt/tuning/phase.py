@@ -11,7 +11,7 @@ from torch import Tensor
 from fastgpt.devices import autocast
 from fastgpt.kernels import configs, torch_ops
 from fastgpt.kernels.configs import Key
-from fastgpt.tuning.workload import Call, flat, mapped
+from fastgpt.tuning.workload import Call, mapped, tensors_in
 
 
 class Phase:
@@ -19,7 +19,7 @@ class Phase:
 
     def __init__(self, call: Call, count: int, backward: bool, ops: ModuleType) -> None:
         self.call, self.count, self.backward, self._ops = call, count, backward, ops
-        inputs = [x for x in flat((call.args, call.kwargs)) if isinstance(x, Tensor)]
+        inputs = tensors_in((call.args, call.kwargs))
         self.device = inputs[0].device
         self.drops = call.kwargs.get("seed") is not None
         self._leaves = [x for x in inputs if x.requires_grad]
@@ -29,7 +29,7 @@ class Phase:
         return f"{self.call} {'backward' if self.backward else 'forward'}"
 
     def prepared(self) -> Callable[[], Any]:
-        """The work; all that comes before it is done."""
+        """The pass as a function; the forward before a backward has been computed."""
         if not self.backward:
             return self._forward
         outputs = self._forward()
@@ -37,28 +37,23 @@ class Phase:
         return lambda: torch.autograd.grad(outputs, self._leaves, grads, allow_unused=True)
 
     def run(self) -> None:
-        """With all that comes before it."""
+        """Compute the pass, and the forward before a backward."""
         self.prepared()()
 
-    def _forward(self) -> tuple[Tensor, ...]:
+    def _forward(self) -> list[Tensor]:
         call = self.call
         with autocast(self.device, call.dtype):
-            return tensors(getattr(self._ops, call.op)(*call.args, **call.kwargs))
+            return tensors_in(getattr(self._ops, call.op)(*call.args, **call.kwargs))
 
     def _out_grads(self, outputs: Sequence[Tensor]) -> list[Tensor]:
-        """Random, the same in every run; 1 for a loss."""
+        """The same in every run."""
         if not self._grads:
-            self._grads = [torch.randn_like(t) if t.dim() else torch.ones_like(t) for t in outputs]
+            self._grads = gradients_like(outputs)
         return self._grads
 
     def check(self, right: "Right") -> None:
         """AssertionError where an output or a gradient of our op, as it is now, errs too much."""
-        errors = rms_errors(_results(self.call, self._ops, None, self._grads), right.values)
-        for number, (error, limit) in enumerate(zip(errors, right.limits, strict=True)):
-            if not error <= limit:
-                raise AssertionError(
-                    f"result {number} errs by {error:.3g}, allowed are {limit:.3g}"
-                )
+        right.check(_results(self.call, self._ops, None, self._grads))
 
     def right(self) -> "Right":
         """What ``check`` compares with. Dropout's masks are ours alone: with them, our op as it is
@@ -70,20 +65,30 @@ class Phase:
         others = _results(self.call, plain, None, grads)
         # Autocast gives some of PyTorch's results in float32 that ours give in the model's dtype.
         rounded = [x.to(y.dtype) for x, y in zip(others, own, strict=True)]
-        errors = rms_errors(rounded, values)
-        scales = [
-            _tie(x.dtype) * float(y.float().square().mean().sqrt())
-            for x, y in zip(own, values, strict=True)
-        ]
-        return Right(values, [2 * e + x for e, x in zip(errors, scales, strict=True)])
+        return Right.beside(values, rounded, [_tie(x.dtype) for x in own])
 
 
 class Right(NamedTuple):
-    """Outputs and gradients in float32, and the RMS error that each may have: twice that of
-    PyTorch's own kernels in the model's dtype, plus ``_tie`` of the values."""
+    """Outputs and gradients in a wide dtype, and the RMS error that each may have."""
 
     values: list[Tensor]
     limits: list[float]
+
+    @classmethod
+    def beside(cls, values: list[Tensor], others: list[Tensor], ties: Sequence[float]) -> "Right":
+        """Allows twice the error of ``others``, plus the share ``ties`` of each value's RMS."""
+        errors, sizes = _rms_errors(others, values), [_rms(x) for x in values]
+        limits = [2 * e + t * x for e, t, x in zip(errors, ties, sizes, strict=True)]
+        return cls(values, limits)
+
+    def check(self, found: Sequence[Tensor]) -> None:
+        """AssertionError where a tensor errs too much."""
+        errors = _rms_errors(found, self.values)
+        for number, (error, limit) in enumerate(zip(errors, self.limits, strict=True)):
+            if not error <= limit:
+                raise AssertionError(
+                    f"result {number} errs by {error:.3g}, allowed are {limit:.3g}"
+                )
 
 
 def _tie(dtype: torch.dtype) -> float:
@@ -96,28 +101,52 @@ def _results(
     call: Call, ops: ModuleType, dtype: torch.dtype | None, out_grads: list[Tensor]
 ) -> list[Tensor]:
     """Outputs, then gradients, in ``dtype``, or (None) as the model calls the op."""
+
+    def op(*args: Any, **kwargs: Any) -> Any:
+        with autocast(tensors_in(args)[0].device, dtype or call.dtype):
+            return getattr(ops, call.op)(*args, **kwargs)
+
     wide = None if call.op == "adamw" else dtype  # its state has the dtypes that it has
+    return results(op, call.args, call.kwargs, wide, out_grads)
+
+
+def results(
+    op: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    dtype: torch.dtype | None,
+    out_grads: Sequence[Tensor],
+) -> list[Tensor]:
+    """Outputs, then the gradients of what requires one, with float32 products that are no TF32.
+
+    Args:
+        args: copied first, as ``kwargs`` are.
+        dtype: of the copies of floating-point numbers; None for their own.
+        out_grads: of the outputs. Without any, as for an op that writes to its arguments, there are
+            no gradients.
+    """
 
     def copied(x: Tensor) -> Tensor:
-        to = wide if wide is not None and x.is_floating_point() else x.dtype
+        to = dtype if dtype is not None and x.is_floating_point() else x.dtype
         return x.detach().to(to, copy=True).requires_grad_(x.requires_grad)
 
-    args, kwargs = mapped(copied, call.args), mapped(copied, call.kwargs)
-    inputs = [x for x in flat((args, kwargs)) if isinstance(x, Tensor)]
-    with _exact_products():
-        with autocast(inputs[0].device, dtype or call.dtype):
-            outputs = tensors(getattr(ops, call.op)(*args, **kwargs))
-        if not outputs:  # it has written to its arguments
+    args, kwargs = mapped(copied, args), mapped(copied, kwargs)
+    inputs = tensors_in((args, kwargs))
+    with _exact_products(), torch.set_grad_enabled(bool(out_grads)):
+        outputs = tensors_in(op(*args, **kwargs))
+        if not outputs:
             return inputs
+        if not out_grads:
+            return outputs
         leaves = [x for x in inputs if x.requires_grad]
         grads = [g.to(x.dtype) for g, x in zip(out_grads, outputs, strict=True)]
         found = torch.autograd.grad(outputs, leaves, grads, allow_unused=True)
     return [x.detach() for x in (*outputs, *found) if x is not None]
 
 
-def tensors(out: Any) -> tuple[Tensor, ...]:
-    """Of an op's result."""
-    return out if isinstance(out, tuple) else () if out is None else (out,)
+def gradients_like(outputs: Sequence[Tensor]) -> list[Tensor]:
+    """A random gradient for each output; 1 for a loss."""
+    return [torch.randn_like(x) if x.dim() else torch.ones_like(x) for x in outputs]
 
 
 @contextmanager
@@ -131,15 +160,17 @@ def _exact_products() -> Iterator[None]:
         torch.set_float32_matmul_precision(before)
 
 
-def rms_errors(found: Sequence[Tensor], right: Sequence[Tensor]) -> list[float]:
-    """Of each tensor."""
-    return [
-        float((x.to(y.dtype) - y).square().mean().sqrt()) for x, y in zip(found, right, strict=True)
-    ]
+def _rms_errors(found: Sequence[Tensor], right: Sequence[Tensor]) -> list[float]:
+    return [_rms(x.to(y.dtype) - y) for x, y in zip(found, right, strict=True)]
+
+
+def _rms(x: Tensor) -> float:
+    return float(x.to(torch.promote_types(x.dtype, torch.float32)).square().mean().sqrt())
 
 
 class _Watched(dict[Key, Any]):
-    """Lines that note what is asked for."""
+    """Lines that note what is asked for. True where there are none, too, since ``configs.find``
+    asks no others."""
 
     def __init__(self, lines: Mapping[Key, Any]) -> None:
         super().__init__(lines)

@@ -16,9 +16,9 @@ from fastgpt.kernels.configs import Key, decoded, decoded_key, encoded
 class Line:
     """What was decided for a line of the launch tables.
 
-    ``ms`` and ``present_ms`` are of the phases ``at`` which it was measured, together, each as
-    often as a training step has it; ``noise`` is how many times two measurements of the present
-    line differ."""
+    ``at``: the passes it was measured with. ``ms``, ``present_ms``: milliseconds of these passes in
+    a training step, with ``config`` and with the line of ``configs.TABLE``. ``noise``: the ratio
+    of two measurements of the latter. ``n_tried``: configurations that were timed."""
 
     key: Key
     config: Any

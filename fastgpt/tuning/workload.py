@@ -1,13 +1,14 @@
 """A model in training, and the calls of ops that it makes, with their tensors."""
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from fastgpt import ops as default_ops
 from fastgpt.devices import autocast
@@ -37,7 +38,7 @@ class Workload:
             raise ValueError(f"batch_size must be at least 1, got {self.batch_size}")
 
     def __str__(self) -> str:
-        """All of it, in one line; stands in the file for what it holds."""
+        """In one line, by which the table's file lists the workloads that are decided."""
         shape = asdict(self.config)
         keys = {"batch_size": self.batch_size, "dtype": str(self.dtype).removeprefix("torch.")}
         keys |= {name: True for name in ("recompute", "document_mask") if getattr(self, name)}
@@ -54,31 +55,19 @@ class Call:
     dtype: torch.dtype  # of autocast
 
     def __str__(self) -> str:
-        tensors = (x for x in flat((self.args, self.kwargs)) if isinstance(x, Tensor))
+        tensors = tensors_in((self.args, self.kwargs))
         shapes = (f"{tuple(x.shape)}" for x in tensors if x.dim() > 1)
         return " ".join((self.op, *shapes))
 
 
-def flat(value: Any) -> Iterator[Any]:
-    """What arguments hold, tuples and dictionaries taken apart."""
-    if isinstance(value, Mapping):
-        value = tuple(value.values())
-    if isinstance(value, (tuple, list)):
-        for one in value:
-            yield from flat(one)
-    else:
-        yield value
+def tensors_in(value: Any) -> list[Tensor]:
+    """Of arguments or of a result: those in tuples and dictionaries, too."""
+    return [x for x in tree_leaves(value) if isinstance(x, Tensor)]
 
 
 def mapped(change: Callable[[Tensor], Tensor], value: Any) -> Any:
     """``value`` with every tensor in it changed."""
-    if isinstance(value, Tensor):
-        return change(value)
-    if isinstance(value, Mapping):
-        return {name: mapped(change, one) for name, one in value.items()}
-    if isinstance(value, (tuple, list)):
-        return tuple(mapped(change, one) for one in value)
-    return value
+    return tree_map_only(Tensor, change, value)
 
 
 def _leaf(x: Tensor) -> Tensor:

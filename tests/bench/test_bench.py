@@ -12,8 +12,10 @@ from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 
 from bench import run as bench
+from bench._harness import machine
 from bench._step import measurement, report, variants
 from tests.tools.small_runs import data_set
 
@@ -36,10 +38,26 @@ def _measured(folder: Path, *more: str) -> dict[str, Any]:
     return record
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _ceilings_once() -> Iterator[None]:
+    """Measured in the first run alone."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(machine, "ceilings", functools.cache(machine.ceilings))
+        yield
+
+
 @pytest.fixture(scope="module")
 def eager(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, dict[str, Any]]]:
     folder = tmp_path_factory.mktemp("eager")
     yield folder, _measured(folder, "--variants", *EAGER)
+
+
+def text_of(table: Any) -> str:
+    """What an 80-column terminal shows."""
+    console = Console(width=80, highlight=False)
+    with console.capture() as capture:
+        console.print(table)
+    return capture.get()
 
 
 # -- a whole run
@@ -104,22 +122,10 @@ def test_chart_is_a_png_and_nothing_is_replaced(
     assert chart.read_bytes() == before
 
 
-@pytest.fixture
-def console_text(capsys: pytest.CaptureFixture[str]) -> Any:
-    """What an 80-column terminal shows of something."""
-    from rich.console import Console
-
-    def text(thing: Any) -> str:
-        Console(width=80, highlight=False).print(thing)
-        return capsys.readouterr().out
-
-    return text
-
-
-def test_the_table(eager: tuple[Path, dict[str, Any]], console_text: Any) -> None:
+def test_the_table(eager: tuple[Path, dict[str, Any]]) -> None:
     """It fits 80 columns, and a CPU run claims nothing about GPUs."""
     _, record = eager
-    text = console_text(report.table(record))
+    text = text_of(report.table(record))
     assert "…" not in text
     for name, variant in record["variants"].items():
         assert name in text
@@ -200,7 +206,6 @@ def test_an_error_ends_one_variant_only(
     failure: str,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-    console_text: Any,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     failing(monkeypatch, variants.VARIANTS["sdpa"].label, after, error)
@@ -210,11 +215,11 @@ def test_an_error_ends_one_variant_only(
     assert failed["tokens_per_s"] is failed["ms_per_step"] is failed["speedup"] is None
     assert fine["failure"] is None and len(fine["step_ms"]) == 3 and fine["loss"] > 0
     assert ("and many lines more" in capsys.readouterr().err) == (error is BROKEN)
-    assert f"nanoGPT, SDPA: {failure}" in console_text(report.table(record))
+    assert f"nanoGPT, SDPA: {failure}" in text_of(report.table(record))
 
 
 def test_an_error_in_the_reference_ends_the_reference_only(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, console_text: Any
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     failing(monkeypatch, variants.VARIANTS["naive"].label, 0, BROKEN)
     record = measured(tmp_path, "--variants=fastgpt")
@@ -222,7 +227,7 @@ def test_an_error_in_the_reference_ends_the_reference_only(
     assert record["reference_failure"] == "RuntimeError: broken kernel"
     assert record["reference_losses"] == [] and fine["largest_deviation"] is None
     assert fine["failure"] is None and fine["tokens_per_s"]
-    assert "No float32 losses: Runt" in console_text(report.table(record))
+    assert "No float32 losses: Runt" in text_of(report.table(record))
 
 
 def test_nothing_to_measure_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -237,7 +242,7 @@ def test_nothing_to_measure_is_an_error(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 def test_an_interrupt_keeps_what_was_measured(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, console_text: Any
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It is on disk before, for a run that is killed."""
     turn, left = measurement._turn, iter(range(3))
@@ -260,7 +265,7 @@ def test_an_interrupt_keeps_what_was_measured(
         assert len(found["reference_losses"]) == 4
         assert all(v["tokens_per_s"] for v in found["variants"].values())
     assert (tmp_path / "run-b3.png").exists()
-    assert "Not complete" in console_text(report.table(record))
+    assert "Not complete" in text_of(report.table(record))
 
 
 # -- what does not fit into memory together
@@ -289,9 +294,7 @@ def only_two_fit(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(measurement, "_capacity", lambda device: 100.0)
 
 
-def test_groups_of_a_run(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, console_text: Any
-) -> None:
+def test_groups_of_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     only_two_fit(monkeypatch)
     names = ("fastgpt", "sdpa", "fastgpt_again")
     record = measured(tmp_path, "--reference=False", "--variants", *names)
@@ -304,7 +307,7 @@ def test_groups_of_a_run(
     assert groups[0]["base_step_ms"] == record["variants"]["sdpa"]["step_ms"]
     assert all(len(variant["step_ms"]) == 3 for variant in record["variants"].values())
     assert record["over_eager"] > 0 and record["noise"] is not None
-    assert "In 2 groups that fit into memory, nanoGPT, SDPA in each" in console_text(
+    assert "In 2 groups that fit into memory, nanoGPT, SDPA in each" in text_of(
         report.table(record)
     )
 

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -28,18 +29,20 @@ from bench import (
     bench_linear_cross_entropy,
     bench_mlp,
     bench_residual_layer_norm,
+    conftest,
 )
 from bench._harness.timing import Spread
 from bench._ops import determinism, op_bench, op_report
 from bench._ops.op_bench import Case, Direction, Op, Row, Stopwatch, cost
 from bench._roofline.ceilings import DEVICES, Ceilings
 from fastgpt.kernels import reference
+from tests.tools import fp8_cases  # noqa: F401  # PyTorch 2.11's fp8 products on the CPU
 
 ROOT = Path(__file__).resolve().parents[2]
 
 TINY: list[tuple[Op, dict[str, int]]] = [  # for interpreted kernels
     (bench_attention.OP, {"B": 1, "T": 33, "H": 2, "D": 16}),
-    (bench_attention.DOCUMENTS, {"B": 2, "T": 33, "H": 2, "D": 16, "L": 10}),
+    (bench_attention.OP, {"B": 2, "T": 33, "H": 2, "D": 16, "L": 10}),
     (bench_attention_decode.OP, {"B": 2, "S": 70, "H": 2, "D": 16}),
     (bench_embedding.OP, {"B": 2, "T": 9, "C": 24, "V": 11}),
     (bench_gelu.OP, {"M": 5, "N": 24}),
@@ -55,6 +58,7 @@ TINY: list[tuple[Op, dict[str, int]]] = [  # for interpreted kernels
 ]
 OPS = op_bench.every_op()
 MATRIX_OPS = ("attention", "linear", "mlp")
+LOSS = {"M": 16, "C": 24, "V": 64}
 FP8_SIZES = {"M": 16, "C": 32, "V": 64}
 
 
@@ -149,7 +153,7 @@ def test_flops_of_attention_are_those_within_documents() -> None:
     pairs = 2 * 5 * 4 // 2 + 1  # documents of 5, 5 and 2 tokens, the diagonal left out
     directions: tuple[tuple[Direction, int], ...] = (("forward", 2), ("backward", 5))
     for direction, products in directions:
-        nbytes, flops = bf16(bench_attention.DOCUMENTS, direction, {**sizes, "L": 5})
+        nbytes, flops = bf16(bench_attention.OP, direction, {**sizes, "L": 5})
         one_document = bf16(bench_attention.OP, direction, sizes)
         assert flops == products * 2 * 2 * pairs * 16 < one_document[1]
         assert nbytes == one_document[0]
@@ -189,41 +193,61 @@ def test_the_check_passes_our_ops(op: Op, sizes: dict[str, int], device: str) ->
 
 
 @pytest.mark.parametrize(
+    ("provider", "op", "sizes", "called"),
+    [
+        ("liger", bench_layer_norm.OP, {"M": 7, "C": 24}, "liger_layer_norm"),
+        ("liger", bench_linear_cross_entropy.OP, LOSS, "liger_fused_linear_cross_entropy"),
+        ("quack", bench_linear_cross_entropy.OP, LOSS, "chunked_linear_cross_entropy"),
+        ("quack", bench_linear_cross_entropy.OP, LOSS | {"V": 65}, "linear_cross_entropy_func"),
+    ],
+)
+def test_the_check_passes_packages(
+    provider: str, op: Op, sizes: dict[str, int], called: str, packages: list[str]
+) -> None:
+    """Each gets its arguments as it wants them."""
+    case(op, sizes).checked(provider)
+    assert set(packages) == {called}
+
+
+@pytest.mark.parametrize(
     ("wrong", "what"),
     [
-        (lambda x: 1.001 * F.gelu(x), "output 0"),
-        (lambda x: F.gelu(x) + (x - x.detach()), "gradient 0"),
-        (lambda x: F.gelu(x) * torch.nan, "output 0"),
+        (lambda x: 1.001 * F.gelu(x), "result 0"),
+        (lambda x: F.gelu(x) + (x - x.detach()), "result 1"),
+        (lambda x: F.gelu(x) * torch.nan, "result 0"),
     ],
 )
 def test_the_check_refuses(wrong: Callable[[Tensor], Tensor], what: str) -> None:
     op = replace(bench_gelu.OP, providers={"eager": F.gelu, "mine": wrong})
-    with pytest.raises(AssertionError, match=f"gelu by mine: {what} has an RMS error"):
+    with pytest.raises(AssertionError, match=f"{what} errs by"):
         case(op, {"M": 5, "N": 24}).checked("mine")
 
 
 def test_the_check_of_documents_refuses_a_causal_mask() -> None:
-    def causal(qkv: Tensor, n_head: int, doc_start: Tensor) -> Tensor:
-        return bench_attention.eager(qkv, n_head)
+    def causal(qkv: Tensor, n_head: int, starts: Tensor) -> Tensor:
+        return bench_attention.eager(qkv, n_head, None)
 
-    op = bench_attention.DOCUMENTS
+    op = bench_attention.OP
     op = replace(op, providers={**op.providers, "causal": causal})
-    with pytest.raises(AssertionError, match="output 0 has an RMS error"):
+    with pytest.raises(AssertionError, match="result 0 errs by"):
         case(op, TINY[1][1]).checked("causal")
 
 
 @pytest.mark.parametrize(
     ("op", "whole", "sizes"),
     [
-        (bench_attention.OP, "attention_qkvpacked", TINY[0][1]),
-        (bench_linear_cross_entropy.OP, "linear_cross_entropy", {"M": 2500, "C": 4, "V": 7}),
+        (bench_attention.OP, bench_attention.of(reference), TINY[0][1]),
+        (
+            bench_linear_cross_entropy.OP,
+            reference.linear_cross_entropy,
+            {"M": 2500, "C": 4, "V": 7},
+        ),
     ],
     ids=["attention", "loss"],
 )
-def test_plain_ops_in_slices_equal_the_whole(op: Op, whole: str, sizes: dict[str, int]) -> None:
+def test_plain_ops_in_slices_equal_the_whole(op: Op, whole: Any, sizes: dict[str, int]) -> None:
     providers = {**op.providers, "slices": op.reference}
-    plain = getattr(reference, whole)
-    case(replace(op, providers=providers, reference=plain), sizes).checked("slices")
+    case(replace(op, providers=providers, reference=whole), sizes).checked("slices")
 
 
 @pytest.mark.parametrize("provider", ["fused", "torch_ops", "eager"])
@@ -293,23 +317,20 @@ def test_figures_and_table() -> None:
     assert columns["over eager"] == ["1.50x", "1.00x"]
 
 
-def pytest_on_bench(*options: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "bench/bench_gelu.py"]
-    # pytest-benchmark would take itself for a worker of the run that this test is part of
-    env = {key: value for key, value in os.environ.items() if not key.startswith("PYTEST_")}
-    return subprocess.run([*command, *options], cwd=ROOT, env=env, capture_output=True, text=True)
-
-
 def test_side_by_side_with_other_tests_is_refused() -> None:
-    run = pytest_on_bench("-n2")
-    assert run.returncode == pytest.ExitCode.USAGE_ERROR
-    assert "pytest -n0 bench" in run.stderr
+    config: Any = SimpleNamespace(getoption=lambda name, default: {"numprocesses": 2}[name])
+    with pytest.raises(pytest.UsageError, match="pytest -n0 bench"):
+        conftest.pytest_configure(config)
 
 
 def test_run(tmp_path: Path) -> None:
     out = tmp_path / "gelu.json"
     selection = "forward and not compile and not M8192"
-    run = pytest_on_bench("-n0", "-rs", "-k", selection, f"--benchmark-json={out}")
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "bench/bench_gelu.py"]
+    command += ["-n0", "-rs", "-k", selection, f"--benchmark-json={out}"]
+    # pytest-benchmark would take itself for a worker of the run that this test is part of
+    env = {key: value for key, value in os.environ.items() if not key.startswith("PYTEST_")}
+    run = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
     assert run.returncode == 0, run.stdout + run.stderr
     assert "of ceiling" in run.stdout
     record: dict[str, Any] = json.loads(out.read_text())

@@ -22,6 +22,7 @@ from fastgpt.kernels.configs import ANY, Key, dtype_class
 ROOT = Path(__file__).resolve().parents[2]
 
 CASES = """
+import importlib
 import sys
 from functools import partial
 
@@ -29,26 +30,12 @@ import torch
 from bench._compile.static import case_main
 
 
-_WARPS = 1
+def launch(name, block):
+    kernel = getattr(importlib.import_module(name), f"{name}_kernel")
+    kernel[(1,)](torch.zeros(64), torch.zeros(64), 64, BLOCK=block, num_warps=1)
 
 
-def _options(block):
-    return dict(BLOCK=block, num_warps=_WARPS)
-
-
-def _add(block):
-    from first import add_kernel
-
-    add_kernel[(1,)](torch.zeros(64), torch.zeros(64), 64, **_options(block))
-
-
-def _hold(block):
-    from second import hold_kernel
-
-    hold_kernel[(1,)](torch.zeros(64), torch.zeros(64), 64, **_options(block))
-
-
-CASES = {"add": partial(_add, 64), "hold": partial(_hold, 8192)}
+CASES = {"add": partial(launch, "add", 64), "hold": partial(launch, "hold", 8192)}
 
 if __name__ == "__main__":
     sys.exit(case_main(CASES))
@@ -84,8 +71,8 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("a $project")
     (folder / "cases.py").write_text(CASES)
     (folder / "shared.py").write_text(SHARED)
-    (folder / "first.py").write_text(ADD)
-    shutil.copy(ROOT / "tests" / "tools" / "toy_kernels.py", folder / "second.py")
+    (folder / "add.py").write_text(ADD)
+    shutil.copy(ROOT / "tests" / "tools" / "toy_kernels.py", folder / "hold.py")
     return folder
 
 
@@ -147,10 +134,10 @@ def test_build_again_and_after_changes(project: Path, run) -> None:
     assert (status, compiled) == (1, 2) and "spills" in printed
 
     cases = project / "cases.py"
-    cases.write_text(CASES.replace("partial(_hold, 8192)", "partial(_hold, 64)"))
+    cases.write_text(CASES.replace("8192", "64"))
     assert run()[:2] == (0, 1)
 
-    (project / "first.py").write_text(ADD.replace("plus_one(x)", "plus_two(x)"))
+    (project / "add.py").write_text(ADD.replace("plus_one(x)", "plus_two(x)"))
     status, compiled, printed = run()
     assert (status, compiled) == (1, 0)
     assert "NameError" in printed and "FAILED" in printed and "add" in printed

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from bench._harness import machine, timing
-from fastgpt.timing import Clock, interleaved
+from fastgpt.timing import interleaved
 
 
 def test_spread_and_rate() -> None:
@@ -13,15 +13,6 @@ def test_spread_and_rate() -> None:
     assert timing.rate(times, 300.0) == timing.Spread(2000.0, 3e5 / 190, 3e5 / 110)
     with pytest.raises(ValueError, match="at least one"):
         timing.spread([])
-
-
-def test_clock_measures_each_interval() -> None:
-    clock = Clock(torch.device("cpu"))
-    for _ in range(3):
-        clock.mark()
-        sum(range(10_000))
-    times = clock.durations_ms()
-    assert len(times) == 2 and all(ms > 0 for ms in times)
 
 
 def test_every_round_has_every_variant_and_another_first() -> None:

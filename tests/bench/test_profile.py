@@ -64,9 +64,3 @@ def test_a_variant_that_cannot_be_profiled_ends_alone(
     expected = {"failure": "RuntimeError: broken kernel"}
     assert found == {"fastgpt_train": expected, "fastgpt": {"step_ms": 1.0, "kernels": []}}
     assert "and more" in capsys.readouterr().err
-
-
-def test_a_folder_must_be_named(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as left:
-        profile.main([])
-    assert left.value.code == 2 and "arguments are required: folder" in capsys.readouterr().err

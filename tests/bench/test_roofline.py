@@ -3,7 +3,6 @@
 import functools
 import json
 import re
-from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -11,17 +10,15 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from rich.console import Console
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from bench import roofline
 from bench._roofline import ceilings, counting, roofline_report
-from bench._step import baselines
 from fastgpt import GPTConfig
 from fastgpt.kernels import fused
-from tests.tools.small_models import small_model, tokens
+from tests.bench.test_bench import text_of
 
 H200 = ceilings.DEVICES["h200"]
 GPT2 = GPTConfig()
@@ -185,25 +182,6 @@ def test_autocast_casts_by_hand() -> None:
     assert "aten::_to_copy" not in half.ops and half.flops == report.flops
 
 
-# -- the baselines compute what they should
-
-
-@pytest.mark.parametrize("attention", [baselines.naive, baselines.sdpa])
-@pytest.mark.parametrize("bias", [True, False])
-def test_a_baseline_is_the_model(attention: Callable[..., Tensor], bias: bool) -> None:
-    model, idx, targets = small_model(bias=bias), tokens(), tokens(seed=2)
-    targets[0, :5] = -1
-    expected = model(idx, targets)[1]
-    expected.backward()
-    grads = {name: p.grad for name, p in model.named_parameters()}
-    model.zero_grad(set_to_none=True)
-    loss = baselines.loss(model, idx, targets, attention)
-    loss.backward()
-    torch.testing.assert_close(loss, expected)
-    for name, p in model.named_parameters():
-        torch.testing.assert_close(p.grad, grads[name])
-
-
 # -- cost formulas
 
 
@@ -268,13 +246,6 @@ def test_operators_in_place_and_views() -> None:
 SMALL = ["--batch_size=2", "--block_size=32", "--vocab_size=64"]
 
 
-def text_of(run: dict[str, Any]) -> str:
-    console = Console(width=80, highlight=False)
-    with console.capture() as capture:
-        console.print(roofline_report.table(run))
-    return capture.get()
-
-
 def test_a_run_writes_its_record_and_its_chart(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -287,7 +258,7 @@ def test_a_run_writes_its_record_and_its_chart(
     assert run["variants"]["sdpa"] == json.loads(json.dumps(asdict(expected)))
     assert run["ceilings"] == asdict(used)
     shown = capsys.readouterr().out
-    for table_line in text_of(run).splitlines():
+    for table_line in text_of(roofline_report.table(run)).splitlines():
         assert table_line.rstrip() in shown
     chart = (tmp_path / "roofline.png").read_bytes()
     assert chart.startswith(b"\x89PNG\r\n\x1a\n")
@@ -305,29 +276,9 @@ def test_a_run_writes_its_record_and_its_chart(
 
 def test_the_table_fits_80_columns_at_full_size() -> None:
     run = roofline.record(roofline.Options(variant=("naive", "fastgpt_recompute")))
-    shown = text_of(run)
+    shown = text_of(roofline_report.table(run))
     assert "…" not in shown and max(map(len, shown.splitlines())) <= 80
     assert re.search(r"fastgpt_recompute +154 +167.1\d .* 12.49", shown)
-
-
-@pytest.mark.parametrize(
-    "wrong, said",
-    [
-        (["--variant", "sdpa", "sdpa"], "each once, got sdpa sdpa"),
-        (["--variant"], "variant must be one or more of naive, sdpa, fastgpt"),
-        (["--batch_size=0"], "batch_size must be at least 1, got 0"),
-        (["--block_size=0"], "block_size must be at least 1, got 0"),
-        (["--vocab_size=-1"], "vocab_size must be at least 1, got -1"),
-        (["--tflops=0"], "tflops must be positive, got 0.0"),
-        (["--tbps=nan"], "tbps must be positive, got nan"),
-        (["--params=float16"], "params must be float32 or the dtype (bfloat16), got 'float16'"),
-    ],
-)
-def test_a_wrong_option_is_refused(
-    wrong: list[str], said: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert roofline.main(wrong) == 2
-    assert said in " ".join(capsys.readouterr().err.split())
 
 
 def test_dropout_is_refused() -> None:

@@ -19,6 +19,7 @@ from fastgpt.training.distributed import World
 from fastgpt.training.fsdp import shard
 from fastgpt.training.optimizer import MasterAdamW
 from fastgpt.training.step import Step
+from tests.tools.forked import Forked
 
 WORLD = MICRO_BATCHES = BATCH = 2
 PARALLEL: tuple[scaling.Parallel, ...] = ("ddp", "fsdp")
@@ -85,12 +86,11 @@ def updating(parallel: str, world: World) -> Callable[[], float]:
     return update
 
 
-def process(rank: int, folder: Path) -> None:
+def process(folder: Path) -> None:
     """The collectives of each second update: FSDP2 does more in the first."""
     torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo", init_method=f"file://{folder / 'store'}", rank=rank, world_size=WORLD
-    )
+    dist.init_process_group("gloo")
+    rank = dist.get_rank()
     world = World(rank, rank, WORLD)
     found = {}
     for parallel in PARALLEL:
@@ -108,7 +108,7 @@ def test_two_processes_send_what_is_predicted(
 ) -> None:
     if sys.platform == "linux":
         monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
-    torch.multiprocessing.spawn(process, (tmp_path,), nprocs=WORLD)
+    Forked(process, tmp_path, processes=WORLD).finished()
     parameters = scaling.parameters_of(SMALL)
     for parallel in PARALLEL:
         expected = scaling.collectives(parameters, parallel, WORLD, MICRO_BATCHES)
@@ -156,17 +156,3 @@ def test_table(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPat
     one, eight = rows[2:]  # of FSDP2
     assert one[-1] == one[-3] == "100.0%"
     assert 0 < float(eight[-3].rstrip("%")) < float(eight[-1].rstrip("%"))
-
-
-@pytest.mark.parametrize(
-    ("wrong", "said"),
-    [
-        (["--gpus", "4", "12"], "multiple of it, got 12"),
-        (["--batch_size=0"], "batch_size must be at least 1, got 0"),
-        (["--gpus_per_node=0"], "gpus_per_node must be at least 1, got 0"),
-        (["--network=-1"], "network must be positive and finite, got -1.0"),
-    ],
-)
-def test_wrong_arguments(wrong: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert scaling.main(wrong) == 2
-    assert said in capsys.readouterr().err

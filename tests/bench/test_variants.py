@@ -12,19 +12,40 @@ from bench import run
 from bench._step import baselines, variants
 from fastgpt import devices
 from fastgpt.kernels import configs
+from tests.tools.small_models import small_model, tokens
 from tests.tools.small_runs import data_set
 
 
-def test_wrong_variants_are_refused() -> None:
-    with pytest.raises(ValueError, match="each once, got sdpa sdpa"):
-        variants.Options(variants=("sdpa", "sdpa"))
-    with pytest.raises(ValueError, match="got none"):
-        variants.Options(variants=())
-    with pytest.raises(ValueError, match="one or more of sdpa_compile, fastgpt_train, .*got eager"):
-        variants.Options(variants=("eager",))
+@pytest.mark.parametrize(
+    ("name", "bias"),
+    [
+        *(("naive", True), ("naive", False), ("sdpa", True), ("sdpa", False)),
+        *(("sdpa_chunked", True), ("sdpa_liger", True)),
+    ],
+)
+def test_a_baseline_is_the_model(name: str, bias: bool, packages: list[str]) -> None:
+    loss_of = variants.VARIANTS[name].loss
+    if name == "sdpa_chunked" and not hasattr(F, "linear_cross_entropy"):
+        pytest.skip("PyTorch 2.13 is the first with F.linear_cross_entropy")
+    model, idx, targets = small_model(bias=bias), tokens(), tokens(seed=2)
+    targets[0, :5] = -1
+    expected = model(idx, targets)[1]
+    expected.backward()
+    grads = {name: p.grad for name, p in model.named_parameters()}
+    model.zero_grad(set_to_none=True)
+    loss = loss_of(model, idx, targets)
+    loss.backward()
+    torch.testing.assert_close(loss, expected)
+    for parameter, p in model.named_parameters():
+        torch.testing.assert_close(p.grad, grads[parameter])
+    n_norms = 2 * model.config.n_layer + 1
+    liger = ["liger_layer_norm"] * n_norms + ["liger_fused_linear_cross_entropy"]
+    assert packages == (liger if name == "sdpa_liger" else [])
 
 
-def test_variants_are_what_their_names_say(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_variants_are_what_their_names_say(
+    monkeypatch: pytest.MonkeyPatch, packages: list[str]
+) -> None:
     """On equal weights: nanoGPT's forward or ours, kept or recomputed, and whose AdamW."""
     calls: list[bool] = []
     forward = variants.GPT.forward
@@ -65,7 +86,7 @@ def test_a_gpu_that_emulates_bfloat16_computes_in_float32(
         assert variants.Plan.of(variants.Options(), tmp_path).dtype == dtype
 
 
-def test_what_compiling_on_a_cpu_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_variants_need(monkeypatch: pytest.MonkeyPatch) -> None:
     cpu, compiled = torch.device("cpu"), variants.VARIANTS["sdpa_compile"]
     monkeypatch.setenv("CXX", "no-such-compiler")
     assert variants.why_not(compiled, cpu) == "no C++ compiler (no-such-compiler)"
@@ -86,30 +107,39 @@ def test_what_compiling_on_a_cpu_needs(monkeypatch: pytest.MonkeyPatch) -> None:
     assert missing == "transformers is not installed"
 
 
+def test_what_packages_need(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    liger = variants.VARIANTS["sdpa_liger"]
+    assert variants.why_not(liger, cpu) == "Liger-Kernel needs a CUDA GPU"
+    without = variants.why_not(liger, gpu, bias=False)
+    assert without == "Liger-Kernel's LayerNorm always has a bias"
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 9))
+    old = variants.package_why_not("quack", gpu)
+    assert old == "QuACK needs a GPU of compute capability 9.0"
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    missing = variants.why_not(liger, gpu)
+    assert missing == "Liger-Kernel is not installed (pip install liger-kernel)"
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name == "liger_kernel")
+    assert variants.why_not(liger, gpu) is None
+
+
 @pytest.mark.parametrize("name", ["sdpa_flash", "sdpa_cudnn"])
 def test_a_choice_of_attention_is_the_only_one(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """While the loss is traced and computed, PyTorch has no other."""
-    enabled: list[tuple[bool, ...]] = []
+    enabled: list[bool] = []
 
     def noted(model: Any, x: Any, y: Any) -> Any:
-        cuda = torch.backends.cuda
-        enabled.append(
-            (
-                cuda.flash_sdp_enabled(),
-                cuda.cudnn_sdp_enabled(),
-                cuda.mem_efficient_sdp_enabled(),
-                cuda.math_sdp_enabled(),
-            )
-        )
+        kernels = ("flash", "cudnn", "mem_efficient", "math")
+        enabled.extend(getattr(torch.backends.cuda, f"{one}_sdp_enabled")() for one in kernels)
         return sum(p.sum() for p in model.parameters())  # no attention: a CPU has none of these
 
     variant = replace(variants.VARIANTS[name], loss=noted, compile_mode=None)
     options = replace(variants.CPU_OPTIONS, data_dir=data_set(tmp_path), block_size=8)
     plan = variants.Plan.of(options, data_set(tmp_path))
     variants.Training(variant, plan).step()
-    assert enabled == [(name == "sdpa_flash", name == "sdpa_cudnn", False, False)]
+    assert enabled == [name == "sdpa_flash", name == "sdpa_cudnn", False, False]
 
 
 def test_the_reference_is_for_few_sequences(tmp_path: Path) -> None:

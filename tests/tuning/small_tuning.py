@@ -16,7 +16,6 @@ from fastgpt.tuning.table import choices
 
 CPU = torch.device("cpu")
 WORK = Workload(GPTConfig(block_size=8, vocab_size=16, n_layer=3, n_head=1, n_embd=16), 1)
-Clock = Callable[[Phase], float]
 
 
 def on_no_gpu(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:

@@ -1,6 +1,5 @@
 """``fastgpt train`` tunes first: when, in which process, and that it goes on whatever happens."""
 
-import json
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -37,13 +36,13 @@ def _gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     yield
 
 
-def other_process(monkeypatch: pytest.MonkeyPatch, end: Any) -> list[dict[str, Any]]:
+def other_process(monkeypatch: pytest.MonkeyPatch, end: Any) -> list[str]:
     """What it is given, in place of starting it: ``end`` is its result, or raised."""
-    given: list[dict[str, Any]] = []
+    given: list[str] = []
 
     def run(command: list[str], timeout: float, **options: Any) -> Any:
         assert command[:3] == [sys.executable, "-m", "fastgpt.tuning"] and timeout <= 60
-        given.append(json.loads(command[3]))
+        given.append(command[3])
         Table(GPU, {LINE.key: LINE}).write()
         if isinstance(end, Exception):
             raise end
@@ -74,19 +73,22 @@ def test_another_process_tunes(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(__main__, "tune", tune)
     monkeypatch.setattr(__main__, "resolve_device", torch.device)
-    assert __main__.main([json.dumps(given[0])]) == 0
+    assert __main__.main(given) == 0
 
 
 @pytest.mark.parametrize("error", [ValueError("a\nb"), OSError("a"), RuntimeError("a")])
 def test_what_the_other_process_says_of_a_failure(
     error: Exception, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    given = other_process(monkeypatch, ended(0))
+    tune_before_training(WORK, GPU, lambda text: None)
+
     def tune(*args: Any, **options: Any) -> Any:
         raise error
 
     monkeypatch.setattr(__main__, "tune", tune)
     monkeypatch.setattr(__main__, "resolve_device", torch.device)
-    assert __main__.main(['{"batch_size": 2}']) == 1
+    assert __main__.main(given) == 1
     assert capsys.readouterr().out == f"{type(error).__name__}: a\n"
 
 

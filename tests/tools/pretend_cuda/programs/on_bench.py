@@ -20,7 +20,7 @@ from bench._harness import machine
 from bench._ops import determinism, op_bench
 from bench._ops.op_bench import Case, Op, Row
 from bench._step import profile as step_profile
-from bench._step.variants import VARIANTS, Options
+from bench._step.variants import PACKAGES, VARIANTS, Options
 from fastgpt import GPTConfig, timing
 from fastgpt.kernels import configs
 from fastgpt.tuning import Workload, tune, tuner
@@ -32,10 +32,11 @@ CPU = ProfilerActivity.CPU
 SMALL = ["--n_layer=1", "--n_head=1", "--n_embd=16", "--block_size=16", "--batch_size=2"]
 STEPS = ["--loss_steps=5", "--warmup=3", "--rounds=2", "--steps=2"]
 
-# That differ from others by what torch.compile is asked for, in the update, or in nothing.
+# That differ from others by what torch.compile is asked for, in the update, or in nothing; and what
+# needs another's package.
 LEFT_OUT = (
     *("sdpa_autotune", "sdpa_compile", "sdpa_flash", "sdpa_cudnn", "sdpa_chunked"),
-    *("fastgpt_compile", "fastgpt_recompute", "fastgpt_again"),
+    *("fastgpt_compile", "fastgpt_recompute", "fastgpt_again", "sdpa_liger"),
 )
 
 
@@ -103,7 +104,7 @@ def test_ops(op: Op, sizes: dict[str, int], monkeypatch: pytest.MonkeyPatch) -> 
     # A filled kernel computes nothing that could be right.
     monkeypatch.setattr(Case, "checked", lambda self, provider: self._op.function(provider))
     for direction in op.directions:
-        for provider in set(op.providers) - {"torch_ops", "compile", "liger"}:
+        for provider in set(op.providers) - {"torch_ops", "compile", *PACKAGES}:
             found: dict[str, Any] = {}
             row = Row(op, tuple(sizes.items()), direction, provider)
             row.measure(_Once(), found.__setitem__)

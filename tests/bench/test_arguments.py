@@ -1,0 +1,98 @@
+"""Arguments that the benchmarks refuse; what --quick of run.py stands for, and packages that are
+missed before anything is measured."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bench import gpu_report, roofline, run, scaling
+from bench._step import variants
+from tests.bench.test_bench import TINY
+from tests.tools.small_runs import data_set
+
+RUN, ROOFLINE, SCALING, REPORT = run.main, roofline.main, scaling.main, gpu_report.main
+
+
+@pytest.mark.parametrize(
+    ("program", "arguments", "message"),
+    [
+        (RUN, "--rounds=0", "rounds must be at least 1, got 0"),
+        (RUN, "--loss_steps=1", "loss_steps must be at least 2, got 1"),
+        (RUN, "--learning_rate=0", "learning_rate must be positive, got 0"),
+        (RUN, "--n_head=3", "n_embd must be a multiple of n_head"),
+        (RUN, "--batch_size=0", "batch_size must"),
+        (RUN, "--vocab_size=20", "ids must lie below vocab_size=20"),
+        (RUN, "--data_dir=nowhere", "nowhere/train.bin is not a file"),
+        (RUN, "--variants", "variants must be one or more of sdpa_compile, fastgpt_train, "),
+        (RUN, "--variants sdpa sdpa", "each once, got sdpa sdpa"),
+        (RUN, "--variants=eager", "each once, got eager"),
+        (RUN, "--bias=maybe", "must be True or False, got 'maybe'"),
+        (RUN, "--dtype=int8", "invalid choice: 'int8'"),
+        (RUN, "--bach_size=3", "--bach_size=3"),
+        (RUN, f"--out={__file__}", f"out must be a folder, but {__file__} is a file"),
+        (ROOFLINE, "--variant sdpa sdpa", "each once, got sdpa sdpa"),
+        (ROOFLINE, "--variant", "variant must be one or more of naive, sdpa, fastgpt"),
+        (ROOFLINE, "--batch_size=0", "batch_size must be at least 1, got 0"),
+        (ROOFLINE, "--block_size=0", "block_size must be at least 1, got 0"),
+        (ROOFLINE, "--vocab_size=-1", "vocab_size must be at least 1, got -1"),
+        (ROOFLINE, "--tflops=0", "tflops must be positive, got 0.0"),
+        (ROOFLINE, "--tbps=nan", "tbps must be positive, got nan"),
+        (
+            ROOFLINE,
+            "--params=float16",
+            "params must be float32 or the dtype (bfloat16), got 'float16'",
+        ),
+        (SCALING, "--gpus 4 12", "gpus_per_node (8) or multiples of it, got 12"),
+        (SCALING, "--gpus", "or multiples of it, got none"),
+        (SCALING, "--batch_size=0", "batch_size must be at least 1, got 0"),
+        (SCALING, "--gpus_per_node=0", "gpus_per_node must be at least 1, got 0"),
+        (SCALING, "--network=-1", "network must be positive and finite, got -1.0"),
+        (REPORT, "--minutes=0", "--minutes must be positive, got 0"),
+        (REPORT, "--minutes=nan", "--minutes must be positive, got nan"),
+        (REPORT, "--only=nothing", "argument --only: invalid choice: 'nothing'"),
+    ],
+)
+def test_refused_arguments(
+    program: Callable[[list[str]], int],
+    arguments: str,
+    message: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    small = [*TINY, f"--out={tmp_path / 'out'}"] if program is RUN else []
+    try:
+        code = program([*small, *arguments.split()])
+    except SystemExit as stop:
+        code = stop.code  # type: ignore[assignment]
+    assert code == 2
+    captured = capsys.readouterr()
+    assert message in captured.err
+    if program is not REPORT:
+        assert captured.err.startswith("error: ") and captured.err.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_quick_is_short_and_gives_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its steps and variants, unless the command line says otherwise."""
+    planned: list[variants.Plan] = []
+
+    def noted(plan: variants.Plan, *_: Any) -> None:
+        planned.append(plan)
+        raise StopIteration
+
+    monkeypatch.setattr(run, "_measure", noted)
+    with pytest.raises(StopIteration):
+        run.main(["--quick", "--steps=3", f"--data_dir={data_set(tmp_path)}", f"--out={tmp_path}"])
+    (options,) = (plan.options for plan in planned)
+    assert options.variants == ("sdpa_compile", "fastgpt_train", "fastgpt", "sdpa")
+    assert (options.loss_steps, options.rounds, options.steps) == (50, 3, 3)
+
+
+def test_matplotlib_is_missed_before_anything_is_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert run.main([*TINY, f"--data_dir={data_set(tmp_path)}", f"--out={tmp_path}"]) == 2
+    assert 'pip install -e ".[bench]"' in capsys.readouterr().err
