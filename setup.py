@@ -21,7 +21,7 @@ class BuildKernels(Command):
 
     description = "compile every kernel configuration ahead of time, with no GPU (needs ninja)"
     user_options = [
-        ("arch=", "a", "compute capabilities, separated by commas (default: 80, 90 and 100)"),
+        ("arch=", "a", "compute capabilities, separated by commas (default: 75, 80, 90, 100)"),
         ("jobs=", "j", "processes at a time (default: one for each core)"),
         ("only=", "o", "cases whose names match this pattern, 'attention*' say"),
     ]

@@ -167,3 +167,4 @@ COMPILED = {
     ),
     "attention-others": compiled_others,
 }
+LEAST_CAPABILITY = dict.fromkeys(COMPILED, 80)  # PyTorch's on sm_75

@@ -3,8 +3,8 @@
     python setup.py build_kernels                        # on all cores
     python setup.py build_kernels --arch=90 --only='attention*'
 
-By default all cases are compiled for sm_80, sm_90 and sm_100, one GPU of each class of the launch
-tables, and those of GPT-2's sizes for sm_89 and sm_120 too. (The code of sm_86 has been that of
+By default all cases are compiled for sm_75, sm_80, sm_90 and sm_100, one GPU of each class of the
+launch tables, and those of GPT-2's sizes for sm_89 and sm_120. (The code of sm_86 has been that of
 sm_89: the same registers, and as much shared memory.)
 
 ninja runs one process for each case of ``bench_<op>.py``, again only after a kernel or this tool
@@ -56,7 +56,8 @@ _TOOL = [*(_BENCH / "_compile").glob("*.py"), *_BENCH.glob("bench_*.py")]
 class Options:
     """Compile every kernel configuration ahead of time, with no GPU."""
 
-    # Compute capabilities, of all cases. Default: 80, 90 and 100, and 89 and 120 for GPT-2's sizes.
+    # Compute capabilities, of all cases. Default: 75, 80, 90 and 100, and 89 and 120 for GPT-2's
+    # sizes.
     arch: tuple[Literal[80, 86, 89, 90, 100, 120], ...] = ()
     # Processes at a time, 1 or more.
     jobs: int = os.cpu_count() or 1
@@ -64,7 +65,7 @@ class Options:
     only: str = "*"
 
 
-_CLASSES, _OTHERS = (80, 90, 100), (89, 120)
+_CLASSES, _OTHERS = (75, 80, 90, 100), (89, 120)
 
 
 def edges(cases: Path, architectures: Iterable[int] = ()) -> dict[str, list[int]]:

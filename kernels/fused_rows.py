@@ -9,13 +9,11 @@ from typing import TYPE_CHECKING
 
 from fastgpt.kernels import fused, torch_ops
 from fastgpt.kernels.fused import accumulate as accumulate
-from fastgpt.kernels.reference import OPS
+from fastgpt.kernels.reference import OPS, OPS_OF_TENSOR_CORES
 from fastgpt.kernels.torch_ops import dropout_seed as dropout_seed
 
 if TYPE_CHECKING:
     from fastgpt.kernels.reference import *  # noqa: F403
 
-BY_PYTORCH = "attention", "attention_qkvpacked"
-
 for _name in OPS:
-    globals()[_name] = getattr(torch_ops if _name in BY_PYTORCH else fused, _name)
+    globals()[_name] = getattr(torch_ops if _name in OPS_OF_TENSOR_CORES else fused, _name)

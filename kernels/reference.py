@@ -33,6 +33,9 @@ OPS = {
 # Those that a transformer block consists of, in the order in which ``block_kernels`` is given them.
 OPS_OF_A_BLOCK = "linear", "attention_qkvpacked", "mlp", "residual_layer_norm"
 
+# Those that ``fused_rows`` leaves to PyTorch.
+OPS_OF_TENSOR_CORES = "attention", "attention_qkvpacked"
+
 
 def dropout_seed(device: torch.device) -> Tensor | None:
     """None: PyTorch's generator draws the masks here."""

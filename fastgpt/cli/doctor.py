@@ -66,14 +66,14 @@ def facts(device: torch.device, dtype: torch.dtype) -> dict[str, str]:
     capability = (0, 0) if refusal else torch.cuda.get_device_capability(device)
     where = f"on PyTorch's kernels ({refusal})"
     if not refusal:
-        from fastgpt.kernels import configs, fused_rows  # need Triton
+        from fastgpt.kernels import configs  # needs Triton
 
         table = configs.architecture(10 * capability[0] + capability[1])
         n_measured = len(configs.read_tuned(device))
         measured = f"{n_measured} lines measured here" if n_measured else "fastgpt tune was not run"
         where = f"on the Triton kernels, with the launch table of {table} ({measured})"
         if not triton_multiplies(device):
-            plain = " and ".join(fused_rows.BY_PYTORCH)
+            plain = " and ".join(reference.OPS_OF_TENSOR_CORES)
             where += f"; {plain} on PyTorch's, as Triton has no tensor cores before 8.0"
     return {
         "fastgpt": _version_of_fastgpt(),

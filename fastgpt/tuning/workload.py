@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from fastgpt import ops as default_ops
 from fastgpt.devices import autocast
-from fastgpt.kernels import reference
+from fastgpt.kernels import _host, reference
 from fastgpt.language_model import GPTConfig
 from fastgpt.model import GPT
 
@@ -80,6 +80,9 @@ def _recording(ops: ModuleType, dtype: torch.dtype, calls: list[Call]) -> Module
 
     def recorded(name: str) -> Callable[..., Any]:
         def call(*args: Any, **kwargs: Any) -> Any:
+            drawn = kwargs.get("dropout_p", 0.0) > 0.0 and kwargs["seed"] is None
+            if drawn and name not in reference.OPS_OF_TENSOR_CORES:  # of ``fused_rows``
+                kwargs["seed"] = _host.dropout_seed(args[0].device)  # one mask in all calls
             calls.append(Call(name, mapped(_leaf, args), mapped(_leaf, kwargs), dtype))
             return getattr(ops, name)(*args, **kwargs)
 

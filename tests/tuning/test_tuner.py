@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from fastgpt import GPTConfig
-from fastgpt.kernels import candidates, configs, fused, torch_ops
+from fastgpt.kernels import _host, candidates, configs, fused, fused_rows, torch_ops
 from fastgpt.kernels.configs import CUBLAS, Key
 from fastgpt.tuning import Table, Workload, exported, summary, tuner
 from fastgpt.tuning.phase import Phase
@@ -57,6 +57,19 @@ def test_a_model_with_all_options() -> None:
     assert left == 0 and not table.rejected and not left_out
     assert ("recompute",) in options and "recompute=True document_mask=True" in str(work)
     assert str(work) == table.workloads[0] != str(WORK)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.2])
+def test_a_gpu_without_tritons_products(dropout: float) -> None:
+    """Masks of PyTorch's generator do not make a candidate look wrong."""
+    shape = GPTConfig(8, 16, n_layer=1, n_head=1, n_embd=16, dropout=dropout)
+    left_out: list[str] = []
+    with _host.interpreted(capability=75):
+        table, left = run(Workload(shape, 2, torch.float16), ops=fused_rows, show=left_out.append)
+    tuned = {key.op for key in table.lines}
+    assert left == 0 and not table.rejected and not left_out
+    assert {"embedding", "gelu", "layer_norm"} <= tuned and not {"attention", "gemm"} & tuned
+    assert {key.arch for key in table.lines} == {"sm_75"}
 
 
 GROUPS = sorted({(key.op, key.kernel) for key in candidates.CANDIDATES})
