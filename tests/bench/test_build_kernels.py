@@ -236,6 +236,7 @@ def test_gpt2s_sizes_are_compiled_for_other_gpus_too() -> None:
     """All cases for one of each class, unless the command line names architectures."""
     by_default = build_kernels.edges(build_kernels.CASES)
     assert by_default["gpt2"] == [89, 120]
-    assert by_default["mlp"] == [80, 90, 100] and by_default["fp8"] == [90, 100]
+    assert by_default["mlp"] == [75, 80, 90, 100] and by_default["fp8"] == [90, 100]
+    assert by_default["attention-128"] == [80, 90, 100]
     assert build_kernels.edges(build_kernels.CASES, [120, 80])["mlp"] == [80, 120]
     assert build_kernels.edges(build_kernels.CASES, [80, 90])["fp8"] == [90]

@@ -61,11 +61,15 @@ def test_a_model_with_all_options() -> None:
 
 @pytest.mark.parametrize("dropout", [0.0, 0.2])
 def test_a_gpu_without_tritons_products(dropout: float) -> None:
-    """Masks of PyTorch's generator do not make a candidate look wrong."""
+    """Its model has no seed for masks; what is compared has one."""
     shape = GPTConfig(8, 16, n_layer=1, n_head=1, n_embd=16, dropout=dropout)
+    work = Workload(shape, 2, torch.float16)
     left_out: list[str] = []
     with _host.interpreted(capability=75):
-        table, left = run(Workload(shape, 2, torch.float16), ops=fused_rows, show=left_out.append)
+        table, left = run(work, ops=fused_rows, show=left_out.append)
+        calls = calls_of(work, CPU, fused_rows)
+    seeded = {call.op for call, _ in calls if call.kwargs.get("seed") is not None}
+    assert seeded == ({"embedding", "residual_layer_norm"} if dropout else set())
     tuned = {key.op for key in table.lines}
     assert left == 0 and not table.rejected and not left_out
     assert {"embedding", "gelu", "layer_norm"} <= tuned and not {"attention", "gemm"} & tuned
