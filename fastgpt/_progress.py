@@ -25,10 +25,12 @@ def spans(total: int, description: str) -> Iterator[slice]:
 
 
 @contextlib.contextmanager
-def progress_bar(description: str, hidden: bool = False) -> Iterator[Callable[..., None]]:
-    """A bar on stderr, moved by ``show(fraction, text="")``; the fraction of the work that is done
-    lies in [0, 1] and is None where the whole is unknown. Without rich, or where stderr is no
-    terminal, nothing is shown.
+def progress_bar(
+    description: str, hidden: bool = False, console: "Console | PlainConsole | None" = None
+) -> Iterator[Callable[..., None]]:
+    """A bar on ``console``, or on stderr, moved by ``show(fraction, text="")``; the fraction of the
+    work that is done lies in [0, 1] and is None where the whole is unknown. Without rich, or where
+    the console is no terminal, nothing is shown.
     """
     try:
         from rich.console import Console
@@ -38,10 +40,13 @@ def progress_bar(description: str, hidden: bool = False) -> Iterator[Callable[..
             TaskProgressColumn,
             TextColumn,
             TimeElapsedColumn,
+            TimeRemainingColumn,
         )
     except ModuleNotFoundError:
         hidden = True
-    if hidden or not (console := Console(stderr=True)).is_terminal:
+    else:
+        console = console or Console(stderr=True)
+    if hidden or not isinstance(console, Console) or not console.is_terminal:
         yield lambda fraction, text="": None
         return
     columns = (
@@ -50,6 +55,8 @@ def progress_bar(description: str, hidden: bool = False) -> Iterator[Callable[..
         TaskProgressColumn(),
         TextColumn("{task.fields[text]}"),
         TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
     )
     with Progress(*columns, console=console, transient=True) as progress:
         task = progress.add_task("", total=None, text="")

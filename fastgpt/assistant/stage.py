@@ -22,7 +22,7 @@ from fastgpt.training import checkpoint as ckpt
 from fastgpt.training import checkpoint_folder
 from fastgpt.training.config import Dtype, TrainConfig
 from fastgpt.training.init_from import shape_of
-from fastgpt.training.run import Loop
+from fastgpt.training.run import Run
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -149,7 +149,7 @@ def order(count: int, seed: int, done: int) -> Iterator[int]:
     return itertools.islice(itertools.chain.from_iterable(epochs), done, None)
 
 
-class Stage(Loop):
+class Stage(Run):
     """A run that trains ``model`` by the loss module around it. See ``training.step.Step`` for what
     that gets.
 
@@ -194,7 +194,7 @@ class Stage(Loop):
         learning_rate: float = self.config.learning_rate
         return learning_rate * (1.0 - iteration / self.config.max_iters)
 
-    def _save(self) -> Path:
+    def _save(self, publish: bool) -> Path:
         path = self.out_dir / ckpt.BEST
         ckpt.save(self._language_model_state(self._train_config, self._tokenizer), path)
         return path

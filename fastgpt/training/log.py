@@ -30,7 +30,7 @@ class RunLog:
 
         log = RunLog(config)
         with log.opened(config, first_iter=0):
-            log.report(0, loss=4.2, lr=1e-3, tokens_per_second=1e5, mfu=None)
+            log.write(0, loss=4.2, lr=1e-3, tokens_per_second=1e5)
             log.evaluation(0, train=4.2, val=4.2, lr=1e-3, mfu=None)
 
     Raises ImportError, before any work is done, when a package that the config asks for is not
@@ -72,17 +72,10 @@ class RunLog:
                 if self._wandb is not None:
                     self._wandb.finish()
 
-    def report(
-        self, iteration: int, loss: float, lr: float, tokens_per_second: float, mfu: float | None
-    ) -> None:
-        """The loss of one update and the speed since the last report; ``mfu`` in [0, 1]."""
-        row = {"loss": loss, "lr": lr, "tokens_per_second": tokens_per_second}
-        self.write(iteration, **(row if mfu is None else {**row, "mfu": 100 * mfu}))
-
     def evaluation(
         self, iteration: int, train: float, val: float, lr: float, mfu: float | None
     ) -> None:
-        """The mean losses of both splits before the update ``iteration``."""
+        """The mean losses of both splits before the update ``iteration``; ``mfu`` in [0, 1]."""
         row = {"train/loss": train, "val/loss": val, "lr": lr}
         row["mfu"] = -1.0 if mfu is None else 100 * mfu  # as in nanoGPT
         self.write(iteration, **row)

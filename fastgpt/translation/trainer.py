@@ -28,7 +28,7 @@ from fastgpt.tokenizer.training import KINDS, train_tokenizer
 from fastgpt.training import checkpoint as ckpt
 from fastgpt.training.config import TrainConfig
 from fastgpt.training.log import LOG
-from fastgpt.training.run import Loop
+from fastgpt.training.run import Run
 from fastgpt.translation.built_in import TASKS, Pairs
 from fastgpt.translation.config import TranslationConfig, check_config
 from fastgpt.translation.pairs import (
@@ -90,7 +90,7 @@ def _tokenizer(config: TranslationConfig, texts: list[str]) -> Tokenizer:
     return tokenizer_from(config.tokenizer)
 
 
-class TranslationTrainer(Loop):
+class TranslationTrainer(Run):
     """A run: model, optimizer, data and progress; ``run`` trains.
 
     Attributes: ``config``, ``model`` (on ``device``), ``tokenizers``, ``train`` and ``val``
@@ -203,10 +203,10 @@ class TranslationTrainer(Loop):
         self.model.train()
         return losses
 
-    def _evaluate(self) -> None:
-        self._record(self.evaluate())
+    def _evaluate(self) -> bool:
+        return self._record(self.evaluate())
 
-    def _save(self) -> Path:
+    def _save(self, publish: bool) -> Path:
         path = self.out_dir / LAST
         state = {
             **self._state(),
@@ -218,7 +218,7 @@ class TranslationTrainer(Loop):
             "data_fingerprint": self._fingerprint,
         }
         ckpt.save(state, path)
-        if self.best_iter == self.iter_num:
+        if publish:
             ckpt.publish(path, self.out_dir / ckpt.BEST)
         return path
 

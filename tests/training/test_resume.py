@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 import torch
 from rich.console import Console
-from torch import Tensor
 
 from fastgpt.training.trainer import Trainer
 from tests.tools.forked import Forked
@@ -58,7 +57,7 @@ def test_a_stop_at_any_iteration_is_seamless(
     saved = state_of(tmp_path)
     update = Trainer._update
 
-    def interrupted(self: Trainer, learning_rate: float) -> Tensor:
+    def interrupted(self: Trainer, learning_rate: float) -> Any:
         if self.iter_num == 13:
             os.kill(os.getpid(), signal.SIGINT)
         return update(self, learning_rate)

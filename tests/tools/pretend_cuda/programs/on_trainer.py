@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from fastgpt.data.prepare import prepare
 from fastgpt.data.sources import TextSource, source_of
@@ -96,7 +95,7 @@ def test_a_stop_is_seamless(tmp_path: Path, dtype: str, monkeypatch: pytest.Monk
     whole = run(tmp_path / "whole", dtype=dtype, max_iters=12)
     update = Trainer._update
 
-    def interrupted(self: Trainer, learning_rate: float) -> Tensor:
+    def interrupted(self: Trainer, learning_rate: float) -> Any:
         if self.iter_num == 5:
             os.kill(os.getpid(), signal.SIGINT)
         return update(self, learning_rate)
