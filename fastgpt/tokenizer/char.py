@@ -60,11 +60,6 @@ class CharTokenizer(Tokenizer):
         return self.vocab_size == vocab_size
 
     @classmethod
-    def from_text(cls, text: str) -> "CharTokenizer":
-        """See ``from_texts``."""
-        return cls.from_texts([text])
-
-    @classmethod
     def from_texts(cls, texts: Iterable[str]) -> "CharTokenizer":
         """The characters of all ``texts`` in the order of their code points.
 

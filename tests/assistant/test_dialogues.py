@@ -23,7 +23,7 @@ from fastgpt.training.trainer import Trainer
 from tests.tools.small_runs import assert_same, data_set, quiet, small_config, trained
 
 DATA = words(lines=50, train=60, heldout=20)
-CHAT = ChatTokenizer(CharTokenizer.from_text(words(lines=2000).base))
+CHAT = ChatTokenizer(CharTokenizer.from_texts([words(lines=2000).base]))
 BEGIN = CHAT.begin
 
 
@@ -81,7 +81,7 @@ def test_an_error_names_file_line_and_field(
     line: str, reason: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "d.jsonl").write_text("\n".join([json.dumps(GOOD)] * 20 + [line]))
-    CharTokenizer.from_text("ab").save(tmp_path / "meta.pkl")
+    CharTokenizer.from_texts("ab").save(tmp_path / "meta.pkl")
     argv = ["prepare", f"--dialogues={tmp_path / 'd.jsonl'}", f"--tokenizer={tmp_path}"]
     assert cli.main([*argv, f"--out_dir={tmp_path / 'chat'}"]) == 2
     (error,) = capsys.readouterr().err.splitlines()
@@ -248,7 +248,7 @@ def test_a_base_model_gets_the_tokens_of_dialogues(base_run: Path) -> None:
 
 
 def test_a_base_model_of_other_tokens_is_refused(base_run: Path, tmp_path: Path) -> None:
-    other = ChatTokenizer(CharTokenizer.from_text(words(lines=2000).base + "#"))
+    other = ChatTokenizer(CharTokenizer.from_texts([words(lines=2000).base + "#"]))
     dialogues(tmp_path, other)
     with pytest.raises(ValueError, match="has a vocabulary of .* but the data set .*chat has"):
         Trainer(chat_config(tmp_path, init_from=str(base_run / "out")), quiet())

@@ -3,7 +3,7 @@
 import subprocess
 import sys
 from pathlib import Path
-from typing import get_args, get_type_hints
+from typing import get_type_hints
 
 import pytest
 import torch
@@ -40,19 +40,10 @@ def test_defaults_preset_file_command_line() -> None:
 
 
 def test_presets_by_name() -> None:
-    assert set(get_args(get_args(get_type_hints(cli.Train)["preset"])[0])) == set(PRESETS)
     for name, keys in PRESETS.items():
         assert parsed(name, "--batch_size=3") == TrainConfig(**keys | {"batch_size": 3})
     expected = parsed("char", "--batch_size=3")
     assert parsed("--batch_size=3", "char") == parsed("--preset=char", "--batch_size=3") == expected
-    train = {"eval_interval": 1000, "log_interval": 10, "wandb_run_name": "gpt2-124M"}
-    assert parsed("train_gpt2").differences() == train
-    tuned = parsed("finetune_shakespeare", "--device=cpu")
-    assert (tuned.init_from, tuned.dataset, tuned.decay_lr) == ("gpt2-xl", "shakespeare", False)
-    assert tuned.batch_size * tuned.gradient_accumulation_steps * tuned.max_iters == 640
-    for size in ("medium", "large", "xl"):
-        config = parsed(f"eval_gpt2_{size}")
-        assert config.eval_only and config.init_from == f"gpt2-{size}"
     Path("char").write_text("n_layer = 5\n")  # a file of that name goes first
     assert parsed("char") == TrainConfig(n_layer=5)
 
@@ -114,7 +105,7 @@ def test_both_forms_of_a_boolean(argv: list[str], value: bool) -> None:
 
 def test_values_that_look_like_options() -> None:
     argv = ["sample", "--start", "top_k=3", "--stop", "--json", "--json"]
-    assert normalized(argv, cli._COMMANDS) == [*argv[:-1], "--json=True"]
+    assert normalized(argv, {"sample": SampleConfig}) == [*argv[:-1], "--json=True"]
 
 
 def test_resume_goes_on_with_the_keys_of_the_checkpoint() -> None:

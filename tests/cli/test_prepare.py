@@ -13,7 +13,7 @@ import pytest
 from fastgpt.cli import main as cli
 from fastgpt.data import builtin_texts
 from fastgpt.data.manifest import read_manifest
-from fastgpt.tokenizer import CharTokenizer, load_tokenizer
+from fastgpt.tokenizer import CharTokenizer, tokenizer_from
 from fastgpt.training import checkpoint as ckpt
 from tests.tools.small_runs import arguments, small_keys
 
@@ -98,7 +98,7 @@ def test_the_corpora(
         (Path("else", "where"), DOCUMENTS[1:]),
     ):
         ids = [np.fromfile(folder / f"{split}.bin", np.uint16) for split in ("train", "val")]
-        assert "".join(map(load_tokenizer(folder).decode, ids)) == "".join(documents)
+        assert "".join(map(tokenizer_from(folder).decode, ids)) == "".join(documents)
 
 
 def test_nothing_is_downloaded_for_a_folder_that_is_a_file_and_nothing_written_without_it(

@@ -168,7 +168,10 @@ def test_scores_without_sacrebleu(
         (["--source=hole.txt", "--target=b.txt"], "hole.txt:2 is empty"),
         (["--source=none.txt", "--target=b.txt"], "No such file or directory: none.txt"),
         (["--source=nothing.txt", "--target=b.txt"], "nothing.txt is empty"),
-        (["--source=latin.txt", "--target=b.txt"], "latin.txt must be UTF-8"),
+        (
+            ["--source=latin.txt", "--target=b.txt"],
+            "the input latin.txt is not UTF-8: byte 0xe9",
+        ),
         (["--pairs=three.tsv"], "three.tsv:1 must be a text, a tab and its translation, got"),
         (["--pairs=both.tsv", "--max_length=3"], "source 'a s' has 3 tokens and an end, more than"),
         (["--pairs=both.tsv", "--held_out=64"], r"held_out must lie in \[1, 63\], .* got 64"),
@@ -304,7 +307,7 @@ def test_batches() -> None:
     draw = torch.Generator().manual_seed(0)
     lengths = torch.randint(1, 12, (50, 2), generator=draw).tolist()
     pairs = [("a" * s, "b" * t) for s, t in lengths]
-    tokenizer = CharTokenizer.from_text("ab")
+    tokenizer = CharTokenizer.from_texts("ab")
     ids = encoded_pairs(pairs, (tokenizer, tokenizer), 13)
     batches, again = (Batches(ids, 40, seed=3) for _ in range(2))
 

@@ -36,7 +36,7 @@ def test_inputs_without_text(tmp_path: Path) -> None:
     for name in ("a.txt", "a.jsonl"):
         (tmp_path / name).touch()
         with pytest.raises(ValueError, match="the input is empty"):
-            prepare(source_of(tmp_path / name), CharTokenizer.from_text("\n"), tmp_path / "data")
+            prepare(source_of(tmp_path / name), CharTokenizer.from_texts("\n"), tmp_path / "data")
     assert os.listdir(tmp_path / "data") == []
 
 
