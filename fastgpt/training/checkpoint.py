@@ -7,18 +7,15 @@ gradient scaler. All of it loads under ``weights_only=True``. ``checkpoint_folde
 checkpoints a run keeps; ``sharded_checkpoint.py`` has those of sharded runs.
 """
 
-import contextlib
-import pickle
 import shutil
 import zipfile
-from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from fastgpt._files import atomic_write, foreign_objects
+from fastgpt._files import atomic_write, reading_checkpoint
 from fastgpt.bigram import Bigram
 from fastgpt.language_model import GPTConfig, LanguageModel
 from fastgpt.model import GPT
@@ -58,24 +55,6 @@ def publish(source: Path, path: Path) -> None:
         shutil.copyfileobj(original, file, 1 << 24)
 
 
-@contextlib.contextmanager
-def _reading(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except (RuntimeError, pickle.UnpicklingError, EOFError, zipfile.BadZipFile) as error:
-        objects = foreign_objects(path)
-        if objects:
-            raise ValueError(
-                f"{path} holds objects of {objects}, which PyTorch loads only by running code: if "
-                "you trust the file, torch.load it with weights_only=False and torch.save it "
-                "without them"
-            ) from error
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ValueError(
-            f"{path} is not a checkpoint that torch.save wrote, or it is damaged: {reason}"
-        ) from error
-
-
 def load(path: Path, required: tuple[str, ...] = FOR_SAMPLING) -> Checkpoint:
     """Read a checkpoint of ours or of nanoGPT, or the folder of a sharded run; all tensors on the
     CPU.
@@ -88,7 +67,7 @@ def load(path: Path, required: tuple[str, ...] = FOR_SAMPLING) -> Checkpoint:
 
         checkpoint = sharded_checkpoint.load(path)
     elif path.is_file():
-        with _reading(path):
+        with reading_checkpoint(path):
             with zipfile.ZipFile(path) as archive:  # PyTorch does not verify the checksums
                 damaged = archive.testzip()
             if damaged is not None:
@@ -111,7 +90,7 @@ def header(path: Path) -> Checkpoint:
 
         checkpoint = sharded_checkpoint.header(path)
     else:
-        with _reading(path):
+        with reading_checkpoint(path):
             zipfile.ZipFile(path).close()  # for a truncated file PyTorch raises OSError
             checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     _check_keys(path, checkpoint, ("iter_num",))
