@@ -110,17 +110,6 @@ def test_a_restored_run_draws_what_the_uninterrupted_one_drew(
     assert_same([restored.next("train")], uninterrupted["train"][:1])
 
 
-@pytest.mark.parametrize("spare", [1, 2, 3])
-def test_every_window_can_be_drawn_and_none_passes_the_end(spare: int, tmp_path: Path) -> None:
-    """A file of T + spare tokens has exactly the starts 0 .. spare - 1."""
-    for split in SPLITS:
-        np.arange(BLOCK + spare, dtype=np.uint16).tofile(tmp_path / f"{split}.bin")
-    batches = make(tmp_path, batch_size=100)
-    x, y = batches.next("train")
-    assert set(x[:, 0].tolist()) == set(range(spare))
-    assert torch.equal(x[:, 1:], y[:, :-1]) and int(y.max()) == BLOCK + spare - 1
-
-
 def test_a_missing_file_names_the_command_that_makes_it(data_dir: Path) -> None:
     (data_dir / "val.bin").unlink()
     with pytest.raises(FileNotFoundError, match=r"val\.bin .*'fastgpt prepare --input FILE"):

@@ -204,9 +204,7 @@ def test_damaged_and_missing_files_are_named(folder: Path, tmp_path: Path) -> No
     with pytest.raises(FileNotFoundError, match="has none of the files model.safetensors, "):
         GPT.from_pretrained(str(folder))
     (folder / "pytorch_model.bin").write_bytes(b"PK")
-    with pytest.raises(
-        ValueError, match="pytorch_model.bin is not a checkpoint .* damaged"
-    ):
+    with pytest.raises(ValueError, match="pytorch_model.bin is not a checkpoint .* damaged"):
         GPT.from_pretrained(str(folder))
     torch.save({"a": argparse.Namespace(b=1)}, folder / "pytorch_model.bin")
     with pytest.raises(ValueError, match="pytorch_model.bin holds objects of argparse.Namespace, "):
