@@ -2,13 +2,13 @@
 
 import math
 import signal
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from fastgpt.__main__ import main
 from fastgpt.assistant import policy_loss, template
 from fastgpt.assistant.policy_loss import PolicyLoss, advantages, kl_estimates, token_logps
 from fastgpt.assistant.reward_model import RewardModel
@@ -30,7 +30,7 @@ from tests.tools.small_assistants import (
     tokenizer,
     written,
 )
-from tests.tools.small_runs import assert_same, quiet
+from tests.tools.small_runs import arguments, assert_same, quiet
 
 CPU = torch.device("cpu")
 NO_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")
@@ -290,7 +290,7 @@ HERE = f"reward='{__name__}"
     ],
 )
 def test_errors_are_one_line(
-    tmp_path: Path, changes: dict[str, Any], message: str, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, changes: dict[str, Any], message: str, refused: Callable[..., str]
 ) -> None:
     places = {"TUNED": tmp_path / "tuned", "BASE": tmp_path / "base"}
     folder_of(tmp_path / "tuned", small_gpt())
@@ -305,9 +305,7 @@ def test_errors_are_one_line(
         "max_new_tokens": 4,
         **{key: places.get(value, value) for key, value in changes.items()},
     }
-    assert main(["rl", *(f"--{key}={value}" for key, value in keys.items())]) == 2
-    error = capsys.readouterr().err
-    assert error.startswith("error: ") and error.count("\n") == 1 and message in error, error
+    assert message in refused("rl", *arguments(keys))
 
 
 @pytest.mark.parametrize(

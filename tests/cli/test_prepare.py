@@ -4,6 +4,7 @@
 
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -102,15 +103,15 @@ def test_the_corpora(
 
 
 def test_nothing_is_downloaded_for_a_folder_that_is_a_file_and_nothing_written_without_it(
-    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    monkeypatch: pytest.MonkeyPatch, refused: Callable[..., str]
 ) -> None:
     def offline() -> str:
         raise ConnectionError("could not download it")
 
     monkeypatch.setattr(builtin_texts, "shakespeare_text", offline)
-    assert cli.main(["prepare", "shakespeare", "--out_dir=text.txt"]) == 2
-    assert "out_dir must be a folder, but text.txt is a file" in capfd.readouterr().err
-    assert cli.main(["prepare", "shakespeare"]) == 1
+    said = refused("prepare", "shakespeare", "--out_dir=text.txt")
+    assert "out_dir must be a folder, but text.txt is a file" in said
+    assert "could not download it" in refused("prepare", "shakespeare", code=1)
     assert not Path("data").exists()
 
 
@@ -128,9 +129,8 @@ def test_nothing_is_downloaded_for_a_folder_that_is_a_file_and_nothing_written_w
         (["tokenizer", "train", "--input=x", "--out_dir=t"], "the input x does not exist"),
     ],
 )
-def test_errors(argv: list[str], message: str, capfd: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(argv) == 2
-    assert message in capfd.readouterr().err
+def test_errors(argv: list[str], message: str, refused: Callable[..., str]) -> None:
+    assert message in refused(*argv)
     assert not Path("t").exists() and not Path("data/docs/manifest.json").exists()
 
 

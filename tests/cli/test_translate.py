@@ -7,6 +7,7 @@ import os
 import re
 import signal
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -144,12 +145,11 @@ def test_scores(capfd: pytest.CaptureFixture[str]) -> None:
 
 
 def test_scores_without_sacrebleu(
-    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    monkeypatch: pytest.MonkeyPatch, refused: Callable[..., str]
 ) -> None:
     monkeypatch.setitem(sys.modules, "sacrebleu", None)
-    trained("out", max_iters=1)
-    assert main(["translate", "--model=out", "--source=a.txt", "--target=b.txt"]) == 2
-    assert "BLEU needs sacrebleu: pip install" in capfd.readouterr().err
+    argv = ["translate", "--model=nowhere", "--source=a.txt", "--target=b.txt"]
+    assert "BLEU needs sacrebleu: pip install" in refused(*argv)
 
 
 @pytest.mark.parametrize(
@@ -181,9 +181,7 @@ def test_scores_without_sacrebleu(
         (["--pairs=both.tsv", "--resume"], "there is no checkpoint out-translate/last.pt"),
     ],
 )
-def test_what_training_refuses(
-    argv: list[str], message: str, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_what_training_refuses(argv: list[str], message: str, refused: Callable[..., str]) -> None:
     Path("short.txt").write_text("x\ny\n")
     Path("hole.txt").write_text("x\n\ny\n")
     Path("nothing.txt").write_text("\n")
@@ -191,28 +189,19 @@ def test_what_training_refuses(
     Path("three.tsv").write_text("a\tb\tc\n")
     Path("one.tsv").write_text("a\tb\na\tc\n")
     Path("tab.txt").write_text("x\ny\tz\n")
-    assert main(["translate", "train", *argv]) == 2
-    (line,) = capfd.readouterr().err.splitlines()
-    assert line.startswith("error: ")
-    assert re.search(message, line), line
+    assert re.search(message, line := refused("translate", "train", *argv)), line
 
 
-def test_what_resuming_and_translating_refuse(capfd: pytest.CaptureFixture[str]) -> None:
+def test_what_resuming_and_translating_refuse(refused: Callable[..., str]) -> None:
     trained("out", max_iters=1)
-
-    def refused(*argv: str) -> str:
-        assert main(["translate", *argv]) == 2
-        (line,) = capfd.readouterr().err.splitlines()
-        return line
-
     same = [f"--{key}={value}" for key, value in SMALL.items()]
-    again = ("train", "--pairs=both.tsv", "--out_dir=out", "--resume", *same)
+    again = ("translate", "train", "--pairs=both.tsv", "--out_dir=out", "--resume", *same)
     assert "n_layer must be 1 to resume out/last.pt, got 2" in refused(*again, "--n_layer=2")
     Path("both.tsv").write_text("".join(f"{a}\t{a}\n" for a, _ in PAIRS))
     assert "out/last.pt was trained on another parallel text" in refused(*again)
 
-    use = ("--model", "out")
-    assert "there is no model nowhere/ckpt.pt: " in refused("--model", "nowhere", "x")
+    use = ("translate", "--model", "out")
+    assert "there is no model nowhere/ckpt.pt: " in refused("translate", "--model=nowhere", "x")
     assert "which is not among the" in refused(*use, "é")
     assert "must not be empty, got ' '" in refused(*use, " ")
     assert "has 16 tokens and an end, more than max_length 16" in refused(*use, "a" * 16)
@@ -228,7 +217,7 @@ def test_what_resuming_and_translating_refuse(capfd: pytest.CaptureFixture[str])
 
 
 def test_a_translation_model_is_no_language_model(
-    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    tmp_path: Path, refused: Callable[..., str]
 ) -> None:
     trained("out", max_iters=1)
     keys = small_keys(data_set(tmp_path).parent, init_from="out", out_dir="other")
@@ -238,9 +227,8 @@ def test_a_translation_model_is_no_language_model(
         ["train", "--init_from=resume", "--out_dir=out"],
         ["reward", "--init_from=out", "--dataset=none.jsonl"],
     ):
-        assert main(argv) == 2
-        said = "out/ckpt.pt is a translation model: fastgpt translate --model out uses it\n"
-        assert capfd.readouterr().err == f"error: {said}"
+        said = "out/ckpt.pt is a translation model: fastgpt translate --model out uses it"
+        assert refused(*argv) == f"error: {said}"
 
 
 def test_lines_end_with_a_line_feed_alone(tmp_path: Path) -> None:
