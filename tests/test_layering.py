@@ -185,17 +185,6 @@ def test_the_plain_ops_need_no_triton() -> None:
             assert allowed or found.module.removeprefix("fastgpt.kernels.") in TORCH_ALONE, name
 
 
-def test_data_and_tokenizers_never_load_the_model() -> None:
-    seen, todo = set[str](), [m for m in SOURCES if m.startswith(("fastgpt.data", "fastgpt.token"))]
-    assert len(todo) > 10
-    while todo:
-        module = todo.pop()
-        if module not in seen:
-            seen.add(module)
-            todo += [found.module for found in imports_of(module) if found.module in SOURCES]
-    assert not seen & {"fastgpt", "fastgpt.language_model", "fastgpt.model", "fastgpt.ops"}
-
-
 def test_nothing_is_autotuned_at_run_time() -> None:
     for module, path in SOURCES.items():
         for node in ast.walk(ast.parse(path.read_text())):

@@ -172,7 +172,7 @@ class Stage(Run):
             **shape_of(model),
             decay_lr=False,
         )
-        super().__init__(config, self._train_config, console)
+        super().__init__(config, console)
         self._tokenizer = tokenizer
         saved, path = None, self.out_dir / ckpt.BEST
         if config.resume:

@@ -5,6 +5,7 @@ import errno
 import functools
 import operator
 import os
+import shlex
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -16,10 +17,9 @@ from rich.console import Console
 
 import fastgpt
 from fastgpt._progress import escape_unprintable
-from fastgpt.assistant.reward import RewardConfig
-from fastgpt.assistant.rl import RLConfig
+from fastgpt.assistant.reward import RewardConfig, RewardTraining
+from fastgpt.assistant.rl import ReinforcementLearning, RLConfig
 from fastgpt.cli.arguments import normalized
-from fastgpt.cli.assistant import run_reward, run_rl
 from fastgpt.cli.doctor import DoctorConfig, doctor
 from fastgpt.cli.ladder import LadderConfig, run_ladder
 from fastgpt.cli.plot import PlotConfig, plot
@@ -71,8 +71,8 @@ _COMMANDS: dict[str, tuple[type, Callable[[Any, Console, Console], int | None]]]
     "train": (Train, lambda given, out, _: run_train(given, World.from_environment(), out)),
     "tune": (TuneConfig, lambda given, out, _: run_tune(given, out)),
     "sample": (SampleConfig, run_sample),
-    "reward": (RewardConfig, lambda given, out, _: run_reward(given, out)),
-    "rl": (RLConfig, lambda given, out, _: run_rl(given, out)),
+    "reward": (RewardConfig, lambda given, out, _: _reward(given, out)),
+    "rl": (RLConfig, lambda given, out, _: _rl(given, out)),
     "export": (ExportConfig, lambda given, out, _: _export(given, out)),
     "plot": (PlotConfig, lambda given, out, _: out.print(f"wrote {plot(given)}")),
     "ladder": (LadderConfig, run_ladder),
@@ -120,6 +120,18 @@ def _train_config(argv: list[str], first: Train, console: Console) -> TrainConfi
         return config
     console.print(f"dtype = auto, as {device} has no {config.dtype}, which the checkpoint names")
     return replace(config, dtype="auto")
+
+
+def _reward(config: RewardConfig, console: Console) -> None:
+    RewardTraining(config, console).run()
+    reward = shlex.quote(config.out_dir)
+    console.print(f"saved {config.out_dir}. Learn by it: fastgpt rl --reward={reward}")
+
+
+def _rl(config: RLConfig, console: Console) -> None:
+    ReinforcementLearning(config, console).run()
+    out_dir = shlex.quote(config.out_dir)
+    console.print(f"saved {config.out_dir}. Talk to it: fastgpt sample --chat --out_dir={out_dir}")
 
 
 def _export(config: ExportConfig, console: Console) -> None:

@@ -9,7 +9,6 @@ checkpoints a run keeps; ``sharded_checkpoint.py`` has those of sharded runs.
 
 import shutil
 import zipfile
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -114,11 +113,6 @@ def _check_keys(path: Path, checkpoint: object, required: tuple[str, ...]) -> No
             raise ValueError(
                 f"{path} must hold a dict under the key {key}, got {type(checkpoint[key]).__name__}"
             )
-
-
-def model_args(model: LanguageModel) -> dict[str, int | float | bool]:
-    """nanoGPT's ``model_args`` of a model."""
-    return asdict(model.config)
 
 
 def own_state(checkpoint: Checkpoint) -> dict[str, Any]:

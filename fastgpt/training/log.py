@@ -37,16 +37,18 @@ class RunLog:
     installed.
     """
 
-    def __init__(self, config: TrainConfig) -> None:
-        self._wandb = optional("wandb", "wandb_log=True", "log") if config.wandb_log else None
-        self._tensorboard: Any = None
-        if config.tensorboard_log:
-            self._tensorboard = optional("torch.utils.tensorboard", "tensorboard_log=True", "log")
+    def __init__(self, config: Any) -> None:
+        def library(key: str, module: str) -> Any:
+            wanted = getattr(config, key, False)  # a TrainConfig alone has these keys
+            return optional(module, f"{key}=True", "log") if wanted else None
+
+        self._wandb = library("wandb_log", "wandb")
+        self._tensorboard = library("tensorboard_log", "torch.utils.tensorboard")
         self._file: FileIO | None = None
         self._writer: Any = None
 
     @contextmanager
-    def opened(self, config: TrainConfig, first_iter: int) -> Iterator[None]:
+    def opened(self, config: Any, first_iter: int) -> Iterator[None]:
         """Write into the folder ``out_dir``, which must exist.
 
         An existing log is continued. Rows of iterations from ``first_iter`` on are dropped, because

@@ -46,8 +46,8 @@ class Run:
     ``_build_step``, and ``_restore`` where it goes on from a checkpoint. It also has
     ``learning_rate``, ``_update``, ``evaluate`` and ``_save``.
 
-    ``config`` holds the keys ``device``, ``dtype``, ``seed``, ``grad_clip``, ``max_iters``,
-    ``eval_interval`` and ``log_interval``; ``log_config`` those of folder and log.
+    ``config`` holds the keys ``out_dir``, ``device``, ``dtype``, ``seed``, ``grad_clip``,
+    ``max_iters``, ``eval_interval`` and ``log_interval``.
 
     Raises ValueError or ImportError naming a key, NotADirectoryError if ``out_dir`` is a file.
     """
@@ -62,11 +62,10 @@ class Run:
     def __init__(
         self,
         config: Any,
-        log_config: TrainConfig,
         console: "Console | PlainConsole | None" = None,
         world: World = ALONE,
     ) -> None:
-        self.config, self._log_config = config, log_config
+        self.config = config
         self.console = console or run_console()
         self.world = world
         self.device = world.device(resolve_device(config.device))
@@ -75,7 +74,7 @@ class Run:
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
         self.out_dir = Path(config.out_dir)
         check_folder(self.out_dir)
-        self._log = RunLog(log_config)
+        self._log = RunLog(config)
         self._resumed = False
         self.iter_num = 0
         self._n_updates: int = config.max_iters
@@ -151,7 +150,7 @@ class Run:
                     self.console.print(
                         f"the checkpoints and logs of an earlier run are now in {moved}"
                     )
-            with self._log.opened(self._log_config, self.iter_num):
+            with self._log.opened(self.config, self.iter_num):
                 yield
 
     def _report_losses(self, losses: Mapping[str, float]) -> None:

@@ -11,7 +11,7 @@ stopped.
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -66,7 +66,7 @@ class Trainer(Run):
             raise ValueError(
                 f"init_from must be scratch with a model of your own, got {config.init_from!r}"
             )
-        super().__init__(config, config, console, world)
+        super().__init__(config, console, world)
         self._n_updates = config.max_iters + 1
         self._how_to_resume = f"with: fastgpt train --init_from=resume --out_dir={config.out_dir}"
         self._build = build
@@ -98,7 +98,7 @@ class Trainer(Run):
                 config, self.tokenizer, self._data_fingerprint, world
             )
         model = self._build_model(saved, path)
-        self.config = self._log_config = config = self._with_shape_of(model)
+        self.config = config = self._with_shape_of(model)
         self.batches = Batches(
             config.data_dir,
             config.batch_size,
@@ -329,7 +329,7 @@ class Trainer(Run):
 
         state = {
             "model": fsdp.full_state_dict(self.model),
-            "model_args": ckpt.model_args(self.model),
+            "model_args": asdict(self.model.config),
             "fastgpt": ckpt.kind_and_gelu(self.model),
         }
         return ckpt.build_model(state, self.out_dir).to(self.device)

@@ -26,7 +26,6 @@ from fastgpt.seq2seq import PADDING, Seq2Seq, Seq2SeqConfig
 from fastgpt.tokenizer import CharTokenizer, Tokenizer, packed, tokenizer_from
 from fastgpt.tokenizer.training import KINDS, train_tokenizer
 from fastgpt.training import checkpoint as ckpt
-from fastgpt.training.config import TrainConfig
 from fastgpt.training.log import LOG
 from fastgpt.training.run import Run
 from fastgpt.translation.built_in import TASKS, Pairs
@@ -109,8 +108,7 @@ class TranslationTrainer(Run):
         self, config: TranslationConfig, console: "Console | PlainConsole | None" = None
     ) -> None:
         check_config(config)
-        of_log = TrainConfig(out_dir=str(config.out_dir), eval_interval=config.eval_interval)
-        super().__init__(config, of_log, console)
+        super().__init__(config, console)
         pairs = read_pairs(config)
         self._fingerprint = hashlib.sha256(json.dumps(pairs).encode()).hexdigest()
         n_held_out = config.held_out

@@ -101,11 +101,10 @@ def test_the_losses_are_those_of_pytorchs_transformer_trained_alike() -> None:
             assert row[key] == pytest.approx(other[key], abs=1e-4)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_ctrl_c_saves_and_resuming_is_seamless(
-    dtype: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    whole = trained("whole", dtype=dtype)
+    whole = trained("whole", dtype="bfloat16")
     rate = TranslationTrainer.learning_rate
 
     def interrupted(self: TranslationTrainer, iteration: int) -> float:
@@ -114,10 +113,10 @@ def test_ctrl_c_saves_and_resuming_is_seamless(
         return rate(self, iteration)
 
     monkeypatch.setattr(TranslationTrainer, "learning_rate", interrupted)
-    assert train("--pairs=both.tsv", "--out_dir=out", dtype=dtype) == 130
+    assert train("--pairs=both.tsv", "--out_dir=out", dtype="bfloat16") == 130
     assert "saved out/last.pt. Go on by the same command with --resume" in capfd.readouterr().out
     monkeypatch.setattr(TranslationTrainer, "learning_rate", rate)
-    resumed = trained("out", dtype=dtype, resume=True)
+    resumed = trained("out", dtype="bfloat16", resume=True)
     assert_same(dict(resumed.model.state_dict()), dict(whole.model.state_dict()))
     states = [ckpt.load(Path(name, "last.pt")) for name in ("whole", "out")]
     assert_same(states[0]["optimizer"], states[1]["optimizer"])

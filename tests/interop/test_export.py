@@ -3,6 +3,7 @@
 import json
 import os
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -94,7 +95,7 @@ def test_gpt2s_byte_pairs_become_a_tokenizer(tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     state = {
         "model": model.state_dict(),
-        "model_args": ckpt.model_args(model),
+        "model_args": asdict(model.config),
         "config": {"data_root": str(tmp_path), "dataset": "data"},
     }
     torch.save(state, tmp_path / "out" / "ckpt.pt")
