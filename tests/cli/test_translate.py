@@ -3,9 +3,7 @@ the data of it.
 """
 
 import json
-import os
 import re
-import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -22,7 +20,14 @@ from fastgpt.translation.config import TranslationConfig
 from fastgpt.translation.pairs import Batches, encoded_pairs, hold_out, read_lines
 from fastgpt.translation.trainer import TranslationTrainer
 from fastgpt.translation.translator import Translator, scores
-from tests.tools.small_runs import arguments, assert_same, data_set, quiet, small_keys
+from tests.tools.small_runs import (
+    arguments,
+    assert_same,
+    data_set,
+    interrupted,
+    quiet,
+    small_keys,
+)
 
 PAIRS = [(f"{a} {b}", f"{b}-{a}") for a in "abcdefgh" for b in "stuvwxyz"]
 SMALL: dict[str, object] = dict(n_layer=1, n_head=2, n_embd=16, batch_tokens=64)
@@ -101,21 +106,11 @@ def test_the_losses_are_those_of_pytorchs_transformer_trained_alike() -> None:
             assert row[key] == pytest.approx(other[key], abs=1e-4)
 
 
-def test_ctrl_c_saves_and_resuming_is_seamless(
-    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_ctrl_c_saves_and_resuming_is_seamless(capfd: pytest.CaptureFixture[str]) -> None:
     whole = trained("whole", dtype="bfloat16")
-    rate = TranslationTrainer.learning_rate
-
-    def interrupted(self: TranslationTrainer, iteration: int) -> float:
-        if iteration == 7:
-            os.kill(os.getpid(), signal.SIGINT)
-        return rate(self, iteration)
-
-    monkeypatch.setattr(TranslationTrainer, "learning_rate", interrupted)
-    assert train("--pairs=both.tsv", "--out_dir=out", dtype="bfloat16") == 130
+    with interrupted(TranslationTrainer, 7):
+        assert train("--pairs=both.tsv", "--out_dir=out", dtype="bfloat16") == 130
     assert "saved out/last.pt. Go on by the same command with --resume" in capfd.readouterr().out
-    monkeypatch.setattr(TranslationTrainer, "learning_rate", rate)
     resumed = trained("out", dtype="bfloat16", resume=True)
     assert_same(dict(resumed.model.state_dict()), dict(whole.model.state_dict()))
     states = [ckpt.load(Path(name, "last.pt")) for name in ("whole", "out")]

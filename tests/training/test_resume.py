@@ -2,7 +2,6 @@
 
 import io
 import math
-import os
 import shutil
 import signal
 from pathlib import Path
@@ -18,6 +17,7 @@ from tests.tools.small_runs import (
     TEXT,
     assert_same,
     data_set,
+    interrupted,
     quiet,
     small_config,
     small_keys,
@@ -50,23 +50,12 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_a_stop_at_any_iteration_is_seamless(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: str
-) -> None:
+def test_a_stop_at_any_iteration_is_seamless(tmp_path: Path, dtype: str) -> None:
     whole = trained(tmp_path, max_iters=25, dtype=dtype)
     saved = state_of(tmp_path)
-    update = Trainer._update
-
-    def interrupted(self: Trainer, learning_rate: float) -> Any:
-        if self.iter_num == 13:
-            os.kill(os.getpid(), signal.SIGINT)
-        return update(self, learning_rate)
-
-    monkeypatch.setattr(Trainer, "_update", interrupted)
-    with pytest.raises(KeyboardInterrupt):
+    with interrupted(Trainer, 13), pytest.raises(KeyboardInterrupt):
         trained(tmp_path, max_iters=25, dtype=dtype)
     assert state_of(tmp_path)["iter_num"] == 14  # the update in progress was finished
-    monkeypatch.setattr(Trainer, "_update", update)
     resumed = trained(tmp_path, max_iters=25, dtype=dtype, init_from="resume")
     assert_same(dict(resumed.model.state_dict()), dict(whole.model.state_dict()))
     again = state_of(tmp_path)
