@@ -170,13 +170,10 @@ def test_a_checkpoint_carries_it(tokenizer: Tokenizer) -> None:
             unpacked(entries | damage)
 
 
-def test_wrong_ids_and_texts_are_refused(tokenizer: Tokenizer) -> None:
+def test_wrong_ids_are_refused(tokenizer: Tokenizer) -> None:
     size = tokenizer.vocab_size
     with pytest.raises(ValueError, match=rf"\[0, {size}\), got {size} at position 1"):
         tokenizer.decode([0, size])
-    for encode in (tokenizer.encode, tokenizer.encode_array):
-        with pytest.raises(TypeError, match="text must be a str, got bytes"):
-            encode(b"ab")  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
