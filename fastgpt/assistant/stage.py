@@ -6,7 +6,7 @@ pairs; the learning rate falls linearly to 0.
 """
 
 import itertools
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -150,8 +150,8 @@ def order(count: int, seed: int, done: int) -> Iterator[int]:
 
 
 class Stage(Run):
-    """A run that trains ``model`` by the loss module around it. See ``training.step.Step`` for what
-    that gets.
+    """A run that trains ``model`` on the rows ``train`` by the loss module around it. See
+    ``training.step.Step`` for what that gets.
 
     Raises ValueError or TypeError naming the key of the config, NotADirectoryError if ``out_dir``
     is a file; with ``resume`` FileNotFoundError or ValueError without a usable checkpoint there.
@@ -165,6 +165,7 @@ class Stage(Run):
         model: GPT,
         loss: Callable[[Any], nn.Module],
         tokenizer: ChatTokenizer,
+        train: Sequence[Any],
         console: "Console | PlainConsole",
     ) -> None:
         self._train_config = TrainConfig(
@@ -189,6 +190,13 @@ class Stage(Run):
         if saved is not None:
             self._restore(saved, ckpt.own_state(saved), path)
             console.print(f"going on from {self.out_dir} at iteration {self.iter_num}")
+        self.train = train
+        self._n_rows = config.batch_size * config.gradient_accumulation_steps
+        self._order = order(len(train), config.seed, self._n_rows * self.iter_num)
+
+    def _next_rows(self) -> list[Any]:
+        """Of ``train``, for an update."""
+        return [self.train[i] for i in itertools.islice(self._order, self._n_rows)]
 
     def learning_rate(self, iteration: int) -> float:
         learning_rate: float = self.config.learning_rate

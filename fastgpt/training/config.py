@@ -245,8 +245,6 @@ class SampleConfig:
             raise ValueError("start must hold at least one character, got ''")
         if "" in self.stop:
             raise ValueError("stop must hold texts of at least one character, got ''")
-        if self.interactive and self.lines:
-            raise ValueError("lines must be False with interactive, whose prompts are lines anyway")
         modes = ("chat", "dialogues", "interactive", "lines")
         given = [mode for mode in modes if getattr(self, mode)]
         if len(given) > 1:

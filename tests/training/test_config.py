@@ -114,7 +114,7 @@ def test_bad_values_are_named(
         ({"stop": "a"}, "stop must be a tuple of strings, got"),
         ({"stop": ["a"]}, "stop must be a tuple of strings, got"),
         ({"stop": ("a", 1)}, "stop must be a tuple of strings, got"),
-        ({"interactive": True, "lines": True}, "lines must be False with interactive"),
+        ({"interactive": True, "lines": True}, "give --interactive or --lines, not both"),
         ({"start": ""}, "start must hold at least one character"),
         ({"init_from": "scratch"}, "init_from must be one of resume, gpt2"),
     ],
