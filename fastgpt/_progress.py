@@ -30,7 +30,7 @@ def progress_bar(
 ) -> Iterator[Callable[..., None]]:
     """A bar on ``console``, or on stderr, moved by ``show(fraction, text="")``; the fraction of the
     work that is done lies in [0, 1] and is None where the whole is unknown. Without rich, or where
-    the console is no terminal, nothing is shown.
+    the console is no terminal that can move its cursor, nothing is shown.
     """
     try:
         from rich.console import Console
@@ -46,7 +46,7 @@ def progress_bar(
         hidden = True
     else:
         console = console or Console(stderr=True)
-    if hidden or not isinstance(console, Console) or not console.is_terminal:
+    if hidden or not isinstance(console, Console) or not console.is_interactive:
         yield lambda fraction, text="": None
         return
     columns = (
@@ -71,7 +71,7 @@ def progress_bar(
 class PlainConsole:
     """As much of rich's Console as a run needs, where rich is not installed."""
 
-    is_terminal = False
+    is_interactive = False
 
     def print(self, text: object, **style: Any) -> None:
         print(text, flush=True)

@@ -7,6 +7,7 @@ gradient scaler. All of it loads under ``weights_only=True``. ``checkpoint_folde
 checkpoints a run keeps; ``sharded_checkpoint.py`` has those of sharded runs.
 """
 
+import shlex
 import shutil
 import zipfile
 from pathlib import Path
@@ -162,7 +163,8 @@ def refuse_translation(checkpoint: Checkpoint, path: Path) -> None:
     """Raise ValueError for what ``fastgpt translate train`` wrote."""
     if "source_tokenizer" in checkpoint:
         raise ValueError(
-            f"{path} is a translation model: fastgpt translate --model {path.parent} uses it"
+            f"{path} is a translation model: fastgpt translate --model "
+            f"{shlex.quote(str(path.parent))} uses it"
         )
 
 
@@ -186,7 +188,8 @@ def build_model(
     """
     refuse_translation(checkpoint, path)
     if REWARD_HEAD in checkpoint["model"]:
-        raise ValueError(f"{path} is a reward model: fastgpt rl --reward {path.parent} uses it")
+        folder = shlex.quote(str(path.parent))
+        raise ValueError(f"{path} is a reward model: fastgpt rl --reward {folder} uses it")
     own = own_state(checkpoint)
     try:
         args = dict(checkpoint["model_args"])

@@ -124,12 +124,13 @@ def read(path: Path) -> list[Row]:
 
 def _drop_from(path: Path, first_iter: int, keep_evaluation: bool) -> None:
     """Keep the rows before ``first_iter``, and its evaluation if it will not be made again."""
-    kept = [
-        row
-        for row in read(path)
-        if row["iter"] < first_iter
-        or (keep_evaluation and row["iter"] == first_iter and "val/loss" in row)
-    ]
+
+    def is_kept(row: Row) -> bool:
+        of_evaluation = any(key.startswith("val/") for key in row)
+        last = first_iter if keep_evaluation and of_evaluation else first_iter - 1
+        return row["iter"] <= last
+
+    kept = filter(is_kept, read(path))
     with atomic_write(path) as file:
         file.writelines((json.dumps(row) + "\n").encode() for row in kept)
 

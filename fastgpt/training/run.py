@@ -310,7 +310,7 @@ class Run:
         if self.world.is_main:
             row = {**figures, "lr": learning_rate, "tokens_per_second": speed, **more}
             self._log.write(self.iter_num, **row)
-        if not self.console.is_terminal:
+        if not self.console.is_interactive:
             self.console.print(f"iter {self.iter_num}: {text}")
         return text
 

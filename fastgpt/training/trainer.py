@@ -10,6 +10,7 @@ stopped.
 """
 
 import math
+import shlex
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -68,7 +69,8 @@ class Trainer(Run):
             )
         super().__init__(config, console, world)
         self._n_updates = config.max_iters + 1
-        self._how_to_resume = f"with: fastgpt train --init_from=resume --out_dir={config.out_dir}"
+        out_dir = shlex.quote(config.out_dir)
+        self._how_to_resume = f"with: fastgpt train --init_from=resume --out_dir={out_dir}"
         self._build = build
         self._mfu: float | None = None
         self._is_warm = False  # the first report includes compilation

@@ -136,6 +136,6 @@ def test_a_bad_line_is_named(
 
 
 def test_a_reward_model_is_no_language_model(tmp_path: Path, refused: Callable[..., str]) -> None:
-    folder = folder_of(tmp_path / "reward", small_model())
-    said = f"{folder}/ckpt.pt is a reward model: fastgpt rl --reward {folder} uses it"
+    folder = folder_of(tmp_path / "my reward", small_model())
+    said = f"{folder}/ckpt.pt is a reward model: fastgpt rl --reward '{folder}' uses it"
     assert refused("sample", f"--out_dir={folder}", "--device=cpu") == f"error: {said}"

@@ -38,11 +38,11 @@ def run(*argv: str) -> None:
 @pytest.mark.parametrize("kind", ["bpe", "unigram"])
 def test_from_texts_to_a_sample(kind: str, capfd: pytest.CaptureFixture[str]) -> None:
     run("tokenizer", "train", "--input=docs.jsonl", f"--kind={kind}", "--vocab_size=300",
-        "--out_dir=tokenizers/mine")  # fmt: skip
-    run("prepare", "--input=docs.jsonl", "--tokenizer=tokenizers/mine", "--val_share=0.2",
+        "--out_dir=tokenizers/my own")  # fmt: skip
+    run("prepare", "--input=docs.jsonl", "--tokenizer=tokenizers/my own", "--val_share=0.2",
         "--shard_tokens=3000", "--workers=2")  # fmt: skip
     out = capfd.readouterr().out
-    assert "use it: fastgpt prepare --tokenizer tokenizers/mine --input docs.jsonl" in out
+    assert "use it: fastgpt prepare --tokenizer 'tokenizers/my own' --input docs.jsonl" in out
     assert "prepared data/docs: " in out and "train on it: fastgpt train --dataset=docs" in out
     manifest = read_manifest("data/docs")
     assert manifest is not None and len(manifest.splits["train"].shards) > 1

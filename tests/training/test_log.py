@@ -94,6 +94,18 @@ def test_what_was_lost_with_a_crash_is_not_logged_twice(tmp_path: Path) -> None:
     assert not list(path.parent.glob(".*"))
 
 
+@pytest.mark.parametrize("figure", ["loss", "reward"])
+def test_the_evaluation_at_a_stop_is_kept(tmp_path: Path, figure: str) -> None:
+    """Of a run of any kind; it is not made again where the run goes on between two others."""
+    (tmp_path / "out").mkdir()
+    run_log = RunLog(config := small_config(tmp_path))
+    with run_log.opened(config, 0):
+        run_log.write(14, **{figure: 1.0})
+        run_log.write(14, **{f"val/{figure}": 2.0})
+    with run_log.opened(config, 14):
+        assert [f"val/{figure}" in row for row in rows(tmp_path)] == [True]
+
+
 def test_a_log_that_cannot_be_read_is_named(tmp_path: Path) -> None:
     path = tmp_path / "log.jsonl"
     with pytest.raises(FileNotFoundError, match="there is no .*log.jsonl"):

@@ -2,6 +2,7 @@
 
 import io
 import math
+import shlex
 import shutil
 import signal
 from pathlib import Path
@@ -62,6 +63,15 @@ def test_a_stop_at_any_iteration_is_seamless(tmp_path: Path, dtype: str) -> None
     for key in ("model", "optimizer"):  # master weights and moments
         assert_same(dict(again[key]), dict(saved[key]))
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_the_way_to_go_on_is_a_command(tmp_path: Path) -> None:
+    out, out_dir = io.StringIO(), str(tmp_path / "my run")
+    console = Console(file=out, width=300)
+    with interrupted(Trainer, 1), pytest.raises(KeyboardInterrupt):
+        Trainer(small_config(tmp_path, out_dir=out_dir), console).run()
+    words = shlex.split(out.getvalue())
+    assert words[-4:] == ["fastgpt", "train", "--init_from=resume", f"--out_dir={out_dir}"]
 
 
 def test_the_shape_comes_from_the_checkpoint(tmp_path: Path) -> None:
