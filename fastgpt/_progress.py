@@ -4,10 +4,12 @@ import contextlib
 import io
 import sys
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 if TYPE_CHECKING:
     from rich.console import Console
+
+AnyConsole: TypeAlias = "Console | PlainConsole"
 
 SPAN = 1 << 22  # items at a time: a few milliseconds of work and at most 32 MB of int64
 _SPANS_WITHOUT_BAR = 32  # about a second of work
@@ -26,7 +28,7 @@ def spans(total: int, description: str) -> Iterator[slice]:
 
 @contextlib.contextmanager
 def progress_bar(
-    description: str, hidden: bool = False, console: "Console | PlainConsole | None" = None
+    description: str, hidden: bool = False, console: "AnyConsole | None" = None
 ) -> Iterator[Callable[..., None]]:
     """A bar on ``console``, or on stderr, moved by ``show(fraction, text="")``; the fraction of the
     work that is done lies in [0, 1] and is None where the whole is unknown. Without rich, or where
@@ -86,7 +88,7 @@ def escape_unprintable() -> None:
             stream.reconfigure(errors="backslashreplace")
 
 
-def run_console() -> "Console | PlainConsole":
+def run_console() -> AnyConsole:
     """A console on stdout without markup: names of files and texts are shown as they are, but see
     ``escape_unprintable``.
     """

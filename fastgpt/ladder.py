@@ -10,12 +10,13 @@ import statistics
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fastgpt import ops
+from fastgpt._progress import AnyConsole
 from fastgpt.bigram import Bigram
 from fastgpt.blocks import MLP, Block, CausalSelfAttention, LayerNorm
 from fastgpt.devices import autocast
@@ -26,9 +27,6 @@ from fastgpt.training import log
 from fastgpt.training.config import TrainConfig
 from fastgpt.training.presets import PRESETS
 from fastgpt.training.trainer import Trainer
-
-if TYPE_CHECKING:
-    from rich.console import Console
 
 # -- layers, (B, T, C) → (B, T, C)
 
@@ -179,7 +177,7 @@ def climb(
     rungs: Iterable[str],
     data_dir: Path,
     out_dir: Path,
-    console: "Console | None" = None,
+    console: "AnyConsole | None" = None,
     **changes: Any,
 ) -> Iterator[Result]:
     """Train each rung on the data set in ``data_dir``, with a log in ``out_dir``; yield what became

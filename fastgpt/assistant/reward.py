@@ -7,12 +7,12 @@ and two answers to it, ``chosen`` and ``rejected``.
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from fastgpt._progress import PlainConsole
+from fastgpt._progress import AnyConsole
 from fastgpt.assistant import template
 from fastgpt.assistant.reward_model import PairLoss, RewardModel, pair_loss, rows
 from fastgpt.assistant.stage import Stage, StageConfig, held_out, loaded_gpt
@@ -20,9 +20,6 @@ from fastgpt.data.file_formats import naming
 from fastgpt.tokenizer import ChatTokenizer
 from fastgpt.tokenizer.base import in_utf8
 from fastgpt.training.run import Figures
-
-if TYPE_CHECKING:
-    from rich.console import Console
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,7 +68,7 @@ class RewardTraining(Stage):
 
     config: RewardConfig
 
-    def __init__(self, config: RewardConfig, console: "Console | PlainConsole") -> None:
+    def __init__(self, config: RewardConfig, console: AnyConsole) -> None:
         gpt, tokenizer = loaded_gpt(config.init_from)
         read = partial(read_pair, tokenizer, gpt.config.block_size)
         train, self.val = held_out(config, read, lambda pair: pair.prompt)

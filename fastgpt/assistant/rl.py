@@ -8,11 +8,11 @@ from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
-from fastgpt._progress import PlainConsole
+from fastgpt._progress import AnyConsole
 from fastgpt.assistant import template
 from fastgpt.assistant.policy_loss import PolicyLoss, advantages, token_logps
 from fastgpt.assistant.scoring import Answer, Prompt, scorer
@@ -21,9 +21,6 @@ from fastgpt.data.batches import padded
 from fastgpt.generation import Generator, Sampling, check_finite
 from fastgpt.tokenizer import ChatTokenizer
 from fastgpt.training.run import Figures
-
-if TYPE_CHECKING:
-    from rich.console import Console
 
 # On a GPU the host looks every so many tokens whether all answers have ended.
 _LOOK_EVERY = {"cpu": 1, "cuda": 16}
@@ -84,7 +81,7 @@ class ReinforcementLearning(Stage):
 
     config: RLConfig
 
-    def __init__(self, config: RLConfig, console: "Console | PlainConsole") -> None:
+    def __init__(self, config: RLConfig, console: AnyConsole) -> None:
         for name, least in _LEAST.items():
             if not getattr(config, name) >= least:
                 raise ValueError(f"{name} must be at least {least}, got {getattr(config, name)}")

@@ -9,12 +9,12 @@ import itertools
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
 
-from fastgpt._progress import PlainConsole
+from fastgpt._progress import AnyConsole
 from fastgpt.data.file_formats import naming, read_json_lines
 from fastgpt.model import GPT
 from fastgpt.tokenizer import ChatTokenizer
@@ -23,9 +23,6 @@ from fastgpt.training import checkpoint_folder
 from fastgpt.training.config import Dtype, TrainConfig
 from fastgpt.training.init_from import shape_of
 from fastgpt.training.run import Run
-
-if TYPE_CHECKING:
-    from rich.console import Console
 
 _T = TypeVar("_T")
 
@@ -166,7 +163,7 @@ class Stage(Run):
         loss: Callable[[Any], nn.Module],
         tokenizer: ChatTokenizer,
         train: Sequence[Any],
-        console: "Console | PlainConsole",
+        console: AnyConsole,
     ) -> None:
         self._train_config = TrainConfig(
             **{f: v for f, v in asdict(config).items() if f in TrainConfig.__dataclass_fields__},

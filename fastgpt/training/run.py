@@ -11,13 +11,13 @@ from dataclasses import asdict
 from pathlib import Path
 from time import perf_counter
 from types import FrameType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fastgpt._files import check_folder, exclusive_lock
-from fastgpt._progress import PlainConsole, progress_bar, run_console
+from fastgpt._progress import AnyConsole, progress_bar, run_console
 from fastgpt.devices import (
     autocast,
     random_states,
@@ -34,9 +34,6 @@ from fastgpt.training.distributed import ALONE, World
 from fastgpt.training.log import LOG, RunLog
 from fastgpt.training.optimizer import MasterAdamW, saved_state
 from fastgpt.training.step import Step
-
-if TYPE_CHECKING:
-    from rich.console import Console
 
 Figures = dict[str, float]
 
@@ -62,7 +59,7 @@ class Run:
     def __init__(
         self,
         config: Any,
-        console: "Console | PlainConsole | None" = None,
+        console: "AnyConsole | None" = None,
         world: World = ALONE,
     ) -> None:
         self.config = config

@@ -14,13 +14,13 @@ import shlex
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from fastgpt._progress import PlainConsole
+from fastgpt._progress import AnyConsole
 from fastgpt.data.batches import SPLITS, Batches, fingerprint
 from fastgpt.data.manifest import read_manifest
 from fastgpt.devices import peak_flops, random_states
@@ -33,9 +33,6 @@ from fastgpt.training.config import TrainConfig
 from fastgpt.training.distributed import ALONE, World
 from fastgpt.training.log import LOG, TENSORBOARD
 from fastgpt.training.run import Figures, Run
-
-if TYPE_CHECKING:
-    from rich.console import Console
 
 
 class Trainer(Run):
@@ -59,7 +56,7 @@ class Trainer(Run):
     def __init__(
         self,
         config: TrainConfig,
-        console: "Console | PlainConsole | None" = None,
+        console: "AnyConsole | None" = None,
         world: World = ALONE,
         build: Callable[[GPTConfig], LanguageModel] | None = None,
     ) -> None:

@@ -14,13 +14,13 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastgpt._files import atomic_write
-from fastgpt._progress import PlainConsole
+from fastgpt._progress import AnyConsole
 from fastgpt.data.sources import TextSource
 from fastgpt.seq2seq import PADDING, Seq2Seq, Seq2SeqConfig
 from fastgpt.tokenizer import CharTokenizer, Tokenizer, packed, tokenizer_from
@@ -39,9 +39,6 @@ from fastgpt.translation.pairs import (
     read_two_files,
 )
 from fastgpt.translation.translator import LAST, Tokenizers, load_model
-
-if TYPE_CHECKING:
-    from rich.console import Console
 
 HELD_OUT = "held_out.tsv"
 
@@ -104,9 +101,7 @@ class TranslationTrainer(Run):
     NEWEST = LAST
     FILES = (LAST, LOG, HELD_OUT)
 
-    def __init__(
-        self, config: TranslationConfig, console: "Console | PlainConsole | None" = None
-    ) -> None:
+    def __init__(self, config: TranslationConfig, console: "AnyConsole | None" = None) -> None:
         check_config(config)
         super().__init__(config, console)
         pairs = read_pairs(config)
