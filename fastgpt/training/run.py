@@ -233,7 +233,7 @@ class Run:
     def _evaluate(self) -> bool:
         """Print and log an evaluation; whether the state is to be published as ``ckpt.pt``."""
         figures = self.evaluate()
-        self.console.print(f"step {self.iter_num}: {_shown(figures)}")
+        self.console.print(f"step {self.iter_num}: {_listed(figures)}")
         self._log.write(self.iter_num, **{f"val/{key}": v for key, v in figures.items()})
         return True
 
@@ -248,7 +248,7 @@ class Run:
     def _shown(self, figures: Figures, speed: float) -> tuple[str, Figures]:
         """The figures of an update, with the tokens per second since the last report, as a line
         shows them; and what else the log gets."""
-        return f"{_shown(figures)}, {speed:,.0f} tokens/s", {}
+        return f"{_listed(figures)}, {speed:,.0f} tokens/s", {}
 
     def run(self) -> None:
         """Train; evaluate and save every ``eval_interval`` updates and at the end.
@@ -312,7 +312,7 @@ class Run:
         return text
 
 
-def _shown(figures: Figures) -> str:
+def _listed(figures: Figures) -> str:
     return ", ".join(f"{key} {value:.4g}" for key, value in figures.items())
 
 
