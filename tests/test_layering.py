@@ -3,6 +3,7 @@
 import ast
 import functools
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -47,18 +48,23 @@ TORCH_ALONE = {
     "reference",
     "torch_ops",
 }
-# optional: imported where used
+# imported where used, by ``optional``
 LATE = {
+    "datasets",
     "huggingface_hub",
     "matplotlib",
+    "pyarrow",
     "sacrebleu",
     "safetensors",
+    "sentencepiece",
     "tensorboard",
     "tiktoken",
     "tokenizers",
     "transformers",
     "wandb",
+    "zstandard",
 }
+BY_TRANSFORMERS = {"huggingface_hub", "tokenizers"}  # which requires them
 
 
 @dataclass(frozen=True)
@@ -164,11 +170,29 @@ def test_triton_and_optional_libraries_load_late() -> None:
         if found.package in ("tyro", "rich"):
             late = found.package == "rich" and not found.at_import
             assert module.startswith("fastgpt.cli") or late, where
-        if found.package in LATE:
-            assert not found.at_import and in_kernels != "kernels", where
+        if found.package in LATE:  # once `optional` has found it
+            assert not found.at_import and module.startswith("fastgpt.interop.transformers"), where
         # `fused` and the op files import Triton, so whoever imports them does
         if found.module == "fastgpt.kernels.fused":
             assert module == "fastgpt.ops" and not found.at_import, where
+
+
+def test_a_missing_library_is_in_the_extra_that_is_named() -> None:
+    declared = (ROOT / "pyproject.toml").read_text()
+    seen = set()
+    for module, path in SOURCES.items():
+        for node in ast.walk(ast.parse(path.read_text())):
+            match node:
+                case ast.Call(
+                    func=ast.Name(id="optional"),
+                    args=[ast.Constant(value=str(library)), _, ast.Constant(value=str(extra))],
+                ):
+                    (listed,) = re.findall(rf"^{extra} = \[(.*?)\]", declared, re.M | re.S)
+                    package = library.partition(".")[0]
+                    required = "transformers" if package in BY_TRANSFORMERS else package
+                    assert f'"{package}>' in listed or f'"{required}>' in listed, module
+                    seen.add(package)
+    assert seen == LATE - {"tensorboard", "wandb"}  # of which test_log knows
 
 
 def test_the_plain_ops_need_no_triton() -> None:
