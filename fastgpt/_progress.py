@@ -44,6 +44,7 @@ def progress_bar(
             TimeElapsedColumn,
             TimeRemainingColumn,
         )
+        from rich.table import Column
     except ModuleNotFoundError:
         hidden = True
     else:
@@ -53,14 +54,14 @@ def progress_bar(
         return
     columns = (
         TextColumn(description),
-        BarColumn(),
+        BarColumn(bar_width=12),
         TaskProgressColumn(),
-        TextColumn("{task.fields[text]}"),
+        # On a narrow terminal this one is cut off.
+        TextColumn("{task.fields[text]}", table_column=Column(ratio=1, no_wrap=True)),
         TimeElapsedColumn(),
-        TextColumn("left"),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=console, transient=True) as progress:
+    with Progress(*columns, console=console, transient=True, expand=True) as progress:
         task = progress.add_task("", total=None, text="")
 
         def show(fraction: float | None, text: str = "") -> None:
