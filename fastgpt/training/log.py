@@ -9,7 +9,7 @@ peak, ``mfu`` in percent; an evaluation adds nanoGPT's keys ``train/loss``, ``va
 import json
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
 from io import FileIO
@@ -30,8 +30,8 @@ class RunLog:
 
         log = RunLog(config)
         with log.opened(config, first_iter=0):
-            log.write(0, loss=4.2, lr=1e-3, tokens_per_second=1e5)
-            log.evaluation(0, train=4.2, val=4.2, lr=1e-3, mfu=None)
+            log.write(0, {"train/loss": 4.2, "val/loss": 4.2}, to_wandb=True)
+            log.write(0, {"loss": 4.2, "lr": 1e-3, "tokens_per_second": 1e5})
 
     Raises ImportError, before any work is done, when a package that the config asks for is not
     installed.
@@ -74,18 +74,8 @@ class RunLog:
                 if self._wandb is not None:
                     self._wandb.finish()
 
-    def evaluation(
-        self, iteration: int, train: float, val: float, lr: float, mfu: float | None
-    ) -> None:
-        """The mean losses of both splits before the update ``iteration``; ``mfu`` in [0, 1]."""
-        row = {"train/loss": train, "val/loss": val, "lr": lr}
-        row["mfu"] = -1.0 if mfu is None else 100 * mfu  # as in nanoGPT
-        self.write(iteration, **row)
-        if self._wandb is not None:
-            self._wandb.log({"iter": iteration, **row})
-
-    def write(self, iteration: int, **figures: float) -> None:
-        """A row of any figures of the update ``iteration``, not to Weights & Biases."""
+    def write(self, iteration: int, figures: Mapping[str, float], to_wandb: bool = False) -> None:
+        """A row of any figures of the update ``iteration``, or of the evaluation before it."""
         row: Row = {"iter": iteration, **figures}
         assert self._file is not None, "opened() comes first"
         finite = {k: v if math.isfinite(v) else None for k, v in row.items()}
@@ -99,6 +89,8 @@ class RunLog:
                 if key != "iter":
                     self._writer.add_scalar(key, value, row["iter"])
             self._writer.flush()
+        if self._wandb is not None and to_wandb:
+            self._wandb.log(row)
 
 
 def read(path: Path) -> list[Row]:

@@ -160,8 +160,10 @@ class Run:
         FloatingPointError if it is not finite."""
         self._report_losses(losses)
         if self.world.is_main:
-            rate = self.learning_rate(self.iter_num)
-            self._log.evaluation(self.iter_num, losses["train"], losses["val"], rate, mfu)
+            row = {f"{split}/loss": loss for split, loss in losses.items()}
+            row["lr"] = self.learning_rate(self.iter_num)
+            row["mfu"] = -1.0 if mfu is None else 100 * mfu  # as in nanoGPT
+            self._log.write(self.iter_num, row, to_wandb=True)
         if not math.isfinite(losses["val"]):
             self._step.not_finite.fill_(1.0)
             self._check_finite()
@@ -234,7 +236,7 @@ class Run:
         """Print and log an evaluation; whether the state is to be published as ``ckpt.pt``."""
         figures = self.evaluate()
         self.console.print(f"step {self.iter_num}: {_listed(figures)}")
-        self._log.write(self.iter_num, **{f"val/{key}": v for key, v in figures.items()})
+        self._log.write(self.iter_num, {f"val/{key}": v for key, v in figures.items()})
         return True
 
     def _save(self, publish: bool) -> Path | None:
@@ -292,7 +294,7 @@ class Run:
                     self.console.print(f"ended before iteration {self.iter_num}: {reason}")
                 self._save(self._evaluate())  # for the updates since the last evaluation
                 return
-            # Here, where a signal does not end the process: this one may get its own only now.
+            # In `interrupts` still: another rank may have got the signal first, this one only now.
             if saved := self._save(publish=False):
                 self.console.print(
                     f"stopped before iteration {self.iter_num}; saved {saved}. Go on "
@@ -306,7 +308,7 @@ class Run:
         text, more = self._shown(figures, speed)
         if self.world.is_main:
             row = {**figures, "lr": learning_rate, "tokens_per_second": speed, **more}
-            self._log.write(self.iter_num, **row)
+            self._log.write(self.iter_num, row)
         if not self.console.is_interactive:
             self.console.print(f"iter {self.iter_num}: {text}")
         return text

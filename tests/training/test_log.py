@@ -58,12 +58,12 @@ def test_a_line_is_on_disk_when_it_is_reported(tmp_path: Path) -> None:
     run_log = RunLog(config := small_config(tmp_path))
     with run_log.opened(config, 0):
         for i in range(3):
-            run_log.write(i, loss=1.0, lr=0.1, tokens_per_second=5.0)
+            run_log.write(i, {"loss": 1.0, "lr": 0.1, "tokens_per_second": 5.0})
             assert len(rows(tmp_path)) == i + 1
-        run_log.evaluation(3, train=float("nan"), val=float("inf"), lr=0.1, mfu=None)
+        run_log.write(3, {"train/loss": float("nan"), "val/loss": float("inf")})
     first, *_, last = rows(tmp_path)
     assert first["loss"] == 1.0
-    assert last["train/loss"] is None and last["val/loss"] is None and last["mfu"] == -1.0
+    assert last["train/loss"] is None and last["val/loss"] is None
 
 
 def test_a_run_that_goes_on_writes_the_log_of_one_that_was_never_stopped(tmp_path: Path) -> None:
@@ -100,8 +100,8 @@ def test_the_evaluation_at_a_stop_is_kept(tmp_path: Path, figure: str) -> None:
     (tmp_path / "out").mkdir()
     run_log = RunLog(config := small_config(tmp_path))
     with run_log.opened(config, 0):
-        run_log.write(14, **{figure: 1.0})
-        run_log.write(14, **{f"val/{figure}": 2.0})
+        run_log.write(14, {figure: 1.0})
+        run_log.write(14, {f"val/{figure}": 2.0})
     with run_log.opened(config, 14):
         assert [f"val/{figure}" in row for row in rows(tmp_path)] == [True]
 
