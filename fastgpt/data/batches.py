@@ -163,9 +163,9 @@ class Batches:
 
     Raises:
         FileNotFoundError: a file is missing.
-        ValueError: a file is empty, has an odd size or holds an id that is too large; no file of a
-            split has T + 1 tokens, or no dialogue of it an answer within these; the manifest is not
-            usable (see ``token_files``).
+        ValueError: batch_size is below 1; a file is empty, has an odd size or holds an id that is
+            too large; no file of a split has T + 1 tokens, or no dialogue of it an answer within
+            these; the manifest is not usable (see ``token_files``).
     """
 
     def __init__(
@@ -179,6 +179,8 @@ class Batches:
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, got {batch_size}")
         self._rank, self._world_size = rank, world_size
         self._batch_size = batch_size
         self._block_size = block_size
