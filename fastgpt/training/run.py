@@ -75,6 +75,7 @@ class Run:
         self._resumed = False
         self.iter_num = 0
         self._n_updates: int = config.max_iters
+        self.val_loss = math.nan
         self.best_val_loss = math.inf
         self.best_iter: int | None = None
         torch.manual_seed(config.seed)
@@ -151,6 +152,7 @@ class Run:
                 yield
 
     def _report_losses(self, losses: Mapping[str, float]) -> None:
+        self.val_loss = losses["val"]
         self.console.print(
             f"step {self.iter_num}: train loss {losses['train']:.4f}, val loss {losses['val']:.4f}"
         )

@@ -118,7 +118,6 @@ class Trainer(Run):
         )
         micro_batches = config.gradient_accumulation_steps // world.size
         self._build_step(trained, micro_batches, self._uses_cuda_graph())
-        self.val_loss = math.nan
         if saved is not None:
             self._go_on(saved, path)
 
@@ -288,10 +287,6 @@ class Trainer(Run):
 
     def _evaluate(self) -> bool:
         return self._record(self.evaluate(), self._mfu) or self.config.always_save_checkpoint
-
-    def _report_losses(self, losses: Mapping[str, float]) -> None:
-        self.val_loss = losses["val"]
-        super()._report_losses(losses)
 
     def _save(self, publish: bool) -> Path | None:
         if self._build is not None:
