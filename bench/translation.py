@@ -139,9 +139,9 @@ class TorchTrainer(TranslationTrainer):
         self._torch.copy_to(self.model)
         return super().evaluate()
 
-    def _save(self) -> Path:
+    def _save(self, publish: bool) -> Path:
         self._torch.copy_to(self.model)
-        return super()._save()
+        return super()._save(publish)
 
 
 def messages(folder: Path) -> Pairs:

@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import pickle
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
@@ -104,10 +105,30 @@ def sha256_of(path: Path) -> str:
     return digest.hexdigest()
 
 
-def foreign_objects(path: Path) -> str:
-    """The classes and functions, separated by commas, for which PyTorch's ``weights_only=True``
-    refuses a file of ``torch.save``'s; empty if there are none, or if it is no such file.
+@contextlib.contextmanager
+def reading_checkpoint(path: Path) -> Iterator[None]:
+    """In it, what PyTorch raises for a file of ``torch.save``'s that is damaged, or that
+    ``weights_only=True`` refuses, is a ValueError of one line that names ``path``.
     """
+    try:
+        yield
+    except (RuntimeError, pickle.UnpicklingError, EOFError, zipfile.BadZipFile) as error:
+        objects = _foreign_objects(path)
+        if objects:
+            raise ValueError(
+                f"{path} holds objects of {objects}, which PyTorch loads only by running code: if "
+                "you trust the file, torch.load it with weights_only=False and torch.save it "
+                "without them"
+            ) from error
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ValueError(
+            f"{path} is not a checkpoint that torch.save wrote, or it is damaged: {reason}"
+        ) from error
+
+
+def _foreign_objects(path: Path) -> str:
+    """The classes and functions that ``weights_only=True`` refuses; "" if there are none, or the
+    file is none of ``torch.save``'s."""
     import torch  # this module is for commands without it too
 
     try:

@@ -4,10 +4,12 @@ import contextlib
 import io
 import sys
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 if TYPE_CHECKING:
     from rich.console import Console
+
+AnyConsole: TypeAlias = "Console | PlainConsole"
 
 SPAN = 1 << 22  # items at a time: a few milliseconds of work and at most 32 MB of int64
 _SPANS_WITHOUT_BAR = 32  # about a second of work
@@ -25,10 +27,12 @@ def spans(total: int, description: str) -> Iterator[slice]:
 
 
 @contextlib.contextmanager
-def progress_bar(description: str, hidden: bool = False) -> Iterator[Callable[..., None]]:
-    """A bar on stderr, moved by ``show(fraction, text="")``; the fraction of the work that is done
-    lies in [0, 1] and is None where the whole is unknown. Without rich, or where stderr is no
-    terminal, nothing is shown.
+def progress_bar(
+    description: str, hidden: bool = False, console: "AnyConsole | None" = None
+) -> Iterator[Callable[..., None]]:
+    """A bar on ``console``, or on stderr, moved by ``show(fraction, text="")``; the fraction of the
+    work that is done lies in [0, 1] and is None where the whole is unknown. Without rich, or where
+    the console is no terminal that can move its cursor, nothing is shown.
     """
     try:
         from rich.console import Console
@@ -38,20 +42,26 @@ def progress_bar(description: str, hidden: bool = False) -> Iterator[Callable[..
             TaskProgressColumn,
             TextColumn,
             TimeElapsedColumn,
+            TimeRemainingColumn,
         )
+        from rich.table import Column
     except ModuleNotFoundError:
         hidden = True
-    if hidden or not (console := Console(stderr=True)).is_terminal:
+    else:
+        console = console or Console(stderr=True)
+    if hidden or not isinstance(console, Console) or not console.is_interactive:
         yield lambda fraction, text="": None
         return
     columns = (
         TextColumn(description),
-        BarColumn(),
+        BarColumn(bar_width=12),
         TaskProgressColumn(),
-        TextColumn("{task.fields[text]}"),
+        # On a narrow terminal this one is cut off.
+        TextColumn("{task.fields[text]}", table_column=Column(ratio=1, no_wrap=True)),
         TimeElapsedColumn(),
+        TimeRemainingColumn(),
     )
-    with Progress(*columns, console=console, transient=True) as progress:
+    with Progress(*columns, console=console, transient=True, expand=True) as progress:
         task = progress.add_task("", total=None, text="")
 
         def show(fraction: float | None, text: str = "") -> None:
@@ -64,7 +74,7 @@ def progress_bar(description: str, hidden: bool = False) -> Iterator[Callable[..
 class PlainConsole:
     """As much of rich's Console as a run needs, where rich is not installed."""
 
-    is_terminal = False
+    is_interactive = False
 
     def print(self, text: object, **style: Any) -> None:
         print(text, flush=True)
@@ -79,7 +89,7 @@ def escape_unprintable() -> None:
             stream.reconfigure(errors="backslashreplace")
 
 
-def run_console() -> "Console | PlainConsole":
+def run_console() -> AnyConsole:
     """A console on stdout without markup: names of files and texts are shown as they are, but see
     ``escape_unprintable``.
     """

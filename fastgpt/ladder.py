@@ -6,17 +6,17 @@
 In the shape comments B is the batch, T the length, C the width, V the vocabulary.
 """
 
-import math
 import statistics
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fastgpt import ops
+from fastgpt._progress import AnyConsole
 from fastgpt.bigram import Bigram
 from fastgpt.blocks import MLP, Block, CausalSelfAttention, LayerNorm
 from fastgpt.devices import autocast
@@ -28,35 +28,11 @@ from fastgpt.training.config import TrainConfig
 from fastgpt.training.presets import PRESETS
 from fastgpt.training.trainer import Trainer
 
-if TYPE_CHECKING:
-    from rich.console import Console
-
-# -- the average of the past: three ways to the same numbers, (B, T, C) → (B, T, C)
-
-
-def average_by_loop(x: Tensor) -> Tensor:
-    """Row t is the mean of the rows 0 to t."""
-    return torch.stack([x[:, : t + 1].mean(dim=1) for t in range(x.shape[1])], dim=1)
-
-
-def average_by_product(x: Tensor) -> Tensor:
-    """A matrix product: row t of the weights holds 1 / (t + 1) up to column t, then zeros."""
-    weights = torch.ones(x.shape[1], x.shape[1], device=x.device).tril()  # (T, T)
-    return (weights / weights.sum(dim=1, keepdim=True)) @ x
-
-
-def average_by_softmax(x: Tensor) -> Tensor:
-    """The weights as a softmax: equal scores weigh equally, and a score of -inf not at all."""
-    future = torch.ones(x.shape[1], x.shape[1], device=x.device).triu(diagonal=1).bool()
-    scores = torch.zeros_like(future, dtype=x.dtype).masked_fill(future, -math.inf)  # (T, T)
-    return scores.softmax(dim=1) @ x
-
-
 # -- layers, (B, T, C) → (B, T, C)
 
 
 class Average(nn.Module):
-    """The third way by the attention op: a query of zero scores every token of the past alike."""
+    """The mean of the past, by the attention op: a query of zero scores all its tokens alike."""
 
     def forward(self, x: Tensor) -> Tensor:
         x = x[:, None]  # (B, 1, T, C): one head
@@ -201,7 +177,7 @@ def climb(
     rungs: Iterable[str],
     data_dir: Path,
     out_dir: Path,
-    console: "Console | None" = None,
+    console: "AnyConsole | None" = None,
     **changes: Any,
 ) -> Iterator[Result]:
     """Train each rung on the data set in ``data_dir``, with a log in ``out_dir``; yield what became

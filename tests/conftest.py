@@ -122,6 +122,22 @@ def device(request: pytest.FixtureRequest) -> Iterator[str]:
         yield request.param
 
 
+@pytest.fixture
+def refused(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """Run a command of ``fastgpt`` that is refused; its error, which is one line."""
+
+    def run(*argv: str, code: int = 2) -> str:
+        from fastgpt.__main__ import main
+
+        capsys.readouterr()
+        assert main([*argv]) == code
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith("error: "), line
+        return line
+
+    return run
+
+
 @pytest.fixture(params=[fused, torch_ops], ids=["fused", "torch_ops"])
 def ops(request: pytest.FixtureRequest) -> ModuleType:
     """What promises the numbers of ``reference``."""

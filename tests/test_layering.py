@@ -3,6 +3,7 @@
 import ast
 import functools
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -47,18 +48,23 @@ TORCH_ALONE = {
     "reference",
     "torch_ops",
 }
-# optional: imported where used
+# imported where used, by ``optional``
 LATE = {
+    "datasets",
     "huggingface_hub",
     "matplotlib",
+    "pyarrow",
     "sacrebleu",
     "safetensors",
+    "sentencepiece",
     "tensorboard",
     "tiktoken",
     "tokenizers",
     "transformers",
     "wandb",
+    "zstandard",
 }
+BY_TRANSFORMERS = {"huggingface_hub", "tokenizers"}  # which requires them
 
 
 @dataclass(frozen=True)
@@ -138,6 +144,7 @@ def everything() -> Iterator[tuple[str, Import, str]]:
 
 def test_imports_run_one_way() -> None:
     for module, found, where in everything():
+        assert found.package not in ("kernels", "bench", "tests"), where
         if found.package == "fastgpt":
             assert RANK[found.module] <= RANK[module], where
 
@@ -154,13 +161,6 @@ def test_no_modules_import_each_other() -> None:
             del left[module]
 
 
-def test_kernels_know_no_model_and_the_tree_is_not_imported_by_its_other_name() -> None:
-    for module, found, where in everything():
-        assert found.package not in ("kernels", "bench", "tests"), where
-        if module.startswith("fastgpt.kernels.") and found.package == "fastgpt":
-            assert found.module.startswith("fastgpt.kernels"), where
-
-
 def test_triton_and_optional_libraries_load_late() -> None:
     for module, found, where in everything():
         in_kernels, _, name = module.removeprefix("fastgpt.").rpartition(".")
@@ -170,8 +170,8 @@ def test_triton_and_optional_libraries_load_late() -> None:
         if found.package in ("tyro", "rich"):
             late = found.package == "rich" and not found.at_import
             assert module.startswith("fastgpt.cli") or late, where
-        if found.package in LATE:
-            assert not found.at_import and in_kernels != "kernels", where
+        if found.package in LATE:  # once `optional` has found it
+            assert not found.at_import and module.startswith("fastgpt.interop.transformers"), where
         # `fused` and the op files import Triton, so whoever imports them does
         if found.module == "fastgpt.kernels.fused":
             late = module == "fastgpt.ops" and not found.at_import
@@ -180,23 +180,30 @@ def test_triton_and_optional_libraries_load_late() -> None:
             assert not found.at_import, where
 
 
+def test_a_missing_library_is_in_the_extra_that_is_named() -> None:
+    declared = (ROOT / "pyproject.toml").read_text()
+    seen = set()
+    for module, path in SOURCES.items():
+        for node in ast.walk(ast.parse(path.read_text())):
+            match node:
+                case ast.Call(
+                    func=ast.Name(id="optional"),
+                    args=[ast.Constant(value=str(library)), _, ast.Constant(value=str(extra))],
+                ):
+                    (listed,) = re.findall(rf"^{extra} = \[(.*?)\]", declared, re.M | re.S)
+                    package = library.partition(".")[0]
+                    required = "transformers" if package in BY_TRANSFORMERS else package
+                    assert f'"{package}>' in listed or f'"{required}>' in listed, module
+                    seen.add(package)
+    assert seen == LATE - {"tensorboard", "wandb"}  # of which test_log knows
+
+
 def test_the_plain_ops_need_no_triton() -> None:
     for name in TORCH_ALONE:
         for found in imports_of(f"fastgpt.kernels.{name}"):
             allowed = found.package in ("torch", *sys.stdlib_module_names)
             allowed |= name == "costs" and not found.at_import  # a formula asks the launch tables
             assert allowed or found.module.removeprefix("fastgpt.kernels.") in TORCH_ALONE, name
-
-
-def test_data_and_tokenizers_never_load_the_model() -> None:
-    seen, todo = set[str](), [m for m in SOURCES if m.startswith(("fastgpt.data", "fastgpt.token"))]
-    assert len(todo) > 10
-    while todo:
-        module = todo.pop()
-        if module not in seen:
-            seen.add(module)
-            todo += [found.module for found in imports_of(module) if found.module in SOURCES]
-    assert not seen & {"fastgpt", "fastgpt.language_model", "fastgpt.model", "fastgpt.ops"}
 
 
 def test_nothing_is_autotuned_at_run_time() -> None:

@@ -7,23 +7,19 @@ and two answers to it, ``chosen`` and ``rejected``.
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
-from itertools import islice
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from fastgpt._progress import PlainConsole
+from fastgpt._progress import AnyConsole
 from fastgpt.assistant import template
 from fastgpt.assistant.reward_model import PairLoss, RewardModel, pair_loss, rows
-from fastgpt.assistant.stage import Stage, StageConfig, held_out, loaded_gpt, order
+from fastgpt.assistant.stage import Stage, StageConfig, held_out, loaded_gpt
 from fastgpt.data.file_formats import naming
 from fastgpt.tokenizer import ChatTokenizer
 from fastgpt.tokenizer.base import in_utf8
 from fastgpt.training.run import Figures
-
-if TYPE_CHECKING:
-    from rich.console import Console
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,19 +68,17 @@ class RewardTraining(Stage):
 
     config: RewardConfig
 
-    def __init__(self, config: RewardConfig, console: "Console | PlainConsole") -> None:
+    def __init__(self, config: RewardConfig, console: AnyConsole) -> None:
         gpt, tokenizer = loaded_gpt(config.init_from)
         read = partial(read_pair, tokenizer, gpt.config.block_size)
-        self.train, self.val = held_out(config, read, lambda pair: pair.prompt)
+        train, self.val = held_out(config, read, lambda pair: pair.prompt)
         model = RewardModel(gpt.config, gpt.gelu_approximate)
         model.load_state_dict(gpt.state_dict(), strict=False)
-        super().__init__(config, model, PairLoss, tokenizer, console)
-        self._pairs = config.batch_size * config.gradient_accumulation_steps
-        self._order = order(len(self.train), config.seed, self._pairs * self.iter_num)
+        super().__init__(config, model, PairLoss, tokenizer, train, console)
         console.print(f"{len(self.train):,} pairs, {len(self.val):,} more held out")
 
     def _update(self, learning_rate: float) -> tuple[dict[str, Tensor], int]:
-        pairs = [self.train[i] for i in islice(self._order, self._pairs)]
+        pairs = self._next_rows()
         batches = [self._batch(part) for part in self._parts(pairs)]
         n_tokens = sum(len(pair.chosen) + len(pair.rejected) for pair in pairs)
         return {"pair_loss": self._updated(batches, learning_rate)}, n_tokens

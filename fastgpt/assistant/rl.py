@@ -8,23 +8,19 @@ from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import partial
-from itertools import islice
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
-from fastgpt._progress import PlainConsole
+from fastgpt._progress import AnyConsole
 from fastgpt.assistant import template
 from fastgpt.assistant.policy_loss import PolicyLoss, advantages, token_logps
 from fastgpt.assistant.scoring import Answer, Prompt, scorer
-from fastgpt.assistant.stage import Stage, StageConfig, held_out, loaded_gpt, order
+from fastgpt.assistant.stage import Stage, StageConfig, held_out, loaded_gpt
 from fastgpt.data.batches import padded
 from fastgpt.generation import Generator, Sampling, check_finite
 from fastgpt.tokenizer import ChatTokenizer
 from fastgpt.training.run import Figures
-
-if TYPE_CHECKING:
-    from rich.console import Console
 
 # On a GPU the host looks every so many tokens whether all answers have ended.
 _LOOK_EVERY = {"cpu": 1, "cuda": 16}
@@ -85,26 +81,24 @@ class ReinforcementLearning(Stage):
 
     config: RLConfig
 
-    def __init__(self, config: RLConfig, console: "Console | PlainConsole") -> None:
+    def __init__(self, config: RLConfig, console: AnyConsole) -> None:
         for name, least in _LEAST.items():
             if not getattr(config, name) >= least:
                 raise ValueError(f"{name} must be at least {least}, got {getattr(config, name)}")
         policy, tokenizer = loaded_gpt(config.init_from)
         read = partial(read_prompt, tokenizer, policy.config.block_size, config.max_new_tokens)
-        self.train, val = held_out(config, read, lambda prompt: prompt.tokens)
+        train, val = held_out(config, read, lambda prompt: prompt.tokens)
         self.val = val[: config.eval_prompts]
-        longest = max(len(prompt.tokens) for prompt in self.train + self.val)
+        longest = max(len(prompt.tokens) for prompt in train + self.val)
         self._capacity = longest + config.max_new_tokens
         reference = deepcopy(policy).requires_grad_(False).eval()
         loss = partial(PolicyLoss, kl_weight=config.kl_weight)
-        super().__init__(config, policy, loss, tokenizer, console)
+        super().__init__(config, policy, loss, tokenizer, train, console)
         self._reference = reference.to(self.device)
         self._score = scorer(config.reward, tokenizer, self._capacity, self.device, self.autocast)
         # The weights stay where they are, as the caches and graphs of both need it.
         self._sampler = Generator(policy, Sampling(), self.autocast)
         self._greedy = Generator(policy, Sampling(temperature=0.0), self.autocast)
-        self._prompts = config.batch_size * config.gradient_accumulation_steps
-        self._order = order(len(self.train), config.seed, self._prompts * self.iter_num)
         console.print(f"{len(self.train):,} prompts; {len(self.val):,} held-out ones are evaluated")
 
     def _stop(self, figures: Mapping[str, Any]) -> str | None:
@@ -139,8 +133,7 @@ class ReinforcementLearning(Stage):
 
     def _update(self, learning_rate: float) -> tuple[Figures, int]:
         config, device = self.config, self.device
-        chosen = [self.train[i] for i in islice(self._order, self._prompts)]
-        prompts = [prompt for prompt in chosen for _ in range(config.group_size)]
+        prompts = [prompt for prompt in self._next_rows() for _ in range(config.group_size)]
         answers = self.answers(prompts, self._sampler)
         rewards = self._score(prompts, answers)
         of_answers = advantages(rewards.view(-1, config.group_size)).flatten()

@@ -6,15 +6,15 @@ pairs; the learning rate falls linearly to 0.
 """
 
 import itertools
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
 
-from fastgpt._progress import PlainConsole
+from fastgpt._progress import AnyConsole
 from fastgpt.data.file_formats import naming, read_json_lines
 from fastgpt.model import GPT
 from fastgpt.tokenizer import ChatTokenizer
@@ -22,10 +22,7 @@ from fastgpt.training import checkpoint as ckpt
 from fastgpt.training import checkpoint_folder
 from fastgpt.training.config import Dtype, TrainConfig
 from fastgpt.training.init_from import shape_of
-from fastgpt.training.run import Loop
-
-if TYPE_CHECKING:
-    from rich.console import Console
+from fastgpt.training.run import Run
 
 _T = TypeVar("_T")
 
@@ -149,9 +146,9 @@ def order(count: int, seed: int, done: int) -> Iterator[int]:
     return itertools.islice(itertools.chain.from_iterable(epochs), done, None)
 
 
-class Stage(Loop):
-    """A run that trains ``model`` by the loss module around it. See ``training.step.Step`` for what
-    that gets.
+class Stage(Run):
+    """A run that trains ``model`` on the rows ``train`` by the loss module around it. See
+    ``training.step.Step`` for what that gets.
 
     Raises ValueError or TypeError naming the key of the config, NotADirectoryError if ``out_dir``
     is a file; with ``resume`` FileNotFoundError or ValueError without a usable checkpoint there.
@@ -165,14 +162,15 @@ class Stage(Loop):
         model: GPT,
         loss: Callable[[Any], nn.Module],
         tokenizer: ChatTokenizer,
-        console: "Console | PlainConsole",
+        train: Sequence[Any],
+        console: AnyConsole,
     ) -> None:
         self._train_config = TrainConfig(
             **{f: v for f, v in asdict(config).items() if f in TrainConfig.__dataclass_fields__},
             **shape_of(model),
             decay_lr=False,
         )
-        super().__init__(config, self._train_config, console)
+        super().__init__(config, console)
         self._tokenizer = tokenizer
         saved, path = None, self.out_dir / ckpt.BEST
         if config.resume:
@@ -189,12 +187,19 @@ class Stage(Loop):
         if saved is not None:
             self._restore(saved, ckpt.own_state(saved), path)
             console.print(f"going on from {self.out_dir} at iteration {self.iter_num}")
+        self.train = train
+        self._n_rows = config.batch_size * config.gradient_accumulation_steps
+        self._order = order(len(train), config.seed, self._n_rows * self.iter_num)
+
+    def _next_rows(self) -> list[Any]:
+        """Of ``train``, for an update."""
+        return [self.train[i] for i in itertools.islice(self._order, self._n_rows)]
 
     def learning_rate(self, iteration: int) -> float:
         learning_rate: float = self.config.learning_rate
         return learning_rate * (1.0 - iteration / self.config.max_iters)
 
-    def _save(self) -> Path:
+    def _save(self, publish: bool) -> Path:
         path = self.out_dir / ckpt.BEST
         ckpt.save(self._language_model_state(self._train_config, self._tokenizer), path)
         return path

@@ -5,6 +5,7 @@ it has no advice.
 import difflib
 import typing
 from collections.abc import Mapping
+from dataclasses import is_dataclass
 from pathlib import Path
 
 from fastgpt.training.config import RENAMED_KEYS
@@ -13,10 +14,10 @@ _INSTEAD = {"resume": "init_from=resume"}  # an option that there never was → 
 _BOOLEANS = {"true": "True", "false": "False"}
 
 
-def normalized(argv: list[str], commands: Mapping[str, tuple[type, ...]]) -> list[str]:
+def normalized(argv: list[str], commands: Mapping[str, type]) -> list[str]:
     """``argv`` with every boolean as ``--key=True`` or ``--key=False``, whether it was bare, its
     value beside it or behind ``=``, and in whatever case. ``commands`` maps the name of a command
-    to the dataclasses that have its keys.
+    to the dataclass that has its keys, perhaps in dataclasses within it.
 
     Raises ValueError for an unknown command, an option that has another name, and an option without
     dashes.
@@ -27,11 +28,9 @@ def normalized(argv: list[str], commands: Mapping[str, tuple[type, ...]]) -> lis
         near = difflib.get_close_matches(argv[0], commands, n=1)
         hint = f"did you mean {near[0]!r}?" if near else f"allowed: {', '.join(commands)}"
         raise ValueError(f"unknown command {argv[0]!r}; {hint}")
-    kinds = {
-        key: kind
-        for owner in commands[argv[0]]
-        for key, kind in typing.get_type_hints(owner).items()
-    }
+    kinds = typing.get_type_hints(commands[argv[0]])
+    for owner in filter(is_dataclass, [*kinds.values()]):
+        kinds |= typing.get_type_hints(owner)
     done, rest = argv[:1], argv[1:]
     while rest:
         argument = rest.pop(0)

@@ -2,8 +2,12 @@
 
 import contextlib
 import errno
+import functools
+import operator
 import os
+import shlex
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Annotated, Any
 
@@ -13,10 +17,9 @@ from rich.console import Console
 
 import fastgpt
 from fastgpt._progress import escape_unprintable
-from fastgpt.assistant.reward import RewardConfig
-from fastgpt.assistant.rl import RLConfig
+from fastgpt.assistant.reward import RewardConfig, RewardTraining
+from fastgpt.assistant.rl import ReinforcementLearning, RLConfig
 from fastgpt.cli.arguments import normalized
-from fastgpt.cli.assistant import run_reward, run_rl
 from fastgpt.cli.doctor import DoctorConfig, doctor
 from fastgpt.cli.ladder import LadderConfig, run_ladder
 from fastgpt.cli.plot import PlotConfig, plot
@@ -60,68 +63,41 @@ _marked(TranslationConfig, **TRANSLATION_MARKS)
 
 _OF_WRITING = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT, errno.EPIPE)
 
-Command = (
-    Prepare
-    | TrainTokenizer
-    | Train
-    | TuneConfig
-    | SampleConfig
-    | RewardConfig
-    | RLConfig
-    | ExportConfig
-    | PlotConfig
-    | LadderConfig
-    | Translate
-    | TranslationConfig
-    | DoctorConfig
-)
-
-# the dataclasses that have a command's keys
-_COMMANDS: dict[str, tuple[type, ...]] = {
-    "prepare": (Prepare,),
-    "tokenizer": (TrainTokenizer,),
-    "train": (Train, TrainConfig),
-    "tune": (TuneConfig,),
-    "sample": (SampleConfig,),
-    "reward": (RewardConfig,),
-    "rl": (RLConfig,),
-    "export": (ExportConfig,),
-    "plot": (PlotConfig,),
-    "ladder": (LadderConfig,),
-    "translate": (Translate,),
-    "translate train": (TranslationConfig,),
-    "doctor": (DoctorConfig,),
+# Name → the dataclass of its options, and what runs it: on a console for results and one for errors
+# and progress. It may return an exit code.
+_COMMANDS: dict[str, tuple[type, Callable[[Any, Console, Console], int | None]]] = {
+    "prepare": (Prepare, lambda given, out, _: run_prepare(given, out)),
+    "tokenizer": (TrainTokenizer, lambda given, out, _: run_train_tokenizer(given, out)),
+    "train": (Train, lambda given, out, _: run_train(given, World.from_environment(), out)),
+    "tune": (TuneConfig, lambda given, out, _: run_tune(given, out)),
+    "sample": (SampleConfig, run_sample),
+    "reward": (RewardConfig, lambda given, out, _: _reward(given, out)),
+    "rl": (RLConfig, lambda given, out, _: _rl(given, out)),
+    "export": (ExportConfig, lambda given, out, _: _export(given, out)),
+    "plot": (PlotConfig, lambda given, out, _: out.print(f"wrote {plot(given)}")),
+    "ladder": (LadderConfig, run_ladder),
+    "translate": (Translate, lambda given, out, _: run_translate(given, out)),
+    "translate train": (TranslationConfig, lambda given, out, _: run_translate_train(given, out)),
+    "doctor": (DoctorConfig, lambda given, out, _: doctor(out)),
 }
 
 
-def _parse(argv: list[str], defaults: Train) -> Command:
+def _parse(argv: list[str], defaults: Train) -> Any:
     if argv[:2] == ["translate", "train"]:
         argv = ["translate train", *argv[2:]]
-    command: Command = tyro.cli(
-        Annotated[Prepare, tyro.conf.FlagConversionOff, tyro.conf.subcommand("prepare")]
-        | Annotated[TrainTokenizer, tyro.conf.FlagConversionOff, tyro.conf.subcommand("tokenizer")]
-        | Annotated[
-            Train, tyro.conf.FlagConversionOff, tyro.conf.subcommand("train", default=defaults)
-        ]
-        | Annotated[TuneConfig, tyro.conf.FlagConversionOff, tyro.conf.subcommand("tune")]
-        | Annotated[SampleConfig, tyro.conf.FlagConversionOff, tyro.conf.subcommand("sample")]
-        | Annotated[RewardConfig, tyro.conf.FlagConversionOff, tyro.conf.subcommand("reward")]
-        | Annotated[RLConfig, tyro.conf.FlagConversionOff, tyro.conf.subcommand("rl")]
-        | Annotated[ExportConfig, tyro.conf.subcommand("export")]
-        | Annotated[PlotConfig, tyro.conf.subcommand("plot")]
-        | Annotated[LadderConfig, tyro.conf.FlagConversionOff, tyro.conf.subcommand("ladder")]
-        | Annotated[Translate, tyro.conf.subcommand("translate")]
-        | Annotated[
-            TranslationConfig, tyro.conf.FlagConversionOff, tyro.conf.subcommand("translate train")
-        ]
-        | Annotated[DoctorConfig, tyro.conf.subcommand("doctor")],
+    commands: list[Any] = []
+    for name, (options, _) in _COMMANDS.items():
+        default: dict[str, Any] = {"default": defaults} if options is Train else {}
+        commands.append(Annotated[options, tyro.conf.subcommand(name, **default)])
+    union: Any = functools.reduce(operator.or_, commands)
+    return tyro.cli(
+        union,
         prog="fastgpt",
         description="Train GPT-2-class models and sample from them. --version shows the version.",
-        args=normalized(argv, _COMMANDS),
+        args=normalized(argv, {name: options for name, (options, _) in _COMMANDS.items()}),
         use_underscores=True,
-        config=(tyro.conf.OmitArgPrefixes,),
+        config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagConversionOff),
     )
-    return command
 
 
 def _train_config(argv: list[str], first: Train, console: Console) -> TrainConfig:
@@ -144,6 +120,18 @@ def _train_config(argv: list[str], first: Train, console: Console) -> TrainConfi
         return config
     console.print(f"dtype = auto, as {device} has no {config.dtype}, which the checkpoint names")
     return replace(config, dtype="auto")
+
+
+def _reward(config: RewardConfig, console: Console) -> None:
+    RewardTraining(config, console).run()
+    reward = shlex.quote(config.out_dir)
+    console.print(f"saved {config.out_dir}. Learn by it: fastgpt rl --reward={reward}")
+
+
+def _rl(config: RLConfig, console: Console) -> None:
+    ReinforcementLearning(config, console).run()
+    out_dir = shlex.quote(config.out_dir)
+    console.print(f"saved {config.out_dir}. Talk to it: fastgpt sample --chat --out_dir={out_dir}")
 
 
 def _export(config: ExportConfig, console: Console) -> None:
@@ -187,32 +175,10 @@ def main(argv: list[str] | None = None) -> int:
             console.print(f"fastgpt {fastgpt.__version__}")
             return 0
         command = _parse(argv, Train())
+        (run,) = [run for options, run in _COMMANDS.values() if type(command) is options]
         if isinstance(command, Train):
-            run_train(_train_config(argv, command, console), world, console)
-        elif isinstance(command, Prepare):
-            run_prepare(command, console)
-        elif isinstance(command, TrainTokenizer):
-            run_train_tokenizer(command, console)
-        elif isinstance(command, TuneConfig):
-            return run_tune(command, console)
-        elif isinstance(command, RewardConfig):
-            run_reward(command, console)
-        elif isinstance(command, RLConfig):
-            run_rl(command, console)
-        elif isinstance(command, ExportConfig):
-            _export(command, console)
-        elif isinstance(command, PlotConfig):
-            console.print(f"wrote {plot(command)}")
-        elif isinstance(command, LadderConfig):
-            run_ladder(command, console, errors)
-        elif isinstance(command, TranslationConfig):
-            run_translate_train(command, console)
-        elif isinstance(command, Translate):
-            run_translate(command, console)
-        elif isinstance(command, DoctorConfig):
-            return doctor(console)
-        else:
-            run_sample(command, console, errors)
+            command = _train_config(argv, command, console)
+        return run(command, console, errors) or 0
     except (
         ValueError,
         TypeError,
@@ -231,4 +197,3 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         errors.print("interrupted", style="bold red")
         return 130
-    return 0

@@ -199,9 +199,10 @@ def run_train_tokenizer(command: TrainTokenizer, console: Console) -> None:
     """Train a tokenizer and print what was made."""
     source = source_of(command.input, command.text_key)
     tokenizer = train_tokenizer(source, command.kind, command.vocab_size, command.out_dir)
+    out_dir, texts = (shlex.quote(str(path)) for path in (command.out_dir, command.input))
     console.print(
         f"wrote {command.out_dir / tokenizer.FILE}: {tokenizer.name}\n"
-        f"use it: fastgpt prepare --tokenizer {command.out_dir} --input {command.input}"
+        f"use it: fastgpt prepare --tokenizer {out_dir} --input {texts}"
     )
 
 

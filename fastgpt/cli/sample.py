@@ -83,7 +83,7 @@ def _chat(chat: Chat, seed: int, console: Console, errors: Console) -> None:
     for line in _lines("> "):
         if line.strip() == _EXIT:
             return
-        try:
+        with _turn(console, errors):
             with contextlib.closing(chat.say(line)) as pieces:
                 if chat.forgotten:
                     errors.print(
@@ -93,10 +93,17 @@ def _chat(chat: Chat, seed: int, console: Console, errors: Console) -> None:
                 _print_pieces(pieces, console)
             if chat.cut:
                 errors.print("note: the answer was cut, it has as many tokens as it may have")
-        except ValueError as error:
-            errors.print(f"error: {error}", style="bold red")
-        except KeyboardInterrupt:  # ends this answer; at a prompt it ends the dialogue
-            console.out("")
+
+
+@contextlib.contextmanager
+def _turn(console: Console, errors: Console) -> Iterator[None]:
+    """In it, an error or Ctrl-C ends one answer; at a prompt they end the dialogue."""
+    try:
+        yield
+    except (ValueError, FileNotFoundError) as error:
+        errors.print(f"error: {error}", style="bold red")
+    except KeyboardInterrupt:
+        console.out("")
 
 
 def _exact_matches(sampler: Sampler, console: Console, errors: Console) -> None:
@@ -120,16 +127,12 @@ def _exact_matches(sampler: Sampler, console: Console, errors: Console) -> None:
 def _dialogue(sampler: Sampler, console: Console, errors: Console) -> None:
     torch.manual_seed(sampler.config.seed)
     for line in _lines("" if sampler.config.json else "> "):
-        try:
+        with _turn(console, errors):
             (prompt,) = read_prompts(line)
             if sampler.config.json:
                 _print_json(sampler.complete([prompt]), console)
             else:
                 _print_growing(sampler, prompt, console)
-        except (ValueError, FileNotFoundError) as error:
-            errors.print(f"error: {error}", style="bold red")
-        except KeyboardInterrupt:  # ends this sample; at a prompt it ends the dialogue
-            console.out("")
 
 
 def _lines(prompt: str) -> Iterator[str]:

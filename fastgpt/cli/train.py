@@ -3,7 +3,7 @@
 import shlex
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import tyro
 from rich.console import Console
@@ -59,20 +59,9 @@ class Train:
         ),
     ] = None
     preset: Annotated[
-        Literal[
-            "char",
-            "char-cpu",
-            "gpt2",
-            "train_gpt2",
-            "train_shakespeare_char",
-            "finetune_shakespeare",
-            "eval_gpt2",
-            "eval_gpt2_medium",
-            "eval_gpt2_large",
-            "eval_gpt2_xl",
-        ]
-        | None,
+        str | None,
         tyro.conf.arg(
+            constructor=tyro.extras.literal_type_from_choices(PRESETS),
             metavar="PRESET",
             help="char: 10.6M parameters on characters, for a GPU. char-cpu: 0.8M, a few minutes "
             "on a CPU. gpt2: the defaults below, GPT-2 124M on OpenWebText. nanoGPT's "

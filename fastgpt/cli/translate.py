@@ -3,13 +3,14 @@
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import tyro
 from rich.console import Console
 
 from fastgpt._optional import optional
 from fastgpt.cli.prepare import shown
+from fastgpt.training.config import Dtype
 from fastgpt.translation.config import TranslationConfig
 from fastgpt.translation.pairs import read_lines, read_tsv, read_two_files
 from fastgpt.translation.trainer import TranslationTrainer
@@ -53,7 +54,7 @@ class Translate:
     # cuda, cuda:N, cpu, mps, or auto.
     device: str = "auto"
     # auto is bfloat16 on a GPU that has it, float16 on an older one, float32 elsewhere.
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    dtype: Dtype = "auto"
 
 
 def run_translate(command: Translate, console: Console) -> None:

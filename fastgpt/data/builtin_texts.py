@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from fastgpt._progress import progress_bar, spans
+from fastgpt._progress import spans
 from fastgpt.data.batches import token_files
 from fastgpt.data.manifest import Manifest
 from fastgpt.data.prepare import characters_of, prepare
@@ -143,15 +143,9 @@ def _sum_n_log_n(counts: npt.NDArray[np.int64]) -> float:
 
 def _download(url: str, size: int) -> bytes:
     """Download exactly ``size`` bytes; more or fewer are an error."""
-    data = bytearray()
     try:
-        with (
-            urllib.request.urlopen(url, timeout=_TIMEOUT_S) as response,
-            progress_bar("Downloading") as show,
-        ):
-            while len(data) <= size and (chunk := response.read(1 << 16)):
-                data += chunk
-                show(len(data) / size)
+        with urllib.request.urlopen(url, timeout=_TIMEOUT_S) as response:
+            data: bytes = response.read(size + 1)
     except (OSError, http.client.HTTPException) as error:
         raise ConnectionError(
             f"could not download {url}: {str(error).strip()}. Without a connection, use a text of "
@@ -160,4 +154,4 @@ def _download(url: str, size: int) -> bytes:
     if len(data) != size:
         got = f"more than {size}" if len(data) > size else f"{len(data)}"
         raise ConnectionError(f"{url} sent {got} bytes instead of {size}; try again")
-    return bytes(data)
+    return data

@@ -116,7 +116,7 @@ class TextSource(Source):
         return {"text": hashlib.sha256(data).hexdigest()}
 
     def documents(self) -> Iterator[Iterable[Chunk]]:
-        yield ((text, None) for text in self._chunks())
+        yield self._chunks()
 
     def pieces(self, val_share: float, seed: int) -> Iterator[Piece]:
         """The first ``1 - val_share`` of the characters are for training, the rest for validation;
@@ -134,23 +134,17 @@ class TextSource(Source):
                 f"the text has {total} characters: with val_share={val_share} that is {cut} for "
                 f"training and {total - cut} for validation, but each needs at least 2"
             )
-        yield from _pieces(_between(self._measured(total), 0, cut), "train")
-        yield from _pieces(_between(self._measured(total), cut, total), "val")
+        yield from self._cut([total], cut)
 
     def length(self) -> int:
         """The number of characters."""
-        return sum(map(len, self._chunks()))
+        return sum(len(text) for text, _ in self._chunks())
 
-    def _measured(self, total: int) -> Iterator[Chunk]:
-        position = 0
-        for text in self._chunks():
-            position += len(text)
-            yield text, position / total
-
-    def _chunks(self) -> Iterator[str]:
+    def _chunks(self) -> Iterator[Chunk]:
         if isinstance(self._text, Path):
-            return (text for text, _ in read_text(self._text))
-        return iter([self._text])
+            size = max(self._text.stat().st_size, 1)
+            return ((text, position / size) for text, position in read_text(self._text))
+        return iter([(self._text, 1.0)])
 
 
 class FileSource(Source):

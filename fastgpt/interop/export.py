@@ -12,7 +12,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -188,7 +188,7 @@ def _write_tokenizer_beside(source: _Source, folder: Path) -> list[str]:
 def _write_nanogpt(source: _Source, folder: Path) -> list[str]:
     folder.mkdir()
     model = source.model
-    state = {"model": model.state_dict(), "model_args": ckpt.model_args(model), **source.training}
+    state = {"model": model.state_dict(), "model_args": asdict(model.config), **source.training}
     ckpt.save(state, folder / ckpt.BEST)
     if model.gelu_approximate == "none":
         return []

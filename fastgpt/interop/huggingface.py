@@ -7,7 +7,6 @@ none builds a model. Needs safetensors, and huggingface_hub for downloads, but n
 """
 
 import json
-import pickle
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -16,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastgpt._files import foreign_objects
+from fastgpt._files import reading_checkpoint
 from fastgpt._optional import optional
 from fastgpt.language_model import GPTConfig
 
@@ -214,14 +213,8 @@ def _read_all_tensors(path: Path) -> dict[str, Tensor]:
         shards = sorted(set(places.values()))
         return {k: v for shard in shards for k, v in _read_tensors(path.parent / shard).items()}
     if path.suffix == ".bin":
-        try:
+        with reading_checkpoint(path):
             found = torch.load(path, map_location="cpu", weights_only=True)
-        except (RuntimeError, pickle.UnpicklingError, EOFError) as error:
-            objects = foreign_objects(path)
-            reason = (
-                f"holds objects of {objects}" if objects else "is not a PyTorch file, or is damaged"
-            )
-            raise ValueError(f"{path} {reason}; it must hold tensors by name") from error
         if not isinstance(found, dict) or not all(isinstance(x, Tensor) for x in found.values()):
             raise ValueError(f"{path.name} must hold tensors by name, got {type(found).__name__}")
         return found

@@ -1,7 +1,7 @@
 """Tokenizers: the one beside a data set, and the one that a user names.
 
-    tokenizer = load_tokenizer("data/shakespeare_char")   # beside train.bin
-    tokenizer = tokenizer_from("gpt2")                    # or a path: tokenizer.json, x.model, ...
+    tokenizer = saved_tokenizer("data/shakespeare_char")   # beside train.bin
+    tokenizer = tokenizer_from("gpt2")                     # or a path: tokenizer.json, x.model, ...
     tokenizer.decode(tokenizer.encode("To be"))           # "To be"
 
 The interface is ``Tokenizer``.
@@ -33,7 +33,6 @@ __all__ = [
     "SentencePieceTokenizer",
     "TokenIds",
     "Tokenizer",
-    "load_tokenizer",
     "packed",
     "saved_tokenizer",
     "tokenizer_from",
@@ -82,16 +81,6 @@ def tokenizer_in(folder: str | Path) -> Tokenizer | None:
     if saved is None and gpt2_folder_has_vocabulary(Path(folder)):
         return GPT2Tokenizer(folder)
     return saved
-
-
-def load_tokenizer(data_dir: str | Path) -> Tokenizer:
-    """The tokenizer of a prepared data set: the one saved there, else GPT-2's BPE, as in nanoGPT.
-
-    Raises:
-        ValueError, ImportError: see ``saved_tokenizer``.
-        ImportError, ConnectionError: see ``GPT2Tokenizer``.
-    """
-    return saved_tokenizer(data_dir) or GPT2Tokenizer()
 
 
 def tokenizer_from(spec: str | Path) -> Tokenizer:

@@ -1,5 +1,6 @@
 """The interface of every tokenizer: text to ids, ids to text, and a file beside the data."""
 
+import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
@@ -32,7 +33,10 @@ class Tokenizer(ABC):
     vocab_size: int
     end_of_text: int | None
     file_bytes: bytes
-    fingerprint: str
+
+    @property
+    def fingerprint(self) -> str:
+        return hashlib.sha256(self.file_bytes).hexdigest()
 
     @property
     def padded_vocab_size(self) -> int:
@@ -43,22 +47,14 @@ class Tokenizer(ABC):
         """Whether a model with ``vocab_size`` tokens, padding included, can use this tokenizer."""
         return self.vocab_size <= vocab_size
 
+    @abstractmethod
     def encode(self, text: str) -> list[int]:
-        """The ids of a prompt, in which the names of special tokens stand for these tokens.
+        """The ids of a prompt, in which the names of special tokens stand for these tokens."""
 
-        Raises:
-            TypeError: ``text`` is not a str.
-        """
-        return self._encode(_checked_text(text))
-
+    @abstractmethod
     def encode_array(self, text: str) -> npt.NDArray[np.integer[Any]]:
         """The ids of a piece of data, in which the names of special tokens are plain text.
-        Thread-safe.
-
-        Raises:
-            TypeError: ``text`` is not a str.
-        """
-        return self._encode_array(_checked_text(text))
+        Thread-safe."""
 
     def decode(self, ids: TokenIds) -> str:
         """The text of ``ids``: a sequence or one-dimensional array of integers.
@@ -75,19 +71,7 @@ class Tokenizer(ABC):
             Path(path).write_bytes(self.file_bytes)
 
     @abstractmethod
-    def _encode(self, text: str) -> list[int]: ...
-
-    @abstractmethod
-    def _encode_array(self, text: str) -> npt.NDArray[np.integer[Any]]: ...
-
-    @abstractmethod
     def _decode(self, ids: npt.NDArray[np.int64]) -> str: ...
-
-
-def _checked_text(text: str) -> str:
-    if not isinstance(text, str):
-        raise TypeError(f"text must be a str, got {type(text).__name__}")
-    return text
 
 
 def _checked_ids(ids: TokenIds, vocab_size: int) -> npt.NDArray[np.int64]:

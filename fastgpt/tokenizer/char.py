@@ -49,7 +49,10 @@ class CharTokenizer(Tokenizer):
         self.end_of_text = self.stoi.get("\n")
         meta = {"vocab_size": self.vocab_size, "itos": self.itos, "stoi": self.stoi}
         self.file_bytes = pickle.dumps(meta, protocol=4)  # as nanoGPT writes it
-        self.fingerprint = hashlib.sha256(self._code_points.tobytes()).hexdigest()
+
+    @property
+    def fingerprint(self) -> str:
+        return hashlib.sha256(self._code_points.tobytes()).hexdigest()
 
     @property
     def padded_vocab_size(self) -> int:
@@ -58,11 +61,6 @@ class CharTokenizer(Tokenizer):
 
     def fits(self, vocab_size: int) -> bool:
         return self.vocab_size == vocab_size
-
-    @classmethod
-    def from_text(cls, text: str) -> "CharTokenizer":
-        """See ``from_texts``."""
-        return cls.from_texts([text])
 
     @classmethod
     def from_texts(cls, texts: Iterable[str]) -> "CharTokenizer":
@@ -84,11 +82,11 @@ class CharTokenizer(Tokenizer):
             )
         return cls({i: chr(code) for i, code in enumerate(codes)})
 
-    def _encode(self, text: str) -> list[int]:
-        ids: list[int] = self._encode_array(text).tolist()
+    def encode(self, text: str) -> list[int]:
+        ids: list[int] = self.encode_array(text).tolist()
         return ids
 
-    def _encode_array(self, text: str) -> npt.NDArray[np.uint16]:
+    def encode_array(self, text: str) -> npt.NDArray[np.uint16]:
         ids = self._ids.take(_code_points(text), mode="clip")
         if ids.size and ids.min() < 0:
             position = int(np.argmax(ids < 0))

@@ -54,13 +54,16 @@ class ChatTokenizer(Tokenizer):
             "content": base64.b64encode(base.file_bytes).decode(),
         }
         self.file_bytes = (json.dumps(content, indent=1) + "\n").encode()
-        self.fingerprint = hashlib.sha256(f"chat {base.fingerprint}".encode()).hexdigest()
+
+    @property
+    def fingerprint(self) -> str:
+        return hashlib.sha256(f"chat {self.base.fingerprint}".encode()).hexdigest()
 
     def id_of(self, role: str) -> int:
         """The id with which a message of ``role`` begins: "system", "user" or "assistant"."""
         return self.begin + SPECIAL_TOKENS.index(f"<|{role}|>")
 
-    def _encode(self, text: str) -> list[int]:
+    def encode(self, text: str) -> list[int]:
         ids: list[int] = []
         for part in _NAMES.split(text):
             if part in SPECIAL_TOKENS:
@@ -69,7 +72,7 @@ class ChatTokenizer(Tokenizer):
                 ids += self.base.encode(part)
         return ids
 
-    def _encode_array(self, text: str) -> npt.NDArray[np.integer[Any]]:
+    def encode_array(self, text: str) -> npt.NDArray[np.integer[Any]]:
         return self.base.encode_array(text)
 
     def _decode(self, ids: npt.NDArray[np.int64]) -> str:

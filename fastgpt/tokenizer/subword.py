@@ -2,7 +2,6 @@
 
 import base64
 import binascii
-import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -66,13 +65,12 @@ class GPT2Tokenizer(Tokenizer):
         tokens = map(self._encoding.decode_single_token_bytes, range(self.end_of_text))
         lines = (base64.b64encode(token) + b" %d\n" % i for i, token in enumerate(tokens))
         self.file_bytes = b"".join(lines)
-        self.fingerprint = hashlib.sha256(self.file_bytes).hexdigest()
 
-    def _encode(self, text: str) -> list[int]:
+    def encode(self, text: str) -> list[int]:
         ids: list[int] = self._encoding.encode(text, allowed_special={END_OF_TEXT})
         return ids
 
-    def _encode_array(self, text: str) -> npt.NDArray[np.uint32]:
+    def encode_array(self, text: str) -> npt.NDArray[np.uint32]:
         ids: npt.NDArray[np.uint32] = self._encoding.encode_to_numpy(
             in_utf8(text), disallowed_special=()
         )
@@ -118,13 +116,12 @@ class JsonTokenizer(Tokenizer):
         self.vocab_size: int = max(ids.values()) + 1
         self.end_of_text: int | None = next((ids[n] for n in _END_NAMES if n in ids), None)
         self.name = f"{type(self._data.model).__name__} of {self.vocab_size} tokens"
-        self.fingerprint = hashlib.sha256(self.file_bytes).hexdigest()
 
-    def _encode(self, text: str) -> list[int]:
+    def encode(self, text: str) -> list[int]:
         ids: list[int] = self._prompts.encode(in_utf8(text), add_special_tokens=False).ids
         return ids
 
-    def _encode_array(self, text: str) -> npt.NDArray[np.uint32]:
+    def encode_array(self, text: str) -> npt.NDArray[np.uint32]:
         (encoding,) = self._data.encode_batch_fast([in_utf8(text)], add_special_tokens=False)
         return np.asarray(encoding.ids, dtype=np.uint32)
 
@@ -160,13 +157,12 @@ class SentencePieceTokenizer(Tokenizer):
         end: int = self._model.eos_id()
         self.end_of_text: int | None = end if end >= 0 else None
         self.name = f"SentencePiece of {self.vocab_size} tokens"
-        self.fingerprint = hashlib.sha256(self.file_bytes).hexdigest()
 
-    def _encode(self, text: str) -> list[int]:
+    def encode(self, text: str) -> list[int]:
         ids: list[int] = self._model.encode(in_utf8(text))
         return ids
 
-    def _encode_array(self, text: str) -> npt.NDArray[np.uint32]:
+    def encode_array(self, text: str) -> npt.NDArray[np.uint32]:
         return np.asarray(self._model.encode(in_utf8(text)), dtype=np.uint32)
 
     def _decode(self, ids: npt.NDArray[np.int64]) -> str:

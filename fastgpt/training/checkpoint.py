@@ -7,18 +7,15 @@ gradient scaler. All of it loads under ``weights_only=True``. ``checkpoint_folde
 checkpoints a run keeps; ``sharded_checkpoint.py`` has those of sharded runs.
 """
 
-import contextlib
-import pickle
+import shlex
 import shutil
 import zipfile
-from collections.abc import Iterator
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from fastgpt._files import atomic_write, foreign_objects
+from fastgpt._files import atomic_write, reading_checkpoint
 from fastgpt.bigram import Bigram
 from fastgpt.language_model import GPTConfig, LanguageModel
 from fastgpt.model import GPT
@@ -58,24 +55,6 @@ def publish(source: Path, path: Path) -> None:
         shutil.copyfileobj(original, file, 1 << 24)
 
 
-@contextlib.contextmanager
-def _reading(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except (RuntimeError, pickle.UnpicklingError, EOFError, zipfile.BadZipFile) as error:
-        objects = foreign_objects(path)
-        if objects:
-            raise ValueError(
-                f"{path} holds objects of {objects}, which PyTorch loads only by running code: if "
-                "you trust the file, torch.load it with weights_only=False and torch.save it "
-                "without them"
-            ) from error
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ValueError(
-            f"{path} is not a checkpoint that torch.save wrote, or it is damaged: {reason}"
-        ) from error
-
-
 def load(path: Path, required: tuple[str, ...] = FOR_SAMPLING) -> Checkpoint:
     """Read a checkpoint of ours or of nanoGPT, or the folder of a sharded run; all tensors on the
     CPU.
@@ -88,7 +67,7 @@ def load(path: Path, required: tuple[str, ...] = FOR_SAMPLING) -> Checkpoint:
 
         checkpoint = sharded_checkpoint.load(path)
     elif path.is_file():
-        with _reading(path):
+        with reading_checkpoint(path):
             with zipfile.ZipFile(path) as archive:  # PyTorch does not verify the checksums
                 damaged = archive.testzip()
             if damaged is not None:
@@ -111,7 +90,7 @@ def header(path: Path) -> Checkpoint:
 
         checkpoint = sharded_checkpoint.header(path)
     else:
-        with _reading(path):
+        with reading_checkpoint(path):
             zipfile.ZipFile(path).close()  # for a truncated file PyTorch raises OSError
             checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     _check_keys(path, checkpoint, ("iter_num",))
@@ -135,11 +114,6 @@ def _check_keys(path: Path, checkpoint: object, required: tuple[str, ...]) -> No
             raise ValueError(
                 f"{path} must hold a dict under the key {key}, got {type(checkpoint[key]).__name__}"
             )
-
-
-def model_args(model: LanguageModel) -> dict[str, int | float | bool]:
-    """nanoGPT's ``model_args`` of a model."""
-    return asdict(model.config)
 
 
 def own_state(checkpoint: Checkpoint) -> dict[str, Any]:
@@ -189,7 +163,8 @@ def refuse_translation(checkpoint: Checkpoint, path: Path) -> None:
     """Raise ValueError for what ``fastgpt translate train`` wrote."""
     if "source_tokenizer" in checkpoint:
         raise ValueError(
-            f"{path} is a translation model: fastgpt translate --model {path.parent} uses it"
+            f"{path} is a translation model: fastgpt translate --model "
+            f"{shlex.quote(str(path.parent))} uses it"
         )
 
 
@@ -213,7 +188,8 @@ def build_model(
     """
     refuse_translation(checkpoint, path)
     if REWARD_HEAD in checkpoint["model"]:
-        raise ValueError(f"{path} is a reward model: fastgpt rl --reward {path.parent} uses it")
+        folder = shlex.quote(str(path.parent))
+        raise ValueError(f"{path} is a reward model: fastgpt rl --reward {folder} uses it")
     own = own_state(checkpoint)
     try:
         args = dict(checkpoint["model_args"])

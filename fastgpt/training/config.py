@@ -7,6 +7,7 @@ all. A key's type is its annotation, its help the comment above it.
 import difflib
 import math
 import typing
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
@@ -154,7 +155,7 @@ class TrainConfig(System, Schedule, Optimizer, Model, Data, Logging, Output):
 
     def __post_init__(self) -> None:
         _check_types(self)
-        _check_limits(self)
+        check_limits(self)
         _check_init_from(self.init_from, INIT_FROM)
         if self.model == "bigram" and self.init_from not in ("scratch", "resume"):
             raise ValueError(
@@ -238,14 +239,12 @@ class SampleConfig:
 
     def __post_init__(self) -> None:
         _check_types(self)
-        _check_limits(self)
+        check_limits(self)
         _check_init_from(self.init_from, INIT_FROM[1:])
         if not self.start:
             raise ValueError("start must hold at least one character, got ''")
         if "" in self.stop:
             raise ValueError("stop must hold texts of at least one character, got ''")
-        if self.interactive and self.lines:
-            raise ValueError("lines must be False with interactive, whose prompts are lines anyway")
         modes = ("chat", "dialogues", "interactive", "lines")
         given = [mode for mode in modes if getattr(self, mode)]
         if len(given) > 1:
@@ -264,7 +263,7 @@ _NOT_NEGATIVE = (
     "learning_rate max_iters weight_decay grad_clip warmup_iters lr_decay_iters min_lr temperature"
 )
 # Smallest and largest value allowed.
-_LIMITS: dict[str, tuple[float, float]] = {
+LIMITS: dict[str, tuple[float, float]] = {
     **dict.fromkeys(_COUNTS.split(), (1, math.inf)),
     **dict.fromkeys(_NOT_NEGATIVE.split(), (0, math.inf)),
     "dropout": (0, 0.999),
@@ -285,15 +284,13 @@ def _check_init_from(source: str, names: tuple[str, ...]) -> None:
         )
 
 
-def _check_limits(config: TrainConfig | SampleConfig) -> None:
-    for field in fields(config):
-        if field.name not in _LIMITS:
-            continue
-        low, high = _LIMITS[field.name]
-        value = getattr(config, field.name)
-        if not (low <= value <= high and math.isfinite(value)):
+def check_limits(config: Any, limits: Mapping[str, tuple[float, float]] = LIMITS) -> None:
+    """ValueError for the first of the keys that is outside of its limits, or not finite."""
+    for key, (low, high) in limits.items():
+        value = getattr(config, key, None)
+        if value is not None and not (low <= value <= high and math.isfinite(value)):
             allowed = f"be at least {low}" if math.isinf(high) else f"lie between {low} and {high}"
-            raise ValueError(f"{field.name} must {allowed}, got {value}")
+            raise ValueError(f"{key} must {allowed}, got {value}")
 
 
 def _check_types(config: TrainConfig | SampleConfig) -> None:

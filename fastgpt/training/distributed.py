@@ -71,9 +71,9 @@ class World:
         """The process group exists inside. ``backend`` ("nccl", for one) serves tensors on GPUs,
         gloo those on the CPU.
 
-        What all ranks raise, they raise behind a barrier, as leaving is behind one: a thread of
-        gloo may still be freeing the tensors of the last collective, which aborts if Python exits
-        meanwhile, and never ends if the process group is freed meanwhile.
+        The end is behind a barrier, and so must be any exception that all ranks raise: a thread of
+        gloo may still be freeing the tensors of the last collective. It aborts if Python exits
+        meanwhile, and hangs if the process group is destroyed meanwhile.
         """
         if self.size == 1:
             yield

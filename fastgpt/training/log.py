@@ -9,7 +9,7 @@ peak, ``mfu`` in percent; an evaluation adds nanoGPT's keys ``train/loss``, ``va
 import json
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
 from io import FileIO
@@ -30,23 +30,25 @@ class RunLog:
 
         log = RunLog(config)
         with log.opened(config, first_iter=0):
-            log.report(0, loss=4.2, lr=1e-3, tokens_per_second=1e5, mfu=None)
-            log.evaluation(0, train=4.2, val=4.2, lr=1e-3, mfu=None)
+            log.write(0, {"train/loss": 4.2, "val/loss": 4.2}, to_wandb=True)
+            log.write(0, {"loss": 4.2, "lr": 1e-3, "tokens_per_second": 1e5})
 
     Raises ImportError, before any work is done, when a package that the config asks for is not
     installed.
     """
 
-    def __init__(self, config: TrainConfig) -> None:
-        self._wandb = optional("wandb", "wandb_log=True", "log") if config.wandb_log else None
-        self._tensorboard: Any = None
-        if config.tensorboard_log:
-            self._tensorboard = optional("torch.utils.tensorboard", "tensorboard_log=True", "log")
+    def __init__(self, config: Any) -> None:
+        def library(key: str, module: str) -> Any:
+            wanted = getattr(config, key, False)  # a TrainConfig alone has these keys
+            return optional(module, f"{key}=True", "log") if wanted else None
+
+        self._wandb = library("wandb_log", "wandb")
+        self._tensorboard = library("tensorboard_log", "torch.utils.tensorboard")
         self._file: FileIO | None = None
         self._writer: Any = None
 
     @contextmanager
-    def opened(self, config: TrainConfig, first_iter: int) -> Iterator[None]:
+    def opened(self, config: Any, first_iter: int) -> Iterator[None]:
         """Write into the folder ``out_dir``, which must exist.
 
         An existing log is continued. Rows of iterations from ``first_iter`` on are dropped, because
@@ -72,25 +74,8 @@ class RunLog:
                 if self._wandb is not None:
                     self._wandb.finish()
 
-    def report(
-        self, iteration: int, loss: float, lr: float, tokens_per_second: float, mfu: float | None
-    ) -> None:
-        """The loss of one update and the speed since the last report; ``mfu`` in [0, 1]."""
-        row = {"loss": loss, "lr": lr, "tokens_per_second": tokens_per_second}
-        self.write(iteration, **(row if mfu is None else {**row, "mfu": 100 * mfu}))
-
-    def evaluation(
-        self, iteration: int, train: float, val: float, lr: float, mfu: float | None
-    ) -> None:
-        """The mean losses of both splits before the update ``iteration``."""
-        row = {"train/loss": train, "val/loss": val, "lr": lr}
-        row["mfu"] = -1.0 if mfu is None else 100 * mfu  # as in nanoGPT
-        self.write(iteration, **row)
-        if self._wandb is not None:
-            self._wandb.log({"iter": iteration, **row})
-
-    def write(self, iteration: int, **figures: float) -> None:
-        """A row of any figures of the update ``iteration``, not to Weights & Biases."""
+    def write(self, iteration: int, figures: Mapping[str, float], to_wandb: bool = False) -> None:
+        """A row of any figures of the update ``iteration``, or of the evaluation before it."""
         row: Row = {"iter": iteration, **figures}
         assert self._file is not None, "opened() comes first"
         finite = {k: v if math.isfinite(v) else None for k, v in row.items()}
@@ -104,6 +89,8 @@ class RunLog:
                 if key != "iter":
                     self._writer.add_scalar(key, value, row["iter"])
             self._writer.flush()
+        if self._wandb is not None and to_wandb:
+            self._wandb.log(row)
 
 
 def read(path: Path) -> list[Row]:
@@ -129,12 +116,13 @@ def read(path: Path) -> list[Row]:
 
 def _drop_from(path: Path, first_iter: int, keep_evaluation: bool) -> None:
     """Keep the rows before ``first_iter``, and its evaluation if it will not be made again."""
-    kept = [
-        row
-        for row in read(path)
-        if row["iter"] < first_iter
-        or (keep_evaluation and row["iter"] == first_iter and "val/loss" in row)
-    ]
+
+    def is_kept(row: Row) -> bool:
+        of_evaluation = any(key.startswith("val/") for key in row)
+        last = first_iter if keep_evaluation and of_evaluation else first_iter - 1
+        return row["iter"] <= last
+
+    kept = filter(is_kept, read(path))
     with atomic_write(path) as file:
         file.writelines((json.dumps(row) + "\n").encode() for row in kept)
 

@@ -1,22 +1,23 @@
-"""What all training runs share: a folder with a log, optimizer and update, the state that is saved.
-
-``Run`` has these parts. ``Loop`` adds the loop of a run in one process that reports figures of its
-own; ``fastgpt train`` has one of its own in ``trainer.py``.
+"""What all training runs share: the loop, a folder with a log, optimizer and update, the state that
+is saved, and the signals that stop a run.
 """
 
 import math
+import signal
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from time import perf_counter
-from typing import TYPE_CHECKING, Any
+from types import FrameType
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fastgpt._files import check_folder, exclusive_lock
-from fastgpt._progress import PlainConsole, progress_bar, run_console
+from fastgpt._progress import AnyConsole, progress_bar, run_console
 from fastgpt.devices import (
     autocast,
     random_states,
@@ -32,21 +33,18 @@ from fastgpt.training.config import TrainConfig
 from fastgpt.training.distributed import ALONE, World
 from fastgpt.training.log import LOG, RunLog
 from fastgpt.training.optimizer import MasterAdamW, saved_state
-from fastgpt.training.progress import interrupts
 from fastgpt.training.step import Step
-
-if TYPE_CHECKING:
-    from rich.console import Console
 
 Figures = dict[str, float]
 
 
 class Run:
-    """The parts of a run, which a subclass puts together: ``_build_optimizer`` once it has a model,
-    then ``_build_step``, and ``_restore`` where it goes on from a checkpoint.
+    """A run, whose parts a subclass puts together: ``_build_optimizer`` once it has a model, then
+    ``_build_step``, and ``_restore`` where it goes on from a checkpoint. It also has
+    ``learning_rate``, ``_update``, ``evaluate`` and ``_save``.
 
-    ``config`` holds the keys ``device``, ``dtype``, ``seed`` and ``grad_clip``; ``log_config``
-    those of folder and log.
+    ``config`` holds the keys ``out_dir``, ``device``, ``dtype``, ``seed``, ``grad_clip``,
+    ``max_iters``, ``eval_interval`` and ``log_interval``.
 
     Raises ValueError or ImportError naming a key, NotADirectoryError if ``out_dir`` is a file.
     """
@@ -56,15 +54,15 @@ class Run:
     optimizer: torch.optim.Optimizer
     NEWEST = ckpt.BEST  # the file of the newest state, where that is not an ``iter-*``
     FILES: tuple[str, ...] = (LOG,)  # an earlier run's, besides its checkpoints
+    _how_to_resume = "by the same command with --resume"
 
     def __init__(
         self,
         config: Any,
-        log_config: TrainConfig,
-        console: "Console | PlainConsole | None" = None,
+        console: "AnyConsole | None" = None,
         world: World = ALONE,
     ) -> None:
-        self.config, self._log_config = config, log_config
+        self.config = config
         self.console = console or run_console()
         self.world = world
         self.device = world.device(resolve_device(config.device))
@@ -73,9 +71,11 @@ class Run:
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
         self.out_dir = Path(config.out_dir)
         check_folder(self.out_dir)
-        self._log = RunLog(log_config)
+        self._log = RunLog(config)
         self._resumed = False
         self.iter_num = 0
+        self._n_updates: int = config.max_iters
+        self.val_loss = math.nan
         self.best_val_loss = math.inf
         self.best_iter: int | None = None
         torch.manual_seed(config.seed)
@@ -148,10 +148,11 @@ class Run:
                     self.console.print(
                         f"the checkpoints and logs of an earlier run are now in {moved}"
                     )
-            with self._log.opened(self._log_config, self.iter_num):
+            with self._log.opened(self.config, self.iter_num):
                 yield
 
     def _report_losses(self, losses: Mapping[str, float]) -> None:
+        self.val_loss = losses["val"]
         self.console.print(
             f"step {self.iter_num}: train loss {losses['train']:.4f}, val loss {losses['val']:.4f}"
         )
@@ -161,8 +162,10 @@ class Run:
         FloatingPointError if it is not finite."""
         self._report_losses(losses)
         if self.world.is_main:
-            rate = self.learning_rate(self.iter_num)
-            self._log.evaluation(self.iter_num, losses["train"], losses["val"], rate, mfu)
+            row = {f"{split}/loss": loss for split, loss in losses.items()}
+            row["lr"] = self.learning_rate(self.iter_num)
+            row["mfu"] = -1.0 if mfu is None else 100 * mfu  # as in nanoGPT
+            self._log.write(self.iter_num, row, to_wandb=True)
         if not math.isfinite(losses["val"]):
             self._step.not_finite.fill_(1.0)
             self._check_finite()
@@ -224,11 +227,6 @@ class Run:
         if self.scaler.is_enabled() and own["scaler"]:
             self.scaler.load_state_dict(own["scaler"])
 
-
-class Loop(Run):
-    """A run of ``max_iters`` updates. A subclass has ``learning_rate``, ``_update``, ``evaluate``
-    and ``_save``; ``config`` also holds ``max_iters``, ``eval_interval`` and ``log_interval``."""
-
     def _update(self, learning_rate: float) -> tuple[Mapping[str, float | Tensor], int]:
         """Make one update; its figures, and the number of tokens that it took."""
         raise NotImplementedError
@@ -236,18 +234,25 @@ class Loop(Run):
     def evaluate(self) -> Figures:
         raise NotImplementedError
 
-    def _save(self) -> Path:
-        """Write the state before ``iter_num``; the file."""
+    def _evaluate(self) -> bool:
+        """Print and log an evaluation; whether the state is to be published as ``ckpt.pt``."""
+        figures = self.evaluate()
+        self.console.print(f"step {self.iter_num}: {_listed(figures)}")
+        self._log.write(self.iter_num, {f"val/{key}": v for key, v in figures.items()})
+        return True
+
+    def _save(self, publish: bool) -> Path | None:
+        """Write the state before ``iter_num``; the file, or None if none can hold the model."""
         raise NotImplementedError
 
     def _stop(self, figures: Mapping[str, float | Tensor]) -> str | None:
         """Why the run ends after an update of these figures; None: it does not."""
         return None
 
-    def _evaluate(self) -> None:
-        figures = self.evaluate()
-        self.console.print(f"step {self.iter_num}: {_shown(figures)}")
-        self._log.write(self.iter_num, **{f"val/{key}": v for key, v in figures.items()})
+    def _shown(self, figures: Figures, speed: float) -> tuple[str, Figures]:
+        """The figures of an update, with the tokens per second since the last report, as a line
+        shows them; and what else the log gets."""
+        return f"{_listed(figures)}, {speed:,.0f} tokens/s", {}
 
     def run(self) -> None:
         """Train; evaluate and save every ``eval_interval`` updates and at the end.
@@ -256,16 +261,22 @@ class Loop(Run):
         finite raises FloatingPointError: that update is not made, nothing is saved. ValueError if
         another process trains into ``out_dir``.
         """
-        config, reason = self.config, None
-        with self._own_out_dir(), progress_bar("training") as show, interrupts() as interrupted:
-            since, tokens, text = perf_counter(), 0, ""
-            while self.iter_num < config.max_iters and not (reason or interrupted.is_set()):
+        config = self.config
+        with (
+            self._own_out_dir(),
+            progress_bar("training", console=self.console) as show,
+            interrupts() as interrupted,
+        ):
+            stopped, reason, text = False, None, ""
+            since, tokens = perf_counter(), 0  # of the last report
+            while self.iter_num < self._n_updates and not (stopped or reason):
                 if self.iter_num % config.eval_interval == 0:
+                    start = perf_counter()
                     self._check_finite()
-                    self._evaluate()
+                    publish = self._evaluate()
                     if self.iter_num > 0:
-                        self._save()
-                    since, tokens = perf_counter(), 0
+                        self._save(publish)
+                    since += perf_counter() - start  # the speed is that of the updates
                 learning_rate = self.learning_rate(self.iter_num)
                 found, n_tokens = self._update(learning_rate)
                 tokens += n_tokens
@@ -275,24 +286,63 @@ class Loop(Run):
                     figures = {key: float(value) for key, value in found.items()}
                     speed = tokens / (perf_counter() - since)
                     since, tokens = perf_counter(), 0
-                    of_update = {"lr": learning_rate, "tokens_per_second": speed}
-                    self._log.write(self.iter_num, **figures, **of_update)
-                    text = _shown(figures)
-                    self.console.print(f"iter {self.iter_num}: {text}, {speed:,.0f} tokens/s")
+                    text = self._report(figures, learning_rate, speed)
                 self.iter_num += 1
-                show(self.iter_num / config.max_iters, text)
+                show(self.iter_num / self._n_updates, f"{self.iter_num}/{self._n_updates} {text}")
+                stopped = self.world.any(interrupted.is_set())
             self._check_finite()
-            if interrupted.is_set():
+            if not stopped:
+                if reason:
+                    self.console.print(f"ended before iteration {self.iter_num}: {reason}")
+                self._save(self._evaluate())  # for the updates since the last evaluation
+                return
+            # In `interrupts` still: another rank may have got the signal first, this one only now.
+            if saved := self._save(publish=False):
                 self.console.print(
-                    f"stopped before iteration {self.iter_num}; saved {self._save()}. Go on by the "
-                    "same command with --resume"
+                    f"stopped before iteration {self.iter_num}; saved {saved}. Go on "
+                    f"{self._how_to_resume}"
                 )
-                raise KeyboardInterrupt
-            if reason:
-                self.console.print(f"ended before iteration {self.iter_num}: {reason}")
-            self._evaluate()
-            self._save()
+            self.world.barrier()
+        raise KeyboardInterrupt
+
+    def _report(self, figures: Figures, learning_rate: float, speed: float) -> str:
+        """Log the figures of an update, and print them where no bar shows what is returned."""
+        text, more = self._shown(figures, speed)
+        if self.world.is_main:
+            row = {**figures, "lr": learning_rate, "tokens_per_second": speed, **more}
+            self._log.write(self.iter_num, row)
+        if not self.console.is_interactive:
+            self.console.print(f"iter {self.iter_num}: {text}")
+        return text
 
 
-def _shown(figures: Figures) -> str:
+def _listed(figures: Figures) -> str:
     return ", ".join(f"{key} {value:.4g}" for key, value in figures.items())
+
+
+@contextmanager
+def interrupts() -> Iterator[threading.Event]:
+    """An event that the first Ctrl-C or SIGTERM sets; a second one acts as usual.
+
+    Signals reach the main thread only; in another thread the event stays unset.
+    """
+    event = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield event
+        return
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def restore() -> None:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+    def on_interrupt(number: int, frame: FrameType | None) -> None:
+        event.set()
+        restore()
+
+    for number in before:
+        signal.signal(number, on_interrupt)
+    try:
+        yield event
+    finally:
+        restore()

@@ -10,32 +10,29 @@ stopped.
 """
 
 import math
+import shlex
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from fastgpt._progress import PlainConsole
+from fastgpt._progress import AnyConsole
 from fastgpt.data.batches import SPLITS, Batches, fingerprint
 from fastgpt.data.manifest import read_manifest
-from fastgpt.devices import random_states
+from fastgpt.devices import peak_flops, random_states
 from fastgpt.language_model import GPTConfig, LanguageModel
-from fastgpt.model import GPT
+from fastgpt.model import A100_PEAK_FLOPS, GPT
 from fastgpt.tokenizer import saved_tokenizer
 from fastgpt.training import checkpoint as ckpt
 from fastgpt.training import checkpoint_folder, init_from
 from fastgpt.training.config import TrainConfig
 from fastgpt.training.distributed import ALONE, World
 from fastgpt.training.log import LOG, TENSORBOARD
-from fastgpt.training.progress import Meter, interrupts
-from fastgpt.training.run import Run
-
-if TYPE_CHECKING:
-    from rich.console import Console
+from fastgpt.training.run import Figures, Run
 
 
 class Trainer(Run):
@@ -59,7 +56,7 @@ class Trainer(Run):
     def __init__(
         self,
         config: TrainConfig,
-        console: "Console | PlainConsole | None" = None,
+        console: "AnyConsole | None" = None,
         world: World = ALONE,
         build: Callable[[GPTConfig], LanguageModel] | None = None,
     ) -> None:
@@ -67,8 +64,13 @@ class Trainer(Run):
             raise ValueError(
                 f"init_from must be scratch with a model of your own, got {config.init_from!r}"
             )
-        super().__init__(config, config, console, world)
+        super().__init__(config, console, world)
+        self._n_updates = config.max_iters + 1
+        out_dir = shlex.quote(config.out_dir)
+        self._how_to_resume = f"with: fastgpt train --init_from=resume --out_dir={out_dir}"
         self._build = build
+        self._mfu: float | None = None
+        self._is_warm = False  # the first report includes compilation
         self._sharded = init_from.is_sharded(config, world)
         if self._sharded and self.dtype == torch.float16:
             raise ValueError("dtype must be float32 or bfloat16 with parallel='fsdp', got float16")
@@ -95,7 +97,7 @@ class Trainer(Run):
                 config, self.tokenizer, self._data_fingerprint, world
             )
         model = self._build_model(saved, path)
-        self.config = self._log_config = config = self._with_shape_of(model)
+        self.config = config = self._with_shape_of(model)
         self.batches = Batches(
             config.data_dir,
             config.batch_size,
@@ -116,7 +118,6 @@ class Trainer(Run):
         )
         micro_batches = config.gradient_accumulation_steps // world.size
         self._build_step(trained, micro_batches, self._uses_cuda_graph())
-        self.val_loss = math.nan
         if saved is not None:
             self._go_on(saved, path)
 
@@ -217,56 +218,45 @@ class Trainer(Run):
         )
 
     def run(self) -> None:
-        """Train up to and including iteration ``max_iters``; evaluate and save on the way.
-
-        Ctrl-C ends the update in progress, saves and raises KeyboardInterrupt. A loss that is not
-        finite raises FloatingPointError: that update is not made, nothing is saved. ValueError if
-        another process trains into ``out_dir``.
+        """As ``Run.run``, up to and including iteration ``max_iters``; with ``eval_only`` one
+        evaluation alone. Collective: every rank must call it.
         """
-        config = self.config
         self.model.train()
-        if config.eval_only:
+        if self.config.eval_only:
             self._report_losses(self.evaluate())
             return
-        with (
-            self._own_out_dir(),
-            Meter(config, self.console, self.iter_num, self.model, self.world.size) as meter,
-            interrupts() as interrupted,
-        ):
-            stopped = False
-            while self.iter_num <= config.max_iters:
-                if self.iter_num % config.eval_interval == 0:
-                    with meter.paused():
-                        self._evaluate_and_save(meter.mfu)
-                learning_rate = self.learning_rate(self.iter_num)
-                loss = self._update(learning_rate)
-                if self.iter_num % config.log_interval == 0:
-                    self._check_finite()
-                    mean = loss.item()
-                    speed = meter.report(self.iter_num, mean)
-                    if self.world.is_main:
-                        self._log.report(self.iter_num, mean, learning_rate, speed, meter.mfu)
-                self.iter_num += 1
-                if stopped := self.world.any(interrupted.is_set()):
-                    break
-            self._check_finite()
-            if not stopped:
-                self._evaluate_and_save(meter.mfu)  # for the updates since the last evaluation
-                return
-            # Here, where a signal does not end the process: this one may get its own only now.
-            if self._build is None:
-                saved = self._save(publish=False)
-                self.console.print(
-                    f"stopped before iteration {self.iter_num}; saved {saved}. Go on "
-                    f"with: fastgpt train --init_from=resume --out_dir={config.out_dir}"
-                )
-            self.world.barrier()
-        raise KeyboardInterrupt
+        self._mfu_scale = self._found_mfu_scale()
+        super().run()
 
-    def _update(self, learning_rate: float) -> Tensor:
-        """One optimizer step; the mean loss of its batches, on the device."""
+    def _found_mfu_scale(self) -> float:
+        """What makes nanoGPT's MFU, a share of an A100's peak, one of this GPU's peak; 0 where that
+        is not known."""
+        if self.device.type != "cuda" or not isinstance(self.model, GPT):
+            return 0.0
+        gpu = torch.cuda.get_device_name(self.device)
+        peak = peak_flops(gpu)
+        if peak is None:
+            self.console.print(f"no mfu: the peak of {gpu} is not known")
+        return A100_PEAK_FLOPS / peak if peak else 0.0
+
+    def _shown(self, figures: Figures, speed: float) -> tuple[str, Figures]:
+        sequences = self.config.batch_size * self.config.gradient_accumulation_steps
+        seconds = sequences * self.config.block_size / speed  # of an update
+        text, more = f"loss {figures['loss']:.4f}, {speed:,.0f} tokens/s", {}
+        if self._mfu_scale and self._is_warm:
+            assert isinstance(self.model, GPT)
+            # The figure is that of one GPU, which has a share of the sequences.
+            mfu = self.model.estimate_mfu(sequences // self.world.size, seconds) * self._mfu_scale
+            self._mfu = mfu if self._mfu is None else 0.9 * self._mfu + 0.1 * mfu
+            text += f", mfu {100 * self._mfu:.1f}%"
+            more = {"mfu": 100 * self._mfu}
+        self._is_warm = True
+        return f"{text}, {1000 * seconds:.1f} ms", more
+
+    def _update(self, learning_rate: float) -> tuple[dict[str, Tensor], int]:
         batches = [self.batches.next("train", place) for place in self._step.inputs]
-        return self._updated(batches, learning_rate)
+        n_tokens = batches[0][0].numel() * self.config.gradient_accumulation_steps
+        return {"loss": self._updated(batches, learning_rate)}, n_tokens
 
     def evaluate(self) -> dict[str, float]:
         """The mean loss of the targets in ``eval_iters`` batches of each split, ``{"train": ..,
@@ -295,17 +285,12 @@ class Trainer(Run):
         weighted = (torch.stack(losses)[:mine] * weights).sum()
         return (self.world.all_reduce(weighted) / count).item()
 
-    def _evaluate_and_save(self, mfu: float | None) -> None:
-        improved = self._record(self.evaluate(), mfu)
-        if self.iter_num > 0 and self._build is None:
-            self._save(publish=improved or self.config.always_save_checkpoint)
+    def _evaluate(self) -> bool:
+        return self._record(self.evaluate(), self._mfu) or self.config.always_save_checkpoint
 
-    def _report_losses(self, losses: Mapping[str, float]) -> None:
-        self.val_loss = losses["val"]
-        super()._report_losses(losses)
-
-    def _save(self, publish: bool) -> Path:
-        """Save the state before ``iter_num``, with ``publish`` also as ``ckpt.pt``."""
+    def _save(self, publish: bool) -> Path | None:
+        if self._build is not None:
+            return None
         state = self._language_model_state(
             self.config,
             self.tokenizer,
@@ -338,7 +323,7 @@ class Trainer(Run):
 
         state = {
             "model": fsdp.full_state_dict(self.model),
-            "model_args": ckpt.model_args(self.model),
+            "model_args": asdict(self.model.config),
             "fastgpt": ckpt.kind_and_gelu(self.model),
         }
         return ckpt.build_model(state, self.out_dir).to(self.device)

@@ -1,8 +1,11 @@
 """Every key of ``fastgpt translate train``."""
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
+
+from fastgpt.training.config import LIMITS, Dtype, check_limits
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,7 +69,7 @@ class TranslationConfig:
     # cuda, cuda:N, cpu, mps, or auto.
     device: str = "auto"
     # auto is bfloat16 on a GPU that has it, float16 on an older one, float32 elsewhere.
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    dtype: Dtype = "auto"
 
 
 def check_config(config: TranslationConfig) -> None:
@@ -80,13 +83,7 @@ def check_config(config: TranslationConfig) -> None:
             + (" without target" if config.source and not config.target else "")
             + (" with target" if config.target and not config.source else "")
         )
-    counts = ("batch_tokens", "max_iters", "warmup_iters", "eval_interval", "log_interval")
-    for key in (*counts, "max_length"):
-        if getattr(config, key) < 1:
-            raise ValueError(f"{key} must be at least 1, got {getattr(config, key)}")
-    if not 0 <= config.seed < 1 << 63:
-        raise ValueError(f"seed must lie between 0 and {(1 << 63) - 1}, got {config.seed}")
-    if not config.grad_clip >= 0:
-        raise ValueError(f"grad_clip must be at least 0, got {config.grad_clip}")
+    counts = ("batch_tokens", "max_iters", "warmup_iters", "max_length")
+    check_limits(config, {**LIMITS, **dict.fromkeys(counts, (1, math.inf))})
     if config.learning_rate is not None and not config.learning_rate > 0:
         raise ValueError(f"learning_rate must be positive, got {config.learning_rate}")

@@ -8,7 +8,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from fastgpt.data.batches import padded
-from fastgpt.data.file_formats import naming
+from fastgpt.data.file_formats import naming, read_text
 from fastgpt.seq2seq import PADDING
 from fastgpt.tokenizer import Tokenizer
 from fastgpt.translation.built_in import Pairs
@@ -23,10 +23,7 @@ def read_lines(path: Path) -> list[str]:
     Raises FileNotFoundError, or ValueError naming file and line where one is empty, or if the file
     is empty or not UTF-8.
     """
-    try:
-        text = path.read_bytes().decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} must be UTF-8: {error}") from error
+    text = "".join(part for part, _ in read_text(path))
     lines = [line.removesuffix("\r") for line in text.removesuffix("\n").split("\n")]
     if not text.strip():
         raise ValueError(f"{path} is empty")

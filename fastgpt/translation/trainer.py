@@ -14,21 +14,20 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastgpt._files import atomic_write
-from fastgpt._progress import PlainConsole
+from fastgpt._progress import AnyConsole
 from fastgpt.data.sources import TextSource
 from fastgpt.seq2seq import PADDING, Seq2Seq, Seq2SeqConfig
 from fastgpt.tokenizer import CharTokenizer, Tokenizer, packed, tokenizer_from
 from fastgpt.tokenizer.training import KINDS, train_tokenizer
 from fastgpt.training import checkpoint as ckpt
-from fastgpt.training.config import TrainConfig
 from fastgpt.training.log import LOG
-from fastgpt.training.run import Loop
+from fastgpt.training.run import Run
 from fastgpt.translation.built_in import TASKS, Pairs
 from fastgpt.translation.config import TranslationConfig, check_config
 from fastgpt.translation.pairs import (
@@ -40,9 +39,6 @@ from fastgpt.translation.pairs import (
     read_two_files,
 )
 from fastgpt.translation.translator import LAST, Tokenizers, load_model
-
-if TYPE_CHECKING:
-    from rich.console import Console
 
 HELD_OUT = "held_out.tsv"
 
@@ -90,7 +86,7 @@ def _tokenizer(config: TranslationConfig, texts: list[str]) -> Tokenizer:
     return tokenizer_from(config.tokenizer)
 
 
-class TranslationTrainer(Loop):
+class TranslationTrainer(Run):
     """A run: model, optimizer, data and progress; ``run`` trains.
 
     Attributes: ``config``, ``model`` (on ``device``), ``tokenizers``, ``train`` and ``val``
@@ -105,12 +101,9 @@ class TranslationTrainer(Loop):
     NEWEST = LAST
     FILES = (LAST, LOG, HELD_OUT)
 
-    def __init__(
-        self, config: TranslationConfig, console: "Console | PlainConsole | None" = None
-    ) -> None:
+    def __init__(self, config: TranslationConfig, console: "AnyConsole | None" = None) -> None:
         check_config(config)
-        of_log = TrainConfig(out_dir=str(config.out_dir), eval_interval=config.eval_interval)
-        super().__init__(config, of_log, console)
+        super().__init__(config, console)
         pairs = read_pairs(config)
         self._fingerprint = hashlib.sha256(json.dumps(pairs).encode()).hexdigest()
         n_held_out = config.held_out
@@ -203,10 +196,10 @@ class TranslationTrainer(Loop):
         self.model.train()
         return losses
 
-    def _evaluate(self) -> None:
-        self._record(self.evaluate())
+    def _evaluate(self) -> bool:
+        return self._record(self.evaluate())
 
-    def _save(self) -> Path:
+    def _save(self, publish: bool) -> Path:
         path = self.out_dir / LAST
         state = {
             **self._state(),
@@ -218,7 +211,7 @@ class TranslationTrainer(Loop):
             "data_fingerprint": self._fingerprint,
         }
         ckpt.save(state, path)
-        if self.best_iter == self.iter_num:
+        if publish:
             ckpt.publish(path, self.out_dir / ckpt.BEST)
         return path
 

@@ -32,7 +32,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     shapes: list[Dialogue] = [PING, MORE, PING + MORE, MORE + PING, PING + PING]
     shapes += [[SYSTEM, *shape] for shape in shapes]
     write_dialogues(shapes * 8, root / "d.jsonl")
-    tokenizer = ChatTokenizer(CharTokenizer.from_text("gimnopre, "))
+    tokenizer = ChatTokenizer(CharTokenizer.from_texts("gimnopre, "))
     prepare(DialogueSource(root / "d.jsonl"), tokenizer, root / "chat", val_share=0.2)
     keys = {"dataset": "chat", "block_size": BLOCK_SIZE, "n_embd": 32, "n_layer": 1, "dropout": 0.0}
     keys |= {"max_iters": 120, "lr_decay_iters": 120, "eval_interval": 60}

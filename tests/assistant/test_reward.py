@@ -2,13 +2,13 @@
 
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from fastgpt.__main__ import main
 from fastgpt.assistant.reward import RewardConfig, RewardTraining
 from fastgpt.assistant.reward_model import PairLoss, RewardModel
 from fastgpt.assistant.scoring import Answer, Prompt, scorer
@@ -125,22 +125,17 @@ GOOD: dict[str, Any] = {
     ],
 )
 def test_a_bad_line_is_named(
-    tmp_path: Path, row: Any, message: str, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, row: Any, message: str, refused: Callable[..., str]
 ) -> None:
     lines = [json.dumps(GOOD), row if isinstance(row, str) else json.dumps(row)]
     (tmp_path / "pairs.jsonl").write_text("\n".join(lines) + "\n")
     tuned = folder_of(tmp_path / "tuned", small_gpt())
     given = [f"--init_from={tuned}", f"--dataset={tmp_path / 'pairs.jsonl'}", "--device=cpu"]
-    assert main(["reward", *given]) == 2
-    error = capsys.readouterr().err
+    error = refused("reward", *given)
     assert error.startswith(f"error: line 2 of the input {tmp_path}") and message in error
-    assert error.count("\n") == 1
 
 
-def test_a_reward_model_is_no_language_model(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    folder = folder_of(tmp_path / "reward", small_model())
-    assert main(["sample", f"--out_dir={folder}", "--device=cpu"]) == 2
-    said = f"{folder}/ckpt.pt is a reward model: fastgpt rl --reward {folder} uses it\n"
-    assert capsys.readouterr().err == f"error: {said}"
+def test_a_reward_model_is_no_language_model(tmp_path: Path, refused: Callable[..., str]) -> None:
+    folder = folder_of(tmp_path / "my reward", small_model())
+    said = f"{folder}/ckpt.pt is a reward model: fastgpt rl --reward '{folder}' uses it"
+    assert refused("sample", f"--out_dir={folder}", "--device=cpu") == f"error: {said}"

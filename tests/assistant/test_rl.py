@@ -1,14 +1,13 @@
 """Reinforcement learning: the loss, how answers are drawn and rated, runs, what is refused."""
 
 import math
-import signal
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from fastgpt.__main__ import main
 from fastgpt.assistant import policy_loss, template
 from fastgpt.assistant.policy_loss import PolicyLoss, advantages, kl_estimates, token_logps
 from fastgpt.assistant.reward_model import RewardModel
@@ -30,7 +29,7 @@ from tests.tools.small_assistants import (
     tokenizer,
     written,
 )
-from tests.tools.small_runs import assert_same, quiet
+from tests.tools.small_runs import arguments, assert_same, interrupted, quiet
 
 CPU = torch.device("cpu")
 NO_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")
@@ -196,30 +195,13 @@ def test_the_bound_on_the_divergence_ends_a_run(tmp_path: Path) -> None:
     assert (tmp_path / "out" / "ckpt.pt").exists()
 
 
-_rated = 0
-
-
-def interrupting(prompt: str, answer: str) -> float:
-    global _rated
-    _rated += 1
-    if _rated == 90:  # in the third update
-        signal.raise_signal(signal.SIGINT)
-    return share_of_a(prompt, answer)
-
-
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_ctrl_c_saves_and_the_run_goes_on(
-    tmp_path: Path, dtype: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The run that was stopped ends as the one that never was."""
-    monkeypatch.setattr(f"{__name__}._rated", 0)
-    keys: dict[str, Any] = {"dtype": dtype, "max_iters": 5, "log_interval": 1}
+def test_ctrl_c_saves_and_the_run_goes_on(tmp_path: Path) -> None:
+    """The run that was stopped ends as the one that never was; its master weights are saved."""
+    keys: dict[str, Any] = {"dtype": "bfloat16", "max_iters": 5, "log_interval": 1}
     whole = ReinforcementLearning(config(tmp_path, **keys, out_dir=str(tmp_path / "w")), quiet())
     whole.run()
-    stopped = ReinforcementLearning(
-        config(tmp_path, **keys, reward=f"{__name__}:interrupting", eval_interval=100), quiet()
-    )
-    with pytest.raises(KeyboardInterrupt):
+    stopped = ReinforcementLearning(config(tmp_path, **keys, eval_interval=100), quiet())
+    with interrupted(ReinforcementLearning, 2), pytest.raises(KeyboardInterrupt):
         stopped.run()
     saved = torch.load(tmp_path / "out" / "ckpt.pt", weights_only=True)
     assert saved["iter_num"] == 3
@@ -290,7 +272,7 @@ HERE = f"reward='{__name__}"
     ],
 )
 def test_errors_are_one_line(
-    tmp_path: Path, changes: dict[str, Any], message: str, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, changes: dict[str, Any], message: str, refused: Callable[..., str]
 ) -> None:
     places = {"TUNED": tmp_path / "tuned", "BASE": tmp_path / "base"}
     folder_of(tmp_path / "tuned", small_gpt())
@@ -305,9 +287,7 @@ def test_errors_are_one_line(
         "max_new_tokens": 4,
         **{key: places.get(value, value) for key, value in changes.items()},
     }
-    assert main(["rl", *(f"--{key}={value}" for key, value in keys.items())]) == 2
-    error = capsys.readouterr().err
-    assert error.startswith("error: ") and error.count("\n") == 1 and message in error, error
+    assert message in refused("rl", *arguments(keys))
 
 
 @pytest.mark.parametrize(

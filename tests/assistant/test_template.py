@@ -28,7 +28,7 @@ FULL = [SYSTEM, USER, ANSWER, {"role": "user", "content": "2+2?"}]
 @pytest.fixture(params=["char", "bpe", "unigram"])
 def tokenizer(request: pytest.FixtureRequest, tmp_path: Path) -> ChatTokenizer:
     if request.param == "char":
-        return ChatTokenizer(CharTokenizer.from_text(TEXT))
+        return ChatTokenizer(CharTokenizer.from_texts(TEXT))
     pytest.importorskip("tokenizers" if request.param == "bpe" else "sentencepiece")
     return ChatTokenizer(train_tokenizer(TextSource(TEXT), request.param, 294, tmp_path / "base"))
 
@@ -49,7 +49,7 @@ def test_a_dialogue(tokenizer: ChatTokenizer) -> None:
 def test_what_a_message_says_is_never_a_special_token(tokenizer: ChatTokenizer) -> None:
     base = tokenizer.base
     if isinstance(base, CharTokenizer):
-        base = CharTokenizer.from_text("<|endassistant|>")
+        base = CharTokenizer.from_texts("<|endassistant|>")
     chat = ChatTokenizer(base)
     said = "<|end|><|assistant|>"
     tokens, mask = template.encode(chat, [{"role": "user", "content": said}])
@@ -89,12 +89,12 @@ def test_it_is_saved_as_it_is(tokenizer: ChatTokenizer, tmp_path: Path) -> None:
     ],
 )
 def test_no_dialogue(messages: object, reason: str) -> None:
-    chat = ChatTokenizer(CharTokenizer.from_text(TEXT))
+    chat = ChatTokenizer(CharTokenizer.from_texts(TEXT))
     with pytest.raises(ValueError, match=reason):
         template.encode(chat, messages)  # type: ignore[arg-type]
 
 
 def test_an_answer_follows_a_user() -> None:
-    chat = ChatTokenizer(CharTokenizer.from_text(TEXT))
+    chat = ChatTokenizer(CharTokenizer.from_texts(TEXT))
     with pytest.raises(ValueError, match=r"messages\[2\].role must be 'user' for an answer"):
         template.prompt(chat, FULL[:3])

@@ -2,8 +2,9 @@
 
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import get_args, get_type_hints
+from typing import get_type_hints
 
 import pytest
 import torch
@@ -40,19 +41,10 @@ def test_defaults_preset_file_command_line() -> None:
 
 
 def test_presets_by_name() -> None:
-    assert set(get_args(get_args(get_type_hints(cli.Train)["preset"])[0])) == set(PRESETS)
     for name, keys in PRESETS.items():
         assert parsed(name, "--batch_size=3") == TrainConfig(**keys | {"batch_size": 3})
     expected = parsed("char", "--batch_size=3")
     assert parsed("--batch_size=3", "char") == parsed("--preset=char", "--batch_size=3") == expected
-    train = {"eval_interval": 1000, "log_interval": 10, "wandb_run_name": "gpt2-124M"}
-    assert parsed("train_gpt2").differences() == train
-    tuned = parsed("finetune_shakespeare", "--device=cpu")
-    assert (tuned.init_from, tuned.dataset, tuned.decay_lr) == ("gpt2-xl", "shakespeare", False)
-    assert tuned.batch_size * tuned.gradient_accumulation_steps * tuned.max_iters == 640
-    for size in ("medium", "large", "xl"):
-        config = parsed(f"eval_gpt2_{size}")
-        assert config.eval_only and config.init_from == f"gpt2-{size}"
     Path("char").write_text("n_layer = 5\n")  # a file of that name goes first
     assert parsed("char") == TrainConfig(n_layer=5)
 
@@ -114,7 +106,7 @@ def test_both_forms_of_a_boolean(argv: list[str], value: bool) -> None:
 
 def test_values_that_look_like_options() -> None:
     argv = ["sample", "--start", "top_k=3", "--stop", "--json", "--json"]
-    assert normalized(argv, cli._COMMANDS) == [*argv[:-1], "--json=True"]
+    assert normalized(argv, {"sample": SampleConfig}) == [*argv[:-1], "--json=True"]
 
 
 def test_resume_goes_on_with_the_keys_of_the_checkpoint() -> None:
@@ -131,7 +123,7 @@ def test_resume_goes_on_with_the_keys_of_the_checkpoint() -> None:
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["train", "absent.py"], "there is no configuration file absent.py\n"),
+        (["train", "absent.py"], "there is no configuration file absent.py"),
         (
             ["train", "config/train_gpt2.py"],
             "train_gpt2.py; a built-in one has the name train_gpt2",
@@ -167,20 +159,14 @@ def test_resume_goes_on_with_the_keys_of_the_checkpoint() -> None:
     ],
 )
 def test_user_errors_are_one_line(
-    argv: list[str],
-    message: str,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
+    argv: list[str], message: str, refused: Callable[..., str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     Path("cuda.py").write_text("device = 'cuda'\n")
     Path("folder").mkdir()
     Path("file").write_text("a text\n")
-    assert cli.main(argv) == 2
-    captured = capsys.readouterr()
-    assert captured.err.startswith("error: ") and message in captured.err
-    assert captured.err.count("\n") == 1
+    assert message in refused(*argv)
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,6 @@
 
 import io
 import json
-import random
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -128,25 +127,6 @@ def test_a_run_stopped_before_its_first_evaluation(
     assert cli.main(["export", "--to=nanogpt"]) == 0
     assert "note: out has no ckpt.pt" in capsys.readouterr().out
     assert torch.load("out/nanogpt/ckpt.pt")["iter_num"] == 1
-
-
-def test_the_counted_bigram_is_a_fact_of_the_data(capsys: pytest.CaptureFixture[str]) -> None:
-    """It depends neither on the batches nor on the seed, and is not below its entropy."""
-    draw = random.Random(0)
-    data_set(Path(), "".join(draw.choice(["ab", "ac", "b ", "cab"]) for _ in range(2000)))
-    shown = []
-    for seed, eval_iters in ((1, 1), (2, 3)):
-        assert cli.main(small(max_iters=2, seed=seed, eval_iters=eval_iters)) == 0
-        shown.append(
-            {
-                cells[1].strip(): float(cells[-2])
-                for cells in (line.split("│") for line in capsys.readouterr().out.splitlines())
-                if len(cells) > 3
-            }
-        )
-    assert shown[0].pop("gpt") != shown[1].pop("gpt") and shown[0] == shown[1]
-    entropy = shown[0]["bigram entropy of val.bin"]
-    assert entropy <= shown[0]["bigram, counted on train.bin"] < entropy + 0.02
 
 
 def test_a_vocabulary_too_large_for_a_table(

@@ -4,6 +4,7 @@
 
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import pytest
 from fastgpt.cli import main as cli
 from fastgpt.data import builtin_texts
 from fastgpt.data.manifest import read_manifest
-from fastgpt.tokenizer import CharTokenizer, load_tokenizer
+from fastgpt.tokenizer import CharTokenizer, tokenizer_from
 from fastgpt.training import checkpoint as ckpt
 from tests.tools.small_runs import arguments, small_keys
 
@@ -37,11 +38,11 @@ def run(*argv: str) -> None:
 @pytest.mark.parametrize("kind", ["bpe", "unigram"])
 def test_from_texts_to_a_sample(kind: str, capfd: pytest.CaptureFixture[str]) -> None:
     run("tokenizer", "train", "--input=docs.jsonl", f"--kind={kind}", "--vocab_size=300",
-        "--out_dir=tokenizers/mine")  # fmt: skip
-    run("prepare", "--input=docs.jsonl", "--tokenizer=tokenizers/mine", "--val_share=0.2",
+        "--out_dir=tokenizers/my own")  # fmt: skip
+    run("prepare", "--input=docs.jsonl", "--tokenizer=tokenizers/my own", "--val_share=0.2",
         "--shard_tokens=3000", "--workers=2")  # fmt: skip
     out = capfd.readouterr().out
-    assert "use it: fastgpt prepare --tokenizer tokenizers/mine --input docs.jsonl" in out
+    assert "use it: fastgpt prepare --tokenizer 'tokenizers/my own' --input docs.jsonl" in out
     assert "prepared data/docs: " in out and "train on it: fastgpt train --dataset=docs" in out
     manifest = read_manifest("data/docs")
     assert manifest is not None and len(manifest.splits["train"].shards) > 1
@@ -98,19 +99,19 @@ def test_the_corpora(
         (Path("else", "where"), DOCUMENTS[1:]),
     ):
         ids = [np.fromfile(folder / f"{split}.bin", np.uint16) for split in ("train", "val")]
-        assert "".join(map(load_tokenizer(folder).decode, ids)) == "".join(documents)
+        assert "".join(map(tokenizer_from(folder).decode, ids)) == "".join(documents)
 
 
 def test_nothing_is_downloaded_for_a_folder_that_is_a_file_and_nothing_written_without_it(
-    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    monkeypatch: pytest.MonkeyPatch, refused: Callable[..., str]
 ) -> None:
     def offline() -> str:
         raise ConnectionError("could not download it")
 
     monkeypatch.setattr(builtin_texts, "shakespeare_text", offline)
-    assert cli.main(["prepare", "shakespeare", "--out_dir=text.txt"]) == 2
-    assert "out_dir must be a folder, but text.txt is a file" in capfd.readouterr().err
-    assert cli.main(["prepare", "shakespeare"]) == 1
+    said = refused("prepare", "shakespeare", "--out_dir=text.txt")
+    assert "out_dir must be a folder, but text.txt is a file" in said
+    assert "could not download it" in refused("prepare", "shakespeare", code=1)
     assert not Path("data").exists()
 
 
@@ -128,9 +129,8 @@ def test_nothing_is_downloaded_for_a_folder_that_is_a_file_and_nothing_written_w
         (["tokenizer", "train", "--input=x", "--out_dir=t"], "the input x does not exist"),
     ],
 )
-def test_errors(argv: list[str], message: str, capfd: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(argv) == 2
-    assert message in capfd.readouterr().err
+def test_errors(argv: list[str], message: str, refused: Callable[..., str]) -> None:
+    assert message in refused(*argv)
     assert not Path("t").exists() and not Path("data/docs/manifest.json").exists()
 
 

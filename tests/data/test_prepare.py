@@ -20,7 +20,7 @@ from fastgpt.data.batches import Batches, token_files
 from fastgpt.data.manifest import read_manifest
 from fastgpt.data.prepare import characters_of, prepare
 from fastgpt.data.sources import DatasetSource, FileSource, Source, TextSource, source_of
-from fastgpt.tokenizer import CharTokenizer, Tokenizer, load_tokenizer
+from fastgpt.tokenizer import CharTokenizer, Tokenizer, tokenizer_from
 
 DOCUMENTS = [f"Document {i}\n" + "naïve Ω 文 🙂 and so on; " * (i % 7) + "." for i in range(60)]
 
@@ -82,7 +82,7 @@ def test_documents(source: FileSource, tokenizer: CharTokenizer, tmp_path: Path)
     assert sorted(contents(out_dir)) == ["manifest.json", "meta.pkl", "train.bin", "val.bin"]
     assert sorted(os.listdir(out_dir)) == sorted(contents(out_dir))  # nothing is left aside
     assert read_manifest(out_dir) == manifest and manifest.vocab_size == tokenizer.vocab_size
-    assert load_tokenizer(out_dir).fingerprint == tokenizer.fingerprint
+    assert tokenizer_from(out_dir).fingerprint == tokenizer.fingerprint
     for name, split in manifest.splits.items():
         (shard,) = split.shards
         path = out_dir / f"{name}.bin"
@@ -151,7 +151,7 @@ def test_one_text_is_cut_at_its_end_and_gets_no_separator(in_memory: bool, tmp_p
     one = TextSource(text) if in_memory else source_of(path.parent)
     assert isinstance(one, TextSource)
     tokenizer = characters_of(one)
-    assert tokenizer.itos == CharTokenizer.from_text(text).itos
+    assert tokenizer.itos == CharTokenizer.from_texts(text).itos
     prepare(one, tokenizer, tmp_path / "data")
     cut = int(0.9 * len(text))
     assert texts_of(tmp_path / "data", tokenizer) == [text[:cut], text[cut:]]
@@ -257,7 +257,7 @@ def test_memory_does_not_grow_with_the_input(
     words[:, 7] = 32
     text = words.tobytes().decode()  # 3.2 MB
     lines = [text[i : i + 3200] for i in range(0, len(text), 3200)]
-    tokenizer = CharTokenizer.from_text("\n abcdefghijklmnopqrstuvwxyz")
+    tokenizer = CharTokenizer.from_texts("\n abcdefghijklmnopqrstuvwxyz")
 
     def peak(share: int) -> int:
         part = lines[:: 1000 // share] if share < 1000 else lines
@@ -316,7 +316,7 @@ def test_nothing_that_is_there_is_replaced(
         with pytest.raises(FileExistsError, match=rf"{name} exists and is not replaced"):
             prepare(source, tokenizer, tmp_path, val_share=0.3)
         (tmp_path / name).unlink()
-    CharTokenizer.from_text("other").save(tmp_path / "meta.pkl")
+    CharTokenizer.from_texts("other").save(tmp_path / "meta.pkl")
     with pytest.raises(FileExistsError, match=r"meta\.pkl is another tokenizer"):
         prepare(source, tokenizer, tmp_path, val_share=0.3)
     tokenizer.save(tmp_path / "meta.pkl")

@@ -3,8 +3,7 @@
 import gzip
 import json
 import os
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -36,7 +35,7 @@ def test_inputs_without_text(tmp_path: Path) -> None:
     for name in ("a.txt", "a.jsonl"):
         (tmp_path / name).touch()
         with pytest.raises(ValueError, match="the input is empty"):
-            prepare(source_of(tmp_path / name), CharTokenizer.from_text("\n"), tmp_path / "data")
+            prepare(source_of(tmp_path / name), CharTokenizer.from_texts("\n"), tmp_path / "data")
     assert os.listdir(tmp_path / "data") == []
 
 
@@ -137,24 +136,6 @@ def test_a_parquet_without_the_column(tmp_path: Path) -> None:
         list(source_of(tmp_path / "a.parquet").texts())
     with pytest.raises(ValueError, match="row 1 of .* must have a text as 'id', got int"):
         list(source_of(tmp_path / "a.parquet", "id").texts())
-
-
-@pytest.mark.parametrize(
-    ("library", "read"),
-    [
-        ("zstandard", lambda folder: list(source_of(folder / "a.txt.zst").texts())),
-        ("pyarrow", lambda folder: list(source_of(folder / "a.parquet").texts())),
-        ("datasets", lambda folder: DatasetSource(str(folder))),
-    ],
-)
-def test_a_missing_library_names_the_extra(
-    library: str, read: Callable[[Path], object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for name in ("a.txt.zst", "a.parquet"):
-        (tmp_path / name).write_bytes(b"x")
-    monkeypatch.setitem(sys.modules, library, None)
-    with pytest.raises(ImportError, match=r'pip install -e "\.\[data\]" in '):
-        read(tmp_path)
 
 
 def test_a_data_set_that_is_a_program_is_refused(tmp_path: Path) -> None:

@@ -3,7 +3,6 @@
 import argparse
 import json
 import shutil
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -204,10 +203,10 @@ def test_damaged_and_missing_files_are_named(folder: Path, tmp_path: Path) -> No
     with pytest.raises(FileNotFoundError, match="has none of the files model.safetensors, "):
         GPT.from_pretrained(str(folder))
     (folder / "pytorch_model.bin").write_bytes(b"PK")
-    with pytest.raises(ValueError, match="pytorch_model.bin is not a PyTorch file"):
+    with pytest.raises(ValueError, match="pytorch_model.bin is not a checkpoint .* damaged"):
         GPT.from_pretrained(str(folder))
     torch.save({"a": argparse.Namespace(b=1)}, folder / "pytorch_model.bin")
-    with pytest.raises(ValueError, match="pytorch_model.bin holds objects of argparse.Namespace;"):
+    with pytest.raises(ValueError, match="pytorch_model.bin holds objects of argparse.Namespace, "):
         GPT.from_pretrained(str(folder))
     (folder / "model.safetensors.index.json").write_text('{"weight_map": {"a": "absent"}}')
     with pytest.raises(FileNotFoundError, match="there is no .*absent"):
@@ -249,15 +248,6 @@ def test_what_from_pretrained_refuses() -> None:
         GPT.from_pretrained("gpt2", {"dropout": 0.0, "block_size": 64})
     with pytest.raises(TypeError, match="expected str, bytes or os.PathLike object, not int"):
         GPT.from_pretrained(2)  # type: ignore[arg-type]
-
-
-def test_a_missing_package_is_named(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
-    with pytest.raises(ImportError, match=r'huggingface_hub: pip install -e "\.\[hf\]" in '):
-        GPT.from_pretrained("gpt2")
-    monkeypatch.setitem(sys.modules, "safetensors", None)
-    with pytest.raises(ImportError, match=r'safetensors: pip install -e "\.\[hf\]" in '):
-        GPT.from_pretrained(str(folder))
 
 
 # -- our own files

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ def folder_of(path: Path, model: GPT, own: dict[str, Any] | None = None) -> str:
     """A run's folder with this model; ``own`` takes the place of its tokenizer."""
     path.mkdir()
     kind = {**ckpt.kind_and_gelu(model), **(packed(tokenizer()) if own is None else own)}
-    saved = {"model": model.state_dict(), "model_args": ckpt.model_args(model), "fastgpt": kind}
+    saved = {"model": model.state_dict(), "model_args": asdict(model.config), "fastgpt": kind}
     ckpt.save({**saved, "iter_num": 1, "config": {}}, path / ckpt.BEST)
     return str(path)
 

@@ -1,9 +1,13 @@
 """A data set and a configuration small enough that a whole training run takes a second."""
 
+import contextlib
 import io
 import shutil
+import signal
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from rich.console import Console
@@ -14,6 +18,7 @@ from fastgpt.data.sources import TextSource
 from fastgpt.training import checkpoint as ckpt
 from fastgpt.training import checkpoint_folder
 from fastgpt.training.config import TrainConfig
+from fastgpt.training.run import Run
 from fastgpt.training.trainer import Trainer
 
 HANGS = 600  # seconds after which a process is stuck, not slow, however busy the machine is
@@ -71,6 +76,20 @@ def trained(root: Path, **changes: Any) -> Trainer:
     trainer = Trainer(small_config(root, **changes), quiet())
     trainer.run()
     return trainer
+
+
+@contextlib.contextmanager
+def interrupted(kind: type[Run], iteration: int) -> Iterator[None]:
+    """Runs of this kind get Ctrl-C at the beginning of an update."""
+    update = kind._update
+
+    def with_signal(run: Any, learning_rate: float) -> Any:
+        if run.iter_num == iteration:
+            signal.raise_signal(signal.SIGINT)
+        return update(run, learning_rate)
+
+    with mock.patch.object(kind, "_update", with_signal):
+        yield
 
 
 def state_of(root: Path) -> dict[str, Any]:

@@ -6,8 +6,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from fastgpt.__main__ import main
 from fastgpt.training.trainer import Trainer
 from tests.tools.forked import Forked
@@ -26,7 +24,7 @@ def killed_once(argv: list[str]) -> int:
     """fastgpt, of which the last process is killed before iteration 31, but only the first time."""
     update = Trainer._update
 
-    def killed(self: Trainer, learning_rate: float) -> Tensor:
+    def killed(self: Trainer, learning_rate: float) -> Any:
         first = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
         if first and self.world.rank == self.world.size - 1 and self.iter_num == 31:
             os.kill(os.getpid(), signal.SIGKILL)
@@ -41,12 +39,12 @@ def interrupted_one_by_one(first: int, argv: list[str]) -> int:
     when it saves."""
     update, save = Trainer._update, Trainer._save
 
-    def first_updates(self: Trainer, learning_rate: float) -> Tensor:
+    def first_updates(self: Trainer, learning_rate: float) -> Any:
         if self.world.rank == first and self.iter_num == 11:
             os.kill(os.getpid(), signal.SIGTERM)
         return update(self, learning_rate)
 
-    def other_saves(self: Trainer, publish: bool) -> Path:
+    def other_saves(self: Trainer, publish: bool) -> Path | None:
         if self.world.rank != first and self.iter_num == 12:
             os.kill(os.getpid(), signal.SIGTERM)
         return save(self, publish)

@@ -11,7 +11,7 @@ from fastgpt.sampler import Sampler
 from fastgpt.training import checkpoint as ckpt
 from fastgpt.training.config import SampleConfig, TrainConfig
 from fastgpt.training.trainer import Trainer
-from tests.tools.small_runs import data_set, small_config, small_keys
+from tests.tools.small_runs import data_set, small_config
 
 MODEL_ARGS = ["n_layer", "n_head", "n_embd", "block_size", "bias", "vocab_size", "dropout"]
 
@@ -152,20 +152,3 @@ def test_a_checkpoint_with_wrong_contents_is_named(run: Trainer, tmp_path: Path)
         torch.save({**whole, **change}, path)
         with pytest.raises(ValueError, match=f"iter-0000021.pt {message}"):
             Trainer(small_config(tmp_path, init_from="resume"))
-
-
-def test_the_models_of_the_key_model_survive(tmp_path: Path) -> None:
-    data_set(tmp_path)
-    Trainer(TrainConfig(**small_keys(tmp_path, model="bigram"))).run()
-    path = tmp_path / "out" / "ckpt.pt"
-    model = ckpt.build_model(ckpt.load(path), path)
-    assert ckpt.kind(model) == "bigram"
-    # a GPT with the tanh GELU, as imported weights have it, keeps it
-    gpt = GPT(GPTConfig(16, 65, 1, 1, 8), gelu="tanh")
-    saved = {
-        "model": gpt.state_dict(),
-        "model_args": ckpt.model_args(gpt),
-        "fastgpt": {"model": "gpt", "gelu": "tanh"},
-    }
-    again = ckpt.build_model(saved, path)
-    assert isinstance(again, GPT) and again.gelu_approximate == "tanh"

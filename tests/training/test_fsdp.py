@@ -28,7 +28,7 @@ def _built(root: Path, world: World, **changes: Any) -> Trainer:
 
 
 def _updates(trainer: Trainer, count: int) -> list[float]:
-    return [trainer._update(1e-2).item() for _ in range(count)]
+    return [float(trainer._update(1e-2)[0]["loss"]) for _ in range(count)]
 
 
 def _parts(root: Path, world: World) -> None:

@@ -58,12 +58,12 @@ def test_a_line_is_on_disk_when_it_is_reported(tmp_path: Path) -> None:
     run_log = RunLog(config := small_config(tmp_path))
     with run_log.opened(config, 0):
         for i in range(3):
-            run_log.report(i, loss=1.0, lr=0.1, tokens_per_second=5.0, mfu=0.25)
+            run_log.write(i, {"loss": 1.0, "lr": 0.1, "tokens_per_second": 5.0})
             assert len(rows(tmp_path)) == i + 1
-        run_log.evaluation(3, train=float("nan"), val=float("inf"), lr=0.1, mfu=None)
+        run_log.write(3, {"train/loss": float("nan"), "val/loss": float("inf")})
     first, *_, last = rows(tmp_path)
-    assert first["mfu"] == 25.0
-    assert last["train/loss"] is None and last["val/loss"] is None and last["mfu"] == -1.0
+    assert first["loss"] == 1.0
+    assert last["train/loss"] is None and last["val/loss"] is None
 
 
 def test_a_run_that_goes_on_writes_the_log_of_one_that_was_never_stopped(tmp_path: Path) -> None:
@@ -92,6 +92,18 @@ def test_what_was_lost_with_a_crash_is_not_logged_twice(tmp_path: Path) -> None:
     assert places(tmp_path) == ([0, 5, 10, 15, 20], [0, 10, 20, 21])
     assert without_clock(tmp_path)[:3] == expected[:3]
     assert not list(path.parent.glob(".*"))
+
+
+@pytest.mark.parametrize("figure", ["loss", "reward"])
+def test_the_evaluation_at_a_stop_is_kept(tmp_path: Path, figure: str) -> None:
+    """Of a run of any kind; it is not made again where the run goes on between two others."""
+    (tmp_path / "out").mkdir()
+    run_log = RunLog(config := small_config(tmp_path))
+    with run_log.opened(config, 0):
+        run_log.write(14, {figure: 1.0})
+        run_log.write(14, {f"val/{figure}": 2.0})
+    with run_log.opened(config, 14):
+        assert [f"val/{figure}" in row for row in rows(tmp_path)] == [True]
 
 
 def test_a_log_that_cannot_be_read_is_named(tmp_path: Path) -> None:

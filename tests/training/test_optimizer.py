@@ -107,17 +107,6 @@ def test_a_parameter_without_a_gradient_is_only_decayed() -> None:
     assert not torch.equal(optimizer.master_state_dict()["lm_head.weight"], before)
 
 
-def test_found_inf_skips_the_update() -> None:
-    model = small_model()
-    optimizer = optimizer_of(model)
-    optimizer.found_inf = torch.ones(())
-    before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    backward(model, 0)
-    optimizer.step()
-    assert_same(before, {name: p.detach() for name, p in model.named_parameters()})
-    assert optimizer.state_dict()["state"][0]["step"].item() == 0
-
-
 @pytest.mark.parametrize("bias", [False, True])
 def test_state_goes_both_ways(bias: bool) -> None:
     """Between this class and AdamW on a float32 model: as between their checkpoints."""

@@ -2,7 +2,7 @@
 
 import io
 import math
-import os
+import shlex
 import shutil
 import signal
 from pathlib import Path
@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 import torch
 from rich.console import Console
-from torch import Tensor
 
 from fastgpt.training.trainer import Trainer
 from tests.tools.forked import Forked
@@ -19,6 +18,7 @@ from tests.tools.small_runs import (
     TEXT,
     assert_same,
     data_set,
+    interrupted,
     quiet,
     small_config,
     small_keys,
@@ -51,29 +51,27 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_a_stop_at_any_iteration_is_seamless(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: str
-) -> None:
+def test_a_stop_at_any_iteration_is_seamless(tmp_path: Path, dtype: str) -> None:
     whole = trained(tmp_path, max_iters=25, dtype=dtype)
     saved = state_of(tmp_path)
-    update = Trainer._update
-
-    def interrupted(self: Trainer, learning_rate: float) -> Tensor:
-        if self.iter_num == 13:
-            os.kill(os.getpid(), signal.SIGINT)
-        return update(self, learning_rate)
-
-    monkeypatch.setattr(Trainer, "_update", interrupted)
-    with pytest.raises(KeyboardInterrupt):
+    with interrupted(Trainer, 13), pytest.raises(KeyboardInterrupt):
         trained(tmp_path, max_iters=25, dtype=dtype)
     assert state_of(tmp_path)["iter_num"] == 14  # the update in progress was finished
-    monkeypatch.setattr(Trainer, "_update", update)
     resumed = trained(tmp_path, max_iters=25, dtype=dtype, init_from="resume")
     assert_same(dict(resumed.model.state_dict()), dict(whole.model.state_dict()))
     again = state_of(tmp_path)
     for key in ("model", "optimizer"):  # master weights and moments
         assert_same(dict(again[key]), dict(saved[key]))
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_the_way_to_go_on_is_a_command(tmp_path: Path) -> None:
+    out, out_dir = io.StringIO(), str(tmp_path / "my run")
+    console = Console(file=out, width=300)
+    with interrupted(Trainer, 1), pytest.raises(KeyboardInterrupt):
+        Trainer(small_config(tmp_path, out_dir=out_dir), console).run()
+    words = shlex.split(out.getvalue())
+    assert words[-4:] == ["fastgpt", "train", "--init_from=resume", f"--out_dir={out_dir}"]
 
 
 def test_the_shape_comes_from_the_checkpoint(tmp_path: Path) -> None:

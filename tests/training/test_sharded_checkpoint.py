@@ -2,6 +2,7 @@
 
 import os
 import pickle
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ def state() -> dict[str, Any]:
     return {
         "model": model.state_dict(keep_vars=True),
         "optimizer": optimizer.state_dict(),
-        "model_args": ckpt.model_args(model),
+        "model_args": asdict(model.config),
         "iter_num": 4,
         "best_val_loss": torch.tensor(2.5),
         "config": {"n_layer": 1},

@@ -96,8 +96,12 @@ def test_a_terminal_gets_a_bar(tmp_path: Path) -> None:
     console = Console(file=out, force_terminal=True, width=140, highlight=False)
     Trainer(small_config(tmp_path), console).run()
     text = out.getvalue()
-    assert "20/20" in text and "tokens/s" in text
+    assert "21/21" in text and "tokens/s" in text
     assert "step 10: train loss" in text and "iter 5:" not in text
+    # one that cannot move its cursor gets lines
+    console = Console(file=(out := io.StringIO()), force_terminal=True, _environ={"TERM": "dumb"})
+    Trainer(small_config(tmp_path), console).run()
+    assert "iter 5: loss" in out.getvalue()
 
 
 def test_when_checkpoints_are_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

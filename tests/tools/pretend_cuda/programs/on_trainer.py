@@ -2,14 +2,11 @@
 stopped or not, a run is the same to the bit. Started by ``test_on_pretended_device.py``."""
 
 import math
-import os
-import signal
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from fastgpt.data.prepare import prepare
 from fastgpt.data.sources import TextSource, source_of
@@ -19,7 +16,7 @@ from fastgpt.training import log
 from fastgpt.training.distributed import World
 from fastgpt.training.step import Step
 from fastgpt.training.trainer import Trainer
-from tests.tools.small_runs import assert_same, data_set, state_of, trained
+from tests.tools.small_runs import assert_same, data_set, interrupted, state_of, trained
 
 # 16 characters, a number that fp8 has products for.
 TEXT = "".join(f"{n} * {n + 1} + 0 = {n * (n + 1)};\n" for n in range(200))
@@ -91,20 +88,11 @@ def test_float16(tmp_path: Path, options: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-def test_a_stop_is_seamless(tmp_path: Path, dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_stop_is_seamless(tmp_path: Path, dtype: str) -> None:
     """With a graph that was captured before the stop, and one that is captured after it."""
     whole = run(tmp_path / "whole", dtype=dtype, max_iters=12)
-    update = Trainer._update
-
-    def interrupted(self: Trainer, learning_rate: float) -> Tensor:
-        if self.iter_num == 5:
-            os.kill(os.getpid(), signal.SIGINT)
-        return update(self, learning_rate)
-
-    monkeypatch.setattr(Trainer, "_update", interrupted)
-    with pytest.raises(KeyboardInterrupt):
+    with interrupted(Trainer, 5), pytest.raises(KeyboardInterrupt):
         run(tmp_path / "stopped", dtype=dtype, max_iters=12)
-    monkeypatch.setattr(Trainer, "_update", update)
     resumed = run(tmp_path / "stopped", dtype=dtype, max_iters=12, init_from="resume")
     assert_same(resumed, whole)
 
