@@ -217,7 +217,7 @@ def attention_decode(qkv: Tensor, cache: Tensor, positions: Tensor, scale: float
         raise ValueError(f"positions must be contiguous, got strides {positions.stride()}")
     _scale(scale)
     if batch and positions.device.type == "cpu" and not torch.compiler.is_compiling():
-        for place in (int(positions.min()), int(positions.max())):
+        for place in map(int, positions.aminmax()):
             if not 0 <= place < cache.shape[3]:
                 raise ValueError(f"positions must lie in [0, {cache.shape[3]}), got {place}")
 

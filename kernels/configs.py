@@ -172,4 +172,5 @@ def find(x: Tensor, op: str, kernel: str, size: int | str = ANY, *options: str) 
 @functools.lru_cache(maxsize=None, typed=True)  # typed: equal tuples of two kinds are not equal
 def launch(config: Any) -> dict[str, Any]:
     """What a configuration gives the kernel. Not to be written to: later launches share it."""
-    return {k: v for k, v in config._asdict().items() if v is not None and k != "programs"}
+    given = {k: v for k, v in config._asdict().items() if v is not None and k != "programs"}
+    return given | _host.FMA

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from fastgpt.kernels import chunked_loss
+from fastgpt.kernels._operators import spread
 from fastgpt.kernels._tensors import row_count, split_heads
 
 
@@ -145,10 +146,10 @@ def _(dqkv, dout, qkv, out, lse, n_head, seed, doc_start, causal, *_):
 @_cost_of("attention_decode")
 def _(out, qkv, cache, positions, scale):
     """Of a full cache: positions are on the device, and not read."""
-    from fastgpt.kernels import configs
+    from fastgpt.kernels import _attention, configs
 
     _, batch, n_head, n_slots, head_size = cache.shape
-    block_d = max(16, 1 << (head_size - 1).bit_length())
+    block_d = _attention.block_d(head_size)
     config = configs.find(cache, "attention_decode", "fwd", block_d)
     n_parts = -(-n_slots // config.BLOCK_N)
     wide = 8 if cache.dtype == torch.float64 else 4
@@ -314,25 +315,18 @@ def _(
     f, c = fc_weight.shape
     tokens = pre.shape[0]
     fc, proj = _operand(fc_weight, dy.dtype), _operand(proj_weight, dy.dtype)
+    dx, dfc, dbias, dproj = spread(out, wants_dx, wants_dfc, wants_dfc and has_bias, wants_dproj)
     kernels: list[KernelCost] = [
         *_casting(dy.dtype, proj_weight, fc_weight if wants_dx else None),
-        *_linear_gelu_gradient(
-            dy,
-            proj,
-            pre,
-            act is None and wants_dproj,
-            out[wants_dx + 1] if wants_dfc and has_bias else None,
-        ),
+        *_linear_gelu_gradient(dy, proj, pre, act is None and wants_dproj, dbias),
     ]
-    gradients = iter(out)
     if wants_dx:
-        kernels.append(_product("linear dx", tokens, c, f, pre, fc, next(gradients)))
+        kernels.append(_product("linear dx", tokens, c, f, pre, fc, dx))
     if wants_dfc:
-        dfc_weight, *_ = [next(gradients) for _ in range(1 + has_bias)]
         kernels += _recomputing(ln_weight, saved, dy.dtype)
-        kernels += _weight_gradient(pre, _operand(saved, dy.dtype), dfc_weight)
+        kernels += _weight_gradient(pre, _operand(saved, dy.dtype), dfc)
     if wants_dproj:
-        kernels += _weight_gradient(dy, pre, next(gradients))
+        kernels += _weight_gradient(dy, pre, dproj)
     return kernels
 
 

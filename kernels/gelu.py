@@ -7,6 +7,8 @@ x and y have any shape. Saved for backward: x. Bytes moved, s an element: 2s for
 3s backward (x and dy in, dx out); about 20 FLOPs an element, so memory bounds both.
 """
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -88,6 +90,11 @@ def _gelu_bwd_rows_kernel(
         tl.store(sums_ptr + row_block.to(tl.int64) * n_cols + offs_n, sums, mask=mask_n)
 
 
+def _constexprs(x: Tensor, approximate: str) -> dict[str, Any]:
+    fast, acc = _host.is_half(x.dtype), _host.accumulator(x.dtype)
+    return dict(TANH=approximate == "tanh", FAST=fast, ACC=acc)
+
+
 def gelu_forward(x: Tensor, approximate: str) -> Tensor:
     x = x.contiguous()
     y = torch.empty_like(x)
@@ -98,11 +105,8 @@ def gelu_forward(x: Tensor, approximate: str) -> Tensor:
                 x,
                 y,
                 x.numel(),
-                TANH=approximate == "tanh",
-                FAST=_host.is_half(x.dtype),
-                ACC=_host.accumulator(x.dtype),
+                **_constexprs(x, approximate),
                 **configs.launch(config),
-                **_host.FMA,
             )
     return y
 
@@ -118,11 +122,8 @@ def gelu_backward(dy: Tensor, x: Tensor, approximate: str) -> Tensor:
                 x,
                 dx,
                 x.numel(),
-                TANH=approximate == "tanh",
-                FAST=_host.is_half(x.dtype),
-                ACC=_host.accumulator(x.dtype),
+                **_constexprs(x, approximate),
                 **configs.launch(config),
-                **_host.FMA,
             )
     return dx
 
@@ -143,12 +144,9 @@ def gelu_backward_rows_(
             sums,
             n_rows,
             n_cols,
-            TANH=approximate == "tanh",
-            FAST=_host.is_half(x.dtype),
-            ACC=_host.accumulator(x.dtype),
             ROWS=rows,
+            **_constexprs(x, approximate),
             **configs.launch(config),
-            **_host.FMA,
         )
 
 
@@ -173,7 +171,7 @@ def _setup_context(ctx, inputs, output):
 
 def _backward(ctx, dy):
     (x,) = ctx.saved_tensors
-    return _gelu_bwd_op(dy, x, ctx.approximate), None
+    return (_gelu_bwd_op(dy, x, ctx.approximate),)
 
 
 differentiable(_gelu_op, _backward, _setup_context)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fastgpt.kernels import _checks
-from fastgpt.kernels._tensors import as_matrix
+from fastgpt.kernels._tensors import as_matrix, unpacked
 
 # Each op, and the file of kernels/ that has it in Triton.
 OPS = {
@@ -128,19 +128,9 @@ def attention_qkvpacked(
 ) -> Tensor:
     """The same on packed (B, T, 3C), giving (B, T, C). See ``fused.attention_qkvpacked``."""
     _checks.qkvpacked(qkv, n_head, causal, scale, dropout_p, seed, dropout_offset, doc_start)
-    q, k, v = qkv.unflatten(2, (3, n_head, -1)).permute(2, 0, 3, 1, 4)  # each (B, H, T, D)
-    y = attention(
-        q,
-        k,
-        v,
-        causal=causal,
-        scale=scale,
-        dropout_p=dropout_p,
-        seed=seed,
-        dropout_offset=dropout_offset,
-        doc_start=doc_start,
+    return unpacked(
+        attention, qkv, n_head, causal, scale, dropout_p, seed, dropout_offset, doc_start
     )
-    return y.transpose(1, 2).flatten(2).contiguous()  # (B, T, C)
 
 
 def attention_decode(

@@ -93,6 +93,7 @@ def attention_qkvpacked(
     doc_start: Tensor | None = None,
 ) -> Tensor:
     """The same on packed (B, T, 3C), giving (B, T, C). See ``fused.attention_qkvpacked``."""
+    _checks.qkvpacked(qkv, n_head, causal, scale, dropout_p, seed, dropout_offset, doc_start)
     return unpacked(
         attention, qkv, n_head, causal, scale, dropout_p, seed, dropout_offset, doc_start
     )
@@ -110,7 +111,7 @@ def attention_decode(
     heads = qkv[:, 0].unflatten(1, (3, n_head, -1)).transpose(0, 1)  # (3, B, H, D)
     q, new = heads[0], heads[1:]
     if positions.is_cpu:  # where they were checked
-        first, last = int(positions.min()), int(positions.max())
+        first, last = map(int, positions.aminmax())
         visible = None
         if first == last:
             cache[:, :, :, last] = new
@@ -325,7 +326,7 @@ def _cross_entropy_rows(
 
 _linear_cross_entropy_op = chunked_loss.define(
     "linear_cross_entropy_torch_ops",
-    chunked_loss.chunked(_cross_entropy_rows),
+    partial(chunked_loss.forward, _cross_entropy_rows),
 )
 
 

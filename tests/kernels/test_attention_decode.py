@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from fastgpt.kernels import configs, fused, reference, torch_ops
-from fastgpt.kernels.attention_decode import _attention_decode_op, _block_d
+from fastgpt.kernels._attention import block_d
+from fastgpt.kernels.attention_decode import _attention_decode_op
 from tests.tools import interpreter, parity
 from tests.tools.rounding import RoundedOnce
 
@@ -42,7 +43,7 @@ def _inputs(
 @pytest.mark.parametrize("head_size", [1, 8, 25, 64, 80, 128, 256])
 def test_parity(device: str, head_size: int, dtype: torch.dtype) -> None:
     """Places in the first part, at both sides of a border of two, in the last slot."""
-    size = _block_d(head_size)
+    size = block_d(head_size)
     block_n = configs.lookup("attention_decode", "fwd", None, dtype, size).BLOCK_N
     places = [0, 5, block_n - 1, block_n, block_n + 6]
     qkv, cache, positions = _inputs(

@@ -142,10 +142,9 @@ def test_another_stream_launches_the_same_binaries(site: Site) -> None:
     ]
 
 
-def test_dropout_numbers() -> None:
+def test_dropout_arguments() -> None:
     """Sixteen bits an element: the rate is the nearest multiple of 2^-16, the scale its inverse."""
     for p in (0.0, 2**-16, 0.1, 0.2, 0.5, 0.999):
-        threshold, scale = _host.dropout_numbers(p)
-        assert abs(threshold / 2**16 - p) <= 2**-17
+        threshold, scale, drops = _host.dropout_arguments(p).values()
+        assert abs(threshold / 2**16 - p) <= 2**-17 and drops == (p > 0.0)
         assert scale * (2**16 - threshold) == pytest.approx(2**16)
-    assert _host.dropout_numbers(0.0) == (0, 1.0)
