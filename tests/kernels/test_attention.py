@@ -1,5 +1,5 @@
 """Attention in Triton against the masked matrix product: parity of outputs and gradients, operator
-registration, errors. What the mask and the dropout promise is in test_attention_semantics.py.
+registration. What the mask and the dropout promise is in test_attention_semantics.py.
 """
 
 from collections.abc import Callable
@@ -321,55 +321,3 @@ def test_float32_products_follow_pytorchs_switch() -> None:
     assert _host.dot_precision(torch.bfloat16) == "ieee"
     torch.set_float32_matmul_precision("highest")
     assert _host.dot_precision(torch.float32) == "ieee"
-
-
-@pytest.mark.parametrize("op", [fused.attention, torch_ops.attention, reference.attention])
-def test_errors(op) -> None:
-    q = torch.randn(1, 2, 4, 8)
-    seed = seed_on("cpu")
-    cases: list[tuple[type[Exception], str, tuple[Tensor, ...], dict[str, Any]]] = [
-        (ValueError, r"k must have shape \(1, 2, T, 8\)", (q, torch.randn(1, 3, 4, 8), q), {}),
-        (ValueError, r"v must have the shape of k", (q, q, torch.randn(1, 2, 5, 8)), {}),
-        (ValueError, r"q must have shape \(B, H, T, D\), got \(2, 4, 8\)", (q[0], q, q), {}),
-        (ValueError, r"k must have the dtype of q \(torch.float32\)", (q, q.half(), q.half()), {}),
-        (ValueError, r"v must be on the device of q \(cpu\), got meta", (q, q, q.to("meta")), {}),
-        (ValueError, r"k must hold at least one key", (q, q[:, :, :0], q[:, :, :0]), {}),
-        (ValueError, r"q must have a head size of at least 1", (q[..., :0],) * 3, {}),
-        (TypeError, r"q must be a floating-point tensor", (q.long(), q, q), {}),
-        (ValueError, r"dropout_p must lie in \[0, 0.999\], got 1.0", (q, q, q), {"dropout_p": 1.0}),
-        (ValueError, r"dropout_p must lie .* got -0.1", (q, q, q), {"dropout_p": -0.1}),
-        (ValueError, r"scale must be positive and finite.*got 0", (q, q, q), {"scale": 0.0}),
-        (ValueError, r"seed must be an int64 tensor", (q, q, q), {"seed": seed.int()}),
-        (ValueError, r"seed must be an int64 tensor", (q, q, q), {"seed": seed.repeat(2)}),
-        (ValueError, r"seed must be on the device", (q, q, q), {"seed": seed.to("meta")}),
-    ]
-    for error, message, args, options in cases:
-        with pytest.raises(error, match=message):
-            op(*args, **options)
-
-
-@pytest.mark.parametrize("module", [fused, torch_ops, reference])
-def test_errors_packed(module) -> None:
-    op = module.attention_qkvpacked
-    with pytest.raises(ValueError, match=r"qkv must have shape \(B, T, 3C\), got \(4, 24\)"):
-        op(torch.randn(4, 24), 2)
-    with pytest.raises(ValueError, match="multiple of 3 \\* n_head, got 24 with n_head=5"):
-        op(torch.randn(1, 4, 24), 5)
-    with pytest.raises(ValueError, match="qkv must hold at least one token"):
-        op(torch.randn(1, 0, 24), 2)
-    with pytest.raises(TypeError, match="qkv must be a floating-point tensor, got torch.int64"):
-        op(torch.zeros(1, 4, 24, dtype=torch.int64), 2)
-
-
-def test_head_size_limit_of_the_kernels() -> None:
-    q = torch.randn(1, 1, 2, 257)
-    with pytest.raises(ValueError, match="q must have a head size of at most 256, got 257"):
-        fused.attention(q, q, q)
-    with pytest.raises(ValueError, match="qkv must have a head size of at most 256, got 257"):
-        fused.attention_qkvpacked(torch.randn(1, 2, 3 * 257), 1)
-
-
-def test_torch_ops_refuse_a_seed() -> None:
-    q = torch.randn(1, 1, 2, 8)
-    with pytest.raises(ValueError, match="seed must be None"):
-        torch_ops.attention(q, q, q, dropout_p=0.1, seed=seed_on("cpu"))

@@ -169,38 +169,3 @@ def test_no_rows(ops: Any, device: str) -> None:
 def test_opcheck(device: str) -> None:
     qkv, cache, positions = _inputs([3, 65], device=device)
     torch.library.opcheck(_attention_decode_op, (qkv, cache, positions, 0.25))
-
-
-@IMPLEMENTATIONS
-def test_errors(ops: Any) -> None:
-    def run(**changes: Any) -> None:
-        qkv, cache, positions = _inputs([3, 65])
-        ops.attention_decode(**{**dict(qkv=qkv, cache=cache, positions=positions), **changes})
-
-    run()
-    with pytest.raises(ValueError, match=r"qkv must have shape \(B, 1, 3C\), got \(2, 2, 96\)"):
-        run(qkv=torch.zeros(2, 2, 96))
-    with pytest.raises(ValueError, match=r"cache must have shape \(2, 2, H, S, D\) with .* = 96"):
-        run(cache=torch.zeros(2, 2, 2, 70, 15))
-    with pytest.raises(ValueError, match=r"cache must have shape .*got \(2, 2, 2, 0, 16\)"):
-        run(cache=torch.zeros(2, 2, 2, 0, 16))
-    with pytest.raises(ValueError, match="cache must be contiguous, got strides"):
-        run(cache=torch.zeros(2, 2, 70, 2, 16).transpose(2, 3))
-    with pytest.raises(ValueError, match=r"cache must have the dtype of qkv \(torch.float32\)"):
-        run(cache=torch.zeros(2, 2, 2, 70, 16).half())
-    with pytest.raises(TypeError, match="positions must be torch.int64 or torch.int32, got .*floa"):
-        run(positions=torch.zeros(2))
-    with pytest.raises(ValueError, match=r"positions must have shape \(2,\) to go with qkv"):
-        run(positions=torch.zeros(3, dtype=torch.int64))
-    with pytest.raises(ValueError, match=r"positions must lie in \[0, 70\), got 70"):
-        run(positions=torch.tensor([3, 70]))
-    with pytest.raises(ValueError, match=r"positions must lie in \[0, 70\), got -1"):
-        run(positions=torch.tensor([-1, 3]))
-    with pytest.raises(ValueError, match="scale must be positive and finite, or None, got 0"):
-        run(scale=0.0)
-
-
-def test_the_kernels_refuse_large_heads() -> None:
-    qkv, cache, positions = _inputs([3], head_size=257, n_head=1)
-    with pytest.raises(ValueError, match="cache must have a head size of at most 256, got 257"):
-        fused.attention_decode(qkv, cache, positions)

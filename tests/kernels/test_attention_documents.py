@@ -3,11 +3,9 @@ and that no document knows of another.
 """
 
 from functools import partial
-from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from fastgpt.kernels import configs, fused, reference, torch_ops
 from fastgpt.kernels.costs import COSTS
@@ -174,31 +172,3 @@ def test_cost_is_that_of_causal_attention() -> None:
         for args in ((qkv, 2, None, s, True, 0.25, 0.0, 0) for s in (None, doc_start))
     ]
     assert costs[0] == costs[1]
-
-
-@pytest.mark.parametrize("module", [fused, torch_ops, reference])
-def test_errors(module) -> None:
-    q, k = torch.randn(2, 2, 4, 8), torch.randn(2, 2, 5, 8)
-    doc_start = starts_of(4, [], [1])
-    cases: list[tuple[type[Exception], str, tuple[Tensor, ...], dict[str, Any]]] = [
-        (TypeError, "doc_start must be a torch.Tensor, got list", (q, q, q),
-         {"doc_start": [[0] * 4]}),
-        (TypeError, "doc_start must be torch.int32, got torch.int64", (q, q, q),
-         {"doc_start": doc_start.long()}),
-        (ValueError, r"doc_start must have shape \(2, 4\) to go with q \(2, 2, 4, 8\), got",
-         (q, q, q), {"doc_start": doc_start[:1]}),
-        (ValueError, r"doc_start must be on the device of q \(cpu\), got meta",
-         (q, q, q), {"doc_start": doc_start.to("meta")}),
-        (ValueError, "doc_start must be None with causal=False", (q, q, q),
-         {"doc_start": doc_start, "causal": False}),
-        (ValueError, "doc_start must be None unless q and k are equally long, got q "
-         r"\(2, 2, 4, 8\) and k \(2, 2, 5, 8\)", (q, k, k), {"doc_start": doc_start}),
-    ]  # fmt: skip
-    for error, message, args, options in cases:
-        with pytest.raises(error, match=message):
-            module.attention(*args, **options)
-    qkv = torch.randn(2, 4, 48)
-    with pytest.raises(ValueError, match=r"doc_start must have shape \(2, 4\) to go with qkv"):
-        module.attention_qkvpacked(qkv, 2, doc_start=doc_start[:, :3])
-    with pytest.raises(ValueError, match="doc_start must be None with causal=False"):
-        module.attention_qkvpacked(qkv, 2, causal=False, doc_start=doc_start)

@@ -236,28 +236,3 @@ def test_cost_is_that_of_all_keys() -> None:
     assert costs[0] == costs[1] and costs[2] == costs[3]
     assert costs[0].flops == costs[2].flops
     assert costs[2].bytes - costs[0].bytes == k.nbytes + v.nbytes
-
-
-@pytest.mark.parametrize("module", MODULES)
-def test_errors(module) -> None:
-    q, k = torch.randn(2, 6, 4, 8), torch.randn(2, 4, 4, 8)
-    doc_start = torch.zeros(2, 4, dtype=torch.int32)
-    lengths = of([4, 0])
-    cases: list[tuple[type[Exception], str, Tensor, dict[str, Any]]] = [
-        (TypeError, "key_lengths must be a torch.Tensor, got list", q, {"key_lengths": [4, 0]}),
-        (TypeError, "key_lengths must be torch.int32, got torch.int64", q,
-         {"key_lengths": lengths.long()}),
-        (ValueError, r"key_lengths must have shape \(2,\) to go with q \(2, 6, 4, 8\), got \(1,\)",
-         q, {"key_lengths": lengths[:1]}),
-        (ValueError, r"key_lengths must be on the device of q \(cpu\), got meta", q,
-         {"key_lengths": lengths.to("meta")}),
-        (ValueError, "key_lengths must be None together with doc_start, got a tensor", q,
-         {"key_lengths": lengths, "doc_start": doc_start}),
-        (ValueError, r"k must have shape \(2, 6, T, 8\), or a divisor of 6 as its number of heads, "
-         r"to go with q \(2, 6, 4, 8\), got \(2, 4, 4, 8\)", k, {}),
-        (ValueError, "k must have shape .* got", k[:, :0], {}),
-        (ValueError, "k must have shape .* got", q.repeat(1, 2, 1, 1), {}),
-    ]  # fmt: skip
-    for error, message, keys, options in cases:
-        with pytest.raises(error, match=message):
-            module.attention(q, keys, keys, **options)

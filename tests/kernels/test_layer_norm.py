@@ -1,5 +1,5 @@
 """LayerNorm in Triton, plain and of a residual sum, against the plain ops: parity, the mask,
-gradients, determinism, what is kept and what is shared, errors."""
+gradients, determinism, what is kept and what is shared."""
 
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fastgpt.kernels import fused, reference, torch_ops
-from fastgpt.kernels.layer_norm import MAX_WIDTH, _layer_norm_bwd_op, _layer_norm_op
+from fastgpt.kernels.layer_norm import _layer_norm_bwd_op, _layer_norm_op
 from tests.tools import interpreter, parity
 from tests.tools.sanitizer import sanitize
 
@@ -101,30 +101,6 @@ def test_plain_autocast_rounds_once(device: str) -> None:
         y = fused.layer_norm(x, weight)
     assert y.dtype == torch.bfloat16
     assert torch.equal(y, plain.bfloat16())
-
-
-def test_plain_errors() -> None:
-    x, weight = torch.randn(2, 8), torch.ones(8)
-    with pytest.raises(ValueError, match=r"weight must have shape \(8,\).*got \(7,\)"):
-        fused.layer_norm(x, torch.ones(7))
-    with pytest.raises(ValueError, match=r"bias must have shape \(8,\).*got \(1, 8\)"):
-        fused.layer_norm(x, weight, torch.ones(1, 8))
-    with pytest.raises(ValueError, match="weight must have the dtype of x.*got torch.float16"):
-        fused.layer_norm(x, weight.half())
-    with pytest.raises(ValueError, match="bias must have the dtype of x.*got torch.float16"):
-        fused.layer_norm(x, weight, weight.half())
-    with pytest.raises(ValueError, match="bias must have the dtype of weight"):
-        fused.layer_norm(x.half(), weight, weight.half())
-    with pytest.raises(ValueError, match=r"weight must be on the device of x \(cpu\), got meta"):
-        fused.layer_norm(x, weight.to("meta"))
-    with pytest.raises(ValueError, match="eps must be at least 0, got -1.0"):
-        fused.layer_norm(x, weight, eps=-1.0)
-    with pytest.raises(ValueError, match=f"at most {MAX_WIDTH}, got {MAX_WIDTH + 1}"):
-        fused.layer_norm(torch.randn(1, MAX_WIDTH + 1), torch.ones(MAX_WIDTH + 1))
-    with pytest.raises(ValueError, match="x must have a last dimension of at least 1"):
-        fused.layer_norm(torch.randn(3, 0), torch.ones(0))
-    with pytest.raises(TypeError, match="x must be a floating-point tensor"):
-        fused.layer_norm(torch.arange(8), weight)
 
 
 # -------------------------------------------------------------------------- residual_layer_norm
@@ -418,27 +394,3 @@ def test_inductor_at_width_768(device: str, dtype: torch.dtype) -> None:
             parity.results(op, inputs, grad, dtype) for op in (compiled, fused.layer_norm)
         )
         assert all(torch.equal(x, y) for x, y in zip(got, expected, strict=True))
-
-
-def test_errors() -> None:
-    inputs = _inputs((2, 8), torch.float32, "cpu")
-
-    def refuses(kind: type[Exception], message: str, **changed: Any) -> None:
-        with pytest.raises(kind, match=message):
-            fused.residual_layer_norm(**{**inputs, **changed})
-
-    x, w = inputs["delta"], inputs["weight"]
-    refuses(ValueError, r"delta must have shape \(2, 8\).*got \(1, 8\)", delta=x[:1])
-    refuses(ValueError, "delta must have the dtype of residual", delta=x.double())
-    refuses(ValueError, "delta must be on the device of residual", delta=x.to("meta"))
-    refuses(ValueError, r"weight must have shape \(8,\).*got \(7,\)", weight=w[:7])
-    refuses(ValueError, "bias must have the dtype of", bias=w.double())
-    refuses(ValueError, r"delta_bias must have shape \(8,\)", delta_bias=w[None])
-    refuses(ValueError, "eps must be at least 0, got -1", eps=-1)
-    refuses(ValueError, r"dropout_p must lie in \[0, 0.999\], got 1.0", dropout_p=1.0)
-    refuses(ValueError, "seed must be an int64 tensor", dropout_p=0.1, seed=torch.tensor([1.0]))
-    refuses(ValueError, r"dropout_offset must lie in \[0, 2\^31\), got -1", dropout_offset=-1)
-    refuses(TypeError, "residual must be a floating-point tensor", residual=x.long())
-    wide = torch.ones(1, MAX_WIDTH + 1)
-    with pytest.raises(ValueError, match=f"residual .* at most {MAX_WIDTH}, got {MAX_WIDTH + 1}"):
-        fused.residual_layer_norm(wide, wide, wide[0])

@@ -1,5 +1,5 @@
 """Linear + cross-entropy in chunks at its edges: targets of every kind, extreme logits, no rows;
-memory; addresses past 2^31; errors.
+memory; addresses past 2^31.
 """
 
 import dataclasses
@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 from triton.runtime import interpreter as triton_interpreter
 
-from fastgpt.kernels import _host, chunked_loss, fused, linear_cross_entropy, reference, torch_ops
+from fastgpt.kernels import chunked_loss, linear_cross_entropy, reference, torch_ops
 from tests.tools import interpreter, parity
 from tests.tools.interpreter import Observer, Program
 
@@ -234,40 +234,3 @@ def test_addresses_past_2_to_31(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.testing.assert_close(losses[-1], expected.detach())
     (gradient,) = torch.autograd.grad(expected, z)
     torch.testing.assert_close(logits[-1].float(), gradient, atol=1e-7, rtol=1e-3)
-
-
-def test_errors(ops) -> None:
-    x, weight, targets = torch.randn(2, 3, 8), torch.randn(65, 8), torch.zeros(2, 3).long()
-
-    def refused(error: type[Exception], match: str, *args: Any, **options: Any) -> None:
-        with pytest.raises(error, match=match):
-            ops.linear_cross_entropy(*args, **options)
-
-    refused(TypeError, "x must be a floating-point tensor", x.long(), weight, targets)
-    refused(TypeError, "weight must be a torch.Tensor, got list", x, [1.0], targets)
-    refused(TypeError, "targets must be torch.int64 or torch.int32", x, weight, targets.float())
-    refused(
-        ValueError, r"weight must have shape \(N, K\).*got \(65, 7\)", x, weight[:, :7], targets
-    )
-    refused(ValueError, "weight must have a row for each class", x, weight[:0], targets)
-    refused(ValueError, "weight must have the dtype of x", x, weight.half(), targets)
-    refused(
-        ValueError, r"targets must have shape \(2, 3\).*got \(6,\)", x, weight, targets.view(-1)
-    )
-    refused(ValueError, "targets must be on the device of x", x, weight, targets.to("meta"))
-    refused(ValueError, "'mean' or 'sum', got 'none'", x, weight, targets, reduction="none")
-    for value in (-0.1, 1.1, math.nan):
-        match = rf"label_smoothing must lie in \[0, 1\], got {value}"
-        refused(ValueError, match, x, weight, targets, label_smoothing=value)
-    for value in (-1e-4, math.inf, math.nan):
-        match = f"z_loss must be at least 0 and finite, got {value}"
-        refused(ValueError, match, x, weight, targets, z_loss=value)
-
-
-def test_triton_refuses_other_dtypes_and_devices() -> None:
-    x, weight, targets = torch.randn(2, 8), torch.randn(65, 8), torch.zeros(2).long()
-    with _host.interpreted(False):
-        with pytest.raises(TypeError, match="x must be float32, float16 or bfloat16"):
-            fused.linear_cross_entropy(x.double(), weight.double(), targets)
-        with pytest.raises(ValueError, match="x must be on a CUDA device, got cpu"):
-            fused.linear_cross_entropy(x, weight, targets)
