@@ -2,7 +2,6 @@
 registration. What the mask and the dropout promise is in test_attention_semantics.py.
 """
 
-from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
 from typing import Any
@@ -32,13 +31,6 @@ def seed_on(device: str) -> Tensor:
 
 def qkv_of(device: str, length: int, batch: int = 1, dtype=torch.float32) -> list[Tensor]:
     return list(torch.randn(3, batch, 2, length, 16, device=device).to(dtype))
-
-
-def results(op: Callable[..., Tensor], inputs: list[Tensor], grad: Tensor) -> list[Tensor]:
-    """The output, then the gradients of all inputs, in the inputs' dtype."""
-    leaves = [x.clone().requires_grad_() for x in inputs]
-    y = op(*leaves)
-    return [y.detach(), *torch.autograd.grad(y, leaves, grad)]
 
 
 def assert_parity(name: str, inputs: list[Tensor], grad: Tensor, **options: Any) -> None:
@@ -246,28 +238,6 @@ def test_packed_equals_separate(device: str) -> None:
     grad = torch.randn_like(y)
     (dy,), (dz,) = torch.autograd.grad(y, qkv, grad), torch.autograd.grad(z, qkv, grad)
     assert torch.equal(dy, dz)
-
-
-def test_expanded_inputs_and_gradient(device: str) -> None:
-    q, k, v = (
-        torch.randn(1, 1, 20, 16, device=device).expand(2, 3, 20, 16).requires_grad_()
-        for _ in range(3)
-    )
-    got = torch.autograd.grad(fused.attention(q, k, v).sum(), (q, k, v))
-    expected = torch.autograd.grad(torch_ops.attention(q, k, v).sum(), (q, k, v))
-    for x, y in zip(got, expected, strict=True):
-        torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-5)
-
-
-@pytest.mark.parametrize("shape", [(0, 2, 5, 16), (2, 0, 5, 16), (2, 2, 0, 16)], ids=str)
-def test_empty(device: str, shape: tuple[int, ...]) -> None:
-    q = torch.randn(shape, device=device, requires_grad=True)
-    k = torch.randn(*shape[:2], 5, 16, device=device, requires_grad=True)
-    y = fused.attention(q, k, k)
-    assert y.shape == shape
-    y.sum().backward()
-    assert q.grad is not None and k.grad is not None
-    assert q.grad.shape == shape and torch.equal(k.grad, torch.zeros_like(k))
 
 
 @pytest.mark.parametrize("mask", ["causal", "full", "documents"])

@@ -160,12 +160,6 @@ def test_more_parts_than_are_added_at_a_time(device: str) -> None:
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
 
 
-@IMPLEMENTATIONS
-def test_no_rows(ops: Any, device: str) -> None:
-    qkv, cache, positions = _inputs([], device=device)
-    assert ops.attention_decode(qkv, cache, positions.long()).shape == (0, 1, 32)
-
-
 def test_opcheck(device: str) -> None:
     qkv, cache, positions = _inputs([3, 65], device=device)
     torch.library.opcheck(_attention_decode_op, (qkv, cache, positions, 0.25))

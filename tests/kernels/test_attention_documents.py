@@ -9,7 +9,7 @@ import torch
 
 from fastgpt.kernels import configs, fused, reference, torch_ops
 from fastgpt.kernels.costs import COSTS
-from tests.kernels.test_attention import assert_parity, qkv_of, results, seed_on
+from tests.kernels.test_attention import assert_parity, qkv_of, seed_on
 from tests.tools import parity
 from tests.tools.documents import DOCUMENTS, starts_of
 
@@ -46,7 +46,7 @@ def test_torch_ops(length: int, borders: list[int]) -> None:
     inputs, grad = qkv_of("cpu", length), torch.randn(1, 2, length, 16)
     doc_start = starts_of(length, borders)
     ops = [partial(m.attention, doc_start=doc_start) for m in (torch_ops, reference)]
-    for x, y in zip(*(results(op, inputs, grad) for op in ops), strict=True):
+    for x, y in zip(*(parity.outcome(op, inputs, grad) for op in ops), strict=True):
         torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-5)
 
 
@@ -54,12 +54,12 @@ def test_torch_ops(length: int, borders: list[int]) -> None:
 @pytest.mark.parametrize("module", [fused, torch_ops, reference])
 def test_documents_are_what_they_are_alone(module, length: int, borders: list[int]) -> None:
     inputs, grad = qkv_of("cpu", length), torch.randn(1, 2, length, 16)
-    together = results(
+    together = parity.outcome(
         partial(module.attention, doc_start=starts_of(length, borders)), inputs, grad
     )
     for begin, end in zip([0, *borders], [*borders, length], strict=True):
         parts = [x[:, :, begin:end] for x in (*inputs, grad)]
-        alone = results(module.attention, parts[:3], parts[3])
+        alone = parity.outcome(module.attention, parts[:3], parts[3])
         for x, y in zip(together, alone, strict=True):
             torch.testing.assert_close(x[:, :, begin:end], y, rtol=1e-5, atol=1e-5)
 
@@ -78,7 +78,7 @@ def test_one_document_gives_the_same_bits_as_none(
     grad = torch.randn_like(inputs[0])
     op = partial(fused.attention, dropout_p=dropout_p, seed=seed_on(device))
     doc_start = starts_of(length, [], [], device=device)
-    runs = [results(partial(op, doc_start=s), inputs, grad) for s in (None, doc_start)]
+    runs = [parity.outcome(partial(op, doc_start=s), inputs, grad) for s in (None, doc_start)]
     assert all(torch.equal(x, y) for x, y in zip(*runs, strict=True))
 
 
@@ -92,12 +92,12 @@ def test_a_document_changes_no_bit_of_another(
     inputs = qkv_of(device, length, dtype=dtype)
     grad = torch.randn_like(inputs[0])
     op = partial(fused.attention, doc_start=starts_of(length, borders, device=device))
-    before = results(op, inputs, grad)
+    before = parity.outcome(op, inputs, grad)
     for begin, end in zip([0, *borders], [*borders, length], strict=True):
         changed = [x.clone() for x in (*inputs, grad)]
         for x in changed:
             x[:, :, begin:end] = torch.randn_like(x[:, :, begin:end])
-        after = results(op, changed[:3], changed[3])
+        after = parity.outcome(op, changed[:3], changed[3])
         for x, y in zip(before, after, strict=True):
             assert torch.equal(x[:, :, :begin], y[:, :, :begin])
             assert torch.equal(x[:, :, end:], y[:, :, end:])
@@ -126,9 +126,9 @@ def test_what_is_not_finite_in_another_document_never_leaks(
     grad = torch.randn_like(inputs["q"])
     grad[:, :, begin:end] = 0.0
     op = partial(fused.attention, doc_start=starts_of(length, borders, device=device))
-    before = results(op, list(inputs.values()), grad)
+    before = parity.outcome(op, list(inputs.values()), grad)
     inputs[which][:, :, place] = poison
-    after = results(op, list(inputs.values()), grad)
+    after = parity.outcome(op, list(inputs.values()), grad)
     for x, y in list(zip(before, after, strict=True))[: 2 if which == "q" else 4]:
         assert torch.equal(x[:, :, :begin], y[:, :, :begin])
         assert torch.equal(x[:, :, end:], y[:, :, end:])
@@ -149,7 +149,7 @@ def test_whatever_starts_holds_is_within_bounds(device: str, kind: str) -> None:
     }[kind]
     inputs = qkv_of(device, length, batch=2)
     op = partial(fused.attention, doc_start=doc_start.to(device))
-    assert results(op, inputs, torch.randn_like(inputs[0]))[0].isfinite().all()
+    assert parity.outcome(op, inputs, torch.randn_like(inputs[0]))[0].isfinite().all()
 
 
 def test_expanded_starts(device: str) -> None:
@@ -157,7 +157,7 @@ def test_expanded_starts(device: str) -> None:
     grad = torch.randn_like(inputs[0])
     row = starts_of(90, [30, 71], device=device)
     runs = [
-        results(partial(fused.attention, doc_start=s), inputs, grad)
+        parity.outcome(partial(fused.attention, doc_start=s), inputs, grad)
         for s in (row.expand(3, 90), row.repeat(3, 1))
     ]
     assert all(torch.equal(x, y) for x, y in zip(*runs, strict=True))

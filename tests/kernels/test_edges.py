@@ -317,6 +317,7 @@ SINGLE: dict[str, list[tuple[int, ...]]] = {
     "attention, odd head": [(1, 1, 1, 1)] * 3,
     "attention_qkvpacked": [(1, 1, 96)],
     "attention_qkvpacked, odd head": [(1, 1, 3)],
+    "embedding": [(5, 1), (6, 1)],
     "linear_cross_entropy": [(1, 16), (1, 16)],
 }
 

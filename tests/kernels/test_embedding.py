@@ -177,41 +177,6 @@ def test_ids_out_of_range(
         torch.testing.assert_close(x, z)
 
 
-@pytest.mark.parametrize("frozen", [0, 1])
-def test_a_frozen_table_gets_no_gradient(device: str, frozen: int) -> None:
-    idx, weights = _inputs((2, 5, 6, 7, 16), torch.float32, device)
-    leaf = weights[1 - frozen].requires_grad_()
-    fused.embedding(idx, *weights).square().sum().backward()
-    (expected,) = torch.autograd.grad(torch_ops.embedding(idx, *weights).square().sum(), leaf)
-    assert weights[frozen].grad is None and leaf.grad is not None
-    torch.testing.assert_close(leaf.grad, expected)
-
-
-def test_expanded_gradient(device: str) -> None:
-    idx, weights = _inputs((2, 5, 6, 7, 16), torch.float32, device)
-    leaves = [x.requires_grad_() for x in weights]
-    got = torch.autograd.grad(fused.embedding(idx, *leaves).sum(), leaves)
-    expected = torch.autograd.grad(torch_ops.embedding(idx, *leaves).sum(), leaves)
-    assert all(torch.equal(x, z) for x, z in zip(got, expected, strict=True))
-
-
-@pytest.mark.parametrize("shape", [(1, 1, 1), (2, 9, 65), (1, 3, 1600)], ids=str)
-def test_mask_is_the_reference_s_forward_and_backward(
-    device: str, shape: tuple[int, int, int]
-) -> None:
-    batch, length, width = shape
-    seed = torch.tensor([-(2**50) - 11], device=device)
-    idx = torch.arange(batch * length, device=device).view(batch, length)  # each token once
-    token = torch.ones(batch * length, width, device=device, requires_grad=True)
-    position = torch.zeros(length, width, device=device)
-    out = fused.embedding(idx, token, position, dropout_p=0.25, seed=seed, dropout_offset=2**31 - 1)
-    (dtoken,) = torch.autograd.grad(out, token, torch.ones_like(out))
-    keep, share = reference.dropout_mask(seed, (batch * length, width), 0.25, 2**31 - 1)
-    for x in (out.flatten(0, 1), dtoken):
-        torch.testing.assert_close(x, keep.float() / share)
-        assert torch.equal(x > 0, keep)
-
-
 def test_autocast(device: str) -> None:
     """The residual stream is bfloat16 under its autocast, float32 otherwise; gradients are the
     weights'."""
@@ -265,23 +230,3 @@ def test_opcheck(device: str, dropout_p: float) -> None:
     dout = torch.randn(5, 2, 16, device=device).transpose(0, 1)
     torch.library.opcheck(_token_bwd_op, (dout, idx, seed, 7, torch.float32, dropout_p, 2))
     torch.library.opcheck(_position_bwd_op, (dout, idx, seed, 7, 6, torch.float32, dropout_p, 2))
-
-
-@pytest.mark.parametrize("documents", [False, True])
-def test_compiles_without_a_graph_break(device: str, documents: bool) -> None:
-    idx, weights = _inputs((2, 5, 6, 7, 16), torch.float32, device)
-    leaves = [x.requires_grad_() for x in weights]
-    seed = torch.tensor([1], device=device)
-    doc_start = _doc_start(device, 5, 2) if documents else None
-
-    def step(idx: Tensor, *weights: Tensor) -> Tensor:
-        y = fused.embedding(idx, *weights, dropout_p=0.5, seed=seed, doc_start=doc_start)
-        return y.square().sum()
-
-    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
-    for x, z in zip(
-        torch.autograd.grad(compiled(idx, *leaves), leaves),
-        torch.autograd.grad(step(idx, *leaves), leaves),
-        strict=True,
-    ):
-        torch.testing.assert_close(x, z)

@@ -51,13 +51,6 @@ def test_all_targets_ignored(ops, device: str, small_chunks) -> None:
         assert not dx.any() and not dweight.any()
 
 
-def test_no_rows(ops, device: str) -> None:
-    x, weight, targets = inputs(0, 4, 65, device)
-    loss, dx, dweight = outcome(ops, x, weight, targets, reduction="sum")
-    assert loss == 0.0 and dx.shape == (0, 4) and not dweight.any()
-    assert outcome(ops, x, weight, targets)[0].isnan()
-
-
 @pytest.mark.parametrize("ignore_index", [-100, 3, 1000])
 def test_ignore_index(ops, device: str, small_chunks, ignore_index: int) -> None:
     """Any integer, a class too. An ignored row's logits do not matter, whatever they are."""
