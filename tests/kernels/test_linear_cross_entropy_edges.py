@@ -2,7 +2,6 @@
 memory; addresses past 2^31.
 """
 
-import dataclasses
 import math
 import mmap
 from functools import partial
@@ -14,11 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
-from triton.runtime import interpreter as triton_interpreter
 
 from fastgpt.kernels import chunked_loss, linear_cross_entropy, reference, torch_ops
-from tests.tools import interpreter, parity
-from tests.tools.interpreter import Observer, Program
+from tests.tools import parity
+from tests.tools.interpreter import Builder, Observer, Program
+from tests.tools.sanitizer import exchanged
 
 CHUNK = 8
 
@@ -208,7 +207,7 @@ class _LastProgram(Observer):
         return programs[-1:]
 
 
-def test_addresses_past_2_to_31(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_addresses_past_2_to_31() -> None:
     """Of 2^31 logits and some, in memory of which only the last row is ever touched."""
     n_cols, stride = 39999, 40000
     n_rows = 2**31 // stride + 2
@@ -217,11 +216,9 @@ def test_addresses_past_2_to_31(monkeypatch: pytest.MonkeyPatch) -> None:
     last = torch.randn(n_cols).half()
     logits[-1] = last
     targets, losses = torch.full((n_rows,), 39998), torch.zeros(n_rows)
-    builder = triton_interpreter.interpreter_builder
-    monkeypatch.setattr(interpreter, "observer", _LastProgram())
     # int32 arithmetic that overflows is an error, before it becomes an address
-    monkeypatch.setattr(builder, "options", dataclasses.replace(builder.options, debug=True))
-    linear_cross_entropy._rows(logits, targets, losses, -1, 0.0, 0.0, True)
+    with exchanged(Builder, _LastProgram()):
+        linear_cross_entropy._rows(logits, targets, losses, -1, 0.0, 0.0, True)
     z = last.float().requires_grad_()
     expected = F.cross_entropy(z, targets[-1])
     torch.testing.assert_close(losses[-1], expected.detach())

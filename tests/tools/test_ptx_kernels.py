@@ -192,29 +192,19 @@ case("embedding-bfloat16", _embedding, BFLOAT16)
 
 
 @contextmanager
-def _tiles_of_sm_100() -> Iterator[None]:
-    """Where sm_90's table says cuBLAS: the kernels with tensor maps are sm_100's too."""
+def _products(library: bool) -> Iterator[None]:
+    """By cuBLAS, with GELU and its slope as kernels of their own; else by ours, where sm_90's table
+    says cuBLAS with sm_100's tiles, which take tensor maps too."""
     lookup = configs.lookup
 
-    def tile(op: str, kernel: str, capability: int, *rest: Any) -> Any:
+    def said(op: str, kernel: str, capability: int, *rest: Any) -> Any:
+        if library and op == "gemm" and kernel in ("fwd", "bwd", "weight"):
+            return configs.CUBLAS
         config = lookup(op, kernel, capability, *rest)
-        replaced = config == configs.CUBLAS and capability == 90
+        replaced = config == configs.CUBLAS and capability == 90 and not library
         return lookup(op, kernel, 100, *rest) if replaced else config
 
-    with mock.patch.object(configs, "lookup", tile):
-        yield
-
-
-@contextmanager
-def _products_of_cublas() -> Iterator[None]:
-    """With GELU and its slope as kernels of their own."""
-    lookup = configs.lookup
-
-    def library(op: str, kernel: str, *rest: Any) -> Any:
-        product = op == "gemm" and kernel in ("fwd", "bwd", "weight")
-        return configs.CUBLAS if product else lookup(op, kernel, *rest)
-
-    with mock.patch.object(configs, "lookup", library):
+    with mock.patch.object(configs, "lookup", said):
         yield
 
 
@@ -243,7 +233,7 @@ def _mlp(
     kernel = op(fused, recompute=(source, norm_weight, None, 1e-5) if recompute else None)
     names = ["x", "weight", "bias", "proj"] if bias else ["x", "weight", "proj"]
     grad = torch.randn(rows, 72).to(dtype)
-    with _products_of_cublas() if library else _tiles_of_sm_100():
+    with _products(library):
         parity.assert_parity(kernel, op(reference), op(reference), inputs, grad, names)
 
 
