@@ -68,24 +68,6 @@ def test_parity(device: str, n: int, betas: tuple[float, float]) -> None:
     assert ours.step.item() == 10
 
 
-@pytest.mark.parametrize("module", [fused, torch_ops], ids=["fused", "torch_ops"])
-@pytest.mark.parametrize("rounded", [None, torch.bfloat16, torch.float16], ids=str)
-def test_clipping_and_the_rounded_copy(
-    device: str, module: Any, rounded: torch.dtype | None
-) -> None:
-    torch.manual_seed(0)
-    start, grad = torch.randn(300, device=device), torch.randn(300, device=device)
-    got, expected = Buffers(start, rounded), Buffers(start, rounded)
-    for scale in (0.25, 1.0, 0.0625):
-        clip = torch.tensor(scale, device=device)
-        got.update(module, grad, 1e-2, clip=clip)
-        expected.update(reference, grad, 1e-2, clip=clip)
-    torch.testing.assert_close(got.tensors(), expected.tensors(), rtol=1e-6, atol=1e-7)
-    assert not torch.equal(got.param, start)
-    if rounded is not None:
-        assert got.rounded is not None and torch.equal(got.rounded, got.param.to(rounded))
-
-
 @pytest.mark.parametrize("module", [fused, torch_ops, reference])
 def test_a_skipped_update_changes_nothing(device: str, module: Any) -> None:
     start = torch.randn(50, device=device)

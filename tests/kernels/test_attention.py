@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from fastgpt.kernels import _attention, _host, attention_fwd, configs, fused, reference, torch_ops
-from fastgpt.kernels._tensors import split_heads
 from fastgpt.kernels.attention import (
     _attention_bwd_op,
     _attention_op,
@@ -227,17 +226,6 @@ def test_scores_of_any_size(device: str, factor: float, dtype: torch.dtype, gpu:
     q, k, v, grad = torch.randn(4, 1, 2, 100, 64, device=device).to(dtype)
     with interpreter.gpu_arithmetic() if gpu else nullcontext():
         assert_parity("attention", [factor * q, factor * k, v], grad)
-
-
-def test_packed_equals_separate(device: str) -> None:
-    qkv = torch.randn(2, 33, 3 * 40, device=device, requires_grad=True)
-    y = fused.attention_qkvpacked(qkv, 2)
-    q, k, v = split_heads(qkv, 2)
-    z = fused.attention(q, k, v).transpose(1, 2).flatten(2)
-    assert torch.equal(y, z)
-    grad = torch.randn_like(y)
-    (dy,), (dz,) = torch.autograd.grad(y, qkv, grad), torch.autograd.grad(z, qkv, grad)
-    assert torch.equal(dy, dz)
 
 
 @pytest.mark.parametrize("mask", ["causal", "full", "documents"])

@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from fastgpt.kernels import configs, fused, reference, torch_ops
-from fastgpt.kernels.costs import COSTS
 from tests.kernels.test_attention import assert_parity, qkv_of, seed_on
 from tests.tools import parity
 from tests.tools.documents import DOCUMENTS, starts_of
@@ -39,15 +38,6 @@ def test_parity_separate_with_dropout(device: str, length: int, borders: list[in
     doc_start = starts_of(length, borders, device=device)
     options = dict(dropout_p=0.3, seed=seed_on(device), scale=0.3, doc_start=doc_start)
     assert_parity("attention", inputs, grad, **options)
-
-
-@CASES
-def test_torch_ops(length: int, borders: list[int]) -> None:
-    inputs, grad = qkv_of("cpu", length), torch.randn(1, 2, length, 16)
-    doc_start = starts_of(length, borders)
-    ops = [partial(m.attention, doc_start=doc_start) for m in (torch_ops, reference)]
-    for x, y in zip(*(parity.outcome(op, inputs, grad) for op in ops), strict=True):
-        torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-5)
 
 
 @CASES
@@ -161,14 +151,3 @@ def test_expanded_starts(device: str) -> None:
         for s in (row.expand(3, 90), row.repeat(3, 1))
     ]
     assert all(torch.equal(x, y) for x, y in zip(*runs, strict=True))
-
-
-def test_cost_is_that_of_causal_attention() -> None:
-    """A formula reads no values."""
-    qkv, doc_start = torch.randn(1, 9, 96), starts_of(9, [2, 5])
-    op = torch.ops.fastgpt.attention_qkvpacked
-    costs = [
-        COSTS[str(op)](op(*args), *args)
-        for args in ((qkv, 2, None, s, True, 0.25, 0.0, 0) for s in (None, doc_start))
-    ]
-    assert costs[0] == costs[1]

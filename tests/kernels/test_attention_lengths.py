@@ -208,23 +208,6 @@ def test_gradcheck(causal: bool) -> None:
     assert torch.autograd.gradcheck(op, inputs, fast_mode=True)
 
 
-def test_transforms(device: str) -> None:
-    """A gradient for each element of a batch, of tensors and of lengths."""
-    *inputs, grad = (torch.stack([x, x.flip(0)]) for x in inputs_of(device, 2, 9, 7, (4, 2)))
-    lengths = torch.stack([of([7, 3], device), of([0, 5], device)])
-
-    def loss(q: Tensor, k: Tensor, v: Tensor, dout: Tensor, key_lengths: Tensor) -> Tensor:
-        y = fused.attention(q, k, v, causal=False, key_lengths=key_lengths)
-        return (y * dout).sum()
-
-    gradients: Any = torch.func.grad(loss, (0, 1, 2))
-    got = torch.func.vmap(gradients)(*inputs, grad, lengths)
-    for i, n in enumerate(lengths):
-        op = partial(reference.attention, causal=False, key_lengths=n)
-        expected = parity.outcome(op, [x[i] for x in inputs], grad[i])[1:]
-        torch.testing.assert_close([x[i] for x in got], expected)
-
-
 def test_cost_is_that_of_all_keys() -> None:
     """A formula reads no values; of shared keys the bytes count once."""
     q, k, v, _ = inputs_of("cpu", 1, 9, 7)

@@ -39,12 +39,6 @@ def test_tails_and_special_values(device: str, form: str) -> None:
     assert fused.gelu(torch.tensor([float("nan")], device=device), form).isnan().all()
 
 
-def test_the_two_forms_differ() -> None:
-    x = torch.linspace(-4, 4, 1001)
-    gap = (fused.gelu(x) - fused.gelu(x, "tanh")).abs().max()
-    assert 1e-4 < gap < 5e-4
-
-
 @pytest.mark.parametrize("form", FORMS)
 def test_gradcheck(form: str) -> None:
     x = torch.randn(2, 17, dtype=torch.float64, requires_grad=True)
