@@ -56,8 +56,8 @@ class Case:
         return [self.tensor(*shape)] if self.flag() else []
 
     def outer(self) -> list[int]:
-        """Dimensions in front of the last."""
-        sizes: list[int] = self.draw(st.lists(st.integers(0, 5), min_size=1, max_size=3))
+        """Dimensions in front of the last, if any."""
+        sizes: list[int] = self.draw(st.lists(st.integers(0, 5), max_size=3))
         return sizes
 
     def integers(self, high: int, *shape: int) -> Tensor:
