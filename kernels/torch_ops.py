@@ -27,14 +27,6 @@ def _refuse(seed: Tensor | None) -> None:
         )
 
 
-def _refuse_fp8(fp8: bool, x: Tensor) -> None:
-    if fp8:
-        raise ValueError(
-            "fp8 must be False without the Triton kernels: it needs a CUDA GPU of compute "
-            f"capability 8.9 or newer (Ada, Hopper, Blackwell), got a tensor on {x.device}"
-        )
-
-
 def gelu(x: Tensor, approximate: str = "none") -> Tensor:
     """GELU (Hendrycks & Gimpel 2016): ``x * Phi(x)``, or its tanh form. See ``fused.gelu``."""
     _checks.gelu(x, approximate)
@@ -346,7 +338,11 @@ def linear_cross_entropy(
     is refused.
     """
     _checks.linear_cross_entropy(x, weight, targets, reduction, label_smoothing, z_loss, fp8)
-    _refuse_fp8(fp8, x)
+    if fp8:
+        raise ValueError(
+            "fp8 must be False without the Triton kernels: it needs a CUDA GPU of compute "
+            f"capability 8.9 or newer (Ada, Hopper, Blackwell), got a tensor on {x.device}"
+        )
     return chunked_loss.apply(
         _linear_cross_entropy_op,
         x,
