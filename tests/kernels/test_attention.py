@@ -11,12 +11,6 @@ import torch
 from torch import Tensor
 
 from fastgpt.kernels import _attention, _host, attention_fwd, configs, fused, reference, torch_ops
-from fastgpt.kernels.attention import (
-    _attention_bwd_op,
-    _attention_op,
-    _attention_qkvpacked_bwd_op,
-    _attention_qkvpacked_op,
-)
 from tests.tools import interpreter, parity
 from tests.tools.documents import starts_of
 
@@ -251,26 +245,6 @@ def test_autocast_casts_like_sdpa(device: str) -> None:
     with torch.autocast(device, dtype=torch.bfloat16):
         assert fused.attention(q, k.bfloat16(), v).dtype == torch.bfloat16
         assert fused.attention_qkvpacked(qkv, 2).dtype == torch.bfloat16
-
-
-def test_opcheck(device: str) -> None:
-    q, k, v = (torch.randn(1, 2, t, 16, device=device, requires_grad=True) for t in (9, 7, 7))
-    qkv = torch.randn(1, 9, 96, device=device, requires_grad=True)
-    seed, doc_start = seed_on(device), starts_of(9, [2, 5], device=device)
-    lengths = torch.tensor([5], dtype=torch.int32, device=device)
-    torch.library.opcheck(_attention_op, (q, k, v, None, None, None, True, 0.25, 0.0, 0))
-    grouped = (q, k[:, :1], v[:, :1], lengths, seed, None, False, 0.25, 0.5, 3)
-    torch.library.opcheck(_attention_op, grouped)
-    torch.library.opcheck(_attention_qkvpacked_op, (qkv, 2, seed, doc_start, True, 0.25, 0.5, 3))
-    q, k, v, qkv = (x.detach() for x in (q, k, v, qkv))
-    k, v = k[:, :1], v[:, :1]
-    out, lse = _attention_op(q, k, v, lengths, None, None, True, 0.25, 0.0, 0)
-    dout = torch.randn(1, 2, 16, 9, device=device).mT
-    separate = (dout, q, k, v, out, lse, lengths, None, None, True, 0.25, 0.0, 0)
-    torch.library.opcheck(_attention_bwd_op, separate)
-    out, lse = _attention_qkvpacked_op(qkv, 2, None, doc_start, True, 0.25, 0.0, 0)
-    packed = (torch.randn_like(out), qkv, out, lse, 2, None, doc_start, True, 0.25, 0.0, 0)
-    torch.library.opcheck(_attention_qkvpacked_bwd_op, packed)
 
 
 def test_float32_products_follow_pytorchs_switch() -> None:

@@ -3,10 +3,12 @@ second derivatives."""
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import (
     CheckpointPolicy,
     checkpoint,
@@ -105,16 +107,68 @@ def test_results_may_be_changed_in_place(ops, device: str, call: Call) -> None:
 
 
 def _documents(ops, *qkv: Tensor) -> Tensor:
-    return ops.attention(*qkv, doc_start=starts_of(130, [10, 100], device=str(qkv[0].device)))
+    length = qkv[0].shape[2]
+    doc_start = starts_of(length, [length // 3, length // 2], device=str(qkv[0].device))
+    return ops.attention(*qkv, dropout_p=0.1, doc_start=doc_start)
+
+
+def _lengths(ops, *qkv: Tensor) -> Tensor:
+    lengths = torch.tensor([5, 0], dtype=torch.int32, device=qkv[0].device)
+    return ops.attention(*qkv, causal=False, scale=0.3, key_lengths=lengths)
 
 
 def _repeated(ops, token: Tensor, position: Tensor) -> Tensor:
-    """Two tokens, one of them in whole row blocks."""
+    """Two tokens, one of them in whole row blocks; and documents."""
     idx = torch.arange(160, device=token.device).view(2, 80) // 150
-    return ops.embedding(idx, token, position, dropout_p=0.1)
+    doc_start = starts_of(80, [30], [7, 50], device=str(token.device))
+    return ops.embedding(idx, token, position, dropout_p=0.1, doc_start=doc_start)
 
 
-# Shapes for ``CALLS`` whose sums several programs, or row blocks, have a part in.
+def _packed_documents(ops, qkv: Tensor) -> Tensor:
+    doc_start = starts_of(9, [2, 5], device=str(qkv.device))
+    return ops.attention_qkvpacked(qkv, 2, dropout_p=0.1, doc_start=doc_start)
+
+
+def _bare(ops, residual: Tensor, delta: Tensor, weight: Tensor) -> Tensor:
+    """A stream of more digits than its addend, the sum without a consumer."""
+    return ops.residual_layer_norm(residual, delta.bfloat16(), weight)[0]
+
+
+def _tanh(ops, *tensors: Tensor) -> Tensor:
+    return ops.mlp(*tensors[:2], None, tensors[2], approximate="tanh")
+
+
+def _smoothed(ops, x: Tensor, weight: Tensor) -> Tensor:
+    targets = torch.arange(len(x), device=x.device)
+    options = dict(reduction="sum", label_smoothing=0.1, z_loss=0.01)
+    return ops.linear_cross_entropy(x, weight, targets, **options)
+
+
+def _in_bfloat16(call: Call) -> Call:
+    def run(ops, *tensors: Tensor) -> Tensor | tuple[Tensor, ...]:
+        with torch.autocast(tensors[0].device.type, torch.bfloat16):
+            return call.run(ops, *tensors)
+
+    return call._replace(run=run)
+
+
+_KEYS = (2, 1, 7, 16)
+OTHERS = {
+    "attention, documents": Call("attention", ((1, 2, 9, 16),) * 3, _documents),
+    "attention, lengths": Call("attention", ((2, 2, 9, 16), _KEYS, _KEYS), _lengths),
+    "attention_qkvpacked, documents": Call("attention_qkvpacked", ((1, 9, 96),), _packed_documents),
+    "residual_layer_norm, bare": Call("residual_layer_norm", ((2, 5, 33),) * 2 + ((33,),), _bare),
+    "embedding, repeated": Call("embedding", ((2, 33), (80, 33)), _repeated),
+    "gelu, tanh": Call("gelu", ((5, 33),), lambda ops, x: ops.gelu(x, "tanh")),
+    "mlp, tanh": Call("mlp", ((7, 20), (24, 20), (16, 24)), _tanh),
+    "linear_cross_entropy, smoothed": Call("linear_cross_entropy", ((5, 20), (17, 20)), _smoothed),
+    **{
+        f"{name}, autocast": _in_bfloat16(call)
+        for name, call in CALLS.items()
+        if "dropout" not in name and "odd" not in name
+    },
+}
+# Shapes whose sums several programs, or row blocks, have a part in.
 SEVERAL_PROGRAMS: dict[str, tuple[torch.dtype, list[tuple[int, ...]]]] = {
     "layer_norm": (FLOAT32, [(70, 96), (96,), (96,)]),
     "residual_layer_norm, dropout": (FLOAT32, [(70, 96), (70, 96), *[(96,)] * 3]),
@@ -125,10 +179,6 @@ SEVERAL_PROGRAMS: dict[str, tuple[torch.dtype, list[tuple[int, ...]]]] = {
     "attention, documents": (FLOAT32, [(1, 2, 130, 16)] * 3),
     "embedding, repeated": (FLOAT32, [(2, 65), (80, 65)]),
     "linear_cross_entropy": (BFLOAT16, [(30, 16), (300, 16)]),
-}
-OTHERS = {
-    "attention, documents": Call("attention", (), _documents),
-    "embedding, repeated": Call("embedding", (), _repeated),
 }
 
 
@@ -146,23 +196,52 @@ def test_two_runs_give_the_same_bits(device: str, name: str) -> None:
     assert all(map(torch.equal, *runs))
 
 
-@every_call
-def test_frozen_tensors(device: str, call: Call) -> None:
-    """One is frozen, or one is not: no gradient more or less, and each as if all were wanted."""
+class _Operators(TorchDispatchMode):
+    """One call of each of our operators for each way in which their arguments differ."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: dict[str, tuple[Any, list[Any], bool]] = {}
+        self.differentiated = False  # by those that are no gradients themselves
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "fastgpt":
+            kinds = [x.dtype if isinstance(x, Tensor) else x for x in args]
+            copies = [x.clone() if isinstance(x, Tensor) else x for x in args]
+            forward = self.differentiated and "_bwd" not in func._opname
+            self.calls.setdefault(f"{func} {kinds}", (func, copies, forward))
+        return func(*args, **(kwargs or {}))
+
+
+def _columns_first(x: Tensor) -> Tensor:
+    return x.mT.contiguous().mT if x.dim() > 1 else x.clone()
+
+
+@pytest.mark.parametrize("call", [*CALLS.values(), *OTHERS.values()], ids=[*CALLS, *OTHERS])
+def test_whichever_gradients_are_wanted(ops, device: str, call: Call) -> None:
+    """One tensor is frozen, or one is not: no gradient more or less, and each as if all were
+    wanted. All operators that are called on the way pass PyTorch's own checks."""
     n = len(call.shapes)
     tensors = [x.detach() for x in tensors_of(call, device)]
-    expected: list[Tensor] = []
     alone = [[i == k for i in range(n)] for k in range(n)]
-    for wanted in ([True] * n, *alone, *([not w for w in one] for one in alone if n > 2)):
-        torch.manual_seed(1)
-        leaves = [x.clone().requires_grad_(w) for x, w in zip(tensors, wanted, strict=True)]
-        out = as_tuple(call.run(fused, *leaves))
-        assert all(y.requires_grad for y in out)
-        torch.stack([y.square().sum() for y in out]).sum().backward()
-        expected = expected or [x.grad for x in leaves if x.grad is not None]
-        for x, gradient, w in zip(leaves, expected, wanted, strict=True):
-            assert (x.grad is not None) == w and (x.grad is None or torch.equal(x.grad, gradient))
-    assert not any(y.requires_grad for y in as_tuple(call.run(fused, *tensors)))
+    expected: list[Tensor] = []
+    with _Operators() as operators:
+        assert not any(y.requires_grad for y in as_tuple(call.run(ops, *tensors)))
+        operators.differentiated = True
+        for wanted in ([True] * n, *alone, *([not w for w in one] for one in alone if n > 2)):
+            torch.manual_seed(1)
+            leaves = [x.clone().requires_grad_(w) for x, w in zip(tensors, wanted, strict=True)]
+            out = [y for y in as_tuple(call.run(ops, *leaves)) if y.requires_grad]
+            torch.autograd.backward(out, [_columns_first(y.detach()) for y in out])
+            expected = expected or [x.grad for x in leaves if x.grad is not None]
+            assert [x.grad is not None for x in leaves] == wanted
+            got = [x.grad for x in leaves if x.grad is not None]
+            _assert_same(ops, got, [g for g, w in zip(expected, wanted, strict=True) if w])
+    for op, args, differentiated in operators.calls.values():
+        for x in args:
+            if isinstance(x, Tensor) and x.is_floating_point() and differentiated:
+                x.requires_grad_()
+        torch.library.opcheck(op, args)
 
 
 # ------------------------------------------------------------------------- second derivatives

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fastgpt.kernels import fused, reference, torch_ops
-from fastgpt.kernels.embedding import ROW_BLOCK, _embedding_op, _position_bwd_op, _token_bwd_op
+from fastgpt.kernels.embedding import ROW_BLOCK
 from tests.tools import parity
 from tests.tools.documents import starts_of
 
@@ -180,17 +180,3 @@ def test_gradcheck(doc_start: Tensor | None, dropout_p: float) -> None:
     assert torch.autograd.gradcheck(
         partial(fused.embedding, idx, dropout_p=dropout_p, seed=seed, doc_start=doc_start), leaves
     )
-
-
-@pytest.mark.parametrize("dropout_p", [0.0, 0.5])
-def test_opcheck(device: str, dropout_p: float) -> None:
-    idx, weights = _inputs((2, 5, 6, 7, 16), torch.float32, device)
-    leaves = [x.requires_grad_() for x in weights]
-    seed = torch.tensor([1], device=device) if dropout_p else None
-    doc_start = _doc_start(device, 5, 2) if dropout_p else None
-    torch.library.opcheck(
-        _embedding_op, (idx, *leaves, seed, doc_start, dropout_p, 2, torch.bfloat16)
-    )
-    dout = torch.randn(5, 2, 16, device=device).transpose(0, 1)
-    torch.library.opcheck(_token_bwd_op, (dout, idx, seed, 7, torch.float32, dropout_p, 2))
-    torch.library.opcheck(_position_bwd_op, (dout, idx, seed, 7, 6, torch.float32, dropout_p, 2))

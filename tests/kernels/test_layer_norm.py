@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from fastgpt.kernels import fused, reference, torch_ops
-from fastgpt.kernels.layer_norm import _layer_norm_bwd_op, _layer_norm_op
 from tests.tools import interpreter, parity
 
 # ----------------------------------------------------------------------------------- layer_norm
@@ -268,26 +267,6 @@ def test_rows_are_independent(device: str) -> None:
 
 
 # ----------------------------------------------------------------------------------- operators
-
-
-@pytest.mark.parametrize("dropout_p", [0.0, 0.5])
-def test_opcheck(device: str, dropout_p: float) -> None:
-    inputs = _inputs((3, 5, 24), torch.float32, device)
-    x, delta, weight, bias, delta_bias = (v.requires_grad_() for v in inputs.values())
-    seed = torch.tensor([1], device=device) if dropout_p else None
-    options = (seed, 1e-5, dropout_p, 2, torch.float32)
-    for args in (
-        (x, delta, weight, bias, delta_bias, *options),
-        (x, delta, weight, None, None, *options),
-        (x, None, weight, bias, None, None, 1e-5, 0.0, 0, torch.float32),
-        (x, None, weight, None, None, None, 1e-5, 0.0, 0, torch.bfloat16),
-    ):
-        torch.library.opcheck(_layer_norm_op, args)
-    with torch.no_grad():
-        y, total, mean, rstd = _layer_norm_op(x, delta, weight, bias, delta_bias, *options)
-    kept = (total, weight.detach(), mean, rstd, seed, dropout_p, 2)
-    torch.library.opcheck(_layer_norm_bwd_op, (y, total, *kept, torch.float32, True, True))
-    torch.library.opcheck(_layer_norm_bwd_op, (y, None, *kept, None, False, False))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

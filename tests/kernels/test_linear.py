@@ -9,7 +9,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from fastgpt.kernels import configs, fused, gemm, reference, torch_ops
-from fastgpt.kernels.linear import _linear_bwd_op, _linear_op, rows
+from fastgpt.kernels.linear import rows
 from tests.tools import parity
 
 # (shape of x, outputs): sizes that are no multiple of a tile; rows that no TMA can copy; empty.
@@ -182,18 +182,3 @@ def test_flops() -> None:
     with FlopCounterMode(display=False) as counter:
         fused.linear(x, weight).sum().backward()
     assert counter.get_total_flops() == 3 * 2 * 30 * 16 * 24
-
-
-def test_opcheck(device: str) -> None:
-    x, weight, bias = (
-        t.requires_grad_() for t in _inputs((2, 9, 16), 24, torch.float32, device, "strided")
-    )
-    source, ln_weight = torch.randn(2, 9, 16, device=device), torch.randn(16, device=device)
-    torch.library.opcheck(_linear_op, (x, weight, bias, None, None, None, 0.0))
-    torch.library.opcheck(_linear_op, (x, weight, None, source, ln_weight, None, 1e-5))
-    dy = torch.randn(24, 2, 9, device=device).permute(1, 2, 0)
-    weight, source = weight.detach(), source
-    for norm_arguments, flags in itertools.product(
-        [(None, None, 0.0), (ln_weight, None, 1e-5)], itertools.product([False, True], repeat=3)
-    ):
-        torch.library.opcheck(_linear_bwd_op, (dy, weight, source, *norm_arguments, *flags))

@@ -278,21 +278,6 @@ def test_compiled_whole_with_few_recompilations(ops, device: str) -> None:
         assert torch.equal(compiled(*leaves, targets), losses[0])
 
 
-def test_opcheck(ops, device: str) -> None:
-    op = {fused: linear_cross_entropy, torch_ops: torch_ops}[ops]._linear_cross_entropy_op
-    (x, weight), targets = inputs((2, 5), 8, 17, device)
-    leaves = as_leaves((x, weight))
-    for dtype in (torch.float32, torch.bfloat16):
-        torch.library.opcheck(op, (*leaves, targets, dtype, -1, True, 0.1, 0.01, True, True))
-    frozen = (x.detach(), leaves[1], targets, torch.float32, -1, False, 0.0, 0.0, False, True)
-    torch.library.opcheck(op, frozen)
-    _, divisor, dx, dweight = op(
-        x.detach(), weight.detach(), targets, torch.float32, -1, True, 0.0, 0.0, True, True
-    )
-    args = (torch.ones((), device=device), divisor, dx, dweight, torch.float16, torch.float32)
-    torch.library.opcheck(SCALE_OPS[ops], args)
-
-
 @pytest.mark.parametrize("x_needs_gradient", [False, True])
 def test_flops(ops, device: str, x_needs_gradient: bool) -> None:
     """2 M V C for each of the three products, whatever the chunks."""

@@ -2,7 +2,6 @@
 both ways of loading, what is kept, frozen parameters.
 """
 
-import itertools
 from functools import partial
 
 import pytest
@@ -11,7 +10,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from fastgpt.kernels import configs, costs, fused, gemm, reference, torch_ops
-from fastgpt.kernels.mlp import _mlp_bwd_op, _mlp_op
+from fastgpt.kernels.mlp import _mlp_op
 from tests.tools import parity
 
 # (shape of x, hidden width, outputs): no multiple of a tile; rows that no TMA can copy; empty.
@@ -275,21 +274,3 @@ def test_flops() -> None:
     with FlopCounterMode(display=False) as counter:
         fused.mlp(*leaves).sum().backward()
     assert counter.get_total_flops() == 3 * (2 * 30 * 16 * 64 + 2 * 30 * 64 * 24)
-
-
-def test_opcheck(device: str) -> None:
-    x, fc, bias, proj = _inputs((2, 9, 16), 64, 24, torch.float32, device, "strided")
-    source, ln_weight = torch.randn_like(x), torch.randn(16, device=device)
-    leaves = [t.requires_grad_() for t in (x, fc, bias, proj)]
-    torch.library.opcheck(_mlp_op, (*leaves, None, None, None, 0.0, "none", True))
-    torch.library.opcheck(_mlp_op, (*leaves, source, ln_weight, None, 1e-5, "tanh", True))
-    fc, proj = fc.detach(), proj.detach()
-    dy, pre = (
-        torch.randn(24, 2, 9, device=device).permute(1, 2, 0),
-        torch.randn(18, 64, device=device),
-    )
-    for ln, act in ((None, pre.cos()), (ln_weight, None)):
-        for flags in itertools.product([False, True], repeat=4):
-            torch.library.opcheck(
-                _mlp_bwd_op, (dy, fc, proj, source, ln, None, pre, act, 1e-5, "none", *flags)
-            )

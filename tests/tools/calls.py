@@ -44,12 +44,12 @@ def _residual_layer_norm(ops, *tensors: Tensor, dropout_p: float) -> tuple[Tenso
     )
 
 
-_NORMALISED = ((5, 33), (5, 33), (33,), (33,), (33,))
+_NORMALISED = ((2, 5, 33), (2, 5, 33), (33,), (33,), (33,))
 _HEADS = ((2, 1, 9, 16),) * 3
 CALLS = {
     "gelu": Call("gelu", ((5, 33),), lambda ops, x: ops.gelu(x)),
     "layer_norm": Call(
-        "layer_norm", ((5, 33), (33,), (33,)), lambda ops, *tensors: ops.layer_norm(*tensors)
+        "layer_norm", ((2, 5, 33), (33,), (33,)), lambda ops, *tensors: ops.layer_norm(*tensors)
     ),
     "residual_layer_norm": Call(
         "residual_layer_norm", _NORMALISED, partial(_residual_layer_norm, dropout_p=0.0)
