@@ -256,24 +256,27 @@ def gelu(x: Tensor, approximate: str) -> None:
         raise ValueError(f"approximate must be 'none' or 'tanh', got {approximate!r}")
 
 
-def linear(
-    x: Tensor, weight: Tensor, bias: Tensor | None, names: tuple[str, str], **more: Tensor
-) -> None:
-    """``names``: what the caller calls weight and bias; ``more``: parameters of their dtype."""
-    floating(x=x)
-    _parameters("x", x, names[0], weight, **{names[1]: bias}, **more)
-    if x.dim() == 0 or weight.dim() != 2 or weight.shape[1] != x.shape[-1]:
-        raise ValueError(
-            f"{names[0]} must have shape (N, K) to go with x (..., K), got {tuple(weight.shape)} "
-            f"and x {tuple(x.shape)}"
-        )
-    _shaped((weight.shape[0],), names[0], weight, **{names[1]: bias})
-
-
 Recompute = tuple[Tensor, Tensor, Tensor | None, float]  # the arguments of layer_norm
 
 
-def norm_arguments(x: Tensor, recompute: Recompute | None) -> None:
+def linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    recompute: Recompute | None = None,
+    prefix: str = "",
+    **more: Tensor,
+) -> None:
+    """``prefix``: of the caller's names of weight and bias; ``more``: parameters of their dtype."""
+    w = f"{prefix}weight"
+    floating(x=x)
+    _parameters("x", x, w, weight, **{f"{prefix}bias": bias}, **more)
+    if x.dim() == 0 or weight.dim() != 2 or weight.shape[1] != x.shape[-1]:
+        raise ValueError(
+            f"{w} must have shape (N, K) to go with x (..., K), got {tuple(weight.shape)} "
+            f"and x {tuple(x.shape)}"
+        )
+    _shaped((weight.shape[0],), w, weight, **{f"{prefix}bias": bias})
     if recompute is None:
         return
     if len(recompute) != 4:
@@ -296,14 +299,13 @@ def mlp(
     approximate: str,
     recompute: Recompute | None,
 ) -> None:
-    linear(x, fc_weight, fc_bias, ("fc_weight", "fc_bias"), proj_weight=proj_weight)
+    linear(x, fc_weight, fc_bias, recompute, "fc_", proj_weight=proj_weight)
     gelu(x, approximate)
     if proj_weight.dim() != 2 or proj_weight.shape[1] != fc_weight.shape[0]:
         raise ValueError(
             f"proj_weight must have shape (N, {fc_weight.shape[0]}) to go with fc_weight "
             f"{tuple(fc_weight.shape)}, got {tuple(proj_weight.shape)}"
         )
-    norm_arguments(x, recompute)
 
 
 def embedding(
@@ -348,7 +350,7 @@ def linear_cross_entropy(
     z_loss: float,
     fp8: bool,
 ) -> None:
-    linear(x, weight, None, ("weight", ""))
+    linear(x, weight, None)
     if fp8 and (0 in weight.shape or any(size % 16 for size in weight.shape)):
         raise ValueError(  # rows of 8-bit matrices begin at multiples of 16 bytes
             f"both sizes of weight must be multiples of 16 with fp8=True, got {tuple(weight.shape)}"

@@ -49,6 +49,10 @@ def as_matrix(x: Tensor) -> Tensor:
     return x.reshape(row_count(x), x.shape[-1])
 
 
+def attention_scale(scale: float | None, head_size: int) -> float:
+    return 1.0 / math.sqrt(head_size) if scale is None else scale
+
+
 def split_heads(qkv: Tensor, n_head: int) -> tuple[Tensor, Tensor, Tensor]:
     """(B, T, 3C) → three views (B, H, T, D) with C = H * D; nothing is copied."""
     batch, length, width = qkv.shape

@@ -43,8 +43,6 @@ forward, 14 B H Tq Tk D backward (10 if S and dP were computed once); half of th
 documents or lengths it is less, which depends on what stands in them.
 """
 
-import math
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -52,7 +50,7 @@ from torch import Tensor
 from fastgpt.kernels import _checks, _host
 from fastgpt.kernels._attention import Options, check_head_size
 from fastgpt.kernels._operators import differentiable, fake, operator
-from fastgpt.kernels._tensors import split_heads, unpacked
+from fastgpt.kernels._tensors import attention_scale, split_heads, unpacked
 from fastgpt.kernels.attention_bwd import attention_bwd
 from fastgpt.kernels.attention_fwd import attention_fwd, empty_lse
 
@@ -236,10 +234,10 @@ def attention(
     _host.launchable(q=q, k=k, v=v)
     check_head_size("q", q.shape[3])
     head_size = q.shape[3]
-    scale = 1.0 / math.sqrt(head_size) if scale is None else scale
     if head_size % 16:  # columns of zeros change no product
         q, k, v = (F.pad(x, (0, -head_size % 16)) for x in (q, k, v))
     seed = _host.drawn_seed(seed, dropout_p, q.device)
+    scale = attention_scale(scale, head_size)
     options = seed, doc_start, causal, scale, dropout_p, dropout_offset
     out, _ = _attention_op(q, k, v, key_lengths, *options)
     return out[..., :head_size]
@@ -280,7 +278,7 @@ def attention_qkvpacked(
             attention, qkv, n_head, causal, scale, dropout_p, seed, dropout_offset, doc_start
         )
     qkv = qkv.to(_host.autocast_dtype(qkv))
-    scale = 1.0 / math.sqrt(head_size) if scale is None else scale
+    scale = attention_scale(scale, head_size)
     seed = _host.drawn_seed(seed, dropout_p, qkv.device)
     return _attention_qkvpacked_op(
         qkv, n_head, seed, doc_start, causal, scale, dropout_p, dropout_offset

@@ -17,8 +17,6 @@ Bytes, s an element: 2 s D (p + 1) for each head, which bounds the time; the flo
 share of 2 / (s BLOCK_N). FLOPs: 4 D (p + 1) for each head.
 """
 
-import math
-
 import torch
 import triton
 import triton.language as tl
@@ -26,6 +24,7 @@ from torch import Tensor
 
 from fastgpt.kernels import _checks, _host, configs
 from fastgpt.kernels._attention import block_d, check_head_size
+from fastgpt.kernels._tensors import attention_scale
 
 
 @triton.jit
@@ -194,5 +193,4 @@ def attention_decode(
     _host.launchable(qkv=qkv)
     head_size = cache.shape[4]
     check_head_size("cache", head_size)
-    scale = 1.0 / math.sqrt(head_size) if scale is None else scale
-    return _attention_decode_op(qkv, cache, positions, scale)
+    return _attention_decode_op(qkv, cache, positions, attention_scale(scale, head_size))

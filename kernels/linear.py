@@ -165,7 +165,6 @@ def linear(
     """
     _checks.floating(x=x)
     x = x.to(_host.autocast_dtype(x))
-    _checks.linear(x, weight, bias, ("weight", "bias"))
-    _checks.norm_arguments(x, recompute)
+    _checks.linear(x, weight, bias, recompute)
     _host.launchable(x=x, weight=weight, bias=bias)
     return _linear_op(x, weight, bias, *with_recompute(recompute))

@@ -244,8 +244,7 @@ def linear(
 ) -> Tensor:
     """``x @ weight.T + bias``. See ``fused.linear``."""
     x = x.to(autocast_dtype(x))  # before the check: weights may have that dtype already
-    _checks.linear(x, weight, bias, ("weight", "bias"))
-    _checks.norm_arguments(x, recompute)
+    _checks.linear(x, weight, bias, recompute)
     if recompute is None:
         weight, bias = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
         return F.linear(x, weight, bias)
