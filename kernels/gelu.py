@@ -95,37 +95,26 @@ def _constexprs(x: Tensor, approximate: str) -> dict[str, Any]:
     return dict(TANH=approximate == "tanh", FAST=fast, ACC=acc)
 
 
-def gelu_forward(x: Tensor, approximate: str) -> Tensor:
-    x = x.contiguous()
-    y = torch.empty_like(x)
+def _elementwise(kernel: Any, name: str, approximate: str, *inputs: Tensor) -> Tensor:
+    """The result of a kernel whose last input is x."""
+    inputs = tuple(x.contiguous() for x in inputs)
+    x = inputs[-1]
+    out = torch.empty_like(x)
     if x.numel():
-        config = configs.find(x, "gelu", "fwd")
+        config = configs.find(x, "gelu", name)
         with _host.on_device(x):
-            _gelu_fwd_kernel[(_host.cdiv(x.numel(), config.BLOCK),)](
-                x,
-                y,
-                x.numel(),
-                **_constexprs(x, approximate),
-                **configs.launch(config),
+            kernel[(_host.cdiv(x.numel(), config.BLOCK),)](
+                *inputs, out, x.numel(), **_constexprs(x, approximate), **configs.launch(config)
             )
-    return y
+    return out
+
+
+def gelu_forward(x: Tensor, approximate: str) -> Tensor:
+    return _elementwise(_gelu_fwd_kernel, "fwd", approximate, x)
 
 
 def gelu_backward(dy: Tensor, x: Tensor, approximate: str) -> Tensor:
-    dy, x = dy.contiguous(), x.contiguous()
-    dx = torch.empty_like(x)
-    if x.numel():
-        config = configs.find(x, "gelu", "bwd")
-        with _host.on_device(x):
-            _gelu_bwd_kernel[(_host.cdiv(x.numel(), config.BLOCK),)](
-                dy,
-                x,
-                dx,
-                x.numel(),
-                **_constexprs(x, approximate),
-                **configs.launch(config),
-            )
-    return dx
+    return _elementwise(_gelu_bwd_kernel, "bwd", approximate, dy, x)
 
 
 def gelu_backward_rows_(

@@ -4,6 +4,7 @@ tokens at once, on caches that are filled differently far, and what it leaves al
 
 import math
 from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ from fastgpt.kernels import configs, fused, reference, torch_ops
 from fastgpt.kernels._attention import block_d
 from fastgpt.kernels.attention_decode import _attention_decode_op
 from tests.tools import interpreter, parity
-from tests.tools.rounding import RoundedOnce
+from tests.tools.calls import decoding
 
 IMPLEMENTATIONS = pytest.mark.parametrize(
     "ops", [fused, torch_ops, reference], ids=["fused", "torch_ops", "reference"]
@@ -39,6 +40,10 @@ def _inputs(
     return qkv, cache, torch.tensor(places, device=device)
 
 
+def _assert_parity(kernel: Any, plain: Any, qkv: Tensor) -> None:
+    parity.assert_parity(kernel, plain, plain, [qkv], torch.zeros(1, device=qkv.device), [])
+
+
 @pytest.mark.parametrize("dtype", parity.DTYPES, ids=str)
 @pytest.mark.parametrize("head_size", [1, 8, 25, 64, 80, 128, 256])
 def test_parity(device: str, head_size: int, dtype: torch.dtype) -> None:
@@ -49,18 +54,9 @@ def test_parity(device: str, head_size: int, dtype: torch.dtype) -> None:
     qkv, cache, positions = _inputs(
         places, dtype, device, n_head=1, n_slots=block_n + 7, head_size=head_size
     )
-    wide = cache.double()
-    truth = reference.attention_decode(qkv.double(), wide, positions)
-    results = {}
-    for ops in (fused, torch_ops, reference):
-        mine = cache.clone()
-        with RoundedOnce() if ops is reference and qkv.is_cpu else nullcontext():
-            results[ops] = ops.attention_decode(qkv, mine, positions)
-        assert torch.equal(mine.double(), wide), f"{ops.__name__}: cache"
-    allowed = 2 * (results[reference].double() - truth).abs().max() + 1e-5
+    call = decoding(cache, positions)
     for ops in (fused, torch_ops):
-        excess = (results[ops] - truth).abs() - torch.finfo(dtype).eps * truth.abs()
-        assert excess.max() <= allowed, ops.__name__
+        _assert_parity(partial(call, ops), partial(call, reference), qkv)
 
 
 @pytest.mark.parametrize("gpu", [False, True], ids=["cpu_arithmetic", "gpu_arithmetic"])
@@ -71,14 +67,13 @@ def test_scores_in_the_thousands(device: str, dtype: torch.dtype, gpu: bool) -> 
     qkv, cache, positions = _inputs(places, dtype, device, n_head=4, n_slots=301, head_size=64)
     qkv[..., : 2 * 256] *= 30
     cache[0] *= 30
-    wide = cache.double()
-    truth = reference.attention_decode(qkv.double(), wide, positions)
-    with RoundedOnce() if qkv.is_cpu else nullcontext():
-        common = reference.attention_decode(qkv, cache.clone(), positions)
-    with interpreter.gpu_arithmetic() if gpu else nullcontext():
-        got = fused.attention_decode(qkv, cache, positions)
-    excess = (got - truth).abs() - torch.finfo(dtype).eps * truth.abs()
-    assert excess.max() <= 2 * (common - truth).abs().max() + 1e-5
+    call = decoding(cache, positions)
+
+    def kernel(qkv: Tensor) -> Tensor:
+        with interpreter.gpu_arithmetic() if gpu else nullcontext():
+            return call(fused, qkv)
+
+    _assert_parity(kernel, partial(call, reference), qkv)
 
 
 @IMPLEMENTATIONS

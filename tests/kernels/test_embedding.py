@@ -45,15 +45,24 @@ def _doc_start(device: str, length: int, batch: int) -> Tensor:
     return starts_of(length, *rows, device=device)
 
 
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("dtype", parity.DTYPES, ids=str)
-def test_parity(device: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+def _assert_parity(
+    device: str, shape: tuple[int, ...], dtype: torch.dtype, common: Any = torch_ops, **options: Any
+) -> None:
+    """Memory layouts and integer types in turn."""
     i = SHAPES.index(shape)
     idx, weights = _inputs(shape, dtype, device, parity.LAYOUTS[i % len(parity.LAYOUTS)])
     idx = idx.int() if i % 2 else idx
     grad = parity.randn((*shape[:2], shape[4]), dtype, device, "transposed")
-    kernel, pytorch, plain = (partial(m.embedding, idx) for m in (fused, torch_ops, reference))
+    kernel, pytorch, plain = (
+        partial(module.embedding, idx, **options) for module in (fused, common, reference)
+    )
     parity.assert_parity(kernel, pytorch, plain, weights, grad, NAMES)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("dtype", parity.DTYPES, ids=str)
+def test_parity(device: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    _assert_parity(device, shape, dtype)
 
 
 @pytest.mark.parametrize(
@@ -65,28 +74,17 @@ def test_parity(device: str, shape: tuple[int, ...], dtype: torch.dtype) -> None
 def test_parity_with_dropout(
     device: str, documents: bool, shape: tuple[int, ...], dtype: torch.dtype
 ) -> None:
-    idx, weights = _inputs(shape, dtype, device)
-    grad = parity.randn((*shape[:2], shape[4]), dtype, device, "contiguous")
-    options: dict[str, Any] = dict(
-        dropout_p=0.2, seed=torch.tensor([2**40 + 3], device=device), dropout_offset=5
-    )
-    options["doc_start"] = _doc_start(device, shape[1], shape[0]) if documents else None
-    kernel, plain = (partial(m.embedding, idx, **options) for m in (fused, reference))
-    parity.assert_parity(kernel, plain, plain, weights, grad, NAMES)
+    doc_start = _doc_start(device, shape[1], shape[0]) if documents else None
+    seed = torch.tensor([2**40 + 3], device=device)
+    options = dict(dropout_p=0.2, seed=seed, dropout_offset=5, doc_start=doc_start)
+    _assert_parity(device, shape, dtype, reference, **options)
 
 
 @pytest.mark.parametrize("shape", [s for s in SHAPES if s[4] < 768], ids=str)
 def test_parity_of_documents(device: str, shape: tuple[int, ...]) -> None:
     """Each dtype in turn."""
-    i = SHAPES.index(shape)
-    dtype = parity.DTYPES[i % 3]
-    idx, weights = _inputs(shape, dtype, device, parity.LAYOUTS[i % len(parity.LAYOUTS)])
-    grad = parity.randn((*shape[:2], shape[4]), dtype, device, "transposed")
-    doc_start = _doc_start(device, shape[1], shape[0])
-    kernel, pytorch, plain = (
-        partial(m.embedding, idx, doc_start=doc_start) for m in (fused, torch_ops, reference)
-    )
-    parity.assert_parity(kernel, pytorch, plain, weights, grad, NAMES)
+    dtype = parity.DTYPES[SHAPES.index(shape) % 3]
+    _assert_parity(device, shape, dtype, doc_start=_doc_start(device, shape[1], shape[0]))
 
 
 def test_positions_of_documents(device: str) -> None:

@@ -117,29 +117,6 @@ def test_gradcheck(bias: bool) -> None:
     assert torch.autograd.gradcheck(fused.linear, inputs[: 2 + bias], fast_mode=True)
 
 
-@pytest.mark.parametrize("op", [fused.linear, torch_ops.linear], ids=["fused", "torch_ops"])
-@pytest.mark.parametrize("bias", [False, True], ids=["", "bias"])
-def test_recompute_keeps_the_source_and_changes_no_bit(op, bias: bool) -> None:
-    source = torch.randn(7, 32)
-    ln_weight, ln_bias, b = torch.randn(3, 32).unbind()
-    ln_bias_or_none = ln_bias if bias else None
-    layer_norm = fused.layer_norm if op is fused.linear else torch_ops.layer_norm
-    x = layer_norm(source, ln_weight, ln_bias_or_none, 1e-5).requires_grad_()
-    weight = torch.randn(32, 32, requires_grad=True)
-    leaves = [x, weight, *([b.requires_grad_()] if bias else [])]
-    grad = torch.randn(7, 32)
-
-    def run(recompute):
-        y = op(*leaves, recompute=recompute)
-        return [y.detach(), *torch.autograd.grad(y, leaves, grad)]
-
-    norm_arguments = (source, ln_weight, ln_bias_or_none, 1e-5)
-    assert all(map(torch.equal, run(None), run(norm_arguments)))
-    kept = parity.saved_storages(lambda: op(*leaves, recompute=norm_arguments))
-    assert source.untyped_storage().data_ptr() in kept
-    assert x.untyped_storage().data_ptr() not in kept
-
-
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_autocast_rounds_the_weight_and_not_its_gradient(device: str, dtype: torch.dtype) -> None:
     x, weight, bias = _inputs((9, 16), 24, torch.float32, device, "contiguous")

@@ -2,8 +2,6 @@
 both ways of loading, what is kept, frozen parameters.
 """
 
-from functools import partial
-
 import pytest
 import torch
 from torch import Tensor
@@ -204,47 +202,6 @@ def test_gradcheck(form: str) -> None:
     assert torch.autograd.gradcheck(
         lambda *args: fused.mlp(*args, approximate=form), inputs, fast_mode=True
     )
-
-
-@pytest.mark.parametrize("ops", [fused, torch_ops], ids=["fused", "torch_ops"])
-@pytest.mark.parametrize("form", ["none", "tanh"])
-def test_recompute_keeps_less_and_changes_no_bit(device: str, ops, form: str) -> None:
-    source, ln_weight = torch.randn(40, 32, device=device), torch.randn(32, device=device)
-    x = ops.layer_norm(source, ln_weight).requires_grad_()
-    leaves = [x, *_inputs((40, 32), 128, 32, torch.float32, device, "contiguous")[1:]]
-    leaves = [leaf.requires_grad_() for leaf in leaves]
-    grad = torch.randn(40, 32, device=device)
-
-    def run(recompute) -> Tensor:
-        return ops.mlp(*leaves, approximate=form, recompute=recompute)
-
-    norm_arguments = (source, ln_weight, None, 1e-5)
-    results = [
-        (y.detach(), *torch.autograd.grad(y, leaves, grad))
-        for y in (run(None), run(norm_arguments))
-    ]
-    assert all(map(torch.equal, *results))
-    full, less = (parity.saved_storages(partial(run, given)) for given in (None, norm_arguments))
-    hidden, narrow = 4 * 40 * 128, 4 * 40 * 32
-    spared = sum(full.values()) - sum(less.values())
-    assert spared == hidden + narrow - (source.nbytes + ln_weight.nbytes)
-    assert x.untyped_storage().data_ptr() not in less
-
-
-@pytest.mark.parametrize("ops", [fused, torch_ops], ids=["fused", "torch_ops"])
-def test_recompute_of_a_float32_norm_under_autocast(device: str, ops) -> None:
-    """The backward, which recomputes it, runs outside of autocast."""
-    source = torch.randn(9, 32, device=device).bfloat16()
-    norm = torch.randn(32, device=device), torch.randn(32, device=device)
-    weights = [torch.randn(*shape, device=device) for shape in ((64, 32), (16, 64))]
-    results = []
-    for recompute in (None, (source, *norm, 1e-5)):
-        fc, proj = leaves = [w.clone().requires_grad_() for w in weights]
-        with torch.autocast(device, dtype=torch.bfloat16):
-            x = ops.layer_norm(source, *norm)
-            y = ops.mlp(x, fc, None, proj, recompute=recompute)
-        results.append(torch.autograd.grad(y.float().square().sum(), leaves))
-    assert all(map(torch.equal, *results))
 
 
 def test_nothing_is_kept_without_gradients() -> None:

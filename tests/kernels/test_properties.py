@@ -16,6 +16,7 @@ from torch import Tensor
 
 from fastgpt.kernels import fused, reference, torch_ops
 from tests.kernels.test_adamw import Buffers
+from tests.tools.calls import decoding
 from tests.tools.parity import DTYPES, LAYOUTS, assert_parity, randn
 
 hypothesis = pytest.importorskip("hypothesis", reason="needs the extra test")
@@ -167,13 +168,7 @@ def _attention_decode(case: Case) -> Made:
     batch, heads, size, slots = case.size(3), case.size(3), case.size(20), case.size(40)
     positions = torch.randint(slots, (batch,))
     cache = randn((2, batch, heads, slots, size), case.dtype, "cpu", "contiguous")
-
-    def call(ops: Any, qkv: Tensor) -> Tensor:
-        mine = cache.to(qkv.dtype, copy=True)
-        out = ops.attention_decode(qkv.detach(), mine, positions)
-        return torch.cat((out.flatten(), mine.flatten()))
-
-    return call, [case.tensor(batch, 1, 3 * heads * size)]
+    return decoding(cache, positions), [case.tensor(batch, 1, 3 * heads * size)]
 
 
 def _embedding(case: Case) -> Made:

@@ -106,3 +106,14 @@ def gradients_of(out: tuple[Tensor, ...], tensors: list[Tensor]) -> list[Tensor]
         gradients.append(x.grad)
         x.grad = None
     return gradients
+
+
+def decoding(cache: Tensor, positions: Tensor) -> Callable[..., Tensor]:
+    """A call of ``attention_decode`` with qkv alone: the result and the cache that it leaves."""
+
+    def call(ops, qkv: Tensor) -> Tensor:
+        mine = cache.to(qkv.dtype, copy=True)
+        out = ops.attention_decode(qkv.detach(), mine, positions)
+        return torch.cat((out.flatten(), mine.flatten()))
+
+    return call

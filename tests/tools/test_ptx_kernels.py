@@ -19,6 +19,7 @@ from torch import Tensor
 from fastgpt.kernels import configs, fused, reference
 from tests.kernels.test_attention_semantics import assert_pipelined_pv_is_the_same
 from tests.tools import parity
+from tests.tools.calls import decoding
 from tests.tools.documents import starts_of
 from tests.tools.ptx import coverage, launches, machine
 
@@ -109,13 +110,8 @@ def _decode(dtype: torch.dtype, head_size: int) -> None:
     qkv = torch.randn(2, 1, 3 * 2 * head_size).to(dtype)
     cache = torch.randn(2, 2, 2, 200, head_size).to(dtype)
     positions = torch.tensor([0, 150])
-    caches = cache.clone(), cache.clone(), cache.double()
-    got = fused.attention_decode(qkv, caches[0], positions)
-    common = reference.attention_decode(qkv, caches[1], positions)
-    exact = reference.attention_decode(qkv.double(), caches[2], positions)
-    assert torch.equal(caches[0], caches[1])
-    error = (got.double() - exact).abs() - torch.finfo(dtype).eps * exact.abs()
-    assert error.max() <= 2 * (common.double() - exact).abs().max() + 1e-5
+    kernel, plain = (partial(decoding(cache, positions), ops) for ops in (fused, reference))
+    parity.assert_parity(kernel, plain, plain, [qkv], torch.zeros(1), [])
 
 
 case("attention-float32", _attention, FLOAT32, 16, 70)
