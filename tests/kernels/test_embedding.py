@@ -87,19 +87,6 @@ def test_parity_of_documents(device: str, shape: tuple[int, ...]) -> None:
     _assert_parity(device, shape, dtype, doc_start=_doc_start(device, shape[1], shape[0]))
 
 
-def test_positions_of_documents(device: str) -> None:
-    """Ones: a gradient counts how often a position occurs."""
-    idx, (token, position) = _inputs((2, 6, 9, 20, 16), torch.float32, device)
-    doc_start = starts_of(6, [2], [1, 2, 5], device=device)
-    leaf = position.requires_grad_()
-    out = fused.embedding(idx, token, leaf, doc_start=doc_start)
-    places = torch.tensor([[0, 1, 0, 1, 2, 3], [0, 0, 0, 1, 2, 0]], device=device)
-    torch.testing.assert_close(out, token[idx] + position[places])
-    (dposition,) = torch.autograd.grad(out, leaf, torch.ones_like(out))
-    counts = torch.tensor([6, 3, 2, 1, 0, 0, 0, 0, 0], device=device)
-    assert torch.equal(dposition, counts[:, None].expand(9, 16).float())
-
-
 def test_whatever_starts_holds_counts_as_the_nearest_that_is_allowed(device: str) -> None:
     idx, weights = _inputs((2, 5, 5, 7, 16), torch.float32, device)
     wild = torch.tensor([[-1, 2, -(2**31), 2**31 - 1, 0], [4, 3, 2, 1, 0]], dtype=torch.int32)
