@@ -120,8 +120,9 @@ def read_tuned(device: torch.device) -> dict[Key, Any]:
     """``tuned``, read again from the file. One that is damaged, or made elsewhere, is ignored with
     a warning."""
     with tuned_table.notice_of_damage(device):
-        lines = {decoded_key(key): decoded(one) for key, one in tuned_table.lines(device)}
-        return use_tuned(device, lines)
+        lines = tuned_table.read(device).get("lines", [])
+        found = {decoded_key(line["key"]): decoded(line["config"]) for line in lines}
+        return use_tuned(device, found)
     return use_tuned(device, {})
 
 
