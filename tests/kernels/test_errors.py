@@ -207,6 +207,11 @@ REFUSED: dict[str, list[Refusal]] = {
         value_error(r"targets must have shape \(2, 3\).*got \(6,\)", targets=ids(6)),
         value_error("targets must be on the device of x", targets=ids(2, 3).to("meta")),
         value_error("'mean' or 'sum', got 'none'", reduction="none"),
+        value_error(r"both sizes of weight must be multiples of 16 .*, got \(65, 8\)", fp8=True),
+        value_error(
+            r"z_loss must be 0 with fp8=True, got 0\.1",
+            **dict(x=ones(2, 3, 16), weight=ones(32, 16), z_loss=0.1, fp8=True),
+        ),
         *(
             (ValueError, rf"label_smoothing must lie in \[0, 1\], got {e}", dict(label_smoothing=e))
             for e in (-0.1, 1.1, math.nan)
