@@ -95,9 +95,7 @@ class Sampler:
         finite.
         """
         rows = [self._row(prompt) for prompt in prompts]
-        for _ in self._grow(rows, self.config.max_new_tokens):
-            pass
-        return [row.completion() for row in rows]
+        return self._grown(rows, self.config.max_new_tokens)
 
     def answers(
         self, prompts: Sequence[tuple[list[int], int]], ends: Container[int]
@@ -108,9 +106,7 @@ class Sampler:
         rows = [
             _Row(self.tokenizer, ids, "", self.config.stop, ends, room) for ids, room in prompts
         ]
-        for _ in self._grow(rows, max(room for _, room in prompts)):
-            pass
-        return [row.completion() for row in rows]
+        return self._grown(rows, max(room for _, room in prompts))
 
     def stream(self, prompt: str) -> Iterator[str]:
         """Continue one prompt: what is added, in pieces, as soon as later tokens cannot change it.
@@ -148,6 +144,11 @@ class Sampler:
 
     def _row(self, prompt: str) -> "_Row":
         return _Row(self.tokenizer, self._encode(prompt), prompt, self.config.stop)
+
+    def _grown(self, rows: Sequence["_Row"], max_new_tokens: int) -> list[Completion]:
+        for _ in self._grow(rows, max_new_tokens):
+            pass
+        return [row.completion() for row in rows]
 
     def _grow(self, rows: Sequence["_Row"], max_new_tokens: int) -> Iterator[None]:
         """Give the rows a token each, until all are finished."""

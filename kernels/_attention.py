@@ -167,6 +167,21 @@ class Options(NamedTuple):
     key_lengths: Tensor | None = None
 
 
+MAX_HEAD_SIZE = 256
+
+
+def check_head_size(name: str, head_size: int) -> None:
+    if head_size > MAX_HEAD_SIZE:
+        raise ValueError(
+            f"{name} must have a head size of at most {MAX_HEAD_SIZE}, got {head_size}"
+        )
+
+
+def block_d(head_size: int) -> int:
+    """How wide the tile of a head is."""
+    return max(16, _host.next_power_of_2(head_size))
+
+
 def aligned(x: Tensor) -> Tensor:
     """x (B, H, T, D), D a multiple of 16, with rows that begin at multiples of 16 elements: copied
     where its strides do not give that, which costs less than loading every tile by elements."""
@@ -182,7 +197,6 @@ _STRIDES = [f"{name}_stride_{dim}" for name in "qkv" for dim in "bht"]
 def arguments(q: Tensor, k: Tensor, v: Tensor, options: Options) -> dict[str, Any]:
     """What every attention kernel takes beside its own tensors and ``launch``."""
     seed, doc_start, causal, scale, dropout_p, dropout_offset, key_lengths = options
-    threshold, keep_scale = _host.dropout_numbers(dropout_p)
     strides = *q.stride()[:3], *k.stride()[:3], *v.stride()[:3]
     return dict(
         q_ptr=q,
@@ -197,30 +211,21 @@ def arguments(q: Tensor, k: Tensor, v: Tensor, options: Options) -> dict[str, An
         n_queries=q.shape[2],
         n_keys=k.shape[2],
         qk_scale=scale * _host.LOG2_E,
-        threshold=threshold,
-        keep_scale=keep_scale,
+        **_host.dropout_arguments(dropout_p),
         CAUSAL=causal,
         PACKED=doc_start is not None,
         LENGTHS=key_lengths is not None,
         GROUP=q.shape[1] // max(1, k.shape[1]),
-        DROPOUT=threshold > 0,
         APART=not _host.is_half(q.dtype),
         PRECISION=_host.dot_precision(q.dtype),
         ACC=_host.accumulator(q.dtype),
         HEAD=q.shape[3],
-        BLOCK_D=_block_d(q),
-        **_host.FMA,
+        BLOCK_D=block_d(q.shape[3]),
     )
 
 
-def _block_d(q: Tensor) -> int:
-    return max(16, _host.next_power_of_2(q.shape[3]))
-
-
-def launch(kernel: str, q: Tensor, options: Options) -> dict[str, Any]:
-    """The configuration of one of the kernels."""
-    dropout = _host.dropout_numbers(options.dropout_p)[0] > 0
-    documents, lengths = options.doc_start is not None, options.key_lengths is not None
-    given = dict(dropout=dropout, documents=documents, lengths=lengths)
-    names = (name for name, is_given in given.items() if is_given)
-    return configs.launch(configs.find(q, "attention", kernel, _block_d(q), *names))
+def launch(kernel: str, q: Tensor, shared: dict[str, Any]) -> dict[str, Any]:
+    """The configuration of one of the kernels; ``shared``: its ``arguments``."""
+    given = dict(dropout="DROPOUT", documents="PACKED", lengths="LENGTHS")
+    names = (name for name, constant in given.items() if shared[constant])
+    return configs.launch(configs.find(q, "attention", kernel, shared["BLOCK_D"], *names))

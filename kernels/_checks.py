@@ -17,71 +17,76 @@ def _facts(tensor: Tensor) -> str:
     return f"shape {tuple(tensor.shape)}, {tensor.dtype}, {tensor.device}"
 
 
+def _tensor(name: str, tensor: Any) -> None:
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
+
+
+def _integers(name: str, tensor: Any, *dtypes: torch.dtype) -> None:
+    _tensor(name, tensor)
+    if tensor.dtype not in dtypes:
+        raise TypeError(f"{name} must be {' or '.join(map(str, dtypes))}, got {tensor.dtype}")
+
+
 def floating(**tensors: Tensor | None) -> None:
     for name, tensor in tensors.items():
-        if tensor is None:
-            continue
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
-        if not tensor.is_floating_point():
-            raise TypeError(f"{name} must be a floating-point tensor, got {tensor.dtype}")
+        if tensor is not None:
+            _tensor(name, tensor)
+            if not tensor.is_floating_point():
+                raise TypeError(f"{name} must be a floating-point tensor, got {tensor.dtype}")
 
 
-def same_dtype_and_device(**tensors: Tensor | None) -> None:
-    """The first tensor sets the dtype and the device; the others must have both."""
-    (first_name, first), *rest = [(n, t) for n, t in tensors.items() if t is not None]
-    for name, tensor in rest:
-        if tensor.dtype != first.dtype:
+def _same(what: str, first_name: str, first: Tensor, **others: Tensor | None) -> None:
+    """``what``: "dtype" or "device"."""
+    wanted = getattr(first, what)
+    for name, tensor in others.items():
+        if tensor is not None and getattr(tensor, what) != wanted:
+            must = "be on" if what == "device" else "have"
             raise ValueError(
-                f"{name} must have the dtype of {first_name} ({first.dtype}), got {tensor.dtype}"
-            )
-        if tensor.device != first.device:
-            raise ValueError(
-                f"{name} must be on the device of {first_name} ({first.device}), "
-                f"got {tensor.device}"
+                f"{name} must {must} the {what} of {first_name} ({wanted}), "
+                f"got {getattr(tensor, what)}"
             )
 
 
-def _same_device(**tensors: Tensor | None) -> None:
-    (first_name, first), *rest = [(n, t) for n, t in tensors.items() if t is not None]
-    for name, tensor in rest:
-        if tensor.device != first.device:
-            raise ValueError(
-                f"{name} must be on the device of {first_name} ({first.device}), "
-                f"got {tensor.device}"
-            )
-
-
-def _parameters(x_name: str, x: Tensor, **parameters: Tensor | None) -> None:
+def _parameters(
+    x_name: str, x: Tensor, first_name: str, first: Tensor, **others: Tensor | None
+) -> None:
     """Parameters have the dtype of the activations that they meet, or float32; one dtype all."""
+    parameters = {first_name: first, **others}
     floating(**parameters)
+    allowed = x.dtype, torch.float32
     for name, tensor in parameters.items():
-        if tensor is not None and tensor.dtype not in (x.dtype, torch.float32):
+        if tensor is not None and tensor.dtype not in allowed:
             raise ValueError(
                 f"{name} must have the dtype of {x_name} ({x.dtype}) or torch.float32, "
                 f"got {tensor.dtype}"
             )
-    same_dtype_and_device(**parameters)
-    _same_device(**{x_name: x}, **parameters)
+    _same("dtype", first_name, first, **others)
+    _same("device", first_name, first, **others)
+    _same("device", x_name, x, **{first_name: first})
 
 
 def _normalised(
-    x_name: str, x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, **more: Tensor | None
+    x_name: str, x: Tensor, weight: Tensor, eps: float, **others: Tensor | None
 ) -> None:
     if x.dim() == 0 or x.shape[-1] == 0:
         raise ValueError(f"{x_name} must have a last dimension of at least 1, got {tuple(x.shape)}")
-    _parameters(x_name, x, weight=weight, bias=bias, **more)
-    for name, tensor in dict(weight=weight, bias=bias, **more).items():
-        _shaped(name, tensor, (x.shape[-1],), f"{x_name} {tuple(x.shape)}")
+    _parameters(x_name, x, "weight", weight, **others)
+    _shaped((x.shape[-1],), x_name, x, weight=weight, **others)
     if not eps >= 0.0:
         raise ValueError(f"eps must be at least 0, got {eps}")
 
 
-def _shaped(name: str, tensor: Tensor | None, shape: tuple[int, ...], other: str) -> None:
-    if tensor is not None and tensor.shape != shape:
-        raise ValueError(
-            f"{name} must have shape {shape} to go with {other}, got {tuple(tensor.shape)}"
-        )
+def _shaped(
+    shape: tuple[int, ...], x_name: str, x: Tensor | None, **tensors: Tensor | None
+) -> None:
+    """``x``: for the message, None to leave its shape out."""
+    for name, tensor in tensors.items():
+        if tensor is not None and tensor.shape != shape:
+            other = x_name if x is None else f"{x_name} {tuple(x.shape)}"
+            raise ValueError(
+                f"{name} must have shape {shape} to go with {other}, got {tuple(tensor.shape)}"
+            )
 
 
 def dropout(
@@ -102,27 +107,22 @@ def _scale(scale: float | None) -> None:
         raise ValueError(f"scale must be positive and finite, or None, got {scale}")
 
 
-def _int32(name: str, tensor: Any, x_name: str, x: Tensor, shape: tuple[int, ...]) -> None:
-    if not isinstance(tensor, Tensor):
-        raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
-    if tensor.dtype != torch.int32:
-        raise TypeError(f"{name} must be torch.int32, got {tensor.dtype}")
-    _shaped(name, tensor, shape, f"{x_name} {tuple(x.shape)}")
-    _same_device(**{x_name: x, name: tensor})
-
-
-def _doc_start(doc_start: Tensor | None, x_name: str, x: Tensor, shape: tuple[int, int]) -> None:
-    """``shape``: (B, T) of x."""
-    if doc_start is not None:
-        _int32("doc_start", doc_start, x_name, x, shape)
+def _int32(shape: tuple[int, ...], x_name: str, x: Tensor, **tensors: Tensor) -> None:
+    for name, tensor in tensors.items():
+        _integers(name, tensor, torch.int32)
+    _shaped(shape, x_name, x, **tensors)
+    _same("device", x_name, x, **tensors)
 
 
 def _documents(
-    doc_start: Tensor | None, x_name: str, x: Tensor, shape: tuple[int, int], causal: bool
+    doc_start: Tensor | None, x_name: str, x: Tensor, shape: tuple[int, int], causal: bool = True
 ) -> None:
-    if doc_start is not None and not causal:
+    """``shape``: (B, T) of x."""
+    if doc_start is None:
+        return
+    if not causal:
         raise ValueError("doc_start must be None with causal=False, got a tensor")
-    _doc_start(doc_start, x_name, x, shape)
+    _int32(shape, x_name, x, doc_start=doc_start)
 
 
 def attention(
@@ -141,7 +141,8 @@ def attention(
     for name, tensor in (("q", q), ("k", k), ("v", v)):
         if tensor.dim() != 4:
             raise ValueError(f"{name} must have shape (B, H, T, D), got {tuple(tensor.shape)}")
-    same_dtype_and_device(q=q, k=k, v=v)
+    _same("dtype", "q", q, k=k, v=v)
+    _same("device", "q", q, k=k, v=v)
     batch, n_head, _, head_size = q.shape
     n_kv_head = k.shape[1]
     grouped = 0 < n_kv_head < n_head and n_head % n_kv_head == 0
@@ -167,7 +168,7 @@ def attention(
     if key_lengths is not None:
         if doc_start is not None:
             raise ValueError("key_lengths must be None together with doc_start, got a tensor")
-        _int32("key_lengths", key_lengths, "q", q, (batch,))
+        _int32((batch,), "q", q, key_lengths=key_lengths)
 
 
 def qkvpacked(
@@ -208,22 +209,22 @@ def attention_decode(qkv: Tensor, cache: Tensor, positions: Tensor, scale: float
         )
     if not cache.is_contiguous():
         raise ValueError(f"cache must be contiguous, got strides {cache.stride()}")
-    same_dtype_and_device(qkv=qkv, cache=cache)
-    _token_ids("positions", positions)
-    _shaped("positions", positions, (batch,), f"qkv {tuple(qkv.shape)}")
-    _same_device(qkv=qkv, positions=positions)
+    _same("dtype", "qkv", qkv, cache=cache)
+    _integers("positions", positions, torch.int64, torch.int32)
+    _shaped((batch,), "qkv", qkv, positions=positions)
+    _same("device", "qkv", qkv, cache=cache, positions=positions)
     if not positions.is_contiguous():
         raise ValueError(f"positions must be contiguous, got strides {positions.stride()}")
     _scale(scale)
     if batch and positions.device.type == "cpu" and not torch.compiler.is_compiling():
-        for place in (int(positions.min()), int(positions.max())):
+        for place in map(int, positions.aminmax()):
             if not 0 <= place < cache.shape[3]:
                 raise ValueError(f"positions must lie in [0, {cache.shape[3]}), got {place}")
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> None:
     floating(x=x)
-    _normalised("x", x, weight, bias, eps)
+    _normalised("x", x, weight, eps, bias=bias)
 
 
 def residual_layer_norm(
@@ -238,14 +239,14 @@ def residual_layer_norm(
     dropout_offset: int,
 ) -> None:
     floating(residual=residual, delta=delta)
-    _shaped("delta", delta, tuple(residual.shape), "residual")
+    _shaped(tuple(residual.shape), "residual", None, delta=delta)
     if delta.dtype not in (residual.dtype, torch.float16, torch.bfloat16):
         raise ValueError(
             f"delta must have the dtype of residual ({residual.dtype}) or a half-precision one, "
             f"got {delta.dtype}"
         )
-    _same_device(residual=residual, delta=delta)
-    _normalised("delta", delta, weight, bias, eps, delta_bias=delta_bias)
+    _same("device", "residual", residual, delta=delta)
+    _normalised("delta", delta, weight, eps, bias=bias, delta_bias=delta_bias)
     dropout(residual.device, dropout_p, seed, dropout_offset)
 
 
@@ -255,22 +256,27 @@ def gelu(x: Tensor, approximate: str) -> None:
         raise ValueError(f"approximate must be 'none' or 'tanh', got {approximate!r}")
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None, names: tuple[str, str]) -> None:
-    """``names``: what the caller calls weight and bias."""
-    floating(x=x)
-    _parameters("x", x, **{names[0]: weight, names[1]: bias})
-    if x.dim() == 0 or weight.dim() != 2 or weight.shape[1] != x.shape[-1]:
-        raise ValueError(
-            f"{names[0]} must have shape (N, K) to go with x (..., K), got {tuple(weight.shape)} "
-            f"and x {tuple(x.shape)}"
-        )
-    _shaped(names[1], bias, (weight.shape[0],), f"{names[0]} {tuple(weight.shape)}")
-
-
 Recompute = tuple[Tensor, Tensor, Tensor | None, float]  # the arguments of layer_norm
 
 
-def norm_arguments(x: Tensor, recompute: Recompute | None) -> None:
+def linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    recompute: Recompute | None = None,
+    prefix: str = "",
+    **more: Tensor,
+) -> None:
+    """``prefix``: of the caller's names of weight and bias; ``more``: parameters of their dtype."""
+    w = f"{prefix}weight"
+    floating(x=x)
+    _parameters("x", x, w, weight, **{f"{prefix}bias": bias}, **more)
+    if x.dim() == 0 or weight.dim() != 2 or weight.shape[1] != x.shape[-1]:
+        raise ValueError(
+            f"{w} must have shape (N, K) to go with x (..., K), got {tuple(weight.shape)} "
+            f"and x {tuple(x.shape)}"
+        )
+    _shaped((weight.shape[0],), w, weight, **{f"{prefix}bias": bias})
     if recompute is None:
         return
     if len(recompute) != 4:
@@ -293,22 +299,13 @@ def mlp(
     approximate: str,
     recompute: Recompute | None,
 ) -> None:
-    linear(x, fc_weight, fc_bias, ("fc_weight", "fc_bias"))
+    linear(x, fc_weight, fc_bias, recompute, "fc_", proj_weight=proj_weight)
     gelu(x, approximate)
-    _parameters("x", x, fc_weight=fc_weight, proj_weight=proj_weight)
     if proj_weight.dim() != 2 or proj_weight.shape[1] != fc_weight.shape[0]:
         raise ValueError(
             f"proj_weight must have shape (N, {fc_weight.shape[0]}) to go with fc_weight "
             f"{tuple(fc_weight.shape)}, got {tuple(proj_weight.shape)}"
         )
-    norm_arguments(x, recompute)
-
-
-def _token_ids(name: str, ids: Tensor) -> None:
-    if not isinstance(ids, Tensor):
-        raise TypeError(f"{name} must be a torch.Tensor, got {type(ids).__name__}")
-    if ids.dtype not in (torch.int64, torch.int32):
-        raise TypeError(f"{name} must be torch.int64 or torch.int32, got {ids.dtype}")
 
 
 def embedding(
@@ -320,12 +317,13 @@ def embedding(
     dropout_offset: int,
     doc_start: Tensor | None,
 ) -> None:
-    _token_ids("idx", idx)
+    _integers("idx", idx, torch.int64, torch.int32)
     if idx.dim() != 2:
         raise ValueError(f"idx must have shape (B, T), got {tuple(idx.shape)}")
     floating(token_weight=token_weight, position_weight=position_weight)
-    same_dtype_and_device(token_weight=token_weight, position_weight=position_weight)
-    _same_device(idx=idx, token_weight=token_weight)
+    _same("dtype", "token_weight", token_weight, position_weight=position_weight)
+    _same("device", "token_weight", token_weight, position_weight=position_weight)
+    _same("device", "idx", idx, token_weight=token_weight)
     if token_weight.dim() != 2 or 0 in token_weight.shape:
         raise ValueError(f"token_weight must have shape (V, C), got {tuple(token_weight.shape)}")
     width = token_weight.shape[1]
@@ -340,7 +338,7 @@ def embedding(
             f"got {tuple(position_weight.shape)}"
         )
     dropout(idx.device, dropout_p, seed, dropout_offset)
-    _doc_start(doc_start, "idx", idx, (idx.shape[0], idx.shape[1]))
+    _documents(doc_start, "idx", idx, (idx.shape[0], idx.shape[1]))
 
 
 def linear_cross_entropy(
@@ -352,14 +350,14 @@ def linear_cross_entropy(
     z_loss: float,
     fp8: bool,
 ) -> None:
-    linear(x, weight, None, ("weight", ""))
+    linear(x, weight, None)
     if fp8 and (0 in weight.shape or any(size % 16 for size in weight.shape)):
         raise ValueError(  # rows of 8-bit matrices begin at multiples of 16 bytes
             f"both sizes of weight must be multiples of 16 with fp8=True, got {tuple(weight.shape)}"
         )
-    _token_ids("targets", targets)
-    _shaped("targets", targets, tuple(x.shape[:-1]), f"x {tuple(x.shape)}")
-    _same_device(x=x, targets=targets)
+    _integers("targets", targets, torch.int64, torch.int32)
+    _shaped(tuple(x.shape[:-1]), "x", x, targets=targets)
+    _same("device", "x", x, targets=targets)
     if weight.shape[0] == 0:
         raise ValueError(f"weight must have a row for each class, got {tuple(weight.shape)}")
     if reduction not in ("mean", "sum"):
@@ -404,7 +402,7 @@ def adamw(
                 f"{name} must have {wanted}, contiguous, got {tuple(tensor.shape)}, "
                 f"strides {tensor.stride()}"
             )
-    _same_device(param=param, **{k: v for k, v in (flat | scalars).items() if k != "param"})
+    _same("device", "param", param, **flat, **scalars)
     for name, beta in zip(("betas[0]", "betas[1]"), betas, strict=True):
         if not 0.0 <= beta < 1.0:
             raise ValueError(f"{name} must lie in [0, 1), got {beta}")

@@ -3,6 +3,7 @@
 import contextlib
 import functools
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 import triton
@@ -98,10 +99,11 @@ def drawn_seed(seed: Tensor | None, dropout_p: float, device: torch.device) -> T
     return dropout_seed(device) if seed is None else seed
 
 
-def dropout_numbers(dropout_p: float) -> tuple[int, float]:
+def dropout_arguments(dropout_p: float) -> dict[str, Any]:
     """What a kernel is told: bits below the threshold are dropped, the rest is scaled."""
     threshold = round(dropout_p * 65536)
-    return threshold, 65536 / (65536 - threshold)
+    keep_scale = 65536 / (65536 - threshold)
+    return dict(threshold=threshold, keep_scale=keep_scale, DROPOUT=threshold > 0)
 
 
 def accumulator(dtype: torch.dtype) -> tl.dtype:

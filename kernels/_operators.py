@@ -12,7 +12,7 @@ error, where ``custom_op`` drops it.
 
 import functools
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -98,9 +98,16 @@ def differentiable(
     op: OpOverload, backward: Callable[..., Any], setup_context: Callable[..., None]
 ) -> None:
     """Gives the operator its gradient: ``setup_context(ctx, inputs, output)`` saves what
-    ``backward(ctx, *grads)``, with one gradient per result, returns the inputs' gradients from."""
+    ``backward(ctx, *grads)``, with one gradient per result, returns the inputs' gradients from; the
+    inputs behind them have none."""
     formula: Any = _formulas[op]
     formula.setup_context, formula.backward = setup_context, backward
+
+
+def spread(gradients: Iterable[torch.Tensor], *wanted: bool) -> list[Any]:
+    """``gradients``, each at the place of one that is wanted; None at the other places."""
+    rest = iter(gradients)
+    return [next(rest) if want else None for want in wanted]
 
 
 def wants_gradient(*tensors: torch.Tensor | None) -> bool:
@@ -170,8 +177,11 @@ def _with_autograd(
         formula.setup_context(ctx, inputs, output)
         return tuple(output) if returns_list else output
 
+    n_inputs = len(op._schema.arguments) + 1  # and the keyset
+
     def backward(ctx: Any, *grads: Any) -> tuple[Any, ...]:
-        return (*formula.backward(ctx, *grads), None)  # None: of the keyset
+        found = formula.backward(ctx, *grads)
+        return (*found, *(None,) * (n_inputs - len(found)))
 
     methods = dict(forward=staticmethod(forward), backward=staticmethod(backward))
     name = f"GeneratedBackwardFor_fastgpt_{op._opname}_default"  # as custom_op names it

@@ -3,11 +3,10 @@ heads. Needs torch alone."""
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
-
-from fastgpt.kernels import _checks
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype:
@@ -50,6 +49,10 @@ def as_matrix(x: Tensor) -> Tensor:
     return x.reshape(row_count(x), x.shape[-1])
 
 
+def attention_scale(scale: float | None, head_size: int) -> float:
+    return 1.0 / math.sqrt(head_size) if scale is None else scale
+
+
 def split_heads(qkv: Tensor, n_head: int) -> tuple[Tensor, Tensor, Tensor]:
     """(B, T, 3C) → three views (B, H, T, D) with C = H * D; nothing is copied."""
     batch, length, width = qkv.shape
@@ -57,29 +60,11 @@ def split_heads(qkv: Tensor, n_head: int) -> tuple[Tensor, Tensor, Tensor]:
     return q, k, v
 
 
-def unpacked(
-    attention: Callable[..., Tensor],
-    qkv: Tensor,
-    n_head: int,
-    causal: bool,
-    scale: float | None,
-    dropout_p: float,
-    seed: Tensor | None,
-    dropout_offset: int,
-    doc_start: Tensor | None,
-) -> Tensor:
-    """``attention_qkvpacked`` by an ``attention`` that wants q, k and v apart."""
-    _checks.qkvpacked(qkv, n_head, causal, scale, dropout_p, seed, dropout_offset, doc_start)
-    q, k, v = split_heads(qkv, n_head)
-    y = attention(
-        q,
-        k,
-        v,
-        causal=causal,
-        scale=scale,
-        dropout_p=dropout_p,
-        seed=seed,
-        dropout_offset=dropout_offset,
-        doc_start=doc_start,
-    )
+_OPTIONS = "causal", "scale", "dropout_p", "seed", "dropout_offset", "doc_start"
+
+
+def unpacked(attention: Callable[..., Tensor], qkv: Tensor, n_head: int, *options: Any) -> Tensor:
+    """``attention_qkvpacked`` by an ``attention`` that wants q, k and v apart; ``options``: its
+    own, in order."""
+    y = attention(*split_heads(qkv, n_head), **dict(zip(_OPTIONS, options, strict=True)))
     return y.transpose(1, 2).flatten(2).contiguous()  # (B, T, C)

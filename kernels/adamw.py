@@ -171,7 +171,6 @@ def _adamw_op(
             BETA2=betas[1],
             ROUNDED=rounded is not None,
             **configs.launch(config),
-            **_host.FMA,
         )
 
 

@@ -43,21 +43,16 @@ forward, 14 B H Tq Tk D backward (10 if S and dP were computed once); half of th
 documents or lengths it is less, which depends on what stands in them.
 """
 
-import math
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from fastgpt.kernels import _checks, _host
-from fastgpt.kernels._attention import Options
+from fastgpt.kernels._attention import Options, check_head_size
 from fastgpt.kernels._operators import differentiable, fake, operator
-from fastgpt.kernels._tensors import split_heads, unpacked
+from fastgpt.kernels._tensors import attention_scale, split_heads, unpacked
 from fastgpt.kernels.attention_bwd import attention_bwd
 from fastgpt.kernels.attention_fwd import attention_fwd, empty_lse
-
-MAX_HEAD_SIZE = 256
-
 
 # -------------------------------------------------------------------------- separate q, k and v
 
@@ -110,9 +105,7 @@ def _setup_context(ctx, inputs, output):
 
 
 def _backward(ctx, dout, _dlse):
-    if dout is None:
-        return (*[None] * 10,)
-    return *_attention_bwd_op(dout, *ctx.saved_tensors, *ctx.options), *[None] * 7
+    return () if dout is None else _attention_bwd_op(dout, *ctx.saved_tensors, *ctx.options)
 
 
 differentiable(_attention_op, _backward, _setup_context)
@@ -165,23 +158,16 @@ def _setup_context_qkvpacked(ctx, inputs, output):
 
 def _backward_qkvpacked(ctx, dout, _dlse):
     if dout is None:
-        return (*[None] * 8,)
+        return ()
     qkv, out, lse, *tensors = ctx.saved_tensors
     options = ctx.n_head, *tensors, *ctx.options
-    return _attention_qkvpacked_bwd_op(dout, qkv, out, lse, *options), *[None] * 7
+    return (_attention_qkvpacked_bwd_op(dout, qkv, out, lse, *options),)
 
 
 differentiable(_attention_qkvpacked_op, _backward_qkvpacked, _setup_context_qkvpacked)
 
 
 # ------------------------------------------------------------------------------ public functions
-
-
-def _check_head_size(name: str, head_size: int) -> None:
-    if head_size > MAX_HEAD_SIZE:
-        raise ValueError(
-            f"{name} must have a head size of at most {MAX_HEAD_SIZE}, got {head_size}"
-        )
 
 
 def attention(
@@ -246,12 +232,12 @@ def attention(
         q, k, v, causal, scale, dropout_p, seed, dropout_offset, doc_start, key_lengths
     )
     _host.launchable(q=q, k=k, v=v)
-    _check_head_size("q", q.shape[3])
+    check_head_size("q", q.shape[3])
     head_size = q.shape[3]
-    scale = 1.0 / math.sqrt(head_size) if scale is None else scale
     if head_size % 16:  # columns of zeros change no product
         q, k, v = (F.pad(x, (0, -head_size % 16)) for x in (q, k, v))
     seed = _host.drawn_seed(seed, dropout_p, q.device)
+    scale = attention_scale(scale, head_size)
     options = seed, doc_start, causal, scale, dropout_p, dropout_offset
     out, _ = _attention_op(q, k, v, key_lengths, *options)
     return out[..., :head_size]
@@ -286,13 +272,13 @@ def attention_qkvpacked(
     _checks.qkvpacked(qkv, n_head, causal, scale, dropout_p, seed, dropout_offset, doc_start)
     _host.launchable(qkv=qkv)
     head_size = qkv.shape[2] // (3 * n_head)
-    _check_head_size("qkv", head_size)
+    check_head_size("qkv", head_size)
     if head_size % 16:
         return unpacked(
             attention, qkv, n_head, causal, scale, dropout_p, seed, dropout_offset, doc_start
         )
     qkv = qkv.to(_host.autocast_dtype(qkv))
-    scale = 1.0 / math.sqrt(head_size) if scale is None else scale
+    scale = attention_scale(scale, head_size)
     seed = _host.drawn_seed(seed, dropout_p, qkv.device)
     return _attention_qkvpacked_op(
         qkv, n_head, seed, doc_start, causal, scale, dropout_p, dropout_offset

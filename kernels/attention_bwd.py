@@ -340,13 +340,13 @@ def attention_bwd(
     read |= arguments(q, k, v, options)
     with _host.on_device(q):
         if dq.numel():
-            config = launch("bwd_dq", q, options)
+            config = launch("bwd_dq", q, read)
             grid = (_host.cdiv(n_queries, config["BLOCK_M"]) * batch * n_head,)
             _attention_bwd_dq_kernel[grid](
                 out_ptr=out.contiguous(), dq_ptr=dq, dq_stride_t=dq.stride(1), **read, **config
             )
         if dk.numel():
-            config = launch("bwd_dkdv", q, options)
+            config = launch("bwd_dkdv", q, read)
             wgmma = _host.is_half(q.dtype) and _host.capability(q.device) == 90
             grid = (_host.cdiv(k.shape[2], config["BLOCK_N"]) * batch * k.shape[1],)
             _attention_bwd_dkdv_kernel[grid](

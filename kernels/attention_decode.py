@@ -17,14 +17,14 @@ Bytes, s an element: 2 s D (p + 1) for each head, which bounds the time; the flo
 share of 2 / (s BLOCK_N). FLOPs: 4 D (p + 1) for each head.
 """
 
-import math
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from fastgpt.kernels import _checks, _host, configs
+from fastgpt.kernels._attention import block_d, check_head_size
+from fastgpt.kernels._tensors import attention_scale
 
 
 @triton.jit
@@ -115,22 +115,6 @@ def _attention_decode_sum_kernel(
     tl.store(out_ptr + batch_head * HEAD + offs_d, out, mask=mask_d)
 
 
-MAX_HEAD_SIZE = 256
-
-
-def _block_d(head_size: int) -> int:
-    return max(16, _host.next_power_of_2(head_size))
-
-
-def _scratch(cache: Tensor, n_parts: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Of each head's parts: the maximum, the sum and the weighted values."""
-    _, batch, n_head, _, head_size = cache.shape
-    dtype = torch.float64 if cache.dtype == torch.float64 else torch.float32
-    parts = (batch, n_head, n_parts)
-    largest = torch.empty(parts, dtype=dtype, device=cache.device)
-    return largest, torch.empty_like(largest), largest.new_empty(*parts, head_size)
-
-
 @torch.library.custom_op("fastgpt::attention_decode", mutates_args=("cache",))
 def _attention_decode_op(qkv: Tensor, cache: Tensor, positions: Tensor, scale: float) -> Tensor:
     _, batch, n_head, n_slots, head_size = cache.shape
@@ -138,12 +122,14 @@ def _attention_decode_op(qkv: Tensor, cache: Tensor, positions: Tensor, scale: f
     if not batch:
         return out
     qkv = qkv if qkv.stride(2) == 1 else qkv.contiguous()
-    block_d = _block_d(head_size)
-    config = configs.find(qkv, "attention_decode", "fwd", block_d)
+    width = block_d(head_size)
+    config = configs.find(qkv, "attention_decode", "fwd", width)
     n_parts = _host.cdiv(n_slots, config.BLOCK_N)
-    parts = _scratch(cache, n_parts)
+    # Of each head's parts: the maximum, the sum and the weighted values.
+    largest = qkv.new_empty(batch, n_head, n_parts, dtype=_host.stats_dtype(qkv.dtype))
+    parts = largest, torch.empty_like(largest), largest.new_empty(*largest.shape, head_size)
     qk_scale = scale * _host.LOG2_E
-    sizes = dict(ACC=_host.accumulator(qkv.dtype), HEAD=head_size, BLOCK_D=block_d)
+    sizes = dict(ACC=_host.accumulator(qkv.dtype), HEAD=head_size, BLOCK_D=width)
     with _host.on_device(qkv):
         _attention_decode_kernel[(batch * n_head * n_parts,)](
             qkv,
@@ -158,7 +144,6 @@ def _attention_decode_op(qkv: Tensor, cache: Tensor, positions: Tensor, scale: f
             cache.stride(0),
             **sizes,
             **configs.launch(config),
-            **_host.FMA,
         )
         _attention_decode_sum_kernel[(batch * n_head,)](
             *parts,
@@ -171,7 +156,6 @@ def _attention_decode_op(qkv: Tensor, cache: Tensor, positions: Tensor, scale: f
             BLOCK_N=config.BLOCK_N,
             **sizes,
             **configs.launch(configs.find(qkv, "attention_decode", "sum")),
-            **_host.FMA,
         )
     return out
 
@@ -208,7 +192,5 @@ def attention_decode(
     _checks.attention_decode(qkv, cache, positions, scale)
     _host.launchable(qkv=qkv)
     head_size = cache.shape[4]
-    if head_size > MAX_HEAD_SIZE:
-        raise ValueError(f"cache must have a head size of at most {MAX_HEAD_SIZE}, got {head_size}")
-    scale = 1.0 / math.sqrt(head_size) if scale is None else scale
-    return _attention_decode_op(qkv, cache, positions, scale)
+    check_head_size("cache", head_size)
+    return _attention_decode_op(qkv, cache, positions, attention_scale(scale, head_size))

@@ -12,7 +12,6 @@ from torch.backends.cuda import SDPAParams, can_use_cudnn_attention
 from fastgpt.kernels import _host, configs
 from fastgpt.kernels._attention import (
     Options,
-    _block_d,
     _document_bounds,
     _finite,
     _finite_or_zero,
@@ -26,6 +25,7 @@ from fastgpt.kernels._attention import (
     _visible,
     aligned,
     arguments,
+    block_d,
     launch,
 )
 from fastgpt.kernels._device_math import dropout_keep, rounded_quotient
@@ -234,8 +234,8 @@ def _attention_fwd_kernel(
 
 def empty_lse(x: Tensor, batch: int, n_head: int, n_queries: int) -> Tensor:
     """What a forward with q of x's dtype saves for each query: one number, or two if APART."""
-    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-    return x.new_empty(batch, n_head, 1 if _host.is_half(x.dtype) else 2, n_queries, dtype=dtype)
+    numbers = 1 if _host.is_half(x.dtype) else 2
+    return x.new_empty(batch, n_head, numbers, n_queries, dtype=_host.stats_dtype(x.dtype))
 
 
 def _cudnn_can(q: Tensor, k: Tensor, v: Tensor, options: Options) -> bool:
@@ -264,13 +264,14 @@ def attention_fwd(q: Tensor, k: Tensor, v: Tensor, options: Options) -> tuple[Te
     """O (B, Tq, H, D), contiguous, and lse (B, H, 1 or 2, Tq)."""
     q, k, v = aligned(q), aligned(k), aligned(v)
     batch, n_head, n_queries, head_size = q.shape
-    if configs.find(q, "attention", "fwd_library", _block_d(q)) == configs.CUDNN:
+    if configs.find(q, "attention", "fwd_library", block_d(head_size)) == configs.CUDNN:
         if q.numel() and k.numel() and _cudnn_can(q, k, v, options):
             return _cudnn(q, k, v, options)
     out = torch.empty(batch, n_queries, n_head, head_size, dtype=q.dtype, device=q.device)
     lse = empty_lse(q, batch, n_head, n_queries)
     if out.numel():
-        shared, config = arguments(q, k, v, options), launch("fwd", q, options)
+        shared = arguments(q, k, v, options)
+        config = launch("fwd", q, shared)
         grid = (_host.cdiv(n_queries, config["BLOCK_M"]) * batch * n_head,)
         with _host.on_device(q):
             _attention_fwd_kernel[grid](out_ptr=out, lse_ptr=lse, **shared, **config)

@@ -24,9 +24,12 @@ from torch.autograd import forward_ad
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from fastgpt.kernels import _host
+from fastgpt.kernels._attention import MAX_HEAD_SIZE
 from fastgpt.kernels._checks import MAX_DROPOUT, Recompute
-from fastgpt.kernels.attention import MAX_HEAD_SIZE, qkvpacked_bwd, qkvpacked_fwd
-from fastgpt.kernels.layer_norm import MAX_WIDTH, layer_norm_gradients
+from fastgpt.kernels._operators import spread
+from fastgpt.kernels.attention import qkvpacked_bwd, qkvpacked_fwd
+from fastgpt.kernels.layer_norm import MAX_WIDTH, norm_gradients
+from fastgpt.kernels.layer_norm_bwd import layer_norm_bwd
 from fastgpt.kernels.layer_norm_fwd import layer_norm_fwd
 from fastgpt.kernels.linear import linear_bwd, linear_fwd
 from fastgpt.kernels.mlp import mlp_bwd, mlp_fwd
@@ -173,7 +176,7 @@ _BACKWARD = SimpleNamespace(  # under the names of the operators
     linear_bwd=linear_bwd,
     mlp_bwd=mlp_bwd,
     attention_qkvpacked_bwd=qkvpacked_bwd,
-    layer_norm_bwd=layer_norm_gradients,
+    layer_norm_bwd=layer_norm_bwd,
 )
 
 
@@ -206,7 +209,6 @@ class _Block(torch.autograd.Function):
             residual, delta, p.ln_weight, p.ln_bias, p.attn_bias, seeds[1], _EPS, o.dropout_p[1],
             first + 1, x.dtype,
         )  # fmt: skip
-        assert total is not None  # there is a delta
         again, ln_bias = (total, p.ln_bias) if o.recompute else (None, None)
         ln_weight, eps = (p.ln_weight, _EPS) if o.recompute else (None, 0.0)
         delta, pre, *act = mlp_fwd(
@@ -243,18 +245,19 @@ class _Block(torch.autograd.Function):
         has_bias, first, ops = ctx.has_bias, o.dropout_offset, _backward_ops()
         dtype = pre.dtype  # which a product under another autocast than the forward's has not
 
-        dtotal, ddelta, dnext_ln, dmlp_bias = _norm_bwd(
-            ops, dy, dtotal, next_total, next_ln_weight, next_mean, next_rstd, seed_2,
-            o.dropout_p[2], first + 2, dtype, has_bias,
+        dtotal, ddelta, *dnext_ln, dmlp_bias = norm_gradients(
+            ops.layer_norm_bwd, dy, dtotal,
+            (next_total, next_ln_weight, next_mean, next_rstd, seed_2),
+            (o.dropout_p[2], first + 2), dtype, has_bias, has_bias,
         )  # fmt: skip
         saved, again, eps = (total, ln_weight, _EPS) if o.recompute else (h, None, 0.0)
         dh, *dmlp = ops.mlp_bwd(
             ddelta, fc_weight, mlp_weight, saved, again, ln_bias, pre, act, eps, o.approximate,
             has_bias, True, True, True,
         )  # fmt: skip
-        dresidual, ddelta, dln, dattn_bias = _norm_bwd(
-            ops, dh.to(dtype), dtotal, total, ln_weight, mean, rstd, seed_1, o.dropout_p[1],
-            first + 1, dtype, has_bias,
+        dresidual, ddelta, *dln, dattn_bias = norm_gradients(
+            ops.layer_norm_bwd, dh.to(dtype), dtotal, (total, ln_weight, mean, rstd, seed_1),
+            (o.dropout_p[1], first + 1), dtype, has_bias, has_bias,
         )  # fmt: skip
         dout, dattn_weight = ops.linear_bwd(
             ddelta, attn_weight, out, None, None, 0.0, False, True, True
@@ -262,51 +265,11 @@ class _Block(torch.autograd.Function):
         dqkv = ops.attention_qkvpacked_bwd(
             dout.to(dtype), qkv, out, lse, o.n_head, seed, doc_start, *ctx.attend
         )
-        dx, *dqkv_layer = ops.linear_bwd(
+        dx, *dqkv = ops.linear_bwd(
             dqkv, qkv_weight, source, norm_weight, norm_bias, ctx.eps, has_bias, True, True
         )
-        gradients = Layers(
-            *_pair(dqkv_layer), dattn_weight, dattn_bias, *dln,
-            *_pair(dmlp[:-1]), dmlp[-1], dmlp_bias, *dnext_ln,
-        )  # fmt: skip
-        return None, None, None, None, dx, dresidual, *gradients
-
-
-def _pair(gradients: list[Tensor]) -> tuple[Tensor, Tensor | None]:
-    """Of a weight and of its bias, which there need not be."""
-    return gradients[0], gradients[1] if len(gradients) > 1 else None
-
-
-def _norm_bwd(
-    ops: Any,
-    dy: Tensor | None,
-    dtotal: Tensor | None,
-    total: Tensor,
-    weight: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
-    seed: Tensor | None,
-    dropout_p: float,
-    dropout_offset: int,
-    delta_dtype: torch.dtype,
-    has_bias: bool,
-) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor | None], Tensor | None]:
-    """Of ``residual_layer_norm``: dresidual, ddelta, those of weight and bias, ddelta_bias."""
-    apart = seed is not None or delta_dtype != total.dtype
-    dresidual, *rest = ops.layer_norm_bwd(
-        torch.zeros_like(total) if dy is None else dy,
-        dtotal,
-        total,
-        weight,
-        mean,
-        rstd,
-        seed,
-        dropout_p,
-        dropout_offset,
-        delta_dtype if apart else None,
-        has_bias,
-        has_bias,
-    )
-    ddelta = rest.pop(0) if apart else dresidual
-    ddelta_bias = rest.pop() if has_bias else None
-    return dresidual, ddelta, _pair(rest), ddelta_bias
+        return (
+            None, None, None, None, dx, dresidual,
+            *spread(dqkv, True, has_bias), dattn_weight, dattn_bias, *dln,
+            *spread(dmlp, True, has_bias, True), dmlp_bias, *dnext_ln,
+        )  # fmt: skip  # as ``Layers`` has them

@@ -7,6 +7,8 @@ value that the host function understands may be a configuration; to ``configs.en
 a string, None or a named tuple of ``configs``.
 """
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -31,8 +33,11 @@ from fastgpt.kernels.shipped_table import (
 )
 
 
-def _attention(*tiles: tuple[Any, ...]) -> tuple[Attention, ...]:
-    return tuple(Attention(*tile) for tile in tiles)
+def _each(kind: Callable[..., Any], *lines: tuple[Any, ...]) -> tuple[Any, ...]:
+    return tuple(kind(*line) for line in lines)
+
+
+_attention = partial(_each, Attention)
 
 
 _PRODUCT = (
@@ -80,14 +85,7 @@ _WEIGHT_80 = (
     CUBLAS,
 )
 
-_BLOCKS = (
-    Elementwise(1024, 4),
-    Elementwise(512, 4),
-    Elementwise(1024, 8),
-    Elementwise(2048, 4),
-    Elementwise(2048, 8),
-    Elementwise(4096, 8),
-)
+_BLOCKS = _each(Elementwise, (1024, 4), (512, 4), (1024, 8), (2048, 4), (2048, 8), (4096, 8))
 
 CANDIDATES: dict[Key, tuple[Any, ...]] = {
     # Attention on sm_90.
@@ -196,72 +194,41 @@ CANDIDATES: dict[Key, tuple[Any, ...]] = {
     Key("gemm", "weight", "sm_80", "half"): _WEIGHT_80,
     **{Key("gemm", kernel, "sm_75", "half"): (CUBLAS,) for kernel in ("fwd", "bwd", "weight")},
     # Rows: of LayerNorm, of the loss.
-    Key("layer_norm", "fwd"): tuple(
-        WholeRows(*one) for one in ((8, 4), (4, 4), (4, 2), (2, 2), (16, 4))
+    Key("layer_norm", "fwd"): _each(WholeRows, (8, 4), (4, 4), (4, 2), (2, 2), (16, 4)),
+    Key("layer_norm", "fwd", size=1024): _each(WholeRows, (4, 4), (8, 4), (2, 2), (1, 2), (2, 4)),
+    Key("layer_norm", "fwd", size=2048): _each(WholeRows, (2, 8), (1, 4), (2, 4), (4, 8), (1, 8)),
+    Key("layer_norm", "fwd", size=4096): _each(WholeRows, (1, 16), (1, 8), (1, 4), (2, 8)),
+    Key("layer_norm", "bwd"): _each(WholeRows, (4, 4), (2, 2))
+    + _each(RowLoop, (4, 4, 3, 3), (2, 2, 3, 6), (4, 2, 3, 4)),
+    Key("layer_norm", "bwd", size=1024): _each(WholeRows, (2, 4))
+    + _each(RowLoop, (1, 2, 3, 6), (1, 2, 2, 6), (1, 4, 3, 6), (2, 4, 3, 3), (1, 4, 2, 8)),
+    Key("layer_norm", "bwd", size=2048): _each(WholeRows, (1, 4))
+    + _each(RowLoop, (1, 4, 3, 3), (1, 4, 2, 4), (1, 8, 3, 2), (1, 8, 3, 3)),
+    Key("layer_norm", "bwd", size=4096): _each(WholeRows, (1, 8), (1, 16))
+    + _each(RowLoop, (1, 8, 2, 2), (1, 8, 3, 2), (1, 16, 2, 1)),
+    Key("cross_entropy", "rows"): _each(
+        PartOfRow, (4096, 16), (4096, 16, 2), (4096, 8), (2048, 8, 3), (2048, 8), (8192, 16)
     ),
-    Key("layer_norm", "fwd", size=1024): tuple(
-        WholeRows(*one) for one in ((4, 4), (8, 4), (2, 2), (1, 2), (2, 4))
-    ),
-    Key("layer_norm", "fwd", size=2048): tuple(
-        WholeRows(*one) for one in ((2, 8), (1, 4), (2, 4), (4, 8), (1, 8))
-    ),
-    Key("layer_norm", "fwd", size=4096): tuple(
-        WholeRows(*one) for one in ((1, 16), (1, 8), (1, 4), (2, 8))
-    ),
-    Key("layer_norm", "bwd"): (
-        WholeRows(4, 4),
-        WholeRows(2, 2),
-        RowLoop(4, 4, 3, 3),
-        RowLoop(2, 2, 3, 6),
-        RowLoop(4, 2, 3, 4),
-    ),
-    Key("layer_norm", "bwd", size=1024): (
-        WholeRows(2, 4),
-        RowLoop(1, 2, 3, 6),
-        RowLoop(1, 2, 2, 6),
-        RowLoop(1, 4, 3, 6),
-        RowLoop(2, 4, 3, 3),
-        RowLoop(1, 4, 2, 8),
-    ),
-    Key("layer_norm", "bwd", size=2048): (
-        WholeRows(1, 4),
-        RowLoop(1, 4, 3, 3),
-        RowLoop(1, 4, 2, 4),
-        RowLoop(1, 8, 3, 2),
-        RowLoop(1, 8, 3, 3),
-    ),
-    Key("layer_norm", "bwd", size=4096): (
-        WholeRows(1, 8),
-        WholeRows(1, 16),
-        RowLoop(1, 8, 2, 2),
-        RowLoop(1, 8, 3, 2),
-        RowLoop(1, 16, 2, 1),
-    ),
-    Key("cross_entropy", "rows"): tuple(
-        PartOfRow(*one)
-        for one in ((4096, 16), (4096, 16, 2), (4096, 8), (2048, 8, 3), (2048, 8), (8192, 16))
-    ),
-    Key("cross_entropy", "rows", size=256): tuple(
-        PartOfRow(*one) for one in ((256, 1), (256, 2), (256, 4))
-    ),
+    Key("cross_entropy", "rows", size=256): _each(PartOfRow, (256, 1), (256, 2), (256, 4)),
     # Elements.
-    Key("embedding", "fwd"): tuple(
-        Tile(*one) for one in ((16, 128, 4), (8, 256, 4), (32, 128, 8), (8, 128, 4), (4, 1024, 8))
+    Key("embedding", "fwd"): _each(
+        Tile, (16, 128, 4), (8, 256, 4), (32, 128, 8), (8, 128, 4), (4, 1024, 8)
     ),
-    Key("embedding", "bwd_position"): tuple(
-        Tile(*one) for one in ((16, 128, 4), (8, 128, 4), (32, 64, 4), (8, 256, 4))
+    Key("embedding", "bwd_position"): _each(
+        Tile, (16, 128, 4), (8, 128, 4), (32, 64, 4), (8, 256, 4)
     ),
-    Key("embedding", "bwd_token", size=1024): tuple(
-        Tile(*one) for one in ((4, 1024, 4), (8, 1024, 8), (4, 1024, 8), (4, 512, 4), (2, 1024, 4))
+    Key("embedding", "bwd_token", size=1024): _each(
+        Tile, (4, 1024, 4), (8, 1024, 8), (4, 1024, 8), (4, 512, 4), (2, 1024, 4)
     ),
     Key("gelu", "fwd"): _BLOCKS,
-    Key("gelu", "bwd_rows", dtype="half"): (
-        TileLoop(8, 128, 2),
-        TileLoop(8, 128, 4),
-        TileLoop(16, 128, 4),
-        TileLoop(4, 256, 2),
-        TileLoop(8, 128, 2, 2),
-        TileLoop(8, 128, 2, 3),
+    Key("gelu", "bwd_rows", dtype="half"): _each(
+        TileLoop,
+        (8, 128, 2),
+        (8, 128, 4),
+        (16, 128, 4),
+        (4, 256, 2),
+        (8, 128, 2, 2),
+        (8, 128, 2, 3),
     ),
     Key("cross_entropy", "scale"): _BLOCKS,
     Key("adamw", "update"): _BLOCKS,

@@ -16,7 +16,6 @@ for the chunks (one product writes them, the rows are read and written, two prod
 """
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import torch
@@ -44,7 +43,7 @@ def chunk_rows(n_cols: int, dtype: torch.dtype, device: torch.device) -> int:
     return 2 ** max(0, (limit // (n_cols * dtype.itemsize)).bit_length() - 1)
 
 
-def _forward(
+def forward(
     rows: RowsFunction,
     x: Tensor,
     weight: Tensor,
@@ -160,15 +159,14 @@ def define(
     forward: Callable[..., tuple[Tensor, ...]],
     scale_op: Callable[..., tuple[Tensor, Tensor]] = _scale_op,
 ) -> Callable[..., tuple[Tensor, ...]]:
-    """The operator ``fastgpt::name``. ``forward``: as ``chunked`` makes it of a row function;
+    """The operator ``fastgpt::name``. ``forward``: as the one here with a row function;
     ``scale_op``: of ``define_scale``."""
 
     def backward(ctx, grad, *_):
-        no_gradient = [None] * 8
         if grad is None:  # the loss has no part in what is differentiated
-            return None, None, *no_gradient
+            return ()
         dx, dweight = scale_op(grad, *ctx.saved_tensors, *ctx.dtypes)
-        return (dx if ctx.want_dx else None, dweight if ctx.want_dweight else None, *no_gradient)
+        return dx if ctx.want_dx else None, dweight if ctx.want_dweight else None
 
     op = operator(
         name,
@@ -179,11 +177,6 @@ def define(
     fake(op)(_fake_forward)
     differentiable(op, backward, _setup_context)
     return op
-
-
-def chunked(rows: RowsFunction) -> Callable[..., tuple[Tensor, ...]]:
-    """The forward of an operator whose products are those of the inputs' own dtype."""
-    return partial(_forward, rows)
 
 
 def apply(

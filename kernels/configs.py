@@ -122,8 +122,9 @@ def read_tuned(device: torch.device) -> dict[Key, Any]:
     """``tuned``, read again from the file. One that is damaged, or made elsewhere, is ignored with
     a warning."""
     with tuned_table.notice_of_damage(device):
-        lines = {decoded_key(key): decoded(one) for key, one in tuned_table.lines(device)}
-        return use_tuned(device, lines)
+        lines = tuned_table.read(device).get("lines", [])
+        found = {decoded_key(line["key"]): decoded(line["config"]) for line in lines}
+        return use_tuned(device, found)
     return use_tuned(device, {})
 
 
@@ -174,4 +175,5 @@ def find(x: Tensor, op: str, kernel: str, size: int | str = ANY, *options: str) 
 @functools.lru_cache(maxsize=None, typed=True)  # typed: equal tuples of two kinds are not equal
 def launch(config: Any) -> dict[str, Any]:
     """What a configuration gives the kernel. Not to be written to: later launches share it."""
-    return {k: v for k, v in config._asdict().items() if v is not None and k != "programs"}
+    given = {k: v for k, v in config._asdict().items() if v is not None and k != "programs"}
+    return given | _host.FMA

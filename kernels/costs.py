@@ -4,8 +4,7 @@ floating-point operations and its bytes of device memory.
 One formula serves two readers: ``torch.utils.flop_counter`` gets the sum of the FLOPs (once
 ``fused`` was imported), and ``bench/roofline.py`` every kernel for itself. An operator without a
 formula is taken for one kernel that reads its inputs, writes its outputs and multiplies no
-matrices. The formulas that ask a launch table import it when they are called: this module needs
-torch alone.
+matrices.
 """
 
 import functools
@@ -14,8 +13,11 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
-from fastgpt.kernels import chunked_loss
+from fastgpt.kernels import chunked_loss, configs, gemm, linear_cross_entropy
+from fastgpt.kernels._attention import block_d
+from fastgpt.kernels._operators import spread
 from fastgpt.kernels._tensors import row_count, split_heads
 
 
@@ -53,10 +55,7 @@ def _flops(formula: CostFormula, *args: Any, out_val: Any, **kwargs: Any) -> int
 
 @functools.cache
 def publish() -> None:
-    """Hand the formulas to PyTorch's FLOP counter. Not done at import, because the counter imports
-    Triton, or warns that there is none, and a CPU run needs neither."""
-    from torch.utils.flop_counter import register_flop_formula
-
+    """Hand the formulas to PyTorch's FLOP counter, once the operators are there."""
     for name, formula in COSTS.items():
         op = getattr(torch.ops.fastgpt, name.removeprefix("fastgpt."), None)
         if op is not None:  # of an implementation that was imported
@@ -145,11 +144,8 @@ def _(dqkv, dout, qkv, out, lse, n_head, seed, doc_start, causal, *_):
 @_cost_of("attention_decode")
 def _(out, qkv, cache, positions, scale):
     """Of a full cache: positions are on the device, and not read."""
-    from fastgpt.kernels import configs
-
     _, batch, n_head, n_slots, head_size = cache.shape
-    block_d = max(16, 1 << (head_size - 1).bit_length())
-    config = configs.find(cache, "attention_decode", "fwd", block_d)
+    config = configs.find(cache, "attention_decode", "fwd", block_d(head_size))
     n_parts = -(-n_slots // config.BLOCK_N)
     wide = 8 if cache.dtype == torch.float64 else 4
     parts = batch * n_head * n_parts * (head_size + 2) * wide
@@ -184,9 +180,9 @@ def _recomputing(ln_weight: Tensor | None, saved: Tensor, dtype: torch.dtype) ->
     return [KernelCost("LayerNorm again", 0, nbytes(saved) + saved.numel() * dtype.itemsize)]
 
 
-def _operand(weight: Tensor, dtype: torch.dtype) -> Tensor:
-    """The weight as the product reads it, for a cost formula: shapes and dtypes alone."""
-    return weight.new_empty(weight.shape, dtype=dtype, device="meta")
+def _operand(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """x as the product reads it, for a cost formula: shapes and dtypes alone."""
+    return x.new_empty(x.shape, dtype=dtype, device="meta")
 
 
 # As on an H100 or H200 in half precision, whatever the tensors' device and dtype.
@@ -194,8 +190,6 @@ def _operand(weight: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _on_hopper(kernel: str, *options: str) -> Any:
     """The launch of a kernel of ``gemm``, None if cuBLAS is chosen."""
-    from fastgpt.kernels import configs
-
     config = configs.lookup("gemm", kernel, 90, torch.bfloat16, configs.ANY, options)
     return None if config == configs.CUBLAS else config
 
@@ -218,8 +212,6 @@ def _linear_gelu_gradient(
     dy: Tensor, weight: Tensor, pre: Tensor, recompute: bool, dbias: Tensor | None
 ) -> list[KernelCost]:
     """Of ``linear_gelu_gradient``; ``dbias``: as it is returned."""
-    from fastgpt.kernels import gemm
-
     flops = 2 * pre.numel() * dy.shape[-1]
     operands = nbytes(dy, weight)
     config = _on_hopper("bwd", *["recompute"] * recompute)
@@ -240,8 +232,6 @@ def _linear_gelu_gradient(
 
 def _weight_gradient(dy: Tensor, x: Tensor, *gradients: Tensor) -> list[KernelCost]:
     """Of ``weight_gradient``, whose results are like ``gradients``."""
-    from fastgpt.kernels import gemm
-
     n_cols = x.shape[-1]
     n_tokens, n_rows = row_count(x), gradients[0].shape[0]
     flops = 2 * n_tokens * n_rows * n_cols
@@ -314,25 +304,18 @@ def _(
     f, c = fc_weight.shape
     tokens = pre.shape[0]
     fc, proj = _operand(fc_weight, dy.dtype), _operand(proj_weight, dy.dtype)
+    dx, dfc, dbias, dproj = spread(out, wants_dx, wants_dfc, wants_dfc and has_bias, wants_dproj)
     kernels: list[KernelCost] = [
         *_casting(dy.dtype, proj_weight, fc_weight if wants_dx else None),
-        *_linear_gelu_gradient(
-            dy,
-            proj,
-            pre,
-            act is None and wants_dproj,
-            out[wants_dx + 1] if wants_dfc and has_bias else None,
-        ),
+        *_linear_gelu_gradient(dy, proj, pre, act is None and wants_dproj, dbias),
     ]
-    gradients = iter(out)
     if wants_dx:
-        kernels.append(_product("linear dx", tokens, c, f, pre, fc, next(gradients)))
+        kernels.append(_product("linear dx", tokens, c, f, pre, fc, dx))
     if wants_dfc:
-        dfc_weight, *_ = [next(gradients) for _ in range(1 + has_bias)]
         kernels += _recomputing(ln_weight, saved, dy.dtype)
-        kernels += _weight_gradient(pre, _operand(saved, dy.dtype), dfc_weight)
+        kernels += _weight_gradient(pre, _operand(saved, dy.dtype), dfc)
     if wants_dproj:
-        kernels += _weight_gradient(dy, pre, next(gradients))
+        kernels += _weight_gradient(dy, pre, dproj)
     return kernels
 
 
@@ -384,8 +367,6 @@ def _(out, grad, divisor, dx, dweight, dx_dtype, dweight_dtype):
 
 @_cost_of("linear_cross_entropy_fp8")
 def _(out, x, weight, targets, dtype, ignore_index, mean, smoothing, z_loss, want_dx, want_dweight):
-    from fastgpt.kernels import linear_cross_entropy
-
     n_cols, width = weight.shape
     n_rows, size = targets.numel(), dtype.itemsize
     # The chunks of a GPU, whatever device the tensors are on.
@@ -393,7 +374,7 @@ def _(out, x, weight, targets, dtype, ignore_index, mean, smoothing, z_loss, wan
     flops, cells = 2 * n_rows * n_cols * width, n_rows * n_cols
     x8, weights8 = n_rows * width, chunks * n_cols * width
     gradient = want_dx or want_dweight
-    x_cast = x.new_empty(x.shape, dtype=dtype, device="meta")
+    x_cast = _operand(x, dtype)
     costs = [KernelCost("cast x", 0, nbytes(x, x_cast))] if x.dtype != dtype else []
     costs += _quantising("x", x_cast, columns=want_dweight)
     costs += _quantising("weight", weight, columns=want_dx)

@@ -23,11 +23,6 @@ def _launch(x: Tensor, kernel: str) -> dict[str, int]:
     return configs.launch(configs.find(x, "embedding", kernel, size))
 
 
-def _dropout_numbers(dropout_p: float) -> dict[str, float]:
-    threshold, keep_scale = _host.dropout_numbers(dropout_p)
-    return dict(threshold=threshold, keep_scale=keep_scale, DROPOUT=threshold > 0)
-
-
 @operator("embedding")
 def _embedding_op(
     idx: Tensor,
@@ -59,9 +54,8 @@ def _embedding_op(
                 n_cols,
                 PACKED=doc_start is not None,
                 ACC=_host.accumulator(token_weight.dtype),
-                **_dropout_numbers(dropout_p),
+                **_host.dropout_arguments(dropout_p),
                 **launch,
-                **_host.FMA,
             )
     return out
 
@@ -92,9 +86,8 @@ def _token_bwd_op(
     options = dict(
         ROW_BLOCK=ROW_BLOCK,
         ACC=_host.accumulator(dtype),
-        **_dropout_numbers(dropout_p),
+        **_host.dropout_arguments(dropout_p),
         **launch,
-        **_host.FMA,
     )
     with _host.on_device(dout):
         if len(partial):
@@ -146,9 +139,8 @@ def _position_bwd_op(
             n_vocab,
             n_cols,
             ACC=_host.accumulator(dtype),
-            **_dropout_numbers(dropout_p),
+            **_host.dropout_arguments(dropout_p),
             **launch,
-            **_host.FMA,
         )
     return dposition
 
@@ -188,7 +180,7 @@ def _backward(ctx, dout):
         dposition = _token_bwd_op(dout, positions, seed, ctx.n_positions, *options)
     elif ctx.needs_input_grad[2]:
         dposition = _position_bwd_op(dout, idx, seed, ctx.n_vocab, ctx.n_positions, *options)
-    return None, dtoken, dposition, *[None] * 5
+    return None, dtoken, dposition
 
 
 def _positions(idx: Tensor, doc_start: Tensor, n_vocab: int) -> Tensor:

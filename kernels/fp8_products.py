@@ -135,7 +135,7 @@ def quantise(x: Tensor, *, columns: bool) -> Quantised:
     )
     partials = x.new_empty(n_partials, dtype=torch.int32)
     with _host.on_device(x):
-        _amax_kernel[(n_partials,)](x, partials, x.numel(), **configs.launch(amax), **_host.FMA)
+        _amax_kernel[(n_partials,)](x, partials, x.numel(), **configs.launch(amax))
         _quantise_kernel[_host.cdiv(n_rows, tile.BLOCK_M), _host.cdiv(n_cols, tile.BLOCK_N)](
             x,
             partials,
@@ -146,7 +146,6 @@ def quantise(x: Tensor, *, columns: bool) -> Quantised:
             n_partials,
             MAX_PARTIALS=_host.next_power_of_2(n_partials),
             **configs.launch(tile),
-            **_host.FMA,
         )
     return Quantised(x8, transposed(x8) if columns else None, scale)
 
@@ -168,7 +167,6 @@ def transposed(x8: Tensor) -> Tensor:
             n_cols,
             columns.shape[1],
             **configs.launch(tile),
-            **_host.FMA,
         )
     return columns
 

@@ -7,6 +7,8 @@ x and y have any shape. Saved for backward: x. Bytes moved, s an element: 2s for
 3s backward (x and dy in, dx out); about 20 FLOPs an element, so memory bounds both.
 """
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -88,43 +90,31 @@ def _gelu_bwd_rows_kernel(
         tl.store(sums_ptr + row_block.to(tl.int64) * n_cols + offs_n, sums, mask=mask_n)
 
 
-def gelu_forward(x: Tensor, approximate: str) -> Tensor:
-    x = x.contiguous()
-    y = torch.empty_like(x)
+def _constexprs(x: Tensor, approximate: str) -> dict[str, Any]:
+    fast, acc = _host.is_half(x.dtype), _host.accumulator(x.dtype)
+    return dict(TANH=approximate == "tanh", FAST=fast, ACC=acc)
+
+
+def _elementwise(kernel: Any, name: str, approximate: str, *inputs: Tensor) -> Tensor:
+    """The result of a kernel whose last input is x."""
+    inputs = tuple(x.contiguous() for x in inputs)
+    x = inputs[-1]
+    out = torch.empty_like(x)
     if x.numel():
-        config = configs.find(x, "gelu", "fwd")
+        config = configs.find(x, "gelu", name)
         with _host.on_device(x):
-            _gelu_fwd_kernel[(_host.cdiv(x.numel(), config.BLOCK),)](
-                x,
-                y,
-                x.numel(),
-                TANH=approximate == "tanh",
-                FAST=_host.is_half(x.dtype),
-                ACC=_host.accumulator(x.dtype),
-                **configs.launch(config),
-                **_host.FMA,
+            kernel[(_host.cdiv(x.numel(), config.BLOCK),)](
+                *inputs, out, x.numel(), **_constexprs(x, approximate), **configs.launch(config)
             )
-    return y
+    return out
+
+
+def gelu_forward(x: Tensor, approximate: str) -> Tensor:
+    return _elementwise(_gelu_fwd_kernel, "fwd", approximate, x)
 
 
 def gelu_backward(dy: Tensor, x: Tensor, approximate: str) -> Tensor:
-    dy, x = dy.contiguous(), x.contiguous()
-    dx = torch.empty_like(x)
-    if x.numel():
-        config = configs.find(x, "gelu", "bwd")
-        with _host.on_device(x):
-            _gelu_bwd_kernel[(_host.cdiv(x.numel(), config.BLOCK),)](
-                dy,
-                x,
-                dx,
-                x.numel(),
-                TANH=approximate == "tanh",
-                FAST=_host.is_half(x.dtype),
-                ACC=_host.accumulator(x.dtype),
-                **configs.launch(config),
-                **_host.FMA,
-            )
-    return dx
+    return _elementwise(_gelu_bwd_kernel, "bwd", approximate, dy, x)
 
 
 def gelu_backward_rows_(
@@ -143,12 +133,9 @@ def gelu_backward_rows_(
             sums,
             n_rows,
             n_cols,
-            TANH=approximate == "tanh",
-            FAST=_host.is_half(x.dtype),
-            ACC=_host.accumulator(x.dtype),
             ROWS=rows,
+            **_constexprs(x, approximate),
             **configs.launch(config),
-            **_host.FMA,
         )
 
 
@@ -173,7 +160,7 @@ def _setup_context(ctx, inputs, output):
 
 def _backward(ctx, dy):
     (x,) = ctx.saved_tensors
-    return _gelu_bwd_op(dy, x, ctx.approximate), None
+    return (_gelu_bwd_op(dy, x, ctx.approximate),)
 
 
 differentiable(_gelu_op, _backward, _setup_context)

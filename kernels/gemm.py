@@ -57,7 +57,6 @@ def _constexprs(x: Tensor, config: Gemm) -> dict:
         PRECISION=_host.dot_precision(x.dtype),
         ACC=_host.accumulator(x.dtype),
         **configs.launch(config),
-        **_host.FMA,
     )
 
 

@@ -22,37 +22,22 @@ in float32 by one program per block of rows, then over the blocks in a fixed ord
 two runs give the same bits.
 """
 
+from collections.abc import Callable, Sequence
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from fastgpt.kernels import _checks, _host
-from fastgpt.kernels._operators import differentiable, fake, operator
+from fastgpt.kernels._operators import differentiable, fake, operator, spread
 from fastgpt.kernels._tensors import row_count
-from fastgpt.kernels.layer_norm_bwd import layer_norm_bwd
+from fastgpt.kernels.layer_norm_bwd import empty_gradients, layer_norm_bwd
 from fastgpt.kernels.layer_norm_fwd import layer_norm_fwd
 
 MAX_WIDTH = 16384
 
 
-@operator("layer_norm")
-def _layer_norm_op(
-    x: Tensor,
-    delta: Tensor | None,
-    weight: Tensor,
-    bias: Tensor | None,
-    delta_bias: Tensor | None,
-    seed: Tensor | None,
-    eps: float,
-    dropout_p: float,
-    dropout_offset: int,
-    out_dtype: torch.dtype,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """y and total with the shape of x, contiguous; mean and rstd (M). Without a delta total is
-    empty: an operator may not return its input."""
-    y, total, mean, rstd = layer_norm_fwd(
-        x, delta, weight, bias, delta_bias, seed, eps, dropout_p, dropout_offset, out_dtype
-    )
-    return y, x.new_empty(0) if total is None else total, mean, rstd
+_layer_norm_op = operator("layer_norm")(layer_norm_fwd)
 
 
 @fake(_layer_norm_op)
@@ -62,101 +47,52 @@ def _(x, delta, weight, bias, delta_bias, seed, eps, dropout_p, dropout_offset, 
     return x.new_empty(x.shape, dtype=out_dtype), total, mean, torch.empty_like(mean)
 
 
-def _gradients(
-    x: Tensor, weight: Tensor, ddelta_dtype: torch.dtype | None, n_params: int
-) -> list[Tensor]:
-    """Memory for dx, ddelta unless its dtype is None, and 1 to 3 parameters' gradients."""
-    activations = [x.dtype] if ddelta_dtype is None else [x.dtype, ddelta_dtype]
-    return [
-        *(x.new_empty(x.shape, dtype=dtype) for dtype in activations),
-        *(weight.new_empty(weight.shape) for _ in range(n_params)),
-    ]
-
-
-def layer_norm_gradients(
-    dy: Tensor,
-    dtotal: Tensor | None,
-    x: Tensor,
-    weight: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
-    seed: Tensor | None,
-    dropout_p: float,
-    dropout_offset: int,
-    ddelta_dtype: torch.dtype | None,
-    has_bias: bool,
-    has_delta_bias: bool,
-) -> list[Tensor]:
-    """dx; ddelta if it has a dtype; dweight; dbias and ddelta_bias if there are such. ``x``: the
-    plain op's x, or total."""
-    gradients = _gradients(x, weight, ddelta_dtype, 1 + has_bias + has_delta_bias)
-    rest = iter(gradients)
-    layer_norm_bwd(
-        dy,
-        dtotal,
-        x,
-        weight,
-        mean,
-        rstd,
-        seed,
-        dropout_p,
-        dropout_offset,
-        dx=next(rest),
-        ddelta=None if ddelta_dtype is None else next(rest),
-        dweight=next(rest),
-        dbias=next(rest) if has_bias else None,
-        ddelta_bias=next(rest) if has_delta_bias else None,
-    )
-    return gradients
-
-
-_layer_norm_bwd_op = operator("layer_norm_bwd")(layer_norm_gradients)
+_layer_norm_bwd_op = operator("layer_norm_bwd")(layer_norm_bwd)
 
 
 @fake(_layer_norm_bwd_op)
-def _(
-    dy, dtotal, x, weight, mean, rstd, seed, dropout_p, dropout_offset, ddelta_dtype, has_bias,
-    has_delta_bias,
-):  # fmt: skip
-    return _gradients(x, weight, ddelta_dtype, 1 + has_bias + has_delta_bias)
+def _(dy, dtotal, x, weight, mean, rstd, seed, dropout_p, dropout_offset, *which):
+    activations, params = empty_gradients(x, weight, *which)
+    return activations + params
 
 
 def _setup_context(ctx, inputs, output):
-    x, delta, weight, bias, delta_bias, seed, _, ctx.dropout_p, ctx.dropout_offset, _ = inputs
+    x, delta, weight, bias, delta_bias, seed, _, *ctx.dropout, _ = inputs
     _, total, mean, rstd = output
     ctx.save_for_backward(x if delta is None else total, weight, mean, rstd, seed)
-    # Without dropout and with one dtype, one tensor is the gradient of x and of delta.
-    apart = delta is not None and (seed is not None or delta.dtype != x.dtype)
-    ctx.ddelta_dtype = delta.dtype if apart else None
-    ctx.has_delta = delta is not None
-    ctx.has_bias, ctx.has_delta_bias = bias is not None, delta_bias is not None
+    ctx.delta_dtype = None if delta is None else delta.dtype
+    ctx.has = bias is not None, delta_bias is not None
     ctx.set_materialize_grads(False)  # no zeros for outputs without a consumer
 
 
+def norm_gradients(
+    bwd: Callable[..., list[Tensor]],
+    dy: Tensor | None,
+    dtotal: Tensor | None,
+    saved: Sequence[Any],
+    dropout: tuple[float, int],
+    delta_dtype: torch.dtype | None,
+    *has: bool,
+) -> tuple[Tensor | None, ...]:
+    """dx, ddelta, dweight, dbias, ddelta_bias by ``bwd``; ``saved``: x or total, weight, mean, rstd
+    and seed; ``has``: bias, delta_bias."""
+    x, seed = saved[0], saved[4]
+    # Without dropout and with one dtype, one tensor is the gradient of x and of delta.
+    apart = delta_dtype is not None and (seed is not None or delta_dtype != x.dtype)
+    dy = torch.zeros_like(x) if dy is None else dy
+    gradients = bwd(dy, dtotal, *saved, *dropout, delta_dtype if apart else None, *has)
+    dx, ddelta, *rest = spread(gradients, True, apart, True, *has)
+    return dx, ddelta if apart or delta_dtype is None else dx, *rest
+
+
 def _backward(ctx, dy, dtotal, _dmean, _drstd):
-    if not ctx.has_delta:
+    if ctx.delta_dtype is None:
         dtotal = None
     if dy is None and dtotal is None:
-        return (*[None] * 10,)
-    saved = ctx.saved_tensors  # read once: a checkpoint drops them then
-    gradients = _layer_norm_bwd_op(
-        torch.zeros_like(saved[0]) if dy is None else dy,
-        dtotal,
-        *saved,
-        ctx.dropout_p,
-        ctx.dropout_offset,
-        ctx.ddelta_dtype,
-        ctx.has_bias,
-        ctx.has_delta_bias,
+        return ()
+    return norm_gradients(
+        _layer_norm_bwd_op, dy, dtotal, ctx.saved_tensors, ctx.dropout, ctx.delta_dtype, *ctx.has
     )
-    rest = iter(gradients)
-    dx = ddelta = next(rest)
-    if ctx.ddelta_dtype is not None:
-        ddelta = next(rest)
-    dweight = next(rest)
-    dbias = next(rest) if ctx.has_bias else None
-    ddelta_bias = next(rest) if ctx.has_delta_bias else None
-    return dx, ddelta if ctx.has_delta else None, dweight, dbias, ddelta_bias, *[None] * 5
 
 
 differentiable(_layer_norm_op, _backward, _setup_context)

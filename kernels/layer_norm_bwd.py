@@ -165,6 +165,21 @@ def _layer_norm_bwd_kernel(
         _store_partial(partial_ptr, 2 if HAS_BIAS else 1, acc_ddelta_bias, offs_n, n_cols)
 
 
+def empty_gradients(
+    x: Tensor,
+    weight: Tensor,
+    ddelta_dtype: torch.dtype | None,
+    has_bias: bool,
+    has_delta_bias: bool,
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Memory for dx and, if it has a dtype, ddelta; and for 1 to 3 parameters' gradients."""
+    dtypes = [x.dtype] if ddelta_dtype is None else [x.dtype, ddelta_dtype]
+    return (
+        [x.new_empty(x.shape, dtype=dtype) for dtype in dtypes],
+        [weight.new_empty(weight.shape) for _ in range(1 + has_bias + has_delta_bias)],
+    )
+
+
 def layer_norm_bwd(
     dy: Tensor,
     dtotal: Tensor | None,
@@ -175,21 +190,18 @@ def layer_norm_bwd(
     seed: Tensor | None,
     dropout_p: float,
     dropout_offset: int,
-    dx: Tensor,
-    ddelta: Tensor | None,
-    dweight: Tensor,
-    dbias: Tensor | None,
-    ddelta_bias: Tensor | None,
-) -> None:
-    """Writes the contiguous dx (or dresidual), dweight and those that are not None of ddelta, which
-    is else equal to dx, dbias and ddelta_bias. ``x``: the plain op's x, or total."""
+    ddelta_dtype: torch.dtype | None,
+    has_bias: bool,
+    has_delta_bias: bool,
+) -> list[Tensor]:
+    """dx (or dresidual); ddelta if it has a dtype, else it is equal to dx; dweight; dbias and
+    ddelta_bias if there are such. ``x``: the plain op's x, or total."""
     rows, dy, dtotal = as_rows(x), dy.contiguous(), contiguous_or_none(dtotal)
     n_rows, n_cols = rows.shape
-    params = [p for p in (dweight, dbias, ddelta_bias) if p is not None]
+    activations, params = empty_gradients(x, weight, ddelta_dtype, has_bias, has_delta_bias)
+    dx, ddelta = (*activations, None)[:2]
     if n_rows == 0:
-        for p in params:
-            p.zero_()
-        return
+        return activations + [p.zero_() for p in params]
 
     row_launch, resident = whole_rows(x, "bwd")
     if dropout_p or resident is None:  # by the registers, at 768 columns in bfloat16
@@ -203,14 +215,13 @@ def layer_norm_bwd(
     rows_per_program = _host.cdiv(tiles, programs) * launch["BLOCK_M"]
     programs = _host.cdiv(n_rows, rows_per_program)
     partial = torch.empty(len(params), programs, n_cols, dtype=mean.dtype, device=x.device)
-    threshold, keep_scale = _host.dropout_numbers(dropout_p)
     acc = _host.accumulator(x.dtype)
     inputs = rows, rows.stride(0), weight.contiguous(), mean, rstd
     means = None if fused else torch.empty(2, n_rows, dtype=mean.dtype, device=x.device)
     with _host.on_device(x):
         if not fused:
             _layer_norm_bwd_means_kernel[(_host.cdiv(n_rows, row_launch["BLOCK_M"]),)](
-                dy, *inputs, means, n_rows, n_cols, ACC=acc, **row_launch, **_host.FMA
+                dy, *inputs, means, n_rows, n_cols, ACC=acc, **row_launch
             )
         _layer_norm_bwd_kernel[(programs, _host.cdiv(n_cols, launch["BLOCK_N"]))](
             dy,
@@ -225,13 +236,11 @@ def layer_norm_bwd(
             n_rows,
             n_cols,
             rows_per_program,
-            threshold,
-            keep_scale,
-            HAS_BIAS=dbias is not None,
-            HAS_DELTA_BIAS=ddelta_bias is not None,
-            DROPOUT=threshold > 0,
+            **_host.dropout_arguments(dropout_p),
+            HAS_BIAS=has_bias,
+            HAS_DELTA_BIAS=has_delta_bias,
             ACC=acc,
             **launch,
-            **_host.FMA,
         )
     sum_row_blocks(partial, params, configs.find(x, "layer_norm", "sum_row_blocks"))
+    return activations + params

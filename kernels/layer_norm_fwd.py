@@ -131,15 +131,15 @@ def layer_norm_fwd(
     dropout_p: float,
     dropout_offset: int,
     out_dtype: torch.dtype,
-) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
-    """y and, if there is a delta, total, both with the shape of x, contiguous; mean, rstd (M)."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """y and total with the shape of x, contiguous; mean and rstd (M). Without a delta total is
+    empty: an operator may not return its input."""
     y = torch.empty(x.shape, dtype=out_dtype, device=x.device)
     total = None if delta is None else torch.empty(x.shape, dtype=x.dtype, device=x.device)
     rows, delta_rows = as_rows(x), None if delta is None else as_rows(delta)
     n_rows, n_cols = rows.shape
     mean = torch.empty(n_rows, dtype=_host.stats_dtype(x.dtype), device=x.device)
     rstd = torch.empty_like(mean)
-    threshold, keep_scale = _host.dropout_numbers(dropout_p)
     if n_rows:
         launch, _ = whole_rows(x, "fwd")
         with _host.on_device(x):
@@ -160,11 +160,8 @@ def layer_norm_fwd(
                 n_rows,
                 n_cols,
                 eps,
-                threshold,
-                keep_scale,
-                DROPOUT=threshold > 0,
+                **_host.dropout_arguments(dropout_p),
                 ACC=_host.accumulator(x.dtype),
                 **launch,
-                **_host.FMA,
             )
-    return y, total, mean, rstd
+    return y, x.new_empty(0) if total is None else total, mean, rstd

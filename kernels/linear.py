@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastgpt.kernels import _checks, _host, gemm
-from fastgpt.kernels._operators import differentiable, fake, operator
+from fastgpt.kernels._operators import differentiable, fake, operator, spread
 from fastgpt.kernels._tensors import as_matrix
 from fastgpt.kernels.layer_norm_fwd import layer_norm_fwd
 
@@ -121,19 +121,9 @@ def _setup_context(ctx, inputs, output):
 
 def _backward(ctx, dy):
     wants_dx, wants_dweight, wants_dbias, *_ = ctx.needs_input_grad
-    gradients = iter(
-        _linear_bwd_op(
-            dy,
-            *ctx.saved_tensors,
-            ctx.eps,
-            ctx.has_bias,
-            wants_dx,
-            wants_dweight or wants_dbias,
-        )
-    )
-    dx = next(gradients) if wants_dx else None
-    dweight, dbias = next(gradients, None), next(gradients, None)
-    return dx, dweight, dbias, None, None, None, None
+    wanted = wants_dx, wants_dweight or wants_dbias
+    gradients = _linear_bwd_op(dy, *ctx.saved_tensors, ctx.eps, ctx.has_bias, *wanted)
+    return spread(gradients, *wanted, wanted[1] and ctx.has_bias)
 
 
 differentiable(_linear_op, _backward, _setup_context)
@@ -175,7 +165,6 @@ def linear(
     """
     _checks.floating(x=x)
     x = x.to(_host.autocast_dtype(x))
-    _checks.linear(x, weight, bias, ("weight", "bias"))
-    _checks.norm_arguments(x, recompute)
+    _checks.linear(x, weight, bias, recompute)
     _host.launchable(x=x, weight=weight, bias=bias)
     return _linear_op(x, weight, bias, *with_recompute(recompute))

@@ -13,6 +13,8 @@ Bytes, M rows, V classes: 2 M V for the logits, 3 M V for the rows, 2 M V for th
 dweight needs, 1 M V each for dx and dweight: 9 M V, where half precision moves 10 M V.
 """
 
+from functools import partial
+
 import torch
 import triton
 import triton.language as tl
@@ -158,7 +160,6 @@ def _scale(
                     x.numel(),
                     ACC=_host.accumulator(x.dtype),
                     **configs.launch(config),
-                    **_host.FMA,
                 )
     return gradients
 
@@ -196,12 +197,11 @@ def _rows(
             GRADIENT=want_gradient,
             ACC=_host.accumulator(logits.dtype),
             **configs.launch(config),
-            **_host.FMA,
         )
 
 
 _linear_cross_entropy_op = chunked_loss.define(
-    "linear_cross_entropy", chunked_loss.chunked(_rows), _scale_op
+    "linear_cross_entropy", partial(chunked_loss.forward, _rows), _scale_op
 )
 
 _DLOGITS_SCALE = 2.0**-15

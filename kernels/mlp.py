@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastgpt.kernels import _checks, _host, gemm
-from fastgpt.kernels._operators import differentiable, fake, operator, wants_gradient
+from fastgpt.kernels._operators import differentiable, fake, operator, spread, wants_gradient
 from fastgpt.kernels._tensors import row_count
 from fastgpt.kernels.linear import (
     cast,
@@ -133,26 +133,12 @@ def _setup_context(ctx, inputs, output):
 
 def _backward(ctx, dy, *_):
     if dy is None:
-        return (*[None] * 10,)
+        return ()
     wants_dx, wants_dfc_weight, wants_dfc_bias, wants_dproj, *_ = ctx.needs_input_grad
     wants_dfc = wants_dfc_weight or wants_dfc_bias
-    gradients = iter(
-        _mlp_bwd_op(
-            dy,
-            *ctx.saved_tensors,
-            ctx.eps,
-            ctx.approximate,
-            ctx.has_bias,
-            wants_dx,
-            wants_dfc,
-            wants_dproj,
-        )
-    )
-    dx = next(gradients) if wants_dx else None
-    dfc_weight = next(gradients) if wants_dfc else None
-    dfc_bias = next(gradients) if wants_dfc and ctx.has_bias else None
-    dproj = next(gradients) if wants_dproj else None
-    return dx, dfc_weight, dfc_bias, dproj, *[None] * 6
+    wanted = wants_dx, wants_dfc, wants_dproj
+    gradients = _mlp_bwd_op(dy, *ctx.saved_tensors, ctx.eps, ctx.approximate, ctx.has_bias, *wanted)
+    return spread(gradients, wants_dx, wants_dfc, wants_dfc and ctx.has_bias, wants_dproj)
 
 
 differentiable(_mlp_op, _backward, _setup_context)

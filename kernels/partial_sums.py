@@ -54,5 +54,4 @@ def sum_row_blocks(partial: Tensor, outs: list[Tensor], config: Tile) -> None:
             n_cols,
             ACC=_host.accumulator(partial.dtype),
             **configs.launch(config),
-            **_host.FMA,
         )

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fastgpt.kernels import _checks
-from fastgpt.kernels._tensors import as_matrix
+from fastgpt.kernels._tensors import as_matrix, attention_scale, unpacked
 
 # Each op, and the file of kernels/ that has it in Triton.
 OPS = {
@@ -82,9 +82,7 @@ def attention(
     k, v = (each_query_head(x, q.shape[1]) for x in (k, v))
     if key_lengths is not None:
         k, v, visible_keys = padding_hidden(k, v, key_lengths)
-    if scale is None:
-        scale = 1.0 / math.sqrt(q.shape[-1])
-    scores = (q @ k.transpose(-2, -1)) * scale  # (B, H, Tq, Tk)
+    scores = (q @ k.mT) * attention_scale(scale, q.shape[-1])  # (B, H, Tq, Tk)
     if causal:
         visible = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()
         if doc_start is not None:
@@ -131,19 +129,9 @@ def attention_qkvpacked(
 ) -> Tensor:
     """The same on packed (B, T, 3C), giving (B, T, C). See ``fused.attention_qkvpacked``."""
     _checks.qkvpacked(qkv, n_head, causal, scale, dropout_p, seed, dropout_offset, doc_start)
-    q, k, v = qkv.unflatten(2, (3, n_head, -1)).permute(2, 0, 3, 1, 4)  # each (B, H, T, D)
-    y = attention(
-        q,
-        k,
-        v,
-        causal=causal,
-        scale=scale,
-        dropout_p=dropout_p,
-        seed=seed,
-        dropout_offset=dropout_offset,
-        doc_start=doc_start,
+    return unpacked(
+        attention, qkv, n_head, causal, scale, dropout_p, seed, dropout_offset, doc_start
     )
-    return y.transpose(1, 2).flatten(2).contiguous()  # (B, T, C)
 
 
 def attention_decode(
@@ -153,8 +141,6 @@ def attention_decode(
     ``fused.attention_decode``."""
     _checks.attention_decode(qkv, cache, positions, scale)
     n_head, n_slots, head_size = cache.shape[2:]
-    if scale is None:
-        scale = 1.0 / math.sqrt(head_size)
     q, k, v = qkv.unflatten(2, (3, n_head, -1)).permute(2, 0, 3, 1, 4)  # each (B, H, 1, D)
     slots = torch.arange(n_slots, device=qkv.device)
     place = positions[:, None]
@@ -162,7 +148,7 @@ def attention_decode(
     here = (slots == place)[:, None, :, None]
     cache.copy_(torch.stack([new.where(here, old) for new, old in zip((k, v), cache, strict=True)]))
     visible = ((slots <= place) & inside)[:, None, None, :]
-    scores = (q @ cache[0].transpose(-2, -1)) * scale  # (B, H, 1, S)
+    scores = (q @ cache[0].mT) * attention_scale(scale, head_size)  # (B, H, 1, S)
     probs = torch.softmax(scores.masked_fill(~visible, float("-inf")), dim=-1)
     values = cache[1].where(visible.transpose(-2, -1), 0.0)  # what is not filled may be NaN
     return (probs @ values).transpose(1, 2).flatten(2)
@@ -271,8 +257,7 @@ def linear(
 ) -> Tensor:
     """``x @ weight.T + bias``. See ``fused.linear``; here autograd keeps x whatever
     ``recompute`` says."""
-    _checks.linear(x, weight, bias, ("weight", "bias"))
-    _checks.norm_arguments(x, recompute)
+    _checks.linear(x, weight, bias, recompute)
     y = x @ weight.to(x.dtype).t()
     return y if bias is None else y + bias.to(y.dtype)
 
@@ -325,14 +310,6 @@ def linear_cross_entropy(
     return total / valid.sum() if reduction == "mean" else total
 
 
-# Philox 4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011): a block
-# cipher that turns a counter into 128 random bits. Any element's bits follow from its position, so
-# forward and backward find the same mask and nothing is stored.
-_PHILOX_M0, _PHILOX_M1 = 0xD2511F53, 0xCD9E8D57
-_PHILOX_W0, _PHILOX_W1 = 0x9E3779B9, 0xBB67AE85
-_LOW = 0xFFFFFFFF
-
-
 def adamw(
     param: Tensor,
     rounded: Tensor | None,
@@ -363,6 +340,14 @@ def adamw(
     param.mul_(1.0 - lr.item() * weight_decay).sub_(lr * mean / (square.sqrt() + eps))
     if rounded is not None:
         rounded.copy_(param)
+
+
+# Philox 4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011): a block
+# cipher that turns a counter into 128 random bits. Any element's bits follow from its position, so
+# forward and backward find the same mask and nothing is stored.
+_PHILOX_M0, _PHILOX_M1 = 0xD2511F53, 0xCD9E8D57
+_PHILOX_W0, _PHILOX_W1 = 0x9E3779B9, 0xBB67AE85
+_LOW = 0xFFFFFFFF
 
 
 def _mul_hi_lo(a: Tensor, b: int) -> tuple[Tensor, Tensor]:

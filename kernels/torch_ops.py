@@ -27,14 +27,6 @@ def _refuse(seed: Tensor | None) -> None:
         )
 
 
-def _refuse_fp8(fp8: bool, x: Tensor) -> None:
-    if fp8:
-        raise ValueError(
-            "fp8 must be False without the Triton kernels: it needs a CUDA GPU of compute "
-            f"capability 8.9 or newer (Ada, Hopper, Blackwell), got a tensor on {x.device}"
-        )
-
-
 def gelu(x: Tensor, approximate: str = "none") -> Tensor:
     """GELU (Hendrycks & Gimpel 2016): ``x * Phi(x)``, or its tanh form. See ``fused.gelu``."""
     _checks.gelu(x, approximate)
@@ -93,6 +85,7 @@ def attention_qkvpacked(
     doc_start: Tensor | None = None,
 ) -> Tensor:
     """The same on packed (B, T, 3C), giving (B, T, C). See ``fused.attention_qkvpacked``."""
+    _checks.qkvpacked(qkv, n_head, causal, scale, dropout_p, seed, dropout_offset, doc_start)
     return unpacked(
         attention, qkv, n_head, causal, scale, dropout_p, seed, dropout_offset, doc_start
     )
@@ -110,7 +103,7 @@ def attention_decode(
     heads = qkv[:, 0].unflatten(1, (3, n_head, -1)).transpose(0, 1)  # (3, B, H, D)
     q, new = heads[0], heads[1:]
     if positions.is_cpu:  # where they were checked
-        first, last = int(positions.min()), int(positions.max())
+        first, last = map(int, positions.aminmax())
         visible = None
         if first == last:
             cache[:, :, :, last] = new
@@ -251,8 +244,7 @@ def linear(
 ) -> Tensor:
     """``x @ weight.T + bias``. See ``fused.linear``."""
     x = x.to(autocast_dtype(x))  # before the check: weights may have that dtype already
-    _checks.linear(x, weight, bias, ("weight", "bias"))
-    _checks.norm_arguments(x, recompute)
+    _checks.linear(x, weight, bias, recompute)
     if recompute is None:
         weight, bias = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
         return F.linear(x, weight, bias)
@@ -325,7 +317,7 @@ def _cross_entropy_rows(
 
 _linear_cross_entropy_op = chunked_loss.define(
     "linear_cross_entropy_torch_ops",
-    chunked_loss.chunked(_cross_entropy_rows),
+    partial(chunked_loss.forward, _cross_entropy_rows),
 )
 
 
@@ -345,7 +337,11 @@ def linear_cross_entropy(
     is refused.
     """
     _checks.linear_cross_entropy(x, weight, targets, reduction, label_smoothing, z_loss, fp8)
-    _refuse_fp8(fp8, x)
+    if fp8:
+        raise ValueError(
+            "fp8 must be False without the Triton kernels: it needs a CUDA GPU of compute "
+            f"capability 8.9 or newer (Ada, Hopper, Blackwell), got a tensor on {x.device}"
+        )
     return chunked_loss.apply(
         _linear_cross_entropy_op,
         x,

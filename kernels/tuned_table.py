@@ -103,11 +103,6 @@ def read(device: torch.device) -> dict[str, Any]:
     return held
 
 
-def lines(device: torch.device) -> list[tuple[Any, Any]]:
-    """Pairs of an encoded key and an encoded configuration. Raises as ``read`` does."""
-    return [(line["key"], line["config"]) for line in read(device).get("lines", [])]
-
-
 @contextlib.contextmanager
 def notice_of_damage(device: torch.device) -> Iterator[None]:
     """Within, a file that cannot be used is ignored with a warning."""

@@ -44,7 +44,6 @@ TORCH_ALONE = {
     "_operators",
     "_tensors",
     "chunked_loss",
-    "costs",
     "reference",
     "torch_ops",
 }
@@ -202,7 +201,6 @@ def test_the_plain_ops_need_no_triton() -> None:
     for name in TORCH_ALONE:
         for found in imports_of(f"fastgpt.kernels.{name}"):
             allowed = found.package in ("torch", *sys.stdlib_module_names)
-            allowed |= name == "costs" and not found.at_import  # a formula asks the launch tables
             assert allowed or found.module.removeprefix("fastgpt.kernels.") in TORCH_ALONE, name
 
 

@@ -1,8 +1,7 @@
 """Attention in Triton against the masked matrix product: parity of outputs and gradients, operator
-registration, errors. What the mask and the dropout promise is in test_attention_semantics.py.
+registration. What the mask and the dropout promise is in test_attention_semantics.py.
 """
 
-from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
 from typing import Any
@@ -12,13 +11,6 @@ import torch
 from torch import Tensor
 
 from fastgpt.kernels import _attention, _host, attention_fwd, configs, fused, reference, torch_ops
-from fastgpt.kernels._tensors import split_heads
-from fastgpt.kernels.attention import (
-    _attention_bwd_op,
-    _attention_op,
-    _attention_qkvpacked_bwd_op,
-    _attention_qkvpacked_op,
-)
 from tests.tools import interpreter, parity
 from tests.tools.documents import starts_of
 
@@ -32,13 +24,6 @@ def seed_on(device: str) -> Tensor:
 
 def qkv_of(device: str, length: int, batch: int = 1, dtype=torch.float32) -> list[Tensor]:
     return list(torch.randn(3, batch, 2, length, 16, device=device).to(dtype))
-
-
-def results(op: Callable[..., Tensor], inputs: list[Tensor], grad: Tensor) -> list[Tensor]:
-    """The output, then the gradients of all inputs, in the inputs' dtype."""
-    leaves = [x.clone().requires_grad_() for x in inputs]
-    y = op(*leaves)
-    return [y.detach(), *torch.autograd.grad(y, leaves, grad)]
 
 
 def assert_parity(name: str, inputs: list[Tensor], grad: Tensor, **options: Any) -> None:
@@ -237,39 +222,6 @@ def test_scores_of_any_size(device: str, factor: float, dtype: torch.dtype, gpu:
         assert_parity("attention", [factor * q, factor * k, v], grad)
 
 
-def test_packed_equals_separate(device: str) -> None:
-    qkv = torch.randn(2, 33, 3 * 40, device=device, requires_grad=True)
-    y = fused.attention_qkvpacked(qkv, 2)
-    q, k, v = split_heads(qkv, 2)
-    z = fused.attention(q, k, v).transpose(1, 2).flatten(2)
-    assert torch.equal(y, z)
-    grad = torch.randn_like(y)
-    (dy,), (dz,) = torch.autograd.grad(y, qkv, grad), torch.autograd.grad(z, qkv, grad)
-    assert torch.equal(dy, dz)
-
-
-def test_expanded_inputs_and_gradient(device: str) -> None:
-    q, k, v = (
-        torch.randn(1, 1, 20, 16, device=device).expand(2, 3, 20, 16).requires_grad_()
-        for _ in range(3)
-    )
-    got = torch.autograd.grad(fused.attention(q, k, v).sum(), (q, k, v))
-    expected = torch.autograd.grad(torch_ops.attention(q, k, v).sum(), (q, k, v))
-    for x, y in zip(got, expected, strict=True):
-        torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-5)
-
-
-@pytest.mark.parametrize("shape", [(0, 2, 5, 16), (2, 0, 5, 16), (2, 2, 0, 16)], ids=str)
-def test_empty(device: str, shape: tuple[int, ...]) -> None:
-    q = torch.randn(shape, device=device, requires_grad=True)
-    k = torch.randn(*shape[:2], 5, 16, device=device, requires_grad=True)
-    y = fused.attention(q, k, k)
-    assert y.shape == shape
-    y.sum().backward()
-    assert q.grad is not None and k.grad is not None
-    assert q.grad.shape == shape and torch.equal(k.grad, torch.zeros_like(k))
-
-
 @pytest.mark.parametrize("mask", ["causal", "full", "documents"])
 @pytest.mark.parametrize("dropout_p", [0.0, 0.4])
 def test_gradcheck(mask: str, dropout_p: float) -> None:
@@ -295,81 +247,9 @@ def test_autocast_casts_like_sdpa(device: str) -> None:
         assert fused.attention_qkvpacked(qkv, 2).dtype == torch.bfloat16
 
 
-def test_opcheck(device: str) -> None:
-    q, k, v = (torch.randn(1, 2, t, 16, device=device, requires_grad=True) for t in (9, 7, 7))
-    qkv = torch.randn(1, 9, 96, device=device, requires_grad=True)
-    seed, doc_start = seed_on(device), starts_of(9, [2, 5], device=device)
-    lengths = torch.tensor([5], dtype=torch.int32, device=device)
-    torch.library.opcheck(_attention_op, (q, k, v, None, None, None, True, 0.25, 0.0, 0))
-    grouped = (q, k[:, :1], v[:, :1], lengths, seed, None, False, 0.25, 0.5, 3)
-    torch.library.opcheck(_attention_op, grouped)
-    torch.library.opcheck(_attention_qkvpacked_op, (qkv, 2, seed, doc_start, True, 0.25, 0.5, 3))
-    q, k, v, qkv = (x.detach() for x in (q, k, v, qkv))
-    k, v = k[:, :1], v[:, :1]
-    out, lse = _attention_op(q, k, v, lengths, None, None, True, 0.25, 0.0, 0)
-    dout = torch.randn(1, 2, 16, 9, device=device).mT
-    separate = (dout, q, k, v, out, lse, lengths, None, None, True, 0.25, 0.0, 0)
-    torch.library.opcheck(_attention_bwd_op, separate)
-    out, lse = _attention_qkvpacked_op(qkv, 2, None, doc_start, True, 0.25, 0.0, 0)
-    packed = (torch.randn_like(out), qkv, out, lse, 2, None, doc_start, True, 0.25, 0.0, 0)
-    torch.library.opcheck(_attention_qkvpacked_bwd_op, packed)
-
-
 def test_float32_products_follow_pytorchs_switch() -> None:
     torch.set_float32_matmul_precision("high")  # the next test begins with "highest"
     assert _host.dot_precision(torch.float32) == "tf32"
     assert _host.dot_precision(torch.bfloat16) == "ieee"
     torch.set_float32_matmul_precision("highest")
     assert _host.dot_precision(torch.float32) == "ieee"
-
-
-@pytest.mark.parametrize("op", [fused.attention, torch_ops.attention, reference.attention])
-def test_errors(op) -> None:
-    q = torch.randn(1, 2, 4, 8)
-    seed = seed_on("cpu")
-    cases: list[tuple[type[Exception], str, tuple[Tensor, ...], dict[str, Any]]] = [
-        (ValueError, r"k must have shape \(1, 2, T, 8\)", (q, torch.randn(1, 3, 4, 8), q), {}),
-        (ValueError, r"v must have the shape of k", (q, q, torch.randn(1, 2, 5, 8)), {}),
-        (ValueError, r"q must have shape \(B, H, T, D\), got \(2, 4, 8\)", (q[0], q, q), {}),
-        (ValueError, r"k must have the dtype of q \(torch.float32\)", (q, q.half(), q.half()), {}),
-        (ValueError, r"v must be on the device of q \(cpu\), got meta", (q, q, q.to("meta")), {}),
-        (ValueError, r"k must hold at least one key", (q, q[:, :, :0], q[:, :, :0]), {}),
-        (ValueError, r"q must have a head size of at least 1", (q[..., :0],) * 3, {}),
-        (TypeError, r"q must be a floating-point tensor", (q.long(), q, q), {}),
-        (ValueError, r"dropout_p must lie in \[0, 0.999\], got 1.0", (q, q, q), {"dropout_p": 1.0}),
-        (ValueError, r"dropout_p must lie .* got -0.1", (q, q, q), {"dropout_p": -0.1}),
-        (ValueError, r"scale must be positive and finite.*got 0", (q, q, q), {"scale": 0.0}),
-        (ValueError, r"seed must be an int64 tensor", (q, q, q), {"seed": seed.int()}),
-        (ValueError, r"seed must be an int64 tensor", (q, q, q), {"seed": seed.repeat(2)}),
-        (ValueError, r"seed must be on the device", (q, q, q), {"seed": seed.to("meta")}),
-    ]
-    for error, message, args, options in cases:
-        with pytest.raises(error, match=message):
-            op(*args, **options)
-
-
-@pytest.mark.parametrize("module", [fused, torch_ops, reference])
-def test_errors_packed(module) -> None:
-    op = module.attention_qkvpacked
-    with pytest.raises(ValueError, match=r"qkv must have shape \(B, T, 3C\), got \(4, 24\)"):
-        op(torch.randn(4, 24), 2)
-    with pytest.raises(ValueError, match="multiple of 3 \\* n_head, got 24 with n_head=5"):
-        op(torch.randn(1, 4, 24), 5)
-    with pytest.raises(ValueError, match="qkv must hold at least one token"):
-        op(torch.randn(1, 0, 24), 2)
-    with pytest.raises(TypeError, match="qkv must be a floating-point tensor, got torch.int64"):
-        op(torch.zeros(1, 4, 24, dtype=torch.int64), 2)
-
-
-def test_head_size_limit_of_the_kernels() -> None:
-    q = torch.randn(1, 1, 2, 257)
-    with pytest.raises(ValueError, match="q must have a head size of at most 256, got 257"):
-        fused.attention(q, q, q)
-    with pytest.raises(ValueError, match="qkv must have a head size of at most 256, got 257"):
-        fused.attention_qkvpacked(torch.randn(1, 2, 3 * 257), 1)
-
-
-def test_torch_ops_refuse_a_seed() -> None:
-    q = torch.randn(1, 1, 2, 8)
-    with pytest.raises(ValueError, match="seed must be None"):
-        torch_ops.attention(q, q, q, dropout_p=0.1, seed=seed_on("cpu"))

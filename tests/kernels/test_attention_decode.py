@@ -4,6 +4,7 @@ tokens at once, on caches that are filled differently far, and what it leaves al
 
 import math
 from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import pytest
@@ -11,9 +12,10 @@ import torch
 from torch import Tensor
 
 from fastgpt.kernels import configs, fused, reference, torch_ops
-from fastgpt.kernels.attention_decode import _attention_decode_op, _block_d
+from fastgpt.kernels._attention import block_d
+from fastgpt.kernels.attention_decode import _attention_decode_op
 from tests.tools import interpreter, parity
-from tests.tools.rounding import RoundedOnce
+from tests.tools.calls import decoding
 
 IMPLEMENTATIONS = pytest.mark.parametrize(
     "ops", [fused, torch_ops, reference], ids=["fused", "torch_ops", "reference"]
@@ -38,28 +40,23 @@ def _inputs(
     return qkv, cache, torch.tensor(places, device=device)
 
 
+def _assert_parity(kernel: Any, plain: Any, qkv: Tensor) -> None:
+    parity.assert_parity(kernel, plain, plain, [qkv], torch.zeros(1, device=qkv.device), [])
+
+
 @pytest.mark.parametrize("dtype", parity.DTYPES, ids=str)
 @pytest.mark.parametrize("head_size", [1, 8, 25, 64, 80, 128, 256])
 def test_parity(device: str, head_size: int, dtype: torch.dtype) -> None:
     """Places in the first part, at both sides of a border of two, in the last slot."""
-    size = _block_d(head_size)
+    size = block_d(head_size)
     block_n = configs.lookup("attention_decode", "fwd", None, dtype, size).BLOCK_N
     places = [0, 5, block_n - 1, block_n, block_n + 6]
     qkv, cache, positions = _inputs(
         places, dtype, device, n_head=1, n_slots=block_n + 7, head_size=head_size
     )
-    wide = cache.double()
-    truth = reference.attention_decode(qkv.double(), wide, positions)
-    results = {}
-    for ops in (fused, torch_ops, reference):
-        mine = cache.clone()
-        with RoundedOnce() if ops is reference and qkv.is_cpu else nullcontext():
-            results[ops] = ops.attention_decode(qkv, mine, positions)
-        assert torch.equal(mine.double(), wide), f"{ops.__name__}: cache"
-    allowed = 2 * (results[reference].double() - truth).abs().max() + 1e-5
+    call = decoding(cache, positions)
     for ops in (fused, torch_ops):
-        excess = (results[ops] - truth).abs() - torch.finfo(dtype).eps * truth.abs()
-        assert excess.max() <= allowed, ops.__name__
+        _assert_parity(partial(call, ops), partial(call, reference), qkv)
 
 
 @pytest.mark.parametrize("gpu", [False, True], ids=["cpu_arithmetic", "gpu_arithmetic"])
@@ -70,14 +67,13 @@ def test_scores_in_the_thousands(device: str, dtype: torch.dtype, gpu: bool) -> 
     qkv, cache, positions = _inputs(places, dtype, device, n_head=4, n_slots=301, head_size=64)
     qkv[..., : 2 * 256] *= 30
     cache[0] *= 30
-    wide = cache.double()
-    truth = reference.attention_decode(qkv.double(), wide, positions)
-    with RoundedOnce() if qkv.is_cpu else nullcontext():
-        common = reference.attention_decode(qkv, cache.clone(), positions)
-    with interpreter.gpu_arithmetic() if gpu else nullcontext():
-        got = fused.attention_decode(qkv, cache, positions)
-    excess = (got - truth).abs() - torch.finfo(dtype).eps * truth.abs()
-    assert excess.max() <= 2 * (common - truth).abs().max() + 1e-5
+    call = decoding(cache, positions)
+
+    def kernel(qkv: Tensor) -> Tensor:
+        with interpreter.gpu_arithmetic() if gpu else nullcontext():
+            return call(fused, qkv)
+
+    _assert_parity(kernel, partial(call, reference), qkv)
 
 
 @IMPLEMENTATIONS
@@ -159,47 +155,6 @@ def test_more_parts_than_are_added_at_a_time(device: str) -> None:
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
 
 
-@IMPLEMENTATIONS
-def test_no_rows(ops: Any, device: str) -> None:
-    qkv, cache, positions = _inputs([], device=device)
-    assert ops.attention_decode(qkv, cache, positions.long()).shape == (0, 1, 32)
-
-
 def test_opcheck(device: str) -> None:
     qkv, cache, positions = _inputs([3, 65], device=device)
     torch.library.opcheck(_attention_decode_op, (qkv, cache, positions, 0.25))
-
-
-@IMPLEMENTATIONS
-def test_errors(ops: Any) -> None:
-    def run(**changes: Any) -> None:
-        qkv, cache, positions = _inputs([3, 65])
-        ops.attention_decode(**{**dict(qkv=qkv, cache=cache, positions=positions), **changes})
-
-    run()
-    with pytest.raises(ValueError, match=r"qkv must have shape \(B, 1, 3C\), got \(2, 2, 96\)"):
-        run(qkv=torch.zeros(2, 2, 96))
-    with pytest.raises(ValueError, match=r"cache must have shape \(2, 2, H, S, D\) with .* = 96"):
-        run(cache=torch.zeros(2, 2, 2, 70, 15))
-    with pytest.raises(ValueError, match=r"cache must have shape .*got \(2, 2, 2, 0, 16\)"):
-        run(cache=torch.zeros(2, 2, 2, 0, 16))
-    with pytest.raises(ValueError, match="cache must be contiguous, got strides"):
-        run(cache=torch.zeros(2, 2, 70, 2, 16).transpose(2, 3))
-    with pytest.raises(ValueError, match=r"cache must have the dtype of qkv \(torch.float32\)"):
-        run(cache=torch.zeros(2, 2, 2, 70, 16).half())
-    with pytest.raises(TypeError, match="positions must be torch.int64 or torch.int32, got .*floa"):
-        run(positions=torch.zeros(2))
-    with pytest.raises(ValueError, match=r"positions must have shape \(2,\) to go with qkv"):
-        run(positions=torch.zeros(3, dtype=torch.int64))
-    with pytest.raises(ValueError, match=r"positions must lie in \[0, 70\), got 70"):
-        run(positions=torch.tensor([3, 70]))
-    with pytest.raises(ValueError, match=r"positions must lie in \[0, 70\), got -1"):
-        run(positions=torch.tensor([-1, 3]))
-    with pytest.raises(ValueError, match="scale must be positive and finite, or None, got 0"):
-        run(scale=0.0)
-
-
-def test_the_kernels_refuse_large_heads() -> None:
-    qkv, cache, positions = _inputs([3], head_size=257, n_head=1)
-    with pytest.raises(ValueError, match="cache must have a head size of at most 256, got 257"):
-        fused.attention_decode(qkv, cache, positions)

@@ -3,15 +3,12 @@ and that no document knows of another.
 """
 
 from functools import partial
-from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from fastgpt.kernels import configs, fused, reference, torch_ops
-from fastgpt.kernels.costs import COSTS
-from tests.kernels.test_attention import assert_parity, qkv_of, results, seed_on
+from tests.kernels.test_attention import assert_parity, qkv_of, seed_on
 from tests.tools import parity
 from tests.tools.documents import DOCUMENTS, starts_of
 
@@ -44,24 +41,15 @@ def test_parity_separate_with_dropout(device: str, length: int, borders: list[in
 
 
 @CASES
-def test_torch_ops(length: int, borders: list[int]) -> None:
-    inputs, grad = qkv_of("cpu", length), torch.randn(1, 2, length, 16)
-    doc_start = starts_of(length, borders)
-    ops = [partial(m.attention, doc_start=doc_start) for m in (torch_ops, reference)]
-    for x, y in zip(*(results(op, inputs, grad) for op in ops), strict=True):
-        torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-5)
-
-
-@CASES
 @pytest.mark.parametrize("module", [fused, torch_ops, reference])
 def test_documents_are_what_they_are_alone(module, length: int, borders: list[int]) -> None:
     inputs, grad = qkv_of("cpu", length), torch.randn(1, 2, length, 16)
-    together = results(
+    together = parity.outcome(
         partial(module.attention, doc_start=starts_of(length, borders)), inputs, grad
     )
     for begin, end in zip([0, *borders], [*borders, length], strict=True):
         parts = [x[:, :, begin:end] for x in (*inputs, grad)]
-        alone = results(module.attention, parts[:3], parts[3])
+        alone = parity.outcome(module.attention, parts[:3], parts[3])
         for x, y in zip(together, alone, strict=True):
             torch.testing.assert_close(x[:, :, begin:end], y, rtol=1e-5, atol=1e-5)
 
@@ -80,7 +68,7 @@ def test_one_document_gives_the_same_bits_as_none(
     grad = torch.randn_like(inputs[0])
     op = partial(fused.attention, dropout_p=dropout_p, seed=seed_on(device))
     doc_start = starts_of(length, [], [], device=device)
-    runs = [results(partial(op, doc_start=s), inputs, grad) for s in (None, doc_start)]
+    runs = [parity.outcome(partial(op, doc_start=s), inputs, grad) for s in (None, doc_start)]
     assert all(torch.equal(x, y) for x, y in zip(*runs, strict=True))
 
 
@@ -94,12 +82,12 @@ def test_a_document_changes_no_bit_of_another(
     inputs = qkv_of(device, length, dtype=dtype)
     grad = torch.randn_like(inputs[0])
     op = partial(fused.attention, doc_start=starts_of(length, borders, device=device))
-    before = results(op, inputs, grad)
+    before = parity.outcome(op, inputs, grad)
     for begin, end in zip([0, *borders], [*borders, length], strict=True):
         changed = [x.clone() for x in (*inputs, grad)]
         for x in changed:
             x[:, :, begin:end] = torch.randn_like(x[:, :, begin:end])
-        after = results(op, changed[:3], changed[3])
+        after = parity.outcome(op, changed[:3], changed[3])
         for x, y in zip(before, after, strict=True):
             assert torch.equal(x[:, :, :begin], y[:, :, :begin])
             assert torch.equal(x[:, :, end:], y[:, :, end:])
@@ -128,9 +116,9 @@ def test_what_is_not_finite_in_another_document_never_leaks(
     grad = torch.randn_like(inputs["q"])
     grad[:, :, begin:end] = 0.0
     op = partial(fused.attention, doc_start=starts_of(length, borders, device=device))
-    before = results(op, list(inputs.values()), grad)
+    before = parity.outcome(op, list(inputs.values()), grad)
     inputs[which][:, :, place] = poison
-    after = results(op, list(inputs.values()), grad)
+    after = parity.outcome(op, list(inputs.values()), grad)
     for x, y in list(zip(before, after, strict=True))[: 2 if which == "q" else 4]:
         assert torch.equal(x[:, :, :begin], y[:, :, :begin])
         assert torch.equal(x[:, :, end:], y[:, :, end:])
@@ -151,7 +139,7 @@ def test_whatever_starts_holds_is_within_bounds(device: str, kind: str) -> None:
     }[kind]
     inputs = qkv_of(device, length, batch=2)
     op = partial(fused.attention, doc_start=doc_start.to(device))
-    assert results(op, inputs, torch.randn_like(inputs[0]))[0].isfinite().all()
+    assert parity.outcome(op, inputs, torch.randn_like(inputs[0]))[0].isfinite().all()
 
 
 def test_expanded_starts(device: str) -> None:
@@ -159,46 +147,7 @@ def test_expanded_starts(device: str) -> None:
     grad = torch.randn_like(inputs[0])
     row = starts_of(90, [30, 71], device=device)
     runs = [
-        results(partial(fused.attention, doc_start=s), inputs, grad)
+        parity.outcome(partial(fused.attention, doc_start=s), inputs, grad)
         for s in (row.expand(3, 90), row.repeat(3, 1))
     ]
     assert all(torch.equal(x, y) for x, y in zip(*runs, strict=True))
-
-
-def test_cost_is_that_of_causal_attention() -> None:
-    """A formula reads no values."""
-    qkv, doc_start = torch.randn(1, 9, 96), starts_of(9, [2, 5])
-    op = torch.ops.fastgpt.attention_qkvpacked
-    costs = [
-        COSTS[str(op)](op(*args), *args)
-        for args in ((qkv, 2, None, s, True, 0.25, 0.0, 0) for s in (None, doc_start))
-    ]
-    assert costs[0] == costs[1]
-
-
-@pytest.mark.parametrize("module", [fused, torch_ops, reference])
-def test_errors(module) -> None:
-    q, k = torch.randn(2, 2, 4, 8), torch.randn(2, 2, 5, 8)
-    doc_start = starts_of(4, [], [1])
-    cases: list[tuple[type[Exception], str, tuple[Tensor, ...], dict[str, Any]]] = [
-        (TypeError, "doc_start must be a torch.Tensor, got list", (q, q, q),
-         {"doc_start": [[0] * 4]}),
-        (TypeError, "doc_start must be torch.int32, got torch.int64", (q, q, q),
-         {"doc_start": doc_start.long()}),
-        (ValueError, r"doc_start must have shape \(2, 4\) to go with q \(2, 2, 4, 8\), got",
-         (q, q, q), {"doc_start": doc_start[:1]}),
-        (ValueError, r"doc_start must be on the device of q \(cpu\), got meta",
-         (q, q, q), {"doc_start": doc_start.to("meta")}),
-        (ValueError, "doc_start must be None with causal=False", (q, q, q),
-         {"doc_start": doc_start, "causal": False}),
-        (ValueError, "doc_start must be None unless q and k are equally long, got q "
-         r"\(2, 2, 4, 8\) and k \(2, 2, 5, 8\)", (q, k, k), {"doc_start": doc_start}),
-    ]  # fmt: skip
-    for error, message, args, options in cases:
-        with pytest.raises(error, match=message):
-            module.attention(*args, **options)
-    qkv = torch.randn(2, 4, 48)
-    with pytest.raises(ValueError, match=r"doc_start must have shape \(2, 4\) to go with qkv"):
-        module.attention_qkvpacked(qkv, 2, doc_start=doc_start[:, :3])
-    with pytest.raises(ValueError, match="doc_start must be None with causal=False"):
-        module.attention_qkvpacked(qkv, 2, causal=False, doc_start=doc_start)

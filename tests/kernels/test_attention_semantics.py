@@ -1,5 +1,5 @@
-"""What attention promises beside numbers: causality, containment of NaN, dropout, determinism,
-memory linear in T, no stray access.
+"""What attention promises beside numbers: causality, containment of NaN, determinism, memory
+linear in T, no stray access.
 """
 
 from collections.abc import Callable
@@ -16,8 +16,9 @@ from fastgpt.kernels import _host, configs, fused, reference
 from fastgpt.kernels._attention import Options
 from fastgpt.kernels.attention_fwd import attention_fwd
 from fastgpt.kernels.configs import Attention
-from tests.kernels.test_attention import qkv_of, results
+from tests.kernels.test_attention import qkv_of
 from tests.tools.documents import starts_of
+from tests.tools.parity import outcome
 from tests.tools.sanitizer import sanitize
 
 # Every ratio of the two sides that a launch configuration has.
@@ -46,9 +47,9 @@ def test_what_the_mask_hides_never_leaks(device: str, which: str, poison: float)
     grad = torch.randn(1, 2, 140, 16, device=device)
     grad[:, :, t:] = 0.0
 
-    y, dq = results(fused.attention, list(inputs.values()), grad)[:2]
+    y, dq = outcome(fused.attention, list(inputs.values()), grad)[:2]
     inputs[which][:, :, t] = poison
-    z, dq_poisoned = results(fused.attention, list(inputs.values()), grad)[:2]
+    z, dq_poisoned = outcome(fused.attention, list(inputs.values()), grad)[:2]
     assert torch.equal(y[:, :, :t], z[:, :, :t])
     assert torch.equal(dq[:, :, :t], dq_poisoned[:, :, :t])
     assert not z[:, :, t].isfinite().all(), "the token that is not finite must show"
@@ -104,7 +105,7 @@ def test_every_tile_shape_gives_the_same(
         options = dict(dropout_p=0.2, seed=torch.tensor([7])) | mask
         ops = [partial(module.attention, **options) for module in (fused, reference)]
         with sanitize() if "doc_start" in mask else nullcontext():
-            found = [results(op, inputs, grad) for op in ops]
+            found = [outcome(op, inputs, grad) for op in ops]
         for x, y in zip(*found, strict=True):
             torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-5)
 
@@ -167,87 +168,7 @@ def test_pipelined_pv_of_documents(borders: list[int], block_m: int, block_n: in
     assert_pipelined_pv_is_the_same(150, 150, dtype, True, block_m, block_n, doc_start)
 
 
-# ------------------------------------------------------------------------------------- dropout
-
-
-def test_philox_known_answers() -> None:
-    """The test vectors of Random123 (Salmon et al. 2011) for philox4x32-10."""
-    ones, pi = 0xFFFFFFFF, (0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344)
-    for counter, key, expected in [
-        ((0, 0, 0, 0), 0, (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)),
-        ((ones,) * 4, (ones << 32) | ones, (0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD)),
-        (pi, (0x299F31D0 << 32) | 0xA4093822, (0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1)),
-    ]:
-        c0, c1, c2, c3 = (torch.tensor([c]) for c in counter)
-        words = reference.philox_4x32(key, (c0, c1, c2, c3))
-        assert tuple(int(w) for w in words) == expected
-
-
-def _kept(device: str, shape: tuple[int, int, int], p: float, seed: Tensor | None) -> Tensor:
-    """The mask that the forward kernel used, (B, H, Tq, 64): q = 0 makes all probabilities equal,
-    and v = 1 lets each through in a column of its own."""
-    q = torch.zeros(*shape, 64, device=device)
-    k = torch.zeros(*shape[:2], 64, 64, device=device)
-    v = torch.eye(64, device=device).expand(*shape[:2], 64, 64)
-    y = fused.attention(q, k, v, causal=False, dropout_p=p, seed=seed)
-    kept = y * 64 * (1 - p)
-    assert ((kept == 0) | ((kept - 1).abs() < 1e-4)).all()
-    return kept > 0.5
-
-
-@pytest.mark.parametrize("p", [0.1, 0.2, 0.5, 0.9])
-def test_dropout_rate_and_mask(device: str, p: float) -> None:
-    """The rate over 10^6 draws of the plain mask, and the kernel's mask equal to it."""
-    seed = torch.tensor([-(2**40) - 7], device=device)
-    mask, share = reference.dropout_mask(seed, (2, 4, 2048, 64), p)
-    assert mask.numel() >= 10**6
-    assert abs(1 - mask.double().mean() - p) < 0.002
-    assert abs(share - (1 - p)) < 2**-16
-    rows = 2048 if device == "cuda" else 130
-    assert torch.equal(_kept(device, (2, 4, rows), p, seed), mask[:, :, :rows])
-
-
-def test_dropout_scales_what_it_keeps(device: str) -> None:
-    """The expectation over masks is the output without dropout."""
-    q, k, v = (x.expand(32, 2, 16, 16).contiguous() for x in qkv_of(device, 16))
-    y = fused.attention(q, k, v, dropout_p=0.25, seed=torch.tensor([3], device=device))
-    error = (y.mean(0) - fused.attention(q[:1], k[:1], v[:1])[0]).abs().max()
-    assert error < 5 * v.abs().max() * (0.25 / 0.75 / 32) ** 0.5
-
-
-def test_each_call_draws_another_mask(device: str) -> None:
-    shape = (1, 1, 64)
-    torch.manual_seed(5)
-    first, second = (_kept(device, shape, 0.5, None) for _ in range(2))
-    torch.manual_seed(5)
-    again = _kept(device, shape, 0.5, None)
-    assert torch.equal(first, again)
-    assert 0.4 < (first != second).double().mean() < 0.6
-
-
-def test_backward_repeats_the_mask_of_its_forward(device: str) -> None:
-    """dv = probsᵀ dout: with equal probabilities and dout = 1 it spells the mask of the backward,
-    though another forward drew another mask in between."""
-    q = torch.zeros(1, 1, 64, 64, device=device)
-    v = torch.eye(64, device=device).view(1, 1, 64, 64).requires_grad_()
-    y = fused.attention(q, q, v, causal=False, dropout_p=0.5)
-    fused.attention(q, q, v, causal=False, dropout_p=0.5)
-    (dv,) = torch.autograd.grad(y, v, torch.eye(64, device=device).view(1, 1, 64, 64))
-    assert torch.equal(dv.mT > 0, y > 0)
-
-
 # -------------------------------------------------------------------- determinism and memory
-
-
-@pytest.mark.parametrize("borders", [None, [10, 100]], ids=str)
-def test_two_runs_give_the_same_bits(device: str, borders: list[int] | None) -> None:
-    inputs, grad = qkv_of(device, 130), torch.randn(1, 2, 130, 16, device=device)
-    doc_start = None if borders is None else starts_of(130, borders, device=device)
-    runs = []
-    for seed in (1, 2):
-        with sanitize(seed=seed):  # interpreted: also in another order of the programs
-            runs.append(results(partial(fused.attention, doc_start=doc_start), inputs, grad))
-    assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
 
 
 def test_memory_is_linear_in_the_length(monkeypatch: pytest.MonkeyPatch) -> None:

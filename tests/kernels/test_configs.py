@@ -54,5 +54,6 @@ def test_attention_has_a_line_for_every_launch() -> None:
 def test_equal_configurations_of_two_kinds_keep_their_names() -> None:
     rows, parts = configs.WholeRows(8, 4), configs.AttentionDecodeSum(8, 4)
     assert rows == parts  # as tuples, also as keys of a cache
-    assert configs.launch(rows) == {"BLOCK_M": 8, "num_warps": 4}
-    assert configs.launch(parts) == {"PARTS": 8, "num_warps": 4}
+    both = {"num_warps": 4, "enable_fp_fusion": True}
+    assert configs.launch(rows) == {"BLOCK_M": 8, **both}
+    assert configs.launch(parts) == {"PARTS": 8, **both}

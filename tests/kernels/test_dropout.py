@@ -1,6 +1,7 @@
 """Dropout of the Triton ops as one system: one seed a step, a stream for each place that drops."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -15,39 +16,35 @@ from fastgpt.kernels import (
     fused,
     layer_norm_bwd,
     layer_norm_fwd,
+    reference,
 )
 
-ROWS, COLS, P = 96, 128, 0.5
+ROWS, COLS = 96, 128
+Masks = tuple[Tensor, Tensor]  # (ROWS, COLS) of bool, of the forward and of the backward
 
 
-def _attention(seed: Tensor, dropout_offset: int, device: str) -> Tensor:
-    """q = 0 makes all probabilities equal, and v = 1 lets each through in a column of its own."""
+def _attention(device: str, **options: Any) -> Masks:
+    """q = 0 makes all probabilities equal, v = 1 lets each through in a column of its own, and the
+    gradient in the row of its own query."""
     q, k = (torch.zeros(1, 1, n, COLS, device=device) for n in (ROWS, COLS))
-    v = torch.eye(COLS, device=device).view(1, 1, COLS, COLS)
-    y = fused.attention(
-        q, k, v, causal=False, dropout_p=P, seed=seed, dropout_offset=dropout_offset
-    )
-    return y[0, 0] > 0
+    v = torch.eye(COLS, device=device).view(1, 1, COLS, COLS).requires_grad_()
+    y = fused.attention(q, k, v, causal=False, **options)
+    grad = torch.eye(ROWS, COLS, device=device).expand_as(y)
+    return y[0, 0] > 0, torch.autograd.grad(y, v, grad)[0][0, 0].mT[:ROWS] > 0
 
 
-def _residual_layer_norm(seed: Tensor, dropout_offset: int, device: str) -> Tensor:
+def _residual_layer_norm(device: str, **options: Any) -> Masks:
     zeros, ones = (f(ROWS, COLS, device=device) for f in (torch.zeros, torch.ones))
-    return (
-        fused.residual_layer_norm(
-            zeros, ones, ones[0], dropout_p=P, seed=seed, dropout_offset=dropout_offset
-        )[1] > 0
-    )  # fmt: skip
+    delta = ones.clone().requires_grad_()
+    total = fused.residual_layer_norm(zeros, delta, ones[0], **options)[1]
+    return total > 0, torch.autograd.grad(total, delta, ones)[0] > 0
 
 
-def _embedding(seed: Tensor, dropout_offset: int, device: str) -> Tensor:
-    idx = torch.zeros(1, ROWS, dtype=torch.int64, device=device)
-    token, position = torch.ones(1, COLS, device=device), torch.zeros(ROWS, COLS, device=device)
-    return (
-        fused.embedding(
-            idx, token, position, dropout_p=P, seed=seed, dropout_offset=dropout_offset
-        )[0]
-        > 0
-    )
+def _embedding(device: str, **options: Any) -> Masks:
+    idx = torch.arange(ROWS, device=device)[None]
+    token = torch.ones(ROWS, COLS, device=device, requires_grad=True)
+    out = fused.embedding(idx, token, torch.zeros_like(token), **options)
+    return out[0] > 0, torch.autograd.grad(out.sum(), token)[0] > 0
 
 
 SITES = {
@@ -69,12 +66,18 @@ KERNELS = [
     and name.endswith("_kernel")
     and "dropout_offset" in kernel.arg_names
 ]
-Site = Callable[[Tensor, int, str], Tensor]
+Site = Callable[[int, int, str], Tensor]
 
 
-@pytest.fixture(params=SITES)
-def site(request: pytest.FixtureRequest) -> Iterator[Site]:
-    yield SITES[request.param]
+def _forward(masks: Callable[..., Masks]) -> Site:
+    """The forward's mask of a seed and a stream, which drops half."""
+    return lambda seed, stream, device: masks(
+        device, dropout_p=0.5, seed=torch.tensor([seed], device=device), dropout_offset=stream
+    )[0]
+
+
+each_place = pytest.mark.parametrize("masks", SITES.values(), ids=SITES)
+each_site = pytest.mark.parametrize("site", [*map(_forward, SITES.values())], ids=SITES)
 
 
 def _agreement(a: Tensor, b: Tensor) -> float:
@@ -86,38 +89,61 @@ def _agreement(a: Tensor, b: Tensor) -> float:
 BOUND = 5 / (ROWS * COLS) ** 0.5  # of a correlation; once in 1.7 million for independent masks
 
 
+@each_place
+@pytest.mark.parametrize("p", [0.25, 0.999])
+def test_masks_are_the_reference_s(device: str, masks: Callable[..., Masks], p: float) -> None:
+    seed = torch.tensor([-(2**50) - 11], device=device)
+    expected, _ = reference.dropout_mask(seed, (ROWS, COLS), p, 2**31 - 1)
+    for mask in masks(device, dropout_p=p, seed=seed, dropout_offset=2**31 - 1):
+        assert torch.equal(mask, expected)
+
+
+@pytest.mark.parametrize("p", [0.1, 0.2, 0.5, 0.9])
+def test_the_rate(p: float) -> None:
+    """Of 10^6 draws."""
+    mask, share = reference.dropout_mask(torch.tensor([-(2**40) - 7]), (2, 4, 2048, 64), p)
+    assert abs(1 - mask.double().mean() - p) < 0.002
+    assert abs(share - (1 - p)) < 2**-16
+
+
+@each_place
+def test_without_a_seed_each_call_draws_a_mask(device: str, masks: Callable[..., Masks]) -> None:
+    """Which its backward repeats, and PyTorch's seed fixes."""
+    torch.manual_seed(5)
+    (first, again), (second, _) = (masks(device, dropout_p=0.5) for _ in range(2))
+    assert torch.equal(first, again) and abs(_agreement(first, second)) < BOUND
+    torch.manual_seed(5)
+    assert torch.equal(masks(device, dropout_p=0.5)[0], first)
+
+
+@each_site
 def test_streams_of_one_seed_are_independent(device: str, site: Site) -> None:
-    seed = torch.tensor([1234567], device=device)
-    masks = [site(seed, dropout_offset, device) for dropout_offset in (0, 1, 2, 25, 2**31 - 1)]
+    masks = [site(1234567, stream, device) for stream in (0, 1, 2, 25, 2**31 - 1)]
     for i, a in enumerate(masks):
         assert abs(a.double().mean() - 0.5) < BOUND / 2
         for b in masks[:i]:
             assert abs(_agreement(a, b)) < BOUND
 
 
+@each_site
 @pytest.mark.parametrize("other", [1234568, -1234567, 1234567 + 2**32])
 def test_seeds_are_independent(device: str, site: Site, other: int) -> None:
     """The next seed, another sign, and one that differs in the upper half only."""
-    masks = [site(torch.tensor([s], device=device), 3, device) for s in (1234567, other)]
+    masks = [site(seed, 3, device) for seed in (1234567, other)]
     assert abs(_agreement(*masks)) < BOUND
 
 
+@each_site
 def test_rows_and_neighbouring_columns_are_independent(device: str, site: Site) -> None:
-    mask = site(torch.tensor([7], device=device), 0, device)
+    mask = site(7, 0, device)
     for shift in (1, 2, 4, 8, 16, 64):
         assert abs(_agreement(mask[:, shift:], mask[:, :-shift])) < 2 * BOUND
         assert abs(_agreement(mask[shift:], mask[:-shift])) < 2 * BOUND
 
 
-def test_one_seed_and_stream_give_one_mask(device: str, site: Site) -> None:
-    seed = torch.tensor([7], device=device)
-    assert torch.equal(site(seed, 4, device), site(seed, 4, device))
-
-
 def test_places_with_streams_of_their_own_share_no_mask(device: str) -> None:
     """As in a model: the same seed, and each place its own number."""
-    seed = torch.tensor([7], device=device)
-    a, b, c = (op(seed, dropout_offset, device) for dropout_offset, op in enumerate(SITES.values()))
+    a, b, c = (_forward(masks)(7, stream, device) for stream, masks in enumerate(SITES.values()))
     assert max(abs(_agreement(x, y)) for x, y in ((a, b), (a, c), (b, c))) < BOUND
 
 
@@ -131,21 +157,33 @@ def test_no_kernel_is_compiled_for_a_stream(kernel: JITFunction) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")
+@each_site
 def test_another_stream_launches_the_same_binaries(site: Site) -> None:
-    seed = torch.tensor([7], device="cuda")
-    site(seed, 5, "cuda")
+    site(7, 5, "cuda")
     before = [len(cache[0]) for kernel in KERNELS for cache in kernel.device_caches.values()]
-    for dropout_offset in (0, 1, 16, 2**31 - 1):
-        site(seed, dropout_offset, "cuda")
+    for stream in (0, 1, 16, 2**31 - 1):
+        site(7, stream, "cuda")
     assert before == [
         len(cache[0]) for kernel in KERNELS for cache in kernel.device_caches.values()
     ]
 
 
-def test_dropout_numbers() -> None:
+def test_dropout_arguments() -> None:
     """Sixteen bits an element: the rate is the nearest multiple of 2^-16, the scale its inverse."""
     for p in (0.0, 2**-16, 0.1, 0.2, 0.5, 0.999):
-        threshold, scale = _host.dropout_numbers(p)
-        assert abs(threshold / 2**16 - p) <= 2**-17
+        threshold, scale, drops = _host.dropout_arguments(p).values()
+        assert abs(threshold / 2**16 - p) <= 2**-17 and drops == (p > 0.0)
         assert scale * (2**16 - threshold) == pytest.approx(2**16)
-    assert _host.dropout_numbers(0.0) == (0, 1.0)
+
+
+def test_philox_known_answers() -> None:
+    """The test vectors of Random123 (Salmon et al. 2011) for philox4x32-10."""
+    ones, pi = 0xFFFFFFFF, (0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344)
+    for counter, key, expected in [
+        ((0, 0, 0, 0), 0, (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)),
+        ((ones,) * 4, (ones << 32) | ones, (0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD)),
+        (pi, (0x299F31D0 << 32) | 0xA4093822, (0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1)),
+    ]:
+        c0, c1, c2, c3 = (torch.tensor([c]) for c in counter)
+        words = reference.philox_4x32(key, (c0, c1, c2, c3))
+        assert tuple(int(w) for w in words) == expected

@@ -1,5 +1,5 @@
 """LayerNorm in Triton, plain and of a residual sum, against the plain ops: parity, the mask,
-gradients, determinism, what is kept and what is shared, errors."""
+gradients, determinism, what is kept and what is shared."""
 
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -10,9 +10,7 @@ import torch
 from torch import Tensor
 
 from fastgpt.kernels import fused, reference, torch_ops
-from fastgpt.kernels.layer_norm import MAX_WIDTH, _layer_norm_bwd_op, _layer_norm_op
 from tests.tools import interpreter, parity
-from tests.tools.sanitizer import sanitize
 
 # ----------------------------------------------------------------------------------- layer_norm
 
@@ -74,15 +72,6 @@ def test_plain_gradcheck(bias: bool) -> None:
     assert torch.autograd.gradcheck(fused.layer_norm, inputs)
 
 
-def test_plain_frozen_weight(device: str) -> None:
-    """Frozen parameters get no gradient, and x's is unchanged by that."""
-    x = torch.randn(4, 32, device=device, requires_grad=True)
-    weight = torch.randn(32, device=device)
-    fused.layer_norm(x, weight).sum().backward()
-    expected = torch.autograd.grad(torch_ops.layer_norm(x, weight).sum(), x)[0]
-    torch.testing.assert_close(x.grad, expected)
-
-
 @pytest.mark.parametrize("ops", [fused, torch_ops], ids=["fused", "torch_ops"])
 def test_float32_weight_with_low_precision_input(device: str, ops) -> None:
     x = torch.randn(4, 64, device=device).bfloat16()
@@ -101,30 +90,6 @@ def test_plain_autocast_rounds_once(device: str) -> None:
         y = fused.layer_norm(x, weight)
     assert y.dtype == torch.bfloat16
     assert torch.equal(y, plain.bfloat16())
-
-
-def test_plain_errors() -> None:
-    x, weight = torch.randn(2, 8), torch.ones(8)
-    with pytest.raises(ValueError, match=r"weight must have shape \(8,\).*got \(7,\)"):
-        fused.layer_norm(x, torch.ones(7))
-    with pytest.raises(ValueError, match=r"bias must have shape \(8,\).*got \(1, 8\)"):
-        fused.layer_norm(x, weight, torch.ones(1, 8))
-    with pytest.raises(ValueError, match="weight must have the dtype of x.*got torch.float16"):
-        fused.layer_norm(x, weight.half())
-    with pytest.raises(ValueError, match="bias must have the dtype of x.*got torch.float16"):
-        fused.layer_norm(x, weight, weight.half())
-    with pytest.raises(ValueError, match="bias must have the dtype of weight"):
-        fused.layer_norm(x.half(), weight, weight.half())
-    with pytest.raises(ValueError, match=r"weight must be on the device of x \(cpu\), got meta"):
-        fused.layer_norm(x, weight.to("meta"))
-    with pytest.raises(ValueError, match="eps must be at least 0, got -1.0"):
-        fused.layer_norm(x, weight, eps=-1.0)
-    with pytest.raises(ValueError, match=f"at most {MAX_WIDTH}, got {MAX_WIDTH + 1}"):
-        fused.layer_norm(torch.randn(1, MAX_WIDTH + 1), torch.ones(MAX_WIDTH + 1))
-    with pytest.raises(ValueError, match="x must have a last dimension of at least 1"):
-        fused.layer_norm(torch.randn(3, 0), torch.ones(0))
-    with pytest.raises(TypeError, match="x must be a floating-point tensor"):
-        fused.layer_norm(torch.arange(8), weight)
 
 
 # -------------------------------------------------------------------------- residual_layer_norm
@@ -228,44 +193,6 @@ def test_y_is_the_layer_norm_of_the_stored_sum(device: str) -> None:
     assert torch.equal(y, fused.layer_norm(total, inputs["weight"], inputs["bias"]))
 
 
-# ------------------------------------------------------------------------------------- dropout
-
-
-@pytest.mark.parametrize("shape", [(1, 1), (37, 65), (2, 5, 768), (3, 8200)], ids=str)
-@pytest.mark.parametrize("dropout_p", [0.25, 0.999])
-def test_mask_is_the_reference_s_forward_and_backward(
-    device: str, shape: tuple[int, ...], dropout_p: float
-) -> None:
-    n = shape[-1]
-    seed = torch.tensor([-(2**50) - 11], device=device)
-    delta = torch.ones(shape, device=device, requires_grad=True)
-    _, total = fused.residual_layer_norm(
-        torch.zeros(shape, device=device),
-        delta,
-        torch.ones(n, device=device),
-        dropout_p=dropout_p,
-        seed=seed,
-        dropout_offset=2**31 - 1,
-    )
-    (ddelta,) = torch.autograd.grad(total, delta, torch.ones_like(total))
-    keep, share = reference.dropout_mask(seed, (delta.numel() // n, n), dropout_p, 2**31 - 1)
-    expected = keep.view(shape).float() / share
-    torch.testing.assert_close(total, expected)
-    torch.testing.assert_close(ddelta, expected)
-    assert torch.equal(total > 0, keep.view(shape)) and torch.equal(ddelta > 0, keep.view(shape))
-
-
-def test_without_a_seed_each_call_draws_a_mask_that_its_backward_repeats(device: str) -> None:
-    delta = torch.ones(8, 64, device=device, requires_grad=True)
-    args = torch.zeros(8, 64, device=device), delta, torch.ones(64, device=device)
-    torch.manual_seed(5)
-    first, second = (fused.residual_layer_norm(*args, dropout_p=0.5)[1] for _ in range(2))
-    (ddelta,) = torch.autograd.grad(first, delta, torch.ones_like(first))
-    assert torch.equal(ddelta, first) and not torch.equal(first, second)
-    torch.manual_seed(5)
-    assert torch.equal(fused.residual_layer_norm(*args, dropout_p=0.5)[1], first)
-
-
 # ----------------------------------------------------------------------------------- gradients
 
 
@@ -304,25 +231,14 @@ def test_one_gradient_serves_residual_and_delta(device: str) -> None:
 
 def test_neither_delta_nor_a_mask_is_kept(device: str) -> None:
     inputs = {k: v.requires_grad_() for k, v in _inputs((6, 40), torch.float32, device).items()}
-    kept: list[Tensor] = []
+    totals: list[Tensor] = []
 
-    def pack(x: Tensor) -> Tensor:
-        kept.append(x)
-        return x
+    def run() -> Tensor:
+        totals.append(fused.residual_layer_norm(**inputs, dropout_p=0.5)[1])
+        return totals[0]
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-        _, total = fused.residual_layer_norm(**inputs, dropout_p=0.5)
-    large = [x.data_ptr() for x in kept if x.numel() >= total.numel()]
-    assert large == [total.data_ptr()]
-
-
-def test_frozen_parameters(device: str) -> None:
-    inputs = _inputs((4, 32), torch.float32, device)
-    delta = inputs["delta"].requires_grad_()
-    fused.residual_layer_norm(**inputs)[0].square().sum().backward()
-    expected = torch.autograd.grad(torch_ops.residual_layer_norm(**inputs)[0].square().sum(), delta)
-    assert delta.grad is not None
-    torch.testing.assert_close(delta.grad, expected[0], rtol=1e-4, atol=1e-5)
+    large = [place for place, size in parity.saved_storages(run).items() if size >= 4 * 6 * 40]
+    assert large == [totals[0].data_ptr()]
 
 
 @pytest.mark.parametrize("dropout_p", [0.0, 0.5])
@@ -335,23 +251,6 @@ def test_gradcheck(dropout_p: float) -> None:
         return fused.residual_layer_norm(**inputs, dropout_p=dropout_p, seed=seed)
 
     assert torch.autograd.gradcheck(op, leaves)
-
-
-@pytest.mark.parametrize("width", [96, 8200])
-def test_two_runs_give_the_same_bits(device: str, width: int) -> None:
-    n_rows = 70 if width < 1000 else 9  # two tiles, the second partial
-    inputs = _inputs((n_rows, width), torch.float32, device)
-    leaves = [x.requires_grad_() for x in inputs.values()]
-    grads = torch.randn(2, n_rows, width, device=device).unbind()
-    seed = torch.tensor([9], device=device)
-    runs = []
-    for order in (1, 2):
-        with sanitize(seed=order):  # interpreted: also in another order of the programs
-            out = fused.residual_layer_norm(**inputs, dropout_p=0.1, seed=seed)
-            runs.append([*out, *torch.autograd.grad(out, leaves, grads)])
-            plain = fused.layer_norm(leaves[0], leaves[2])
-            runs[-1] += [plain, *torch.autograd.grad(plain, (leaves[0], leaves[2]), grads[0])]
-    assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
 
 
 def test_rows_are_independent(device: str) -> None:
@@ -368,44 +267,6 @@ def test_rows_are_independent(device: str) -> None:
 # ----------------------------------------------------------------------------------- operators
 
 
-@pytest.mark.parametrize("dropout_p", [0.0, 0.5])
-def test_opcheck(device: str, dropout_p: float) -> None:
-    inputs = _inputs((3, 5, 24), torch.float32, device)
-    x, delta, weight, bias, delta_bias = (v.requires_grad_() for v in inputs.values())
-    seed = torch.tensor([1], device=device) if dropout_p else None
-    options = (seed, 1e-5, dropout_p, 2, torch.float32)
-    for args in (
-        (x, delta, weight, bias, delta_bias, *options),
-        (x, delta, weight, None, None, *options),
-        (x, None, weight, bias, None, None, 1e-5, 0.0, 0, torch.float32),
-        (x, None, weight, None, None, None, 1e-5, 0.0, 0, torch.bfloat16),
-    ):
-        torch.library.opcheck(_layer_norm_op, args)
-    with torch.no_grad():
-        y, total, mean, rstd = _layer_norm_op(x, delta, weight, bias, delta_bias, *options)
-    kept = (total, weight.detach(), mean, rstd, seed, dropout_p, 2)
-    torch.library.opcheck(_layer_norm_bwd_op, (y, total, *kept, torch.float32, True, True))
-    torch.library.opcheck(_layer_norm_bwd_op, (y, None, *kept, None, False, False))
-
-
-def test_compiles_without_a_graph_break(device: str) -> None:
-    inputs = _inputs((5, 24), torch.float32, device)
-    leaves = [x.requires_grad_() for x in inputs.values()]
-    seed = torch.tensor([1], device=device)
-
-    def step(inputs: dict[str, Any]) -> Tensor:
-        y, total = fused.residual_layer_norm(**inputs, dropout_p=0.5, seed=seed)
-        return fused.residual_layer_norm(total, y, inputs["weight"])[0].square().sum()
-
-    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
-    for x, z in zip(
-        torch.autograd.grad(compiled(inputs), leaves),
-        torch.autograd.grad(step(inputs), leaves),
-        strict=True,
-    ):
-        torch.testing.assert_close(x, z)
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_inductor_at_width_768(device: str, dtype: torch.dtype) -> None:
     """GPT-2's width, at which a compiled LayerNorm is most used: as eager to the bit, whatever the
@@ -418,27 +279,3 @@ def test_inductor_at_width_768(device: str, dtype: torch.dtype) -> None:
             parity.results(op, inputs, grad, dtype) for op in (compiled, fused.layer_norm)
         )
         assert all(torch.equal(x, y) for x, y in zip(got, expected, strict=True))
-
-
-def test_errors() -> None:
-    inputs = _inputs((2, 8), torch.float32, "cpu")
-
-    def refuses(kind: type[Exception], message: str, **changed: Any) -> None:
-        with pytest.raises(kind, match=message):
-            fused.residual_layer_norm(**{**inputs, **changed})
-
-    x, w = inputs["delta"], inputs["weight"]
-    refuses(ValueError, r"delta must have shape \(2, 8\).*got \(1, 8\)", delta=x[:1])
-    refuses(ValueError, "delta must have the dtype of residual", delta=x.double())
-    refuses(ValueError, "delta must be on the device of residual", delta=x.to("meta"))
-    refuses(ValueError, r"weight must have shape \(8,\).*got \(7,\)", weight=w[:7])
-    refuses(ValueError, "bias must have the dtype of", bias=w.double())
-    refuses(ValueError, r"delta_bias must have shape \(8,\)", delta_bias=w[None])
-    refuses(ValueError, "eps must be at least 0, got -1", eps=-1)
-    refuses(ValueError, r"dropout_p must lie in \[0, 0.999\], got 1.0", dropout_p=1.0)
-    refuses(ValueError, "seed must be an int64 tensor", dropout_p=0.1, seed=torch.tensor([1.0]))
-    refuses(ValueError, r"dropout_offset must lie in \[0, 2\^31\), got -1", dropout_offset=-1)
-    refuses(TypeError, "residual must be a floating-point tensor", residual=x.long())
-    wide = torch.ones(1, MAX_WIDTH + 1)
-    with pytest.raises(ValueError, match=f"residual .* at most {MAX_WIDTH}, got {MAX_WIDTH + 1}"):
-        fused.residual_layer_norm(wide, wide, wide[0])

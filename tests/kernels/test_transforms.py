@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from fastgpt.kernels import fused, reference, torch_ops
-from tests.kernels.test_edges import CALLS, Call, every_call
+from tests.tools.calls import CALLS, Call, every_call, tensors_of
 
 Loss = Callable[..., Tensor]
 grad: Callable[..., Any] = torch.func.grad
@@ -33,7 +33,7 @@ def _loss(ops, call: Call) -> Loss:
 
 
 def _tensors(call: Call, device: str, *batch: int) -> list[Tensor]:
-    return [torch.randn(*batch, *shape, device=device) for shape in call.shapes]
+    return [x.detach() for x in tensors_of(call, device, *batch)]
 
 
 def _expected(loss: Loss, tensors: list[Tensor]) -> list[Tensor]:

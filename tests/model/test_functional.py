@@ -3,10 +3,9 @@
 import pytest
 import torch
 from torch import Tensor
-from torch.func import functional_call, grad, jvp, stack_module_state, vmap
+from torch.func import functional_call, grad, stack_module_state, vmap
 
 from fastgpt import GPT, GPTConfig
-from fastgpt.kernels import fused
 
 CONFIG = GPTConfig(block_size=16, vocab_size=48, n_layer=1, n_head=2, n_embd=32, bias=True)
 Weights = dict[str, Tensor]
@@ -35,11 +34,3 @@ def test_gradients_of_single_sequences(ops, device: str) -> None:
     losses = vmap(loss, in_dims=(0, None, None))(stacked, idx[0], targets[0])
     expected = [m(idx[:1], targets[:1])[1] for m in models]
     torch.testing.assert_close(losses, torch.stack(expected))
-
-
-def test_forward_mode_is_refused_and_not_zero(device: str) -> None:
-    model = GPT(CONFIG, ops=fused).to(device)
-    idx = torch.randint(48, (2, 8), device=device)
-    weights = {name: p.detach() for name, p in model.named_parameters()}
-    with pytest.raises(NotImplementedError, match="has no forward-mode derivative"):
-        jvp(lambda weights: functional_call(model, weights, (idx, idx))[1], (weights,), (weights,))

@@ -3,20 +3,13 @@
 import copy
 import io
 import pickle
+from collections.abc import Callable
 
 import pytest
 import torch
 
 from fastgpt import GPT
 from tests.tools.small_models import BLOCK, small_model, tokens
-
-
-def copied(model: GPT) -> GPT:
-    return copy.deepcopy(model)
-
-
-def pickled(model: GPT) -> GPT:
-    return pickle.loads(pickle.dumps(model))
 
 
 def saved(model: GPT) -> GPT:
@@ -26,20 +19,25 @@ def saved(model: GPT) -> GPT:
     return torch.load(file, weights_only=False)
 
 
-def loaded(model: GPT) -> GPT:
-    other = GPT(model.config)
-    other.load_state_dict(model.state_dict())
-    return other
-
-
-def assigned(model: GPT) -> GPT:
-    with torch.device("meta"):
+def loaded(model: GPT, device: str = "cpu", assign: bool = False) -> GPT:
+    with torch.device(device):
         other = GPT(model.config)
-    other.load_state_dict(model.state_dict(), assign=True)
+    other.load_state_dict(model.state_dict(), assign=assign)
     return other
 
 
-@pytest.mark.parametrize("way", [copied, pickled, saved, loaded, assigned, GPT.float, GPT.cpu])
+WAYS: dict[str, Callable[[GPT], GPT]] = {
+    "copied": copy.deepcopy,
+    "pickled": lambda model: pickle.loads(pickle.dumps(model)),
+    "saved": saved,
+    "loaded": loaded,
+    "assigned": lambda model: loaded(model, "meta", assign=True),
+    "float": GPT.float,
+    "cpu": GPT.cpu,
+}
+
+
+@pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
 def test_a_copy_keeps_weights_and_tie(way):
     model = small_model()
     before = model(tokens())[0]

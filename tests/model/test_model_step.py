@@ -90,15 +90,16 @@ def test_every_place_has_a_mask_of_its_own(device: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "bias, dropout, autocast", [(True, 0.0, False), (False, 0.3, False), (False, 0.0, True)]
+    "bias, dropout, autocast, gelu",
+    [(True, 0.0, False, "none"), (False, 0.3, False, "tanh"), (False, 0.0, True, "none")],
 )
 def test_recomputing_changes_no_bit(
-    ops, device: str, bias: bool, dropout: float, autocast: bool
+    ops, device: str, bias: bool, dropout: float, autocast: bool, gelu: str
 ) -> None:
     config = small_config(bias=bias, dropout=dropout)
     with torch.autocast(device, torch.bfloat16, enabled=autocast):
         kept, again = (
-            step(model_with(ops, config, device, recompute=recompute), device)
+            step(model_with(ops, config, device, recompute=recompute, gelu=gelu), device)
             for recompute in (False, True)
         )
     assert kept.keys() == again.keys()
@@ -113,11 +114,11 @@ def saved_bytes(model: GPT, device: str) -> int:
     return sum(size for place, size in kept.items() if place not in parameters)
 
 
-def test_recomputing_keeps_less(device: str) -> None:
+def test_recomputing_keeps_less(ops, device: str) -> None:
     """Per layer and token neither the two normalised inputs (C each) nor GELU's result (4C)."""
     config = small_config(n_layer=4)
     kept, again = (
-        saved_bytes(model_with(fused, config, device, recompute=recompute), device)
+        saved_bytes(model_with(ops, config, device, recompute=recompute), device)
         for recompute in (False, True)
     )
     assert kept - again == config.n_layer * 6 * config.n_embd * 3 * BLOCK * 4

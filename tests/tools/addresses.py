@@ -9,7 +9,6 @@ launch's tensors fails, and so does int32 arithmetic that overflows. Loads give 
 integers the number in ``integers`` of the launch's argument, else 0.
 """
 
-import dataclasses
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -25,6 +24,7 @@ from triton.runtime.jit import JITFunction
 
 from tests.tools import interpreter
 from tests.tools.interpreter import Builder, Observer, Program
+from tests.tools.sanitizer import exchanged
 
 _SPACING = 2**44  # bytes between the starts of two tensors
 
@@ -87,7 +87,6 @@ class _AddressBuilder(Builder):
 @contextmanager
 def checked_addresses(integers: Mapping[str, int] | None = None) -> Iterator[list[str]]:
     """Yields the names of the kernels that were launched."""
-    interpreter.install()
     builder = triton_interpreter.interpreter_builder
     launched: list[str] = []
 
@@ -104,14 +103,6 @@ def checked_addresses(integers: Mapping[str, int] | None = None) -> Iterator[lis
         assert builder.accesses, f"{kernel.__name__}: the last program accessed nothing"
         launched.append(kernel.__name__)
 
-    outside = dict(vars(builder)), builder.__class__, interpreter.observer
-    interpreter.observer = _Ends()
-    builder.options = dataclasses.replace(builder.options, debug=True)  # checks of overflow
-    builder.__class__ = _AddressBuilder
-    try:
-        with mock.patch.object(JITFunction, "run", run), torch.no_grad():
+    with exchanged(_AddressBuilder, _Ends()), torch.no_grad():
+        with mock.patch.object(JITFunction, "run", run):
             yield launched
-    finally:
-        attributes, builder.__class__, interpreter.observer = outside
-        vars(builder).clear()
-        vars(builder).update(attributes)

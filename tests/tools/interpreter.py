@@ -17,10 +17,12 @@ pass. Not seen here: tf32, shared memory, registers.
 from __future__ import annotations
 
 import functools
+import itertools
 import types
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
@@ -319,13 +321,8 @@ def gpu_arithmetic() -> Iterator[None]:
     takes it: the two are one instruction (fma), unless something else stands between them. A
     quotient is a product with a reciprocal, within 2 ulp; ``tl.div_rn`` stays exact."""
     install()
-    builder = triton_interpreter.interpreter_builder
-    before = builder.gpu_arithmetic
-    builder.gpu_arithmetic = True
-    try:
+    with mock.patch.object(triton_interpreter.interpreter_builder, "gpu_arithmetic", True):
         yield
-    finally:
-        builder.gpu_arithmetic = before
 
 
 def _scalar(value: Any, dtype: tl.dtype, numpy_dtype: type) -> tl.tensor:
@@ -356,8 +353,8 @@ def _programs(grid: tuple[int, ...]) -> list[Program]:
     sizes = (*grid, 1, 1)[:3]
     if len(grid) > 3 or any(size > most for size, most in zip(sizes, _MAX_GRID, strict=True)):
         raise ValueError(f"grid must have at most 3 dimensions of at most {_MAX_GRID}, got {grid}")
-    n_x, n_y, n_z = sizes
-    return [(x, y, z) for x in range(n_x) for y in range(n_y) for z in range(n_z)]
+    n_x, n_y, n_z = map(range, sizes)
+    return list(itertools.product(n_x, n_y, n_z))
 
 
 def _interpret(kernel: JITFunction, grid: Any, arguments: dict[str, Any]) -> None:

@@ -62,14 +62,20 @@ def randn(shape: Sequence[int], dtype: torch.dtype, device: str, layout: str) ->
     return torch.randn(*shape, device=device).to(dtype)
 
 
+def outcome(op: Callable[..., Tensor], inputs: Sequence[Tensor], grad: Tensor) -> list[Tensor]:
+    """The output and the gradients of all inputs, if it has any."""
+    leaves = [x.detach().requires_grad_() for x in inputs]
+    out = op(*leaves)
+    gradients = torch.autograd.grad(out, leaves, grad.to(out.dtype)) if out.requires_grad else ()
+    return [out.detach(), *gradients]
+
+
 def results(
     op: Callable[..., Tensor], inputs: Sequence[Tensor], grad: Tensor, dtype: torch.dtype
 ) -> list[Tensor]:
-    """The output and the gradients of all inputs, if it has any, in float64."""
-    leaves = [x.detach().to(dtype).requires_grad_() for x in inputs]  # strides are kept
-    out = op(*leaves)
-    gradients = torch.autograd.grad(out, leaves, grad.to(out.dtype)) if out.requires_grad else ()
-    return [t.detach().double() for t in (out, *gradients)]
+    """The same in float64, computed in ``dtype``."""
+    found = outcome(op, [x.to(dtype) for x in inputs], grad)  # strides are kept
+    return [t.double() for t in found]
 
 
 def assert_parity(

@@ -66,6 +66,7 @@ class RoundedOnce(TorchDispatchMode):
                 return func(*args, **kwargs)
         changed = [i for i, x in enumerate(func._schema.arguments) if x.is_write]
         is_view = any(x.alias_info for x in func._schema.returns) and not changed
+        is_view = is_view or torch.Tag.inplace_view in func.tags  # squeeze_ changes no number
         is_random = torch.Tag.nondeterministic_seeded in func.tags
         if is_view or is_random or not any(map(_is_narrow, pytree.tree_leaves((args, kwargs)))):
             return func(*args, **kwargs)

@@ -150,16 +150,26 @@ def _fail(finding: str) -> None:
 
 
 @contextmanager
-def sanitize(seed: int = 0) -> Iterator[None]:
-    """Check every interpreted launch of the block. ``seed``: of the order of the programs."""
+def exchanged(builder: type[Builder], observer: Observer, **attributes: Any) -> Iterator[None]:
+    """In here launches are interpreted by this builder, seen by this observer, and int32 arithmetic
+    that overflows is an error."""
     interpreter.install()
-    builder = triton_interpreter.interpreter_builder
-    outside = dict(vars(builder)), builder.__class__, interpreter.observer
-    interpreter.observer = builder.memory = _Memory(seed)
-    builder.options = dataclasses.replace(builder.options, debug=True)  # checks of overflow
-    builder.__class__ = _CheckedBuilder
+    present = triton_interpreter.interpreter_builder
+    outside = dict(vars(present)), present.__class__, interpreter.observer
+    interpreter.observer, present.__class__ = observer, builder
+    options = dataclasses.replace(present.options, debug=True)
+    vars(present).update(attributes, options=options)
     try:
         yield
     finally:
-        attributes, builder.__class__, interpreter.observer = outside
-        vars(builder).update(attributes)
+        before, present.__class__, interpreter.observer = outside
+        vars(present).clear()
+        vars(present).update(before)
+
+
+@contextmanager
+def sanitize(seed: int = 0) -> Iterator[None]:
+    """Check every interpreted launch of the block. ``seed``: of the order of the programs."""
+    memory = _Memory(seed)
+    with exchanged(_CheckedBuilder, memory, memory=memory):
+        yield

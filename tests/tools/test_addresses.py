@@ -53,9 +53,8 @@ def test_layer_norm(width: int) -> None:
             wide, wide, row, row, row, SEED, 1e-5, dropout_p, 0, wide.dtype
         )
         layer_norm_bwd(
-            wide, wide, wide, row, mean, rstd, SEED, dropout_p, 0, wide, _meta(n_rows, width),
-            row, row, row,
-        )  # fmt: skip
+            wide, wide, wide, row, mean, rstd, SEED, dropout_p, 0, wide.dtype, True, True
+        )
     assert len(launched) == (3 if width == 4096 else 4)
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from tests.tools import test_ptx_kernels, toy_kernels
+from tests.tools import test_interpreter, test_ptx_kernels, toy_kernels
 from tests.tools.ptx import forms, launches, machine, mutations
 from tests.tools.ptx.launches import PtxError
 from tests.tools.ptx.machine import Finding, Kernel
@@ -58,18 +58,11 @@ def test_bulk_copies_cut_off_at_the_edge(block: tuple[int, int]) -> None:
 @pytest.mark.parametrize("capability", CAPABILITIES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_arithmetic(capability: int, dtype: torch.dtype) -> None:
-    x, y = torch.randn(2, 300).to(dtype)
-    out = torch.full((11, 300), float("nan"), dtype=dtype)
     with launches.compiled_for(capability):
-        toy_kernels.binary_kernel[(1,)](x, y, out, 300, BLOCK=512)
-    expected = [
-        x + y, x - y, x * y, x / y, -x, torch.maximum(x, y), torch.minimum(x, y),
-        torch.minimum(x, y), x.abs(), x * 2.5, x.clamp(-0.5, 0.5),
-    ]  # fmt: skip
-    quotient = out[3]
-    torch.testing.assert_close(quotient, expected[3])  # div.full: within two places
-    for k, value in enumerate(expected):
-        assert k == 3 or torch.equal(out[k], value), k
+        found, expected = test_interpreter.arithmetic(dtype)
+    torch.testing.assert_close(found[3], expected[3])  # div.full: within two places
+    for k in {*range(11)} - {3}:
+        assert torch.equal(found[k], expected[k]), k
 
 
 ALL_HALVES = torch.arange(-(2**15), 2**15, dtype=torch.int16)
@@ -106,26 +99,14 @@ def test_conversions(source: torch.dtype, to: torch.dtype) -> None:
 def test_functions_reductions_shapes_and_programs(capability: int) -> None:
     x = torch.randn(64).abs() + 0.1
     exp, exp2, erf, rsqrt = torch.empty(4, 64)
-    matrix = torch.randn(16, 32)
-    sums, largest, cumsum = torch.empty(16), torch.empty(16), torch.empty(16, 32)
-    places = torch.empty(16, dtype=torch.int32)
-    transposed, joined = torch.empty(32, 16), torch.empty(16, 64)
-    programs = torch.full((2, 3, 4), -1, dtype=torch.int32)
     with launches.compiled_for(capability):
         toy_kernels.unary_kernel[(1,)](x, exp, exp2, erf, rsqrt, BLOCK=64)
-        toy_kernels.reduce_kernel[(1,)](matrix, sums, largest, places, cumsum, M=16, N=32)
-        toy_kernels.shapes_kernel[(1,)](matrix, transposed, joined, M=16, N=32)
-        toy_kernels.program_kernel[(2, 3, 4)](programs)
+        test_interpreter.test_reductions(torch.float32)
+        test_interpreter.test_trans_join_and_reshape(torch.float32)
+        test_interpreter.test_every_program_of_the_grid_runs((2, 3, 4))
     for got, expected in ((exp, x.exp()), (exp2, x.exp2()), (erf, x.erf()), (rsqrt, x.rsqrt())):
         torch.testing.assert_close(got, expected, rtol=1e-6, atol=1e-6)
     assert not torch.equal(rsqrt, x.rsqrt())  # as inexact as the instruction may be
-    torch.testing.assert_close(sums, matrix.sum(1))
-    torch.testing.assert_close(cumsum, matrix.cumsum(1))
-    assert torch.equal(largest, matrix.max(1).values)
-    assert torch.equal(places.long(), matrix.argmax(1))
-    assert torch.equal(transposed, matrix.t())
-    assert torch.equal(joined, torch.stack([matrix, -matrix], -1).flatten(1))
-    assert torch.equal(programs.flatten(), torch.arange(24, dtype=torch.int32))
 
 
 def test_any_interleaving_of_the_warps_gives_the_same() -> None:

@@ -20,6 +20,8 @@ from torch import Tensor
 from fastgpt.kernels import configs, fused, reference
 from tests.kernels.test_attention_semantics import assert_pipelined_pv_is_the_same
 from tests.tools import parity
+from tests.tools.calls import decoding
+from tests.tools.documents import starts_of
 from tests.tools.ptx import coverage, launches, machine
 
 pytestmark = pytest.mark.skipif(
@@ -52,8 +54,19 @@ def case(
     CASES.append(Case(name, partial(run, *args, **options), sm))
 
 
-def _seed() -> Tensor:
-    return torch.tensor([0x1234_5678_9ABC_DEF])
+def _compare(call: Callable[..., Tensor], dtype: torch.dtype, *shapes: tuple[int, ...]) -> None:
+    """``call(ops, *inputs)`` by the kernels and by the plain ops."""
+    inputs = [torch.randn(shape).to(dtype) for shape in shapes]
+    kernel, plain = (partial(call, module) for module in (fused, reference))
+    shape = plain(*inputs).shape
+    grad = torch.randn(shape).to(dtype) if shape else torch.tensor(1.0)
+    names = [f"input {i}" for i in range(len(inputs))]
+    parity.assert_parity(kernel, plain, plain, inputs, grad, names)
+
+
+def _with_seed(options: dict[str, Any]) -> dict[str, Any]:
+    seed = {"seed": torch.tensor([0x1234_5678_9ABC_DEF])}
+    return options | (seed if "dropout_p" in options else {})
 
 
 @contextmanager
@@ -73,27 +86,18 @@ def _attention(
     dtype: torch.dtype, head_size: int, length: int, documents: bool = False, **options: Any
 ) -> None:
     """Packed, with two heads."""
+    options = _with_seed(options)
     if documents:
-        doc_start = torch.zeros(1, length, dtype=torch.int32)
-        doc_start[:, length // 3 :] = length // 3
-        options["doc_start"] = doc_start
-    if options.get("dropout_p"):
-        options["seed"] = _seed()
-    qkv = torch.randn(1, length, 3 * 2 * head_size).to(dtype)
-    grad = torch.randn(1, length, 2 * head_size).to(dtype)
-    kernel, plain = (
-        partial(module.attention_qkvpacked, n_head=2, **options) for module in (fused, reference)
-    )
-    parity.assert_parity(kernel, plain, plain, [qkv], grad, ["qkv"])
+        options["doc_start"] = starts_of(length, [length // 3])
+    shape = 1, length, 3 * 2 * head_size
+    _compare(lambda ops, qkv: ops.attention_qkvpacked(qkv, 2, **options), dtype, shape)
 
 
-def _attention_lengths(dtype: torch.dtype, **options: Any) -> None:
+def _attention_lengths(dtype: torch.dtype) -> None:
     """Four heads that share the keys of two."""
-    shapes = [(2, 4, 40, 32), (2, 2, 70, 32), (2, 2, 70, 32), (2, 4, 40, 32)]
-    *inputs, grad = (torch.randn(shape).to(dtype) for shape in shapes)
-    options |= {"key_lengths": torch.tensor([37, 0], dtype=torch.int32)}
-    kernel, plain = (partial(module.attention, **options) for module in (fused, reference))
-    parity.assert_parity(kernel, plain, plain, inputs, grad, ["q", "k", "v"])
+    options: Any = dict(causal=False, key_lengths=torch.tensor([37, 0], dtype=torch.int32))
+    shapes = (2, 4, 40, 32), (2, 2, 70, 32), (2, 2, 70, 32)
+    _compare(lambda ops, *qkv: ops.attention(*qkv, **options), dtype, *shapes)
 
 
 def _attention_tf32() -> None:
@@ -113,13 +117,8 @@ def _decode(dtype: torch.dtype, head_size: int) -> None:
     qkv = torch.randn(2, 1, 3 * 2 * head_size).to(dtype)
     cache = torch.randn(2, 2, 2, 200, head_size).to(dtype)
     positions = torch.tensor([0, 150])
-    caches = cache.clone(), cache.clone(), cache.double()
-    got = fused.attention_decode(qkv, caches[0], positions)
-    common = reference.attention_decode(qkv, caches[1], positions)
-    exact = reference.attention_decode(qkv.double(), caches[2], positions)
-    assert torch.equal(caches[0], caches[1])
-    error = (got.double() - exact).abs() - torch.finfo(dtype).eps * exact.abs()
-    assert error.max() <= 2 * (common.double() - exact).abs().max() + 1e-5
+    kernel, plain = (partial(decoding(cache, positions), ops) for ops in (fused, reference))
+    parity.assert_parity(kernel, plain, plain, [qkv], torch.zeros(1), [])
 
 
 case("attention-float32", _attention, FLOAT32, 16, 70)
@@ -140,8 +139,8 @@ case("attention-float16-dropout", _attention, FLOAT16, 16, 70, dropout_p=0.2)
 for name, tile in (("wgmma", (64, 16)), ("mma", (32, 32))):
     options: Any = dict(block_m=tile[0], block_n=tile[1], causal=False, sm=(90,))
     case(f"attention-pipelined-{name}", assert_pipelined_pv_is_the_same, 64, 64, FLOAT16, **options)
-case("attention-float32-lengths", _attention_lengths, FLOAT32, causal=False)
-case("attention-bfloat16-lengths", _attention_lengths, BFLOAT16, causal=False)
+case("attention-float32-lengths", _attention_lengths, FLOAT32)
+case("attention-bfloat16-lengths", _attention_lengths, BFLOAT16)
 case("attention-tf32", _attention_tf32)
 for dtype in parity.DTYPES:
     case(f"decode-{dtype}".replace("torch.", ""), _decode, dtype, 64)
@@ -151,53 +150,30 @@ for dtype in parity.DTYPES:
 
 
 def _gelu(dtype: torch.dtype, approximate: str) -> None:
-    x, grad = torch.randn(2, 3000).to(dtype)
-    kernel, plain = (partial(m.gelu, approximate=approximate) for m in (fused, reference))
-    parity.assert_parity(kernel, plain, plain, [x], grad, ["x"])
+    _compare(lambda ops, x: ops.gelu(x, approximate), dtype, (2, 3000))
 
 
 def _layer_norm(dtype: torch.dtype, rows: int, columns: int, bias: bool) -> None:
-    shapes = [(rows, columns), (columns,), (columns,)][: 2 + bias]
-    inputs = [torch.randn(shape).to(dtype) for shape in shapes]
-    grad = torch.randn(rows, columns).to(dtype)
-    names = ["x", "weight", "bias"][: 2 + bias]
-    ops = fused.layer_norm, reference.layer_norm, reference.layer_norm
-    parity.assert_parity(*ops, inputs, grad, names)
+    shapes = (rows, columns), *[(columns,)] * (1 + bias)
+    _compare(lambda ops, *tensors: ops.layer_norm(*tensors), dtype, *shapes)
 
 
 def _residual(dtype: torch.dtype, columns: int, biases: tuple[str, ...], **options: Any) -> None:
     """Both results at once: the sum, and its norm."""
-    shapes = [(5, columns)] * 2 + [(columns,)] * (1 + len(biases))
-    inputs = [torch.randn(shape).to(dtype) for shape in shapes]
-    if options.get("dropout_p"):
-        options["seed"] = _seed()
+    options = _with_seed(options)
 
-    def op(module: Any) -> Callable[..., Tensor]:
-        def both(residual: Tensor, delta: Tensor, weight: Tensor, *values: Tensor) -> Tensor:
-            named = dict(zip(biases, values, strict=True))
-            return torch.stack(
-                module.residual_layer_norm(residual, delta, weight, **named, **options)
-            )
+    def both(ops: Any, residual: Tensor, delta: Tensor, weight: Tensor, *values: Tensor) -> Tensor:
+        named = dict(zip(biases, values, strict=True))
+        return torch.stack(ops.residual_layer_norm(residual, delta, weight, **named, **options))
 
-        return both
-
-    names = ["residual", "delta", "weight", *biases]
-    grad = torch.randn(2, 5, columns).to(dtype)
-    parity.assert_parity(op(fused), op(reference), op(reference), inputs, grad, names)
+    _compare(both, dtype, *[(5, columns)] * 2, *[(columns,)] * (1 + len(biases)))
 
 
 def _embedding(dtype: torch.dtype, documents: bool = False, **options: Any) -> None:
-    idx = torch.randint(50, (3, 40))
+    idx, options = torch.randint(50, (3, 40)), _with_seed(options)
     if documents:
-        options["doc_start"] = (
-            torch.arange(40, dtype=torch.int32).div(15, rounding_mode="floor").mul(15).expand(3, -1)
-        )
-    if options.get("dropout_p"):
-        options["seed"] = _seed()
-    inputs = [torch.randn(50, 72).to(dtype), torch.randn(64, 72).to(dtype)]
-    grad = torch.randn(3, 40, 72).to(dtype)
-    kernel, plain = (partial(m.embedding, idx, **options) for m in (fused, reference))
-    parity.assert_parity(kernel, plain, plain, inputs, grad, ["token", "position"])
+        options["doc_start"] = starts_of(40, *[[15, 30]] * 3)
+    _compare(lambda ops, *tables: ops.embedding(idx, *tables, **options), dtype, (50, 72), (64, 72))
 
 
 for dtype, form in zip(parity.DTYPES, ("tanh", "none", "tanh"), strict=True):
@@ -219,29 +195,19 @@ case("embedding-bfloat16", _embedding, BFLOAT16)
 
 
 @contextmanager
-def _tiles_of_sm_100() -> Iterator[None]:
-    """Where sm_90's table says cuBLAS: the kernels with tensor maps are sm_100's too."""
+def _products(library: bool) -> Iterator[None]:
+    """By cuBLAS, with GELU and its slope as kernels of their own; else by ours, where sm_90's table
+    says cuBLAS with sm_100's tiles, which take tensor maps too."""
     lookup = configs.lookup
 
-    def tile(op: str, kernel: str, capability: int, *rest: Any) -> Any:
+    def said(op: str, kernel: str, capability: int, *rest: Any) -> Any:
+        if library and op == "gemm" and kernel in ("fwd", "bwd", "weight"):
+            return configs.CUBLAS
         config = lookup(op, kernel, capability, *rest)
-        replaced = config == configs.CUBLAS and capability == 90
+        replaced = config == configs.CUBLAS and capability == 90 and not library
         return lookup(op, kernel, 100, *rest) if replaced else config
 
-    with mock.patch.object(configs, "lookup", tile):
-        yield
-
-
-@contextmanager
-def _products_of_cublas() -> Iterator[None]:
-    """With GELU and its slope as kernels of their own."""
-    lookup = configs.lookup
-
-    def library(op: str, kernel: str, *rest: Any) -> Any:
-        product = op == "gemm" and kernel in ("fwd", "bwd", "weight")
-        return configs.CUBLAS if product else lookup(op, kernel, *rest)
-
-    with mock.patch.object(configs, "lookup", library):
+    with mock.patch.object(configs, "lookup", said):
         yield
 
 
@@ -270,49 +236,29 @@ def _mlp(
     kernel = op(fused, recompute=(source, norm_weight, None, 1e-5) if recompute else None)
     names = ["x", "weight", "bias", "proj"] if bias else ["x", "weight", "proj"]
     grad = torch.randn(rows, 72).to(dtype)
-    with _products_of_cublas() if library else _tiles_of_sm_100():
+    with _products(library):
         parity.assert_parity(kernel, op(reference), op(reference), inputs, grad, names)
 
 
 def _linear(dtype: torch.dtype, bias: bool, tokens: int) -> None:
     shapes = [(tokens, 72), (136, 72), (136,)][: 2 + bias]
-    inputs = [torch.randn(shape).to(dtype) for shape in shapes]
-    grad = torch.randn(tokens, 136).to(dtype)
-    ops = fused.linear, reference.linear, reference.linear
-    parity.assert_parity(*ops, inputs, grad, ["x", "weight", "bias"][: 2 + bias])
+    _compare(lambda ops, *tensors: ops.linear(*tensors), dtype, *shapes)
 
 
 def _loss(dtype: torch.dtype, n_vocab: int, **options: Any) -> None:
     targets = torch.randint(n_vocab, (37,))
     targets[5] = -1
-    inputs = [torch.randn(37, 32).to(dtype), torch.randn(n_vocab, 32).to(dtype)]
-    kernel, plain = (
-        partial(_of_targets, module.linear_cross_entropy, targets, options)
-        for module in (fused, reference)
-    )
-    parity.assert_parity(kernel, plain, plain, inputs, torch.tensor(1.0), ["x", "weight"])
 
+    def loss(ops: Any, x: Tensor, weight: Tensor) -> Tensor:
+        return ops.linear_cross_entropy(x, weight, targets, **options)
 
-def _of_targets(
-    loss: Callable[..., Tensor], targets: Tensor, options: Any, x: Tensor, w: Tensor
-) -> Tensor:
-    return loss(x, w, targets, **options)
+    _compare(loss, dtype, (37, 32), (n_vocab, 32))
 
 
 def _loss_without_gradient() -> None:
     x, weight, targets = torch.randn(37, 32), torch.randn(65, 32), torch.randint(65, (37,))
     got, exact = (module.linear_cross_entropy(x, weight, targets) for module in (fused, reference))
     torch.testing.assert_close(got, exact, rtol=1e-5, atol=0.0)
-
-
-def _fp8_loss(dtype: torch.dtype) -> None:
-    inputs = [torch.randn(37, 32).to(dtype), torch.randn(80, 32).to(dtype)]
-    targets = torch.randint(80, (37,))
-    kernel, plain = (
-        partial(_of_targets, module.linear_cross_entropy, targets, dict(fp8=True))
-        for module in (fused, reference)
-    )
-    parity.assert_parity(kernel, plain, plain, inputs, torch.tensor(1.0), ["x", "weight"])
 
 
 def _adamw(rounded: torch.dtype | None, controlled: bool, betas: tuple[float, float]) -> None:
@@ -354,8 +300,8 @@ case("loss-float32-smoothed", _loss, FLOAT32, 65, label_smoothing=0.1)
 case("loss-float16", _loss, FLOAT16, 65, z_loss=1e-3)
 case("loss-bfloat16", _loss, BFLOAT16, 8300)
 case("loss-without-gradient", _loss_without_gradient)
-case("fp8-float16-loss", _fp8_loss, FLOAT16, sm=(90,))
-case("fp8-bfloat16-loss", _fp8_loss, BFLOAT16, sm=(90,))
+case("fp8-float16-loss", _loss, FLOAT16, 80, fp8=True, sm=(90,))
+case("fp8-bfloat16-loss", _loss, BFLOAT16, 80, fp8=True, sm=(90,))
 case("adamw-bfloat16", _adamw, BFLOAT16, True, (0.9, 0.95))
 case("adamw-float16", _adamw, FLOAT16, False, (0.9, 0.95))
 case("adamw-no-moments", _adamw, None, False, (0.0, 0.0))

@@ -1,5 +1,7 @@
 """Every fault that the sanitizer is for is put into a toy kernel and found; sound kernels pass."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor
@@ -39,20 +41,6 @@ def test_a_load_past_the_end(dtype: torch.dtype):
         _copy(dtype, mask_load=False)
 
 
-def test_a_store_past_the_end_and_before_the_start():
-    for stride in (1, -1):
-        with (
-            pytest.raises(SanitizerError, match="store out of bounds"),
-            sanitize(),
-        ):
-            toy_kernels.store_kernel[(1,)](torch.empty(15), 0, stride, 0, BLOCK=16)
-
-
-def test_a_pointer_into_an_empty_tensor():
-    with pytest.raises(SanitizerError, match="store out of bounds, 4 of 4"), sanitize():
-        toy_kernels.store_kernel[(1,)](torch.empty(0), 0, 1, 0, BLOCK=4)
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_masked_lanes_without_other_poison_the_result(dtype: torch.dtype):
     _, y = _copy(dtype, other=False)
@@ -65,21 +53,6 @@ def test_masked_lanes_without_other_spoil_an_integer_result():
     with sanitize():
         toy_kernels.copy_kernel[(1,)](x, y, 20, MASK_LOAD=True, OTHER=False, BLOCK=32)
     assert y[20] != 20
-
-
-def test_two_programs_that_store_to_one_address():
-    with pytest.raises(SanitizerError, match="race: store to what another program stores"):
-        with sanitize():
-            toy_kernels.store_kernel[(2,)](torch.empty(24), 8, 1, 0, BLOCK=16)
-    with sanitize():
-        toy_kernels.store_kernel[(2,)](torch.empty(32), 16, 1, 0, BLOCK=16)
-
-
-def test_two_lanes_that_store_different_values_to_one_address():
-    with pytest.raises(SanitizerError, match="race: two lanes"), sanitize():
-        toy_kernels.store_kernel[(1,)](torch.empty(1), 0, 0, 1, BLOCK=16)
-    with sanitize():  # the same value from every lane is sound
-        toy_kernels.store_kernel[(1,)](torch.empty(1), 0, 0, 0, BLOCK=16)
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -98,25 +71,40 @@ def test_what_one_launch_stores_the_next_may_load():
     assert x.tolist() == [2.0] * 4
 
 
-def test_a_program_that_loads_what_it_stored():
-    with pytest.raises(SanitizerError, match="load of what the same program stored"), sanitize():
-        toy_kernels.store_then_load_kernel[(1,)](torch.ones(8), torch.empty(8), BLOCK=8)
+store, offset = toy_kernels.store_kernel, toy_kernels.offset_kernel
+FAULTS: dict[str, Callable[[], object]] = {
+    "store out of bounds, 1 of 16": lambda: store[(1,)](torch.empty(15), 0, 1, 0, BLOCK=16),
+    "store out of bounds, 15 of 16": lambda: store[(1,)](torch.empty(15), 0, -1, 0, BLOCK=16),
+    "store out of bounds, 4 of 4": lambda: store[(1,)](torch.empty(0), 0, 1, 0, BLOCK=4),
+    "race: store to what another program stores": lambda: store[(2,)](
+        torch.empty(24), 8, 1, 0, BLOCK=16
+    ),
+    "race: two lanes": lambda: store[(1,)](torch.empty(1), 0, 0, 1, BLOCK=16),
+    "load of what the same program stored": lambda: toy_kernels.store_then_load_kernel[(1,)](
+        torch.ones(8), torch.empty(8), BLOCK=8
+    ),
+    "int32 overflow": lambda: offset[(1,)](torch.ones(1), torch.zeros(1), 2**17, 2**17, WIDE=False),
+}
+SOUND: dict[str, Callable[[], object]] = {
+    "each program its own part": lambda: store[(2,)](torch.empty(32), 16, 1, 0, BLOCK=16),
+    "one value from every lane": lambda: store[(1,)](torch.empty(1), 0, 0, 0, BLOCK=16),
+    "int64": lambda: offset[(1,)](torch.ones(1), torch.zeros(1), 2**17, 2**17, WIDE=True),
+    "philox wraps on purpose": lambda: toy_kernels.philox_kernel[(1,)](
+        torch.tensor([-1]), torch.empty(4, 16, dtype=torch.int64), BLOCK=16
+    ),
+}
 
 
-def test_int32_overflow():
-    x, y = torch.ones(1), torch.zeros(1)
-    with pytest.raises(SanitizerError, match="int32 overflow"), sanitize():
-        toy_kernels.offset_kernel[(1,)](x, y, 2**17, 2**17, WIDE=False)
+@pytest.mark.parametrize("finding", FAULTS)
+def test_faults_are_found(finding: str):
+    with pytest.raises(SanitizerError, match=finding), sanitize():
+        FAULTS[finding]()
+
+
+@pytest.mark.parametrize("name", SOUND)
+def test_sound_launches_pass(name: str):
     with sanitize():
-        toy_kernels.offset_kernel[(1,)](x, y, 2**17, 2**17, WIDE=True)
-    assert y == 1
-
-
-def test_philox_wraps_on_purpose_and_passes():
-    with sanitize():
-        toy_kernels.philox_kernel[(1,)](
-            torch.tensor([-1]), torch.empty(4, 16, dtype=torch.int64), BLOCK=16
-        )
+        SOUND[name]()
 
 
 def test_programs_run_in_an_order_that_the_seed_decides():
