@@ -118,7 +118,7 @@ def accumulate(totals: list[Tensor], grads: list[Tensor]) -> None:
     with _host.on_device(totals[0]):
         for total, grad in zip(totals, grads, strict=True):
             _accumulate_kernel[(_host.cdiv(total.numel(), config.BLOCK),)](
-                total, grad.contiguous(), total.numel(), **configs.launch(config), **_host.FMA
+                total, grad.contiguous(), total.numel(), **configs.launch(config)
             )
 
 

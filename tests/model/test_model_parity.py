@@ -191,13 +191,10 @@ def test_inductor(device: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         torch.testing.assert_close(p.grad, q.grad, atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("multiplies", [True, False])
-def test_dispatch_compiles_for_cuda_without_a_gpu(
-    multiplies: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_dispatch_compiles_for_cuda_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """On tensors that only claim to be on CUDA: the whole graph, with the kernels in it."""
     # Else the GPU is asked what it can do.
-    monkeypatch.setattr("fastgpt.ops._known", {0: ("", multiplies)})
+    monkeypatch.setattr("fastgpt.ops._known", {0: ("", True)})
     found: set[str] = set()
 
     def record(graph: torch.fx.GraphModule, _inputs: list) -> Callable:
@@ -212,6 +209,7 @@ def test_dispatch_compiles_for_cuda_without_a_gpu(
         logits, loss = torch.compile(model, fullgraph=True, backend=record)(x, x)
     assert logits.shape == (4, BLOCK, V) and loss.device.type == "cuda"
     ours = {name for name in found if name.startswith("fastgpt")}
-    expected = {"embedding", "layer_norm", "linear", "mlp"}
-    expected |= {"attention_qkvpacked"} if multiplies else set()
-    assert ours == {f"fastgpt.{op}.default" for op in expected}
+    assert ours == {
+        f"fastgpt.{op}.default"
+        for op in ("attention_qkvpacked", "embedding", "layer_norm", "linear", "mlp")
+    }
