@@ -193,6 +193,7 @@ CANDIDATES: dict[Key, tuple[Any, ...]] = {
     Key("gemm", "bwd", "sm_80", "half"): _PRODUCT_80,
     Key("gemm", "weight", "sm_80", "half"): _WEIGHT_80,
     **{Key("gemm", kernel, "sm_75", "half"): (CUBLAS,) for kernel in ("fwd", "bwd", "weight")},
+    Key("gemm", "bwd", "sm_75", "half", ANY, ("recompute",)): (CUBLAS,),
     # Rows: of LayerNorm, of the loss.
     Key("layer_norm", "fwd"): _each(WholeRows, (8, 4), (4, 4), (4, 2), (2, 2), (16, 4)),
     Key("layer_norm", "fwd", size=1024): _each(WholeRows, (4, 4), (8, 4), (2, 2), (1, 2), (2, 4)),

@@ -47,7 +47,7 @@ class TuneConfig:
     device: str = "cuda"
     # Begin no further launch after this many seconds.
     seconds: float = 180.0
-    # Measure nothing: print what was measured as lines for kernels/configs.py.
+    # Measure nothing: print what was measured as lines for kernels/shipped_table.py.
     export: bool = False
 
 

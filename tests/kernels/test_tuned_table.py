@@ -178,6 +178,9 @@ def test_what_has_no_candidates_keeps_its_line() -> None:
         ("attention_decode", "fwd", 90, BF16, 64),
         ("fp8", "quantise", 90, BF16),
         ("attention", "fwd", None, BF16, 64),
+        *(("gemm", kernel, 75, FP16, 1024) for kernel in ("fwd", "bwd", "weight")),
+        ("gemm", "bwd", 75, FP16, 1024, ("recompute",)),
+        ("gemm", "weight", 75, FP16, 1024, ("bias",)),
     ):
         assert candidates(*asked) == [configs.lookup(*asked)]
     assert configs.CUBLAS in candidates("gemm", "fwd", 100, BF16, 1024)
