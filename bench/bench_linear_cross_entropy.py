@@ -111,11 +111,11 @@ FP8 = Op(
     inputs=inputs,
     providers={
         "fp8": partial(fused.linear_cross_entropy, fp8=True),
-        "bf16": fused.linear_cross_entropy,
+        "half": fused.linear_cross_entropy,
     },
     reference=in_slices,
     directions=OP.directions,
-    baseline="bf16",
+    baseline="half",
     counted="fp8",
     check=check_fp8,
     gpu_sizes=OP.gpu_sizes[:1],

@@ -17,6 +17,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from bench._harness.timing import rate, spread
+from fastgpt.devices import resolve_dtype
 from fastgpt.kernels import torch_ops
 from fastgpt.timing import Clock
 
@@ -97,12 +98,12 @@ def parse_smi(output: str) -> dict[str, str]:
 def ceilings(device: torch.device) -> dict[str, Any]:
     """The fastest matrix product and device copy that this machine does, on random data.
 
-    ``matmul_tflops``: a product of square matrices, 8192 in bf16 on CUDA, 1024 in float32
+    ``matmul_tflops``: a product of square matrices, 8192 in half precision on CUDA, 1024 in float32
     elsewhere. ``copy_tb_per_s``: bytes read plus bytes written, 2 GiB on CUDA (many times the
     cache), 64 MiB elsewhere. Medians; on CUDA ``gpu_state`` is read while the products run.
     """
     on_gpu = device.type == "cuda"
-    size, dtype = (8192, torch.bfloat16) if on_gpu else (1024, torch.float32)
+    size, dtype = 8192 if on_gpu else 1024, resolve_dtype("auto", device)
     repeats = 300 if on_gpu else 10  # long enough for nvidia-smi to read a busy GPU
     a, b, out = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(3))
     clock = Clock(device)
