@@ -172,7 +172,7 @@ def test_candidates_are_two_to_eight_of_which_the_first_is_the_tables(key: Key) 
 
 
 def test_what_has_no_candidates_keeps_its_line() -> None:
-    for asked in (
+    without: list[tuple[Any, ...]] = [
         ("attention", "fwd", 90, FP32, 64),
         ("gemm", "fwd", 90, FP32, 1024),
         ("attention_decode", "fwd", 90, BF16, 64),
@@ -181,7 +181,8 @@ def test_what_has_no_candidates_keeps_its_line() -> None:
         *(("gemm", kernel, 75, FP16, 1024) for kernel in ("fwd", "bwd", "weight")),
         ("gemm", "bwd", 75, FP16, 1024, ("recompute",)),
         ("gemm", "weight", 75, FP16, 1024, ("bias",)),
-    ):
+    ]
+    for asked in without:
         assert candidates(*asked) == [configs.lookup(*asked)]
     assert configs.CUBLAS in candidates("gemm", "fwd", 100, BF16, 1024)
     assert isinstance(candidates("gemm", "fwd", 90, BF16, 1024)[1], Gemm)
