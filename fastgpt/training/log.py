@@ -29,7 +29,7 @@ class RunLog:
     """Writes a run's figures.
 
         log = RunLog(config)
-        with log.opened(config, first_iter=0):
+        with log.opened(config, first_iter=0, evaluates=True):
             log.write(0, {"train/loss": 4.2, "val/loss": 4.2}, to_wandb=True)
             log.write(0, {"loss": 4.2, "lr": 1e-3, "tokens_per_second": 1e5})
 
@@ -48,18 +48,18 @@ class RunLog:
         self._writer: Any = None
 
     @contextmanager
-    def opened(self, config: Any, first_iter: int) -> Iterator[None]:
+    def opened(self, config: Any, first_iter: int, evaluates: bool) -> Iterator[None]:
         """Write into the folder ``out_dir``, which must exist.
 
         An existing log is continued. Rows of iterations from ``first_iter`` on are dropped, because
-        these are run again. ValueError if it cannot be read, or if wandb refuses, for want of a
+        these are run again; its evaluation is kept where the run does not begin with one
+        (``evaluates``). ValueError if the log cannot be read, or if wandb refuses, for want of a
         login, say.
         """
         out_dir = Path(config.out_dir)
         path = out_dir / LOG
         if path.exists():
-            evaluated_again = first_iter % config.eval_interval == 0
-            _drop_from(path, first_iter, keep_evaluation=not evaluated_again)
+            _drop_from(path, first_iter, keep_evaluation=not evaluates)
         if self._wandb is not None:
             _start(self._wandb, config)
         if self._tensorboard is not None:

@@ -148,7 +148,9 @@ class Run:
                     self.console.print(
                         f"the checkpoints and logs of an earlier run are now in {moved}"
                     )
-            with self._log.opened(self.config, self.iter_num):
+            is_over = self.iter_num >= self._n_updates  # then there is one evaluation more
+            evaluates = is_over or self.iter_num % self.config.eval_interval == 0
+            with self._log.opened(self.config, self.iter_num, evaluates):
                 yield
 
     def _report_losses(self, losses: Mapping[str, float]) -> None:
@@ -271,8 +273,8 @@ class Run:
             since, tokens = perf_counter(), 0  # of the last report
             while self.iter_num < self._n_updates and not (stopped or reason):
                 if self.iter_num % config.eval_interval == 0:
+                    self._check_finite()  # waits for the updates, which count
                     start = perf_counter()
-                    self._check_finite()
                     publish = self._evaluate()
                     if self.iter_num > 0:
                         self._save(publish)

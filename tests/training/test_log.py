@@ -56,7 +56,7 @@ def test_a_line_is_on_disk_when_it_is_reported(tmp_path: Path) -> None:
     """A figure that is not finite is written as null."""
     (tmp_path / "out").mkdir()
     run_log = RunLog(config := small_config(tmp_path))
-    with run_log.opened(config, 0):
+    with run_log.opened(config, 0, True):
         for i in range(3):
             run_log.write(i, {"loss": 1.0, "lr": 0.1, "tokens_per_second": 5.0})
             assert len(rows(tmp_path)) == i + 1
@@ -75,8 +75,36 @@ def test_a_run_that_goes_on_writes_the_log_of_one_that_was_never_stopped(tmp_pat
     assert places(other) == ([0, 5, 10], [0, 10, 14])
     trained(other, init_from="resume")
     assert places(other) == ([0, 5, 10, 15, 20], [0, 10, 14, 20, 21])
+    trained(other, init_from="resume")  # at the end, where the evaluation is made again
+    assert places(other) == ([0, 5, 10, 15, 20], [0, 10, 14, 20, 21])
     kept = [row for row in without_clock(other) if row["iter"] != 14]
     assert kept == without_clock(one)
+
+
+def test_the_speed_is_that_of_the_updates(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those that a GPU has yet to make when an evaluation begins count, it does not."""
+    data_set(tmp_path)
+    now = 0.0
+
+    def takes(seconds: float, name: str) -> None:
+        method = getattr(Trainer, name)
+
+        def slow(run: Trainer, *args: Any) -> Any:
+            nonlocal now
+            now += seconds
+            return method(run, *args)
+
+        monkeypatch.setattr(Trainer, name, slow)
+
+    takes(2.0, "_check_finite")
+    takes(100.0, "evaluate")
+    takes(100.0, "_save")
+    monkeypatch.setattr("fastgpt.training.run.perf_counter", lambda: now)
+    monkeypatch.setattr(Trainer, "_updated", lambda run, batches, rate: run._step(batches, rate))
+    trained(tmp_path, eval_interval=4, log_interval=3, max_iters=6)
+    tokens = 2 * 4 * 16  # of an update
+    speeds = [row["tokens_per_second"] for row in rows(tmp_path) if "loss" in row]
+    assert speeds == [tokens / 4.0, 3 * tokens / 2.0, 3 * tokens / 4.0]
 
 
 def test_what_was_lost_with_a_crash_is_not_logged_twice(tmp_path: Path) -> None:
@@ -99,10 +127,10 @@ def test_the_evaluation_at_a_stop_is_kept(tmp_path: Path, figure: str) -> None:
     """Of a run of any kind; it is not made again where the run goes on between two others."""
     (tmp_path / "out").mkdir()
     run_log = RunLog(config := small_config(tmp_path))
-    with run_log.opened(config, 0):
+    with run_log.opened(config, 0, True):
         run_log.write(14, {figure: 1.0})
         run_log.write(14, {f"val/{figure}": 2.0})
-    with run_log.opened(config, 14):
+    with run_log.opened(config, 14, False):
         assert [f"val/{figure}" in row for row in rows(tmp_path)] == [True]
 
 
