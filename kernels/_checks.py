@@ -28,12 +28,11 @@ def _integers(name: str, tensor: Any, *dtypes: torch.dtype) -> None:
         raise TypeError(f"{name} must be {' or '.join(map(str, dtypes))}, got {tensor.dtype}")
 
 
-def floating(**tensors: Tensor | None) -> None:
+def floating(**tensors: Tensor) -> None:
     for name, tensor in tensors.items():
-        if tensor is not None:
-            _tensor(name, tensor)
-            if not tensor.is_floating_point():
-                raise TypeError(f"{name} must be a floating-point tensor, got {tensor.dtype}")
+        _tensor(name, tensor)
+        if not tensor.is_floating_point():
+            raise TypeError(f"{name} must be a floating-point tensor, got {tensor.dtype}")
 
 
 def _same(what: str, first_name: str, first: Tensor, **others: Tensor | None) -> None:
@@ -52,17 +51,18 @@ def _parameters(
     x_name: str, x: Tensor, first_name: str, first: Tensor, **others: Tensor | None
 ) -> None:
     """Parameters have the dtype of the activations that they meet, or float32; one dtype all."""
-    parameters = {first_name: first, **others}
+    given = {name: tensor for name, tensor in others.items() if tensor is not None}
+    parameters = {first_name: first, **given}
     floating(**parameters)
     allowed = x.dtype, torch.float32
     for name, tensor in parameters.items():
-        if tensor is not None and tensor.dtype not in allowed:
+        if tensor.dtype not in allowed:
             raise ValueError(
                 f"{name} must have the dtype of {x_name} ({x.dtype}) or torch.float32, "
                 f"got {tensor.dtype}"
             )
-    _same("dtype", first_name, first, **others)
-    _same("device", first_name, first, **others)
+    _same("dtype", first_name, first, **given)
+    _same("device", first_name, first, **given)
     _same("device", x_name, x, **{first_name: first})
 
 
@@ -94,10 +94,14 @@ def dropout(
 ) -> None:
     if not 0.0 <= dropout_p <= MAX_DROPOUT:
         raise ValueError(f"dropout_p must lie in [0, {MAX_DROPOUT}], got {dropout_p}")
-    if seed is not None and (seed.numel() != 1 or seed.dtype != torch.int64):
-        raise ValueError(f"seed must be an int64 tensor with one element, got {_facts(seed)}")
-    if seed is not None and seed.device != device:
-        raise ValueError(f"seed must be on the device of the input ({device}), got {seed.device}")
+    if seed is not None:
+        _tensor("seed", seed)
+        if seed.numel() != 1 or seed.dtype != torch.int64:
+            raise ValueError(f"seed must be an int64 tensor with one element, got {_facts(seed)}")
+        if seed.device != device:
+            raise ValueError(
+                f"seed must be on the device of the input ({device}), got {seed.device}"
+            )
     if not 0 <= dropout_offset < 2**31:
         raise ValueError(f"dropout_offset must lie in [0, 2^31), got {dropout_offset}")
 
@@ -299,6 +303,7 @@ def mlp(
     approximate: str,
     recompute: Recompute | None,
 ) -> None:
+    _tensor("proj_weight", proj_weight)
     linear(x, fc_weight, fc_bias, recompute, "fc_", proj_weight=proj_weight)
     gelu(x, approximate)
     if proj_weight.dim() != 2 or proj_weight.shape[1] != fc_weight.shape[0]:
@@ -388,8 +393,10 @@ def adamw(
     flat = dict(param=param, grad=grad, exp_avg=exp_avg, exp_avg_sq=exp_avg_sq, rounded=rounded)
     scalars = dict(step=step, lr=lr, clip=clip, skip=skip)
     for name, tensor in (flat | scalars).items():
-        if tensor is None:
+        if tensor is None and name in ("rounded", "clip", "skip"):
             continue
+        _tensor(name, tensor)
+        assert tensor is not None
         half = name == "rounded"
         allowed = (torch.float16, torch.bfloat16) if half else (torch.float32,)
         if tensor.dtype not in allowed:

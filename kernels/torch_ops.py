@@ -243,6 +243,7 @@ def linear(
     recompute: _checks.Recompute | None = None,
 ) -> Tensor:
     """``x @ weight.T + bias``. See ``fused.linear``."""
+    _checks.floating(x=x)
     x = x.to(autocast_dtype(x))  # before the check: weights may have that dtype already
     _checks.linear(x, weight, bias, recompute)
     if recompute is None:
@@ -262,6 +263,7 @@ def mlp(
     recompute: _checks.Recompute | None = None,
 ) -> Tensor:
     """``linear``, GELU, ``linear`` without a bias. See ``fused.mlp``."""
+    _checks.floating(x=x)
     x = x.to(autocast_dtype(x))
     _checks.mlp(x, fc_weight, fc_bias, proj_weight, approximate, recompute)
     pre = linear(x, fc_weight, fc_bias, recompute=recompute)

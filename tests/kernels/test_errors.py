@@ -247,6 +247,21 @@ def test_what_an_op_refuses(module: ModuleType, op: str) -> None:
             call(**{**VALID[op], **changes})
 
 
+_OPTIONAL = "bias", "fc_bias", "delta_bias", "seed", "rounded", "clip", "skip"
+
+
+@pytest.mark.parametrize("module", MODULES, ids=["fused", "torch_ops", "reference"])
+@pytest.mark.parametrize("op", reference.OPS)
+def test_what_must_be_a_tensor(module: ModuleType, op: str) -> None:
+    named = signature(op)
+    tensors = {name for name, x in VALID[op].items() if isinstance(x, Tensor)}
+    for name in tensors | set(_OPTIONAL).intersection(named):
+        for wrong in (0.5, *([] if name in _OPTIONAL else [None])):
+            message = f"{name} must be a torch.Tensor, got {type(wrong).__name__}"
+            with pytest.raises(TypeError, match=f"^{message}$"):
+                getattr(module, op)(**{**VALID[op], name: wrong})
+
+
 def is_floating(x: Any) -> bool:
     return isinstance(x, Tensor) and x.is_floating_point()
 
