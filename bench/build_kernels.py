@@ -58,7 +58,7 @@ class Options:
 
     # Compute capabilities, of all cases. Default: 75, 80, 90 and 100, and 89 and 120 for GPT-2's
     # sizes.
-    arch: tuple[Literal[80, 86, 89, 90, 100, 120], ...] = ()
+    arch: tuple[Literal[75, 80, 86, 89, 90, 100, 120], ...] = ()
     # Processes at a time, 1 or more.
     jobs: int = os.cpu_count() or 1
     # Cases whose names match this pattern: 'attention*', say.

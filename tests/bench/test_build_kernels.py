@@ -16,6 +16,7 @@ import torch
 from bench import build_kernels
 from bench._compile import kernel_cases
 from bench._compile.static import Launch, compile_case, recorded
+from bench._harness import cli
 from fastgpt.kernels import configs
 from fastgpt.kernels.configs import ANY, Key, dtype_class
 
@@ -239,5 +240,8 @@ def test_gpt2s_sizes_are_compiled_for_other_gpus_too() -> None:
     assert by_default["gpt2"] == [89, 120]
     assert by_default["mlp"] == [75, 80, 90, 100] and by_default["fp8"] == [90, 100]
     assert by_default["attention-128"] == [80, 90, 100]
+    every = sorted({arch for of_case in by_default.values() for arch in of_case})
+    named = cli.options(build_kernels.Options(), ["--arch", *map(str, every)])
+    assert list(named.arch) == every
     assert build_kernels.edges(build_kernels.CASES, [120, 80])["mlp"] == [80, 120]
     assert build_kernels.edges(build_kernels.CASES, [80, 90])["fp8"] == [90]
