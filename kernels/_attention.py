@@ -226,6 +226,12 @@ def arguments(q: Tensor, k: Tensor, v: Tensor, options: Options) -> dict[str, An
 
 def launch(kernel: str, q: Tensor, shared: dict[str, Any]) -> dict[str, Any]:
     """The configuration of one of the kernels; ``shared``: its ``arguments``."""
+    capability = _host.capability(q.device)
+    if capability is not None and capability < 80:
+        raise ValueError(
+            "attention by Triton needs compute capability 8.0, got "
+            f"{capability // 10}.{capability % 10} on {q.device}: fastgpt.ops has PyTorch's there"
+        )
     given = dict(dropout="DROPOUT", documents="PACKED", lengths="LENGTHS")
     names = (name for name, constant in given.items() if shared[constant])
     return configs.launch(configs.find(q, "attention", kernel, shared["BLOCK_D"], *names))

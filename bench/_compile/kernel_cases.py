@@ -21,7 +21,7 @@ from bench import bench_adamw, bench_attention_decode
 from bench._compile.static import case_main
 from bench._ops.op_bench import BF16, FP16
 from fastgpt import GPT, GPTConfig
-from fastgpt.kernels import fused
+from fastgpt.kernels import _host, fused, fused_rows
 
 
 def _gpt2() -> None:
@@ -29,13 +29,14 @@ def _gpt2() -> None:
     16-bit dtypes: with dropout and what is recomputed, and in bfloat16 without either. Of fewer
     classes than GPT-2's, which take the same programs."""
     idx = torch.zeros(1, 64, dtype=torch.int64)
+    ops = fused_rows if _host.capability(torch.device("cpu")) == 75 else fused
     for dtype, dropout, recompute in (
         (torch.bfloat16, 0.0, False),
         (torch.bfloat16, 0.1, True),
         (torch.float16, 0.1, True),
     ):
         config = GPTConfig(block_size=64, vocab_size=5120, n_layer=1, dropout=dropout)
-        model = GPT(config, ops=fused, recompute=recompute)
+        model = GPT(config, ops=ops, recompute=recompute)
         with torch.autocast("cpu", dtype):
             loss = model(idx, idx)[1]
         loss.backward()

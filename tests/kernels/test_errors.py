@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, ones, zeros
 
+from fastgpt import GPT, GPTConfig
 from fastgpt.kernels import _host, fused, reference, torch_ops
 from fastgpt.kernels._attention import MAX_HEAD_SIZE
 from fastgpt.kernels.layer_norm import MAX_WIDTH
@@ -287,6 +288,19 @@ def test_the_kernels_refuse_other_devices_and_dtypes(op: str) -> None:
         getattr(fused, op)(**wide)
     with pytest.raises(TypeError, match="x must be float32, float16 or bfloat16.*float8"):
         fused.gelu(ones(3).to(torch.float8_e4m3fn))
+
+
+def test_attention_refuses_a_gpu_without_tritons_products() -> None:
+    """That of ``fused`` itself, called by name or in a block; in either kind of dtype."""
+    model = GPT(GPTConfig(block_size=4, vocab_size=8, n_layer=1, n_head=1, n_embd=64), ops=fused)
+    with _host.interpreted(capability=75):
+        for run in (
+            lambda: fused.attention(**VALID["attention"]),
+            lambda: fused.attention_qkvpacked(ones(2, 4, 192).half(), 1),
+            lambda: model(ids(1, 4)),
+        ):
+            with pytest.raises(ValueError, match="compute capability 8.0, got 7.5 on cpu: fastgpt"):
+                run()
 
 
 @pytest.mark.parametrize(
