@@ -27,13 +27,21 @@ if TYPE_CHECKING:
 _known: dict[int | None, tuple[str, bool]] = {}
 
 
+def _facts(device: torch.device) -> tuple[str, bool]:
+    """As ``_known`` holds them."""
+    refusal = devices.triton_refusal(device)
+    return refusal, not refusal and devices.triton_multiplies(device)
+
+
 def _implementation(device: torch.device) -> ModuleType:
     if device.type != "cuda":
         return torch_ops
-    if device.index not in _known:
-        refusal = devices.triton_refusal(device)
-        _known[device.index] = refusal, not refusal and devices.triton_multiplies(device)
-    refusal, multiplies = _known[device.index]
+    if torch.compiler.is_dynamo_compiling():  # what is compiled would depend on ``_known``
+        refusal, multiplies = _facts(device)
+    else:
+        if device.index not in _known:
+            _known[device.index] = _facts(device)
+        refusal, multiplies = _known[device.index]
     if not refusal:
         # At the first CUDA tensor: a CPU run needs no Triton.
         from fastgpt.kernels import fused, fused_rows

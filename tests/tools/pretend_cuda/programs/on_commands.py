@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastgpt import GPT
+from fastgpt import GPT, ops
 from fastgpt import __main__ as cli
 from fastgpt.generation import Generator, Sampling
 from fastgpt.sampler import round_matrices
@@ -84,6 +84,18 @@ def test_generate_past_the_window() -> None:
 
 
 # ------------------------------------------------------------------------------ nanoGPT's loop
+
+
+def test_a_compiled_model_is_compiled_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where it is the first that asks what runs on the GPU; the optimizer asks in eager mode."""
+    monkeypatch.setattr(ops, "_known", {})
+    model = small_model(n_layer=1).cuda()
+    idx = tokens(2, 8).cuda()
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        compiled(idx, idx)[1].backward()
+        ops.gelu(torch.ones(3, device="cuda"))
+        compiled(idx, idx)[1].backward()
 
 
 @pytest.mark.parametrize("dtype", HALF)
