@@ -23,7 +23,8 @@ from torch import Tensor
 from torch._subclasses import FakeTensor
 from torch.utils import _device
 
-from fastgpt.kernels import _host, fused, torch_ops
+from fastgpt import devices
+from fastgpt.kernels import _host, fused, reference, torch_ops
 from tests.tools import broken_gpu, interpreter
 from tests.tools.sanitizer import sanitize
 
@@ -74,6 +75,22 @@ def _poison_uninitialised_memory() -> None:
         setattr(owner, name, _poisoning(getattr(owner, name)))
 
 
+def _skipping(op: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(op)
+    def call(x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if isinstance(x, Tensor) and x.is_cuda:
+            pytest.skip("Triton does not use the tensor cores of this GPU")
+        return op(x, *args, **kwargs)
+
+    return call
+
+
+def _skip_matrix_products() -> None:
+    """On a GPU that gets ``fused_rows``, a test that calls one of the other kernels is skipped."""
+    for name in reference.OPS_OF_TENSOR_CORES:
+        setattr(fused, name, _skipping(getattr(fused, name)))
+
+
 # Jobs that a shell starts in the background ignore Ctrl-C, and so would all that tests start.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -81,6 +98,8 @@ torch.set_num_threads(1)
 interpreter.install()
 _host.INTERPRETED = True
 _poison_uninitialised_memory()
+if torch.cuda.is_available() and not devices.triton_multiplies(torch.device("cuda", 0)):
+    _skip_matrix_products()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

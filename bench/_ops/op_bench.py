@@ -42,7 +42,6 @@ from bench._roofline.counting import CostMode, OpTotal, fake_tensors
 from bench._step import variants
 from fastgpt.devices import resolve_dtype, triton_multiplies
 from fastgpt.kernels import fused, torch_ops
-from fastgpt.kernels.costs import nbytes
 from fastgpt.kernels.reference import OPS_OF_TENSOR_CORES
 from fastgpt.timing import Occupier, milliseconds
 from fastgpt.tuning.phase import Right, gradients_like, results
@@ -103,9 +102,8 @@ class Op:
     directions: tuple[Direction, ...] = ("forward", "backward")
     baseline: str = "eager"  # what the others are compared with, in errors and in time
     dtype: torch.dtype = DTYPE
-    # The provider or function whose bytes and FLOPs count, by costs.py; None where that has no
-    # formula: then the bytes are those of inputs and outputs.
-    counted: str | Function | None = "fused"
+    # The provider or function whose bytes and FLOPs count, by costs.py.
+    counted: str | Function = "fused"
     # The FLOPs that are necessary, ``flops(direction, **sizes)``, if not those of ``counted``.
     flops: Callable[..., int] | None = None
     # For ``determinism.py``: with partial tiles, an element more or less than a multiple.
@@ -303,19 +301,15 @@ def prepared(
 
 def cost(op: Op, sizes: Sizes, direction: Direction, ceilings: Ceilings) -> OpTotal:
     """Bytes, FLOPs and milliseconds at the ceilings. Nothing is allocated or launched."""
-    total = OpTotal()
     with fake_tensors():
         inputs = op.inputs(RandomTensors(torch.device("cpu"), op.dtype), **dict(sizes))
-        if op.counted is None:
-            total.bytes = nbytes(*inputs, *tensors_in(op.reference(*inputs)))
-        else:
-            function = op.counted if callable(op.counted) else op.providers[op.counted]
-            grads = gradients_like(tensors_in(function(*inputs))) if op.has_gradients else []
-            work = prepared(direction, function, inputs, grads)
-            mode = CostMode(ceilings)
-            with mode:
-                work()
-            total = mode.total()
+        function = op.counted if callable(op.counted) else op.providers[op.counted]
+        grads = gradients_like(tensors_in(function(*inputs))) if op.has_gradients else []
+        work = prepared(direction, function, inputs, grads)
+        mode = CostMode(ceilings)
+        with mode:
+            work()
+    total = mode.total()
     if op.flops is not None:
         total.flops = op.flops(direction, **dict(sizes))
         total.ms = ceilings.ms(total.flops, total.bytes, op.dtype.itemsize == 2)
