@@ -9,9 +9,10 @@ Every variant starts from the same weights and sees the same batches of real tex
 are nanoGPT's step as its users run it: all logits, PyTorch's cross-entropy, AdamW fused on CUDA;
 sdpa_liger is sdpa with Liger-Kernel's LayerNorm, and its head and loss in one op, if that package
 is installed; fastgpt is nanoGPT's step with ``fastgpt.GPT`` in it; fastgpt_train is the update of
-``fastgpt train``: bfloat16 weights over float32 masters, as one CUDA graph. fp8 changes the
-numbers, and its variant is measured only if it is named. One step is: the next batch from host to
-device, forward, backward, gradient clipping, AdamW; the host reads no loss.
+``fastgpt train``: bfloat16 weights over float32 masters, as one CUDA graph; in float16 autocast and
+the gradient scaler, without a graph. fp8 changes the numbers, and its variant is measured only if
+it is named. One step is: the next batch from host to device, forward, backward, gradient clipping,
+AdamW; the host reads no loss.
 
 1. fp32 reference, with up to four sequences or ``--reference=True``: ``loss_steps`` steps of
    nanoGPT's model, eager and with masked matmul attention, in float32, four sequences at a time,
@@ -52,7 +53,7 @@ if __name__ == "__main__":  # Python looks for modules in the folder of the scri
 from bench._harness import cli, machine
 from bench._step import pictures, report
 from bench._step.measurement import Measurement, unsupported
-from bench._step.variants import CPU_OPTIONS, QUICK, VARIANTS, Options, Plan
+from bench._step.variants import QUICK, VARIANTS, Plan, default_options
 from fastgpt import GPT, devices
 from fastgpt.data.batches import token_files
 from fastgpt.data.builtin_texts import prepare_builtin
@@ -140,7 +141,7 @@ def _measure(
 def _planned(argv: list[str] | None, folder: Path) -> tuple[Plan, Path, str]:
     """What to measure, and folder and name of the results. Every user error is raised here."""
     argv = sys.argv[1:] if argv is None else argv
-    default = Options() if torch.cuda.is_available() else CPU_OPTIONS
+    default = default_options()
     if "--quick" in argv:
         default, argv = replace(default, **QUICK), [word for word in argv if word != "--quick"]
     options = cli.options(default, argv)

@@ -10,6 +10,7 @@ import tempfile
 import traceback
 from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from torch.profiler import profile as profiler
 from bench._harness.bars import stacked_bars
 from bench._harness.cli import failure_of, write_json
 from bench._harness.timing import spread
-from bench._step.variants import VARIANTS, Options, Plan, Training, tf32
+from bench._step.variants import VARIANTS, Options, Plan, Training, default_options, tf32
 from fastgpt.data.builtin_texts import prepare_builtin
 from fastgpt.timing import Clock, synchronize
 
@@ -47,7 +48,9 @@ KINDS: dict[str, tuple[str, ...]] = {
 def profile(folder: Path, options: Options | None = None) -> int:
     """Profile steps of nanoGPT under torch.compile, of fastgpt in nanoGPT's loop and of ``fastgpt
     train``, or of the variants in ``options``, those of run.py; 1 if one fails."""
-    options = options or Options(variants=("sdpa_compile", "fastgpt", "fastgpt_train"))
+    if options is None:
+        names = "sdpa_compile", "fastgpt", "fastgpt_train"
+        options = replace(default_options(), variants=names)
     found: dict[str, Any] = {
         "batch_size": options.batch_size,
         "block_size": options.block_size,

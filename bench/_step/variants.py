@@ -20,7 +20,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from bench._step import baselines
 from fastgpt import GPT, GPTConfig
 from fastgpt.data.batches import Batches
-from fastgpt.devices import autocast, has_bfloat16
+from fastgpt.devices import autocast, resolve_dtype
 from fastgpt.language_model import LanguageModel
 from fastgpt.training.optimizer import MasterAdamW
 from fastgpt.training.step import Step
@@ -125,7 +125,8 @@ class Options:
     # fastgpt_fp8_head; and fastgpt_again, which shows the noise. Default: all but sdpa_graphs,
     # sdpa_autotune and fastgpt_fp8_head.
     variants: tuple[str, ...] = tuple(name for name in VARIANTS if name not in _NOT_BY_DEFAULT)
-    # Sequences per batch.
+    # Sequences per batch. Default: 32, or half as many as often as nanoGPT's eager step of GPT-2
+    # 124M would not fit into the GPU's memory.
     batch_size: int = 32
     # Tokens per sequence.
     block_size: int = 1024
@@ -140,8 +141,9 @@ class Options:
     vocab_size: int = GPTConfig.vocab_size
     # Biases in Linear and LayerNorm.
     bias: bool = True
-    # Autocast; auto is bfloat16 on a GPU that has it, float32 elsewhere.
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    # Autocast; auto is bfloat16 on a GPU that has it, float16 on an older one, float32 elsewhere.
+    # In float16 the loss is scaled as in nanoGPT, by PyTorch's gradient scaler.
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     # Learning rate of AdamW, constant.
     learning_rate: float = 3e-4
     # Seed of the weights and of the batches.
@@ -200,6 +202,18 @@ CPU_OPTIONS = Options(
     steps=10,
 )
 
+_BYTES_OF_A_SEQUENCE = 1.1e9  # of that step: 32.6 GB with 32 on an H200 (bench/results)
+
+
+def default_options() -> Options:
+    """For this machine."""
+    if not torch.cuda.is_available():
+        return CPU_OPTIONS
+    batch_size, memory = Options.batch_size, torch.cuda.get_device_properties(0).total_memory
+    while batch_size > 1 and batch_size * _BYTES_OF_A_SEQUENCE > memory:
+        batch_size //= 2
+    return Options(batch_size=batch_size)
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -213,10 +227,6 @@ class Plan:
 
     @classmethod
     def of(cls, options: Options, data_dir: Path) -> "Plan":
-        on_gpu = torch.cuda.is_available()
-        wanted = options.dtype
-        if wanted == "auto":
-            wanted = "bfloat16" if on_gpu and has_bfloat16() else "float32"
         config = GPTConfig(
             block_size=options.block_size,
             vocab_size=options.vocab_size,
@@ -225,8 +235,8 @@ class Plan:
             n_embd=options.n_embd,
             bias=options.bias,
         )
-        device = torch.device("cuda", 0) if on_gpu else torch.device("cpu")
-        return cls(options, config, device, getattr(torch, wanted), data_dir)
+        device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+        return cls(options, config, device, resolve_dtype(options.dtype, device), data_dir)
 
     @property
     def has_reference(self) -> bool:
@@ -273,6 +283,8 @@ class Training:
         self._autocast = autocast(plan.device, dtype)
         self._batches = plan.batches()
         self._rate = rate
+        is_scaled = dtype == torch.float16
+        self._scaler = torch.amp.GradScaler(plan.device.type, enabled=is_scaled)
         self._graphs = variant.compile_mode == "reduce-overhead"
         self._step: Step | None = None
         if variant.trainer:
@@ -287,7 +299,8 @@ class Training:
                 plan.device,
                 grad_clip=_GRAD_CLIP,
                 autocast=self._autocast,
-                cuda_graph=plan.device.type == "cuda",
+                scaler=self._scaler,
+                cuda_graph=plan.device.type == "cuda" and not is_scaled,
             )
         else:
             self._optimizer = optimizer_of(self._model, variant, rate)
@@ -298,8 +311,10 @@ class Training:
         if self._step is not None:
             return self._step([(x, y)], self._rate)
         loss = self._backward(x, y)
+        self._scaler.unscale_(self._optimizer)
         torch.nn.utils.clip_grad_norm_(self._model.parameters(), _GRAD_CLIP)
-        self._optimizer.step()
+        self._scaler.step(self._optimizer)
+        self._scaler.update()
         self._optimizer.zero_grad(set_to_none=True)
         return loss
 
@@ -310,7 +325,7 @@ class Training:
         chosen = nullcontext() if self._attention is None else sdpa_kernel(self._attention)
         with self._autocast, chosen:
             loss = self._loss(self._model, x, y)
-        loss.backward()
+        self._scaler.scale(loss).backward()
         return loss.detach().clone()  # with CUDA graphs the next step writes there
 
 

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -77,13 +78,20 @@ def test_variants_are_what_their_names_say(
     assert list(losses.values()) == pytest.approx([losses["naive"]] * len(losses), abs=1e-5)
 
 
-def test_a_gpu_that_emulates_bfloat16_computes_in_float32(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+@pytest.mark.parametrize(
+    ("memory", "batch_size"), [(15.6e9, 8), (25.4e9, 16), (42e9, 32), (85e9, 32), (1e9, 1)]
+)
+def test_defaults_are_those_of_the_gpu(
+    memory: float, batch_size: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
+    gpu = SimpleNamespace(total_memory=memory)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    for has, dtype in ((False, torch.float32), (True, torch.bfloat16)):
-        monkeypatch.setattr(variants, "has_bfloat16", lambda has=has: has)
-        assert variants.Plan.of(variants.Options(), tmp_path).dtype == dtype
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: gpu)
+    options = variants.default_options()
+    assert options.batch_size == batch_size and options.n_layer == 12
+    for has, dtype in ((False, torch.float16), (True, torch.bfloat16)):
+        monkeypatch.setattr(devices, "has_bfloat16", lambda has=has: has)
+        assert variants.Plan.of(options, tmp_path).dtype == dtype
 
 
 def test_what_variants_need(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -140,6 +148,28 @@ def test_a_choice_of_attention_is_the_only_one(
     plan = variants.Plan.of(options, data_set(tmp_path))
     variants.Training(variant, plan).step()
     assert enabled == [name == "sdpa_flash", name == "sdpa_cudnn", False, False]
+
+
+@pytest.mark.parametrize("name", ["fastgpt", "fastgpt_train"])
+def test_in_float16_the_loss_is_scaled_and_the_norm_is_not(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    norms: list[float] = []
+    clip = torch.nn.utils.clip_grad_norm_
+
+    def noted(*args: Any) -> Any:
+        norms.append((norm := clip(*args)).item())
+        return norm
+
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", noted)
+    plan = variants.Plan.of(variants.CPU_OPTIONS, data_set(tmp_path))
+    for dtype in (torch.float32, torch.float16):
+        training = variants.Training(variants.VARIANTS[name], plan, dtype)
+        training._model.lm_head.weight.register_hook(lambda grad: norms.append(grad.norm().item()))
+        assert training.step().isfinite()
+    head, whole, scaled_head, scaled_whole = norms
+    assert scaled_head == pytest.approx(65536 * head, rel=0.01)
+    assert scaled_whole == pytest.approx(whole, rel=0.01)
 
 
 def test_the_reference_is_for_few_sequences(tmp_path: Path) -> None:
