@@ -165,11 +165,12 @@ def test_in_float16_the_loss_is_scaled_and_the_norm_is_not(
     plan = variants.Plan.of(variants.CPU_OPTIONS, data_set(tmp_path))
     for dtype in (torch.float32, torch.float16):
         training = variants.Training(variants.VARIANTS[name], plan, dtype)
-        training._model.lm_head.weight.register_hook(lambda grad: norms.append(grad.norm().item()))
+        head: Any = training._model.lm_head
+        head.weight.register_hook(lambda grad: norms.append(grad.norm().item()))
         assert training.step().isfinite()
-    head, whole, scaled_head, scaled_whole = norms
-    assert scaled_head == pytest.approx(65536 * head, rel=0.01)
-    assert scaled_whole == pytest.approx(whole, rel=0.01)
+    of_head, of_all, scaled_of_head, unscaled_of_all = norms
+    assert scaled_of_head == pytest.approx(65536 * of_head, rel=0.01)
+    assert unscaled_of_all == pytest.approx(of_all, rel=0.01)
 
 
 def test_the_reference_is_for_few_sequences(tmp_path: Path) -> None:
