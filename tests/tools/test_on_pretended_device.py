@@ -21,7 +21,7 @@ def test_computed_runs() -> None:
 
 
 def test_a_gpu_without_tritons_products(monkeypatch: pytest.MonkeyPatch) -> None:
-    """An update, a run, bench/run.py and the op benches, in float16, on a GPU of compute capability 7.5."""
+    """An update, a run and the benchmarks, in float16, on a GPU of compute capability 7.5."""
     monkeypatch.setenv("PRETEND_CAPABILITY", "75")
     run = start("--interpret", "-m", "fastgpt", "doctor")
     assert run.returncode == 0 and "launch table of sm_75" in run.stdout, run.stdout
