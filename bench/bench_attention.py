@@ -120,8 +120,8 @@ def compiled(*both: Combination, forward: Sequence[Combination] = ()) -> None:
 
 
 def compiled_others() -> None:
-    """Keys of given lengths; heads that share their keys; separate q, k and v of an odd head size,
-    in fp16, without the causal mask; TF32."""
+    """Keys of given lengths; heads that share their keys; no causal mask, of an odd head size in
+    fp16 too; TF32."""
     lengths = torch.zeros(1, dtype=torch.int32)
     for random, p in ((BF16, 0.1), (FP32, 0.0), (FP32, 0.1)):
         q, k, v = (random.normal(1, 2, 1024, 64) for _ in range(3))
@@ -130,8 +130,9 @@ def compiled_others() -> None:
     for random, head_size in ((BF16, 128), (FP32, 64)):
         q, k, v = (random.normal(1, n_head, 1024, head_size) for n_head in (4, 1, 1))
         fused.attention(q, k, v).sum().backward()
-    q, k, v = (FP16.normal(1, 2, 100, 25) for _ in range(3))
-    fused.attention(q, k, v, causal=False).sum().backward()
+    for random, length, head_size in ((FP16, 100, 25), (BF16, 1024, 128)):
+        q, k, v = (random.normal(1, 2, length, head_size) for _ in range(3))
+        fused.attention(q, k, v, causal=False).sum().backward()
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("high")
     try:

@@ -283,10 +283,10 @@ def _attention_bwd_dkdv_kernel(
     if CAUSAL:
         lo = start_n // BLOCK_M * BLOCK_M
         unmasked_lo = tl.cdiv(start_n + BLOCK_N - 1, BLOCK_M) * BLOCK_M
-    else:
-        lo, unmasked_lo = 0, 0
+    else:  # only the loads of the last tile need a mask: one loop for all
+        lo, unmasked_lo = 0, hi
     unmasked_hi = tl.maximum(unmasked_lo, hi_of_all // BLOCK_M * BLOCK_M)
-    for stage in tl.static_range(3):  # the unmasked loop last, under an `if`: as forward
+    for stage in tl.static_range(3 if CAUSAL else 1):  # the unmasked loop last: as forward
         if stage == 0:
             start, stop = lo, tl.minimum(unmasked_lo, hi)
         elif stage == 1:

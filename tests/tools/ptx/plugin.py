@@ -17,6 +17,8 @@ _OF_THE_INTERPRETER = ("test_interpreter.py", "test_sanitizer.py", "test_address
 _TESTS_OF_THE_INTERPRETER = (
     # Runs the last of many thousand programs, which the interpreter's observer picks out.
     "test_linear_cross_entropy_edges.py::test_addresses_past_2_to_31",
+    # Counts the products that the interpreter computes.
+    "test_attention_lengths.py::test_tiles_of_padding_are_not_visited",
     # Expects the error with which an interpreted launch is refused.
     "test_lowering.py::test_a_method_of_an_argument_does_not_compile_for_1",
 )
