@@ -221,9 +221,6 @@ TABLE: dict[Key, Any] = {
     Key("attention", "bwd_dkdv", "gpu", "float32", 64): Attention(32, 32, 8, 1),
     Key("attention", "bwd_dkdv", "gpu", "float32", 64, _LENGTHS): Attention(16, 32, 8, 1),
     Key("attention", "bwd_dkdv", "gpu", "float32", 64, _DROPOUT): Attention(16, 16, 8, 1),
-    Key("attention", "bwd_dkdv", "gpu", "float32", 64, (*_DROPOUT, *_LENGTHS)): Attention(
-        16, 32, 8, 1
-    ),
     Key("attention", "bwd_dkdv", "gpu", "float32", 128): Attention(16, 16, 4, 1),
     Key("attention", "bwd_dkdv", "gpu", "float32", 256): Attention(16, 16, 8, 1),
     # Decoding; size: of a head. K and V of a part lie in registers: 64 of a thread's 255 where
