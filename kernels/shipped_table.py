@@ -153,6 +153,9 @@ TABLE: dict[Key, Any] = {
     Key("attention", "fwd", "sm_100", "half", 64): Attention(128, 64, 4, 3),
     Key("attention", "bwd_dq", "sm_100", "half", 64): Attention(128, 64, 4, 2),
     Key("attention", "bwd_dq", "sm_100", "half", 64, _DROPOUT): Attention(64, 64, 4, 3),
+    Key("attention", "bwd_dkdv", "sm_100", "half", 64, (*_DROPOUT, *_LENGTHS)): Attention(
+        32, 64, 8, 2
+    ),
     Key("attention", "bwd_dkdv", "sm_100", "half", 128): Attention(64, 64, 4, 2),
     # sm_80: operands pass through registers, and some of these GPUs have 99 KB of shared memory.
     Key("attention", "fwd", "sm_80", "half", 16): Attention(64, 64, 4, 2),
