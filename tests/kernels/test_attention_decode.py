@@ -3,19 +3,21 @@ tokens at once, on caches that are filled differently far, and what it leaves al
 """
 
 import math
+from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, ones, zeros
 
 from fastgpt.kernels import configs, fused, reference, torch_ops
-from fastgpt.kernels._attention import block_d
+from fastgpt.kernels._attention import MAX_HEAD_SIZE, block_d
 from fastgpt.kernels.attention_decode import _attention_decode_op
 from tests.tools import interpreter, parity
-from tests.tools.calls import decoding
+from tests.tools.calls import Cases, compiled, ids
+from tests.tools.draws import Drawn, Draws
 
 IMPLEMENTATIONS = pytest.mark.parametrize(
     "ops", [fused, torch_ops, reference], ids=["fused", "torch_ops", "reference"]
@@ -38,6 +40,17 @@ def _inputs(
     for row, place in enumerate(places):
         cache[:, row, :, :place] = torch.randn(2, n_head, place, head_size).to(dtype)
     return qkv, cache, torch.tensor(places, device=device)
+
+
+def decoding(cache: Tensor, positions: Tensor) -> Callable[..., Tensor]:
+    """A call of ``attention_decode`` with qkv alone: the result and the cache that it leaves."""
+
+    def call(ops: Any, qkv: Tensor) -> Tensor:
+        mine = cache.to(qkv.dtype, copy=True)
+        out = ops.attention_decode(qkv.detach(), mine, positions)
+        return torch.cat((out.flatten(), mine.flatten()))
+
+    return call
 
 
 def _assert_parity(kernel: Any, plain: Any, qkv: Tensor) -> None:
@@ -158,3 +171,58 @@ def test_more_parts_than_are_added_at_a_time(device: str) -> None:
 def test_opcheck(device: str) -> None:
     qkv, cache, positions = _inputs([3, 65], device=device)
     torch.library.opcheck(_attention_decode_op, (qkv, cache, positions, 0.25))
+
+
+# --------------------------------------------------------------------- the checks of every op
+
+
+@IMPLEMENTATIONS
+def test_no_sequence(ops: Any, device: str) -> None:
+    cache, positions = torch.zeros(2, 0, 2, 8, 16, device=device), ids(0).to(device)
+    out = ops.attention_decode(torch.zeros(0, 1, 96, device=device), cache, positions)
+    assert out.shape == (0, 1, 32)
+
+
+def test_the_largest_head_size() -> None:
+    n = MAX_HEAD_SIZE + 1
+    with pytest.raises(ValueError, match=f"cache must have a .* of at most {n - 1}, got {n}"):
+        fused.attention_decode(ones(1, 1, 3 * n), zeros(2, 1, 1, 70, n), ids(1))
+
+
+def _drawn(draws: Draws) -> Drawn:
+    """The cache, which it changes, is a part of the result."""
+    batch, heads, size, slots = draws.size(3), draws.size(3), draws.size(20), draws.size(40)
+    positions = torch.randint(slots, (batch,))
+    cache = parity.randn((2, batch, heads, slots, size), draws.dtype, "cpu", "contiguous")
+    return decoding(cache, positions), [draws.tensor(batch, 1, 3 * heads * size)]
+
+
+def _compare(dtype: torch.dtype) -> None:
+    qkv = torch.randn(2, 1, 3 * 2 * 64).to(dtype)
+    cache = torch.randn(2, 2, 2, 200, 64).to(dtype)
+    kernel, plain = (
+        partial(decoding(cache, torch.tensor([0, 150])), ops) for ops in (fused, reference)
+    )
+    _assert_parity(kernel, plain, qkv)
+
+
+DECODE = Cases(
+    "attention_decode",
+    valid=dict(qkv=ones(2, 1, 96), cache=zeros(2, 2, 2, 70, 16), positions=torch.tensor([3, 65])),
+    refused={
+        r"qkv must have shape \(B, 1, 3C\), got \(2, 2, 96\)": dict(qkv=ones(2, 2, 96)),
+        r"cache must have shape \(2, 2, H, S, D\) with .* = 96": dict(cache=zeros(2, 2, 2, 7, 15)),
+        r"cache must have shape .*got \(2, 2, 2, 0, 16\)": dict(cache=zeros(2, 2, 2, 0, 16)),
+        "cache must be contiguous, got strides": dict(cache=zeros(2, 2, 7, 2, 16).transpose(2, 3)),
+        r"positions must have shape \(2,\) to go with qkv": dict(positions=ids(3)),
+        r"positions must lie in \[0, 70\), got 70": dict(positions=torch.tensor([3, 70])),
+        r"positions must lie in \[0, 70\), got -1": dict(positions=torch.tensor([-1, 3])),
+        "scale must be positive and finite, or None, got 0": dict(scale=0.0),
+    },
+    compiled=[
+        compiled(f"decode-{dtype}".replace("torch.", ""), _compare, dtype)
+        for dtype in parity.DTYPES
+    ],
+    calls={},
+    drawn=_drawn,
+)

@@ -3,14 +3,18 @@ gradients, determinism, what is kept and what is shared."""
 
 from collections.abc import Callable
 from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, ones
 
 from fastgpt.kernels import fused, reference, torch_ops
+from fastgpt.kernels.layer_norm import MAX_WIDTH
 from tests.tools import interpreter, parity
+from tests.tools.calls import Call, Cases, Masks, compare, compiled
+from tests.tools.draws import Drawn, Draws
 
 # ----------------------------------------------------------------------------------- layer_norm
 
@@ -279,3 +283,138 @@ def test_inductor_at_width_768(device: str, dtype: torch.dtype) -> None:
             parity.results(op, inputs, grad, dtype) for op in (compiled, fused.layer_norm)
         )
         assert all(torch.equal(x, y) for x, y in zip(got, expected, strict=True))
+
+
+# --------------------------------------------------------------------- the checks of every op
+
+
+def test_the_widest_row() -> None:
+    x, weight = ones(1, MAX_WIDTH + 1), ones(MAX_WIDTH + 1)
+    message = f"must have a last dimension of at most {MAX_WIDTH}, got {MAX_WIDTH + 1}"
+    with pytest.raises(ValueError, match=f"^x {message}"):
+        fused.layer_norm(x, weight)
+    with pytest.raises(ValueError, match=f"^residual {message}"):
+        fused.residual_layer_norm(x, x, weight)
+
+
+def _plain_drawn(draws: Draws) -> Drawn:
+    width, eps = draws.width(130), draws.one_of(1e-5, 1e-3)
+    inputs = [draws.tensor(*draws.outer(), width), draws.tensor(width), *draws.maybe(width)]
+    return lambda ops, x, weight, bias=None: ops.layer_norm(x, weight, bias, eps), inputs
+
+
+def _drawn(draws: Draws) -> Drawn:
+    shape = [*draws.outer(), draws.width(70)]
+    names = NAMES[:3] + [name for name in NAMES[3:] if draws.flag()]
+    options = draws.dropout()
+
+    def call(ops: Any, *tensors: Tensor) -> Tensor:
+        named = dict(zip(names, tensors, strict=True))
+        return torch.cat(ops.residual_layer_norm(**named, **options), -1)
+
+    return call, [draws.tensor(*(shape if name in NAMES[:2] else shape[-1:])) for name in names]
+
+
+def _plain(ops: Any, *tensors: Tensor) -> Tensor:
+    return ops.layer_norm(*tensors)
+
+
+def _call(ops: Any, *tensors: Tensor, dropout_p: float) -> tuple[Tensor, Tensor]:
+    named = dict(zip(NAMES, tensors, strict=True))
+    return ops.residual_layer_norm(**named, dropout_p=dropout_p)
+
+
+def _bare(ops: Any, residual: Tensor, delta: Tensor, weight: Tensor) -> Tensor:
+    """A stream of more digits than its addend, the sum without a consumer."""
+    return ops.residual_layer_norm(residual, delta.bfloat16(), weight)[0]
+
+
+def _shapes(*shape: int) -> list[tuple[int, ...]]:
+    """Of residual, delta, weight, bias and delta_bias."""
+    return [shape] * 2 + [shape[-1:]] * 3
+
+
+def _masks(n_rows: int, n_cols: int, device: str, **options: Any) -> Masks:
+    zeros, ones = (f(n_rows, n_cols, device=device) for f in (torch.zeros, torch.ones))
+    delta = ones.clone().requires_grad_()
+    total = fused.residual_layer_norm(zeros, delta, ones[0], **options)[1]
+    return total > 0, torch.autograd.grad(total, delta, ones)[0] > 0
+
+
+def _compare_both(dtype: torch.dtype, columns: int, *biases: str, p: float = 0.0) -> None:
+    """Both results at once: the sum, and its norm."""
+    options = dict(dropout_p=p, seed=torch.tensor([0x1234_5678_9ABC_DEF]))
+
+    def both(ops: Any, *tensors: Tensor) -> Tensor:
+        named = dict(zip((*NAMES[:3], *biases), tensors, strict=True))
+        return torch.stack(ops.residual_layer_norm(**named, **options))
+
+    compare(both, dtype, *[(5, columns)] * 2, *[(columns,)] * (1 + len(biases)))
+
+
+_WIDE = (3, 8200), (8200,)
+LAYER_NORM = Cases(
+    "layer_norm",
+    valid=dict(x=ones(2, 8), weight=ones(8), bias=ones(8)),
+    refused={
+        r"weight must have shape \(8,\) .* x \(2, 8\), got \(7,\)": dict(weight=ones(7)),
+        r"bias must have shape \(8,\).*got \(1, 8\)": dict(bias=ones(1, 8)),
+        "bias must have the dtype of weight": dict(x=ones(2, 8).half(), bias=ones(8).half()),
+        "eps must be at least 0, got -1.0": dict(eps=-1.0),
+        "x must have a last dimension of at least 1": dict(x=ones(3, 0)),
+    },
+    compiled=[
+        compiled("layer_norm-float32", compare, _plain, torch.float32, (37, 65), (65,), (65,)),
+        compiled("layer_norm-float16-wide", compare, _plain, torch.float16, *_WIDE),
+        compiled("layer_norm-bfloat16-wide", compare, _plain, torch.bfloat16, *_WIDE, (8200,)),
+    ],
+    calls={
+        "": Call(
+            [(2, 5, 33), (33,), (33,)],
+            _plain,
+            empty=[[(0, 33), (33,), (33,)], [(2, 0, 33), (33,), (33,)]],
+            single=[(1, 1), (1,), (1,)],
+            several=(torch.float32, [(70, 96), (96,), (96,)]),
+        )
+    },
+    drawn=_plain_drawn,
+)
+RESIDUAL = Cases(
+    "residual_layer_norm",
+    valid=dict(
+        residual=ones(2, 8), delta=ones(2, 8), weight=ones(8), bias=ones(8), delta_bias=ones(8)
+    ),
+    refused={
+        r"delta must have shape \(2, 8\) to go with residual, got": dict(delta=ones(1, 8)),
+        r"weight must have shape \(8,\).*delta \(2, 8\), got \(7,\)": dict(weight=ones(7)),
+        r"delta_bias must have shape \(8,\)": dict(delta_bias=ones(1, 8)),
+        "eps must be at least 0, got -1": dict(eps=-1),
+        r"dropout_p must lie in \[0, 0.999\], got 1.0": dict(dropout_p=1.0),
+        "seed must be an int64 tensor": dict(dropout_p=0.1, seed=ones(1)),
+        r"dropout_offset must lie in \[0, 2\^31\), got -1": dict(dropout_offset=-1),
+    },
+    compiled=[
+        compiled("residual-float32-wide", _compare_both, torch.float32, 8200, *NAMES[3:], p=0.2),
+        compiled("residual-float16", _compare_both, torch.float16, 72),
+        compiled("residual-bfloat16", _compare_both, torch.bfloat16, 65, "delta_bias", p=0.2),
+    ],
+    calls={
+        "": Call(
+            _shapes(2, 5, 33),
+            partial(_call, dropout_p=0.0),
+            empty=[_shapes(0, 33)],
+            single=_shapes(1, 1),
+            several=(torch.float32, _shapes(9, 8200)),
+        ),
+        "dropout": Call(
+            _shapes(2, 5, 33),
+            partial(_call, dropout_p=0.5),
+            empty=[_shapes(0, 33)],
+            several=(torch.float32, _shapes(70, 96)),
+        ),
+    },
+    variants={"bare": Call([(2, 5, 33)] * 2 + [(33,)], _bare)},
+    drawn=_drawn,
+    masks=_masks,
+    needed=1,
+)

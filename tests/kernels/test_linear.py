@@ -3,14 +3,18 @@ ways of loading, the split of the sum, what is kept, frozen parameters.
 """
 
 import itertools
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor, ones
 from torch.utils.flop_counter import FlopCounterMode
 
 from fastgpt.kernels import configs, fused, gemm, reference, torch_ops
 from fastgpt.kernels.linear import rows
 from tests.tools import parity
+from tests.tools.calls import Call, Cases, compare, compiled
+from tests.tools.draws import Drawn, Draws
 
 # (shape of x, outputs): sizes that are no multiple of a tile; rows that no TMA can copy; empty.
 SHAPES = [
@@ -159,3 +163,68 @@ def test_flops() -> None:
     with FlopCounterMode(display=False) as counter:
         fused.linear(x, weight).sum().backward()
     assert counter.get_total_flops() == 3 * 2 * 30 * 16 * 24
+
+
+# --------------------------------------------------------------------- the checks of every op
+
+
+def _call(ops: Any, *tensors: Tensor) -> Tensor:
+    return ops.linear(*tensors)
+
+
+def _of_norm(ops: Any, x: Tensor, norm: Tensor, weight: Tensor) -> Tensor:
+    y = ops.layer_norm(x, norm)
+    return ops.linear(y, weight, recompute=(x, norm, None, 1e-5))
+
+
+def _drawn(draws: Draws) -> Drawn:
+    k, n = draws.size(40), draws.size(40)
+    return _call, [draws.tensor(*draws.outer(), k), draws.tensor(n, k), *draws.maybe(n)]
+
+
+LINEAR = Cases(
+    "linear",
+    valid=dict(x=ones(2, 16), weight=ones(24, 16), bias=ones(24)),
+    refused={
+        r"weight must have shape \(N, K\) to go with x": dict(weight=ones(16, 24)),
+        r"bias must have shape \(24,\) to go with weight": dict(bias=ones(16)),
+        "recompute must be .* got 2 items": dict(recompute=(ones(2, 16), ones(16))),
+        "recompute must begin with a tensor of x's shape": dict(
+            recompute=(ones(1, 16), ones(16), None, 1e-5)
+        ),
+    },
+    compiled=[
+        compiled(
+            "linear-float16-splits", compare, _call, torch.float16, (1500, 72), (136, 72), (136,)
+        ),
+        compiled("linear-bfloat16-splits", compare, _call, torch.bfloat16, (1500, 72), (136, 72)),
+        compiled("linear-bfloat16", compare, _call, torch.bfloat16, (70, 72), (136, 72)),
+    ],
+    calls={
+        "": Call(
+            [(2, 7, 20), (11, 20), (11,)],
+            _call,
+            empty=[
+                [(0, 2, 20), (11, 20), (11,)],
+                [(3, 0), (5, 0), (5,)],
+                [(0,), (5, 0), (5,)],
+                [(0, 0), (5, 0), (5,)],
+                [(3, 20), (0, 20), (0,)],
+                [(2, 0, 0), (0, 0), (0,)],
+            ],
+            single=[(1, 16), (1, 16), (1,)],
+            several=(torch.bfloat16, [(300, 64), (72, 64), (72,)]),
+        ),
+        "recompute": Call(
+            [(7, 20), (20,), (11, 20)],
+            _of_norm,
+            empty=[
+                [(0, 20), (20,), (11, 20)],
+                [(3, 20), (20,), (0, 20)],
+                [(0, 20), (20,), (0, 20)],
+            ],
+            single=[(1, 16), (16,), (1, 16)],
+        ),
+    },
+    drawn=_drawn,
+)

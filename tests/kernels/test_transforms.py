@@ -10,7 +10,8 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from fastgpt.kernels import fused, reference, torch_ops
-from tests.tools.calls import CALLS, Call, every_call, tensors_of
+from tests.kernels.every_op import CALLS, every_call
+from tests.tools.calls import Call, tensors_of
 
 Loss = Callable[..., Tensor]
 grad: Callable[..., Any] = torch.func.grad
