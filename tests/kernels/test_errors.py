@@ -1,6 +1,7 @@
 """What all implementations of an op refuse, in the same words; what one of them refuses alone."""
 
 import inspect
+import re
 from types import ModuleType
 from typing import Any
 
@@ -65,6 +66,25 @@ def test_what_a_tensor_must_be(module: ModuleType, op: str) -> None:
         refuse(ValueError, beside("be on the device"), name, x.to("meta"))
         if x.is_floating_point() and op != "adamw":  # which takes float32 alone
             refuse(ValueError, beside("have the dtype"), name, x.double())
+
+
+_NO_NUMBERS = {
+    float: (None, "0.1"),
+    float | None: ("0.1",),
+    int: (None, "1"),
+    tuple[float, float]: (None, 0.9, (0.9,), ("0.9", 0.95)),
+}
+
+
+@every_module
+@every_op
+def test_what_must_be_a_number(module: ModuleType, op: str) -> None:
+    for name, kind in kinds(op).items():
+        for wrong in _NO_NUMBERS.get(kind, ()):
+            value = re.escape(repr("0.9" if wrong == ("0.9", 0.95) else wrong))
+            message = rf"^{name}(\[0\])? must be (a number|two numbers), got {value}$"
+            with pytest.raises(TypeError, match=message):
+                getattr(module, op)(**{**CASES[op].valid, name: wrong})
 
 
 @every_op
