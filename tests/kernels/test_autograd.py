@@ -176,7 +176,19 @@ def test_whichever_gradients_are_wanted(ops, device: str, call: Call) -> None:
         torch.library.opcheck(op, args)
 
 
-# ------------------------------------------------------------------------- second derivatives
+# ------------------------------------------------------------------ first and second derivatives
+
+
+@pytest.mark.parametrize("call", ALL.values(), ids=ALL)
+def test_gradcheck(call: Call) -> None:
+    """In float64, which the interpreter alone has."""
+
+    def run(*tensors: Tensor) -> Tensor | tuple[Tensor, ...]:
+        torch.manual_seed(1)  # of dropout
+        return call.run(fused, *tensors)
+
+    tensors = [x.detach().double().requires_grad_() for x in tensors_of(call, "cpu")]
+    assert torch.autograd.gradcheck(run, tensors, fast_mode=True)
 
 
 def _second_derivatives(ops, call: Call, leaves: list[Tensor]) -> list[Tensor]:

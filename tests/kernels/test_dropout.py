@@ -2,7 +2,6 @@
 
 import sys
 from collections.abc import Callable
-from functools import partial
 
 import pytest
 import torch
@@ -27,19 +26,12 @@ KERNELS = [
     for name, kernel in sorted(_JITTED.items())
     if name.endswith("_kernel") and "dropout_offset" in kernel.arg_names
 ]
-Site = Callable[[int, int, str], Tensor]
-
-
-def _forward(masks: Callable[..., Masks]) -> Site:
-    """The forward's mask of a seed and a stream, which drops half."""
-    half = partial(masks, ROWS, COLS, dropout_p=0.5)
-    return lambda seed, stream, device: half(
-        device=device, seed=torch.tensor([seed], device=device), dropout_offset=stream
-    )[0]
-
-
 each_place = pytest.mark.parametrize("masks", SITES.values(), ids=SITES)
-each_site = pytest.mark.parametrize("site", [*map(_forward, SITES.values())], ids=SITES)
+
+
+def _mask(seed: int, stream: int) -> Tensor:
+    """Which drops half."""
+    return reference.dropout_mask(torch.tensor([seed]), (ROWS, COLS), 0.5, stream)[0]
 
 
 def _agreement(a: Tensor, b: Tensor) -> float:
@@ -78,35 +70,25 @@ def test_without_a_seed_each_call_draws_a_mask(device: str, masks: Callable[...,
     assert torch.equal(masks(ROWS, COLS, device, dropout_p=0.5)[0], first)
 
 
-@each_site
-def test_streams_of_one_seed_are_independent(device: str, site: Site) -> None:
-    masks = [site(1234567, stream, device) for stream in (0, 1, 2, 25, 2**31 - 1)]
+def test_streams_of_one_seed_are_independent() -> None:
+    masks = [_mask(1234567, stream) for stream in (0, 1, 2, 25, 2**31 - 1)]
     for i, a in enumerate(masks):
         assert abs(a.double().mean() - 0.5) < BOUND / 2
         for b in masks[:i]:
             assert abs(_agreement(a, b)) < BOUND
 
 
-@each_site
 @pytest.mark.parametrize("other", [1234568, -1234567, 1234567 + 2**32])
-def test_seeds_are_independent(device: str, site: Site, other: int) -> None:
+def test_seeds_are_independent(other: int) -> None:
     """The next seed, another sign, and one that differs in the upper half only."""
-    masks = [site(seed, 3, device) for seed in (1234567, other)]
-    assert abs(_agreement(*masks)) < BOUND
+    assert abs(_agreement(_mask(1234567, 3), _mask(other, 3))) < BOUND
 
 
-@each_site
-def test_rows_and_neighbouring_columns_are_independent(device: str, site: Site) -> None:
-    mask = site(7, 0, device)
+def test_rows_and_neighbouring_columns_are_independent() -> None:
+    mask = _mask(7, 0)
     for shift in (1, 2, 4, 8, 16, 64):
         assert abs(_agreement(mask[:, shift:], mask[:, :-shift])) < 2 * BOUND
         assert abs(_agreement(mask[shift:], mask[:-shift])) < 2 * BOUND
-
-
-def test_places_with_streams_of_their_own_share_no_mask(device: str) -> None:
-    """As in a model: the same seed, and each place its own number."""
-    a, b, c = (_forward(masks)(7, stream, device) for stream, masks in enumerate(SITES.values()))
-    assert max(abs(_agreement(x, y)) for x, y in ((a, b), (a, c), (b, c))) < BOUND
 
 
 @pytest.mark.parametrize("kernel", KERNELS, ids=lambda kernel: kernel.__name__)
@@ -119,15 +101,16 @@ def test_no_kernel_is_compiled_for_a_stream(kernel: JITFunction) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")
-@each_site
-def test_another_stream_launches_the_same_binaries(site: Site) -> None:
-    site(7, 5, "cuda")
-    before = [len(cache[0]) for kernel in KERNELS for cache in kernel.device_caches.values()]
+@each_place
+def test_another_stream_launches_the_same_binaries(masks: Callable[..., Masks]) -> None:
+    def binaries(stream: int) -> list[int]:
+        seed = torch.tensor([7], device="cuda")
+        masks(ROWS, COLS, "cuda", dropout_p=0.5, seed=seed, dropout_offset=stream)
+        return [len(cache[0]) for kernel in KERNELS for cache in kernel.device_caches.values()]
+
+    before = binaries(5)
     for stream in (0, 1, 16, 2**31 - 1):
-        site(7, stream, "cuda")
-    assert before == [
-        len(cache[0]) for kernel in KERNELS for cache in kernel.device_caches.values()
-    ]
+        assert binaries(stream) == before
 
 
 def test_dropout_arguments() -> None:

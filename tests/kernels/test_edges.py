@@ -7,7 +7,6 @@ from torch._subclasses import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from fastgpt.kernels import _host, fused, reference, torch_ops
-from fastgpt.kernels.linear import rows
 from tests.kernels.every_op import CALLS, every_call
 from tests.tools.calls import Call, Shapes, as_tuple, gradients_of, tensors_of
 
@@ -70,12 +69,6 @@ def test_expanded_gradients(device: str, name: str, dtype: torch.dtype, single: 
             got = torch.autograd.grad(out, leaves, expanded, retain_graph=True)
             expected = torch.autograd.grad(out, leaves, dense)
         assert all(torch.equal(x, y) for x, y in zip(got, expected, strict=True))
-
-
-@pytest.mark.parametrize("shape", [(1, 1), (1, 8), (8, 1), (9, 24)], ids=str)
-def test_rows_of_an_expanded_gradient_have_strides(shape: tuple[int, int]) -> None:
-    """No descriptor takes a stride of 0, nor does every routine of a library."""
-    assert rows(torch.ones(()).expand(shape)).stride() == (shape[1], 1)
 
 
 # ----------------------------------------------------------------------------- memory layouts

@@ -158,17 +158,6 @@ def test_autocast(device: str) -> None:
         assert fused.embedding(idx, *leaves).dtype == torch.float32
 
 
-@pytest.mark.parametrize("dropout_p", [0.0, 0.5])
-@pytest.mark.parametrize("doc_start", [None, starts_of(3, [1], [2])], ids=["one", "several"])
-def test_gradcheck(doc_start: Tensor | None, dropout_p: float) -> None:
-    idx = torch.tensor([[0, 2, 2], [2, 1, 0]])
-    leaves = [torch.randn(n, 3, dtype=torch.float64, requires_grad=True) for n in (3, 3)]
-    seed = torch.tensor([1])
-    assert torch.autograd.gradcheck(
-        partial(fused.embedding, idx, dropout_p=dropout_p, seed=seed, doc_start=doc_start), leaves
-    )
-
-
 # --------------------------------------------------------------------- the checks of every op
 
 

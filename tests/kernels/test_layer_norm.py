@@ -69,13 +69,6 @@ def test_constant_row(device: str, width: int, gpu: bool) -> None:
     assert torch.equal(y, bias.expand(3, width))
 
 
-@pytest.mark.parametrize("bias", [False, True])
-def test_plain_gradcheck(bias: bool) -> None:
-    inputs = [torch.randn(3, 6), torch.randn(6), torch.randn(6)][: 3 if bias else 2]
-    inputs = [x.double().requires_grad_() for x in inputs]
-    assert torch.autograd.gradcheck(fused.layer_norm, inputs)
-
-
 @pytest.mark.parametrize("ops", [fused, torch_ops], ids=["fused", "torch_ops"])
 def test_float32_weight_with_low_precision_input(device: str, ops) -> None:
     x = torch.randn(4, 64, device=device).bfloat16()
@@ -85,15 +78,6 @@ def test_float32_weight_with_low_precision_input(device: str, ops) -> None:
     assert y.dtype == torch.bfloat16 and weight.grad is not None
     expected = reference.layer_norm(x.double(), weight.double())
     torch.testing.assert_close(y.double(), expected, rtol=2**-8, atol=1e-5)
-
-
-def test_plain_autocast_rounds_once(device: str) -> None:
-    x, weight = torch.randn(4, 64, device=device), torch.randn(64, device=device)
-    plain = fused.layer_norm(x, weight)
-    with torch.autocast(device, dtype=torch.bfloat16):
-        y = fused.layer_norm(x, weight)
-    assert y.dtype == torch.bfloat16
-    assert torch.equal(y, plain.bfloat16())
 
 
 # -------------------------------------------------------------------------- residual_layer_norm
@@ -187,8 +171,10 @@ def test_autocast_sets_the_dtype_of_y_alone(device: str, residual_dtype: torch.d
     assert y.dtype == total.dtype == residual_dtype
     with torch.autocast(device, dtype=torch.bfloat16):
         rounded, same = fused.residual_layer_norm(**inputs)
+        plain = fused.layer_norm(total, inputs["weight"], inputs["bias"])
     assert rounded.dtype == torch.bfloat16 and same.dtype == residual_dtype
     assert torch.equal(rounded, y.bfloat16()) and torch.equal(same, total)
+    assert torch.equal(plain, rounded) and plain.dtype == torch.bfloat16
 
 
 def test_y_is_the_layer_norm_of_the_stored_sum(device: str) -> None:
@@ -200,23 +186,17 @@ def test_y_is_the_layer_norm_of_the_stored_sum(device: str) -> None:
 # ----------------------------------------------------------------------------------- gradients
 
 
-@pytest.mark.parametrize("used", ["y", "total", "both", "expanded"])
+@pytest.mark.parametrize("used", [0, 1], ids=["y", "total"])
 @pytest.mark.parametrize("dropout_p", [0.0, 0.25])
-def test_either_output_may_have_no_consumer(device: str, used: str, dropout_p: float) -> None:
+def test_either_output_may_have_no_consumer(device: str, used: int, dropout_p: float) -> None:
     inputs = _inputs((6, 40), torch.float32, device)
     leaves = [x.requires_grad_() for x in inputs.values()]
     seed = torch.tensor([3], device=device)
-    weights = torch.randn(2, 6, 40, device=device)
+    grad = torch.randn(6, 40, device=device)
 
     def gradients(op: Callable[..., tuple[Tensor, Tensor]]) -> tuple[Tensor, ...]:
-        y, total = op(**inputs, dropout_p=dropout_p, seed=seed)
-        loss = {
-            "y": (y * weights[0]).sum(),
-            "total": (total * weights[1]).sum(),
-            "both": (y * weights[0] + total * weights[1]).sum(),
-            "expanded": y.sum() + total.sum(),
-        }[used]
-        return torch.autograd.grad(loss, leaves, materialize_grads=True)
+        result = op(**inputs, dropout_p=dropout_p, seed=seed)[used]
+        return torch.autograd.grad(result, leaves, grad, materialize_grads=True)
 
     got, expected = (gradients(m.residual_layer_norm) for m in (fused, reference))
     for x, z in zip(got, expected, strict=True):
@@ -243,18 +223,6 @@ def test_neither_delta_nor_a_mask_is_kept(device: str) -> None:
 
     large = [place for place, size in parity.saved_storages(run).items() if size >= 4 * 6 * 40]
     assert large == [totals[0].data_ptr()]
-
-
-@pytest.mark.parametrize("dropout_p", [0.0, 0.5])
-def test_gradcheck(dropout_p: float) -> None:
-    leaves = [x.double().requires_grad_() for x in _inputs((3, 6), torch.float32, "cpu").values()]
-    seed = torch.tensor([1])
-
-    def op(*args: Tensor) -> tuple[Tensor, Tensor]:
-        inputs: dict[str, Any] = dict(zip(NAMES, args, strict=True))
-        return fused.residual_layer_norm(**inputs, dropout_p=dropout_p, seed=seed)
-
-    assert torch.autograd.gradcheck(op, leaves)
 
 
 def test_rows_are_independent(device: str) -> None:
@@ -326,7 +294,8 @@ def _call(ops: Any, *tensors: Tensor, dropout_p: float) -> tuple[Tensor, Tensor]
 
 def _bare(ops: Any, residual: Tensor, delta: Tensor, weight: Tensor) -> Tensor:
     """A stream of more digits than its addend, the sum without a consumer."""
-    return ops.residual_layer_norm(residual, delta.bfloat16(), weight)[0]
+    half = delta.bfloat16() if delta.dtype == torch.float32 else delta
+    return ops.residual_layer_norm(residual, half, weight)[0]
 
 
 def _shapes(*shape: int) -> list[tuple[int, ...]]:

@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, ones
-from torch.utils.flop_counter import FlopCounterMode
 
 from fastgpt.kernels import configs, fused, gemm, reference, torch_ops
 from fastgpt.kernels.linear import rows
@@ -113,14 +112,6 @@ def test_a_weight_gradient_is_summed_in_float32(device: str) -> None:
     assert torch.equal(dbias, torch.full_like(dbias, 4096 * 1.0078125))
 
 
-@pytest.mark.parametrize("bias", [False, True], ids=["", "bias"])
-def test_gradcheck(bias: bool) -> None:
-    inputs = [
-        torch.randn(*s, dtype=torch.float64, requires_grad=True) for s in ((5, 6), (4, 6), (4,))
-    ]
-    assert torch.autograd.gradcheck(fused.linear, inputs[: 2 + bias], fast_mode=True)
-
-
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_autocast_rounds_the_weight_and_not_its_gradient(device: str, dtype: torch.dtype) -> None:
     x, weight, bias = _inputs((9, 16), 24, torch.float32, device, "contiguous")
@@ -134,35 +125,18 @@ def test_autocast_rounds_the_weight_and_not_its_gradient(device: str, dtype: tor
     torch.testing.assert_close(weight.grad, expected, rtol=1e-5, atol=1e-5)  # not rounded to dtype
 
 
-def test_expanded_gradients_are_copied(device: str) -> None:
-    x, weight, _ = _inputs((9, 16), 24, torch.float32, device, "contiguous")
-    weight.requires_grad_()
-    for grad in (
-        torch.randn(24, device=device).expand(9, 24),
-        torch.ones((), device=device).expand(9, 24),
-    ):
-        (dweight,) = torch.autograd.grad(fused.linear(x, weight), weight, grad)
-        torch.testing.assert_close(dweight, grad.T @ x, rtol=1e-5, atol=1e-5)
-        assert rows(grad).is_contiguous()
+@pytest.mark.parametrize("shape", [(1, 1), (1, 8), (8, 1), (9, 24)], ids=str)
+def test_rows_of_an_expanded_gradient_have_strides(shape: tuple[int, int]) -> None:
+    """No descriptor takes a stride of 0, nor does every routine of a library."""
+    for x in (torch.ones(()), torch.ones(shape[1])):
+        assert rows(x.expand(shape)).stride() == (shape[1], 1)
 
 
-@pytest.mark.parametrize("shape", [(1, 1), (1, 8), (8, 1)], ids=str)
-def test_the_stride_of_a_single_row_or_column_means_nothing(shape: tuple[int, int], device) -> None:
+def test_the_stride_of_a_single_row_or_column_means_nothing(device: str) -> None:
     """PyTorch calls such a tensor contiguous whatever its strides; no tensor descriptor does."""
-    x = torch.randn(shape[0], 16, device=device, requires_grad=True)
-    weight = torch.randn(shape[1], 16, device=device, requires_grad=True)
-    dx, dweight = torch.autograd.grad(fused.linear(x, weight).sum(), (x, weight))
-    torch.testing.assert_close(dx, weight.sum(0).expand_as(x))
-    torch.testing.assert_close(dweight, x.sum(0).expand_as(weight))
-    odd, row = torch.randn(1, 8, device=device).as_strided((1, 1), (8, 4)), x.detach()[:1]
-    torch.testing.assert_close(gemm.weight_gradient(odd, row, False, x.dtype)[0], odd * row)
-
-
-def test_flops() -> None:
-    x, weight = torch.randn(30, 16, requires_grad=True), torch.randn(24, 16, requires_grad=True)
-    with FlopCounterMode(display=False) as counter:
-        fused.linear(x, weight).sum().backward()
-    assert counter.get_total_flops() == 3 * 2 * 30 * 16 * 24
+    odd = torch.randn(1, 8, device=device).as_strided((1, 1), (8, 4))
+    x = torch.randn(1, 16, device=device)
+    torch.testing.assert_close(gemm.weight_gradient(odd, x, False, x.dtype)[0], odd * x)
 
 
 # --------------------------------------------------------------------- the checks of every op

@@ -12,6 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from fastgpt.kernels import configs, costs, fused, gemm, reference, torch_ops
 from fastgpt.kernels.configs import CUBLAS
 from fastgpt.kernels.mlp import _mlp_op
+from tests.kernels.test_linear import loads  # noqa: F401
 from tests.tools import parity
 from tests.tools.calls import Call, Cases, compiled
 from tests.tools.draws import Drawn, Draws
@@ -28,14 +29,6 @@ SHAPES = [
 ]
 NAMES = ["x", "fc_weight", "fc_bias", "proj_weight"]
 TILES = [(16, 32, 16, 4, 1, 1), (32, 64, 32, 4, 1, 3)]
-
-
-@pytest.fixture(params=["tma", "pointers"])
-def loads(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Both ways to load a tile, in the interpreter; a GPU has one of them."""
-    if request.param == "pointers":
-        monkeypatch.setattr(gemm, "_tma", lambda device: False)
-    return request.param
 
 
 def _inputs(
@@ -92,9 +85,8 @@ def test_parity(
 
 @pytest.mark.parametrize("form", ["none", "tanh"])
 @pytest.mark.parametrize("tile", TILES, ids=str)
-def test_any_tile(
-    device: str, loads: str, monkeypatch: pytest.MonkeyPatch, tile: tuple, form: str
-) -> None:
+@pytest.mark.usefixtures("loads")
+def test_any_tile(device: str, monkeypatch: pytest.MonkeyPatch, tile: tuple, form: str) -> None:
     """Several tiles for each program, and groups that the number of tiles does not fill."""
     if device == "cuda":
         pytest.skip("the GPU's tables are its own")
@@ -204,15 +196,6 @@ def test_large_and_small_pre_activations(device: str, dtype: torch.dtype) -> Non
 
     ops = of(fused), of(torch_ops), of(reference)
     parity.assert_parity(*ops, [x, fc_weight], grad, ["x", "fc_weight"])
-
-
-@pytest.mark.parametrize("form", ["none", "tanh"])
-def test_gradcheck(form: str) -> None:
-    shapes = ((5, 6), (8, 6), (8,), (4, 8))
-    inputs = [torch.randn(*s, dtype=torch.float64, requires_grad=True) for s in shapes]
-    assert torch.autograd.gradcheck(
-        lambda *args: fused.mlp(*args, approximate=form), inputs, fast_mode=True
-    )
 
 
 def test_nothing_is_kept_without_gradients() -> None:
