@@ -18,6 +18,7 @@ from torch.utils.checkpoint import (
 from fastgpt.kernels import fused, reference, torch_ops
 from tests.kernels.every_op import CALLS, CASES, VARIANTS, every_call
 from tests.tools.calls import Call, as_tuple, gradients_of, tensors_of
+from tests.tools.parity import GRADCHECK
 from tests.tools.sanitizer import sanitize
 
 
@@ -188,7 +189,7 @@ def test_gradcheck(call: Call) -> None:
         return call.run(fused, *tensors)
 
     tensors = [x.detach().double().requires_grad_() for x in tensors_of(call, "cpu")]
-    assert torch.autograd.gradcheck(run, tensors, fast_mode=True)
+    assert torch.autograd.gradcheck(run, tensors, **GRADCHECK)
 
 
 def _second_derivatives(ops, call: Call, leaves: list[Tensor]) -> list[Tensor]:

@@ -9,6 +9,7 @@ a matter of luck.
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from typing import Any
 
 import pytest
 import torch
@@ -18,6 +19,9 @@ from tests.tools.rounding import RoundedOnce
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 LAYOUTS = ["contiguous", "transposed", "strided", "offset"]
+
+# The fast mode compares one sum of all derivatives, so errors of few of them have to show in it.
+GRADCHECK: dict[str, Any] = dict(fast_mode=True, rtol=1e-6, atol=1e-9)
 
 # What LayerNorm normalises, over the last dimension: one number, ragged, wide, nothing.
 NORM_SHAPES = [
