@@ -88,19 +88,16 @@ def _normalised(
     _within("eps", eps, 0.0, math.inf, "be at least 0")
 
 
-def _shaped(
-    shape: tuple[int, ...], x_name: str, x: Tensor | None, **tensors: Tensor | None
-) -> None:
-    """``x``: for the message, None to leave its shape out."""
+def _shaped(shape: tuple[int, ...], x_name: str, x: Tensor, **tensors: Tensor | None) -> None:
     for name, tensor in tensors.items():
         if tensor is not None and tensor.shape != shape:
-            other = x_name if x is None else f"{x_name} {tuple(x.shape)}"
             raise ValueError(
-                f"{name} must have shape {shape} to go with {other}, got {tuple(tensor.shape)}"
+                f"{name} must have shape {shape} to go with {x_name} {tuple(x.shape)}, "
+                f"got {tuple(tensor.shape)}"
             )
 
 
-def dropout(
+def _dropout(
     device: torch.device, dropout_p: float, seed: Tensor | None, dropout_offset: int
 ) -> None:
     _within("dropout_p", dropout_p, 0.0, MAX_DROPOUT, "lie in [0, 0.999]")
@@ -171,7 +168,7 @@ def attention(
     if head_size == 0:
         raise ValueError(f"q must have a head size of at least 1, got shape {tuple(q.shape)}")
     _scale(scale)
-    dropout(q.device, dropout_p, seed, dropout_offset)
+    _dropout(q.device, dropout_p, seed, dropout_offset)
     if doc_start is not None and n_queries != n_keys:
         raise ValueError(
             f"doc_start must be None unless q and k are equally long, got q {tuple(q.shape)} "
@@ -207,7 +204,7 @@ def qkvpacked(
     if length == 0:
         raise ValueError(f"qkv must hold at least one token, got shape {tuple(qkv.shape)}")
     _scale(scale)
-    dropout(qkv.device, dropout_p, seed, dropout_offset)
+    _dropout(qkv.device, dropout_p, seed, dropout_offset)
     _documents(doc_start, "qkv", qkv, (batch, length), causal)
 
 
@@ -254,7 +251,7 @@ def residual_layer_norm(
     dropout_offset: int,
 ) -> None:
     floating(residual=residual, delta=delta)
-    _shaped(tuple(residual.shape), "residual", None, delta=delta)
+    _shaped(tuple(residual.shape), "residual", residual, delta=delta)
     if delta.dtype not in (residual.dtype, torch.float16, torch.bfloat16):
         raise ValueError(
             f"delta must have the dtype of residual ({residual.dtype}) or a half-precision one, "
@@ -262,7 +259,7 @@ def residual_layer_norm(
         )
     _same("device", "residual", residual, delta=delta)
     _normalised("delta", delta, weight, eps, bias=bias, delta_bias=delta_bias)
-    dropout(residual.device, dropout_p, seed, dropout_offset)
+    _dropout(residual.device, dropout_p, seed, dropout_offset)
 
 
 def gelu(x: Tensor, approximate: str) -> None:
@@ -298,7 +295,9 @@ def linear(
         raise ValueError(
             f"recompute must be (x, weight, bias, eps) of layer_norm, got {len(recompute)} items"
         )
-    source = recompute[0]
+    source, _, _, eps = recompute
+    _tensor("recompute[0]", source)
+    _within("recompute[3]", eps, 0.0, math.inf, "be at least 0")
     if source.shape != x.shape or source.device != x.device:
         raise ValueError(
             f"recompute must begin with a tensor of x's shape and device, got {_facts(source)} "
@@ -353,7 +352,7 @@ def embedding(
             f"position_weight must have a row for each of the {idx.shape[1]} positions of idx, "
             f"got {tuple(position_weight.shape)}"
         )
-    dropout(idx.device, dropout_p, seed, dropout_offset)
+    _dropout(idx.device, dropout_p, seed, dropout_offset)
     _documents(doc_start, "idx", idx, (idx.shape[0], idx.shape[1]))
 
 

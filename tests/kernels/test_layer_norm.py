@@ -354,7 +354,7 @@ RESIDUAL = Cases(
         residual=ones(2, 8), delta=ones(2, 8), weight=ones(8), bias=ones(8), delta_bias=ones(8)
     ),
     refused={
-        r"delta must have shape \(2, 8\) to go with residual, got": dict(delta=ones(1, 8)),
+        r"delta must have shape \(2, 8\) to go with residual \(2, 8\), got": dict(delta=ones(1, 8)),
         r"weight must have shape \(8,\).*delta \(2, 8\), got \(7,\)": dict(weight=ones(7)),
         r"delta_bias must have shape \(8,\)": dict(delta_bias=ones(1, 8)),
         "eps must be at least 0, got -1": dict(eps=-1),

@@ -146,6 +146,14 @@ def _call(ops: Any, *tensors: Tensor) -> Tensor:
     return ops.linear(*tensors)
 
 
+@pytest.mark.parametrize(("place", "must"), [(0, "be a torch.Tensor"), (3, "be a number")])
+def test_parts_of_recompute(ops: Any, place: int, must: str) -> None:
+    recompute: list[Any] = [ones(2, 16), ones(16), None, 1e-5]
+    recompute[place] = None
+    with pytest.raises(TypeError, match=rf"^recompute\[{place}\] must {must}, got None"):
+        ops.linear(ones(2, 16), ones(24, 16), recompute=tuple(recompute))
+
+
 def _of_norm(ops: Any, x: Tensor, norm: Tensor, weight: Tensor) -> Tensor:
     y = ops.layer_norm(x, norm)
     return ops.linear(y, weight, recompute=(x, norm, None, 1e-5))
@@ -165,6 +173,9 @@ LINEAR = Cases(
         "recompute must be .* got 2 items": dict(recompute=(ones(2, 16), ones(16))),
         "recompute must begin with a tensor of x's shape": dict(
             recompute=(ones(1, 16), ones(16), None, 1e-5)
+        ),
+        r"recompute\[3\] must be at least 0, got -1": dict(
+            recompute=(ones(2, 16), ones(16), None, -1)
         ),
     },
     compiled=[
