@@ -162,4 +162,5 @@ ADAMW = Cases(
         compiled("accumulate-float16", _accumulate, torch.float16),
     ],
     calls={},
+    drawn=None,
 )

@@ -17,7 +17,7 @@ from torch.utils.checkpoint import (
 
 from fastgpt.kernels import fused, reference, torch_ops
 from tests.kernels.every_op import CALLS, CASES, VARIANTS, every_call
-from tests.tools.calls import Call, as_tuple, gradients_of, tensors_of
+from tests.tools.calls import Call, as_tuple, columns_first, gradients_of, tensors_of, weights_of
 from tests.tools.parity import GRADCHECK
 from tests.tools.sanitizer import sanitize
 
@@ -146,10 +146,6 @@ class _Operators(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def _columns_first(x: Tensor) -> Tensor:
-    return x.mT.contiguous().mT if x.dim() > 1 else x.clone()
-
-
 @pytest.mark.parametrize("call", [*ALL.values(), *AUTOCAST.values()], ids=[*ALL, *AUTOCAST])
 def test_whichever_gradients_are_wanted(ops, device: str, call: Call) -> None:
     """One tensor is frozen, or one is not: no gradient more or less, and each as if all were
@@ -165,7 +161,7 @@ def test_whichever_gradients_are_wanted(ops, device: str, call: Call) -> None:
             torch.manual_seed(1)
             leaves = [x.clone().requires_grad_(w) for x, w in zip(tensors, wanted, strict=True)]
             out = [y for y in as_tuple(call.run(ops, *leaves)) if y.requires_grad]
-            torch.autograd.backward(out, [_columns_first(y.detach()) for y in out])
+            torch.autograd.backward(out, [columns_first(y.detach()) for y in out])
             expected = expected or [x.grad for x in leaves if x.grad is not None]
             assert [x.grad is not None for x in leaves] == wanted
             got = [x.grad for x in leaves if x.grad is not None]
@@ -197,8 +193,7 @@ def _second_derivatives(ops, call: Call, leaves: list[Tensor]) -> list[Tensor]:
     torch.manual_seed(1)
     tensors = [x.clone().requires_grad_() for x in leaves]
     out = as_tuple(call.run(ops, *tensors))
-    grads = [torch.linspace(-1.0, 1.0, y.numel(), device=y.device).view_as(y) for y in out]
-    grads = [grad.requires_grad_() for grad in grads]
+    grads = [grad.requires_grad_() for grad in weights_of(out)]
     first = torch.autograd.grad(out, tensors, grads, create_graph=True)
     total = torch.stack([(x * x).sum() for x in first]).sum()
     return list(torch.autograd.grad(total, [*tensors, *grads], materialize_grads=True))

@@ -8,7 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from fastgpt.kernels import _host, fused, reference, torch_ops
 from tests.kernels.every_op import CALLS, every_call
-from tests.tools.calls import Call, Shapes, as_tuple, gradients_of, tensors_of
+from tests.tools.calls import Call, Shapes, as_tuple, columns_first, gradients_of, tensors_of
 
 # ------------------------------------------------------------------------- nothing to compute
 
@@ -78,7 +78,7 @@ def test_expanded_gradients(device: str, name: str, dtype: torch.dtype, single: 
 def test_results_are_contiguous(device: str, call: Call) -> None:
     """Of the Triton ops, whatever the strides of their arguments; ``attention`` in token order."""
     dense = tensors_of(call, device)
-    strided = [x.mT.contiguous().mT if x.dim() > 1 else x.repeat(2)[::2] for x in dense]
+    strided = [columns_first(x) if x.dim() > 1 else x.repeat(2)[::2] for x in dense]
     for tensors in (dense, [x.detach().requires_grad_() for x in strided]):
         for y in as_tuple(call.run(fused, *tensors)):
             if call.op == "attention":

@@ -11,7 +11,7 @@ from torch.autograd import forward_ad
 
 from fastgpt.kernels import fused, reference, torch_ops
 from tests.kernels.every_op import CALLS, every_call
-from tests.tools.calls import Call, tensors_of
+from tests.tools.calls import Call, as_tuple, columns_first, tensors_of, weights_of
 
 Loss = Callable[..., Tensor]
 grad: Callable[..., Any] = torch.func.grad
@@ -21,14 +21,9 @@ jvp: Callable[..., Any] = torch.func.jvp
 def _loss(ops, call: Call) -> Loss:
     def loss(*tensors: Tensor) -> Tensor:
         torch.manual_seed(7)  # of dropout
-        out = call.run(ops, *tensors)
-        parts = out if isinstance(out, tuple) else (out,)
-        return torch.stack(
-            [
-                (y * torch.linspace(-1.0, 1.0, y.numel(), device=y.device).view_as(y)).sum()
-                for y in parts
-            ]
-        ).sum()
+        out = as_tuple(call.run(ops, *tensors))
+        sums = [(y * weight).sum() for y, weight in zip(out, weights_of(out), strict=True)]
+        return torch.stack(sums).sum()
 
     return loss
 
@@ -54,10 +49,6 @@ def test_grad(ops, device: str, call: Call) -> None:
     torch.testing.assert_close(pullback(torch.ones((), device=device)), got)
 
 
-def _columns_first(x: Tensor) -> Tensor:
-    return x.mT.contiguous().mT if x.dim() > 1 else x
-
-
 def _with_gaps(x: Tensor) -> Tensor:
     return torch.stack([x, x], -1)[..., 0] if x.dim() > 1 else x
 
@@ -67,7 +58,7 @@ def _with_gaps(x: Tensor) -> Tensor:
     [
         (fused, Tensor.contiguous),  # as torch.autograd.graph.save_on_cpu(pin_memory=True) does
         (torch_ops, Tensor.contiguous),
-        (fused, _columns_first),  # for which PyTorch's own kernels give wrong gradients
+        (fused, columns_first),  # for which PyTorch's own kernels give wrong gradients
         (fused, _with_gaps),
     ],
 )

@@ -55,8 +55,8 @@ class Cases(NamedTuple):
         tensors must be tensors, of one dtype and on one device, is checked without.
     compiled: the least that compiles each way of each branch of its kernels, in each dtype.
     calls: by their options, "" for none; no calls where the op has no gradient.
-    variants: more of them, for the check of its operators.
-    drawn: a call and its tensors, drawn by hypothesis.
+    drawn: a call and its tensors, drawn by hypothesis; None where ``test_properties`` has its own.
+    variants: more calls, for the checks of its operators and of derivatives.
     masks: ``masks(n_rows, n_cols, device, **options)``: where forward and backward keep an element,
         if the op has a dropout mask of its own.
     needed: the index of the result that the backward needs, if it does.
@@ -67,8 +67,8 @@ class Cases(NamedTuple):
     refused: Mapping[str, dict[str, Any]]
     compiled: Sequence[Compiled]
     calls: Mapping[str, Call]
+    drawn: Callable[[Draws], Drawn] | None
     variants: Mapping[str, Call] = {}
-    drawn: Callable[[Draws], Drawn] | None = None
     masks: Callable[..., Masks] | None = None
     needed: int | None = None
 
@@ -89,9 +89,18 @@ def as_tuple(out: Results) -> tuple[Tensor, ...]:
     return out if isinstance(out, tuple) else (out,)
 
 
+def columns_first(x: Tensor) -> Tensor:
+    """In another memory order, if x has two dimensions."""
+    return x.mT.contiguous().mT if x.dim() > 1 else x
+
+
+def weights_of(out: tuple[Tensor, ...]) -> list[Tensor]:
+    """Gradients of the results, all different."""
+    return [torch.linspace(-1.0, 1.0, y.numel(), device=y.device).view_as(y) for y in out]
+
+
 def gradients_of(out: tuple[Tensor, ...], tensors: list[Tensor]) -> list[Tensor]:
-    grads = [torch.linspace(-1.0, 1.0, y.numel(), device=y.device).view_as(y) for y in out]
-    torch.autograd.backward(out, grads)
+    torch.autograd.backward(out, weights_of(out))
     gradients = []
     for x in tensors:
         assert x.grad is not None
