@@ -140,6 +140,12 @@ def test_autocast_casts_like_sdpa(device: str) -> None:
         assert fused.attention_qkvpacked(qkv, 2).dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize("shape", [(2, 9, 45), (1, 9, 48), (9, 1, 45), (2, 9, 96)])
+@pytest.mark.parametrize("ops", [reference, torch_ops, fused])
+def test_packed_attention_is_contiguous(ops, device: str, shape: tuple[int, int, int]) -> None:
+    assert ops.attention_qkvpacked(torch.randn(shape, device=device), 1).is_contiguous()
+
+
 def test_float32_products_follow_pytorchs_switch() -> None:
     torch.set_float32_matmul_precision("high")  # the next test begins with "highest"
     assert _host.dot_precision(torch.float32) == "tf32"

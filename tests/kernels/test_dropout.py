@@ -113,6 +113,12 @@ def test_another_stream_launches_the_same_binaries(masks: Callable[..., Masks]) 
         assert binaries(stream) == before
 
 
+@pytest.mark.parametrize("shape", [(0, 8), (3, 0), (0, 2, 3, 5), (2, 0, 3, 5), (2, 2, 0, 5)])
+def test_the_dropout_mask_of_nothing(shape: tuple[int, ...]) -> None:
+    mask, _ = reference.dropout_mask(torch.tensor([1]), shape, 0.5)
+    assert mask.shape == shape
+
+
 def test_dropout_arguments() -> None:
     """Sixteen bits an element: the rate is the nearest multiple of 2^-16, the scale its inverse."""
     for p in (0.0, 2**-16, 0.1, 0.2, 0.5, 0.999):

@@ -2,11 +2,10 @@
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch._subclasses import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from fastgpt.kernels import _host, fused, reference, torch_ops
+from fastgpt.kernels import _host, fused, reference
 from tests.kernels.every_op import CALLS, every_call
 from tests.tools.calls import Call, Shapes, as_tuple, columns_first, gradients_of, tensors_of
 
@@ -31,23 +30,6 @@ def test_nothing_to_compute(ops, device: str, name: str, shapes: Shapes) -> None
         out = as_tuple(call.run(ops, *tensors))
         fakes = [*out, *torch.autograd.grad(out, tensors, [torch.zeros_like(y) for y in out])]
     assert [x.shape for x in fakes] == [x.shape for x in outcomes[0]]
-
-
-def test_products_of_nothing_are_pytorchs(device: str) -> None:
-    """What the plain ops give, with which all others are compared."""
-    for shapes in CALLS["linear"].empty:
-        tensors = [torch.randn(shape, device=device, requires_grad=True) for shape in shapes]
-        expected, got = F.linear(*tensors), reference.linear(*tensors)
-        torch.testing.assert_close(got, expected)
-        torch.testing.assert_close(
-            gradients_of((got,), tensors), gradients_of((expected,), tensors)
-        )
-
-
-@pytest.mark.parametrize("shape", [(0, 8), (3, 0), (0, 2, 3, 5), (2, 0, 3, 5), (2, 2, 0, 5)])
-def test_the_dropout_mask_of_nothing(shape: tuple[int, ...]) -> None:
-    mask, _ = reference.dropout_mask(torch.tensor([1]), shape, 0.5)
-    assert mask.shape == shape
 
 
 # ------------------------------------------------------------------------- expanded gradients
@@ -87,9 +69,3 @@ def test_results_are_contiguous(device: str, call: Call) -> None:
                 ]
             else:
                 assert y.is_contiguous()
-
-
-@pytest.mark.parametrize("shape", [(2, 9, 45), (1, 9, 48), (9, 1, 45), (2, 9, 96)])
-@pytest.mark.parametrize("ops", [reference, torch_ops, fused])
-def test_packed_attention_is_contiguous(ops, device: str, shape: tuple[int, int, int]) -> None:
-    assert ops.attention_qkvpacked(torch.randn(shape, device=device), 1).is_contiguous()

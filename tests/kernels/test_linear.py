@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, ones
 
 from fastgpt.kernels import configs, fused, gemm, reference, torch_ops
@@ -137,6 +138,15 @@ def test_the_stride_of_a_single_row_or_column_means_nothing(device: str) -> None
     odd = torch.randn(1, 8, device=device).as_strided((1, 1), (8, 4))
     x = torch.randn(1, 16, device=device)
     torch.testing.assert_close(gemm.weight_gradient(odd, x, False, x.dtype)[0], odd * x)
+
+
+def test_products_of_nothing_are_pytorchs(device: str) -> None:
+    """What the plain ops give, with which all others are compared."""
+    for shapes in LINEAR.calls[""].empty:
+        inputs = [torch.randn(shape, device=device) for shape in shapes]
+        grad = torch.randn_like(F.linear(*inputs))
+        found = [parity.outcome(op, inputs, grad) for op in (reference.linear, F.linear)]
+        torch.testing.assert_close(*found)
 
 
 # --------------------------------------------------------------------- the checks of every op
