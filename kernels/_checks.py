@@ -24,7 +24,7 @@ def _tensor(name: str, tensor: Any) -> None:
         raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
 
 
-def _integers(name: str, tensor: Any, *dtypes: torch.dtype) -> None:
+def _of_dtype(name: str, tensor: Any, *dtypes: torch.dtype) -> None:
     _tensor(name, tensor)
     if tensor.dtype not in dtypes:
         raise TypeError(f"{name} must be {' or '.join(map(str, dtypes))}, got {tensor.dtype}")
@@ -119,7 +119,7 @@ def _scale(scale: float | None) -> None:
 
 def _int32(shape: tuple[int, ...], x_name: str, x: Tensor, **tensors: Tensor) -> None:
     for name, tensor in tensors.items():
-        _integers(name, tensor, torch.int32)
+        _of_dtype(name, tensor, torch.int32)
     _shaped(shape, x_name, x, **tensors)
     _same("device", x_name, x, **tensors)
 
@@ -222,7 +222,7 @@ def attention_decode(qkv: Tensor, cache: Tensor, positions: Tensor, scale: float
     if not cache.is_contiguous():
         raise ValueError(f"cache must be contiguous, got strides {cache.stride()}")
     _same("dtype", "qkv", qkv, cache=cache)
-    _integers("positions", positions, torch.int64, torch.int32)
+    _of_dtype("positions", positions, torch.int64, torch.int32)
     _shaped((batch,), "qkv", qkv, positions=positions)
     _same("device", "qkv", qkv, cache=cache, positions=positions)
     if not positions.is_contiguous():
@@ -332,7 +332,7 @@ def embedding(
     dropout_offset: int,
     doc_start: Tensor | None,
 ) -> None:
-    _integers("idx", idx, torch.int64, torch.int32)
+    _of_dtype("idx", idx, torch.int64, torch.int32)
     if idx.dim() != 2:
         raise ValueError(f"idx must have shape (B, T), got {tuple(idx.shape)}")
     floating(token_weight=token_weight, position_weight=position_weight)
@@ -371,7 +371,7 @@ def linear_cross_entropy(
         raise ValueError(  # rows of 8-bit matrices begin at multiples of 16 bytes
             f"both sizes of weight must be multiples of 16 with fp8=True, got {tuple(weight.shape)}"
         )
-    _integers("targets", targets, torch.int64, torch.int32)
+    _of_dtype("targets", targets, torch.int64, torch.int32)
     _shaped(tuple(x.shape[:-1]), "x", x, targets=targets)
     _same("device", "x", x, targets=targets)
     if weight.shape[0] == 0:
@@ -400,18 +400,17 @@ def adamw(
     skip: Tensor | None,
 ) -> None:
     floating(param=param)
-    flat = dict(param=param, grad=grad, exp_avg=exp_avg, exp_avg_sq=exp_avg_sq, rounded=rounded)
-    scalars = dict(step=step, lr=lr, clip=clip, skip=skip)
+    flat: dict[str, Any] = dict(
+        param=param, grad=grad, exp_avg=exp_avg, exp_avg_sq=exp_avg_sq, rounded=rounded
+    )
+    scalars: dict[str, Any] = dict(step=step, lr=lr, clip=clip, skip=skip)
     for name, tensor in (flat | scalars).items():
         if tensor is None and name in ("rounded", "clip", "skip"):
             continue
-        _tensor(name, tensor)
-        assert tensor is not None
-        half = name == "rounded"
-        allowed = (torch.float16, torch.bfloat16) if half else (torch.float32,)
-        if tensor.dtype not in allowed:
-            wanted = "float16 or bfloat16" if half else "float32"
-            raise TypeError(f"{name} must be {wanted}, got {tensor.dtype}")
+        if name == "rounded":
+            _of_dtype(name, tensor, torch.float16, torch.bfloat16)
+        else:
+            _of_dtype(name, tensor, torch.float32)
         shape = tuple(param.shape) if name in flat else ()
         if tensor.shape != shape or tensor.dim() > 1 or not tensor.is_contiguous():
             wanted = f"the shape (N,) of param, {tuple(param.shape)}" if shape else "shape ()"
