@@ -158,6 +158,18 @@ def test_autocast(device: str) -> None:
         assert fused.embedding(idx, *leaves).dtype == torch.float32
 
 
+@pytest.mark.parametrize("shape", [(0, 6), (2, 0)])
+@pytest.mark.parametrize("documents", [False, True])
+def test_nothing_to_look_up(ops, device: str, shape: tuple[int, int], documents: bool) -> None:
+    token, position = (torch.randn(n, 33, device=device, requires_grad=True) for n in (5, 6))
+    idx = torch.zeros(shape, dtype=torch.int64, device=device)
+    doc_start = idx.int() if documents else None
+    out = ops.embedding(idx, token, position, dropout_p=0.5, doc_start=doc_start)
+    assert out.shape == (*shape, 33)
+    for gradient in torch.autograd.grad(out.sum(), (token, position)):
+        assert not gradient.any()
+
+
 # --------------------------------------------------------------------- the checks of every op
 
 
@@ -228,15 +240,3 @@ EMBEDDING = Cases(
     drawn=_drawn,
     masks=_masks,
 )
-
-
-@pytest.mark.parametrize("shape", [(0, 6), (2, 0)])
-@pytest.mark.parametrize("documents", [False, True])
-def test_nothing_to_look_up(ops, device: str, shape: tuple[int, int], documents: bool) -> None:
-    token, position = (torch.randn(n, 33, device=device, requires_grad=True) for n in (5, 6))
-    idx = torch.zeros(shape, dtype=torch.int64, device=device)
-    doc_start = idx.int() if documents else None
-    out = ops.embedding(idx, token, position, dropout_p=0.5, doc_start=doc_start)
-    assert out.shape == (*shape, 33)
-    for gradient in torch.autograd.grad(out.sum(), (token, position)):
-        assert not gradient.any()
