@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 
 MAX_DROPOUT = 0.999  # the kernels scale what is kept by 1 / (1 - p)
+_ABOVE_0, _BELOW_1 = math.nextafter(0.0, 1.0), math.nextafter(1.0, 0.0)
+_LARGEST = math.nextafter(math.inf, 0.0)
 
 
 def _facts(tensor: Tensor) -> str:
@@ -22,10 +24,20 @@ def _tensor(name: str, tensor: Any) -> None:
         raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
 
 
-def _integers(name: str, tensor: Any, *dtypes: torch.dtype) -> None:
+def _of_dtype(name: str, tensor: Any, *dtypes: torch.dtype) -> None:
     _tensor(name, tensor)
     if tensor.dtype not in dtypes:
         raise TypeError(f"{name} must be {' or '.join(map(str, dtypes))}, got {tensor.dtype}")
+
+
+def _within(name: str, number: Any, least: float, most: float, must: str) -> None:
+    """``must``: lie within, in words."""
+    try:
+        if least <= number <= most:
+            return
+    except TypeError:
+        raise TypeError(f"{name} must be a number, got {number!r}") from None
+    raise ValueError(f"{name} must {must}, got {number}")
 
 
 def floating(**tensors: Tensor) -> None:
@@ -73,27 +85,22 @@ def _normalised(
         raise ValueError(f"{x_name} must have a last dimension of at least 1, got {tuple(x.shape)}")
     _parameters(x_name, x, "weight", weight, **others)
     _shaped((x.shape[-1],), x_name, x, weight=weight, **others)
-    if not eps >= 0.0:
-        raise ValueError(f"eps must be at least 0, got {eps}")
+    _within("eps", eps, 0.0, math.inf, "be at least 0")
 
 
-def _shaped(
-    shape: tuple[int, ...], x_name: str, x: Tensor | None, **tensors: Tensor | None
-) -> None:
-    """``x``: for the message, None to leave its shape out."""
+def _shaped(shape: tuple[int, ...], x_name: str, x: Tensor, **tensors: Tensor | None) -> None:
     for name, tensor in tensors.items():
         if tensor is not None and tensor.shape != shape:
-            other = x_name if x is None else f"{x_name} {tuple(x.shape)}"
             raise ValueError(
-                f"{name} must have shape {shape} to go with {other}, got {tuple(tensor.shape)}"
+                f"{name} must have shape {shape} to go with {x_name} {tuple(x.shape)}, "
+                f"got {tuple(tensor.shape)}"
             )
 
 
-def dropout(
+def _dropout(
     device: torch.device, dropout_p: float, seed: Tensor | None, dropout_offset: int
 ) -> None:
-    if not 0.0 <= dropout_p <= MAX_DROPOUT:
-        raise ValueError(f"dropout_p must lie in [0, {MAX_DROPOUT}], got {dropout_p}")
+    _within("dropout_p", dropout_p, 0.0, MAX_DROPOUT, "lie in [0, 0.999]")
     if seed is not None:
         _tensor("seed", seed)
         if seed.numel() != 1 or seed.dtype != torch.int64:
@@ -102,18 +109,17 @@ def dropout(
             raise ValueError(
                 f"seed must be on the device of the input ({device}), got {seed.device}"
             )
-    if not 0 <= dropout_offset < 2**31:
-        raise ValueError(f"dropout_offset must lie in [0, 2^31), got {dropout_offset}")
+    _within("dropout_offset", dropout_offset, 0, 2**31 - 1, "lie in [0, 2^31)")
 
 
 def _scale(scale: float | None) -> None:
-    if scale is not None and not 0.0 < scale < math.inf:
-        raise ValueError(f"scale must be positive and finite, or None, got {scale}")
+    if scale is not None:
+        _within("scale", scale, _ABOVE_0, _LARGEST, "be positive and finite, or None")
 
 
 def _int32(shape: tuple[int, ...], x_name: str, x: Tensor, **tensors: Tensor) -> None:
     for name, tensor in tensors.items():
-        _integers(name, tensor, torch.int32)
+        _of_dtype(name, tensor, torch.int32)
     _shaped(shape, x_name, x, **tensors)
     _same("device", x_name, x, **tensors)
 
@@ -147,28 +153,28 @@ def attention(
             raise ValueError(f"{name} must have shape (B, H, T, D), got {tuple(tensor.shape)}")
     _same("dtype", "q", q, k=k, v=v)
     _same("device", "q", q, k=k, v=v)
-    batch, n_head, _, head_size = q.shape
-    n_kv_head = k.shape[1]
+    batch, n_head, n_queries, head_size = q.shape
+    k_batch, n_kv_head, n_keys, k_head_size = k.shape
     grouped = 0 < n_kv_head < n_head and n_head % n_kv_head == 0
-    if not (k.shape[0] == batch and (grouped or n_kv_head == n_head) and k.shape[3] == head_size):
+    if not (k_batch == batch and (grouped or n_kv_head == n_head) and k_head_size == head_size):
         raise ValueError(
             f"k must have shape ({batch}, {n_head}, T, {head_size}), or a divisor of {n_head} as "
             f"its number of heads, to go with q {tuple(q.shape)}, got {tuple(k.shape)}"
         )
     if v.shape != k.shape:
         raise ValueError(f"v must have the shape of k {tuple(k.shape)}, got {tuple(v.shape)}")
-    if k.shape[2] == 0:
+    if n_keys == 0:
         raise ValueError(f"k must hold at least one key, got shape {tuple(k.shape)}")
     if head_size == 0:
         raise ValueError(f"q must have a head size of at least 1, got shape {tuple(q.shape)}")
     _scale(scale)
-    dropout(q.device, dropout_p, seed, dropout_offset)
-    if doc_start is not None and q.shape[2] != k.shape[2]:
+    _dropout(q.device, dropout_p, seed, dropout_offset)
+    if doc_start is not None and n_queries != n_keys:
         raise ValueError(
             f"doc_start must be None unless q and k are equally long, got q {tuple(q.shape)} "
             f"and k {tuple(k.shape)}"
         )
-    _documents(doc_start, "q", q, (batch, q.shape[2]), causal)
+    _documents(doc_start, "q", q, (batch, n_queries), causal)
     if key_lengths is not None:
         if doc_start is not None:
             raise ValueError("key_lengths must be None together with doc_start, got a tensor")
@@ -188,16 +194,18 @@ def qkvpacked(
     floating(qkv=qkv)
     if qkv.dim() != 3:
         raise ValueError(f"qkv must have shape (B, T, 3C), got {tuple(qkv.shape)}")
-    if n_head < 1 or qkv.shape[2] == 0 or qkv.shape[2] % (3 * n_head):
+    _within("n_head", n_head, 1, math.inf, "be at least 1")
+    batch, length, width = qkv.shape
+    if width == 0 or width % (3 * n_head):
         raise ValueError(
             f"the last dimension of qkv must be a multiple of 3 * n_head, "
-            f"got {qkv.shape[2]} with n_head={n_head}"
+            f"got {width} with n_head={n_head}"
         )
-    if qkv.shape[1] == 0:
+    if length == 0:
         raise ValueError(f"qkv must hold at least one token, got shape {tuple(qkv.shape)}")
     _scale(scale)
-    dropout(qkv.device, dropout_p, seed, dropout_offset)
-    _documents(doc_start, "qkv", qkv, (qkv.shape[0], qkv.shape[1]), causal)
+    _dropout(qkv.device, dropout_p, seed, dropout_offset)
+    _documents(doc_start, "qkv", qkv, (batch, length), causal)
 
 
 def attention_decode(qkv: Tensor, cache: Tensor, positions: Tensor, scale: float | None) -> None:
@@ -214,7 +222,7 @@ def attention_decode(qkv: Tensor, cache: Tensor, positions: Tensor, scale: float
     if not cache.is_contiguous():
         raise ValueError(f"cache must be contiguous, got strides {cache.stride()}")
     _same("dtype", "qkv", qkv, cache=cache)
-    _integers("positions", positions, torch.int64, torch.int32)
+    _of_dtype("positions", positions, torch.int64, torch.int32)
     _shaped((batch,), "qkv", qkv, positions=positions)
     _same("device", "qkv", qkv, cache=cache, positions=positions)
     if not positions.is_contiguous():
@@ -243,7 +251,7 @@ def residual_layer_norm(
     dropout_offset: int,
 ) -> None:
     floating(residual=residual, delta=delta)
-    _shaped(tuple(residual.shape), "residual", None, delta=delta)
+    _shaped(tuple(residual.shape), "residual", residual, delta=delta)
     if delta.dtype not in (residual.dtype, torch.float16, torch.bfloat16):
         raise ValueError(
             f"delta must have the dtype of residual ({residual.dtype}) or a half-precision one, "
@@ -251,7 +259,7 @@ def residual_layer_norm(
         )
     _same("device", "residual", residual, delta=delta)
     _normalised("delta", delta, weight, eps, bias=bias, delta_bias=delta_bias)
-    dropout(residual.device, dropout_p, seed, dropout_offset)
+    _dropout(residual.device, dropout_p, seed, dropout_offset)
 
 
 def gelu(x: Tensor, approximate: str) -> None:
@@ -287,7 +295,9 @@ def linear(
         raise ValueError(
             f"recompute must be (x, weight, bias, eps) of layer_norm, got {len(recompute)} items"
         )
-    source = recompute[0]
+    source, _, _, eps = recompute
+    _tensor("recompute[0]", source)
+    _within("recompute[3]", eps, 0.0, math.inf, "be at least 0")
     if source.shape != x.shape or source.device != x.device:
         raise ValueError(
             f"recompute must begin with a tensor of x's shape and device, got {_facts(source)} "
@@ -322,7 +332,7 @@ def embedding(
     dropout_offset: int,
     doc_start: Tensor | None,
 ) -> None:
-    _integers("idx", idx, torch.int64, torch.int32)
+    _of_dtype("idx", idx, torch.int64, torch.int32)
     if idx.dim() != 2:
         raise ValueError(f"idx must have shape (B, T), got {tuple(idx.shape)}")
     floating(token_weight=token_weight, position_weight=position_weight)
@@ -342,7 +352,7 @@ def embedding(
             f"position_weight must have a row for each of the {idx.shape[1]} positions of idx, "
             f"got {tuple(position_weight.shape)}"
         )
-    dropout(idx.device, dropout_p, seed, dropout_offset)
+    _dropout(idx.device, dropout_p, seed, dropout_offset)
     _documents(doc_start, "idx", idx, (idx.shape[0], idx.shape[1]))
 
 
@@ -350,6 +360,7 @@ def linear_cross_entropy(
     x: Tensor,
     weight: Tensor,
     targets: Tensor,
+    ignore_index: int,
     reduction: str,
     label_smoothing: float,
     z_loss: float,
@@ -360,17 +371,16 @@ def linear_cross_entropy(
         raise ValueError(  # rows of 8-bit matrices begin at multiples of 16 bytes
             f"both sizes of weight must be multiples of 16 with fp8=True, got {tuple(weight.shape)}"
         )
-    _integers("targets", targets, torch.int64, torch.int32)
+    _of_dtype("targets", targets, torch.int64, torch.int32)
     _shaped(tuple(x.shape[:-1]), "x", x, targets=targets)
     _same("device", "x", x, targets=targets)
     if weight.shape[0] == 0:
         raise ValueError(f"weight must have a row for each class, got {tuple(weight.shape)}")
     if reduction not in ("mean", "sum"):
         raise ValueError(f"reduction must be 'mean' or 'sum', got {reduction!r}")
-    if not 0.0 <= label_smoothing <= 1.0:
-        raise ValueError(f"label_smoothing must lie in [0, 1], got {label_smoothing}")
-    if not 0.0 <= z_loss < math.inf:
-        raise ValueError(f"z_loss must be at least 0 and finite, got {z_loss}")
+    _within("ignore_index", ignore_index, -(2**63), 2**63 - 1, "lie in [-2^63, 2^63)")
+    _within("label_smoothing", label_smoothing, 0.0, 1.0, "lie in [0, 1]")
+    _within("z_loss", z_loss, 0.0, _LARGEST, "be at least 0 and finite")
     if fp8 and z_loss:  # no gradient of a logit may pass 1, or the fixed scale would not hold it
         raise ValueError(f"z_loss must be 0 with fp8=True, got {z_loss}")
 
@@ -390,18 +400,17 @@ def adamw(
     skip: Tensor | None,
 ) -> None:
     floating(param=param)
-    flat = dict(param=param, grad=grad, exp_avg=exp_avg, exp_avg_sq=exp_avg_sq, rounded=rounded)
-    scalars = dict(step=step, lr=lr, clip=clip, skip=skip)
+    flat: dict[str, Any] = dict(
+        param=param, grad=grad, exp_avg=exp_avg, exp_avg_sq=exp_avg_sq, rounded=rounded
+    )
+    scalars: dict[str, Any] = dict(step=step, lr=lr, clip=clip, skip=skip)
     for name, tensor in (flat | scalars).items():
         if tensor is None and name in ("rounded", "clip", "skip"):
             continue
-        _tensor(name, tensor)
-        assert tensor is not None
-        half = name == "rounded"
-        allowed = (torch.float16, torch.bfloat16) if half else (torch.float32,)
-        if tensor.dtype not in allowed:
-            wanted = "float16 or bfloat16" if half else "float32"
-            raise TypeError(f"{name} must be {wanted}, got {tensor.dtype}")
+        if name == "rounded":
+            _of_dtype(name, tensor, torch.float16, torch.bfloat16)
+        else:
+            _of_dtype(name, tensor, torch.float32)
         shape = tuple(param.shape) if name in flat else ()
         if tensor.shape != shape or tensor.dim() > 1 or not tensor.is_contiguous():
             wanted = f"the shape (N,) of param, {tuple(param.shape)}" if shape else "shape ()"
@@ -410,9 +419,11 @@ def adamw(
                 f"strides {tensor.stride()}"
             )
     _same("device", "param", param, **flat, **scalars)
-    for name, beta in zip(("betas[0]", "betas[1]"), betas, strict=True):
-        if not 0.0 <= beta < 1.0:
-            raise ValueError(f"{name} must lie in [0, 1), got {beta}")
-    for name, number in (("eps", eps), ("weight_decay", weight_decay)):
-        if not 0.0 <= number < math.inf:
-            raise ValueError(f"{name} must be at least 0 and finite, got {number}")
+    try:
+        beta1, beta2 = betas
+    except (TypeError, ValueError):
+        raise TypeError(f"betas must be two numbers, got {betas!r}") from None
+    _within("betas[0]", beta1, 0.0, _BELOW_1, "lie in [0, 1)")
+    _within("betas[1]", beta2, 0.0, _BELOW_1, "lie in [0, 1)")
+    _within("eps", eps, 0.0, _LARGEST, "be at least 0 and finite")
+    _within("weight_decay", weight_decay, 0.0, _LARGEST, "be at least 0 and finite")

@@ -29,24 +29,26 @@ class _Formula:
     """How one operator is differentiated. Those named ``OP_bwd...``, which compute the gradient of
     OP, are not."""
 
-    def __init__(self, op: OpOverload) -> None:
-        self._op = op
+    def __init__(self, called: str) -> None:
+        self.called = called  # by a user
 
     def setup_context(self, ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         pass
 
     def backward(self, ctx: Any, *grads: Any) -> tuple[Any, ...]:
-        name, _, _ = self._op._opname.partition("_bwd")
         raise RuntimeError(
-            f"{name} has no second derivative: a kernel computes its gradient, which autograd "
-            "cannot differentiate; the ops of fastgpt.kernels.reference have derivatives of any "
-            "order"
+            f"{self.called} has no second derivative: a kernel computes its gradient, which "
+            "autograd cannot differentiate; the ops of fastgpt.kernels.reference have derivatives "
+            "of any order"
         )
 
 
-def operator(name: str, schema: str | None = None) -> Callable[[Callable[..., Any]], OpOverload]:
+def operator(
+    name: str, schema: str | None = None, ops: str = ""
+) -> Callable[[Callable[..., Any]], OpOverload]:
     """Decorates the implementation of ``fastgpt::name`` for tensors on any device. All its results
-    are new tensors. ``schema`` is inferred from the annotations by default."""
+    are new tensors. ``schema`` is inferred from the annotations by default. ``ops``: for errors,
+    what a user calls it by, if that is not its name."""
 
     def register(implementation: Callable[..., Any]) -> OpOverload:
         inferred = schema or torch.library.infer_schema(implementation, mutates_args=())
@@ -55,7 +57,7 @@ def operator(name: str, schema: str | None = None) -> Callable[[Callable[..., An
         # A frame that Dynamo meets while it is active must not be compiled: it launches kernels.
         launches = torch._disable_dynamo(implementation)
         _library.impl(name, launches, "CompositeExplicitAutograd")
-        _formulas[op] = _Formula(op)
+        _formulas[op] = _Formula(ops or name.partition("_bwd")[0])
         kernel = _with_autograd(op, launches, _formulas[op])
         _library.impl(name, kernel, "Autograd", with_keyset=True)
         torch.library.register_vmap(f"fastgpt::{name}", _one_by_one(op), lib=_library)
@@ -126,7 +128,9 @@ def _one_by_one(op: OpOverload) -> Callable[..., Any]:
 
     def rule(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Any, Any]:
         if not info.batch_size:
-            raise ValueError(f"vmap over {op._opname} must have a batch of at least 1, got 0")
+            raise ValueError(
+                f"vmap over {_formulas[op].called} must have a batch of at least 1, got 0"
+            )
         calls = [
             op(
                 *(
@@ -199,7 +203,7 @@ def _with_autograd(
     def kernel(keyset: Any, *inputs: Any) -> Any:
         if forward_ad._current_level >= 0 and _has_tangent(inputs):
             raise NotImplementedError(
-                f"{op._opname} has no forward-mode derivative (torch.func.jvp, jacfwd, dual "
+                f"{formula.called} has no forward-mode derivative (torch.func.jvp, jacfwd, dual "
                 "tensors): use reverse mode, or the ops of fastgpt.kernels.reference"
             )
         if not (torch.is_grad_enabled() and torch._C._any_requires_grad(*inputs)):

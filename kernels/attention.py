@@ -56,6 +56,7 @@ from fastgpt.kernels.attention_fwd import attention_fwd, empty_lse
 
 # -------------------------------------------------------------------------- separate q, k and v
 
+_BOTH = "attention or attention_qkvpacked"
 _OPTIONS = (
     "Tensor? seed, Tensor? doc_start, bool causal, float scale, float dropout_p, int dropout_offset"
 )
@@ -70,6 +71,7 @@ def _token_major(x: Tensor) -> Tensor:
 @operator(
     "attention",
     f"(Tensor q, Tensor k, Tensor v, Tensor? key_lengths, {_OPTIONS}) -> (Tensor, Tensor)",
+    _BOTH,
 )
 def _attention_op(q, k, v, key_lengths, *options):
     out, lse = attention_fwd(q, k, v, Options(*options, key_lengths))
@@ -85,6 +87,7 @@ def _(q, *_):
     "attention_bwd",
     "(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor? key_lengths, "
     f"{_OPTIONS}) -> (Tensor, Tensor, Tensor)",
+    _BOTH,
 )
 def _attention_bwd_op(dout, q, k, v, out, lse, key_lengths, *options):
     gradients = [_token_major(x) for x in (q, k, v)]

@@ -127,13 +127,10 @@ def _layers_fit(layers: Layers, width: int, dtype: torch.dtype, device: torch.de
     if len({*present}) < len(present):  # shared, in which order its gradients are added matters
         return False
     for name, parameter, shape in zip(Layers._fields, layers, shapes, strict=True):
-        if parameter is None:
-            if layers.qkv_bias is not None or not name.endswith("bias"):
-                return False
-            continue
-        if layers.qkv_bias is None and name.endswith("bias"):
+        missing = name.endswith("bias") and layers.qkv_bias is None
+        if (parameter is None) != missing:
             return False
-        if (
+        if parameter is not None and (
             type(parameter) not in (nn.Parameter, Tensor)
             or parameter.shape != shape
             or parameter.dtype != dtypes[name not in _IN_PRODUCTS]

@@ -16,7 +16,7 @@ dropout about 25 for its random bits), so memory bounds all.
 
 Both sums have a fixed order and no atomics, so two runs give the same bits. For dtoken_weight the
 ids are sorted once, stably; each run of equal ids is summed by one program, in float32. Lest a
-frequent token be the work of one program, every BAND sorted places that hold one id alone are
+frequent token be the work of one program, every ROW_BLOCK sorted places that hold one id alone are
 summed beforehand, by a program each.
 """
 
@@ -146,7 +146,7 @@ def _embedding_bwd_token_kernel(
     order_ptr,  # (n_rows): the row of each
     ends_ptr,  # (n_rows): where the run of equal ids ends
     dout_ptr,  # (n_rows, n_cols), contiguous
-    partial_ptr,  # (n_rows // BAND, n_cols)
+    partial_ptr,  # (n_rows // ROW_BLOCK, n_cols)
     dtoken_ptr,  # (n_vocab, n_cols), contiguous; zero
     seed_ptr,  # (1), read only if DROPOUT
     dropout_offset,
@@ -166,9 +166,8 @@ def _embedding_bwd_token_kernel(
     if (token != before) & (token >= 0) & (token < n_vocab):  # the run's first place
         end = tl.load(ends_ptr + begin)
         first_row_block = (begin + ROW_BLOCK - 1) // ROW_BLOCK
-        last_row_block = tl.maximum(
-            end // ROW_BLOCK, first_row_block
-        )  # the first one that is not whole
+        # The first one that is not whole.
+        last_row_block = tl.maximum(end // ROW_BLOCK, first_row_block)
         offs_n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
         mask_n = offs_n < n_cols
         acc = _sum_places(

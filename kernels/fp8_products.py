@@ -115,10 +115,6 @@ class Quantised(NamedTuple):
     scale: Tensor  # (1,) float32
 
 
-def _padded(n_rows: int) -> int:
-    return -(-n_rows // _ALIGNMENT) * _ALIGNMENT
-
-
 def quantise(x: Tensor, *, columns: bool) -> Quantised:
     """x (M, N), contiguous, in e4m3: its rows and, on request, its columns."""
     n_rows, n_cols = x.shape
@@ -153,19 +149,17 @@ def quantise(x: Tensor, *, columns: bool) -> Quantised:
 def transposed(x8: Tensor) -> Tensor:
     """(M, N) in fp8, contiguous → (N, M rounded up to 16), padded with zeros."""
     n_rows, n_cols = x8.shape
-    columns = x8.new_empty(n_cols, _padded(n_rows))
+    padded_rows = _host.cdiv(n_rows, _ALIGNMENT) * _ALIGNMENT
+    columns = x8.new_empty(n_cols, padded_rows)
     tile = configs.find(x8, "fp8", "transpose")
-    grid = (
-        _host.cdiv(columns.shape[1], tile.BLOCK_M),
-        _host.cdiv(n_cols, tile.BLOCK_N),
-    )
+    grid = _host.cdiv(padded_rows, tile.BLOCK_M), _host.cdiv(n_cols, tile.BLOCK_N)
     with _host.on_device(x8):
         _transpose_kernel[grid](
             x8.view(torch.uint8),
             columns.view(torch.uint8),
             n_rows,
             n_cols,
-            columns.shape[1],
+            padded_rows,
             **configs.launch(tile),
         )
     return columns

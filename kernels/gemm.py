@@ -145,10 +145,6 @@ def linear_gelu_gradient(
     return dpre, act, dbias
 
 
-def _column_sums(x: Tensor, dtype: torch.dtype) -> Tensor:
-    return x.sum(0, dtype=torch.promote_types(x.dtype, torch.float32)).to(dtype)
-
-
 @functools.cache
 def splits(n_rows: int, n_cols: int, n_tokens: int, n_tiles: int, slots: int) -> int:
     """Into how many parts the sum over the tokens is split: each part costs a pass over dW in
@@ -173,7 +169,7 @@ def weight_gradient(
     config = _config("weight", dy, x, options=options) if dy.numel() and x.numel() else None
     if config is None:
         dweight = _host.matmul_float32(dy.t(), x).to(dtype)
-        return dweight, _column_sums(dy, dtype) if has_bias else None
+        return dweight, dy.sum(0, dtype=_host.stats_dtype(dy.dtype)).to(dtype) if has_bias else None
     block_m, block_n, block_k = config[:3]
     n_tiles = _host.cdiv(n_rows, block_m) * _host.cdiv(n_cols, block_n)
     slots = config.programs * _host.multiprocessors(dy.device)

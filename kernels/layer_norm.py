@@ -37,7 +37,8 @@ from fastgpt.kernels.layer_norm_fwd import layer_norm_fwd
 MAX_WIDTH = 16384
 
 
-_layer_norm_op = operator("layer_norm")(layer_norm_fwd)
+_BOTH = "layer_norm or residual_layer_norm"
+_layer_norm_op = operator("layer_norm", ops=_BOTH)(layer_norm_fwd)
 
 
 @fake(_layer_norm_op)
@@ -47,7 +48,7 @@ def _(x, delta, weight, bias, delta_bias, seed, eps, dropout_p, dropout_offset, 
     return x.new_empty(x.shape, dtype=out_dtype), total, mean, torch.empty_like(mean)
 
 
-_layer_norm_bwd_op = operator("layer_norm_bwd")(layer_norm_bwd)
+_layer_norm_bwd_op = operator("layer_norm_bwd", ops=_BOTH)(layer_norm_bwd)
 
 
 @fake(_layer_norm_bwd_op)

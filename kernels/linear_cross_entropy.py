@@ -308,7 +308,9 @@ def linear_cross_entropy(
         TypeError: x or weight is no floating-point tensor, or targets no integer tensor.
         ValueError: shapes, dtypes or devices do not go together, or an option is out of its range.
     """
-    _checks.linear_cross_entropy(x, weight, targets, reduction, label_smoothing, z_loss, fp8)
+    _checks.linear_cross_entropy(
+        x, weight, targets, ignore_index, reduction, label_smoothing, z_loss, fp8
+    )
     _host.launchable(x=x, weight=weight)
     if fp8:
         _host.fp8_launchable(x, _host.autocast_dtype(x))

@@ -291,7 +291,9 @@ def linear_cross_entropy(
     """Cross-entropy of the logits ``x @ weight.T``, which are all stored here, in float32. See
     ``fused.linear_cross_entropy``; with fp8 the operands are rounded to 8 bits before products in
     no less than float32, on any device and in any dtype."""
-    _checks.linear_cross_entropy(x, weight, targets, reduction, label_smoothing, z_loss, fp8)
+    _checks.linear_cross_entropy(
+        x, weight, targets, ignore_index, reduction, label_smoothing, z_loss, fp8
+    )
     if fp8:
         product = as_matrix(_InFp8.apply(x) @ _InFp8.apply(weight).t())
         logits = product.detach().to(x.dtype)

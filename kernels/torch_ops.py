@@ -338,7 +338,9 @@ def linear_cross_entropy(
     ``fused.linear_cross_entropy``, but on the CPU a target out of range is a ValueError, and fp8
     is refused.
     """
-    _checks.linear_cross_entropy(x, weight, targets, reduction, label_smoothing, z_loss, fp8)
+    _checks.linear_cross_entropy(
+        x, weight, targets, ignore_index, reduction, label_smoothing, z_loss, fp8
+    )
     if fp8:
         raise ValueError(
             "fp8 must be False without the Triton kernels: it needs a CUDA GPU of compute "

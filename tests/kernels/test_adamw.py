@@ -5,10 +5,11 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, ones, zeros
 
 from fastgpt.kernels import fused, reference, torch_ops
 from fastgpt.kernels.adamw import _adamw_op
+from tests.tools.calls import Cases, compiled
 
 OPTIONS: dict[str, Any] = dict(betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)
 SIZES = [1, 7, 1024, 3001]
@@ -109,3 +110,57 @@ def test_opcheck(device: str) -> None:
     args = (state.param, state.rounded, grad.to(device), state.exp_avg, state.exp_avg_sq)
     scalars = (state.step, torch.tensor(1e-3, device=device), (0.9, 0.95), 1e-8, 0.1, None, None)
     torch.library.opcheck(_adamw_op, (*args, *scalars))
+
+
+# --------------------------------------------------------------------- the checks of every op
+
+
+def _compare(rounded: torch.dtype | None, controlled: bool, betas: tuple[float, float]) -> None:
+    """Three updates, the second skipped if there is a switch."""
+    start, grad = torch.randn(2, 1030)
+    states = []
+    for module in (fused, reference):
+        state = Buffers(start, rounded)
+        for k in range(3):
+            control = dict(clip=torch.tensor(0.5), skip=torch.tensor(float(k == 1)))
+            state.update(module, grad, 1e-2, betas=betas, **(control if controlled else {}))
+        states.append(state)
+        if state.rounded is not None:
+            assert torch.equal(state.rounded, state.param.to(state.rounded.dtype))
+    ours, plain = (state.tensors() for state in states)
+    torch.testing.assert_close(ours, plain, rtol=1e-6, atol=1e-7)
+
+
+def _accumulate(dtype: torch.dtype) -> None:
+    total, grad = torch.randn(1030), torch.randn(1030).to(dtype)
+    expected = total + grad.float()
+    fused.accumulate([total], [grad])
+    assert torch.equal(total, expected)
+
+
+ADAMW = Cases(
+    "adamw",
+    valid=dict(
+        **{name: ones(4) for name in ("param", "grad", "exp_avg", "exp_avg_sq")},
+        **dict(rounded=None, step=zeros(()), lr=zeros(())),
+        **OPTIONS,
+    ),
+    refused={
+        r"exp_avg must have the shape \(N,\) of param, \(4,\)": dict(exp_avg=ones(5)),
+        r"grad must .*contiguous, got \(4,\), strides \(2,\)": dict(grad=ones(8)[::2]),
+        r"param must have .* got \(2, 2\)": dict(param=ones(2, 2)),
+        r"lr must have shape \(\), contiguous, got \(1,\)": dict(lr=ones(1)),
+        "clip must be on the device of param": dict(clip=ones((), device="meta")),
+        r"betas\[1\] must lie in \[0, 1\), got 1.0": dict(betas=(0.9, 1.0)),
+        "weight_decay must be at least 0 and finite, got -1": dict(weight_decay=-1),
+    },
+    compiled=[
+        compiled("adamw-bfloat16", _compare, torch.bfloat16, True, (0.9, 0.95)),
+        compiled("adamw-float16", _compare, torch.float16, False, (0.9, 0.95)),
+        compiled("adamw-no-moments", _compare, None, False, (0.0, 0.0)),
+        compiled("accumulate-bfloat16", _accumulate, torch.bfloat16),
+        compiled("accumulate-float16", _accumulate, torch.float16),
+    ],
+    calls={},
+    drawn=None,
+)

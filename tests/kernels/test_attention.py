@@ -8,11 +8,16 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, ones
 
-from fastgpt.kernels import _attention, _host, attention_fwd, configs, fused, reference, torch_ops
+from fastgpt import GPT, GPTConfig
+from fastgpt.kernels import _host, fused, reference, torch_ops
+from fastgpt.kernels._attention import MAX_HEAD_SIZE
+from tests.kernels.test_attention_semantics import assert_pipelined_pv_is_the_same
 from tests.tools import interpreter, parity
+from tests.tools.calls import Call, Cases, Masks, compare, compiled, ids, places, with_seed
 from tests.tools.documents import starts_of
+from tests.tools.draws import Drawn, Draws
 
 LENGTHS = [1, 7, 17, 64, 127, 129]
 HEAD_SIZES = [8, 25, 64, 80, 128]
@@ -20,10 +25,6 @@ HEAD_SIZES = [8, 25, 64, 80, 128]
 
 def seed_on(device: str) -> Tensor:
     return torch.tensor([0x1234_5678_9ABC_DEF], device=device)
-
-
-def qkv_of(device: str, length: int, batch: int = 1, dtype=torch.float32) -> list[Tensor]:
-    return list(torch.randn(3, batch, 2, length, 16, device=device).to(dtype))
 
 
 def assert_parity(name: str, inputs: list[Tensor], grad: Tensor, **options: Any) -> None:
@@ -95,97 +96,6 @@ def test_one_key(device: str, dtype: torch.dtype, causal: bool) -> None:
     assert dk.abs().max() <= rounding * q.abs().sum(2).max()
 
 
-def _forward_by(monkeypatch: pytest.MonkeyPatch, library: str | None) -> None:
-    lookup = configs.lookup
-
-    def said(op: str, kernel: str, *asked: Any) -> Any:
-        return library if kernel == "fwd_library" else lookup(op, kernel, *asked)
-
-    monkeypatch.setattr(configs, "lookup", said)
-
-
-@pytest.mark.gpu  # interpreted there is one forward
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")
-@pytest.mark.parametrize("library", [None, configs.CUDNN])
-@pytest.mark.parametrize("causal", [True, False], ids=["causal", "full"])
-@pytest.mark.parametrize("n_queries,n_keys", [(127, 127), (64, 130), (1, 1)], ids=str)
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-def test_parity_of_both_forwards(
-    monkeypatch: pytest.MonkeyPatch,
-    dtype: torch.dtype,
-    n_queries: int,
-    n_keys: int,
-    causal: bool,
-    library: str | None,
-) -> None:
-    """Ours and, where it takes the inputs, cuDNN's."""
-    _forward_by(monkeypatch, library)
-    inputs = [
-        parity.randn((2, 3, length, 64), dtype, "cuda", "contiguous")
-        for length in (n_queries, n_keys, n_keys)
-    ]
-    grad = parity.randn((2, 3, n_queries, 64), dtype, "cuda", "transposed")
-    assert_parity("attention", inputs, grad, causal=causal, scale=0.2)
-
-
-def test_what_is_saved_of_cudnn_is_ours(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A stand-in for cuDNN with its shapes and natural logarithms: our backward follows it."""
-    calls = []
-
-    def cudnn(q, k, v, bias, with_lse, dropout, causal, debug, *, scale):
-        assert (bias, with_lse, dropout, debug) == (None, True, 0.0, False)
-        calls.append(causal)
-        scores = (q @ k.mT * scale).float()
-        if causal:
-            hidden = torch.ones(scores.shape[-2:], dtype=torch.bool).triu(1)
-            scores = scores.masked_fill(hidden, float("-inf"))
-        out = scores.softmax(-1).to(v.dtype) @ v
-        token_major = out.transpose(1, 2).contiguous().transpose(1, 2)
-        return token_major, scores.logsumexp(-1, keepdim=True), *[None] * 7
-
-    _forward_by(monkeypatch, configs.CUDNN)
-    monkeypatch.setattr(attention_fwd, "_cudnn_can", lambda *_: True)
-    monkeypatch.setattr(torch.ops.aten, "_scaled_dot_product_cudnn_attention", cudnn)
-    for causal in (True, False):
-        inputs = [torch.randn(2, 3, 70, 64).bfloat16() for _ in "qkv"]
-        grad = torch.randn(2, 3, 70, 64).bfloat16()
-        assert_parity("attention", inputs, grad, causal=causal)
-    assert set(calls) == {True, False}
-
-
-class _OnGpu(Tensor):
-    is_cuda = True
-
-
-def test_what_cudnn_does_not_get(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Expanded tensors, with which PyTorch's call of it fails before pytorch/pytorch#175764; shared
-    keys; lengths."""
-    monkeypatch.setattr(attention_fwd, "SDPAParams", lambda *given: given)
-    monkeypatch.setattr(attention_fwd, "can_use_cudnn_attention", lambda given: True)
-    full = torch.randn(2, 3, 16, 64).as_subclass(_OnGpu)
-    options = _attention.Options(None, None, True, 0.125, 0.0, 0)
-    assert attention_fwd._cudnn_can(full, full, full, options)
-    for expanded in (full[:, :1].expand(2, 3, 16, 64), full[:1].expand(2, 3, 16, 64)):
-        for place in range(3):
-            q, k, v = (expanded if i == place else full for i in range(3))
-            assert not attention_fwd._cudnn_can(q, k, v, options)
-    one = full[:, :1]
-    assert not attention_fwd._cudnn_can(full, one, one, options)
-    lengths = torch.tensor([16, 3], dtype=torch.int32)
-    assert not attention_fwd._cudnn_can(full, full, full, options._replace(key_lengths=lengths))
-
-
-@pytest.mark.parametrize("library", [None, configs.CUDNN])
-def test_parity_of_expanded_keys(
-    device: str, library: str | None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Queries that share the keys of one head."""
-    _forward_by(monkeypatch, library)
-    q, grad = (parity.randn((2, 3, 33, 64), torch.bfloat16, device, "contiguous") for _ in "qd")
-    k, v = (parity.randn((2, 1, 33, 64), torch.bfloat16, device, "contiguous") for _ in "kv")
-    assert_parity("attention", [q, k.expand(2, 3, -1, -1), v.expand(2, 3, -1, -1)], grad)
-
-
 @pytest.mark.parametrize("head_size", [1, 16, 33, 256])
 @pytest.mark.parametrize("dtype", parity.DTYPES, ids=str)
 def test_parity_of_every_size_class(device: str, head_size: int, dtype: torch.dtype) -> None:
@@ -222,23 +132,6 @@ def test_scores_of_any_size(device: str, factor: float, dtype: torch.dtype, gpu:
         assert_parity("attention", [factor * q, factor * k, v], grad)
 
 
-@pytest.mark.parametrize("mask", ["causal", "full", "documents"])
-@pytest.mark.parametrize("dropout_p", [0.0, 0.4])
-def test_gradcheck(mask: str, dropout_p: float) -> None:
-    lengths = (9, 9, 9) if mask == "documents" else (9, 7, 7)
-    inputs = [torch.randn(1, 2, t, 16, dtype=torch.float64, requires_grad=True) for t in lengths]
-    options: dict[str, Any] = dict(causal=mask != "full", dropout_p=dropout_p, seed=seed_on("cpu"))
-    doc_start = starts_of(9, [1, 4]) if mask == "documents" else None
-    op = partial(fused.attention, doc_start=doc_start, **options)
-    assert torch.autograd.gradcheck(op, inputs, fast_mode=True)
-
-
-def test_gradcheck_packed() -> None:
-    qkv = torch.randn(2, 9, 3 * 10, dtype=torch.float64, requires_grad=True)
-    op = partial(fused.attention_qkvpacked, n_head=2)
-    assert torch.autograd.gradcheck(op, [qkv], fast_mode=True)
-
-
 def test_autocast_casts_like_sdpa(device: str) -> None:
     q, k, v = torch.randn(3, 1, 2, 20, 16, device=device)
     qkv = torch.randn(1, 20, 96, device=device)
@@ -247,9 +140,238 @@ def test_autocast_casts_like_sdpa(device: str) -> None:
         assert fused.attention_qkvpacked(qkv, 2).dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize("shape", [(2, 9, 45), (1, 9, 48), (9, 1, 45), (2, 9, 96)])
+@pytest.mark.parametrize("ops", [reference, torch_ops, fused])
+def test_packed_attention_is_contiguous(ops, device: str, shape: tuple[int, int, int]) -> None:
+    assert ops.attention_qkvpacked(torch.randn(shape, device=device), 1).is_contiguous()
+
+
 def test_float32_products_follow_pytorchs_switch() -> None:
     torch.set_float32_matmul_precision("high")  # the next test begins with "highest"
     assert _host.dot_precision(torch.float32) == "tf32"
     assert _host.dot_precision(torch.bfloat16) == "ieee"
     torch.set_float32_matmul_precision("highest")
     assert _host.dot_precision(torch.float32) == "ieee"
+
+
+# --------------------------------------------------------------------- the checks of every op
+
+
+def test_the_largest_head_size() -> None:
+    n = MAX_HEAD_SIZE + 1
+    x, qkv = ones(1, 1, 2, n), ones(1, 2, 3 * n)
+    for name, run in {
+        "q": lambda: fused.attention(x, x, x),
+        "qkv": lambda: fused.attention_qkvpacked(qkv, 1),
+    }.items():
+        with pytest.raises(ValueError, match=f"^{name} must have a .* of at most {n - 1}, got {n}"):
+            run()
+
+
+def test_a_gpu_without_tritons_products_is_refused() -> None:
+    """That of ``fused`` itself, called by name or in a block; in either kind of dtype."""
+    model = GPT(GPTConfig(block_size=4, vocab_size=8, n_layer=1, n_head=1, n_embd=64), ops=fused)
+    with _host.interpreted(capability=75):
+        for run in (
+            lambda: fused.attention(*[ones(2, 2, 4, 8)] * 3),
+            lambda: fused.attention_qkvpacked(ones(2, 4, 192).half(), 1),
+            lambda: model(ids(1, 4)),
+        ):
+            with pytest.raises(ValueError, match="compute capability 8.0, got 7.5 on cpu: fastgpt"):
+                run()
+
+
+def _heads(n_head: int, length: int = 4, head_size: int = 8) -> Tensor:
+    return ones(2, n_head, length, head_size)
+
+
+def _keys(*sizes: int) -> dict[str, Tensor]:
+    return dict(k=_heads(*sizes), v=_heads(*sizes))
+
+
+def _call(ops: Any, *qkv: Tensor, **options: Any) -> Tensor:
+    return ops.attention(*qkv, **options)
+
+
+def _packed(ops: Any, qkv: Tensor, n_head: int, **options: Any) -> Tensor:
+    return ops.attention_qkvpacked(qkv, n_head, **options)
+
+
+def _documents(ops: Any, *qkv: Tensor) -> Tensor:
+    length = qkv[0].shape[2]
+    doc_start = starts_of(length, [length // 3, length // 2], device=str(qkv[0].device))
+    return ops.attention(*qkv, dropout_p=0.1, doc_start=doc_start)
+
+
+def _lengths(ops: Any, *qkv: Tensor) -> Tensor:
+    lengths = torch.tensor([5, 0], dtype=torch.int32, device=qkv[0].device)
+    return ops.attention(*qkv, causal=False, scale=0.3, dropout_p=0.1, key_lengths=lengths)
+
+
+def _packed_documents(ops: Any, qkv: Tensor) -> Tensor:
+    doc_start = starts_of(9, [2, 5], device=str(qkv.device))
+    return ops.attention_qkvpacked(qkv, 2, dropout_p=0.1, doc_start=doc_start)
+
+
+def _drawn_options(draws: Draws, batch: int, length: int | None) -> dict[str, Any]:
+    """``length``: of queries and keys, if that is one."""
+    options = draws.dropout() | {"causal": draws.flag()}
+    if draws.flag():
+        options["scale"] = draws.one_of(0.1, 1.0)
+    if options["causal"] and length is not None and draws.flag():
+        options["doc_start"] = draws.doc_start(batch, length)
+    return options
+
+
+def _drawn(draws: Draws) -> Drawn:
+    batch, heads, size, queries = draws.size(2), draws.size(2), draws.size(16), draws.size(20)
+    keys = queries if draws.flag() else draws.size(20)
+    options = _drawn_options(draws, batch, queries if keys == queries else None)
+    if "doc_start" not in options and draws.flag():
+        options["key_lengths"] = torch.randint(keys + 1, (batch,), dtype=torch.int32)
+    shapes = [(batch, heads * draws.size(3), queries, size), *[(batch, heads, keys, size)] * 2]
+    return partial(_call, **options), [draws.tensor(*s) for s in shapes]
+
+
+def _packed_drawn(draws: Draws) -> Drawn:
+    batch, heads, size, length = draws.size(2), draws.size(2), draws.size(16), draws.size(20)
+    options = _drawn_options(draws, batch, length)
+    qkv = draws.tensor(batch, length, 3 * heads * size)
+    return partial(_packed, n_head=heads, **options), [qkv]
+
+
+def _masks(n_rows: int, n_cols: int, device: str, **options: Any) -> Masks:
+    """q = 0 makes all probabilities equal, v = 1 lets each through in a column of its own, and the
+    gradient in the row of its own query."""
+    q, k = (torch.zeros(1, 1, n, n_cols, device=device) for n in (n_rows, n_cols))
+    v = torch.eye(n_cols, device=device).view(1, 1, n_cols, n_cols).requires_grad_()
+    y = fused.attention(q, k, v, causal=False, **options)
+    grad = torch.eye(n_rows, n_cols, device=device).expand_as(y)
+    return y[0, 0] > 0, torch.autograd.grad(y, v, grad)[0][0, 0].mT[:n_rows] > 0
+
+
+def _compare_tf32() -> None:
+    """Operands of 11 bits: errors between those of float32 and of bfloat16, which has 8."""
+    inputs = [torch.randn(1, 2, 40, 32) for _ in range(3)]
+    grad = torch.randn(1, 2, 40, 32)
+    torch.set_float32_matmul_precision("high")
+    got = parity.results(fused.attention, inputs, grad, torch.float32)
+    torch.set_float32_matmul_precision("highest")
+    exact = parity.results(reference.attention, inputs, grad.double(), torch.float64)
+    finer = parity.results(reference.attention, inputs, grad, torch.float32)
+    coarser = parity.results(reference.attention, inputs, grad, torch.bfloat16)
+    for x, z, low, high in zip(got, exact, finer, coarser, strict=True):
+        assert (low - z).norm() < (x - z).norm() < (high - z).norm()
+
+
+def _compare_lengths(dtype: torch.dtype) -> None:
+    """Four heads that share the keys of two."""
+    options: Any = dict(causal=False, key_lengths=torch.tensor([37, 0], dtype=torch.int32))
+    shapes = (2, 4, 40, 32), (2, 2, 70, 32), (2, 2, 70, 32)
+    compare(partial(_call, **options), dtype, *shapes)
+
+
+def _compare_packed(
+    dtype: torch.dtype, head_size: int, length: int, documents: bool = False, **options: Any
+) -> None:
+    """With two heads."""
+    if documents:
+        options["doc_start"] = starts_of(length, [length // 3])
+    call = partial(_packed, n_head=2, **with_seed(options))
+    compare(call, dtype, (1, length, 6 * head_size))
+
+
+FLOAT32, FLOAT16, BFLOAT16 = torch.float32, torch.float16, torch.bfloat16
+_pipelined = partial(assert_pipelined_pv_is_the_same, 64, 64, FLOAT16, False)
+ATTENTION = Cases(
+    "attention",
+    valid=dict(q=_heads(6), k=_heads(2), v=_heads(2)),
+    refused={
+        r"k must have shape \(2, 6, T, 8\), or a divisor of 6 as its number": _keys(4),
+        r"of heads, to go with q \(2, 6, 4, 8\), got \(2, 0, 4, 8\)": _keys(0),
+        "k must have shape .* got": _keys(12),
+        "v must have the shape of k": dict(v=_heads(2, 5)),
+        r"q must have shape \(B, H, T, D\), got \(6, 4, 8\)": dict(q=_heads(6)[0]),
+        "k must hold at least one key": _keys(2, 0),
+        "q must have a head size of at least 1": dict(q=_heads(6, 4, 0), **_keys(2, 4, 0)),
+        r"dropout_p must lie in \[0, 0.999\], got 1.0": dict(dropout_p=1.0),
+        "dropout_p must lie .* got -0.1": dict(dropout_p=-0.1),
+        "scale must be positive and finite.*got 0": dict(scale=0.0),
+        r"seed must be an int64 tensor .* got shape \(1,\), torch.int32": dict(seed=places(1)),
+        r"seed must be an int64 tensor .* got shape \(2,\)": dict(seed=ids(2)),
+        "seed must be on the device": dict(seed=ids(1).to("meta")),
+        r"doc_start must have shape \(2, 4\) to go with q \(2, 6": dict(doc_start=places(1, 4)),
+        "doc_start must be on the device of q": dict(doc_start=places(2, 4).to("meta")),
+        "doc_start must be None with causal": dict(doc_start=places(2, 4), causal=False),
+        "None unless q and k are equally long": dict(_keys(2, 5), doc_start=places(2, 4)),
+        r"key_lengths must have shape \(2,\) to go with q \(2, 6": dict(key_lengths=places(1)),
+        "key_lengths must be on the device of q": dict(key_lengths=places(2).to("meta")),
+        "None together with doc_start": dict(key_lengths=places(2), doc_start=places(2, 4)),
+    },
+    compiled=[
+        compiled("attention-float32-lengths", _compare_lengths, FLOAT32),
+        compiled("attention-bfloat16-lengths", _compare_lengths, BFLOAT16),
+        compiled("attention-tf32", _compare_tf32),
+        compiled("attention-pipelined-wgmma", _pipelined, 64, 16, sm=(90,)),
+        compiled("attention-pipelined-mma", _pipelined, 32, 32, sm=(90,)),
+    ],
+    calls={
+        "": Call(
+            [(2, 1, 9, 16)] * 3,
+            _call,
+            empty=[
+                [(0, 2, 9, 16)] * 3,
+                [(2, 0, 9, 16)] * 3,
+                [(2, 2, 0, 16), *[(2, 2, 9, 16)] * 2],
+            ],
+            single=[(1, 1, 1, 16)] * 3,
+            several=(FLOAT32, [(1, 2, 130, 16)] * 3),
+        ),
+        "dropout": Call(
+            [(2, 1, 9, 16)] * 3, partial(_call, dropout_p=0.5), empty=[[(0, 2, 9, 16)] * 3]
+        ),
+        "odd head": Call(
+            [(2, 2, 9, 15)] * 3, _call, empty=[[(0, 2, 9, 15)] * 3], single=[(1, 1, 1, 1)] * 3
+        ),
+    },
+    variants={
+        "documents": Call(
+            [(1, 2, 9, 16)] * 3, _documents, several=(FLOAT32, [(1, 2, 130, 16)] * 3)
+        ),
+        "lengths": Call([(2, 2, 9, 16), (2, 1, 7, 16), (2, 1, 7, 16)], _lengths),
+    },
+    drawn=_drawn,
+    masks=_masks,
+    needed=0,
+)
+PACKED = Cases(
+    "attention_qkvpacked",
+    valid=dict(qkv=ones(2, 4, 48), n_head=2),
+    refused={
+        r"qkv must have shape \(B, T, 3C\), got \(4, 48\)": dict(qkv=ones(4, 48)),
+        r"multiple of 3 \* n_head, got 48 with n_head=5": dict(n_head=5),
+        "qkv must hold at least one token": dict(qkv=ones(1, 0, 48)),
+        r"doc_start must have shape \(2, 4\) to go with qkv": dict(doc_start=places(2, 3)),
+        "doc_start must be None with causal": dict(doc_start=places(2, 4), causal=False),
+    },
+    compiled=[
+        compiled("attention-float32", _compare_packed, FLOAT32, 16, 70),
+        compiled("attention-float32-both", _compare_packed, FLOAT32, 16, 40, True, dropout_p=0.2),
+        compiled("attention-float16-full", _compare_packed, FLOAT16, 48, 70, causal=False),
+        compiled("attention-bfloat16", _compare_packed, BFLOAT16, 32, 100),
+        compiled("attention-bfloat16-documents", _compare_packed, BFLOAT16, 16, 112, True),
+        compiled("attention-bfloat16-head-64", _compare_packed, BFLOAT16, 64, 140, sm=(90,)),
+        compiled("attention-float16-dropout", _compare_packed, FLOAT16, 16, 70, dropout_p=0.2),
+    ],
+    calls={
+        "": Call(
+            [(2, 9, 96)], partial(_packed, n_head=2), empty=[[(0, 9, 96)]], single=[(1, 1, 96)]
+        ),
+        "odd head": Call(
+            [(2, 9, 45)], partial(_packed, n_head=1), empty=[[(0, 9, 45)]], single=[(1, 1, 3)]
+        ),
+    },
+    variants={"documents": Call([(1, 9, 96)], _packed_documents)},
+    drawn=_packed_drawn,
+    needed=0,
+)

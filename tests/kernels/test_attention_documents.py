@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from fastgpt.kernels import configs, fused, reference, torch_ops
-from tests.kernels.test_attention import assert_parity, qkv_of, seed_on
+from tests.kernels.test_attention import assert_parity, seed_on
+from tests.kernels.test_attention_semantics import qkv_of
 from tests.tools import parity
 from tests.tools.documents import DOCUMENTS, starts_of
 

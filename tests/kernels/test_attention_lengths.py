@@ -200,14 +200,6 @@ def test_strided_lengths(device: str) -> None:
         assert all(torch.equal(x, y) for x, y in zip(run, runs[2], strict=True))
 
 
-@CAUSAL
-def test_gradcheck(causal: bool) -> None:
-    inputs = [x.double().requires_grad_() for x in inputs_of("cpu", 3, 9, 7)[:3]]
-    options: dict[str, Any] = dict(causal=causal, dropout_p=0.4, seed=seed_on("cpu"))
-    op = partial(fused.attention, key_lengths=of([5, 0, 7]), **options)
-    assert torch.autograd.gradcheck(op, inputs, fast_mode=True)
-
-
 def test_cost_is_that_of_all_keys() -> None:
     """A formula reads no values; of shared keys the bytes count once."""
     q, k, v, _ = inputs_of("cpu", 1, 9, 7)

@@ -16,13 +16,16 @@ from fastgpt.kernels import _host, configs, fused, reference
 from fastgpt.kernels._attention import Options
 from fastgpt.kernels.attention_fwd import attention_fwd
 from fastgpt.kernels.configs import Attention
-from tests.kernels.test_attention import qkv_of
 from tests.tools.documents import starts_of
 from tests.tools.parity import outcome
 from tests.tools.sanitizer import sanitize
 
 # Every ratio of the two sides that a launch configuration has.
 TILES = sorted({config[:2] for config in configs.TABLE.values() if isinstance(config, Attention)})
+
+
+def qkv_of(device: str, length: int, batch: int = 1, dtype=torch.float32) -> list[Tensor]:
+    return list(torch.randn(3, batch, 2, length, 16, device=device).to(dtype))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

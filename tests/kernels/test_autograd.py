@@ -16,16 +16,10 @@ from torch.utils.checkpoint import (
 )
 
 from fastgpt.kernels import fused, reference, torch_ops
-from tests.tools.calls import CALLS, Call, as_tuple, every_call, gradients_of, tensors_of
-from tests.tools.documents import starts_of
+from tests.kernels.every_op import CALLS, CASES, VARIANTS, every_call
+from tests.tools.calls import Call, as_tuple, columns_first, gradients_of, tensors_of, weights_of
+from tests.tools.parity import GRADCHECK
 from tests.tools.sanitizer import sanitize
-
-FLOAT32, BFLOAT16 = torch.float32, torch.bfloat16
-WITHOUT_GRADIENT = {"adamw", "attention_decode"}
-
-
-def test_every_op_with_a_gradient_is_called() -> None:
-    assert {call.op for call in CALLS.values()} == set(reference.OPS) - WITHOUT_GRADIENT
 
 
 def _assert_same(ops, got: list[Tensor], expected: list[Tensor]) -> None:
@@ -76,9 +70,6 @@ def test_checkpointing_changes_no_number(ops, device: str, kind: Callable, call:
 
 # ----------------------------------------------------------------------- in-place changes
 
-# What a backward needs of its own results; SDPA's needs its own too.
-_NEEDED = {("attention", 0), ("attention_qkvpacked", 0), ("residual_layer_norm", 1)}
-
 
 @every_call
 def test_results_may_be_changed_in_place(ops, device: str, call: Call) -> None:
@@ -97,51 +88,13 @@ def test_results_may_be_changed_in_place(ops, device: str, call: Call) -> None:
         try:
             gradients = gradients_of(tuple(out), tensors)
         except RuntimeError as error:
-            assert (call.op, k) in _NEEDED
+            assert CASES[call.op].needed == k
             assert "modified by an inplace operation" in str(error)
         else:
             _assert_same(ops, gradients, expected)
 
 
 # ------------------------------------------------------------------- determinism, frozen tensors
-
-
-def _documents(ops, *qkv: Tensor) -> Tensor:
-    length = qkv[0].shape[2]
-    doc_start = starts_of(length, [length // 3, length // 2], device=str(qkv[0].device))
-    return ops.attention(*qkv, dropout_p=0.1, doc_start=doc_start)
-
-
-def _lengths(ops, *qkv: Tensor) -> Tensor:
-    lengths = torch.tensor([5, 0], dtype=torch.int32, device=qkv[0].device)
-    return ops.attention(*qkv, causal=False, scale=0.3, key_lengths=lengths)
-
-
-def _repeated(ops, token: Tensor, position: Tensor) -> Tensor:
-    """Two tokens, one of them in whole row blocks; and documents."""
-    idx = torch.arange(160, device=token.device).view(2, 80) // 150
-    doc_start = starts_of(80, [30], [7, 50], device=str(token.device))
-    return ops.embedding(idx, token, position, dropout_p=0.1, doc_start=doc_start)
-
-
-def _packed_documents(ops, qkv: Tensor) -> Tensor:
-    doc_start = starts_of(9, [2, 5], device=str(qkv.device))
-    return ops.attention_qkvpacked(qkv, 2, dropout_p=0.1, doc_start=doc_start)
-
-
-def _bare(ops, residual: Tensor, delta: Tensor, weight: Tensor) -> Tensor:
-    """A stream of more digits than its addend, the sum without a consumer."""
-    return ops.residual_layer_norm(residual, delta.bfloat16(), weight)[0]
-
-
-def _tanh(ops, *tensors: Tensor) -> Tensor:
-    return ops.mlp(*tensors[:2], None, tensors[2], approximate="tanh")
-
-
-def _smoothed(ops, x: Tensor, weight: Tensor) -> Tensor:
-    targets = torch.arange(len(x), device=x.device)
-    options = dict(reduction="sum", label_smoothing=0.1, z_loss=0.01)
-    return ops.linear_cross_entropy(x, weight, targets, **options)
 
 
 def _in_bfloat16(call: Call) -> Call:
@@ -152,40 +105,20 @@ def _in_bfloat16(call: Call) -> Call:
     return call._replace(run=run)
 
 
-_KEYS = (2, 1, 7, 16)
-OTHERS = {
-    "attention, documents": Call("attention", ((1, 2, 9, 16),) * 3, _documents),
-    "attention, lengths": Call("attention", ((2, 2, 9, 16), _KEYS, _KEYS), _lengths),
-    "attention_qkvpacked, documents": Call("attention_qkvpacked", ((1, 9, 96),), _packed_documents),
-    "residual_layer_norm, bare": Call("residual_layer_norm", ((2, 5, 33),) * 2 + ((33,),), _bare),
-    "embedding, repeated": Call("embedding", ((2, 33), (80, 33)), _repeated),
-    "gelu, tanh": Call("gelu", ((5, 33),), lambda ops, x: ops.gelu(x, "tanh")),
-    "mlp, tanh": Call("mlp", ((7, 20), (24, 20), (16, 24)), _tanh),
-    "linear_cross_entropy, smoothed": Call("linear_cross_entropy", ((5, 20), (17, 20)), _smoothed),
-    **{
-        f"{name}, autocast": _in_bfloat16(call)
-        for name, call in CALLS.items()
-        if "dropout" not in name and "odd" not in name
-    },
-}
-# Shapes whose sums several programs, or row blocks, have a part in.
-SEVERAL_PROGRAMS: dict[str, tuple[torch.dtype, list[tuple[int, ...]]]] = {
-    "layer_norm": (FLOAT32, [(70, 96), (96,), (96,)]),
-    "residual_layer_norm, dropout": (FLOAT32, [(70, 96), (70, 96), *[(96,)] * 3]),
-    "residual_layer_norm": (FLOAT32, [(9, 8200), (9, 8200), *[(8200,)] * 3]),
-    "linear": (BFLOAT16, [(300, 64), (72, 64), (72,)]),
-    "mlp": (BFLOAT16, [(130, 64), (256, 64), (256,), (64, 256)]),
-    "attention": (FLOAT32, [(1, 2, 130, 16)] * 3),
-    "attention, documents": (FLOAT32, [(1, 2, 130, 16)] * 3),
-    "embedding, repeated": (FLOAT32, [(2, 65), (80, 65)]),
-    "linear_cross_entropy": (BFLOAT16, [(30, 16), (300, 16)]),
+ALL = CALLS | VARIANTS
+AUTOCAST = {
+    f"{name}, autocast": _in_bfloat16(call)
+    for name, call in CALLS.items()
+    if "dropout" not in name and "odd" not in name
 }
 
 
-@pytest.mark.parametrize("name", SEVERAL_PROGRAMS)
+@pytest.mark.parametrize("name", [name for name, call in ALL.items() if call.several])
 def test_two_runs_give_the_same_bits(device: str, name: str) -> None:
     """Interpreted, in another order of the programs."""
-    call, (dtype, shapes) = (CALLS | OTHERS)[name], SEVERAL_PROGRAMS[name]
+    call = ALL[name]
+    assert call.several is not None
+    dtype, shapes = call.several
     tensors = [torch.randn(s, device=device, dtype=dtype, requires_grad=True) for s in shapes]
     runs = []
     for order in (1, 2):
@@ -213,11 +146,7 @@ class _Operators(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def _columns_first(x: Tensor) -> Tensor:
-    return x.mT.contiguous().mT if x.dim() > 1 else x.clone()
-
-
-@pytest.mark.parametrize("call", [*CALLS.values(), *OTHERS.values()], ids=[*CALLS, *OTHERS])
+@pytest.mark.parametrize("call", [*ALL.values(), *AUTOCAST.values()], ids=[*ALL, *AUTOCAST])
 def test_whichever_gradients_are_wanted(ops, device: str, call: Call) -> None:
     """One tensor is frozen, or one is not: no gradient more or less, and each as if all were
     wanted. All operators that are called on the way pass PyTorch's own checks."""
@@ -232,7 +161,7 @@ def test_whichever_gradients_are_wanted(ops, device: str, call: Call) -> None:
             torch.manual_seed(1)
             leaves = [x.clone().requires_grad_(w) for x, w in zip(tensors, wanted, strict=True)]
             out = [y for y in as_tuple(call.run(ops, *leaves)) if y.requires_grad]
-            torch.autograd.backward(out, [_columns_first(y.detach()) for y in out])
+            torch.autograd.backward(out, [columns_first(y.detach()) for y in out])
             expected = expected or [x.grad for x in leaves if x.grad is not None]
             assert [x.grad is not None for x in leaves] == wanted
             got = [x.grad for x in leaves if x.grad is not None]
@@ -244,7 +173,19 @@ def test_whichever_gradients_are_wanted(ops, device: str, call: Call) -> None:
         torch.library.opcheck(op, args)
 
 
-# ------------------------------------------------------------------------- second derivatives
+# ------------------------------------------------------------------ first and second derivatives
+
+
+@pytest.mark.parametrize("call", ALL.values(), ids=ALL)
+def test_gradcheck(call: Call) -> None:
+    """In float64, which the interpreter alone has."""
+
+    def run(*tensors: Tensor) -> Tensor | tuple[Tensor, ...]:
+        torch.manual_seed(1)  # of dropout
+        return call.run(fused, *tensors)
+
+    tensors = [x.detach().double().requires_grad_() for x in tensors_of(call, "cpu")]
+    assert torch.autograd.gradcheck(run, tensors, **GRADCHECK)
 
 
 def _second_derivatives(ops, call: Call, leaves: list[Tensor]) -> list[Tensor]:
@@ -252,8 +193,7 @@ def _second_derivatives(ops, call: Call, leaves: list[Tensor]) -> list[Tensor]:
     torch.manual_seed(1)
     tensors = [x.clone().requires_grad_() for x in leaves]
     out = as_tuple(call.run(ops, *tensors))
-    grads = [torch.linspace(-1.0, 1.0, y.numel(), device=y.device).view_as(y) for y in out]
-    grads = [grad.requires_grad_() for grad in grads]
+    grads = [grad.requires_grad_() for grad in weights_of(out)]
     first = torch.autograd.grad(out, tensors, grads, create_graph=True)
     total = torch.stack([(x * x).sum() for x in first]).sum()
     return list(torch.autograd.grad(total, [*tensors, *grads], materialize_grads=True))
@@ -264,8 +204,8 @@ def test_second_derivatives_are_right_or_refused(ops, device: str, call: Call) -
     """No kernel has one, and every op says so in the same words; PyTorch's SDPA in its own."""
     leaves = [torch.randn(shape, device=device) for shape in call.shapes]
     if ops is fused or call.op == "linear_cross_entropy":
-        names = f"({call.op.removeprefix('residual_')}|layer_norm)"
-        message = f"^{names.replace('_qkvpacked', '(_qkvpacked)?')} has no second derivative: "
+        # Where an input is recomputed, the LayerNorm that made it is asked first.
+        message = rf"^.*\b({call.op}|residual_layer_norm)\b.* has no second derivative: "
         with pytest.raises(RuntimeError, match=message):
             _second_derivatives(ops, call, leaves)
         return

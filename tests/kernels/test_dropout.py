@@ -1,83 +1,37 @@
 """Dropout of the Triton ops as one system: one seed a step, a stream for each place that drops."""
 
+import sys
 from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 from triton.runtime.jit import JITFunction
 
-from fastgpt.kernels import (
-    _host,
-    attention_bwd,
-    attention_fwd,
-    embedding,
-    fused,
-    layer_norm_bwd,
-    layer_norm_fwd,
-    reference,
-)
+from fastgpt.kernels import _host, reference
+from tests.kernels.every_op import CASES
+from tests.tools.calls import Masks
 
 ROWS, COLS = 96, 128
-Masks = tuple[Tensor, Tensor]  # (ROWS, COLS) of bool, of the forward and of the backward
-
-
-def _attention(device: str, **options: Any) -> Masks:
-    """q = 0 makes all probabilities equal, v = 1 lets each through in a column of its own, and the
-    gradient in the row of its own query."""
-    q, k = (torch.zeros(1, 1, n, COLS, device=device) for n in (ROWS, COLS))
-    v = torch.eye(COLS, device=device).view(1, 1, COLS, COLS).requires_grad_()
-    y = fused.attention(q, k, v, causal=False, **options)
-    grad = torch.eye(ROWS, COLS, device=device).expand_as(y)
-    return y[0, 0] > 0, torch.autograd.grad(y, v, grad)[0][0, 0].mT[:ROWS] > 0
-
-
-def _residual_layer_norm(device: str, **options: Any) -> Masks:
-    zeros, ones = (f(ROWS, COLS, device=device) for f in (torch.zeros, torch.ones))
-    delta = ones.clone().requires_grad_()
-    total = fused.residual_layer_norm(zeros, delta, ones[0], **options)[1]
-    return total > 0, torch.autograd.grad(total, delta, ones)[0] > 0
-
-
-def _embedding(device: str, **options: Any) -> Masks:
-    idx = torch.arange(ROWS, device=device)[None]
-    token = torch.ones(ROWS, COLS, device=device, requires_grad=True)
-    out = fused.embedding(idx, token, torch.zeros_like(token), **options)
-    return out[0] > 0, torch.autograd.grad(out.sum(), token)[0] > 0
-
-
-SITES = {
-    "attention": _attention,
-    "residual_layer_norm": _residual_layer_norm,
-    "embedding": _embedding,
+SITES = {op: cases.masks for op, cases in CASES.items() if cases.masks}
+_JITTED = {
+    kernel.__name__: kernel
+    for name, module in sys.modules.items()
+    if name.startswith("fastgpt.kernels.")
+    for kernel in vars(module).values()
+    if isinstance(kernel, JITFunction)
 }
 KERNELS = [
     kernel
-    for module in (
-        attention_bwd,
-        attention_fwd,
-        embedding,
-        layer_norm_bwd,
-        layer_norm_fwd,
-    )
-    for name, kernel in vars(module).items()
-    if isinstance(kernel, JITFunction)
-    and name.endswith("_kernel")
-    and "dropout_offset" in kernel.arg_names
+    for name, kernel in sorted(_JITTED.items())
+    if name.endswith("_kernel") and "dropout_offset" in kernel.arg_names
 ]
-Site = Callable[[int, int, str], Tensor]
-
-
-def _forward(masks: Callable[..., Masks]) -> Site:
-    """The forward's mask of a seed and a stream, which drops half."""
-    return lambda seed, stream, device: masks(
-        device, dropout_p=0.5, seed=torch.tensor([seed], device=device), dropout_offset=stream
-    )[0]
-
-
 each_place = pytest.mark.parametrize("masks", SITES.values(), ids=SITES)
-each_site = pytest.mark.parametrize("site", [*map(_forward, SITES.values())], ids=SITES)
+
+
+def _mask(seed: int, stream: int) -> Tensor:
+    """Which drops half."""
+    return reference.dropout_mask(torch.tensor([seed]), (ROWS, COLS), 0.5, stream)[0]
 
 
 def _agreement(a: Tensor, b: Tensor) -> float:
@@ -94,7 +48,7 @@ BOUND = 5 / (ROWS * COLS) ** 0.5  # of a correlation; once in 1.7 million for in
 def test_masks_are_the_reference_s(device: str, masks: Callable[..., Masks], p: float) -> None:
     seed = torch.tensor([-(2**50) - 11], device=device)
     expected, _ = reference.dropout_mask(seed, (ROWS, COLS), p, 2**31 - 1)
-    for mask in masks(device, dropout_p=p, seed=seed, dropout_offset=2**31 - 1):
+    for mask in masks(ROWS, COLS, device, dropout_p=p, seed=seed, dropout_offset=2**31 - 1):
         assert torch.equal(mask, expected)
 
 
@@ -110,41 +64,31 @@ def test_the_rate(p: float) -> None:
 def test_without_a_seed_each_call_draws_a_mask(device: str, masks: Callable[..., Masks]) -> None:
     """Which its backward repeats, and PyTorch's seed fixes."""
     torch.manual_seed(5)
-    (first, again), (second, _) = (masks(device, dropout_p=0.5) for _ in range(2))
+    (first, again), (second, _) = (masks(ROWS, COLS, device, dropout_p=0.5) for _ in range(2))
     assert torch.equal(first, again) and abs(_agreement(first, second)) < BOUND
     torch.manual_seed(5)
-    assert torch.equal(masks(device, dropout_p=0.5)[0], first)
+    assert torch.equal(masks(ROWS, COLS, device, dropout_p=0.5)[0], first)
 
 
-@each_site
-def test_streams_of_one_seed_are_independent(device: str, site: Site) -> None:
-    masks = [site(1234567, stream, device) for stream in (0, 1, 2, 25, 2**31 - 1)]
+def test_streams_of_one_seed_are_independent() -> None:
+    masks = [_mask(1234567, stream) for stream in (0, 1, 2, 25, 2**31 - 1)]
     for i, a in enumerate(masks):
         assert abs(a.double().mean() - 0.5) < BOUND / 2
         for b in masks[:i]:
             assert abs(_agreement(a, b)) < BOUND
 
 
-@each_site
 @pytest.mark.parametrize("other", [1234568, -1234567, 1234567 + 2**32])
-def test_seeds_are_independent(device: str, site: Site, other: int) -> None:
+def test_seeds_are_independent(other: int) -> None:
     """The next seed, another sign, and one that differs in the upper half only."""
-    masks = [site(seed, 3, device) for seed in (1234567, other)]
-    assert abs(_agreement(*masks)) < BOUND
+    assert abs(_agreement(_mask(1234567, 3), _mask(other, 3))) < BOUND
 
 
-@each_site
-def test_rows_and_neighbouring_columns_are_independent(device: str, site: Site) -> None:
-    mask = site(7, 0, device)
+def test_rows_and_neighbouring_columns_are_independent() -> None:
+    mask = _mask(7, 0)
     for shift in (1, 2, 4, 8, 16, 64):
         assert abs(_agreement(mask[:, shift:], mask[:, :-shift])) < 2 * BOUND
         assert abs(_agreement(mask[shift:], mask[:-shift])) < 2 * BOUND
-
-
-def test_places_with_streams_of_their_own_share_no_mask(device: str) -> None:
-    """As in a model: the same seed, and each place its own number."""
-    a, b, c = (_forward(masks)(7, stream, device) for stream, masks in enumerate(SITES.values()))
-    assert max(abs(_agreement(x, y)) for x, y in ((a, b), (a, c), (b, c))) < BOUND
 
 
 @pytest.mark.parametrize("kernel", KERNELS, ids=lambda kernel: kernel.__name__)
@@ -157,15 +101,22 @@ def test_no_kernel_is_compiled_for_a_stream(kernel: JITFunction) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")
-@each_site
-def test_another_stream_launches_the_same_binaries(site: Site) -> None:
-    site(7, 5, "cuda")
-    before = [len(cache[0]) for kernel in KERNELS for cache in kernel.device_caches.values()]
+@each_place
+def test_another_stream_launches_the_same_binaries(masks: Callable[..., Masks]) -> None:
+    def binaries(stream: int) -> list[int]:
+        seed = torch.tensor([7], device="cuda")
+        masks(ROWS, COLS, "cuda", dropout_p=0.5, seed=seed, dropout_offset=stream)
+        return [len(cache[0]) for kernel in KERNELS for cache in kernel.device_caches.values()]
+
+    before = binaries(5)
     for stream in (0, 1, 16, 2**31 - 1):
-        site(7, stream, "cuda")
-    assert before == [
-        len(cache[0]) for kernel in KERNELS for cache in kernel.device_caches.values()
-    ]
+        assert binaries(stream) == before
+
+
+@pytest.mark.parametrize("shape", [(0, 8), (3, 0), (0, 2, 3, 5), (2, 0, 3, 5), (2, 2, 0, 5)])
+def test_the_dropout_mask_of_nothing(shape: tuple[int, ...]) -> None:
+    mask, _ = reference.dropout_mask(torch.tensor([1]), shape, 0.5)
+    assert mask.shape == shape
 
 
 def test_dropout_arguments() -> None:

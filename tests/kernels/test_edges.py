@@ -2,65 +2,21 @@
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch._subclasses import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from fastgpt.kernels import _host, fused, reference, torch_ops
-from fastgpt.kernels.linear import rows
-from tests.tools.calls import CALLS, Call, as_tuple, every_call, gradients_of, tensors_of
+from fastgpt.kernels import _host, fused, reference
+from tests.kernels.every_op import CALLS, every_call
+from tests.tools.calls import Call, Shapes, as_tuple, columns_first, gradients_of, tensors_of
 
 # ------------------------------------------------------------------------- nothing to compute
 
 
-# Shapes for ``CALLS`` with a size of 0: every op without rows, and products whose inner or outer
-# size is 0. LayerNorm over no columns and attention without keys are refused.
-EMPTY: dict[str, list[list[tuple[int, ...]]]] = {
-    "gelu": [[(0, 33)], [(5, 0)], [(0,)]],
-    "layer_norm": [[(0, 33), (33,), (33,)], [(2, 0, 33), (33,), (33,)]],
-    "residual_layer_norm": [[(0, 33), (0, 33), (33,), (33,), (33,)]],
-    "residual_layer_norm, dropout": [[(0, 33), (0, 33), (33,), (33,), (33,)]],
-    "linear": [
-        [(0, 2, 20), (11, 20), (11,)],
-        [(3, 0), (5, 0), (5,)],
-        [(0,), (5, 0), (5,)],
-        [(0, 0), (5, 0), (5,)],
-        [(3, 20), (0, 20), (0,)],
-        [(2, 0, 0), (0, 0), (0,)],
-    ],
-    "linear, recompute": [
-        [(0, 20), (20,), (11, 20)],
-        [(3, 20), (20,), (0, 20)],
-        [(0, 20), (20,), (0, 20)],
-    ],
-    "mlp": [
-        [(0, 2, 20), (24, 20), (24,), (16, 24)],
-        [(3, 0), (24, 0), (24,), (16, 24)],
-        [(3, 20), (0, 20), (0,), (16, 0)],
-        [(3, 20), (24, 20), (24,), (0, 24)],
-        [(0,), (0, 0), (0,), (0, 0)],
-    ],
-    "mlp, recompute": [
-        [(0, 20), (20,), (24, 20), (16, 24)],
-        [(3, 20), (20,), (0, 20), (16, 0)],
-        [(3, 20), (20,), (24, 20), (0, 24)],
-    ],
-    "attention": [[(0, 2, 9, 16)] * 3, [(2, 0, 9, 16)] * 3, [(2, 2, 0, 16), *[(2, 2, 9, 16)] * 2]],
-    "attention, dropout": [[(0, 2, 9, 16)] * 3],
-    "attention, odd head": [[(0, 2, 9, 15)] * 3],
-    "attention_qkvpacked": [[(0, 9, 96)]],
-    "attention_qkvpacked, odd head": [[(0, 9, 45)]],
-    "linear_cross_entropy": [[(0, 20), (17, 20)], [(5, 0), (17, 0)], [(0, 0), (17, 0)]],
-}
-_EMPTY = [(name, shapes) for name, cases in EMPTY.items() for shapes in cases]
-
-
-def test_every_call_has_a_case_of_nothing() -> None:
-    assert {*EMPTY} == {name for name, call in CALLS.items() if call.op != "embedding"}
+_EMPTY = [(name, shapes) for name, call in CALLS.items() for shapes in call.empty]
 
 
 @pytest.mark.parametrize(("name", "shapes"), _EMPTY, ids=str)
-def test_nothing_to_compute(ops, device: str, name: str, shapes: list[tuple[int, ...]]) -> None:
+def test_nothing_to_compute(ops, device: str, name: str, shapes: Shapes) -> None:
     call, outcomes = CALLS[name], []
     leaves = [torch.randn(shape, device=device) for shape in shapes]
     for implementation in (reference, ops):
@@ -76,70 +32,16 @@ def test_nothing_to_compute(ops, device: str, name: str, shapes: list[tuple[int,
     assert [x.shape for x in fakes] == [x.shape for x in outcomes[0]]
 
 
-def test_products_of_nothing_are_pytorchs(device: str) -> None:
-    """What the plain ops give, with which all others are compared."""
-    for shapes in EMPTY["linear"]:
-        tensors = [torch.randn(shape, device=device, requires_grad=True) for shape in shapes]
-        expected, got = F.linear(*tensors), reference.linear(*tensors)
-        torch.testing.assert_close(got, expected)
-        torch.testing.assert_close(
-            gradients_of((got,), tensors), gradients_of((expected,), tensors)
-        )
-
-
-@pytest.mark.parametrize("shape", [(0, 6), (2, 0)])
-@pytest.mark.parametrize("documents", [False, True])
-def test_embedding_of_nothing(ops, device: str, shape: tuple[int, int], documents: bool) -> None:
-    token, position = (torch.randn(n, 33, device=device, requires_grad=True) for n in (5, 6))
-    idx = torch.zeros(shape, dtype=torch.int64, device=device)
-    doc_start = idx.int() if documents else None
-    out = ops.embedding(idx, token, position, dropout_p=0.5, doc_start=doc_start)
-    assert out.shape == (*shape, 33)
-    for gradient in torch.autograd.grad(out.sum(), (token, position)):
-        assert not gradient.any()
-
-
-def test_decoding_no_sequence(device: str) -> None:
-    for ops in (reference, torch_ops, fused):
-        cache = torch.zeros(2, 0, 2, 8, 16, device=device)
-        positions = torch.zeros(0, dtype=torch.int64, device=device)
-        out = ops.attention_decode(torch.zeros(0, 1, 96, device=device), cache, positions)
-        assert out.shape == (0, 1, 32)
-
-
-@pytest.mark.parametrize("shape", [(0, 8), (3, 0), (0, 2, 3, 5), (2, 0, 3, 5), (2, 2, 0, 5)])
-def test_the_dropout_mask_of_nothing(shape: tuple[int, ...]) -> None:
-    mask, _ = reference.dropout_mask(torch.tensor([1]), shape, 0.5)
-    assert mask.shape == shape
-
-
 # ------------------------------------------------------------------------- expanded gradients
-
-# One row, one column: PyTorch calls such a tensor contiguous whatever its strides are.
-SINGLE: dict[str, list[tuple[int, ...]]] = {
-    "gelu": [(1, 1)],
-    "layer_norm": [(1, 1), (1,), (1,)],
-    "residual_layer_norm": [(1, 1), (1, 1), (1,), (1,), (1,)],
-    "linear": [(1, 16), (1, 16), (1,)],
-    "linear, recompute": [(1, 16), (16,), (1, 16)],
-    "mlp": [(1, 16), (1, 16), (1,), (1, 1)],
-    "mlp, recompute": [(1, 16), (16,), (16, 16), (1, 16)],
-    "attention": [(1, 1, 1, 16)] * 3,
-    "attention, odd head": [(1, 1, 1, 1)] * 3,
-    "attention_qkvpacked": [(1, 1, 96)],
-    "attention_qkvpacked, odd head": [(1, 1, 3)],
-    "embedding": [(5, 1), (6, 1)],
-    "linear_cross_entropy": [(1, 16), (1, 16)],
-}
 
 
 @pytest.mark.parametrize("single", [False, True], ids=["ragged", "single"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("name", SINGLE)
+@pytest.mark.parametrize("name", [name for name, call in CALLS.items() if call.single])
 def test_expanded_gradients(device: str, name: str, dtype: torch.dtype, single: bool) -> None:
     """What ``y.sum().backward()`` hands down: one number with strides of 0."""
     call = CALLS[name]
-    shapes = SINGLE[name] if single else call.shapes
+    shapes = (single and call.single) or call.shapes
     leaves = [torch.randn(s, device=device, dtype=dtype, requires_grad=True) for s in shapes]
     for launches in (None, 90) if device == "cpu" else (None,):
         with _host.interpreted(_host.INTERPRETED, launches):
@@ -151,12 +53,6 @@ def test_expanded_gradients(device: str, name: str, dtype: torch.dtype, single: 
         assert all(torch.equal(x, y) for x, y in zip(got, expected, strict=True))
 
 
-@pytest.mark.parametrize("shape", [(1, 1), (1, 8), (8, 1), (9, 24)], ids=str)
-def test_rows_of_an_expanded_gradient_have_strides(shape: tuple[int, int]) -> None:
-    """No descriptor takes a stride of 0, nor does every routine of a library."""
-    assert rows(torch.ones(()).expand(shape)).stride() == (shape[1], 1)
-
-
 # ----------------------------------------------------------------------------- memory layouts
 
 
@@ -164,7 +60,7 @@ def test_rows_of_an_expanded_gradient_have_strides(shape: tuple[int, int]) -> No
 def test_results_are_contiguous(device: str, call: Call) -> None:
     """Of the Triton ops, whatever the strides of their arguments; ``attention`` in token order."""
     dense = tensors_of(call, device)
-    strided = [x.mT.contiguous().mT if x.dim() > 1 else x.repeat(2)[::2] for x in dense]
+    strided = [columns_first(x) if x.dim() > 1 else x.repeat(2)[::2] for x in dense]
     for tensors in (dense, [x.detach().requires_grad_() for x in strided]):
         for y in as_tuple(call.run(fused, *tensors)):
             if call.op == "attention":
@@ -173,9 +69,3 @@ def test_results_are_contiguous(device: str, call: Call) -> None:
                 ]
             else:
                 assert y.is_contiguous()
-
-
-@pytest.mark.parametrize("shape", [(2, 9, 45), (1, 9, 48), (9, 1, 45), (2, 9, 96)])
-@pytest.mark.parametrize("ops", [reference, torch_ops, fused])
-def test_packed_attention_is_contiguous(ops, device: str, shape: tuple[int, int, int]) -> None:
-    assert ops.attention_qkvpacked(torch.randn(shape, device=device), 1).is_contiguous()

@@ -6,12 +6,14 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, ones
 
 from fastgpt.kernels import fused, reference, torch_ops
 from fastgpt.kernels.embedding import ROW_BLOCK
 from tests.tools import parity
+from tests.tools.calls import Call, Cases, Masks, compare, compiled, ids, places, with_seed
 from tests.tools.documents import starts_of
+from tests.tools.draws import Drawn, Draws
 
 SHAPES: list[tuple[int, ...]] = [  # B, T, P, V, C
     (1, 1, 1, 1, 1),
@@ -156,12 +158,85 @@ def test_autocast(device: str) -> None:
         assert fused.embedding(idx, *leaves).dtype == torch.float32
 
 
-@pytest.mark.parametrize("dropout_p", [0.0, 0.5])
-@pytest.mark.parametrize("doc_start", [None, starts_of(3, [1], [2])], ids=["one", "several"])
-def test_gradcheck(doc_start: Tensor | None, dropout_p: float) -> None:
-    idx = torch.tensor([[0, 2, 2], [2, 1, 0]])
-    leaves = [torch.randn(n, 3, dtype=torch.float64, requires_grad=True) for n in (3, 3)]
-    seed = torch.tensor([1])
-    assert torch.autograd.gradcheck(
-        partial(fused.embedding, idx, dropout_p=dropout_p, seed=seed, doc_start=doc_start), leaves
-    )
+@pytest.mark.parametrize("shape", [(0, 6), (2, 0)])
+@pytest.mark.parametrize("documents", [False, True])
+def test_nothing_to_look_up(ops, device: str, shape: tuple[int, int], documents: bool) -> None:
+    token, position = (torch.randn(n, 33, device=device, requires_grad=True) for n in (5, 6))
+    idx = torch.zeros(shape, dtype=torch.int64, device=device)
+    doc_start = idx.int() if documents else None
+    out = ops.embedding(idx, token, position, dropout_p=0.5, doc_start=doc_start)
+    assert out.shape == (*shape, 33)
+    for gradient in torch.autograd.grad(out.sum(), (token, position)):
+        assert not gradient.any()
+
+
+# --------------------------------------------------------------------- the checks of every op
+
+
+def _call(ops: Any, token: Tensor, position: Tensor, dropout_p: float) -> Tensor:
+    idx = torch.arange(12, device=token.device).view(2, 6) % 5
+    return ops.embedding(idx, token, position, dropout_p=dropout_p)
+
+
+def _repeated(ops: Any, token: Tensor, position: Tensor) -> Tensor:
+    """Two tokens, one of them in whole row blocks; and documents."""
+    idx = torch.arange(160, device=token.device).view(2, 80) // 150
+    doc_start = starts_of(80, [30], [7, 50], device=str(token.device))
+    return ops.embedding(idx, token, position, dropout_p=0.1, doc_start=doc_start)
+
+
+def _drawn(draws: Draws) -> Drawn:
+    batch, length, vocab, width = draws.size(3), draws.size(9), draws.size(20), draws.size(70)
+    idx, options = draws.integers(vocab, batch, length), draws.dropout()
+    if draws.flag():
+        options["doc_start"] = draws.doc_start(batch, length)
+    tables = [draws.tensor(vocab, width), draws.tensor(length + draws.size(3) - 1, width)]
+    return lambda ops, *tables: ops.embedding(idx, *tables, **options), tables
+
+
+def _masks(n_rows: int, n_cols: int, device: str, **options: Any) -> Masks:
+    idx = torch.arange(n_rows, device=device)[None]
+    token = torch.ones(n_rows, n_cols, device=device, requires_grad=True)
+    out = fused.embedding(idx, token, torch.zeros_like(token), **options)
+    return out[0] > 0, torch.autograd.grad(out.sum(), token)[0] > 0
+
+
+def _compare(dtype: torch.dtype, documents: bool = False, **options: Any) -> None:
+    idx, options = torch.randint(50, (3, 40)), with_seed(options)
+    if documents:
+        options["doc_start"] = starts_of(40, *[[15, 30]] * 3)
+    compare(lambda ops, *tables: ops.embedding(idx, *tables, **options), dtype, (50, 72), (64, 72))
+
+
+EMBEDDING = Cases(
+    "embedding",
+    valid=dict(idx=ids(2, 5), token_weight=ones(7, 16), position_weight=ones(6, 16)),
+    refused={
+        r"idx must have shape \(B, T\), got \(5,\)": dict(idx=ids(5)),
+        r"token_weight must have shape \(V, C\)": dict(token_weight=ones(16)),
+        r"position_weight must have shape \(P, 16\)": dict(position_weight=ones(6, 3)),
+        "a row for each of the 5 positions of idx": dict(position_weight=ones(4, 16)),
+        "dropout_p must lie in": dict(dropout_p=-0.1),
+        "dropout_offset must lie in": dict(dropout_offset=2**31),
+        "seed must be an int64 tensor": dict(seed=ids(2)),
+        r"doc_start must have shape \(2, 5\) to go with idx": dict(doc_start=places(5)),
+        "doc_start must be on the device of idx": dict(doc_start=places(2, 5).to("meta")),
+    },
+    compiled=[
+        compiled("embedding-float32-documents", _compare, torch.float32, documents=True),
+        compiled("embedding-float32", _compare, torch.float32),
+        compiled("embedding-float16-dropout", _compare, torch.float16, dropout_p=0.2),
+        compiled("embedding-bfloat16", _compare, torch.bfloat16),
+    ],
+    calls={  # of nothing: test_nothing_to_look_up
+        "": Call([(5, 33), (6, 33)], partial(_call, dropout_p=0.0), single=[(5, 1), (6, 1)]),
+        "dropout": Call([(5, 33), (6, 33)], partial(_call, dropout_p=0.5)),
+    },
+    variants={
+        "repeated": Call(
+            [(2, 33), (80, 33)], _repeated, several=(torch.float32, [(2, 65), (80, 65)])
+        )
+    },
+    drawn=_drawn,
+    masks=_masks,
+)

@@ -128,15 +128,6 @@ def test_what_is_not_finite_is_not_hidden(device: str, bad: float) -> None:
         assert loss.isnan()  # in the weight
 
 
-def test_how_far_a_cast_moves_a_number() -> None:
-    x = torch.randn(100_000).mul(torch.randn(100_000).mul(6).exp2()).double()
-    for dtype, scale in ((E4M3, reference.fp8_scale(x)), (E5M2, reference.fp8_scale(x) / 128)):
-        moved = (reference.fp8_rounded(x, dtype, scale) - x).abs()
-        allowed = uncertainty(x, dtype, scale)
-        assert (moved <= allowed).all()
-        assert (moved / allowed).amax() > 0.99  # the bound is no wider than it must be
-
-
 def test_transpose(device: str) -> None:
     x8 = torch.randn(37, 144, device=device).to(E5M2)
     columns = fp8_products.transposed(x8)

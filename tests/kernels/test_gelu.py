@@ -1,12 +1,16 @@
 """GELU in Triton against the plain op: parity, gradients, operator registration."""
 
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor, ones
 
 from fastgpt.kernels import fused, reference, torch_ops
 from tests.tools import parity
+from tests.tools.calls import Call, Cases, compare, compiled
+from tests.tools.draws import Drawn, Draws
 
 SHAPES = [(1,), (7,), (1024,), (3, 1025), (0,), (5, 0, 2), (2, 3, 65), (129, 80)]
 FORMS = ["none", "tanh"]
@@ -38,7 +42,33 @@ def test_tails_and_special_values(device: str, form: str) -> None:
     assert fused.gelu(torch.tensor([float("nan")], device=device), form).isnan().all()
 
 
-@pytest.mark.parametrize("form", FORMS)
-def test_gradcheck(form: str) -> None:
-    x = torch.randn(2, 17, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(partial(fused.gelu, approximate=form), (x,))
+# --------------------------------------------------------------------- the checks of every op
+
+
+def _plain(ops: Any, x: Tensor) -> Tensor:
+    return ops.gelu(x)
+
+
+def _tanh(ops: Any, x: Tensor) -> Tensor:
+    return ops.gelu(x, "tanh")
+
+
+def _drawn(draws: Draws) -> Drawn:
+    form, x = draws.one_of(*FORMS), draws.tensor(*draws.outer(), draws.size(70))
+    return lambda ops, x: ops.gelu(x, form), [x]
+
+
+GELU = Cases(
+    "gelu",
+    valid=dict(x=ones(3)),
+    refused={"approximate must be 'none' or 'tanh', got 'fast'": dict(approximate="fast")},
+    compiled=[
+        compiled("gelu-tanh-float32", compare, _tanh, torch.float32, (2, 3000)),
+        compiled("gelu-none-float32", compare, _plain, torch.float32, (2, 3000)),
+        compiled("gelu-none-float16", compare, _plain, torch.float16, (2, 3000)),
+        compiled("gelu-tanh-bfloat16", compare, _tanh, torch.bfloat16, (2, 3000)),
+    ],
+    calls={"": Call([(5, 33)], _plain, empty=[[(0, 33)], [(5, 0)], [(0,)]], single=[(1, 1)])},
+    variants={"tanh": Call([(5, 33)], _tanh)},
+    drawn=_drawn,
+)

@@ -3,14 +3,34 @@ gradients, determinism, what is kept and what is shared."""
 
 from collections.abc import Callable
 from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, ones
 
 from fastgpt.kernels import fused, reference, torch_ops
+from fastgpt.kernels.layer_norm import MAX_WIDTH
 from tests.tools import interpreter, parity
+from tests.tools.calls import Call, Cases, Masks, compare, compiled
+from tests.tools.draws import Drawn, Draws
+
+# Over the last dimension: one number, ragged, wide, nothing.
+SHAPES = [
+    (1, 1),
+    (1, 768),
+    (37, 65),
+    (129, 128),
+    (2, 17, 768),
+    (3, 1, 1600),
+    (5, 4097),
+    (3, 8192),
+    (5, 8193),
+    (2, 16384),
+    (0, 32),
+    (257, 25),
+]
 
 # ----------------------------------------------------------------------------------- layer_norm
 
@@ -24,10 +44,10 @@ def _plain_inputs(
     return inputs, ["x", "weight", "bias"][: len(inputs)]
 
 
-@pytest.mark.parametrize("shape", parity.NORM_SHAPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_plain_parity(device: str, shape: tuple[int, ...]) -> None:
     """Each dtype in turn; the same kernels get them all in test_parity."""
-    i = parity.NORM_SHAPES.index(shape)
+    i = SHAPES.index(shape)
     dtype = parity.DTYPES[(i + i // 3) % 3]
     layout = parity.LAYOUTS[i % len(parity.LAYOUTS)]
     inputs, names = _plain_inputs(shape, dtype, device, layout, bias=i % 3 != 0)
@@ -65,13 +85,6 @@ def test_constant_row(device: str, width: int, gpu: bool) -> None:
     assert torch.equal(y, bias.expand(3, width))
 
 
-@pytest.mark.parametrize("bias", [False, True])
-def test_plain_gradcheck(bias: bool) -> None:
-    inputs = [torch.randn(3, 6), torch.randn(6), torch.randn(6)][: 3 if bias else 2]
-    inputs = [x.double().requires_grad_() for x in inputs]
-    assert torch.autograd.gradcheck(fused.layer_norm, inputs)
-
-
 @pytest.mark.parametrize("ops", [fused, torch_ops], ids=["fused", "torch_ops"])
 def test_float32_weight_with_low_precision_input(device: str, ops) -> None:
     x = torch.randn(4, 64, device=device).bfloat16()
@@ -81,15 +94,6 @@ def test_float32_weight_with_low_precision_input(device: str, ops) -> None:
     assert y.dtype == torch.bfloat16 and weight.grad is not None
     expected = reference.layer_norm(x.double(), weight.double())
     torch.testing.assert_close(y.double(), expected, rtol=2**-8, atol=1e-5)
-
-
-def test_plain_autocast_rounds_once(device: str) -> None:
-    x, weight = torch.randn(4, 64, device=device), torch.randn(64, device=device)
-    plain = fused.layer_norm(x, weight)
-    with torch.autocast(device, dtype=torch.bfloat16):
-        y = fused.layer_norm(x, weight)
-    assert y.dtype == torch.bfloat16
-    assert torch.equal(y, plain.bfloat16())
 
 
 # -------------------------------------------------------------------------- residual_layer_norm
@@ -130,10 +134,10 @@ def _assert_parity(
     parity.assert_parity(kernel, pytorch, plain, list(inputs.values()), grad, names)
 
 
-@pytest.mark.parametrize("shape", parity.NORM_SHAPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("dtype", parity.DTYPES, ids=str)
 def test_parity(device: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
-    i = parity.NORM_SHAPES.index(shape)
+    i = SHAPES.index(shape)
     layout = parity.LAYOUTS[i % len(parity.LAYOUTS)]
     without = [(), ("bias",), ("delta_bias",), ("bias", "delta_bias")][i // 2 % 4]
     _assert_parity(shape, dtype, device, layout, without, torch_ops.residual_layer_norm)
@@ -183,8 +187,10 @@ def test_autocast_sets_the_dtype_of_y_alone(device: str, residual_dtype: torch.d
     assert y.dtype == total.dtype == residual_dtype
     with torch.autocast(device, dtype=torch.bfloat16):
         rounded, same = fused.residual_layer_norm(**inputs)
+        plain = fused.layer_norm(total, inputs["weight"], inputs["bias"])
     assert rounded.dtype == torch.bfloat16 and same.dtype == residual_dtype
     assert torch.equal(rounded, y.bfloat16()) and torch.equal(same, total)
+    assert torch.equal(plain, rounded) and plain.dtype == torch.bfloat16
 
 
 def test_y_is_the_layer_norm_of_the_stored_sum(device: str) -> None:
@@ -196,23 +202,17 @@ def test_y_is_the_layer_norm_of_the_stored_sum(device: str) -> None:
 # ----------------------------------------------------------------------------------- gradients
 
 
-@pytest.mark.parametrize("used", ["y", "total", "both", "expanded"])
+@pytest.mark.parametrize("used", [0, 1], ids=["y", "total"])
 @pytest.mark.parametrize("dropout_p", [0.0, 0.25])
-def test_either_output_may_have_no_consumer(device: str, used: str, dropout_p: float) -> None:
+def test_either_output_may_have_no_consumer(device: str, used: int, dropout_p: float) -> None:
     inputs = _inputs((6, 40), torch.float32, device)
     leaves = [x.requires_grad_() for x in inputs.values()]
     seed = torch.tensor([3], device=device)
-    weights = torch.randn(2, 6, 40, device=device)
+    grad = torch.randn(6, 40, device=device)
 
     def gradients(op: Callable[..., tuple[Tensor, Tensor]]) -> tuple[Tensor, ...]:
-        y, total = op(**inputs, dropout_p=dropout_p, seed=seed)
-        loss = {
-            "y": (y * weights[0]).sum(),
-            "total": (total * weights[1]).sum(),
-            "both": (y * weights[0] + total * weights[1]).sum(),
-            "expanded": y.sum() + total.sum(),
-        }[used]
-        return torch.autograd.grad(loss, leaves, materialize_grads=True)
+        result = op(**inputs, dropout_p=dropout_p, seed=seed)[used]
+        return torch.autograd.grad(result, leaves, grad, materialize_grads=True)
 
     got, expected = (gradients(m.residual_layer_norm) for m in (fused, reference))
     for x, z in zip(got, expected, strict=True):
@@ -241,18 +241,6 @@ def test_neither_delta_nor_a_mask_is_kept(device: str) -> None:
     assert large == [totals[0].data_ptr()]
 
 
-@pytest.mark.parametrize("dropout_p", [0.0, 0.5])
-def test_gradcheck(dropout_p: float) -> None:
-    leaves = [x.double().requires_grad_() for x in _inputs((3, 6), torch.float32, "cpu").values()]
-    seed = torch.tensor([1])
-
-    def op(*args: Tensor) -> tuple[Tensor, Tensor]:
-        inputs: dict[str, Any] = dict(zip(NAMES, args, strict=True))
-        return fused.residual_layer_norm(**inputs, dropout_p=dropout_p, seed=seed)
-
-    assert torch.autograd.gradcheck(op, leaves)
-
-
 def test_rows_are_independent(device: str) -> None:
     inputs = _inputs((33, 48), torch.float32, device)
     x, weight = inputs["delta"], inputs["weight"]
@@ -279,3 +267,134 @@ def test_inductor_at_width_768(device: str, dtype: torch.dtype) -> None:
             parity.results(op, inputs, grad, dtype) for op in (compiled, fused.layer_norm)
         )
         assert all(torch.equal(x, y) for x, y in zip(got, expected, strict=True))
+
+
+# --------------------------------------------------------------------- the checks of every op
+
+
+def test_the_widest_row() -> None:
+    x, weight = ones(1, MAX_WIDTH + 1), ones(MAX_WIDTH + 1)
+    message = f"must have a last dimension of at most {MAX_WIDTH}, got {MAX_WIDTH + 1}"
+    with pytest.raises(ValueError, match=f"^x {message}"):
+        fused.layer_norm(x, weight)
+    with pytest.raises(ValueError, match=f"^residual {message}"):
+        fused.residual_layer_norm(x, x, weight)
+
+
+def _plain_drawn(draws: Draws) -> Drawn:
+    width, eps = draws.width(130), draws.one_of(1e-5, 1e-3)
+    inputs = [draws.tensor(*draws.outer(), width), draws.tensor(width), *draws.maybe(width)]
+    return lambda ops, x, weight, bias=None: ops.layer_norm(x, weight, bias, eps), inputs
+
+
+def _drawn(draws: Draws) -> Drawn:
+    shape = [*draws.outer(), draws.width(70)]
+    names = NAMES[:3] + [name for name in NAMES[3:] if draws.flag()]
+    options = draws.dropout()
+
+    def call(ops: Any, *tensors: Tensor) -> Tensor:
+        named = dict(zip(names, tensors, strict=True))
+        return torch.cat(ops.residual_layer_norm(**named, **options), -1)
+
+    return call, [draws.tensor(*(shape if name in NAMES[:2] else shape[-1:])) for name in names]
+
+
+def _plain(ops: Any, *tensors: Tensor) -> Tensor:
+    return ops.layer_norm(*tensors)
+
+
+def _call(ops: Any, *tensors: Tensor, dropout_p: float) -> tuple[Tensor, Tensor]:
+    named = dict(zip(NAMES, tensors, strict=True))
+    return ops.residual_layer_norm(**named, dropout_p=dropout_p)
+
+
+def _bare(ops: Any, residual: Tensor, delta: Tensor, weight: Tensor) -> Tensor:
+    """A stream of more digits than its addend, the sum without a consumer."""
+    half = delta.bfloat16() if delta.dtype == torch.float32 else delta
+    return ops.residual_layer_norm(residual, half, weight)[0]
+
+
+def _shapes(*shape: int) -> list[tuple[int, ...]]:
+    """Of residual, delta, weight, bias and delta_bias."""
+    return [shape] * 2 + [shape[-1:]] * 3
+
+
+def _masks(n_rows: int, n_cols: int, device: str, **options: Any) -> Masks:
+    zeros, ones = (f(n_rows, n_cols, device=device) for f in (torch.zeros, torch.ones))
+    delta = ones.clone().requires_grad_()
+    total = fused.residual_layer_norm(zeros, delta, ones[0], **options)[1]
+    return total > 0, torch.autograd.grad(total, delta, ones)[0] > 0
+
+
+def _compare(dtype: torch.dtype, columns: int, *without: str, **options: Any) -> None:
+    plain = reference.residual_layer_norm
+    _assert_parity((5, columns), dtype, "cpu", "contiguous", without, plain, **options)
+
+
+_DROPS: dict[str, Any] = dict(dropout_p=0.2, seed=torch.tensor([0x1234_5678_9ABC_DEF]))
+_WIDE = (3, 8200), (8200,)
+LAYER_NORM = Cases(
+    "layer_norm",
+    valid=dict(x=ones(2, 8), weight=ones(8), bias=ones(8)),
+    refused={
+        r"weight must have shape \(8,\) .* x \(2, 8\), got \(7,\)": dict(weight=ones(7)),
+        r"bias must have shape \(8,\).*got \(1, 8\)": dict(bias=ones(1, 8)),
+        "bias must have the dtype of weight": dict(x=ones(2, 8).half(), bias=ones(8).half()),
+        "eps must be at least 0, got -1.0": dict(eps=-1.0),
+        "x must have a last dimension of at least 1": dict(x=ones(3, 0)),
+    },
+    compiled=[
+        compiled("layer_norm-float32", compare, _plain, torch.float32, (37, 65), (65,), (65,)),
+        compiled("layer_norm-float16-wide", compare, _plain, torch.float16, *_WIDE),
+        compiled("layer_norm-bfloat16-wide", compare, _plain, torch.bfloat16, *_WIDE, (8200,)),
+    ],
+    calls={
+        "": Call(
+            [(2, 5, 33), (33,), (33,)],
+            _plain,
+            empty=[[(0, 33), (33,), (33,)], [(2, 0, 33), (33,), (33,)]],
+            single=[(1, 1), (1,), (1,)],
+            several=(torch.float32, [(70, 96), (96,), (96,)]),
+        )
+    },
+    drawn=_plain_drawn,
+)
+RESIDUAL = Cases(
+    "residual_layer_norm",
+    valid=dict(
+        residual=ones(2, 8), delta=ones(2, 8), weight=ones(8), bias=ones(8), delta_bias=ones(8)
+    ),
+    refused={
+        r"delta must have shape \(2, 8\) to go with residual \(2, 8\), got": dict(delta=ones(1, 8)),
+        r"weight must have shape \(8,\).*delta \(2, 8\), got \(7,\)": dict(weight=ones(7)),
+        r"delta_bias must have shape \(8,\)": dict(delta_bias=ones(1, 8)),
+        "eps must be at least 0, got -1": dict(eps=-1),
+        r"dropout_p must lie in \[0, 0.999\], got 1.0": dict(dropout_p=1.0),
+        "seed must be an int64 tensor": dict(dropout_p=0.1, seed=ones(1)),
+        r"dropout_offset must lie in \[0, 2\^31\), got -1": dict(dropout_offset=-1),
+    },
+    compiled=[
+        compiled("residual-float32-wide", _compare, torch.float32, 8200, **_DROPS),
+        compiled("residual-float16", _compare, torch.float16, 72, *NAMES[3:]),
+        compiled("residual-bfloat16", _compare, torch.bfloat16, 65, "bias", **_DROPS),
+    ],
+    calls={
+        "": Call(
+            _shapes(2, 5, 33),
+            partial(_call, dropout_p=0.0),
+            empty=[_shapes(0, 33)],
+            single=_shapes(1, 1),
+            several=(torch.float32, _shapes(9, 8200)),
+        ),
+        "dropout": Call(
+            _shapes(2, 5, 33),
+            partial(_call, dropout_p=0.5),
+            empty=[_shapes(0, 33)],
+            several=(torch.float32, _shapes(70, 96)),
+        ),
+    },
+    variants={"bare": Call([(2, 5, 33)] * 2 + [(33,)], _bare)},
+    drawn=_drawn,
+    masks=_masks,
+    needed=1,
+)

@@ -3,14 +3,18 @@ ways of loading, the split of the sum, what is kept, frozen parameters.
 """
 
 import itertools
+from typing import Any
 
 import pytest
 import torch
-from torch.utils.flop_counter import FlopCounterMode
+import torch.nn.functional as F
+from torch import Tensor, ones
 
 from fastgpt.kernels import configs, fused, gemm, reference, torch_ops
 from fastgpt.kernels.linear import rows
 from tests.tools import parity
+from tests.tools.calls import Call, Cases, compare, compiled
+from tests.tools.draws import Drawn, Draws
 
 # (shape of x, outputs): sizes that are no multiple of a tile; rows that no TMA can copy; empty.
 SHAPES = [
@@ -109,14 +113,6 @@ def test_a_weight_gradient_is_summed_in_float32(device: str) -> None:
     assert torch.equal(dbias, torch.full_like(dbias, 4096 * 1.0078125))
 
 
-@pytest.mark.parametrize("bias", [False, True], ids=["", "bias"])
-def test_gradcheck(bias: bool) -> None:
-    inputs = [
-        torch.randn(*s, dtype=torch.float64, requires_grad=True) for s in ((5, 6), (4, 6), (4,))
-    ]
-    assert torch.autograd.gradcheck(fused.linear, inputs[: 2 + bias], fast_mode=True)
-
-
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_autocast_rounds_the_weight_and_not_its_gradient(device: str, dtype: torch.dtype) -> None:
     x, weight, bias = _inputs((9, 16), 24, torch.float32, device, "contiguous")
@@ -130,32 +126,100 @@ def test_autocast_rounds_the_weight_and_not_its_gradient(device: str, dtype: tor
     torch.testing.assert_close(weight.grad, expected, rtol=1e-5, atol=1e-5)  # not rounded to dtype
 
 
-def test_expanded_gradients_are_copied(device: str) -> None:
-    x, weight, _ = _inputs((9, 16), 24, torch.float32, device, "contiguous")
-    weight.requires_grad_()
-    for grad in (
-        torch.randn(24, device=device).expand(9, 24),
-        torch.ones((), device=device).expand(9, 24),
-    ):
-        (dweight,) = torch.autograd.grad(fused.linear(x, weight), weight, grad)
-        torch.testing.assert_close(dweight, grad.T @ x, rtol=1e-5, atol=1e-5)
-        assert rows(grad).is_contiguous()
+@pytest.mark.parametrize("shape", [(1, 1), (1, 8), (8, 1), (9, 24)], ids=str)
+def test_rows_of_an_expanded_gradient_have_strides(shape: tuple[int, int]) -> None:
+    """No descriptor takes a stride of 0, nor does every routine of a library."""
+    for x in (torch.ones(()), torch.ones(shape[1])):
+        assert rows(x.expand(shape)).stride() == (shape[1], 1)
 
 
-@pytest.mark.parametrize("shape", [(1, 1), (1, 8), (8, 1)], ids=str)
-def test_the_stride_of_a_single_row_or_column_means_nothing(shape: tuple[int, int], device) -> None:
+def test_the_stride_of_a_single_row_or_column_means_nothing(device: str) -> None:
     """PyTorch calls such a tensor contiguous whatever its strides; no tensor descriptor does."""
-    x = torch.randn(shape[0], 16, device=device, requires_grad=True)
-    weight = torch.randn(shape[1], 16, device=device, requires_grad=True)
-    dx, dweight = torch.autograd.grad(fused.linear(x, weight).sum(), (x, weight))
-    torch.testing.assert_close(dx, weight.sum(0).expand_as(x))
-    torch.testing.assert_close(dweight, x.sum(0).expand_as(weight))
-    odd, row = torch.randn(1, 8, device=device).as_strided((1, 1), (8, 4)), x.detach()[:1]
-    torch.testing.assert_close(gemm.weight_gradient(odd, row, False, x.dtype)[0], odd * row)
+    odd = torch.randn(1, 8, device=device).as_strided((1, 1), (8, 4))
+    x = torch.randn(1, 16, device=device)
+    torch.testing.assert_close(gemm.weight_gradient(odd, x, False, x.dtype)[0], odd * x)
 
 
-def test_flops() -> None:
-    x, weight = torch.randn(30, 16, requires_grad=True), torch.randn(24, 16, requires_grad=True)
-    with FlopCounterMode(display=False) as counter:
-        fused.linear(x, weight).sum().backward()
-    assert counter.get_total_flops() == 3 * 2 * 30 * 16 * 24
+def test_products_of_nothing_are_pytorchs(device: str) -> None:
+    """What the plain ops give, with which all others are compared."""
+    for shapes in LINEAR.calls[""].empty:
+        inputs = [torch.randn(shape, device=device) for shape in shapes]
+        grad = torch.randn_like(F.linear(*inputs))
+        found = [parity.outcome(op, inputs, grad) for op in (reference.linear, F.linear)]
+        torch.testing.assert_close(*found)
+
+
+# --------------------------------------------------------------------- the checks of every op
+
+
+def _call(ops: Any, *tensors: Tensor) -> Tensor:
+    return ops.linear(*tensors)
+
+
+@pytest.mark.parametrize(("place", "must"), [(0, "be a torch.Tensor"), (3, "be a number")])
+def test_parts_of_recompute(ops: Any, place: int, must: str) -> None:
+    recompute: list[Any] = [ones(2, 16), ones(16), None, 1e-5]
+    recompute[place] = None
+    with pytest.raises(TypeError, match=rf"^recompute\[{place}\] must {must}, got None"):
+        ops.linear(ones(2, 16), ones(24, 16), recompute=tuple(recompute))
+
+
+def _of_norm(ops: Any, x: Tensor, norm: Tensor, weight: Tensor) -> Tensor:
+    y = ops.layer_norm(x, norm)
+    return ops.linear(y, weight, recompute=(x, norm, None, 1e-5))
+
+
+def _drawn(draws: Draws) -> Drawn:
+    k, n = draws.size(40), draws.size(40)
+    return _call, [draws.tensor(*draws.outer(), k), draws.tensor(n, k), *draws.maybe(n)]
+
+
+LINEAR = Cases(
+    "linear",
+    valid=dict(x=ones(2, 16), weight=ones(24, 16), bias=ones(24)),
+    refused={
+        r"weight must have shape \(N, K\) to go with x": dict(weight=ones(16, 24)),
+        r"bias must have shape \(24,\) to go with weight": dict(bias=ones(16)),
+        "recompute must be .* got 2 items": dict(recompute=(ones(2, 16), ones(16))),
+        "recompute must begin with a tensor of x's shape": dict(
+            recompute=(ones(1, 16), ones(16), None, 1e-5)
+        ),
+        r"recompute\[3\] must be at least 0, got -1": dict(
+            recompute=(ones(2, 16), ones(16), None, -1)
+        ),
+    },
+    compiled=[
+        compiled(
+            "linear-float16-splits", compare, _call, torch.float16, (1500, 72), (136, 72), (136,)
+        ),
+        compiled("linear-bfloat16-splits", compare, _call, torch.bfloat16, (1500, 72), (136, 72)),
+        compiled("linear-bfloat16", compare, _call, torch.bfloat16, (70, 72), (136, 72)),
+    ],
+    calls={
+        "": Call(
+            [(2, 7, 20), (11, 20), (11,)],
+            _call,
+            empty=[
+                [(0, 2, 20), (11, 20), (11,)],
+                [(3, 0), (5, 0), (5,)],
+                [(0,), (5, 0), (5,)],
+                [(0, 0), (5, 0), (5,)],
+                [(3, 20), (0, 20), (0,)],
+                [(2, 0, 0), (0, 0), (0,)],
+            ],
+            single=[(1, 16), (1, 16), (1,)],
+            several=(torch.bfloat16, [(300, 64), (72, 64), (72,)]),
+        ),
+        "recompute": Call(
+            [(7, 20), (20,), (11, 20)],
+            _of_norm,
+            empty=[
+                [(0, 20), (20,), (11, 20)],
+                [(3, 20), (20,), (0, 20)],
+                [(0, 20), (20,), (0, 20)],
+            ],
+            single=[(1, 16), (16,), (1, 16)],
+        ),
+    },
+    drawn=_drawn,
+)

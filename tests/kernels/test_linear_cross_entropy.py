@@ -3,6 +3,7 @@ and who asks for them, precision, determinism, the operators, what they cost and
 """
 
 import itertools
+import math
 from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
@@ -12,13 +13,15 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, ones
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.flop_counter import FlopCounterMode
 
 from fastgpt.kernels import chunked_loss, fused, linear_cross_entropy, reference, torch_ops
 from fastgpt.kernels.costs import COSTS
 from tests.tools import parity
+from tests.tools.calls import Call, Cases, compare, compiled, ids
+from tests.tools.draws import Drawn, Draws
 
 CHUNK = 8
 # x without its last dimension, C, V: one token, one class, V below and beyond a tile and odd, rows
@@ -102,18 +105,11 @@ def gradients(loss: Tensor, *leaves: Tensor, **options: Any) -> tuple[Tensor, ..
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("dtype", parity.DTYPES, ids=str)
 def test_parity(ops, device: str, shape: Any, dtype: torch.dtype) -> None:
+    """All options, each in two dtypes or more."""
     i, (rows, width, n_classes) = SHAPES.index(shape), shape
     layout = parity.LAYOUTS[i % len(parity.LAYOUTS)]
     tensors, targets = inputs(rows, width, n_classes, device, dtype, layout)
-    assert_parity(ops, tensors, targets, **OPTIONS[i % len(OPTIONS)])
-
-
-@pytest.mark.parametrize("options", OPTIONS, ids=str)
-def test_options(ops, device: str, options: dict[str, Any]) -> None:
-    """Each penalty in both dtypes, one with each reduction."""
-    i = OPTIONS.index(options)
-    dtype = [torch.float32, torch.bfloat16][(i + i // 4) % 2]
-    tensors, targets = inputs((19,), 16, 130, device, dtype)
+    options = OPTIONS[(i + 3 * parity.DTYPES.index(dtype)) % len(OPTIONS)]
     assert_parity(ops, tensors, targets, **options)
 
 
@@ -122,7 +118,7 @@ def test_gradcheck(ops, options: dict[str, Any]) -> None:
     tensors, targets = inputs((11,), 3, 7, "cpu", torch.float64)
     leaves = as_leaves(tensors)
     op = partial(ops.linear_cross_entropy, targets=targets, **options)
-    assert torch.autograd.gradcheck(op, leaves, fast_mode=True)
+    assert torch.autograd.gradcheck(op, leaves, **parity.GRADCHECK)
 
 
 def test_chunks_change_nothing(ops, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -319,3 +315,87 @@ def test_kept_for_the_backward_pass(ops, device: str) -> None:
     with torch.autograd.graph.saved_tensors_hooks(kept.append, lambda _: pytest.fail("unused")):
         ops.linear_cross_entropy(x.requires_grad_(), weight.requires_grad_(), targets)
     assert sorted(tensor.numel() for tensor in kept) == [1, x.numel(), weight.numel()]
+
+
+# --------------------------------------------------------------------- the checks of every op
+
+
+def _call(
+    ops: Any, x: Tensor, weight: Tensor, targets: Tensor | None = None, **options: Any
+) -> Tensor:
+    targets = torch.arange(len(x), device=x.device) if targets is None else targets
+    return ops.linear_cross_entropy(x, weight, targets, **options)
+
+
+def _drawn(draws: Draws) -> Drawn:
+    shape, k, vocab = draws.outer(), draws.size(40), 1 + draws.size(40)
+    targets = draws.integers(vocab, *shape)
+    options = dict(
+        ignore_index=draws.one_of(-1, 0),
+        reduction=draws.one_of("mean", "sum"),
+        label_smoothing=draws.one_of(0.0, 0.1),
+        z_loss=draws.one_of(0.0, 1e-3),
+    )
+    draws.assume(bool((targets != options["ignore_index"]).any()))  # else the mean is NaN
+    call = partial(_call, targets=targets, **options)
+    return call, [draws.tensor(*shape, k), draws.tensor(vocab, k)]
+
+
+def _compare(dtype: torch.dtype, n_vocab: int, **options: Any) -> None:
+    targets = torch.randint(n_vocab, (37,))
+    targets[5] = -1
+    compare(partial(_call, targets=targets, **options), dtype, (37, 32), (n_vocab, 32))
+
+
+def _compare_without_gradient() -> None:
+    x, weight, targets = torch.randn(37, 32), torch.randn(65, 32), torch.randint(65, (37,))
+    got, exact = (module.linear_cross_entropy(x, weight, targets) for module in (fused, reference))
+    torch.testing.assert_close(got, exact, rtol=1e-5, atol=0.0)
+
+
+LOSS = Cases(
+    "linear_cross_entropy",
+    valid=dict(x=ones(2, 3, 8), weight=ones(65, 8), targets=ids(2, 3)),
+    refused={
+        r"weight must have shape \(N, K\).*got \(65, 7\)": dict(weight=ones(65, 7)),
+        "weight must have a row for each class": dict(weight=ones(0, 8)),
+        r"targets must have shape \(2, 3\).*got \(6,\)": dict(targets=ids(6)),
+        "'mean' or 'sum', got 'none'": dict(reduction="none"),
+        r"both sizes of weight must be multiples of 16 .*, got \(65, 8\)": dict(fp8=True),
+        r"z_loss must be 0 with fp8=True, got 0\.1": dict(
+            x=ones(2, 3, 16), weight=ones(32, 16), z_loss=0.1, fp8=True
+        ),
+        **{
+            rf"label_smoothing must lie in \[0, 1\], got {e}": dict(label_smoothing=e)
+            for e in (-0.1, 1.1, math.nan)
+        },
+        **{
+            f"z_loss must be at least 0 and finite, got {z}": dict(z_loss=z)
+            for z in (-1e-4, math.inf, math.nan)
+        },
+    },
+    compiled=[
+        compiled("loss-float32-smoothed", _compare, torch.float32, 65, label_smoothing=0.1),
+        compiled("loss-float16", _compare, torch.float16, 65, z_loss=1e-3),
+        compiled("loss-bfloat16", _compare, torch.bfloat16, 8300),
+        compiled("loss-without-gradient", _compare_without_gradient),
+        compiled("fp8-float16-loss", _compare, torch.float16, 80, fp8=True, sm=(90,)),
+        compiled("fp8-bfloat16-loss", _compare, torch.bfloat16, 80, fp8=True, sm=(90,)),
+    ],
+    calls={
+        "": Call(
+            [(5, 20), (17, 20)],
+            _call,
+            empty=[[(0, 20), (17, 20)], [(5, 0), (17, 0)], [(0, 0), (17, 0)]],
+            single=[(1, 16), (1, 16)],
+            several=(torch.bfloat16, [(30, 16), (300, 16)]),
+        )
+    },
+    variants={
+        "smoothed": Call(
+            [(5, 20), (17, 20)],
+            partial(_call, reduction="sum", label_smoothing=0.1, z_loss=0.01),
+        )
+    },
+    drawn=_drawn,
+)

@@ -2,14 +2,20 @@
 both ways of loading, what is kept, frozen parameters.
 """
 
+from typing import Any
+
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, ones
 from torch.utils.flop_counter import FlopCounterMode
 
 from fastgpt.kernels import configs, costs, fused, gemm, reference, torch_ops
+from fastgpt.kernels.configs import CUBLAS
 from fastgpt.kernels.mlp import _mlp_op
+from tests.kernels.test_linear import loads  # noqa: F401
 from tests.tools import parity
+from tests.tools.calls import Call, Cases, compiled
+from tests.tools.draws import Drawn, Draws
 
 # (shape of x, hidden width, outputs): no multiple of a tile; rows that no TMA can copy; empty.
 SHAPES = [
@@ -25,14 +31,6 @@ NAMES = ["x", "fc_weight", "fc_bias", "proj_weight"]
 TILES = [(16, 32, 16, 4, 1, 1), (32, 64, 32, 4, 1, 3)]
 
 
-@pytest.fixture(params=["tma", "pointers"])
-def loads(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Both ways to load a tile, in the interpreter; a GPU has one of them."""
-    if request.param == "pointers":
-        monkeypatch.setattr(gemm, "_tma", lambda device: False)
-    return request.param
-
-
 def _inputs(
     shape: tuple[int, ...], hidden: int, n: int, dtype: torch.dtype, device: str, layout: str
 ) -> list[Tensor]:
@@ -45,11 +43,15 @@ def _inputs(
     ]
 
 
-def _assert_parity(inputs: list[Tensor], n: int, layout: str, form: str, bias: bool) -> None:
-    def of(module):
+def _assert_parity(
+    inputs: list[Tensor], n: int, layout: str, form: str, bias: bool, **options: Any
+) -> None:
+    """``options``: of the kernel."""
+
+    def of(module, **options):
         def run(x, fc_weight, *rest):
             fc_bias, proj_weight = rest if bias else (None, *rest)
-            return module.mlp(x, fc_weight, fc_bias, proj_weight, approximate=form)
+            return module.mlp(x, fc_weight, fc_bias, proj_weight, approximate=form, **options)
 
         return run
 
@@ -58,7 +60,8 @@ def _assert_parity(inputs: list[Tensor], n: int, layout: str, form: str, bias: b
         del inputs[2], names[2]
     x = inputs[0]
     grad = parity.randn((*x.shape[:-1], n), x.dtype, x.device.type, layout)
-    parity.assert_parity(of(fused), of(torch_ops), of(reference), inputs, grad, names)
+    ops = of(fused, **options), of(torch_ops), of(reference)
+    parity.assert_parity(*ops, inputs, grad, names)
 
 
 @pytest.mark.parametrize("shape,hidden,n", SHAPES, ids=str)
@@ -82,9 +85,8 @@ def test_parity(
 
 @pytest.mark.parametrize("form", ["none", "tanh"])
 @pytest.mark.parametrize("tile", TILES, ids=str)
-def test_any_tile(
-    device: str, loads: str, monkeypatch: pytest.MonkeyPatch, tile: tuple, form: str
-) -> None:
+@pytest.mark.usefixtures("loads")
+def test_any_tile(device: str, monkeypatch: pytest.MonkeyPatch, tile: tuple, form: str) -> None:
     """Several tiles for each program, and groups that the number of tiles does not fill."""
     if device == "cuda":
         pytest.skip("the GPU's tables are its own")
@@ -93,17 +95,18 @@ def test_any_tile(
     _assert_parity(inputs, 24, "contiguous", form, bias=True)
 
 
-def _tables_say(monkeypatch: pytest.MonkeyPatch, product: configs.Gemm | str) -> None:
+def _tables_say(monkeypatch: pytest.MonkeyPatch, product: configs.Gemm | str | None) -> None:
+    """None: a tile. Where sm_90's table says cuBLAS it is sm_100's, which takes tensor maps too."""
     lookup = configs.lookup
-    monkeypatch.setattr(
-        configs,
-        "lookup",
-        lambda op, kernel, *asked: (
-            product
-            if op == "gemm" and kernel in ("fwd", "bwd", "weight")
-            else lookup(op, kernel, *asked)
-        ),
-    )
+
+    def said(op: str, kernel: str, capability: int | None, *rest: Any) -> Any:
+        config = lookup(op, kernel, capability, *rest)
+        if product is None and config == CUBLAS and capability == 90:
+            return lookup(op, kernel, 100, *rest)
+        by_product = op == "gemm" and kernel in ("fwd", "bwd", "weight")
+        return product if product is not None and by_product else config
+
+    monkeypatch.setattr(configs, "lookup", said)
 
 
 @pytest.mark.parametrize("form", ["none", "tanh"])
@@ -133,7 +136,7 @@ def test_tables_that_say_cublas(
         ]
 
     with_kernels = products()
-    _tables_say(monkeypatch, configs.CUBLAS)
+    _tables_say(monkeypatch, CUBLAS)
     monkeypatch.setattr(gemm, "_linear_gelu_kernel", None)  # whose launch would be a TypeError
     monkeypatch.setattr(gemm, "_weight_grad_kernel", None)
     for ours, theirs in zip(with_kernels, products(), strict=True):
@@ -166,7 +169,7 @@ def test_costs_when_the_tables_say_cublas(monkeypatch: pytest.MonkeyPatch, recom
     monkeypatch.setattr(gemm, "splits", lambda *args: 1)
     _tables_say(monkeypatch, configs.Gemm(128, 128, 64, 4, 3, 2))
     fused = totals()
-    _tables_say(monkeypatch, configs.CUBLAS)
+    _tables_say(monkeypatch, CUBLAS)
     separate = totals()
     flops = 2 * t * c * f
     assert [count for count, _ in fused] == [count for count, _ in separate] == [flops] * 3
@@ -193,15 +196,6 @@ def test_large_and_small_pre_activations(device: str, dtype: torch.dtype) -> Non
 
     ops = of(fused), of(torch_ops), of(reference)
     parity.assert_parity(*ops, [x, fc_weight], grad, ["x", "fc_weight"])
-
-
-@pytest.mark.parametrize("form", ["none", "tanh"])
-def test_gradcheck(form: str) -> None:
-    shapes = ((5, 6), (8, 6), (8,), (4, 8))
-    inputs = [torch.randn(*s, dtype=torch.float64, requires_grad=True) for s in shapes]
-    assert torch.autograd.gradcheck(
-        lambda *args: fused.mlp(*args, approximate=form), inputs, fast_mode=True
-    )
 
 
 def test_nothing_is_kept_without_gradients() -> None:
@@ -231,3 +225,93 @@ def test_flops() -> None:
     with FlopCounterMode(display=False) as counter:
         fused.mlp(*leaves).sum().backward()
     assert counter.get_total_flops() == 3 * (2 * 30 * 16 * 64 + 2 * 30 * 64 * 24)
+
+
+# --------------------------------------------------------------------- the checks of every op
+
+
+def _of_norm(ops: Any, x: Tensor, norm: Tensor, fc: Tensor, proj: Tensor) -> Tensor:
+    y = ops.layer_norm(x, norm)
+    return ops.mlp(y, fc, None, proj, recompute=(x, norm, None, 1e-5))
+
+
+def _tanh(ops: Any, x: Tensor, fc: Tensor, proj: Tensor) -> Tensor:
+    return ops.mlp(x, fc, None, proj, approximate="tanh")
+
+
+def _drawn(draws: Draws) -> Drawn:
+    k, hidden, n = draws.size(24), draws.size(40), draws.size(24)
+    approximate = draws.one_of("none", "tanh")
+    inputs = [draws.tensor(*draws.outer(), k), draws.tensor(hidden, k), draws.tensor(n, hidden)]
+
+    def call(ops: Any, x: Tensor, fc: Tensor, proj: Tensor, bias: Tensor | None = None) -> Tensor:
+        return ops.mlp(x, fc, bias, proj, approximate=approximate)
+
+    return call, inputs + draws.maybe(hidden)
+
+
+def _compare(
+    dtype: torch.dtype,
+    rows: int,
+    bias: bool,
+    form: str,
+    recompute: bool = False,
+    product: str | None = None,
+) -> None:
+    inputs, options = _inputs((rows, 72), 136, 72, dtype, "cpu", "contiguous"), {}
+    if recompute:
+        source, weight = torch.randn(rows, 72).to(dtype), torch.randn(72).to(dtype)
+        inputs[0] = fused.layer_norm(source, weight).detach()
+        options = dict(recompute=(source, weight, None, 1e-5))
+    with pytest.MonkeyPatch.context() as patch:
+        _tables_say(patch, product)
+        _assert_parity(inputs, 72, "contiguous", form, bias, **options)
+
+
+MLP = Cases(
+    "mlp",
+    valid=dict(x=ones(2, 16), fc_weight=ones(64, 16), fc_bias=ones(64), proj_weight=ones(16, 64)),
+    refused={
+        r"fc_weight must have shape \(N, K\) to go with x": dict(fc_weight=ones(16, 64)),
+        r"fc_bias must have shape \(64,\) to go with fc_weight": dict(fc_bias=ones(3)),
+        r"proj_weight must have shape \(N, 64\)": dict(proj_weight=ones(64, 16)),
+        "approximate must be 'none' or 'tanh', got 'erf'": dict(approximate="erf"),
+        "recompute must begin with a tensor of x's shape": dict(
+            recompute=(ones(1, 16), ones(16), None, 1e-5)
+        ),
+    },
+    compiled=[
+        compiled("mlp-float16", _compare, torch.float16, 140, True, "none"),
+        compiled("mlp-bfloat16-recompute", _compare, torch.bfloat16, 70, False, "tanh", True),
+        compiled("mlp-float32", _compare, torch.float32, 40, True, "none"),
+        compiled("mlp-float16-library", _compare, torch.float16, 140, True, "tanh", product=CUBLAS),
+        compiled("mlp-bfloat16-library", _compare, torch.bfloat16, 70, True, "none", True, CUBLAS),
+    ],
+    calls={
+        "": Call(
+            [(2, 7, 20), (24, 20), (24,), (16, 24)],
+            lambda ops, *tensors: ops.mlp(*tensors),
+            empty=[
+                [(0, 2, 20), (24, 20), (24,), (16, 24)],
+                [(3, 0), (24, 0), (24,), (16, 24)],
+                [(3, 20), (0, 20), (0,), (16, 0)],
+                [(3, 20), (24, 20), (24,), (0, 24)],
+                [(0,), (0, 0), (0,), (0, 0)],
+            ],
+            single=[(1, 16), (1, 16), (1,), (1, 1)],
+            several=(torch.bfloat16, [(130, 64), (256, 64), (256,), (64, 256)]),
+        ),
+        "recompute": Call(
+            [(7, 20), (20,), (24, 20), (16, 24)],
+            _of_norm,
+            empty=[
+                [(0, 20), (20,), (24, 20), (16, 24)],
+                [(3, 20), (20,), (0, 20), (16, 0)],
+                [(3, 20), (20,), (24, 20), (0, 24)],
+            ],
+            single=[(1, 16), (16,), (16, 16), (1, 16)],
+        ),
+    },
+    variants={"tanh": Call([(7, 20), (24, 20), (16, 24)], _tanh)},
+    drawn=_drawn,
+)

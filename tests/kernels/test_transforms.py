@@ -10,7 +10,8 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from fastgpt.kernels import fused, reference, torch_ops
-from tests.tools.calls import CALLS, Call, every_call, tensors_of
+from tests.kernels.every_op import CALLS, every_call
+from tests.tools.calls import Call, as_tuple, columns_first, tensors_of, weights_of
 
 Loss = Callable[..., Tensor]
 grad: Callable[..., Any] = torch.func.grad
@@ -20,14 +21,9 @@ jvp: Callable[..., Any] = torch.func.jvp
 def _loss(ops, call: Call) -> Loss:
     def loss(*tensors: Tensor) -> Tensor:
         torch.manual_seed(7)  # of dropout
-        out = call.run(ops, *tensors)
-        parts = out if isinstance(out, tuple) else (out,)
-        return torch.stack(
-            [
-                (y * torch.linspace(-1.0, 1.0, y.numel(), device=y.device).view_as(y)).sum()
-                for y in parts
-            ]
-        ).sum()
+        out = as_tuple(call.run(ops, *tensors))
+        sums = [(y * weight).sum() for y, weight in zip(out, weights_of(out), strict=True)]
+        return torch.stack(sums).sum()
 
     return loss
 
@@ -53,31 +49,25 @@ def test_grad(ops, device: str, call: Call) -> None:
     torch.testing.assert_close(pullback(torch.ones((), device=device)), got)
 
 
-def _assert_right_with(changed: Callable[[Tensor], Tensor], loss: Loss, x: list[Tensor]) -> None:
-    expected = _expected(loss, x)
-    with torch.autograd.graph.saved_tensors_hooks(changed, lambda saved: saved):
-        torch.testing.assert_close(_expected(loss, x), expected)
-
-
-@every_call
-def test_saved_tensors_that_come_back_contiguous(ops, device: str, call: Call) -> None:
-    """As from ``torch.autograd.graph.save_on_cpu(pin_memory=True)``."""
-    _assert_right_with(torch.Tensor.contiguous, _loss(ops, call), _tensors(call, device))
-
-
-def _columns_first(x: Tensor) -> Tensor:
-    return x.mT.contiguous().mT if x.dim() > 1 else x
-
-
 def _with_gaps(x: Tensor) -> Tensor:
     return torch.stack([x, x], -1)[..., 0] if x.dim() > 1 else x
 
 
-@pytest.mark.parametrize("changed", [_columns_first, _with_gaps])
+@pytest.mark.parametrize(
+    ("ops", "changed"),
+    [
+        (fused, Tensor.contiguous),  # as torch.autograd.graph.save_on_cpu(pin_memory=True) does
+        (torch_ops, Tensor.contiguous),
+        (fused, columns_first),  # for which PyTorch's own kernels give wrong gradients
+        (fused, _with_gaps),
+    ],
+)
 @every_call
-def test_saved_tensors_with_other_strides(device: str, call: Call, changed) -> None:
-    """Our own kernels only: PyTorch's give wrong gradients."""
-    _assert_right_with(changed, _loss(fused, call), _tensors(call, device))
+def test_saved_tensors_with_other_strides(ops, device: str, call: Call, changed) -> None:
+    loss, x = _loss(ops, call), _tensors(call, device)
+    expected = _expected(loss, x)
+    with torch.autograd.graph.saved_tensors_hooks(changed, lambda saved: saved):
+        torch.testing.assert_close(_expected(loss, x), expected)
 
 
 _WITHOUT_DROPOUT = [name for name in CALLS if "dropout" not in name]

@@ -24,7 +24,7 @@ from triton.runtime.jit import JITFunction
 from fastgpt import GPT, GPTConfig, ops
 from fastgpt.kernels import _host, fused, fused_rows, reference, torch_ops
 from fastgpt.kernels._tensors import matmul_float32
-from tests.kernels.test_errors import VALID
+from tests.kernels.every_op import CASES
 
 CUDA = [torch.device("cuda", index) for index in (0, 1)]
 
@@ -134,7 +134,7 @@ def old_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def test_no_op_runs_in_triton_or_waits_for_the_device(op: str, old_gpu: None) -> None:
     arguments = {
         name: _cuda(*x.shape, dtype=x.dtype) if isinstance(x, Tensor) else x
-        for name, x in VALID[op].items()
+        for name, x in CASES[op].valid.items()
     }
     drops = "dropout_p" in inspect.signature(getattr(ops, op)).parameters
     with _Called() as called:

@@ -1,105 +1,106 @@
-"""Every op with a gradient, called with some of its options, for tests of what holds for all."""
+"""``Cases``: what the checks of every op need of one op, whose test file holds them."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-import pytest
 import torch
 from torch import Tensor
 
+from fastgpt.kernels import fused, reference
+from tests.tools import parity
+from tests.tools.draws import Drawn, Draws
+
+Shapes = Sequence[tuple[int, ...]]
+Results = Tensor | tuple[Tensor, ...]
+Masks = tuple[Tensor, Tensor]
+
 
 class Call(NamedTuple):
-    """An op with some of its options. ``shapes``: of the tensors that get a gradient."""
+    """An op with some of its options: ``run(ops, *tensors)`` on tensors of ``shapes``, which all
+    get a gradient. Further shapes for them:
+
+    empty: each with a size of 0.
+    single: of one row and one column, which PyTorch calls contiguous whatever its strides are.
+    several: with their dtype, those of sums that several programs, or row blocks, have a part in.
+    """
+
+    shapes: Shapes
+    run: Callable[..., Results]
+    empty: Sequence[Shapes] = ()
+    single: Shapes | None = None
+    several: tuple[torch.dtype, Shapes] | None = None
+    op: str = ""  # set by ``tests.kernels.every_op``
+
+
+class Compiled(NamedTuple):
+    """A check of kernels as they are compiled for some architectures."""
+
+    name: str
+    run: Callable[[], None]
+    sm: Sequence[int]
+
+
+def compiled(
+    name: str, run: Callable[..., None], *args: Any, sm: Sequence[int] = (75, 80, 90), **kwargs: Any
+) -> Compiled:
+    return Compiled(name, partial(run, *args, **kwargs), sm)
+
+
+class Cases(NamedTuple):
+    """Of one op.
+
+    valid: arguments that every implementation takes.
+    refused: the ValueError, as a regular expression, of arguments that are changed like this. That
+        tensors must be tensors, of one dtype and on one device, is checked without.
+    compiled: the least that compiles each way of each branch of its kernels, in each dtype.
+    calls: by their options, "" for none; no calls where the op has no gradient.
+    drawn: a call and its tensors, drawn by hypothesis; None where ``test_properties`` has its own.
+    variants: more calls, for the checks of its operators and of derivatives.
+    masks: ``masks(n_rows, n_cols, device, **options)``: where forward and backward keep an element,
+        if the op has a dropout mask of its own.
+    needed: the index of the result that the backward needs, if it does.
+    """
 
     op: str
-    shapes: tuple[tuple[int, ...], ...]
-    run: Callable[..., Tensor | tuple[Tensor, ...]]
+    valid: Mapping[str, Any]
+    refused: Mapping[str, dict[str, Any]]
+    compiled: Sequence[Compiled]
+    calls: Mapping[str, Call]
+    drawn: Callable[[Draws], Drawn] | None
+    variants: Mapping[str, Call] = {}
+    masks: Callable[..., Masks] | None = None
+    needed: int | None = None
 
 
-def _linear_of_norm(ops, x: Tensor, norm: Tensor, weight: Tensor) -> Tensor:
-    y = ops.layer_norm(x, norm)
-    return ops.linear(y, weight, recompute=(x, norm, None, 1e-5))
+def ids(*shape: int) -> Tensor:
+    return torch.zeros(shape, dtype=torch.int64)
 
 
-def _mlp_of_norm(ops, x: Tensor, norm: Tensor, fc: Tensor, proj: Tensor) -> Tensor:
-    y = ops.layer_norm(x, norm)
-    return ops.mlp(y, fc, None, proj, recompute=(x, norm, None, 1e-5))
-
-
-def _embedding(ops, token: Tensor, position: Tensor, dropout_p: float) -> Tensor:
-    idx = torch.arange(12, device=token.device).view(2, 6) % 5
-    return ops.embedding(idx, token, position, dropout_p=dropout_p)
-
-
-def _linear_cross_entropy(ops, x: Tensor, weight: Tensor) -> Tensor:
-    targets = torch.arange(len(x), device=x.device)
-    return ops.linear_cross_entropy(x, weight, targets)
-
-
-def _residual_layer_norm(ops, *tensors: Tensor, dropout_p: float) -> tuple[Tensor, Tensor]:
-    residual, delta, weight, bias, delta_bias = tensors
-    return ops.residual_layer_norm(
-        residual, delta, weight, bias, delta_bias=delta_bias, dropout_p=dropout_p
-    )
-
-
-_NORMALISED = ((2, 5, 33), (2, 5, 33), (33,), (33,), (33,))
-_HEADS = ((2, 1, 9, 16),) * 3
-CALLS = {
-    "gelu": Call("gelu", ((5, 33),), lambda ops, x: ops.gelu(x)),
-    "layer_norm": Call(
-        "layer_norm", ((2, 5, 33), (33,), (33,)), lambda ops, *tensors: ops.layer_norm(*tensors)
-    ),
-    "residual_layer_norm": Call(
-        "residual_layer_norm", _NORMALISED, partial(_residual_layer_norm, dropout_p=0.0)
-    ),
-    "residual_layer_norm, dropout": Call(
-        "residual_layer_norm", _NORMALISED, partial(_residual_layer_norm, dropout_p=0.5)
-    ),
-    "linear": Call(
-        "linear", ((2, 7, 20), (11, 20), (11,)), lambda ops, *tensors: ops.linear(*tensors)
-    ),
-    "linear, recompute": Call("linear", ((7, 20), (20,), (11, 20)), _linear_of_norm),
-    "mlp": Call(
-        "mlp", ((2, 7, 20), (24, 20), (24,), (16, 24)), lambda ops, *tensors: ops.mlp(*tensors)
-    ),
-    "mlp, recompute": Call("mlp", ((7, 20), (20,), (24, 20), (16, 24)), _mlp_of_norm),
-    "attention": Call("attention", _HEADS, lambda ops, *tensors: ops.attention(*tensors)),
-    "attention, dropout": Call(
-        "attention", _HEADS, lambda ops, *tensors: ops.attention(*tensors, dropout_p=0.5)
-    ),
-    "attention, odd head": Call(
-        "attention", ((2, 2, 9, 15),) * 3, lambda ops, *tensors: ops.attention(*tensors)
-    ),
-    "attention_qkvpacked": Call(
-        "attention_qkvpacked", ((2, 9, 96),), lambda ops, qkv: ops.attention_qkvpacked(qkv, 2)
-    ),
-    "attention_qkvpacked, odd head": Call(
-        "attention_qkvpacked", ((2, 9, 45),), lambda ops, qkv: ops.attention_qkvpacked(qkv, 1)
-    ),
-    "embedding": Call("embedding", ((5, 33), (6, 33)), partial(_embedding, dropout_p=0.0)),
-    "embedding, dropout": Call("embedding", ((5, 33), (6, 33)), partial(_embedding, dropout_p=0.5)),
-    "linear_cross_entropy": Call(
-        "linear_cross_entropy", ((5, 20), (17, 20)), _linear_cross_entropy
-    ),
-}
-
-
-every_call = pytest.mark.parametrize("call", CALLS.values(), ids=CALLS.keys())
+def places(*shape: int) -> Tensor:
+    return torch.zeros(shape, dtype=torch.int32)
 
 
 def tensors_of(call: Call, device: str, *batch: int) -> list[Tensor]:
     return [torch.randn(*batch, *s, device=device, requires_grad=True) for s in call.shapes]
 
 
-def as_tuple(out: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+def as_tuple(out: Results) -> tuple[Tensor, ...]:
     return out if isinstance(out, tuple) else (out,)
 
 
+def columns_first(x: Tensor) -> Tensor:
+    """In another memory order, if x has two dimensions."""
+    return x.mT.contiguous().mT if x.dim() > 1 else x
+
+
+def weights_of(out: tuple[Tensor, ...]) -> list[Tensor]:
+    """Gradients of the results, all different."""
+    return [torch.linspace(-1.0, 1.0, y.numel(), device=y.device).view_as(y) for y in out]
+
+
 def gradients_of(out: tuple[Tensor, ...], tensors: list[Tensor]) -> list[Tensor]:
-    grads = [torch.linspace(-1.0, 1.0, y.numel(), device=y.device).view_as(y) for y in out]
-    torch.autograd.backward(out, grads)
+    torch.autograd.backward(out, weights_of(out))
     gradients = []
     for x in tensors:
         assert x.grad is not None
@@ -108,12 +109,16 @@ def gradients_of(out: tuple[Tensor, ...], tensors: list[Tensor]) -> list[Tensor]
     return gradients
 
 
-def decoding(cache: Tensor, positions: Tensor) -> Callable[..., Tensor]:
-    """A call of ``attention_decode`` with qkv alone: the result and the cache that it leaves."""
+def compare(call: Callable[..., Tensor], dtype: torch.dtype, *shapes: tuple[int, ...]) -> None:
+    """``call(ops, *tensors)`` by the kernels and by the plain ops."""
+    inputs = [torch.randn(shape).to(dtype) for shape in shapes]
+    kernel, plain = (partial(call, module) for module in (fused, reference))
+    shape = plain(*inputs).shape
+    grad = torch.randn(shape).to(dtype) if shape else torch.tensor(1.0)
+    names = [f"input {i}" for i in range(len(inputs))]
+    parity.assert_parity(kernel, plain, plain, inputs, grad, names)
 
-    def call(ops, qkv: Tensor) -> Tensor:
-        mine = cache.to(qkv.dtype, copy=True)
-        out = ops.attention_decode(qkv.detach(), mine, positions)
-        return torch.cat((out.flatten(), mine.flatten()))
 
-    return call
+def with_seed(options: dict[str, Any]) -> dict[str, Any]:
+    seed = {"seed": torch.tensor([0x1234_5678_9ABC_DEF])}
+    return options | (seed if "dropout_p" in options else {})

@@ -392,13 +392,13 @@ _SMALL = [
     (90, "linear-float16-splits"),
     (80, "layer_norm-float32"),
 ]
-_LARGE = [(sm, each.name) for each in test_ptx_kernels.CASES for sm in each.capabilities]
+_LARGE = [(sm, each.name) for sm, each in test_ptx_kernels.COMPILED]
 
 
 def _recordings(capability: int, name: str) -> list[mutations.Recording]:
-    (case,) = (case for case in test_ptx_kernels.CASES if case.name == name)
+    (run,) = {each.run for _, each in test_ptx_kernels.COMPILED if each.name == name}
     torch.manual_seed(0)
-    return mutations.record(capability, case.run)
+    return mutations.record(capability, run)
 
 
 def _check(
