@@ -6,6 +6,7 @@ Each has a rank, and finds the others by torchrun's environment variables. A sin
 0 of 1, and nothing here communicates.
 """
 
+import ctypes
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -71,9 +72,11 @@ class World:
         """The process group exists inside. ``backend`` ("nccl", for one) serves tensors on GPUs,
         gloo those on the CPU.
 
-        The end is behind a barrier, and so must be any exception that all ranks raise: a thread of
-        gloo may still be freeing the tensors of the last collective. It aborts if Python exits
-        meanwhile, and hangs if the process group is destroyed meanwhile.
+        The end is behind a barrier, and so should be any exception that all ranks raise: a thread
+        of gloo may still be freeing the tensors of the last collective, and aborts if Python exits
+        meanwhile; and torchrun ends the other ranks as soon as one has failed.
+
+        Raises ConnectionError where another rank has ended during a collective.
         """
         if self.size == 1:
             yield
@@ -92,6 +95,15 @@ class World:
         try:
             yield
             self.barrier()
+        except BaseException as error:
+            # There may have been no barrier. So the group is never freed: that would wait, with
+            # Python's lock held, for gloo's thread, which may wait for the lock to free a tensor.
+            ctypes.pythonapi.Py_IncRef(ctypes.py_object(dist.group.WORLD))
+            if not isinstance(error, RuntimeError) or not is_lost_rank(error):
+                raise
+            cause = str(error).splitlines()[0]
+            message = f"rank {self.rank} lost another process of the run: {cause}"
+            raise ConnectionError(message) from error
         finally:
             dist.destroy_process_group()
 
@@ -127,6 +139,12 @@ class World:
 
 
 ALONE = World()
+
+
+def is_lost_rank(error: RuntimeError) -> bool:
+    """Whether a collective raised it because another rank has ended. The errors of gloo, which
+    have no class of their own, name the file that raised them."""
+    return isinstance(error, dist.DistError) or "/gloo/transport/" in str(error)
 
 
 def _number(name: str, default: str | None = None) -> int:

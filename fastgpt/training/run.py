@@ -30,7 +30,7 @@ from fastgpt.tokenizer import Tokenizer, packed
 from fastgpt.training import checkpoint as ckpt
 from fastgpt.training import checkpoint_folder
 from fastgpt.training.config import TrainConfig
-from fastgpt.training.distributed import ALONE, World
+from fastgpt.training.distributed import ALONE, World, is_lost_rank
 from fastgpt.training.log import LOG, RunLog
 from fastgpt.training.optimizer import MasterAdamW, saved_state
 from fastgpt.training.step import Step
@@ -292,6 +292,8 @@ class Run:
                 self.iter_num += 1
                 show(self.iter_num / self._n_updates, f"{self.iter_num}/{self._n_updates} {text}")
                 stopped = self.world.any(interrupted.is_set())
+                if stopped:
+                    interrupted.set()
             self._check_finite()
             if not stopped:
                 if reason:
@@ -326,7 +328,8 @@ def _listed(figures: Figures) -> str:
 def interrupts() -> Iterator[threading.Event]:
     """An event that the first Ctrl-C or SIGTERM sets; a second one acts as usual.
 
-    Signals reach the main thread only; in another thread the event stays unset.
+    Signals reach the main thread only; in another thread the event stays unset. Where a second one
+    ends another rank of an interrupted run, KeyboardInterrupt ends this one.
     """
     event = threading.Event()
     if threading.current_thread() is not threading.main_thread():
@@ -346,5 +349,9 @@ def interrupts() -> Iterator[threading.Event]:
         signal.signal(number, on_interrupt)
     try:
         yield event
+    except RuntimeError as error:
+        if event.is_set() and is_lost_rank(error):
+            raise KeyboardInterrupt from error
+        raise
     finally:
         restore()
