@@ -7,9 +7,9 @@ before an op is timed, the timing and the figures are here.
 A row is one op, size, direction and provider:
 
 - ``fused`` is our kernel and needs CUDA, ``torch_ops`` is ours elsewhere: on GPUs of compute
-  capability below 7.5, and for attention on those of 7.5, too; ``eager`` is what nanoGPT calls; ``compile`` is torch.compile of that;
-  ``liger`` and ``quack`` are the ops of Liger-Kernel and of QuACK, where these have one and are
-  installed.
+  capability below 7.5, and for attention on those of 7.5, too; ``eager`` is what nanoGPT calls;
+  ``compile`` is torch.compile of that; ``liger`` and ``quack`` are the ops of Liger-Kernel and of
+  QuACK, where these have one and are installed.
 - Before it is timed, its outputs and gradients are compared with the plain op on the same numbers,
   in float32 for half precision and in float64 for float32. Their RMS error may be twice that of
   ``eager``, plus 1e-5; of a loss, a single number whose error varies by chance, plus 1e-5 of it.

@@ -19,6 +19,7 @@ from fastgpt.data import builtin_texts
 from fastgpt.data.manifest import Manifest
 from fastgpt.data.prepare import characters_of, prepare
 from fastgpt.data.sources import source_of
+from fastgpt.training.config import check_limits
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,6 +45,9 @@ class LadderConfig:
     seed: int = 1337
     # cuda, cuda:N, cpu, mps, or auto (cuda where there is one, else cpu).
     device: str = "auto"
+
+    def __post_init__(self) -> None:
+        check_limits(self)
 
 
 def run_ladder(config: LadderConfig, console: Console, progress: Console) -> None:
