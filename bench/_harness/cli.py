@@ -17,7 +17,7 @@ from rich.table import Table
 
 T = TypeVar("T")
 
-_LIMIT = 2**48  # of integers: what is computed of them fits into PyTorch's
+_SIZES, _SEEDS = (1, 2**24), (0, 2**63)  # from the first, below the second
 
 # Errors that a user can cause: one line on stderr and the exit code 2.
 USER_ERRORS = (
@@ -63,9 +63,9 @@ def options(default: T, argv: Sequence[str] | None) -> T:
 
 
 def _check_number(name: str, value: Any) -> None:
-    least = 0 if name == "seed" else 1
-    if type(value) is int and not least <= value < _LIMIT:
-        allowed = f"at least {least}" if value < least else f"below {_LIMIT}"
+    least, end = _SEEDS if name == "seed" else _SIZES
+    if type(value) is int and not least <= value < end:
+        allowed = f"at least {least}" if value < least else f"below {end}"
         raise ValueError(f"{name} must be {allowed}, got {value}")
     if type(value) is float and not 0 < value < math.inf:
         raise ValueError(f"{name} must be positive and finite, got {value}")

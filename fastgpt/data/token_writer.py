@@ -116,9 +116,10 @@ class ShardWriter:
         path = self._work / _STATE
         try:
             state = parsed_json(path.read_text(encoding="utf-8"))
-            begun = state["settings"]
-            self.batches, self.tokens = state["batches"], state["tokens"]
-            self._documents = state["documents"]
+            begun = dict(state["settings"])
+            self.batches = int(state["batches"])
+            for key, counts in (("tokens", self.tokens), ("documents", self._documents)):
+                counts.update({split: int(state[key][split]) for split in counts})
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(
                 f"{path} is damaged ({error}): remove {self._work} to start over"
