@@ -22,7 +22,7 @@ from torch import Tensor
 
 from fastgpt.cuda_graph import Graphed
 
-_LEAST_TEMPERATURE = 1e-30  # by less, float32 logits would overflow
+_LEAST_TEMPERATURE = 1e-30  # float32 logits divided by less overflow
 NOT_FINITE = -1  # drawn in place of a token where the logits are NaN or infinite
 
 

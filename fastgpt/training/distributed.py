@@ -96,8 +96,8 @@ class World:
             yield
             self.barrier()
         except BaseException as error:
-            # There may have been no barrier. So the group is never freed: that would wait, with
-            # Python's lock held, for gloo's thread, which may wait for the lock to free a tensor.
+            # Freeing the group without a barrier may deadlock: it joins gloo's thread while holding
+            # the GIL, which that thread may need to free a tensor. So it is never freed.
             ctypes.pythonapi.Py_IncRef(ctypes.py_object(dist.group.WORLD))
             if not isinstance(error, RuntimeError) or not is_lost_rank(error):
                 raise
