@@ -14,7 +14,7 @@ from rich.text import Text
 
 from fastgpt import ladder
 from fastgpt._optional import optional
-from fastgpt.cli.plot import LOSSES, draw
+from fastgpt.cli.plot import LOSSES, check_picture, draw
 from fastgpt.data import builtin_texts
 from fastgpt.data.manifest import Manifest
 from fastgpt.data.prepare import characters_of, prepare
@@ -59,10 +59,7 @@ def run_ladder(config: LadderConfig, console: Console, progress: Console) -> Non
     """
     rungs = tuple(dict.fromkeys(config.rungs)) or _fitting(config.device)
     blocks = [ladder.keys_of(rung)["block_size"] for rung in rungs]
-    if config.output.suffix != ".png":
-        raise ValueError(f"output must end in .png, got {config.output}")
-    if config.output.is_dir():
-        raise ValueError(f"output must be a file, but {config.output} is a folder")
+    check_picture(config.output)
     config.output.parent.mkdir(parents=True, exist_ok=True)  # before minutes of training
     results: list[ladder.Result] = []
     with tempfile.TemporaryDirectory(prefix="fastgpt-ladder-") as folder:

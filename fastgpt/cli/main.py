@@ -98,7 +98,7 @@ def _unchecked() -> Iterator[None]:
 
 
 def _parse(argv: list[str], defaults: Train) -> Any:
-    """An instance of one of the classes of ``_COMMANDS``."""
+    """An instance of one of the classes of ``_COMMANDS``, whose values are not checked yet."""
     if argv[:2] == ["translate", "train"]:
         argv = ["translate train", *argv[2:]]
     commands: list[Any] = []
@@ -108,7 +108,7 @@ def _parse(argv: list[str], defaults: Train) -> Any:
     union: Any = functools.reduce(operator.or_, commands)
     args = normalized(argv, {name: options for name, (options, _) in _COMMANDS.items()})
     with _unchecked():
-        parsed: Any = tyro.cli(
+        return tyro.cli(
             union,
             prog="fastgpt",
             description="Train GPT-2-class models and sample from them. --version shows the "
@@ -117,9 +117,6 @@ def _parse(argv: list[str], defaults: Train) -> Any:
             use_underscores=True,
             config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagConversionOff),
         )
-    if hasattr(parsed, "__post_init__"):
-        parsed.__post_init__()
-    return parsed
 
 
 def _train_config(argv: list[str], first: Train, console: Console) -> TrainConfig:
@@ -200,6 +197,8 @@ def main(argv: list[str] | None = None) -> int:
         (run,) = [run for options, run in _COMMANDS.values() if type(command) is options]
         if isinstance(command, Train):
             command = _train_config(argv, command, console)
+        elif hasattr(command, "__post_init__"):
+            command.__post_init__()
         return run(command, console, errors) or 0
     except (
         ValueError,

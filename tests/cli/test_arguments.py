@@ -138,6 +138,7 @@ def test_resume_goes_on_with_the_keys_of_the_checkpoint() -> None:
         (["sample", "--out_dir=file"], "out_dir must be a folder, but file is a file"),
         (["export", "--to=nanogpt", "--out_dir=file"], "out_dir must be a folder, but file is"),
         (["export", "--to=nanogpt", "--output=file/x"], "output must lie in a folder, but file is"),
+        (["plot", "out", "--output=file/x.png"], "output must lie in a folder, but file is a file"),
         (["prepare", "--input=file", "--out_dir=file/x"], "out_dir must be a folder, but file is"),
         (["train", "--preset=gpt2", "--device=cpu"], "train.bin is not a file"),
         (["train", "--preset=gpt2", "--n_head=7"], "n_embd=768 with n_head=7"),
