@@ -76,7 +76,7 @@ class World:
         of gloo may still be freeing the tensors of the last collective, and aborts if Python exits
         meanwhile; and torchrun ends the other ranks as soon as one has failed.
 
-        Raises ConnectionError where another rank has ended during a collective.
+        Raises ConnectionError if the ranks do not find each other, or one ends before the others.
         """
         if self.size == 1:
             yield
@@ -86,26 +86,24 @@ class World:
             backend = f"cpu:gloo,cuda:{backend}"
         else:
             backend = "gloo"
-        store, _, _ = next(dist.rendezvous("env://"))
-        # torchrun's store outlives a restart and still holds the addresses of the old processes. On
-        # several machines each agent counts its own restarts, so there the count is no prefix.
-        if os.environ.get("GROUP_WORLD_SIZE", "1") == "1":
-            store = dist.PrefixStore(f"restart-{self.restarts}", store)
-        dist.init_process_group(backend, store=store, rank=self.rank, world_size=self.size)
-        try:
-            yield
-            self.barrier()
-        except BaseException as error:
-            # Freeing the group without a barrier may deadlock: it joins gloo's thread while holding
-            # the GIL, which that thread may need to free a tensor. So it is never freed.
-            ctypes.pythonapi.Py_IncRef(ctypes.py_object(dist.group.WORLD))
-            if not isinstance(error, RuntimeError) or not is_lost_rank(error):
+        with _failures_in_one_line(self.rank):
+            store, _, _ = next(dist.rendezvous("env://"))
+            # torchrun's store outlives a restart and still holds the addresses of the old
+            # processes. On several machines each agent counts its own restarts, so there the count
+            # is no prefix.
+            if os.environ.get("GROUP_WORLD_SIZE", "1") == "1":
+                store = dist.PrefixStore(f"restart-{self.restarts}", store)
+            dist.init_process_group(backend, store=store, rank=self.rank, world_size=self.size)
+            try:
+                yield
+                self.barrier()
+            except BaseException:
+                # Freeing the group without a barrier may deadlock: it joins gloo's thread while
+                # holding the GIL, which that thread may need to free a tensor. So it stays.
+                ctypes.pythonapi.Py_IncRef(ctypes.py_object(dist.group.WORLD))
                 raise
-            cause = str(error).splitlines()[0]
-            message = f"rank {self.rank} lost another process of the run: {cause}"
-            raise ConnectionError(message) from error
-        finally:
-            dist.destroy_process_group()
+            finally:
+                dist.destroy_process_group()
 
     def barrier(self) -> None:
         """Collective: return when every rank has called it."""
@@ -141,10 +139,23 @@ class World:
 ALONE = World()
 
 
-def is_lost_rank(error: RuntimeError) -> bool:
-    """Whether a collective raised it because another rank has ended. The errors of gloo, which
+def is_of_collective(error: RuntimeError) -> bool:
+    """Whether processes could not exchange data, as when one has ended. The errors of gloo, which
     have no class of their own, name the file that raised them."""
     return isinstance(error, dist.DistError) or "/gloo/transport/" in str(error)
+
+
+@contextmanager
+def _failures_in_one_line(rank: int) -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:
+        if not is_of_collective(error):
+            raise
+        cause = " ".join(str(error).split())
+        raise ConnectionError(
+            f"rank {rank} lost the other processes of the run: {cause}"
+        ) from error
 
 
 def _number(name: str, default: str | None = None) -> int:

@@ -30,7 +30,7 @@ from fastgpt.tokenizer import Tokenizer, packed
 from fastgpt.training import checkpoint as ckpt
 from fastgpt.training import checkpoint_folder
 from fastgpt.training.config import TrainConfig
-from fastgpt.training.distributed import ALONE, World, is_lost_rank
+from fastgpt.training.distributed import ALONE, World, is_of_collective
 from fastgpt.training.log import LOG, RunLog
 from fastgpt.training.optimizer import MasterAdamW, saved_state
 from fastgpt.training.step import Step
@@ -352,7 +352,7 @@ def interrupts() -> Iterator[threading.Event]:
     try:
         yield event
     except RuntimeError as error:
-        if event.is_set() and is_lost_rank(error):
+        if event.is_set() and is_of_collective(error):
             raise KeyboardInterrupt from error
         raise
     finally:

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -116,8 +117,19 @@ def test_a_second_ctrl_c_in_one_process_ends_all(tmp_path: Path, which: int, at:
 def test_a_lost_process_is_one_line(tmp_path: Path) -> None:
     argv = command(small_keys(tmp_path, **{**SHORT, "max_iters": 40}))
     output = Forked(killed_once, argv, processes=2).finished(-signal.SIGKILL, 1)
-    assert "error: rank 0 lost another process of the run: " in output
+    assert "error: rank 0 lost the other processes of the run: " in output
     assert "Traceback" not in output, output
+
+
+def test_a_port_in_use_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, refused: Callable[..., str]
+) -> None:
+    with socket.create_server(("localhost", 0)) as taken:
+        names = dict(WORLD_SIZE=2, RANK=0, LOCAL_RANK=0, MASTER_PORT=taken.getsockname()[1])
+        for name, value in {**names, "MASTER_ADDR": "localhost"}.items():
+            monkeypatch.setenv(name, str(value))
+        line = refused("train", "--preset=gpt2", "--device=cpu", code=1)
+    assert "rank 0 lost the other processes of the run: " in line and "in use" in line
 
 
 def _agent(argv: list[str]) -> int:
