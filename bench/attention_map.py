@@ -4,7 +4,6 @@ translation, a column for each of the source, averaged over the heads of each la
     python bench/attention_map.py --model=DIR --text="forty-two" --out=map.png
 """
 
-import argparse
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,6 +15,7 @@ from torch import Tensor
 if __name__ == "__main__":  # Python looks for modules in the folder of the script
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from bench._harness import cli
 from fastgpt import ops
 from fastgpt._optional import optional
 from fastgpt.seq2seq import Seq2Seq
@@ -42,7 +42,7 @@ def cross_attention(model: Seq2Seq, source: Tensor, target: Tensor) -> Tensor:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description="Draw the cross-attention of one translation.")
+    parser = cli.Parser(description="Draw the cross-attention of one translation.")
     parser.add_argument("--model", type=Path, required=True, help="folder of the model")
     parser.add_argument("--text", required=True, help="the text to translate")
     parser.add_argument("--out", type=Path, default=Path("map.png"), help="the picture")
@@ -71,4 +71,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(cli.exit_of(main))

@@ -178,9 +178,7 @@ def run_parts(chosen: Sequence[Part], folder: Path, minutes: float, commit: str 
 def main(argv: Sequence[str] | None = None) -> int:
     """The exit code: 0, or 2 for a wrong argument or without a CUDA GPU."""
     every = parts()
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = cli.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=10.0, help="for all parts (default: 10)")
     parser.add_argument("--out", type=Path, help="a folder without a report (default: bench/out)")
     names = [part.name for part in every]
@@ -189,7 +187,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--commit", help="of this tree, where git does not know it")
     o = parser.parse_args(argv)
     if not 0 < o.minutes < float("inf"):
-        parser.error(f"--minutes must be positive, got {o.minutes:g}")
+        return cli.failed(f"minutes must be positive and finite, got {o.minutes:g}")
     import torch  # not above: --help needs no PyTorch
 
     if torch.cuda.device_count() == 0:

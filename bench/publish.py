@@ -9,7 +9,6 @@ README a short table of the run nearest to 32 sequences. Nothing is published th
 on a CUDA GPU.
 """
 
-import argparse
 import json
 import os
 import sys
@@ -171,7 +170,7 @@ def publish(results: Path, readme: Path, page: Path) -> list[Path]:
 def main(argv: Sequence[str] = ()) -> int:
     """The exit code: 0, or 2 where results cannot be published."""
     description = "Put the measurements of bench/results into docs/speed.md and the README."
-    argparse.ArgumentParser(description=description).parse_args(argv)
+    cli.Parser(description=description).parse_args(argv)
     try:
         written = publish(RESULTS, README, PAGE)
     except (ValueError, ModuleNotFoundError) as error:

@@ -74,13 +74,8 @@ class Options:
     gpus_per_node: int = 8
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "gradient_accumulation_steps", "gpus_per_node"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if not 0 < self.network < math.inf:
-            raise ValueError(f"network must be positive and finite, got {self.network}")
         node = self.gpus_per_node
-        wrong = [gpus for gpus in self.gpus if gpus < 1 or (gpus > node and gpus % node)]
+        wrong = [gpus for gpus in self.gpus if gpus > node and gpus % node]
         if wrong or not self.gpus:
             raise ValueError(
                 f"gpus must be one or more numbers from 1 to gpus_per_node ({node}) or multiples "

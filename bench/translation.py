@@ -9,7 +9,6 @@ The text: messages of programs and their translations, from the catalogs (``*.mo
 distributions ship in ``/usr/share/locale/de/LC_MESSAGES``. What is held out gives BLEU and chrF.
 """
 
-import argparse
 import gettext
 import math
 import sys
@@ -24,9 +23,11 @@ from torch import Tensor, nn
 if __name__ == "__main__":  # Python looks for modules in the folder of the script
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from bench._harness import cli
 from fastgpt._files import atomic_write
 from fastgpt.language_model import Trainable
 from fastgpt.seq2seq import PADDING, Seq2Seq
+from fastgpt.training.config import check_limits
 from fastgpt.translation.built_in import Pairs
 from fastgpt.translation.config import TranslationConfig
 from fastgpt.translation.trainer import BETAS, TranslationTrainer
@@ -161,7 +162,7 @@ def messages(folder: Path) -> Pairs:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description="One training of one model, and its scores.")
+    parser = cli.Parser(description="One training of one model, and its scores.")
     parser.add_argument("--pairs", type=Path, required=True, help="the parallel text, as a table")
     parser.add_argument("--catalogs", type=Path, help="make --pairs of a folder's, do not train")
     parser.add_argument("--model", choices=("fastgpt", "torch"), default="fastgpt")
@@ -169,7 +170,10 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--max_iters", type=int, default=1500)
     parser.add_argument("--beam", type=int, default=4)
     options = parser.parse_args(argv)
+    check_limits(options)
     if options.catalogs is not None:
+        if not options.catalogs.is_dir():
+            raise NotADirectoryError(f"catalogs must be a folder, got {options.catalogs}")
         pairs = messages(options.catalogs)
         with atomic_write(options.pairs) as file:
             file.writelines(f"{a}\t{b}\n".encode() for a, b in pairs)
@@ -197,4 +201,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(cli.exit_of(main))

@@ -11,6 +11,14 @@ from pathlib import Path
 from typing import IO, Any
 
 
+def parsed_json(text: str | bytes) -> Any:
+    """As ``json.loads``; ValueError also for what is nested too deeply."""
+    try:
+        return json.loads(text)
+    except RecursionError as error:
+        raise ValueError(str(error)) from None
+
+
 @contextlib.contextmanager
 def writing(path: Path) -> Iterator[None]:
     """A failure to write in the with block, such as a full disk, is an OSError that names ``path``.

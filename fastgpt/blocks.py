@@ -60,7 +60,7 @@ def is_plain(module: Any, kind: type[nn.Module]) -> bool:
 
 
 def keep_plain(module: nn.Module) -> None:
-    """Whatever class and hooks the module has by now change nothing of its result: FSDP2's."""
+    """Count the module's present class and hooks as plain: FSDP2's, which change no result."""
     module.__dict__["_plain_as"] = type(module), _n_hooks(module.__dict__)
 
 
@@ -250,7 +250,7 @@ class MLP(nn.Module):
 
 
 def _no_kernels(x: Tensor, *ops: Any) -> None:
-    """Of a module of ops that does not take any together."""
+    """In place of ``block_kernels`` in a module of ops without it."""
 
 
 class Block(nn.Module):

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from fastgpt.cuda_graph import Graphed
 
+_LEAST_TEMPERATURE = 1e-30  # float32 logits divided by less overflow
 NOT_FINITE = -1  # drawn in place of a token where the logits are NaN or infinite
 
 
@@ -50,9 +51,10 @@ class Sampling:
     repetition_penalty: float = 1.0
 
     def __post_init__(self) -> None:
-        if not 0.0 <= self.temperature < math.inf:
+        if self.temperature != 0.0 and not _LEAST_TEMPERATURE <= self.temperature < math.inf:
             raise ValueError(
-                f"temperature must be at least 0 (greedy) and finite, got {self.temperature}"
+                f"temperature must be 0 (greedy), or at least {_LEAST_TEMPERATURE} and finite, "
+                f"got {self.temperature}"
             )
         if self.top_k is not None and self.top_k < 1:
             raise ValueError(f"top_k must be at least 1, or None for all tokens, got {self.top_k}")

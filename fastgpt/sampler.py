@@ -5,6 +5,7 @@ from collections import abc
 from collections.abc import Container, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -84,9 +85,10 @@ class Sampler:
     def batches(self) -> Iterator[list[str]]:
         """Every prompt ``num_samples`` times, ``batch_size`` at a time, from the seed on."""
         torch.manual_seed(self.config.seed)
-        prompts = [p for p in self.prompts for _ in range(self.config.num_samples)]
-        for start in range(0, len(prompts), self.config.batch_size):
-            yield prompts[start : start + self.config.batch_size]
+        count = self.config.num_samples
+        prompts = (prompt for prompt in self.prompts for _ in range(count))
+        while batch := list(islice(prompts, self.config.batch_size)):
+            yield batch
 
     def complete(self, prompts: Sequence[str]) -> list[Completion]:
         """Continue the prompts, all at the same time.

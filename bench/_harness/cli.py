@@ -4,6 +4,7 @@ import argparse
 import importlib.util
 import inspect
 import json
+import math
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -16,11 +17,14 @@ from rich.table import Table
 
 T = TypeVar("T")
 
+_SIZES, _SEEDS = (1, 2**24), (0, 2**63)  # from the first, below the second
+
 # Errors that a user can cause: one line on stderr and the exit code 2.
 USER_ERRORS = (
     ValueError,
     FileNotFoundError,
     FileExistsError,
+    IsADirectoryError,
     NotADirectoryError,
     PermissionError,
     ModuleNotFoundError,
@@ -29,9 +33,10 @@ USER_ERRORS = (
 
 def options(default: T, argv: Sequence[str] | None) -> T:
     """``default`` with the fields that the command line gives, --like_this=1 or --like-this 1.
-    The comment above a field is its help. Raises what the class of ``default`` raises."""
+    The comment above a field is its help. Raises what the class of ``default`` raises, and
+    ValueError for a number that is not finite, or below 1 if it is an integer (but the seed)."""
     owner = type(default)
-    parser = _Parser(description=owner.__doc__, allow_abbrev=False)
+    parser = Parser(description=owner.__doc__, allow_abbrev=False)
     helps = _comments(owner)
     for name, kind in get_type_hints(owner).items():
         many = get_origin(kind) is tuple
@@ -51,10 +56,24 @@ def options(default: T, argv: Sequence[str] | None) -> T:
         )
     words = sys.argv[1:] if argv is None else argv
     given = vars(parser.parse_args([_underscored(word) for word in words]))
+    for name, value in given.items():
+        for number in value if isinstance(value, list) else [value]:
+            _check_number(name, number)
     return owner(**{key: tuple(v) if isinstance(v, list) else v for key, v in given.items()})
 
 
-class _Parser(argparse.ArgumentParser):
+def _check_number(name: str, value: Any) -> None:
+    least, end = _SEEDS if name == "seed" else _SIZES
+    if type(value) is int and not least <= value < end:
+        allowed = f"at least {least}" if value < least else f"below {end}"
+        raise ValueError(f"{name} must be {allowed}, got {value}")
+    if type(value) is float and not 0 < value < math.inf:
+        raise ValueError(f"{name} must be positive and finite, got {value}")
+
+
+class Parser(argparse.ArgumentParser):
+    """Whose errors are one line."""
+
     def error(self, message: str) -> NoReturn:
         self.exit(failed(f"{message}; --help shows the options"))
 
@@ -83,11 +102,25 @@ def _comments(owner: type) -> dict[str, str]:
 
 
 def failed(error: object) -> int:
-    """Print the error; the exit code."""
+    """Print the error; the exit code. One of the system: as cause and path."""
+    if isinstance(error, OSError) and error.strerror is not None:
+        error = f"{error.strerror}: {error.filename}"
     Console(stderr=True, markup=False, highlight=False, soft_wrap=True).print(
         f"error: {error}", style="bold red"
     )
     return 2
+
+
+def exit_of(main: Callable[[list[str] | None], object], argv: list[str] | None = None) -> int:
+    """The exit code of a program: 0, 2 for a user's error, which is printed, 130 for Ctrl-C."""
+    try:
+        main(argv)
+    except USER_ERRORS as error:
+        return failed(error)
+    except KeyboardInterrupt:
+        failed("interrupted")
+        return 130
+    return 0
 
 
 def failure_of(error: Exception) -> str:

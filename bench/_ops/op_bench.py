@@ -6,10 +6,10 @@ before an op is timed, the timing and the figures are here.
 
 A row is one op, size, direction and provider:
 
-- ``fused`` is our kernel and needs CUDA, ``torch_ops`` is ours elsewhere, and for attention on GPUs
-  of compute capability 7.5; ``eager`` is what nanoGPT calls; ``compile`` is torch.compile of that;
-  ``liger`` and ``quack`` are the ops of Liger-Kernel and of QuACK, where these have one and are
-  installed.
+- ``fused`` is our kernel and needs CUDA, ``torch_ops`` is ours elsewhere: on GPUs of compute
+  capability below 7.5, and for attention on those of 7.5, too; ``eager`` is what nanoGPT calls;
+  ``compile`` is torch.compile of that; ``liger`` and ``quack`` are the ops of Liger-Kernel and of
+  QuACK, where these have one and are installed.
 - Before it is timed, its outputs and gradients are compared with the plain op on the same numbers,
   in float32 for half precision and in float64 for float32. Their RMS error may be twice that of
   ``eager``, plus 1e-5; of a loss, a single number whose error varies by chance, plus 1e-5 of it.
@@ -40,7 +40,7 @@ from bench._harness.timing import Spread, rate, spread
 from bench._roofline.ceilings import DEVICES, Ceilings
 from bench._roofline.counting import CostMode, OpTotal, fake_tensors
 from bench._step import variants
-from fastgpt.devices import resolve_dtype, triton_multiplies
+from fastgpt.devices import resolve_dtype, triton_multiplies, triton_refusal
 from fastgpt.kernels import fused, torch_ops
 from fastgpt.kernels.reference import OPS_OF_TENSOR_CORES
 from fastgpt.timing import Occupier, milliseconds
@@ -144,17 +144,21 @@ def every_op() -> list[Op]:
     return [value for module in modules for value in vars(module).values() if isinstance(value, Op)]
 
 
-def left_to_torch(op: Op) -> bool:
-    """Whether PyTorch has the op on this GPU, as in ``fused_rows``."""
-    return op.name in OPS_OF_TENSOR_CORES and _ON_GPU and not triton_multiplies(DEVICE)
+def left_to_torch(op: Op) -> str:
+    """Why PyTorch has the op on this GPU, as in ``fastgpt.ops``; "" if it has not."""
+    if not _ON_GPU:
+        return ""
+    if op.name in OPS_OF_TENSOR_CORES and not triton_multiplies(DEVICE):
+        return "PyTorch has this op on a GPU of compute capability below 8.0"
+    return triton_refusal(DEVICE)
 
 
 def why_not(op: Op, provider: str) -> str | None:
     """Why this machine cannot measure the provider of ``op``; None if it can."""
     if provider == "fused" and not _ON_GPU:
         return "the Triton kernels need a CUDA GPU: the time of the interpreter says nothing"
-    if provider == "fused" and left_to_torch(op):
-        return "PyTorch has this op on a GPU of compute capability below 8.0"
+    if provider == "fused":
+        return left_to_torch(op) or None
     if provider == "torch_ops" and _ON_GPU and not left_to_torch(op):
         return "it serves machines without CUDA"
     if provider == "fp8":

@@ -20,7 +20,7 @@ from fastgpt.model import GPT
 from fastgpt.tokenizer import ChatTokenizer
 from fastgpt.training import checkpoint as ckpt
 from fastgpt.training import checkpoint_folder
-from fastgpt.training.config import Dtype, TrainConfig
+from fastgpt.training.config import COUNT, Dtype, TrainConfig, check_limits
 from fastgpt.training.init_from import shape_of
 from fastgpt.training.run import Run
 
@@ -63,6 +63,9 @@ class StageConfig:
     device: str = "auto"
     # auto is bfloat16 on a GPU that has it, float16 on an older one, float32 elsewhere.
     dtype: Dtype = "auto"
+
+    def __post_init__(self) -> None:
+        check_limits(self, max_iters=COUNT)
 
 
 def loaded(folder: str, key: str) -> tuple[ckpt.Checkpoint, ChatTokenizer, Path]:

@@ -7,6 +7,7 @@ import typing
 from collections.abc import Mapping
 from dataclasses import is_dataclass
 from pathlib import Path
+from typing import Any
 
 from fastgpt.training.config import RENAMED_KEYS
 
@@ -19,8 +20,8 @@ def normalized(argv: list[str], commands: Mapping[str, type]) -> list[str]:
     value beside it or behind ``=``, and in whatever case. ``commands`` maps the name of a command
     to the dataclass that has its keys, perhaps in dataclasses within it.
 
-    Raises ValueError for an unknown command, an option that has another name, and an option without
-    dashes.
+    Raises ValueError for an unknown command, an option that has another name, an option without
+    dashes, and a text where a number is due.
     """
     if not argv or argv[0].startswith("-"):
         return argv
@@ -51,6 +52,19 @@ def normalized(argv: list[str], commands: Mapping[str, type]) -> list[str]:
                 value = rest.pop(0) if beside else "True"
             argument = f"{name}={_BOOLEANS.get(value.lower(), value)}"
         done.append(argument)
-        if key in kinds and kinds[key] is not bool and not equals:
-            done += [rest.pop(0)] if rest else []  # its value, whatever it looks like
+        if key in kinds and kinds[key] is not bool and not equals and rest:
+            value = rest.pop(0)  # whatever it looks like
+            done.append(value)
+        elif not equals:
+            continue
+        _check_number(key, kinds.get(key), value)
     return done
+
+
+def _check_number(key: str, kind: Any, value: str) -> None:
+    for number, what in ((int, "an integer"), (float, "a number")):
+        if kind in (number, number | None):
+            try:
+                number(value)
+            except ValueError:
+                raise ValueError(f"{key} must be {what}, got {value!r}") from None

@@ -14,11 +14,12 @@ from rich.text import Text
 
 from fastgpt import ladder
 from fastgpt._optional import optional
-from fastgpt.cli.plot import LOSSES, draw
+from fastgpt.cli.plot import LOSSES, check_picture, draw
 from fastgpt.data import builtin_texts
 from fastgpt.data.manifest import Manifest
 from fastgpt.data.prepare import characters_of, prepare
 from fastgpt.data.sources import source_of
+from fastgpt.training.config import check_limits
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +46,9 @@ class LadderConfig:
     # cuda, cuda:N, cpu, mps, or auto (cuda where there is one, else cpu).
     device: str = "auto"
 
+    def __post_init__(self) -> None:
+        check_limits(self)
+
 
 def run_ladder(config: LadderConfig, console: Console, progress: Console) -> None:
     """Print what became of each rung to ``console``, while ``progress`` shows the training. What is
@@ -55,10 +59,7 @@ def run_ladder(config: LadderConfig, console: Console, progress: Console) -> Non
     """
     rungs = tuple(dict.fromkeys(config.rungs)) or _fitting(config.device)
     blocks = [ladder.keys_of(rung)["block_size"] for rung in rungs]
-    if config.output.suffix != ".png":
-        raise ValueError(f"output must end in .png, got {config.output}")
-    if config.output.is_dir():
-        raise ValueError(f"output must be a file, but {config.output} is a folder")
+    check_picture(config.output)
     config.output.parent.mkdir(parents=True, exist_ok=True)  # before minutes of training
     results: list[ladder.Result] = []
     with tempfile.TemporaryDirectory(prefix="fastgpt-ladder-") as folder:

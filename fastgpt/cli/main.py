@@ -7,7 +7,7 @@ import operator
 import os
 import shlex
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Annotated, Any
 
@@ -61,6 +61,7 @@ _marked(
 
 _marked(TranslationConfig, **TRANSLATION_MARKS)
 
+_OF_MEMORY = ("can't allocate memory", "not enough memory", "Storage size calculation overflowed")
 _OF_WRITING = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT, errno.EPIPE)
 
 # Name → the dataclass of its options, and what runs it: on a console for results and one for errors
@@ -82,7 +83,22 @@ _COMMANDS: dict[str, tuple[type, Callable[[Any, Console, Console], int | None]]]
 }
 
 
+@contextlib.contextmanager
+def _unchecked() -> Iterator[None]:
+    """Commands are built without ``__post_init__``, whose errors tyro would show in a box."""
+    owners = {owner for options, _ in _COMMANDS.values() for owner in options.__mro__}
+    checks = [(c, vars(c)["__post_init__"]) for c in owners if "__post_init__" in vars(c)]
+    for owner, _ in checks:
+        setattr(owner, "__post_init__", lambda self: None)  # noqa: B010
+    try:
+        yield
+    finally:
+        for owner, check in checks:
+            setattr(owner, "__post_init__", check)  # noqa: B010
+
+
 def _parse(argv: list[str], defaults: Train) -> Any:
+    """An instance of one of the classes of ``_COMMANDS``, whose values are not checked yet."""
     if argv[:2] == ["translate", "train"]:
         argv = ["translate train", *argv[2:]]
     commands: list[Any] = []
@@ -90,14 +106,17 @@ def _parse(argv: list[str], defaults: Train) -> Any:
         default: dict[str, Any] = {"default": defaults} if options is Train else {}
         commands.append(Annotated[options, tyro.conf.subcommand(name, **default)])
     union: Any = functools.reduce(operator.or_, commands)
-    return tyro.cli(
-        union,
-        prog="fastgpt",
-        description="Train GPT-2-class models and sample from them. --version shows the version.",
-        args=normalized(argv, {name: options for name, (options, _) in _COMMANDS.items()}),
-        use_underscores=True,
-        config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagConversionOff),
-    )
+    args = normalized(argv, {name: options for name, (options, _) in _COMMANDS.items()})
+    with _unchecked():
+        return tyro.cli(
+            union,
+            prog="fastgpt",
+            description="Train GPT-2-class models and sample from them. --version shows the "
+            "version.",
+            args=args,
+            use_underscores=True,
+            config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagConversionOff),
+        )
 
 
 def _train_config(argv: list[str], first: Train, console: Console) -> TrainConfig:
@@ -178,6 +197,8 @@ def main(argv: list[str] | None = None) -> int:
         (run,) = [run for options, run in _COMMANDS.values() if type(command) is options]
         if isinstance(command, Train):
             command = _train_config(argv, command, console)
+        elif hasattr(command, "__post_init__"):
+            command.__post_init__()
         return run(command, console, errors) or 0
     except (
         ValueError,
@@ -193,6 +214,13 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     except (FloatingPointError, OSError, torch.OutOfMemoryError) as error:
         errors.print(f"error: {_without_errno(error)}", style="bold red")
+        return 1
+    except (MemoryError, RuntimeError) as error:
+        # PyTorch's errors of the CPU's memory have no class of their own.
+        if not isinstance(error, MemoryError) and not any(t in str(error) for t in _OF_MEMORY):
+            raise
+        cause = ": ".join(["out of memory", *str(error).splitlines()[:1]])
+        errors.print(f"error: {cause}", style="bold red")
         return 1
     except KeyboardInterrupt:
         errors.print("interrupted", style="bold red")

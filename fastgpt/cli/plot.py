@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fastgpt._files import check_folder
 from fastgpt._optional import optional
 from fastgpt.training import log
 
@@ -49,18 +50,26 @@ def plot(config: PlotConfig) -> Path:
     """Draw the curves; returns the path of the picture, which replaces an older one.
 
     Raises FileNotFoundError if a folder has no ``log.jsonl``, ValueError if it is damaged or empty
-    or if ``output`` does not end in .png, ImportError without matplotlib.
+    or for an ``output`` that is no file ending in .png, ImportError without matplotlib.
     """
     if not config.folders:
         raise ValueError("folders must name at least one run, got none")
     one = config.folders[0] if len(config.folders) == 1 else Path()
     output = config.output or one / _CURVES
-    if output.suffix != ".png":
-        raise ValueError(f"output must end in .png, got {output}")
+    check_picture(output)
     figure = draw({str(folder): _rows(folder) for folder in config.folders})
     output.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(output, dpi=150)
     return output
+
+
+def check_picture(output: Path) -> None:
+    """ValueError, or NotADirectoryError, if a picture cannot be written to ``output``."""
+    if output.suffix != ".png":
+        raise ValueError(f"output must end in .png, got {output}")
+    if output.is_dir():
+        raise ValueError(f"output must be a file, but {output} is a folder")
+    check_folder(output.parent, "output must lie in a folder")
 
 
 def draw(runs: dict[str, list[log.Row]], panels: dict[str, str] | None = None) -> Any:

@@ -24,6 +24,7 @@ from fastgpt.data.prepare import (
 from fastgpt.data.sources import DatasetSource, Source, TextSource, source_of
 from fastgpt.tokenizer import ChatTokenizer, Tokenizer, tokenizer_from
 from fastgpt.tokenizer.training import train_tokenizer
+from fastgpt.training.config import check_limits
 
 BUILTIN = "builtin"
 _SHAKESPEARE = "shakespeare_char"
@@ -97,6 +98,9 @@ class Prepare:
     # Threads that encode.
     workers: Annotated[int | None, shown("N", "one for each core")] = None
 
+    def __post_init__(self) -> None:
+        check_limits(self)
+
 
 @dataclass(frozen=True, kw_only=True)
 class TrainTokenizer:
@@ -117,6 +121,9 @@ class TrainTokenizer:
     vocab_size: Annotated[int, tyro.conf.arg(metavar="N")] = 32768
     # The key of a JSON line, or column of a row, that holds the text.
     text_key: Annotated[str, tyro.conf.arg(metavar="KEY")] = "text"
+
+    def __post_init__(self) -> None:
+        check_limits(self)
 
 
 def run_prepare(command: Prepare, console: Console) -> None:

@@ -10,7 +10,7 @@ from rich.console import Console
 
 from fastgpt._optional import optional
 from fastgpt.cli.prepare import shown
-from fastgpt.training.config import Dtype
+from fastgpt.training.config import Dtype, check_limits
 from fastgpt.translation.config import TranslationConfig
 from fastgpt.translation.pairs import read_lines, read_tsv, read_two_files
 from fastgpt.translation.trainer import TranslationTrainer
@@ -55,6 +55,9 @@ class Translate:
     device: str = "auto"
     # auto is bfloat16 on a GPU that has it, float16 on an older one, float32 elsewhere.
     dtype: Dtype = "auto"
+
+    def __post_init__(self) -> None:
+        check_limits(self)
 
 
 def run_translate(command: Translate, console: Console) -> None:

@@ -12,7 +12,7 @@ from fastgpt._progress import progress_bar
 from fastgpt.devices import resolve_device, resolve_dtype, triton_refusal
 from fastgpt.language_model import GPTConfig
 from fastgpt.model import PRETRAINED_SHAPES
-from fastgpt.training.config import Dtype
+from fastgpt.training.config import COUNT_OR_0, Dtype, check_limits
 from fastgpt.training.presets import PRESETS
 
 if TYPE_CHECKING:  # it needs Triton
@@ -49,6 +49,9 @@ class TuneConfig:
     seconds: float = 180.0
     # Measure nothing: print what was measured as lines for kernels/shipped_table.py.
     export: bool = False
+
+    def __post_init__(self) -> None:
+        check_limits(self, block_size=COUNT_OR_0)
 
 
 def shape_of(config: TuneConfig) -> GPTConfig:

@@ -5,13 +5,13 @@ Every reader yields pairs (text, position): position is the number of bytes of t
 
 import codecs
 import gzip
-import json
 import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from fastgpt._files import parsed_json
 from fastgpt._optional import optional
 from fastgpt.tokenizer.base import in_utf8
 
@@ -47,8 +47,8 @@ def format_of(path: Path) -> str:
 def _begins_with_object(path: Path) -> bool:
     lines = (line for line, _ in _lines(_chunks(path)) if line.strip())
     try:
-        return type(json.loads(next(lines, b""))) is dict
-    except (ValueError, RecursionError):
+        return type(parsed_json(next(lines, b""))) is dict
+    except ValueError:
         return False
 
 
@@ -102,8 +102,8 @@ def read_json_lines(path: Path) -> Iterator[tuple[dict[str, Any], str, int]]:
             continue
         where = f"line {number} of the input {path}"
         try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as error:
+            row = parsed_json(line)
+        except ValueError as error:
             raise ValueError(f"{where} is not JSON: {error}") from error
         if type(row) is not dict:
             raise ValueError(f"{where} must be a JSON object, got {type(row).__name__}")
@@ -144,12 +144,11 @@ def read_parquet(path: Path, text_key: str) -> Iterator[tuple[str, int]]:
                     row += 1
                     where = f"row {row} of the input {path}"
                     yield checked_text({text_key: value}, text_key, where), size * row // rows
-    except (pyarrow.ArrowException, UnicodeDecodeError) as error:
-        raise ValueError(f"the input {path} is damaged: {error}") from error
-    except OSError as error:
-        if error.errno is not None:  # from the system; pyarrow's own has none
+    except (pyarrow.ArrowException, UnicodeDecodeError, OSError) as error:
+        if getattr(error, "errno", None) is not None:  # from the system; pyarrow's own has none
             raise
-        raise ValueError(f"the input {path} is damaged: {error}") from error
+        reason = " ".join(str(error).split())
+        raise ValueError(f"the input {path} is damaged: {reason}") from error
 
 
 def checked_text(row: dict[str, Any], text_key: str, where: str) -> str:

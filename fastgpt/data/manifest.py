@@ -4,12 +4,11 @@ manifest = read_manifest("data/owt")      # None for a data set of nanoGPT's
 manifest.verify("data/owt")               # compare every token file with its checksum
 """
 
-import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from fastgpt._files import sha256_of, write_json
+from fastgpt._files import parsed_json, sha256_of, write_json
 
 NAME = "manifest.json"
 DTYPES = ("uint16", "uint32")
@@ -99,7 +98,7 @@ def read_manifest(folder: str | Path) -> Manifest | None:
     if not path.exists():
         return None
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = parsed_json(path.read_text(encoding="utf-8"))
         if found["version"] != _VERSION or set(found) != _KEYS or found["dtype"] not in DTYPES:
             raise ValueError(f"it is not of version {_VERSION}")
         splits = {
@@ -111,6 +110,8 @@ def read_manifest(folder: str | Path) -> Manifest | None:
         for shard in (shard for split in splits.values() for shard in split.shards):
             if Path(shard.file).name != shard.file or type(shard.tokens) is not int:
                 raise ValueError(f"{shard} is not a token file of this folder")
+        if not isinstance(found["tokenizer"], dict):
+            raise TypeError("tokenizer must be an object")
         return Manifest(
             found["dtype"], found["vocab_size"], found["tokenizer"], splits, found["settings"]
         )

@@ -6,7 +6,6 @@ that state. ``finish`` renames everything to its place, the manifest last.
 """
 
 import contextlib
-import json
 import os
 import shutil
 from pathlib import Path
@@ -15,7 +14,7 @@ from typing import Any, BinaryIO
 import numpy as np
 import numpy.typing as npt
 
-from fastgpt._files import sha256_of, sync_folder, write_json, writing
+from fastgpt._files import parsed_json, sha256_of, sync_folder, write_json, writing
 from fastgpt.data.manifest import NAME, Manifest, Shard, Split, read_manifest
 
 _STATE = "state.json"
@@ -116,10 +115,11 @@ class ShardWriter:
     def _continue(self) -> None:
         path = self._work / _STATE
         try:
-            state = json.loads(path.read_text(encoding="utf-8"))
-            begun = state["settings"]
-            self.batches, self.tokens = state["batches"], state["tokens"]
-            self._documents = state["documents"]
+            state = parsed_json(path.read_text(encoding="utf-8"))
+            begun = dict(state["settings"])
+            self.batches = int(state["batches"])
+            for key, counts in (("tokens", self.tokens), ("documents", self._documents)):
+                counts.update({split: int(state[key][split]) for split in counts})
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(
                 f"{path} is damaged ({error}): remove {self._work} to start over"

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastgpt._files import reading_checkpoint
+from fastgpt._files import parsed_json, reading_checkpoint
 from fastgpt._optional import optional
 from fastgpt.language_model import GPTConfig
 
@@ -73,7 +73,7 @@ def read(source: str | Path) -> Weights:
         return _in_folder(source.parent, source)
     state = _read_tensors(source)
     try:
-        saved = json.loads(header[_METADATA])
+        saved = parsed_json(header[_METADATA])
         config, gelu = GPTConfig(**saved["config"]), saved["gelu"]
         state[_HEAD] = state[_TOKEN_TABLE]
     except (KeyError, ValueError, TypeError) as error:
@@ -197,7 +197,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise FileNotFoundError(f"there is no {path}")
     try:
-        facts = json.loads(path.read_text(encoding="utf-8"))
+        facts = parsed_json(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{path} is not JSON: {error}") from error
     if not isinstance(facts, dict):

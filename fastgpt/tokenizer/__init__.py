@@ -61,7 +61,7 @@ def saved_tokenizer(folder: str | Path) -> Tokenizer | None:
         ImportError: the library that it needs is not installed.
     """
     folder = Path(folder)
-    found = [name for name in TOKENIZER_FILES if (folder / name).is_file()]
+    found = [name for name in TOKENIZER_FILES if (folder / name).exists()]
     if len(found) > 1:
         raise ValueError(
             f"{folder} has more than one tokenizer: {', '.join(found)}; remove all but the one "

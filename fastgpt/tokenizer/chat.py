@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from fastgpt._files import parsed_json
 from fastgpt.tokenizer.base import Tokenizer
 
 # Behind the vocabulary of any tokenizer, in this order. The first begins a dialogue, the last ends
@@ -92,7 +93,7 @@ def base_in(path: Path) -> tuple[str, bytes]:
         ValueError: it is none.
     """
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = parsed_json(path.read_text(encoding="utf-8"))
         if content["version"] != _VERSION or tuple(content["special_tokens"]) != SPECIAL_TOKENS:
             raise ValueError(f"it is not of version {_VERSION}")
         return content["base"], base64.b64decode(content["content"], validate=True)

@@ -2,13 +2,13 @@
 
 import base64
 import binascii
-import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from fastgpt._files import parsed_json
 from fastgpt._optional import optional
 from fastgpt.tokenizer.base import END_OF_TEXT, Tokenizer, in_utf8
 
@@ -223,7 +223,7 @@ def _ranks_of_folder(folder: Path) -> dict[bytes, int]:
         raise FileNotFoundError(f"{folder} has no vocabulary of GPT-2's form: neither {wanted}")
     to_byte = byte_of_character()
     try:
-        ids = json.loads((folder / ids_name).read_text(encoding="utf-8"))
+        ids = parsed_json((folder / ids_name).read_text(encoding="utf-8"))
         ids.pop(END_OF_TEXT, None)
         ranks = {bytes(to_byte[c] for c in token): int(i) for token, i in ids.items()}
         lines = (folder / merges_name).read_text(encoding="utf-8").splitlines()

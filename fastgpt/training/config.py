@@ -7,7 +7,6 @@ all. A key's type is its annotation, its help the comment above it.
 import difflib
 import math
 import typing
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
@@ -257,22 +256,29 @@ class SampleConfig:
 
 _COUNTS = (
     "eval_interval log_interval eval_iters keep_last gradient_accumulation_steps batch_size "
-    "block_size n_layer n_head n_embd num_samples max_new_tokens top_k"
+    "block_size n_layer n_head n_embd num_samples max_new_tokens top_k vocab_size max_length "
+    "held_out batch_tokens shard_tokens workers eval_prompts beam"
 )
-_NOT_NEGATIVE = (
-    "learning_rate max_iters weight_decay grad_clip warmup_iters lr_decay_iters min_lr temperature"
-)
-# Smallest and largest value allowed.
+_NOT_NEGATIVE = "learning_rate weight_decay grad_clip min_lr temperature kl_weight max_kl seconds"
+_LARGEST = 2**48  # sums of sizes fit into PyTorch's integers
+COUNT = 1, _LARGEST
+COUNT_OR_0 = 0, _LARGEST
+# Smallest and largest value allowed of a key, in any command that does not say otherwise.
 LIMITS: dict[str, tuple[float, float]] = {
-    **dict.fromkeys(_COUNTS.split(), (1, math.inf)),
+    **dict.fromkeys(_COUNTS.split(), COUNT),
+    **dict.fromkeys(("max_iters", "warmup_iters", "lr_decay_iters"), COUNT_OR_0),
     **dict.fromkeys(_NOT_NEGATIVE.split(), (0, math.inf)),
+    "seed": (0, 2**63 - 1),
     "dropout": (0, 0.999),
     "beta1": (0, 0.999999),
     "beta2": (0, 0.999999),
-    "seed": (0, 2**63 - 1),
     "top_p": (0, 1),
     "min_p": (0, 1),
     "repetition_penalty": (0.01, 100),
+    "group_size": (2, _LARGEST),
+    "label_smoothing": (0, 0.999999),
+    "length_penalty": (0, 10),
+    "val_share": (0, 1),
 }
 
 
@@ -284,13 +290,19 @@ def _check_init_from(source: str, names: tuple[str, ...]) -> None:
         )
 
 
-def check_limits(config: Any, limits: Mapping[str, tuple[float, float]] = LIMITS) -> None:
-    """ValueError for the first of the keys that is outside of its limits, or not finite."""
-    for key, (low, high) in limits.items():
+def check_limits(config: Any, **limits: tuple[float, float]) -> None:
+    """ValueError for the first key of ``config`` that is outside of its limits, or not finite.
+    ``limits``: those that are not ``LIMITS``'s. None is allowed for any key."""
+    for key, (low, high) in {**LIMITS, **limits}.items():
         value = getattr(config, key, None)
-        if value is not None and not (low <= value <= high and math.isfinite(value)):
-            allowed = f"be at least {low}" if math.isinf(high) else f"lie between {low} and {high}"
-            raise ValueError(f"{key} must {allowed}, got {value}")
+        if value is None or (low <= value <= high and math.isfinite(value)):
+            continue
+        allowed = f"lie between {low} and {high}"
+        if math.isinf(high):
+            allowed = f"be at least {low} and finite"
+        elif high == _LARGEST and value < low:
+            allowed = f"be at least {low}"
+        raise ValueError(f"{key} must {allowed}, got {value}")
 
 
 def _check_types(config: TrainConfig | SampleConfig) -> None:

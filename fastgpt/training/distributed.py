@@ -6,6 +6,7 @@ Each has a rank, and finds the others by torchrun's environment variables. A sin
 0 of 1, and nothing here communicates.
 """
 
+import ctypes
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -71,9 +72,11 @@ class World:
         """The process group exists inside. ``backend`` ("nccl", for one) serves tensors on GPUs,
         gloo those on the CPU.
 
-        The end is behind a barrier, and so must be any exception that all ranks raise: a thread of
-        gloo may still be freeing the tensors of the last collective. It aborts if Python exits
-        meanwhile, and hangs if the process group is destroyed meanwhile.
+        The end is behind a barrier, and so should be any exception that all ranks raise: a thread
+        of gloo may still be freeing the tensors of the last collective, and aborts if Python exits
+        meanwhile; and torchrun ends the other ranks as soon as one has failed.
+
+        Raises ConnectionError if the ranks do not find each other, or one ends before the others.
         """
         if self.size == 1:
             yield
@@ -83,17 +86,24 @@ class World:
             backend = f"cpu:gloo,cuda:{backend}"
         else:
             backend = "gloo"
-        store, _, _ = next(dist.rendezvous("env://"))
-        # torchrun's store outlives a restart and still holds the addresses of the old processes. On
-        # several machines each agent counts its own restarts, so there the count is no prefix.
-        if os.environ.get("GROUP_WORLD_SIZE", "1") == "1":
-            store = dist.PrefixStore(f"restart-{self.restarts}", store)
-        dist.init_process_group(backend, store=store, rank=self.rank, world_size=self.size)
-        try:
-            yield
-            self.barrier()
-        finally:
-            dist.destroy_process_group()
+        with _failures_in_one_line(self.rank):
+            store, _, _ = next(dist.rendezvous("env://"))
+            # torchrun's store outlives a restart and still holds the addresses of the old
+            # processes. On several machines each agent counts its own restarts, so there the count
+            # is no prefix.
+            if os.environ.get("GROUP_WORLD_SIZE", "1") == "1":
+                store = dist.PrefixStore(f"restart-{self.restarts}", store)
+            dist.init_process_group(backend, store=store, rank=self.rank, world_size=self.size)
+            try:
+                yield
+                self.barrier()
+            except BaseException:
+                # Freeing the group without a barrier may deadlock: it joins gloo's thread while
+                # holding the GIL, which that thread may need to free a tensor. So it stays.
+                ctypes.pythonapi.Py_IncRef(ctypes.py_object(dist.group.WORLD))
+                raise
+            finally:
+                dist.destroy_process_group()
 
     def barrier(self) -> None:
         """Collective: return when every rank has called it."""
@@ -127,6 +137,25 @@ class World:
 
 
 ALONE = World()
+
+
+def is_of_collective(error: RuntimeError) -> bool:
+    """Whether processes could not exchange data, as when one has ended. The errors of gloo, which
+    have no class of their own, name the file that raised them."""
+    return isinstance(error, dist.DistError) or "/gloo/transport/" in str(error)
+
+
+@contextmanager
+def _failures_in_one_line(rank: int) -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:
+        if not is_of_collective(error):
+            raise
+        cause = " ".join(str(error).split())
+        raise ConnectionError(
+            f"rank {rank} lost the other processes of the run: {cause}"
+        ) from error
 
 
 def _number(name: str, default: str | None = None) -> int:

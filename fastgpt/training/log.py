@@ -16,7 +16,7 @@ from io import FileIO
 from pathlib import Path
 from typing import Any
 
-from fastgpt._files import atomic_write, writing
+from fastgpt._files import atomic_write, parsed_json, writing
 from fastgpt._optional import optional
 from fastgpt.training.config import TrainConfig
 
@@ -105,7 +105,7 @@ def read(path: Path) -> list[Row]:
         if not line.endswith(b"\n"):
             break
         try:
-            row = json.loads(line)
+            row = parsed_json(line)
         except ValueError as error:
             raise ValueError(f"{path}:{number}: not a line of JSON: {error}") from error
         if not isinstance(row, dict) or not isinstance(row.get("iter"), int):

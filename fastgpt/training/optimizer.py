@@ -150,7 +150,7 @@ class MasterAdamW(torch.optim.AdamW):
                 p.register_post_accumulate_grad_hook(self._take)
 
     def _take(self, p: Tensor) -> None:
-        """A backward pass has the gradient of p."""
+        """Called when a backward pass has accumulated ``p.grad``."""
         assert p.grad is not None and isinstance(p, nn.Parameter)
         if self._is_summed:
             raise RuntimeError(
@@ -166,7 +166,7 @@ class MasterAdamW(torch.optim.AdamW):
 
     @torch.no_grad()
     def _add_waiting(self) -> None:
-        """In a few launches, one or two for each dtype."""
+        """Add the waiting gradients to the totals, in one or two launches for each dtype."""
         for dtype in {grad.dtype for grad in self._waiting.values()}:
             grads = {p: grad for p, grad in self._waiting.items() if grad.dtype == dtype}
             for add, ps in (

@@ -1,5 +1,5 @@
-"""What all training runs share: the loop, a folder with a log, optimizer and update, the state that
-is saved, and the signals that stop a run.
+"""What all training runs share: the loop, the folder with its log, the optimizer, checkpoints, and
+the signals that stop a run.
 """
 
 import math
@@ -30,7 +30,7 @@ from fastgpt.tokenizer import Tokenizer, packed
 from fastgpt.training import checkpoint as ckpt
 from fastgpt.training import checkpoint_folder
 from fastgpt.training.config import TrainConfig
-from fastgpt.training.distributed import ALONE, World
+from fastgpt.training.distributed import ALONE, World, is_of_collective
 from fastgpt.training.log import LOG, RunLog
 from fastgpt.training.optimizer import MasterAdamW, saved_state
 from fastgpt.training.step import Step
@@ -39,9 +39,9 @@ Figures = dict[str, float]
 
 
 class Run:
-    """A run, whose parts a subclass puts together: ``_build_optimizer`` once it has a model, then
-    ``_build_step``, and ``_restore`` where it goes on from a checkpoint. It also has
-    ``learning_rate``, ``_update``, ``evaluate`` and ``_save``.
+    """The base class of a run. A subclass builds its model and then calls ``_build_optimizer``,
+    ``_build_step`` and, to go on from a checkpoint, ``_restore``. It defines ``learning_rate``,
+    ``_update``, ``evaluate`` and ``_save``.
 
     ``config`` holds the keys ``out_dir``, ``device``, ``dtype``, ``seed``, ``grad_clip``,
     ``max_iters``, ``eval_interval`` and ``log_interval``.
@@ -52,8 +52,8 @@ class Run:
     model: Any
     loss: Any  # the module that Step calls
     optimizer: torch.optim.Optimizer
-    NEWEST = ckpt.BEST  # the file of the newest state, where that is not an ``iter-*``
-    FILES: tuple[str, ...] = (LOG,)  # an earlier run's, besides its checkpoints
+    NEWEST = ckpt.BEST  # the newest state of runs that write no ``iter-*``
+    FILES: tuple[str, ...] = (LOG,)  # that a new run moves away, besides old checkpoints
     _how_to_resume = "by the same command with --resume"
 
     def __init__(
@@ -118,7 +118,7 @@ class Run:
         """One update; its mean loss, on the device."""
         loss = self._step(batches, learning_rate)
         if self.device.type != "cuda":
-            self._check_finite()  # costs nothing where the host does not run ahead
+            self._check_finite()  # on a GPU the host would wait here
         return loss
 
     def _check_finite(self) -> None:
@@ -148,7 +148,7 @@ class Run:
                     self.console.print(
                         f"the checkpoints and logs of an earlier run are now in {moved}"
                     )
-            is_over = self.iter_num >= self._n_updates  # then there is one evaluation more
+            is_over = self.iter_num >= self._n_updates  # a finished run is evaluated once more
             evaluates = is_over or self.iter_num % self.config.eval_interval == 0
             with self._log.opened(self.config, self.iter_num, evaluates):
                 yield
@@ -244,16 +244,17 @@ class Run:
         return True
 
     def _save(self, publish: bool) -> Path | None:
-        """Write the state before ``iter_num``; the file, or None if none can hold the model."""
+        """Write the state before update ``iter_num``; its path, or None if the model cannot be
+        saved."""
         raise NotImplementedError
 
     def _stop(self, figures: Mapping[str, float | Tensor]) -> str | None:
-        """Why the run ends after an update of these figures; None: it does not."""
+        """The reason to end the run after an update with these figures, or None."""
         return None
 
     def _shown(self, figures: Figures, speed: float) -> tuple[str, Figures]:
-        """The figures of an update, with the tokens per second since the last report, as a line
-        shows them; and what else the log gets."""
+        """The text of a report, with the tokens per second since the last one; and further figures
+        for the log."""
         return f"{_listed(figures)}, {speed:,.0f} tokens/s", {}
 
     def run(self) -> None:
@@ -292,13 +293,15 @@ class Run:
                 self.iter_num += 1
                 show(self.iter_num / self._n_updates, f"{self.iter_num}/{self._n_updates} {text}")
                 stopped = self.world.any(interrupted.is_set())
+                if stopped:
+                    interrupted.set()
             self._check_finite()
             if not stopped:
                 if reason:
                     self.console.print(f"ended before iteration {self.iter_num}: {reason}")
                 self._save(self._evaluate())  # for the updates since the last evaluation
                 return
-            # In `interrupts` still: another rank may have got the signal first, this one only now.
+            # Still within `interrupts`: the signal may reach this rank only while it saves.
             if saved := self._save(publish=False):
                 self.console.print(
                     f"stopped before iteration {self.iter_num}; saved {saved}. Go on "
@@ -308,7 +311,8 @@ class Run:
         raise KeyboardInterrupt
 
     def _report(self, figures: Figures, learning_rate: float, speed: float) -> str:
-        """Log the figures of an update, and print them where no bar shows what is returned."""
+        """Log the figures of an update; the text for the progress bar, printed where there is no
+        bar."""
         text, more = self._shown(figures, speed)
         if self.world.is_main:
             row = {**figures, "lr": learning_rate, "tokens_per_second": speed, **more}
@@ -326,7 +330,8 @@ def _listed(figures: Figures) -> str:
 def interrupts() -> Iterator[threading.Event]:
     """An event that the first Ctrl-C or SIGTERM sets; a second one acts as usual.
 
-    Signals reach the main thread only; in another thread the event stays unset.
+    Signals reach the main thread only; in another thread the event stays unset. Where a second one
+    ends another rank of an interrupted run, KeyboardInterrupt ends this one.
     """
     event = threading.Event()
     if threading.current_thread() is not threading.main_thread():
@@ -346,5 +351,9 @@ def interrupts() -> Iterator[threading.Event]:
         signal.signal(number, on_interrupt)
     try:
         yield event
+    except RuntimeError as error:
+        if event.is_set() and is_of_collective(error):
+            raise KeyboardInterrupt from error
+        raise
     finally:
         restore()

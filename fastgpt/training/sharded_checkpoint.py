@@ -11,7 +11,6 @@ Only then the folder gets its name. Nothing in it is executed: tensors and ``run
 """
 
 import contextlib
-import json
 import pickle
 import shutil
 import warnings
@@ -25,7 +24,7 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
-from fastgpt._files import atomic_write, sha256_of, sync_folder, write_json
+from fastgpt._files import atomic_write, parsed_json, sha256_of, sync_folder, write_json
 from fastgpt.training.distributed import ALONE, World
 
 _METADATA, _REST, _COMPLETE = ".metadata", "run.pt", "complete.json"
@@ -99,7 +98,9 @@ def check(path: Path, world: World = ALONE) -> None:
     Raises ValueError if one is missing or damaged.
     """
     try:
-        files = json.loads((path / _COMPLETE).read_text(encoding="utf-8"))
+        files = parsed_json((path / _COMPLETE).read_text(encoding="utf-8"))
+        if _REST not in files:
+            raise ValueError(f"it does not name {_REST}")
         wrong = [
             name
             for name in sorted(files)[world.rank :: world.size]
@@ -107,7 +108,9 @@ def check(path: Path, world: World = ALONE) -> None:
             or not (path / name).is_file()
             or _measured(path / name) != files[name]
         ]
-    except (FileNotFoundError, ValueError, TypeError) as error:
+    except (FileNotFoundError, IsADirectoryError):
+        wrong = [_COMPLETE]
+    except (ValueError, TypeError) as error:
         wrong = [f"{_COMPLETE} ({error})"]
     wrong = [name for part in world.all_gather_object(wrong) for name in part]
     if wrong:

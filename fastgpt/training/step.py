@@ -167,8 +167,8 @@ class Step:
 
     def _accumulated_of_inputs(self) -> Tensor:
         assert self._counts is not None
-        # Here and not behind the update: what the optimizer knows of its gradients after the
-        # capture stays true, as a replay runs none of its code.
+        # Before the update and not behind it: a replay runs none of the optimizer's Python, whose
+        # record of gradients must then be that of the capture.
         self._optimizer.zero_grad()
         return self._accumulated(self._inputs(), *self._counts)
 
@@ -194,7 +194,7 @@ class Step:
         return total
 
     def _finish(self, total: Tensor) -> Tensor:
-        """The update by the gradients that there are; the loss of all processes."""
+        """Clip and update with the accumulated gradients; the loss over all processes."""
         total = self._world.all_reduce(total) / self._divisor
         self._check_finite(total)
         if self._grad_clip != 0.0:
@@ -237,5 +237,5 @@ class Step:
 
 
 def _is_compiled(model: nn.Module) -> bool:
-    """By torch.compile, which wraps a module, or by its method of that name."""
+    """Whether torch.compile wrapped it, or its method ``compile`` was called."""
     return hasattr(model, "_orig_mod") or model._compiled_call_impl is not None

@@ -86,6 +86,8 @@ class Trainer(Run):
         self._data_fingerprint = fingerprint(config.data_dir)
         self.tokenizer = saved_tokenizer(config.data_dir)
         found = read_manifest(config.data_dir)
+        if found is not None:
+            self._check_tokenizer(found.tokenizer)
         if found is not None and found.dialogues and not config.document_mask:
             self.config = config = replace(config, document_mask=True)
             self.console.print(
@@ -120,6 +122,15 @@ class Trainer(Run):
         self._build_step(trained, micro_batches, self._uses_cuda_graph())
         if saved is not None:
             self._go_on(saved, path)
+
+    def _check_tokenizer(self, of_data: Mapping[str, Any]) -> None:
+        """ValueError if the tokenizer beside the tokens is not the one that made them."""
+        own = None if self.tokenizer is None else self.tokenizer.fingerprint
+        if of_data.get("file") and of_data.get("fingerprint") != own:
+            raise ValueError(
+                f"{self.config.data_dir / of_data['file']} must be the tokenizer that the tokens "
+                f"beside it were made with, but is {'missing' if own is None else 'another'}"
+            )
 
     def _build_model(self, saved: ckpt.Checkpoint | None, path: Path) -> LanguageModel:
         config = self.config

@@ -1,11 +1,10 @@
 """Every key of ``fastgpt translate train``."""
 
-import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from fastgpt.training.config import LIMITS, Dtype, check_limits
+from fastgpt.training.config import COUNT, Dtype, check_limits
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,19 +70,15 @@ class TranslationConfig:
     # auto is bfloat16 on a GPU that has it, float16 on an older one, float32 elsewhere.
     dtype: Dtype = "auto"
 
-
-def check_config(config: TranslationConfig) -> None:
-    """Raise ValueError naming a key that is out of range, its value and what is allowed. A method
-    ``__post_init__`` would not do: what it raises tyro shows in a box of several lines."""
-    given = [key for key in ("task", "source", "pairs") if getattr(config, key) is not None]
-    if len(given) != 1 or (config.source is None) != (config.target is None):
-        raise ValueError(
-            "give one parallel text: --source and --target, or --pairs, or numbers or reverse; "
-            f"got {', '.join(given) or 'none'}"
-            + (" without target" if config.source and not config.target else "")
-            + (" with target" if config.target and not config.source else "")
-        )
-    counts = ("batch_tokens", "max_iters", "warmup_iters", "max_length")
-    check_limits(config, {**LIMITS, **dict.fromkeys(counts, (1, math.inf))})
-    if config.learning_rate is not None and not config.learning_rate > 0:
-        raise ValueError(f"learning_rate must be positive, got {config.learning_rate}")
+    def __post_init__(self) -> None:
+        given = [key for key in ("task", "source", "pairs") if getattr(self, key) is not None]
+        if len(given) != 1 or (self.source is None) != (self.target is None):
+            raise ValueError(
+                "give one parallel text: --source and --target, or --pairs, or numbers or reverse; "
+                f"got {', '.join(given) or 'none'}"
+                + (" without target" if self.source and not self.target else "")
+                + (" with target" if self.target and not self.source else "")
+            )
+        check_limits(self, max_iters=COUNT, warmup_iters=COUNT)
+        if self.learning_rate == 0:
+            raise ValueError(f"learning_rate must be positive, got {self.learning_rate}")

@@ -29,7 +29,7 @@ from fastgpt.training import checkpoint as ckpt
 from fastgpt.training.log import LOG
 from fastgpt.training.run import Run
 from fastgpt.translation.built_in import TASKS, Pairs
-from fastgpt.translation.config import TranslationConfig, check_config
+from fastgpt.translation.config import TranslationConfig
 from fastgpt.translation.pairs import (
     Batch,
     Batches,
@@ -102,7 +102,6 @@ class TranslationTrainer(Run):
     FILES = (LAST, LOG, HELD_OUT)
 
     def __init__(self, config: TranslationConfig, console: "AnyConsole | None" = None) -> None:
-        check_config(config)
         super().__init__(config, console)
         pairs = read_pairs(config)
         self._fingerprint = hashlib.sha256(json.dumps(pairs).encode()).hexdigest()

@@ -2,17 +2,21 @@
 missed before anything is measured."""
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from bench import gpu_report, roofline, run, scaling
+from bench import attention_map, bench_decode, gpu_report, roofline, run, scaling, translation
+from bench._harness import cli
 from bench._step import variants
 from tests.bench.test_bench import TINY
 from tests.tools.small_runs import data_set
 
 RUN, ROOFLINE, SCALING, REPORT = run.main, roofline.main, scaling.main, gpu_report.main
+DECODE = bench_decode.main
+MAP, TRANSLATION = (partial(cli.exit_of, p.main) for p in (attention_map, translation))
 
 
 @pytest.mark.parametrize(
@@ -20,7 +24,11 @@ RUN, ROOFLINE, SCALING, REPORT = run.main, roofline.main, scaling.main, gpu_repo
     [
         (RUN, "--rounds=0", "rounds must be at least 1, got 0"),
         (RUN, "--loss_steps=1", "loss_steps must be at least 2, got 1"),
-        (RUN, "--learning_rate=0", "learning_rate must be positive, got 0"),
+        (RUN, "--learning_rate=0", "learning_rate must be positive and finite, got 0"),
+        (RUN, "--learning_rate=inf", "learning_rate must be positive and finite, got inf"),
+        (RUN, "--steps=16777216", "steps must be below 16777216, got 16777216"),
+        (RUN, "--seed=-1", "seed must be at least 0, got -1"),
+        (DECODE, "--prompt=0", "prompt must be at least 1, got 0"),
         (RUN, "--n_head=3", "n_embd must be a multiple of n_head"),
         (RUN, "--batch_size=0", "batch_size must"),
         (RUN, "--vocab_size=20", "ids must lie below vocab_size=20"),
@@ -37,8 +45,8 @@ RUN, ROOFLINE, SCALING, REPORT = run.main, roofline.main, scaling.main, gpu_repo
         (ROOFLINE, "--batch_size=0", "batch_size must be at least 1, got 0"),
         (ROOFLINE, "--block_size=0", "block_size must be at least 1, got 0"),
         (ROOFLINE, "--vocab_size=-1", "vocab_size must be at least 1, got -1"),
-        (ROOFLINE, "--tflops=0", "tflops must be positive, got 0.0"),
-        (ROOFLINE, "--tbps=nan", "tbps must be positive, got nan"),
+        (ROOFLINE, "--tflops=0", "tflops must be positive and finite, got 0.0"),
+        (ROOFLINE, "--tbps=nan", "tbps must be positive and finite, got nan"),
         (
             ROOFLINE,
             "--params=float16",
@@ -49,8 +57,13 @@ RUN, ROOFLINE, SCALING, REPORT = run.main, roofline.main, scaling.main, gpu_repo
         (SCALING, "--batch_size=0", "batch_size must be at least 1, got 0"),
         (SCALING, "--gpus_per_node=0", "gpus_per_node must be at least 1, got 0"),
         (SCALING, "--network=-1", "network must be positive and finite, got -1.0"),
-        (REPORT, "--minutes=0", "--minutes must be positive, got 0"),
-        (REPORT, "--minutes=nan", "--minutes must be positive, got nan"),
+        (REPORT, "--minutes=0", "minutes must be positive and finite, got 0"),
+        (REPORT, "--minutes=nan", "minutes must be positive and finite, got nan"),
+        (TRANSLATION, "--pairs=absent", "No such file or directory: absent"),
+        (TRANSLATION, "--pairs=absent --beam=0", "beam must be at least 1, got 0"),
+        (TRANSLATION, "--pairs=absent --max_iters=0", "max_iters must be at least 1, got 0"),
+        (TRANSLATION, "--pairs=absent --catalogs=absent", "catalogs must be a folder, got absent"),
+        (MAP, "--model=absent --text=a", "there is no model absent/ckpt.pt"),
         (REPORT, "--only=nothing", "argument --only: invalid choice: 'nothing'"),
     ],
 )
@@ -69,8 +82,7 @@ def test_refused_arguments(
     assert code == 2
     captured = capsys.readouterr()
     assert message in captured.err
-    if program is not REPORT:
-        assert captured.err.startswith("error: ") and captured.err.count("\n") == 1
+    assert captured.err.startswith("error: ") and captured.err.count("\n") == 1
     assert not (tmp_path / "out").exists()
 
 

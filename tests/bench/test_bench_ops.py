@@ -300,6 +300,25 @@ def test_figures_and_table() -> None:
     assert columns["over eager"] == ["1.50x", "1.00x"]
 
 
+@pytest.mark.parametrize(
+    "major, minor, reason",
+    [(7, 0, "compute capability 7.5, and Some GPU has 7.0"), (7, 5, None), (8, 0, None)],
+)
+def test_a_gpu_below_the_kernels_has_pytorchs_ops(
+    major: int, minor: int, reason: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    facts = SimpleNamespace(name="Some GPU", major=major, minor=minor)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: facts)
+    monkeypatch.setattr(op_bench, "DEVICE", torch.device("cuda"))
+    monkeypatch.setattr(op_bench, "_ON_GPU", True)
+    for op in (bench_gelu.OP, bench_linear_cross_entropy.OP, bench_attention.OP):
+        ours, torchs = (op_bench.why_not(op, name) for name in ("fused", "torch_ops"))
+        assert (ours is None) == (torchs is not None)
+        of_attention = op is bench_attention.OP and major < 8
+        expected = "PyTorch has this op" if of_attention else reason
+        assert ours == expected or (expected is not None and expected in str(ours))
+
+
 def test_side_by_side_with_other_tests_is_refused() -> None:
     config: Any = SimpleNamespace(getoption=lambda name, default: {"numprocesses": 2}[name])
     with pytest.raises(pytest.UsageError, match="pytest -n0 bench"):

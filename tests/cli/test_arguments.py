@@ -1,8 +1,10 @@
 """The arguments of the command line: precedence of keys, what is refused, help."""
 
+import math
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
 from typing import get_type_hints
 
@@ -14,6 +16,7 @@ from fastgpt.cli import main as cli
 from fastgpt.cli.arguments import normalized
 from fastgpt.training.config import SampleConfig, TrainConfig
 from fastgpt.training.presets import PRESETS
+from fastgpt.translation.config import TranslationConfig
 from tests.tools.small_runs import arguments, data_set, quiet, small_keys
 
 
@@ -135,6 +138,7 @@ def test_resume_goes_on_with_the_keys_of_the_checkpoint() -> None:
         (["sample", "--out_dir=file"], "out_dir must be a folder, but file is a file"),
         (["export", "--to=nanogpt", "--out_dir=file"], "out_dir must be a folder, but file is"),
         (["export", "--to=nanogpt", "--output=file/x"], "output must lie in a folder, but file is"),
+        (["plot", "out", "--output=file/x.png"], "output must lie in a folder, but file is a file"),
         (["prepare", "--input=file", "--out_dir=file/x"], "out_dir must be a folder, but file is"),
         (["train", "--preset=gpt2", "--device=cpu"], "train.bin is not a file"),
         (["train", "--preset=gpt2", "--n_head=7"], "n_embd=768 with n_head=7"),
@@ -152,6 +156,13 @@ def test_resume_goes_on_with_the_keys_of_the_checkpoint() -> None:
             "translate, translate train, doctor",
         ),
         (["train", "--dropout=2"], "dropout must lie between 0 and 0.999, got 2.0"),
+        (["train", "--batch_size=2.5"], "batch_size must be an integer, got '2.5'"),
+        (["prepare", "--val_share", ""], "val_share must be a number, got ''"),
+        (["sample", "--top_k=0"], "top_k must be at least 1, got 0"),
+        (["sample", "--temperature=1e400"], "temperature must be at least 0 and finite, got inf"),
+        (["sample", "--chat", "--lines"], "give --chat or --lines, not both"),
+        (["translate", "train"], "give one parallel text"),
+        (["tune", "--seconds=nan"], "seconds must be at least 0 and finite, got nan"),
         (["train", "--init_from=resume"], "no ckpt.pt or iter-*.pt in out"),
         (["sample"], "there is no checkpoint out/ckpt.pt"),
         (["prepare", "--input=absent.txt"], "absent.txt does not exist"),
@@ -169,15 +180,32 @@ def test_user_errors_are_one_line(
     assert message in refused(*argv)
 
 
+@pytest.mark.parametrize("options", [TrainConfig, *(kind for kind, _ in cli._COMMANDS.values())])
+def test_every_number_has_limits(options: type) -> None:
+    lacking = {f.name: "x" for f in fields(options) if f.default is f.default_factory}
+    if options is TranslationConfig:
+        lacking["task"] = "numbers"
+    kinds = get_type_hints(options)
+    for kind, wrong in ((int, (-1, 2**64)), (float, (math.nan, math.inf, -1.0))):
+        for name in (name for name, found in kinds.items() if found in (kind, kind | None)):
+            for value in wrong:
+                with pytest.raises(ValueError, match=f"^{name} must .*, got {value}"):
+                    options(**lacking | {name: value})
+
+
+def test_a_cpu_without_memory_is_one_line(refused: Callable[..., str]) -> None:
+    keys = small_keys(Path(), batch_size=2**48)  # more than there are addresses
+    data_set(Path())
+    assert "out of memory" in refused("train", "--preset=gpt2", *arguments(keys), code=1)
+
+
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
         ([], "prepare"),
         (["train", "--n_layr=2"], "--n_layer"),
         (["train", "--compile=yes"], "invalid choice 'yes'"),
-        (["train", "--batch_size=2.5"], "2.5"),
         (["train", "--preset=huge"], "huge"),
-        (["sample", "--top_k=0"], "top_k must be at least 1, got 0"),
     ],
 )
 def test_arguments_that_do_not_parse(

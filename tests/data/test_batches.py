@@ -283,6 +283,7 @@ def test_a_damaged_manifest_is_named(old: str, new: str, tmp_path: Path) -> None
     path.write_text(path.read_text().replace(old, new, 1))
     with pytest.raises(ValueError, match=r"manifest\.json is not a usable manifest"):
         make(tmp_path)
-    path.write_text("[]")
-    with pytest.raises(ValueError, match=r"manifest\.json is not a usable manifest"):
-        make(tmp_path)
+    for text in ("[]", "[" * 100_000):
+        path.write_text(text)
+        with pytest.raises(ValueError, match=r"manifest\.json is not a usable manifest"):
+            make(tmp_path)

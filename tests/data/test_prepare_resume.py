@@ -137,9 +137,17 @@ def test_a_damaged_unfinished_one_is_noticed(
     (tmp_path / "data" / ".prepare" / "train_000000.bin").unlink()
     with pytest.raises(ValueError, match=r"train_000000\.bin should have \d+ bytes and has not"):
         prepare(source, Stopping(), tmp_path / "data", val_share=0.3)
-    (tmp_path / "data" / ".prepare" / "state.json").write_text("{}")
-    with pytest.raises(ValueError, match=r"state\.json is damaged .* remove .* to start over"):
-        prepare(source, Stopping(), tmp_path / "data", val_share=0.3)
+    state = tmp_path / "data" / ".prepare" / "state.json"
+    whole = json.loads(state.read_text())
+    for damaged in (
+        {},
+        {**whole, "settings": 3},
+        {**whole, "tokens": [1]},
+        {**whole, "batches": "x"},
+    ):
+        state.write_text(json.dumps(damaged))
+        with pytest.raises(ValueError, match=r"state\.json is damaged .* remove .* to start over"):
+            prepare(source, Stopping(), tmp_path / "data", val_share=0.3)
 
 
 def test_a_finished_one_is_checked_and_not_made_again(source: FileSource, tmp_path: Path) -> None:

@@ -99,7 +99,8 @@ def test_a_draw_never_waits_for_the_device() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"temperature": -1.0}, r"temperature must be at least 0 .*got -1.0"),
+        ({"temperature": -1.0}, r"temperature must be 0 .greedy., or at least 1e-30 .*got -1.0"),
+        ({"temperature": 1e-40}, r"temperature must be .*at least 1e-30 .*got 1e-40"),
         ({"temperature": math.inf}, r"temperature must be .*finite, got inf"),
         ({"top_k": 0}, r"top_k must be at least 1, or None for all tokens, got 0"),
         ({"top_p": 1.5}, r"top_p must lie between 0 and 1, got 1.5"),

@@ -3,8 +3,11 @@
 import os
 import signal
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+import torch.distributed as dist
 
 from fastgpt.__main__ import main
 from fastgpt.training.trainer import Trainer
@@ -36,7 +39,7 @@ def killed_once(argv: list[str]) -> int:
 
 def interrupted_one_by_one(first: int, argv: list[str]) -> int:
     """fastgpt, of which the process ``first`` gets SIGTERM in iteration 11, every other one only
-    when it saves."""
+    when it saves. A process that ends before all have saved aborts."""
     update, save = Trainer._update, Trainer._save
 
     def first_updates(self: Trainer, learning_rate: float) -> Any:
@@ -50,6 +53,54 @@ def interrupted_one_by_one(first: int, argv: list[str]) -> int:
         return save(self, publish)
 
     Trainer._update, Trainer._save = first_updates, other_saves  # type: ignore[method-assign]
+    _abort_without_barrier()
+    return main(argv)
+
+
+def _abort_without_barrier() -> None:
+    """Where the process group ends behind another collective than a barrier: other ranks may still
+    save, and torchrun ends them with this one. It would be seen by chance only."""
+    last = ""
+
+    def noted(name: str, collective: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            nonlocal last
+            last = name
+            return collective(*args, **kwargs)
+
+        return call
+
+    for name in ("all_reduce", "all_gather_object", "barrier", "broadcast"):
+        setattr(dist, name, noted(name, getattr(dist, name)))
+    destroy = dist.destroy_process_group
+
+    def checked() -> None:
+        if last != "barrier":
+            print(f"the process group ends behind {last}")
+            os.abort()
+        destroy()
+
+    setattr(dist, "destroy_process_group", checked)  # noqa: B010
+
+
+def one_interrupted_twice(which: int, at: str, argv: list[str]) -> int:
+    """fastgpt, whose processes get SIGINT in iteration 11, and the process ``which`` a second one
+    there (``at`` is "update") or when it saves ("save")."""
+    update, save = Trainer._update, Trainer._save
+
+    def interrupted(self: Trainer, learning_rate: float) -> Any:
+        if self.iter_num == 11:
+            os.kill(os.getpid(), signal.SIGINT)
+            if self.world.rank == which and at == "update":
+                os.kill(os.getpid(), signal.SIGINT)
+        return update(self, learning_rate)
+
+    def saves(self: Trainer, publish: bool) -> Path | None:
+        if self.world.rank == which and self.iter_num == 12:
+            os.kill(os.getpid(), signal.SIGINT)
+        return save(self, publish)
+
+    Trainer._update, Trainer._save = interrupted, saves  # type: ignore[method-assign]
     return main(argv)
 
 

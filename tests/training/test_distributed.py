@@ -2,6 +2,8 @@
 
 import json
 import os
+import signal
+import socket
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,13 @@ from fastgpt.__main__ import main
 from fastgpt.training.distributed import ALONE, World
 from tests.tools.forked import ROOT, Forked
 from tests.tools.small_runs import assert_same, data_set, small_keys, state_of, trained
-from tests.training.processes import command, interrupted_one_by_one, killed_once, started
+from tests.training.processes import (
+    command,
+    interrupted_one_by_one,
+    killed_once,
+    one_interrupted_twice,
+    started,
+)
 
 # AdamW's eps is small beside most gradients; where a gradient is 0 but for its rounding (the bias
 # of the keys), the order of two sums decides on the sign of an update. So: no biases. The
@@ -97,6 +105,31 @@ def test_sigterm_saves_and_ends(tmp_path: Path, first: int) -> None:
     assert state_of(tmp_path)["iter_num"] == 12
     trained(tmp_path, **{**SHORT, "max_iters": 12}, init_from="resume")
     assert state_of(tmp_path)["iter_num"] == 13
+
+
+@pytest.mark.parametrize("which, at", [(0, "update"), (1, "save")])
+def test_a_second_ctrl_c_in_one_process_ends_all(tmp_path: Path, which: int, at: str) -> None:
+    argv = command(small_keys(tmp_path, **SHORT))
+    output = Forked(one_interrupted_twice, which, at, argv, processes=2).finished(130)
+    assert output.count("interrupted") == 2 and "Traceback" not in output, output
+
+
+def test_a_lost_process_is_one_line(tmp_path: Path) -> None:
+    argv = command(small_keys(tmp_path, **{**SHORT, "max_iters": 40}))
+    output = Forked(killed_once, argv, processes=2).finished(-signal.SIGKILL, 1)
+    assert "error: rank 0 lost the other processes of the run: " in output
+    assert "Traceback" not in output, output
+
+
+def test_a_port_in_use_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, refused: Callable[..., str]
+) -> None:
+    with socket.create_server(("localhost", 0)) as taken:
+        names = dict(WORLD_SIZE=2, RANK=0, LOCAL_RANK=0, MASTER_PORT=taken.getsockname()[1])
+        for name, value in {**names, "MASTER_ADDR": "localhost"}.items():
+            monkeypatch.setenv(name, str(value))
+        line = refused("train", "--preset=gpt2", "--device=cpu", code=1)
+    assert "rank 0 lost the other processes of the run: " in line and "in use" in line
 
 
 def _agent(argv: list[str]) -> int:

@@ -86,13 +86,18 @@ def test_damage_is_found(tmp_path: Path, state: dict[str, Any]) -> None:
     for path in sorted(folder.iterdir()):
         whole = path.read_bytes()
         middle = len(whole) // 2
-        for damaged in (b"", whole[:middle], whole[:middle] + b"\x00\xff" + whole[middle + 2 :]):
+        changed = whole[:middle] + b"\x00\xff" + whole[middle + 2 :]
+        for damaged in (b"", b"{}", whole[:middle], changed):
             path.write_bytes(damaged)
             with pytest.raises(ValueError, match=f"iter-0000004 is not a complete .*{path.name}"):
                 ckpt.load(folder)
         path.unlink()
         with pytest.raises(ValueError, match=f"iter-0000004 is not a complete .*{path.name}"):
             ckpt.load(folder)
+        path.mkdir()
+        with pytest.raises(ValueError, match=f"iter-0000004 is not a complete .*{path.name}"):
+            ckpt.load(folder)
+        path.rmdir()
         path.write_bytes(whole)
     assert ckpt.load(folder)["iter_num"] == 4
 

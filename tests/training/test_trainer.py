@@ -15,6 +15,7 @@ from torch import Tensor
 
 from fastgpt import GPT, GPTConfig
 from fastgpt.data.batches import Batch, Batches
+from fastgpt.tokenizer import CharTokenizer
 from fastgpt.training import checkpoint as ckpt
 from fastgpt.training.distributed import World
 from fastgpt.training.trainer import Trainer
@@ -292,7 +293,8 @@ def test_pretrained_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
             ValueError, match="needs a data set of GPT-2's tokens, but .*small has others"
         ):
             Trainer(small_config(tmp_path, init_from=f"{owner}gpt2-medium"))
-    (tmp_path / "small" / "meta.pkl").unlink()
+    for name in ("manifest.json", "meta.pkl"):
+        (tmp_path / "small" / name).unlink()
     assert Trainer(small_config(tmp_path)).model.config.vocab_size == 50304
     with pytest.raises(ValueError, match="block_size must be at most 32 .* got 33"):
         Trainer(small_config(tmp_path, init_from="gpt2-medium", block_size=33))
@@ -309,6 +311,17 @@ def test_what_a_run_refuses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         Trainer(small_config(tmp_path, dataset="absent", init_from="gpt2"))
     with pytest.raises(FileNotFoundError, match="no ckpt.pt or iter-.*.pt in .*out"):
         Trainer(small_config(tmp_path, init_from="resume"))
+    tokenizer = tmp_path / "small" / "meta.pkl"
+    tokenizer.write_bytes(CharTokenizer(dict(enumerate("ab"))).file_bytes)
+    with pytest.raises(ValueError, match="meta.pkl must be the tokenizer .* but is another"):
+        Trainer(small_config(tmp_path))
+    tokenizer.unlink()
+    with pytest.raises(ValueError, match="meta.pkl must be the tokenizer .* but is missing"):
+        Trainer(small_config(tmp_path))
+    tokenizer.mkdir()
+    with pytest.raises(IsADirectoryError, match="meta.pkl"):
+        Trainer(small_config(tmp_path))
+    data_set(tmp_path)
     with pytest.raises(ValueError, match="block_size=100000"):
         Trainer(small_config(tmp_path, block_size=100000))
     with pytest.raises(ValueError, match="device must be one that this machine has .* got 'cudo'"):
