@@ -1,6 +1,7 @@
 """The variants of a training step, the options of a run, and a training of one variant."""
 
 import importlib.util
+import math
 import os
 import shutil
 import sys
@@ -175,8 +176,8 @@ class Options:
                 f"variants must be one or more of {', '.join(VARIANTS)}, each once, "
                 f"got {' '.join(self.variants) or 'none'}"
             )
-        if not self.learning_rate > 0:
-            raise ValueError(f"learning_rate must be positive, got {self.learning_rate}")
+        if not 0 < self.learning_rate < math.inf:
+            raise ValueError(f"learning_rate must be positive and finite, got {self.learning_rate}")
 
 
 # The comparison that matters most, in less than 100 seconds on an H100.
