@@ -9,6 +9,7 @@ os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["FASTGPT_TUNED"] = ""  # tests launch what the tables say, not what was measured here
 
 import functools
+import gc
 import signal
 import sys
 import zlib
@@ -91,6 +92,7 @@ def _skip_matrix_products() -> None:
         setattr(fused, name, _skipping(getattr(fused, name)))
 
 
+gc.set_threshold(10_000)  # each collection looks at half a million objects of the imports again
 # Jobs that a shell starts in the background ignore Ctrl-C, and so would all that tests start.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -117,6 +119,15 @@ def pytest_configure(config: pytest.Config) -> None:
         from tests.tools.ptx.plugin import CompiledKernels
 
         config.pluginmanager.register(CompiledKernels(config.getoption("--ptx")))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest first: a worker that came to them last would work on alone."""
+    items.sort(key=lambda item: item.path.name != "test_on_pretended_device.py")
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()  # no collection looks at what was imported
 
 
 def _seed(request: pytest.FixtureRequest) -> int:

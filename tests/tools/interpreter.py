@@ -247,7 +247,8 @@ def _to_index(tensor: tl.tensor) -> int:
 @functools.cache
 def _rewritten(fn: Callable) -> Callable:
     """The kernel's Python function with the interpreter's handling of assignments."""
-    return triton_interpreter.FunctionRewriter(fn).rewrite_ast()
+    rewritten = triton_interpreter.FunctionRewriter(fn).rewrite_ast()
+    return speed.faster_philox(rewritten) if fn is tl.random.philox_impl.fn else rewritten
 
 
 def _call_helper(helper: JITFunction, *args: Any, **kwargs: Any) -> Any:

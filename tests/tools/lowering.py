@@ -26,7 +26,8 @@ CAPABILITY = 90
 # triton.language while the interpreter has exchanged its attributes.
 LANGUAGE = threading.RLock()
 
-_lowered: set[str] = set()
+_lowered: set[str] = set()  # kinds
+_launched: set[tuple[Any, str]] = set()  # a kernel's function, what the launcher specialises it to
 
 
 class LoweringError(AssertionError):
@@ -104,13 +105,22 @@ def _kind(constant: Any) -> str:
     return str(constant)
 
 
+def _bound(
+    kernel: JITFunction, args: tuple[Any, ...], kwargs: dict[str, Any], capability: int
+) -> tuple[GPUTarget, BaseBackend, tuple[Any, Any, Any]]:
+    """Arguments, what they are specialised to, and options, by the launcher's own binder, which
+    Triton 3.6 to 3.9 have."""
+    if capability not in kernel.device_caches:
+        with no_gpu_needed(capability):
+            kernel.device_caches[capability]
+    _, _, target, backend, bind = kernel.device_caches[capability]
+    return target, backend, bind(*args, **kwargs)
+
+
 def specialise(
     kernel: JITFunction, args: tuple[Any, ...], kwargs: dict[str, Any], capability: int = CAPABILITY
 ) -> Specialisation:
-    """By the launcher's own binder, which Triton 3.6 to 3.9 have."""
-    with no_gpu_needed(capability):
-        _, _, target, backend, bind = kernel.device_caches[capability]
-    bound, specialisation, options = bind(*args, **kwargs)
+    target, backend, (bound, specialisation, options) = _bound(kernel, args, kwargs, capability)
     options, signature, constants, attributes = kernel._pack_args(
         backend, kwargs, bound, specialisation, options
     )
@@ -122,7 +132,12 @@ def specialise(
 def lower_once(kernel: JITFunction, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Nothing of a kind that this process has lowered already: that is 50 ms each."""
     with LANGUAGE:
+        _, _, (_, *specialisation) = _bound(kernel, args, kwargs, CAPABILITY)
+        launch = kernel.fn, str(specialisation)  # to tell the kind takes longer
+        if launch in _launched:
+            return
         found = specialise(kernel, args, kwargs)
         if found.kind not in _lowered:
             found.lower()
             _lowered.add(found.kind)
+        _launched.add(launch)

@@ -12,8 +12,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from tests.tools.trees import leaves, mapped
 
 
 def _is_narrow(x: Any) -> bool:
@@ -21,7 +22,7 @@ def _is_narrow(x: Any) -> bool:
 
 
 def _widened(tree: Any) -> Any:
-    return pytree.tree_map(lambda x: x.double() if _is_narrow(x) else x, tree)
+    return mapped(lambda x: x.double() if _is_narrow(x) else x, tree)
 
 
 def _product(a: Tensor, b: Tensor) -> Tensor:
@@ -68,15 +69,13 @@ class RoundedOnce(TorchDispatchMode):
         is_view = any(x.alias_info for x in func._schema.returns) and not changed
         is_view = is_view or torch.Tag.inplace_view in func.tags  # squeeze_ changes no number
         is_random = torch.Tag.nondeterministic_seeded in func.tags
-        if is_view or is_random or not any(map(_is_narrow, pytree.tree_leaves((args, kwargs)))):
+        if is_view or is_random or not any(map(_is_narrow, leaves((args, kwargs)))):
             return func(*args, **kwargs)
         wide_args, wide_kwargs = _widened((args, kwargs))
         if not changed:
-            dtypes = pytree.tree_map(lambda x: getattr(x, "dtype", None), func(*args, **kwargs))
+            dtypes = [getattr(x, "dtype", None) for x in leaves(func(*args, **kwargs))][::-1]
             exact = _exact(func, wide_args, wide_kwargs)
-            return pytree.tree_map(
-                lambda x, dtype: x if dtype is None else x.to(dtype), exact, dtypes
-            )
+            return mapped(lambda x: x if (dtype := dtypes.pop()) is None else x.to(dtype), exact)
         _exact(func, wide_args, dict(wide_kwargs))
         for i in changed:
             name = func._schema.arguments[i].name

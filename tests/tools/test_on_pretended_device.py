@@ -2,35 +2,26 @@
 
 import pytest
 
-from tests.tools.pretend_cuda.process import PROGRAMS, needs_pretended_device, passes, start
+from tests.tools.pretend_cuda.process import PROGRAMS, needs_pretended_device, passes
 
 pytestmark = needs_pretended_device
 
 
-def test_the_trainer_commands_generation_and_nanogpts_loop() -> None:
-    passes(str(PROGRAMS / "on_trainer.py"), str(PROGRAMS / "on_commands.py"))
+def _programs(*names: str) -> list[str]:
+    return [str(PROGRAMS / name) for name in names]
 
 
-def test_benchmarks() -> None:
-    passes(str(PROGRAMS / "on_bench.py"))
-
-
-def test_computed_runs() -> None:
-    """Every kernel in the interpreter: the numbers are those of the CPU."""
-    passes(str(PROGRAMS / "on_computed.py"), interpret=True)
+def test_the_device_the_trainer_commands_and_benchmarks() -> None:
+    """Kernels filled."""
+    passes(*_programs("on_itself.py", "on_trainer.py", "on_commands.py", "on_bench.py"))
 
 
 def test_a_gpu_without_tritons_products(monkeypatch: pytest.MonkeyPatch) -> None:
     """An update, a run and the benchmarks, in float16, on a GPU of compute capability 7.5."""
     monkeypatch.setenv("PRETEND_CAPABILITY", "75")
-    run = start("--interpret", "-m", "fastgpt", "doctor")
-    assert run.returncode == 0 and "launch table of sm_75" in run.stdout, run.stdout
-    assert "one update      agrees with the reference ops" in run.stdout
-    passes(
-        f"{PROGRAMS / 'on_trainer.py'}::test_float16[documents]",
-        f"{PROGRAMS / 'on_bench.py'}::test_run",
-        *(f"{PROGRAMS / 'on_bench.py'}::test_ops[{op}]" for op in ("attention_qkvpacked0", "gelu")),
-    )
+    ops = [f"on_bench.py::test_ops[{op}]" for op in ("attention_qkvpacked0", "gelu")]
+    runs = "on_trainer.py::test_float16[documents]", "on_bench.py::test_run"
+    passes(*_programs("on_computed.py::test_doctor", *runs, *ops), interpret=True)
 
 
 def test_tests_for_a_gpu() -> None:
@@ -47,11 +38,13 @@ def test_tests_for_a_gpu() -> None:
     )
 
 
-def test_computed_tests_for_a_gpu() -> None:
-    """Those whose numbers count: a cache, two gradients of one weight, recomputing, benchmarks, a
-    loss that is NaN."""
+def test_computed() -> None:
+    """Every kernel in the interpreter: runs have the numbers of the CPU; and the tests for a GPU
+    whose numbers count: a cache, two gradients of one weight, recomputing, benchmarks, a loss that
+    is NaN."""
     passes(
-        *("-m", "gpu"),
+        *("-m", "gpu", "-k", "not doctor"),
+        *_programs("on_computed.py"),
         "tests/bench/test_bench_ops.py",
         "tests/model/test_generation.py::test_cached_logits_are_those_of_the_forward",
         "tests/model/test_model_step.py::test_recomputing_changes_no_bit",

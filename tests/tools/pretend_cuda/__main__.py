@@ -1,6 +1,7 @@
 """See the package."""
 
 import argparse
+import gc
 import importlib.machinery
 import importlib.util
 import runpy
@@ -36,6 +37,7 @@ def main() -> None:
     arguments = _arguments()
     if reason := build.why_not():
         sys.exit(reason)
+    gc.set_threshold(10_000)  # as in the project's conftest
     _load()
     from tests.tools.pretend_cuda import api, device, kernels, operators
 

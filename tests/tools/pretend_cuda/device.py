@@ -43,7 +43,7 @@ def refuse_in_capture(what: str) -> None:
 
 
 def on_device(x: object) -> bool:
-    return isinstance(x, Tensor) and x.device.type == "cuda"
+    return isinstance(x, Tensor) and x.is_cuda
 
 
 def block_at(address: int) -> Block | None:

@@ -13,10 +13,10 @@ from _pretend_cuda import (  # type: ignore[import-not-found]
     set_capturing,
 )
 from torch import Tensor
-from torch.utils._pytree import tree_map
 
 from tests.tools.pretend_cuda import device
 from tests.tools.pretend_cuda.device import Block
+from tests.tools.trees import mapped
 
 
 @dataclass(frozen=True)
@@ -61,12 +61,12 @@ def frozen(tree: Any) -> Any:
             return x
         return Place.of(x) if device.on_device(x) else x.clone()
 
-    return tree_map(freeze, tree)
+    return mapped(freeze, tree)
 
 
 def thawed(tree: Any) -> Any:
     """Places as CPU tensors over the device's memory."""
-    return tree_map(lambda x: x.host() if isinstance(x, Place) else x, tree)
+    return mapped(lambda x: x.host() if isinstance(x, Place) else x, tree)
 
 
 class Graph:

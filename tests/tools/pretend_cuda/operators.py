@@ -1,5 +1,6 @@
 """Every operator of the device on the host: PyTorch's fallback for the key CUDA."""
 
+import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -12,10 +13,10 @@ from _pretend_cuda import (  # type: ignore[import-not-found]
     is_pinned,
 )
 from torch import Tensor
-from torch.utils._pytree import tree_leaves, tree_map_only
 
 from tests.tools.pretend_cuda import cuda_only, device
 from tests.tools.pretend_cuda.graphs import Graph, Place, frozen, thawed
+from tests.tools.trees import leaves, mapped
 
 # The host waits for the device to know how large the result is, or what it is.
 _WAITING = {
@@ -40,7 +41,7 @@ _INDEXING = {
 
 
 def _tensors(tree: Any) -> list[Tensor]:
-    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
+    return [leaf for leaf in leaves(tree) if isinstance(leaf, Tensor)]
 
 
 def fallback(op: torch._ops.OpOverload, *args: Any, **kwargs: Any) -> Any:
@@ -71,7 +72,7 @@ def fallback(op: torch._ops.OpOverload, *args: Any, **kwargs: Any) -> Any:
         with _device_generator() if seeded else torch.no_grad():
             return function(*args, **kwargs)
 
-    on_host = tree_map_only(Tensor, lambda t: _checked(name, t), (args, kwargs))
+    on_host = mapped(lambda x: _checked(name, x) if isinstance(x, Tensor) else x, (args, kwargs))
     result = call(*on_host)
     returns = op._schema.returns
     if returns and all(r.alias_info is not None and r.alias_info.is_write for r in returns):
@@ -79,7 +80,7 @@ def fallback(op: torch._ops.OpOverload, *args: Any, **kwargs: Any) -> Any:
         pairs = zip(_tensors(out), _tensors(result), strict=True)
         made = [t for t, found in pairs if _resized(t, found)]
     else:
-        out = tree_map_only(Tensor, lambda t: _brought(t, every), result)
+        out = mapped(lambda x: _brought(x, every) if isinstance(x, Tensor) else x, result)
         old = {id(t) for t in every}
         made = [t for t in _tensors(out) if id(t) not in old and not t._is_view()]
     device.work(name, [], made)
@@ -96,30 +97,39 @@ def fallback(op: torch._ops.OpOverload, *args: Any, **kwargs: Any) -> Any:
     return out
 
 
+@functools.cache
+def _places_of_tensors(op: torch._ops.OpOverload) -> list[int]:
+    """Arguments in whose place a number must become a tensor."""
+    if torch._C._should_allow_numbers_as_tensors(op._opname.rstrip("_")):
+        return []
+    return [i for i, a in enumerate(op._schema.arguments) if str(a.type) == "Tensor"]
+
+
 def _numbers_as_tensors(op: torch._ops.OpOverload, args: tuple[Any, ...]) -> tuple[Any, ...]:
     """A Python number in place of a tensor comes here as a number, which few operators take."""
-    if torch._C._should_allow_numbers_as_tensors(op._opname.rstrip("_")):
-        return args
-    return tuple(
-        torch.tensor(x, dtype=torch.float64 if isinstance(x, float) else None)
-        if isinstance(x, (bool, int, float)) and str(argument.type) == "Tensor"
-        else x
-        for x, argument in zip(args, op._schema.arguments, strict=False)
-    )
+    changed = list(args)
+    for i in _places_of_tensors(op):
+        if i < len(args) and isinstance(x := args[i], (bool, int, float)):
+            changed[i] = torch.tensor(x, dtype=torch.float64 if isinstance(x, float) else None)
+    return tuple(changed)
 
 
 def _has_mask(indices: Any) -> bool:
     return any(i is not None and i.dtype in (torch.bool, torch.uint8) for i in indices)
 
 
-def _written(op: torch._ops.OpOverload, args: tuple[Any, ...], kwargs: dict) -> list[Tensor]:
-    values = [*args, *(kwargs.get(a.name) for a in op._schema.arguments[len(args) :])]
+@functools.cache
+def _written_arguments(op: torch._ops.OpOverload) -> list[tuple[int, str]]:
     return [
-        t
-        for argument, value in zip(op._schema.arguments, values, strict=True)
-        if argument.alias_info is not None and argument.alias_info.is_write
-        for t in _tensors(value)
+        (i, a.name)
+        for i, a in enumerate(op._schema.arguments)
+        if a.alias_info is not None and a.alias_info.is_write
     ]
+
+
+def _written(op: torch._ops.OpOverload, args: tuple[Any, ...], kwargs: dict) -> list[Tensor]:
+    values = (args[i] if i < len(args) else kwargs.get(a) for i, a in _written_arguments(op))
+    return _tensors(list(values))
 
 
 def _checked(name: str, t: Tensor) -> Tensor:

@@ -103,7 +103,10 @@ class Order:
             self._freed[history.owner] += uses
 
     def _history(self, block: Block) -> _History:
-        return self._blocks.setdefault(block.generation, _History(block.stream))
+        history = self._blocks.get(block.generation)
+        if history is None:
+            history = self._blocks[block.generation] = _History(block.stream)
+        return history
 
     def _check(self, use: _Use, does: str, earlier: list[_Use]) -> None:
         known = self._streams[use.stream]

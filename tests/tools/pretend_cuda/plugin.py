@@ -4,11 +4,16 @@
         tests/training/test_step.py
 """
 
+import gc
 from collections.abc import Iterator
 
 import pytest
 
 from tests.tools.pretend_cuda import device
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()  # as in the project's conftest
 
 
 @pytest.fixture(autouse=True)

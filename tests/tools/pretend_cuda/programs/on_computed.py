@@ -5,11 +5,14 @@ CPU's. Started by ``test_on_pretended_device.py``, with ``--interpret``.
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
+from fastgpt import __main__ as cli
 from tests.tools.pretend_cuda.programs.on_trainer import run
 from tests.tools.small_runs import assert_same
 
+pytestmark = pytest.mark.gpu
 SHORT = dict(max_iters=4, lr_decay_iters=4, gradient_accumulation_steps=1)
 
 
@@ -31,3 +34,11 @@ def test_a_graph_changes_nothing(tmp_path: Path) -> None:
     graphed = run(tmp_path / "graph", dtype="bfloat16", **SHORT)
     plain = run(tmp_path / "plain", dtype="bfloat16", cuda_graph=False, **SHORT)
     assert_same(graphed, plain)
+
+
+def test_doctor(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["doctor"]) == 0
+    out = capsys.readouterr().out
+    major, minor = torch.cuda.get_device_capability()
+    assert f"launch table of sm_{major}{minor}" in out
+    assert "one update      agrees with the reference ops" in out
