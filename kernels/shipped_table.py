@@ -226,9 +226,6 @@ TABLE: dict[Key, Any] = {
     Key("attention", "bwd_dkdv", "gpu", "float32", 64, _DROPOUT): Attention(16, 16, 8, 1),
     Key("attention", "bwd_dkdv", "gpu", "float32", 128): Attention(16, 16, 4, 1),
     Key("attention", "bwd_dkdv", "gpu", "float32", 256): Attention(16, 16, 8, 1),
-    Key("attention", "bwd_dkdv", "gpu", "float32", 256, (*_DROPOUT, *_LENGTHS)): Attention(
-        16, 16, 8, 2
-    ),
     # Decoding; size: of a head. K and V of a part lie in registers: 64 of a thread's 255 where
     # elements have two bytes.
     Key("attention_decode", "fwd", size=16): AttentionDecode(128, 4),
