@@ -167,8 +167,8 @@ def test_parts_of_recompute(ops: Any, place: int, must: str) -> None:
 
 
 def _of_norm(ops: Any, x: Tensor, norm: Tensor, weight: Tensor) -> Tensor:
-    y = ops.layer_norm(x, norm)
-    return ops.linear(y, weight, recompute=(x, norm, None, 1e-5))
+    y = ops.layer_norm(x, norm, norm, 1e-3)
+    return ops.linear(y, weight, recompute=(x, norm, norm, 1e-3))
 
 
 def _drawn(draws: Draws) -> Drawn:
