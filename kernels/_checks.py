@@ -11,8 +11,6 @@ import torch
 from torch import Tensor
 
 MAX_DROPOUT = 0.999  # the kernels scale what is kept by 1 / (1 - p)
-_ABOVE_0, _BELOW_1 = math.nextafter(0.0, 1.0), math.nextafter(1.0, 0.0)
-_LARGEST = math.nextafter(math.inf, 0.0)
 
 
 def _facts(tensor: Tensor) -> str:
@@ -30,10 +28,10 @@ def _of_dtype(name: str, tensor: Any, *dtypes: torch.dtype) -> None:
         raise TypeError(f"{name} must be {' or '.join(map(str, dtypes))}, got {tensor.dtype}")
 
 
-def _within(name: str, number: Any, least: float, most: float, must: str) -> None:
-    """``must``: lie within, in words."""
+def _within(name: str, number: Any, least: float, most: float, must: str, *excluded: float) -> None:
+    """``must``: lie within, in words; ``excluded``: those of the limits that do not."""
     try:
-        if least <= number <= most:
+        if least <= number <= most and all([number != limit for limit in excluded]):
             return
     except TypeError:
         raise TypeError(f"{name} must be a number, got {number!r}") from None
@@ -114,7 +112,7 @@ def _dropout(
 
 def _scale(scale: float | None) -> None:
     if scale is not None:
-        _within("scale", scale, _ABOVE_0, _LARGEST, "be positive and finite, or None")
+        _within("scale", scale, 0.0, math.inf, "be positive and finite, or None", 0.0, math.inf)
 
 
 def _int32(shape: tuple[int, ...], x_name: str, x: Tensor, **tensors: Tensor) -> None:
@@ -380,7 +378,7 @@ def linear_cross_entropy(
         raise ValueError(f"reduction must be 'mean' or 'sum', got {reduction!r}")
     _within("ignore_index", ignore_index, -(2**63), 2**63 - 1, "lie in [-2^63, 2^63)")
     _within("label_smoothing", label_smoothing, 0.0, 1.0, "lie in [0, 1]")
-    _within("z_loss", z_loss, 0.0, _LARGEST, "be at least 0 and finite")
+    _within("z_loss", z_loss, 0.0, math.inf, "be at least 0 and finite", math.inf)
     if fp8 and z_loss:  # no gradient of a logit may pass 1, or the fixed scale would not hold it
         raise ValueError(f"z_loss must be 0 with fp8=True, got {z_loss}")
 
@@ -423,7 +421,7 @@ def adamw(
         beta1, beta2 = betas
     except (TypeError, ValueError):
         raise TypeError(f"betas must be two numbers, got {betas!r}") from None
-    _within("betas[0]", beta1, 0.0, _BELOW_1, "lie in [0, 1)")
-    _within("betas[1]", beta2, 0.0, _BELOW_1, "lie in [0, 1)")
-    _within("eps", eps, 0.0, _LARGEST, "be at least 0 and finite")
-    _within("weight_decay", weight_decay, 0.0, _LARGEST, "be at least 0 and finite")
+    _within("betas[0]", beta1, 0.0, 1.0, "lie in [0, 1)", 1.0)
+    _within("betas[1]", beta2, 0.0, 1.0, "lie in [0, 1)", 1.0)
+    _within("eps", eps, 0.0, math.inf, "be at least 0 and finite", math.inf)
+    _within("weight_decay", weight_decay, 0.0, math.inf, "be at least 0 and finite", math.inf)

@@ -63,7 +63,7 @@ def normalized(argv: list[str], commands: Mapping[str, type]) -> list[str]:
 
 def _check_number(key: str, kind: Any, value: str) -> None:
     for number, what in ((int, "an integer"), (float, "a number")):
-        if kind in (number, number | None):
+        if kind is number or (kind == number | None and value != "None"):
             try:
                 number(value)
             except ValueError:

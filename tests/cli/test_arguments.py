@@ -110,6 +110,8 @@ def test_both_forms_of_a_boolean(argv: list[str], value: bool) -> None:
 def test_values_that_look_like_options() -> None:
     argv = ["sample", "--start", "top_k=3", "--stop", "--json", "--json"]
     assert normalized(argv, {"sample": SampleConfig}) == [*argv[:-1], "--json=True"]
+    argv = ["translate", "train", "numbers", "--learning_rate=None", "--seed", "1_337"]
+    assert cli._parse(argv, cli.Train()) == TranslationConfig(task="numbers")
 
 
 def test_resume_goes_on_with_the_keys_of_the_checkpoint() -> None:

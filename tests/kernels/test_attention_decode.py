@@ -18,6 +18,7 @@ from fastgpt.kernels.attention_decode import _attention_decode_op
 from tests.tools import interpreter, parity
 from tests.tools.calls import Cases, compiled, ids
 from tests.tools.draws import Drawn, Draws
+from tests.tools.sanitizer import sanitize
 
 IMPLEMENTATIONS = pytest.mark.parametrize(
     "ops", [fused, torch_ops, reference], ids=["fused", "torch_ops", "reference"]
@@ -138,12 +139,13 @@ def test_slots_behind_the_token_are_not_read(device: str) -> None:
 
 def test_a_place_outside_gives_nan_and_writes_nothing(device: str) -> None:
     """Of the operators themselves: the public functions refuse it where they can."""
-    qkv, cache, _ = _inputs([3, 7, 5], device=device)
-    positions = torch.tensor([70, 7, -1], device=device)
+    qkv, cache, _ = _inputs([3, 7, 5, 2], device=device)
+    positions = torch.tensor([70, 7, -1, 7000], device=device)
     before = cache.clone()
-    y = _attention_decode_op(qkv, cache, positions, 0.25)
-    assert y[[0, 2]].isnan().all() and y[1].isfinite().all()
-    assert torch.equal(cache[:, [0, 2]], before[:, [0, 2]])
+    with sanitize():
+        y = _attention_decode_op(qkv, cache, positions, 0.25)
+    assert y[[0, 2, 3]].isnan().all() and y[1].isfinite().all()
+    assert torch.equal(cache[:, [0, 2, 3]], before[:, [0, 2, 3]])
 
 
 def test_more_parts_than_are_added_at_a_time(device: str) -> None:

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -24,6 +25,13 @@ def kinds(op: str) -> dict[str, Any]:
     return {name: parameter.annotation for name, parameter in parameters.items()}
 
 
+def in_float32(value: Any) -> Any:
+    """As a scalar of NumPy, which compares with a number rounded to float32."""
+    if isinstance(value, tuple):
+        return tuple(map(in_float32, value))
+    return np.float32(value) if type(value) is float else value
+
+
 @every_module
 @every_op
 def test_what_an_op_refuses(module: ModuleType, op: str) -> None:
@@ -32,6 +40,8 @@ def test_what_an_op_refuses(module: ModuleType, op: str) -> None:
     for message, changes in CASES[op].refused.items():
         with pytest.raises(ValueError, match=message):
             call(**{**valid, **changes})
+        with pytest.raises(ValueError, match=message.partition(", got")[0]):
+            call(**{**valid, **{name: in_float32(x) for name, x in changes.items()}})
 
 
 def wrong_tensors(op: str) -> Iterator[tuple[str, Any, type[Exception], str]]:

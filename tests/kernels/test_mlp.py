@@ -231,8 +231,8 @@ def test_flops() -> None:
 
 
 def _of_norm(ops: Any, x: Tensor, norm: Tensor, fc: Tensor, proj: Tensor) -> Tensor:
-    y = ops.layer_norm(x, norm)
-    return ops.mlp(y, fc, None, proj, recompute=(x, norm, None, 1e-5))
+    y = ops.layer_norm(x, norm, norm, 1e-3)
+    return ops.mlp(y, fc, None, proj, recompute=(x, norm, norm, 1e-3))
 
 
 def _tanh(ops: Any, x: Tensor, fc: Tensor, proj: Tensor) -> Tensor:

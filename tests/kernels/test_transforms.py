@@ -76,16 +76,18 @@ _WITHOUT_DROPOUT = [name for name in CALLS if "dropout" not in name]
 @pytest.mark.filterwarnings("ignore:There is a performance drop")  # PyTorch's own operators
 @pytest.mark.parametrize("name", _WITHOUT_DROPOUT)
 def test_a_gradient_for_each_element_of_a_batch(ops, device: str, name: str) -> None:
+    """The batch is the first tensor's last dimension; the last tensor, if it has company, has
+    none."""
     call = CALLS[name]
-    loss, tensors = _loss(ops, call), _tensors(call, device, 3)
-    shared = tensors[-1][0] if len(tensors) > 1 else tensors[-1]  # not a part of the batch
-    dims = (0,) * (len(tensors) - 1) + ((None,) if len(tensors) > 1 else (0,))
+    loss, (first, *others) = _loss(ops, call), _tensors(call, device, 3)
+    tensors: list[Tensor] = [first.movedim(0, -1), *others]
+    dims: list[int | None] = [-1, *(0 for _ in others)]
+    if others:
+        tensors[-1], dims[-1] = others[-1][0], None
     gradients = grad(loss, tuple(range(len(tensors))))
-    got = torch.func.vmap(gradients, in_dims=dims)(*tensors[:-1], shared)
+    got = torch.func.vmap(gradients, in_dims=tuple(dims))(*tensors)
     for i in range(3):
-        one = [
-            x[i] if dim == 0 else x for x, dim in zip((*tensors[:-1], shared), dims, strict=True)
-        ]
+        one = [x if dim is None else x.select(dim, i) for x, dim in zip(tensors, dims, strict=True)]
         torch.testing.assert_close([x[i] for x in got], _expected(loss, one))
 
 
