@@ -1,6 +1,5 @@
 """Keys, presets, limits, and the reader of nanoGPT's configuration files."""
 
-import math
 import sys
 import time
 from collections.abc import Iterator
@@ -93,17 +92,6 @@ def test_values_and_differences() -> None:
         ({"batch_size": 0}, ValueError, "batch_size must be at least 1, got 0"),
         ({"dropout": 1.0}, ValueError, "dropout must lie between 0 and 0.999, got 1.0"),
         ({"learning_rate": 3e-5}, ValueError, "min_lr=6e-05 with learning_rate=3e-05"),
-        (
-            {"learning_rate": math.nan},
-            ValueError,
-            "learning_rate must be at least 0 and finite, got nan",
-        ),
-        ({"seed": -1}, ValueError, "seed must lie between 0 and .* got -1"),
-        (
-            {"max_iters": 2**63},
-            ValueError,
-            "max_iters must lie between 0 and .*, got 9223372036854775808",
-        ),
     ],
 )
 def test_bad_values_are_named(
@@ -116,7 +104,6 @@ def test_bad_values_are_named(
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"top_k": 0}, "top_k must be at least 1, got 0"),
         ({"top_p": 1.1}, "top_p must lie between 0 and 1, got 1.1"),
         ({"repetition_penalty": 0.0}, "repetition_penalty must lie between 0.01 and 100, got 0.0"),
         ({"stop": ("a", "")}, "stop must hold texts of at least one character, got ''"),
