@@ -126,9 +126,7 @@ def test_pytorchs_samples(
     database: dict[str, Any], ops: Any, device: str, name: str, dtype: torch.dtype
 ) -> None:
     make, expected = OPS[name]
-    op = database[f"nn.functional.{name}"]
-    # Not by ``op.sample_inputs``, which for each sample looks for a unittest through the stack.
-    samples = op.sample_inputs_func(op, device, dtype, requires_grad=False)
+    samples = database[f"nn.functional.{name}"].sample_inputs(device, dtype, requires_grad=False)
     # Many differ in nothing but their numbers.
     samples = {str((_shapes(sample), sample.kwargs)): sample for sample in samples}.values()
     cases = [case for case in (make(ops, sample) for sample in samples) if case is not None]
