@@ -111,7 +111,9 @@ def direct_builtin(interpreted: Callable) -> Callable:
     member = (getattr(interpreted, "__kwdefaults__", None) or {}).get("member")
     if member is None:
         return interpreted
-    semantic = inspect.getclosurevars(interpreted).nonlocals["semantic"]
+    found = inspect.getclosurevars(interpreted)
+    # From Triton 3.9 on one for all, a global.
+    semantic = found.nonlocals.get("semantic") or found.globals["interpreter_semantic"]
     function = inspect.unwrap(member)
 
     def call(*args: Any, _semantic: Any = None, **kwargs: Any) -> Any:
