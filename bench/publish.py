@@ -83,29 +83,29 @@ def _run(path: Path) -> dict[str, Any]:
     return run
 
 
-def text(found: Runs, beside: Path) -> str:
-    """The text between the markers of docs/speed.md. ``beside``: the folder that the links to
+def text(found: Runs, base: Path) -> str:
+    """The text between the markers of docs/speed.md. ``base``: the folder that the links to
     pictures are relative to."""
-    lines = [line for folder, runs in found.items() for line in _of_gpu(folder, runs, beside)]
+    lines = [line for folder, runs in found.items() for line in _gpu_section(folder, runs, base)]
     return "\n".join(lines) or NOTHING
 
 
-def summary(found: Runs, beside: Path) -> str:
+def summary(found: Runs, base: Path) -> str:
     """The text between the markers of the README."""
     lines = []
     for folder, runs in found.items():
         run = min(runs, key=lambda run: abs(run["options"]["batch_size"] - 32))
         lines += [f"{report.title(run)}:", "", *report.markdown(run, _SHORT), ""]
-        lines.append(_picture(folder, "speed", beside))
+        lines.append(_picture(folder, "speed", base))
     return "\n".join(lines) or NOTHING
 
 
-def _picture(folder: Path, name: str, beside: Path) -> str:
-    path = Path(os.path.relpath(folder, beside), f"{name}.png").as_posix()
+def _picture(folder: Path, name: str, base: Path) -> str:
+    path = Path(os.path.relpath(folder, base), f"{name}.png").as_posix()
     return f"![{_ALT[name]}]({path})\n"
 
 
-def _of_gpu(folder: Path, runs: list[dict[str, Any]], beside: Path) -> Iterator[str]:
+def _gpu_section(folder: Path, runs: list[dict[str, Any]], base: Path) -> Iterator[str]:
     yield from (f"### {machine.name(runs[0]['machine'])}", "")
     for run in runs:
         o = run["options"]
@@ -114,7 +114,7 @@ def _of_gpu(folder: Path, runs: list[dict[str, Any]], beside: Path) -> Iterator[
         yield from (f"**{size}**, commit `{commit}`", "")
         yield from (*report.markdown(run), "")
         yield from (". ".join([*report.notes(run), *_facts(run)]) + ".", "")
-    yield from (_picture(folder, name, beside) for name in PICTURES)
+    yield from (_picture(folder, name, base) for name in PICTURES)
 
 
 def _facts(run: dict[str, Any]) -> Iterator[str]:

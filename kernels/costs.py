@@ -225,7 +225,7 @@ def _linear_gelu_gradient(
             KernelCost("GELU'", 0, nbytes(pre) + epilogue + parts),
         ]
     if dbias is not None:
-        kernels.append(KernelCost("linear dbias, its parts added up", 0, parts + nbytes(dbias)))
+        kernels.append(KernelCost("linear dbias, sum of parts", 0, parts + nbytes(dbias)))
     return kernels
 
 
@@ -237,20 +237,20 @@ def _weight_gradient(dy: Tensor, x: Tensor, *gradients: Tensor) -> list[KernelCo
     config = _on_hopper("weight", *["bias"] * (len(gradients) - 1)) if flops else None
     if config is None:
         rounded = gradients[0].dtype != torch.float32
-        again = 4 * n_rows * n_cols + nbytes(gradients[0]) if rounded else 0
+        moved = 4 * n_rows * n_cols + nbytes(gradients[0]) if rounded else 0
         return [
             KernelCost("linear dweight", flops, nbytes(dy, x) + 4 * n_rows * n_cols),
-            KernelCost("linear dweight, rounded", 0, again),
+            KernelCost("linear dweight, rounded", 0, moved),
             *(KernelCost("linear dbias", 0, nbytes(dy, dbias)) for dbias in gradients[1:]),
         ]
     n_tiles = -(-n_rows // config.BLOCK_M) * -(-n_cols // config.BLOCK_N)
     n_splits = gemm.splits(n_rows, n_cols, n_tokens, n_tiles, 132 * config.programs)
     split = n_splits > 1
     partial = 4 * n_splits * n_rows * n_cols if split else nbytes(*gradients)
-    again = partial + nbytes(*gradients) if split else 0
+    moved = partial + nbytes(*gradients) if split else 0
     return [
         KernelCost("linear dweight", flops, nbytes(dy, x) + partial),
-        KernelCost("linear dweight, its parts added up", 0, again),
+        KernelCost("linear dweight, sum of parts", 0, moved),
     ]
 
 

@@ -19,8 +19,8 @@ CUBLAS = "cuBLAS"  # use PyTorch's matrix product, with the epilogue in a separa
 class Key(NamedTuple):
     """``arch``: "sm_90" (H100, H200), "sm_100" (B200), "sm_80" (other GPUs: 8.0, 8.6, 8.9, 12.0),
     "sm_75" (T4, RTX 20), "gpu" or "interpreter". ``dtype``: "half" (float16, bfloat16), "float32",
-    "float64". ``size``: what the tile spans, rounded up to a power of two. ``options``: sorted in a
-    fixed order."""
+    "float64". ``size``: the tile's span, rounded up to a power of two. ``options``: always in the
+    same order."""
 
     op: str
     kernel: str
