@@ -1,1 +1,1 @@
-"""Benchmarks: of a training step, of each op, and what both should cost."""
+"""Benchmarks of a training step and of each op, and predictions of their cost."""

@@ -1,5 +1,5 @@
-"""A picture of what a translation model looks at: its cross-attention, a row for each token of the
-translation, a column for each of the source, averaged over the heads of each layer.
+"""Plots the cross-attention of a translation model, averaged over the heads of each layer: one row
+per token of the translation, one column per token of the source.
 
     python bench/attention_map.py --model=DIR --text="forty-two" --out=map.png
 """
@@ -26,7 +26,7 @@ from fastgpt.translation.translator import Translator
 
 @torch.no_grad()
 def cross_attention(model: Seq2Seq, source: Tensor, target: Tensor) -> Tensor:
-    """The probabilities (layers, H, T, S) with which ``model`` reads one source (1, S) for each
+    """The attention probabilities (layers, H, T, S) of ``model`` over one source (1, S), for each
     token of its target (1, T)."""
     found: list[Tensor] = []
 
@@ -38,7 +38,7 @@ def cross_attention(model: Seq2Seq, source: Tensor, target: Tensor) -> Tensor:
     twin = Seq2Seq(model.config, recording).eval()
     twin.load_state_dict(model.state_dict())
     twin(source, target)
-    return torch.stack(found[model.config.n_layer :])  # behind the encoder's own
+    return torch.stack(found[model.config.n_layer :])  # after the encoder's self-attention
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -1,8 +1,8 @@
-"""AdamW, clipping by a known factor included: over flat buffers with a bfloat16 copy of the result
-(``fused``, ``torch_ops``), and as nanoGPT calls it (``eager``: PyTorch's fused AdamW over the
-parameters one by one, float32 alone, the gradients scaled by a kernel before it).
+"""AdamW with gradient clipping by a known factor: over flat buffers with a bfloat16 copy of the
+result (``fused``, ``torch_ops``), and as in nanoGPT (``eager``: a kernel scales the gradients, then
+PyTorch's fused AdamW updates a list of float32 parameters).
 
-Bytes and share of the ceiling are those of the flat update for all.
+All rows use the bytes of the flat update, also for the share of the ceiling.
 """
 
 from functools import cached_property
@@ -15,11 +15,11 @@ from fastgpt.kernels import fused, reference, torch_ops
 
 _LR, _CLIP = 6e-4, 0.5
 _OPTIONS: dict[str, Any] = {"betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
-_PIECE = 2**20  # numbers of a parameter in `eager`
+_PIECE = 2**20  # elements per parameter in `eager`
 
 
 class State:
-    """Parameters and moments of N numbers, and their gradient."""
+    """N parameters with their gradient and moments."""
 
     def __init__(self, n: int, device: torch.device) -> None:
         self.param, self.grad = (torch.randn(n, device=device) for _ in range(2))
@@ -60,7 +60,7 @@ def eager(s: State) -> None:
 
 
 def check(provider: str, function: Function, inputs: tuple[Any, ...]) -> None:
-    """AssertionError where an update is not the plain op's."""
+    """Raise AssertionError if an update differs from the reference's."""
     states = []
     for update in (function, flat(reference)):
         torch.manual_seed(0)

@@ -1,6 +1,6 @@
-"""Causal attention on packed q, k and v, forward and backward, as the model calls it: what a
-provider copies to split and to gather heads is part of its time. Sizes with an L: each sequence
-holds documents of L tokens, and no token attends to another document.
+"""Causal attention on packed q, k and v, forward and backward, as the model calls it: a provider's
+time includes its copies to split and merge heads. Sizes with an L: each sequence holds documents of
+L tokens, and no token attends to another document.
 """
 
 import itertools
@@ -27,20 +27,20 @@ def inputs(
 
 
 def doc_start(B: int, T: int, L: int) -> Tensor:
-    """(B, T) of int32: where each token's document starts. The first document of a sequence is cut
-    off at another place in each, as in sequences that are cut from a stream of documents."""
+    """(B, T) int32: the start of each token's document. Each sequence begins elsewhere in its first
+    document, as if cut from a stream of documents."""
     shift = 37 * torch.arange(B)[:, None] % L
     return ((torch.arange(T) + shift) // L * L - shift).clamp(min=0).int()
 
 
 def of(module: ModuleType) -> Function:
-    """A module's op, of those arguments."""
+    """A module's op as a provider."""
     return lambda qkv, n_head, starts: module.attention_qkvpacked(qkv, n_head, doc_start=starts)
 
 
 def eager(qkv: Tensor, n_head: int, starts: Tensor | None) -> Tensor:
-    """nanoGPT's, with SDPA, for which PyTorch chooses among its kernels. The mask of documents is
-    made in each call, as in each layer."""
+    """nanoGPT's attention by SDPA, for which PyTorch chooses the kernel. Every call builds the mask
+    of documents, as every layer would."""
     q, k, v = split_heads(qkv, n_head)  # (B, H, T, D)
     mask = None if starts is None else reference.document_mask(starts)
     y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None)
@@ -48,8 +48,8 @@ def eager(qkv: Tensor, n_head: int, starts: Tensor | None) -> Tensor:
 
 
 def plain(qkv: Tensor, n_head: int, starts: Tensor | None) -> Tensor:
-    """The plain op; without documents with the scores of one head in memory, in the backward pass
-    too."""
+    """The reference op. Without documents, only one head's scores are in memory at a time, also in
+    the backward."""
     if starts is not None:
         return reference.attention_qkvpacked(qkv, n_head, doc_start=starts)
     heads = zip(*(t.flatten(0, 1) for t in split_heads(qkv, n_head)), strict=True)
@@ -63,8 +63,8 @@ def _one_head(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def flops(direction: Direction, B: int, T: int, H: int, D: int, L: int = 0) -> int:
-    """Of the scores within documents: two products a score forward and five backward, although both
-    of our backward kernels compute two of the five."""
+    """FLOPs of the scores within documents: two products per score forward and five backward,
+    although our backward computes two of the five twice."""
     pairs = B * attention_pairs(T, T, causal=True)
     if L:
         pairs = int((torch.arange(T) - doc_start(B, T, L)).sum())
@@ -101,15 +101,16 @@ OP = Op(
 test_attention = OP.test()
 
 
-# For the compile gate: documents and dropout. Of launches with the same tile dropout takes more
-# registers than none, and a head size of 80 as many as 128. Documents take more or fewer, so half
-# precision, whose forward is near the limit, is compiled without them too.
+# For the compile gate: (documents, dropout). With the same tile, dropout needs more registers than
+# no dropout, and head size 80 as many as 128. Documents may need more or fewer, so half precision,
+# whose forward is near the limit, is also compiled without them.
 _PLAIN, _DROPOUT, _DOCUMENTS, _BOTH = (False, 0.0), (False, 0.1), (True, 0.0), (True, 0.1)
 Combination = tuple[RandomTensors, int, tuple[bool, float]]  # dtype, head size, options as above
 
 
 def compiled(*both: Combination, forward: Sequence[Combination] = ()) -> None:
-    """In both directions, and forward alone where the backward's tiles are those of others."""
+    """Compile ``both`` in both directions, and ``forward`` only forward, because its backward's
+    tiles are those of other combinations."""
     for combinations, backward in ((both, True), (forward, False)):
         for random, head_size, (documents, p) in combinations:
             starts = torch.zeros(1, 1024, dtype=torch.int32) if documents else None
@@ -120,8 +121,7 @@ def compiled(*both: Combination, forward: Sequence[Combination] = ()) -> None:
 
 
 def compiled_others() -> None:
-    """Keys of given lengths; heads that share their keys; no causal mask, of an odd head size in
-    fp16 too; TF32."""
+    """Key lengths; grouped queries; no causal mask, also with an odd head size in fp16; TF32."""
     lengths = torch.zeros(1, dtype=torch.int32)
     for random, causal, p in ((BF16, True, 0.1), (FP32, False, 0.0), (FP32, True, 0.1)):
         q, k, v = (random.normal(1, 2, 1024, 64) for _ in range(3))
@@ -168,4 +168,4 @@ COMPILED = {
     ),
     "attention-others": compiled_others,
 }
-LEAST_CAPABILITY = dict.fromkeys(COMPILED, 80)  # PyTorch's on sm_75
+LEAST_CAPABILITY = dict.fromkeys(COMPILED, 80)  # sm_75 uses PyTorch's attention

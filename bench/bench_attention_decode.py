@@ -1,5 +1,5 @@
-"""Attention of one new token a sequence over a full cache, with the token's key and value stored.
-Memory bounds it: each key and value is read once and used once.
+"""Attention of one new token per sequence over a full cache, including storing the token's key and
+value. It is memory-bound: each key and value is read once and used once.
 """
 
 import torch
@@ -18,7 +18,7 @@ def inputs(random: RandomTensors, B: int, S: int, H: int, D: int) -> tuple[Tenso
 
 
 def eager(qkv: Tensor, cache: Tensor, positions: Tensor) -> Tensor:
-    """As gpt-fast has it: a static cache, and a mask for what of it is not filled."""
+    """As in gpt-fast: a static cache, with a mask for its unfilled slots."""
     q, k, v = split_heads(qkv, cache.shape[2])  # (B, H, 1, D)
     rows = torch.arange(len(positions), device=qkv.device)
     cache[0, rows, :, positions] = k[:, :, 0]
@@ -30,7 +30,7 @@ def eager(qkv: Tensor, cache: Tensor, positions: Tensor) -> Tensor:
 
 
 def operator(qkv: Tensor, cache: Tensor, positions: Tensor) -> Tensor:
-    """Without the public function, which reads the positions on a CPU: fake tensors have none."""
+    """The operator without the public function, which would read the positions of fake tensors."""
     out: Tensor = torch.ops.fastgpt.attention_decode(qkv, cache, positions, 1.0)
     return out
 

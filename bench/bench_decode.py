@@ -1,16 +1,15 @@
-"""Generation: nanoGPT's method, which computes the whole window for every token, beside
-``GPT.generate``, in the same run, on the same random weights and prompts.
+"""Generation speed: nanoGPT's method, which recomputes the whole window for every token, against
+``GPT.generate``, in one run with the same random weights and prompts.
 
     python bench/bench_decode.py                          # GPT-2 124M, 256 new tokens
     python bench/bench_decode.py --batch_size=8 --out=decode.json
 
 nanoGPT's method uses the PyTorch functions that nanoGPT calls. On a GPU both run under autocast,
-ours with its matrices in half precision, as ``fastgpt sample`` has them. The two take turns of a
-few tokens, so that other load on the machine affects both. Before, their greedy tokens in float32
-are compared.
+ours with half-precision matrices as in ``fastgpt sample``. The two take turns of a few tokens, so
+that other load on the machine affects both. First, their greedy tokens in float32 are compared.
 
-Memory traffic bounds the time of a cached token: all weights but the position table, and on average
-half of the cache. The rate that is reached is also given as a share of a device copy's.
+Memory traffic bounds the time per token with a cache: all weights except the position table, and on
+average half of the cache. The achieved bandwidth is also given as a share of a device copy's.
 """
 
 import copy
@@ -41,31 +40,31 @@ _TURN = 16  # tokens
 
 @dataclass
 class Options:
-    """Tokens per second of generation: nanoGPT's method beside fastgpt's."""
+    """Tokens per second of generation: nanoGPT's method against fastgpt's."""
 
-    # Blocks.
+    # Transformer blocks.
     n_layer: int = 12
     # Attention heads; must divide n_embd.
     n_head: int = 12
-    # Width.
+    # Embedding width.
     n_embd: int = 768
-    # Rows of the embedding and of the head.
+    # Rows of the embedding and the head.
     vocab_size: int = 50304
-    # Tokens of the context.
+    # Context length in tokens.
     block_size: int = 1024
     # Tokens of the prompt.
     prompt: int = 1
-    # Tokens that are generated.
+    # Tokens to generate.
     new_tokens: int = 256
-    # Sequences.
+    # Sequences per batch.
     batch_size: int = 1
     # cuda, cuda:N, cpu, mps, or auto.
     device: str = "auto"
-    # auto is bfloat16 on a GPU that has it, float16 on an older one, float32 elsewhere.
+    # auto: bfloat16 on a GPU that supports it, float16 on an older one, float32 elsewhere.
     dtype: Dtype = "auto"
-    # Threads of the CPU.
+    # CPU threads.
     threads: int = field(default_factory=torch.get_num_threads)
-    # File for the figures, as JSON; it must not exist yet.
+    # JSON file for the results; it must not exist yet.
     out: Path | None = None
 
 
@@ -96,7 +95,7 @@ def same_greedy_tokens(plain: GPT, fast: GPT, idx: Tensor, new_tokens: int) -> b
 def take_turns(
     runs: dict[str, Iterator[Tensor]], device: torch.device, context: AbstractContextManager[object]
 ) -> dict[str, float]:
-    """Run all methods to their ends; the seconds of each."""
+    """Run all methods to their ends in turns, and return the seconds of each."""
     seconds, left = dict.fromkeys(runs, 0.0), dict(runs)
     while left:
         for name, steps in list(left.items()):
@@ -112,7 +111,7 @@ def take_turns(
 
 
 def bytes_per_token(model: GPT, options: Options) -> float:
-    """Read by a cached step: the weights once, and each row's keys and values."""
+    """Bytes read by one step with a cache: the weights once, and each row's keys and values."""
     head = model.lm_head.weight
     tables = [model.transformer.wte.weight, model.transformer.wpe.weight]
     read = [p for p in model.parameters() if p is head or all(p is not table for table in tables)]
@@ -195,7 +194,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         options = cli.options(Options(), argv)
         if options.out is not None and options.out.exists():
-            raise FileExistsError(f"{options.out} is there already: it would be replaced")
+            raise FileExistsError(f"out must not exist yet, but {options.out} does")
         if options.out is not None:
             options.out.parent.mkdir(parents=True, exist_ok=True)
         record = measure(options)

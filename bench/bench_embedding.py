@@ -36,7 +36,7 @@ test_embedding = OP.test()
 
 
 def compiled() -> None:
-    """Every tile; an odd width and GPT-2's with documents and dropout."""
+    """Every tile; an odd width and GPT-2's also with documents and dropout."""
     launches = [(BF16, 768, True, 0.1), (FP32, 768, True, 0.1), (FP32, 65, True, 0.1)]
     launches += [(FP32, width, False, 0.1) for width in (32, 64, 200, 384)]
     launches += [(BF16, 768, False, 0.0), (BF16, 768, False, 0.1), (FP32, 768, True, 0.0)]

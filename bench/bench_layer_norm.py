@@ -1,6 +1,6 @@
 """LayerNorm, forward and backward with the gradients of weight and bias.
 
-QuACK's has no row: it takes float32 weights alone, and autograd does not know it.
+QuACK's LayerNorm is left out: it supports only float32 weights and no autograd.
 """
 
 from typing import Any
@@ -46,7 +46,7 @@ test_layer_norm = OP.test()
 
 
 def compiled() -> None:
-    """Three of the tiles, all of which ``bench_residual_layer_norm`` compiles with the sum."""
+    """Three of the tiles; ``bench_residual_layer_norm`` compiles all of them with the sum."""
     for random in (BF16, FP32):
         for width in (65, 768, 16384):
             x, weight, bias = inputs(random, 64, width)

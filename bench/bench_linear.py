@@ -33,7 +33,7 @@ test_linear = OP.test()
 
 
 def compiled() -> None:
-    """The weight gradient in parts, with a bias and without, of weights in both dtypes."""
+    """The split weight gradient, with and without a bias, for weights in both dtypes."""
     for random, wide, bias in itertools.product((BF16, FP16), (False, True), (False, True)):
         x, weight, added = inputs(random, 4096, 64, 256)
         if wide:
@@ -42,4 +42,4 @@ def compiled() -> None:
 
 
 COMPILED = {"linear": compiled}
-LEAST_CAPABILITY = {"linear": 80}  # cuBLAS's alone on sm_75
+LEAST_CAPABILITY = {"linear": 80}  # sm_75 uses only cuBLAS

@@ -1,8 +1,8 @@
-"""Head and loss. The fused op computes the gradients in the forward pass, so the loss alone is
-timed under no_grad, and otherwise both passes together. And its fp8 mode against bf16.
+"""Head and loss, and the fp8 mode against bf16. The fused op computes the gradients in the forward,
+so the loss alone is timed under no_grad, and otherwise both passes together.
 
-Bytes, FLOPs and the share of the ceiling of the fp8 rows are those of fp8 for both, with products
-at twice the machine's rate for bf16.
+In the fp8 comparison, both rows use the bytes and FLOPs of fp8, with products at twice the
+machine's bf16 rate.
 """
 
 from functools import partial
@@ -24,7 +24,7 @@ from bench._ops.op_bench import (
 )
 from fastgpt.kernels import fused, reference
 
-_ROWS = 1024  # whose plain logits are in memory at a time
+_ROWS = 1024  # rows whose reference logits are in memory at a time
 
 
 def inputs(random: RandomTensors, M: int, C: int, V: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -32,7 +32,7 @@ def inputs(random: RandomTensors, M: int, C: int, V: int) -> tuple[Tensor, Tenso
 
 
 def eager(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    """With the loss in float32, as autocast does it."""
+    """Logits, then the loss in float32 as under autocast."""
     return F.cross_entropy(F.linear(x, weight).float(), targets, ignore_index=-1)
 
 
@@ -43,7 +43,7 @@ def liger(x: Tensor, weight: Tensor, targets: Tensor) -> Any:
 
 
 def quack(x: Tensor, weight: Tensor, targets: Tensor) -> Any:
-    """As its own module chooses: in chunks where its GEMMs can load them, else with all logits."""
+    """Chosen as in QuACK's module: in chunks if its GEMMs can load them, else with all logits."""
     from quack.linear_cross_entropy import (
         chunked_linear_cross_entropy,
         linear_cross_entropy_func,
@@ -55,7 +55,7 @@ def quack(x: Tensor, weight: Tensor, targets: Tensor) -> Any:
 
 
 def in_slices(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    """The plain op over slices of rows, whose logits are recomputed in the backward pass."""
+    """The reference op over slices of rows, whose logits are recomputed in the backward."""
 
     def summed(x: Tensor, targets: Tensor) -> Tensor:
         return reference.linear_cross_entropy(x, weight, targets, reduction="sum")
@@ -85,8 +85,8 @@ test_linear_cross_entropy = OP.test()
 
 
 def check_fp8(provider: str, function: Function, inputs: tuple[Any, ...]) -> None:
-    """AssertionError where the op deviates from its emulation on some of the rows, relative to a
-    tensor's norm: by 1% in the loss, or by 3% in a gradient, which passes through two roundings.
+    """Raise AssertionError if the op deviates from its emulation on some of the rows, relative to a
+    tensor's norm, by more than 1% in the loss or 3% in a gradient, which is rounded twice.
     """
     x, weight, targets = inputs
     leaves = [t.detach().clone().requires_grad_() for t in (x[:_ROWS], weight)]
@@ -102,7 +102,7 @@ def check_fp8(provider: str, function: Function, inputs: tuple[Any, ...]) -> Non
         allowed = 0.03 if number else 0.01
         assert error <= allowed, (
             f"linear_cross_entropy by {provider}: {'gradient' if number else 'output'} deviates "
-            f"by {error:.3g} from its emulation, allowed are {allowed}"
+            f"by {error:.3g} from its emulation, at most {allowed} is allowed"
         )
 
 
@@ -125,7 +125,7 @@ test_fp8 = FP8.test()
 
 
 def compiled(fp8: bool) -> None:
-    """With gradients, with label smoothing and without; without gradients."""
+    """With gradients, with and without label smoothing; and without gradients."""
     if fp8:
         cases = [(random, 256, 64, 50304) for random in (BF16, FP16)]
     else:  # a tile for each power of two up to 2048 classes

@@ -1,5 +1,5 @@
-"""The residual sum and its LayerNorm, forward and backward. Without dropout, whose masks are drawn
-differently by each provider.
+"""The residual sum and its LayerNorm, forward and backward. Without dropout, because each provider
+draws different masks.
 """
 
 import torch
@@ -33,7 +33,7 @@ test_residual_layer_norm = OP.test()
 
 
 def compiled() -> None:
-    """Every tile with all that it can do; at GPT-2's width also without dropout, and plain."""
+    """Every tile with all options; at GPT-2's width also without dropout, and without biases."""
     widths = (65, 384, 768, 1600, 4096, 8192, 16384)
     for random, stream, of_pair in (
         (BF16, BF16, widths),

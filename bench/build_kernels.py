@@ -1,19 +1,19 @@
-"""Compiles every configuration in the kernels' launch tables ahead of time, with no GPU.
+"""Compiles every configuration in the kernels' launch tables ahead of time, without a GPU.
 
     python setup.py build_kernels                        # on all cores
     python setup.py build_kernels --arch=90 --only='attention*'
 
 By default all cases are compiled for sm_75, sm_80, sm_90 and sm_100, one GPU of each class of the
-launch tables, and those of GPT-2's sizes for sm_89 and sm_120. (The code of sm_86 has been that of
-sm_89: the same registers, and as much shared memory.)
+launch tables, and GPT-2's sizes also for sm_89 and sm_120. (So far, the code for sm_86 has been the
+same as for sm_89, with the same registers and shared memory.)
 
-ninja runs one process for each case of ``bench_<op>.py``, again only after a kernel or this tool
-has changed; Triton's cache in ``build/kernels/cache`` keeps the configurations that have not.
+ninja runs one process for each case of ``bench_<op>.py`` and reruns it only after a kernel or this
+tool has changed. Triton's cache in ``build/kernels/cache`` keeps unchanged configurations.
 ``build/kernels/manifest.json`` holds the registers, spills, shared memory, occupancy, matrix
 instructions and asynchronous copies of every kernel configuration.
 
-The exit code is 1, and the configuration is named, where a kernel spills a register, needs more
-shared or tensor memory than there is, or leaves the tensor cores idle.
+The exit code is 1, with a message that names the configuration, if a kernel spills registers, needs
+more shared or tensor memory than available, or leaves the tensor cores idle.
 """
 
 from __future__ import annotations
@@ -54,14 +54,14 @@ _TOOL = [*(_BENCH / "_compile").glob("*.py"), *_BENCH.glob("bench_*.py")]
 
 @dataclass
 class Options:
-    """Compile every kernel configuration ahead of time, with no GPU."""
+    """Compile every kernel configuration ahead of time, without a GPU."""
 
-    # Compute capabilities, of all cases. Default: 75, 80, 90 and 100, and 89 and 120 for GPT-2's
-    # sizes.
+    # Compute capabilities for all cases. Default: 75, 80, 90 and 100; for GPT-2's sizes also 89 and
+    # 120.
     arch: tuple[Literal[75, 80, 86, 89, 90, 100, 120], ...] = ()
-    # Processes at a time, 1 or more.
+    # Parallel processes, 1 or more.
     jobs: int = os.cpu_count() or 1
-    # Cases whose names match this pattern: 'attention*', say.
+    # Only cases whose names match this pattern, for example 'attention*'.
     only: str = "*"
 
 
@@ -69,9 +69,9 @@ _CLASSES, _OTHERS = (75, 80, 90, 100), (89, 120)
 
 
 def edges(cases: Path, architectures: Iterable[int] = ()) -> dict[str, list[int]]:
-    """Case → the architectures to compile it for and that can run it, of a file that defines
-    ``CASES``: name → function; and perhaps ``LEAST_CAPABILITY``: name → the first that can run it.
-    "gpt2" is by default for the GPUs beside one of each class."""
+    """Case → the architectures to compile it for, out of those that can run it. The file defines
+    ``CASES``, name → function, and optionally ``LEAST_CAPABILITY``, name → the first architecture
+    that can run it. By default, the case "gpt2" covers the GPUs besides one of each class."""
     spec = importlib.util.spec_from_file_location(cases.stem, cases)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -91,7 +91,7 @@ def edges(cases: Path, architectures: Iterable[int] = ()) -> dict[str, list[int]
 def _ninja_file(cases: Path, out: Path, found: Mapping[str, list[int]]) -> str:
     program = _escaped(shlex.join([sys.executable, str(cases)]))
     inputs = " ".join(map(_escaped, sorted({cases, *_TOOL, *KERNELS.glob("*.py")})))
-    # ninja repeats a command that has changed, so it names the versions.
+    # ninja reruns a command if its text changes, so it includes the versions.
     versions = _escaped(shlex.quote(f"triton {triton.__version__}, torch {torch.__version__}"))
     lines = [
         f"builddir = {_escaped(out)}",
@@ -113,7 +113,7 @@ def _escaped(text: Path | str) -> str:
 
 
 def _ninja() -> str:
-    """The program: of the package ninja in this environment, else of the system."""
+    """Path of ninja: from the Python package in this environment, else from the system."""
     program = shutil.which("ninja", path=f"{Path(sys.executable).parent}{os.pathsep}{os.defpath}")
     program = program or shutil.which("ninja")
     if program is None:
@@ -124,7 +124,7 @@ def _ninja() -> str:
 def build(
     cases: Path, out: Path, *, arch: Iterable[int], jobs: int, only: str = "*"
 ) -> list[dict[str, Any]]:
-    """Compile what is out of date; the record of each case on each architecture.
+    """Compile what is out of date; return the record of each case on each architecture.
 
     Args:
         cases: a file like ``kernel_cases.py``.
@@ -167,7 +167,7 @@ class CompilationError(RuntimeError):
 
 
 def table(records: Iterable[Mapping[str, Any]]) -> Table:
-    """One row a kernel and architecture: the range over its configurations."""
+    """One row per kernel and architecture, with ranges over its configurations."""
     out = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
     out.add_column("kernel\n", overflow="fold")
     headers = "sm\n", "con-\nfigs", "registers\n", "spilled\nbytes", "shared\nKB", "programs\n/SM"
@@ -199,7 +199,7 @@ def _range(numbers: list[int]) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The exit code: 0, 1 where a kernel is faulty or does not compile, 2 for a wrong argument."""
+    """The exit code: 0; 1 if a kernel is faulty or does not compile; 2 for a wrong argument."""
     try:
         o = cli.options(Options(), argv)
         records = build(CASES, OUT, arch=o.arch, jobs=o.jobs, only=o.only)

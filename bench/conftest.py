@@ -1,5 +1,5 @@
-"""pytest's hooks for ``bench_<op>.py``: one process, a description of the machine without host and
-user names, and at the end a table for each op.
+"""pytest hooks for ``bench_<op>.py``: require a single process, describe the machine without host
+and user names, and print a table per op at the end.
 """
 
 from dataclasses import asdict
@@ -14,7 +14,7 @@ from bench._ops import op_bench, op_report
 def pytest_configure(config):
     if config.getoption("numprocesses", None):
         raise pytest.UsageError("benchmarks must not run side by side: pytest -n0 bench")
-    config.option.benchmark_quiet = True  # our table has the rates
+    config.option.benchmark_quiet = True  # our own table shows the rates
 
 
 def pytest_benchmark_generate_machine_info():

@@ -1,14 +1,14 @@
-"""Everything that is worth measuring in a short time on a GPU, the most important first.
+"""Runs everything worth measuring on a GPU in limited time, the most important parts first.
 
     python bench/gpu_report.py --minutes 10 --out report
     python bench/gpu_report.py --only parity run-b32 profile
 
-Each part is a command of its own, which writes its files into the folder as it goes: the tests of
-every kernel on the GPU (parity), training speed at 32, 4 and 64 sequences (``run.py``; the second
-with 200 losses against float32), a profile by kernel, the ops against PyTorch, whether 250 repeats
-of every op give the same bits, and compute-sanitizer. A part that crashes, hangs or lacks a program
-does not stop the others. Time that a part does not use goes to those that follow. NAME.log holds a
-part's output, report.json and report.md each part's outcome.
+Each part is a separate command that writes its files into the folder as it runs: the GPU tests of
+every kernel (parity), training speed at 32, 4 and 64 sequences (``run.py``; at 4 with 200 losses
+against float32), a profile by kernel, the ops against PyTorch, whether 250 repeats of every op are
+bitwise equal, and compute-sanitizer. A part that crashes, hangs or lacks a program does not stop
+the others. Unused time goes to the parts that follow. NAME.log holds a part's output; report.json
+and report.md hold each part's outcome.
 
 To publish the speeds, move run-b*.json to ``bench/results/<gpu>`` and run ``bench/publish.py``.
 """
@@ -33,14 +33,14 @@ from bench._harness import cli
 
 ROOT = Path(__file__).resolve().parent.parent
 
-_TAIL = 30  # lines of output in the report of a part that did not succeed
-_GRACE_S = 5.0  # between a signal and the next, harder one
+_TAIL = 30  # lines of output in the report of a part that failed
+_GRACE_S = 5.0  # between a signal and the next, stronger one
 
 
 @dataclass(frozen=True)
 class Part:
     """``{out}`` in ``command`` stands for the folder. ``weight``: its share of the time among the
-    parts that are left. It is not started with less than ``least_s`` seconds left."""
+    remaining parts. It does not start with less than ``least_s`` seconds left."""
 
     name: str
     command: tuple[str, ...]
@@ -49,14 +49,14 @@ class Part:
 
 
 def parts() -> list[Part]:
-    """All of them, the most important first."""
+    """All parts, the most important first."""
     module = sys.executable, "-m"
     pytest = *module, "pytest", "-v", "--tb=short", "-p", "no:cacheprovider"
     workers = str(min(16, os.cpu_count() or 1))
     parity = *pytest, "-m", "gpu and not slow", "-n", workers, "--maxprocesses=16"
     run = *module, "bench.run", "--out={out}"
     determinism = *module, "bench._ops.determinism"
-    # Without PyTorch's caching allocator, in whose large blocks an overrun would go unnoticed.
+    # Without PyTorch's caching allocator, whose large blocks would hide an out-of-bounds access.
     sanitize = "env", "PYTORCH_NO_CUDA_MEMORY_CACHING=1", "compute-sanitizer"
     return [
         Part("parity", (*parity, "--continue-on-collection-errors"), 130),
@@ -74,14 +74,14 @@ def parts() -> list[Part]:
 
 
 def share_s(going: Sequence[Part], left: float) -> float:
-    """Seconds for the first of the parts that are left."""
+    """The time limit in seconds of the first remaining part."""
     share = left * going[0].weight / sum(part.weight for part in going)
     return min(left, max(share, going[0].least_s))
 
 
 def run_part(part: Part, folder: Path, limit: float) -> dict[str, Any]:
-    """Run it for at most ``limit`` seconds. ``status`` is "done", "failed", "timed out",
-    "interrupted" or "not run"; ``output`` is its last lines unless "done"."""
+    """Run a part for at most ``limit`` seconds and return its record. ``status`` is "done",
+    "failed", "timed out" or "interrupted"; unless "done", ``output`` holds its last lines."""
     start = time.monotonic()
     log = folder / f"{part.name}.log"
     status, why = _executed([a.replace("{out}", str(folder)) for a in part.command], log, limit)
@@ -93,7 +93,7 @@ def run_part(part: Part, folder: Path, limit: float) -> dict[str, Any]:
 
 
 def _executed(command: list[str], log: Path, limit: float) -> tuple[str, str]:
-    """Status and reason. The process group, all of it, ends before this returns."""
+    """Status and reason. The whole process group has ended when this returns."""
     search = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(search), "PYTHONUNBUFFERED": "1"}
     with log.open("wb") as output:
@@ -120,7 +120,7 @@ def _executed(command: list[str], log: Path, limit: float) -> tuple[str, str]:
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
-    """End the process group. At SIGINT, run.py and pytest write what they have."""
+    """End the process group. On SIGINT, run.py and pytest write their results so far."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGKILL):
         try:
             os.killpg(process.pid, number)
@@ -144,7 +144,7 @@ def _markdown(record: dict[str, Any]) -> str:
 
 
 def _name_commit(folder: Path, name: str, commit: str | None) -> None:
-    """For a copy of the tree without its history, where run.py cannot know the commit."""
+    """Set the commit in a run's record if run.py could not: in a copy of the tree without .git."""
     path = folder / f"{name}.json"
     if commit is not None and name.startswith("run-") and path.exists():
         run = json.loads(path.read_text())
@@ -153,14 +153,14 @@ def _name_commit(folder: Path, name: str, commit: str | None) -> None:
 
 
 def run_parts(chosen: Sequence[Part], folder: Path, minutes: float, commit: str | None) -> None:
-    """Run the parts in their order within the time."""
+    """Run the parts in order within the time limit."""
     end = time.monotonic() + 60 * minutes
     created = datetime.now(timezone.utc).isoformat(timespec="seconds")
     record: dict[str, Any] = {"created": created, "commit": commit, "parts": []}
     for number, part in enumerate(chosen):
         left = end - time.monotonic()
         if left < part.least_s:
-            why = f"{max(left, 0):.0f} s were left, it needs {part.least_s:.0f}"
+            why = f"{max(left, 0):.0f} s left, it needs {part.least_s:.0f}"
             row = {"name": part.name, "status": "not run", "why": why, "seconds": 0.0}
         else:
             limit = share_s(chosen[number:], left)
@@ -179,16 +179,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     """The exit code: 0, or 2 for a wrong argument or without a CUDA GPU."""
     every = parts()
     parser = cli.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--minutes", type=float, default=10.0, help="for all parts (default: 10)")
-    parser.add_argument("--out", type=Path, help="a folder without a report (default: bench/out)")
+    parser.add_argument("--minutes", type=float, default=10.0, help="total time (default: 10)")
+    parser.add_argument("--out", type=Path, help="folder without a report (default: in bench/out)")
     names = [part.name for part in every]
     parser.add_argument("--only", nargs="+", choices=names, metavar="PART",
-                        help=f"of {', '.join(names)}")  # fmt: skip
-    parser.add_argument("--commit", help="of this tree, where git does not know it")
+                        help=f"parts to run, of {', '.join(names)}")  # fmt: skip
+    parser.add_argument("--commit", help="commit of this tree, if it has no git history")
     o = parser.parse_args(argv)
     if not 0 < o.minutes < float("inf"):
         return cli.failed(f"minutes must be positive and finite, got {o.minutes:g}")
-    import torch  # not above: --help needs no PyTorch
+    import torch  # late: --help needs no PyTorch
 
     if torch.cuda.device_count() == 0:
         return cli.failed("this needs a CUDA GPU, and PyTorch finds none")
@@ -202,7 +202,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         return cli.failed(f"--out={folder}: {error}")
-    # As Ctrl-C: the running part is ended, and the report says that it was interrupted.
+    # Treat signals like Ctrl-C: end the running part and report that it was interrupted.
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.default_int_handler)
     run_parts([p for p in every if o.only is None or p.name in o.only], folder, o.minutes, o.commit)

@@ -1,11 +1,11 @@
-"""What a training step of GPT-2's 12 layers costs the host in eager mode, with no GPU.
+"""Host time of a training step of GPT-2's 12 layers in eager mode, without a GPU.
 
     python bench/host_time.py
 
-The kernels are compiled for sm_90 and launched by a stub, for tensors of 16 by 16: what is left is
-Python, PyTorch's dispatcher and autograd, and Triton's launch up to the driver. For comparison, the
-same model on PyTorch's own ops, which do run. The least of many steps, in the thread's own time,
-since other programs disturb.
+The kernels are compiled for sm_90 and launched by a stub on 16 by 16 tensors. This leaves the time
+in Python, PyTorch's dispatcher and autograd, and Triton's launch up to the driver. For comparison,
+the same model runs on PyTorch's own ops, which do execute. The result is the minimum over many
+steps, in thread time, because other programs disturb.
 """
 
 import contextlib
@@ -38,7 +38,7 @@ _LAYERS, _STEPS = 12, 200
 
 @contextlib.contextmanager
 def no_launches() -> Iterator[None]:
-    """Within, kernels are compiled and launched for CPU tensors, up to the driver's call."""
+    """Context in which kernels are compiled and launched for CPU tensors, up to the driver call."""
 
     def launcher(source: Any, metadata: Any) -> Any:
         return lambda *arguments: None
@@ -72,7 +72,7 @@ def step_ms(ops: ModuleType, n_layer: int = _LAYERS, steps: int = _STEPS) -> tup
             loss.backward()
             end = time.thread_time()
             model.zero_grad(set_to_none=True)
-            if i >= 3:  # the first compile
+            if i >= 3:  # the first steps compile
                 forward, backward = min(forward, middle - start), min(backward, end - middle)
             show((i + 1) / (3 + steps))
     return 1e3 * forward, 1e3 * backward
@@ -81,7 +81,7 @@ def step_ms(ops: ModuleType, n_layer: int = _LAYERS, steps: int = _STEPS) -> tup
 def main() -> None:
     torch.set_num_threads(1)
     table = Table("12 layers, bfloat16 autocast", "forward, ms", "backward, ms", "sum, ms")
-    torch._C._set_mkldnn_enabled(False)  # its set-up of a product takes longer than all else
+    torch._C._set_mkldnn_enabled(False)  # its set-up of a product takes longer than everything else
     with no_launches():
         rows = {"fastgpt, kernels not run": step_ms(fused)}
     rows["PyTorch's ops, run"] = step_ms(torch_ops)

@@ -1,12 +1,12 @@
-"""Puts what ``run.py`` measured into docs/speed.md and the README, as tables and as pictures.
+"""Publishes the results of ``run.py`` in docs/speed.md and the README, as tables and charts.
 
     python bench/publish.py
 
-A folder ``bench/results/<gpu>`` holds a ``run-b<batch size>.json`` for each batch size, and perhaps
-others of the same size, ``run-b<batch size>-<what>.json``; this writes ``speed.png`` and
-``loss.png`` beside them, and both texts between their markers: all of it in docs/speed.md, for the
-README a short table of the run nearest to 32 sequences. Nothing is published that was not measured
-on a CUDA GPU.
+A folder ``bench/results/<gpu>`` holds a ``run-b<batch size>.json`` for each batch size, and
+optionally more runs of the same size, ``run-b<batch size>-<what>.json``. This writes ``speed.png``
+and ``loss.png`` next to them, and the text between the markers: all results to docs/speed.md, a
+short table of the run closest to 32 sequences to the README. Only results measured on a CUDA GPU
+are published.
 """
 
 import json
@@ -46,10 +46,10 @@ Runs = dict[Path, list[dict[str, Any]]]  # the folder of a GPU → its runs, by 
 
 
 def read(results: Path) -> Runs:
-    """What was measured, in the order of the folders' names, by batch size, the newest first.
+    """The runs, sorted by folder name, then by batch size, then the newest first.
 
     Raises:
-        ValueError: a file is no record of ``run.py`` on a CUDA GPU, or not of the batch size in
+        ValueError: a file is not a record of ``run.py`` on a CUDA GPU, or not of the batch size in
             its name; or a folder holds runs of several GPUs.
     """
     found = {}
@@ -83,29 +83,29 @@ def _run(path: Path) -> dict[str, Any]:
     return run
 
 
-def text(found: Runs, beside: Path) -> str:
-    """What belongs between the markers of docs/speed.md. ``beside``: the folder that links to
+def text(found: Runs, base: Path) -> str:
+    """The text between the markers of docs/speed.md. ``base``: the folder that the links to
     pictures are relative to."""
-    lines = [line for folder, runs in found.items() for line in _of_gpu(folder, runs, beside)]
+    lines = [line for folder, runs in found.items() for line in _gpu_section(folder, runs, base)]
     return "\n".join(lines) or NOTHING
 
 
-def summary(found: Runs, beside: Path) -> str:
-    """What belongs between the markers of the README."""
+def summary(found: Runs, base: Path) -> str:
+    """The text between the markers of the README."""
     lines = []
     for folder, runs in found.items():
         run = min(runs, key=lambda run: abs(run["options"]["batch_size"] - 32))
         lines += [f"{report.title(run)}:", "", *report.markdown(run, _SHORT), ""]
-        lines.append(_picture(folder, "speed", beside))
+        lines.append(_picture(folder, "speed", base))
     return "\n".join(lines) or NOTHING
 
 
-def _picture(folder: Path, name: str, beside: Path) -> str:
-    path = Path(os.path.relpath(folder, beside), f"{name}.png").as_posix()
+def _picture(folder: Path, name: str, base: Path) -> str:
+    path = Path(os.path.relpath(folder, base), f"{name}.png").as_posix()
     return f"![{_ALT[name]}]({path})\n"
 
 
-def _of_gpu(folder: Path, runs: list[dict[str, Any]], beside: Path) -> Iterator[str]:
+def _gpu_section(folder: Path, runs: list[dict[str, Any]], base: Path) -> Iterator[str]:
     yield from (f"### {machine.name(runs[0]['machine'])}", "")
     for run in runs:
         o = run["options"]
@@ -114,11 +114,11 @@ def _of_gpu(folder: Path, runs: list[dict[str, Any]], beside: Path) -> Iterator[
         yield from (f"**{size}**, commit `{commit}`", "")
         yield from (*report.markdown(run), "")
         yield from (". ".join([*report.notes(run), *_facts(run)]) + ".", "")
-    yield from (_picture(folder, name, beside) for name in PICTURES)
+    yield from (_picture(folder, name, base) for name in PICTURES)
 
 
 def _facts(run: dict[str, Any]) -> Iterator[str]:
-    """What the figures were measured with."""
+    """The hardware and software that the results were measured with."""
     found, before, after = run["machine"], run["ceilings"]["before"], run["ceilings"]["after"]
     if run["sdpa"]:
         yield f"SDPA took `{run['sdpa']['operator']}`"
@@ -143,15 +143,15 @@ def _facts(run: dict[str, Any]) -> Iterator[str]:
 
 
 def _around(path: Path) -> tuple[str, str]:
-    """What is before and behind the results, markers included."""
+    """The text before and after the results, including the markers."""
     found = path.read_text()
     if found.count(BEGIN) != 1 or found.count(END) != 1 or found.find(BEGIN) > found.find(END):
-        raise ValueError(f"{path.name} must have one line {BEGIN!r} and, behind it, one {END!r}")
+        raise ValueError(f"{path.name} must have one line {BEGIN!r} and, after it, one {END!r}")
     return f"{found.partition(BEGIN)[0]}{BEGIN}\n", f"{END}{found.partition(END)[2]}"
 
 
 def publish(results: Path, readme: Path, page: Path) -> list[Path]:
-    """Write pictures, docs/speed.md and README; the files."""
+    """Write the pictures, docs/speed.md and the README, and return their paths."""
     found = read(results)
     texts = {page: text(found, page.parent), readme: summary(found, readme.parent)}
     around = {path: _around(path) for path in texts}
@@ -160,15 +160,15 @@ def publish(results: Path, readme: Path, page: Path) -> list[Path]:
         for name, draw in PICTURES.items():
             written.append(folder / f"{name}.png")
             draw(runs, written[-1])
-    for path, (before, behind) in around.items():
+    for path, (before, after) in around.items():
         partial = path.with_name(path.name + ".partial")
-        partial.write_text(before + texts[path] + behind)
+        partial.write_text(before + texts[path] + after)
         partial.replace(path)
     return [*written, *texts]
 
 
 def main(argv: Sequence[str] = ()) -> int:
-    """The exit code: 0, or 2 where results cannot be published."""
+    """The exit code: 0, or 2 if results cannot be published."""
     description = "Put the measurements of bench/results into docs/speed.md and the README."
     cli.Parser(description=description).parse_args(argv)
     try:

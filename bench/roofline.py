@@ -1,4 +1,4 @@
-"""What a training step must cost, on any machine: no GPU is needed and nothing is allocated.
+"""The minimal cost of a training step, predicted without a GPU and without allocating tensors.
 
     python bench/roofline.py                                   # GPT-2 124M, B=64, an H200
     python bench/roofline.py --variant sdpa fastgpt --model=gpt2-xl --batch_size=8 --device=b200
@@ -7,22 +7,22 @@
 Forward and backward of each variant run on fake tensors, and every operator that PyTorch dispatches
 is counted:
 
-- Calls: of operators that launch kernels; views, allocations and queries do not. One of ours counts
-  once, however many kernels are inside.
-- Bytes: its inputs and outputs, each storage once. (For PyTorch's ``nll_loss``, which reads one
-  logit of a row, that is too much: 6 of the 129 ms of ``sdpa``.) An operator with a formula in
-  ``kernels/costs.py`` is charged kernel by kernel, with what passes through memory between them.
-- FLOPs: of matrix products alone, 2 M N K, as ``torch.utils.flop_counter``; causal attention as
-  half. A product that a kernel computes twice counts twice.
-- Time: for each kernel the larger of bytes / bandwidth and FLOPs / rate, one kernel after the
-  other. Launches cost nothing, so a real step takes longer, the more so at a small batch.
+- Calls: of operators that launch kernels; views, allocations and queries do not count. One of ours
+  counts once, no matter how many kernels it launches.
+- Bytes: inputs and outputs, each storage once. (For PyTorch's ``nll_loss``, which reads one logit
+  per row, that is too much: 6 of the 129 ms of ``sdpa``.) Operators with a formula in
+  ``kernels/costs.py`` are counted kernel by kernel, including intermediates in memory.
+- FLOPs: of matrix products only, 2 M N K, as in ``torch.utils.flop_counter``; causal attention
+  counts half. A product that a kernel recomputes counts twice.
+- Time: for each kernel the larger of bytes / bandwidth and FLOPs / rate, one kernel after another.
+  Launches are free, so a real step takes longer, especially at a small batch.
 - Saved: the distinct storages that autograd holds after the forward, without the parameters, but
   with their 16-bit casts.
-- The floor: a step whose every kernel moves each byte once (``_roofline/ceilings.py``).
+- The floor: a step in which every kernel moves each byte once (``_roofline/ceilings.py``).
 
-The tensors claim to be on the CPU, since autograd on fake CUDA tensors needs CUDA. PyTorch's
-operators are the same there but for the names of the attention kernels, and for casts that only
-CUDA's autocast makes, which ``_step/baselines.py`` makes itself.
+The tensors pretend to be on the CPU, because autograd on fake CUDA tensors needs CUDA. PyTorch's
+operators are the same there, except for the names of the attention kernels and for casts that only
+CUDA's autocast makes, which ``_step/baselines.py`` makes explicitly.
 """
 
 import sys
@@ -55,27 +55,27 @@ class Options:
     """Operators, bytes, FLOPs, predicted time and saved activations of one forward and backward of
     GPT. Needs no GPU."""
 
-    # What is counted, side by side.
+    # Variants to compare.
     variant: tuple[VariantName, ...] = ("naive", "sdpa", "fastgpt", "fastgpt_recompute")
-    # Layers, heads and width.
+    # Model size: layers, heads and width.
     model: Literal["gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"] = "gpt2"
     # Sequences per batch.
     batch_size: int = 64
     # Tokens per sequence.
     block_size: int = GPTConfig.block_size
-    # Rows of the embedding and of the head.
+    # Rows of the embedding and the head.
     vocab_size: int = GPTConfig.vocab_size
-    # Of the products: by autocast, unless the parameters have that dtype.
+    # Dtype of the products, set by autocast unless the parameters already have it.
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
-    # Parameters and their gradients.
+    # Dtype of the parameters and their gradients.
     params: Literal["float32", "bfloat16", "float16"] = "float32"
-    # Whose ceilings: a100 and so on are data sheets, h200 was measured.
+    # GPU whose ceilings are used: measured for h200, from data sheets for the others.
     device: Literal["a100", "h100", "h200", "b200"] = "h200"
     # TFLOP/s of 16-bit products, instead of the device's.
     tflops: float | None = None
     # TB/s, read plus written, instead of the device's.
     tbps: float | None = None
-    # Folder for roofline.json and roofline.png, which must not be there yet. Default: neither.
+    # Folder for roofline.json and roofline.png, which must not exist yet. Default: write no files.
     out: Path | None = None
 
     def __post_init__(self) -> None:
@@ -110,7 +110,7 @@ def measure(
     ceilings: Ceilings = DEVICES["h200"],
 ) -> Report:
     """The cost of one forward and backward of ``variant`` on (batch_size, block_size) tokens;
-    ``dtype`` and ``params`` as in ``Options``. Raises ValueError naming what is not allowed."""
+    ``dtype`` and ``params`` as in ``Options``. Raises ValueError for an invalid argument."""
     _check(config, batch_size, dtype, params)
     chosen = VARIANTS[variant]
     with fake_tensors():
@@ -142,7 +142,7 @@ def _check(config: GPTConfig, batch_size: int, dtype: str, params: str) -> None:
 
 
 def record(o: Options) -> dict[str, Any]:
-    """All that the table and the chart are made from."""
+    """The record from which the table and the chart are made."""
     itemsize, params_itemsize = (getattr(torch, name).itemsize for name in (o.dtype, o.params))
     rows = floor(o.config, o.batch_size, o.ceilings, itemsize, params_itemsize)
     return {

@@ -1,38 +1,39 @@
-"""Tokens per second of GPT training: this library beside PyTorch, in one process.
+"""Tokens per second of GPT training: this library against PyTorch, in one process.
 
     python bench/run.py                             # GPT-2 124M on a GPU, a small size on a CPU
-    python bench/run.py --quick                     # four variants, few steps: below 100 s
+    python bench/run.py --quick                     # four variants, few steps: under 100 s
     python bench/run.py --batch_size=8 --variants fastgpt sdpa_compile
     python bench/run.py --out bench/results/h200    # for bench/publish.py
 
-Every variant starts from the same weights and sees the same batches of real text. naive and sdpa
-are nanoGPT's step as its users run it: all logits, PyTorch's cross-entropy, AdamW fused on CUDA;
-sdpa_liger is sdpa with Liger-Kernel's LayerNorm, and its head and loss in one op, if that package
-is installed; fastgpt is nanoGPT's step with ``fastgpt.GPT`` in it; fastgpt_train is the update of
-``fastgpt train``: bfloat16 weights over float32 masters, as one CUDA graph; in float16 autocast and
-the gradient scaler, without a graph. fp8 changes the numbers, and its variant is measured only if
-it is named. One step is: the next batch from host to device, forward, backward, gradient clipping,
-AdamW; the host reads no loss.
+All variants start from the same weights and train on the same batches of real text. naive and sdpa
+are nanoGPT's step as its users run it: all logits, PyTorch's cross-entropy, AdamW, fused on CUDA.
+sdpa_liger, if Liger-Kernel is installed, is sdpa with its LayerNorm, and with its fused head and
+loss. fastgpt is nanoGPT's step with ``fastgpt.GPT``. fastgpt_train is the update of
+``fastgpt train``: bfloat16 weights with float32 master weights, as one CUDA graph; in float16, it
+uses autocast and the gradient scaler, without a graph. fp8 changes the results, so its variant is
+measured only if named. One step is: the next batch from host to device, forward, backward, gradient
+clipping, AdamW. The host does not read the loss.
 
-1. fp32 reference, with up to four sequences or ``--reference=True``: ``loss_steps`` steps of
-   nanoGPT's model, eager and with masked matmul attention, in float32, four sequences at a time,
-   for the losses alone.
+1. float32 reference, with up to four sequences or ``--reference=True``: ``loss_steps`` steps of
+   nanoGPT's model, eager and with masked matmul attention, in float32, four sequences at a time.
+   Only its losses are used.
 2. Each variant alone on the device: the time to its first step, ``loss_steps`` losses, and the peak
-   of allocated memory over those steps but the first.
-3. All variants side by side: built again, warmed up for ``warmup`` steps, then ``rounds`` rounds in
-   which each takes a turn of ``steps`` timed steps, after two that are not timed. Variants that do
-   not fit into the GPU's memory together, by the peaks of step 2, are measured in groups, one after
+   of allocated memory over these steps except the first.
+3. All variants side by side: rebuilt, warmed up for ``warmup`` steps, then ``rounds`` rounds in
+   which each variant takes a turn of two untimed and ``steps`` timed steps. Variants that do not
+   fit into GPU memory together, judging by the peaks of step 2, are measured in groups, one after
    the other. One variant, the base, is in every group, and variants of different groups are
    compared by their speeds relative to the base of their own group.
 
-run-b<batch size>.json is rewritten after every variant and every turn, and says whether it is
-``complete``: an interrupted run keeps what it measured. An error ends only the variant that raised.
+run-b<batch size>.json is rewritten after every variant and every turn. ``complete`` is false in it
+until the end, so an interrupted run keeps its measurements. An error ends only the variant that
+raised it.
 
 The time to the first step includes building the model, moving it to the device, compiling, and the
-step. Cold: dynamo is reset, and torch.compile and Triton cache in new, empty folders; on a GPU,
-torch.compile itself was loaded before. Kernels that an earlier variant compiled stay loaded in the
-process, so among the fastgpt variants only the first compiles. Warm: the second time, with those
-folders full. Starting Python and importing torch is in neither.
+step. Cold: dynamo is reset, and the caches of torch.compile and Triton are empty; on a GPU,
+torch.compile itself is already loaded. Kernels compiled by an earlier variant stay loaded in the
+process, so only the first fastgpt variant compiles. Warm: the second time, with filled caches.
+Neither includes starting Python and importing torch.
 """
 
 import sys
@@ -81,7 +82,7 @@ def _notes(plan: Plan) -> list[str]:
 
 
 def _facts(plan: Plan) -> dict[str, Any]:
-    """What is measured, where and with which options."""
+    """The parts of the record that are known before measuring: machine, options, data."""
     o = plan.options
     with torch.device("meta"):
         parameters = GPT(plan.config).get_num_params()
@@ -109,8 +110,8 @@ def _facts(plan: Plan) -> dict[str, Any]:
 def _measure(
     plan: Plan, folder: Path, console: Console, save: Callable[[dict[str, Any]], object]
 ) -> tuple[dict[str, Any], bool]:
-    """The record, and whether it was interrupted. ``save`` gets the record whenever something is
-    added."""
+    """Return the record and whether it was interrupted. ``save`` is called with the record whenever
+    it grows."""
     run = _facts(plan)
 
     def add(measured: Measurement) -> None:
@@ -139,7 +140,7 @@ def _measure(
 
 
 def _planned(argv: list[str] | None, folder: Path) -> tuple[Plan, Path, str]:
-    """What to measure, and folder and name of the results. Every user error is raised here."""
+    """The plan, and the folder and name of the results. Raises all errors that a user can cause."""
     argv = sys.argv[1:] if argv is None else argv
     default = default_options()
     if "--quick" in argv:
@@ -153,19 +154,18 @@ def _planned(argv: list[str] | None, folder: Path) -> tuple[Plan, Path, str]:
     plan.batches(options.vocab_size)
     with torch.device("meta"):
         for variant in options.variants:
-            if unsupported(plan, variant) is None:  # then fp8 may still refuse the sizes
+            if unsupported(plan, variant) is None:  # fp8 may still reject the sizes
                 GPT(plan.config, fp8=VARIANTS[variant].fp8)
     now = datetime.now(timezone.utc).strftime("%Y-%m-%dT%H-%M-%S")
     out = options.out or machine.ROOT / "bench" / "out" / now
-    name = f"run-b{options.batch_size}"  # as publish.py reads it
+    name = f"run-b{options.batch_size}"  # publish.py reads this name
     return plan, cli.results_folder(out, name), name
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Measure, write the JSON as it goes and the PNG, print the table; the exit code: 0, 1 where no
-    variant could be measured, 2 for a wrong argument or data set, without matplotlib, or where the
-    float32 reference diverges, 130 after an interrupt.
-    """
+    """Measure, updating the JSON on the way, write the PNG and print the table. Exit code: 0; 1 if
+    no variant could be measured; 2 for a wrong argument or data set, without matplotlib, or if the
+    float32 reference diverges; 130 after an interrupt."""
     console = Console(highlight=False)
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
@@ -174,14 +174,14 @@ def main(argv: list[str] | None = None) -> int:
         except cli.USER_ERRORS as error:
             return cli.failed(error)
         if plan.device.type == "cpu":
-            # At this size threads mostly wait for each other, the more so on a busy machine.
+            # At this size, threads mostly wait for each other, especially on a busy machine.
             torch.set_num_threads(1)
             console.print("No CUDA GPU: a small size on the CPU, in one thread.")
         try:
             run, interrupted = _measure(
                 plan, folder, console, lambda run: cli.write_json(out / f"{name}.json", run)
             )
-        except FloatingPointError as error:  # a variant's ends that variant alone
+        except FloatingPointError as error:  # of the reference; a variant's ends only that variant
             return cli.failed(
                 f"the float32 reference cannot be trained: {error}; try a smaller learning_rate"
             )

@@ -1,17 +1,17 @@
-"""Predicted, not measured: tokens per second on many GPUs.
+"""Predicts tokens per second on many GPUs, without measuring.
 
     python bench/scaling.py                               # GPT-2 124M, 1 to 1024 H200s
     python bench/scaling.py --model=gpt2-xl --batch_size=8 --gradient_accumulation_steps=4
 
-The computation is the roofline's step on one GPU (``roofline.py``) plus the bytes of AdamW. A
-collective takes its bytes over the bandwidth of a ring (Patarasuk & Yuan 2009) plus the latency of
-its steps. With a model on each GPU (``--parallel=ddp``) all gradients are summed behind the
-backward. How much of FSDP2's collectives overlaps with the computation is not predicted: each row
-shows both ends, no overlap and full overlap. Each GPU has its own batch. Efficiency is tokens per
-second relative to that many single GPUs; FSDP2's can pass 100%, since each GPU updates only its
-shard.
+The computation is the roofline's step on one GPU (``roofline.py``) plus the bytes of AdamW. The
+time of a collective is its bytes over the bandwidth of a ring (Patarasuk & Yuan 2009) plus the
+latency of its steps. With a full model on each GPU (``--parallel=ddp``), all gradients are reduced
+after the backward. How much of FSDP2's communication overlaps with computation is not predicted:
+each row shows both limits, no overlap and full overlap. Each GPU has its own batch. Efficiency is
+tokens per second relative to that many single GPUs; with FSDP2 it can exceed 100%, since each GPU
+updates only its shard.
 
-``tests/bench/test_scaling.py`` compares the bytes of each kind of collective with two real
+``tests/bench/test_scaling.py`` compares the bytes of each kind of collective with a real run of two
 processes.
 """
 
@@ -35,19 +35,19 @@ from bench._harness import cli
 from fastgpt import GPT, GPTConfig
 from fastgpt.training.optimizer import flat_size
 
-# Rate of the links to the other GPUs of a node in one direction, GB/s: half of what NVIDIA's data
-# sheets give for NVLink 3, 4 and 5.
+# NVLink bandwidth of a GPU in one direction, GB/s: half of the value in NVIDIA's data sheets for
+# NVLink 3, 4 and 5.
 NVLINK_GB_PER_S = {"a100": 300.0, "h100": 450.0, "h200": 450.0, "b200": 900.0}
-# Shares of the rate that data gets: 370 of 450 GB/s over NVLink (NVIDIA/nccl-tests issue 212), and
+# Achievable shares of the bandwidth: 370 of 450 GB/s over NVLink (NVIDIA/nccl-tests issue 212), and
 # 46 to 48 of 50 GB/s over InfiniBand (issue 290).
 _NVLINK_SHARE, _NETWORK_SHARE = 370 / 450, 47 / 50
 
-# Latency in µs of a start and of a step over NVLink and over the network, in a ring and in a tree:
-# NCCL's own model of its protocol LL128 (src/graph/tuning.cc, v2.28).
+# Latency in µs, base and per step over NVLink and over the network, for a ring and a tree: from
+# NCCL's own model of its LL128 protocol (src/graph/tuning.cc, v2.28).
 _START_US = 14.0
 _RING_US, _TREE_US = (1.9, 4.0), (1.25, 8.5)
 
-# Per parameter: the norm reads the gradient, clipping scales it, AdamW reads and updates all.
+# Bytes per parameter: the norm reads the gradient, clipping scales it, AdamW reads and updates all.
 _UPDATE_BYTES = 4 + 8 + 28
 
 Parallel = Literal["ddp", "fsdp"]
@@ -58,19 +58,19 @@ Collective = tuple[Literal["all-reduce", "all-gather", "reduce-scatter"], int]
 class Options:
     """Predicted speed and efficiency of training GPT on many GPUs. Needs no GPU."""
 
-    # Numbers of GPUs: up to a node, or whole nodes.
+    # Numbers of GPUs: up to one node, or whole nodes.
     gpus: tuple[int, ...] = tuple(2**power for power in range(11))
-    # Layers, heads and width.
+    # Model size: layers, heads and width.
     model: Literal["gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"] = "gpt2"
-    # Sequences per batch of each GPU.
+    # Sequences per GPU and batch.
     batch_size: int = 32
-    # Batches of each GPU in a step.
+    # Batches per GPU and step.
     gradient_accumulation_steps: int = 1
-    # Whose ceilings and NVLink: a100 and so on are data sheets, h200 was measured.
+    # GPU whose ceilings and NVLink are used. Ceilings: h200 measured, the others from data sheets.
     device: Literal["a100", "h100", "h200", "b200"] = "h200"
-    # Gb/s that a GPU can send to other nodes.
+    # Network bandwidth per GPU to other nodes, Gb/s.
     network: float = 400.0
-    # GPUs that NVLink joins.
+    # GPUs connected by NVLink.
     gpus_per_node: int = 8
 
     def __post_init__(self) -> None:
@@ -95,9 +95,9 @@ def parameters_of(config: GPTConfig) -> dict[str, Tensor]:
 def collectives(
     parameters: dict[str, Tensor], parallel: Parallel, gpus: int, micro_batches: int = 1
 ) -> list[Collective]:
-    """What one update sends: the kind and the bytes of the whole tensor, which an all-gather
-    returns and a reduce-scatter is given. Gradients travel in float32, and FSDP2's parameters in
-    bfloat16 but for LayerNorm's, which are float32 (see ``fastgpt.training.fsdp.shard``)."""
+    """The collectives of one update: kind and bytes of the whole tensor, which is the output of an
+    all-gather and the input of a reduce-scatter. Gradients are sent in float32, FSDP2's parameters
+    in bfloat16 except LayerNorm's in float32 (see ``fastgpt.training.fsdp.shard``)."""
     found: list[Collective] = [("all-reduce", 8), ("all-reduce", 4)]  # valid targets, the loss
     if parallel == "ddp":  # two flat buffers: with weight decay, and without
         decayed = [p for p in parameters.values() if p.dim() >= 2]
@@ -111,7 +111,7 @@ def collectives(
     for group, members in groups.items():
         numel = sum(_padded_numel(p, gpus) for p in members)
         itemsize = 4 if group == "norms" else 2
-        # A block's weights are dropped after the forward and gathered again for the backward.
+        # A block's weights are freed after the forward and gathered again for the backward.
         gathers = micro_batches * (2 if group.startswith(".h.") else 1)
         found.extend(("all-gather", itemsize * numel) for _ in range(gathers))
         found.append(("reduce-scatter", 4 * numel))
@@ -125,13 +125,13 @@ def _padded_numel(p: Tensor, gpus: int) -> int:
 
 
 def sent_bytes(sent: list[Collective], gpus: int) -> float:
-    """What each GPU sends in rings; an all-reduce is a reduce-scatter and an all-gather."""
+    """Bytes that each GPU sends in rings; an all-reduce is a reduce-scatter and an all-gather."""
     return sum((1 + (kind == "all-reduce")) * n for kind, n in sent) * (gpus - 1) / gpus
 
 
 def communication_ms(sent: list[Collective], gpus: int, options: Options) -> float:
-    """All collectives, one after the other. Between nodes, all adapters of a node together carry
-    the ring. An all-reduce has the latency of a tree, whose steps grow with the logarithm."""
+    """Time of all collectives, one after another. Between nodes, the ring uses all adapters of a
+    node. An all-reduce has the latency of a tree, whose depth grows with the logarithm."""
     if gpus == 1:
         return 0.0
     o, nodes = options, -(-gpus // options.gpus_per_node)
@@ -145,7 +145,7 @@ def communication_ms(sent: list[Collective], gpus: int, options: Options) -> flo
 
 
 def table(options: Options, parallel: Parallel, micro_batch_ms: float) -> Table:
-    """A row a number of GPUs; ``micro_batch_ms``: forward and backward on one GPU."""
+    """One row per number of GPUs; ``micro_batch_ms``: forward and backward on one GPU."""
     o, config, ceilings = options, options.step.config, options.step.ceilings
     parameters = parameters_of(config)
     numel = sum(p.numel() for p in parameters.values())

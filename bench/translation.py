@@ -1,12 +1,12 @@
-"""``fastgpt translate train`` beside ``torch.nn.Transformer``, trained alike: the same initial
+"""``fastgpt translate train`` against ``torch.nn.Transformer``, trained with the same initial
 weights, batches, schedule, Adam and search.
 
     python bench/translation.py --pairs=messages.tsv --catalogs=FOLDER   # make the text, once
     python bench/translation.py --pairs=messages.tsv --model=fastgpt
     python bench/translation.py --pairs=messages.tsv --model=torch
 
-The text: messages of programs and their translations, from the catalogs (``*.mo``) that Linux
-distributions ship in ``/usr/share/locale/de/LC_MESSAGES``. What is held out gives BLEU and chrF.
+The text: program messages and their translations, from the catalogs (``*.mo``) that Linux
+distributions ship in ``/usr/share/locale/de/LC_MESSAGES``. Held-out pairs give BLEU and chrF.
 """
 
 import gettext
@@ -33,11 +33,11 @@ from fastgpt.translation.config import TranslationConfig
 from fastgpt.translation.trainer import BETAS, TranslationTrainer
 from fastgpt.translation.translator import Translator, scores
 
-_WORDS = range(2, 11)  # of a message, and of its translation
+_WORDS = range(2, 11)  # allowed numbers of words of a message and of its translation
 
 
 class TorchTransformer(Trainable):
-    """``torch.nn.Transformer`` with the weights of ``ours``; around it the paper, written out."""
+    """``torch.nn.Transformer`` with the weights of ``ours``, and the paper's embedding and loss."""
 
     def __init__(self, ours: Seq2Seq) -> None:
         super().__init__()
@@ -74,7 +74,7 @@ class TorchTransformer(Trainable):
         return self.drop(table(ids.clamp(min=0)) * math.sqrt(width) + positions)
 
     def forward(self, source: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-        """Logits (B, T, V) and the loss, as ``Seq2Seq`` has them."""
+        """Logits (B, T, V) and the loss, as in ``Seq2Seq``."""
         start = target.new_full((len(target), 1), self.config.vocab_size - 1)
         mask = nn.Transformer.generate_square_subsequent_mask(target.shape[1], source.device)
         hidden = self.transformer(
@@ -106,7 +106,7 @@ class TorchTransformer(Trainable):
 
 
 def our_names(name: str) -> list[str]:
-    """The parameters of ``Seq2Seq`` that, joined, are the parameter ``name``."""
+    """The parameters of ``Seq2Seq`` whose concatenation is the parameter ``name``."""
     if not name.startswith("transformer."):
         return [name]
     side, *rest = name.split(".")[1:]
@@ -128,7 +128,7 @@ def our_names(name: str) -> list[str]:
 
 
 class TorchTrainer(TranslationTrainer):
-    """The same run with PyTorch's model, whose weights are copied to ours where they are used."""
+    """The same run with PyTorch's model. Its weights are copied to ours to evaluate and to save."""
 
     def __init__(self, config: TranslationConfig, console: Any = None) -> None:
         super().__init__(config, console)
@@ -146,7 +146,7 @@ class TorchTrainer(TranslationTrainer):
 
 
 def messages(folder: Path) -> Pairs:
-    """The short messages of one line in the catalogs of a folder, with their translations."""
+    """The short single-line messages in the catalogs of a folder, with their translations."""
     found: dict[str, str] = {}
     for path in sorted(folder.glob("*.mo")):
         with path.open("rb") as file:
@@ -164,7 +164,7 @@ def messages(folder: Path) -> Pairs:
 def main(argv: list[str] | None = None) -> None:
     parser = cli.Parser(description="One training of one model, and its scores.")
     parser.add_argument("--pairs", type=Path, required=True, help="the parallel text, as a table")
-    parser.add_argument("--catalogs", type=Path, help="make --pairs of a folder's, do not train")
+    parser.add_argument("--catalogs", type=Path, help="write --pairs from this folder and stop")
     parser.add_argument("--model", choices=("fastgpt", "torch"), default="fastgpt")
     parser.add_argument("--out_dir", type=Path, default=Path("out-translation"))
     parser.add_argument("--max_iters", type=int, default=1500)

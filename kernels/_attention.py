@@ -1,5 +1,5 @@
-"""What the forward and the backward of attention share: the pieces of their kernels, their options,
-and the arguments of their launches. The equations stand in ``attention.py``.
+"""Helpers shared by the forward and backward of attention: device functions, options and launch
+arguments. See ``attention.py`` for the equations.
 """
 
 from typing import Any, NamedTuple
@@ -23,8 +23,8 @@ def _head(ptr, stride_b, stride_h, batch_head, n_head):
 def _tile_ptrs(
     ptr, stride_t, start, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr
 ):  # fmt: skip
-    """Pointers to rows start .. start + BLOCK_T. 64 bits for the tile's offset are enough: within
-    a tile 32 do."""
+    """Pointers to rows start .. start + BLOCK_T. Only the tile's own offset needs 64 bits; offsets
+    within the tile fit in 32."""
     offs_t, offs_d = tl.arange(0, BLOCK_T), tl.arange(0, BLOCK_D)
     tile_ptr = ptr + tl.cast(start, tl.int64) * stride_t
     return tile_ptr + offs_t[:, None] * stride_t + offs_d[None, :]
@@ -44,7 +44,7 @@ def _load_tile(
     ptr, stride_t, start, n_rows,
     MASKED: tl.constexpr, HEAD: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """(BLOCK_T, BLOCK_D) of a (n_rows, HEAD) matrix, 0 outside. Not MASKED: all its rows exist."""
+    """A (BLOCK_T, BLOCK_D) tile of (n_rows, HEAD), 0 outside. If not MASKED, all its rows exist."""
     ptrs = _tile_ptrs(ptr, stride_t, start, BLOCK_T, BLOCK_D)
     if MASKED:
         tile = tl.load(ptrs, mask=_tile_mask(start, n_rows, HEAD, BLOCK_T, BLOCK_D), other=0.0)
@@ -67,13 +67,13 @@ def _store_tile(
 
 @triton.jit
 def _lse_of(lse_ptr, batch_head, n_queries, APART: tl.constexpr):
-    """Pointer to lse of head ``batch_head``."""
+    """Pointer to the lse of head ``batch_head``."""
     return lse_ptr + batch_head.to(tl.int64) * n_queries * (2 if APART else 1)
 
 
 @triton.jit
 def _load_lse(lse_ptr, offs_m, n_queries, APART: tl.constexpr):
-    """lse of these queries of a head; if APART its two parts, else the second is not used."""
+    """lse of these queries of a head: its two parts if APART, otherwise the second is unused."""
     mask = offs_m < n_queries
     lse = tl.load(lse_ptr + offs_m, mask=mask, other=0.0)
     log_sum = tl.load(lse_ptr + n_queries + offs_m, mask=mask, other=0.0) if APART else lse
@@ -82,7 +82,7 @@ def _load_lse(lse_ptr, offs_m, n_queries, APART: tl.constexpr):
 
 @triton.jit
 def _probabilities(scores, lse, log_sum, qk_scale, APART: tl.constexpr):
-    """P from the scores and ``_load_lse``'s numbers, which broadcast to their shape."""
+    """P from the scores and the results of ``_load_lse``, broadcast to their shape."""
     if APART:
         exponent = (scores - lse) * qk_scale - log_sum
     else:
@@ -106,8 +106,8 @@ def _visible(
     offs_m, first_m, start_n, n_keys,
     CAUSAL: tl.constexpr, PACKED: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """(M, BLOCK_N): query i sees key j if j exists and, when causal, j <= i, and when PACKED,
-    j >= first_m of i. Relative to start_n, so that comparisons are of 32 bits."""
+    """(M, BLOCK_N) mask: query i sees key j if j exists, j <= i if CAUSAL, and j >= first_m of i if
+    PACKED. Compared relative to start_n, so that comparisons are of 32 bits."""
     last = tl.zeros_like(offs_m) + (n_keys - 1)
     if CAUSAL:
         last = tl.minimum(last, offs_m)
@@ -119,7 +119,7 @@ def _visible(
 
 @triton.jit
 def _key_length(key_lengths_ptr, batch, n_keys):
-    """How many keys this sequence has, clamped to [0, n_keys]."""
+    """The number of valid keys of this sequence, clamped to [0, n_keys]."""
     return tl.minimum(tl.maximum(tl.load(key_lengths_ptr + batch), 0), n_keys)
 
 
@@ -142,8 +142,8 @@ def _past_gap(at, gap_at, gap, SKIPS: tl.constexpr):
 def _document_bounds(
     doc_start_ptr, start_m, n_queries, unmasked_hi, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
 ):  # fmt: skip
-    """(lo, unmasked_lo), at most unmasked_hi: the first key tile that some query of the block sees,
-    and the first that all of them see whole."""
+    """(lo, unmasked_lo), both at most unmasked_hi: the first key tile that any query of the block
+    sees, and the first that all of them see completely."""
     first = _first_keys(doc_start_ptr, start_m, n_queries)
     last = _first_keys(doc_start_ptr, tl.minimum(start_m + BLOCK_M, n_queries) - 1, n_queries)
     return (
@@ -152,11 +152,11 @@ def _document_bounds(
     )
 
 
-# ------------------------------------------------------------------------------- host functions
+# ----------------------------------------------------------------------------------- host helpers
 
 
 class Options(NamedTuple):
-    """What both passes take beside q, k and v, as in ``attention``."""
+    """The arguments of both passes besides q, k and v. See ``attention``."""
 
     seed: Tensor | None
     doc_start: Tensor | None
@@ -178,13 +178,13 @@ def check_head_size(name: str, head_size: int) -> None:
 
 
 def block_d(head_size: int) -> int:
-    """How wide the tile of a head is."""
+    """The width of a head's tile."""
     return max(16, _host.next_power_of_2(head_size))
 
 
 def aligned(x: Tensor) -> Tensor:
-    """x (B, H, T, D), D a multiple of 16, with rows that begin at multiples of 16 elements: copied
-    where its strides do not give that, which costs less than loading every tile by elements."""
+    """x (B, H, T, D), D a multiple of 16, with rows aligned to 16 elements. Copied if its strides
+    are not, which costs less than loading every tile element by element."""
     strides = x.stride()
     if strides[3] == 1 and x.data_ptr() % 16 == 0 and not any(s % 16 for s in strides[:3]):
         return x
@@ -195,7 +195,7 @@ _STRIDES = [f"{name}_stride_{dim}" for name in "qkv" for dim in "bht"]
 
 
 def arguments(q: Tensor, k: Tensor, v: Tensor, options: Options) -> dict[str, Any]:
-    """What every attention kernel takes beside its own tensors and ``launch``."""
+    """The arguments common to all attention kernels, without ``launch``'s and their own tensors."""
     seed, doc_start, causal, scale, dropout_p, dropout_offset, key_lengths = options
     strides = *q.stride()[:3], *k.stride()[:3], *v.stride()[:3]
     return dict(
@@ -225,12 +225,12 @@ def arguments(q: Tensor, k: Tensor, v: Tensor, options: Options) -> dict[str, An
 
 
 def launch(kernel: str, q: Tensor, shared: dict[str, Any]) -> dict[str, Any]:
-    """The configuration of one of the kernels; ``shared``: its ``arguments``."""
+    """The launch configuration of a kernel; ``shared``: its ``arguments``."""
     capability = _host.capability(q.device)
     if capability is not None and capability < 80:
         raise ValueError(
             "attention by Triton needs compute capability 8.0, got "
-            f"{capability // 10}.{capability % 10} on {q.device}: fastgpt.ops has PyTorch's there"
+            f"{capability // 10}.{capability % 10} on {q.device}: fastgpt.ops uses PyTorch's there"
         )
     given = dict(dropout="DROPOUT", documents="PACKED", lengths="LENGTHS")
     names = (name for name, constant in given.items() if shared[constant])

@@ -1,7 +1,7 @@
-"""What every implementation of an op refuses, with the argument, its value and what is allowed.
+"""Argument checks shared by all implementations of an op. Errors name argument, value and limits.
 
-Needs torch alone, so that ``reference`` and ``torch_ops`` refuse the same input as the Triton
-kernels do, in the same words.
+Needs only torch, so that ``reference`` and ``torch_ops`` reject the same inputs as the Triton
+kernels, with the same messages.
 """
 
 import math
@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-MAX_DROPOUT = 0.999  # the kernels scale what is kept by 1 / (1 - p)
+MAX_DROPOUT = 0.999  # the kernels scale kept elements by 1 / (1 - p)
 
 
 def _facts(tensor: Tensor) -> str:
@@ -60,7 +60,7 @@ def _same(what: str, first_name: str, first: Tensor, **others: Tensor | None) ->
 def _parameters(
     x_name: str, x: Tensor, first_name: str, first: Tensor, **others: Tensor | None
 ) -> None:
-    """Parameters have the dtype of the activations that they meet, or float32; one dtype all."""
+    """All parameters must have one dtype: that of their activations x, or float32."""
     given = {name: tensor for name, tensor in others.items() if tensor is not None}
     parameters = {first_name: first, **given}
     floating(**parameters)
@@ -277,7 +277,7 @@ def linear(
     prefix: str = "",
     **more: Tensor,
 ) -> None:
-    """``prefix``: of the caller's names of weight and bias; ``more``: parameters of their dtype."""
+    """``prefix``: of the argument names weight and bias; ``more``: parameters of the same dtype."""
     w = f"{prefix}weight"
     floating(x=x)
     _parameters("x", x, w, weight, **{f"{prefix}bias": bias}, **more)
@@ -379,7 +379,7 @@ def linear_cross_entropy(
     _within("ignore_index", ignore_index, -(2**63), 2**63 - 1, "lie in [-2^63, 2^63)")
     _within("label_smoothing", label_smoothing, 0.0, 1.0, "lie in [0, 1]")
     _within("z_loss", z_loss, 0.0, math.inf, "be at least 0 and finite", math.inf)
-    if fp8 and z_loss:  # no gradient of a logit may pass 1, or the fixed scale would not hold it
+    if fp8 and z_loss:  # the fixed scale requires that no gradient of a logit exceeds 1
         raise ValueError(f"z_loss must be 0 with fp8=True, got {z_loss}")
 
 

@@ -1,4 +1,4 @@
-"""Device functions that several kernels share: exact quotients, GELU, the dropout mask."""
+"""Device functions shared by several kernels: rounded division, GELU, the dropout mask."""
 
 import triton
 import triton.language as tl
@@ -6,17 +6,17 @@ import triton.language as tl
 
 @triton.jit
 def rounded_quotient(x, y):
-    """x / y of blocks or scalars of one float dtype. In float32 ``/`` is a product with an
-    approximate reciprocal, for which x / x may differ from 1; adding what is left of x, which an
-    FMA has exactly, leaves one rounding. Where x, y or the quotient is not finite it is NaN.
-    ``tl.div_rn`` takes more registers, since it is a subroutine."""
+    """x / y of blocks or scalars of one float dtype, rounded once. In float32, ``/`` multiplies by
+    an approximate reciprocal, so that x / x may differ from 1; adding the remainder, which an FMA
+    computes exactly, corrects this. NaN if x, y or the quotient is not finite. ``tl.div_rn`` is a
+    subroutine and needs more registers."""
     quotient = x / y
     return quotient + tl.fma(-quotient, y, x) / y
 
 
 @triton.jit
 def _exp_half_square(x):
-    """exp(-x² / 2). tl.exp2 is one instruction, tl.exp also cares for results below 2^-126."""
+    """exp(-x² / 2). tl.exp2 is one instruction; tl.exp also handles results below 2^-126."""
     return tl.exp2(-0.7213475204444817 * x * x)
 
 
@@ -24,8 +24,8 @@ def _exp_half_square(x):
 def _normal_cdf(x, exp_half_square, FAST: tl.constexpr):
     """Phi(x). FAST is Abramowitz & Stegun 7.1.26, for half precision and GEMM epilogues: less than
     half of erf's instructions, error below 3e-7. Its quotient is the square of tl.rsqrt, one
-    instruction where a division takes five; the GPU's rsqrt may err by 2^-22.4, which brings the
-    error to 1e-6 at most."""
+    instruction instead of a division's five. The GPU's rsqrt may err by 2^-22.4, which raises the
+    error to at most 1e-6."""
     if FAST:
         root = tl.rsqrt(1.0 + 0.2316418882663604 * tl.abs(x))
         t = root * root
@@ -40,7 +40,7 @@ def _normal_cdf(x, exp_half_square, FAST: tl.constexpr):
 
 @triton.jit
 def _tanh_weight(x, FAST: tl.constexpr):
-    """What the tanh form multiplies x with: (1 + tanh(u)) / 2 is sigmoid(2u)."""
+    """The factor of x in the tanh form: (1 + tanh(u)) / 2, which equals sigmoid(2u)."""
     twice_u = 1.5957691216057308 * (x + 0.044715 * x * x * x)
     if FAST:
         root = tl.rsqrt(1.0 + tl.exp2(-1.4426950408889634 * twice_u))
@@ -83,11 +83,11 @@ def dropout_keep(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """(BLOCK_M, BLOCK_N) bool: which elements of a tile of matrix ``plane`` are kept.
+    """Bool mask (BLOCK_M, BLOCK_N), True for the kept elements of a tile of matrix ``plane``.
 
-    One Philox 4x32-10 block (Salmon et al. 2011) gives eight neighbouring columns 16 bits each;
-    ``reference.dropout_mask`` says which. The bits depend on seed, dropout_offset and position
-    alone, so forward and backward agree whatever their tiles.
+    One Philox 4x32-10 block (Salmon et al. 2011) yields 16 bits for each of eight adjacent columns;
+    see ``reference.dropout_mask``. The bits depend only on seed, dropout_offset and position, so
+    forward and backward agree whatever their tiles.
     """
     c0 = (start_col // 8 + tl.arange(0, BLOCK_N // 8))[None, :]
     c0, c1 = tl.broadcast(c0, offs_row[:, None])

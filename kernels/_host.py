@@ -1,4 +1,4 @@
-"""What every launch needs on the host: refusals, seeds, precision, and the device's properties."""
+"""Host-side helpers of kernel launches: argument checks, seeds, precision, device properties."""
 
 import contextlib
 import functools
@@ -17,11 +17,11 @@ LOG2_E = 1.4426950408889634
 
 # With TRITON_INTERPRET=1 the kernels run in Triton's interpreter, on CPU tensors.
 INTERPRETED = bool(triton.knobs.runtime.interpret)
-_CPU_CAPABILITY: int | None = None  # what stands for a GPU's properties, on CPU tensors
+_CPU_CAPABILITY: int | None = None  # replace a GPU's properties for CPU tensors
 _CPU_MULTIPROCESSORS = 2
 
-# For every launch: a product and a sum in one instruction. Up to 3.8 Triton does so by itself; 3.9
-# warns where it was not asked for, and says that 3.10 will not.
+# Passed to every launch: fuse multiplications and additions. This is the default up to Triton 3.8;
+# 3.9 warns if it is not given and announces that 3.10 will change the default.
 FMA = {"enable_fp_fusion": True}
 
 
@@ -29,9 +29,9 @@ FMA = {"enable_fp_fusion": True}
 def interpreted(
     on: bool = True, capability: int | None = None, multiprocessors: int = 2
 ) -> Iterator[None]:
-    """Within, the ops take CPU tensors, or (``on=False``) do not, and choose their launches as for
-    a GPU of this compute capability (None: as the interpreter does) and size. What runs a launch is
-    the caller's affair: Triton's interpreter, a recorder, or nothing on fake tensors."""
+    """Context in which the ops accept CPU tensors (or reject them, with ``on=False``) and choose
+    launches as for a GPU of this compute capability and size; None means the interpreter. The
+    caller decides what runs a launch: the interpreter, a recorder, or nothing (fake tensors)."""
     global INTERPRETED, _CPU_CAPABILITY, _CPU_MULTIPROCESSORS
     outside = INTERPRETED, _CPU_CAPABILITY, _CPU_MULTIPROCESSORS
     INTERPRETED, _CPU_CAPABILITY, _CPU_MULTIPROCESSORS = on, capability, multiprocessors
@@ -42,12 +42,12 @@ def interpreted(
 
 
 def cdiv(a: int, b: int) -> int:
-    """``triton.cdiv``, which is also for use in kernels and costs the host 25 times as much."""
+    """Ceiling division. ``triton.cdiv``, which kernels use too, costs the host 25 times as much."""
     return -(-a // b)
 
 
 def next_power_of_2(n: int) -> int:
-    """The least power of two that is not below n."""
+    """The smallest power of two that is at least n."""
     return 1 << (n - 1).bit_length()
 
 
@@ -55,11 +55,11 @@ _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def launchable(**tensors: Tensor | None) -> None:
-    """Refuse what the Triton kernels cannot run on, naming the argument."""
+    """Raise an error for tensors that the Triton kernels do not support, naming the argument."""
     for name, tensor in tensors.items():
         if tensor is None:
             continue
-        # float64 exists for gradcheck, and only where no tensor core has to support it.
+        # float64 is for gradcheck, and only in the interpreter: tensor cores lack it.
         if tensor.dtype not in _DTYPES and not (INTERPRETED and tensor.dtype == torch.float64):
             raise TypeError(
                 f"{name} must be float32, float16 or bfloat16 for the Triton kernels, "
@@ -73,7 +73,7 @@ def launchable(**tensors: Tensor | None) -> None:
 
 
 def fp8_launchable(x: Tensor, dtype: torch.dtype) -> None:
-    """Refuse what has no fp8 products; ``dtype``: of x, once autocast has cast it."""
+    """Raise an error without fp8 products for x; ``dtype``: x's dtype after autocast."""
     if not is_half(dtype):
         raise ValueError(
             f"x must be float16 or bfloat16 with fp8=True, or cast to it by autocast, got {dtype}"
@@ -87,32 +87,32 @@ def fp8_launchable(x: Tensor, dtype: torch.dtype) -> None:
 
 
 def dropout_seed(device: torch.device) -> Tensor | None:
-    """An int64 tensor (1,) on the device: the key of the dropout masks of one step, drawn from
-    PyTorch's generator for the device."""
+    """Draw the key of the dropout masks of one step, an int64 tensor (1,), from PyTorch's generator
+    for the device."""
     return torch.randint(2**63 - 1, (1,), device=device)
 
 
 def drawn_seed(seed: Tensor | None, dropout_p: float, device: torch.device) -> Tensor | None:
-    """The seed of one call: the caller's, or one from PyTorch's generator for the device."""
+    """The seed of one call: the caller's, or a new one. None without dropout."""
     if dropout_p == 0.0:
         return None
     return dropout_seed(device) if seed is None else seed
 
 
 def dropout_arguments(dropout_p: float) -> dict[str, Any]:
-    """What a kernel is told: bits below the threshold are dropped, the rest is scaled."""
+    """A kernel's arguments: random bits below the threshold drop an element; the rest is scaled."""
     threshold = round(dropout_p * 65536)
     keep_scale = 65536 / (65536 - threshold)
     return dict(threshold=threshold, keep_scale=keep_scale, DROPOUT=threshold > 0)
 
 
 def accumulator(dtype: torch.dtype) -> tl.dtype:
-    """Statistics, softmax and sums are kept in float32 (float64 for float64)."""
+    """The dtype of statistics, softmax and sums: float32 (float64 for float64)."""
     return tl.float64 if dtype == torch.float64 else tl.float32
 
 
 def stats_dtype(dtype: torch.dtype) -> torch.dtype:
-    """``accumulator`` as PyTorch has it."""
+    """``accumulator`` as a PyTorch dtype."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
@@ -121,8 +121,8 @@ def is_half(dtype: torch.dtype) -> bool:
 
 
 def dot_precision(dtype: torch.dtype) -> str:
-    """float32 products follow PyTorch's own switch, as cuBLAS and SDPA do. (``allow_tf32`` is its
-    older spelling, which cannot be read once the newer one was set.)"""
+    """float32 products follow PyTorch's TF32 setting, like cuBLAS and SDPA. (``allow_tf32`` is its
+    older name, which cannot be read once the newer one was set.)"""
     tf32 = dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
     return "tf32" if tf32 else "ieee"
 
@@ -131,7 +131,7 @@ _NOTHING: contextlib.AbstractContextManager = contextlib.nullcontext()
 
 
 def on_device(x: Tensor) -> contextlib.AbstractContextManager:
-    """Triton launches on the current device, which need not be the tensors'."""
+    """Make x's device current, since Triton launches on the current device."""
     if not x.is_cuda or x.device.index == torch.cuda.current_device():
         return _NOTHING
     return torch.cuda.device(x.device)
@@ -139,21 +139,21 @@ def on_device(x: Tensor) -> contextlib.AbstractContextManager:
 
 @functools.cache
 def _properties(index: int) -> tuple[int, int]:
-    """Compute capability, as below, and multiprocessors."""
+    """Compute capability, as in ``capability``, and the number of multiprocessors."""
     properties = torch.cuda.get_device_properties(index)
     return 10 * properties.major + properties.minor, properties.multi_processor_count
 
 
 def capability(device: torch.device) -> int | None:
-    """Compute capability as in the launch tables: 80, 90, 100; None when interpreted, unless
-    ``interpreted`` says otherwise."""
+    """Compute capability as in the launch tables: 80, 90, 100. On the CPU: None, for the
+    interpreter, or what ``interpreted`` sets."""
     if device.type != "cuda":
         return _CPU_CAPABILITY
     return _properties(device.index)[0]
 
 
 def multiprocessors(device: torch.device) -> int:
-    """How many programs run side by side; 2 when interpreted, enough to test partial sums."""
+    """The number of multiprocessors. On the CPU: 2, enough to test partial sums."""
     if device.type != "cuda":
         return _CPU_MULTIPROCESSORS
     return _properties(device.index)[1]

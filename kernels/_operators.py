@@ -1,13 +1,13 @@
-"""Registration of ops as PyTorch operators, at little cost to the host on each call.
+"""Registration of ops as PyTorch operators, with little host overhead per call.
 
-An operator becomes what ``torch.library.custom_op`` and ``register_autograd`` would make of it, by
-the same dispatch keys: ``torch.compile``, ``opcheck`` and the FLOP counter treat it alike. Those
-two wrap each call in Python code for operators of any kind. Left out is what serves default values,
-lists of tensors among the arguments, and results that alias an argument, which no operator here
-has. Operators that write to an argument are registered by ``custom_op``.
+The result is the same as with ``torch.library.custom_op`` and ``register_autograd``, through the
+same dispatch keys: ``torch.compile``, ``opcheck`` and the FLOP counter treat it alike. Those two
+wrap each call in Python code that handles operators of any kind. This module omits support for
+default values, lists of tensors as arguments, and results that alias an argument, which no operator
+here needs. Operators that write to an argument are registered with ``custom_op``.
 
-Beyond them, ``torch.func.grad``, ``vjp`` and ``vmap`` work, and a tangent of forward mode is an
-error, where ``custom_op`` drops it.
+In addition, ``torch.func.grad``, ``vjp`` and ``vmap`` work, and forward-mode tangents raise an
+error; ``custom_op`` drops them.
 """
 
 import functools
@@ -26,18 +26,18 @@ _formulas: dict[OpOverload, "_Formula"] = {}
 
 
 class _Formula:
-    """How one operator is differentiated. Those named ``OP_bwd...``, which compute the gradient of
-    OP, are not."""
+    """The derivative formula of one operator. Operators named ``OP_bwd...``, which compute the
+    gradient of OP, keep the default, which raises an error."""
 
-    def __init__(self, called: str) -> None:
-        self.called = called  # by a user
+    def __init__(self, public_name: str) -> None:
+        self.public_name = public_name  # for error messages
 
     def setup_context(self, ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         pass
 
     def backward(self, ctx: Any, *grads: Any) -> tuple[Any, ...]:
         raise RuntimeError(
-            f"{self.called} has no second derivative: a kernel computes its gradient, which "
+            f"{self.public_name} has no second derivative: a kernel computes its gradient, which "
             "autograd cannot differentiate; the ops of fastgpt.kernels.reference have derivatives "
             "of any order"
         )
@@ -46,33 +46,33 @@ class _Formula:
 def operator(
     name: str, schema: str | None = None, ops: str = ""
 ) -> Callable[[Callable[..., Any]], OpOverload]:
-    """Decorates the implementation of ``fastgpt::name`` for tensors on any device. All its results
-    are new tensors. ``schema`` is inferred from the annotations by default. ``ops``: for errors,
-    what a user calls it by, if that is not its name."""
+    """Decorate the implementation of ``fastgpt::name`` for tensors on any device. All its results
+    must be new tensors. ``schema`` defaults to the one inferred from the annotations. ``ops``: the
+    public names for error messages, by default the operator's."""
 
     def register(implementation: Callable[..., Any]) -> OpOverload:
         inferred = schema or torch.library.infer_schema(implementation, mutates_args=())
         _library.define(name + inferred, tags=torch.Tag.pt2_compliant_tag)
         op: OpOverload = getattr(torch.ops.fastgpt, name).default
-        # A frame that Dynamo meets while it is active must not be compiled: it launches kernels.
+        # Dynamo must not compile the implementation's frame: it launches kernels.
         launches = torch._disable_dynamo(implementation)
         _library.impl(name, launches, "CompositeExplicitAutograd")
         _formulas[op] = _Formula(ops or name.partition("_bwd")[0])
         kernel = _with_autograd(op, launches, _formulas[op])
         _library.impl(name, kernel, "Autograd", with_keyset=True)
-        torch.library.register_vmap(f"fastgpt::{name}", _one_by_one(op), lib=_library)
+        torch.library.register_vmap(f"fastgpt::{name}", _vmap_rule(op), lib=_library)
         return op
 
     return register
 
 
 def fake(op: OpOverload) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Decorates what gives the operator's results on fake tensors: shapes, strides, dtypes."""
+    """Decorate the fake implementation, whose results have the right shapes, strides and dtypes."""
 
     def register(results: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(results)
         def traced(*args: Any) -> Any:
-            if _INDUCTOR_DESCRIBES:
+            if _INDUCTOR_LOGS_FALLBACKS:
                 _make_known_to_inductor(op)
             return results(*args)
 
@@ -82,14 +82,14 @@ def fake(op: OpOverload) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     return register
 
 
-# PyTorch 2.11's Inductor describes an operator that it does not know, with all that leads to it,
-# for a log that is off; 2.13's does not. In GPT two ways lead from each layer to the next, so that
-# two blocks more take it nine times as long.
-_INDUCTOR_DESCRIBES = torch.__version__ < "2.13"
+# For an unknown operator, Inductor before PyTorch 2.13 formats a description of all its ancestors,
+# even if logging is off. In GPT two paths lead from each layer to the next, so two more blocks make
+# this nine times as slow.
+_INDUCTOR_LOGS_FALLBACKS = torch.__version__ < "2.13"
 
 
 def _make_known_to_inductor(op: OpOverload) -> None:
-    """While tracing, before Inductor meets the operator; as Inductor itself does it then."""
+    """Register a fallback while tracing, as Inductor itself would do later."""
     inductor: Any = sys.modules.get("torch._inductor.lowering")
     if inductor is not None and op not in inductor.lowerings:
         constraint = inductor.tag_to_layout_constraint(get_layout_constraint_tag(op))
@@ -99,22 +99,22 @@ def _make_known_to_inductor(op: OpOverload) -> None:
 def differentiable(
     op: OpOverload, backward: Callable[..., Any], setup_context: Callable[..., None]
 ) -> None:
-    """Gives the operator its gradient: ``setup_context(ctx, inputs, output)`` saves what
-    ``backward(ctx, *grads)``, with one gradient per result, returns the inputs' gradients from; the
-    inputs behind them have none."""
+    """Register the operator's backward. ``setup_context(ctx, inputs, output)`` saves tensors, from
+    which ``backward(ctx, *grads)``, with one gradient per result, computes the gradients of the
+    first inputs; the remaining inputs have none."""
     formula: Any = _formulas[op]
     formula.setup_context, formula.backward = setup_context, backward
 
 
-def spread(gradients: Iterable[torch.Tensor], *wanted: bool) -> list[Any]:
-    """``gradients``, each at the place of one that is wanted; None at the other places."""
+def fill_none(gradients: Iterable[torch.Tensor], *wanted: bool) -> list[Any]:
+    """One result per flag: the next of ``gradients`` if it is true, otherwise None."""
     rest = iter(gradients)
     return [next(rest) if want else None for want in wanted]
 
 
 def wants_gradient(*tensors: torch.Tensor | None) -> bool:
-    """Whether autograd may differentiate by one of ``tensors``. A transform of torch.func hides
-    whether it does: a tensor with a dimension of ``vmap`` never seems to require a gradient."""
+    """Whether autograd may need a gradient of one of ``tensors``. Always true under a torch.func
+    transform: a tensor batched by ``vmap`` never seems to require a gradient."""
     if not torch.is_grad_enabled():
         return False
     if torch._C._are_functorch_transforms_active():
@@ -122,14 +122,14 @@ def wants_gradient(*tensors: torch.Tensor | None) -> bool:
     return any(x is not None and x.requires_grad for x in tensors)
 
 
-def _one_by_one(op: OpOverload) -> Callable[..., Any]:
-    """The operator's rule for ``torch.vmap``: a call for each element of the batch, and the results
-    stacked. PyTorch's own fallback, which does the same, refuses a list of tensors."""
+def _vmap_rule(op: OpOverload) -> Callable[..., Any]:
+    """The operator's rule for ``torch.vmap``: call it for each element of the batch and stack the
+    results. PyTorch's own fallback does the same, but does not support a list of tensors."""
 
     def rule(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Any, Any]:
         if not info.batch_size:
             raise ValueError(
-                f"vmap over {_formulas[op].called} must have a batch of at least 1, got 0"
+                f"vmap over {_formulas[op].public_name} must have a batch of at least 1, got 0"
             )
         calls = [
             op(
@@ -162,7 +162,7 @@ def _has_tangent(inputs: tuple[Any, ...]) -> bool:
 def _with_autograd(
     op: OpOverload, implementation: Callable[..., Any], formula: _Formula
 ) -> Callable[..., Any]:
-    """The operator's kernel for the key Autograd: a node of the graph where one is needed."""
+    """The operator's kernel for the Autograd key, which records a graph node if one is needed."""
     returns_list = isinstance(op._schema.returns[0].type, torch.ListType)
     below_autograd = torch._C._after_ADInplaceOrView_keyset
     keys = torch._C.DispatchKey
@@ -171,7 +171,7 @@ def _with_autograd(
     def run(keyset: Any, inputs: Any) -> Any:
         rest = keyset & below_autograd
         with torch._C._AutoDispatchBelowADInplaceOrView():  # no result is marked as a view
-            if rest.raw_repr() in plain:  # nothing between here and the implementation
+            if rest.raw_repr() in plain:  # no other dispatch key: skip the dispatcher
                 return implementation(*inputs)
             return op.redispatch(rest, *inputs)
 
@@ -188,23 +188,23 @@ def _with_autograd(
         return (*found, *(None,) * (n_inputs - len(found)))
 
     methods = dict(forward=staticmethod(forward), backward=staticmethod(backward))
-    name = f"GeneratedBackwardFor_fastgpt_{op._opname}_default"  # as custom_op names it
+    name = f"GeneratedBackwardFor_fastgpt_{op._opname}_default"  # custom_op's name for it
     node: Any = type(name, (torch.autograd.Function,), methods)
 
-    @torch.enable_grad()  # the transform outside may differentiate what this one computes
+    @torch.enable_grad()  # an outer transform may differentiate what this one computes
     def forward_in_transform(ctx: Any, *args: Any) -> Any:
-        with forward_ad._set_fwd_grad_enabled(True):  # or see that it has a tangent
+        with forward_ad._set_fwd_grad_enabled(True):  # or may have tangents
             return forward(ctx, *args)
 
-    # For a transform of torch.func, which runs this kernel at its own level.
+    # For torch.func transforms, which run this kernel at their own level.
     methods = {**methods, "forward": staticmethod(forward_in_transform)}
     in_transform: Any = type(name, (torch.autograd.function._SingleLevelFunction,), methods)
 
     def kernel(keyset: Any, *inputs: Any) -> Any:
         if forward_ad._current_level >= 0 and _has_tangent(inputs):
             raise NotImplementedError(
-                f"{formula.called} has no forward-mode derivative (torch.func.jvp, jacfwd, dual "
-                "tensors): use reverse mode, or the ops of fastgpt.kernels.reference"
+                f"{formula.public_name} has no forward-mode derivative (torch.func.jvp, jacfwd, "
+                "dual tensors): use reverse mode, or the ops of fastgpt.kernels.reference"
             )
         if not (torch.is_grad_enabled() and torch._C._any_requires_grad(*inputs)):
             return run(keyset, inputs)

@@ -1,5 +1,5 @@
-"""What all implementations of an op share: in which dtype they compute, and views as matrices and
-heads. Needs torch alone."""
+"""Tensor helpers shared by all implementations of an op: compute dtypes, views as matrices and as
+heads. Needs only torch."""
 
 import math
 from collections.abc import Callable
@@ -10,9 +10,9 @@ from torch import Tensor
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype:
-    """The dtype that an autocast region on x's device asks for, else x's own."""
+    """Autocast's dtype if it is enabled on x's device, otherwise x's own."""
     device_type = x.device.type
-    # Only meta has no autocast; to ask PyTorch 2.11 for that is a graph break under torch.compile.
+    # meta has no autocast, and asking PyTorch 2.11 about it is a graph break under torch.compile.
     if x.dtype == torch.float64 or device_type == "meta":
         return x.dtype
     enabled = torch.is_autocast_enabled(device_type)
@@ -20,14 +20,14 @@ def autocast_dtype(x: Tensor) -> torch.dtype:
 
 
 def matmul_float32(a: Tensor, b: Tensor, accumulate_into: Tensor | None = None) -> Tensor:
-    """``a @ b`` for matrices of one dtype, never rounded below float32 (float64 for float64).
+    """``a @ b`` for matrices of one dtype, summed and returned in float32 (float64 for float64).
 
     With ``accumulate_into``, of the result's shape and dtype, the product is added to it in place
-    and it is returned. Only ``out=`` forms are called: autocast leaves those alone.
+    and it is returned. Only ``out=`` variants are called, which autocast does not affect.
     """
     half = a.dtype in (torch.float16, torch.bfloat16)
-    # cuBLAS adds up in float32 and stores that. hipBLAS is not asked to: untested. Nor is cuBLAS
-    # asked about matrices without elements, whose sums need no precision.
+    # cuBLAS accumulates in float32 and can store that. Not used with hipBLAS, which is untested,
+    # nor for empty matrices, whose sums need no precision.
     if half and a.is_cuda and torch.version.hip is None and a.numel() and b.numel():
         if accumulate_into is None:
             return torch.mm(a, b, out_dtype=torch.float32)
@@ -40,12 +40,12 @@ def matmul_float32(a: Tensor, b: Tensor, accumulate_into: Tensor | None = None) 
 
 
 def row_count(x: Tensor) -> int:
-    """M of ``as_matrix``."""
+    """The number of rows of ``as_matrix(x)``."""
     return math.prod(x.shape[:-1])
 
 
 def as_matrix(x: Tensor) -> Tensor:
-    """(..., N) → (M, N), a view where there is one. ``reshape(-1, N)`` fails where N is 0."""
+    """(..., N) → (M, N), a view if possible. ``reshape(-1, N)`` would fail for N = 0."""
     return x.reshape(row_count(x), x.shape[-1])
 
 
@@ -54,7 +54,7 @@ def attention_scale(scale: float | None, head_size: int) -> float:
 
 
 def split_heads(qkv: Tensor, n_head: int) -> tuple[Tensor, Tensor, Tensor]:
-    """(B, T, 3C) → three views (B, H, T, D) with C = H * D; nothing is copied."""
+    """(B, T, 3C) → three views (B, H, T, D) with C = H * D, without a copy."""
     batch, length, width = qkv.shape
     q, k, v = qkv.view(batch, length, 3, n_head, width // (3 * n_head)).permute(2, 0, 3, 1, 4)
     return q, k, v
@@ -64,7 +64,7 @@ _OPTIONS = "causal", "scale", "dropout_p", "seed", "dropout_offset", "doc_start"
 
 
 def unpacked(attention: Callable[..., Tensor], qkv: Tensor, n_head: int, *options: Any) -> Tensor:
-    """``attention_qkvpacked`` by an ``attention`` that wants q, k and v apart; ``options``: its
-    own, in order."""
+    """``attention_qkvpacked`` by an ``attention`` with separate q, k and v; ``options``: those of
+    ``_OPTIONS``, in order."""
     y = attention(*split_heads(qkv, n_head), **dict(zip(_OPTIONS, options, strict=True)))
     return y.transpose(1, 2).flatten(2).contiguous()  # (B, T, C)

@@ -3,14 +3,14 @@
     g' = c g        m' = b1 m + (1 - b1) g'        v' = b2 v + (1 - b2) g'^2
     p' = (1 - lr w) p - lr / (1 - b1^t) * m' / (sqrt(v' / (1 - b2^t)) + eps)
 
-p, g, m and v are (N,), float32. c is the factor that clips the gradient, t the number of updates.
-p' is written a second time, rounded, where the model computes in half precision. The learning rate,
-c, t and whether the update is made at all are tensors on the device: nothing here waits for the
-host, and a CUDA graph replays it with new values.
+p, g, m and v are (N,), float32. c is the gradient-clipping factor, t the number of updates. If the
+model computes in half precision, a rounded copy of p' is written too. The learning rate, c, t and
+the flag to skip the update are tensors on the device: nothing here waits for the host, and a CUDA
+graph can be replayed with new values.
 
-Bytes an element: 28 (p, g, m, v in; p, m, v out), 30 with a bfloat16 copy; memory bounds it. g is
-the sum over micro-batches, whose gradients come in half precision: each adds 10 (g, its own in; g
-out).
+Bytes moved per element: 28 (p, g, m, v in; p, m, v out), 30 with a bfloat16 copy; it is
+memory-bound. g accumulates the half-precision gradients of the micro-batches, each of which adds
+10 (g and its own gradient in; g out).
 """
 
 import math
@@ -27,7 +27,7 @@ from fastgpt.kernels import _checks, _host, configs
 @triton.jit
 def _adamw_scalars_kernel(
     scalars_ptr,  # (5), written
-    step_ptr,  # (), one more afterwards if the update is made
+    step_ptr,  # (), incremented if the update is made
     lr_ptr,  # ()
     clip_ptr,  # (), read if HAS_CLIP
     skip_ptr,  # (), read if HAS_SKIP
@@ -42,7 +42,7 @@ def _adamw_scalars_kernel(
         counts = tl.where(tl.load(skip_ptr) == 0.0, 1.0, 0.0)
     step = tl.load(step_ptr) + counts
     tl.store(step_ptr, step)
-    # 1 - beta^t cancels; this one thread can afford float64.
+    # 1 - beta^t suffers from cancellation: use float64, which a single thread can afford.
     correction1 = 1.0 - tl.exp2(step.to(tl.float64) * LOG2_BETA1)
     correction2 = 1.0 - tl.exp2(step.to(tl.float64) * LOG2_BETA2)
     lr = tl.load(lr_ptr).to(tl.float64)
@@ -104,12 +104,12 @@ def _accumulate_kernel(
 
 
 def accumulate(totals: list[Tensor], grads: list[Tensor]) -> None:
-    """``totals[i] += grads[i]``, as ``torch._foreach_add_`` does, which adds numbers of two dtypes
-    at half the speed of a copy.
+    """``totals[i] += grads[i]``. ``torch._foreach_add_`` does the same, but adds tensors of two
+    dtypes at half the speed of a copy.
 
     Args:
-        totals: float32, of any shapes, contiguous, on one CUDA device.
-        grads: likewise, all of one dtype.
+        totals: float32, any shapes, contiguous, on one CUDA device.
+        grads: same shapes and device, all of one dtype.
     """
     if grads[0].dtype == totals[0].dtype:
         torch._foreach_add_(totals, grads)
@@ -194,24 +194,24 @@ def adamw(
     clip: Tensor | None = None,
     skip: Tensor | None = None,
 ) -> None:
-    """One update of AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101), in place, as
-    ``torch.optim.AdamW`` makes it.
+    """One AdamW update (Loshchilov & Hutter 2019, arXiv:1711.05101), in place, like
+    ``torch.optim.AdamW``'s.
 
     Args:
         param: (N,) float32, contiguous, on a CUDA device.
-        rounded: (N,) float16 or bfloat16, gets the updated param rounded; or None.
-        grad: (N,) float32, as are the moments ``exp_avg`` and ``exp_avg_sq``.
-        step: () float32, the number of updates so far; one more afterwards.
+        rounded: (N,) float16 or bfloat16, receives a rounded copy of the updated param; or None.
+        grad: (N,) float32, like the moments ``exp_avg`` and ``exp_avg_sq``.
+        step: () float32, the number of updates so far; incremented.
         lr: () float32, the learning rate.
         betas: decay of the two moments, each in [0, 1).
         eps: added to the denominator, at least 0.
-        weight_decay: decoupled, a share of lr; at least 0.
+        weight_decay: decoupled weight decay, multiplied by lr; at least 0.
         clip: () float32, a factor for the gradient, or None for 1.
-        skip: () float32; if it is not 0 nothing is changed. Or None.
+        skip: () float32, or None. If it is not 0, nothing is changed.
 
     Raises:
-        TypeError: a tensor has another dtype than said.
-        ValueError: shapes, strides or devices do not go together, or a number is out of its range.
+        TypeError: a tensor has the wrong dtype.
+        ValueError: shapes, strides or devices do not match, or a number is out of range.
     """
     state = param, rounded, grad, exp_avg, exp_avg_sq, step, lr
     options = betas, eps, weight_decay, clip, skip

@@ -1,46 +1,45 @@
-"""Softmax attention, causal or full, forward and backward, without a (Tq, Tk) matrix in memory.
+"""Softmax attention, causal or full, forward and backward, without storing a (Tq, Tk) matrix.
 
     S = scale * Q Kᵀ     P = softmax(S) over the visible keys     O = dropout(P) V
 
-q is (B, H, Tq, D), k and v (B, H_kv, Tk, D), read by strides, packed (B, T, 3C) as much as
-separate. The forward is the online softmax of FlashAttention-2 (Dao 2023, arXiv:2307.08691): a
-program owns a block of queries, walks over the keys and rescales what it has when the running
-maximum grows. Where the launch tables say so, cuDNN computes O and lse, if it takes the inputs. The
-kernel works in base 2: P = 2^(c Q Kᵀ - lse) with c = scale log2(e). Saved for backward: q, k, v, O,
-and lse (B, H, 1, Tq) in float32.
+q is (B, H, Tq, D), k and v are (B, H_kv, Tk, D). All are read through strides, so packed (B, T, 3C)
+inputs need no copy. The forward is the online softmax of FlashAttention-2 (Dao 2023,
+arXiv:2307.08691): each program owns a block of queries, iterates over the keys and rescales its
+accumulator when the running maximum grows. If the launch table selects cuDNN and cuDNN supports the
+inputs, it computes O and lse. The kernel works in base 2: P = 2^(c Q Kᵀ - lse) with
+c = scale log2(e). Saved for backward: q, k, v, O, and lse (B, H, 1, Tq) in float32.
 
-Large scores need more: at some thousands, a float32 lse has three digits behind the point, and its
-error is that of every probability of the row. With 16-bit inputs, P is rounded more coarsely anyway
-and c Q Kᵀ - lse is one instruction. With 32-bit inputs (APART), lse is (B, H, 2, Tq): the maximum m
-of a row of Q Kᵀ and log2 of the sum, and P = 2^(c (Q Kᵀ - m) - log2(sum)), where Q Kᵀ - m is exact
-near the maximum.
+Large scores need more precision: at several thousand, a float32 lse has three decimals, and its
+error enters every probability of the row. With 16-bit inputs this does not matter, because P is
+rounded more coarsely anyway, and c Q Kᵀ - lse is one instruction. With 32-bit inputs (APART), lse
+is (B, H, 2, Tq): the row maximum m of Q Kᵀ, and log2 of the sum. Then
+P = 2^(c (Q Kᵀ - m) - log2(sum)), where Q Kᵀ - m is exact near the maximum.
 
     delta = sum over d of dO * O     dP = dropout(dO Vᵀ)     dS = P * (dP - delta)
     dQ = scale * dS K                dK = scale * dSᵀ Q      dV = dropout(P)ᵀ dO
 
-The backward (``attention_bwd.py``) recomputes P in two kernels, one owning queries
-(dQ, and delta on its way), one owning keys (dK, dV): each sum has one owner and one order, so there
-are no atomics and two runs give the same bits.
+The backward (``attention_bwd.py``) recomputes P in two kernels: one owns blocks of queries and
+computes dQ and delta, the other owns blocks of keys and computes dK and dV. Each sum is formed by
+one program in a fixed order without atomics, so results are bitwise reproducible.
 
 Several documents in one sequence (PACKED): query i sees the keys doc_start[i] <= j <= i, and
-doc_start never falls. A block of queries sees keys from the start of its first row's document on;
-from that of its last row's on, all its rows see them, so only the tiles between the two are masked.
-For a tile of keys, doc_end[j], the number of doc_start up to j, says where the queries end that see
-key j. (Counted in the kernel it is a reduction, for which the compiler keeps a whole tile in
-registers in float32.)
+doc_start is non-decreasing. A block of queries sees keys from the start of its first row's
+document. From the start of its last row's document on, all its rows see them, so only the tiles
+between the two starts are masked. For a tile of keys, doc_end[j], the number of doc_start values up
+to j, is the end of the queries that see key j. (Counting in the kernel is a reduction, for which
+the compiler keeps a whole tile in registers in float32.)
 
-Keys of given lengths (LENGTHS): a program reads the length of its sequence and takes it for Tk.
-Padding is neither loaded nor visited, so it changes no bit of a result. The kernel that owns keys
-writes zeros for it.
+Key lengths (LENGTHS): each program reads the length of its sequence and uses it as Tk. Padding is
+never loaded, so it cannot change a bit of the result. The kernel that owns keys writes zeros there.
 
-Heads that share keys (GROUP = H / H_kv of them): query head h reads key head h // GROUP. A program
-that owns keys walks over the queries of all heads of its group, so dK and dV are still one sum in
-one order.
+Grouped queries (GROUP = H / H_kv query heads share a key head): query head h reads key head
+h // GROUP. A program that owns keys iterates over the queries of all heads of its group, so dK and
+dV are still single sums in a fixed order.
 
-Bytes, s an element, C = H * D, H_kv = H: 4 s B T C forward (q, k, v in; O out), 8 s B T C backward
-(q, k, v, O, dO in; dQ, dK, dV out), beside what is read again, mostly from L2. FLOPs: 4 B H Tq Tk D
-forward, 14 B H Tq Tk D backward (10 if S and dP were computed once); half of that if causal. With
-documents or lengths it is less, which depends on what stands in them.
+Bytes moved at s bytes per element, with C = H * D and H_kv = H: 4 s B T C forward (q, k, v in;
+O out), 8 s B T C backward (q, k, v, O, dO in; dQ, dK, dV out), plus repeated reads, mostly from L2.
+FLOPs: 4 B H Tq Tk D forward, 14 B H Tq Tk D backward (10 if S and dP were computed once); half if
+causal. Documents and lengths reduce this, depending on their values.
 """
 
 import torch
@@ -63,7 +62,7 @@ _OPTIONS = (
 
 
 def _token_major(x: Tensor) -> Tensor:
-    """New memory for (B, T, H, D), the order that (B, T, C) needs, for x of shape (B, H, T, D)."""
+    """A new (B, T, H, D) tensor, which views as (B, T, C), for x of shape (B, H, T, D)."""
     batch, n_head, length, head_size = x.shape
     return x.new_empty(batch, length, n_head, head_size)
 
@@ -103,7 +102,7 @@ def _(dout, q, k, v, *_):
 
 def _setup_context(ctx, inputs, output):
     q, k, v, key_lengths, seed, doc_start, *ctx.options = inputs
-    ctx.set_materialize_grads(False)  # allocate no zeros as lse's gradient
+    ctx.set_materialize_grads(False)  # do not allocate zeros for lse's gradient
     ctx.save_for_backward(q, k, v, *output, key_lengths, seed, doc_start)
 
 
@@ -186,48 +185,48 @@ def attention(
     doc_start: Tensor | None = None,
     key_lengths: Tensor | None = None,
 ) -> Tensor:
-    """Softmax attention (Vaswani et al. 2017) by the tiles of FlashAttention-2 (Dao 2023,
+    """Softmax attention (Vaswani et al. 2017), tiled as in FlashAttention-2 (Dao 2023,
     arXiv:2307.08691). Memory is linear in Tq and Tk; the backward is deterministic.
 
     Args:
         q: (B, H, Tq, D), D from 1 to 256; float32, float16 or bfloat16, on a CUDA device. Any
-            strides; copied where D or a stride is not a multiple of 16 elements.
-            Under autocast they are cast to its dtype.
-        k, v: (B, H_kv, Tk, D), Tk at least 1; dtype and device of q, strides likewise. H is a
-            multiple of H_kv: query head h uses key head h // (H / H_kv), as with ``enable_gqa`` of
+            strides; copied if D or a stride is not a multiple of 16 elements. Under autocast
+            q, k and v are cast to its dtype.
+        k, v: (B, H_kv, Tk, D), Tk at least 1; q's dtype and device, any strides. H is a multiple of
+            H_kv: query head h uses key head h // (H / H_kv), like ``enable_gqa`` in
             ``F.scaled_dot_product_attention``.
-        causal: query i sees the keys j <= i, counted from the start of both as in
+        causal: query i sees the keys j <= i, aligned at the first query and key as in
             ``F.scaled_dot_product_attention(is_causal=True)``.
-        scale: factor of q kᵀ, positive; 1 / sqrt(D) if None.
-        dropout_p: share of the probabilities that is set to 0, from 0 to 0.999, rounded to a
+        scale: factor applied to q kᵀ, positive; 1 / sqrt(D) if None.
+        dropout_p: dropout probability of the attention weights, from 0 to 0.999, rounded to a
             multiple of 2^-16.
-        seed: int64 tensor with one element on q's device: the Philox key of the dropout mask, which
-            is a function of seed, dropout_offset and position alone (``reference.dropout_mask``).
-            If None, each call draws one from PyTorch's generator for the device.
-        dropout_offset: which of the independent masks of that seed, from 0 to 2^31 - 1.
-        doc_start: int32 (B, T), for causal attention with Tq = Tk = T of several documents in one
-            sequence: query i sees the keys doc_start[b, i] <= j <= i. 0 <= doc_start[b, i] <= i,
-            never falling along T. The host does not read the values: with others the result is
-            wrong, but nothing outside of the tensors is touched.
-        key_lengths: int32 (B,), from 0 to Tk: the keys of sequence b are the first
-            key_lengths[b]; those behind them are padding, which no query sees, whatever stands
-            there, and whose gradients are 0. Without any key the result and dq are 0. Not together
-            with doc_start. The host does not read the values: below 0 they count as 0, above Tk as
-            Tk.
+        seed: int64 tensor with one element on q's device: the Philox key of the dropout mask. The
+            mask depends only on seed, dropout_offset and position (``reference.dropout_mask``). If
+            None, each call draws a seed from PyTorch's generator for the device.
+        dropout_offset: selects one of the seed's independent masks, from 0 to 2^31 - 1.
+        doc_start: int32 (B, T), for causal attention with Tq = Tk = T over several documents in one
+            sequence: query i sees the keys doc_start[b, i] <= j <= i. Must be non-decreasing along
+            T with 0 <= doc_start[b, i] <= i. The host does not read the values: invalid ones give
+            wrong results, but no access outside the tensors.
+        key_lengths: int32 (B,), from 0 to Tk: only the first key_lengths[b] keys of sequence b are
+            valid. The rest is padding: no query sees it, whatever values it holds, and its
+            gradients are 0. If no key is valid, the result and dq are 0. Must be None with
+            doc_start. The host does not read the values: the kernels clamp them to [0, Tk].
 
     Returns:
-        (B, H, Tq, D) of q's dtype, in the memory order of (B, Tq, H, D), with a gap behind each row
-        where D is not a multiple of 16. Softmax and sums are float32; float32 products are TF32 if
-        ``torch.backends.cuda.matmul.allow_tf32`` is set. The backward needs the result: to change
-        it in place before is an error, as with ``F.scaled_dot_product_attention``.
+        (B, H, Tq, D) of q's dtype, in the memory order of (B, Tq, H, D), with a gap after each row
+        if D is not a multiple of 16. Softmax and sums are float32; float32 products use TF32 if
+        ``torch.backends.cuda.matmul.allow_tf32`` is set. The result is saved for backward:
+        modifying it in place before the backward is an error, as with
+        ``F.scaled_dot_product_attention``.
 
-        An infinity or NaN in v shows in the rows that see its key, and in no other. There it may
-        make the whole row NaN, where a plain product would change one column only. Where the launch
-        tables give the forward to cuDNN, other rows of its tile may become NaN too.
+        An infinity or NaN in v affects only the rows that see its key. It may turn such a whole row
+        into NaN, where a plain product would change one column. If the launch table selects cuDNN,
+        other rows of its tile may become NaN too.
 
     Raises:
-        TypeError: q, k or v is no floating-point tensor, or of another dtype.
-        ValueError: shapes, dtypes or devices do not go together, or an argument is out of range.
+        TypeError: q, k or v is not a floating-point tensor, or has an unsupported dtype.
+        ValueError: shapes, dtypes or devices do not match, or an argument is out of range.
     """
     _checks.floating(q=q, k=k, v=v)
     q, k, v = (x.to(_host.autocast_dtype(x)) for x in (q, k, v))
@@ -257,17 +256,17 @@ def attention_qkvpacked(
     dropout_offset: int = 0,
     doc_start: Tensor | None = None,
 ) -> Tensor:
-    """``attention`` of a block's projection as it stands: q, k and v side by side, heads side by
-    side in each. With D a multiple of 16 nothing is split, transposed or gathered, forward or
-    backward.
+    """``attention`` on the packed output of a block's QKV projection: q, k and v side by side, each
+    with its heads side by side. If D is a multiple of 16, nothing is split, transposed or copied in
+    the forward or the backward.
 
     Args:
-        qkv: (B, T, 3C), T at least 1, C = n_head * D; else as q in ``attention``.
+        qkv: (B, T, 3C), T at least 1, C = n_head * D; otherwise like q in ``attention``.
         n_head: number of heads.
-        causal, scale, dropout_p, seed, dropout_offset, doc_start: as in ``attention``.
+        causal, scale, dropout_p, seed, dropout_offset, doc_start: see ``attention``.
 
     Returns:
-        (B, T, C), contiguous; else as ``attention``.
+        (B, T, C), contiguous; otherwise as in ``attention``.
 
     Raises:
         TypeError, ValueError: as ``attention``.

@@ -1,5 +1,5 @@
-"""The backward of attention: a kernel that owns queries (dQ, and delta on its way), one that owns
-keys (dK, dV), and their launch. The equations stand in ``attention.py``.
+"""Attention backward: a kernel that owns queries (dQ and delta), a kernel that owns keys (dK, dV),
+and their launcher. See ``attention.py`` for the equations.
 """
 
 import torch
@@ -38,7 +38,7 @@ def _attention_dq_tiles(
     APART: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr, HEAD: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Add the part of keys lo .. hi to dq / scale."""
+    """Accumulate the contribution of keys lo .. hi to dq / scale."""
     for at in range(lo, hi, BLOCK_N):
         start_n = _past_gap(at, gap_at, gap, MASKED and PACKED)
         k = _load_tile(k_ptr, k_stride_t, start_n, n_keys, MASKED, HEAD, BLOCK_N, BLOCK_D)
@@ -54,7 +54,7 @@ def _attention_dq_tiles(
         dscores = probs * (dprobs - delta[:, None])
         if MASKED:
             first_m = offs_m
-            if PACKED:  # loaded here, it occupies registers in masked tiles only
+            if PACKED:  # loaded here so that only masked tiles spend registers on it
                 first_m = _first_keys(doc_start_ptr, offs_m, n_queries)
             visible = _visible(offs_m, first_m, start_n, n_keys, CAUSAL, PACKED, BLOCK_N)
             dscores = tl.where(visible, dscores, 0.0)
@@ -75,7 +75,7 @@ def _attention_bwd_dq_kernel(
     dout_ptr,  # (B, n_queries, H, HEAD), contiguous
     lse_ptr,  # (B, H, 1, n_queries), contiguous; base 2. APART: (B, H, 2, n_queries)
     delta_ptr,  # (B, H, n_queries), contiguous; written here, read by the other kernel
-    dq_ptr, dq_stride_t,  # (B, n_queries, H, HEAD) but for the distance of two tokens
+    dq_ptr, dq_stride_t,  # (B, n_queries, H, HEAD), contiguous but for the token stride
     doc_start_ptr,  # (B, n_queries), contiguous; read only if PACKED
     key_lengths_ptr,  # (B), contiguous; read only if LENGTHS
     seed_ptr,  # (1), read only if DROPOUT
@@ -125,7 +125,7 @@ def _attention_bwd_dq_kernel(
             doc_start_ptr, start_m, n_queries, unmasked_hi, BLOCK_M, BLOCK_N
         )
     gap = unmasked_hi - unmasked_lo
-    for stage in tl.static_range(2):  # the unmasked loop last, under an `if`: as forward
+    for stage in tl.static_range(2):  # the unmasked loop last, under an `if`: see the forward
         if stage == 1:
             start, stop = unmasked_lo, unmasked_hi
         else:
@@ -144,15 +144,15 @@ def _attention_bwd_dq_kernel(
 
 @triton.jit
 def _in_registers(x):
-    """x of 16 bits, computed before what follows. The compiler moves arithmetic past wgmma.fence,
-    to the product that takes the result, where PTX forbids writing its register; ptxas then splits
-    the group of products. Volatile assembly, even none, stays where it is, as in CUTLASS."""
+    """Force the 16-bit x to be computed before what follows. Otherwise the compiler moves
+    arithmetic past wgmma.fence, where PTX forbids writing an operand's registers, and ptxas splits
+    the group of products. Empty volatile assembly is not moved past it; CUTLASS does the same."""
     return tl.inline_asm_elementwise("", "=r,0", [x], dtype=x.dtype, is_pure=False, pack=2)
 
 
 @triton.jit
 def _later_head(ptr, stride_h, member, GROUP: tl.constexpr):
-    """Pointer to the query head that is ``member`` heads behind the group's first."""
+    """Pointer to query head number ``member`` of the group."""
     if GROUP > 1:
         ptr += tl.cast(member, tl.int64) * stride_h
     return ptr
@@ -168,11 +168,11 @@ def _attention_dkdv_tiles(
     HEAD: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
     WGMMA: tl.constexpr,
 ):  # fmt: skip
-    """Add the part of queries lo .. hi of each head of the group to dk / scale and dv / keep_scale.
-    Scores are transposed, (N, M), so that the products for dV and dK take P and dS from registers.
+    """Accumulate the terms of queries lo .. hi of each head in dk / scale and dv / keep_scale.
+    Scores are transposed, (N, M), so that the products for dV and dK read P and dS from registers.
 
-    Heads and tiles are one loop: nested in one over heads, the unmasked loop would be followed by
-    others, for which ptxas serialises every wgmma (see the forward)."""
+    Heads and tiles share one loop. Inside an outer loop over heads, other loops would follow the
+    unmasked one, and ptxas would serialise every wgmma (see the forward)."""
     stop = hi
     if GROUP > 1:
         span = tl.cdiv(hi - lo, BLOCK_M) * BLOCK_M
@@ -191,7 +191,7 @@ def _attention_dkdv_tiles(
         dout = _load_tile(
             head_dout_ptr, dout_stride_t, start_m, n_queries, MASKED, HEAD, BLOCK_M, BLOCK_D
         )
-        # Past the last query q, dout and delta are 0, so those rows add 0 to both sums.
+        # Past the last query, q, dout and delta are 0, so those rows add 0 to both sums.
         lse, log_sum = _load_lse(head_lse_ptr, offs_m, n_queries, APART)
         delta = tl.load(head_delta_ptr + offs_m, mask=offs_m < n_queries, other=0.0)
         scores_t = tl.dot(k, tl.trans(q), input_precision=PRECISION, out_dtype=ACC)
@@ -214,7 +214,7 @@ def _attention_dkdv_tiles(
                 visible_t = visible_t & (first_m[None, :] <= offs_n[:, None])
             dropped_t = tl.where(visible_t, dropped_t, 0.0)
             dscores_t = tl.where(visible_t, dscores_t, 0.0)
-        if WGMMA:  # elsewhere dS is rounded behind the first product: fewer registers
+        if WGMMA:  # otherwise dS is rounded after the first product: fewer registers
             dropped_t = _in_registers(dropped_t.to(dout.dtype))
             dscores_t = _in_registers(dscores_t.to(q.dtype))
         dv = tl.dot(dropped_t.to(dout.dtype), dout, dv, input_precision=PRECISION, out_dtype=ACC)
@@ -233,9 +233,9 @@ def _attention_bwd_dkdv_kernel(
     dout_ptr,  # (B, n_queries, H, HEAD), contiguous
     lse_ptr,  # (B, H, 1, n_queries), contiguous; base 2. APART: (B, H, 2, n_queries)
     delta_ptr,  # (B, H, n_queries), contiguous
-    dk_ptr, dv_ptr, dkdv_stride_t,  # (B, n_keys, H / GROUP, HEAD) but for that distance
+    dk_ptr, dv_ptr, dkdv_stride_t,  # (B, n_keys, H / GROUP, HEAD), contiguous but for that stride
     doc_start_ptr,  # (B, n_queries), contiguous; read only if PACKED
-    doc_end_ptr,  # (B, n_keys), contiguous; read only if PACKED: where a key's queries end
+    doc_end_ptr,  # (B, n_keys), contiguous; read only if PACKED: the end of each key's queries
     key_lengths_ptr,  # (B), contiguous; read only if LENGTHS
     seed_ptr,  # (1), read only if DROPOUT
     dropout_offset,
@@ -245,7 +245,7 @@ def _attention_bwd_dkdv_kernel(
     HEAD: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
     WGMMA: tl.constexpr = False,
 ):  # fmt: skip
-    # The first keys have the most queries: the longest column of tiles goes first.
+    # The first keys have the most queries: the longest columns of tiles start first.
     n_blocks = tl.cdiv(n_keys, BLOCK_N)
     kv_head = tl.program_id(0) // n_blocks
     batch_head = kv_head * GROUP  # the first query head of the group
@@ -270,8 +270,8 @@ def _attention_bwd_dkdv_kernel(
     dk = tl.zeros([BLOCK_N, BLOCK_D], dtype=ACC)
     dv = tl.zeros([BLOCK_N, BLOCK_D], dtype=ACC)
     # Masked: queries on the diagonal (lo .. unmasked_lo), and the last ones (unmasked_hi .. hi),
-    # which fill no tile or do not see every key.
-    hi_of_all, hi = n_queries, n_queries  # where the queries end that see all keys, or any
+    # which do not fill a tile or do not see every key.
+    hi_of_all, hi = n_queries, n_queries  # the end of the queries that see all keys, or any key
     if PACKED:
         doc_start_ptr += (batch_head // n_head).to(tl.int64) * n_queries
         doc_end_ptr += (batch_head // n_head).to(tl.int64) * n_keys
@@ -283,10 +283,10 @@ def _attention_bwd_dkdv_kernel(
     if CAUSAL:
         lo = start_n // BLOCK_M * BLOCK_M
         unmasked_lo = tl.cdiv(start_n + BLOCK_N - 1, BLOCK_M) * BLOCK_M
-    else:  # only the loads of the last tile need a mask: one loop for all
+    else:  # only the last tile's loads need a mask: one loop serves all tiles
         lo, unmasked_lo = 0, hi
     unmasked_hi = tl.maximum(unmasked_lo, hi_of_all // BLOCK_M * BLOCK_M)
-    for stage in tl.static_range(3 if CAUSAL else 1):  # the unmasked loop last: as forward
+    for stage in tl.static_range(3 if CAUSAL else 1):  # the unmasked loop last: see the forward
         if stage == 0:
             start, stop = lo, tl.minimum(unmasked_lo, hi)
         elif stage == 1:
@@ -315,7 +315,7 @@ def _attention_bwd_dkdv_kernel(
 
 
 def _doc_end(doc_start: Tensor) -> Tensor:
-    """(B, T) of int32: where the queries end that see each key."""
+    """(B, T) int32: the end of the queries that see each key."""
     keys = torch.arange(doc_start.shape[1], dtype=torch.int32, device=doc_start.device)
     return torch.searchsorted(doc_start, keys.repeat(len(doc_start), 1), right=True, out_int32=True)
 
@@ -332,7 +332,7 @@ def attention_bwd(
     dv: Tensor,
     options: Options,
 ) -> None:
-    """Writes dq, dk, dv: (B, T, H, D), contiguous but for the distance between two tokens."""
+    """Write dq, dk and dv (B, T, H, D), which are contiguous except for the token stride."""
     q, k, v, lse = aligned(q), aligned(k), aligned(v), lse.contiguous()
     batch, n_head, n_queries, _ = q.shape
     delta = torch.empty_like(lse[:, :, 0])

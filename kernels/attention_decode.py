@@ -1,20 +1,20 @@
-"""Attention of one new token a sequence over the keys and values of those before it: decoding.
+"""Attention for decoding: one new token per sequence attends to the cached keys and values.
 
     K[:, p] = k     V[:, p] = v     S = scale * q Kᵀ     O = softmax(S over keys 0 .. p) V
 
-for each sequence b and head h, where p = positions[b] is the new token's place. The cache is
-(2, B, H, S, D): K and V of up to S tokens. One query leaves the tensor cores nothing to do, and a
-batch has few heads, so the keys are split (Flash-Decoding, Dao et al. 2023): a program takes
-BLOCK_N neighbouring keys of one head and writes their largest score, the sum of their exponentials
-and the weighted sum of their values; a second kernel combines the parts of a head. The program
-whose keys include p takes k and v from the input and writes them to the cache.
+for each sequence b and head h, where p = positions[b] is the new token's position. The cache is
+(2, B, H, S, D): K and V of up to S tokens. With one query, tensor cores do not help, and a batch
+has too few heads to fill the GPU, so the keys are split (Flash-Decoding, Dao et al. 2023): each
+program handles BLOCK_N adjacent keys of one head and writes their largest score, the sum of their
+exponentials and the weighted sum of their values. A second kernel combines the parts of a head. The
+program whose keys include p reads k and v from the input and writes them to the cache.
 
-Positions are read on the device and the grid depends on the cache's size alone, so a CUDA graph
-replays for every token. How keys are split does not depend on the batch, and parts are added in
-order: two runs give the same bits, alone or in a batch.
+Positions are read on the device and the grid depends only on the cache's size, so one CUDA graph
+can be replayed for every token. The split does not depend on the batch, and parts are added in a
+fixed order: results are bitwise reproducible and the same alone or in a batch.
 
-Bytes, s an element: 2 s D (p + 1) for each head, which bounds the time; the float32 parts add a
-share of 2 / (s BLOCK_N). FLOPs: 4 D (p + 1) for each head.
+Bytes moved at s bytes per element: 2 s D (p + 1) per head, so it is memory-bound; the float32 parts
+add a fraction of 2 / (s BLOCK_N). FLOPs: 4 D (p + 1) per head.
 """
 
 import torch
@@ -42,7 +42,7 @@ def _attention_decode_kernel(
     batch, head = (batch_head // n_head).to(tl.int64), batch_head % n_head
     position = tl.load(positions_ptr + batch)
     start_n = part * BLOCK_N
-    # Parts behind the new token are neither written nor read.
+    # Parts after the new token are neither written nor read.
     if (position >= start_n) & (position < n_slots):
         offs_n, offs_d = start_n + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D)
         mask_d = offs_d < HEAD
@@ -89,7 +89,7 @@ def _attention_decode_sum_kernel(
 ):  # fmt: skip
     batch_head = tl.program_id(0).to(tl.int64)
     position = tl.load(positions_ptr + batch_head // n_head)
-    # A position outside the cache has no part: 0 / 0 gives NaN.
+    # A position outside the cache has no parts: 0 / 0 gives NaN.
     inside = (position >= 0) & (position < n_slots)
     stop = tl.where(inside, position // BLOCK_N + 1, 0).to(tl.int32)
     offs_d = tl.arange(0, BLOCK_D)
@@ -125,7 +125,7 @@ def _attention_decode_op(qkv: Tensor, cache: Tensor, positions: Tensor, scale: f
     width = block_d(head_size)
     config = configs.find(qkv, "attention_decode", "fwd", width)
     n_parts = _host.cdiv(n_slots, config.BLOCK_N)
-    # Of each head's parts: the maximum, the sum and the weighted values.
+    # For each part of each head: the maximum, the sum and the weighted values.
     largest = qkv.new_empty(batch, n_head, n_parts, dtype=_host.stats_dtype(qkv.dtype))
     parts = largest, torch.empty_like(largest), largest.new_empty(*largest.shape, head_size)
     qk_scale = scale * _host.LOG2_E
@@ -168,26 +168,26 @@ def _(qkv, cache, positions, scale):
 def attention_decode(
     qkv: Tensor, cache: Tensor, positions: Tensor, *, scale: float | None = None
 ) -> Tensor:
-    """Attention of one new token of each sequence, as ``attention_qkvpacked`` gives it for the last
-    token of the whole sequence; writes its key and value to ``cache``. No gradients.
+    """Attention for one new token per sequence, equal to ``attention_qkvpacked``'s result for the
+    last token of the whole sequence. Writes the token's key and value to ``cache``. No gradients.
 
     Args:
-        qkv: (B, 1, 3C), q, k and v side by side, heads side by side in each; float32, float16 or
-            bfloat16, on a CUDA device.
+        qkv: (B, 1, 3C), q, k and v side by side, each with its heads side by side; float32, float16
+            or bfloat16, on a CUDA device.
         cache: (2, B, H, S, D), C = H * D, D at most 256: keys and values of up to S tokens;
-            contiguous, of qkv's dtype and device. Changed in place.
-        positions: (B,) int64 or int32, on the same device: the new token's place in the cache, from
-            0 to S - 1; all places before it are filled. Checked on the CPU only, because the host
-            would have to wait for a GPU: there, a row with a place outside gets NaN and nothing is
-            written to the cache.
-        scale: factor of q kᵀ, positive; 1 / sqrt(D) if None.
+            contiguous, of qkv's dtype and device. Modified in place.
+        positions: (B,) int64 or int32, on the same device: the new token's position in the cache,
+            from 0 to S - 1; all slots before it are filled. Values are checked on the CPU only,
+            since a check on a GPU would make the host wait. There, a row whose position is out of
+            range becomes NaN and leaves the cache unchanged.
+        scale: factor applied to q kᵀ, positive; 1 / sqrt(D) if None.
 
     Returns:
         (B, 1, C) of qkv's dtype. Softmax and sums are float32.
 
     Raises:
-        TypeError: qkv or cache is no floating-point tensor, or positions holds no integers.
-        ValueError: shapes, dtypes or devices do not go together, or an argument is out of range.
+        TypeError: qkv or cache is not a floating-point tensor, or positions not an integer tensor.
+        ValueError: shapes, dtypes or devices do not match, or an argument is out of range.
     """
     _checks.attention_decode(qkv, cache, positions, scale)
     _host.launchable(qkv=qkv)

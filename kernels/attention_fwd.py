@@ -1,6 +1,6 @@
-"""The forward of attention: its kernel, its launch, and cuDNN in its place.
+"""Attention forward: the Triton kernel, its launcher, and the cuDNN alternative.
 
-The equations stand in ``attention.py``, the backward in ``attention_bwd.py``.
+See ``attention.py`` for the equations and ``attention_bwd.py`` for the backward.
 """
 
 import torch
@@ -37,9 +37,9 @@ def _softmax_step(
     qk_scale, seed, dropout_offset, batch_head, threshold,
     APART: tl.constexpr, DROPOUT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Probabilities (BLOCK_M, BLOCK_N) relative to the new maximum, the factor that rescales older
-    sums to it, the new maximum and the new sum. The maximum is that of the scores if APART, else
-    of the scores times qk_scale."""
+    """Return the probabilities (BLOCK_M, BLOCK_N) relative to the new maximum, the factor that
+    rescales earlier sums to it, the new maximum and the new sum. The maximum is taken over the
+    scores if APART, otherwise over the scores times qk_scale."""
     if APART:
         new_max = tl.maximum(row_max, tl.max(scores, axis=1))
         probs = tl.exp2((scores - new_max[:, None]) * qk_scale)
@@ -68,14 +68,14 @@ def _attention_fwd_tiles(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Attend to keys lo .. hi. MASKED: the tiles cross the diagonal, the end of the keys or a
-    document border; if PACKED, the unmasked ones between them are skipped (``_past_gap``)."""
+    document boundary; if PACKED, the unmasked tiles between them are skipped (``_past_gap``)."""
     for at in range(lo, hi, BLOCK_N):
         start_n = _past_gap(at, gap_at, gap, MASKED and PACKED)
         k = _load_tile(k_ptr, k_stride_t, start_n, n_keys, MASKED, HEAD, BLOCK_N, BLOCK_D)
         v = _load_tile(v_ptr, v_stride_t, start_n, n_keys, MASKED, HEAD, BLOCK_N, BLOCK_D)
         scores = tl.dot(q, tl.trans(k), input_precision=PRECISION, out_dtype=ACC)
         if MASKED:
-            # A value that is not finite must reach the rows that see it and no other.
+            # A non-finite value must affect exactly the rows that see it.
             all_finite = tl.min(_finite(v).to(tl.int32), axis=1)
             scores = tl.where((all_finite == 1)[None, :], scores, float("nan"))
             v = _finite_or_zero(v)
@@ -98,12 +98,12 @@ def _attention_fwd_tiles_pipelined(
     DROPOUT: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr, HEAD: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """The same for one or more unmasked tiles in 16 bits, P V one tile behind: it overlaps with the
-    next tile's softmax (FlashAttention-3, Shah et al. 2024, arXiv:2407.08608, section 3.2).
+    """``_attention_fwd_tiles`` for unmasked 16-bit tiles, at least one, with P V one tile behind to
+    overlap with the next softmax (FlashAttention-3, Shah et al. 2024, arXiv:2407.08608, 3.2).
 
-    The operand's registers may not be written while a wgmma reads them. The probabilities are
-    carried in other registers, and copied behind the wait by an operation that the compiler cannot
-    remove: clearing the sign bit of numbers that are never negative.
+    The operand registers of a wgmma must not be written while it reads them. So the probabilities
+    are carried in other registers, and copied after the wait by an operation that the compiler
+    cannot remove: clearing the sign bit of non-negative numbers.
     """
     k = _load_tile(k_ptr, k_stride_t, lo, n_keys, False, HEAD, BLOCK_N, BLOCK_D)
     scores = tl.dot(q, tl.trans(k), input_precision=PRECISION, out_dtype=ACC)
@@ -111,7 +111,7 @@ def _attention_fwd_tiles_pipelined(
         scores, row_max, row_sum, offs_m, lo, qk_scale, seed, dropout_offset, batch_head,
         threshold, False, DROPOUT, BLOCK_M, BLOCK_N,
     )  # fmt: skip
-    # As integers: Triton takes an operand that a loop carries through shared memory.
+    # As integers: Triton passes a loop-carried dot operand through shared memory.
     pending = probs.to(q.dtype).to(tl.int16, bitcast=True)
     for start_n in range(lo + BLOCK_N, hi, BLOCK_N):
         k = _load_tile(k_ptr, k_stride_t, start_n, n_keys, False, HEAD, BLOCK_N, BLOCK_D)
@@ -152,8 +152,8 @@ def _attention_fwd_kernel(
     HEAD: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
     PIPELINED_PV: tl.constexpr = False,
 ):  # fmt: skip
-    # One grid dimension holds 2^31 programs; y and z only 65,535. The blocks of a head are
-    # neighbours, so that its keys stay in L2, and the longest row of tiles goes first.
+    # A 1-D grid, since y and z are limited to 65,535 programs. The blocks of a head are adjacent so
+    # that its keys stay in L2, and the longest rows of tiles start first.
     n_blocks = tl.cdiv(n_queries, BLOCK_M)
     batch_head = tl.program_id(0) // n_blocks
     start_m = (n_blocks - 1 - tl.program_id(0) % n_blocks) * BLOCK_M
@@ -170,10 +170,10 @@ def _attention_fwd_kernel(
     acc = tl.zeros([BLOCK_M, BLOCK_D], dtype=ACC)
     row_sum = tl.zeros([BLOCK_M], dtype=ACC)
     # Every query of the block sees the key tiles unmasked_lo .. unmasked_hi; those before (from lo)
-    # and behind (up to hi) are masked. If another loop follows one that leaves a wgmma in flight,
-    # ptxas serialises every wgmma (C7515), so the unmasked loop is last, under an `if`.
-    # A document may hide the whole first tile from a query: row_max starts finite, or its
-    # difference from -inf would be NaN.
+    # and after (up to hi) are masked. If another loop follows a loop that leaves a wgmma in flight,
+    # ptxas serialises every wgmma (C7515), so the unmasked loop comes last, under an `if`.
+    # With documents, a query may see nothing of the first tile: row_max starts finite, because
+    # -inf minus -inf would be NaN.
     row_max = tl.full([BLOCK_M], -3.4028234663852886e38 if PACKED else float("-inf"), dtype=ACC)
     if CAUSAL:
         unmasked_hi = tl.minimum(start_m, n_keys) // BLOCK_N * BLOCK_N
@@ -211,13 +211,13 @@ def _attention_fwd_kernel(
             )  # fmt: skip
     if LENGTHS:
         row_sum = tl.where(n_keys > 0, row_sum, 1.0)  # 0 / 1, not 0 / 0
-    # One division a row; the probability of a single key is exactly 1.
+    # One division per row, rounded so that the probability of a single key is exactly 1.
     out = acc * rounded_quotient(tl.full([BLOCK_M], 1.0, ACC), row_sum)[:, None]
     if DROPOUT:
         out = out * keep_scale
     out_stride_t = n_head * HEAD
     out_ptr = _head(out_ptr, tl.cast(n_queries, tl.int64) * out_stride_t, HEAD, batch_head, n_head)
-    # The rows count from 0: with q's mask the compiler would keep that mask in a register.
+    # Rows are counted from 0: reusing q's mask would make the compiler keep it in registers.
     out_ptr += start_m.to(tl.int64) * out_stride_t
     _store_tile(out_ptr, out_stride_t, 0, n_queries - start_m, out, HEAD, BLOCK_M, BLOCK_D)
     lse_ptr = _lse_of(lse_ptr, batch_head, n_queries, APART) + offs_m
@@ -229,24 +229,24 @@ def _attention_fwd_kernel(
         tl.store(lse_ptr, row_max + tl.log2(row_sum), mask=mask_m)
 
 
-# ------------------------------------------------------------------------------- host functions
+# ------------------------------------------------------------------------------------- launchers
 
 
 def empty_lse(x: Tensor, batch: int, n_head: int, n_queries: int) -> Tensor:
-    """What a forward with q of x's dtype saves for each query: one number, or two if APART."""
+    """Allocate lse for q of x's dtype: one number per query, or two if APART."""
     numbers = 1 if _host.is_half(x.dtype) else 2
     return x.new_empty(batch, n_head, numbers, n_queries, dtype=_host.stats_dtype(x.dtype))
 
 
 def _cudnn_can(q: Tensor, k: Tensor, v: Tensor, options: Options) -> bool:
-    """Whether cuDNN, as PyTorch calls it, takes this."""
+    """Whether PyTorch's cuDNN attention supports these inputs."""
     if not q.is_cuda or options.dropout_p or q.shape[1] != k.shape[1]:
         return False
     if options.doc_start is not None or options.key_lengths is not None:
         return False
     if options.causal and q.shape[2] != k.shape[2]:
         return False
-    if any(0 in x.stride() for x in (q, k, v)):  # expanded: before PyTorch's #175764 an error
+    if any(0 in x.stride() for x in (q, k, v)):  # expanded: an error before PyTorch #175764
         return False
     asked = SDPAParams(q, k, v, None, 0.0, options.causal, False)
     return can_use_cudnn_attention(asked)
@@ -256,7 +256,7 @@ def _cudnn(q: Tensor, k: Tensor, v: Tensor, options: Options) -> tuple[Tensor, T
     out, lse, *_ = torch.ops.aten._scaled_dot_product_cudnn_attention(
         q, k, v, None, True, 0.0, options.causal, False, scale=options.scale
     )
-    # Its logarithms are natural, and (B, H, Tq) or (B, H, Tq, 1).
+    # cuDNN's lse is in base e, of shape (B, H, Tq) or (B, H, Tq, 1).
     return out.transpose(1, 2).contiguous(), (lse * _host.LOG2_E).view(*q.shape[:2], 1, -1)
 
 

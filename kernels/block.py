@@ -1,17 +1,17 @@
-"""A transformer block, up to the LayerNorm behind it, as one node of autograd.
+"""A transformer block and the LayerNorm after it as a single autograd node.
 
-In eager mode each op costs the host a call of the dispatcher, checks of its arguments, and nodes of
-the graph; with a small batch or a slow host the GPU waits for them. ``block`` calls the same host
-functions in the same order, so its numbers are those of the ops one by one, to the last bit:
+In eager mode each op costs the host a dispatcher call, argument checks and autograd nodes. With a
+small batch or a slow host, the GPU waits for them. ``block`` calls the same launchers in the same
+order, so its results are bitwise equal to those of the separate ops:
 
     qkv = x qkv_weightᵀ + qkv_bias                                   out = attention(qkv)
     total = residual + dropout(out attn_weightᵀ + attn_bias)         h = layer_norm(total)
     next_total = total + dropout(mlp(h) + mlp_bias)                  y = layer_norm(next_total)
 
-All are (B, T, C) but qkv (B, T, 3C). Saved for backward is what the ops save. Bytes and FLOPs are
-theirs. It is no operator: torch.compile, torch.func, the FLOP counter and other modes, and hooks on
-saved tensors (a checkpoint's too) see the ops, and so does whoever changes a layer. ``fits`` says
-where it may take their place.
+All are (B, T, C) except qkv (B, T, 3C). It saves the same tensors for backward as the ops, and
+moves and computes the same. It is not a PyTorch operator: the separate ops run under torch.compile,
+torch.func, dispatch modes such as the FLOP counter, saved-tensor hooks (including checkpointing),
+and if a layer was changed. ``fits`` tells whether it may replace them.
 """
 
 import math
@@ -26,7 +26,7 @@ from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 from fastgpt.kernels import _host
 from fastgpt.kernels._attention import MAX_HEAD_SIZE
 from fastgpt.kernels._checks import MAX_DROPOUT, Recompute
-from fastgpt.kernels._operators import spread
+from fastgpt.kernels._operators import fill_none
 from fastgpt.kernels.attention import qkvpacked_bwd, qkvpacked_fwd
 from fastgpt.kernels.layer_norm import MAX_WIDTH, norm_gradients
 from fastgpt.kernels.layer_norm_bwd import layer_norm_bwd
@@ -36,12 +36,12 @@ from fastgpt.kernels.mlp import mlp_bwd, mlp_fwd
 
 
 class Layers(NamedTuple):
-    """The block's parameters. The biases are None together or not at all."""
+    """The block's parameters. Either all biases are None, or none of them."""
 
     qkv_weight: Tensor  # (3C, C)
     qkv_bias: Tensor | None  # (3C)
     attn_weight: Tensor  # (C, C)
-    attn_bias: Tensor | None  # (C), as the rest of the vectors but fc_bias
+    attn_bias: Tensor | None  # (C), like the remaining vectors except fc_bias
     ln_weight: Tensor
     ln_bias: Tensor | None
     fc_weight: Tensor  # (F, C)
@@ -53,13 +53,13 @@ class Layers(NamedTuple):
 
 
 class Options(NamedTuple):
-    """What the ops take beside tensors; eps is 1e-5 for both LayerNorms."""
+    """The ops' arguments that are not tensors; eps is 1e-5 for both LayerNorms."""
 
     n_head: int
     approximate: str = "none"
-    dropout_p: tuple[float, float, float] = (0.0, 0.0, 0.0)  # of attention, behind it, of the MLP
-    dropout_offset: int = 0  # of attention; the other two follow it
-    recompute: bool = False  # h and GELU's result
+    dropout_p: tuple[float, float, float] = (0.0, 0.0, 0.0)  # in attention, after it, after the MLP
+    dropout_offset: int = 0  # of attention; the other two use the next offsets
+    recompute: bool = False  # recompute h and GELU's result in the backward
 
 
 _EPS = 1e-5
@@ -73,28 +73,28 @@ def fits(
     options: Options,
     seed: Tensor | None,
 ) -> bool:
-    """Whether ``block`` does what the ops would, outside of torch.compile. Not where something
-    looks into the calls or wants a part of the gradients, and not for what an op refuses, pads or
-    casts: the ops are for that."""
+    """Whether ``block`` may replace the separate ops, outside of torch.compile. False under
+    dispatch modes and transforms, if only some gradients are needed, and if an op would reject, pad
+    or cast its inputs."""
     if is_in_torch_dispatch_mode() or not torch.is_grad_enabled():
         return False
     if torch._C._are_functorch_transforms_active() or torch._C._len_torch_function_stack():
         return False
     if torch.jit.is_tracing() or forward_ad._current_level >= 0:
         return False
-    # A checkpoint may recompute under a mode that was not on before, or the other way round.
+    # A checkpoint may recompute under different modes than the original forward.
     if torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
         return False
     rates = options.dropout_p
     if any(rates) and (seed is None or not all(0.0 <= rate <= MAX_DROPOUT for rate in rates)):
-        return False  # without a seed each op draws one
+        return False  # without a seed, each op draws its own
     if not (x.is_cuda or _host.INTERPRETED) or type(x) is not Tensor or x.dim() != 3:
         return False
     width, dtype, device = x.shape[2], x.dtype, x.device
     head_size = width // max(1, options.n_head)
     sizes_fit = (
         x.numel() > 0
-        and x.shape[1] > 1  # one token has an MLP without GELU in an epilogue
+        and x.shape[1] > 1  # for one token, the MLP does not fuse GELU into an epilogue
         and width == head_size * options.n_head <= MAX_WIDTH
         and head_size % 16 == 0
         and head_size <= MAX_HEAD_SIZE
@@ -124,7 +124,7 @@ def _layers_fit(layers: Layers, width: int, dtype: torch.dtype, device: torch.de
     if not {*dtypes} <= {dtype, torch.float32}:
         return False
     present = [id(parameter) for parameter in layers if parameter is not None]
-    if len({*present}) < len(present):  # shared, in which order its gradients are added matters
+    if len({*present}) < len(present):  # shared: the order in which its gradients are added matters
         return False
     for name, parameter, shape in zip(Layers._fields, layers, shapes, strict=True):
         missing = name.endswith("bias") and layers.qkv_bias is None
@@ -141,7 +141,7 @@ def _layers_fit(layers: Layers, width: int, dtype: torch.dtype, device: torch.de
     return True
 
 
-# The parameters that meet 16-bit numbers in a product; the others meet the residual stream.
+# Parameters of the matrix products, which are in 16 bits; the others act on the residual stream.
 _IN_PRODUCTS = {"qkv_weight", "qkv_bias", "attn_weight", "fc_weight", "fc_bias", "mlp_weight"}
 
 
@@ -154,22 +154,22 @@ def block(
     doc_start: Tensor | None = None,
     recompute: Recompute | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """y and next_total, for what ``fits``.
+    """y and next_total, if ``fits`` is true for the arguments.
 
     Args:
         x: (B, T, C), the LayerNorm of ``residual``; float32, float16 or bfloat16.
         residual: (B, T, C).
         layers: the parameters, each of x's dtype or float32.
-        options: what they are applied with.
+        options: see ``Options``.
         seed: int64 tensor (1,), the key of the dropout masks.
-        doc_start: as in ``attention``.
-        recompute: as in ``linear``, of the LayerNorm that made x.
+        doc_start: see ``attention``.
+        recompute: see ``linear``, for the LayerNorm that computed x.
     """
     y, total = _Block.apply(options, seed, doc_start, recompute, x, residual, *layers)
     return y, total
 
 
-_BACKWARD = SimpleNamespace(  # under the names of the operators
+_BACKWARD = SimpleNamespace(  # named like the operators
     linear_bwd=linear_bwd,
     mlp_bwd=mlp_bwd,
     attention_qkvpacked_bwd=qkvpacked_bwd,
@@ -178,15 +178,15 @@ _BACKWARD = SimpleNamespace(  # under the names of the operators
 
 
 def _backward_ops() -> Any:
-    """The host functions, or the operators where something looks into the backward, or wants a
-    second derivative, which they refuse."""
-    seen = (
+    """The launchers; or the operators under torch.compile, dispatch modes and transforms, and with
+    ``create_graph``, for which they raise an error."""
+    traced = (
         torch.is_grad_enabled()
         or torch.compiler.is_compiling()
         or is_in_torch_dispatch_mode()
         or torch._C._are_functorch_transforms_active()
     )
-    return torch.ops.fastgpt if seen else _BACKWARD
+    return torch.ops.fastgpt if traced else _BACKWARD
 
 
 class _Block(torch.autograd.Function):
@@ -206,10 +206,10 @@ class _Block(torch.autograd.Function):
             residual, delta, p.ln_weight, p.ln_bias, p.attn_bias, seeds[1], _EPS, o.dropout_p[1],
             first + 1, x.dtype,
         )  # fmt: skip
-        again, ln_bias = (total, p.ln_bias) if o.recompute else (None, None)
+        h_source, ln_bias = (total, p.ln_bias) if o.recompute else (None, None)
         ln_weight, eps = (p.ln_weight, _EPS) if o.recompute else (None, 0.0)
         delta, pre, *act = mlp_fwd(
-            h, p.fc_weight, p.fc_bias, p.mlp_weight, again, ln_weight, ln_bias, eps,
+            h, p.fc_weight, p.fc_bias, p.mlp_weight, h_source, ln_weight, ln_bias, eps,
             o.approximate, True,
         )  # fmt: skip
         y, next_total, *next_stats = layer_norm_fwd(
@@ -240,16 +240,16 @@ class _Block(torch.autograd.Function):
             qkv_weight, attn_weight, ln_weight, ln_bias, fc_weight, mlp_weight, next_ln_weight,
         ) = ctx.saved_tensors  # fmt: skip
         has_bias, first, ops = ctx.has_bias, o.dropout_offset, _backward_ops()
-        dtype = pre.dtype  # which a product under another autocast than the forward's has not
+        dtype = pre.dtype  # products have another if the backward runs under a different autocast
 
         dtotal, ddelta, *dnext_ln, dmlp_bias = norm_gradients(
             ops.layer_norm_bwd, dy, dtotal,
             (next_total, next_ln_weight, next_mean, next_rstd, seed_2),
             (o.dropout_p[2], first + 2), dtype, has_bias, has_bias,
         )  # fmt: skip
-        saved, again, eps = (total, ln_weight, _EPS) if o.recompute else (h, None, 0.0)
+        saved, h_weight, eps = (total, ln_weight, _EPS) if o.recompute else (h, None, 0.0)
         dh, *dmlp = ops.mlp_bwd(
-            ddelta, fc_weight, mlp_weight, saved, again, ln_bias, pre, act, eps, o.approximate,
+            ddelta, fc_weight, mlp_weight, saved, h_weight, ln_bias, pre, act, eps, o.approximate,
             has_bias, True, True, True,
         )  # fmt: skip
         dresidual, ddelta, *dln, dattn_bias = norm_gradients(
@@ -267,6 +267,6 @@ class _Block(torch.autograd.Function):
         )
         return (
             None, None, None, None, dx, dresidual,
-            *spread(dqkv, True, has_bias), dattn_weight, dattn_bias, *dln,
-            *spread(dmlp, True, has_bias, True), dmlp_bias, *dnext_ln,
-        )  # fmt: skip  # as ``Layers`` has them
+            *fill_none(dqkv, True, has_bias), dattn_weight, dattn_bias, *dln,
+            *fill_none(dmlp, True, has_bias, True), dmlp_bias, *dnext_ln,
+        )  # fmt: skip  # in the order of ``Layers``

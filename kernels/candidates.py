@@ -1,10 +1,10 @@
-"""What ``fastgpt tune`` tries in place of a line of ``configs.TABLE``: key → configurations, two to
-eight with the line itself.
+"""The configurations that ``fastgpt tune`` tries instead of an entry of ``configs.TABLE``: key →
+configurations, two to eight including that entry.
 
-The line that holds for a launch is found as in ``configs``. A launch without one, such as all in
-float32 but LayerNorm's, the embedding's and the loss's, keeps its line of ``TABLE``. Any hashable
-value that the host function understands may be a configuration; to ``configs.encoded`` it must be
-a string, None or a named tuple of ``configs``.
+The key for a launch is found as in ``configs``. A launch without one keeps its entry in ``TABLE``,
+for example in float32 all but those of LayerNorm, the embedding and the loss. A configuration may
+be any hashable value that the launcher understands; ``configs.encoded`` requires a string, None or
+a named tuple of ``configs``.
 """
 
 from collections.abc import Callable
@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from fastgpt.kernels.configs import first_line, lookup
+from fastgpt.kernels.configs import first_entry, lookup
 from fastgpt.kernels.shipped_table import (
     _DOCUMENTS,
     _DROPOUT,
@@ -165,7 +165,7 @@ CANDIDATES: dict[Key, tuple[Any, ...]] = {
     Key("attention", "bwd_dkdv", "gpu", "half", 128, _DROPOUT): _attention(
         (16, 128, 8, 2), (16, 64, 4, 2), (16, 64, 4, 3), (32, 64, 8, 2)
     ),
-    # On sm_80 operands pass through registers: smaller tiles, or more warps.
+    # On sm_80 operands pass through registers: use smaller tiles or more warps.
     Key("attention", "fwd", "sm_80", "half", 64): _attention(
         (128, 64, 8, 3), (64, 64, 4, 3), (64, 64, 4, 2), (64, 32, 4, 3), (128, 32, 8, 3)
     ),
@@ -184,7 +184,7 @@ CANDIDATES: dict[Key, tuple[Any, ...]] = {
     Key("attention", "bwd_dkdv", "sm_80", "half", 128): _attention(
         (32, 64, 8, 1), (32, 64, 8, 2), (32, 64, 4, 1), (16, 64, 4, 2), (16, 128, 8, 1)
     ),
-    # Products. On sm_80 accumulators live in registers.
+    # Products. On sm_80 accumulators are in registers.
     Key("gemm", "fwd", "gpu", "half"): _PRODUCT,
     Key("gemm", "bwd", "gpu", "half"): _PRODUCT_GRADIENT,
     Key("gemm", "bwd", "gpu", "half", ANY, ("recompute",)): _PRODUCT_RECOMPUTE,
@@ -194,7 +194,7 @@ CANDIDATES: dict[Key, tuple[Any, ...]] = {
     Key("gemm", "weight", "sm_80", "half"): _WEIGHT_80,
     **{Key("gemm", kernel, "sm_75", "half"): (CUBLAS,) for kernel in ("fwd", "bwd", "weight")},
     Key("gemm", "bwd", "sm_75", "half", ANY, ("recompute",)): (CUBLAS,),
-    # Rows: of LayerNorm, of the loss.
+    # Row kernels: LayerNorm and the loss.
     Key("layer_norm", "fwd"): _each(WholeRows, (8, 4), (4, 4), (4, 2), (2, 2), (16, 4)),
     Key("layer_norm", "fwd", size=1024): _each(WholeRows, (4, 4), (8, 4), (2, 2), (1, 2), (2, 4)),
     Key("layer_norm", "fwd", size=2048): _each(WholeRows, (2, 8), (1, 4), (2, 4), (4, 8), (1, 8)),
@@ -211,7 +211,7 @@ CANDIDATES: dict[Key, tuple[Any, ...]] = {
         PartOfRow, (4096, 16), (4096, 16, 2), (4096, 8), (2048, 8, 3), (2048, 8), (8192, 16)
     ),
     Key("cross_entropy", "rows", size=256): _each(PartOfRow, (256, 1), (256, 2), (256, 4)),
-    # Elements.
+    # Elementwise kernels.
     Key("embedding", "fwd"): _each(
         Tile, (16, 128, 4), (8, 256, 4), (32, 128, 8), (8, 128, 4), (4, 1024, 8)
     ),
@@ -244,17 +244,17 @@ def candidates(
     size: int | str = ANY,
     options: tuple[str, ...] = (),
 ) -> list[Any]:
-    """What a launch may be given, its line of ``TABLE`` first; that alone where there is no choice.
-    The arguments are those of ``configs.lookup``."""
+    """The candidates for a launch: first its entry of ``TABLE``, then the alternatives, if any.
+    Same arguments as ``configs.lookup``."""
     asked = op, kernel, capability, dtype, size, options
     present = lookup(*asked)
     try:
-        others = first_line(CANDIDATES, *asked)
+        others = first_entry(CANDIDATES, *asked)
     except KeyError:
         return [present]
     return [present, *(one for one in others if not same(one, present))]
 
 
 def same(a: Any, b: Any) -> bool:
-    """Equal and of one kind: as tuples, configurations of two kinds may be equal."""
+    """Equal and of the same class: named tuples of two classes may compare equal."""
     return type(a) is type(b) and a == b

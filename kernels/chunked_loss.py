@@ -1,18 +1,18 @@
-"""Linear + cross-entropy in chunks of rows: what torch_ops and the Triton op have in common.
+"""Linear + cross-entropy in chunks of rows: code shared by torch_ops and the Triton op.
 
     logits = x @ weight.T              x (M, C), weight (V, C), logits (M, V)
     lse_i = log(sum over j of exp(logits_ij))                       p_ij = exp(logits_ij - lse_i)
     loss_i = lse_i - (1 - e) * logits_it - e * mean over j of logits_ij + z * lse_i^2
     dlogits_ij = p_ij * (1 + 2 * z * lse_i) - (1 - e) * [j = t] - e / V
 
-with target t, label smoothing e and z-loss z. One buffer holds the logits of a chunk of rows, then,
-in place, their gradient, from which the chunk's part of dx and dweight is computed at once: all
-logits are never in memory together. dlogits are of the sum of the losses, which float16 has the
-range for; the backward scales dx and dweight by the mean's divisor and the incoming gradient.
+with target t, label smoothing e and z-loss z. One buffer holds the logits of a chunk of rows, and
+then, in place, their gradient. The chunk's part of dx and dweight is computed at once, so all
+logits are never in memory together. dlogits are gradients of the sum of the losses, which fit
+float16's range; the backward scales dx and dweight by the incoming gradient over the divisor.
 
 Saved for backward: dx in the dtype of the products, dweight in float32, and the divisor. FLOPs:
-2 M V C for each of logits, dx and dweight, all in the forward pass. Bytes, s an element: 5 s M V
-for the chunks (one product writes them, the rows are read and written, two products read them).
+2 M V C for each of logits, dx and dweight, all in the forward. Bytes at s per element: 5 s M V for
+the chunks (one product writes them, the rows are read and written, two products read them).
 """
 
 from collections.abc import Callable
@@ -25,20 +25,20 @@ from fastgpt.kernels._operators import differentiable, fake, operator, wants_gra
 from fastgpt.kernels._tensors import as_matrix, autocast_dtype, matmul_float32
 
 # rows(logits, targets, losses, ignore_index, label_smoothing, z_loss, want_gradient) writes the
-# losses (rows), 0 where ignored. With want_gradient it overwrites logits (rows, V), columns
-# adjacent, by dlogits; without, it may overwrite them by anything.
+# losses (rows), 0 if ignored. With want_gradient it overwrites logits (rows, V), columns adjacent,
+# with dlogits; otherwise it may overwrite them with anything.
 RowsFunction = Callable[[Tensor, Tensor, Tensor, int, float, float, bool], None]
 
-# Memory for the logits of one chunk. On CUDA 4096 rows of GPT-2's in half precision: dweight (V, C)
-# is read and written once a chunk, which costs little beside products of so many rows. Elsewhere
-# 512 rows of GPT-2's in float32: with more, a CPU's products are no faster.
+# Memory for the logits of one chunk. On CUDA, 4096 rows of GPT-2 in half precision: dweight (V, C)
+# is read and written once per chunk, which costs little next to products of so many rows.
+# Elsewhere, 512 rows of GPT-2 in float32: products of more rows are no faster on a CPU.
 CHUNK_BYTES = {"cuda": 512 * 2**20, "other": 128 * 2**20}
 
 _ALIGNMENT = 64  # elements: each row of the buffer is aligned, whatever V is
 
 
 def chunk_rows(n_cols: int, dtype: torch.dtype, device: torch.device) -> int:
-    """Rows in a chunk: a power of two, since most batches are a multiple of one."""
+    """Rows per chunk: a power of two, since most batches are a multiple of one."""
     limit = CHUNK_BYTES["cuda" if device.type == "cuda" else "other"]
     return 2 ** max(0, (limit // (n_cols * dtype.itemsize)).bit_length() - 1)
 
@@ -70,7 +70,7 @@ def forward(
     stride = -(-n_cols // _ALIGNMENT) * _ALIGNMENT
     buffer = x.new_empty(min(step, n_rows), stride)
     if x.device.type == "cpu":
-        # oneDNN's AMX kernels read the padding of an odd row and multiply it by 0: NaN would stay.
+        # oneDNN's AMX kernels multiply the padding of an odd row by 0: it must not be NaN.
         buffer[:, n_cols:].zero_()
     buffer = buffer[:, :n_cols]
     for start in range(0, n_rows, step):
@@ -90,7 +90,7 @@ def forward(
         if want_dweight:
             dweight = matmul_float32(logits.t(), x[chunk], accumulate_into=dweight)
 
-    if dweight is None:  # there was no row
+    if dweight is None:  # x has no rows
         dweight = x.new_zeros(weight.shape, dtype=wide)
     return *reduced(losses, targets, ignore_index, mean), dx, dweight
 
@@ -123,7 +123,7 @@ def _scale(
     dx_dtype: torch.dtype,
     dweight_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
-    """The gradients in the dtypes of x and weight, rounded once; 0 if no row is valid."""
+    """The gradients in the dtypes of x and weight, rounded once. They are 0 if no row is valid."""
     # view(1): PyTorch casts a tensor without dimensions to the other operand's dtype.
     factor = (grad.to(divisor.dtype) / divisor.clamp(min=1.0)).view(1)
     return (
@@ -137,7 +137,7 @@ def _fake_scale(grad, divisor, dx, dweight, dx_dtype, dweight_dtype):
 
 
 def define_scale(name: str, scale: Callable[..., tuple[Tensor, Tensor]]) -> Any:
-    """The operator ``fastgpt::name``, the backward of a loss. ``scale``: as ``_scale``."""
+    """Register ``fastgpt::name``, the backward of a loss. ``scale``: a function like ``_scale``."""
     op = operator(name)(scale)
     fake(op)(_fake_scale)
     return op
@@ -159,11 +159,11 @@ def define(
     forward: Callable[..., tuple[Tensor, ...]],
     scale_op: Callable[..., tuple[Tensor, Tensor]] = _scale_op,
 ) -> Callable[..., tuple[Tensor, ...]]:
-    """The operator ``fastgpt::name``. ``forward``: as the one here with a row function;
-    ``scale_op``: of ``define_scale``."""
+    """Register ``fastgpt::name``. ``forward``: ``forward`` with its ``rows`` argument bound, or a
+    function like it; ``scale_op``: a result of ``define_scale``."""
 
     def backward(ctx, grad, *_):
-        if grad is None:  # the loss has no part in what is differentiated
+        if grad is None:  # the differentiated result does not depend on the loss
             return ()
         dx, dweight = scale_op(grad, *ctx.saved_tensors, *ctx.dtypes)
         return dx if ctx.want_dx else None, dweight if ctx.want_dweight else None
@@ -189,7 +189,7 @@ def apply(
     label_smoothing: float,
     z_loss: float,
 ) -> Tensor:
-    """The loss by an operator of ``define``, which computes only the gradients required."""
+    """The loss by ``op``, a result of ``define``, which computes only the required gradients."""
     return op(
         x,
         weight,

@@ -1,5 +1,5 @@
-"""Compiles what some calls of the ops would launch, side by side: Triton releases Python's lock
-while it compiles."""
+"""Compiles the kernels that given calls would launch, in parallel: Triton releases the GIL while it
+compiles."""
 
 import os
 from collections.abc import Callable, Iterable, Iterator
@@ -17,15 +17,15 @@ Launch = tuple[JITFunction, tuple[Any, ...], dict[str, Any]]
 
 
 @contextmanager
-def _noted() -> Iterator[list[Launch]]:
-    """Within, a launch is noted in the list in place of made."""
+def _recorded() -> Iterator[list[Launch]]:
+    """Context in which launches are recorded in the list instead of executed."""
     launches: list[Launch] = []
 
-    def note(kernel: JITFunction, *args: Any, grid: Any, warmup: bool, **options: Any) -> None:
+    def record(kernel: JITFunction, *args: Any, grid: Any, warmup: bool, **options: Any) -> None:
         launches.append((kernel, args, options))
 
     run = JITFunction.run
-    JITFunction.run = note  # type: ignore[method-assign]
+    JITFunction.run = record  # type: ignore[method-assign]
     try:
         yield launches
     finally:
@@ -33,13 +33,13 @@ def _noted() -> Iterator[list[Launch]]:
 
 
 def compile_ahead(calls: Iterable[Callable[[], Any]]) -> None:
-    """Compile what ``calls`` launch, and launch none of it: what they compute is not to be used.
-    What does not compile is left out: it fails again where it is launched. Nothing is compiled in
-    the interpreter."""
+    """Compile the kernels that ``calls`` would launch, without launching them. The calls' results
+    are meaningless. Compilation errors are ignored here, since the real launch raises them again.
+    Does nothing in the interpreter."""
     calls = list(calls)
     if _host.INTERPRETED:
         return
-    with _noted() as launches:
+    with _recorded() as launches:
         for call in calls:
             call()
     n_threads = min(_MOST_THREADS, os.cpu_count() or 1)

@@ -1,8 +1,7 @@
-"""Which configuration a kernel is launched with: of the shipped table, or of the lines that were
-measured on this GPU.
+"""Launch configurations: looked up in the shipped table, or among the entries measured on this GPU.
 
-Of the lines of ``TABLE`` that fit a launch, ``lookup`` takes the first in this order; each rule
-decides among those that the rules before it leave:
+``lookup`` returns the best match in ``TABLE`` for a launch. Entries are preferred by these rules,
+the first rule counting most:
 
 1. all options of the launch, then all but the last, and so on down to none;
 2. its architecture class, then "gpu" (not in the interpreter), then ``ANY``;
@@ -10,7 +9,7 @@ decides among those that the rules before it leave:
 4. its size class, then ``ANY``;
 5. its kernel, then ``ANY``.
 
-On a GPU that ``fastgpt tune`` has measured, its own lines come before all of these: ``tuned``.
+On a GPU measured by ``fastgpt tune``, its own entries (``tuned``) take precedence over the table.
 """
 
 import functools
@@ -23,7 +22,7 @@ from torch import Tensor
 
 from fastgpt.kernels import _host, shipped_table, tuned_table
 
-# The ops take the kinds of configurations from here.
+# Re-exported for the ops: the types of configurations.
 from fastgpt.kernels.shipped_table import (  # noqa: F401
     ANY,
     CUBLAS,
@@ -46,7 +45,7 @@ from fastgpt.kernels.shipped_table import (  # noqa: F401
 
 @functools.cache
 def architecture(capability: int | None) -> str:
-    """The class of a compute capability (80, 90, ...); None: the interpreter."""
+    """The architecture class of a compute capability (80, 90, ...); None means the interpreter."""
     if capability is None:
         return "interpreter"
     if capability < 80:
@@ -58,11 +57,11 @@ def architecture(capability: int | None) -> str:
 
 @functools.cache
 def dtype_class(dtype: torch.dtype) -> str:
-    """As ``Key`` has it."""
+    """The dtype as in ``Key.dtype``."""
     return "half" if _host.is_half(dtype) else str(dtype).removeprefix("torch.")
 
 
-def first_line(
+def first_entry(
     table: Mapping[Key, Any],
     op: str,
     kernel: str,
@@ -71,10 +70,10 @@ def first_line(
     size: int | str = ANY,
     options: tuple[str, ...] = (),
 ) -> Any:
-    """The line of a table for a launch, by the order that stands above.
+    """The best entry of ``table`` for a launch, by the rules above.
 
     Raises:
-        KeyError: there is no line for it.
+        KeyError: no entry matches.
     """
     own = architecture(capability)
     for chosen, arch, of_dtype, of_size, of_kernel in itertools.product(
@@ -99,19 +98,19 @@ def lookup(
     size: int | str = ANY,
     options: tuple[str, ...] = (),
 ) -> Any:
-    """The configuration of a launch in ``TABLE``. Raises KeyError as ``first_line``."""
-    return first_line(TABLE, op, kernel, capability, dtype, size, options)
+    """The configuration of a launch in ``TABLE``. Raises KeyError as ``first_entry``."""
+    return first_entry(TABLE, op, kernel, capability, dtype, size, options)
 
 
-# Lines that were measured on a GPU, by its index, with the exact keys of its launches. None stands
-# for the interpreter: it has lines only where a test, or the tuner, puts some there.
+# Measured entries by GPU index, with the exact keys of its launches. None stands for the
+# interpreter, which has entries only if a test or the tuner adds them.
 _TUNED: dict[int | None, dict[Key, Any]] = {None: {}}
 _UNKNOWN = object()  # None is a configuration
 
 
 def tuned(device: torch.device) -> dict[Key, Any]:
-    """The lines that go before ``TABLE`` on the CPU or a GPU, which must have an index. What is
-    written to them takes effect with the next launch. A GPU's are read from the file of
+    """The entries that take precedence over ``TABLE`` on this device; a GPU must have an index.
+    Changes to the dict take effect at the next launch. A GPU's entries are read from the file of
     ``fastgpt tune`` at its first launch."""
     index = device.index if device.type == "cuda" else None
     lines = _TUNED.get(index)
@@ -119,8 +118,8 @@ def tuned(device: torch.device) -> dict[Key, Any]:
 
 
 def read_tuned(device: torch.device) -> dict[Key, Any]:
-    """``tuned``, read again from the file. One that is damaged, or made elsewhere, is ignored with
-    a warning."""
+    """Reread ``tuned`` from the file. A file that is damaged or made for another machine is ignored
+    with a warning."""
     with tuned_table.notice_of_damage(device):
         lines = tuned_table.read(device).get("lines", [])
         found = {decoded_key(line["key"]): decoded(line["config"]) for line in lines}
@@ -129,7 +128,7 @@ def read_tuned(device: torch.device) -> dict[Key, Any]:
 
 
 def use_tuned(device: torch.device, lines: dict[Key, Any]) -> dict[Key, Any]:
-    """Let ``lines`` be ``tuned(device)``."""
+    """Set ``tuned(device)`` to ``lines``."""
     index = device.index
     if device.type == "cuda" and index is None:
         index = torch.cuda.current_device()
@@ -138,24 +137,24 @@ def use_tuned(device: torch.device, lines: dict[Key, Any]) -> dict[Key, Any]:
 
 
 def encoded(config: Any) -> Any:
-    """A configuration for a JSON file: a string or None as it is, a named tuple behind its class's
-    name."""
+    """A configuration as a JSON value: a string or None unchanged, a named tuple as a list that
+    starts with its class name."""
     return [type(config).__name__, *config] if isinstance(config, tuple) else config
 
 
 def decoded(value: Any) -> Any:
-    """What ``encoded`` was given. Raises ValueError for anything else."""
+    """The inverse of ``encoded``. Raises ValueError for an unknown class name."""
     if value is None or isinstance(value, str):
         return value
     name, *values = value
     kind = getattr(shipped_table, name, None)
     if not (isinstance(kind, type) and issubclass(kind, tuple) and kind is not Key):
-        raise ValueError(f"{name!r} is no kind of configuration")
+        raise ValueError(f"{name!r} is not a type of configuration")
     return kind(*values)
 
 
 def decoded_key(value: Any) -> Key:
-    """A ``Key`` from the list that a JSON file has of it."""
+    """A ``Key`` from its list in a JSON file."""
     return Key._make([*value[:-1], tuple(value[-1])])
 
 
@@ -164,7 +163,7 @@ def find(x: Tensor, op: str, kernel: str, size: int | str = ANY, *options: str) 
     capability = _host.capability(x.device)
     measured = tuned(x.device)
     if measured:
-        # As a key it is equal to a Key, and it is cheaper to make.
+        # A plain tuple equals a Key and is cheaper to create.
         key = op, kernel, architecture(capability), dtype_class(x.dtype), size, options
         found = measured.get(key, _UNKNOWN)  # type: ignore[call-overload]
         if found is not _UNKNOWN:
@@ -172,8 +171,8 @@ def find(x: Tensor, op: str, kernel: str, size: int | str = ANY, *options: str) 
     return lookup(op, kernel, capability, x.dtype, size, options)
 
 
-@functools.lru_cache(maxsize=None, typed=True)  # typed: equal tuples of two kinds are not equal
+@functools.lru_cache(maxsize=None, typed=True)  # typed: tuples of two classes may compare equal
 def launch(config: Any) -> dict[str, Any]:
-    """What a configuration gives the kernel. Not to be written to: later launches share it."""
+    """A configuration as the kernel's keyword arguments. Launches share the dict: do not modify."""
     given = {k: v for k, v in config._asdict().items() if v is not None and k != "programs"}
     return given | _host.FMA

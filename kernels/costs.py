@@ -1,10 +1,9 @@
-"""What an operator costs that PyTorch sees as one opaque call: the kernels inside it, each with its
-floating-point operations and its bytes of device memory.
+"""Cost formulas of our operators, which PyTorch sees as opaque calls: the FLOPs and the bytes of
+device memory of each kernel inside.
 
-One formula serves two readers: ``torch.utils.flop_counter`` gets the sum of the FLOPs (once
-``fused`` was imported), and ``bench/roofline.py`` every kernel for itself. An operator without a
-formula is taken for one kernel that reads its inputs, writes its outputs and multiplies no
-matrices.
+Each formula is used twice: ``torch.utils.flop_counter`` receives the sum of the FLOPs (after
+``fused`` was imported), ``bench/roofline.py`` every kernel. An operator without a formula counts as
+one kernel that reads its inputs, writes its outputs and multiplies no matrices.
 """
 
 import functools
@@ -17,29 +16,29 @@ from torch.utils.flop_counter import register_flop_formula
 
 from fastgpt.kernels import chunked_loss, configs, gemm, linear_cross_entropy
 from fastgpt.kernels._attention import block_d
-from fastgpt.kernels._operators import spread
+from fastgpt.kernels._operators import fill_none
 from fastgpt.kernels._tensors import row_count, split_heads
 
 
 class KernelCost(NamedTuple):
-    """One launch, or a loop of equal ones."""
+    """One launch, or a loop of identical launches."""
 
     name: str
-    flops: int  # of matrix products alone, 2 M N K each, as PyTorch counts them
-    bytes: int  # read plus written in device memory; what a cache serves again is counted once
-    fp8: bool = False  # the matrices multiplied have 8 bits
+    flops: int  # of matrix products only, 2 M N K each, as PyTorch counts them
+    bytes: int  # read plus written in device memory; repeated reads from a cache count once
+    fp8: bool = False  # the product is of 8-bit matrices
 
 
 CostFormula = Callable[..., list[KernelCost]]
 
-COSTS: dict[str, CostFormula] = {}  # by operator, as ``str(torch.ops.fastgpt.gelu)`` spells it
+COSTS: dict[str, CostFormula] = {}  # by operator name as in ``str(torch.ops.fastgpt.gelu)``
 
 
 def _cost_of(*names: str) -> Callable[[CostFormula], CostFormula]:
-    """Decorates the cost formula of ``fastgpt::name``.
+    """Decorate the cost formula of ``fastgpt::name``.
 
-    The formula is called as ``formula(out, *args)``: what the operator returned, then its
-    arguments, the tensors among them often fake. Shapes and dtypes are all that it may read.
+    The formula is called as ``formula(out, *args)`` with the operator's result and arguments. Their
+    tensors are often fake, so it may read only shapes and dtypes.
     """
 
     def register(formula: CostFormula) -> CostFormula:
@@ -55,22 +54,22 @@ def _flops(formula: CostFormula, *args: Any, out_val: Any, **kwargs: Any) -> int
 
 @functools.cache
 def publish() -> None:
-    """Hand the formulas to PyTorch's FLOP counter, once the operators are there."""
+    """Register the formulas with PyTorch's FLOP counter, after the operators are defined."""
     for name, formula in COSTS.items():
         op = getattr(torch.ops.fastgpt, name.removeprefix("fastgpt."), None)
-        if op is not None:  # of an implementation that was imported
+        if op is not None:  # its implementation was imported
             register_flop_formula(op, get_raw=True)(functools.partial(_flops, formula))
 
 
 def nbytes(*tensors: Tensor | None) -> int:
-    """The bytes of the elements of all tensors together."""
+    """The total bytes of the tensors' elements."""
     return sum(t.numel() * t.element_size() for t in tensors if t is not None)
 
 
 # ------------------------------------------------------------------------------------- embedding
 
 
-# Rows of the tables are read once for each different id: at most as many as there are ids.
+# Each distinct id reads its row of the table once: at most as many rows as there are ids.
 @_cost_of("embedding")
 def _(out, idx, token_weight, position_weight, *_options):
     rows = min(idx.numel(), token_weight.shape[0]) + idx.shape[1]
@@ -91,7 +90,7 @@ def _(dtoken, dout, idx, *_options):
 
 
 def attention_pairs(n_queries: int, n_keys: int, causal: bool) -> int:
-    """How many scores of one head are computed: with a causal mask, those under the diagonal, taken
+    """The number of scores computed per head. With a causal mask, those below the diagonal, counted
     as half of a square."""
     if not causal:
         return n_queries * n_keys
@@ -105,16 +104,16 @@ def _attention_product(q: Tensor, k: Tensor, causal: bool) -> int:
 
 
 def _attention_fwd(q, k, v, out, lse, causal):
-    """q, k, v as (B, H, T, D). Two products a tile. That of causal attention also with documents:
-    how much less they need depends on values, which a formula does not read."""
+    """q, k, v as (B, H, T, D). Two products per tile. Documents cost as much as causal attention,
+    because the savings depend on values, which a formula does not read."""
     product = _attention_product(q, k, causal)
     return [KernelCost("fwd", 2 * product, nbytes(q, k, v, out, lse))]
 
 
 def _attention_bwd(q, k, v, out, lse, causal):
-    """Three products a tile and four: both kernels compute the scores and dP."""
+    """Three and four products per tile: both kernels compute the scores and dP."""
     product = _attention_product(q, k, causal)
-    dq, dk, dv, dout, delta = q, k, v, out, lse[:, :, 0]  # of the same sizes
+    dq, dk, dv, dout, delta = q, k, v, out, lse[:, :, 0]  # stand-ins of equal size
     return [
         KernelCost("dq", 3 * product, nbytes(q, k, v, out, dout, lse, delta, dq)),
         KernelCost("dkdv", 4 * product, nbytes(q, k, v, dout, lse, delta, dk, dv)),
@@ -143,7 +142,7 @@ def _(dqkv, dout, qkv, out, lse, n_head, seed, doc_start, causal, *_):
 
 @_cost_of("attention_decode")
 def _(out, qkv, cache, positions, scale):
-    """Of a full cache: positions are on the device, and not read."""
+    """The cost with a full cache, since positions are on the device and are not read."""
     _, batch, n_head, n_slots, head_size = cache.shape
     config = configs.find(cache, "attention_decode", "fwd", block_d(head_size))
     n_parts = -(-n_slots // config.BLOCK_N)
@@ -160,12 +159,12 @@ def _(out, qkv, cache, positions, scale):
 
 
 def _product(name: str, m: int, n: int, k: int, *tensors: Tensor | None) -> KernelCost:
-    """An (m, k) by (k, n) product that moves each of the tensors once."""
+    """An (m, k) by (k, n) product that moves each tensor once."""
     return KernelCost(name, 2 * m * n * k, nbytes(*tensors))
 
 
 def _casting(dtype: torch.dtype, *weights: Tensor | None) -> list[KernelCost]:
-    """The rounding of weights that are not of the dtype yet: read, and written at its size."""
+    """Casts of the weights that do not have ``dtype`` yet."""
     moved = sum(
         w.numel() * (w.element_size() + dtype.itemsize)
         for w in weights
@@ -177,19 +176,19 @@ def _casting(dtype: torch.dtype, *weights: Tensor | None) -> list[KernelCost]:
 def _recomputing(ln_weight: Tensor | None, saved: Tensor, dtype: torch.dtype) -> list[KernelCost]:
     if ln_weight is None:
         return []
-    return [KernelCost("LayerNorm again", 0, nbytes(saved) + saved.numel() * dtype.itemsize)]
+    return [KernelCost("LayerNorm recomputed", 0, nbytes(saved) + saved.numel() * dtype.itemsize)]
 
 
 def _operand(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """x as the product reads it, for a cost formula: shapes and dtypes alone."""
+    """A meta tensor of x's shape in the product's dtype."""
     return x.new_empty(x.shape, dtype=dtype, device="meta")
 
 
-# As on an H100 or H200 in half precision, whatever the tensors' device and dtype.
+# The following count launches as on an H100 or H200 in half precision, on any device and dtype.
 
 
 def _on_hopper(kernel: str, *options: str) -> Any:
-    """The launch of a kernel of ``gemm``, None if cuBLAS is chosen."""
+    """The launch configuration of a kernel of ``gemm``, None for cuBLAS."""
     config = configs.lookup("gemm", kernel, 90, torch.bfloat16, configs.ANY, options)
     return None if config == configs.CUBLAS else config
 
@@ -197,7 +196,7 @@ def _on_hopper(kernel: str, *options: str) -> Any:
 def _linear_gelu(
     x: Tensor, weight: Tensor, bias: Tensor | None, hidden: Tensor
 ) -> list[KernelCost]:
-    """Of ``linear_gelu``, whose results are like ``hidden`` each."""
+    """The cost of ``linear_gelu``, whose two results are shaped like ``hidden``."""
     flops = 2 * hidden.numel() * x.shape[-1]
     operands = nbytes(x, weight, bias)
     if _on_hopper("fwd") is not None:
@@ -211,7 +210,7 @@ def _linear_gelu(
 def _linear_gelu_gradient(
     dy: Tensor, weight: Tensor, pre: Tensor, recompute: bool, dbias: Tensor | None
 ) -> list[KernelCost]:
-    """Of ``linear_gelu_gradient``; ``dbias``: as it is returned."""
+    """The cost of ``linear_gelu_gradient``; ``dbias``: its third result."""
     flops = 2 * pre.numel() * dy.shape[-1]
     operands = nbytes(dy, weight)
     config = _on_hopper("bwd", *["recompute"] * recompute)
@@ -226,32 +225,32 @@ def _linear_gelu_gradient(
             KernelCost("GELU'", 0, nbytes(pre) + epilogue + parts),
         ]
     if dbias is not None:
-        kernels.append(KernelCost("linear dbias, its parts added up", 0, parts + nbytes(dbias)))
+        kernels.append(KernelCost("linear dbias, sum of parts", 0, parts + nbytes(dbias)))
     return kernels
 
 
 def _weight_gradient(dy: Tensor, x: Tensor, *gradients: Tensor) -> list[KernelCost]:
-    """Of ``weight_gradient``, whose results are like ``gradients``."""
+    """The cost of ``weight_gradient``, whose results are shaped like ``gradients``."""
     n_cols = x.shape[-1]
     n_tokens, n_rows = row_count(x), gradients[0].shape[0]
     flops = 2 * n_tokens * n_rows * n_cols
     config = _on_hopper("weight", *["bias"] * (len(gradients) - 1)) if flops else None
     if config is None:
         rounded = gradients[0].dtype != torch.float32
-        again = 4 * n_rows * n_cols + nbytes(gradients[0]) if rounded else 0
+        moved = 4 * n_rows * n_cols + nbytes(gradients[0]) if rounded else 0
         return [
             KernelCost("linear dweight", flops, nbytes(dy, x) + 4 * n_rows * n_cols),
-            KernelCost("linear dweight, rounded", 0, again),
+            KernelCost("linear dweight, rounded", 0, moved),
             *(KernelCost("linear dbias", 0, nbytes(dy, dbias)) for dbias in gradients[1:]),
         ]
     n_tiles = -(-n_rows // config.BLOCK_M) * -(-n_cols // config.BLOCK_N)
     n_splits = gemm.splits(n_rows, n_cols, n_tokens, n_tiles, 132 * config.programs)
     split = n_splits > 1
     partial = 4 * n_splits * n_rows * n_cols if split else nbytes(*gradients)
-    again = partial + nbytes(*gradients) if split else 0
+    moved = partial + nbytes(*gradients) if split else 0
     return [
         KernelCost("linear dweight", flops, nbytes(dy, x) + partial),
-        KernelCost("linear dweight, its parts added up", 0, again),
+        KernelCost("linear dweight, sum of parts", 0, moved),
     ]
 
 
@@ -304,7 +303,7 @@ def _(
     f, c = fc_weight.shape
     tokens = pre.shape[0]
     fc, proj = _operand(fc_weight, dy.dtype), _operand(proj_weight, dy.dtype)
-    dx, dfc, dbias, dproj = spread(out, wants_dx, wants_dfc, wants_dfc and has_bias, wants_dproj)
+    dx, dfc, dbias, dproj = fill_none(out, wants_dx, wants_dfc, wants_dfc and has_bias, wants_dproj)
     kernels: list[KernelCost] = [
         *_casting(dy.dtype, proj_weight, fc_weight if wants_dx else None),
         *_linear_gelu_gradient(dy, proj, pre, act is None and wants_dproj, dbias),
@@ -323,7 +322,7 @@ def _(
 
 
 def _quantising(name: str, x: Tensor, columns: bool) -> list[KernelCost]:
-    """Of ``quantise``: x is read for the maximum and for the cast."""
+    """The cost of ``quantise``, which reads x for the maximum and for the cast."""
     size = nbytes(x)
     costs = [
         KernelCost(f"{name} maximum", 0, size),
@@ -348,7 +347,7 @@ def _(out, x, weight, targets, dtype, ignore_index, mean, smoothing, z_loss, wan
     ]
     if want_dx:
         costs.append(KernelCost("dx", flops, logits + weights + x_bytes))
-    if want_dweight:  # the first chunk writes it, each other reads and writes it
+    if want_dweight:  # the first chunk writes it, the others read and write it
         accumulated = max(1, 2 * chunks - 1) * nbytes(out[3])
         costs.append(KernelCost("dweight", flops, logits + x_bytes + accumulated))
     for name, tensor in (("cast x", x), ("cast weight", weight)):
@@ -381,7 +380,7 @@ def _(out, x, weight, targets, dtype, ignore_index, mean, smoothing, z_loss, wan
     costs.append(KernelCost("logits", flops, x8 + weights8 + size * cells, fp8=True))
     costs.append(KernelCost("rows", 0, (size + gradient) * cells + nbytes(targets)))
     if want_dx:
-        moved = cells + weights8 + 3 * size * n_rows * width  # written by itself, then copied
+        moved = cells + weights8 + 3 * size * n_rows * width  # written to a new tensor, then copied
         costs.append(KernelCost("dx", flops, moved, fp8=True))
     if want_dweight:
         costs.append(KernelCost("dlogits transposed", 0, 2 * cells))

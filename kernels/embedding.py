@@ -1,6 +1,6 @@
-"""Token + position embedding + dropout: host functions, operators, public function.
+"""Token + position embedding + dropout: launchers, operators, public function.
 
-The equations, what is saved, bytes and the order of the sums stand in ``embedding_kernels.py``.
+See ``embedding_kernels.py`` for the equations, saved tensors, bytes and the order of the sums.
 """
 
 import torch
@@ -70,7 +70,7 @@ def _token_bwd_op(
     dropout_p: float,
     dropout_offset: int,
 ) -> Tensor:
-    """The gradient of token_weight (n_vocab, C), dense; or of another table's rows idx (B, T)."""
+    """The dense gradient of token_weight (n_vocab, C), or of any table indexed by idx (B, T)."""
     n_rows, n_cols = idx.numel(), dout.shape[2]
     dtoken = torch.zeros(n_vocab, n_cols, dtype=dtype, device=dout.device)
     if n_rows == 0:
@@ -184,7 +184,7 @@ def _backward(ctx, dout):
 
 
 def _positions(idx: Tensor, doc_start: Tensor, n_vocab: int) -> Tensor:
-    """(B, T) of int32: the positions that the kernel adds; -1 where an id is out of range."""
+    """(B, T) int32: the positions that the forward uses, -1 where an id is out of range."""
     places = torch.arange(idx.shape[1], dtype=torch.int32, device=idx.device)
     positions = (places - doc_start.clamp(min=0)).clamp(min=0)
     return positions.where((idx >= 0) & (idx < n_vocab), -1)
@@ -203,33 +203,32 @@ def embedding(
     dropout_offset: int = 0,
     doc_start: Tensor | None = None,
 ) -> Tensor:
-    """Sum of a token's and a position's embedding vector, with dropout. The backward is
-    deterministic.
+    """Sum of token and position embeddings, with dropout. The backward is deterministic.
 
     Args:
-        idx: (B, T) int64 or int32, on a CUDA device. The row of an id outside of 0 to V - 1 is NaN
-            and has no part in any gradient (PyTorch's own kernel would end the process's use of
-            the GPU).
+        idx: (B, T) int64 or int32, on a CUDA device. The output row of an id outside of 0 to V - 1
+            is NaN and contributes to no gradient (PyTorch's own kernel would fail with a device
+            assert, after which the process cannot use the GPU).
         token_weight: (V, C); float32, float16 or bfloat16, on the same device.
         position_weight: (P, C) with P >= T, of token_weight's dtype.
-        dropout_p: share of the sum that is set to 0, from 0 to 0.999, to the next 2^-16.
-        seed: int64 tensor with one element on idx's device: the Philox key of the dropout mask,
-            which is a function of seed, dropout_offset and position alone
-            (``reference.dropout_mask`` of (B * T, C)). If None, each call draws one from PyTorch's
-            generator for the device.
-        dropout_offset: which of the independent masks of that seed, from 0 to 2^31 - 1.
+        dropout_p: dropout probability, from 0 to 0.999, rounded to a multiple of 2^-16.
+        seed: int64 tensor with one element on idx's device: the Philox key of the dropout mask. The
+            mask depends only on seed, dropout_offset and position (it is ``reference.dropout_mask``
+            of shape (B * T, C)). If None, each call draws a seed from PyTorch's generator for the
+            device.
+        dropout_offset: selects one of the seed's independent masks, from 0 to 2^31 - 1.
         doc_start: int32 (B, T), for several documents in one sequence: the position of token t is
-            t - doc_start[b, t]. 0 <= doc_start[b, t] <= t; the host does not read the values, and
-            others count as the nearest of these.
+            t - doc_start[b, t]. The host does not read the values; the kernels clamp them to
+            [0, t].
 
     Returns:
-        (B, T, C), contiguous: the head of the residual stream. Its dtype is the weights'; under
-        autocast to bfloat16 it is bfloat16, whose range is float32's. Gradients have the weights'
+        (B, T, C), contiguous: the start of the residual stream. Its dtype is the weights'; under
+        bfloat16 autocast it is bfloat16, which has float32's range. Gradients have the weights'
         dtype and are summed in float32.
 
     Raises:
-        TypeError: idx holds no int64 or int32, or a weight no floating-point numbers.
-        ValueError: shapes, dtypes or devices do not go together, or an argument is out of range.
+        TypeError: idx is not int64 or int32, or a weight is not a floating-point tensor.
+        ValueError: shapes, dtypes or devices do not match, or an argument is out of range.
     """
     _checks.embedding(
         idx, token_weight, position_weight, dropout_p, seed, dropout_offset, doc_start

@@ -1,23 +1,23 @@
-"""Token embedding + position embedding + dropout, forward and backward.
+"""Token embedding + position embedding + dropout, forward and backward: kernels.
 
     out[b, t] = dropout(token_weight[idx[b, t]] + position_weight[t])
 
 idx is (B, T), token_weight (V, C), position_weight (P, C) with P >= T, out (B, T, C). Saved for
-backward: idx; the dropout mask is drawn again. With g = dropout's backward of dout:
+backward: idx; the dropout mask is regenerated from the seed. With g = dropout's backward of dout:
 
     dtoken_weight[v] = sum of g[b, t] over idx[b, t] = v      dposition_weight[t] = sum over b of g
 
 Several documents in one sequence (PACKED): the position of token t is t - doc_start[b, t] instead,
-and dposition_weight is summed as dtoken_weight is, positions in the place of ids.
+and dposition_weight is summed like dtoken_weight, with positions instead of ids.
 
-Bytes moved, s an element of out and w of the weights: forward s B T C written, w (U + T) C read for
-U different tokens; backward twice s B T C read, w (V + P) C written. A few FLOPs an element (with
-dropout about 25 for its random bits), so memory bounds all.
+Bytes moved at s bytes per element of out and w per element of the weights: forward s B T C written,
+w (U + T) C read for U distinct tokens; backward twice s B T C read, w (V + P) C written. A few
+FLOPs per element (with dropout about 25 for the random bits), so all kernels are memory-bound.
 
-Both sums have a fixed order and no atomics, so two runs give the same bits. For dtoken_weight the
-ids are sorted once, stably; each run of equal ids is summed by one program, in float32. Lest a
-frequent token be the work of one program, every ROW_BLOCK sorted places that hold one id alone are
-summed beforehand, by a program each.
+Both sums have a fixed order without atomics, so results are bitwise reproducible. For dtoken_weight
+the ids are sorted once with a stable sort, and one program sums each run of equal ids in float32.
+So that a frequent token is not left to a single program, each block of ROW_BLOCK sorted places that
+all hold the same id is summed beforehand by its own program.
 """
 
 import triton
@@ -58,7 +58,7 @@ def _embedding_fwd_kernel(
     token_ptrs = token_ptr + ids[:, None] * n_cols + offs_n[None, :]
     x = tl.load(token_ptrs, mask=mask & known[:, None], other=0.0).to(ACC)
     positions = offs_m % length
-    if PACKED:  # whatever doc_start holds, no position before the first or after the token's own
+    if PACKED:  # clamp to [0, position], whatever doc_start holds
         doc_start = tl.load(doc_start_ptr + offs_m, mask=mask_m, other=0)
         positions = tl.maximum(positions - tl.maximum(doc_start, 0), 0)
     position_ptrs = position_ptr + positions[:, None] * n_cols + offs_n[None, :]
@@ -77,7 +77,7 @@ def _load_gradient(
     dout_ptr, rows, mask_m, seed_ptr, dropout_offset, n_cols, threshold, keep_scale,
     DROPOUT: tl.constexpr, ACC: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """(BLOCK_M, BLOCK_N): these rows of dropout's backward of dout, this program's columns."""
+    """(BLOCK_M, BLOCK_N): dropout's backward of dout, for ``rows`` and this program's columns."""
     start_n = tl.program_id(1) * BLOCK_N
     offs_n = start_n + tl.arange(0, BLOCK_N)
     mask = mask_m[:, None] & (offs_n < n_cols)[None, :]
@@ -98,7 +98,7 @@ def _sum_places(
     dout_ptr, seed_ptr, dropout_offset, n_cols, threshold, keep_scale,
     DROPOUT: tl.constexpr, ACC: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """acc plus the gradients of the sorted places begin .. end."""
+    """acc plus the gradients at the sorted places begin .. end."""
     for start in range(begin, end, BLOCK_M):
         places = start + tl.arange(0, BLOCK_M)
         rows = tl.load(order_ptr + places, mask=places < end, other=0)
@@ -114,7 +114,7 @@ def _embedding_bwd_row_blocks_kernel(
     sorted_ptr,  # (n_rows): the ids in order
     order_ptr,  # (n_rows): the row of each
     dout_ptr,  # (n_rows, n_cols), contiguous
-    partial_ptr,  # (row_blocks, n_cols), written where a row block holds one id alone
+    partial_ptr,  # (row_blocks, n_cols), written if all ids of a row block are equal
     seed_ptr,  # (1), read only if DROPOUT
     dropout_offset,
     n_cols,
@@ -144,7 +144,7 @@ def _embedding_bwd_row_blocks_kernel(
 def _embedding_bwd_token_kernel(
     sorted_ptr,  # (n_rows): the ids in order
     order_ptr,  # (n_rows): the row of each
-    ends_ptr,  # (n_rows): where the run of equal ids ends
+    ends_ptr,  # (n_rows): the end of the run of equal ids
     dout_ptr,  # (n_rows, n_cols), contiguous
     partial_ptr,  # (n_rows // ROW_BLOCK, n_cols)
     dtoken_ptr,  # (n_vocab, n_cols), contiguous; zero
@@ -166,7 +166,7 @@ def _embedding_bwd_token_kernel(
     if (token != before) & (token >= 0) & (token < n_vocab):  # the run's first place
         end = tl.load(ends_ptr + begin)
         first_row_block = (begin + ROW_BLOCK - 1) // ROW_BLOCK
-        # The first one that is not whole.
+        # The first row block that does not lie completely in the run.
         last_row_block = tl.maximum(end // ROW_BLOCK, first_row_block)
         offs_n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
         mask_n = offs_n < n_cols

@@ -1,19 +1,19 @@
-"""Matrices in 8 bits, and PyTorch's scaled products of them: what ``linear_cross_entropy`` does
-with ``fp8=True``.
+"""8-bit matrices and PyTorch's scaled products of them, for ``linear_cross_entropy`` with
+``fp8=True``.
 
-    x ≈ s * x8        s the least power of two with max |x| / s at most 448, e4m3's largest number
+    x ≈ s * x8     s: the smallest power of two with max |x| / s at most 448, e4m3's largest number
 
-Activations and weights are e4m3 (3 bits behind the leading one: |x - s x8| <= 2^-4 |x|, or
-s * 2^-10 where that is more). One scale for a tensor, found on the device at each call: nothing is
-kept from step to step, nothing waits for the device. If a tensor holds a NaN or an infinity, all of
-it is NaN, and so is the loss. The scale is a power of two, so that dividing by it rounds nothing:
-the only loss is fp8's own rounding, and at most one bit of range.
+Activations and weights are e4m3 (3 mantissa bits: |x - s x8| <= 2^-4 |x|, or s * 2^-10 if that is
+larger). Each tensor has one scale, computed on the device at every call: no state is kept between
+steps, and the host never waits. If a tensor holds a NaN or an infinity, all of it becomes NaN, and
+so does the loss. Because the scale is a power of two, dividing by it is exact: the only error is
+fp8's own rounding, and at most one bit of range is lost.
 
-GPUs of compute capability 8.9 and 9.0 multiply 8-bit matrices only where both are contiguous along
-the dimension that is summed over. x and weight are in two products each, once along their rows and
-once along their columns. The columns are the transpose of what the cast wrote: 2 bytes an element
-more than from the cast itself, where ptxas 12.8 stored some bytes of the packed numbers before it
-had unpacked them (one column in four was zeros, on an H200).
+GPUs of compute capability 8.9 and 9.0 require both 8-bit operands to be contiguous along the
+dimension that is summed over. x and weight each occur in two products, once along their rows and
+once along their columns. The columns are transposed from the quantised rows. Writing them in the
+cast would save 2 bytes per element, but there ptxas 12.8 stored some bytes of the packed numbers
+before it had unpacked them (every fourth column was zeros, on an H200).
 """
 
 from typing import NamedTuple
@@ -32,11 +32,11 @@ E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 @triton.jit
 def _amax_kernel(
     x_ptr,  # (n), contiguous
-    partials_ptr,  # (programs) int32: the largest magnitude that a program met, as bits
+    partials_ptr,  # (programs) int32: the bits of the largest magnitude that each program read
     n,
     BLOCK: tl.constexpr,
 ):
-    # As integers the bits of magnitudes have the order of the magnitudes, infinity and NaN on top.
+    # As integers, the bits of magnitudes are ordered like the magnitudes, infinity and NaN on top.
     bits = tl.zeros([BLOCK], dtype=tl.int32)
     for block in range(tl.program_id(0), tl.cdiv(n, BLOCK), tl.num_programs(0)):
         offs = tl.cast(block, tl.int64) * BLOCK + tl.arange(0, BLOCK)
@@ -47,8 +47,8 @@ def _amax_kernel(
 
 @triton.jit
 def _scale_of(bits):
-    """The least power of two that divides the magnitude into e4m3's range, whose largest number is
-    1.75 * 2^8, and its inverse; NaN for infinity and NaN."""
+    """The smallest power of two that, as a divisor, brings the magnitude into e4m3's range, whose
+    largest number is 1.75 * 2^8, and its inverse. NaN for infinity and NaN."""
     exponent = tl.maximum(((bits + 0x1FFFFF) >> 23) - 8, 1)  # rounded up past a mantissa of 1.75
     finite = bits < 0x7F800000
     scale = tl.where(finite, exponent << 23, 0x7FC00000)
@@ -100,8 +100,8 @@ def _transpose_kernel(
     tl.store(ptrs, x, mask=(offs_m < padded_rows)[:, None] & (offs_n < n_cols)[None, :])
 
 
-# What PyTorch's products want of the dimension that is summed over: 16 bytes. A transpose is
-# padded with zeros up to that, which add nothing, so any number of tokens will do.
+# PyTorch's products require the dimension that is summed over to be a multiple of 16 bytes.
+# Transposes are padded with zeros, so that any number of tokens works.
 _ALIGNMENT = 16
 
 _MAX_PARTIALS = 2048
@@ -116,7 +116,7 @@ class Quantised(NamedTuple):
 
 
 def quantise(x: Tensor, *, columns: bool) -> Quantised:
-    """x (M, N), contiguous, in e4m3: its rows and, on request, its columns."""
+    """Quantise x (M, N), contiguous, to e4m3: its rows and, with ``columns``, its transpose."""
     n_rows, n_cols = x.shape
     x8 = x.new_empty(x.shape, dtype=E4M3)
     if x.numel() == 0:
@@ -177,14 +177,14 @@ def product(
     """a (M, K) and b (N, K), in fp8 with adjacent columns → ``a bᵀ`` (M, N) of ``dtype``, summed in
     float32 and rounded once.
 
-    With ``fast_sums`` Hopper's tensor cores add up a whole row in their own accumulators, of fewer
-    than float32's bits, rather than hand them over every 128 terms: faster, and good enough for
-    activations, whose rows are short; gradients are summed over all tokens.
+    With ``fast_sums``, Hopper's tensor cores sum whole rows in their own accumulators, which have
+    fewer bits than float32, instead of moving them to float32 every 128 terms. This is faster and
+    accurate enough for activations, whose rows are short, but not for sums over all tokens.
     """
     if 0 in a.shape:
         return a.new_zeros(a.shape[0], b.shape[0], dtype=dtype)
     recipe = F.ScalingType.TensorWise
-    with torch.autocast(a.device.type, enabled=False):  # a CPU's product is made of others
+    with torch.autocast(a.device.type, enabled=False):  # the CPU's is composed of other ops
         return F.scaled_mm(
             a,
             b.t(),

@@ -1,4 +1,4 @@
-"""The public Triton ops under the names of ``reference`` and ``torch_ops``."""
+"""The public Triton ops, named as in ``reference`` and ``torch_ops``."""
 
 from importlib import import_module
 from types import ModuleType
@@ -11,7 +11,7 @@ from fastgpt.kernels._host import dropout_seed as dropout_seed
 from fastgpt.kernels.adamw import accumulate as accumulate
 from fastgpt.kernels.reference import OPS, OPS_OF_A_BLOCK
 
-if TYPE_CHECKING:  # the signatures, which tests/model/test_dispatch.py compares
+if TYPE_CHECKING:  # for the signatures; tests/model/test_dispatch.py checks that they are equal
     from fastgpt.kernels.reference import *  # noqa: F403
 
 for _name, _file in OPS.items():
@@ -24,5 +24,5 @@ _IN_A_BLOCK = tuple(globals()[_name] for _name in OPS_OF_A_BLOCK)
 
 
 def block_kernels(x: Tensor, *ops: Any) -> ModuleType | None:
-    """What takes these ops of a transformer block together; None for other ops than these here."""
+    """The module that runs a whole transformer block if it uses exactly these ops, else None."""
     return block if ops == _IN_A_BLOCK else None

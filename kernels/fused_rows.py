@@ -1,8 +1,8 @@
-"""``fused`` for GPUs whose tensor cores Triton leaves idle, those of compute capability 7.5.
+"""``fused`` for GPUs of compute capability 7.5, whose tensor cores Triton does not use.
 
-Attention over whole sequences is PyTorch's. The products of ``linear``, ``mlp`` and the loss are
-cuBLAS's by the launch table, and all that lies around them is Triton's. PyTorch's generator draws
-every mask, as its attention takes no seed.
+Attention over whole sequences uses PyTorch. The launch table selects cuBLAS for the products of
+``linear``, ``mlp`` and the loss; the rest of these ops, and all other ops, are Triton kernels.
+PyTorch's generator draws every dropout mask, since its attention takes no seed.
 """
 
 from typing import TYPE_CHECKING

@@ -3,8 +3,8 @@
     exact   y = x / 2 * (1 + erf(x / sqrt(2)))
     tanh    y = x / 2 * (1 + tanh(sqrt(2 / pi) * (x + 0.044715 x^3)))
 
-x and y have any shape. Saved for backward: x. Bytes moved, s an element: 2s forward (x in, y out),
-3s backward (x and dy in, dx out); about 20 FLOPs an element, so memory bounds both.
+x and y have any shape. Saved for backward: x. Bytes moved at s bytes per element: 2s forward (x in,
+y out), 3s backward (x and dy in, dx out). About 20 FLOPs per element, so both are memory-bound.
 """
 
 from typing import Any
@@ -65,7 +65,7 @@ def _gelu_bwd_rows_kernel(
     TANH: tl.constexpr,
     FAST: tl.constexpr,
     ACC: tl.constexpr,
-    ROWS: tl.constexpr,  # in a row block, a multiple of BLOCK_M
+    ROWS: tl.constexpr,  # rows per row block, a multiple of BLOCK_M
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     STAGES: tl.constexpr,  # STAGES - 1 tiles are loaded while one is computed
@@ -96,7 +96,7 @@ def _constexprs(x: Tensor, approximate: str) -> dict[str, Any]:
 
 
 def _elementwise(kernel: Any, name: str, approximate: str, *inputs: Tensor) -> Tensor:
-    """The result of a kernel whose last input is x."""
+    """Launch an elementwise kernel; the last of ``inputs`` is x."""
     inputs = tuple(x.contiguous() for x in inputs)
     x = inputs[-1]
     out = torch.empty_like(x)
@@ -120,8 +120,8 @@ def gelu_backward(dy: Tensor, x: Tensor, approximate: str) -> Tensor:
 def gelu_backward_rows_(
     dy: Tensor, x: Tensor, approximate: str, y: Tensor | None, sums: Tensor | None, rows: int
 ) -> None:
-    """dy (M, N), contiguous as x, is overwritten by dx. Written too where they are given: ``y``, of
-    x's layout, and ``sums`` (1, ceil(M / rows), N), the sums of each ``rows`` rows of dx."""
+    """Overwrite dy (M, N), contiguous like x, with dx. Also write GELU's result to ``y`` (M, N) and
+    the sums of every ``rows`` rows of dx to ``sums`` (1, ceil(M / rows), N), unless None."""
     n_rows, n_cols = x.shape
     config = configs.find(x, "gelu", "bwd_rows")
     grid = _host.cdiv(n_rows, rows), _host.cdiv(n_cols, config.BLOCK_N)
@@ -178,7 +178,7 @@ def gelu(x: Tensor, approximate: str = "none") -> Tensor:
         A contiguous tensor with the shape and dtype of x, computed in float32.
 
     Raises:
-        TypeError: x is no floating-point tensor, or of another dtype.
+        TypeError: x is not a floating-point tensor, or has an unsupported dtype.
         ValueError: x is not on a CUDA device, or ``approximate`` is neither of the two.
     """
     _checks.gelu(x, approximate)

@@ -1,7 +1,7 @@
-"""Matrix products with an epilogue: host functions for ``linear`` and ``mlp``.
+"""Matrix products with an epilogue for ``linear`` and ``mlp``: launchers.
 
-The equations stand in ``gemm_kernels.py``. Where ``configs`` names a tile for a product, the Triton
-kernel computes it, else cuBLAS, with the epilogue as a kernel of its own.
+See ``gemm_kernels.py`` for the equations. If ``configs`` has a tile for a product, the Triton
+kernel computes it; otherwise cuBLAS does, and the epilogue is a separate kernel.
 """
 
 import functools
@@ -18,25 +18,24 @@ from fastgpt.kernels.gelu import gelu_backward_rows_, gelu_forward
 from fastgpt.kernels.gemm_kernels import _linear_gelu_kernel, _weight_grad_kernel
 from fastgpt.kernels.partial_sums import sum_row_blocks
 
-# FLOPs in the time of one byte of device memory: 788 TFLOP/s over 4.3 TB/s, measured on an H200; an
-# A100 has 150, a B200 280. Used to choose the number of splits.
+# FLOPs in the time that moving one byte takes: 788 TFLOP/s over 4.3 TB/s, measured on an H200; 150
+# on an A100, 280 on a B200. Used to choose the number of splits.
 _FLOPS_PER_BYTE = 183
 _MAX_SPLITS = 32
-_MIN_TOKENS = 256  # in a part: for fewer, the pass over dW costs more than it saves
-ROWS = 64  # for each of which a kernel behind cuBLAS writes one row of partial sums
+_MIN_TOKENS = 256  # per split: with fewer, the pass over dW costs more than it saves
+ROWS = 64  # a separate epilogue kernel writes one row of partial sums for this many rows
 
 
 def _tma(device: torch.device) -> bool:
-    """Whether tiles come by TMA. The interpreter knows descriptors too."""
+    """Whether TMA copies the tiles. The interpreter supports descriptors too."""
     capability = _host.capability(device)
     return capability is None or 90 <= capability < 120
 
 
 def _config(kernel: str, *matrices: Tensor, options: tuple[str, ...] = ()) -> Gemm | None:
-    """The tile for these matrices; None where cuBLAS computes the product: because ``configs`` says
-    so; for rows that do not begin at multiples of 16 bytes, which neither TMA nor cp.async copies;
-    and for a single row or column whose strides a tensor descriptor refuses.
-    """
+    """The tile for these matrices, or None if cuBLAS computes the product: if ``configs`` says so;
+    if rows are not aligned to 16 bytes, which TMA and cp.async require; or if a tensor descriptor
+    would reject the strides, as for a single row or column."""
     for x in matrices:
         if x.data_ptr() % 16 or x.stride(0) * x.element_size() % 16:
             return None
@@ -70,8 +69,8 @@ def _linear_gelu(
     act: Tensor | None,
     approximate: str,
 ) -> None:
-    """Writes pre, or dpre if it is given, and act if it is given. ``bias``: beside dpre, what is
-    written there, (rows of tiles, N)."""
+    """Write pre, or dpre if given, and act if given. ``bias``: with dpre, this is an output, the
+    sums of dpre for each row of tiles (rows of tiles, N)."""
     gradient = dpre is not None
     block_m, block_n, block_k = config[:3]
     (n_rows, n_inner), n_cols = a.shape, pre.shape[1]
@@ -125,10 +124,10 @@ def linear_gelu_gradient(
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """dy (M, K), weight (K, N), pre (M, N) → ``dpre = (dy weight) * gelu'(pre)`` (M, N); if
     ``recompute``, ``gelu(pre)`` (M, N); with ``dbias_dtype`` the sum of dpre over M (N)."""
-    pre = pre.contiguous()  # was saved: whoever saves tensors elsewhere may change its strides
+    pre = pre.contiguous()  # saved-tensor hooks may have changed its strides
     options = ("recompute",) if recompute else ()
-    some = dy.numel() and pre.numel()
-    config = _config("bwd", dy, weight, pre, options=options) if some else None
+    not_empty = dy.numel() and pre.numel()
+    config = _config("bwd", dy, weight, pre, options=options) if not_empty else None
     dpre = dy @ weight if config is None else torch.empty_like(pre)
     act = torch.empty_like(pre) if recompute else None
     dbias = parts = None
@@ -147,8 +146,8 @@ def linear_gelu_gradient(
 
 @functools.cache
 def splits(n_rows: int, n_cols: int, n_tokens: int, n_tiles: int, slots: int) -> int:
-    """Into how many parts the sum over the tokens is split: each part costs a pass over dW in
-    float32, and with too few, multiprocessors idle in the last wave of tiles."""
+    """The number of splits of the sum over tokens. Each costs a pass over dW in float32, but with
+    too few, multiprocessors idle in the last wave of tiles."""
 
     def cost(n: int) -> float:  # in bytes of device memory
         waves = math.ceil(n_tiles * n / slots)

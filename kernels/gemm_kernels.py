@@ -1,16 +1,16 @@
-"""Matrix products with an epilogue, for ``linear`` and ``mlp``.
+"""Matrix products with an epilogue for ``linear`` and ``mlp``: kernels.
 
     forward          pre = A Wᵀ + bias,  act = gelu(pre)       A (M, K), W (N, K), pre, act (M, N)
     GELU gradient    dpre = (dY W) * gelu'(pre)                dY (M, K), W (K, N), dpre (M, N)
     weight gradient  dW = dYᵀ X,  dbias = column sums of dY    dY (T, M), X (T, N), dW (M, N)
 
-The first two are one persistent kernel: each program takes every n-th tile, ordered in groups of
-rows so that columns of W are reused while they are in L2. The third has few tiles and a long sum
-over T: it is split, and the parts are added up (``partial_sums.py``). So are the column sums of
-dpre, the gradient of the first layer's bias, which the second product leaves for each row of tiles.
+The first two share a persistent kernel: with n programs, each takes every n-th tile, ordered in
+groups of rows so that columns of W are reused while in L2. The third has few tiles and a long sum
+over T, so the sum is split and the parts are added up (``partial_sums.py``). The second also writes
+column sums of dpre for each row of tiles, which are added up to the gradient of the bias.
 
-``TMA``: the matrices are tensor descriptors and tiles are copied by the tensor memory accelerator;
-else they are pointers and tiles are copied by cp.async.
+``TMA``: the matrices are tensor descriptors, and the tensor memory accelerator copies the tiles.
+Otherwise they are pointers, and cp.async copies the tiles.
 """
 
 from typing import Any
@@ -51,7 +51,7 @@ def _store(
 
 @triton.jit
 def _grouped(tile, n_tiles_m, n_tiles_n, GROUP: tl.constexpr):
-    """Row and column of a tile: GROUP rows down, then the next column."""
+    """Row and column of a tile: down GROUP rows, then on to the next column."""
     per_group = GROUP * n_tiles_n
     first = tile // per_group * GROUP
     size = tl.minimum(n_tiles_m - first, GROUP)
@@ -60,8 +60,8 @@ def _grouped(tile, n_tiles_m, n_tiles_n, GROUP: tl.constexpr):
 
 @triton.jit
 def _halves(x, M: tl.constexpr, N: tl.constexpr):
-    """The left and right halves of an (M, N) block: an epilogue on one half at a time needs half as
-    many registers beside the accumulator."""
+    """Split an (M, N) block into its left and right halves: an epilogue on one half at a time needs
+    half as many registers besides the accumulator."""
     return tl.split(tl.permute(tl.reshape(x, [M, 2, N // 2]), [0, 2, 1]))
 
 
@@ -80,7 +80,7 @@ def _gelu_epilogue(
             tl.store(ptrs, tl.sum(gradient, axis=0), mask=offs < n_cols)
         _store(dpre, n_cols, gradient, row, col, n_rows, n_cols, TMA, R, C)
     else:
-        # GELU of the rounded value that is saved, so that the backward's slope is at the same point
+        # GELU of the saved, rounded value, so that the backward's derivative is at the same point.
         rounded = acc.to(pre.dtype if TMA else pre.dtype.element_ty)
         _store(pre, n_cols, rounded, row, col, n_rows, n_cols, TMA, R, C)
         x = rounded.to(ACC)
@@ -90,7 +90,7 @@ def _gelu_epilogue(
 
 
 def _linear_gelu_name(specialization: Any) -> str:
-    """What profilers and compilers call the kernel."""
+    """The kernel's name in profiles and compiled code."""
     direction = "bwd" if specialization.constants["GRADIENT"] else "fwd"
     return f"_linear_gelu_{direction}_kernel"
 
@@ -153,16 +153,16 @@ def _weight_sum(
     TMA: tl.constexpr, BIAS: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """A tile of dYᵀ X over the tokens from start to stop and, if BIAS, of the sum of dY."""
+    """A tile of dYᵀ X over the tokens from start to stop and, if BIAS, of the column sums of dY."""
     acc = tl.zeros([BLOCK_M, BLOCK_N], dtype=ACC)
-    EQUAL: tl.constexpr = 16 if TMA else 1  # columns, all with the same sum
+    EQUAL: tl.constexpr = 16 if TMA else 1  # number of columns, which all hold the same sum
     acc_bias = tl.zeros([BLOCK_M, EQUAL], dtype=ACC)
     for k in range(start, stop, BLOCK_K):
         a = _load(dy, dy_stride, k, row, n_tokens, n_rows, TMA, BLOCK_K, BLOCK_M)
         b = _load(x, x_stride, k, col, n_tokens, n_cols, TMA, BLOCK_K, BLOCK_N)
         acc = tl.dot(a.T, b, acc, input_precision=PRECISION, out_dtype=ACC)
         if BIAS:
-            if TMA:  # a sum over registers here would make ptxas serialise every wgmma
+            if TMA:  # tl.sum over registers would make ptxas serialise every wgmma
                 ones = tl.full([BLOCK_K, EQUAL], 1.0, dtype=a.dtype)
                 acc_bias = tl.dot(a.T, ones, acc_bias, input_precision=PRECISION, out_dtype=ACC)
             else:
@@ -176,8 +176,8 @@ def _weight_grad_kernel(
     dy_stride,
     x,  # (n_tokens, n_cols)
     x_stride,
-    dweight_ptr,  # (n_splits, n_rows, n_cols), parts, or with one split the result
-    dbias_ptr,  # (n_splits, n_rows), likewise, written if HAS_BIAS
+    dweight_ptr,  # (n_splits, n_rows, n_cols): partial sums, or the result if n_splits is 1
+    dbias_ptr,  # (n_splits, n_rows), likewise; written if HAS_BIAS
     n_tokens,
     n_rows,
     n_cols,

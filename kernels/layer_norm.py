@@ -1,25 +1,25 @@
-"""LayerNorm (Ba et al. 2016) over the last dimension, plain or of a residual sum that is formed on
-the way: one operator for ``layer_norm`` and ``residual_layer_norm``. Kernels and launches stand in
-``layer_norm_fwd.py`` and ``layer_norm_bwd.py``.
+"""LayerNorm (Ba et al. 2016) over the last dimension, plain or fused with the residual addition
+before it. One operator serves ``layer_norm`` and ``residual_layer_norm``; the kernels and their
+launchers are in ``layer_norm_fwd.py`` and ``layer_norm_bwd.py``.
 
     total = residual + dropout(delta + delta_bias)                 (or the plain op's x)
     y = (total - mean) * rstd * weight + bias        rstd = 1 / sqrt(var + eps)
 
-All are (M, N) after flattening; weight, bias and delta_bias (N). The statistics are those of total
-as it is stored, rounded. Saved for backward: total (or x), weight and, in float32, mean and rstd
-(M each); never delta, and no mask: it is drawn again. With x̂ = (total - mean) * rstd and
-w = weight * dy, per row:
+All are (M, N) after flattening; weight, bias and delta_bias are (N). The statistics are computed
+from total as stored, after rounding. Saved for backward: total (or x), weight, and mean and rstd
+in float32, (M) each. Neither delta nor the dropout mask is saved: the mask is regenerated from the
+seed. With x̂ = (total - mean) * rstd and w = weight * dy, per row:
 
     dresidual = dtotal + rstd * (w - sum(w) / N - x̂ * sum(w * x̂) / N)
     ddelta = dropout's backward of dresidual         ddelta_bias = sum over rows of ddelta
     dweight = sum over rows of dy * x̂                dbias = sum over rows of dy
 
-Bytes moved, s an element: plain 2s forward (x in, y out) and 3s backward (x, dy in, dx out); with a
-residual 4s forward (residual, delta in, y, total out) and 4s backward (total, dy, dtotal in,
-dresidual out), s more for ddelta where it differs from dresidual: with dropout, or in another
-dtype. About 10 and 16 FLOPs an element, so memory bounds all. The parameters' gradients are summed
-in float32 by one program per block of rows, then over the blocks in a fixed order: no atomics, so
-two runs give the same bits.
+Bytes moved at s bytes per element: plain 2s forward (x in, y out) and 3s backward (x, dy in, dx
+out); with a residual 4s forward (residual, delta in, y, total out) and 4s backward (total, dy,
+dtotal in, dresidual out), plus s for ddelta if it differs from dresidual, with dropout or in
+another dtype. About 10 FLOPs per element forward and 16 backward, so both are memory-bound. One
+program per block of rows sums the parameter gradients in float32; the blocks are then added in a
+fixed order without atomics, so results are bitwise reproducible.
 """
 
 from collections.abc import Callable, Sequence
@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from fastgpt.kernels import _checks, _host
-from fastgpt.kernels._operators import differentiable, fake, operator, spread
+from fastgpt.kernels._operators import differentiable, fake, fill_none, operator
 from fastgpt.kernels._tensors import row_count
 from fastgpt.kernels.layer_norm_bwd import empty_gradients, layer_norm_bwd
 from fastgpt.kernels.layer_norm_fwd import layer_norm_fwd
@@ -75,14 +75,14 @@ def norm_gradients(
     delta_dtype: torch.dtype | None,
     *has: bool,
 ) -> tuple[Tensor | None, ...]:
-    """dx, ddelta, dweight, dbias, ddelta_bias by ``bwd``; ``saved``: x or total, weight, mean, rstd
-    and seed; ``has``: bias, delta_bias."""
+    """dx, ddelta, dweight, dbias and ddelta_bias, computed by ``bwd``. ``saved``: x or total,
+    weight, mean, rstd, seed. ``has``: whether there is a bias, and a delta_bias."""
     x, seed = saved[0], saved[4]
-    # Without dropout and with one dtype, one tensor is the gradient of x and of delta.
+    # Without dropout and with equal dtypes, x and delta share one gradient tensor.
     apart = delta_dtype is not None and (seed is not None or delta_dtype != x.dtype)
     dy = torch.zeros_like(x) if dy is None else dy
     gradients = bwd(dy, dtotal, *saved, *dropout, delta_dtype if apart else None, *has)
-    dx, ddelta, *rest = spread(gradients, True, apart, True, *has)
+    dx, ddelta, *rest = fill_none(gradients, True, apart, True, *has)
     return dx, ddelta if apart or delta_dtype is None else dx, *rest
 
 
@@ -119,13 +119,12 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None = None, eps: float
         eps: added to the variance, at least 0.
 
     Returns:
-        A contiguous tensor with the shape of x. Its dtype is x's; under autocast it is autocast's,
-        since the Linear behind a LayerNorm would round it so in a pass of its own. Statistics and
-        sums are float32.
+        A contiguous tensor with the shape and dtype of x. Under autocast it has autocast's dtype,
+        which saves the Linear that follows a separate cast. Statistics and sums are float32.
 
     Raises:
-        TypeError: x, weight or bias is no floating-point tensor, or of another dtype.
-        ValueError: shapes, dtypes or devices do not go together, N > 16,384, or eps < 0.
+        TypeError: x, weight or bias is not a floating-point tensor, or has an unsupported dtype.
+        ValueError: shapes, dtypes or devices do not match, N > 16,384, or eps < 0.
     """
     _checks.layer_norm(x, weight, bias, eps)
     _host.launchable(x=x, weight=weight, bias=bias)
@@ -146,8 +145,8 @@ def residual_layer_norm(
     seed: Tensor | None = None,
     dropout_offset: int = 0,
 ) -> tuple[Tensor, Tensor]:
-    """``total = residual + dropout(delta + delta_bias)`` and LayerNorm (Ba et al. 2016,
-    arXiv:1607.06450) of it, in one pass forward and one backward.
+    """``total = residual + dropout(delta + delta_bias)``, and its LayerNorm (Ba et al. 2016,
+    arXiv:1607.06450), in one pass forward and one backward.
 
     Args:
         residual: (..., N), any strides, N up to 16,384; float32, float16 or bfloat16, on a CUDA
@@ -156,24 +155,24 @@ def residual_layer_norm(
         weight: (N,), of delta's dtype or float32.
         bias: (N,), of weight's dtype, or None.
         eps: added to the variance, at least 0.
-        delta_bias: (N,), of weight's dtype, or None: added to delta before the dropout, the bias
-            of the projection that made delta.
-        dropout_p: share of delta that is set to 0, from 0 to 0.999, to the next 2^-16.
+        delta_bias: (N,), of weight's dtype, or None. Added to delta before dropout: the bias of the
+            projection that computes delta.
+        dropout_p: dropout probability of delta, from 0 to 0.999, rounded to a multiple of 2^-16.
         seed: int64 tensor with one element on residual's device: the Philox key of the dropout
-            mask, which is a function of seed, dropout_offset and position alone
-            (``reference.dropout_mask`` of (M, N), the rows flattened). If None, each call draws one
-            from PyTorch's generator for the device.
-        dropout_offset: which of the independent masks of that seed, from 0 to 2^31 - 1.
+            mask. The mask depends only on seed, dropout_offset and position (it is
+            ``reference.dropout_mask`` of shape (M, N), rows flattened). If None, each call draws a
+            seed from PyTorch's generator for the device.
+        dropout_offset: selects one of the seed's independent masks, from 0 to 2^31 - 1.
 
     Returns:
-        (y, total), contiguous, with the shape of residual. total has residual's dtype; y, the
-        LayerNorm of the rounded total, has delta's, under autocast autocast's. Statistics and sums
-        are float32.
+        (y, total), contiguous, with the shape of residual. total has residual's dtype. y is the
+        LayerNorm of the rounded total and has delta's dtype, or autocast's under autocast.
+        Statistics and sums are float32.
 
     Raises:
-        TypeError: an argument is no floating-point tensor, or of another dtype.
-        ValueError: shapes, dtypes or devices do not go together, N > 16,384, or an argument is out
-            of range.
+        TypeError: an argument is not a floating-point tensor, or has an unsupported dtype.
+        ValueError: shapes, dtypes or devices do not match, N > 16,384, or an argument is out of
+            range.
     """
     _checks.residual_layer_norm(
         residual, delta, weight, bias, eps, delta_bias, dropout_p, seed, dropout_offset

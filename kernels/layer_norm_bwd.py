@@ -1,4 +1,4 @@
-"""LayerNorm's backward kernels and their launches. The equations stand in ``layer_norm.py``."""
+"""LayerNorm's backward kernels and their launcher. See ``layer_norm.py`` for the equations."""
 
 import torch
 import triton
@@ -16,9 +16,9 @@ from fastgpt.kernels.layer_norm_fwd import (
 )
 from fastgpt.kernels.partial_sums import sum_row_blocks
 
-# A tile of the backward also keeps the sums of the parameters' gradients. Past MAX_FUSED_WIDTH they
-# no longer fit into the registers beside a whole row: a kernel of its own finds the means of a row,
-# and the tiles are narrow.
+# A backward tile also accumulates the parameter gradients. Beyond MAX_FUSED_WIDTH columns they no
+# longer fit in registers next to a whole row: a separate kernel computes the row means, and the
+# tiles are narrow.
 MAX_FUSED_WIDTH = 4096
 
 
@@ -27,7 +27,7 @@ def _load_tile(
     dy_ptr, x_ptr, x_stride_row, mean_ptr, rstd_ptr, start, offs_m, offs_n, n_rows, n_cols,
     ACC: tl.constexpr,
 ):  # fmt: skip
-    """dy, x̂ and rstd of a tile. Outside the matrix dy is 0, so that padding adds to no sum."""
+    """dy, x̂ and rstd of a tile. Outside the matrix dy is 0, so padding does not change the sums."""
     mask_m = start + offs_m < n_rows
     mask = mask_m[:, None] & (offs_n < n_cols)[None, :]
     x_ptrs = tile_ptrs(x_ptr, x_stride_row, start, offs_m, offs_n)
@@ -41,7 +41,7 @@ def _load_tile(
 
 @triton.jit
 def _store_partial(partial_ptr, parameter, acc, offs_n, n_cols):
-    """The sum over the rows of this program's block, for one parameter."""
+    """Store one parameter's gradient, summed over the rows of this program's block."""
     row = (parameter * tl.num_programs(0) + tl.program_id(0)).to(tl.int64)
     tl.store(partial_ptr + row * n_cols + offs_n, tl.sum(acc, axis=0), mask=offs_n < n_cols)
 
@@ -66,7 +66,7 @@ def _layer_norm_bwd_means_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """The means that ``_layer_norm_bwd_kernel`` needs, where a row is too wide for its tile."""
+    """Compute the row means for ``_layer_norm_bwd_kernel`` if a row is too wide for its tile."""
     start = tl.program_id(0).to(tl.int64) * BLOCK_M
     offs_m, offs_n = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
     dy, x_hat, _ = _load_tile(
@@ -90,7 +90,7 @@ def _layer_norm_bwd_kernel(
     rstd_ptr,  # (n_rows)
     means_ptr,  # (2, n_rows), or None: the tile spans the row and computes them
     dx_ptr,  # (n_rows, n_cols), contiguous: dx, or dresidual
-    ddelta_ptr,  # (n_rows, n_cols), contiguous, or None: it is equal to dx, or there is no delta
+    ddelta_ptr,  # (n_rows, n_cols), contiguous, or None if it equals dx or there is no delta
     partial_ptr,  # (1 to 3, programs, n_cols): dweight, dbias, ddelta_bias
     seed_ptr,  # (1), read only if DROPOUT
     dropout_offset,
@@ -172,7 +172,7 @@ def empty_gradients(
     has_bias: bool,
     has_delta_bias: bool,
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """Memory for dx and, if it has a dtype, ddelta; and for 1 to 3 parameters' gradients."""
+    """Allocate dx, ddelta if ``ddelta_dtype`` is given, and 1 to 3 parameter gradients."""
     dtypes = [x.dtype] if ddelta_dtype is None else [x.dtype, ddelta_dtype]
     return (
         [x.new_empty(x.shape, dtype=dtype) for dtype in dtypes],
@@ -194,8 +194,8 @@ def layer_norm_bwd(
     has_bias: bool,
     has_delta_bias: bool,
 ) -> list[Tensor]:
-    """dx (or dresidual); ddelta if it has a dtype, else it is equal to dx; dweight; dbias and
-    ddelta_bias if there are such. ``x``: the plain op's x, or total."""
+    """dx (or dresidual); ddelta if ``ddelta_dtype`` is given, otherwise it equals dx; dweight;
+    dbias and ddelta_bias if those biases exist. ``x``: the plain op's x, or total."""
     rows, dy, dtotal = as_rows(x), dy.contiguous(), contiguous_or_none(dtotal)
     n_rows, n_cols = rows.shape
     activations, params = empty_gradients(x, weight, ddelta_dtype, has_bias, has_delta_bias)
@@ -204,7 +204,7 @@ def layer_norm_bwd(
         return activations + [p.zero_() for p in params]
 
     row_launch, resident = whole_rows(x, "bwd")
-    if dropout_p or resident is None:  # by the registers, at 768 columns in bfloat16
+    if dropout_p or resident is None:  # what registers allow at 768 columns in bfloat16
         resident = 3 if dropout_p else 4
     fused = n_cols <= MAX_FUSED_WIDTH
     launch = row_launch

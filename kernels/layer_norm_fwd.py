@@ -1,5 +1,5 @@
-"""LayerNorm's forward kernel and its launch, and what the backward shares with them. The equations
-stand in ``layer_norm.py``."""
+"""LayerNorm's forward kernel and its launcher, and helpers that the backward shares. See
+``layer_norm.py`` for the equations."""
 
 import torch
 import triton
@@ -10,14 +10,14 @@ from fastgpt.kernels import _host, configs
 from fastgpt.kernels._device_math import dropout_keep, rounded_quotient
 from fastgpt.kernels._tensors import as_matrix
 
-# Specialising on the values of these arguments only causes recompilation.
+# Specialising on the values of these arguments gains nothing and causes recompilations.
 NOT_SPECIALISED = ["n_rows", "rows_per_program", "dropout_offset", "threshold"]
 
 
 @triton.jit
 def tile_ptrs(ptr, stride_row, start, offs_m, offs_n):
-    """Pointers to a tile whose first row is ``start``: that alone needs 64 bits, and registers
-    for addresses are what narrow tiles run out of."""
+    """Pointers to a tile whose first row is ``start``. Only the offset of that row needs 64 bits;
+    32-bit offsets within the tile save registers."""
     return (
         ptr
         + tl.cast(start, tl.int64) * stride_row
@@ -85,7 +85,7 @@ def _layer_norm_fwd_kernel(
         tl.store(total_ptrs, total, mask=mask)
         x = total.to(ACC)
 
-    # Padding is 0. A constant row's mean is what it holds: its variance must be 0.
+    # Padding is 0. The quotient is correctly rounded so that a constant row has variance 0.
     mean = rounded_quotient(tl.sum(x, axis=1), tl.cast(n_cols, ACC))
     centred = tl.where(mask_n[None, :], x - mean[:, None], 0.0)
     rstd = tl.rsqrt(tl.sum(centred * centred, axis=1) / n_cols + eps)
@@ -102,8 +102,8 @@ def _layer_norm_fwd_kernel(
 
 
 def as_rows(x: Tensor) -> Tensor:
-    """(..., N) → (M, N) with adjacent columns; copied only where no view can say it, or where the
-    distances inside a tile may pass 2^31."""
+    """(..., N) → (M, N) with adjacent columns. Copied only if no such view exists, or if offsets
+    within a tile could exceed 2^31."""
     rows = as_matrix(x)
     return rows if rows.stride(1) == 1 and rows.stride(0) < 2**26 else rows.contiguous()
 
@@ -113,8 +113,8 @@ def contiguous_or_none(x: Tensor | None) -> Tensor | None:
 
 
 def whole_rows(x: Tensor, kernel: str) -> tuple[dict[str, int], int | None]:
-    """The launch of a kernel whose tile is as wide as x's rows, and how many of its programs share
-    a multiprocessor, if the launch table says so."""
+    """Launch arguments for a kernel whose tile spans a whole row of x, and the number of programs
+    per multiprocessor if the launch table gives one."""
     block_n = max(32, _host.next_power_of_2(x.shape[-1]))
     config = configs.find(x, "layer_norm", kernel, block_n)
     return dict(BLOCK_N=block_n, **configs.launch(config)), getattr(config, "programs", None)
@@ -132,8 +132,8 @@ def layer_norm_fwd(
     dropout_offset: int,
     out_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """y and total with the shape of x, contiguous; mean and rstd (M). Without a delta total is
-    empty: an operator may not return its input."""
+    """y and total, contiguous, with the shape of x; mean and rstd (M). Without a delta, total is
+    empty because an operator must not return its input."""
     y = torch.empty(x.shape, dtype=out_dtype, device=x.device)
     total = None if delta is None else torch.empty(x.shape, dtype=x.dtype, device=x.device)
     rows, delta_rows = as_rows(x), None if delta is None else as_rows(delta)

@@ -1,15 +1,15 @@
 """Linear layer: ``y = x weightᵀ + bias``, forward and backward.
 
-x is (T, K) after flattening, weight (N, K), bias (N), y (T, N). cuBLAS takes ``x weightᵀ`` and
-``dx = dy weight``: no epilogue is left to fuse. The Triton kernel of ``gemm.py`` takes
-``dweight = dyᵀ x`` with ``dbias``, the sum of dy, in the same pass, both summed in float32 and
-rounded once. Saved for backward: x and weight.
+x is (T, K) after flattening, weight (N, K), bias (N), y (T, N). cuBLAS computes ``x weightᵀ`` and
+``dx = dy weight``, which have no epilogue left to fuse. The Triton kernel of ``gemm.py`` computes
+``dweight = dyᵀ x`` and ``dbias``, the sum of dy, in one pass, both summed in float32 and rounded
+once. Saved for backward: x and weight.
 
-A model in mixed precision keeps float32 weights: they are rounded to x's dtype on the way in, and
-dweight leaves as float32, with no half-precision gradient in between.
+A mixed-precision model keeps float32 weights. They are cast to x's dtype before the product, and
+dweight is returned as float32 without an intermediate half-precision gradient.
 
-Bytes moved, s an element: s (T K + N K + T N) for each of the three products, which 2 T K N
-floating-point operations hide where K and N are hundreds.
+Bytes moved at s bytes per element: s (T K + N K + T N) for each of the three products. Their
+2 T K N FLOPs hide this if K and N are in the hundreds.
 """
 
 import torch
@@ -17,30 +17,30 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastgpt.kernels import _checks, _host, gemm
-from fastgpt.kernels._operators import differentiable, fake, operator, spread
+from fastgpt.kernels._operators import differentiable, fake, fill_none, operator
 from fastgpt.kernels._tensors import as_matrix
 from fastgpt.kernels.layer_norm_fwd import layer_norm_fwd
 
 
 def rows(x: Tensor) -> Tensor:
-    """(..., N) → (T, N) with adjacent columns; copied only where no view can say it, and where rows
-    overlap (an expanded gradient), which no tensor descriptor can say."""
+    """(..., N) → (T, N) with adjacent columns. Copied only if no such view exists, or if rows
+    overlap (an expanded gradient), which a tensor descriptor cannot express."""
     x = as_matrix(x)
     if x.stride(1) == 1 and x.stride(0) >= x.shape[1]:
         return x
-    # contiguous() would return a single element as it is, with any strides
+    # contiguous() would return a single element unchanged, with any strides
     return x.clone(memory_format=torch.contiguous_format)
 
 
 def cast(weight: Tensor, dtype: torch.dtype) -> Tensor:
-    """A weight as the matrix units want it."""
+    """A weight in the dtype of the product, contiguous."""
     return weight.to(dtype).contiguous()
 
 
 def saved_for_recompute(
     x: Tensor, source: Tensor | None, ln_weight: Tensor | None, ln_bias: Tensor | None
 ) -> tuple[Tensor | None, ...]:
-    """What a layer saves for its input: x, or what ``recomputed`` makes it from."""
+    """The tensors saved for a layer's input: x, or the arguments from which to recompute it."""
     return (x, None, None) if source is None else (source, ln_weight, ln_bias)
 
 
@@ -88,7 +88,7 @@ def linear_bwd(
     wants_dx: bool,
     wants_dweight: bool,
 ) -> list[Tensor]:
-    """dx if wanted; dweight and, if there is a bias, dbias, if wanted."""
+    """The wanted ones of: dx; dweight, with dbias if there is a bias."""
     gradients = []
     dy_rows = rows(dy)
     if wants_dx:
@@ -123,7 +123,7 @@ def _backward(ctx, dy):
     wants_dx, wants_dweight, wants_dbias, *_ = ctx.needs_input_grad
     wanted = wants_dx, wants_dweight or wants_dbias
     gradients = _linear_bwd_op(dy, *ctx.saved_tensors, ctx.eps, ctx.has_bias, *wanted)
-    return spread(gradients, *wanted, wanted[1] and ctx.has_bias)
+    return fill_none(gradients, *wanted, wanted[1] and ctx.has_bias)
 
 
 differentiable(_linear_op, _backward, _setup_context)
@@ -132,7 +132,7 @@ differentiable(_linear_op, _backward, _setup_context)
 def with_recompute(
     recompute: _checks.Recompute | None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, float]:
-    """The arguments as operators take them: detached, since the gradient flows through x alone."""
+    """The operators' arguments for ``recompute``: detached, since gradients flow only through x."""
     if recompute is None:
         return None, None, None, 0.0
     source, weight, bias, eps = recompute
@@ -146,22 +146,22 @@ def linear(
     *,
     recompute: _checks.Recompute | None = None,
 ) -> Tensor:
-    """A linear layer, as ``F.linear``, whose gradients are summed in float32 and rounded once.
+    """A linear layer like ``F.linear``, with gradients summed in float32 and rounded once.
 
     Args:
         x: (..., K), any strides; float32, float16 or bfloat16, on a CUDA device. Cast to
             autocast's dtype under autocast.
         weight: (N, K), of x's dtype or float32; rounded to x's dtype.
         bias: (N,), of weight's dtype, or None.
-        recompute: ``(x, weight, bias, eps)`` of the ``layer_norm`` that made x, whose input is
-            kept anyway: x is not saved, but made again in the backward.
+        recompute: ``(x, weight, bias, eps)`` of the ``layer_norm`` that computed x. Its input is
+            saved anyway, so x is not saved but recomputed in the backward.
 
     Returns:
         (..., N) of x's dtype, contiguous.
 
     Raises:
-        TypeError: x, weight or bias is no floating-point tensor, or of another dtype.
-        ValueError: shapes, dtypes or devices do not go together.
+        TypeError: x, weight or bias is not a floating-point tensor, or has an unsupported dtype.
+        ValueError: shapes, dtypes or devices do not match.
     """
     _checks.floating(x=x)
     x = x.to(_host.autocast_dtype(x))

@@ -1,16 +1,17 @@
-"""The language-model head and its cross-entropy without stored logits: the Triton op.
+"""The language-model head fused with its cross-entropy, without storing all logits: the Triton op.
 
-``chunked_loss`` has the equations and the loop over chunks of rows, whose three matrix products
-are cuBLAS's. The kernel here turns the logits of a chunk into losses and, in place, into dlogits.
-A program reads its row twice, the second time from the L2 cache (100 KB a row of GPT-2's in half
-precision), and writes it once. 2 s bytes an element, so memory bounds it: it issues 20 instructions
-an element on sm_90 (disassembly), where half precision at 4.3 TB/s leaves time for 27.
+See ``chunked_loss`` for the equations and the loop over chunks of rows, whose three matrix products
+run in cuBLAS. The kernel here turns the logits of a chunk into losses and, in place, into dlogits.
+Each program reads its row twice, the second time from the L2 cache (a row of GPT-2 is 100 KB in
+half precision), and writes it once. It moves 2 s bytes per element and is memory-bound: on sm_90 it
+issues 20 instructions per element (disassembly), and at 4.3 TB/s half precision has time for 27.
 
-In fp8 the three products are of 8-bit matrices (``fp8_products.py``). The logits still come in half
-precision; the kernel writes dlogits as e5m2, 1 byte, beside them. Their scale is fixed: none is
-larger than 1, and times 2^15 they reach from 2^15 down to e5m2's smallest, 2^-16: from 1 to 2^-31.
-Bytes, M rows, V classes: 2 M V for the logits, 3 M V for the rows, 2 M V for the transpose that
-dweight needs, 1 M V each for dx and dweight: 9 M V, where half precision moves 10 M V.
+In fp8 mode the three products are of 8-bit matrices (``fp8_products.py``). The logits are still in
+half precision; the kernel writes dlogits to a separate buffer as e5m2, 1 byte each. Their scale is
+fixed: no dlogit is larger than 1. Multiplied by 2^15, they range from 2^15 down to e5m2's smallest
+number, 2^-16, which stand for 1 to 2^-31. Bytes for M rows and V classes: 2 M V for the logits,
+3 M V for the rows, 2 M V for the transpose that dweight needs, 1 M V each for dx and dweight. That
+is 9 M V; half precision moves 10 M V.
 """
 
 from functools import partial
@@ -31,9 +32,8 @@ def _load_tile(
     AGAIN: tl.constexpr, ACC: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Logits start, start + 1, ... of a row as (BLOCK_N / 8, 8), and their columns; -inf past the
-    end of the row. The padding is loaded too: with a mask that ends within 16 bytes, as for an odd
-    V, every load would be of single elements. ``AGAIN``: the L2 cache shall keep them.
-    """
+    end of the row. The padding is loaded too: a mask that ends within 16 bytes, as with an odd V,
+    would turn every load into loads of single elements. ``AGAIN``: keep them in the L2 cache."""
     offs_n = start + tl.arange(0, BLOCK_N // 8)[:, None] * 8 + tl.arange(0, 8)[None, :]
     POLICY: tl.constexpr = "evict_last" if AGAIN else "evict_first"
     logits = tl.load(
@@ -49,7 +49,7 @@ def _cross_entropy_rows_kernel(
     targets_ptr,  # (rows)
     losses_ptr,  # (rows)
     padded_cols,
-    n_cols,  # the padding behind may hold anything
+    n_cols,  # the padding after them may hold anything
     ignore_index,
     label_smoothing,
     z_loss,
@@ -67,7 +67,7 @@ def _cross_entropy_rows_kernel(
     is_class = (target >= 0) & (target < n_cols)
     at_target = tl.load(row_ptr + target, mask=is_class, other=0.0).to(ACC)
 
-    # One running maximum and sum for every eight columns, which belong to one thread: threads
+    # One running maximum and sum for every eight columns. One thread owns all eight, so threads
     # synchronise only after the loop.
     max_8 = tl.full([BLOCK_N // 8], float("-inf"), dtype=ACC)
     acc_exp = tl.zeros([BLOCK_N // 8], dtype=ACC)
@@ -84,8 +84,8 @@ def _cross_entropy_rows_kernel(
     row_max = tl.max(max_8, axis=0)
     sum_exp = tl.sum(acc_exp * tl.exp2((max_8 - row_max) * 1.4426950408889634), axis=0)
 
-    # The maximum is subtracted first, so that logits of 1e4 lose no digits. A target that is not a
-    # class makes its row's loss and gradients NaN.
+    # The maximum is subtracted first, so that logits of 1e4 lose no digits. A target outside of
+    # [0, V) makes its row's loss and gradients NaN.
     log_sum = tl.where(is_class, tl.log(sum_exp), float("nan"))
     lse = row_max + log_sum
     loss = log_sum + (1.0 - label_smoothing) * (row_max - at_target) + z_loss * lse * lse
@@ -94,14 +94,14 @@ def _cross_entropy_rows_kernel(
     tl.store(losses_ptr + row, tl.where(valid, loss, 0.0))
 
     if GRADIENT:
-        # An ignored row's is 0, even if its logits are not finite.
+        # The gradient of an ignored row is 0, even if its logits are not finite.
         shift = tl.where(valid, row_max, 0.0)
         share = tl.where(valid, (1.0 + 2.0 * z_loss * lse) / sum_exp, 0.0)
         at_target = tl.where(valid, 1.0 - label_smoothing, 0.0)
         elsewhere = tl.where(valid, label_smoothing / n_cols, 0.0)
         column = tl.where(is_class, target, -1).to(tl.int32)
         end = tl.where(valid, n_cols, 0)
-        # From the end of the row, which was read last.
+        # Backwards from the end of the row, which was read last and is still in the cache.
         last = (n_cols - 1) // BLOCK_N * BLOCK_N
         for start in tl.range(0, n_cols, BLOCK_N, num_stages=STAGES):
             logits, offs_n = _load_tile(
@@ -129,7 +129,7 @@ def _scaled_kernel(
     ACC: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    divisor = tl.maximum(tl.load(divisor_ptr).to(ACC), 1.0)  # 0 if no row is valid
+    divisor = tl.maximum(tl.load(divisor_ptr).to(ACC), 1.0)  # the divisor is 0 if no row is valid
     factor = rounded_quotient(tl.load(grad_ptr).to(ACC), divisor)
     offs = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = offs < n_elements
@@ -145,7 +145,7 @@ def _scale(
     dx_dtype: torch.dtype,
     dweight_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
-    """As in ``chunked_loss``. PyTorch's product of two dtypes takes twice as long."""
+    """See ``chunked_loss._scale``. PyTorch's product of two dtypes takes twice as long."""
     dx, dweight = dx.contiguous(), dweight.contiguous()
     gradients = torch.empty_like(dx, dtype=dx_dtype), torch.empty_like(dweight, dtype=dweight_dtype)
     config = configs.find(dx, "cross_entropy", "scale")
@@ -177,7 +177,7 @@ def _rows(
     want_gradient: bool,
     dlogits8: Tensor | None = None,
 ) -> None:
-    """With ``dlogits8``, of the logits' layout, dlogits / ``_DLOGITS_SCALE`` are written there."""
+    """With ``dlogits8``, in the logits' layout, dlogits / ``_DLOGITS_SCALE`` are written there."""
     n_rows, n_cols = logits.shape
     size = max(256, _host.next_power_of_2(n_cols))
     config = configs.find(logits, "cross_entropy", "rows", size)
@@ -206,14 +206,14 @@ _linear_cross_entropy_op = chunked_loss.define(
 
 _DLOGITS_SCALE = 2.0**-15
 
-# Twice the rows of half precision: PyTorch's scaled products cannot accumulate, so each chunk's
-# dweight is added in a pass of its own. It moves 3 times dweight, 0.46 GB for GPT-2, 0.11 ms on an
-# H200, beside 0.4 ms for the chunk's product.
+# Twice as many rows as in half precision: PyTorch's scaled products cannot accumulate, so each
+# chunk's dweight is added in a separate pass. It moves 3 times dweight, 0.46 GB for GPT-2, in
+# 0.11 ms on an H200, where the chunk's product takes 0.4 ms.
 _FP8_CHUNKS = 2
 
 
 def _fp8_chunk_rows(n_cols: int, dtype: torch.dtype, device: torch.device) -> int:
-    """A multiple of 16, the padding of x's columns."""
+    """Rows per chunk: a multiple of 16, to which x's transpose is padded."""
     return max(16, _FP8_CHUNKS * chunked_loss.chunk_rows(n_cols, dtype, device))
 
 
@@ -229,7 +229,7 @@ def _forward_fp8(
     want_dx: bool,
     want_dweight: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """As ``chunked_loss`` has it, with products in fp8."""
+    """``chunked_loss.forward`` with products in fp8."""
     dx = x.new_empty(x.shape if want_dx else 0, dtype=dtype)
     x = as_matrix(x).to(dtype).contiguous()
     targets = targets.reshape(-1).contiguous()
@@ -281,32 +281,32 @@ def linear_cross_entropy(
     z_loss: float = 0.0,
     fp8: bool = False,
 ) -> Tensor:
-    """Cross-entropy of the logits ``x @ weight.T``, which are never stored whole: they exist for
-    one chunk of rows at a time, and the gradients are computed along with the loss.
+    """Cross-entropy of the logits ``x @ weight.T``, which are never stored as a whole: only one
+    chunk of rows exists at a time, and the gradients are computed together with the loss.
 
     Args:
         x: (..., C), any strides; float32, float16 or bfloat16, on a CUDA device.
         weight: (V, C), any V; of x's dtype or float32.
-        targets: (...), int64 or int32, in [0, V) or equal to ``ignore_index``. Any other makes the
-            loss NaN, and the gradients too.
-        ignore_index: target of the rows that add neither to the loss nor to the gradients.
+        targets: (...), int64 or int32, in [0, V) or equal to ``ignore_index``. Any other value
+            makes the loss and the gradients NaN.
+        ignore_index: rows with this target contribute neither to the loss nor to the gradients.
         reduction: "mean" over the rows that are not ignored (NaN if all are), or "sum".
         label_smoothing: share of the target distribution that is spread evenly over the V classes
             (Szegedy et al. 2016, arXiv:1512.00567), in [0, 1].
-        z_loss: weight of the squared log-sum-exp that is added to a row's loss and keeps logits
+        z_loss: weight of the squared log-sum-exp, which is added to each row's loss to keep logits
             small (Chowdhery et al. 2022, arXiv:2204.02311), at least 0.
-        fp8: the products are of 8-bit matrices (``kernels.fp8_products``): x and weight in e4m3,
-            dlogits in e5m2. C and V must be multiples of 16, the products' dtype half precision,
-            z_loss 0, and the GPU of compute capability 8.9 or newer.
+        fp8: multiply 8-bit matrices (``kernels.fp8_products``): x and weight in e4m3, dlogits in
+            e5m2. Requires C and V to be multiples of 16, products in half precision, z_loss 0, and
+            a GPU of compute capability 8.9 or newer.
 
     Returns:
-        A float32 scalar. The products are in x's dtype, under autocast in autocast's; log-sum-exp,
-        losses and the sum for weight's gradient are in float32, and each gradient is rounded once
-        more to its tensor's dtype. A gradient of these gradients is refused.
+        A float32 scalar. Products are in x's dtype, or autocast's under autocast. Log-sum-exp,
+        losses and the accumulation of weight's gradient are in float32, and each gradient is
+        rounded once more to its tensor's dtype. Double backward raises an error.
 
     Raises:
-        TypeError: x or weight is no floating-point tensor, or targets no integer tensor.
-        ValueError: shapes, dtypes or devices do not go together, or an option is out of its range.
+        TypeError: x or weight is not a floating-point tensor, or targets not an integer tensor.
+        ValueError: shapes, dtypes or devices do not match, or an option is out of range.
     """
     _checks.linear_cross_entropy(
         x, weight, targets, ignore_index, reduction, label_smoothing, z_loss, fp8

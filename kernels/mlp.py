@@ -2,23 +2,23 @@
 
     pre = x fc_weightᵀ + fc_bias        act = gelu(pre)        y = act proj_weightᵀ
 
-x (T, C) after flattening, fc_weight (F, C), pre and act (T, F), proj_weight (N, F), y (T, N). Saved
-for backward: x, pre, act and the weights; with ``recompute`` neither x nor act. The bias of the
-second layer is added by ``residual_layer_norm``, which reads y anyway.
+x is (T, C) after flattening, fc_weight (F, C), pre and act (T, F), proj_weight (N, F), y (T, N).
+Saved for backward: x, pre, act and the weights; with ``recompute`` neither x nor act.
+``residual_layer_norm`` adds the bias of the second layer, since it reads y anyway.
 
     dpre = (dy proj_weight) * gelu'(pre)        dproj_weight = dyᵀ act
     dx = dpre fc_weight                         dfc_weight = dpreᵀ x,  dfc_bias = sum of dpre
 
-GELU, its slope and the sum of dpre are epilogues of the products before them (``gemm.py``): no
-separate kernel reads pre to write act, and dact is never written. 2 T F (C + N)
-floating-point operations forward, twice as many backward.
+GELU, its derivative and the sum of dpre are epilogues of the preceding products (``gemm.py``): no
+separate kernel reads pre to write act, and dact is never written. FLOPs: 2 T F (C + N) forward,
+twice as many backward.
 """
 
 import torch.nn.functional as F
 from torch import Tensor
 
 from fastgpt.kernels import _checks, _host, gemm
-from fastgpt.kernels._operators import differentiable, fake, operator, spread, wants_gradient
+from fastgpt.kernels._operators import differentiable, fake, fill_none, operator, wants_gradient
 from fastgpt.kernels._tensors import row_count
 from fastgpt.kernels.linear import (
     cast,
@@ -41,7 +41,7 @@ def mlp_fwd(
     approximate: str,
     saves: bool,
 ) -> list[Tensor]:
-    """y; then, if ``saves``, what the backward needs: pre and, unless it is recomputed, act."""
+    """y. If ``saves``, also pre and, unless it will be recomputed, act: saved for backward."""
     pre, act = gemm.linear_gelu(rows(x), cast(fc_weight, x.dtype), fc_bias, approximate)
     y = F.linear(act, cast(proj_weight, x.dtype)).view(*x.shape[:-1], proj_weight.shape[0])
     if not saves:
@@ -76,11 +76,10 @@ def mlp_bwd(
     wants_dfc: bool,
     wants_dproj: bool,
 ) -> list[Tensor]:
-    """dx if wanted; dfc_weight and, if there is a bias, dfc_bias, if wanted; dproj_weight, if
-    wanted."""
+    """The wanted ones of: dx; dfc_weight, with dfc_bias if there is a bias; dproj_weight."""
     dy_rows = rows(dy)
     recompute = act is None and wants_dproj
-    dpre, act_again, dfc_bias = gemm.linear_gelu_gradient(
+    dpre, recomputed_act, dfc_bias = gemm.linear_gelu_gradient(
         dy_rows,
         cast(proj_weight, dy.dtype),
         pre,
@@ -88,7 +87,7 @@ def mlp_bwd(
         recompute=recompute,
         dbias_dtype=fc_weight.dtype if wants_dfc and has_bias else None,
     )
-    act = act_again if recompute else act
+    act = recomputed_act if recompute else act
     gradients = []
     if wants_dx:
         gradients.append((dpre @ cast(fc_weight, dy.dtype)).view(saved.shape))
@@ -128,7 +127,7 @@ def _setup_context(ctx, inputs, output):
         act[0] if act else None,
     )
     ctx.has_bias = fc_bias is not None
-    ctx.set_materialize_grads(False)  # allocate no zeros as gradients of pre and act
+    ctx.set_materialize_grads(False)  # do not allocate zeros for the gradients of pre and act
 
 
 def _backward(ctx, dy, *_):
@@ -138,7 +137,7 @@ def _backward(ctx, dy, *_):
     wants_dfc = wants_dfc_weight or wants_dfc_bias
     wanted = wants_dx, wants_dfc, wants_dproj
     gradients = _mlp_bwd_op(dy, *ctx.saved_tensors, ctx.eps, ctx.approximate, ctx.has_bias, *wanted)
-    return spread(gradients, wants_dx, wants_dfc, wants_dfc and ctx.has_bias, wants_dproj)
+    return fill_none(gradients, wants_dx, wants_dfc, wants_dfc and ctx.has_bias, wants_dproj)
 
 
 differentiable(_mlp_op, _backward, _setup_context)
@@ -153,8 +152,8 @@ def mlp(
     approximate: str = "none",
     recompute: _checks.Recompute | None = None,
 ) -> Tensor:
-    """``linear(gelu(linear(x, fc_weight, fc_bias)), proj_weight)``: GELU is in the epilogue of the
-    first product, and its slope in the epilogue of the product for its gradient.
+    """``linear(gelu(linear(x, fc_weight, fc_bias)), proj_weight)``, with GELU in the epilogue of
+    the first product, and its derivative in the epilogue of the product for its gradient.
 
     Args:
         x: (..., C), any strides; float32, float16 or bfloat16, on a CUDA device. Cast to
@@ -163,16 +162,16 @@ def mlp(
         fc_bias: (F,), of fc_weight's dtype, or None.
         proj_weight: (N, F), of fc_weight's dtype.
         approximate: "none" for the exact GELU, "tanh" for the form GPT-2 was trained with.
-        recompute: ``(x, weight, bias, eps)`` of the ``layer_norm`` that made x; its input is saved
-            anyway: the backward recomputes x and gelu's result from it.
+        recompute: ``(x, weight, bias, eps)`` of the ``layer_norm`` that computed x. Its input is
+            saved anyway, and the backward recomputes x and GELU's result from it.
 
     Returns:
-        (..., N) of x's dtype, contiguous. Sums, GELU and the parameters' gradients are float32,
-        rounded once.
+        (..., N) of x's dtype, contiguous. Sums, GELU and the parameter gradients are computed in
+        float32 and rounded once.
 
     Raises:
-        TypeError: a tensor is no floating-point tensor, or of another dtype.
-        ValueError: shapes, dtypes or devices do not go together, or ``approximate`` is neither.
+        TypeError: an argument is not a floating-point tensor, or has an unsupported dtype.
+        ValueError: shapes, dtypes or devices do not match, or ``approximate`` is neither.
     """
     _checks.floating(x=x)
     x = x.to(_host.autocast_dtype(x))

@@ -1,5 +1,5 @@
-"""Sums over many rows in two steps, with no atomics, so that two runs give the same bits: a kernel
-sums blocks of rows, one row of partial sums for each; the kernel here adds up those."""
+"""Sums over many rows in two steps without atomics, bitwise reproducible: another kernel writes one
+row of partial sums per block of rows, and the kernel here adds these up."""
 
 import triton
 import triton.language as tl
@@ -42,8 +42,8 @@ def _sum_row_blocks_kernel(
 
 
 def sum_row_blocks(partial: Tensor, outs: list[Tensor], config: Tile) -> None:
-    """partial (len(outs), row blocks, ...), contiguous, in accumulator precision → each of the one
-    to three outs, of any dtype and of the shape behind the dots."""
+    """Sum ``partial`` (len(outs), row blocks, ...), contiguous, in accumulator precision, over the
+    row blocks into the one to three ``outs``, of shape (...) and any dtype."""
     n_row_blocks, n_cols = partial.shape[1], outs[0].numel()
     with _host.on_device(partial):
         _sum_row_blocks_kernel[(_host.cdiv(n_cols, config.BLOCK_N), len(outs))](

@@ -1,9 +1,8 @@
-"""Every op written out plainly in PyTorch: the truth that the tests compare with, and the naive
-baseline that the benchmark times.
+"""Reference implementations of all ops in plain PyTorch: the ground truth for the tests and the
+naive baseline of the benchmarks.
 
-``fused``, ``torch_ops`` and ``fastgpt.ops`` have the same names and signatures; ``OPS`` is the one
-list of them. Autograd derives the backward passes, so nothing here shares an idea, or an error,
-with a hand-written one.
+``fused``, ``torch_ops`` and ``fastgpt.ops`` have the same names and signatures; ``OPS`` is the only
+list of them. Autograd derives the backward passes, so they share no error with hand-written ones.
 """
 
 import math
@@ -15,7 +14,7 @@ from torch import Tensor
 from fastgpt.kernels import _checks
 from fastgpt.kernels._tensors import as_matrix, attention_scale, unpacked
 
-# Each op, and the file of kernels/ that has it in Triton.
+# Each op, and the module in kernels/ with its Triton implementation.
 OPS = {
     "adamw": "adamw",
     "attention": "attention",
@@ -30,15 +29,15 @@ OPS = {
     "residual_layer_norm": "layer_norm",
 }
 
-# Those that a transformer block consists of, in the order in which ``block_kernels`` is given them.
+# The ops of a transformer block, in the order of ``block_kernels``' arguments.
 OPS_OF_A_BLOCK = "linear", "attention_qkvpacked", "mlp", "residual_layer_norm"
 
-# Those that ``fused_rows`` leaves to PyTorch.
+# The ops for which ``fused_rows`` uses PyTorch.
 OPS_OF_TENSOR_CORES = "attention", "attention_qkvpacked"
 
 
 def dropout_seed(device: torch.device) -> Tensor | None:
-    """None: PyTorch's generator draws the masks here."""
+    """None: here PyTorch's generator draws the masks."""
     return None
 
 
@@ -73,8 +72,8 @@ def attention(
     doc_start: Tensor | None = None,
     key_lengths: Tensor | None = None,
 ) -> Tensor:
-    """Attention as a masked matrix product: the (Tq, Tk) scores are all stored. Same arguments as
-    ``fused.attention``; without a ``seed`` the dropout mask comes from PyTorch's generator.
+    """Attention as a masked matrix product that stores all (Tq, Tk) scores. Same arguments as
+    ``fused.attention``; without a ``seed``, PyTorch's generator draws the dropout mask.
     """
     _checks.attention(
         q, k, v, causal, scale, dropout_p, seed, dropout_offset, doc_start, key_lengths
@@ -95,14 +94,14 @@ def attention(
 
 
 def each_query_head(x: Tensor, n_head: int) -> Tensor:
-    """Keys or values (B, H_kv, T, D), repeated for the query heads that share them."""
+    """Repeat keys or values (B, H_kv, T, D) for the query heads that share them."""
     return x if x.shape[1] == n_head else x.repeat_interleave(n_head // x.shape[1], dim=1)
 
 
 def padding_hidden(k: Tensor, v: Tensor, key_lengths: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """k and v with zeros in the place of padding, which may be NaN, and (B, 1, 1, Tk) of bool:
-    which keys a query sees. With a length of 0 that is the first, one of the zeros: without any
-    the softmax would be 0 / 0."""
+    """k and v with zeros instead of padding, which may be NaN, and a bool mask (B, 1, 1, Tk) of the
+    keys that a query sees. With a length of 0, a query sees the first key, which is zero: without
+    any key, the softmax would be 0 / 0."""
     keys = torch.arange(k.shape[2], device=k.device)
     lengths = key_lengths[:, None, None, None]
     padding = (keys >= lengths).mT  # (B, 1, Tk, 1)
@@ -111,7 +110,7 @@ def padding_hidden(k: Tensor, v: Tensor, key_lengths: Tensor) -> tuple[Tensor, T
 
 
 def document_mask(doc_start: Tensor) -> Tensor:
-    """(B, 1, T, T) of bool: which keys a query sees, those from its start to itself."""
+    """Bool mask (B, 1, T, T): a query sees the keys from the start of its document to itself."""
     keys = torch.arange(doc_start.shape[1], device=doc_start.device)
     return ((keys >= doc_start[..., None]) & (keys <= keys[:, None]))[:, None]
 
@@ -127,7 +126,7 @@ def attention_qkvpacked(
     dropout_offset: int = 0,
     doc_start: Tensor | None = None,
 ) -> Tensor:
-    """The same on packed (B, T, 3C), giving (B, T, C). See ``fused.attention_qkvpacked``."""
+    """Attention on packed (B, T, 3C), giving (B, T, C). See ``fused.attention_qkvpacked``."""
     _checks.qkvpacked(qkv, n_head, causal, scale, dropout_p, seed, dropout_offset, doc_start)
     return unpacked(
         attention, qkv, n_head, causal, scale, dropout_p, seed, dropout_offset, doc_start
@@ -137,7 +136,7 @@ def attention_qkvpacked(
 def attention_decode(
     qkv: Tensor, cache: Tensor, positions: Tensor, *, scale: float | None = None
 ) -> Tensor:
-    """Attention of one new token of each sequence over a cache of keys and values. See
+    """Attention for one new token per sequence over a cache of keys and values. See
     ``fused.attention_decode``."""
     _checks.attention_decode(qkv, cache, positions, scale)
     n_head, n_slots, head_size = cache.shape[2:]
@@ -150,7 +149,7 @@ def attention_decode(
     visible = ((slots <= place) & inside)[:, None, None, :]
     scores = (q @ cache[0].mT) * attention_scale(scale, head_size)  # (B, H, 1, S)
     probs = torch.softmax(scores.masked_fill(~visible, float("-inf")), dim=-1)
-    values = cache[1].where(visible.transpose(-2, -1), 0.0)  # what is not filled may be NaN
+    values = cache[1].where(visible.transpose(-2, -1), 0.0)  # unfilled slots may be NaN
     return (probs @ values).transpose(1, 2).flatten(2)
 
 
@@ -202,14 +201,14 @@ def residual_layer_norm(
 def widened(
     weight: Tensor, bias: Tensor | None, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor | None]:
-    """Parameters in no less than the precision of what they meet."""
+    """Parameters in the wider of their own dtype and ``dtype``."""
     dtype = torch.promote_types(weight.dtype, dtype)
     return weight.to(dtype), None if bias is None else bias.to(dtype)
 
 
 def fp8_scale(x: Tensor) -> Tensor:
-    """The least power of two by which x fits into e4m3, at least 2^-126; float64. NaN where x holds
-    an infinity or a NaN."""
+    """The smallest power of two s, at least 2^-126, for which x / s fits in e4m3; float64. NaN if x
+    holds an infinity or a NaN."""
     if x.numel() == 0:
         return x.new_ones((), dtype=torch.float64)
     largest = x.detach().abs().amax().double()
@@ -219,14 +218,14 @@ def fp8_scale(x: Tensor) -> Tensor:
 
 
 def fp8_rounded(x: Tensor, dtype: torch.dtype, scale: Tensor) -> Tensor:
-    """What is left of x in fp8, in no less than float32."""
+    """x after rounding to fp8, in float32 or wider."""
     x = x.to(torch.promote_types(x.dtype, torch.float32))
     scale = scale.to(x.dtype)
     return (x / scale).to(dtype).to(x.dtype) * scale
 
 
 class _InFp8(torch.autograd.Function):
-    """An activation or a weight, rounded to e4m3; the gradient passes unchanged."""
+    """Round an activation or a weight to e4m3; the gradient passes through unchanged."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -239,8 +238,8 @@ class _InFp8(torch.autograd.Function):
 
 
 def _with_gradient_in_fp8(total: Tensor, logits: Tensor, product: Tensor) -> Tensor:
-    """``total``, a function of the leaf ``logits``, as a function of ``product``, with a gradient
-    that is rounded to e5m2 before any factor. It is at most 1, so its scale is fixed."""
+    """``total``, a function of the leaf ``logits``, as a function of ``product`` whose gradient is
+    rounded to e5m2 before any factor is applied. It is at most 1, so its scale is fixed."""
     if not product.requires_grad:
         return total.detach()
     (dlogits,) = torch.autograd.grad(total, logits)
@@ -255,8 +254,8 @@ def linear(
     *,
     recompute: _checks.Recompute | None = None,
 ) -> Tensor:
-    """``x @ weight.T + bias``. See ``fused.linear``; here autograd keeps x whatever
-    ``recompute`` says."""
+    """``x @ weight.T + bias``. See ``fused.linear``; here autograd saves x regardless of
+    ``recompute``."""
     _checks.linear(x, weight, bias, recompute)
     y = x @ weight.to(x.dtype).t()
     return y if bias is None else y + bias.to(y.dtype)
@@ -271,8 +270,8 @@ def mlp(
     approximate: str = "none",
     recompute: _checks.Recompute | None = None,
 ) -> Tensor:
-    """``linear``, GELU, ``linear`` without a bias. See ``fused.mlp``; here autograd keeps all
-    whatever ``recompute`` says."""
+    """``linear``, GELU, ``linear`` without a bias. See ``fused.mlp``; here autograd saves all
+    intermediates regardless of ``recompute``."""
     _checks.mlp(x, fc_weight, fc_bias, proj_weight, approximate, recompute)
     return linear(gelu(linear(x, fc_weight, fc_bias), approximate), proj_weight)
 
@@ -289,8 +288,8 @@ def linear_cross_entropy(
     fp8: bool = False,
 ) -> Tensor:
     """Cross-entropy of the logits ``x @ weight.T``, which are all stored here, in float32. See
-    ``fused.linear_cross_entropy``; with fp8 the operands are rounded to 8 bits before products in
-    no less than float32, on any device and in any dtype."""
+    ``fused.linear_cross_entropy``; with fp8, the operands are rounded to 8 bits and multiplied in
+    float32 or wider, on any device and in any dtype."""
     _checks.linear_cross_entropy(
         x, weight, targets, ignore_index, reduction, label_smoothing, z_loss, fp8
     )
@@ -327,7 +326,7 @@ def adamw(
     clip: Tensor | None = None,
     skip: Tensor | None = None,
 ) -> None:
-    """AdamW written out, the scalars in float64."""
+    """AdamW in plain PyTorch, with scalars in float64. See ``fused.adamw``."""
     _checks.adamw(
         param, rounded, grad, exp_avg, exp_avg_sq, step, lr, betas, eps, weight_decay, clip, skip
     )
@@ -345,8 +344,8 @@ def adamw(
 
 
 # Philox 4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011): a block
-# cipher that turns a counter into 128 random bits. Any element's bits follow from its position, so
-# forward and backward find the same mask and nothing is stored.
+# cipher that turns a counter into 128 random bits. An element's bits depend only on its position,
+# so the backward recomputes the forward's mask and nothing is stored.
 _PHILOX_M0, _PHILOX_M1 = 0xD2511F53, 0xCD9E8D57
 _PHILOX_W0, _PHILOX_W1 = 0x9E3779B9, 0xBB67AE85
 _LOW = 0xFFFFFFFF
@@ -360,7 +359,8 @@ def _mul_hi_lo(a: Tensor, b: int) -> tuple[Tensor, Tensor]:
 
 
 def philox_4x32(key: int, counter: tuple[Tensor, Tensor, Tensor, Tensor]) -> tuple[Tensor, ...]:
-    """Ten rounds. ``key`` has 64 bits; counter and result: four int64 tensors of 32-bit words."""
+    """Ten rounds of Philox. ``key`` has 64 bits; counter and result are four int64 tensors of
+    32-bit words."""
     k0, k1 = key & _LOW, (key >> 32) & _LOW
     c0, c1, c2, c3 = counter
     for _ in range(10):
@@ -374,12 +374,12 @@ def philox_4x32(key: int, counter: tuple[Tensor, Tensor, Tensor, Tensor]) -> tup
 def dropout_mask(
     seed: Tensor, shape: tuple[int, ...], dropout_p: float, dropout_offset: int = 0
 ) -> tuple[Tensor, float]:
-    """The mask of the Triton kernels for a tensor of ``shape`` (..., M, N): True where an element
-    is kept; and the share that is kept, 1 - round(dropout_p * 2^16) / 2^16.
+    """The Triton kernels' mask for a tensor of ``shape`` (..., M, N), True for kept elements; and
+    the keep probability, 1 - round(dropout_p * 2^16) / 2^16.
 
-    One Philox block serves eight neighbouring columns with 16 bits each: its counter is
+    One Philox block yields 16 bits for each of eight adjacent columns. Its counter is
     (j // 8, i, plane, dropout_offset) for row i and column j, where the planes are the (M, N)
-    matrices in order; column j takes word j % 4, the upper half where j % 8 >= 4.
+    matrices in order. Column j uses word j % 4, the upper half if j % 8 >= 4.
     """
     *planes, n_rows, n_cols = shape
     device = seed.device

@@ -1,10 +1,10 @@
-"""The launch table that is shipped: the tile, the warps and the stages of each kernel. It is data,
-key → configuration; ``configs`` looks it up.
+"""The shipped launch table: tile, warps and stages of each kernel. It is data, key → configuration;
+``configs`` looks it up.
 
-All lines were chosen by ahead-of-time compilation (``python setup.py build_kernels``): no spilled
-register on any architecture of the class, and the most work per program. They are predicted, not
-measured, but for those that a comment calls measured: there on an H200 with GPT-2 124M's sizes, 32
-sequences of 1024 tokens, bfloat16 (``bench/results/h200``).
+All entries were chosen by ahead-of-time compilation (``python setup.py build_kernels``): no spilled
+registers on any architecture of the class, and the most work per program. They are predicted, not
+measured, unless a comment says so. Those were measured on an H200 with GPT-2 124M's sizes, 32
+sequences of 1024 tokens, in bfloat16 (``bench/results/h200``).
 """
 
 from typing import Any, NamedTuple
@@ -12,15 +12,15 @@ from typing import Any, NamedTuple
 import triton
 
 ANY = "any"
-CUDNN = "cuDNN"  # in place of the attention kernel where PyTorch's cuDNN takes the inputs
-CUBLAS = "cuBLAS"  # in place of a configuration: PyTorch's product, the epilogue in its own kernel
+CUDNN = "cuDNN"  # use PyTorch's cuDNN attention for the inputs that it supports
+CUBLAS = "cuBLAS"  # use PyTorch's matrix product, with the epilogue in a separate kernel
 
 
 class Key(NamedTuple):
     """``arch``: "sm_90" (H100, H200), "sm_100" (B200), "sm_80" (other GPUs: 8.0, 8.6, 8.9, 12.0),
     "sm_75" (T4, RTX 20), "gpu" or "interpreter". ``dtype``: "half" (float16, bfloat16), "float32",
-    "float64". ``size``: what the kernel's tile spans, rounded up to a power of two. ``options``: in
-    a fixed order."""
+    "float64". ``size``: the tile's span, rounded up to a power of two. ``options``: always in the
+    same order."""
 
     op: str
     kernel: str
@@ -30,12 +30,12 @@ class Key(NamedTuple):
     options: tuple[str, ...] = ()
 
 
-# What a kernel is launched with, by its argument's name. Not passed are fields that are None, and
-# ``programs``, which the host function needs: how many programs share a multiprocessor.
+# The fields are the keyword arguments of a launch. A field that is None is not passed, nor is
+# ``programs``, the number of programs per multiprocessor, which only the launcher uses.
 
 
 class Attention(NamedTuple):
-    """``BLOCK_M`` queries, ``BLOCK_N`` keys; ``maxnreg``: registers that a thread may have."""
+    """``BLOCK_M`` queries, ``BLOCK_N`` keys; ``maxnreg``: the limit on registers per thread."""
 
     BLOCK_M: int
     BLOCK_N: int
@@ -56,7 +56,7 @@ class AttentionDecodeSum(NamedTuple):
 
 
 class Gemm(NamedTuple):
-    """``GROUP``: tiles down before the next column."""
+    """``GROUP``: the number of tiles taken down a column before moving to the next."""
 
     BLOCK_M: int
     BLOCK_N: int
@@ -74,7 +74,7 @@ class Tile(NamedTuple):
 
 
 class TileLoop(NamedTuple):
-    """A program walks down its columns; ``STAGES - 1`` tiles are loaded while one is computed."""
+    """A program loops down its columns; ``STAGES - 1`` tiles are loaded while one is computed."""
 
     BLOCK_M: int
     BLOCK_N: int
@@ -120,18 +120,18 @@ class Reduction(NamedTuple):
 _DROPOUT, _DOCUMENTS, _BOTH = ("dropout",), ("documents",), ("dropout", "documents")
 _LENGTHS = ("lengths",)
 
-# Two programs share a multiprocessor with 128 registers a thread. The loop needs no more, but
-# without a limit ptxas takes more for the masked tiles. Triton 3.9's code spills under the limit,
-# and takes no more than 128 without it.
+# With 128 registers per thread, two programs share a multiprocessor. The main loop needs no more,
+# but without a limit ptxas uses more for the masked tiles. Triton 3.9's code spills under the
+# limit, and uses at most 128 without it.
 _LIMIT = 128 if triton.__version__.startswith("3.6.") else None
 
 TABLE: dict[Key, Any] = {
-    # Attention; size: of a head. Philox, document borders and lengths take registers: where one
-    # of them needs another tile, it has a line of its own.
+    # Attention; size: of a head. Philox, document boundaries and lengths use registers: if one of
+    # them needs another tile, it has its own entry.
     Key("attention", ANY, "interpreter"): Attention(64, 64, 4, 1),
     Key("attention", "fwd", "interpreter", "half"): Attention(64, 64, 4, 1, True),
-    # sm_90: wgmma reads its operands from shared memory, of which there is 227 KB. Its softmax
-    # overlaps with P V only if that is pipelined; on sm_100 Triton sees to it.
+    # sm_90: wgmma reads its operands from shared memory, of which there is 227 KB. The softmax
+    # overlaps with P V only with PIPELINED_PV; on sm_100 Triton arranges that itself.
     Key("attention", "fwd", "sm_90", "half", 16): Attention(128, 64, 4, 3, True),
     Key("attention", "fwd", "sm_90", "half", 16, _DROPOUT): Attention(64, 64, 4, 3, True),
     Key("attention", "fwd", "sm_90", "half", 32): Attention(128, 64, 4, 3, True),
@@ -146,7 +146,7 @@ TABLE: dict[Key, Any] = {
     Key("attention", "fwd", "sm_90", "half", 256): Attention(64, 32, 8, 2, True),
     Key("attention", "fwd_library"): None,
     Key("attention", "fwd_library", "sm_90", "half", 64): CUDNN,
-    # Measured: both backward kernels together 1.07 and 1.03 times as fast as with 64 x 64.
+    # Measured: the two backward kernels are 1.07 and 1.03 times as fast as with 64 x 64.
     Key("attention", "bwd_dq", "sm_90", "half", 64): Attention(64, 32, 4, 3),
     Key("attention", "bwd_dkdv", "sm_90", "half", 64): Attention(32, 64, 4, 3),
     # sm_100: tcgen05 sums in tensor memory, 128 rows for four warps.
@@ -176,7 +176,7 @@ TABLE: dict[Key, Any] = {
     Key("attention", "bwd_dkdv", "sm_80", "half", 128): Attention(32, 64, 8, 1),
     Key("attention", "bwd_dkdv", "sm_80", "half", 128, _DROPOUT): Attention(32, 64, 8, 1),
     Key("attention", "bwd_dkdv", "sm_80", "half", 256): Attention(16, 32, 8, 1),
-    # Half precision where an architecture has no line of its own.
+    # Half precision on architectures without an entry of their own.
     Key("attention", "fwd", "gpu", "half", 16): Attention(128, 64, 4, 3),
     Key("attention", "fwd", "gpu", "half", 16, _DROPOUT): Attention(64, 64, 4, 3),
     Key("attention", "fwd", "gpu", "half", 32): Attention(128, 64, 4, 3),
@@ -226,50 +226,49 @@ TABLE: dict[Key, Any] = {
     Key("attention", "bwd_dkdv", "gpu", "float32", 64, _DROPOUT): Attention(16, 16, 8, 1),
     Key("attention", "bwd_dkdv", "gpu", "float32", 128): Attention(16, 16, 4, 1),
     Key("attention", "bwd_dkdv", "gpu", "float32", 256): Attention(16, 16, 8, 1),
-    # Decoding; size: of a head. K and V of a part lie in registers: 64 of a thread's 255 where
-    # elements have two bytes.
+    # Decoding; size: of a head. K and V of a part are in registers: with 2-byte elements they take
+    # 64 of a thread's 255.
     Key("attention_decode", "fwd", size=16): AttentionDecode(128, 4),
     Key("attention_decode", "fwd", size=32): AttentionDecode(128, 4),
     Key("attention_decode", "fwd", size=64): AttentionDecode(64, 4),
     Key("attention_decode", "fwd", size=128): AttentionDecode(64, 8),
     Key("attention_decode", "fwd", size=256): AttentionDecode(32, 8),
     Key("attention_decode", "sum"): AttentionDecodeSum(8, 4),
-    # Products with an epilogue; size: of the longest row of the two operands. Two programs or more
-    # on a multiprocessor: one computes its epilogue while another multiplies. Of 4 and 8 warps,
-    # those that issue fewer instructions a tile: on sm_90 and K = 768, 4100 to 4200 cycles beside
-    # 6144 of the tensor cores with 4, 5400 to 5500 with 8. cuBLAS has float32: its TF32 kernels are
-    # as good, and beside IEEE products there is no epilogue to hide.
+    # Products with an epilogue; size: of the longest row of the two operands. Two or more programs
+    # share a multiprocessor, so that one computes its epilogue while another multiplies. Of 4 and 8
+    # warps, the choice is the one that issues fewer instructions per tile: on sm_90 with K = 768,
+    # 4100 to 4200 cycles with 4 and 5400 to 5500 with 8, next to 6144 of the tensor cores. float32
+    # uses cuBLAS: its TF32 kernels are as good, and an epilogue is negligible in IEEE products.
     Key("gemm", ANY, "interpreter"): Gemm(64, 64, 64, 4, 1, 1),
     Key("gemm", "sum_parts", "interpreter"): Tile(8, 64, 4),
     Key("gemm", "sum_tiles", "interpreter"): Tile(8, 64, 4),
     Key("gemm", ANY, "gpu", "float32"): CUBLAS,
-    # Parts of a weight gradient, few and long; sums of dpre, one for each row of tiles.
+    # sum_parts: few long parts of a weight gradient. sum_tiles: sums of dpre, one per row of tiles.
     Key("gemm", "sum_parts", "gpu"): Tile(8, 512, 4),
     Key("gemm", "sum_tiles", "gpu"): Tile(128, 16, 4),
-    Key("gemm", "sum_tiles", "gpu", "float32"): Tile(128, 16, 4),  # behind cuBLAS
-    # sm_90 and sm_100: tiles come by TMA.
+    Key("gemm", "sum_tiles", "gpu", "float32"): Tile(128, 16, 4),  # after cuBLAS
+    # sm_90 and sm_100: tiles are copied by TMA.
     Key("gemm", "fwd", "gpu", "half"): Gemm(128, 128, 64, 4, 3, 2),
     Key("gemm", "bwd", "gpu", "half"): Gemm(128, 128, 64, 4, 3, 2),
     Key("gemm", "bwd", "gpu", "half", ANY, ("recompute",)): Gemm(128, 64, 64, 4, 4, 2),
     Key("gemm", "weight", "gpu", "half"): Gemm(128, 128, 64, 4, 3, 2),
-    # Measured: GELU in a kernel of its own behind cuBLAS is 1.06 times as fast (1.01 times with 8
-    # warps); cuBLAS 1.15 times where no bias is summed, 0.93 times where one is.
+    # Measured: cuBLAS with a separate GELU kernel is 1.06 times as fast (1.01 times with 8 warps).
+    # For the weight gradient, cuBLAS is 1.15 times as fast without a bias sum, 0.93 times with one.
     Key("gemm", "fwd", "sm_90", "half"): CUBLAS,
     Key("gemm", "weight", "sm_90", "half"): CUBLAS,
     Key("gemm", "weight", "sm_90", "half", ANY, ("bias",)): Gemm(128, 256, 64, 8, 4, 1),
-    # sm_80: by cp.async, and accumulators live in registers.
+    # sm_80: tiles are copied by cp.async, and accumulators are in registers.
     Key("gemm", "fwd", "sm_80", "half"): Gemm(64, 128, 32, 4, 3, 3),
     Key("gemm", "bwd", "sm_80", "half"): Gemm(64, 128, 32, 4, 3, 3),
     Key("gemm", "bwd", "sm_80", "half", ANY, ("recompute",)): Gemm(128, 64, 32, 4, 3, 3),
     Key("gemm", "weight", "sm_80", "half"): Gemm(128, 128, 32, 8, 3, 2),
-    # sm_75: Triton would multiply without its tensor cores.
+    # sm_75: Triton does not use its tensor cores.
     Key("gemm", "fwd", "sm_75", "half"): CUBLAS,
     Key("gemm", "bwd", "sm_75", "half"): CUBLAS,
     Key("gemm", "bwd", "sm_75", "half", ANY, ("recompute",)): CUBLAS,
     Key("gemm", "weight", "sm_75", "half"): CUBLAS,
-    # LayerNorm; size: of a row, 32 or more. 8 to 32 elements a thread; a tile of the backward also
-    # keeps the sums of the parameters' gradients. "bwd_narrow": for rows beside which these no
-    # longer fit into the registers.
+    # LayerNorm; size: of a row, 32 or more. 8 to 32 elements per thread; a backward tile also
+    # accumulates parameter gradients. "bwd_narrow": for rows so wide that these exceed registers.
     Key("layer_norm", "fwd"): WholeRows(8, 4),
     Key("layer_norm", "fwd", size=1024): WholeRows(4, 4),
     Key("layer_norm", "fwd", "sm_80", size=1024): WholeRows(2, 4),
@@ -283,23 +282,23 @@ TABLE: dict[Key, Any] = {
     Key("layer_norm", "bwd", size=4096): WholeRows(1, 8),
     Key("layer_norm", "bwd", size=8192): WholeRows(1, 16),
     Key("layer_norm", "bwd", size=16384): WholeRows(1, 16),
-    # Measured, with the residual sum: 1.28 times as fast as the line of all GPUs.
+    # Measured, with the residual sum: 1.28 times as fast as the entry for all GPUs.
     Key("layer_norm", "bwd", "sm_90", "half", 1024): RowLoop(1, 2, 3, 6),
     Key("layer_norm", "bwd_narrow"): Tile(8, 128, 4),
     Key("layer_norm", "sum_row_blocks"): Tile(128, 16, 4),
-    # The interpreter takes a millisecond for a program, of whatever size.
+    # The interpreter takes a millisecond per program, whatever its size.
     Key("layer_norm", "sum_row_blocks", "interpreter"): Tile(64, 256, 4),
-    # Rows of the loss; size: classes, 256 or more. 8 elements a thread are one 16-byte load in half
-    # precision. 4 rows of 512 threads fill a multiprocessor, while the rows under way (40 MB of
-    # GPT-2's in half precision) still fit into the L2 cache of sm_90.
+    # Rows of the loss; size: classes, 256 or more. 8 elements per thread are one 16-byte load in
+    # half precision. 4 rows of 512 threads fill a multiprocessor, and the rows in flight (40 MB of
+    # GPT-2's in half precision) still fit in the L2 cache of sm_90.
     Key("cross_entropy", "rows"): PartOfRow(4096, 16),
     Key("cross_entropy", "scale"): Elementwise(1024, 4),
     Key("cross_entropy", "rows", size=256): PartOfRow(256, 1),
     Key("cross_entropy", "rows", size=512): PartOfRow(512, 2),
     Key("cross_entropy", "rows", size=1024): PartOfRow(1024, 4),
     Key("cross_entropy", "rows", size=2048): PartOfRow(2048, 8),
-    # Embedding; size: of a row, 32 or more. Forward and position: 16 elements a thread, in columns
-    # that divide GPT-2's widths. Token: most runs are short, so few programs with long rows.
+    # Embedding; size: of a row, 32 or more. Forward and position: 16 elements per thread; BLOCK_N
+    # divides GPT-2's widths. Token: most runs of equal ids are short: few programs, long rows.
     Key("embedding", "fwd"): Tile(16, 128, 4),
     Key("embedding", "bwd_position"): Tile(16, 128, 4),
     Key("embedding", "bwd_position", "interpreter"): Tile(16, 512, 4),
@@ -309,14 +308,14 @@ TABLE: dict[Key, Any] = {
     Key("embedding", "bwd_token", size=128): Tile(16, 128, 4),
     Key("embedding", "bwd_token", size=256): Tile(16, 256, 4),
     Key("embedding", "bwd_token", size=512): Tile(8, 512, 4),
-    # Eight elements a thread: 16-byte accesses in half precision, two of them in float32.
+    # Eight elements per thread: one 16-byte access in half precision, two in float32.
     Key("gelu", ANY): Elementwise(1024, 4),
-    # No tiles ahead in float32: erf branches, and a copy's barrier must not lie behind a branch.
+    # No prefetch in float32: erf branches, and a copy's barrier must not follow a branch.
     Key("gelu", "bwd_rows"): TileLoop(8, 128, 4),
     Key("gelu", "bwd_rows", dtype="half"): TileLoop(8, 128, 2, 2),
     Key("adamw", ANY): Elementwise(1024, 4),
-    # fp8: a tile is 8 KB, whose rows and columns both fill sectors of memory; 16 programs hold
-    # enough loads under way. "amax" finds the largest magnitude.
+    # fp8: a tile is 8 KB, and its rows and columns both fill memory sectors; 16 programs keep
+    # enough loads in flight. "amax" finds the largest magnitude.
     Key("fp8", "quantise"): Tile(64, 128, 4),
     Key("fp8", "transpose"): Tile(64, 128, 4),
     Key("fp8", "amax"): Reduction(4096, 8, 8),

@@ -1,4 +1,4 @@
-"""The ops on PyTorch's own kernels: for the CPU, MPS and whatever has no Triton.
+"""The ops on PyTorch's own kernels, for devices without support for Triton: CPU, MPS, older GPUs.
 
 Same names and signatures as in ``fused`` and ``reference``.
 """
@@ -19,7 +19,7 @@ from fastgpt.kernels.reference import document_mask, each_query_head, padding_hi
 from fastgpt.kernels.reference import dropout_seed as dropout_seed
 
 
-def _refuse(seed: Tensor | None) -> None:
+def _reject_seed(seed: Tensor | None) -> None:
     if seed is not None:
         raise ValueError(
             f"seed must be None on {seed.device}: PyTorch's generator draws this mask "
@@ -52,15 +52,15 @@ def attention(
     doc_start: Tensor | None = None,
     key_lengths: Tensor | None = None,
 ) -> Tensor:
-    """Attention by ``F.scaled_dot_product_attention``. Same arguments as ``fused.attention``, but
-    PyTorch's generator alone draws the dropout mask here: a ``seed`` is refused.
+    """Attention by ``F.scaled_dot_product_attention``. Same arguments as ``fused.attention``, but a
+    ``seed`` is an error, because PyTorch's generator draws the dropout mask.
     """
     _checks.attention(
         q, k, v, causal, scale, dropout_p, seed, dropout_offset, doc_start, key_lengths
     )
-    _refuse(seed)
+    _reject_seed(seed)
     k, v = (each_query_head(x, q.shape[1]) for x in (k, v))
-    if not q.numel():  # PyTorch 2.11 divides by the number of heads, and the process ends
+    if not q.numel():  # PyTorch 2.11 divides by the number of heads and crashes
         return q @ k.mT @ v
     visible = None if doc_start is None else document_mask(doc_start)
     if key_lengths is not None:
@@ -84,7 +84,7 @@ def attention_qkvpacked(
     dropout_offset: int = 0,
     doc_start: Tensor | None = None,
 ) -> Tensor:
-    """The same on packed (B, T, 3C), giving (B, T, C). See ``fused.attention_qkvpacked``."""
+    """Attention on packed (B, T, 3C), giving (B, T, C). See ``fused.attention_qkvpacked``."""
     _checks.qkvpacked(qkv, n_head, causal, scale, dropout_p, seed, dropout_offset, doc_start)
     return unpacked(
         attention, qkv, n_head, causal, scale, dropout_p, seed, dropout_offset, doc_start
@@ -94,7 +94,7 @@ def attention_qkvpacked(
 def attention_decode(
     qkv: Tensor, cache: Tensor, positions: Tensor, *, scale: float | None = None
 ) -> Tensor:
-    """Attention of one new token of each sequence over a cache of keys and values. See
+    """Attention for one new token per sequence over a cache of keys and values. See
     ``fused.attention_decode``."""
     _checks.attention_decode(qkv, cache, positions, scale)
     _, batch, n_head, n_slots, _ = cache.shape
@@ -102,7 +102,7 @@ def attention_decode(
         return qkv.new_empty(0, 1, qkv.shape[2] // 3)
     heads = qkv[:, 0].unflatten(1, (3, n_head, -1)).transpose(0, 1)  # (3, B, H, D)
     q, new = heads[0], heads[1:]
-    if positions.is_cpu:  # where they were checked
+    if positions.is_cpu:  # their values were checked
         first, last = map(int, positions.aminmax())
         visible = None
         if first == last:
@@ -111,7 +111,7 @@ def attention_decode(
             cache[:, torch.arange(batch), :, positions] = new.transpose(0, 1)
             visible = (torch.arange(last + 1) <= positions[:, None])[:, None, None, :]
         return _attend_cached(q, cache[:, :, :, : last + 1], visible, scale)
-    # The host must not wait for a GPU, so there all of the cache is read.
+    # The host must not wait for a GPU, so the whole cache is read.
     rows, places = torch.arange(batch, device=qkv.device), positions.clamp(0, n_slots - 1)
     inside = (positions == places)[:, None, None]
     old = cache[:, rows, :, places]  # (B, 2, H, D)
@@ -122,7 +122,7 @@ def attention_decode(
 
 
 def _attend_cached(q: Tensor, cache: Tensor, visible: Tensor | None, scale: float | None) -> Tensor:
-    """(B, H, D), keys and values (2, B, H, n, D) → (B, 1, H * D)."""
+    """q (B, H, D), keys and values (2, B, H, n, D) → (B, 1, H * D)."""
     y = F.scaled_dot_product_attention(
         q[:, :, None], cache[0], cache[1], attn_mask=visible, scale=scale
     )
@@ -143,7 +143,7 @@ def embedding(
     _checks.embedding(
         idx, token_weight, position_weight, dropout_p, seed, dropout_offset, doc_start
     )
-    _refuse(seed)
+    _reject_seed(seed)
     if doc_start is None:
         positional = position_weight.narrow(0, 0, idx.shape[1])
     else:
@@ -169,7 +169,7 @@ def residual_layer_norm(
     _checks.residual_layer_norm(
         residual, delta, weight, bias, eps, delta_bias, dropout_p, seed, dropout_offset
     )
-    _refuse(seed)
+    _reject_seed(seed)
     total = delta
     if delta_bias is not None:
         total = total + delta_bias.to(delta.dtype)
@@ -178,20 +178,20 @@ def residual_layer_norm(
     if total is delta or total.dtype != residual.dtype:
         total = residual + total
     else:
-        total = total.add_(residual)  # in place: one tensor less in memory, the same number
+        total = total.add_(residual)  # in place saves a tensor; the result is the same
     return _layer_norm(total, weight, bias, eps).to(delta.dtype), total
 
 
 def _layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
     weight, bias = widened(weight, bias, x.dtype)
     if x.is_cuda and x.dtype != weight.dtype and not torch.is_autocast_enabled("cuda"):
-        # PyTorch's kernel for GPUs takes one dtype only.
+        # PyTorch's CUDA kernel requires equal dtypes.
         return F.layer_norm(x.to(weight.dtype), x.shape[-1:], weight, bias, eps).to(x.dtype)
     return F.layer_norm(x, x.shape[-1:], weight, bias, eps)
 
 
 class _RecomputedLinear(torch.autograd.Function):
-    """``F.linear`` that keeps, in place of x, what ``rebuild`` makes x from."""
+    """``F.linear`` that saves ``sources`` instead of x and recomputes x by ``rebuild``."""
 
     @staticmethod
     def forward(
@@ -227,10 +227,10 @@ def _recomputed_linear(
     rebuild: Callable[..., Tensor],
     *sources: Tensor | None,
 ) -> Tensor:
-    x = x.to(autocast_dtype(x))  # a Function is not cast, and its backward runs outside of autocast
+    x = x.to(autocast_dtype(x))  # autocast does not cast a Function's inputs, nor in its backward
     weight = weight.to(x.dtype)
     bias = None if bias is None else bias.to(x.dtype)
-    if torch._C._are_functorch_transforms_active():  # for which x is kept: they take no Function
+    if torch._C._are_functorch_transforms_active():  # they do not support this Function: x is saved
         return F.linear(x, weight, bias)
     return _RecomputedLinear.apply(x, weight, bias, rebuild, *sources)
 
@@ -273,7 +273,7 @@ def mlp(
     return _recomputed_linear(act, proj_weight, None, partial(F.gelu, approximate=approximate), pre)
 
 
-_BLOCK_LOGITS = 2**21  # at a time: 8 MB in float32, few enough to stay in a CPU's cache
+_BLOCK_LOGITS = 2**21  # logits at a time: 8 MB in float32, which stay in a CPU's cache
 
 
 def _cross_entropy_rows(
@@ -289,7 +289,7 @@ def _cross_entropy_rows(
     n_cols = logits.shape[1]
     valid = targets != ignore_index
     unknown = valid & ((targets < 0) | (targets >= n_cols))
-    if unknown.is_cpu and unknown.any():  # elsewhere the host would wait for the device
+    if unknown.is_cpu and unknown.any():  # on other devices the host would have to wait
         raise ValueError(
             f"targets must lie in [0, {n_cols}) or be ignore_index ({ignore_index}), "
             f"got {targets[unknown][0].item()}"
@@ -301,7 +301,7 @@ def _cross_entropy_rows(
         tile, target = logits[block], known[block, None]
         p = torch.softmax(tile, dim=-1, dtype=losses.dtype)
         peak = tile.amax(dim=-1, keepdim=True).to(losses.dtype)
-        log_sum = -p.amax(dim=-1, keepdim=True).log()  # of exp(logits - peak): p there is 1 / sum
+        log_sum = -p.amax(dim=-1, keepdim=True).log()  # of exp(logits - peak): max of p is 1 / sum
         log_sum.masked_fill_(unknown[block, None], math.nan)
         lse = peak + log_sum
         loss = log_sum + (1.0 - label_smoothing) * (peak - tile.gather(1, target))
@@ -334,10 +334,9 @@ def linear_cross_entropy(
     z_loss: float = 0.0,
     fp8: bool = False,
 ) -> Tensor:
-    """Cross-entropy of the logits ``x @ weight.T``, never stored whole. Same arguments as
-    ``fused.linear_cross_entropy``, but on the CPU a target out of range is a ValueError, and fp8
-    is refused.
-    """
+    """Cross-entropy of the logits ``x @ weight.T``, never stored as a whole. Same arguments as
+    ``fused.linear_cross_entropy``, but fp8 raises a ValueError, and so does a target out of range
+    on the CPU."""
     _checks.linear_cross_entropy(
         x, weight, targets, ignore_index, reduction, label_smoothing, z_loss, fp8
     )
@@ -378,13 +377,13 @@ def adamw(
     clip: Tensor | None = None,
     skip: Tensor | None = None,
 ) -> None:
-    """One update by ``torch.optim.AdamW``'s fused kernel. See ``fused.adamw``."""
+    """One update with ``torch.optim.AdamW``'s fused kernel. See ``fused.adamw``."""
     _checks.adamw(
         param, rounded, grad, exp_avg, exp_avg_sq, step, lr, betas, eps, weight_decay, clip, skip
     )
     _functional_adamw(
         [param],
-        [grad if clip is None else grad * clip],  # by grad_scale, grad itself would change
+        [grad if clip is None else grad * clip],  # grad_scale would modify grad
         [exp_avg],
         [exp_avg_sq],
         [],

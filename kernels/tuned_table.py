@@ -1,9 +1,9 @@
 """The file of ``fastgpt tune``: the launch configurations that are fastest on one GPU.
 
-It holds for that GPU, its driver, this PyTorch, this Triton and these kernels alone. All of them
-make its name, ``GPU-HASH.json``, and it repeats them under "made_for". A "sha256" of the rest tells
-a damaged file. It lies in ``$FASTGPT_TUNED``, else in ``$XDG_CACHE_HOME/fastgpt/tuned``, by default
-``~/.cache/fastgpt/tuned``; with ``FASTGPT_TUNED`` set to nothing, no file is read.
+It is valid only for that GPU, its driver, this PyTorch, this Triton and these kernels. These
+determine its name, ``GPU-HASH.json``, and are repeated under "made_for"; a "sha256" of the rest
+detects damage. The folder is ``$FASTGPT_TUNED``, else ``$XDG_CACHE_HOME/fastgpt/tuned``, by default
+``~/.cache/fastgpt/tuned``. If ``FASTGPT_TUNED`` is set but empty, no file is read.
 """
 
 import contextlib
@@ -25,7 +25,7 @@ _DRIVER = Path("/proc/driver/nvidia/version")
 
 
 def folder() -> Path | None:
-    """Where the files lie; None where there are to be none, or in a home that is not known."""
+    """The folder of the files; None if there are to be none, or if the home folder is unknown."""
     own = os.environ.get(VARIABLE)
     cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
     try:
@@ -38,7 +38,7 @@ def folder() -> Path | None:
 
 @functools.cache
 def made_for(device: torch.device) -> dict[str, str]:
-    """What a measured line holds for."""
+    """What a measured entry is valid for."""
     on_gpu = device.type == "cuda"
     return {
         "gpu": torch.cuda.get_device_name(device) if on_gpu else "interpreter",
@@ -50,7 +50,7 @@ def made_for(device: torch.device) -> dict[str, str]:
 
 
 def _driver() -> str:
-    """Its version, or at least that of CUDA in it where Linux's file is not to be seen."""
+    """The driver's version, or at least its CUDA version if Linux's file is missing."""
     try:
         found = re.search(r"Kernel Module\D*(\d[\d.]*)", _DRIVER.read_text())
     except OSError:
@@ -68,7 +68,7 @@ def _hash_of_kernels() -> str:
 
 
 def path_of(device: torch.device) -> Path | None:
-    """The device's file, which need not exist; None without a ``folder``."""
+    """The path of the device's file, which need not exist; None without a ``folder``."""
     where = folder()
     if where is None:
         return None
@@ -82,7 +82,7 @@ def checksum(value: Any) -> str:
 
 
 def read(device: torch.device) -> dict[str, Any]:
-    """What the device's file holds; empty where there is none.
+    """The content of the device's file; empty if there is none.
 
     Raises:
         ValueError: it is damaged, or was made for something else.

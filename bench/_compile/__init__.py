@@ -1,1 +1,1 @@
-"""Kernels compiled ahead of time, and what the compiler made of them."""
+"""Ahead-of-time compilation of the kernels, and analysis of the compiled code."""

@@ -1,13 +1,13 @@
-"""What ``build_kernels.py`` compiles: ``COMPILED``, case → function, of every ``bench_<op>.py``.
+"""The cases of ``build_kernels.py``: ``COMPILED``, case → function, of each ``bench_<op>.py``.
 
-A case calls an op forward and backward on small CPU tensors, with every option that leads to
-another launch configuration; only the launches are recorded. Sizes are as divisible by 16 as those
-of real models.
+A case calls an op forward and backward on small CPU tensors, with every option that selects another
+launch configuration; the launches are only recorded. Sizes are as divisible by 16 as in real
+models.
 
-    python -m bench._compile.kernel_cases gelu 90      # one case on one architecture, at once
+    python -m bench._compile.kernel_cases gelu 90      # one case on one architecture, without ninja
 
-Cases are compiled for one GPU of each class of the launch tables. ``gpt2`` alone repeats them at
-GPT-2's sizes for the other GPUs that people own.
+Cases are compiled for one GPU of each class of the launch tables. Only ``gpt2`` covers the other
+GPUs that people own, at GPT-2's sizes.
 """
 
 import importlib
@@ -25,9 +25,9 @@ from fastgpt.kernels import _host, fused, fused_rows
 
 
 def _gpt2() -> None:
-    """A training step of float32 weights under autocast and a token that is generated, in both
-    16-bit dtypes: with dropout and what is recomputed, and in bfloat16 without either. Of fewer
-    classes than GPT-2's, which take the same programs."""
+    """A training step with float32 weights under autocast and one decoding step, in both 16-bit
+    dtypes: with dropout and recomputation, and in bfloat16 without them. The vocabulary is smaller
+    than GPT-2's, but compiles to the same programs."""
     idx = torch.zeros(1, 64, dtype=torch.int64)
     ops = fused_rows if _host.capability(torch.device("cpu")) == 75 else fused
     for dtype, dropout, recompute in (
@@ -46,7 +46,7 @@ def _gpt2() -> None:
 
 
 CASES: dict[str, Callable[[], object]] = {"gpt2": _gpt2}
-LEAST_CAPABILITY: dict[str, int] = {}  # of cases that older architectures cannot run
+LEAST_CAPABILITY: dict[str, int] = {}  # for cases that older architectures cannot run
 for path in sorted(Path(__file__).parents[1].glob("bench_*.py")):
     module = importlib.import_module(f"bench.{path.stem}")
     CASES |= getattr(module, "COMPILED", {})

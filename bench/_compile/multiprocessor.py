@@ -1,6 +1,6 @@
-"""What an NVIDIA multiprocessor holds: the limits of an architecture, and how many programs fit.
+"""Occupancy of an NVIDIA multiprocessor: its limits per architecture, and how many programs fit.
 
-Facts from the CUDA C++ Programming Guide (compute capabilities) and NVIDIA's white papers.
+Sources: the CUDA C++ Programming Guide (compute capabilities) and NVIDIA's white papers.
 """
 
 from __future__ import annotations
@@ -10,13 +10,13 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Architecture:
-    """Of one multiprocessor, unless it says otherwise."""
+    """Limits of one multiprocessor."""
 
     tensor_cores: str  # its matrix instruction in PTX, as in ``static.MATRIX``
-    shared_memory: int  # bytes; one program gets 1 KB less than this
-    warps: int  # that it holds at a time
-    programs: int
-    multiprocessors: int  # of the GPU that people have
+    shared_memory: int  # bytes; one program can use 1 KB less
+    warps: int  # resident at a time
+    programs: int  # resident at a time
+    multiprocessors: int  # of the GPU named in the table
 
 
 ARCHITECTURES = {
@@ -29,17 +29,17 @@ ARCHITECTURES = {
     120: Architecture("mma", 100 * 1024, 48, 32, 170),  # RTX 5090
 }
 
-RESERVED_SHARED_MEMORY = 1024  # bytes of each program's share that the system keeps
+RESERVED_SHARED_MEMORY = 1024  # bytes per program that the system reserves
 TENSOR_MEMORY = 512  # columns, sm_100
 
 
 def programs_that_fit(
     capability: int, registers: int, num_warps: int, shared_memory: int, tensor_memory: int = 0
 ) -> int:
-    """How many programs run side by side on a multiprocessor. ``registers`` a thread;
-    ``shared_memory`` bytes and ``tensor_memory`` columns a program."""
+    """How many programs fit on a multiprocessor. ``registers`` per thread; ``shared_memory`` in
+    bytes and ``tensor_memory`` in columns per program."""
     architecture = ARCHITECTURES[capability]
-    # Each of the four partitions has 16,384 registers, handed out by 256 to a warp.
+    # Each of the four partitions has 16,384 registers, allocated to warps in units of 256.
     warp_registers = _round_up(32 * registers, 256)
     share = _round_up(shared_memory + RESERVED_SHARED_MEMORY, 128)
     return min(

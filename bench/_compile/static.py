@@ -1,8 +1,8 @@
-"""What the compiler makes of a kernel on any NVIDIA architecture, found out with no GPU.
+"""Compiles kernels for any NVIDIA architecture and analyses the code, without a GPU.
 
-``recorded`` notes what a host function would launch; ``compile_launches`` compiles it ahead of time
-with the launcher's own specialisation (arguments equal to 1, divisible by 16, of 64 bits, ...): a
-stub answers in place of the GPU driver, and ``kernel.warmup()`` does the rest.
+``recorded`` records the launches of the ops. ``compile_launches`` compiles them ahead of time with
+Triton's own specialisation (arguments equal to 1, divisible by 16, of 64 bits, ...): a stub
+replaces the GPU driver, and ``kernel.warmup()`` does the rest.
 """
 
 from __future__ import annotations
@@ -37,9 +37,9 @@ from bench._compile.multiprocessor import (
 )
 from fastgpt.kernels import _host
 
-# Kind of instruction → its beginning in PTX. Matrix products of a warp from registers, of a warp
-# group from shared memory (sm_90), of a program into tensor memory (sm_100); then copies from
-# global to shared memory past the registers, by the threads and by the tensor memory accelerator.
+# Kind of instruction → its prefix in PTX. Matrix products of a warp from registers, of a warp group
+# from shared memory (sm_90), of a program into tensor memory (sm_100). Then copies between global
+# and shared memory that bypass registers, by threads and by the tensor memory accelerator.
 MATRIX = {
     "mma": r"mma\.sync\.",
     "wgmma": r"wgmma\.mma_async\.",
@@ -54,8 +54,8 @@ COPIES = {
 
 @dataclass(frozen=True)
 class Launch:
-    """``kernel[grid](*args, **options)``. A tensor among ``args`` may lie on any device, "meta"
-    included; a torch.dtype stands for a 16-byte aligned tensor."""
+    """``kernel[grid](*args, **options)``. Tensors in ``args`` may be on any device, including
+    "meta"; a torch.dtype stands for a 16-byte aligned tensor."""
 
     kernel: JITFunction
     args: tuple[Any, ...]
@@ -68,28 +68,28 @@ class Compiled:
 
     name: str
     capability: int
-    options: str  # the constant arguments, warps and stages, for a reader
+    options: str  # the constant arguments, warps and stages, as text
     registers: int  # per thread
     spilled: int  # bytes stored and loaded
-    serialised: str | None  # why ptxas waits for each wgmma before the next
+    serialised: str | None  # why ptxas serialises the wgmma instructions
     shared_memory: int  # bytes per program
     tensor_memory: int  # columns per program, sm_100
     programs: int  # that fit on a multiprocessor
-    instructions: Counter[str]  # how many of each kind of MATRIX and COPIES
-    half_products: tuple[int, ...]  # rows of each matrix product of 16-bit numbers in the source
+    instructions: Counter[str]  # number of each kind in MATRIX and COPIES
+    half_products: tuple[int, ...]  # rows of each 16-bit matrix product in the source
 
     def __str__(self) -> str:
         return f"{self.name} on sm_{self.capability} ({self.options})"
 
 
 def max_shared_memory(capability: int) -> int:
-    """Bytes that a program may have. The launch tables for sm_80 also serve sm_86 and sm_89."""
+    """The limit in bytes per program. The launch tables for sm_80 also serve sm_86 and sm_89."""
     family = (80, 86, 89) if capability == 80 else (capability,)
     return min(ARCHITECTURES[c].shared_memory for c in family) - RESERVED_SHARED_MEMORY
 
 
 def faults(compiled: Compiled) -> list[str]:
-    """What fails the build, each with the kernel, its configuration and the number."""
+    """The faults that fail the build, each with the kernel, its configuration and the value."""
     found = []
     if compiled.spilled:
         found.append(f"spills {compiled.spilled} bytes")
@@ -105,7 +105,7 @@ def faults(compiled: Compiled) -> list[str]:
 
 
 def _missing_tensor_cores(compiled: Compiled) -> list[str]:
-    """16-bit products of 64 rows or more take the architecture's own instruction, others mma."""
+    """16-bit products of 64 rows or more must use the architecture's instruction, others mma."""
     own = ARCHITECTURES[compiled.capability].tensor_cores
     used = {own if rows >= 64 else "mma" for rows in compiled.half_products}
     missing = [f"{kind} is missing" for kind in sorted(used) if not compiled.instructions[kind]]
@@ -119,8 +119,8 @@ def _missing_tensor_cores(compiled: Compiled) -> list[str]:
 
 @contextlib.contextmanager
 def recorded(capability: int) -> Iterator[list[Launch]]:
-    """Within, host functions accept CPU tensors, choose what they would on ``capability``, and
-    launch nothing: the launches are in the list."""
+    """Context in which the ops accept CPU tensors and choose launches for ``capability``, which are
+    recorded in the list and not executed."""
     launches: list[Launch] = []
 
     def note(kernel: JITFunction, *args: Any, grid: Any, warmup: bool, **options: Any) -> None:
@@ -138,7 +138,7 @@ def recorded(capability: int) -> Iterator[list[Launch]]:
 
 
 class _StubDriver:
-    """As much of a GPU driver as compiling needs. The device's number is its capability."""
+    """The part of a GPU driver that compiling needs. The device index is the capability."""
 
     def __init__(self, capability: int) -> None:
         self.capability = capability
@@ -166,10 +166,10 @@ def no_gpu_needed(capability: int) -> Iterator[None]:
 def compile_launches(
     launches: Iterable[Launch], capability: int, cache: Path | None = None
 ) -> list[Compiled]:
-    """Each launch as ``capability`` (80, 90, 100, ...) would run it; those that lead to the same
-    machine code once. ``cache``: a folder that keeps what was compiled, and the log of it."""
+    """Compile each launch for ``capability`` (80, 90, 100, ...), and return each distinct binary
+    once. ``cache``: a folder that keeps the binaries and the assembler's logs."""
     launches = list(launches)
-    found: dict[int, tuple[Any, str]] = {}  # by identity: the launcher keeps what it has
+    found: dict[int, tuple[Any, str]] = {}  # by identity, since Triton caches its binaries
     with (
         no_gpu_needed(capability),
         knobs.compilation.scope(),
@@ -191,12 +191,12 @@ def compile_launches(
 
 
 def _warmed_up(launch: Launch, capability: int, folder: Path) -> tuple[Any, str]:
-    """The compiled kernel and the assembler's log, which lies beside it under Triton's hash."""
+    """The compiled kernel and the assembler's log, which is stored under Triton's hash."""
     with contextlib.redirect_stdout(io.StringIO()) as printed:
         binary = launch.kernel.warmup(*launch.args, grid=(1,), **launch.options)
     path = folder / f"{binary.hash}.log"
     if log := printed.getvalue():
-        partial = path.with_suffix(f".{os.getpid()}")  # other processes may write the same
+        partial = path.with_suffix(f".{os.getpid()}")  # other processes may write the same log
         partial.write_text(log)
         partial.replace(path)
     elif not path.exists():  # compiled by a process that was stopped before it wrote the log
@@ -212,7 +212,7 @@ def _examine(binary: Any, log: str, capability: int) -> Compiled:
     options = {
         names[path[0]]: value
         for path, value in binary.src.constants.items()
-        if len(path) == 1 and value is not None  # longer: a part of a tuple
+        if len(path) == 1 and value is not None  # longer paths are elements of a tuple
     }
     options |= {"num_warps": metadata.num_warps, "num_stages": metadata.num_stages}
     registers = _number(r"Used (\d+) registers", log)
@@ -236,7 +236,7 @@ def _examine(binary: Any, log: str, capability: int) -> Compiled:
 
 
 def kinds(ptx: str) -> Counter[str]:
-    """How many instructions of each kind."""
+    """The number of instructions of each kind."""
     patterns = {**MATRIX, **COPIES}
     return Counter({kind: len(re.findall(pattern, ptx)) for kind, pattern in patterns.items()})
 
@@ -258,7 +258,7 @@ _HALF_PRODUCT = re.compile(r"= tt\.dot .*? : tensor<(\d+)x\d+xb?f16> \*")
 def compile_case(
     run: Callable[[], object], capability: int, cache: Path | None = None
 ) -> list[Compiled]:
-    """What ``run()`` would launch on that architecture."""
+    """Compile the kernels that ``run()`` would launch on ``capability``."""
     with recorded(capability) as launches:
         run()
     if not launches:
@@ -267,13 +267,13 @@ def compile_case(
 
 
 def case_main(cases: Mapping[str, Callable[[], object]]) -> int:
-    """The command line of a file of cases: ``CASE ARCHITECTURES`` prints what the compiler makes of
-    it; ``CASE ARCHITECTURES FOLDER VERSIONS`` writes it to FOLDER/CASE.json."""
-    # A custom operator's first call imports TorchDynamo to be left out of its traces, which takes a
-    # quarter of the start of this process. Nothing is traced here.
+    """The command line of a file of cases: ``CASE ARCHITECTURES`` prints the records of its
+    kernels; ``CASE ARCHITECTURES FOLDER VERSIONS`` writes them to FOLDER/CASE.json."""
+    # On its first call, a custom operator imports TorchDynamo to disable tracing, which takes a
+    # quarter of this process's start-up. Nothing is traced here.
     stub = SimpleNamespace(disable=lambda function, *args, **options: function)
     torch._dynamo = sys.modules["torch._dynamo"] = stub  # type: ignore[assignment, attr-defined]
-    gc.disable()  # it takes a tenth of the time and frees a tenth of the memory
+    gc.disable()  # saves a tenth of the time and costs a tenth of the memory
     case, capabilities, *rest = sys.argv[1:]
     cache = Path(rest[0]) / "cache" if rest else None
     if cache is not None:

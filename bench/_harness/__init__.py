@@ -1,1 +1,1 @@
-"""What every benchmark needs: timing, the machine's description, the command line."""
+"""Code shared by all benchmarks: timing, machine description, command line."""

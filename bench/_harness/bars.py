@@ -1,4 +1,4 @@
-"""Times by kind of work as a picture."""
+"""Stacked bar charts of times by kind of work."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,8 +13,8 @@ _COLOURS = (
 def stacked_bars(
     times: Mapping[str, Mapping[str, float]], title: str, xlabel: str, path: Path
 ) -> None:
-    """A bar for each label of ``times``, of its milliseconds by kind, as a PNG. All have the same
-    kinds; the sums are compared with that of the last."""
+    """Write a PNG with one bar per label of ``times``, stacked from its milliseconds by kind. All
+    labels have the same kinds; the totals are compared with the last one's."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9.0, 2.4 + 0.55 * len(times)), layout="constrained")

@@ -1,4 +1,4 @@
-"""What the command lines share: options, errors, tables, and the files that they write."""
+"""Helpers shared by the command lines: options, errors, tables, output files."""
 
 import argparse
 import importlib.util
@@ -17,7 +17,7 @@ from rich.table import Table
 
 T = TypeVar("T")
 
-_SIZES, _SEEDS = (1, 2**24), (0, 2**63)  # from the first, below the second
+_SIZES, _SEEDS = (1, 2**24), (0, 2**63)  # the second limit is exclusive
 
 # Errors that a user can cause: one line on stderr and the exit code 2.
 USER_ERRORS = (
@@ -32,9 +32,9 @@ USER_ERRORS = (
 
 
 def options(default: T, argv: Sequence[str] | None) -> T:
-    """``default`` with the fields that the command line gives, --like_this=1 or --like-this 1.
-    The comment above a field is its help. Raises what the class of ``default`` raises, and
-    ValueError for a number that is not finite, or below 1 if it is an integer (but the seed)."""
+    """``default`` with fields replaced by command-line options, --like_this=1 or --like-this 1. The
+    comment above a field is its help text. Raises the errors of ``default``'s class, and ValueError
+    for a float that is not positive and finite or an integer out of range."""
     owner = type(default)
     parser = Parser(description=owner.__doc__, allow_abbrev=False)
     helps = _comments(owner)
@@ -72,7 +72,7 @@ def _check_number(name: str, value: Any) -> None:
 
 
 class Parser(argparse.ArgumentParser):
-    """Whose errors are one line."""
+    """An ArgumentParser whose errors are one line."""
 
     def error(self, message: str) -> NoReturn:
         self.exit(failed(f"{message}; --help shows the options"))
@@ -102,7 +102,7 @@ def _comments(owner: type) -> dict[str, str]:
 
 
 def failed(error: object) -> int:
-    """Print the error; the exit code. One of the system: as cause and path."""
+    """Print the error and return the exit code. An OSError is printed as cause and path."""
     if isinstance(error, OSError) and error.strerror is not None:
         error = f"{error.strerror}: {error.filename}"
     Console(stderr=True, markup=False, highlight=False, soft_wrap=True).print(
@@ -112,7 +112,7 @@ def failed(error: object) -> int:
 
 
 def exit_of(main: Callable[[list[str] | None], object], argv: list[str] | None = None) -> int:
-    """The exit code of a program: 0, 2 for a user's error, which is printed, 130 for Ctrl-C."""
+    """Run ``main`` and return its exit code: 0; 2 after printing a user's error; 130 for Ctrl-C."""
     try:
         main(argv)
     except USER_ERRORS as error:
@@ -124,8 +124,8 @@ def exit_of(main: Callable[[list[str] | None], object], argv: list[str] | None =
 
 
 def failure_of(error: Exception) -> str:
-    """In one line."""
-    if type(error).__name__ == "OutOfMemoryError":  # PyTorch's, which is not imported here
+    """The error in one line."""
+    if type(error).__name__ == "OutOfMemoryError":  # by name: PyTorch is not imported here
         return "out of memory"
     lines = str(error).strip().splitlines()
     if isinstance(error, FloatingPointError):
@@ -146,10 +146,10 @@ def plain_table(title: str, left: Sequence[str], right: Sequence[str]) -> Table:
 
 
 def results_folder(out: Path, name: str) -> Path:
-    """Make ``out`` for name.json and name.png, before anything is computed.
+    """Create ``out`` for name.json and name.png, before anything is computed.
 
-    Raises ModuleNotFoundError without matplotlib, FileExistsError if one of the two exists,
-    NotADirectoryError where a file is in the way."""
+    Raises ModuleNotFoundError without matplotlib, FileExistsError if either file exists,
+    NotADirectoryError if ``out`` is a file."""
     if importlib.util.find_spec("matplotlib") is None:
         raise ModuleNotFoundError('the chart needs matplotlib: pip install -e ".[bench]"')
     from fastgpt._files import check_folder  # late: bench/gpu_report.py needs no PyTorch
@@ -169,7 +169,7 @@ def write_results(
     chart: Callable[[dict[str, Any], Path], object],
     console: Console,
 ) -> None:
-    """Write name.json, and name.png by ``chart(run, path)``."""
+    """Write name.json, and name.png with ``chart(run, path)``."""
     numbers, picture = _results(out, name)
     write_json(numbers, run)
     chart(run, picture)
@@ -177,7 +177,7 @@ def write_results(
 
 
 def write_json(path: Path, value: Any) -> None:
-    """An atomic write: a program that is killed leaves the old file."""
+    """Write JSON atomically: if the program is killed, the old file remains."""
     partial = path.with_name(path.name + ".partial")
     partial.write_text(json.dumps(value, indent=1, allow_nan=False) + "\n")
     partial.replace(path)

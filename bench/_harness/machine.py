@@ -1,5 +1,5 @@
-"""What a figure was measured on: versions, clocks, the chosen SDPA operator, and the machine's own
-ceilings, to compare the figure with.
+"""Description of the machine: versions, clocks, the chosen SDPA operator, and the measured ceilings
+with which results are compared.
 """
 
 import csv
@@ -36,9 +36,9 @@ _SMI_FIELDS = (
 
 
 def facts(device: torch.device) -> dict[str, Any]:
-    """The machine and the software, without host and user names. What does not exist is None.
+    """The machine and its software, without host and user names. Missing values are None.
 
-    On CUDA it has ``gpu``, ``capability``, ``multiprocessors`` and ``memory_bytes`` too.
+    On CUDA, also ``gpu``, ``capability``, ``multiprocessors`` and ``memory_bytes``.
     """
     changes = _git("status", "--porcelain")
     found: dict[str, Any] = {
@@ -74,8 +74,8 @@ def name(found: dict[str, Any]) -> str:
 
 
 def gpu_state(device: torch.device) -> dict[str, str] | None:
-    """Driver, clocks, power and temperature by nvidia-smi, with units; None without a GPU or that
-    program; {"error": its output} where it fails."""
+    """Driver, clocks, power and temperature from nvidia-smi, with units; None without a GPU or
+    without nvidia-smi; {"error": its output} if it fails."""
     if device.type != "cuda" or shutil.which("nvidia-smi") is None:
         return None
     uuid = torch.cuda.get_device_properties(device).uuid
@@ -96,11 +96,11 @@ def parse_smi(output: str) -> dict[str, str]:
 
 
 def ceilings(device: torch.device) -> dict[str, Any]:
-    """The fastest matrix product and device copy that this machine does, on random data.
+    """The measured rates of a large matrix product and a device copy, on random data.
 
-    ``matmul_tflops``: a product of square matrices, 8192 in half precision on CUDA, 1024 in float32
-    elsewhere. ``copy_tb_per_s``: bytes read plus bytes written, 2 GiB on CUDA (many times the
-    cache), 64 MiB elsewhere. Medians; on CUDA ``gpu_state`` is read while the products run.
+    ``matmul_tflops``: a product of square matrices of size 8192 in half precision on CUDA, 1024 in
+    float32 elsewhere. ``copy_tb_per_s``: bytes read plus bytes written, 2 GiB on CUDA (many times
+    the cache), 64 MiB elsewhere. Medians; on CUDA, ``gpu_state`` is read while the products run.
     """
     on_gpu = device.type == "cuda"
     size, dtype = 8192 if on_gpu else 1024, resolve_dtype("auto", device)
@@ -135,8 +135,8 @@ def ceilings(device: torch.device) -> dict[str, Any]:
 def sdpa_operator(
     device: torch.device, dtype: torch.dtype, batch: int, length: int, n_head: int, width: int
 ) -> str | None:
-    """PyTorch's name of the implementation that ``F.scaled_dot_product_attention`` chooses for
-    causal training attention of this size."""
+    """PyTorch's name for the implementation that ``F.scaled_dot_product_attention`` chooses when
+    training with causal attention of this size."""
     qkv = torch.randn(batch, length, 3 * width, device=device, dtype=dtype, requires_grad=True)
     with profile(activities=[ProfilerActivity.CPU]) as profiled:
         torch_ops.attention_qkvpacked(qkv, n_head)
@@ -152,7 +152,7 @@ def _version(distribution: str) -> str | None:
 
 
 def _git(*args: str) -> str | None:
-    """git's answer about the source tree; None if that is no checkout or git is missing."""
+    """git's output for the source tree; None if it is not a checkout or git is missing."""
     if shutil.which("git") is None:
         return None
     run = subprocess.run(["git", "-C", str(ROOT), *args], capture_output=True, text=True)

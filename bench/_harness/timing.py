@@ -1,4 +1,4 @@
-"""How every benchmark summarises its times, which it takes by ``fastgpt.timing``."""
+"""Summary statistics of the times measured with ``fastgpt.timing``."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ class Spread:
 
 
 def spread(values: Sequence[float]) -> Spread:
-    """Raises ValueError without a value."""
+    """The Spread of the values. Raises ValueError if there are none."""
     if not values:
         raise ValueError("values must hold at least one measurement, got none")
     median, p10, p90 = np.percentile(values, [50, 10, 90])
@@ -24,6 +24,6 @@ def spread(values: Sequence[float]) -> Spread:
 
 
 def rate(ms: Spread, amount: float) -> Spread:
-    """``amount`` per second, if it takes ``ms`` milliseconds. The 90th percentile of the times
-    gives the 10th of the rates."""
+    """``amount`` per second if it takes ``ms`` milliseconds. The 90th percentile of the times gives
+    the 10th of the rates."""
     return Spread(1e3 * amount / ms.median, 1e3 * amount / ms.p90, 1e3 * amount / ms.p10)

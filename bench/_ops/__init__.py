@@ -1,1 +1,1 @@
-"""The ops, one by one."""
+"""Benchmarks of single ops."""

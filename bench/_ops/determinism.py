@@ -1,5 +1,5 @@
-"""Parts of ``gpu_report.py``: whether repeating an op gives the same bits, which writes
-determinism.json into FOLDER; without FOLDER every op once, on small shapes, for compute-sanitizer.
+"""Parts of ``gpu_report.py``. With FOLDER: checks that repeated ops are bitwise equal and writes
+FOLDER/determinism.json. Without: runs every op once on small shapes, for compute-sanitizer.
 
     python -m bench._ops.determinism FOLDER
     python -m bench._ops.determinism

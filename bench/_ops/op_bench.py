@@ -1,27 +1,27 @@
-"""What the files ``bench_<op>.py`` share: each lists an op's inputs, sizes and providers; the check
-before an op is timed, the timing and the figures are here.
+"""The framework of ``bench_<op>.py``. Each of them lists an op's inputs, sizes and providers; this
+module checks the results, measures the times and computes the figures.
 
     pytest -n0 bench                                     # every op
     pytest -n0 bench/bench_attention.py -k "T1024 and not compile" --benchmark-json=out.json
 
 A row is one op, size, direction and provider:
 
-- ``fused`` is our kernel and needs CUDA, ``torch_ops`` is ours elsewhere: on GPUs of compute
-  capability below 7.5, and for attention on those of 7.5, too; ``eager`` is what nanoGPT calls;
-  ``compile`` is torch.compile of that; ``liger`` and ``quack`` are the ops of Liger-Kernel and of
-  QuACK, where these have one and are installed.
-- Before it is timed, its outputs and gradients are compared with the plain op on the same numbers,
-  in float32 for half precision and in float64 for float32. Their RMS error may be twice that of
-  ``eager``, plus 1e-5; of a loss, a single number whose error varies by chance, plus 1e-5 of it.
+- ``fused`` is our kernel and needs CUDA. ``torch_ops`` is our op elsewhere, including GPUs of
+  compute capability below 7.5, and 7.5 for attention. ``eager`` is what nanoGPT calls; ``compile``
+  is torch.compile of that; ``liger`` and ``quack`` are the ops of Liger-Kernel and QuACK, if they
+  have one and are installed.
+- Before timing, the provider's outputs and gradients are compared with the reference op on the same
+  inputs, in float32 for half precision and in float64 for float32. The RMS error may be twice that
+  of ``eager``, plus 1e-5; for a loss, a single value whose error varies by chance, plus 1e-5 of it.
 - ``forward`` records the graph for the backward, as in training. ``backward`` is timed without the
-  forward before it. An op that computes its gradients in the forward pass has ``inference`` (under
-  no_grad) and ``forward+backward`` instead; an op without gradients has ``inference`` alone.
-- Inputs are not in a cache: a large buffer is written before each call. On CUDA two events enclose
-  the call, and the host launches it while the GPU still writes the buffer, so that launch latency
-  shows only where it is longer than that and than the kernels. Elsewhere the host's clock is used.
-- GB/s and TFLOP/s use the same bytes and FLOPs for every provider: those of the fused op, by the
-  cost formulas that ``roofline.py`` uses. The share of the ceiling is the least time that they take
-  at the machine's own matrix and copy rates, measured in the same run, over the median.
+  preceding forward. An op that computes its gradients in the forward has ``inference`` (under
+  no_grad) and ``forward+backward`` instead; an op without gradients has only ``inference``.
+- Inputs are not cached: a large buffer is written before each call. On CUDA, two events enclose the
+  call, and the host launches it while the GPU still writes the buffer, so launch latency shows only
+  if it exceeds both that write and the kernels. Elsewhere the host's clock is used.
+- GB/s and TFLOP/s use the same bytes and FLOPs for every provider: those of the fused op, from the
+  cost formulas that ``roofline.py`` uses. The share of the ceiling is the least time for these at
+  this machine's matrix and copy rates, measured in the same run, divided by the median.
 """
 
 import functools
@@ -55,12 +55,12 @@ _ROUNDS, _WARMUP_ROUNDS = (100, 10) if _ON_GPU else (10, 2)
 
 Direction = Literal["forward", "backward", "inference", "forward+backward", "update"]
 Sizes = tuple[tuple[str, int], ...]  # (("B", 32), ("T", 1024), ...)
-Function = Callable[..., Any]  # of the inputs: a tensor or several
+Function = Callable[..., Any]  # inputs → a tensor or several
 
 
 @dataclass(frozen=True)
 class RandomTensors:
-    """Makes an op's inputs: random numbers, or fake tensors under a ``FakeTensorMode``."""
+    """Creates an op's inputs: random tensors, or fake tensors under a ``FakeTensorMode``."""
 
     device: torch.device
     dtype: torch.dtype
@@ -75,7 +75,7 @@ class RandomTensors:
         return torch.randint(n_ids, shape, device=self.device)
 
 
-# For COMPILED, the cases of the compile gate.
+# For the compile gate's cases, COMPILED.
 BF16, FP16, FP32 = (
     RandomTensors(torch.device("cpu"), dtype)
     for dtype in (torch.bfloat16, torch.float16, torch.float32)
@@ -83,15 +83,15 @@ BF16, FP16, FP32 = (
 
 
 def standard_providers(name: str, eager: Function, **packages: Function) -> dict[str, Function]:
-    """Ours by the op's name, and whom it is compared with; ``packages``: of variants.PACKAGES."""
+    """Our ops of that name and their competitors; ``packages``: by key of variants.PACKAGES."""
     ours = {"fused": getattr(fused, name), "torch_ops": getattr(torch_ops, name)}
     return {**ours, "eager": eager, "compile": eager, **packages}
 
 
 @dataclass(frozen=True, eq=False)
 class Op:
-    """One op: ``inputs(random, **sizes)`` are the arguments of every provider and of ``reference``,
-    the plain op in any dtype."""
+    """One op. ``inputs(random, **sizes)`` returns the arguments of every provider and of
+    ``reference``, which supports any dtype."""
 
     name: str
     inputs: Callable[..., tuple[Any, ...]]
@@ -100,15 +100,15 @@ class Op:
     gpu_sizes: Sequence[dict[str, int]]
     cpu_sizes: Sequence[dict[str, int]] = ()
     directions: tuple[Direction, ...] = ("forward", "backward")
-    baseline: str = "eager"  # what the others are compared with, in errors and in time
+    baseline: str = "eager"  # the provider to compare errors and times with
     dtype: torch.dtype = DTYPE
-    # The provider or function whose bytes and FLOPs count, by costs.py.
+    # The provider or function whose bytes and FLOPs are counted, by costs.py.
     counted: str | Function = "fused"
-    # The FLOPs that are necessary, ``flops(direction, **sizes)``, if not those of ``counted``.
+    # The necessary FLOPs, ``flops(direction, **sizes)``, if they differ from those of ``counted``.
     flops: Callable[..., int] | None = None
-    # For ``determinism.py``: with partial tiles, an element more or less than a multiple.
+    # Sizes for ``determinism.py``, with partial tiles.
     small: dict[str, int] | None = None
-    # In place of the comparison with ``reference``: ``check(provider, function, inputs)``.
+    # Replaces the comparison with ``reference``: ``check(provider, function, inputs)``.
     check: Callable[[str, Function, tuple[Any, ...]], None] | None = None
 
     @property
@@ -122,7 +122,7 @@ class Op:
         return function
 
     def test(self) -> Callable[..., None]:
-        """A test for pytest that measures every row of this op on this machine."""
+        """A pytest test that measures every row of this op on this machine."""
         rows = [
             Row(self, tuple(sizes.items()), direction, provider).param()
             for sizes in (self.gpu_sizes if _ON_GPU else self.cpu_sizes)
@@ -138,29 +138,29 @@ class Op:
 
 
 def every_op() -> list[Op]:
-    """All of ``bench_<op>.py``."""
+    """The ops of all ``bench_<op>.py``."""
     paths = sorted(Path(__file__).parents[1].glob("bench_*.py"))
     modules = (importlib.import_module(f"bench.{path.stem}") for path in paths)
     return [value for module in modules for value in vars(module).values() if isinstance(value, Op)]
 
 
 def left_to_torch(op: Op) -> str:
-    """Why PyTorch has the op on this GPU, as in ``fastgpt.ops``; "" if it has not."""
+    """Why ``fastgpt.ops`` uses PyTorch for the op on this GPU; "" if it does not."""
     if not _ON_GPU:
         return ""
     if op.name in OPS_OF_TENSOR_CORES and not triton_multiplies(DEVICE):
-        return "PyTorch has this op on a GPU of compute capability below 8.0"
+        return "PyTorch runs this op on GPUs of compute capability below 8.0"
     return triton_refusal(DEVICE)
 
 
 def why_not(op: Op, provider: str) -> str | None:
     """Why this machine cannot measure the provider of ``op``; None if it can."""
     if provider == "fused" and not _ON_GPU:
-        return "the Triton kernels need a CUDA GPU: the time of the interpreter says nothing"
+        return "the Triton kernels need a CUDA GPU: the interpreter's time is meaningless"
     if provider == "fused":
         return left_to_torch(op) or None
     if provider == "torch_ops" and _ON_GPU and not left_to_torch(op):
-        return "it serves machines without CUDA"
+        return "it is for machines without CUDA"
     if provider == "fp8":
         return variants.why_not(variants.VARIANTS["fastgpt_fp8_head"], DEVICE)
     if provider == "compile":
@@ -169,13 +169,13 @@ def why_not(op: Op, provider: str) -> str | None:
 
 
 class Stopwatch:
-    """A timer for pytest-benchmark that runs inside ``time`` alone."""
+    """A timer for pytest-benchmark that runs only inside ``time``."""
 
     def __init__(self) -> None:
         self.ms: list[float] = []
 
     def read(self) -> float:
-        """Seconds of all calls so far."""
+        """Total seconds of all calls so far."""
         return sum(self.ms) / 1e3
 
     def time(self, work: Callable[[], Any]) -> None:
@@ -206,8 +206,8 @@ class Row:
         return pytest.param(self, id=f"{self.shape}-{self.direction}-{self.provider}", marks=marks)
 
     def measure(self, benchmark: Any, record_property: Callable[[str, Any], None]) -> None:
-        """Check, time, and leave the figures in ``benchmark.extra_info``, which goes into the JSON
-        file, and in the property ``figures``, for the table."""
+        """Check and time, then store the figures in ``benchmark.extra_info`` for the JSON file, and
+        in the property ``figures`` for the table."""
         case = case_of(self.op, self.sizes)
         function = case.checked(self.provider)
 
@@ -224,7 +224,7 @@ class Row:
         record_property("figures", figures)
 
     def figures(self, ms: Spread, ceilings: Ceilings | None) -> dict[str, Any]:
-        """A row of the table and of the JSON file. What does not apply is None."""
+        """A row of the table and of the JSON file. Values that do not apply are None."""
         least = cost(self.op, self.sizes, self.direction, ceilings or DEVICES["h200"])
         return {
             "op": self.op.name,
@@ -246,7 +246,7 @@ class Row:
 
 
 class Case:
-    """An op's inputs at one size, and what is right for them."""
+    """An op's inputs at one size, and the expected results."""
 
     def __init__(self, op: Op, sizes: Sizes) -> None:
         torch.compiler.reset()  # dynamo keeps code for a few sizes only
@@ -259,7 +259,7 @@ class Case:
             self.out_grads = gradients_like(tensors_in(op.function(op.baseline)(*self.inputs)))
 
     def checked(self, provider: str) -> Function:
-        """The provider's function, if it is right; AssertionError if not."""
+        """The provider's function. Raises AssertionError if its results are wrong."""
         if provider not in self._checked:
             function = self._op.function(provider)
             if self._op.check is None:
@@ -283,14 +283,14 @@ class Case:
 
 @functools.lru_cache(maxsize=1)
 def case_of(op: Op, sizes: Sizes) -> Case:
-    """One at a time in memory: rows of the same sizes are neighbours."""
+    """The case, cached until the next one: rows of equal sizes are adjacent."""
     return Case(op, sizes)
 
 
 def prepared(
     direction: Direction, function: Function, inputs: tuple[Any, ...], out_grads: list[Tensor]
 ) -> Callable[[], Any]:
-    """The work of a direction; all that comes before it is done."""
+    """A function that runs one direction; everything before it is already done."""
     if direction == "forward":
         return lambda: function(*inputs)
     if direction in ("inference", "update"):
@@ -304,7 +304,7 @@ def prepared(
 
 
 def cost(op: Op, sizes: Sizes, direction: Direction, ceilings: Ceilings) -> OpTotal:
-    """Bytes, FLOPs and milliseconds at the ceilings. Nothing is allocated or launched."""
+    """Bytes, FLOPs and milliseconds at the ceilings, without allocating or launching anything."""
     with fake_tensors():
         inputs = op.inputs(RandomTensors(torch.device("cpu"), op.dtype), **dict(sizes))
         function = op.counted if callable(op.counted) else op.providers[op.counted]
@@ -322,7 +322,7 @@ def cost(op: Op, sizes: Sizes, direction: Direction, ceilings: Ceilings) -> OpTo
 
 @functools.cache
 def machine_ceilings() -> Ceilings | None:
-    """What this GPU reaches, measured once; None without one."""
+    """The measured ceilings of this GPU, cached; None without a GPU."""
     if not _ON_GPU:
         return None
     found = machine.ceilings(DEVICE)
@@ -331,5 +331,5 @@ def machine_ceilings() -> Ceilings | None:
 
 @functools.cache
 def occupier() -> Occupier:
-    """One for all rows."""
+    """The occupier shared by all rows."""
     return Occupier(DEVICE)

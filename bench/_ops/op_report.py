@@ -1,4 +1,4 @@
-"""The figures of ``bench_<op>.py`` as tables."""
+"""The results of ``bench_<op>.py`` as tables."""
 
 from collections.abc import Iterable, Iterator
 from itertools import groupby
@@ -10,7 +10,7 @@ from bench._harness.cli import plain_table
 
 
 def tables(rows: Iterable[dict[str, Any]]) -> Iterator[Table]:
-    """One for each op, of ``Row.figures`` in the order in which they were measured."""
+    """One table per op, from ``Row.figures`` in the order of measurement."""
     for op, of_op in groupby(rows, lambda row: row["op"]):
         yield _table(op, list(of_op))
 
@@ -35,6 +35,6 @@ def _table(op: str, rows: list[dict[str, Any]]) -> Table:
                 "" if share is None else f"{share:.0%}",
                 "" if base is None else f"{base / row['ms']:.2f}x",
             )
-            shape = direction = ""  # said once for a group
+            shape = direction = ""  # shown once per group
         out.add_section()
     return out

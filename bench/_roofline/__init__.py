@@ -1,1 +1,1 @@
-"""What a step moves and computes, and how long that takes at least."""
+"""Bytes and FLOPs of a training step, and the least time that they take."""

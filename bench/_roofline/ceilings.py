@@ -7,8 +7,8 @@ from fastgpt import GPTConfig
 
 @dataclass(frozen=True)
 class Ceilings:
-    """``tflops``: of 16-bit matrix products, TFLOP/s. On these GPUs TF32, for float32, has half of
-    that rate, and fp8, where it exists, twice. ``tb_per_s``: device memory, read plus written."""
+    """``tflops``: rate of 16-bit matrix products. On these GPUs, TF32 (for float32) has half that
+    rate and fp8, if supported, twice. ``tb_per_s``: device memory, read plus written."""
 
     name: str
     tflops: float
@@ -20,13 +20,13 @@ class Ceilings:
                 raise ValueError(f"{name} must be positive, got {value}")
 
     def ms(self, flops: int, nbytes: int, half: bool, fp8: bool = False) -> float:
-        """Milliseconds of a kernel that memory or products bound. ``half``: 16-bit products."""
+        """Milliseconds of a kernel bound by memory or products. ``half``: 16-bit products."""
         rate = 2 * self.tflops if fp8 else self.tflops if half else self.tflops / 2
         return max(flops / rate, nbytes / self.tb_per_s) / 1e9
 
 
-# H200: measured (an 8192³ product, a device copy). The others: NVIDIA's data sheets, dense, SXM
-# modules; about four fifths of the TFLOP/s and nine tenths of the TB/s can be reached.
+# H200: measured (an 8192³ product, a device copy). Others: NVIDIA's data sheets, dense, SXM; about
+# four fifths of the TFLOP/s and nine tenths of the TB/s are achievable.
 DEVICES = {
     "a100": Ceilings("A100 80 GB (data sheet)", 312.0, 2.039),
     "h100": Ceilings("H100 (data sheet)", 989.0, 3.35),
@@ -37,7 +37,7 @@ DEVICES = {
 
 @dataclass(frozen=True)
 class FloorRow:
-    """One part of the step, all layers together."""
+    """One part of the step, summed over all layers."""
 
     name: str
     kind: str
@@ -54,9 +54,9 @@ def floor(
     itemsize: int = 2,
     params_itemsize: int = 4,
 ) -> list[FloorRow]:
-    """Forward and backward of GPT if every kernel were ideal: each byte moved once, residual
-    additions and GELU fused into the products, the logits written and read once each way, half of
-    the scores under a causal mask. Without dropout.
+    """Forward and backward of GPT with ideal kernels: each byte is moved once, residual additions
+    and GELU are fused into the products, the logits are written and read once each way, and half of
+    the scores are computed under the causal mask. Without dropout.
 
     ``itemsize``: bytes of an activation and of a weight as the products read it;
     ``params_itemsize``: of a parameter and its gradient.
@@ -67,7 +67,7 @@ def floor(
     rows: list[FloorRow] = []
 
     def add(name: str, kind: str, calls: int, *parts: tuple[int, int]) -> None:
-        """``parts``: FLOPs and bytes of the kernels of one call, one after the other."""
+        """Add a row. ``parts``: FLOPs and bytes of a call's kernels, run one after another."""
         ms = sum(ceilings.ms(flops, nbytes, itemsize == 2) for flops, nbytes in parts)
         flops, nbytes = (sum(column) for column in zip(*parts, strict=True))
         rows.append(FloorRow(name, kind, calls, calls * flops, calls * nbytes, calls * ms))
@@ -79,7 +79,7 @@ def floor(
         return 2 * tokens * n_in * n_out
 
     def forward(name: str, n_in: int, n_out: int, others: int) -> None:
-        """A Linear; ``others``: columns moved beside its input and its output."""
+        """A Linear; ``others``: columns moved in addition to its input and output."""
         nbytes = activations(n_in + n_out + others) + n_in * n_out * itemsize
         add(name, "matrix products", layers, (product(n_in, n_out), nbytes))
 
@@ -94,7 +94,7 @@ def floor(
     head_flops = product(width, vocab)
     head_bytes = activations(width + vocab) + width * vocab * itemsize
     table_bytes = min(tokens, vocab) * width * params_itemsize
-    scores = tokens * length * width  # half of 2 T² D a head: one product under the mask
+    scores = tokens * length * width  # half of 2 T² D per head: one product under the mask
     lse = tokens * config.n_head * 4
 
     add("embedding and first LayerNorm", "embedding", 1, (0, activations(2 * width) + table_bytes))

@@ -1,4 +1,4 @@
-"""What every operator that PyTorch dispatches costs, and what autograd saves, on fake tensors."""
+"""Counts the cost of every dispatched operator, and what autograd saves, on fake tensors."""
 
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -18,15 +18,15 @@ from bench._roofline.ceilings import Ceilings
 from fastgpt.kernels import _host
 from fastgpt.kernels.costs import COSTS, KernelCost, attention_pairs
 
-# They allocate memory and write nothing to it.
+# Operators that allocate memory without writing to it.
 _ALLOCATIONS = {
     f"aten::{name}"
     for name in ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided")
 }
 _OVERWRITTEN = {"aten::copy_", "aten::fill_", "aten::zero_"}  # the first argument is not read
 
-# Matrix products of each score. PyTorch has no formula for these kernels of the CPU, and that for
-# CUDA's ignores the causal mask.
+# Matrix products per score. PyTorch has no formula for these CPU kernels, and its formula for CUDA
+# ignores the causal mask.
 _ATTENTION = {
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: 2,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: 5,
@@ -35,15 +35,15 @@ _ATTENTION = {
 
 @contextmanager
 def fake_tensors() -> Iterator[None]:
-    """Within, tensors are fake: nothing is allocated or launched. The Triton ops accept tensors of
-    the CPU as they do under ``TRITON_INTERPRET=1``, since fake CUDA tensors need CUDA."""
+    """Context with fake tensors: nothing is allocated or launched. The Triton ops accept CPU
+    tensors as under ``TRITON_INTERPRET=1``, because fake CUDA tensors need CUDA."""
     with FakeTensorMode(), _host.interpreted():
         yield
 
 
 @dataclass
 class OpTotal:
-    """All calls of one operator. Bytes, FLOPs, and milliseconds at the ceilings."""
+    """Totals over all calls of one operator; milliseconds are at the ceilings."""
 
     calls: int = 0
     bytes: int = 0
@@ -54,10 +54,10 @@ class OpTotal:
 
 @dataclass(kw_only=True)
 class Report(OpTotal):
-    """One forward and backward: the totals, and what they are made of."""
+    """One forward and backward: the totals, and their breakdown."""
 
     label: str
-    ops: dict[str, OpTotal]  # those that take longest first
+    ops: dict[str, OpTotal]  # the slowest first
     saved_bytes: int
 
 
@@ -67,7 +67,7 @@ def count(
     parameters: Sequence[Tensor],
     ceilings: Ceilings,
 ) -> Report:
-    """The cost of ``forward()`` and of the backward of the scalar that it returns."""
+    """The cost of ``forward()``, which returns a scalar, and of its backward."""
     mode = CostMode(ceilings)
     saved = SavedActivations(parameters)
     with mode:
@@ -84,7 +84,7 @@ def count(
 
 
 class CostMode(TorchDispatchMode):
-    """Adds up the cost of what is dispatched inside it, by the name of the operator."""
+    """Mode that adds up the cost of dispatched operators by name."""
 
     def __init__(self, ceilings: Ceilings) -> None:
         super().__init__()
@@ -110,7 +110,7 @@ class CostMode(TorchDispatchMode):
         return out
 
     def total(self) -> OpTotal:
-        """Of all operators."""
+        """The totals over all operators."""
         total = OpTotal()
         for op in self.ops.values():
             total.calls += op.calls
@@ -121,8 +121,8 @@ class CostMode(TorchDispatchMode):
 
 
 class SavedActivations:
-    """The distinct storages that autograd saves for the backward, without those of ``parameters``;
-    for ``torch.autograd.graph.saved_tensors_hooks(saved.pack, saved.unpack)``."""
+    """Tracks the distinct storages that autograd saves for backward, without those of
+    ``parameters``: ``torch.autograd.graph.saved_tensors_hooks(saved.pack, saved.unpack)``."""
 
     def __init__(self, parameters: Iterable[Tensor]) -> None:
         self._parameters = {p.untyped_storage()._cdata for p in parameters}
@@ -145,7 +145,7 @@ class SavedActivations:
 def kernel_costs(
     func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any
 ) -> list[KernelCost]:
-    """The kernels of one call; none for views, allocations and queries, which move nothing."""
+    """The kernels of one call; empty for views, allocations and queries, which move nothing."""
     packet = func.overloadpacket
     if str(packet) in COSTS:
         return COSTS[str(packet)](out, *args, **kwargs)
@@ -170,7 +170,7 @@ def _attention_flops(
 
 
 def _name(func: OpOverload) -> str:
-    """Without the overload, and without the device that the tensors claim to be on."""
+    """The operator's name without the overload and the CPU suffix."""
     return func.name().partition(".")[0].replace("_for_cpu", "")
 
 
@@ -181,7 +181,7 @@ def _tensors(tree: Any) -> list[Tensor]:
 def _moved(
     func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """What is read and what is written."""
+    """The tensors that are read, and those that are written."""
     name = _name(func)
     if name in _ALLOCATIONS:
         return [], []
@@ -206,7 +206,7 @@ def _named(func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> d
 
 
 def _distinct(tensors: list[Tensor]) -> int:
-    """The bytes of the elements; those in several views, or repeated by an expanded one, once."""
+    """The bytes of the tensors; elements shared by views or repeated by expansion count once."""
     elements: dict[int, int] = {}
     whole: dict[int, int] = {}
     for tensor in tensors:

@@ -1,4 +1,4 @@
-"""A run of ``roofline.py`` as a table and as a chart, made from its record alone."""
+"""The table and the chart of ``roofline.py``, made from its record."""
 
 from pathlib import Path
 from typing import Any
@@ -8,8 +8,8 @@ from rich.table import Table
 from bench._harness import cli
 from bench._harness.bars import stacked_bars
 
-# Kinds of work in the order of a bar, each with parts of "operator: kernel" that belong to it; the
-# first that fits counts. A GEMM's epilogue belongs to the GEMM.
+# Kinds of work in the order of the bars, with substrings of "operator: kernel". The first match
+# counts. A GEMM's epilogue belongs to the GEMM.
 KINDS: dict[str, tuple[str, ...]] = {
     "loss": ("log_softmax", "nll_loss", ": rows", ": scale"),
     "attention": ("attention", "bmm", "softmax", "masked_fill", "tril"),
@@ -37,7 +37,7 @@ def title(run: dict[str, Any]) -> str:
 
 
 def table(run: dict[str, Any]) -> Table:
-    """Each variant's operators and their sum, then the floor's parts. It fits 80 columns."""
+    """Each variant's operators and their sum, then the floor's parts. It fits in 80 columns."""
     out = cli.plain_table(title(run), ("",), ("calls", "GB", "TFLOP", "ms", "saved GB"))
     for name, variant in run["variants"].items():
         for op, total in variant["ops"].items():
@@ -59,7 +59,7 @@ def _figures(row: dict[str, Any]) -> tuple[str, str, str]:
 
 
 def by_kind(run: dict[str, Any]) -> dict[str, dict[str, float]]:
-    """Milliseconds of every kind of work: of each variant, by its name, and of the floor."""
+    """Milliseconds of each kind of work, for every variant by name and for the floor."""
     out = {}
     for name, variant in run["variants"].items():
         out[name] = dict.fromkeys(KINDS, 0.0)
@@ -73,7 +73,7 @@ def by_kind(run: dict[str, Any]) -> dict[str, dict[str, float]]:
 
 
 def chart(run: dict[str, Any], path: Path) -> None:
-    """Predicted milliseconds as bars of stacked kinds of work, the floor below, as a PNG."""
+    """Write a PNG of the predicted milliseconds as stacked bars, with the floor at the bottom."""
     labels = [variant["label"] for variant in run["variants"].values()] + ["the floor"]
     stacked_bars(
         dict(zip(labels, by_kind(run).values(), strict=True)),

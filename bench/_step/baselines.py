@@ -1,8 +1,8 @@
-"""What fastgpt is compared with, on a ``fastgpt.GPT``'s parameters: nanoGPT's forward pass in eager
+"""Baselines for fastgpt, on the parameters of a ``fastgpt.GPT``: nanoGPT's forward pass in eager
 PyTorch, and Hugging Face's GPT-2.
 
-nanoGPT's is a function and not a module of ops for ``GPT``: ``GPT`` leaves the biases of its
-projections and the loss to fused ops, and these would change what PyTorch does here.
+nanoGPT's forward pass is a function and not a module of ops for ``GPT``, because ``GPT`` leaves the
+biases of its projections and the loss to fused ops, which would change the PyTorch baseline.
 """
 
 import math
@@ -20,7 +20,7 @@ Norm = Callable[[Any, Tensor], Tensor]  # layer with weight and bias, x (..., C)
 
 
 def loss(gpt: GPT, idx: Tensor, targets: Tensor, attention: Attention) -> Tensor:
-    """The mean cross-entropy of ``targets`` (B, T) after ``idx`` (B, T)."""
+    """Mean cross-entropy of ``targets`` (B, T) given ``idx`` (B, T)."""
     logits = _linear(gpt.lm_head, _hidden(gpt, idx, attention, _norm))  # (B, T, V)
     return F.cross_entropy(
         _wide(logits).view(-1, gpt.config.vocab_size), targets.view(-1), ignore_index=-1
@@ -28,10 +28,10 @@ def loss(gpt: GPT, idx: Tensor, targets: Tensor, attention: Attention) -> Tensor
 
 
 def chunked_loss(gpt: GPT, idx: Tensor, targets: Tensor) -> Tensor:
-    """As ``loss`` with SDPA, head and cross-entropy by PyTorch's op in chunks (PyTorch 2.13)."""
+    """``loss`` with SDPA, and with PyTorch 2.13's chunked op for head and cross-entropy."""
     hidden = _hidden(gpt, idx, sdpa, _norm).flatten(0, 1)
     weight = gpt.lm_head.weight
-    if torch.is_autocast_enabled(hidden.device.type):  # which knows nothing of the op
+    if torch.is_autocast_enabled(hidden.device.type):  # autocast does not cover the op
         dtype = torch.get_autocast_dtype(hidden.device.type)
         hidden, weight = hidden.to(dtype), weight.to(dtype)
     return F.linear_cross_entropy(  # type: ignore[attr-defined]  # of PyTorch 2.13
@@ -44,8 +44,8 @@ def chunked_loss(gpt: GPT, idx: Tensor, targets: Tensor) -> Tensor:
 
 
 def liger_loss(gpt: GPT, idx: Tensor, targets: Tensor) -> Tensor:
-    """As ``loss`` with SDPA, and in the place of LayerNorm, head and cross-entropy Liger-Kernel's,
-    as its patches put them there: they get the float32 stream and the float32 weights, and under
+    """``loss`` with SDPA, and with Liger-Kernel's LayerNorm and fused head and cross-entropy. As
+    with its patches, these receive the float32 residual stream and float32 weights, and under
     autocast the products inside are in its dtype."""
     from liger_kernel.transformers.functional import (
         liger_fused_linear_cross_entropy,
@@ -63,7 +63,7 @@ def liger_loss(gpt: GPT, idx: Tensor, targets: Tensor) -> Tensor:
 
 
 def last_logits(gpt: GPT, idx: Tensor, attention: Attention) -> Tensor:
-    """Those of the token after ``idx`` (B, T): (B, V)."""
+    """The logits (B, V) of the token after ``idx`` (B, T)."""
     return _linear(gpt.lm_head, _hidden(gpt, idx, attention, _norm)[:, -1])
 
 
@@ -72,7 +72,7 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Tensor:
 
 
 def naive(q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Tensor:
-    """With all scores in memory."""
+    """Attention with all scores in memory."""
     length = q.shape[2]
     visible = torch.ones(length, length, dtype=torch.bool, device=q.device).tril()
     scores = (q @ k.transpose(-2, -1)) * (1.0 / math.sqrt(q.shape[3]))  # (B, H, T, T)
@@ -112,8 +112,8 @@ def _norm(layer: Any, x: Tensor) -> Tensor:
 
 
 def _wide(x: Tensor) -> Tensor:
-    """x in float32, to which CUDA's autocast casts the input of a softmax, a LayerNorm or a loss.
-    ``roofline.py`` runs under the CPU's autocast, which does not."""
+    """x in float32 under autocast. CUDA's autocast casts the input of a softmax, LayerNorm or loss
+    to float32; the CPU's, which ``roofline.py`` uses, does not."""
     return x.float() if torch.is_autocast_enabled(x.device.type) else x
 
 

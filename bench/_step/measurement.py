@@ -1,5 +1,5 @@
-"""What ``run.py`` measures: the float32 reference, each variant alone, then all side by side. An
-error ends only the variant that raised it."""
+"""The measurements of ``run.py``: the float32 reference, each variant alone, then all side by side.
+An error ends only the variant that raised it."""
 
 import gc
 import math
@@ -30,8 +30,8 @@ from bench._step.variants import (
 )
 from fastgpt.timing import Clock, interleaved, synchronize
 
-_UNTIMED = 2  # steps at the start of a turn, for the allocator and the caches
-# The first of them that can be measured is the base of every group.
+_UNTIMED = 2  # steps at the start of a turn, to warm up the allocator and caches
+# The first of these that can be measured is the base of every group.
 _BASES = ("sdpa_compile", "sdpa", "fastgpt")
 _SHARE_OF_FREE_MEMORY = 0.9  # for a group; the rest is for loaded kernels and fragmentation
 
@@ -45,8 +45,8 @@ def unsupported(plan: Plan, name: str) -> str | None:
 
 @dataclass(frozen=True)
 class Footprint:
-    """Bytes of GPU memory that a training holds between steps (with a CUDA graph's pool), and their
-    peak within a step."""
+    """Bytes of GPU memory that a training holds between steps (including a CUDA graph's pool), and
+    their peak within a step."""
 
     kept: int = 0
     peak: int = 0
@@ -55,8 +55,8 @@ class Footprint:
 def groups_that_fit(
     names: Sequence[str], base: str, footprints: Mapping[str, Footprint], capacity: float
 ) -> list[list[str]]:
-    """Split the variants, in their order, into groups of at most ``capacity`` bytes, each of which
-    begins with ``base``. One that does not fit beside the base gets a group with it alone."""
+    """Split the variants, in order, into groups of at most ``capacity`` bytes that each start with
+    ``base``. A variant that does not fit next to the base shares a group with it alone."""
     groups = [[base]]
     for name in names:
         if name == base:
@@ -70,7 +70,7 @@ def groups_that_fit(
 
 
 def _free_memory(device: torch.device) -> None:
-    """Free what earlier variants left on a GPU: in cycles, cached blocks, graphs' pools."""
+    """Free the GPU memory of earlier variants: reference cycles, cached blocks, graph pools."""
     if device.type == "cuda":
         gc.collect()
         torch.cuda.empty_cache()
@@ -123,8 +123,8 @@ def _reference_losses(plan: Plan) -> list[float]:
 
 
 def _finite(losses: list[Tensor]) -> list[float]:
-    """The losses on the host. Raises FloatingPointError if one is not finite: the speed of a
-    training that diverged says nothing."""
+    """The losses on the host. Raises FloatingPointError if one is not finite, since the speed of a
+    diverged training is meaningless."""
     values: list[float] = torch.stack(losses).tolist()
     for step, loss in enumerate(values, start=1):
         if not math.isfinite(loss):
@@ -144,11 +144,11 @@ def _turn(training: Training, steps: int, device: torch.device) -> list[float]:
     return clock.durations_ms()
 
 
-# -------------------------------------------------------------------------------------- all of it
+# ---------------------------------------------------------------------------------- the whole run
 
 
 class Measurement:
-    """All of a run: fills ``results``, ``reference_losses`` and ``groups``."""
+    """A whole run, which fills ``results``, ``reference_losses`` and ``groups``."""
 
     def __init__(
         self, plan: Plan, folder: Path, progress: Progress, save: Callable[["Measurement"], None]
@@ -168,7 +168,7 @@ class Measurement:
         self._task = progress.add_task("", total=1 + len(self.results) * (2 + plan.options.rounds))
 
     def run(self) -> None:
-        """Raises FloatingPointError where the float32 reference diverges, as everything will."""
+        """Raises FloatingPointError if the float32 reference diverges, as every variant would."""
         if self.plan.has_reference:
             self._show("float32 reference")
             with tf32(False):
@@ -191,7 +191,7 @@ class Measurement:
             self.reference_losses = _reference_losses(self.plan)
         except FloatingPointError:
             raise
-        except Exception as error:  # whatever it is, the variants are still measured
+        except Exception as error:  # the variants are still measured, whatever the error
             self.reference_failure = failure_of(error)
             traceback.print_exc()
         self._save(self)
@@ -244,7 +244,7 @@ class Measurement:
             self._save(self)
 
     def _warmed_up(self, name: str) -> tuple[Training, float]:
-        """A training, and the seconds until its first step was done."""
+        """A warmed-up training, and the seconds until its first step was done."""
         training, _, seconds = _first_step(VARIANTS[name], self.plan)
         for _ in range(self.plan.options.warmup - 1):
             training.step()
@@ -254,18 +254,18 @@ class Measurement:
         return [name for name, result in self.results.items() if result.failure is None]
 
     def _show(self, text: str) -> None:
-        # Drawn here and by no thread, which would run beside a timed step.
+        # Drawn here, not by a thread, which would run during timed steps.
         self._progress.update(self._task, advance=1, description=text, refresh=True)
 
     @contextmanager
     def _variant(self, name: str) -> Iterator[None]:
-        """Record what the variant raises as its failure, and go on with the others."""
+        """Record an exception as the variant's failure and continue with the others."""
         try:
             with compiled_code_in(self._folder / name):
                 yield
-        except Exception as error:  # whatever it is, the other variants are still measured
+        except Exception as error:  # the other variants are still measured, whatever the error
             result = self.results[name]
-            # A base that fails in a later group keeps what it measured in the first.
+            # A base that fails in a later group keeps its results from the first.
             is_new = len(result.step_ms) < self.plan.options.rounds
             if is_new:
                 result.failure = failure_of(error)

@@ -1,4 +1,4 @@
-"""Runs on one machine as pictures: speed and loss, a row of axes for each run."""
+"""Charts of runs on one machine: speed and loss, with a row of axes per run."""
 
 import textwrap
 from pathlib import Path
@@ -8,7 +8,7 @@ from bench._harness import machine
 from bench._step import report
 
 _OURS, _OTHERS = "#c2571a", "#8a94a6"
-# A colour for each variant's curve, in their order.
+# Colours of the variants' curves, in order.
 _COLOURS = (
     *("#8a94a6", "#33415c", "#5c7fa8", "#6a994e", "#c2571a", "#e0a458"),
     *("#a4133c", "#9d8189", "#2a9d8f", "#7b2cbf", "#e76f9b", "#7f5539"),
@@ -33,7 +33,7 @@ def speed(runs: list[dict[str, Any]], path: Path) -> None:
                 over = variant["speedup"]
                 text = f"{middle:,.0f}" + (f"  {over:.2f}x" if over else "")
             axes.annotate(text, (end, row), xytext=(8, 0), textcoords="offset points", va="center")
-        axes.set_ylim(len(variants) - 0.5, -0.5)  # the first on top; a failed one has no bar
+        axes.set_ylim(len(variants) - 0.5, -0.5)  # the first on top; failed ones have no bar
         axes.margins(x=0.2)
         axes.set_xlim(left=0.0)
         axes.locator_params(axis="x", nbins=6)
@@ -46,8 +46,8 @@ def speed(runs: list[dict[str, Any]], path: Path) -> None:
 
 
 def loss(runs: list[dict[str, Any]], path: Path) -> None:
-    """The losses, and their distance from the float32 reference's or, where none was trained, from
-    those of a variant without this library's ops."""
+    """The losses, and their differences from the float32 reference's losses or, without a
+    reference, from those of a variant that does not use this library's ops."""
     figure, rows = _figure(runs, 2, "loss")
     handles: dict[str, Any] = {}
     names = list(dict.fromkeys(name for run in runs for name in run["variants"]))
@@ -63,7 +63,7 @@ def loss(runs: list[dict[str, Any]], path: Path) -> None:
                 subtracted, of = run["variants"][name]["losses"], run["variants"][name]["label"]
         right.axhline(0.0, color="black", linewidth=0.8)
         if subtracted:
-            right.set_title(f"less that of {of}", fontsize=10)
+            right.set_title(f"difference from {of}", fontsize=10)
         for name, variant in run["variants"].items():
             style = {
                 "color": colours[name],
@@ -91,8 +91,8 @@ PICTURES = {"speed": speed, "loss": loss}
 
 
 def _figure(runs: list[dict[str, Any]], columns: int, heading: str) -> tuple[Any, Any]:
-    """A figure, and its axes by run and column; the title of a run's first axes is its batch size
-    and its commit."""
+    """A figure and its axes by run and column. The title of a run's first axes holds its batch size
+    and commit."""
     from matplotlib.figure import Figure
 
     height = sum(1.0 + 0.4 * len(run["variants"]) for run in runs)

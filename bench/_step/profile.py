@@ -1,5 +1,5 @@
-"""The time of a training step by kernel, which goes to profile.json in FOLDER, and by kind of work,
-to profile.png: a part of ``gpu_report.py``.
+"""Profile of a training step, by kernel in FOLDER/profile.json and by kind of work in
+FOLDER/profile.png: a part of ``gpu_report.py``.
 
     python -m bench._step.profile FOLDER
 """
@@ -27,11 +27,11 @@ from fastgpt.timing import Clock, synchronize
 
 _STEPS = 5
 
-# Kinds of work in the order of a bar, each with parts of kernels' names (ours, those of PyTorch,
-# of torch.compile and of NVIDIA's libraries) in lower case; the first that fits counts.
+# Kinds of work in the order of the bars, with substrings of kernel names (ours, PyTorch's,
+# torch.compile's and NVIDIA libraries') in lower case. The first match counts.
 KINDS: dict[str, tuple[str, ...]] = {
     "loss": ("cross_entropy", "log_softmax", "nll_loss", "_scaled_kernel"),
-    # cudnn::fusion: what cuDNN's backward of attention does before and behind its products.
+    # cudnn::fusion: the work before and after the products in cuDNN's attention backward.
     "attention": ("attention", "sdpa", "flash", "cudnn::fusion"),
     "AdamW and gradients": ("adam", "multi_tensor", "lpnorm", "normtwo"),
     "LayerNorm and residual": ("layer_norm",),

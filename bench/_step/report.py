@@ -1,5 +1,5 @@
-"""A run of ``run.py``: its record (what the JSON holds), and from the record alone the table, for a
-terminal or as Markdown, and the notes that a reader of the speeds needs.
+"""Reports of ``run.py``: the record, which is the content of the JSON file, and the table (for a
+terminal or as Markdown) and notes made from it.
 """
 
 from collections.abc import Mapping, Sequence
@@ -13,7 +13,7 @@ from bench._harness import machine
 from bench._harness.timing import Spread, rate, spread
 
 CPU_NOTE = "CPU, no claim about GPUs"
-# The fastest of them is what a speed-up refers to.
+# Speed-ups are relative to the fastest of these.
 _BASELINES = (
     "sdpa_compile",
     "sdpa_flash",
@@ -28,7 +28,7 @@ _NOISE = ("fastgpt", "fastgpt_again")  # the same code measured twice
 
 @dataclass
 class Result:
-    """What was measured of one variant. ``failure`` says why it has no speed."""
+    """The measurements of one variant. ``failure`` says why it has no speed."""
 
     label: str
     failure: str | None = None
@@ -36,16 +36,16 @@ class Result:
     warm_start_s: float | None = None
     peak_memory_bytes: int | None = None
     losses: list[float] = field(default_factory=list)
-    step_ms: list[list[float]] = field(default_factory=list)  # of each round
+    step_ms: list[list[float]] = field(default_factory=list)  # per round
 
 
 @dataclass
 class Group:
-    """Variants that were measured side by side, among them ``base``, which is in every group."""
+    """Variants measured side by side, including ``base``, which is in every group."""
 
     base: str
     variants: list[str]
-    base_step_ms: list[list[float]] = field(default_factory=list)  # of each round, in this group
+    base_step_ms: list[list[float]] = field(default_factory=list)  # per round, in this group
 
 
 # ------------------------------------------------------------------------------------- the record
@@ -58,8 +58,8 @@ def record(
     groups: Sequence[Group] = (),
     reference_failure: str | None = None,
 ) -> dict[str, Any]:
-    """The variants, their speeds and losses, and what they are compared with. Without ``groups``
-    all were measured side by side."""
+    """The variants with their speeds and losses, and the baselines. Without ``groups``, all were
+    measured side by side."""
     speeds = {
         name: spread([ms for times in result.step_ms for ms in times])
         for name, result in results.items()
@@ -105,14 +105,14 @@ def _relative(speeds: Mapping[str, Spread], groups: Sequence[Group]) -> dict[str
 
 
 def _ratio(relative: Mapping[str, float], name: str, base: str) -> float | None:
-    """How many times as fast as ``base``; None unless both were measured."""
+    """How many times as fast as ``base`` it is; None unless both were measured."""
     if name not in relative or base not in relative:
         return None
     return relative[name] / relative[base]
 
 
 def _deviation(result: Result, reference_losses: list[float]) -> dict[str, float | None]:
-    """The last loss, and the largest distance from the reference's of all steps."""
+    """The last loss, and the largest difference from the reference's losses over all steps."""
     loss = result.losses[-1] if result.losses else None
     if loss is None or not reference_losses:
         return {"loss": loss, "largest_deviation": None}
@@ -122,7 +122,7 @@ def _deviation(result: Result, reference_losses: list[float]) -> dict[str, float
 
 # -------------------------------------------------------------------------------------- the table
 
-# A line break where a terminal's column has one.
+# Line breaks as in the terminal's columns.
 _HEADERS = (
     "variant\n",
     "tokens\n/s",
@@ -137,7 +137,7 @@ _HEADERS = (
 
 
 def title(run: dict[str, Any]) -> str:
-    """Machine and size in one line; on a CPU it begins with ``CPU_NOTE``."""
+    """Machine and size in one line, starting with ``CPU_NOTE`` on a CPU."""
     o = run["options"]
     claim = f"{CPU_NOTE}: " if run["machine"]["device"] == "cpu" else ""
     return (
@@ -147,7 +147,7 @@ def title(run: dict[str, Any]) -> str:
 
 
 def table(run: dict[str, Any]) -> Table:
-    """For a terminal: it fits 80 columns."""
+    """The table for a terminal; it fits in 80 columns."""
     out = Table(
         title=title(run),
         caption="\n".join(["", *notes(run)]),
@@ -165,7 +165,7 @@ def table(run: dict[str, Any]) -> Table:
 
 
 def markdown(run: dict[str, Any], columns: Sequence[int] = range(len(_HEADERS))) -> list[str]:
-    """The same table, or these columns of it, in lines."""
+    """The table, or some columns of it, as lines of Markdown."""
     titles = [" ".join(title.split()).replace(" /", "/").replace(" -", "-") for title in _HEADERS]
     rows = [titles, *([one["label"], *_cells(one)] for one in run["variants"].values())]
     lines = [f"| {' | '.join(row[column] for column in columns)} |" for row in rows]
@@ -198,12 +198,12 @@ def _three_digits(value: float | None) -> str:
 
 
 def caveats(run: dict[str, Any]) -> list[str]:
-    """Why the run is not what ``run.py`` promises."""
+    """How the run deviates from the protocol of ``run.py``."""
     return [*run["notes"], *([] if run["complete"] else ["Not complete: the run was cut off"])]
 
 
 def notes(run: dict[str, Any]) -> list[str]:
-    """What a reader of the table needs to know, one sentence each, without the full stop."""
+    """Notes for readers of the table, one sentence each, without the full stop."""
     lines = caveats(run)
     losses, variants = run["reference_losses"], run["variants"]
     if len(run["groups"]) > 1:

@@ -1,4 +1,4 @@
-"""The variants of a training step, the options of a run, and a training of one variant."""
+"""The variants of the training step, the options of a run, and the training of one variant."""
 
 import importlib.util
 import math
@@ -43,7 +43,7 @@ def _fastgpt_loss(gpt: GPT, idx: Tensor, targets: Tensor) -> Tensor:
 
 
 class Package(NamedTuple):
-    """Kernels of others for CUDA GPUs from ``least_capability`` on."""
+    """A third-party kernel package for CUDA GPUs from ``least_capability`` on."""
 
     name: str
     module: str
@@ -62,15 +62,15 @@ class Variant:
     label: str
     loss: Loss
     compile_mode: str | None = None  # of torch.compile; None runs eagerly
-    attention: SDPBackend | None = None  # SDPA's only choice; None: PyTorch chooses
-    trainer: bool = False  # with the update of `fastgpt train`; otherwise with nanoGPT's
+    attention: SDPBackend | None = None  # SDPA backend; None: PyTorch chooses
+    trainer: bool = False  # use the update of `fastgpt train` instead of nanoGPT's
     recompute: bool = False
     fp8: str = "none"
-    package: str | None = None  # of PACKAGES, that it needs
+    package: str | None = None  # key in PACKAGES of a package that it needs
 
     @property
     def baseline(self) -> bool:
-        """Whether it runs without this library's ops."""
+        """Whether it does not use this library's ops."""
         return self.loss is not _fastgpt_loss
 
     @property
@@ -107,11 +107,11 @@ VARIANTS: dict[str, Variant] = {
     "fastgpt_again": Variant("fastgpt again", _fastgpt_loss),
 }
 
-# The first ended a run of six variants on an H200 with a segmentation fault (bench/LOG.md).
+# sdpa_graphs crashed a run of six variants on an H200 with a segmentation fault (bench/LOG.md).
 _NOT_BY_DEFAULT = "sdpa_graphs", "sdpa_autotune", "fastgpt_fp8_head"
 
 _WEIGHT_DECAY, _BETAS, _GRAD_CLIP = 0.1, (0.9, 0.95), 1.0  # nanoGPT's
-_REFERENCE_SEQUENCES = 4  # at a time: the float32 reference keeps every score and every logit
+_REFERENCE_SEQUENCES = 4  # at a time: the float32 reference stores all scores and logits
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,50 +120,50 @@ class Options:
     nanoGPT's step in eager PyTorch and under torch.compile, and fastgpt, side by side.
     """
 
-    # What is measured, in this order: sdpa_compile, fastgpt_train, fastgpt, sdpa, sdpa_liger (if
+    # Variants to measure, in this order: sdpa_compile, fastgpt_train, fastgpt, sdpa, sdpa_liger (if
     # liger-kernel is installed), naive, huggingface, sdpa_flash, sdpa_cudnn, sdpa_chunked,
     # sdpa_graphs, sdpa_autotune, fastgpt_recompute, fastgpt_compile, fastgpt_train_recompute,
     # fastgpt_fp8_head; and fastgpt_again, which shows the noise. Default: all but sdpa_graphs,
     # sdpa_autotune and fastgpt_fp8_head.
     variants: tuple[str, ...] = tuple(name for name in VARIANTS if name not in _NOT_BY_DEFAULT)
-    # Sequences per batch. Default: the first of 32, 16, 8 and so on with which nanoGPT's eager step
-    # of GPT-2 124M fits into the GPU's memory.
+    # Sequences per batch. Default: the largest of 32, 16, 8 and so on for which nanoGPT's eager
+    # step of GPT-2 124M fits into the GPU's memory.
     batch_size: int = 32
     # Tokens per sequence.
     block_size: int = 1024
-    # Blocks.
+    # Transformer blocks.
     n_layer: int = 12
     # Attention heads; must divide n_embd.
     n_head: int = 12
-    # Width.
+    # Embedding width.
     n_embd: int = 768
-    # Rows of the embedding and of the head. GPT-2's number costs what it costs in GPT-2; the
-    # built-in corpus, of characters, uses only the first hundred or so.
+    # Rows of the embedding and the head. The default makes them cost what they cost in GPT-2,
+    # although the built-in corpus, of characters, uses only about a hundred.
     vocab_size: int = GPTConfig.vocab_size
     # Biases in Linear and LayerNorm.
     bias: bool = True
-    # Autocast; auto is bfloat16 on a GPU that has it, float16 on an older one, float32 elsewhere.
-    # In float16 the loss is scaled as in nanoGPT, by PyTorch's gradient scaler.
+    # Autocast dtype; auto: bfloat16 on a GPU that supports it, float16 on an older one, float32
+    # elsewhere. In float16 the loss is scaled as in nanoGPT, by PyTorch's gradient scaler.
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    # Learning rate of AdamW, constant.
+    # Constant learning rate of AdamW.
     learning_rate: float = 3e-4
-    # Seed of the weights and of the batches.
+    # Seed of the weights and the batches.
     seed: int = 1337
-    # Train nanoGPT's model in float32 too, to compare the losses with. Default: with up to four
-    # sequences; with 32 it takes longer than all else.
+    # Also train nanoGPT's model in float32, to compare the losses with. Default: with up to four
+    # sequences; with 32 it takes longer than everything else.
     reference: bool | None = None
     # Steps whose losses are compared with those of the float32 reference.
     loss_steps: int = 100
-    # Steps before the first round.
+    # Warm-up steps before the first round.
     warmup: int = 20
     # Rounds.
     rounds: int = 5
-    # Timed steps of a variant in a round.
+    # Timed steps per variant and round.
     steps: int = 20
     # Folder with train.bin and val.bin. Default: the built-in corpus, prepared for this run.
     data_dir: Path | None = None
-    # Folder for run-b<batch_size>.json and .png, which must not be there yet. Default: a new folder
-    # in bench/out, which git ignores.
+    # Folder for run-b<batch_size>.json and .png, which must not exist yet. Default: a new folder in
+    # bench/out, which git ignores.
     out: Path | None = None
 
     def __post_init__(self) -> None:
@@ -179,7 +179,7 @@ class Options:
             raise ValueError(f"learning_rate must be positive and finite, got {self.learning_rate}")
 
 
-# The comparison that matters most, in less than 100 seconds on an H100.
+# --quick: the most important comparison, in less than 100 seconds on an H100.
 QUICK: dict[str, Any] = dict(
     variants=("sdpa_compile", "fastgpt_train", "fastgpt", "sdpa"),
     loss_steps=50,
@@ -217,7 +217,7 @@ def default_options() -> Options:
 
 @dataclass(frozen=True)
 class Plan:
-    """The options, with what they mean on this machine."""
+    """The options, resolved for this machine."""
 
     options: Options
     config: GPTConfig
@@ -248,26 +248,26 @@ class Plan:
         return self.options.batch_size * self.options.block_size
 
     def batches(self, vocab_size: int | None = None) -> Batches:
-        """The batches of one training; with ``vocab_size`` all token ids are checked first."""
+        """The batches of one training. With ``vocab_size``, check all token ids first."""
         o = self.options
         return Batches(self.data_dir, o.batch_size, o.block_size, self.device, o.seed, vocab_size)
 
 
 def optimizer_of(model: nn.Module, variant: Variant, learning_rate: float) -> torch.optim.Optimizer:
-    """AdamW as a user of the variant would set it up."""
+    """AdamW as a user of the variant would configure it."""
     device_type = next(model.parameters()).device.type
-    # Hugging Face's model has the same parameters, and no such method.
+    # Hugging Face's model has the same parameters but not this method.
     optimizer = LanguageModel.configure_optimizers(
         cast(LanguageModel, model), _WEIGHT_DECAY, learning_rate, _BETAS, device_type
     )
     if variant.baseline and device_type == "cpu":
         for group in optimizer.param_groups:
-            group["fused"] = None  # nanoGPT's is fused on CUDA alone
+            group["fused"] = None  # nanoGPT uses the fused AdamW only on CUDA
     return optimizer
 
 
 class Training:
-    """A variant in training, from the initial weights and the first batch on."""
+    """The training of a variant, starting from the initial weights and the first batch."""
 
     def __init__(self, variant: Variant, plan: Plan, dtype: torch.dtype | None = None) -> None:
         dtype = dtype or plan.dtype
@@ -306,7 +306,7 @@ class Training:
             self._optimizer = optimizer_of(self._model, variant, rate)
 
     def step(self) -> Tensor:
-        """One optimizer step; its loss, on the device."""
+        """Run one optimizer step and return its loss, on the device."""
         x, y = self._batches.next("train")
         if self._step is not None:
             return self._step([(x, y)], self._rate)
@@ -321,16 +321,16 @@ class Training:
     def _backward(self, x: Tensor, y: Tensor) -> Tensor:
         if self._graphs:
             torch.compiler.cudagraph_mark_step_begin()
-        # Around the compiled function: tracing it once fixes what it finds set.
+        # Set outside of the compiled function, which specialises on it when it is traced.
         chosen = nullcontext() if self._attention is None else sdpa_kernel(self._attention)
         with self._autocast, chosen:
             loss = self._loss(self._model, x, y)
         self._scaler.scale(loss).backward()
-        return loss.detach().clone()  # with CUDA graphs the next step writes there
+        return loss.detach().clone()  # with CUDA graphs, the next step overwrites it
 
 
 class ReferenceTraining(Training):
-    """nanoGPT's step in float32. To save memory, gradients are summed over slices of the batch."""
+    """nanoGPT's step in float32, accumulating gradients over slices of the batch to save memory."""
 
     def __init__(self, plan: Plan) -> None:
         super().__init__(VARIANTS["naive"], plan, torch.float32)
@@ -347,7 +347,7 @@ class ReferenceTraining(Training):
 
 @contextmanager
 def tf32(allowed: bool) -> Iterator[None]:
-    """Whether float32 products on the GPU may run in TF32, as they do in ``fastgpt train``."""
+    """Context that sets whether float32 products on the GPU use TF32, as in ``fastgpt train``."""
     before = torch.backends.cuda.matmul.allow_tf32
     torch.backends.cuda.matmul.allow_tf32 = allowed
     try:
@@ -357,13 +357,13 @@ def tf32(allowed: bool) -> Iterator[None]:
 
 
 def compiled_code_in(folder: Path) -> AbstractContextManager[object]:
-    """Within, torch.compile and Triton cache what they compile in ``folder``."""
+    """Context in which torch.compile and Triton cache compiled code in ``folder``."""
     keys = {"TORCHINDUCTOR_CACHE_DIR": "inductor", "TRITON_CACHE_DIR": "triton"}
     return mock.patch.dict(os.environ, {key: str(folder / name) for key, name in keys.items()})
 
 
 def why_not(variant: Variant, device: torch.device, bias: bool = True) -> str | None:
-    """Why this machine cannot measure the variant, or not with ``bias``; None if it can."""
+    """Why this machine cannot measure the variant, or not with this ``bias``; None if it can."""
     if variant.huggingface and importlib.util.find_spec("transformers") is None:
         return "transformers is not installed"
     if variant.huggingface and not bias:
@@ -391,7 +391,7 @@ def why_not(variant: Variant, device: torch.device, bias: bool = True) -> str | 
 
 
 def package_why_not(key: str, device: torch.device) -> str | None:
-    """Why this machine cannot measure what needs a package of PACKAGES; None if it can."""
+    """Why this machine cannot measure the package ``key`` of PACKAGES; None if it can."""
     package = PACKAGES[key]
     if device.type != "cuda":
         return f"{package.name} needs a CUDA GPU"
@@ -408,6 +408,6 @@ def _has_fp8(device: torch.device) -> bool:
 
 
 def load_compiler(device: torch.device) -> None:
-    """Call torch.compile once: no variant's first step shall include the loading of it."""
+    """Call torch.compile once, so that no variant's first step includes loading it."""
     x = torch.ones(64, device=device, requires_grad=True)
     torch.compile(torch.sin)(x).sum().backward()

@@ -34,7 +34,7 @@ def test_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rates = list(record["tokens_per_s"].values())
     assert record["speedup"] == pytest.approx(rates[1] / rates[0])
     assert bench_decode.main([*TINY, f"--out={path}"]) == 2
-    assert "is there already" in capsys.readouterr().err
+    assert "must not exist yet" in capsys.readouterr().err
 
 
 def test_bytes_of_a_token() -> None:

@@ -315,7 +315,7 @@ def test_a_gpu_below_the_kernels_has_pytorchs_ops(
         ours, torchs = (op_bench.why_not(op, name) for name in ("fused", "torch_ops"))
         assert (ours is None) == (torchs is not None)
         of_attention = op is bench_attention.OP and major < 8
-        expected = "PyTorch has this op" if of_attention else reason
+        expected = "PyTorch runs this op" if of_attention else reason
         assert ours == expected or (expected is not None and expected in str(ours))
 
 

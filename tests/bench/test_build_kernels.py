@@ -229,7 +229,7 @@ def is_chosen(key: Key, capability: int) -> bool:
     table = {one: one for one in configs.TABLE}
     dtypes = [d for d in (torch.bfloat16, torch.float32) if key.dtype in (ANY, dtype_class(d))]
     return key in [
-        configs.first_line(table, key.op, key.kernel, capability, dtype, key.size, key.options)
+        configs.first_entry(table, key.op, key.kernel, capability, dtype, key.size, key.options)
         for dtype in dtypes
     ]
 

@@ -49,7 +49,7 @@ def test_inductor_knows_an_operator_before_it_meets_it(monkeypatch: pytest.Monke
 
     monkeypatch.setattr(graph, "make_fallback", noted)
     monkeypatch.setattr(graph.GraphLowering, "codegen", stop)
-    monkeypatch.setattr(_operators, "_INDUCTOR_DESCRIBES", True)
+    monkeypatch.setattr(_operators, "_INDUCTOR_LOGS_FALLBACKS", True)
 
     def stream(x: Tensor) -> Tensor:
         for _ in range(3):
