@@ -1,5 +1,5 @@
-"""A block's ops in one node of autograd (``kernels/block.py``) give what the ops one by one give,
-to the last bit, and leave the call to them wherever something looks into it or asks for less."""
+"""A block as one autograd node (``kernels/block.py``) equals its ops called one by one, bit for
+bit. Ops are called one by one under hooks and modes, and where only some gradients are needed."""
 
 import pickle
 from collections.abc import Callable
@@ -19,12 +19,12 @@ from fastgpt.kernels import block, fused, torch_ops
 from tests.tools.small_models import model_with, small_config, tokens
 
 N_LAYER = 2
-EOT = int(tokens(1, 8)[0, 4])  # a document begins within the sequence
+EOT = int(tokens(1, 8)[0, 4])  # a separator within the sequence
 
 
 @pytest.fixture
 def n_together(monkeypatch) -> list[int]:
-    """Grows by an element with each block that is computed together."""
+    """A list that gets one element for each block computed as one node."""
     calls: list[int] = []
     real = block.block
 
@@ -37,7 +37,7 @@ def n_together(monkeypatch) -> list[int]:
 
 
 def loss_and_gradients(model: GPT, dtype: torch.dtype) -> tuple[Tensor, list[Tensor | None]]:
-    torch.manual_seed(2)  # of the dropout
+    torch.manual_seed(2)  # dropout
     model.zero_grad()
     with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
         loss = model(tokens(1, 8), tokens(1, 8, seed=3))[1]
@@ -71,7 +71,7 @@ def test_the_numbers_are_those_of_the_ops(n_together, dtype, options, changes):
 
 
 def test_a_block_whose_last_norm_is_not_asked_for(n_together):
-    """Only the residual stream behind the first block has a consumer, or only the norm."""
+    """Only the residual stream after the block is used, or only its norm."""
     model = model_with(fused, small_config(n_layer=1))
     layer: Any = model.transformer.h[0]
     last_norm, context = model.transformer.ln_f, Context(Dropout(None))
@@ -103,7 +103,7 @@ def replaced(model: Any) -> None:
 
 
 def wider(model: Any) -> None:
-    """An MLP of another width is as plain as ours."""
+    """An MLP of another width is still plain."""
     mlp = model.transformer.h[0].mlp
     mlp.c_fc, mlp.c_proj = nn.Linear(32, 48), nn.Linear(48, 32)
 
@@ -134,7 +134,7 @@ def first_of_the_users(model: Any) -> None:
 
 
 def last_of_the_users(model: Any) -> None:
-    """There is no norm of ours for the block before to end with."""
+    """The block before has no LayerNorm of ours to end with."""
     model.transformer.h[1] = nn.Linear(32, 32)
 
 
@@ -183,7 +183,7 @@ def test_what_looks_into_the_model_sees_the_ops(n_together):
 
 
 def test_layers_on_other_ops_are_computed_by_them(n_together):
-    """Also where one op of a namespace, or one layer's, is another."""
+    """Also if a single op of the namespace, or the ops of a single layer, differ."""
     calls = []
 
     def linear(*args: Any, **kwargs: Any) -> Tensor:
@@ -265,7 +265,7 @@ def test_a_mode_of_the_backward_alone_sees_the_ops(n_together):
 
 
 def test_checkpoints(n_together):
-    """Both passes of a checkpoint save the same, whatever mode is on in one of them."""
+    """Both passes of a checkpoint save the same tensors, even if only one runs under a mode."""
     model = model_with(fused, small_config(n_layer=1))
     plain = loss_and_gradients(model, torch.float32)
     layer: Any = model.transformer.h[0]
@@ -277,7 +277,7 @@ def test_checkpoints(n_together):
     model.zero_grad()
     loss.backward()
     assert_equal((loss, [p.grad for p in model.parameters()]), plain)
-    assert len(n_together) == 1  # the plain one
+    assert len(n_together) == 1  # in the plain run
 
 
 def test_a_result_that_the_backward_needs_may_not_change(n_together):
