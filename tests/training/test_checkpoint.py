@@ -1,4 +1,4 @@
-"""nanoGPT's checkpoint format both ways; saving is atomic."""
+"""nanoGPT's checkpoint format, read and written; atomic saving."""
 
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ def run(tmp_path: Path) -> Trainer:
 
 
 def nanogpts(path: Path, config: TrainConfig, vocab_size: int) -> dict[str, Any]:
-    """A checkpoint as nanoGPT writes one: a compiled model, its keys only."""
+    """Write a checkpoint like nanoGPT's: of a compiled model, with only its keys."""
     torch.manual_seed(3)
     args = {key: getattr(config, key) for key in MODEL_ARGS if key != "vocab_size"}
     args["vocab_size"] = vocab_size
@@ -66,7 +66,7 @@ def test_ours_has_what_nanogpt_reads(run: Trainer) -> None:
 
 
 def test_nanogpts_is_resumed_and_sampled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The tokenizer is that of its data set."""
+    """The tokenizer comes from the data set."""
     monkeypatch.chdir(tmp_path)
     data_dir = data_set(tmp_path / "data")
     changes: dict[str, Any] = dict(data_root="data", out_dir="out")
