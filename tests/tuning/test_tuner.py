@@ -267,8 +267,7 @@ def test_passes_count_as_often_as_a_step_has_them(
 def test_a_choice_decides_which_kernels_are_left(
     trusting: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """GELU is a separate kernel only after cuBLAS. sm_90's table has cuBLAS in forward only; here
-    the clock chooses it in backward only."""
+    """GELU is a separate kernel only after cuBLAS; here the clock reverses sm_90's choices."""
 
     def cost(key: Key, config: Any) -> float:
         if key.op != "gemm":
