@@ -176,7 +176,7 @@ def ops(request: pytest.FixtureRequest) -> ModuleType:
 
 @pytest.fixture(autouse=True)
 def _interpreted(request: pytest.FixtureRequest) -> Iterator[None]:
-    """In GPU tests the ops take no CPU tensors to the Triton kernels, as for a user."""
+    """In GPU tests CPU tensors do not go to the Triton kernels, as in a user's process."""
     on_gpu = request.node.get_closest_marker("gpu") is not None
     with _host.interpreted(not on_gpu):
         yield

@@ -54,7 +54,7 @@ def test_a_data_set_of_whole_dialogues(tmp_path: Path) -> None:
     for split, text in found.items():  # each dialogue once, in one split, in the original order
         mine = [dialogue for dialogue in whole if dialogue in text]
         assert "".join(mine) == text and len(mine) == manifest.splits[split].documents
-    # The base tokenizer has the same vocabulary but no tokens for dialogues.
+    # Dialogues need a ChatTokenizer; with it, plain text gives an ordinary data set.
     with pytest.raises(TypeError, match="tokenizer must be a ChatTokenizer for dialogues, got ch"):
         prepare(DialogueSource(tmp_path / "d.jsonl"), CHAT.base, tmp_path / "other")
     (tmp_path / "base.jsonl").write_text('{"text": "abba"}\n{"text": "baab"}\n')

@@ -123,7 +123,7 @@ def test_chart_is_a_png_and_nothing_is_replaced(
 
 
 def test_the_table(eager: tuple[Path, dict[str, Any]]) -> None:
-    """It fits 80 columns, and a CPU run claims nothing about GPUs."""
+    """The table fits into 80 columns, and a CPU run claims nothing about GPUs."""
     _, record = eager
     text = text_of(report.table(record))
     assert "…" not in text

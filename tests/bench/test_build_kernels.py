@@ -205,7 +205,7 @@ def recording(capability: int) -> tuple[list[Launch], set[Key]]:
 
 
 def test_cases_launch_every_kernel_and_ask_for_fused_multiply_adds(recordings) -> None:
-    """Without ``enable_fp_fusion`` the answer depends on Triton's version."""
+    """Without ``enable_fp_fusion`` it would depend on Triton's version."""
     launches, _ = recordings[90]
     assert all(one.options["enable_fp_fusion"] for one in launches)
     assert {one.kernel.__name__ for one in launches} == defined_kernels()

@@ -127,7 +127,7 @@ def test_shared_keys_are_repeated_keys(device: str, causal: bool) -> None:
 def test_a_row_is_what_it_is_alone(
     module, dtype: torch.dtype, n_queries: int, n_keys: int, lengths: list[int], causal: bool
 ) -> None:
-    """For our kernels, bit for bit."""
+    """Each row of a batch equals the row computed alone, bit for bit for our kernels."""
     *inputs, grad = (x.to(dtype) for x in inputs_of("cpu", len(lengths), n_queries, n_keys))
     tolerance = 0.0 if module is fused else 1e-5
     op = partial(module.attention, causal=causal)

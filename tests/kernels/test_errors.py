@@ -101,7 +101,7 @@ def test_what_must_be_a_number(module: ModuleType, op: str) -> None:
 
 @every_op
 def test_the_kernels_refuse_other_devices_and_dtypes(op: str) -> None:
-    """Without the interpreter."""
+    """Without the interpreter, CPU tensors, float64 and fp8 are rejected."""
     valid = CASES[op].valid
     with _host.interpreted(False):
         with pytest.raises(ValueError, match="must be on a CUDA device, got cpu"):

@@ -219,7 +219,7 @@ def test_training_before_8_0(dropout: float, device: str) -> None:
         assert (gradients[0] - gradients[1]).norm() < 1e-5 * gradients[1].norm()
 
 
-# -- what a user sees of the ops
+# -- the ops as Python objects
 
 MODULES = (reference, torch_ops, fused, fused_rows, ops)
 

@@ -233,7 +233,7 @@ def test_the_penalty_reaches_the_draw(out_dir: Path) -> None:
 
 
 def test_dtype_and_compile(out_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With half precision the matrices are stored in it."""
+    """In a half-precision dtype the matrices are stored in that dtype."""
     compiled = []
     monkeypatch.setattr(GPT, "compile", lambda self: compiled.append(self))
     made = sampler(out_dir, dtype="bfloat16", compile=True)

@@ -12,7 +12,7 @@ def _programs(*names: str) -> list[str]:
 
 
 def test_the_device_the_trainer_commands_and_benchmarks() -> None:
-    """With filled kernels."""
+    """The device itself, trainer, commands and benchmarks, with filled kernels."""
     passes(*_programs("on_itself.py", "on_trainer.py", "on_commands.py", "on_bench.py"))
 
 

@@ -323,7 +323,7 @@ def test_faults_are_found(name: str) -> None:
     assert {finding.kind for finding in findings} == kinds
 
 
-# ------------------------------------------------------------------- refused by its name
+# ------------------------------------------------------------------- rejected by name
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,7 @@ from tests.tuning.small_tuning import CPU, WORK, clock, number, only, run
 pytestmark = pytest.mark.usefixtures("measured")
 
 
-# ------------------------------------------------------------------------------ what is measured
+# ------------------------------------------------------------------------------ measured calls
 
 
 def test_the_calls_of_a_training_step() -> None:
@@ -61,7 +61,7 @@ def test_a_model_with_all_options() -> None:
 
 @pytest.mark.parametrize("dropout", [0.0, 0.2])
 def test_a_gpu_without_tritons_products(dropout: float) -> None:
-    """Its model has no seed for dropout masks; the calls that are compared have one."""
+    """Models there have no dropout seed, but the calls that the tuner compares do."""
     shape = GPTConfig(8, 16, n_layer=1, n_head=1, n_embd=16, dropout=dropout)
     work = Workload(shape, 2, torch.float16)
     left_out: list[str] = []
@@ -188,7 +188,7 @@ def test_a_rounding_that_falls_the_other_way(share: float, right: bool) -> None:
         phase.check(phase.right())
 
 
-# ------------------------------------------------------------------------------ what is chosen
+# ------------------------------------------------------------------------------ choices
 
 
 def test_the_clock_decides(trusting: None, monkeypatch: pytest.MonkeyPatch) -> None:
