@@ -133,7 +133,7 @@ def test_a_vocabulary_too_large_for_a_table(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = data_set(Path())
-    for name in ("manifest.json", "meta.pkl"):  # which nanoGPT's data sets lack
+    for name in ("manifest.json", "meta.pkl"):  # nanoGPT's BPE data has neither
         (folder / name).unlink()
 
     def offline() -> None:

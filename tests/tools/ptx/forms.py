@@ -115,7 +115,7 @@ FORMS: dict[str, list[str]] = {
         # read: waits only until the source may be overwritten. Here copies are done when issued.
         "async bulk wait_group (read)",
     ],
-    # Lanes of a warp; all active ones take part.
+    # Lanes of a warp; all that have not exited take part.
     "shfl": ["sync idx|bfly|up|down b32"],
     "vote": ["sync any|all pred", "sync ballot b32"],
     "elect": ["sync"],
