@@ -1,12 +1,12 @@
-"""What every test gets: interpreted kernels on the CPU, one thread, a seed of its own, and memory
-from ``torch.empty`` that is full of NaN.
+"""Setup for all tests: interpreted kernels on the CPU, one thread, a fixed seed, and memory from
+``torch.empty`` filled with NaN.
 """
 
 import os
 
 # Before torch is imported; pytest-xdist already occupies the cores.
 os.environ["OMP_NUM_THREADS"] = "1"
-os.environ["FASTGPT_TUNED"] = ""  # tests launch what the tables say, not what was measured here
+os.environ["FASTGPT_TUNED"] = ""  # ignore entries that ``fastgpt tune`` measured here
 
 import functools
 import gc
@@ -29,13 +29,13 @@ from fastgpt.kernels import _host, fused, reference, torch_ops
 from tests.tools import broken_gpu, interpreter
 from tests.tools.sanitizer import sanitize
 
-with suppress(ImportError):  # of the extra test; without it the tests that need it are skipped
+with suppress(ImportError):  # in the extra "test"; without it its tests are skipped
     import hypothesis
 
     _common: Any = dict(
         deadline=None, database=None, suppress_health_check=list(hypothesis.HealthCheck)
     )
-    # A failure is not made smaller: that may take minutes.
+    # Failures are not shrunk: that may take minutes.
     _phases = [
         hypothesis.Phase.explicit,
         hypothesis.Phase.generate,
@@ -51,7 +51,7 @@ def _poisoning(allocate: Callable[..., Tensor]) -> Callable[..., Tensor]:
     @functools.wraps(allocate)
     def allocate_poisoned(*args: Any, **kwargs: Any) -> Tensor:
         out = allocate(*args, **kwargs)
-        # Nothing is filled while a graph is traced: the fill would become part of it.
+        # While a graph is traced, the fill would become part of it.
         traced = torch.compiler.is_compiling() or isinstance(out, FakeTensor)
         if out.is_floating_point() and not traced:
             with torch.no_grad():
@@ -62,9 +62,9 @@ def _poisoning(allocate: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 
 def _poison_uninitialised_memory() -> None:
-    """An output that a kernel forgot to write shows as NaN. For the life of the process, because
-    torch.compile remembers the functions it has seen."""
-    # The list of functions that ``with torch.device(...)`` acts on is made once, of what it finds.
+    """Let an output that a kernel forgot to write show as NaN. Never undone, because torch.compile
+    remembers the functions it has seen."""
+    # Builds and caches the list of functions that ``with torch.device(...)`` patches.
     _device._device_constructors()
     for owner, name in (
         (torch, "empty"),
@@ -87,13 +87,13 @@ def _skipping(op: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _skip_matrix_products() -> None:
-    """On a GPU that gets ``fused_rows``, a test that calls one of the other kernels is skipped."""
+    """On a GPU limited to ``fused_rows``, skip tests that call one of the other kernels."""
     for name in reference.OPS_OF_TENSOR_CORES:
         setattr(fused, name, _skipping(getattr(fused, name)))
 
 
-gc.set_threshold(10_000)  # each collection looks at half a million objects of the imports again
-# Jobs that a shell starts in the background ignore Ctrl-C, and so would all that tests start.
+gc.set_threshold(10_000)  # each collection scans half a million imported objects
+# A shell's background jobs ignore Ctrl-C, and so would the processes that tests start.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 torch.set_num_threads(1)
@@ -122,12 +122,12 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The longest first: a worker that came to them last would work on alone."""
+    """Run the longest tests first, so that no worker is left with them at the end."""
     items.sort(key=lambda item: item.path.name != "test_on_pretended_device.py")
 
 
 def pytest_collection_finish() -> None:
-    gc.freeze()  # no collection looks at what was imported
+    gc.freeze()  # exclude imported objects from collections
 
 
 def _seed(request: pytest.FixtureRequest) -> int:
@@ -154,7 +154,7 @@ def device(request: pytest.FixtureRequest) -> Iterator[str]:
 
 @pytest.fixture
 def refused(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
-    """Run a command of ``fastgpt`` that is refused; its error, which is one line."""
+    """Run a command of ``fastgpt`` that must fail; return its one-line error."""
 
     def run(*argv: str, code: int = 2) -> str:
         from fastgpt.__main__ import main
@@ -170,13 +170,13 @@ def refused(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
 
 @pytest.fixture(params=[fused, torch_ops], ids=["fused", "torch_ops"])
 def ops(request: pytest.FixtureRequest) -> ModuleType:
-    """What promises the numbers of ``reference``."""
+    """Implementations that promise the results of ``reference``."""
     return request.param
 
 
 @pytest.fixture(autouse=True)
 def _interpreted(request: pytest.FixtureRequest) -> Iterator[None]:
-    """A test that is for a GPU finds the ops as a user does, who gets no kernel on the CPU."""
+    """In GPU tests CPU tensors do not go to the Triton kernels, as in a user's process."""
     on_gpu = request.node.get_closest_marker("gpu") is not None
     with _host.interpreted(not on_gpu):
         yield
@@ -184,8 +184,8 @@ def _interpreted(request: pytest.FixtureRequest) -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def _exact_float32_products() -> None:
-    """A trainer allows TF32, as nanoGPT does, for the life of its process; the tests behind it must
-    not get it."""
+    """A trainer enables TF32, as nanoGPT does, for the rest of its process; later tests must not
+    inherit it."""
     torch.set_float32_matmul_precision("highest")
 
 
@@ -197,6 +197,6 @@ def _seeded(request: pytest.FixtureRequest) -> None:
 
 @pytest.fixture(autouse=True)
 def _compiles_afresh() -> None:
-    """torch.compile counts how often it compiled a function; what ran before must not count."""
+    """torch.compile counts recompilations of a function; those of earlier tests must not count."""
     if "torch._dynamo" in sys.modules:
         torch._dynamo.reset()

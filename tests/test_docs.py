@@ -1,4 +1,4 @@
-"""What README.md and docs/ show exists: commands and their options, names, paths, links, Python."""
+"""README.md and docs/ are valid: commands and their options, names, paths, links, Python code."""
 
 import argparse
 import importlib
@@ -28,7 +28,7 @@ GENERATED = ("bench/results/", "build/", "out/")  # made by a command
 
 
 def _code(page: Path) -> str:
-    """Its blocks and spans of code, one a line."""
+    """Code blocks and spans of the page, one per line."""
     text = page.read_text()
     fences = re.findall(r"^```(\w*)\n(.*?)^```", text, re.M | re.S)
     blocks = [block for language, block in fences if language in ("", "sh")]
@@ -53,7 +53,7 @@ COMMANDS = list(_commands())
 
 
 class _Parsed(BaseException):
-    """The arguments were accepted; nothing is run."""
+    """Raised once the arguments are parsed, so that nothing runs."""
 
 
 def _stopping(parse: Callable[..., object]) -> Callable[..., object]:
@@ -103,7 +103,7 @@ def _python(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
         with pytest.raises(_Parsed):
             module.main(words[1:])
     else:
-        assert words == ["program.py"]  # a reader's own
+        assert words == ["program.py"]  # the reader's own program
 
 
 def _pytest(words: list[str], config: pytest.Config) -> None:
@@ -174,8 +174,8 @@ def test_python() -> None:
 
 
 def test_lengths() -> None:
-    """A README that is read, without the tables that measurements add to it; pages that fit into a
-    head."""
+    """The README stays short, not counting the tables that measurements add, and so does each
+    page."""
     before, _, rest = PAGES[0].read_text().partition(publish.BEGIN)
     assert len((before + rest.partition(publish.END)[2]).splitlines()) <= 90
     assert all(len(page.read_text().splitlines()) <= 150 for page in PAGES[1:])

@@ -1,4 +1,4 @@
-"""The architecture, read from the sources: imports run one way, heavy libraries load late."""
+"""The architecture, checked on the sources: imports run one way, heavy libraries load late."""
 
 import ast
 import functools
@@ -14,7 +14,7 @@ from tests.tools.small_runs import data_set, small_keys
 
 ROOT = Path(__file__).resolve().parent.parent
 
-# A folder, or a named file of one, imports from its own line and from the lines above it.
+# A folder, or a file named here, may import from its own line and from the lines above it.
 RANKS = (
     "kernels/_checks kernels/_device_math kernels/_host kernels/_operators kernels/_tensors "
     "kernels/configs kernels/reference kernels/shipped_table kernels/tuned_table",
@@ -38,7 +38,7 @@ RANKS = (
     "fastgpt/__main__",
 )
 
-# Modules of the kernels that need torch alone: a machine without Triton has them.
+# Modules in kernels/ that only need torch, so that they can be imported without Triton.
 TORCH_ALONE = {
     "_checks",
     "_operators",
@@ -47,7 +47,7 @@ TORCH_ALONE = {
     "reference",
     "torch_ops",
 }
-# imported where used, by ``optional``
+# Imported where they are used, by ``optional``.
 LATE = {
     "datasets",
     "huggingface_hub",
@@ -63,7 +63,7 @@ LATE = {
     "wandb",
     "zstandard",
 }
-BY_TRANSFORMERS = {"huggingface_hub", "tokenizers"}  # which requires them
+BY_TRANSFORMERS = {"huggingface_hub", "tokenizers"}  # installed with transformers
 
 
 @dataclass(frozen=True)
@@ -78,13 +78,13 @@ class Import:
 
 
 def name_of(path: str) -> str:
-    """``fastgpt/data/__init__.py`` → ``fastgpt.data``; the kernels by their name as a package."""
+    """``fastgpt/data/__init__.py`` → ``fastgpt.data``; ``kernels/`` → ``fastgpt.kernels``."""
     package = f"fastgpt/{path}" if path.startswith("kernels/") else path
     return package.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
 
 
 def rank_of(path: str) -> int:
-    """The line of ``RANKS`` in which the longest beginning of ``path`` stands."""
+    """Index of the line of ``RANKS`` with the longest prefix of ``path``."""
     best, rank = "", -1
     for i, line in enumerate(RANKS):
         for start in line.split():
@@ -106,7 +106,7 @@ RANK = {name_of(path): rank_of(path) for path in PATHS}
 
 
 def imports(code: str, modules: set[str]) -> Iterator[Import]:
-    """The imports of a source text. ``from a import b`` counts as ``a.b`` where that is one of
+    """The imports of a source text. ``from a import b`` counts as ``a.b`` if that is one of
     ``modules``, else as ``a``."""
     tree = ast.parse(code)
     late = {
@@ -135,7 +135,7 @@ def imports_of(module: str) -> list[Import]:
 
 
 def everything() -> Iterator[tuple[str, Import, str]]:
-    """(module, what it imports, the place in words)."""
+    """(module, import, location for messages) of every import."""
     for module in SOURCES:
         for found in imports_of(module):
             yield module, found, f"{module}, line {found.line}: {found.module}"
@@ -164,14 +164,14 @@ def test_triton_and_optional_libraries_load_late() -> None:
     for module, found, where in everything():
         in_kernels, _, name = module.removeprefix("fastgpt.").rpartition(".")
         if found.package == "triton":
-            asked = module == "fastgpt.cli.doctor" and not found.at_import  # for its version
+            asked = module == "fastgpt.cli.doctor" and not found.at_import  # only for its version
             assert asked or in_kernels == "kernels" and name not in TORCH_ALONE, where
         if found.package in ("tyro", "rich"):
             late = found.package == "rich" and not found.at_import
             assert module.startswith("fastgpt.cli") or late, where
-        if found.package in LATE:  # once `optional` has found it
+        if found.package in LATE:  # after `optional` has checked for it
             assert not found.at_import and module.startswith("fastgpt.interop.transformers"), where
-        # `fused` and the op files import Triton, so whoever imports them does
+        # `fused` and the op files import Triton, so importing them imports it, too
         if found.module == "fastgpt.kernels.fused":
             late = module == "fastgpt.ops" and not found.at_import
             assert late or module == "fastgpt.kernels.fused_rows", where
@@ -194,7 +194,7 @@ def test_a_missing_library_is_in_the_extra_that_is_named() -> None:
                     required = "transformers" if package in BY_TRANSFORMERS else package
                     assert f'"{package}>' in listed or f'"{required}>' in listed, module
                     seen.add(package)
-    assert seen == LATE - {"tensorboard", "wandb"}  # of which test_log knows
+    assert seen == LATE - {"tensorboard", "wandb"}  # tested in test_log
 
 
 def test_the_plain_ops_need_no_triton() -> None:
@@ -215,8 +215,7 @@ def test_nothing_is_autotuned_at_run_time() -> None:
 
 
 def test_training_on_a_cpu_needs_no_triton_tyro_or_rich(tmp_path: Path) -> None:
-    """A run makes two updates; then, with Triton, every module but the command line's is
-    imported."""
+    """Run two updates; then, with Triton, import every module except the command line's."""
     data_set(tmp_path)
     code = f"""
 import importlib, json, sys

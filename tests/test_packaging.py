@@ -1,4 +1,4 @@
-"""What an installation gets: the wheel holds the tree's modules, all of them, under their names."""
+"""Packaging: the wheel contains all modules of the tree under their names."""
 
 import email
 import os
@@ -22,8 +22,7 @@ _SOURCES = ("fastgpt", "kernels", "pyproject.toml", "setup.py", "LICENSE", "READ
 
 
 def build(kind: str, tree: Path, out: Path) -> Path:
-    """What pip does with a source tree: call its build backend there. ``kind``: wheel, sdist,
-    editable."""
+    """Call the build backend in a source tree, as pip does. ``kind``: wheel, sdist, editable."""
     code = "import sys; from setuptools import build_meta; build_meta.build_{}(sys.argv[1])"
     out.mkdir()
     subprocess.run([sys.executable, "-c", code.format(kind), str(out)], cwd=tree, check=True)
@@ -33,7 +32,7 @@ def build(kind: str, tree: Path, out: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy of the sources: building leaves files behind."""
+    """A copy of the sources, since building leaves files behind."""
     copy = tmp_path_factory.mktemp("tree")
     for name in _SOURCES:
         source = ROOT / name
@@ -51,7 +50,7 @@ def wheel(tree: Path, tmp_path_factory: pytest.TempPathFactory) -> zipfile.ZipFi
 
 
 def contents(wheel: zipfile.ZipFile) -> dict[str, bytes]:
-    """Path → bytes of everything but the metadata."""
+    """Path → bytes of all files except the metadata."""
     return {name: wheel.read(name) for name in wheel.namelist() if ".dist-info/" not in name}
 
 
@@ -66,7 +65,7 @@ def fields(wheel: zipfile.ZipFile) -> Message:
 
 
 def declared(key: str) -> str:
-    """A string of pyproject.toml (Python 3.10 has no reader for it)."""
+    """A string in pyproject.toml (Python 3.10 has no parser for it)."""
     (value,) = re.findall(rf'^{key} = "(.*)"$', (ROOT / "pyproject.toml").read_text(), re.M)
     return str(value)
 
@@ -109,7 +108,7 @@ def test_a_wheel_made_from_the_sdist_is_the_same(
 def test_a_wheel_made_without_the_link_is_the_same(
     wheel: zipfile.ZipFile, tree: Path, tmp_path: Path
 ) -> None:
-    """Which git on Windows does not make."""
+    """git on Windows does not create the link."""
     shutil.copytree(tree, tmp_path / "tree", symlinks=True)
     (tmp_path / "tree" / "fastgpt" / "kernels").unlink()
     again = zipfile.ZipFile(build("wheel", tmp_path / "tree", tmp_path / "wheel"))
@@ -117,8 +116,8 @@ def test_a_wheel_made_without_the_link_is_the_same(
 
 
 def test_an_editable_install_beside_a_clone(tree: Path, tmp_path: Path) -> None:
-    """Python started in the folder that contains the clone, which is called ``fastgpt`` as the
-    package in it."""
+    """Start Python in the parent folder of the clone, which has the same name as the package,
+    ``fastgpt``."""
     clone = tmp_path / "fastgpt"
     shutil.copytree(tree, clone, symlinks=True)
     site = tmp_path / "site"
@@ -146,7 +145,7 @@ print(fastgpt.GPTConfig.__module__, reference.__file__)
 
 def test_the_kernels_are_one_folder_with_a_committed_link() -> None:
     assert os.readlink(ROOT / "fastgpt" / "kernels") == os.path.join("..", "kernels")
-    assert not (ROOT / "kernels" / "__init__.py").exists()  # it would claim the name `kernels`
+    assert not (ROOT / "kernels" / "__init__.py").exists()  # would claim the name `kernels`
     if shutil.which("git") is None or not (ROOT / ".git").exists():
         pytest.skip("not a git checkout")
     listed = subprocess.run(
@@ -159,7 +158,7 @@ def test_the_kernels_are_one_folder_with_a_committed_link() -> None:
 
 
 def test_hints_name_what_can_be_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The project is on no index: a clone installs its extra, a wheel the package by its name."""
+    """The project is on no index: in a clone hints name its extra, else the package itself."""
     root = Path(_optional.__file__).parents[1]
     for clone, hint in (
         (root, f'pip install -e ".[log]" in {root}'),

@@ -62,7 +62,7 @@ def sample(root: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.M
 def test_a_chat(sample: Any) -> None:
     out, err = sample("--chat", typed="ping\nmore\n/exit\nping\n")
     assert out == "pong\nno, me\n" and err == ""
-    out, err = sample("--chat", typed="more\n\nPing\nping")  # until the input ends
+    out, err = sample("--chat", typed="more\n\nPing\nping")  # ends at the end of the input
     assert out == "no, me\npong\n"
     assert err == (
         "error: messages[2].content: text has 'P' at position 0, which is not among the 10 "
@@ -102,7 +102,7 @@ def test_an_answer_that_is_cut(root: Path, sample: Any) -> None:
 
 def test_a_message_that_is_too_long(sample: Any) -> None:
     out, err = sample("--chat", typed=f"{'o' * 28}\nping\n")
-    assert out == "pong\n"  # the chat goes on
+    assert out == "pong\n"  # the chat continues after the error
     assert err == (
         "error: the message makes a prompt of 32 tokens, but the model's context is 32, the answer "
         "included\n"
@@ -137,7 +137,7 @@ def test_what_a_question_of_a_file_does_not_see(sample: Any, tmp_path: Path) -> 
 
 
 def test_answers_are_those_of_any_batch_size(tmp_path: Path) -> None:
-    """Each ends with the context, also beside others that have more room."""
+    """Each answer ends at the context length, also when others in the batch have more room."""
     keys: dict[str, Any] = {"out_dir": folder_of(tmp_path / "out", small_gpt(1)), "device": "cpu"}
     rows = [[{**PING[i], "content": "a" * n} for i, n in enumerate((n, 1))] for n in (1, 9, 4)]
     write_dialogues(rows, tmp_path / "d.jsonl")
@@ -174,7 +174,7 @@ def test_exported_for_others_and_for_ourselves(root: Path, tmp_path: Path) -> No
 
 
 def test_a_base_with_a_token_of_dialogues_is_exported_without_its_tokenizer(tmp_path: Path) -> None:
-    """As Phi-3's, which has <|end|>: transformers would give that one's id, not the model's."""
+    """E.g. Phi-3's <|end|>: transformers would use the base tokenizer's id, not the model's."""
     tokenizers = pytest.importorskip("tokenizers", reason="needs the extra hf")
     theirs = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0, "b": 1}))
     theirs.add_special_tokens(["<|end|>"])

@@ -1,4 +1,4 @@
-"""Dialogues to a data set, and training on their answers."""
+"""Preparing a data set of dialogues, and training on the answers."""
 
 import json
 from collections.abc import Callable
@@ -51,10 +51,10 @@ def test_a_data_set_of_whole_dialogues(tmp_path: Path) -> None:
         (file,) = token_files(folder, split)
         found[split] = "<|dialogue|>" + tokenizer.decode(file.tokens).replace("<|dialogue|>", "", 1)
     whole = [CHAT.decode(template.encode(CHAT, dialogue)[0]) for dialogue in DATA.train]
-    for split, text in found.items():  # each dialogue once, in one split, in order
+    for split, text in found.items():  # each dialogue once, in one split, in the original order
         mine = [dialogue for dialogue in whole if dialogue in text]
         assert "".join(mine) == text and len(mine) == manifest.splits[split].documents
-    # the base's own text can be prepared for the same vocabulary, and is no data set of dialogues
+    # Dialogues need a ChatTokenizer; with it, plain text gives an ordinary data set.
     with pytest.raises(TypeError, match="tokenizer must be a ChatTokenizer for dialogues, got ch"):
         prepare(DialogueSource(tmp_path / "d.jsonl"), CHAT.base, tmp_path / "other")
     (tmp_path / "base.jsonl").write_text('{"text": "abba"}\n{"text": "baab"}\n')
@@ -115,7 +115,7 @@ def test_windows(tmp_path: Path, length: int) -> None:
     windows = DialogueWindows(tokens, length, BEGIN, tokens[:0])
     starts = np.flatnonzero(tokens == BEGIN)
     assert windows.too_long == sum(n > length for n in np.diff([*starts, len(tokens)]))
-    if length == 12:  # a question has more
+    if length == 12:  # shorter than a question
         assert len(windows) == 0
         return
     assert len(windows) == len(starts)
@@ -125,7 +125,7 @@ def test_windows(tmp_path: Path, length: int) -> None:
         inside = min(length, len(tokens) - start)
         assert np.array_equal(row[:inside], tokens[start : start + inside])
         assert (row[inside:] == BEGIN).all() and (target[max(inside - 1, 0) :] == -1).all()
-        # what the tokens' text says is an answer, however the window's end cuts it
+        # Find the answers in the decoded text, also those cut off by the end of the window.
         said = CHAT.decode(row).split("<|assistant|>")[1:]
         answers = [text.partition("<|end|>") for text in said]
         assert CHAT.decode(target[target != -1]) == "".join(text + end for text, end, _ in answers)
@@ -137,7 +137,7 @@ def test_what_is_cut_off_is_said(tmp_path: Path) -> None:
     assert batches.of_dialogues and batches.note is None
     note = Batches(tmp_path / "chat", 2, 40, "cpu", 0).note
     too_long = sum(len(template.encode(CHAT, dialogue)[0]) > 41 for dialogue in DATA.train)
-    assert note == (  # of both splits
+    assert note == (  # counts both splits
         f"{too_long} dialogues are longer than block_size=40 tokens: their ends are cut off"
     )
     with pytest.raises(ValueError, match="train.bin has no dialogue with an answer within block_s"):
@@ -146,7 +146,7 @@ def test_what_is_cut_off_is_said(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("shard_tokens", [17, 300])
 def test_a_file_may_end_within_a_dialogue(tmp_path: Path, shard_tokens: int) -> None:
-    """The batches, and what is cut off, are those of one file."""
+    """Batches and the note on cut-off dialogues are the same as for a single file."""
     source = DialogueSource(dialogues(tmp_path).parent / "d.jsonl")
     prepare(source, CHAT, tmp_path / "cut", val_share=0.2, shard_tokens=shard_tokens)
     assert len(token_files(tmp_path / "cut", "train")) > 5
@@ -158,8 +158,8 @@ def test_a_file_may_end_within_a_dialogue(tmp_path: Path, shard_tokens: int) -> 
 
 
 def test_micro_batches_weigh_by_their_answers(tmp_path: Path) -> None:
-    """8 x 1 dialogues make the updates that 1 x 8 make, though they have answers of many lengths;
-    and an evaluation is the mean over all its targets."""
+    """8 micro-batches of 1 dialogue give the same updates as 1 of 8, although answers differ in
+    length; an evaluation is the mean over all its targets."""
     dialogues(tmp_path)
     states = []
     for steps, size in ((1, 8), (8, 1)):
@@ -200,7 +200,7 @@ def test_a_dialogue_does_not_see_the_others_of_its_row(tmp_path: Path) -> None:
     windows = DialogueWindows(first.astype(np.uint16), 161, BEGIN, np.empty(0, np.uint16))
 
     def loss(tokens: np.ndarray, start: int, length: int) -> torch.Tensor:
-        """Of each target of the dialogue that begins at ``start``."""
+        """Loss of each target of the dialogue that begins at ``start``."""
         x, y = torch.tensor(tokens[None, :-1]), torch.tensor(windows.targets(tokens[None]))
         with torch.no_grad():
             each = F.cross_entropy(model(x, y)[0].mT, y, ignore_index=-1, reduction="none")
@@ -215,7 +215,7 @@ def test_a_dialogue_does_not_see_the_others_of_its_row(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def base_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model of the text in ``out`` of the folder, and dialogues for it in ``chat``."""
+    """A folder with a pretrained model in ``out`` and dialogues for it in ``chat``."""
     root = tmp_path_factory.mktemp("base")
     text = words(lines=2000).base
     base = saved_tokenizer(data_set(root, text))
@@ -238,8 +238,8 @@ def test_a_base_model_gets_the_tokens_of_dialogues(base_run: Path) -> None:
     assert table is not base["lm_head.weight"] and len(table) == CHAT.padded_vocab_size
     mean = base["lm_head.weight"].mean(dim=0)
     assert ((table[known:] - mean).abs() < 0.12).all() and len(table[known:].unique(dim=0)) > 5
-    trainer.run()  # saves it
-    # a model that has the tokens keeps what it learned of them
+    trainer.run()  # saves the model
+    # A model that already has the chat tokens keeps their learned embeddings.
     again = {"init_from": str(base_run / "tuned"), "out_dir": str(base_run / "again")}
     other = Trainer(chat_config(base_run, **again), quiet())
     assert torch.equal(other.model.state_dict()["lm_head.weight"], table)

@@ -1,4 +1,4 @@
-"""The reward model: its loss, its runs, its folder, what is refused."""
+"""The reward model: loss, training runs, run folder, rejected input."""
 
 import json
 import math
@@ -57,7 +57,7 @@ def test_the_loss_of_padded_rows_is_that_of_each_alone() -> None:
 
 
 def config(root: Path, **changes: Any) -> RewardConfig:
-    """Pairs of which the rejected answer has an h."""
+    """A run on pairs whose rejected answers end in "h"."""
     root.mkdir(exist_ok=True)
     if not (root / "tuned").exists():
         folder_of(root / "tuned", small_gpt(dropout=0.1))

@@ -1,4 +1,4 @@
-"""Reinforcement learning: the loss, how answers are drawn and rated, runs, what is refused."""
+"""Reinforcement learning: loss, sampling and rating of answers, runs, rejected input."""
 
 import math
 from collections.abc import Callable
@@ -45,7 +45,7 @@ def inputs() -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def plain_logps(model: Any) -> list[list[torch.Tensor]]:
-    """Of each answer's tokens, one row at a time, in float64."""
+    """Log-probabilities of each answer's tokens, one row at a time, in float64."""
     found = []
     for prompt, answer in zip(PROMPTS, ANSWERS, strict=True):
         text = torch.tensor([prompt + answer])
@@ -150,7 +150,7 @@ def test_a_run_learns_and_its_folder_is_a_model(tmp_path: Path) -> None:
     assert reports[0]["kl"] == pytest.approx(0.0, abs=1e-6)
     assert reports[-1]["reward"] > reports[0]["reward"] + 0.3 and reports[-1]["kl"] > 0.01
     assert evaluations[-1]["val/reward"] > evaluations[0]["val/reward"] + 0.3
-    assert {row["val/match"] for row in evaluations} <= {0.0, 1.0}  # of one answer
+    assert {row["val/match"] for row in evaluations} <= {0.0, 1.0}  # one answer per evaluation
     assert all(0 < row["length"] <= 6 and 0 <= row["ended"] <= 1 for row in reports)
 
     sampler = Sampler(SampleConfig(out_dir=str(tmp_path / "out"), device="cpu", start="a"))
@@ -165,7 +165,7 @@ def test_micro_batches_and_the_seed(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_answers_are_those_of_the_present_weights(tmp_path: Path, device: str) -> None:
-    """Caches and graphs are kept from batch to batch, while the optimizer changes the weights."""
+    """Caches and CUDA graphs are reused across batches while the optimizer changes the weights."""
     run = ReinforcementLearning(config(tmp_path, max_iters=6, device=device), quiet())
     stops = template.stops(tokenizer())
     prompts = [Prompt("", prompt.tokens, None) for prompt in run.train[:3]]
@@ -196,7 +196,7 @@ def test_the_bound_on_the_divergence_ends_a_run(tmp_path: Path) -> None:
 
 
 def test_ctrl_c_saves_and_the_run_goes_on(tmp_path: Path) -> None:
-    """The run that was stopped ends as the one that never was; its master weights are saved."""
+    """A stopped and resumed run ends like an uninterrupted one; its master weights are saved."""
     keys: dict[str, Any] = {"dtype": "bfloat16", "max_iters": 5, "log_interval": 1}
     whole = ReinforcementLearning(config(tmp_path, **keys, out_dir=str(tmp_path / "w")), quiet())
     whole.run()
@@ -219,7 +219,7 @@ def test_ctrl_c_saves_and_the_run_goes_on(tmp_path: Path) -> None:
 
 
 def test_the_reward_of_the_words() -> None:
-    """It tells the two answers of each generated pair apart, of first and of second questions."""
+    """It distinguishes the two answers of every generated pair, in first and second turns."""
     pairs = words(lines=1, train=1, heldout=1, pairs=60).pairs
     assert {len(pair["messages"]) for pair in pairs} == {1, 3}
     for pair in pairs:
@@ -229,7 +229,7 @@ def test_the_reward_of_the_words() -> None:
         exact("Hello?", "Hello.")
 
 
-# -- what is refused
+# -- rejected input
 
 
 def raising(prompt: str, answer: str) -> float:

@@ -1,4 +1,4 @@
-"""Dialogues to tokens and targets, and the tokenizers that this is done with."""
+"""The chat template: dialogues to tokens and targets, and the tokenizers for it."""
 
 from pathlib import Path
 
@@ -39,7 +39,7 @@ def test_a_dialogue(tokenizer: ChatTokenizer) -> None:
     assert tokenizer.decode(tokens) == text + "<|user|>2+2?<|end|>"
     assert tokenizer.decode(tokens[mask]) == "It is 5<|end|>"
     assert tokens.max() < tokenizer.vocab_size == tokenizer.base.vocab_size + 5
-    # what sampling continues is what training saw before the answer
+    # The prompt for sampling is what training saw before the answer.
     before = template.prompt(tokenizer, FULL[:2])
     assert before == tokens[: len(before)].tolist() and mask[: len(before)].sum() == 0
     assert mask[len(before)] and before == tokenizer.encode(tokenizer.decode(before))

@@ -1,4 +1,4 @@
-"""In the place of packages that need a GPU, modules with PyTorch's functions."""
+"""Stand-ins, built on PyTorch's functions, for packages that need a GPU."""
 
 import sys
 from types import SimpleNamespace
@@ -11,7 +11,7 @@ from torch import Tensor
 
 @pytest.fixture
 def packages(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Liger-Kernel and QuACK, and the names of their functions in the order of the calls."""
+    """Install stand-ins for Liger-Kernel and QuACK; return the names of the functions called."""
     called: list[str] = []
 
     def noted(name: str, function: Any) -> Any:

@@ -1,5 +1,5 @@
-"""Arguments that the benchmarks refuse; what --quick of run.py stands for, and packages that are
-missed before anything is measured."""
+"""Arguments of the benchmarks: rejected values, run.py's --quick, and missing packages, which are
+reported before anything is measured."""
 
 from collections.abc import Callable
 from functools import partial
@@ -82,7 +82,7 @@ def test_refused_arguments(
 
 
 def test_quick_is_short_and_gives_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its steps and variants, unless the command line says otherwise."""
+    """--quick sets steps and variants unless the command line does."""
     planned: list[variants.Plan] = []
 
     def noted(plan: variants.Plan, *_: Any) -> None:

@@ -1,4 +1,4 @@
-"""bench/run.py: a whole run at a tiny size, and the arithmetic behind its figures."""
+"""bench/run.py: a complete run at a tiny size, and the arithmetic behind its figures."""
 
 import functools
 import json
@@ -40,7 +40,7 @@ def _measured(folder: Path, *more: str) -> dict[str, Any]:
 
 @pytest.fixture(scope="module", autouse=True)
 def _ceilings_once() -> Iterator[None]:
-    """Measured in the first run alone."""
+    """Measure the machine's ceilings only in the first run."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(machine, "ceilings", functools.cache(machine.ceilings))
         yield
@@ -53,7 +53,7 @@ def eager(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, dict
 
 
 def text_of(table: Any) -> str:
-    """What an 80-column terminal shows."""
+    """The table as an 80-column terminal shows it."""
     console = Console(width=80, highlight=False)
     with console.capture() as capture:
         console.print(table)
@@ -123,7 +123,7 @@ def test_chart_is_a_png_and_nothing_is_replaced(
 
 
 def test_the_table(eager: tuple[Path, dict[str, Any]]) -> None:
-    """It fits 80 columns, and a CPU run claims nothing about GPUs."""
+    """The table fits into 80 columns, and a CPU run claims nothing about GPUs."""
     _, record = eager
     text = text_of(report.table(record))
     assert "…" not in text
@@ -145,7 +145,7 @@ def test_a_compiled_variant_is_what_speed_ups_refer_to(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     torch._dynamo.utils.counters.clear()
-    keep = str(tmp_path / "cache")  # set: where it is not, Inductor sets it itself
+    keep = str(tmp_path / "cache")  # Inductor sets it itself if it is not set
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", keep)
     record = measured(tmp_path, "--variants", "sdpa", "sdpa_compile")
     compiled = record["variants"]["sdpa_compile"]
@@ -166,7 +166,7 @@ def test_a_compiled_variant_is_what_speed_ups_refer_to(
 
 
 def failing(monkeypatch: pytest.MonkeyPatch, label: str, after: int, error: Any) -> None:
-    """Trainings of the variant raise the error after so many steps, or diverge if it is None."""
+    """Let the variant raise ``error`` after ``after`` steps, or diverge if it is None."""
     init = variants.Training.__init__
 
     @functools.wraps(init)
@@ -194,8 +194,8 @@ BROKEN = RuntimeError("broken kernel\nand many lines more")
 @pytest.mark.parametrize(
     ("after", "error", "failure"),
     [
-        (6, OUT_OF_MEMORY, "out of memory"),  # beside the others
-        (0, BROKEN, "RuntimeError: broken kernel"),  # alone
+        (6, OUT_OF_MEMORY, "out of memory"),  # while measured with the others
+        (0, BROKEN, "RuntimeError: broken kernel"),  # while measured alone
         (0, None, "the loss is nan at step 1"),
     ],
     ids=str,
@@ -238,13 +238,13 @@ def test_nothing_to_measure_is_an_error(tmp_path: Path, monkeypatch: pytest.Monk
     assert record["variants"]["sdpa"]["failure"] == "RuntimeError: broken kernel"
 
 
-# -- a run that is cut off
+# -- interrupted runs
 
 
 def test_an_interrupt_keeps_what_was_measured(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It is on disk before, for a run that is killed."""
+    """The record is on disk before the interrupt, so that a killed run keeps it, too."""
     turn, left = measurement._turn, iter(range(3))
     at_interrupt: list[dict[str, Any]] = []
 
@@ -261,29 +261,29 @@ def test_an_interrupt_keeps_what_was_measured(
     for found in (*at_interrupt, record):
         assert found["complete"] is False and found["ceilings"]["after"] is None
         turns = {name: len(v["step_ms"]) for name, v in found["variants"].items()}
-        assert turns == {"sdpa": 1, "fastgpt": 2}  # each round begins with another
+        assert turns == {"sdpa": 1, "fastgpt": 2}  # each round starts with a different variant
         assert len(found["reference_losses"]) == 4
         assert all(v["tokens_per_s"] for v in found["variants"].values())
     assert (tmp_path / "run-b3.png").exists()
     assert "Not complete" in text_of(report.table(record))
 
 
-# -- what does not fit into memory together
+# -- variants that do not fit into memory together
 
 
 def test_groups_that_fit() -> None:
     footprints = {name: measurement.Footprint(10, 30) for name in "abcd"}
-    footprints["e"] = measurement.Footprint(50, 50)  # a CUDA graph keeps all of it
+    footprints["e"] = measurement.Footprint(50, 50)  # a CUDA graph keeps its memory between steps
     fit = functools.partial(measurement.groups_that_fit, "abcde", footprints=footprints, base="b")
     assert fit(capacity=math.inf) == [["b", "a", "c", "d", "e"]]
-    assert fit(capacity=110) == [["b", "a", "c", "d", "e"]]  # 4 x 10 + 50, and 20 in a step
+    assert fit(capacity=110) == [["b", "a", "c", "d", "e"]]  # 4 x 10 + 50 kept, 20 more in a step
     assert fit(capacity=109) == [["b", "a", "c", "d"], ["b", "e"]]
     assert fit(capacity=50) == [["b", "a", "c"], ["b", "d"], ["b", "e"]]
     assert fit(capacity=1) == [["b", name] for name in "acde"]
 
 
 def only_two_fit(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Variants at a time, into the memory."""
+    """Let no more than two variants fit into memory at a time."""
     alone = measurement._measure_alone
 
     def footprint(*args: Any) -> measurement.Footprint:
@@ -378,7 +378,7 @@ def test_the_fastest_compiled_variant_is_the_baseline() -> None:
 
 
 def test_ratios_are_of_one_group() -> None:
-    """The machine is half as fast when it measures the second group."""
+    """Here the machine is half as fast while it measures the second group."""
     times = {"sdpa": 10.0, "fastgpt": 5.0, "sdpa_graphs": 16.0, "fastgpt_again": 10.0}
     results = {name: report.Result("", step_ms=[[ms]]) for name, ms in times.items()}
     groups = [

@@ -1,4 +1,4 @@
-"""bench/bench_decode.py: a whole run at a tiny size, and what it counts."""
+"""bench/bench_decode.py: a complete run at a tiny size, and its byte counts."""
 
 import json
 from pathlib import Path
@@ -42,7 +42,7 @@ def test_bytes_of_a_token() -> None:
     config = bench_decode.GPTConfig(64, 128, 2, 2, 32, bias=False)
     model = bench_decode.GPT(config)
     weights = 128 * 32 + 2 * 12 * 32 * 32 + 5 * 32
-    cached = 3 * 2 * 2 * 32 * 5  # 1 + 8 / 2 tokens
+    cached = 3 * 2 * 2 * 32 * 5  # 1 + 8 / 2 cached tokens on average
     assert bench_decode.bytes_per_token(model, options) == 4 * (weights + cached)
 
 

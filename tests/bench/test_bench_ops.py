@@ -1,5 +1,5 @@
-"""bench/bench_<op>.py: what is counted and what is timed, the check before it, and a run; and
-bench/_ops/determinism.py."""
+"""bench/bench_<op>.py: byte and FLOP counts, the parity check before timing, timing, complete runs;
+and bench/_ops/determinism.py."""
 
 import json
 import os
@@ -39,7 +39,7 @@ from tests.tools import fp8_cases  # noqa: F401  # PyTorch 2.11's fp8 products o
 
 ROOT = Path(__file__).resolve().parents[2]
 
-TINY: list[tuple[Op, dict[str, int]]] = [  # for interpreted kernels
+TINY: list[tuple[Op, dict[str, int]]] = [  # small enough for interpreted kernels
     (bench_attention.OP, {"B": 1, "T": 33, "H": 2, "D": 16}),
     (bench_attention.OP, {"B": 2, "T": 33, "H": 2, "D": 16, "L": 10}),
     (bench_attention_decode.OP, {"B": 2, "S": 70, "H": 2, "D": 16}),
@@ -58,7 +58,7 @@ FP8_SIZES = {"M": 16, "C": 32, "V": 64}
 
 
 def bf16(op: Op, direction: Direction, sizes: dict[str, int]) -> tuple[int, int]:
-    """Bytes and FLOPs."""
+    """Bytes and FLOPs of the op in bfloat16."""
     op = op if op is bench_adamw.OP else replace(op, dtype=torch.bfloat16)
     total = cost(op, tuple(sizes.items()), direction, DEVICES["h200"])
     return total.bytes, total.flops
@@ -69,11 +69,11 @@ def case(op: Op, sizes: dict[str, int]) -> Case:
 
 
 def test_every_op_has_a_file() -> None:
-    # attention is measured as attention_qkvpacked
+    # attention_qkvpacked stands for attention
     assert {op.name for op in OPS} >= set(reference.OPS) - {"attention"}
 
 
-# -- what is counted
+# -- bytes and FLOPs
 
 
 @pytest.mark.parametrize("op", OPS, ids=lambda op: op.name)
@@ -94,7 +94,7 @@ def test_costs_equal_a_hand_count() -> None:
     sizes = {"M": m, "K": k, "N": n}
     matrices = m * k + n * k + m * n
     assert bf16(linear, "forward", sizes) == (2 * (matrices + n), 2 * m * n * k)
-    # dy and weight make dx; dy and x make the gradients of weight and bias, in one part
+    # dy and weight give dx; dy and x give the gradients of weight and bias, in one part
     backward = 2 * (2 * matrices + n)
     assert bf16(linear, "backward", sizes) == (backward, 4 * m * n * k)
 
@@ -102,8 +102,8 @@ def test_costs_equal_a_hand_count() -> None:
     assert bf16(loss, "inference", sizes)[1] == 2 * m * k * 65
     assert bf16(loss, "forward+backward", sizes)[1] == 6 * m * k * 65
 
-    # q, k and v of the new token, the cache, the result, the positions for both kernels; parts of
-    # 128 keys, written and read in float32: a maximum, a sum, a row
+    # q, k and v of the new token, the cache, the result, the positions for both kernels; then for
+    # each part of 128 keys a maximum, a sum and a row, written and read in float32
     sizes = {"B": 3, "S": 256, "H": 2, "D": 16}
     nbytes = 2 * (3 * 3 * 32 + 2 * 3 * 256 * 32 + 3 * 32) + 2 * 8 * 3 + 2 * 4 * 3 * 2 * 2 * 18
     decode = bf16(bench_attention_decode.OP, "inference", sizes)
@@ -114,9 +114,9 @@ def test_costs_equal_a_hand_count() -> None:
 
 
 def test_attention_costs_equal_a_hand_count() -> None:
-    """A backward counts five products: the scores and the gradient of the probabilities, which our
-    kernels compute twice, once."""
-    product = 3 * 2 * 2 * (64 * 64 // 2) * 16  # under the diagonal
+    """A backward counts as five products, although our kernels compute seven: the scores and the
+    gradient of the probabilities twice."""
+    product = 3 * 2 * 2 * (64 * 64 // 2) * 16  # below the diagonal only
     sizes = tuple({"B": 3, "T": 64, "H": 2, "D": 16}.items())
     ceilings = Ceilings("matrix products alone", 1.0, 1e9)
     by_request = replace(bench_attention.OP, dtype=torch.bfloat16)
@@ -133,10 +133,10 @@ def test_attention_costs_equal_a_hand_count() -> None:
 
 
 def test_flops_of_attention_are_those_within_documents() -> None:
-    """The bytes are those of one document."""
+    """The bytes do not depend on the documents."""
     found = bench_attention.doc_start(
         2, 12, 5
-    )  # the second sequence begins with a document's third
+    )  # the second sequence starts in the middle of a document
     assert found.tolist() == [[0] * 5 + [5] * 5 + [10] * 2, [0] * 3 + [3] * 5 + [8] * 4]
     assert found.dtype == torch.int32
     sizes = {"B": 1, "T": 12, "H": 2, "D": 16}
@@ -163,7 +163,7 @@ def test_fp8_products_count_at_twice_the_rate() -> None:
     assert 2 * fp8.ms == pytest.approx(bf16.ms)
 
 
-# -- what is checked
+# -- the parity check
 
 
 @pytest.mark.parametrize(("op", "sizes"), TINY, ids=[op.name for op, _ in TINY])
@@ -187,7 +187,7 @@ def test_the_check_passes_our_ops(op: Op, sizes: dict[str, int], device: str) ->
 def test_the_check_passes_packages(
     provider: str, op: Op, sizes: dict[str, int], called: str, packages: list[str]
 ) -> None:
-    """Each gets its arguments as it wants them."""
+    """Each package gets its arguments in its own form."""
     case(op, sizes).checked(provider)
     assert set(packages) == {called}
 
@@ -251,7 +251,7 @@ def test_fp8_is_checked(provider: str, other: str) -> None:
         bench_linear_cross_entropy.check_fp8(provider, op.function(other), inputs)
 
 
-# -- what is timed
+# -- timing
 
 
 def test_only_the_work_is_timed() -> None:
@@ -262,7 +262,7 @@ def test_only_the_work_is_timed() -> None:
         stopwatch.time(lambda: time.sleep(0.01))
         assert len(stopwatch.ms) == expected
     assert stopwatch.read() == pytest.approx(sum(stopwatch.ms) / 1e3)
-    assert min(stopwatch.ms) >= 10.0 or op_bench.DEVICE.type == "cuda"  # which slept through it
+    assert min(stopwatch.ms) >= 10.0 or op_bench.DEVICE.type == "cuda"  # CUDA events skip the sleep
 
 
 def test_backward_is_timed_without_the_forward() -> None:
@@ -295,7 +295,7 @@ def test_figures_and_table() -> None:
     assert eager["share_of_ceiling"] is None
     (table,) = op_report.tables([figures, eager])
     columns = {str(column.header): list(column.cells) for column in table.columns}
-    assert columns["shape"] == ["M1000-N500", ""]  # said once
+    assert columns["shape"] == ["M1000-N500", ""]  # not repeated in the second row
     assert columns["provider"] == ["torch_ops", "eager"] and columns["of ceiling"][1] == ""
     assert columns["over eager"] == ["1.50x", "1.00x"]
 
@@ -330,14 +330,14 @@ def test_run(tmp_path: Path) -> None:
     selection = "forward and not compile and not M8192"
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "bench/bench_gelu.py"]
     command += ["-n0", "-rs", "-k", selection, f"--benchmark-json={out}"]
-    # pytest-benchmark would take itself for a worker of the run that this test is part of
+    # Without this pytest-benchmark takes itself for an xdist worker of this test run.
     env = {key: value for key, value in os.environ.items() if not key.startswith("PYTEST_")}
     run = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
     assert run.returncode == 0, run.stdout + run.stderr
     assert "of ceiling" in run.stdout
     record: dict[str, Any] = json.loads(out.read_text())
     assert record["machine_info"]["torch"] == torch.__version__
-    assert "node" not in record["machine_info"]  # the name of the host
+    assert "node" not in record["machine_info"]  # no host name
     on_gpu = torch.cuda.is_available()
     providers = set()
     for benchmark in record["benchmarks"]:
@@ -352,14 +352,14 @@ def test_run(tmp_path: Path) -> None:
         assert "fused: the Triton kernels need a CUDA GPU" in run.stdout
 
 
-# -- repeated to the bit
+# -- determinism
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="its kernels would be compiled")
 def test_determinism(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Ours repeat; a random op is found; one that fails ends alone."""
+    """Our ops repeat bit for bit; a random op is found; a failing op does not stop the others."""
 
     def broken(x: Tensor) -> Tensor:
         raise RuntimeError("broken kernel\nand more")

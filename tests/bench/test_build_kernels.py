@@ -1,4 +1,4 @@
-"""python setup.py build_kernels: what it compiles, what again and what not, and how it fails."""
+"""python setup.py build_kernels: which kernels it compiles, when it recompiles, how it fails."""
 
 import ast
 import json
@@ -68,7 +68,7 @@ def add_kernel(x_ptr, y_ptr, n, BLOCK: tl.constexpr):
 
 @pytest.fixture(scope="module")
 def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A small file of cases with its kernels: one that is fine and one that spills."""
+    """A small file of cases with two kernels: one compiles cleanly, one spills."""
     folder = tmp_path_factory.mktemp("a $project")
     (folder / "cases.py").write_text(CASES)
     (folder / "shared.py").write_text(SHARED)
@@ -79,7 +79,7 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def run(project: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]):
-    """run(*arguments): exit code, how many kernels were compiled, and all that was printed."""
+    """run(*arguments) → exit code, number of kernels compiled, output."""
     out = project / "build"
     monkeypatch.setattr(build_kernels, "CASES", project / "cases.py")
     monkeypatch.setattr(build_kernels, "KERNELS", project)
@@ -101,7 +101,7 @@ def manifest(project: Path) -> dict[str, Any]:
 
 @pytest.mark.slow
 def test_build_again_and_after_changes(project: Path, run) -> None:
-    """In order: each build finds what the one before left."""
+    """Consecutive builds: each one finds the cache of those before it."""
     status, compiled, printed = run("--jobs", "2")
     assert (status, compiled) == (1, 2)
     assert "hold: hold_kernel on sm_80 (BLOCK=8192, num_warps=1, num_stages=3): spills" in printed
@@ -116,7 +116,7 @@ def test_build_again_and_after_changes(project: Path, run) -> None:
     assert hold["kernels"][0]["spilled"] > 0
 
     status, compiled, printed = run()
-    assert (status, compiled) == (1, 0)  # a fault stays one
+    assert (status, compiled) == (1, 0)  # a cached fault is still a fault
     assert "spills" in printed
 
     assert run("--only", "a*")[:2] == (0, 0)
@@ -126,9 +126,9 @@ def test_build_again_and_after_changes(project: Path, run) -> None:
     shared.write_text(SHARED.replace("x + 1", "x + 2"))
     assert run()[:2] == (1, 1)
     shared.write_text(SHARED)
-    assert run()[:2] == (1, 0)  # compiled before
+    assert run()[:2] == (1, 0)  # in the cache
 
-    for log in project.glob("build/cache/*.log"):  # stopped between the compiler and the log
+    for log in project.glob("build/cache/*.log"):  # stopped before the log was written
         log.unlink()
     os.utime(shared)
     status, compiled, printed = run()
@@ -180,7 +180,7 @@ def defined_kernels() -> set[str]:
 
 @pytest.fixture(scope="module")
 def recordings() -> dict[int, tuple[list[Launch], set[Key]]]:
-    """Architecture → the launches of its cases, and the lines of the table that they took."""
+    """Architecture → the launches of its cases, and the table entries that they took."""
     return {capability: recording(capability) for capability in (75, 80, 90, 100)}
 
 
@@ -205,16 +205,16 @@ def recording(capability: int) -> tuple[list[Launch], set[Key]]:
 
 
 def test_cases_launch_every_kernel_and_ask_for_fused_multiply_adds(recordings) -> None:
-    """Without ``enable_fp_fusion`` the answer depends on Triton's version."""
+    """Without ``enable_fp_fusion`` it would depend on Triton's version."""
     launches, _ = recordings[90]
     assert all(one.options["enable_fp_fusion"] for one in launches)
     assert {one.kernel.__name__ for one in launches} == defined_kernels()
 
 
 def test_cases_take_every_line_of_the_table_on_every_architecture_it_is_for(recordings) -> None:
-    """And no line is there in vain."""
+    """And no entry of the table is unreachable."""
     for key, config in configs.TABLE.items():
-        if key.arch == "interpreter" or not isinstance(config, tuple):  # a library's
+        if key.arch == "interpreter" or not isinstance(config, tuple):  # run by a library
             continue
         with_products = key.op == "attention" or key.kernel == "sum_parts"  # none on sm_75
         least = 80 if with_products else kernel_cases.LEAST_CAPABILITY.get(key.op, 0)
@@ -225,7 +225,7 @@ def test_cases_take_every_line_of_the_table_on_every_architecture_it_is_for(reco
 
 
 def is_chosen(key: Key, capability: int) -> bool:
-    """Whether a launch of the line's own kernel, size and options takes it."""
+    """Whether a launch with the entry's own kernel, size and options takes it."""
     table = {one: one for one in configs.TABLE}
     dtypes = [d for d in (torch.bfloat16, torch.float32) if key.dtype in (ANY, dtype_class(d))]
     return key in [
@@ -235,7 +235,7 @@ def is_chosen(key: Key, capability: int) -> bool:
 
 
 def test_gpt2s_sizes_are_compiled_for_other_gpus_too() -> None:
-    """All cases for one of each class, unless the command line names architectures."""
+    """All cases for one GPU of each class, unless the command line names architectures."""
     by_default = build_kernels.edges(build_kernels.CASES)
     assert by_default["gpt2"] == [89, 120]
     assert by_default["mlp"] == [75, 80, 90, 100] and by_default["fp8"] == [90, 100]

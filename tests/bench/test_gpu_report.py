@@ -1,4 +1,4 @@
-"""bench/gpu_report.py: shares of the time, files, parts that crash, hang or lack a library."""
+"""bench/gpu_report.py: time shares, files, parts that crash, hang or lack a library."""
 
 import importlib.util
 import json
@@ -36,8 +36,8 @@ def report(folder: Path, *parts: Part, commit: str | None = None) -> Any:
 def test_time_that_was_not_used_goes_to_the_parts_that_follow() -> None:
     a, b, c = part("a", "", 1), part("b", "", 2), part("c", "", 1)
     assert share_s([a, b, c], 100.0) == 25.0
-    assert share_s([b, c], 90.0) == 60.0  # a took 10 of its 25
-    assert share_s([part("a", "", 1, 40.0), b], 60.0) == 40.0  # worth more: goes first
+    assert share_s([b, c], 90.0) == 60.0  # a used only 10 of its 25
+    assert share_s([part("a", "", 1, 40.0), b], 60.0) == 40.0  # worth more: runs first
     assert share_s([part("a", "", 1, 40.0), b], 30.0) == 30.0
 
 
@@ -63,7 +63,7 @@ def test_a_part_that_fails_ends_alone(tmp_path: Path) -> None:
         Part("program", ("env", "no-such-program"), 1.0, 0.0),
         part("long", "1 / 0", least_s=1e6),
         part("last", ""),
-        commit="abc",  # of a tree that git does not know
+        commit="abc",  # for a tree without git
     )
     assert out["run-b4"]["status"] == "done"
     assert json.loads((tmp_path / "run-b4.json").read_text())["machine"]["commit"] == "abc"
@@ -108,7 +108,7 @@ time.sleep(600)
     said = tmp_path / "pids"
 
     class Popen(subprocess.Popen):  # type: ignore[type-arg]
-        """Its time is over as soon as the program has said who it is."""
+        """Times out once the program has written its process ids."""
 
         def wait(self, timeout: float | None = None) -> int:
             if timeout is not None and timeout > 1.0:
@@ -127,7 +127,7 @@ time.sleep(600)
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="looks into /proc")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_report_that_is_told_to_end_leaves_nothing_running(tmp_path: Path, number: int) -> None:
-    """By Ctrl-C or by ``timeout``."""
+    """Ended by Ctrl-C or by ``timeout``."""
     child = "import os, pathlib, sys, time; pathlib.Path(sys.argv[1], 'pid').write_text("
     child += "f'{os.getpid()} .'); time.sleep(600)"
     code = f"""
@@ -151,7 +151,7 @@ gpu_report.main(["--out", {str(tmp_path)!r}])
 
 
 def test_the_commands_exist() -> None:
-    """Those of pytest collect the tests for a GPU, those of run.py have the options given."""
+    """pytest's commands collect the GPU tests; those of run.py have valid options."""
     for one in gpu_report.parts():
         if one.name == "parity":
             command = [*one.command, "--collect-only", "-qq", "-n0", GELU]

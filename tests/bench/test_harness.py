@@ -1,4 +1,4 @@
-"""What the benchmarks share: times and how they are summarised, and facts about the machine."""
+"""The benchmark harness: timing, summaries of times, and facts about the machine."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""bench/_step/profile.py at sizes for a CPU: the time of a step by kernel."""
+"""bench/_step/profile.py at CPU sizes: time of a step by kernel."""
 
 import json
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""bench/publish.py: README and pictures against bench/results, and what is made of made-up runs."""
+"""bench/publish.py: README and plots against bench/results, and the output for made-up runs."""
 
 import json
 import math
@@ -14,7 +14,7 @@ from bench._step import pictures, report, variants
 from bench._step.report import Result
 
 LABELS = {name: variant.label for name, variant in variants.VARIANTS.items()}
-SPEEDS = {  # milliseconds of a step, and peak memory; made up
+SPEEDS = {  # milliseconds per step and peak memory in bytes; made up
     "naive": (160.0, 60e9),
     "sdpa": (100.0, 40e9),
     "sdpa_compile": (64.0, 30e9),
@@ -27,7 +27,7 @@ SPEEDS = {  # milliseconds of a step, and peak memory; made up
 
 
 def made_up(batch_size: int) -> dict[str, Any]:
-    """A record as ``run.py`` writes it. The GPU and the figures are TEST DATA, not measurements."""
+    """A record in ``run.py``'s format. The GPU and the figures are TEST DATA, not measurements."""
     reference = [10.8 * math.exp(-step / 40) + 1 for step in range(100)]
     results = {}
     for number, (name, (ms, peak)) in enumerate(SPEEDS.items()):
@@ -71,7 +71,7 @@ def made_up(batch_size: int) -> dict[str, Any]:
 
 
 def written(root: Path, *runs: dict[str, Any]) -> tuple[Path, Path, Path]:
-    """A folder of results with these runs, and a README and a page with markers."""
+    """A results folder with these runs, and a README and a page with markers."""
     results, readme = root / "bench" / "results", root / "README.md"
     page = root / "docs" / "speed.md"
     page.parent.mkdir()
@@ -138,7 +138,7 @@ def report_of(run: dict[str, Any]) -> str:
 
 
 def drawn(monkeypatch: pytest.MonkeyPatch, run: dict[str, Any]) -> dict[str, Any]:
-    """The figures, by name."""
+    """The plots by name, as matplotlib figures."""
     figures: dict[str, Any] = {}
     with monkeypatch.context() as patch:
         patch.setattr(Figure, "savefig", lambda self, path, **_: figures.update({path.name: self}))
@@ -148,13 +148,13 @@ def drawn(monkeypatch: pytest.MonkeyPatch, run: dict[str, Any]) -> dict[str, Any
 
 
 def test_bars_and_curves_are_the_runs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of a run with a variant that ran out of memory."""
+    """The plots show a run's figures; one variant ran out of memory."""
     run = made_up(64)
     saved, variants = drawn(monkeypatch, run), run["variants"].values()
     (axes,) = saved["speed"].axes
     speeds = [v["tokens_per_s"]["median"] for v in variants if v["tokens_per_s"]]
     assert [patch.get_width() for patch in axes.patches] == pytest.approx(speeds)
-    assert axes.get_ylim() == (len(variants) - 0.5, -0.5)  # all are in sight
+    assert axes.get_ylim() == (len(variants) - 0.5, -0.5)  # all bars are visible
     assert [t.get_text() for t in axes.get_yticklabels()] == [v["label"] for v in variants]
     assert [t.get_text() for t in axes.texts][:2] == ["out of memory", f"{speeds[0]:,.0f}  0.62x"]
     whiskers = [segment for lines in axes.collections for segment in lines.get_segments()]

@@ -1,4 +1,4 @@
-"""bench/roofline.py: its counts against counts by hand and published ones, and its output."""
+"""bench/roofline.py: counts against hand counts and published ones, and the output."""
 
 import functools
 import json
@@ -26,11 +26,11 @@ GPT2 = GPTConfig()
 
 @functools.cache
 def gpt2(variant: str, **options: Any) -> counting.Report:
-    """GPT-2 124M at B=64, as published figures have it."""
+    """GPT-2 124M at B=64, the size of the published figures."""
     return roofline.measure(variant, GPT2, 64, **options)
 
 
-# -- by hand: a Linear with GELU behind it
+# -- by hand: a Linear followed by GELU
 
 M, K, N = 48, 16, 32
 
@@ -42,7 +42,7 @@ def linear_gelu() -> counting.Report:
 
 
 def test_counts_of_a_linear_and_a_gelu_by_hand() -> None:
-    """Of float32: 4 bytes an element. The views between them do not appear."""
+    """float32, 4 bytes an element. Views do not appear."""
     report = linear_gelu()
     found = {name: (op.calls, op.bytes // 4, op.flops) for name, op in report.ops.items()}
     assert found == {
@@ -50,10 +50,10 @@ def test_counts_of_a_linear_and_a_gelu_by_hand() -> None:
         "aten::gelu": (1, 2 * M * N, 0),
         "aten::sum": (2, (M * N + 1) + (M * N + N), 0),  # the loss; the gradient of the bias
         "aten::ones_like": (1, 1 + 1, 0),
-        "aten::gelu_backward": (1, 1 + M * N + M * N, 0),  # the gradient is one number, expanded
+        "aten::gelu_backward": (1, 1 + M * N + M * N, 0),  # dout is one element, expanded
         "aten::mm": (1, M * N + M * K + N * K, 2 * M * N * K),  # dW; x needs no gradient
     }
-    assert report.saved_bytes == 4 * (M * K + M * N)  # x and what GELU is taken of
+    assert report.saved_bytes == 4 * (M * K + M * N)  # x and GELU's input
 
 
 def test_predicted_time_is_the_longer_of_memory_and_products() -> None:
@@ -66,14 +66,14 @@ def test_predicted_time_is_the_longer_of_memory_and_products() -> None:
     assert op.ms == pytest.approx(op.bytes / 4.3e12 * 1e3)
 
 
-# -- by hand: GPT of one block
+# -- by hand: a GPT of one block
 
 
 def test_a_gpt_of_one_block_by_hand() -> None:
-    """Every operator of nanoGPT's forward and backward in float32: calls, elements, products."""
+    """Every operator of nanoGPT's forward and backward in float32: calls, elements, FLOPs."""
     B, T, V, C, H = 3, 16, 40, 24, 2
     M = B * T
-    MC, MV, VC, TC, CC, ids = M * C, M * V, V * C, T * C, C * C, 2 * M  # ids have 8 bytes
+    MC, MV, VC, TC, CC, ids = M * C, M * V, V * C, T * C, C * C, 2 * M  # an id is two elements
     report = roofline.measure("sdpa", GPTConfig(T, V, 1, H, C), B, dtype="float32")
     found = {
         name.removeprefix("aten::"): (op.calls, op.bytes / 4, op.flops)
@@ -134,20 +134,20 @@ def test_readme_shows_these_figures() -> None:
 
 
 def test_published_floor() -> None:
-    """Milliseconds at B=64, in the order of the step."""
+    """Milliseconds at B=64, in execution order."""
     rows = ceilings.floor(GPT2, 64, H200)
     forward = [0.070, 3.53, 1.57, 1.18, 4.71, 4.71, 1.13, 6.43]
     backward = [12.85, 9.42, 9.42, 2.35, 4.50, 7.06, 2.34]
     for row, ms in zip(rows, forward + backward, strict=False):
         assert row.ms == pytest.approx(ms, abs=0.016), row
     assert sum(row.flops for row in rows) / 1e12 == pytest.approx(53, abs=0.5)
-    # 72.2 ms with 0.81 of AdamW and 0.06 of the gradient norm
+    # The published 72.2 ms include 0.81 for AdamW and 0.06 for the gradient norm.
     assert sum(row.ms for row in rows) == pytest.approx(72.2 - 0.81 - 0.06, abs=0.1)
 
 
 @pytest.mark.parametrize("size", [{"bias": False}, {"vocab_size": 50257, "n_head": 8}], ids=str)
 def test_eager_products_are_those_of_the_floor(size: dict[str, Any]) -> None:
-    """FLOPs of PyTorch's formulas, and of the floor's own."""
+    """FLOPs by PyTorch's formulas equal those by the floor's own."""
     sizes = dict(block_size=256, vocab_size=320, n_layer=3, n_head=4, n_embd=128) | size
     config = GPTConfig(**sizes)
     rows = ceilings.floor(config, 5, H200)
@@ -173,8 +173,8 @@ def test_autocast_casts_by_hand() -> None:
     matrices, biases = 12 * C * C + V * C, (3 + 1 + 4 + 1) * C
     normed = 3 * M * C  # what LayerNorm hands to qkv, FC and the head
     joined = 2 * M * C  # the gradient of what a projection adds to the float32 stream
-    # each forward in one direction and its gradient in the other, but `joined`: backward alone,
-    # since the addition itself takes both dtypes
+    # A cast in forward and the reverse one of its gradient; `joined` is cast in backward only,
+    # since the addition takes both dtypes.
     casts = 2 * (matrices + biases + normed + M * V) + joined
     assert report.ops["aten::_to_copy"].calls == 2 * (5 + 4 + 3 + 1) + 2
     assert report.ops["aten::_to_copy"].bytes == (4 + 2) * casts
@@ -203,7 +203,7 @@ def test_attention_formulas_reach_pytorchs_flop_counter(
             y = op(torch.empty(shape, requires_grad=True))
             assert counter.get_total_flops() == 2 * product
             y.sum().backward()
-            # two kernels, which both compute the scores and the probabilities' gradient
+            # both backward kernels compute the scores and the probabilities' gradient
             assert counter.get_total_flops() == (2 + 7) * product
 
 

@@ -1,4 +1,4 @@
-"""bench/scaling.py: its collectives are those of two real processes, and its table."""
+"""bench/scaling.py: its collectives against those of two real processes, and its table."""
 
 import json
 import sys
@@ -23,7 +23,7 @@ from tests.tools.forked import Forked
 
 WORLD = MICRO_BATCHES = BATCH = 2
 PARALLEL: tuple[scaling.Parallel, ...] = ("ddp", "fsdp")
-# Two processes cannot halve an odd vocabulary.
+# An odd vocabulary cannot be split evenly between two processes.
 SMALL = GPTConfig(block_size=16, vocab_size=1001, n_layer=2, n_head=2, n_embd=64)
 
 
@@ -44,7 +44,7 @@ class Collectives(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if DTensor in types:
-            return NotImplemented  # ask again with what it is made of
+            return NotImplemented  # dispatch again with the local tensors
         if func.name() in _KINDS:
             tensors = [
                 tensor
@@ -58,7 +58,7 @@ class Collectives(TorchDispatchMode):
 
 
 def updating(parallel: str, world: World) -> Callable[[], float]:
-    """An update as ``fastgpt train`` makes it; it returns the loss."""
+    """``fastgpt train``'s update, which returns the loss."""
     cpu, dtype = torch.device("cpu"), torch.bfloat16
     torch.manual_seed(0)
     gpt = GPT(SMALL)
@@ -87,7 +87,7 @@ def updating(parallel: str, world: World) -> Callable[[], float]:
 
 
 def process(folder: Path) -> None:
-    """The collectives of each second update: FSDP2 does more in the first."""
+    """Write the collectives of the second update; FSDP2's first one has more."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
     rank = dist.get_rank()
@@ -118,7 +118,7 @@ def test_two_processes_send_what_is_predicted(
 
 
 def test_bytes_and_time_of_a_collective_by_hand() -> None:
-    """A large one at the rate of the slowest link, a small one at the latency of its steps."""
+    """Bandwidth of the slowest link bounds a large collective, latency of its steps a small one."""
     assert scaling.sent_bytes([("all-gather", 800)], 8) == 700
     assert scaling.sent_bytes([("reduce-scatter", 800)], 8) == 700
     assert scaling.sent_bytes([("all-reduce", 800)], 8) == 1400
@@ -142,7 +142,7 @@ def test_bytes_and_time_of_a_collective_by_hand() -> None:
 
 
 def test_table(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """It fits 80 columns, of which a pipe has no more."""
+    """The table fits into 80 columns, the width assumed for a pipe."""
     monkeypatch.setenv("COLUMNS", "80")
     assert scaling.main(["--gpus", "1024", "1", "8", "--batch_size=1"]) == 0
     shown = capsys.readouterr().out
@@ -150,9 +150,9 @@ def test_table(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPat
     assert "DDP, predicted, not measured" in shown and "FSDP2, predicted, not measured" in shown
     rows = [line.split() for line in shown.splitlines() if line.split()[:1] in (["1"], ["8"])]
     assert len(rows) == 4
-    one, eight = rows[:2]  # of DDP
+    one, eight = rows[:2]  # DDP
     assert one[1:3] == ["0.000", "0.00"] and one[-1] == "100.0%"
     assert 0 < float(eight[-1].rstrip("%")) < 100
-    one, eight = rows[2:]  # of FSDP2
+    one, eight = rows[2:]  # FSDP2
     assert one[-1] == one[-3] == "100.0%"
     assert 0 < float(eight[-3].rstrip("%")) < float(eight[-1].rstrip("%"))

@@ -1,5 +1,5 @@
-"""The ahead-of-time compiler reports what is known of toy kernels, and leaves no trace; how many
-programs fit on a multiprocessor.
+"""Ahead-of-time compilation of toy kernels: known reports, no side effects; how many programs fit
+on a multiprocessor.
 """
 
 from collections import Counter
@@ -33,7 +33,7 @@ def matmul(m: int = 64, n: int = 64, k: int = 32, *, num_warps: int = 4, num_sta
     return Launch(toy_kernels.matmul_kernel, (BF16, BF16, BF16, 256, 256, 256), options)
 
 
-# 8192 accumulators on one warp: 256 registers a thread, and 255 is the most there is.
+# 8192 accumulators in one warp need 256 registers a thread; the maximum is 255.
 SPILLING = Launch(
     toy_kernels.hold_kernel, (torch.float32, torch.float32, 64), dict(BLOCK=8192, num_warps=1)
 )
@@ -79,7 +79,7 @@ def test_spills_are_reported() -> None:
 
 
 def test_more_shared_memory_than_the_smallest_of_the_family_has_is_a_fault() -> None:
-    """Four stages of 32 KB: an A100 has them, a GPU of sm_86, which takes the same tiles, not."""
+    """Four stages of 32 KB fit on an A100, but not on sm_86, which uses the same tiles."""
     launch = matmul(128, 128, 64, num_warps=8, num_stages=5)
     compiled = compile_launch(launch, 80)
     assert compiled.shared_memory == 4 * 32 * 1024
@@ -94,7 +94,7 @@ def test_a_product_without_its_tensor_cores_is_a_fault() -> None:
     compiled = compile_launch(copy, 90)
 
     def missing(capability: int, rows: int, **instructions: int) -> list[str]:
-        """Faults if the kernel had one bf16 product of so many rows, and these instructions."""
+        """Faults of a kernel with one bf16 product of ``rows`` rows and these instructions."""
         other = replace(
             compiled,
             capability=capability,
@@ -124,8 +124,8 @@ def copy_registers(*args: object) -> int:
 
 
 def test_the_specialisation_is_the_launchers() -> None:
-    """A length divisible by 16 and aligned tensors allow vector loads; a dtype, a tensor on the
-    CPU and one without memory say the same."""
+    """A length divisible by 16 and aligned tensors allow vector loads, whether the argument is a
+    dtype, a CPU tensor or a meta tensor."""
     aligned = torch.empty(2048)
     vectorised = copy_registers(aligned, aligned, 1024)
     assert vectorised == copy_registers(torch.float32, torch.float32, 1024)
@@ -157,7 +157,7 @@ def _state() -> tuple[object, ...]:
 def test_nothing_is_left_behind(capsys: pytest.CaptureFixture[str]) -> None:
     before = _state()
     compile_launch(matmul(), 80)
-    assert capsys.readouterr().out == ""  # of the assembler's log
+    assert capsys.readouterr().out == ""  # nothing of the assembler's log
     assert _state() == before
     assert 80 not in toy_kernels.matmul_kernel.device_caches
     with pytest.raises(KeyError, match="unrecognised"):

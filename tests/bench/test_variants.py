@@ -1,4 +1,4 @@
-"""The trainings that bench/run.py compares: what each computes, and what each needs."""
+"""The variants that bench/run.py compares: what each computes and requires."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -47,7 +47,7 @@ def test_a_baseline_is_the_model(name: str, bias: bool, packages: list[str]) -> 
 def test_variants_are_what_their_names_say(
     monkeypatch: pytest.MonkeyPatch, packages: list[str]
 ) -> None:
-    """On equal weights: nanoGPT's forward or ours, kept or recomputed, and whose AdamW."""
+    """Forward (nanoGPT's or ours), recomputation and AdamW of each variant, on equal weights."""
     calls: list[bool] = []
     forward = variants.GPT.forward
 
@@ -135,13 +135,13 @@ def test_what_packages_need(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_choice_of_attention_is_the_only_one(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """While the loss is traced and computed, PyTorch has no other."""
+    """No other SDPA backend is enabled while the loss is traced and computed."""
     enabled: list[bool] = []
 
     def noted(model: Any, x: Any, y: Any) -> Any:
         kernels = ("flash", "cudnn", "mem_efficient", "math")
         enabled.extend(getattr(torch.backends.cuda, f"{one}_sdp_enabled")() for one in kernels)
-        return sum(p.sum() for p in model.parameters())  # no attention: a CPU has none of these
+        return sum(p.sum() for p in model.parameters())  # no attention: a CPU has no such kernel
 
     variant = replace(variants.VARIANTS[name], loss=noted, compile_mode=None)
     options = replace(variants.CPU_OPTIONS, data_dir=data_set(tmp_path), block_size=8)

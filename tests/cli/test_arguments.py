@@ -1,4 +1,4 @@
-"""The arguments of the command line: precedence of keys, what is refused, help."""
+"""Command-line arguments: precedence of keys, rejected input, help."""
 
 import math
 import subprocess
@@ -39,7 +39,7 @@ def test_defaults_preset_file_command_line() -> None:
         ["--preset=char-cpu", "--batch-size=9", "config.py"],
     ):
         assert parsed(*argv) == TrainConfig(**changed)
-    # the command line wins even with the default
+    # the command line wins even if it gives the default value
     assert parsed("--preset=char-cpu", "--n_layer=12", "--device=cuda").n_layer == 12
 
 
@@ -48,12 +48,12 @@ def test_presets_by_name() -> None:
         assert parsed(name, "--batch_size=3") == TrainConfig(**keys | {"batch_size": 3})
     expected = parsed("char", "--batch_size=3")
     assert parsed("--batch_size=3", "char") == parsed("--preset=char", "--batch_size=3") == expected
-    Path("char").write_text("n_layer = 5\n")  # a file of that name goes first
+    Path("char").write_text("n_layer = 5\n")  # a file of that name wins over the preset
     assert parsed("char") == TrainConfig(n_layer=5)
 
 
 def test_nanogpts_checkpoint_does_not_ask_for_torch_compile() -> None:
-    """compile=True is nanoGPT's default, so only in a checkpoint of ours was it asked for."""
+    """compile=True is nanoGPT's default, so only in our own checkpoints is it the user's choice."""
     keys = {"compile": True, "n_layer": 3}
     state = {"iter_num": 1, "config": keys}
     Path("out").mkdir()
@@ -80,7 +80,7 @@ def test_every_key_is_an_option() -> None:
     }
     other |= {"dtype": "float16", "init_from": "resume", "parallel": "fsdp"}
     for pair in ({"model": "bigram", "fp8": "none"}, {"model": "gpt", "fp8": "head"}):
-        other |= pair  # the two exclude each other
+        other |= pair  # mutually exclusive
         assert vars(parsed("--preset=gpt2", *arguments(other))) == other
 
 
@@ -121,7 +121,7 @@ def test_resume_goes_on_with_the_keys_of_the_checkpoint() -> None:
     keys = small_keys(Path(), log_interval=7, max_iters=30, init_from="resume")
     assert config == TrainConfig(**keys)
     assert parsed("--init_from=resume", "--preset=gpt2") == TrainConfig(init_from="resume")
-    torch.save({"iter_num": 1, "config": {"pack": True}}, "out/iter-0000099.pt")  # an old name
+    torch.save({"iter_num": 1, "config": {"pack": True}}, "out/iter-0000099.pt")  # its old name
     assert parsed("--init_from=resume").document_mask
 
 
@@ -196,7 +196,7 @@ def test_every_number_has_limits(options: type) -> None:
 
 
 def test_a_cpu_without_memory_is_one_line(refused: Callable[..., str]) -> None:
-    keys = small_keys(Path(), batch_size=2**48)  # more than there are addresses
+    keys = small_keys(Path(), batch_size=2**48)  # more than any address space
     data_set(Path())
     assert "out of memory" in refused("train", "--preset=gpt2", *arguments(keys), code=1)
 
@@ -220,7 +220,7 @@ def test_arguments_that_do_not_parse(
 
 
 def test_version_and_help_import_little_besides_pytorch() -> None:
-    """What takes long to import is imported by what needs it."""
+    """Slow imports happen only where they are needed."""
     program = """
 import sys, torch
 before = set(sys.modules)

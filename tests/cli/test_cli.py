@@ -1,4 +1,4 @@
-"""Commands of the command line: what they write and print, exit codes."""
+"""The commands: files written, output, exit codes."""
 
 import io
 import json
@@ -22,7 +22,7 @@ def small(**changes: Any) -> list[str]:
 
 
 def test_all_processes_take_the_keys_of_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
-    """out_dir = 'out-' + str(time.time()) is another folder in each."""
+    """out_dir = 'out-' + str(time.time()) would give each process a different folder."""
 
     def gathered(self: World, item: Any) -> list[Any]:
         first = replace(item, out_dir="first") if isinstance(item, TrainConfig) else item
@@ -41,7 +41,7 @@ def test_resume_without_the_dtype_of_the_checkpoint(
     data_set(Path())
     assert cli.main(small(max_iters=10, n_layer=1)) == 0
     state = state_of(Path())
-    state["config"]["dtype"] = "float16"  # of a GPU
+    state["config"]["dtype"] = "float16"  # trained on a GPU
     if of_nanogpt:
         del state["fastgpt"]
     torch.save(state, "out/iter-0000011.pt")
@@ -50,12 +50,12 @@ def test_resume_without_the_dtype_of_the_checkpoint(
     assert cli.main(resume) == 0
     said = "dtype = auto, as cpu has no float16, which the checkpoint names"
     assert capsys.readouterr().out.count(said) == 1
-    assert cli.main([*resume, "--max_iters=12"]) == 0  # the new checkpoint has auto
+    assert cli.main([*resume, "--max_iters=12"]) == 0  # the new checkpoint has dtype auto
     assert said not in capsys.readouterr().out
     for form in (["--dtype=float16"], ["--dtype", "float16"]):
         assert cli.main([*resume, *form]) == 2
         assert "dtype must be auto, float32 or bfloat16 on cpu" in capsys.readouterr().err
-    Path("own.py").write_text("dtype = 'float16'")  # a file's is asked for, too
+    Path("own.py").write_text("dtype = 'float16'")  # set explicitly, although in a file
     assert cli.main(["train", "own.py", *small()[1:], "--init_from=resume"]) == 2
     assert "dtype must be auto, float32 or bfloat16 on cpu" in capsys.readouterr().err
 
@@ -83,7 +83,7 @@ def test_prepare_train_sample(capsys: pytest.CaptureFixture[str]) -> None:
 
 @pytest.mark.parametrize("encoding", ["ascii", "cp1252"])
 def test_output_that_cannot_show_the_text(encoding: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Printing changes no outcome: what a terminal cannot show is escaped."""
+    """Characters that the terminal cannot encode are escaped; printing never fails a command."""
     Path("na\u00efve \u2603.txt").write_text(
         "na\u00efve caf\u00e9 \U0001f600\n" * 200, encoding="utf-8"
     )
@@ -112,9 +112,9 @@ def test_output_that_cannot_show_the_text(encoding: str, monkeypatch: pytest.Mon
 def test_a_run_stopped_before_its_first_evaluation(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """sample and export take the newest iter-*.pt where there is no ckpt.pt, and say so."""
+    """Without a ckpt.pt sample and export use the newest iter-*.pt, and say so."""
     data_set(Path())
-    monkeypatch.setattr(World, "any", lambda self, value: True)  # stops behind its first update
+    monkeypatch.setattr(World, "any", lambda self, value: True)  # stops after the first update
     assert cli.main(small(eval_interval=1000)) == 130
     assert not Path("out/ckpt.pt").exists()
     out = " ".join(capsys.readouterr().out.split())
@@ -133,7 +133,7 @@ def test_a_vocabulary_too_large_for_a_table(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = data_set(Path())
-    for name in ("manifest.json", "meta.pkl"):  # of a data set of nanoGPT's
+    for name in ("manifest.json", "meta.pkl"):  # nanoGPT's BPE data has neither
         (folder / name).unlink()
 
     def offline() -> None:
@@ -154,7 +154,7 @@ def test_the_builtin_corpus_is_prepared_when_it_is_missing(
     assert cli.main(small(data_root="data", dataset="builtin", eval_only=True)) == 0
     out = capsys.readouterr().out
     assert "prepared" not in out and "bigram" not in out
-    # as several files too
+    # also as several files
     shutil.rmtree("data")
     assert cli.main(["prepare", "--shard_tokens=1000000"]) == 0
     assert cli.main(small(data_root="data", dataset="builtin", eval_only=True)) == 0
@@ -170,7 +170,7 @@ def test_the_builtin_corpus_is_prepared_when_it_is_missing(
         (PermissionError(13, "Permission denied", "out"), 2),
         (ImportError("wandb"), 2),
         (KeyboardInterrupt(), 130),
-        (RuntimeError("a bug"), None),  # shows its traceback
+        (RuntimeError("a bug"), None),  # keeps its traceback
     ],
 )
 def test_exit_codes(

@@ -1,4 +1,4 @@
-"""``fastgpt doctor``: what it says of this machine, and of others that are imitated."""
+"""``fastgpt doctor``: its report on this machine and on imitated ones."""
 
 import os
 import platform
@@ -33,7 +33,7 @@ def no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, int], None]:
-    """A machine with a GPU of some compute capability."""
+    """imitate(major, minor): pretend that the machine has a GPU of that compute capability."""
 
     def imitate(major: int, minor: int) -> None:
         facts = SimpleNamespace(name="GPU X", major=major, minor=minor, total_memory=80 << 30)
@@ -42,7 +42,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, int], None]:
         monkeypatch.setattr(torch.cuda, "get_device_properties", lambda i: facts)
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (major, minor))
         monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-        monkeypatch.setattr(torch.version, "cuda", "13.0")  # bfloat16 is asked of both
+        monkeypatch.setattr(torch.version, "cuda", "13.0")  # is_bf16_supported() reads it
 
     return imitate
 

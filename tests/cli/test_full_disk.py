@@ -1,5 +1,5 @@
-"""A full disk: one line with cause and path, and nothing lost. A limit on the size of a file stands
-for it: writes fail in the same places, with EFBIG for ENOSPC.
+"""A full disk: one line with cause and path, and nothing lost. It is simulated by a limit on file
+size: writes fail in the same places, with EFBIG instead of ENOSPC.
 """
 
 import os
@@ -30,12 +30,12 @@ def _limited(calls: tuple[tuple[int, list[str]], ...], stdout: str) -> None:
 
 
 def run(*calls: tuple[int, list[str]], stdout: str = os.devnull) -> list[str]:
-    """stderr of commands, each with the largest size of a file in bytes before it."""
+    """stderr of commands, each given as (largest file size in bytes, arguments)."""
     return Forked(_limited, calls, stdout).finished().splitlines()
 
 
 def test_train() -> None:
-    """Every size, because PyTorch's zip writer fails in different ways."""
+    """Several sizes, because PyTorch's zip writer fails in different ways."""
     data_set(Path())
     keys = small_keys(Path(), eval_interval=2, max_iters=3, out_dir="out")
     assert cli.main(["train", "--preset=gpt2", *arguments({**keys, "max_iters": 1})]) == 0

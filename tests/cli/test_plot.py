@@ -1,4 +1,4 @@
-"""``fastgpt plot``: which points are drawn, where the picture goes, what is refused."""
+"""``fastgpt plot``: points drawn, output path, rejected input."""
 
 import json
 import math
@@ -80,7 +80,7 @@ def test_the_curves_of_an_assistants_runs(
 
 
 def test_gaps_and_labels() -> None:
-    """A value that was not finite, a run without an evaluation, a name that matplotlib hides."""
+    """A non-finite value, a run without an evaluation, a label that matplotlib would hide."""
     gap = {"iter": 50, "val/loss": None, "train/loss": None, "lr": 0.0}
     without = [row for row in rows() if "loss" in row]
     figure = draw({"a": [*rows(), gap], "b": without, "_c": rows()})

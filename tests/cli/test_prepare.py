@@ -1,5 +1,5 @@
-"""``fastgpt prepare`` and ``fastgpt tokenizer`` as a user types them, and what
-``train`` and ``sample`` make of the result.
+"""``fastgpt prepare`` and ``fastgpt tokenizer`` as a user types them, then ``train`` and ``sample``
+on the result.
 """
 
 import json
@@ -53,12 +53,12 @@ def test_from_texts_to_a_sample(kind: str, capfd: pytest.CaptureFixture[str]) ->
     assert "bigram, counted on" in out and "sample" in out
     saved = ckpt.load(Path(keys["out_dir"]) / "ckpt.pt")
     assert saved["model_args"]["vocab_size"] == 320  # 300, padded
-    # the tokenizer came along: the data may go
+    # the run folder has a copy of the tokenizer, so the data may be gone
     Path("data").rename("elsewhere")
     run("sample", f"--out_dir={keys['out_dir']}", "--start=to be", "--num_samples=1",
         "--max_new_tokens=5", "--device=cpu")  # fmt: skip
     assert "to be" in capfd.readouterr().out
-    # another tokenizer is noticed
+    # a different tokenizer is detected
     run("tokenizer", "train", "--input=docs.jsonl", f"--kind={kind}", "--vocab_size=310",
         "--out_dir=tokenizers/other")  # fmt: skip
     run("prepare", "--input=docs.jsonl", "--tokenizer=tokenizers/other", "--val_share=0.2")
@@ -68,7 +68,7 @@ def test_from_texts_to_a_sample(kind: str, capfd: pytest.CaptureFixture[str]) ->
 
 def test_the_share_of_one_text() -> None:
     run("prepare", "--input=text.txt")
-    run("prepare", "--input=text.txt")  # finds it finished
+    run("prepare", "--input=text.txt")  # already finished
     assert sorted(os.listdir("data/text")) == ["manifest.json", "meta.pkl", "train.bin", "val.bin"]
     run("prepare", "--input=text.txt", "--val_share=0.25", "--out_dir=data/quarter")
     total = len("".join(DOCUMENTS))

@@ -1,4 +1,4 @@
-"""``fastgpt sample``: what it prints, the dialogue, JSON."""
+"""``fastgpt sample``: output, interactive prompts, JSON."""
 
 import io
 import json
@@ -94,7 +94,7 @@ _ODD_LINES = "\ufeff1\r\n2\f2 \u2028x\x85\r3\r\n\r\n4\n"
 
 
 def test_where_lines_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """At \\n or \\r\\n only, in a file and on stdin alike; a byte order mark is no character."""
+    """Lines end at \\n or \\r\\n only, in files and on stdin; a byte order mark is dropped."""
     expected = ["1", "2\f2 \u2028x\x85\r3", "4"]
     path = tmp_path / "p.txt"
     path.write_bytes(_ODD_LINES.encode())

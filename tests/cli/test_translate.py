@@ -1,5 +1,5 @@
-"""``fastgpt translate`` as a user types it: training, resuming, translating, what is refused; and
-the data of it.
+"""``fastgpt translate`` as a user types it: training, resuming, translating, rejected input; and
+its data.
 """
 
 import json
@@ -202,7 +202,7 @@ def test_what_resuming_and_translating_refuse(refused: Callable[..., str]) -> No
     assert "beam must lie in [1, " in refused(*use, "--beam=999", "a s")
     Path("out/ckpt.pt").write_bytes(b"nothing")
     assert "out/ckpt.pt is not a checkpoint" in refused(*use, "a s")
-    torch.save({"model": {}, "model_args": {}}, "out/ckpt.pt")  # as that of a language model
+    torch.save({"model": {}, "model_args": {}}, "out/ckpt.pt")  # like a language model's
     assert "out/ckpt.pt is no translation model: fastgpt translate train writes one" in refused(
         *use, "a s"
     )
@@ -224,7 +224,7 @@ def test_a_translation_model_is_no_language_model(
 
 
 def test_lines_end_with_a_line_feed_alone(tmp_path: Path) -> None:
-    """A carriage return within a line, as web pages have them, is a character of it."""
+    """A carriage return within a line, common in text from the web, is an ordinary character."""
     (tmp_path / "texts").write_bytes(b"\xef\xbb\xbfa\rb\r\nc\xc2\x85d\n")
     assert read_lines(tmp_path / "texts") == ["a\rb", "c\x85d"]
 
@@ -277,7 +277,7 @@ def test_what_is_held_out_is_not_trained_on() -> None:
 
 
 def test_batches() -> None:
-    """An epoch has every pair once, no batch more tokens than asked for; a seed, one order."""
+    """An epoch has every pair once; batches respect the token limit; a seed fixes the order."""
     draw = torch.Generator().manual_seed(0)
     lengths = torch.randint(1, 12, (50, 2), generator=draw).tolist()
     pairs = [("a" * s, "b" * t) for s, t in lengths]
@@ -296,6 +296,6 @@ def test_batches() -> None:
     for epoch in (*epochs, list(batches.in_order())):
         assert sorted(row for batch in epoch for row in rows(batch)) == sorted(map(tuple, lengths))
     assert [rows(b) for b in epochs[0]] != [rows(b) for b in epochs[1]]
-    assert_same(again[n + 1], batches[n + 1])  # whatever was asked for before
+    assert_same(again[n + 1], batches[n + 1])  # independent of earlier accesses
     assert 0.0 < batches.padding() < 0.5
     assert_same(Batches(ids, 1, seed=3)[0].source.shape[0], 1)  # never an empty batch

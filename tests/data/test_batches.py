@@ -1,4 +1,4 @@
-"""Batches against the rule written out plainly, exact continuation, and bad files."""
+"""Batches against a plain implementation, exact resuming, and bad files."""
 
 import io
 import tracemalloc
@@ -33,7 +33,7 @@ def make(data_dir: Path, device: str = "cpu", **changes: Any) -> Batches:
 
 
 def expected(data_dir: Path, split: str, seed: int, count: int) -> list[tuple[Tensor, Tensor]]:
-    """The rule written out: starts below len - T, x the T ids from there, y the T ids after."""
+    """Plain implementation: starts below len - T, x the T ids from there, y shifted by one."""
     d = np.fromfile(data_dir / f"{split}.bin", dtype=np.uint16).astype(np.int64)
     generator = torch.Generator().manual_seed(seed)
     batches = []
@@ -53,7 +53,7 @@ def assert_same(got: list[tuple[Tensor, Tensor]], want: list[tuple[Tensor, Tenso
 
 def test_batches_follow_the_rule(data_dir: Path, device: str) -> None:
     batches = make(data_dir, device, vocab_size=VOCAB)
-    # All are kept until the end: memory that was reused too early would show.
+    # Keep all batches until the end: memory reused too early would show.
     train = [batches.next("train") for _ in range(50)]
     val = [batches.next("val") for _ in range(50)]
     for x, y in train + val:
@@ -65,7 +65,7 @@ def test_batches_follow_the_rule(data_dir: Path, device: str) -> None:
 
 
 def test_a_batch_goes_where_it_is_asked_to(data_dir: Path, device: str) -> None:
-    """A batch replaces the one before it only when work on that has ended."""
+    """A batch overwrites the previous one only after the work on that has finished."""
     batches = make(data_dir, device)
     place = tuple(torch.empty(BATCH, BLOCK, dtype=torch.int64, device=device) for _ in range(2))
     copies = []
@@ -82,7 +82,7 @@ def test_evaluation_repeats_itself_and_moves_nothing(data_dir: Path, device: str
         first = list(batches.evaluation(split, 4))
         assert_same(first, expected(data_dir, split, SEED + 2, 4))
         assert_same(list(batches.evaluation(split, 4)), first)
-    torch.rand(10)  # nor does the global generator
+    torch.rand(10)  # the global generator has no influence
     train += [batches.next("train") for _ in range(3)]
     assert_same(train, expected(data_dir, "train", SEED, 6))
 
@@ -102,11 +102,11 @@ def test_a_restored_run_draws_what_the_uninterrupted_one_drew(
     file.seek(0)
     state = torch.load(file, weights_only=True, map_location=device)
     restored = make(data_dir, device, seed=SEED + 99)
-    restored.next("train")  # leaves a batch pending, which must not survive
+    restored.next("train")  # leaves a prefetched batch, which must be dropped
     restored.load_state_dict(state)
     for split in SPLITS:
         assert_same([restored.next(split) for _ in range(3)], uninterrupted[split])
-    restored.load_state_dict(state)  # what was returned is no alias of what the run changes
+    restored.load_state_dict(state)  # ``state`` does not alias what the run changes
     assert_same([restored.next("train")], uninterrupted["train"][:1])
 
 
@@ -145,7 +145,7 @@ def test_an_id_outside_the_vocabulary_is_found(
         ValueError, match=rf"val\.bin holds the token id 1000 at position {position}, .*size=1000"
     ):
         make(data_dir, vocab_size=VOCAB)
-    make(data_dir)  # nothing to compare with
+    make(data_dir)  # without vocab_size nothing is checked
 
 
 def test_the_largest_id_of_uint16_is_usable(data_dir: Path) -> None:
@@ -184,7 +184,7 @@ def test_processes_share_the_batches_of_one(tmp_path: Path, world_size: int) -> 
                 assert torch.equal(mine, expected)
     states = [batches.state_dict()["train"] for batches in ranks]
     assert all(torch.equal(state, alone.state_dict()["train"]) for state in states)
-    # 7 batches, which they cannot share evenly
+    # 7 batches do not divide evenly among the ranks
     shares = [list(batches.evaluation("val", 7)) for batches in ranks]
     for number, (x, _) in enumerate(alone.evaluation("val", 7)):
         assert torch.equal(shares[number % world_size][number // world_size][0], x)
@@ -210,7 +210,7 @@ def test_the_fingerprint_is_that_of_the_tokens(data_dir: Path) -> None:
 
 
 def write_shards(folder: Path, lengths: dict[str, list[int]], dtype: str, high: int) -> Path:
-    """Random ids below ``high`` in files of these lengths, and the manifest that names them."""
+    """Write files of these lengths with random ids below ``high``, and their manifest."""
     rng = np.random.default_rng(1)
     splits = {}
     for split, counts in lengths.items():

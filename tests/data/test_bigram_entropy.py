@@ -31,7 +31,7 @@ def test_counts_and_entropy_are_the_definition(
         pairs = Counter(zip(part, part[1:], strict=False))
         firsts = Counter(part[:-1])
         entropy = -sum(n / (len(part) - 1) * math.log(n / firsts[a]) for (a, _), n in pairs.items())
-        counts = bigram_counts(folder, split, len(itos) + 2)  # a model may know more tokens
+        counts = bigram_counts(folder, split, len(itos) + 2)  # a model's vocabulary may be larger
         assert counts.dtype == np.int64 and counts.sum() == len(part) - 1
         assert {(itos[a], itos[b]): counts[a, b] for a, b in np.argwhere(counts)} == pairs
         assert bigram_entropy(counts) == pytest.approx(entropy, abs=1e-12)
@@ -48,10 +48,10 @@ def test_bigram_entropy_of_known_sources(tmp_path: Path) -> None:
 
 
 def test_the_loss_of_counts_is_that_of_the_table() -> None:
-    """Beyond 2^24 too, where float32 no longer counts."""
+    """Also beyond 2^24, where float32 skips integers."""
     random = np.random.default_rng(3)
     train, val = random.integers(1 << 40, size=(2, 5, 5))
-    train[2] = 0  # a token that only val has
+    train[2] = 0  # a token that occurs only in val
     table = torch.log_softmax(torch.from_numpy(train).double().add(1).log(), dim=1)
     expected = -(torch.from_numpy(val) * table).sum() / val.sum()
     assert bigram_loss(train, val) == pytest.approx(expected.item(), abs=1e-12)

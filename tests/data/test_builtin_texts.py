@@ -51,8 +51,8 @@ HUNG_UP = threading.Event()
 
 @pytest.fixture
 def serve(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Respond], str]]:
-    """Start a server that answers every request by ``respond``; gives its URL. A text of the
-    tests' own takes Tiny Shakespeare's place.
+    """Start a server that answers every request by ``respond``; return its URL. ``STAND_IN``
+    replaces Tiny Shakespeare.
     """
     monkeypatch.setenv("no_proxy", "127.0.0.1")
     monkeypatch.setattr(builtin_texts, "SHAKESPEARE_BYTES", len(STAND_IN))
@@ -157,7 +157,7 @@ def test_a_refused_connection_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_tiny_shakespeare(tmp_path: Path) -> None:
-    """The real file, from this machine: sizes, checksum, characters."""
+    """The real file, from the local disk: sizes, checksum, characters."""
     default = Path(__file__).parents[3] / "shared" / "data" / "tinyshakespeare.txt"
     path = Path(os.environ.get("FASTGPT_TINYSHAKESPEARE", default))
     if not path.is_file():

@@ -1,5 +1,5 @@
-"""From texts to token files: the same from every form of input, in memory that does not grow with
-the input.
+"""Preparing token files from texts: the same files from every input format, in memory that does not
+grow with the input.
 """
 
 import gzip
@@ -26,7 +26,7 @@ DOCUMENTS = [f"Document {i}\n" + "naïve Ω 文 🙂 and so on; " * (i % 7) + ".
 
 
 class Wide(CharTokenizer):
-    """Characters with ids that need 32 bits, and a separate end of text."""
+    """A character tokenizer whose ids need 32 bits, with a separate end-of-text id."""
 
     OFFSET = 70_000
 
@@ -50,12 +50,12 @@ def ids_of(data_dir: Path, split: str) -> npt.NDArray[Any]:
 
 
 def texts_of(data_dir: Path, tokenizer: Tokenizer) -> list[str]:
-    """The text of train and that of val."""
+    """The texts of train and val."""
     return [tokenizer.decode(ids_of(data_dir, split)) for split in ("train", "val")]
 
 
 def expected(source: Source, share: float, seed: int) -> list[str]:
-    """The rule written out: each document whole to its split, a line feed behind it."""
+    """Plain implementation: each document goes whole to its split, followed by a line feed."""
     texts = {"train": "", "val": ""}
     for piece in source.pieces(share, seed):
         texts[piece.split] += piece.text + ("\n" if piece.ends_document else "")
@@ -73,14 +73,14 @@ def test_documents(source: FileSource, tokenizer: CharTokenizer, tmp_path: Path)
     assert [train, val] == expected(source, 0.3, 5)
     counts = {name: split.documents for name, split in manifest.splits.items()}
     assert sum(counts.values()) == len(DOCUMENTS) and 8 <= counts["val"] <= 28
-    # every document is there once, whole and in order
+    # every document appears once, whole and in order
     places = [[text.find(document + "\n") for text in (train, val)] for document in DOCUMENTS]
     assert all((a < 0) != (b < 0) for a, b in places)
     for places_in_split in zip(*places, strict=True):
         found = [place for place in places_in_split if place >= 0]
         assert found == sorted(found)
     assert sorted(contents(out_dir)) == ["manifest.json", "meta.pkl", "train.bin", "val.bin"]
-    assert sorted(os.listdir(out_dir)) == sorted(contents(out_dir))  # nothing is left aside
+    assert sorted(os.listdir(out_dir)) == sorted(contents(out_dir))  # no temporary files remain
     assert read_manifest(out_dir) == manifest and manifest.vocab_size == tokenizer.vocab_size
     assert tokenizer_from(out_dir).fingerprint == tokenizer.fingerprint
     for name, split in manifest.splits.items():
@@ -173,7 +173,7 @@ def test_the_shortest_text_is_usable(tmp_path: Path) -> None:
 def test_characters_of_one_text_stay_one_file(
     source: FileSource, tokenizer: CharTokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """nanoGPT reads train.bin alone."""
+    """nanoGPT reads only train.bin."""
     monkeypatch.setattr(module, "SHARD_TOKENS", 97)
     one = TextSource("".join(DOCUMENTS))
     manifest = prepare(one, tokenizer, tmp_path / "text")
@@ -219,7 +219,7 @@ def test_large_vocabularies_get_32_bits(source: FileSource, tmp_path: Path) -> N
     wide = Wide(dict(enumerate(sorted(set("".join(DOCUMENTS))))))
     manifest = prepare(source, wide, tmp_path / "data", val_share=0.3)
     assert manifest.dtype == "uint32"
-    # nanoGPT, which reads train.bin as uint16, must not find one
+    # nanoGPT would read a train.bin as uint16, so there must be none
     names = [split.shards[0].file for split in manifest.splits.values()]
     assert names == ["train_000000.bin", "val_000000.bin"]
     ids = ids_of(tmp_path / "data", "train")
@@ -281,7 +281,7 @@ def test_memory_does_not_grow_with_the_input(
     assert peak(1000) < 1_300_000
 
 
-# ---- what is refused
+# ---- rejected input
 
 
 @pytest.mark.parametrize(
@@ -304,7 +304,7 @@ def test_arguments_out_of_range(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         prepare(source, tokenizer, tmp_path / "data", **arguments)
-    # the error leaves nothing that stops another try
+    # the error leaves nothing behind that prevents a second attempt
     prepare(source, tokenizer, tmp_path / "data", val_share=0.3)
 
 
@@ -327,7 +327,7 @@ def test_nothing_that_is_there_is_replaced(
 
 @pytest.mark.parametrize("form", ["folder", "jsonl"])
 def test_few_documents_are_split_by_tokens(tmp_path: Path, form: str) -> None:
-    """1% of three documents is none: the end of all of them is for validation."""
+    """1% of three documents is less than one, so the end of all their text is for validation."""
     texts = ["a" * 1000, "b" * 491, "c" * 9]
     folder = tmp_path / "texts"
     folder.mkdir()

@@ -1,4 +1,4 @@
-"""An interrupted preparation goes on and ends with the same files; a finished one is checked."""
+"""An interrupted preparation resumes and gives the same files; a finished one is verified."""
 
 import json
 import os
@@ -18,7 +18,7 @@ from tests.data.test_prepare import DOCUMENTS, contents
 
 
 class Stopping(CharTokenizer):
-    """Raises KeyboardInterrupt at one document; records what it encoded."""
+    """Raises KeyboardInterrupt at document ``stop_at``; records the texts it encoded."""
 
     def __init__(self, stop_at: int | None = None) -> None:
         super().__init__(dict(enumerate(sorted(set("".join(DOCUMENTS))))))
@@ -53,7 +53,7 @@ def test_a_stopped_preparation_goes_on(
         state = json.loads((work / "state.json").read_text())
         assert state["batches"] > saved
         saved = state["batches"]
-        # what a crash can leave beyond the saved state: half a batch, another shard
+        # what a crash can leave beyond the saved state: a partial batch, another shard
         for path in work.glob("*.bin"):
             if path.stat().st_size < 2 * shard_tokens:
                 with path.open("ab") as file:
@@ -64,14 +64,14 @@ def test_a_stopped_preparation_goes_on(
     assert saved >= 8
     last = Stopping()
     run(tmp_path / "b", last)
-    assert len(last.encoded) < 25  # what was written was not encoded again
+    assert len(last.encoded) < 25  # documents already written are not encoded again
     assert contents(tmp_path / "b") == contents(tmp_path / "a")
     assert not (tmp_path / "b" / ".prepare").exists()
 
 
 @pytest.mark.skipif(os.name != "posix", reason="folders are locked on POSIX systems")
 def test_two_at_a_time_are_refused(source: FileSource, tmp_path: Path) -> None:
-    """They would write into each other's shards."""
+    """Two processes would write into each other's shards."""
 
     class Second(Stopping):
         def encode_array(self, text: str) -> npt.NDArray[np.uint16]:

@@ -1,4 +1,4 @@
-"""Texts from files: what is refused, where long ones are cut, which split a document goes to."""
+"""Reading texts from files: rejected input, splitting of long documents, assignment to splits."""
 
 import gzip
 import json
@@ -84,13 +84,13 @@ def test_endings_in_capitals_and_lone_surrogates(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["a.txt", "a.csv", "a.json", "a.jsonl", "a.txt.gz"])
 def test_a_byte_order_mark_is_no_part_of_a_text(name: str, tmp_path: Path) -> None:
-    """As of a prompt. Behind the beginning it is a character."""
+    """Like a prompt's. Anywhere but at the start it is an ordinary character."""
     text = "one\r\ntwo\ufeff"
     rows = "json" in name
     data = (json.dumps({"text": text}) if rows else text).encode("utf-8-sig")
     (tmp_path / name).write_bytes(gzip.compress(data) if name.endswith(".gz") else data)
     assert "".join(source_of(tmp_path / name).texts()) == text
-    if not rows:  # with a character before a byte that is none: the place counts the mark
+    if not rows:  # positions of invalid bytes count the mark
         (tmp_path / "b.txt").write_bytes(b"\xef\xbb\xbfa\xff")
         with pytest.raises(ValueError, match="byte 0xff at position 4"):
             list(source_of(tmp_path / "b.txt").texts())
@@ -99,7 +99,7 @@ def test_a_byte_order_mark_is_no_part_of_a_text(name: str, tmp_path: Path) -> No
 
 
 def test_a_zst_with_a_long_window_and_frames_to_be_skipped(tmp_path: Path) -> None:
-    """As ``zstd --long=30`` writes it, and ``pzstd``."""
+    """Files of ``zstd --long=30`` (long window) and ``pzstd`` (skippable frames)."""
     zstandard = pytest.importorskip("zstandard", reason="needs the extra [data]")
     options = zstandard.ZstdCompressionParameters(window_log=30, enable_ldm=True)
     compressor = zstandard.ZstdCompressor(compression_params=options).compressobj()

@@ -1,4 +1,4 @@
-"""For the tests of transformers' models."""
+"""Fixtures for the tests of transformers' models."""
 
 from collections.abc import Callable
 from typing import Any
@@ -11,7 +11,7 @@ from fastgpt.interop import transformers as fast
 
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """What of causal, key_lengths and doc_start each call of the op of attention was given."""
+    """For each call of the attention op, which of causal, key_lengths and doc_start it got."""
     seen: list[str] = []
 
     def spied(op: Callable[..., Tensor]) -> Callable[..., Tensor]:

@@ -1,4 +1,4 @@
-"""Small models of transformers on the ops of ``fastgpt``, and on their own layers."""
+"""Small transformers models with ``fastgpt``'s ops and with their own layers."""
 
 from typing import Any
 
@@ -13,7 +13,7 @@ transformers = pytest.importorskip("transformers", reason="needs the extra hf")
 VOCABULARY, LENGTH = 61, 12
 SHAPE = dict(vocab_size=VOCABULARY, bos_token_id=0, eos_token_id=0, pad_token_id=0)
 DROPOUT = ("embd_pdrop", "attn_pdrop", "resid_pdrop")
-# What ``inputs`` gives, and what the op of attention is called with for it.
+# A kind of ``inputs`` → how the attention op is called for it; None: PyTorch's attention.
 SIDES = {
     "none": "causal",
     "full": "causal",
@@ -21,13 +21,13 @@ SIDES = {
     "left": "causal doc_start",
     "both": "causal doc_start",
     "documents": "causal doc_start",
-    "holes": None,  # PyTorch's attention
+    "holes": None,
     "whole": None,
 }
 
 
 def gpt2(attention: str = "eager", kind: str = "GPT2LMHeadModel", **options: Any) -> Any:
-    """The same weights for any attention."""
+    """A GPT-2 with the same weights whatever the attention."""
     torch.manual_seed(0)
     options = dict.fromkeys(DROPOUT, 0.0) | {"n_layer": 2} | options
     config = transformers.GPT2Config(n_positions=32, n_head=4, n_embd=32, **SHAPE, **options)
@@ -36,7 +36,7 @@ def gpt2(attention: str = "eager", kind: str = "GPT2LMHeadModel", **options: Any
 
 
 def llama(attention: str = "eager", kind: str = "Llama", **options: Any) -> Any:
-    """Four query heads of size 128, which share two heads of keys."""
+    """A Llama-like model: four query heads of size 128, two key heads."""
     torch.manual_seed(0)
     config = getattr(transformers, f"{kind}Config")(
         hidden_size=32,
@@ -74,10 +74,10 @@ def padding(side: str) -> Tensor | None:
 
 
 def inputs(side: str) -> dict[str, Any]:
-    if side == "documents":  # two in each sequence, told by the positions
+    if side == "documents":  # two in each sequence, marked by the positions
         positions = torch.cat([torch.arange(5), torch.arange(LENGTH - 5)]).expand(3, -1)
         return {"position_ids": positions}
-    if side == "whole":  # somebody's own mask: each token sees itself and the first
+    if side == "whole":  # a custom mask: each token sees itself and the first
         visible = torch.eye(LENGTH, dtype=torch.bool)
         visible[:, 0] = True
         return {"attention_mask": torch.where(visible, 0.0, -1e9).expand(3, 1, -1, -1)}
@@ -90,12 +90,12 @@ def is_token(side: str) -> Tensor:
 
 
 def close(a: Tensor, b: Tensor) -> None:
-    factor = 10 if torch.cuda.is_available() else 1  # a GPU adds in another order
+    factor = 10 if torch.cuda.is_available() else 1  # a GPU sums in another order
     torch.testing.assert_close(a, b, atol=2e-6 * factor, rtol=1e-4 * factor)
 
 
 def assert_same(model: Any, plain: Any, side: str = "none", **more: Any) -> None:
-    """Logits, and every gradient of them."""
+    """Assert that the logits and all gradients of both models agree."""
     x, used = tokens(), is_token(side)
     results = []
     for each in (model, plain):
@@ -119,7 +119,7 @@ def losses(model: Any, side: str = "none", **more: Any) -> Any:
     x, used = tokens().to(model.device), is_token(side).to(model.device)
     labels = x.masked_fill(~used, -100)
     labels[:, 0] = -100
-    labels[:, 1:][~used[:, :-1]] = -100  # what padding predicts
+    labels[:, 1:][~used[:, :-1]] = -100  # labels predicted from padding
     given = {k: v if v is None else v.to(model.device) for k, v in inputs(side).items()}
     return model(x, labels=labels, use_cache=False, **given, **more)
 

@@ -1,4 +1,4 @@
-"""``fastgpt export``: the files are read by the programs they are for."""
+"""``fastgpt export``: the programs that the files are for can read them."""
 
 import json
 import os
@@ -26,7 +26,7 @@ from tests.tools.small_runs import TEXT, assert_same, data_set, quiet, small_con
 safetensors_torch = pytest.importorskip("safetensors.torch", reason="needs the extra hf")
 transformers = pytest.importorskip("transformers", reason="needs the extra hf")
 
-# Merges whose tokens can be reached in more than one way, and some across the bytes of a letter.
+# Some tokens can be reached by several merges; one merge joins the bytes of a single letter.
 _MERGES = ["t h", "th e", "Ġ the", "h e", "a n", "an d", "Ġ and", "Ã ©", "o r", "e r", "ĠĠ Ġ"]
 
 
@@ -57,10 +57,10 @@ def test_the_characters_become_a_tokenizer(tmp_path: Path) -> None:
 
 
 def vocabulary(folder: Path) -> Path:
-    """A vocabulary of GPT-2's form, in its two files."""
+    """Write a vocabulary in GPT-2's format, two files."""
     folder.mkdir(parents=True)
     tokens = list(byte_of_character()) + [merge.replace(" ", "") for merge in _MERGES]
-    assert "ĠĠ" not in tokens  # so the last merge can never be made, but the token is known
+    assert "ĠĠ" not in tokens  # so the last merge never applies, but its token exists
     ids = {token: i for i, token in enumerate([*tokens, END_OF_TEXT])}
     (folder / "vocab.json").write_text(json.dumps(ids), encoding="utf-8")
     (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *_MERGES]), encoding="utf-8")
@@ -92,7 +92,7 @@ def test_gpt2s_byte_pairs_become_a_tokenizer(tmp_path: Path) -> None:
     tokenizer = transformers.AutoTokenizer.from_pretrained(written.path, local_files_only=True)
     ids = own.encode(PROSE)
     assert tokenizer(PROSE)["input_ids"] == ids
-    assert len(ids) < len(PROSE.encode()) - 10 and own.end_of_text in ids  # it did merge
+    assert len(ids) < len(PROSE.encode()) - 10 and own.end_of_text in ids  # merges applied
     assert tokenizer.decode(ids) == PROSE
     assert tokenizer.eos_token_id == own.end_of_text == 256 + len(_MERGES)
     config = transformers.AutoConfig.from_pretrained(written.path, local_files_only=True)
@@ -136,7 +136,7 @@ def test_safetensors_can_be_sampled(tmp_path: Path) -> None:
     keys: dict[str, Any] = {"device": "cpu", "num_samples": 1, "start": "12", "max_new_tokens": 9}
     (text,) = Sampler(SampleConfig(init_from=str(file), **keys))
     assert [text] == list(Sampler(SampleConfig(out_dir=str(tmp_path / "out"), **keys)))
-    # a second model of the same tokens, and one of others
+    # a second model with the same tokens, then one with different tokens
     assert exported(tmp_path, "safetensors", output=file.with_name("b.safetensors")).notes == []
     CharTokenizer.from_texts(["ab"]).save(file.with_name("meta.pkl"))
     (note,) = exported(tmp_path, "safetensors", output=file.with_name("c.safetensors")).notes
@@ -144,7 +144,7 @@ def test_safetensors_can_be_sampled(tmp_path: Path) -> None:
 
 
 def test_to_nanogpt(tmp_path: Path) -> None:
-    """What nanoGPT reads (``test_checkpoint``), and no more."""
+    """The checkpoint without our own key; ``test_checkpoint`` checks nanoGPT's format."""
     run(tmp_path, bias=True)
     written = exported(tmp_path, "nanogpt")
     assert written == Exported(tmp_path / "out" / "nanogpt", [])

@@ -1,4 +1,4 @@
-"""``GPT.from_pretrained``: no network, few layers, transformers' own model as the truth."""
+"""``GPT.from_pretrained`` against transformers' own model, with few layers and no network."""
 
 import argparse
 import json
@@ -20,7 +20,7 @@ transformers = pytest.importorskip("transformers", reason="needs the extra hf")
 
 
 def theirs(**changes: Any) -> Any:
-    """A random GPT-2 of transformers', its biases and gains random too."""
+    """transformers' GPT-2 with random weights, including biases and gains."""
     keys = {"n_layer": 2, "n_head": 2, "n_embd": 32, "n_positions": 48, "vocab_size": 300}
     torch.manual_seed(3)
     model = transformers.GPT2LMHeadModel(transformers.GPT2Config(**{**keys, **changes}))
@@ -50,13 +50,13 @@ def assert_same_logits(model: GPT, published: Any) -> None:
     x = ids(model.config.vocab_size)
     logits, _ = model.eval()(x, x)
     expected = published(x).logits
-    assert expected.std() > 0.5  # the comparison is not one of zeros
+    assert expected.std() > 0.5  # not all near zero
     assert logits is not None and (logits - expected).abs().max() <= 1e-4
 
 
 @pytest.mark.parametrize("name", ["gpt2", "gpt2-xl"])
 def test_published_shapes_have_the_logits_of_transformers(name: str, tmp_path: Path) -> None:
-    """The smallest width and the largest, one layer; the whole vocabulary in the smallest."""
+    """The smallest and the largest width, one layer; the full vocabulary only for the former."""
     _, n_head, n_embd = PRETRAINED_SHAPES[name]
     vocab_size = 50257 if name == "gpt2" else 1000
     gelu = "gelu" if name == "gpt2" else "gelu_new"
@@ -84,7 +84,7 @@ def test_published_shapes_have_the_logits_of_transformers(name: str, tmp_path: P
 def test_a_name_is_looked_up_on_the_hub(
     name: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The published files name weights without ``transformer.``, and hold masks."""
+    """The published files name weights without ``transformer.`` and contain masks."""
     path = folder / "model.safetensors"
     state = {
         name.removeprefix("transformer."): tensor
@@ -115,7 +115,7 @@ def test_a_folder_named_like_a_published_model(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(huggingface, "download", lambda name: pytest.fail(f"{name} is here"))
     assert_same_logits(GPT.from_pretrained("openai-community/gpt2"), theirs())
-    for owner in ("distilbert", "someone", ""):  # "": in the root of the file system
+    for owner in ("distilbert", "someone", ""):  # "": a path in the root of the file system
         with pytest.raises(FileNotFoundError, match=f"no folder or file {owner}/gpt2"):
             GPT.from_pretrained(f"{owner}/gpt2")
 
@@ -285,7 +285,7 @@ def test_what_we_write_has_the_same_logits_there_and_back(
 
 
 def test_a_disk_that_refuses_is_an_os_error(tmp_path: Path) -> None:
-    """safetensors raises an error of its own."""
+    """safetensors raises its own error type."""
     model = GPT(GPTConfig(8, 16, 1, 1, 8))
     weights = huggingface.Weights(model.config, "none", model.state_dict())
     with pytest.raises(OSError, match="cannot be written: .*directory"):

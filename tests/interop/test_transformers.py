@@ -1,4 +1,4 @@
-"""A GPT-2 of transformers with the layers of ``fastgpt`` in place, against its own layers."""
+"""transformers' GPT-2 with ``fastgpt``'s layers against the same model with its own."""
 
 import copy
 from pathlib import Path
@@ -43,7 +43,7 @@ def test_the_layers(options: dict[str, Any]) -> None:
     model, plain = patched(**options), gpt2(**options)
     assert_same(model, plain)
     assert_same_loss(model.train(), plain.train())
-    assert losses(model).logits is None  # never in memory
+    assert losses(model).logits is None  # not materialised
     assert losses(model.eval()).logits.shape == (3, LENGTH, VOCABULARY)
 
 
@@ -145,7 +145,7 @@ def test_a_copy_and_saved_files(tmp_path: Path) -> None:
 
 
 def test_a_wrapped_forward_survives_undo() -> None:
-    """As a trainer's mixed precision, or TRL's head, wraps it."""
+    """A trainer's mixed precision and TRL's value head wrap ``forward`` like this."""
     model = patched().train()
     inner, seen = model.forward, []
 
@@ -226,13 +226,13 @@ def test_compiled(side: str, calls: list[str]) -> None:
     model = patched(n_layer=1).train()
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
     assert_same_loss(compiled, model, side)
-    # Values of a mask cannot be read in a graph, so PyTorch's attention has the whole mask.
+    # A graph cannot read a mask's values, so it passes the full mask to PyTorch's attention.
     assert calls == (2 * ["causal"] if side == "none" else ["causal key_lengths"])
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_half_precision(dtype: torch.dtype) -> None:
-    """Weights in bfloat16, or autocast."""
+    """bfloat16 weights, or float32 weights under autocast."""
     model, plain = (each.train().to(dtype) for each in (patched(), gpt2("sdpa")))
     with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.float32):
         got, expected = losses(model, "left").loss, losses(plain, "left").loss

@@ -1,4 +1,4 @@
-"""The attention of ``fastgpt`` in transformers' models, against transformers' own."""
+"""``fastgpt``'s attention in transformers' models against transformers' own."""
 
 from collections.abc import Callable
 from typing import Any
@@ -43,7 +43,7 @@ def test_attention(build: Callable[..., Any], side: str, calls: list[str]) -> No
 
 
 def test_a_step_of_a_static_cache_is_told_by_lengths() -> None:
-    """In each step, so that one graph serves them all; whole where a model asks for it."""
+    """Lengths in every step, so that one graph serves all; a full mask if the model asks for it."""
     options: dict[str, Any] = dict(
         batch_size=3,
         q_length=1,
@@ -70,7 +70,7 @@ def test_a_sliding_window(side: str, calls: list[str]) -> None:
 @pytest.mark.parametrize("build", BUILDERS.values(), ids=BUILDERS)
 @pytest.mark.parametrize("static", [False, True])
 def test_a_prompt_in_chunks(build: Callable[..., Any], static: bool) -> None:
-    """A chunk behind a cache is not causal from the first key on."""
+    """For a chunk after cached tokens, the causal mask is offset."""
     model, plain, x = build("fastgpt"), build(), tokens()
     cache = transformers.StaticCache(model.config, max_cache_len=20) if static else None
     with torch.no_grad():
@@ -82,7 +82,7 @@ def test_a_prompt_in_chunks(build: Callable[..., Any], static: bool) -> None:
 
 
 def in_place(attention: str = "eager") -> Any:
-    """With the layers of ``fastgpt`` too, and two beams."""
+    """GPT-2 with ``fastgpt``'s layers as well, and two beams."""
     model = patched() if attention == "fastgpt" else gpt2()
     model.generation_config.num_beams = 2
     return model
@@ -119,7 +119,7 @@ def test_an_argument_that_would_be_lost(arguments: dict[str, Any], message: str)
 
 @pytest.mark.parametrize("side", ["right", "left"])
 def test_what_the_op_does_not_compute(side: str, calls: list[str]) -> None:
-    """Values of another size than the keys, and a bias of positions, with a short mask."""
+    """Fall back for values of another size than the keys, and for a position bias."""
     functions = transformers.masking_utils
     options: dict[str, Any] = dict(
         batch_size=3,
@@ -145,7 +145,7 @@ def test_what_the_op_does_not_compute(side: str, calls: list[str]) -> None:
 
 
 def test_autocast_of_rotated_heads() -> None:
-    """q and k are float32 behind the rotation, v is not."""
+    """q and k are float32 after the rotary embedding, v is not."""
     model, plain = llama("fastgpt"), llama("sdpa")
     with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
         torch.testing.assert_close(model(tokens()).logits, plain(tokens()).logits)

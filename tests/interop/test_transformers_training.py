@@ -1,6 +1,6 @@
-"""Trainers of transformers, peft and TRL on a GPT-2 with the layers of ``fastgpt``.
+"""Training transformers' GPT-2 on ``fastgpt``'s layers with the Trainer, peft and TRL.
 
-Needs the extra trl; a part that is missing skips its tests.
+Needs the extra trl; tests of a missing package are skipped.
 """
 
 from collections.abc import Callable
@@ -24,7 +24,7 @@ def options(folder: Path, **more: Any) -> dict[str, Any]:
         "output_dir": str(folder),
         "per_device_train_batch_size": 2,
         "max_steps": 2,
-        "optim": "sgd",  # Adam would make a large step of a small difference
+        "optim": "sgd",  # Adam would amplify small differences
         "learning_rate": 0.1,
         "report_to": [],
         "save_strategy": "no",
@@ -38,7 +38,7 @@ def options(folder: Path, **more: Any) -> dict[str, Any]:
 
 
 def samples(n: int) -> list[dict[str, list[int]]]:
-    """Of many lengths, so that each batch has padding and tokens differ between batches."""
+    """Sequences of many lengths, so that batches have padding and differ in their token counts."""
     g = torch.manual_seed(4)
     lengths = torch.randint(3, 20, (n,), generator=g).tolist()
     rows = [torch.randint(1, VOCABULARY, (length,), generator=g).tolist() for length in lengths]
@@ -55,7 +55,7 @@ def collate(rows: list[dict[str, list[int]]]) -> dict[str, Tensor]:
 
 
 def trained(model: Any, folder: Path, **more: Any) -> tuple[list[float], list[Tensor]]:
-    """Losses, and the parameters at the end."""
+    """Losses and final parameters of a training run."""
     arguments = transformers.TrainingArguments(**options(folder, **more))
     trainer = transformers.Trainer(
         model, arguments, train_dataset=samples(16), data_collator=collate
@@ -73,7 +73,7 @@ def same(found: Any, expected: Any) -> None:
 
 
 def test_the_trainer_and_accumulation(tmp_path: Path) -> None:
-    """One batch of 8 is 8 batches of 1, token for token, and as with transformers' own layers."""
+    """One batch of 8 equals 8 batches of 1, and both equal transformers' own layers."""
     whole = dict(per_device_train_batch_size=8)
     parts = dict(per_device_train_batch_size=1, gradient_accumulation_steps=8)
     expected = trained(gpt2("sdpa"), tmp_path, **whole)
@@ -82,7 +82,7 @@ def test_the_trainer_and_accumulation(tmp_path: Path) -> None:
 
 
 def test_half_precision_and_undo(tmp_path: Path) -> None:
-    """The trainer wraps ``forward`` for autocast, and evaluates with logits."""
+    """undo() also works after the trainer has wrapped ``forward`` for autocast."""
     model = patched()
     seen, _ = trained(model, tmp_path, bf16=True, gradient_checkpointing=True)
     assert all(0.0 < loss < 10.0 for loss in seen)

@@ -1,4 +1,4 @@
-"""What the checks of every op call them with, from the test file of each."""
+"""``Cases`` of every op for the checks shared by all, collected from the ops' test files."""
 
 from importlib import import_module
 from importlib.util import find_spec
@@ -10,7 +10,7 @@ from tests.tools.calls import Call, Cases
 
 
 def cases_of(op: str, file: str) -> Cases:
-    """Those of tests/kernels/test_<file>.py."""
+    """The ``Cases`` of ``op`` in tests/kernels/test_<file>.py."""
     name = f"tests.kernels.test_{file}"
     for value in vars(import_module(name)).values() if find_spec(name) else ():
         if isinstance(value, Cases) and value.op == op:
@@ -22,7 +22,7 @@ CASES = {op: cases_of(op, file) for op, file in reference.OPS.items()}
 
 
 def _named(kind: str) -> dict[str, Call]:
-    """ "calls" or "variants" of all ops: "gelu", "gelu, tanh"."""
+    """ "calls" or "variants" of all ops by names such as "gelu" and "gelu, tanh"."""
     return {
         f"{op}, {options}" if options else op: call._replace(op=op)
         for op, cases in CASES.items()

@@ -16,7 +16,7 @@ SIZES = [1, 7, 1024, 3001]
 
 
 class Buffers:
-    """The state of an optimizer over N numbers, and its update by one of the implementations."""
+    """Optimizer state of N elements, updated by one of the implementations."""
 
     def __init__(self, param: Tensor, rounded: torch.dtype | None = None) -> None:
         self.param = param.clone()
@@ -38,7 +38,7 @@ class Buffers:
 @pytest.mark.parametrize("n", SIZES)
 @pytest.mark.parametrize("betas", [(0.9, 0.95), (0.9, 0.999), (0.0, 0.5)], ids=str)
 def test_parity(device: str, n: int, betas: tuple[float, float]) -> None:
-    """Ten updates; PyTorch's own optimizer errs as much against float64."""
+    """Ten updates; errors against float64 are bounded by those of PyTorch's own optimizer."""
     torch.manual_seed(n)
     start = torch.randn(n, device=device)
     gradients = [torch.randn(n, device=device) * 10.0 ** (i % 3 - 2) for i in range(10)]
@@ -87,7 +87,7 @@ def test_a_skipped_update_changes_nothing(device: str, module: Any) -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 @pytest.mark.parametrize("module", [fused, torch_ops], ids=["fused", "torch_ops"])
 def test_accumulate(device: str, module: Any, dtype: torch.dtype) -> None:
-    """Gradients of any strides are added to buffers that may begin anywhere, to the last bit."""
+    """Gradients with any strides are added to unaligned buffers, bit for bit."""
     torch.manual_seed(0)
     shapes = [(1030,), (0,), (3, 5), (7, 300)]
     flat = [torch.randn(3 + math.prod(shape), device=device) for shape in shapes]
@@ -116,7 +116,7 @@ def test_opcheck(device: str) -> None:
 
 
 def _compare(rounded: torch.dtype | None, controlled: bool, betas: tuple[float, float]) -> None:
-    """Three updates, the second skipped if there is a switch."""
+    """Three updates; with ``controlled`` they are clipped and the second one is skipped."""
     start, grad = torch.randn(2, 1030)
     states = []
     for module in (fused, reference):

@@ -1,5 +1,5 @@
-"""Attention in Triton against the masked matrix product: parity of outputs and gradients, operator
-registration. What the mask and the dropout promise is in test_attention_semantics.py.
+"""Attention in Triton against masked matrix products: parity of outputs and gradients, operator
+registration. See test_attention_semantics.py for mask and dropout semantics.
 """
 
 from contextlib import nullcontext
@@ -28,7 +28,7 @@ def seed_on(device: str) -> Tensor:
 
 
 def assert_parity(name: str, inputs: list[Tensor], grad: Tensor, **options: Any) -> None:
-    """The kernel and the plain op, in the inputs' dtype, against the plain op in float64."""
+    """Compare the kernel and the plain op in the inputs' dtype with the plain op in float64."""
     kernel, plain = (partial(getattr(module, name), **options) for module in (fused, reference))
     names = ["qkv"] if len(inputs) == 1 else ["q", "k", "v"]
     parity.assert_parity(kernel, plain, plain, inputs, grad, names)
@@ -37,7 +37,7 @@ def assert_parity(name: str, inputs: list[Tensor], grad: Tensor, **options: Any)
 @pytest.mark.parametrize("head_size", HEAD_SIZES)
 @pytest.mark.parametrize("length", LENGTHS)
 def test_parity_packed(device: str, length: int, head_size: int) -> None:
-    """Each dtype in turn; the masks of test_parity_separate get the two others."""
+    """Dtypes alternate over the cases; test_parity_separate covers the other two."""
     case = LENGTHS.index(length) + HEAD_SIZES.index(head_size)
     dtype = parity.DTYPES[(case + 2) % 3]
     n_head, batch = 1 + case % 5, 1 + case % 2
@@ -49,7 +49,7 @@ def test_parity_packed(device: str, length: int, head_size: int) -> None:
 
 @pytest.mark.parametrize("dtype", parity.DTYPES, ids=str)
 def test_as_accurate_as_sdpa(device: str, dtype: torch.dtype) -> None:
-    """PyTorch's flash kernel rounds less than the plain op in low precision: the closer rival."""
+    """A sharper bound: PyTorch's flash kernel rounds less than the plain op in low precision."""
     qkv = torch.randn(2, 129, 3 * 128, device=device).to(dtype)
     grad = torch.randn(2, 129, 128, device=device).to(dtype)
     kernel, pytorch, plain = (
@@ -63,9 +63,9 @@ def test_as_accurate_as_sdpa(device: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("head_size", HEAD_SIZES)
 @pytest.mark.parametrize("n_queries", LENGTHS)
 def test_parity_separate(device: str, n_queries: int, head_size: int, causal: bool) -> None:
-    """q, k, v of different lengths and layouts; each dtype, number of heads and scale in turn."""
+    """q, k, v of different lengths and layouts; dtypes, head counts and scales alternate."""
     case = LENGTHS.index(n_queries) + HEAD_SIZES.index(head_size) + causal
-    n_keys = LENGTHS[1 + (LENGTHS.index(n_queries) + case) % 5]  # one key: test_one_key
+    n_keys = LENGTHS[1 + (LENGTHS.index(n_queries) + case) % 5]  # one key: see test_one_key
     dtype, n_head = parity.DTYPES[case % 3], 1 + case % 3
     q, k, v = (
         parity.randn((2, n_head, length, head_size), dtype, device, parity.LAYOUTS[(case + i) % 4])
@@ -78,8 +78,8 @@ def test_parity_separate(device: str, n_queries: int, head_size: int, causal: bo
 @pytest.mark.parametrize("causal", [True, False], ids=["causal", "full"])
 @pytest.mark.parametrize("dtype", parity.DTYPES, ids=str)
 def test_one_key(device: str, dtype: torch.dtype, causal: bool) -> None:
-    """Its probability is 1: the output is v, dv the sum of dout. dq and dk are 0, of which the
-    float32 kernels miss the rounding of dP - delta, two sums of D products in another order."""
+    """The probability is 1, so the output is v and dv the sum of dout. dq and dk are 0 up to the
+    rounding of dP - delta, two float32 sums of D products in different orders."""
     q, grad = torch.randn(2, 2, 3, 127, 64, device=device).to(dtype)
     k, v = torch.randn(2, 2, 3, 1, 64, device=device).to(dtype)
     leaves = [x.clone().requires_grad_() for x in (q, k, v)]
@@ -88,7 +88,7 @@ def test_one_key(device: str, dtype: torch.dtype, causal: bool) -> None:
     assert torch.equal(y, v.expand_as(y))
     summed = grad.double().sum(2, keepdim=True)
     half_ulp = torch.finfo(torch.float32).eps / 2
-    in_any_order = 127 * half_ulp * grad.double().abs().sum(2, keepdim=True)  # float32 sums
+    in_any_order = 127 * half_ulp * grad.double().abs().sum(2, keepdim=True)  # any float32 sum
     assert ((dv - summed).abs() <= in_any_order + torch.finfo(dtype).eps / 2 * summed.abs()).all()
     terms = (grad.float().abs() * v.float().abs()).sum(-1).max()
     rounding = 64 * torch.finfo(torch.float32).eps * terms / 64**0.5
@@ -107,7 +107,7 @@ def test_parity_of_every_size_class(device: str, head_size: int, dtype: torch.dt
 @pytest.mark.parametrize("causal", [True, False], ids=["causal", "full"])
 @pytest.mark.parametrize("dtype", parity.DTYPES, ids=str)
 def test_parity_with_dropout(device: str, dtype: torch.dtype, causal: bool) -> None:
-    """The plain op applies the same mask, so output and gradients must agree, not only the rate."""
+    """The plain op applies the same mask, so outputs and gradients must agree."""
     *inputs, grad = torch.randn(4, 1, 2, 129, 25, device=device).to(dtype)
     options = dict(causal=causal, dropout_p=0.3, seed=seed_on(device))
     assert_parity("attention", inputs, grad, **options)
@@ -124,9 +124,9 @@ def test_parity_packed_with_dropout(device: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", parity.DTYPES, ids=str)
 @pytest.mark.parametrize("factor", [30.0, 1e-3])
 def test_scores_of_any_size(device: str, factor: float, dtype: torch.dtype, gpu: bool) -> None:
-    """Scores in the thousands overflow exp without the running maximum, and have few digits behind
-    the point: what is subtracted from them must be exact, whether the product with the scale is
-    rounded first or not."""
+    """Scores in the thousands overflow exp without the running maximum and have few fractional
+    digits, so the subtracted maximum must be exact, whether the scaled product is rounded first
+    or not."""
     q, k, v, grad = torch.randn(4, 1, 2, 100, 64, device=device).to(dtype)
     with interpreter.gpu_arithmetic() if gpu else nullcontext():
         assert_parity("attention", [factor * q, factor * k, v], grad)
@@ -147,7 +147,7 @@ def test_packed_attention_is_contiguous(ops, device: str, shape: tuple[int, int,
 
 
 def test_float32_products_follow_pytorchs_switch() -> None:
-    torch.set_float32_matmul_precision("high")  # the next test begins with "highest"
+    torch.set_float32_matmul_precision("high")  # conftest resets it to "highest"
     assert _host.dot_precision(torch.float32) == "tf32"
     assert _host.dot_precision(torch.bfloat16) == "ieee"
     torch.set_float32_matmul_precision("highest")
@@ -169,7 +169,7 @@ def test_the_largest_head_size() -> None:
 
 
 def test_a_gpu_without_tritons_products_is_refused() -> None:
-    """That of ``fused`` itself, called by name or in a block; in either kind of dtype."""
+    """``fused`` itself raises, for attention and in a block, in half precision and float32."""
     model = GPT(GPTConfig(block_size=4, vocab_size=8, n_layer=1, n_head=1, n_embd=64), ops=fused)
     with _host.interpreted(capability=75):
         for run in (
@@ -214,7 +214,7 @@ def _packed_documents(ops: Any, qkv: Tensor) -> Tensor:
 
 
 def _drawn_options(draws: Draws, batch: int, length: int | None) -> dict[str, Any]:
-    """``length``: of queries and keys, if that is one."""
+    """``length``: of queries and keys, None if they differ."""
     options = draws.dropout() | {"causal": draws.flag()}
     if draws.flag():
         options["scale"] = draws.one_of(0.1, 1.0)
@@ -241,8 +241,8 @@ def _packed_drawn(draws: Draws) -> Drawn:
 
 
 def _masks(n_rows: int, n_cols: int, device: str, **options: Any) -> Masks:
-    """q = 0 makes all probabilities equal, v = 1 lets each through in a column of its own, and the
-    gradient in the row of its own query."""
+    """q = 0 makes all probabilities equal; with v = 1 (identity) each appears in its own column of
+    the output, and likewise in the row of its query in the gradient."""
     q, k = (torch.zeros(1, 1, n, n_cols, device=device) for n in (n_rows, n_cols))
     v = torch.eye(n_cols, device=device).view(1, 1, n_cols, n_cols).requires_grad_()
     y = fused.attention(q, k, v, causal=False, **options)
@@ -251,7 +251,7 @@ def _masks(n_rows: int, n_cols: int, device: str, **options: Any) -> Masks:
 
 
 def _compare_tf32() -> None:
-    """Operands of 11 bits: errors between those of float32 and of bfloat16, which has 8."""
+    """TF32 operands have 11 bits: errors lie between float32's and bfloat16's (8 bits)."""
     inputs = [torch.randn(1, 2, 40, 32) for _ in range(3)]
     grad = torch.randn(1, 2, 40, 32)
     torch.set_float32_matmul_precision("high")
@@ -265,7 +265,7 @@ def _compare_tf32() -> None:
 
 
 def _compare_lengths(dtype: torch.dtype) -> None:
-    """Four heads that share the keys of two."""
+    """Four query heads, two key heads."""
     options: Any = dict(causal=False, key_lengths=torch.tensor([37, 0], dtype=torch.int32))
     shapes = (2, 4, 40, 32), (2, 2, 70, 32), (2, 2, 70, 32)
     compare(partial(_call, **options), dtype, *shapes)
@@ -274,7 +274,7 @@ def _compare_lengths(dtype: torch.dtype) -> None:
 def _compare_packed(
     dtype: torch.dtype, head_size: int, length: int, documents: bool = False, **options: Any
 ) -> None:
-    """With two heads."""
+    """Compare ``attention_qkvpacked`` with two heads."""
     if documents:
         options["doc_start"] = starts_of(length, [length // 3])
     call = partial(_packed, n_head=2, **with_seed(options))

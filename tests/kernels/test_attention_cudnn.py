@@ -1,4 +1,4 @@
-"""Where cuDNN's forward of attention takes the place of ours: parity, what is saved of it, what it
+"""cuDNN's attention forward in place of ours: parity, tensors saved for backward, inputs that it
 does not get.
 """
 
@@ -22,7 +22,7 @@ def _forward_by(monkeypatch: pytest.MonkeyPatch, library: str | None) -> None:
     monkeypatch.setattr(configs, "lookup", said)
 
 
-@pytest.mark.gpu  # interpreted there is one forward
+@pytest.mark.gpu  # the interpreter has only our forward
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")
 @pytest.mark.parametrize("library", [None, configs.CUDNN])
 @pytest.mark.parametrize("causal", [True, False], ids=["causal", "full"])
@@ -36,7 +36,7 @@ def test_parity_of_both_forwards(
     causal: bool,
     library: str | None,
 ) -> None:
-    """Ours and, where it takes the inputs, cuDNN's."""
+    """Our forward, and cuDNN's for inputs that it supports."""
     _forward_by(monkeypatch, library)
     inputs = [
         parity.randn((2, 3, length, 64), dtype, "cuda", "contiguous")
@@ -47,7 +47,7 @@ def test_parity_of_both_forwards(
 
 
 def test_what_is_saved_of_cudnn_is_ours(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A stand-in for cuDNN with its shapes and natural logarithms: our backward follows it."""
+    """Our backward follows a stand-in with cuDNN's shapes and natural logarithms."""
     calls = []
 
     def cudnn(q, k, v, bias, with_lse, dropout, causal, debug, *, scale):
@@ -76,8 +76,8 @@ class _OnGpu(Tensor):
 
 
 def test_what_cudnn_does_not_get(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Expanded tensors, with which PyTorch's call of it fails before pytorch/pytorch#175764; shared
-    keys; lengths."""
+    """Expanded tensors (PyTorch's cuDNN call fails on them before pytorch/pytorch#175764), shared
+    keys, lengths."""
     monkeypatch.setattr(attention_fwd, "SDPAParams", lambda *given: given)
     monkeypatch.setattr(attention_fwd, "can_use_cudnn_attention", lambda given: True)
     full = torch.randn(2, 3, 16, 64).as_subclass(_OnGpu)
@@ -97,7 +97,7 @@ def test_what_cudnn_does_not_get(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_parity_of_expanded_keys(
     device: str, library: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Queries that share the keys of one head."""
+    """All query heads share the keys of one head, as an expanded tensor."""
     _forward_by(monkeypatch, library)
     q, grad = (parity.randn((2, 3, 33, 64), torch.bfloat16, device, "contiguous") for _ in "qd")
     k, v = (parity.randn((2, 1, 33, 64), torch.bfloat16, device, "contiguous") for _ in "kv")

@@ -1,5 +1,5 @@
-"""Attention of a new token over the cache: against the plain op and against attention over all
-tokens at once, on caches that are filled differently far, and what it leaves alone.
+"""Attention of a new token over the KV cache: against the plain op and against attention over all
+tokens at once, with rows at different positions; what it must not change.
 """
 
 import math
@@ -34,7 +34,7 @@ def _inputs(
     n_slots: int = 70,
     head_size: int = 16,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """A cache that is filled up to each row's place, and what is to be put there."""
+    """qkv of a new token, a cache filled up to each row's position, and the positions."""
     batch = len(places)
     qkv = torch.randn(batch, 1, 3 * n_head * head_size, device=device).to(dtype)
     cache = torch.zeros(2, batch, n_head, n_slots, head_size, device=device, dtype=dtype)
@@ -44,7 +44,7 @@ def _inputs(
 
 
 def decoding(cache: Tensor, positions: Tensor) -> Callable[..., Tensor]:
-    """A call of ``attention_decode`` with qkv alone: the result and the cache that it leaves."""
+    """``attention_decode`` as a function of qkv: the output and the updated cache in one tensor."""
 
     def call(ops: Any, qkv: Tensor) -> Tensor:
         mine = cache.to(qkv.dtype, copy=True)
@@ -61,7 +61,7 @@ def _assert_parity(kernel: Any, plain: Any, qkv: Tensor) -> None:
 @pytest.mark.parametrize("dtype", parity.DTYPES, ids=str)
 @pytest.mark.parametrize("head_size", [1, 8, 25, 64, 80, 128, 256])
 def test_parity(device: str, head_size: int, dtype: torch.dtype) -> None:
-    """Places in the first part, at both sides of a border of two, in the last slot."""
+    """Positions in the first part, on both sides of a boundary between parts, in the last slot."""
     size = block_d(head_size)
     block_n = configs.lookup("attention_decode", "fwd", None, dtype, size).BLOCK_N
     places = [0, 5, block_n - 1, block_n, block_n + 6]
@@ -76,7 +76,7 @@ def test_parity(device: str, head_size: int, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("gpu", [False, True], ids=["cpu_arithmetic", "gpu_arithmetic"])
 @pytest.mark.parametrize("dtype", parity.DTYPES, ids=str)
 def test_scores_in_the_thousands(device: str, dtype: torch.dtype, gpu: bool) -> None:
-    """Of several parts, whose sums are put together by their maxima."""
+    """Scores of several parts, whose sums are combined by their maxima."""
     places = [40, 127, 128, 300]
     qkv, cache, positions = _inputs(places, dtype, device, n_head=4, n_slots=301, head_size=64)
     qkv[..., : 2 * 256] *= 30
@@ -92,14 +92,14 @@ def test_scores_in_the_thousands(device: str, dtype: torch.dtype, gpu: bool) -> 
 
 @IMPLEMENTATIONS
 def test_token_by_token_is_attention_at_once(ops: Any, device: str) -> None:
-    """Across three parts."""
+    """The cache spans three parts."""
     batch, n_head, length, head_size = 2, 2, 140, 40
     qkv = torch.randn(batch, length, 3 * n_head * head_size, device=device)
     cache = torch.zeros(2, batch, n_head, length, head_size, device=device)
     together = reference.attention_qkvpacked(qkv, n_head, scale=0.3)
     for t in range(0, length):
         positions = torch.full((batch,), t, device=device)
-        if t % 20 and t + 1 != length:  # what another token would put there
+        if t % 20 and t + 1 != length:  # what decoding this token would write
             k, v = qkv[:, t].unflatten(1, (3, n_head, head_size)).unbind(1)[1:]
             cache[:, :, :, t] = torch.stack([k, v])
             continue
@@ -121,7 +121,7 @@ def test_a_row_has_the_same_bits_alone_and_changes_nothing_but_its_slot(
         alone = before[:, row : row + 1].clone()
         one = ops.attention_decode(qkv[row : row + 1], alone, positions[row : row + 1])
         assert torch.equal(alone[:, 0], cache[:, row])
-        if ops is fused:  # PyTorch's own kernels choose by the shape
+        if ops is fused:  # PyTorch chooses kernels by shape
             assert torch.equal(one[0], y[row])
         changed = (cache[:, row] != before[:, row]).any(dim=(0, 1, 3))
         assert changed.nonzero().flatten().tolist() == [place]
@@ -138,7 +138,7 @@ def test_slots_behind_the_token_are_not_read(device: str) -> None:
 
 
 def test_a_place_outside_gives_nan_and_writes_nothing(device: str) -> None:
-    """Of the operators themselves: the public functions refuse it where they can."""
+    """Tests the operators themselves: the public functions reject such positions if they can."""
     qkv, cache, _ = _inputs([3, 7, 5, 2], device=device)
     positions = torch.tensor([70, 7, -1, 7000], device=device)
     before = cache.clone()
@@ -149,7 +149,7 @@ def test_a_place_outside_gives_nan_and_writes_nothing(device: str) -> None:
 
 
 def test_more_parts_than_are_added_at_a_time(device: str) -> None:
-    """The largest score of each group of parts is larger than that of the one before."""
+    """The maximum score grows from each group of parts to the next."""
     torch.manual_seed(0)
     n_slots, head_size = 700, 64
     qkv = torch.randn(1, 1, 3 * head_size, device=device)
@@ -183,7 +183,7 @@ def test_the_largest_head_size() -> None:
 
 
 def _drawn(draws: Draws) -> Drawn:
-    """The cache, which it changes, is a part of the result."""
+    """The cache, updated in place, is part of the result."""
     batch, heads, size, slots = draws.size(3), draws.size(3), draws.size(20), draws.size(40)
     positions = torch.randint(slots, (batch,))
     cache = parity.randn((2, batch, heads, slots, size), draws.dtype, "cpu", "contiguous")

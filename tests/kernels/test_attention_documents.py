@@ -1,5 +1,5 @@
-"""Attention of several documents in one sequence (``doc_start``): parity of outputs and gradients,
-and that no document knows of another.
+"""Attention with several documents in one sequence (``doc_start``): parity of outputs and
+gradients, isolation of the documents.
 """
 
 from functools import partial
@@ -19,7 +19,7 @@ CASES = pytest.mark.parametrize("length,borders", DOCUMENTS, ids=str)
 
 @CASES
 def test_parity_packed(device: str, length: int, borders: list[int]) -> None:
-    """The second sequence has other borders; each dtype in turn."""
+    """The second sequence has other borders; dtypes alternate."""
     case = DOCUMENTS.index((length, borders))
     dtype = parity.DTYPES[(case + case // 3) % 3]
     n_head, head_size = 1 + case % 3, (16, 25, 64)[case % 3]
@@ -31,8 +31,8 @@ def test_parity_packed(device: str, length: int, borders: list[int]) -> None:
 
 @pytest.mark.parametrize("length,borders", DOCUMENTS[2:], ids=str)
 def test_parity_separate_with_dropout(device: str, length: int, borders: list[int]) -> None:
-    """Another dtype than in the test above. Not where all documents have one token: there dq and dk
-    are 0, but for the rounding of O, of which the plain op knows nothing."""
+    """A different dtype than in the test above. Documents of only one token are left out: there dq
+    and dk are 0 up to the rounding of O, which the plain op does not have."""
     case = DOCUMENTS.index((length, borders))
     dtype = parity.DTYPES[(case + case // 3 + 1) % 3]
     *inputs, grad = torch.randn(4, 1, 2, length, 25, device=device).to(dtype)
@@ -62,7 +62,7 @@ def test_documents_are_what_they_are_alone(module, length: int, borders: list[in
 def test_one_document_gives_the_same_bits_as_none(
     monkeypatch: pytest.MonkeyPatch, device: str, length: int, dtype: torch.dtype, dropout_p: float
 ) -> None:
-    """By the same tiles, that is: on a GPU documents may have others, and sums another order."""
+    """With the same tiles: on a GPU documents may use others, which sum in another order."""
     find = configs.find
     monkeypatch.setattr(configs, "find", lambda *asked: find(*asked[:4], *OPTIONS[dropout_p > 0]))
     inputs = qkv_of(device, length, 2, dtype)
@@ -78,7 +78,7 @@ def test_one_document_gives_the_same_bits_as_none(
 def test_a_document_changes_no_bit_of_another(
     device: str, borders: list[int], dtype: torch.dtype
 ) -> None:
-    """Outputs and every gradient, the documents before it and behind it."""
+    """Outputs and all gradients of the documents before and after it."""
     length = 140
     inputs = qkv_of(device, length, dtype=dtype)
     grad = torch.randn_like(inputs[0])
@@ -99,7 +99,7 @@ POISONS = [float("nan"), float("inf"), float("-inf")]
 
 
 @pytest.mark.parametrize(
-    ("place", "which", "poison"),  # each pair of two of them once
+    ("place", "which", "poison"),  # each pair of values once
     [
         (place, which, POISONS[(i + j) % 3])
         for i, place in enumerate((20, 64, 90))
@@ -109,8 +109,8 @@ POISONS = [float("nan"), float("inf"), float("-inf")]
 def test_what_is_not_finite_in_another_document_never_leaks(
     device: str, place: int, which: str, poison: float
 ) -> None:
-    """Outputs and their dq keep every bit; of a key or value, dk and dv as well. (A query that is
-    not finite is multiplied by the zeros of its neighbours' dk.)"""
+    """Outputs and dq are equal bit for bit; for a poisoned key or value, dk and dv as well. (A
+    non-finite query is multiplied by zeros in its neighbours' dk.)"""
     borders, length = [40, 100], 150
     begin, end = (0, 40) if place < 40 else (40, 100)
     inputs = dict(zip("qkv", qkv_of(device, length), strict=True))
@@ -128,7 +128,7 @@ def test_what_is_not_finite_in_another_document_never_leaks(
 
 @pytest.mark.parametrize("kind", ["random", "falling", "behind", "extreme"])
 def test_whatever_starts_holds_is_within_bounds(device: str, kind: str) -> None:
-    """The sanitizer sees every address; each query sees itself at least, so outputs are finite."""
+    """The sanitizer checks all addresses; a query always sees itself, so outputs are finite."""
     length = 150
     places = torch.arange(length, dtype=torch.int32)
     extreme = torch.tensor([-(2**31), 2**31 - 1], dtype=torch.int32)

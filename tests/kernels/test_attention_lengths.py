@@ -1,5 +1,5 @@
-"""Attention over keys of given lengths (``key_lengths``), and with heads that share keys: parity of
-outputs and gradients, and that padding changes nothing.
+"""Attention with key lengths (``key_lengths``) and with shared key heads: parity of outputs and
+gradients; padding has no influence.
 """
 
 from functools import partial
@@ -18,7 +18,7 @@ from tests.tools.documents import starts_of
 from tests.tools.sanitizer import sanitize
 
 MODULES = [fused, torch_ops, reference]
-# Tq, Tk, and the lengths of the keys: none, one, at an edge of a tile and beside it, all.
+# Tq, Tk, key lengths: no key, one, a tile's edge and next to it, all.
 LENGTHS = [(70, 130, [0, 1, 64, 65, 130]), (70, 65, [65, 63]), (1, 1, [1, 0])]
 CASES = pytest.mark.parametrize("n_queries,n_keys,lengths", LENGTHS, ids=str)
 CAUSAL = pytest.mark.parametrize("causal", [True, False], ids=["causal", "full"])
@@ -27,7 +27,7 @@ CAUSAL = pytest.mark.parametrize("causal", [True, False], ids=["causal", "full"]
 def inputs_of(
     device: str, batch: int, n_queries: int, n_keys: int, heads: tuple[int, int] = (2, 1)
 ) -> list[Tensor]:
-    """q, k, v and the gradient, for (query heads, key heads)."""
+    """q, k, v and dout; ``heads``: (query heads, key heads)."""
     shapes = [(heads[0], n_queries), (heads[1], n_keys), (heads[1], n_keys), (heads[0], n_queries)]
     return [torch.randn(batch, *shape, 16, device=device) for shape in shapes]
 
@@ -53,8 +53,8 @@ def test_torch_ops(n_queries: int, n_keys: int, lengths: list[int], causal: bool
                 torch.testing.assert_close(x, tensors[0], rtol=1e-5, atol=1e-5)
 
 
-# Tq, Tk, lengths, (query heads, key heads), D, options. With a length of 1 dq and dk would be 0,
-# but for the rounding of O, of which the plain op knows nothing.
+# Tq, Tk, lengths, (query heads, key heads), D, options. No length of 1: dq and dk would be 0 up to
+# the rounding of O, which the plain op does not have.
 PARITY: list[tuple[Any, ...]] = [
     (70, 130, [0, 65, 130], (1, 1), 16, dict(causal=False)),
     (130, 130, [17, 100], (2, 1), 25, dict(dropout_p=0.2)),
@@ -73,7 +73,7 @@ def test_parity(device: str, case: int, dtype: torch.dtype) -> None:
         parity.randn((batch, n_head, n_queries, head_size), dtype, device, parity.LAYOUTS[case % 4])
         for _ in range(2)
     )
-    # Views of a projection to keys and values, side by side.
+    # Views of a joint projection to keys and values.
     kv = parity.randn((batch, n_keys, 2 * n_kv_head * head_size), dtype, device, "contiguous")
     k, v = kv.unflatten(2, (2, n_kv_head, head_size)).permute(2, 0, 3, 1, 4)
     if "dropout_p" in options:
@@ -92,7 +92,7 @@ def test_parity_of_documents_with_shared_keys(device: str, dtype: torch.dtype) -
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_scores_in_the_thousands(device: str, dtype: torch.dtype) -> None:
-    """The padding, zeros, would be the maximum of a row whose scores are all far below 0."""
+    """Zero padding would win the maximum of a row whose scores are all far below 0."""
     q, k, v, grad = (x.to(dtype) for x in inputs_of(device, 2, 70, 100))
     k = torch.where(torch.arange(2, device=device)[:, None, None, None] == 0, -k.abs(), k)
     with interpreter.gpu_arithmetic():
@@ -107,7 +107,7 @@ def test_scores_in_the_thousands(device: str, dtype: torch.dtype) -> None:
 
 @CAUSAL
 def test_shared_keys_are_repeated_keys(device: str, causal: bool) -> None:
-    """Of a group's heads outputs and dq keep every bit; dk and dv are summed over the group."""
+    """Outputs and dq are equal bit for bit; dk and dv are summed over a group of heads."""
     *inputs, grad = inputs_of(device, 1, 70, 70, (6, 2))
     op = partial(fused.attention, causal=causal)
     shared = parity.outcome(op, inputs, grad)
@@ -127,7 +127,7 @@ def test_shared_keys_are_repeated_keys(device: str, causal: bool) -> None:
 def test_a_row_is_what_it_is_alone(
     module, dtype: torch.dtype, n_queries: int, n_keys: int, lengths: list[int], causal: bool
 ) -> None:
-    """Of our kernels, bit for bit."""
+    """Each row of a batch equals the row computed alone, bit for bit for our kernels."""
     *inputs, grad = (x.to(dtype) for x in inputs_of("cpu", len(lengths), n_queries, n_keys))
     tolerance = 0.0 if module is fused else 1e-5
     op = partial(module.attention, causal=causal)
@@ -161,7 +161,7 @@ def test_what_stands_in_padding_changes_no_bit(module, causal: bool) -> None:
 
 @CAUSAL
 def test_whatever_lengths_hold_is_within_bounds(causal: bool) -> None:
-    """The sanitizer sees every address; a number counts as the nearest that is allowed."""
+    """The sanitizer checks all addresses; invalid lengths are clamped."""
     *inputs, grad = inputs_of("cpu", 4, 20, 70)
     op = partial(fused.attention, causal=causal)
     wild, allowed = [-5, 200, -(2**31), 2**31 - 1], [0, 70, 0, 70]
@@ -173,7 +173,7 @@ def test_whatever_lengths_hold_is_within_bounds(causal: bool) -> None:
 
 
 def test_tiles_of_padding_are_not_visited(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Products are counted: 2 a tile forward, 3 for dq, 4 for dk and dv."""
+    """Counts products: per tile 2 in forward, 3 for dq, 4 for dk and dv."""
     products, dot = [0], interpreter.Builder.create_dot
 
     def counted(*args: Any) -> Any:
@@ -186,7 +186,7 @@ def test_tiles_of_padding_are_not_visited(monkeypatch: pytest.MonkeyPatch) -> No
         products[0] = 0
         op = partial(fused.attention, causal=False, key_lengths=of([length]))
         parity.outcome(op, inputs, grad)
-        assert products[0] == 9 * 2 * n_tiles  # of two heads
+        assert products[0] == 9 * 2 * n_tiles  # two heads
 
 
 def test_strided_lengths(device: str) -> None:
@@ -201,7 +201,7 @@ def test_strided_lengths(device: str) -> None:
 
 
 def test_cost_is_that_of_all_keys() -> None:
-    """A formula reads no values; of shared keys the bytes count once."""
+    """Formulas do not read the lengths; bytes of shared keys count once."""
     q, k, v, _ = inputs_of("cpu", 1, 9, 7)
     op = torch.ops.fastgpt.attention
     costs = [

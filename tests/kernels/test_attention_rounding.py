@@ -1,5 +1,5 @@
-"""Attention in half precision errs by the rounding of what its matrix products take in 16 bits, and
-by no more: a sharper bound than that of PyTorch's plain op, which rounds the scores too.
+"""In half precision attention only rounds the 16-bit operands of its matrix products: a sharper
+bound than that of PyTorch's plain op, which rounds the scores, too.
 """
 
 import math
@@ -17,7 +17,7 @@ from tests.tools import parity
 def _rounded_once(
     q: Tensor, k: Tensor, v: Tensor, dout: Tensor, causal: bool, scale: float
 ) -> list[Tensor]:
-    """O, dQ, dK, dV in float32, but for P, dS and O, rounded to the dtype of the inputs."""
+    """O, dQ, dK, dV in float32, with P, dS and O rounded to the inputs' dtype."""
     dtype = q.dtype
     q, k, v, dout = (x.float() for x in (q, k, v, dout))
     scores = q @ k.mT * scale

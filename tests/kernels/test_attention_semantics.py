@@ -1,5 +1,5 @@
-"""What attention promises beside numbers: causality, containment of NaN, determinism, memory
-linear in T, no stray access.
+"""Attention's guarantees besides parity: causality, containment of NaN, determinism, memory linear
+in T, no out-of-bounds access.
 """
 
 from collections.abc import Callable
@@ -20,7 +20,7 @@ from tests.tools.documents import starts_of
 from tests.tools.parity import outcome
 from tests.tools.sanitizer import sanitize
 
-# Every ratio of the two sides that a launch configuration has.
+# All tile shapes of the launch configurations.
 TILES = sorted({config[:2] for config in configs.TABLE.values() if isinstance(config, Attention)})
 
 
@@ -45,7 +45,7 @@ def test_later_tokens_change_no_bit_of_earlier_outputs(
 @pytest.mark.parametrize("poison", [float("nan"), float("inf"), float("-inf")], ids=str)
 @pytest.mark.parametrize("which", ["q", "k", "v"])
 def test_what_the_mask_hides_never_leaks(device: str, which: str, poison: float) -> None:
-    """A later token that is not finite: earlier outputs, and their dq, keep every bit."""
+    """A non-finite later token changes no bit of earlier outputs and their dq."""
     inputs, t = dict(zip("qkv", qkv_of(device, 140), strict=True)), 70
     grad = torch.randn(1, 2, 140, 16, device=device)
     grad[:, :, t:] = 0.0
@@ -60,7 +60,7 @@ def test_what_the_mask_hides_never_leaks(device: str, which: str, poison: float)
 
 @pytest.mark.parametrize("poison", [float("nan"), float("inf")], ids=str)
 def test_a_visible_value_that_is_not_finite_shows(device: str, poison: float) -> None:
-    """What hides masked values must not hide visible ones: rows that see it are not finite."""
+    """Masking must not hide visible values: rows that see it are not finite."""
     q, k, v = qkv_of(device, 100)
     v[:, :, 70, 3] = poison
     y = fused.attention(q, k, v)
@@ -73,11 +73,11 @@ def test_a_visible_value_that_is_not_finite_shows(device: str, poison: float) ->
 def test_nothing_past_the_end_is_read(
     device: str, n_queries: int, n_keys: int, causal: bool
 ) -> None:
-    """Views into storage that is NaN outside of them, forward and backward."""
+    """Views into storage that is NaN elsewhere, forward and backward."""
 
     def inside(length: int) -> Tensor:
         base = torch.full((1, 2, length + 90, 112), float("nan"), device=device)
-        view = base[:, :, 45 : 45 + length, 32:80]  # aligned: read in place
+        view = base[:, :, 45 : 45 + length, 32:80]  # aligned: not copied
         return view.copy_(torch.randn(view.shape, device=device))
 
     q, k, v, grad = inside(n_queries), inside(n_keys), inside(n_keys), inside(n_queries)
@@ -92,9 +92,9 @@ def test_nothing_past_the_end_is_read(
 def test_every_tile_shape_gives_the_same(
     monkeypatch: pytest.MonkeyPatch, tile: tuple[int, int], square: bool
 ) -> None:
-    """Wide and tall tiles meet the diagonal, the ends, the borders of documents and the dropout
-    mask in different places. Of three tiles each way the last is partial. Of oblong scores every
-    second tile gets the wide ones, the others the tall ones."""
+    """Wide and tall tiles meet the diagonal, the ends, document borders and the dropout mask in
+    different places. The last of three tiles each way is partial. Oblong scores alternate between
+    wide and tall."""
     monkeypatch.setattr(configs, "find", lambda *asked: Attention(*tile, 4, 1))
     oblong = [(40, 150), (150, 40)][TILES.index(tile) % 2]
     n_queries, n_keys = (150, 150) if square else oblong
@@ -117,12 +117,12 @@ def assert_pipelined_pv_is_the_same(
     n_queries: int, n_keys: int, dtype: torch.dtype, causal: bool, block_m: int, block_n: int,
     doc_start: Tensor | None = None,
 ) -> None:  # fmt: skip
-    """The forward with PIPELINED_PV and without, with dropout: the same products in the same order,
-    so the same bits.
+    """Forward with and without PIPELINED_PV, with dropout: the same products in the same order, so
+    the same bits.
 
-    Compiled, that order is wgmma's, which PIPELINED_PV is made for. mma.sync adds the keys of a
-    tile in an order that follows the layout of the probabilities, and Triton gives the two forms
-    different layouts: there the outputs differ by the rounding of these additions, and by no more.
+    Compiled, this holds for wgmma, which PIPELINED_PV is made for. mma.sync sums the keys of a tile
+    in an order set by the layout of the probabilities, and Triton chooses different layouts for
+    the two forms: there outputs may differ by the rounding of these sums.
     """
     q, k, v = (torch.randn(1, 2, t, 16).to(dtype) for t in (n_queries, n_keys, n_keys))
     seed, runs = torch.tensor([7]), []
@@ -137,7 +137,7 @@ def assert_pipelined_pv_is_the_same(
     if capability is None or (capability == 90 and block_m >= 64):
         assert torch.equal(plain, piped)
         return
-    # Each of the n_keys additions cuts off less than 2^-23 of the sum of all |P V|, each tile's and
+    # Each of the n_keys additions drops less than 2^-23 of the sum of all |P V|; each tile's and
     # the last two multiplications round by half of that; then both sums are rounded to nearest.
     magnitude = reference.attention(
         *(x.double() for x in (q, k, v.abs())),
@@ -159,7 +159,7 @@ def assert_pipelined_pv_is_the_same(
 def test_pipelined_pv_gives_the_same_bits(
     n_queries: int, n_keys: int, causal: bool, block_m: int, block_n: int
 ) -> None:
-    """No unmasked tile, one and several; each dtype in turn."""
+    """No unmasked tile, one and several; dtypes alternate."""
     dtype = [torch.float16, torch.bfloat16][(n_queries + block_m // 16) % 2]
     assert_pipelined_pv_is_the_same(n_queries, n_keys, dtype, causal, block_m, block_n)
 

@@ -1,4 +1,4 @@
-"""What holds for every op in autograd: checkpoints, changes in place, frozen tensors, determinism,
+"""Every op in autograd: checkpointing, in-place changes, frozen tensors, determinism, first and
 second derivatives."""
 
 from collections.abc import Callable
@@ -23,8 +23,8 @@ from tests.tools.sanitizer import sanitize
 
 
 def _assert_same(ops, got: list[Tensor], expected: list[Tensor]) -> None:
-    """To the bit, but for PyTorch's kernels on a GPU, some of which add up in any order."""
-    tolerance = None if ops is torch_ops and got[0].is_cuda else 0.0  # None: the default
+    """Bit for bit, except PyTorch's GPU kernels, some of which sum in any order."""
+    tolerance = None if ops is torch_ops and got[0].is_cuda else 0.0  # None: PyTorch's default
     torch.testing.assert_close(got, expected, rtol=tolerance, atol=tolerance)
 
 
@@ -73,8 +73,8 @@ def test_checkpointing_changes_no_number(ops, device: str, kind: Callable, call:
 
 @every_call
 def test_results_may_be_changed_in_place(ops, device: str, call: Call) -> None:
-    """The gradient is that of a change that is not in place; or, where the backward needs the
-    result, PyTorch says so."""
+    """Gradients equal those of an out-of-place change; if backward needs the result, PyTorch
+    raises."""
     tensors = tensors_of(call, device)
     n_outputs = len(as_tuple(call.run(ops, *tensors)))
     for k in range(n_outputs):
@@ -115,7 +115,7 @@ AUTOCAST = {
 
 @pytest.mark.parametrize("name", [name for name, call in ALL.items() if call.several])
 def test_two_runs_give_the_same_bits(device: str, name: str) -> None:
-    """Interpreted, in another order of the programs."""
+    """Interpreted, the two runs differ in the order of the programs."""
     call = ALL[name]
     assert call.several is not None
     dtype, shapes = call.several
@@ -130,12 +130,12 @@ def test_two_runs_give_the_same_bits(device: str, name: str) -> None:
 
 
 class _Operators(TorchDispatchMode):
-    """The last call of each of our operators for each way in which their arguments differ."""
+    """Records the last call of each of our operators for each combination of argument types."""
 
     def __init__(self) -> None:
         super().__init__()
         self.calls: dict[str, tuple[Any, list[Any], bool]] = {}
-        self.differentiated = False  # by those that are no gradients themselves
+        self.differentiated = False  # whether forward operators are differentiated
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func.namespace == "fastgpt":
@@ -148,11 +148,11 @@ class _Operators(TorchDispatchMode):
 
 @pytest.mark.parametrize("call", [*ALL.values(), *AUTOCAST.values()], ids=[*ALL, *AUTOCAST])
 def test_whichever_gradients_are_wanted(ops, device: str, call: Call) -> None:
-    """One tensor is frozen, or one is not: no gradient more or less, and each as if all were
-    wanted. All operators that are called on the way pass PyTorch's own checks."""
+    """All but one tensor are frozen, or only one: exactly the needed gradients are computed, with
+    the values of the full backward. All operators called pass PyTorch's own checks."""
     n = len(call.shapes)
     tensors = [x.detach() for x in tensors_of(call, device)]
-    if ops is fused:  # the sums of PyTorch's own products depend on the memory order
+    if ops is fused:  # sums in PyTorch's own products depend on the layout
         tensors = [columns_first(x) for x in tensors]
     alone = [[i == k for i in range(n)] for k in range(n)]
     expected: list[Tensor] = []
@@ -180,10 +180,10 @@ def test_whichever_gradients_are_wanted(ops, device: str, call: Call) -> None:
 
 @pytest.mark.parametrize("call", ALL.values(), ids=ALL)
 def test_gradcheck(call: Call) -> None:
-    """In float64, which the interpreter alone has."""
+    """In float64, which only the interpreter supports."""
 
     def run(*tensors: Tensor) -> Tensor | tuple[Tensor, ...]:
-        torch.manual_seed(1)  # of dropout
+        torch.manual_seed(1)  # dropout
         return call.run(fused, *tensors)
 
     tensors = [x.detach().double().requires_grad_() for x in tensors_of(call, "cpu")]
@@ -191,7 +191,7 @@ def test_gradcheck(call: Call) -> None:
 
 
 def _second_derivatives(ops, call: Call, leaves: list[Tensor]) -> list[Tensor]:
-    """Of all leaves' gradients, contracted with themselves."""
+    """Gradients of the sum of squares of all leaves' gradients."""
     torch.manual_seed(1)
     tensors = [x.clone().requires_grad_() for x in leaves]
     out = as_tuple(call.run(ops, *tensors))
@@ -203,10 +203,10 @@ def _second_derivatives(ops, call: Call, leaves: list[Tensor]) -> list[Tensor]:
 
 @every_call
 def test_second_derivatives_are_right_or_refused(ops, device: str, call: Call) -> None:
-    """No kernel has one, and every op says so in the same words; PyTorch's SDPA in its own."""
+    """No kernel has one; every op raises the same message, PyTorch's SDPA its own."""
     leaves = [torch.randn(shape, device=device) for shape in call.shapes]
     if ops is fused or call.op == "linear_cross_entropy":
-        # Where an input is recomputed, the LayerNorm that made it is asked first.
+        # With recomputation, the LayerNorm that produced the input raises first.
         message = rf"^.*\b({call.op}|residual_layer_norm)\b.* has no second derivative: "
         with pytest.raises(RuntimeError, match=message):
             _second_derivatives(ops, call, leaves)

@@ -1,4 +1,4 @@
-"""What is compiled before it is launched, with no GPU."""
+"""Ahead-of-time compilation of launches, without a GPU."""
 
 from pathlib import Path
 from types import SimpleNamespace
@@ -31,7 +31,7 @@ def test_all_is_compiled_that_can_be_and_nothing_launched(
         assert not outputs  # the interpreter compiles nothing
         monkeypatch.setattr(compile_ahead, "_host", SimpleNamespace(INTERPRETED=False))
         with no_gpu_needed(90):
-            # The compiler refuses 48, and 512 comes twice.
+            # 48 does not compile, and 512 appears twice.
             calls = [lambda n=n: gelu(n) for n in (512, 48, 2048, 512)]
             compile_ahead.compile_ahead(calls)
         assert JITFunction.run is run

@@ -1,4 +1,4 @@
-"""kernels/configs.py: which line of the table a launch takes."""
+"""kernels/configs.py: which entry of the table a launch takes."""
 
 import itertools
 
@@ -12,7 +12,7 @@ BF16 = torch.bfloat16
 
 
 def test_the_order_of_fall_back(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Options before the architecture, then dtype, size and kernel; a missing line is an error."""
+    """Options match before architecture, then dtype, size and kernel; no match is an error."""
     keys = [
         Key("op", "k", "sm_90", "half", 64, ("a", "b")),
         Key("op", ANY, ANY, ANY, ANY, ("a",)),
@@ -32,7 +32,7 @@ def test_the_order_of_fall_back(monkeypatch: pytest.MonkeyPatch) -> None:
         lookup.__wrapped__("op", "k", 90, BF16, 64, ("a", "b"))
     table[keys[6]] = 6
     with pytest.raises(KeyError):
-        lookup.__wrapped__("op", "k", None, BF16, 64)  # the interpreter is no GPU
+        lookup.__wrapped__("op", "k", None, BF16, 64)  # the interpreter is not a GPU
 
 
 def test_attention_has_a_line_for_every_launch() -> None:
@@ -46,14 +46,14 @@ def test_attention_has_a_line_for_every_launch() -> None:
         (None, 80, 86, 89, 90, 100, 120), kernels, dtypes, (16, 32, 64, 128, 256), given
     ):
         config = lookup("attention", kernel, capability, dtype, size, options)
-        # Elsewhere no product overlaps with a softmax of its own program, or Triton sees to it.
+        # Elsewhere products do not overlap with their own program's softmax, or Triton arranges it.
         pipelined = kernel == "fwd" and dtype != torch.float32 and capability in (None, 90)
         assert bool(config.PIPELINED_PV) == pipelined
 
 
 def test_equal_configurations_of_two_kinds_keep_their_names() -> None:
     rows, parts = configs.WholeRows(8, 4), configs.AttentionDecodeSum(8, 4)
-    assert rows == parts  # as tuples, also as keys of a cache
+    assert rows == parts  # as tuples, hence also as cache keys
     both = {"num_warps": 4, "enable_fp_fusion": True}
     assert configs.launch(rows) == {"BLOCK_M": 8, **both}
     assert configs.launch(parts) == {"PARTS": 8, **both}

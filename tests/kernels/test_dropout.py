@@ -1,4 +1,4 @@
-"""Dropout of the Triton ops as one system: one seed a step, a stream for each place that drops."""
+"""Dropout across the Triton ops: one seed per step, a separate stream for each dropout."""
 
 import sys
 from collections.abc import Callable
@@ -30,7 +30,7 @@ each_place = pytest.mark.parametrize("masks", SITES.values(), ids=SITES)
 
 
 def _mask(seed: int, stream: int) -> Tensor:
-    """Which drops half."""
+    """A mask that drops half."""
     return reference.dropout_mask(torch.tensor([seed]), (ROWS, COLS), 0.5, stream)[0]
 
 
@@ -40,7 +40,7 @@ def _agreement(a: Tensor, b: Tensor) -> float:
     return 2 * (a == b).double().mean().item() - 1
 
 
-BOUND = 5 / (ROWS * COLS) ** 0.5  # of a correlation; once in 1.7 million for independent masks
+BOUND = 5 / (ROWS * COLS) ** 0.5  # of a correlation: once in 1.7 million for independent masks
 
 
 @each_place
@@ -54,7 +54,7 @@ def test_masks_are_the_reference_s(device: str, masks: Callable[..., Masks], p: 
 
 @pytest.mark.parametrize("p", [0.1, 0.2, 0.5, 0.9])
 def test_the_rate(p: float) -> None:
-    """Of 10^6 draws."""
+    """The share of dropped elements in 10^6."""
     mask, share = reference.dropout_mask(torch.tensor([-(2**40) - 7]), (2, 4, 2048, 64), p)
     assert abs(1 - mask.double().mean() - p) < 0.002
     assert abs(share - (1 - p)) < 2**-16
@@ -62,7 +62,7 @@ def test_the_rate(p: float) -> None:
 
 @each_place
 def test_without_a_seed_each_call_draws_a_mask(device: str, masks: Callable[..., Masks]) -> None:
-    """Which its backward repeats, and PyTorch's seed fixes."""
+    """The backward repeats the forward's mask; PyTorch's seed determines it."""
     torch.manual_seed(5)
     (first, again), (second, _) = (masks(ROWS, COLS, device, dropout_p=0.5) for _ in range(2))
     assert torch.equal(first, again) and abs(_agreement(first, second)) < BOUND
@@ -80,7 +80,7 @@ def test_streams_of_one_seed_are_independent() -> None:
 
 @pytest.mark.parametrize("other", [1234568, -1234567, 1234567 + 2**32])
 def test_seeds_are_independent(other: int) -> None:
-    """The next seed, another sign, and one that differs in the upper half only."""
+    """The next seed, the opposite sign, and one that differs only in the upper 32 bits."""
     assert abs(_agreement(_mask(1234567, 3), _mask(other, 3))) < BOUND
 
 
@@ -93,7 +93,7 @@ def test_rows_and_neighbouring_columns_are_independent() -> None:
 
 @pytest.mark.parametrize("kernel", KERNELS, ids=lambda kernel: kernel.__name__)
 def test_no_kernel_is_compiled_for_a_stream(kernel: JITFunction) -> None:
-    """Triton compiles for integers that are 1 or divisible by 16, unless told not to."""
+    """By default Triton specialises integers that are 1 or divisible by 16."""
     assert len(KERNELS) == 9
     (dropout_offset,) = (p for p in kernel.params if p.name == "dropout_offset")
     assert dropout_offset.do_not_specialize and not dropout_offset.is_constexpr
@@ -120,7 +120,7 @@ def test_the_dropout_mask_of_nothing(shape: tuple[int, ...]) -> None:
 
 
 def test_dropout_arguments() -> None:
-    """Sixteen bits an element: the rate is the nearest multiple of 2^-16, the scale its inverse."""
+    """16 bits an element: the rate is the nearest multiple of 2^-16, the scale follows from it."""
     for p in (0.0, 2**-16, 0.1, 0.2, 0.5, 0.999):
         threshold, scale, drops = _host.dropout_arguments(p).values()
         assert abs(threshold / 2**16 - p) <= 2**-17 and drops == (p > 0.0)
@@ -128,7 +128,7 @@ def test_dropout_arguments() -> None:
 
 
 def test_philox_known_answers() -> None:
-    """The test vectors of Random123 (Salmon et al. 2011) for philox4x32-10."""
+    """Test vectors of Random123 (Salmon et al. 2011) for philox4x32-10."""
     ones, pi = 0xFFFFFFFF, (0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344)
     for counter, key, expected in [
         ((0, 0, 0, 0), 0, (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)),

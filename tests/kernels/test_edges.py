@@ -1,4 +1,4 @@
-"""Every op at the edges of its inputs: sizes of 0, expanded gradients, memory layouts."""
+"""Edge cases of every op: sizes of 0, expanded gradients, memory layouts."""
 
 import pytest
 import torch
@@ -39,7 +39,7 @@ def test_nothing_to_compute(ops, device: str, name: str, shapes: Shapes) -> None
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", [name for name, call in CALLS.items() if call.single])
 def test_expanded_gradients(device: str, name: str, dtype: torch.dtype, single: bool) -> None:
-    """What ``y.sum().backward()`` hands down: one number with strides of 0."""
+    """The incoming gradient of ``y.sum().backward()`` has strides of 0."""
     call = CALLS[name]
     shapes = (single and call.single) or call.shapes
     leaves = [torch.randn(s, device=device, dtype=dtype, requires_grad=True) for s in shapes]
@@ -58,7 +58,7 @@ def test_expanded_gradients(device: str, name: str, dtype: torch.dtype, single: 
 
 @every_call
 def test_results_are_contiguous(device: str, call: Call) -> None:
-    """Of the Triton ops, whatever the strides of their arguments; ``attention`` in token order."""
+    """Results of Triton ops are contiguous for any input strides; ``attention`` in token order."""
     dense = tensors_of(call, device)
     strided = [columns_first(x) if x.dim() > 1 else x.repeat(2)[::2] for x in dense]
     for tensors in (dense, [x.detach().requires_grad_() for x in strided]):

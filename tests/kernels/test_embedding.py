@@ -1,5 +1,5 @@
-"""Token + position embedding + dropout in Triton against the plain ops: parity, the mask, ids out
-of range, frequent tokens, determinism."""
+"""Token + position embedding + dropout in Triton against the plain ops: parity, dropout mask, ids
+out of range, frequent tokens, determinism."""
 
 from functools import partial
 from typing import Any
@@ -40,7 +40,7 @@ def _inputs(
 
 
 def _doc_start(device: str, length: int, batch: int) -> Tensor:
-    """Another border in each sequence, and a document of one token in those that are long enough"""
+    """Different borders in each sequence; long enough ones have a document of one token."""
     rows = [
         [b for b in (1 + 2 * i, length // 2, length // 2 + 1) if b < length] for i in range(batch)
     ]
@@ -50,7 +50,7 @@ def _doc_start(device: str, length: int, batch: int) -> Tensor:
 def _assert_parity(
     device: str, shape: tuple[int, ...], dtype: torch.dtype, common: Any = torch_ops, **options: Any
 ) -> None:
-    """Memory layouts and integer types in turn."""
+    """Memory layouts and integer types alternate over the shapes."""
     i = SHAPES.index(shape)
     idx, weights = _inputs(shape, dtype, device, parity.LAYOUTS[i % len(parity.LAYOUTS)])
     idx = idx.int() if i % 2 else idx
@@ -84,7 +84,7 @@ def test_parity_with_dropout(
 
 @pytest.mark.parametrize("shape", [s for s in SHAPES if s[4] < 768], ids=str)
 def test_parity_of_documents(device: str, shape: tuple[int, ...]) -> None:
-    """Each dtype in turn."""
+    """Dtypes alternate over the shapes."""
     dtype = parity.DTYPES[SHAPES.index(shape) % 3]
     _assert_parity(device, shape, dtype, doc_start=_doc_start(device, shape[1], shape[0]))
 
@@ -108,7 +108,7 @@ def test_whatever_starts_holds_counts_as_the_nearest_that_is_allowed(device: str
 def test_runs_of_one_token_wherever_they_meet_the_row_blocks(
     device: str, before: int, run: int
 ) -> None:
-    """Head, whole row blocks and tail of a run, each present or not. Sums of integers are exact."""
+    """Head, full row blocks and tail of a run, each present or absent. Integer sums are exact."""
     idx = torch.tensor([[0] * before + [1] * run + [2] * 3], device=device)
     idx = idx[:, torch.randperm(idx.shape[1], device=device)]
     weight = torch.zeros(4, 8, device=device, requires_grad=True)
@@ -124,7 +124,7 @@ def test_runs_of_one_token_wherever_they_meet_the_row_blocks(
 def test_ids_out_of_range(
     device: str, documents: bool, dtype: torch.dtype, dropout_p: float
 ) -> None:
-    """Their rows are NaN, all of it; no gradient knows them, and the others are what they were."""
+    """Their rows are all NaN and add nothing to gradients; other rows are unaffected."""
     info = torch.iinfo(dtype)
     idx = torch.tensor([[3, -1, 0], [info.min, 5, info.max], [6, 2, 3]], device=device, dtype=dtype)
     wrong = (idx < 0) | (idx >= 6)
@@ -145,8 +145,8 @@ def test_ids_out_of_range(
 
 
 def test_autocast(device: str) -> None:
-    """The residual stream is bfloat16 under its autocast, float32 otherwise; gradients are the
-    weights'."""
+    """The residual stream is bfloat16 under bfloat16 autocast, else float32; gradients have the
+    weights' dtype."""
     idx, weights = _inputs((2, 5, 6, 7, 16), torch.float32, device)
     leaves = [x.requires_grad_() for x in weights]
     plain = fused.embedding(idx, *leaves)
@@ -179,7 +179,7 @@ def _call(ops: Any, token: Tensor, position: Tensor, dropout_p: float) -> Tensor
 
 
 def _repeated(ops: Any, token: Tensor, position: Tensor) -> Tensor:
-    """Two tokens, one of them in whole row blocks; and documents."""
+    """Two tokens, one of which fills whole row blocks; with documents."""
     idx = torch.arange(160, device=token.device).view(2, 80) // 150
     doc_start = starts_of(80, [30], [7, 50], device=str(token.device))
     return ops.embedding(idx, token, position, dropout_p=0.1, doc_start=doc_start)
@@ -228,7 +228,7 @@ EMBEDDING = Cases(
         compiled("embedding-float16-dropout", _compare, torch.float16, dropout_p=0.2),
         compiled("embedding-bfloat16", _compare, torch.bfloat16),
     ],
-    calls={  # of nothing: test_nothing_to_look_up
+    calls={  # empty inputs: see test_nothing_to_look_up
         "": Call([(5, 33), (6, 33)], partial(_call, dropout_p=0.0), single=[(5, 1), (6, 1)]),
         "dropout": Call([(5, 33), (6, 33)], partial(_call, dropout_p=0.5)),
     },

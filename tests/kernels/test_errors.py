@@ -1,4 +1,4 @@
-"""What all implementations of an op refuse, in the same words; what one of them refuses alone."""
+"""Input that all implementations of an op reject with the same message, or only one rejects."""
 
 import inspect
 from collections.abc import Iterator
@@ -20,13 +20,13 @@ every_module = pytest.mark.parametrize(
 
 
 def kinds(op: str) -> dict[str, Any]:
-    """The annotation of each argument."""
+    """Argument → annotation."""
     parameters = inspect.signature(getattr(reference, op)).parameters
     return {name: parameter.annotation for name, parameter in parameters.items()}
 
 
 def in_float32(value: Any) -> Any:
-    """As a scalar of NumPy, which compares with a number rounded to float32."""
+    """Floats as NumPy scalars, which compare in float32."""
     if isinstance(value, tuple):
         return tuple(map(in_float32, value))
     return np.float32(value) if type(value) is float else value
@@ -45,8 +45,8 @@ def test_what_an_op_refuses(module: ModuleType, op: str) -> None:
 
 
 def wrong_tensors(op: str) -> Iterator[tuple[str, Any, type[Exception], str]]:
-    """Argument, value, error and message: no tensor, integers in place of floating-point numbers or
-    the other way round, another device or dtype than the others have."""
+    """Argument, value, error and message: not a tensor, integer instead of floating point or vice
+    versa, a device or dtype that differs from the others'."""
     valid, first = CASES[op].valid, next(iter(kinds(op)))
     for name, kind in kinds(op).items():
         if kind not in (Tensor, Tensor | None):
@@ -65,7 +65,7 @@ def wrong_tensors(op: str) -> Iterator[tuple[str, Any, type[Exception], str]]:
             continue
         same = "be on the device of"
         yield name, x.to("meta"), ValueError, f"^{name} must {same} |must {same} {name} "
-        if x.is_floating_point() and op != "adamw":  # which takes float32 alone
+        if x.is_floating_point() and op != "adamw":  # float32 only
             same = "have the dtype of"
             yield name, x.double(), ValueError, f"^{name} must {same} |must {same} {name} "
 
@@ -101,7 +101,7 @@ def test_what_must_be_a_number(module: ModuleType, op: str) -> None:
 
 @every_op
 def test_the_kernels_refuse_other_devices_and_dtypes(op: str) -> None:
-    """Outside of the interpreter."""
+    """Without the interpreter, CPU tensors, float64 and fp8 are rejected."""
     valid = CASES[op].valid
     with _host.interpreted(False):
         with pytest.raises(ValueError, match="must be on a CUDA device, got cpu"):
@@ -120,7 +120,7 @@ def test_torch_ops_refuse_a_seed(op: str) -> None:
 
 
 def test_an_op_without_cases_is_named() -> None:
-    """Whether its test file is missing or they are missing there."""
+    """The op has no test file, or its test file has no ``Cases``."""
     for file in ("gelu", "swish"):
         message = rf"^tests/kernels/test_{file}.py must hold Cases\('swish', ...\)$"
         with pytest.raises(pytest.fail.Exception, match=message):

@@ -1,7 +1,7 @@
-"""The fp8 mode: casts to the bit, head and loss within bounds that follow from the formats.
+"""The fp8 mode: casts bit for bit, head and loss within bounds derived from the formats.
 
 ``reference`` rounds to fp8 and multiplies in float32 or float64; the fused ops, interpreted on a
-CPU, take PyTorch's scaled products of what the Triton kernels cast.
+CPU, cast with the Triton kernels and use PyTorch's scaled matrix products.
 """
 
 import math
@@ -29,19 +29,19 @@ from tests.tools.fp8_cases import needs_fp8  # noqa: F401
 
 HALF = [torch.bfloat16, torch.float16]
 
-# Relative to the number, and to the scale: half of the last place, half of the least number.
+# Half an ulp relative to the value; half of the smallest subnormal relative to the scale.
 ROUNDING = {E4M3: (2.0**-4, 2.0**-10), E5M2: (2.0**-3, 2.0**-17)}
 
 
 def uncertainty(x: Tensor, dtype: torch.dtype, scale: Tensor | None = None) -> Tensor:
-    """The most by which an element of x, float64, moves when it is cast."""
+    """Bound on the rounding error of each element of x (float64) in the cast."""
     relative, absolute = ROUNDING[dtype]
     scale = reference.fp8_scale(x) if scale is None else scale
     return torch.maximum(relative * x.abs(), absolute * scale)
 
 
 def product_bound(a: Tensor, a_off: Tensor, b: Tensor, b_off: Tensor) -> Tensor:
-    """Of ``a bᵀ``, if the elements of a and b move by as much as ``a_off`` and ``b_off``."""
+    """Error bound of ``a bᵀ`` if elements of a and b are off by up to ``a_off`` and ``b_off``."""
     return a.abs() @ b_off.t() + a_off @ b.abs().t() + a_off @ b_off.t()
 
 
@@ -125,7 +125,7 @@ def test_what_is_not_finite_is_not_hidden(device: str, bad: float) -> None:
         loss = module.linear_cross_entropy(
             weight[:20].bfloat16(), x[:16].float(), targets, fp8=True
         )
-        assert loss.isnan()  # in the weight
+        assert loss.isnan()  # bad value in the weight
 
 
 def test_transpose(device: str) -> None:
@@ -151,9 +151,9 @@ def _small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("dtype", HALF, ids=str)
 @pytest.mark.parametrize("label_smoothing", [0.0, 0.2])
 def test_loss(device: str, shape: Any, dtype: torch.dtype, label_smoothing: float) -> None:
-    """Against the emulation; against exact products within a bound. With d the most by which a
-    logit of a row moves, its loss moves by 2 d at most (a logit by d, the log-sum-exp by d) and
-    each p by a factor between exp(-2 d) and exp(2 d)."""
+    """Against the emulation, and against exact products within a bound: if the logits of a row are
+    off by at most d, its loss is off by at most 2 d (logit d, log-sum-exp d) and each p by a
+    factor between exp(-2 d) and exp(2 d)."""
     leaves, targets = head(shape, dtype, device)
     n_valid = int((targets != -1).sum())
     options: dict[str, Any] = dict(targets=targets, label_smoothing=label_smoothing)
@@ -180,7 +180,7 @@ def test_loss(device: str, shape: Any, dtype: torch.dtype, label_smoothing: floa
     moved = p * (torch.exp(2 * d) - 1) * valid
     largest = dlogits.abs() + moved
     off = moved + uncertainty(largest, E5M2, largest.new_tensor(2.0**-15))
-    slack = 1 + 2**-8 + 4 * last_place  # fp32 sums; the gradient is rounded
+    slack = 1 + 2**-8 + 4 * last_place  # fp32 sums, rounded gradient
     bounds = [
         2 * (d * valid).sum() / n_valid,
         slack * product_bound(dlogits, off, weight.t(), weight_off.t()) / n_valid,
@@ -189,8 +189,8 @@ def test_loss(device: str, shape: Any, dtype: torch.dtype, label_smoothing: floa
     names = ("loss", "dx", "dweight")
     for name, value, near, truth, bound in zip(names, got, emulated, exact, bounds, strict=True):
         assert value.shape == truth.shape and not value.isnan().any(), name
-        # the emulation in float64 does not round the logits to half precision: a gradient that
-        # lies between two numbers of e5m2 may go the other way
+        # the float64 emulation does not round logits to half precision, so a gradient halfway
+        # between two e5m2 values may round the other way
         assert (value - near).norm() <= 0.03 * near.norm() + 1e-5, name
         tiny = torch.finfo(torch.float16).smallest_normal if dtype == torch.float16 else 0.0
         excess = (value - truth).abs() - bound - last_place * value.abs() - tiny - 1e-6
@@ -210,7 +210,7 @@ def test_loss_and_its_emulation_round_alike(device: str, reduction: str) -> None
         for m in (fused, reference)
     )
     assert (got[0] - near[0]).abs() <= 1e-5 * near[0]
-    # float32 exponentials of two kinds: one in thousands of dlogits falls on another number
+    # different float32 exp: about one of thousands of dlogits rounds to another fp8 value
     torch.testing.assert_close(got[1], near[1], atol=0, rtol=0.02)
     assert (got[2] - near[2]).norm() <= 2e-3 * near[2].norm()
 
@@ -223,8 +223,8 @@ def test_chunks_change_only_the_order_of_sums(device: str, monkeypatch: pytest.M
     monkeypatch.setattr(linear_cross_entropy, "_fp8_chunk_rows", lambda *_: 16)
     *chunks, dweight = parity.outcome(op, leaves, grad)
     torch.testing.assert_close(chunks, whole, atol=1e-7, rtol=1e-5)
-    # Hopper's tensor cores cut each of the 32 products that they add at once some 13 bits behind
-    # the largest of them; 2^-11.6 was seen on an H200.
+    # Hopper's tensor cores add 32 products at once, each truncated some 13 bits below the largest;
+    # 2^-11.6 was seen on an H200.
     cut = 2.0**-9 * float(whole_dweight.abs().max()) if device == "cuda" else 1e-7
     torch.testing.assert_close(dweight, whole_dweight, atol=cut, rtol=1e-5)
 
@@ -275,7 +275,7 @@ def test_gradients_have_their_parameters_dtypes(device: str, weight_dtype: torch
 
 
 def test_autocast(device: str) -> None:
-    """float32 under autocast is what its 16 bits are."""
+    """float32 input under autocast equals the same input in bfloat16."""
     (x, weight), targets = head((20, 32, 48), torch.float32, device)
     loss = fused.linear_cross_entropy(x.bfloat16(), weight, targets, fp8=True)
     with torch.autocast(device, torch.bfloat16):
@@ -290,7 +290,7 @@ def test_opcheck(device: str) -> None:
 
 @pytest.mark.usefixtures("_small_chunks")
 def test_bytes_by_hand(device: str) -> None:
-    """x and weight are read twice, written, transposed, and read by the products."""
+    """x and weight: read twice (maximum, cast), written, transposed, read by the products."""
     (x, weight), targets = head((32, 16, 48), torch.bfloat16, device)
     args = (x, weight, targets, torch.bfloat16, -1, True, 0.0, 0.0, True, True)
     op: Any = linear_cross_entropy._linear_cross_entropy_fp8_op

@@ -1,5 +1,5 @@
-"""LayerNorm in Triton, plain and of a residual sum, against the plain ops: parity, the mask,
-gradients, determinism, what is kept and what is shared."""
+"""LayerNorm in Triton, plain and fused with a residual addition, against the plain ops: parity,
+dropout mask, gradients, determinism, saved and shared tensors."""
 
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -16,7 +16,7 @@ from tests.tools import interpreter, parity
 from tests.tools.calls import Call, Cases, Masks, compare, compiled
 from tests.tools.draws import Drawn, Draws
 
-# Over the last dimension: one number, ragged, wide, nothing.
+# Last dimension: one element, ragged, wide; no rows.
 SHAPES = [
     (1, 1),
     (1, 768),
@@ -46,7 +46,7 @@ def _plain_inputs(
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_plain_parity(device: str, shape: tuple[int, ...]) -> None:
-    """Each dtype in turn; the same kernels get them all in test_parity."""
+    """Dtypes alternate; test_parity runs the same kernels in all of them."""
     i = SHAPES.index(shape)
     dtype = parity.DTYPES[(i + i // 3) % 3]
     layout = parity.LAYOUTS[i % len(parity.LAYOUTS)]
@@ -60,8 +60,8 @@ def test_plain_parity(device: str, shape: tuple[int, ...]) -> None:
     ("width", "mean"), [(33, 100.0), (768, 100.0), (768, 1000.0), (768, 10000.0), (5000, 1000.0)]
 )
 def test_large_mean_loses_no_more_than_pytorch(device: str, width: int, mean: float) -> None:
-    """A row's sum is rounded, and a standard deviation of 1 shows it. PyTorch's own kernel, whose
-    error ``parity`` would make that of one rounding; enough rows that no luck is left in it."""
+    """The rounding of a row's sum shows at a standard deviation of 1. Compares with PyTorch's own
+    kernel (``parity`` would round only once), on enough rows to rule out luck."""
     inputs, names = _plain_inputs((97, width), torch.float32, device, "contiguous", True)
     sign = torch.randn(97, 1, device=device).sign()
     inputs[0] = inputs[0] + sign * mean * (1.0 + 0.3 * torch.rand(97, 1, device=device))
@@ -77,7 +77,7 @@ def test_large_mean_loses_no_more_than_pytorch(device: str, width: int, mean: fl
 @pytest.mark.parametrize("gpu", [False, True], ids=["cpu_arithmetic", "gpu_arithmetic"])
 @pytest.mark.parametrize("width", [41, 48, 55, 1600])
 def test_constant_row(device: str, width: int, gpu: bool) -> None:
-    """Its mean is what it holds: a deviation of one bit would be scaled by 316, 1 / sqrt(eps)."""
+    """The mean must be exact: a deviation of one bit would be scaled by 316, 1 / sqrt(eps)."""
     x = torch.tensor([[7.0], [-3.0], [11.0]], device=device).expand(3, width)
     weight, bias = torch.randn(2, width, device=device)
     with interpreter.gpu_arithmetic() if gpu else nullcontext():
@@ -118,7 +118,7 @@ def _assert_parity(
     common: Callable[..., Any],
     **options: Any,
 ) -> None:
-    """y and total are stacked to one output, and so are their gradients."""
+    """Compare y and total, and their gradients, stacked into one tensor."""
     inputs = _inputs(shape, dtype, device, layout)
     for name in without:
         del inputs[name]
@@ -157,7 +157,7 @@ def test_parity_with_dropout(device: str, shape: tuple[int, ...], dtype: torch.d
 def test_float32_residual_with_a_half_precision_delta(
     device: str, half: torch.dtype, dropout_p: float
 ) -> None:
-    """The stream keeps float32; y and delta's gradient have delta's dtype."""
+    """The residual stream stays float32; y and delta's gradient have delta's dtype."""
     inputs = _inputs((9, 96), torch.float32, device)
     inputs["delta"] = inputs["delta"].to(half)
     leaves = [x.requires_grad_() for x in inputs.values()]
@@ -220,7 +220,7 @@ def test_either_output_may_have_no_consumer(device: str, used: int, dropout_p: f
 
 
 def test_one_gradient_serves_residual_and_delta(device: str) -> None:
-    """Without dropout it is one tensor, written once; with dropout they are two."""
+    """Without dropout both gradients are one tensor, written once; with dropout two."""
     inputs = _inputs((6, 40), torch.float32, device)
     leaves = [inputs[name].requires_grad_() for name in ("residual", "delta")]
     for dropout_p, shared in ((0.0, True), (0.5, False)):
@@ -257,8 +257,7 @@ def test_rows_are_independent(device: str) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_inductor_at_width_768(device: str, dtype: torch.dtype) -> None:
-    """GPT-2's width, at which a compiled LayerNorm is most used: as eager to the bit, whatever the
-    number of rows."""
+    """At GPT-2's width, compiled LayerNorm equals eager mode bit for bit for any number of rows."""
     compiled = torch.compile(fused.layer_norm, fullgraph=True)
     for n_rows in (4, 9, 1):
         inputs, _ = _plain_inputs((n_rows, 768), dtype, device, "contiguous", True)
@@ -309,13 +308,13 @@ def _call(ops: Any, *tensors: Tensor, dropout_p: float) -> tuple[Tensor, Tensor]
 
 
 def _bare(ops: Any, residual: Tensor, delta: Tensor, weight: Tensor) -> Tensor:
-    """A stream of more digits than its addend, the sum without a consumer."""
+    """A residual of higher precision than its addend; the sum is unused."""
     half = delta.bfloat16() if delta.dtype == torch.float32 else delta
     return ops.residual_layer_norm(residual, half, weight)[0]
 
 
 def _shapes(*shape: int) -> list[tuple[int, ...]]:
-    """Of residual, delta, weight, bias and delta_bias."""
+    """Shapes of residual, delta, weight, bias and delta_bias."""
     return [shape] * 2 + [shape[-1:]] * 3
 
 

@@ -1,5 +1,5 @@
-"""The linear layer, whose weight gradient is a Triton GEMM, against the plain op: parity on both
-ways of loading, the split of the sum, what is kept, frozen parameters.
+"""The linear layer, whose weight gradient is a Triton GEMM, against the plain op: parity with both
+ways of loading tiles, split-K, saved tensors, frozen parameters.
 """
 
 import itertools
@@ -16,7 +16,7 @@ from tests.tools import parity
 from tests.tools.calls import Call, Cases, compare, compiled
 from tests.tools.draws import Drawn, Draws
 
-# (shape of x, outputs): sizes that are no multiple of a tile; rows that no TMA can copy; empty.
+# (shape of x, outputs): not multiples of a tile; rows that TMA cannot copy; empty.
 SHAPES = [
     ((1, 16), 8),
     ((3, 40), 24),
@@ -33,7 +33,7 @@ NAMES = ["x", "weight", "bias"]
 
 @pytest.fixture(params=["tma", "pointers"])
 def loads(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Both ways to load a tile, in the interpreter; a GPU has one of them."""
+    """Both ways to load a tile in the interpreter; a GPU supports one of them."""
     if request.param == "pointers":
         monkeypatch.setattr(gemm, "_tma", lambda device: False)
     return request.param
@@ -58,7 +58,7 @@ def test_parity(
     dtype: torch.dtype,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Each way to load a tile in turn."""
+    """The two ways to load a tile alternate."""
     i = SHAPES.index((shape, n))
     if (i + parity.DTYPES.index(dtype)) % 2:
         monkeypatch.setattr(gemm, "_tma", lambda device: False)
@@ -88,22 +88,22 @@ def test_any_tile_and_split(
 
 
 def test_splits_fill_the_multiprocessors() -> None:
-    """An H200 takes 264 programs of 128 x 128 at once. GPT-2's projection has 36 tiles: one part
-    would leave six sevenths of it idle. Large sums are cut, small ones are not."""
+    """An H200 runs 264 programs of 128 x 128 at once. GPT-2's projection has 36 tiles: without a
+    split six sevenths of the GPU would idle. Long sums are split, short ones are not."""
     assert gemm.splits(768, 768, 65536, 36, 264) == 7
     for m, n in itertools.product((768, 2304, 3072), (768, 3072)):
         tiles = m * n // 128**2
         parts = gemm.splits(m, n, 65536, tiles, 264)
         waves = tiles * parts / 264
-        assert waves / -(-waves // 1) > 0.8, (m, n, parts)  # the last wave is no waste
+        assert waves / -(-waves // 1) > 0.8, (m, n, parts)  # the last wave is mostly full
     assert gemm.splits(768, 768, 64, 36, 264) == 1
     assert gemm.splits(50304, 768, 4096, 393 * 6, 264) == 1
 
 
-@pytest.mark.parametrize("width", [16, 15])  # rows of 15 are left to the library
+@pytest.mark.parametrize("width", [16, 15])  # rows of 15 go to the library
 def test_a_weight_gradient_is_summed_in_float32(device: str, width: int) -> None:
-    """In half precision a sum of 4097 ones and as many small numbers would stop growing, and the
-    result would be rounded."""
+    """In half precision, sums of 4097 ones or small values would stop growing and results would be
+    rounded."""
     x = torch.full((4097, 16), 2**-6, dtype=torch.bfloat16, device=device)
     weight = torch.zeros(width, 16, device=device, requires_grad=True)
     bias = torch.zeros(width, device=device, requires_grad=True)
@@ -130,20 +130,20 @@ def test_autocast_rounds_the_weight_and_not_its_gradient(device: str, dtype: tor
 
 @pytest.mark.parametrize("shape", [(1, 1), (1, 8), (8, 1), (9, 24)], ids=str)
 def test_rows_of_an_expanded_gradient_have_strides(shape: tuple[int, int]) -> None:
-    """No descriptor takes a stride of 0, nor does every routine of a library."""
+    """Tensor descriptors and some library routines do not support a stride of 0."""
     for x in (torch.ones(()), torch.ones(shape[1])):
         assert rows(x.expand(shape)).stride() == (shape[1], 1)
 
 
 def test_the_stride_of_a_single_row_or_column_means_nothing(device: str) -> None:
-    """PyTorch calls such a tensor contiguous whatever its strides; no tensor descriptor does."""
+    """PyTorch calls such a tensor contiguous for any strides; a tensor descriptor does not."""
     odd = torch.randn(1, 8, device=device).as_strided((1, 1), (8, 4))
     x = torch.randn(1, 16, device=device)
     torch.testing.assert_close(gemm.weight_gradient(odd, x, False, x.dtype)[0], odd * x)
 
 
 def test_products_of_nothing_are_pytorchs(device: str) -> None:
-    """What the plain ops give, with which all others are compared."""
+    """The plain ops, which all others are compared with, agree with PyTorch on empty products."""
     for shapes in LINEAR.calls[""].empty:
         inputs = [torch.randn(shape, device=device) for shape in shapes]
         grad = torch.randn_like(F.linear(*inputs))

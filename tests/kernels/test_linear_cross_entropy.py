@@ -1,5 +1,5 @@
-"""Linear + cross-entropy in chunks, in Triton and in torch_ops: parity with whole logits, gradients
-and who asks for them, precision, determinism, the operators, what they cost and keep.
+"""Chunked linear + cross-entropy in Triton and in torch_ops: parity with full logits, gradients of
+any subset of inputs, precision, determinism, operators, costs, saved tensors.
 """
 
 import itertools
@@ -24,8 +24,8 @@ from tests.tools.calls import Call, Cases, compare, compiled, ids
 from tests.tools.draws import Drawn, Draws
 
 CHUNK = 8
-# x without its last dimension, C, V: one token, one class, V below and beyond a tile and odd, rows
-# that fill no chunk, one chunk and several
+# Leading dimensions of x, C, V: one token, one class, V below and above a tile and odd, rows for
+# less than a chunk, one chunk and several.
 SHAPES = [
     ((1,), 8, 65),
     ((5,), 3, 1),
@@ -61,7 +61,7 @@ def inputs(
     dtype: torch.dtype = torch.float32,
     layout: str = "contiguous",
 ) -> tuple[Pair, Tensor]:
-    """x and weight for logits of N(0, 2^2); targets of which every third is ignored."""
+    """x and weight for logits of N(0, 2^2); every third target is ignored."""
     x = parity.randn((*shape, width), dtype, device, layout)
     weight = parity.randn((n_classes, width), dtype, device, layout) * (2 / width**0.5)
     targets = torch.randint(n_classes, shape, device=device)
@@ -76,7 +76,7 @@ def as_leaves(tensors: Pair) -> Pair:
 def whole(
     x: Tensor, weight: Tensor, targets: Tensor, z_loss: float = 0.0, **options: Any
 ) -> Tensor:
-    """What one writes in PyTorch: the products in the inputs' dtype, the rest in float32."""
+    """The usual PyTorch code: products in the inputs' dtype, the rest in float32."""
     logits = F.linear(x, weight).flatten(0, -2).float()
     targets = targets.flatten()
     loss = F.cross_entropy(logits, targets, ignore_index=-1, **options)
@@ -92,8 +92,8 @@ def assert_parity(ops: ModuleType, tensors: Pair, targets: Tensor, **options: An
         for module in (ops, reference)
     )
     pytorch = partial(whole, targets=targets, **options)
-    # A power of two: one token's gradient is one rounded number for each class, and whether 1.7
-    # times it rounds as well as PyTorch's would be luck.
+    # A power of two adds no rounding. With a single token there is one rounded gradient per class,
+    # so it would be luck whether 1.7 times it rounds as well as PyTorch's.
     grad = torch.tensor(2.0, device=targets.device)
     parity.assert_parity(kernel, pytorch, plain, tensors, grad, NAMES)
 
@@ -105,7 +105,7 @@ def gradients(loss: Tensor, *leaves: Tensor, **options: Any) -> tuple[Tensor, ..
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("dtype", parity.DTYPES, ids=str)
 def test_parity(ops, device: str, shape: Any, dtype: torch.dtype) -> None:
-    """All options, each in two dtypes or more."""
+    """All options, each in at least two dtypes."""
     i, (rows, width, n_classes) = SHAPES.index(shape), shape
     layout = parity.LAYOUTS[i % len(parity.LAYOUTS)]
     tensors, targets = inputs(rows, width, n_classes, device, dtype, layout)
@@ -135,7 +135,7 @@ def test_chunks_change_nothing(ops, device: str, monkeypatch: pytest.MonkeyPatch
 
 
 def test_incoming_gradient_and_second_backward(ops, device: str) -> None:
-    """As GradScaler scales the loss; and gradients add up over two backward passes."""
+    """A loss scaled as by GradScaler; a second backward pass gives the same gradients."""
     tensors, targets = inputs((19,), 16, 65, device, torch.float16)
     leaves = as_leaves(tensors)
     loss = ops.linear_cross_entropy(*leaves, targets)
@@ -147,10 +147,10 @@ def test_incoming_gradient_and_second_backward(ops, device: str) -> None:
 
 
 def test_float16_gradients_do_not_underflow(ops, device: str) -> None:
-    """A scaled loss keeps what 1 / rows would have pushed below float16's smallest number."""
+    """With a scaled loss, the factor 1 / rows must not underflow gradients in float16."""
     rows, classes = 40, 500
     tensors, targets = inputs((rows,), 16, classes, device, torch.float16)
-    tensors[1].mul_(1e-3)  # p is near 1 / 500: divided by the rows 5e-5
+    tensors[1].mul_(1e-3)  # p is about 1 / 500, divided by the rows 5e-5
     leaves = as_leaves(tensors)
     loss = ops.linear_cross_entropy(*leaves, targets) * 2.0**14
     exact = as_leaves((tensors[0].detach().double(), tensors[1].detach().double()))
@@ -161,7 +161,7 @@ def test_float16_gradients_do_not_underflow(ops, device: str) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_the_mean_divides_in_float32(ops, device: str, dtype: torch.dtype) -> None:
-    """n / n is 1; n times the rounded 1 / n often is not."""
+    """n / n is exactly 1; n times the rounded 1 / n often is not."""
     scale = SCALE_OPS[ops]
     one, nothing = torch.ones((), device=device), torch.empty(0, device=device)
     for n in range(1, 257, 5):
@@ -182,7 +182,7 @@ def test_only_what_is_asked_for(
     with_weight: bool,
     enabled: bool,
 ) -> None:
-    """Frozen tensors, no_grad: the same loss, and no product for a gradient that nobody can use."""
+    """With frozen tensors or no_grad: the same loss, and no products for unused gradients."""
     (x, weight), targets = inputs((2 * CHUNK,), 16, 65, device)
     leaves = as_leaves((x.clone(), weight.clone()))
     loss = ops.linear_cross_entropy(*leaves, targets)
@@ -216,7 +216,7 @@ def test_only_what_is_asked_for(
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("x_dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 def test_autocast(ops, device: str, dtype: torch.dtype, x_dtype: torch.dtype) -> None:
-    """Products in autocast's dtype; float32 loss; gradients in the dtypes of x and weight."""
+    """Products in autocast's dtype, loss in float32, gradients in the dtypes of x and weight."""
     tensors, targets = inputs((19,), 16, 257, device)
 
     def within(op: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -264,19 +264,19 @@ def test_compiled_whole_with_few_recompilations(ops, device: str) -> None:
     compiled = torch.compile(op, fullgraph=True, backend=counter)
     for rows in (16, 7, 12, 40, 9, 3, 33, 15, 24, 8, 31, 5, 64, 2, 17, 11, 26, 48, 1, 13):
         tensors, targets = inputs((rows,), 16, 65, device)
-        targets[0] = 0  # one that is not ignored
+        targets[0] = 0  # at least one is not ignored
         leaves = as_leaves(tensors)
         losses = [call(*leaves, targets) for call in (op, compiled)]
         results = [(loss, *gradients(loss, *leaves)) for loss in losses]
         assert all(map(torch.equal, *results))
-    assert counter.frame_count <= 3  # the first, and two more
+    assert counter.frame_count <= 3  # the first graph and two more
     with torch.no_grad():
         assert torch.equal(compiled(*leaves, targets), losses[0])
 
 
 @pytest.mark.parametrize("x_needs_gradient", [False, True])
 def test_flops(ops, device: str, x_needs_gradient: bool) -> None:
-    """2 M V C for each of the three products, whatever the chunks."""
+    """2 M V C for each of the three products, independent of the chunk size."""
     (x, weight), targets = inputs((20,), 16, 65, device)
     product = 2 * 20 * 65 * 16
     with FlopCounterMode(display=False) as counter:
@@ -291,8 +291,8 @@ def test_flops(ops, device: str, x_needs_gradient: bool) -> None:
 
 
 def test_bytes_by_hand(ops, device: str) -> None:
-    """Three chunks: each product reads its operands and writes its result, the rows are read and
-    written, the sum for dweight is read and written but for the first time; weight is cast."""
+    """Three chunks: products read their operands and write their result, the rows of logits are
+    read and written, the dweight sum is written and, except at first, read; weight is cast."""
     (x, weight), targets = inputs((3 * CHUNK,), 16, 65, device)
     op = {fused: linear_cross_entropy, torch_ops: torch_ops}[ops]._linear_cross_entropy_op
     args = (x, weight, targets, torch.bfloat16, -1, True, 0.0, 0.0, True, True)
@@ -309,7 +309,7 @@ def test_bytes_by_hand(ops, device: str) -> None:
 
 
 def test_kept_for_the_backward_pass(ops, device: str) -> None:
-    """Two gradients and the divisor: nothing as large as the logits."""
+    """Two gradients and the divisor; nothing of the size of the logits."""
     (x, weight), targets = inputs((40,), 4, 500, device)
     kept: list[Tensor] = []
     with torch.autograd.graph.saved_tensors_hooks(kept.append, lambda _: pytest.fail("unused")):

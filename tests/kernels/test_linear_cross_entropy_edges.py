@@ -1,5 +1,5 @@
-"""Linear + cross-entropy in chunks at its edges: targets of every kind, extreme logits, no rows;
-memory; addresses past 2^31.
+"""Edge cases of chunked linear + cross-entropy: invalid and ignored targets, extreme logits, no
+rows, memory, addresses beyond 2^31.
 """
 
 import math
@@ -36,7 +36,7 @@ def inputs(rows: int, width: int, n_classes: int, device: str) -> tuple[Tensor, 
 def outcome(
     ops: ModuleType, x: Tensor, weight: Tensor, targets: Tensor, **options: Any
 ) -> list[Tensor]:
-    """The loss, dx and dweight."""
+    """Loss, dx and dweight."""
     loss = ops.linear_cross_entropy(x, weight, targets, **options)
     return [loss.detach(), *torch.autograd.grad(loss, (x, weight))]
 
@@ -52,7 +52,7 @@ def test_all_targets_ignored(ops, device: str, small_chunks) -> None:
 
 @pytest.mark.parametrize("ignore_index", [-100, 3, 1000])
 def test_ignore_index(ops, device: str, small_chunks, ignore_index: int) -> None:
-    """Any integer, a class too. An ignored row's logits do not matter, whatever they are."""
+    """Any integer, even a class. Logits of an ignored row have no influence, however large."""
     x, weight, targets = inputs(12, 4, 65, device)
     targets[[1, 5, 10]] = ignore_index
     kept = (targets != ignore_index).nonzero()[:, 0]
@@ -75,7 +75,7 @@ def test_int32_and_strided_targets(ops, device: str, small_chunks) -> None:
 
 @pytest.mark.parametrize("target", [65, -2, 2**31 - 1, -(2**31), 2**40])
 def test_target_that_is_no_class(ops, device: str, small_chunks, target: int) -> None:
-    """An error where it costs no wait for the device, else NaN; other rows are unharmed."""
+    """Raises if that needs no synchronisation, else gives NaN; other rows are unaffected."""
     x, weight, targets = inputs(12, 4, 65, device)
     clean = outcome(ops, x, weight, targets)
     targets[9] = target
@@ -90,14 +90,14 @@ def test_target_that_is_no_class(ops, device: str, small_chunks, target: int) ->
 
 
 def large_logits(device: str) -> tuple[Tensor, Tensor, Tensor]:
-    """x, weight and targets for logits of +-1e4: rows that one class wins, two share, all share."""
+    """x, weight and targets for logits of +-1e4: rows with one, two or many winning classes."""
     logits = torch.randn(5, 300, device=device) * 3
     logits[0, 7], logits[1] = 1e4, logits[1] - 1e4
     logits[2], logits[2, 5:7] = -1e4, 1e4
     logits[3], logits[4] = logits[3] + 1e4, logits[4] * 3e3
     targets = logits.argmax(-1)
     targets[1], targets[3] = 11, 200
-    # Each row of x chooses one column of weight, so that no product is rounded.
+    # Each row of x selects one column of weight, so no product is rounded.
     return 128.0 * torch.eye(5, device=device), logits.t() / 128.0, targets
 
 
@@ -121,7 +121,7 @@ def test_large_logits(ops, device: str, dtype: torch.dtype, z_loss: float) -> No
 
 
 def test_large_logits_smoothed(ops, device: str) -> None:
-    """The loss is in the hundreds: compared by its digits."""
+    """The loss is in the hundreds, so it is compared with a relative tolerance."""
     x, weight, targets = large_logits(device)
     exact = [tensor.double().requires_grad_() for tensor in (x, weight)]
     results = outcome(
@@ -133,7 +133,7 @@ def test_large_logits_smoothed(ops, device: str) -> None:
 
 
 def test_a_wrong_target_costs_what_it_should(ops, device: str) -> None:
-    """The winner is 2e4 above the target: exp underflows, the loss does not."""
+    """The winning logit is 2e4 above the target's: exp underflows, the loss does not."""
     weight = torch.tensor([[1e4], [-1e4], [0.0]], device=device, requires_grad=True)
     x = torch.ones(1, 1, device=device, requires_grad=True)
     loss, dx, dweight = outcome(ops, x, weight, torch.tensor([1], device=device))
@@ -141,7 +141,7 @@ def test_a_wrong_target_costs_what_it_should(ops, device: str) -> None:
     assert dweight.flatten().tolist() == [1.0, -1.0, 0.0]
 
 
-@pytest.mark.filterwarnings("ignore:All-NaN slice")  # NumPy, which interprets
+@pytest.mark.filterwarnings("ignore:All-NaN slice")  # NumPy's, in the interpreter
 def test_not_finite_logits_show(ops, device: str) -> None:
     for bad in (math.nan, math.inf):
         x, weight, targets = inputs(3, 4, 65, device)
@@ -152,7 +152,7 @@ def test_not_finite_logits_show(ops, device: str) -> None:
 
 
 def test_logits_are_never_whole(ops, device: str, small_chunks) -> None:
-    """The largest piece of memory that forward and backward take is one chunk of logits."""
+    """The largest allocation in forward and backward is one chunk of logits."""
     n_classes, width = 1000, 3
     x, weight, targets = inputs(3 * CHUNK, width, n_classes, device)
     activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (device == "cuda")
@@ -162,12 +162,12 @@ def test_logits_are_never_whole(ops, device: str, small_chunks) -> None:
             outcome(module, x, weight, targets)
         events = profiler.profiler.kineto_results.events()
         largest[module] = max(event.nbytes() for event in events if event.name() == "[memory]")
-    assert largest[reference] >= 4 * 3 * CHUNK * n_classes  # what whole logits look like
-    assert largest[ops] <= 4 * CHUNK * 1024  # rows begin at multiples of 64 elements
+    assert largest[reference] >= 4 * 3 * CHUNK * n_classes  # full logits are visible
+    assert largest[ops] <= 4 * CHUNK * 1024  # rows are padded to multiples of 64 elements
 
 
 def test_what_lies_behind_a_row_is_a_number() -> None:
-    """Rows of the buffer are padded. A CPU with AMX multiplies what lies there by 0."""
+    """Padding of the buffer's rows must be finite: a CPU with AMX multiplies it by 0."""
     behind: list[Tensor] = []
 
     def rows(logits: Tensor, *_: Any) -> None:
@@ -199,7 +199,7 @@ class _LastProgram(Observer):
 
 
 def test_addresses_past_2_to_31() -> None:
-    """Of 2^31 logits and some, in memory of which only the last row is ever touched."""
+    """Just over 2^31 logits, in memory of which only the last row is touched."""
     n_cols, stride = 39999, 40000
     n_rows = 2**31 // stride + 2
     memory = mmap.mmap(-1, 2 * n_rows * stride, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
@@ -207,7 +207,7 @@ def test_addresses_past_2_to_31() -> None:
     last = torch.randn(n_cols).half()
     logits[-1] = last
     targets, losses = torch.full((n_rows,), 39998), torch.zeros(n_rows)
-    # int32 arithmetic that overflows is an error, before it becomes an address
+    # an int32 overflow raises before it becomes an address
     with exchanged(Builder, _LastProgram()):
         linear_cross_entropy._rows(logits, targets, losses, -1, 0.0, 0.0, True)
     z = last.float().requires_grad_()

@@ -1,5 +1,5 @@
-"""The MLP as one operator, GELU in the epilogues of its products, against the plain ops: parity on
-both ways of loading, what is kept, frozen parameters.
+"""The MLP as one operator, GELU in the epilogues of its products, against the plain ops: parity
+with both ways of loading tiles, saved tensors, frozen parameters.
 """
 
 from typing import Any
@@ -17,7 +17,7 @@ from tests.tools import parity
 from tests.tools.calls import Call, Cases, compiled
 from tests.tools.draws import Drawn, Draws
 
-# (shape of x, hidden width, outputs): no multiple of a tile; rows that no TMA can copy; empty.
+# (shape of x, hidden width, outputs): not multiples of a tile; rows that TMA cannot copy; empty.
 SHAPES = [
     ((1, 16), 64, 16),
     ((130, 40), 136, 24),
@@ -46,7 +46,7 @@ def _inputs(
 def _assert_parity(
     inputs: list[Tensor], n: int, layout: str, form: str, bias: bool, **options: Any
 ) -> None:
-    """``options``: of the kernel."""
+    """``options`` are passed to the kernel only."""
 
     def of(module, **options):
         def run(x, fc_weight, *rest):
@@ -74,7 +74,7 @@ def test_parity(
     dtype: torch.dtype,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Each way to load a tile in turn."""
+    """The two ways to load a tile alternate."""
     i = SHAPES.index((shape, hidden, n))
     if (i + parity.DTYPES.index(dtype)) % 2:
         monkeypatch.setattr(gemm, "_tma", lambda device: False)
@@ -87,7 +87,7 @@ def test_parity(
 @pytest.mark.parametrize("tile", TILES, ids=str)
 @pytest.mark.usefixtures("loads")
 def test_any_tile(device: str, monkeypatch: pytest.MonkeyPatch, tile: tuple, form: str) -> None:
-    """Several tiles for each program, and groups that the number of tiles does not fill."""
+    """Several tiles per program, and tile groups that are only partly filled."""
     if device == "cuda":
         pytest.skip("the GPU's tables are its own")
     monkeypatch.setattr(gemm, "_config", lambda *asked, **options: configs.Gemm(*tile))
@@ -96,7 +96,7 @@ def test_any_tile(device: str, monkeypatch: pytest.MonkeyPatch, tile: tuple, for
 
 
 def _tables_say(monkeypatch: pytest.MonkeyPatch, product: configs.Gemm | str | None) -> None:
-    """None: a tile. Where sm_90's table says cuBLAS it is sm_100's, which takes tensor maps too."""
+    """Let the tables choose ``product``; None: a tile, sm_100's where sm_90's table has cuBLAS."""
     lookup = configs.lookup
 
     def said(op: str, kernel: str, capability: int | None, *rest: Any) -> Any:
@@ -117,7 +117,7 @@ def test_tables_that_say_cublas(
     dtype: torch.dtype,
     form: str,
 ) -> None:
-    """No Triton GEMM is launched, and the numbers are as good, and those of the Triton GEMMs."""
+    """No Triton GEMM is launched; results have parity and are close to the Triton GEMMs'."""
     inputs = _inputs((137, 48), 104, 24, dtype, device, "contiguous")
     x, fc_weight, fc_bias, proj_weight = inputs
     dy = parity.randn((137, 24), dtype, device, "contiguous")
@@ -137,7 +137,7 @@ def test_tables_that_say_cublas(
 
     with_kernels = products()
     _tables_say(monkeypatch, CUBLAS)
-    monkeypatch.setattr(gemm, "_linear_gelu_kernel", None)  # whose launch would be a TypeError
+    monkeypatch.setattr(gemm, "_linear_gelu_kernel", None)  # a launch would raise TypeError
     monkeypatch.setattr(gemm, "_weight_grad_kernel", None)
     for ours, theirs in zip(with_kernels, products(), strict=True):
         assert (ours is None) == (theirs is None)
@@ -150,7 +150,7 @@ def test_tables_that_say_cublas(
 
 @pytest.mark.parametrize("recompute", [False, True], ids=["", "recompute"])
 def test_costs_when_the_tables_say_cublas(monkeypatch: pytest.MonkeyPatch, recompute: bool) -> None:
-    """As many FLOPs; beside the products' own bytes those of passes that an epilogue saves."""
+    """The same FLOPs; more bytes, for the passes that an epilogue saves."""
     t, c, f = 512, 64, 256
     x, hidden, fc_weight, fc_bias, proj_weight = (
         torch.empty(*shape, dtype=torch.bfloat16, device="meta")
@@ -175,15 +175,15 @@ def test_costs_when_the_tables_say_cublas(monkeypatch: pytest.MonkeyPatch, recom
     assert [count for count, _ in fused] == [count for count, _ in separate] == [flops] * 3
     activation = 2 * t * f
     saved = [theirs - ours for (_, ours), (_, theirs) in zip(fused, separate, strict=True)]
-    # GELU reads pre, and GELU' dact, which was written; dpre is read again by its sum in the
-    # weight's gradient, and has parts, written and read, of 64 rows, not of 128.
+    # GELU reads pre; GELU' reads dact, which was written before. The bias gradient reads dpre
+    # again, in parts (written and read) of 64 rows instead of 128.
     parts = 2 * (t // 64 - t // 128) * 4 * f
     assert saved == [activation, 2 * activation + parts, activation]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_large_and_small_pre_activations(device: str, dtype: torch.dtype) -> None:
-    """GELU and its slope over all magnitudes that the dtype knows, through the epilogues."""
+    """GELU and its derivative in the epilogues over the dtype's whole range."""
     values = torch.cat([torch.logspace(-7, 3.5, 64), torch.linspace(-6, 6, 64)]).to(dtype)
     fc_weight = torch.cat([values, -values]).view(-1, 1).expand(-1, 16).contiguous().to(device)
     x = torch.zeros(8, 16, dtype=dtype, device=device)

@@ -1,4 +1,4 @@
-"""Operators of ``_operators`` where a tensor or a mode is not the usual one, and in Inductor."""
+"""Operators of ``_operators`` with unusual tensors and modes, and in Inductor."""
 
 from typing import Any
 
@@ -15,7 +15,7 @@ from tests.tools.calls import Call, as_tuple, tensors_of
 @every_call
 def test_inference_mode_and_negated_views(device: str, call: Call) -> None:
     def results(*tensors: Tensor) -> tuple[Tensor, ...]:
-        torch.manual_seed(7)  # of dropout
+        torch.manual_seed(7)  # dropout
         return as_tuple(call.run(fused, *tensors))
 
     tensors = [x.detach() for x in tensors_of(call, device)]
@@ -32,8 +32,8 @@ def _twice(x: Tensor) -> Tensor:
 
 
 def test_inductor_knows_an_operator_before_it_meets_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    """PyTorch 2.11's describes one that it does not know, with both ways that lead to every step of
-    a residual stream."""
+    """Inductor of PyTorch 2.11 prints an operator that it does not know, with both paths to every
+    step of a residual stream: exponentially long."""
     from torch._inductor import graph
     from torch._inductor.utils import fresh_cache
 
@@ -56,7 +56,7 @@ def test_inductor_knows_an_operator_before_it_meets_it(monkeypatch: pytest.Monke
             x = x + op(x)
         return x
 
-    # Where compiled code lies, nothing is lowered.
+    # A cache hit would lower nothing.
     with fresh_cache(), pytest.raises(Exception, match="all is lowered"):
         torch.compile(stream)(torch.randn(3, 4))
     assert op not in met

@@ -1,5 +1,5 @@
-"""PyTorch's own sample inputs (OpInfo, in its wheel) of the functions that our ops take the place
-of, against those functions in float64 by the rule of ``parity``."""
+"""Our ops on PyTorch's own sample inputs (OpInfo, in its wheel) for the functions they replace,
+against those functions in float64 by the rule of ``parity``."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -25,7 +25,7 @@ def _layer_norm(ops: Any, sample: Any) -> Case | None:
     if not vectors or sample.kwargs.get("eps", 1.0) <= 0.0:
         return None  # our op always has a weight
     if rows.shape[-1] == 1 and ops is torch_ops:
-        return None  # PyTorch's own kernel, with x less its mean as rounding leaves it
+        return None  # PyTorch's own kernel does not subtract the mean exactly
     vectors = [v.flatten() for v in vectors]
     return Case(
         lambda x, *v: ops.layer_norm(x, *v, **sample.kwargs),
@@ -41,7 +41,7 @@ def _gelu(ops: Any, sample: Any) -> Case:
 
 
 def _linear(ops: Any, sample: Any) -> Case:
-    def rows(x: Tensor, *parameters: Tensor) -> Tensor:  # ``RoundedOnce`` has no product of vectors
+    def rows(x: Tensor, *parameters: Tensor) -> Tensor:  # ``RoundedOnce`` lacks products of vectors
         return F.linear(x[None], *parameters)[0]
 
     pytorch = rows if sample.input.dim() == 1 else F.linear
@@ -50,7 +50,7 @@ def _linear(ops: Any, sample: Any) -> Case:
 
 def _embedding(ops: Any, sample: Any) -> Case | None:
     if sample.kwargs:
-        return None  # options that a language model's table has not
+        return None  # options that our op lacks
     (idx,) = sample.args
     idx = idx.reshape(1, -1)
     position = sample.input.new_zeros(idx.shape[1], sample.input.shape[1])
@@ -62,10 +62,10 @@ def _embedding(ops: Any, sample: Any) -> Case | None:
 
 
 def _cross_entropy(ops: Any, sample: Any) -> Case | None:
-    """Of the product of the logits and an identity."""
+    """The sample's logits as their product with an identity matrix."""
     (targets,), options = sample.args, dict(sample.kwargs)
     if targets.is_floating_point() or "weight" in options or options.get("reduction") == "none":
-        return None  # of which our op has none
+        return None  # not in our op
     options.setdefault("ignore_index", -100)
     logits = sample.input.movedim(1, -1).flatten(0, -2)
     targets = targets.flatten()
@@ -81,7 +81,7 @@ def _cross_entropy(ops: Any, sample: Any) -> Case | None:
 def _attention(ops: Any, sample: Any) -> Case | None:
     options = dict(sample.kwargs)
     if options.pop("dropout_p", 0.0) or "attn_mask" in options or "enable_gqa" in options:
-        return None  # another mask than PyTorch's; none that is given; as many heads in k as in q
+        return None  # dropout masks differ; our op takes no mask; equal head counts only
     q, k, v = (x if x.dim() == 4 else x.unsqueeze(1) for x in (sample.input, *sample.args))
     q = q.expand(*k.shape[:2], *q.shape[2:])
     causal = options.pop("is_causal", False)
@@ -92,7 +92,7 @@ def _attention(ops: Any, sample: Any) -> Case | None:
     )
 
 
-# PyTorch's name → how a sample becomes a call of ours, and the fewest samples that do
+# PyTorch's name → conversion of a sample into a call of our op, minimum number of samples
 OPS: dict[str, tuple[Callable[[Any, Any], Case | None], int]] = {
     "layer_norm": (_layer_norm, 2),
     "gelu": (_gelu, 2),
@@ -109,9 +109,9 @@ def _shapes(sample: Any) -> list[Any]:
 
 @pytest.fixture(scope="module")
 def database() -> dict[str, Any]:
-    """PyTorch's functions by name."""
+    """PyTorch's OpInfos by name."""
     with pytest.MonkeyPatch.context() as patch:
-        # For PyTorch's own tests; here it would keep a trainer in this process from allowing TF32.
+        # Meant for PyTorch's tests; here it would keep trainers in this process from enabling TF32.
         patch.setattr(torch.backends, "disable_global_flags", lambda: None)
         common = pytest.importorskip(
             "torch.testing._internal.common_methods_invocations", reason="needs expecttest"
@@ -127,7 +127,7 @@ def test_pytorchs_samples(
 ) -> None:
     make, expected = OPS[name]
     samples = database[f"nn.functional.{name}"].sample_inputs(device, dtype, requires_grad=False)
-    # Many differ in nothing but their numbers.
+    # Many differ only in their values.
     samples = {str((_shapes(sample), sample.kwargs)): sample for sample in samples}.values()
     cases = [case for case in (make(ops, sample) for sample in samples) if case is not None]
     assert len(cases) >= expected

@@ -1,9 +1,9 @@
-"""Every op on inputs that hypothesis draws: shapes, strides, dtypes and options, by the rule of
-``parity`` for few numbers against the plain op. 30 cases an op, always the same; others, and more:
+"""Every op on inputs drawn by hypothesis (shapes, strides, dtypes, options) against the plain op,
+by ``parity``'s rule for few elements. 30 fixed cases per op by default; for more, random ones:
 
     pytest --hypothesis-profile=large tests/kernels/test_properties.py
 
-On the CPU, where kernels are interpreted: a GPU would compile one for nearly every case.
+CPU only, where kernels are interpreted: a GPU would compile a kernel for nearly every case.
 """
 
 from functools import partial
@@ -28,7 +28,7 @@ both = pytest.mark.parametrize("ops", [fused, torch_ops], ids=["fused", "torch_o
 @pytest.mark.parametrize("op", [op for op in CASES if op != "adamw"])
 @hypothesis.given(data=st.data())
 def test_parity(data: Any, op: str, ops: Any) -> None:
-    draws, drawn = Draws(data.draw, drops=ops is fused), CASES[op].drawn  # PyTorch's masks are its
+    draws, drawn = Draws(data.draw, drops=ops is fused), CASES[op].drawn  # torch_ops' masks differ
     assert drawn is not None
     call, inputs = drawn(draws)
     plain = partial(call, reference)
@@ -40,7 +40,7 @@ def test_parity(data: Any, op: str, ops: Any) -> None:
 @both
 @hypothesis.given(data=st.data())
 def test_adamw(data: Any, ops: Any) -> None:
-    """Some updates, against PyTorch's optimizer."""
+    """A few updates against PyTorch's optimizer."""
     draws = Draws(data.draw)
     start = randn([draws.size(2000)], torch.float32, "cpu", "contiguous")
     rounded = draws.one_of(None, torch.float16, torch.bfloat16)

@@ -1,5 +1,5 @@
-"""torch.func on every op: gradients, batches and forward mode are right, or refused in one line.
-Saved tensors that come back with other strides, as vmap and offloading to the host give them."""
+"""torch.func on every op: grad, vmap and forward mode give correct results or raise a clear error.
+Saved tensors that are unpacked with other strides, as by vmap and by offloading to the host."""
 
 from collections.abc import Callable
 from typing import Any
@@ -20,7 +20,7 @@ jvp: Callable[..., Any] = torch.func.jvp
 
 def _loss(ops, call: Call) -> Loss:
     def loss(*tensors: Tensor) -> Tensor:
-        torch.manual_seed(7)  # of dropout
+        torch.manual_seed(7)  # dropout
         out = as_tuple(call.run(ops, *tensors))
         sums = [(y * weight).sum() for y, weight in zip(out, weights_of(out), strict=True)]
         return torch.stack(sums).sum()
@@ -41,7 +41,7 @@ def _expected(loss: Loss, tensors: list[Tensor]) -> list[Tensor]:
 def test_grad(ops, device: str, call: Call) -> None:
     loss, tensors = _loss(ops, call), _tensors(call, device)
     everything = tuple(range(len(tensors)))
-    with torch.no_grad():  # of the outside
+    with torch.no_grad():  # has no effect inside
         got = grad(loss, everything)(*tensors)
     torch.testing.assert_close(list(got), _expected(loss, tensors))
     assert not any(x.requires_grad for x in got)
@@ -56,9 +56,9 @@ def _with_gaps(x: Tensor) -> Tensor:
 @pytest.mark.parametrize(
     ("ops", "changed"),
     [
-        (fused, Tensor.contiguous),  # as torch.autograd.graph.save_on_cpu(pin_memory=True) does
+        (fused, Tensor.contiguous),  # like torch.autograd.graph.save_on_cpu(pin_memory=True)
         (torch_ops, Tensor.contiguous),
-        (fused, columns_first),  # for which PyTorch's own kernels give wrong gradients
+        (fused, columns_first),  # PyTorch's own kernels give wrong gradients here
         (fused, _with_gaps),
     ],
 )
@@ -76,8 +76,8 @@ _WITHOUT_DROPOUT = [name for name in CALLS if "dropout" not in name]
 @pytest.mark.filterwarnings("ignore:There is a performance drop")  # PyTorch's own operators
 @pytest.mark.parametrize("name", _WITHOUT_DROPOUT)
 def test_a_gradient_for_each_element_of_a_batch(ops, device: str, name: str) -> None:
-    """The batch is the first tensor's last dimension; the last tensor, if it has company, has
-    none."""
+    """The batch is the first tensor's last dimension; the last of several tensors is not
+    batched."""
     call = CALLS[name]
     loss, (first, *others) = _loss(ops, call), _tensors(call, device, 3)
     tensors: list[Tensor] = [first.movedim(0, -1), *others]
@@ -94,7 +94,7 @@ def test_a_gradient_for_each_element_of_a_batch(ops, device: str, name: str) -> 
 @pytest.mark.filterwarnings("ignore:There is a performance drop")  # PyTorch's own operators
 @pytest.mark.parametrize("name", _WITHOUT_DROPOUT)
 def test_the_gradient_of_a_batch(ops, device: str, name: str) -> None:
-    """The other way round: inside of vmap no tensor seems to require a gradient."""
+    """grad of vmap: inside vmap no tensor appears to require a gradient."""
     if ops is torch_ops and device == "cuda" and "attention" in name:
         pytest.skip("PyTorch's backward of attention on a GPU refuses what its vmap gives it")
     loss, tensors = _loss(ops, CALLS[name]), _tensors(CALLS[name], device, 2)
@@ -141,7 +141,7 @@ def test_no_tangent_is_lost(device: str, call: Call) -> None:
             assert ops is torch_ops and found is not None
             torch.testing.assert_close(found, expected)
             torch.testing.assert_close(got, expected)
-    plain = _loss(fused, call)(*tensors)  # tensors without a tangent
+    plain = _loss(fused, call)(*tensors)  # inputs without tangents
     with forward_ad.dual_level():
         torch.testing.assert_close(_loss(fused, call)(*tensors), plain)
 
@@ -151,7 +151,7 @@ def test_forward_mode_names_the_op() -> None:
     message = "^gelu has no forward-mode derivative .* the ops of fastgpt.kernels.reference$"
     with pytest.raises(NotImplementedError, match=message):
         jvp(fused.gelu, (x,), (x,))
-    with pytest.raises(NotImplementedError, match=message):  # forward over reverse
+    with pytest.raises(NotImplementedError, match=message):  # forward-over-reverse
         jvp(grad(lambda x: fused.gelu(x).sum()), (x,), (x,))
     with pytest.raises(RuntimeError, match="^gelu has no second derivative"):
         torch.func.grad(lambda x: torch.func.grad(lambda x: fused.gelu(x).sum())(x).sum())(x)

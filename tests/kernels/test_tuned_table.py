@@ -1,4 +1,4 @@
-"""Lines that ``fastgpt tune`` measured: which launches take them, and which files are ignored."""
+"""Entries measured by ``fastgpt tune``: which launches use them, and which files are ignored."""
 
 import itertools
 import json
@@ -31,13 +31,13 @@ def _folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A machine with such a GPU, as far as reading a file goes."""
+    """Pretend to be a machine with this GPU, as far as reading a file goes."""
     facts = {"gpu": "GPU X", "driver": "1.2", "torch": "2", "triton": "3", "kernels": "abc"}
     monkeypatch.setattr(tuned_table, "made_for", lambda device: facts)
 
 
 def write(device: torch.device = CPU, **changes: Any) -> Path:
-    """A right file of the device, but for what is changed."""
+    """Write a valid file for the device, except for ``changes``."""
     held: dict[str, Any] = {
         "made_for": tuned_table.made_for(device),
         "lines": [{"key": LINE, "config": configs.encoded(MEASURED)}],
@@ -62,11 +62,11 @@ def test_a_measured_line_is_for_exactly_its_launch() -> None:
         own = dtype != FP32 and size == 64 and options
         expected = MEASURED if own else before[dtype, size, options]
         assert found(dtype, size, *options) == expected
-    with _host.interpreted(True, 80):  # of another architecture
+    with _host.interpreted(True, 80):  # a different architecture
         assert found(BF16, 64, "dropout") != MEASURED
-    configs.tuned(CPU)[LINE] = "a library"  # in effect at once
+    configs.tuned(CPU)[LINE] = "a library"  # takes effect immediately
     assert found(BF16, 64, "dropout") == "a library"
-    configs.tuned(CPU)[LINE] = None  # a configuration, too: no library
+    configs.tuned(CPU)[LINE] = None  # None is an entry, too: no library
     assert found(BF16, 64, "dropout") is None
 
 
@@ -147,7 +147,7 @@ def test_the_name_of_a_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
 
 
 def test_configurations_survive_a_file() -> None:
-    """Equal tuples of two kinds keep their kinds."""
+    """Equal tuples of different types keep their types."""
     assert not same(configs.WholeRows(8, 4), configs.AttentionDecodeSum(8, 4))
     lines = [*configs.TABLE.values(), *itertools.chain(*CANDIDATES.values()), "cuDNN"]
     for config in lines:
@@ -159,7 +159,7 @@ def test_configurations_survive_a_file() -> None:
 
 @pytest.mark.parametrize("key", CANDIDATES, ids=str)
 def test_candidates_are_two_to_eight_of_which_the_first_is_the_tables(key: Key) -> None:
-    """For every architecture and dtype that the line serves."""
+    """For every architecture and dtype that the entry serves."""
     archs = {"sm_80": (80, 86, 89, 120), "sm_90": (90,), "sm_100": (100,)}
     capabilities = archs.get(key.arch, tuple(itertools.chain(*archs.values())))
     dtypes = (BF16, FP16) if key.dtype == "half" else (BF16, FP16, FP32)

@@ -1,6 +1,6 @@
-"""The adapters of peft and loralib on every linear layer: gradients, merging, saving and loading
-give the numbers of a plain model with the same adapters. ``test_module_tree.py`` has adapters
-written out, without these libraries."""
+"""Adapters of peft and loralib on every linear layer: gradients, merging, saving and loading match
+a plain model with the same adapters. ``test_module_tree.py`` has hand-written adapters that need
+neither library."""
 
 import functools
 from pathlib import Path
@@ -44,7 +44,7 @@ def test_peft(targets: list[str], tmp_path: Path) -> None:
     loaded = peft.PeftModel.from_pretrained(changed(CHANGES["nothing"])[0], tmp_path)
     assert_close(logits(loaded), before)
     for model in (ours, plain):
-        # Into lm_head that changes the token table too, to which it is tied.
+        # Merging into lm_head also changes the token embedding, which is tied to it.
         model.merge_adapter()
     assert_close(logits(ours), plain.eval()(IDX, NEXT)[0])
     if "lm_head" not in targets:

@@ -1,4 +1,4 @@
-"""The bigram table: the interface of ``GPT``, and the loss by definition."""
+"""The bigram table: ``GPT``'s interface, and the loss by its definition."""
 
 import math
 
@@ -49,7 +49,7 @@ def test_loss_and_gradient_are_those_of_the_table(model):
 
 
 def test_training_reaches_the_bigram_entropy():
-    """Token t is followed by 3t + 1 or 3t + 2 (mod V), evenly: the entropy is ln 2."""
+    """Token t is followed by 3t + 1 or 3t + 2 (mod V) with equal probability: entropy ln 2."""
     torch.manual_seed(0)
     model = Bigram(small_config(block_size=64))
     optimizer = model.configure_optimizers(0.0, 0.3, (0.9, 0.99), "cpu")

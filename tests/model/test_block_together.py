@@ -1,5 +1,5 @@
-"""A block's ops in one node of autograd (``kernels/block.py``) give what the ops one by one give,
-to the last bit, and leave the call to them wherever something looks into it or asks for less."""
+"""A block as one autograd node (``kernels/block.py``) equals its ops called one by one, bit for
+bit. Ops are called one by one under hooks and modes, and where only some gradients are needed."""
 
 import pickle
 from collections.abc import Callable
@@ -19,12 +19,12 @@ from fastgpt.kernels import block, fused, torch_ops
 from tests.tools.small_models import model_with, small_config, tokens
 
 N_LAYER = 2
-EOT = int(tokens(1, 8)[0, 4])  # a document begins within the sequence
+EOT = int(tokens(1, 8)[0, 4])  # a separator within the sequence
 
 
 @pytest.fixture
-def n_together(monkeypatch) -> list[int]:
-    """Grows by an element with each block that is computed together."""
+def fused_blocks(monkeypatch) -> list[int]:
+    """A list that gets one element for each block computed as one node."""
     calls: list[int] = []
     real = block.block
 
@@ -37,7 +37,7 @@ def n_together(monkeypatch) -> list[int]:
 
 
 def loss_and_gradients(model: GPT, dtype: torch.dtype) -> tuple[Tensor, list[Tensor | None]]:
-    torch.manual_seed(2)  # of the dropout
+    torch.manual_seed(2)  # dropout
     model.zero_grad()
     with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
         loss = model(tokens(1, 8), tokens(1, 8, seed=3))[1]
@@ -60,18 +60,18 @@ def assert_equal(a: tuple[Tensor, list[Any]], b: tuple[Tensor, list[Any]]) -> No
         (torch.float16, dict(eot_token=EOT), dict(dropout=0.1)),
     ],
 )
-def test_the_numbers_are_those_of_the_ops(n_together, dtype, options, changes):
+def test_the_numbers_are_those_of_the_ops(fused_blocks, dtype, options, changes):
     model = model_with(fused, small_config(**changes), **options)
     together = loss_and_gradients(model, dtype)
-    assert len(n_together) == N_LAYER
+    assert len(fused_blocks) == N_LAYER
     with mock.patch.object(block, "fits", lambda *_: False):
         one_by_one = loss_and_gradients(model, dtype)
-    assert len(n_together) == N_LAYER
+    assert len(fused_blocks) == N_LAYER
     assert_equal(together, one_by_one)
 
 
-def test_a_block_whose_last_norm_is_not_asked_for(n_together):
-    """Only the residual stream behind the first block has a consumer, or only the norm."""
+def test_a_block_whose_last_norm_is_not_asked_for(fused_blocks):
+    """Only the residual stream after the block is used, or only its norm."""
     model = model_with(fused, small_config(n_layer=1))
     layer: Any = model.transformer.h[0]
     last_norm, context = model.transformer.ln_f, Context(Dropout(None))
@@ -86,7 +86,7 @@ def test_a_block_whose_last_norm_is_not_asked_for(n_together):
             outputs[which].square().sum().backward()
             found.append((residual.grad, [p.grad for p in layer.parameters()]))
         assert_equal(*found)
-    assert len(n_together) == 2
+    assert len(fused_blocks) == 2
 
 
 def frozen(model: Any) -> None:
@@ -103,7 +103,7 @@ def replaced(model: Any) -> None:
 
 
 def wider(model: Any) -> None:
-    """An MLP of another width is as plain as ours."""
+    """An MLP of another width is still plain."""
     mlp = model.transformer.h[0].mlp
     mlp.c_fc, mlp.c_proj = nn.Linear(32, 48), nn.Linear(48, 32)
 
@@ -134,7 +134,7 @@ def first_of_the_users(model: Any) -> None:
 
 
 def last_of_the_users(model: Any) -> None:
-    """There is no norm of ours for the block before to end with."""
+    """The block before has no LayerNorm of ours to end with."""
     model.transformer.h[1] = nn.Linear(32, 32)
 
 
@@ -153,16 +153,16 @@ def last_of_the_users(model: Any) -> None:
         (last_of_the_users, 0),
     ],
 )
-def test_a_changed_layer(n_together, change: Callable[[GPT], None], n: int):
+def test_a_changed_layer(fused_blocks, change: Callable[[GPT], None], n: int):
     model = model_with(fused, small_config(dropout=0.1))
     change(model)
     together = loss_and_gradients(model, torch.bfloat16)
-    assert len(n_together) == n
+    assert len(fused_blocks) == n
     with mock.patch.object(block, "fits", lambda *_: False):
         assert_equal(together, loss_and_gradients(model, torch.bfloat16))
 
 
-def test_what_looks_into_the_model_sees_the_ops(n_together):
+def test_what_looks_into_the_model_sees_the_ops(fused_blocks):
     model = model_with(fused, small_config())
     idx = tokens(1, 8)
     with FlopCounterMode(display=False) as counter:
@@ -177,13 +177,13 @@ def test_what_looks_into_the_model_sees_the_ops(n_together):
     torch.func.grad(loss)({name: w.detach() for name, w in weights.items()})
     with torch.no_grad():
         model(idx, idx)
-    assert not n_together
+    assert not fused_blocks
     model.eval()(idx, idx)[1].backward()
-    assert len(n_together) == N_LAYER
+    assert len(fused_blocks) == N_LAYER
 
 
-def test_layers_on_other_ops_are_computed_by_them(n_together):
-    """Also where one op of a namespace, or one layer's, is another."""
+def test_layers_on_other_ops_are_computed_by_them(fused_blocks):
+    """Also if a single op of the namespace, or the ops of a single layer, differ."""
     calls = []
 
     def linear(*args: Any, **kwargs: Any) -> Tensor:
@@ -192,7 +192,7 @@ def test_layers_on_other_ops_are_computed_by_them(n_together):
 
     ops: Any = SimpleNamespace(**{**vars(fused), "linear": linear})
     loss_and_gradients(model_with(ops, small_config()), torch.float32)
-    assert len(calls) == 2 * N_LAYER and not n_together
+    assert len(calls) == 2 * N_LAYER and not fused_blocks
     for change in (
         lambda layer: setattr(layer, "attn", CausalSelfAttention(small_config(), torch_ops)),
         lambda layer: setattr(layer, "ln_2", LayerNorm(32, False, torch_ops)),
@@ -201,8 +201,8 @@ def test_layers_on_other_ops_are_computed_by_them(n_together):
         model: Any = model_with(fused, small_config())
         change(model.transformer.h[0])
         loss_and_gradients(model, torch.float32)
-        assert len(n_together) == 1
-        n_together.clear()
+        assert len(fused_blocks) == 1
+        fused_blocks.clear()
 
 
 def test_a_model_on_other_ops_is_pickled_too():
@@ -237,7 +237,7 @@ def test_what_is_wrong_is_refused_as_the_op_refuses_it(layer, name, value, messa
         model(tokens(1, 8), tokens(1, 8))
 
 
-def test_a_backward_under_another_autocast(n_together):
+def test_a_backward_under_another_autocast(fused_blocks):
     model = model_with(fused, small_config())
     found = []
     for fits in (block.fits, lambda *_: False):
@@ -247,11 +247,11 @@ def test_a_backward_under_another_autocast(n_together):
         with torch.autocast("cpu", torch.bfloat16):
             loss.backward()
         found.append((loss, [p.grad for p in model.parameters()]))
-    assert len(n_together) == N_LAYER
+    assert len(fused_blocks) == N_LAYER
     assert_equal(*found)
 
 
-def test_a_mode_of_the_backward_alone_sees_the_ops(n_together):
+def test_a_mode_of_the_backward_alone_sees_the_ops(fused_blocks):
     model = model_with(fused, small_config(n_layer=1))
     found = []
     for fits in (block.fits, lambda *_: False):
@@ -260,12 +260,12 @@ def test_a_mode_of_the_backward_alone_sees_the_ops(n_together):
         with FlopCounterMode(display=False) as counter:
             loss.backward()
         found.append(counter.get_total_flops())
-    assert len(n_together) == 1
+    assert len(fused_blocks) == 1
     assert found[0] == found[1] > 0
 
 
-def test_checkpoints(n_together):
-    """Both passes of a checkpoint save the same, whatever mode is on in one of them."""
+def test_checkpoints(fused_blocks):
+    """Both passes of a checkpoint save the same tensors, even if only one runs under a mode."""
     model = model_with(fused, small_config(n_layer=1))
     plain = loss_and_gradients(model, torch.float32)
     layer: Any = model.transformer.h[0]
@@ -277,10 +277,10 @@ def test_checkpoints(n_together):
     model.zero_grad()
     loss.backward()
     assert_equal((loss, [p.grad for p in model.parameters()]), plain)
-    assert len(n_together) == 1  # the plain one
+    assert len(fused_blocks) == 1  # in the plain run
 
 
-def test_a_result_that_the_backward_needs_may_not_change(n_together):
+def test_a_result_that_the_backward_needs_may_not_change(fused_blocks):
     model = model_with(fused, small_config(n_layer=1))
     layer: Any = model.transformer.h[0]
     residual = torch.randn(2, 8, 32)
@@ -290,4 +290,4 @@ def test_a_result_that_the_backward_needs_may_not_change(n_together):
     total.add_(1.0)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         norm.sum().backward()
-    assert len(n_together) == 1
+    assert len(fused_blocks) == 1

@@ -1,8 +1,8 @@
-"""Which kernels a tensor's device gets, and that a GPU which Triton is not for does all the rest;
-the interface that all implementations of the ops share.
+"""Dispatch of ops by the tensor's device, GPUs that the Triton kernels do not support, and the
+interface shared by all implementations of the ops.
 
-There is no GPU here: the device's properties are made up, and what is computed is on fake tensors.
-Those have no values, so that code which asks for one, and would wait for a GPU, fails.
+There is no GPU here: device properties are made up and computation runs on fake tensors. These have
+no values, so code that reads one, which would wait for a GPU, fails.
 """
 
 import copy
@@ -36,7 +36,7 @@ def _no_choice_yet(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def _gpus(monkeypatch: pytest.MonkeyPatch, *capabilities: tuple[int, int]) -> list[int]:
-    """The indices of the GPUs that are asked about."""
+    """Pretend to have GPUs of these capabilities; return the indices that are queried."""
     asked: list[int] = []
 
     def properties(index: int) -> Any:
@@ -118,7 +118,7 @@ def _cuda(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.zeros(shape, dtype=dtype, device=CUDA[0])
 
 
-# Those that PyTorch traces on a device it was not built for.
+# The ops that PyTorch can trace on a device it was not built for.
 OPS = sorted({*reference.OPS} - {"adamw", "attention_decode", "attention_qkvpacked"})
 
 
@@ -155,7 +155,7 @@ def test_fp8_is_refused(old_gpu: None) -> None:
 
 
 def test_hipblas_is_asked_for_no_other_dtype(monkeypatch: pytest.MonkeyPatch) -> None:
-    """``mm`` of half precision into float32 is cuBLAS's."""
+    """Only cuBLAS has ``mm`` from half precision into float32."""
     for hip, expected in ((None, "aten.mm.dtype"), ("7.0", "aten.mm.out")):
         monkeypatch.setattr(torch.version, "hip", hip)
         with FakeTensorMode(), torch.no_grad(), _Called() as called:
@@ -163,11 +163,11 @@ def test_hipblas_is_asked_for_no_other_dtype(monkeypatch: pytest.MonkeyPatch) ->
         assert out.dtype == torch.float32 and expected in called.names
 
 
-# -- a GPU whose tensor cores Triton leaves idle
+# -- a GPU whose tensor cores Triton does not use
 
 
 def test_no_matrix_product_is_tritons_before_8_0(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A training step and a generated token launch kernels without one."""
+    """A training step and a generated token launch no Triton kernel with a matrix product."""
     launched: set[str] = set()
 
     def note(kernel: JITFunction, *args: Any, grid: Any, warmup: bool, **options: Any) -> None:
@@ -193,7 +193,7 @@ DOTS = "_attention_fwd", "_attention_bwd", "_linear_gelu", "_weight_grad"
 
 @pytest.mark.parametrize("dropout", [0.0, 0.2])
 def test_training_before_8_0(dropout: float, device: str) -> None:
-    """Loss and gradients of the plain ops; with dropout, masks of PyTorch's generator."""
+    """Loss and gradients equal the plain ops'; dropout masks come from PyTorch's generator."""
     config = GPTConfig(32, 65, 2, 2, 32, dropout)
     torch.manual_seed(0)
     models = [GPT(config, ops=module).to(device) for module in (fused_rows, reference)]
@@ -219,7 +219,7 @@ def test_training_before_8_0(dropout: float, device: str) -> None:
         assert (gradients[0] - gradients[1]).norm() < 1e-5 * gradients[1].norm()
 
 
-# -- what a user sees of the ops
+# -- the ops as Python objects
 
 MODULES = (reference, torch_ops, fused, fused_rows, ops)
 
@@ -231,7 +231,7 @@ def test_every_implementation_of_an_op_has_one_signature(op: str) -> None:
 
 
 def test_an_op_is_found_where_it_is_called() -> None:
-    """As help(), pickle and copies of a model need it."""
+    """help(), pickle and copying a model rely on this."""
     for name in reference.OPS:
         op = getattr(ops, name)
         assert op.__name__ == name and op.__doc__ == getattr(reference, name).__doc__

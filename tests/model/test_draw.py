@@ -1,4 +1,4 @@
-"""The draw of a token from its logits: temperature, cuts, penalty."""
+"""Sampling a token from its logits: temperature, top-k, top-p, min-p, repetition penalty."""
 
 import itertools
 import math
@@ -14,7 +14,7 @@ from fastgpt.generation import Sampling, draw
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_draws_are_those_of_multinomial(dtype: torch.dtype) -> None:
-    """Half-precision logits are drawn in float32."""
+    """Half-precision logits are sampled in float32."""
     logits = (torch.randn(5, 1000) * 3).to(dtype)
     torch.manual_seed(1)
     expected = torch.multinomial(logits.float().softmax(-1), 1)[:, 0]
@@ -23,7 +23,7 @@ def test_draws_are_those_of_multinomial(dtype: torch.dtype) -> None:
 
 
 def kept(logits: Tensor, **options: Any) -> list[set[int]]:
-    """The tokens that occur in 3000 draws, for each row."""
+    """The set of tokens that occur in 3000 draws of each row."""
     return [set(draw(row.expand(3000, -1), Sampling(**options)).tolist()) for row in logits]
 
 
@@ -40,7 +40,7 @@ def test_cuts_keep_what_they_say() -> None:
     probs = torch.tensor([[0.4, 0.3, 0.2, 0.1], [0.1, 0.1, 0.1, 0.7]])
     logits = probs.log()
     assert kept(logits) == [{0, 1, 2, 3}] * 2
-    assert kept(logits, top_k=2) == [{0, 1}, {0, 1, 2, 3}]  # ties stay
+    assert kept(logits, top_k=2) == [{0, 1}, {0, 1, 2, 3}]  # ties are kept
     assert kept(logits, top_p=0.6) == [{0, 1}, {3}]
     assert kept(logits, top_p=0.75) == [{0, 1, 2}, {0, 3}]
     assert kept(logits, top_p=0.0) == kept(logits, min_p=1.0) == [{0}, {3}]
@@ -48,7 +48,7 @@ def test_cuts_keep_what_they_say() -> None:
 
 
 def test_against_hugging_face() -> None:
-    """The tokens kept and their probabilities, for all combinations of options."""
+    """Tokens kept and their probabilities, for all combinations of options."""
     process = pytest.importorskip("transformers.generation.logits_process")
     logits = torch.randn(4, 50) * 4
     idx = torch.randint(50, (4, 12))
@@ -79,7 +79,7 @@ def test_the_penalty_pushes_scores_down_on_both_sides_of_0() -> None:
 
 
 class NoLook(TorchDispatchMode):
-    """Fails where the host reads a tensor's value, for which it would wait on a GPU."""
+    """Fails if the host reads a tensor's value, which would wait for a GPU."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         looks = ("_local_scalar_dense", "nonzero", "masked_select", "equal", "is_nonzero")

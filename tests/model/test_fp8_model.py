@@ -1,4 +1,4 @@
-"""Models in fp8: compiled, on fake tensors, near to their emulation, and trained as in float32."""
+"""Models in fp8: torch.compile, fake tensors, closeness to the emulation, training vs. float32."""
 
 import math
 from typing import Any
@@ -39,7 +39,7 @@ def test_compiled_whole(device: str, recompute: bool) -> None:
 
 
 def test_model(device: str) -> None:
-    """As near to its emulation as half precision is to float32, and not the bf16 model."""
+    """As close to its emulation as half precision is to float32, and different from bf16."""
     got = loss_and_gradients(model_in_fp8("head", device, ops=fused), device)
     near = loss_and_gradients(model_in_fp8("head", device, ops=reference), device)
     other = loss_and_gradients(model_in_fp8("none", device, ops=fused), device)
@@ -68,8 +68,8 @@ def test_the_attribute_changes_the_next_step_and_no_logits(device: str) -> None:
     assert logits[0].equal(logits[1])
 
 
-# Decided before the first run: over the last 10 of 50 steps the mean loss may differ from float32's
-# by this share of what float32 has learnt by then.
+# Chosen before the first run: over the last 10 of 50 steps the mean loss may differ from float32's
+# by this share of float32's improvement up to then.
 SHARE = 0.03
 
 

@@ -1,4 +1,4 @@
-"""``torch.func`` on a whole model: stateless calls, gradients of single sequences, ensembles."""
+"""``torch.func`` on a whole model: functional calls, per-sequence gradients, ensembles."""
 
 import pytest
 import torch

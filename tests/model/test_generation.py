@@ -1,4 +1,4 @@
-"""Generation with and without the cache of keys and values."""
+"""Generation with and without the KV cache."""
 
 import math
 from typing import Any
@@ -17,7 +17,7 @@ GREEDY = Sampling(temperature=0.0)
 
 
 def sharp_model(**changes: Any) -> GPT:
-    """Logits far apart: rounding changes no token, a wrong key or position does."""
+    """A model with logits far apart: rounding changes no token, a wrong key or position does."""
     model = small_model(**changes).eval()
     with torch.no_grad():
         for param in model.parameters():
@@ -30,7 +30,7 @@ def sharp_model(**changes: Any) -> GPT:
 def without_cache(
     model: GPT, idx: Tensor, n_tokens: int, temperature: float = 0.0, top_k: int | None = None
 ) -> Tensor:
-    """Generation with a forward pass over the whole window for every token."""
+    """Generate with a forward pass over the whole window for every token."""
     for _ in range(n_tokens):
         logits = model(idx[:, -model.config.block_size :])[0][:, -1]
         if temperature == 0.0:
@@ -45,7 +45,7 @@ def without_cache(
 
 
 class Calls:
-    """Counts the calls of a model's passes."""
+    """Counts the calls of a model's forward, prefill and decode passes."""
 
     def __init__(self, model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
         self.of = {"forward": 0, "_prefill": 0, "_decode": 0}
@@ -74,7 +74,7 @@ def test_greedy_past_the_window(
     assert all(len(row.unique()) > 5 for row in expected)
     calls = Calls(model, monkeypatch)
     assert torch.equal(model.generate(idx, 200, temperature=0.0), expected)
-    # The last token that is fed in the window is number 150; each further one takes a window.
+    # Token 150 is the last one fed within the window; each later one takes a pass over a window.
     cached = 150 - prompt
     assert calls.of == {"_prefill": 1, "_decode": cached, "forward": 199 - cached}
 
@@ -84,7 +84,7 @@ def test_greedy_past_the_window(
 def test_draws_past_the_window_are_nanogpts(temperature: float, top_k: int | None) -> None:
     model = small_model().eval()
     with torch.no_grad():
-        model.lm_head.weight.mul_(20)  # a wrong temperature or cut changes the draws
+        model.lm_head.weight.mul_(20)  # a wrong temperature or top-k changes the draws
     prompt = tokens(2, 3)
     torch.manual_seed(7)
     expected = without_cache(model, prompt, 20, temperature, top_k)
@@ -93,7 +93,7 @@ def test_draws_past_the_window_are_nanogpts(temperature: float, top_k: int | Non
 
 
 def test_what_generate_leaves_alone() -> None:
-    """Mode, prompt, gradients; greedily the random generator too."""
+    """Mode, prompt and gradients stay; in greedy generation the random generator, too."""
     model, prompt = small_model(dropout=0.5), tokens(1, 2)
     kept = prompt.clone()
     out = model.generate(prompt, 3)
@@ -131,7 +131,7 @@ def test_cached_logits_are_those_of_the_forward(ops: Any, device: str) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
 def test_other_dtypes(dtype: torch.dtype) -> None:
-    """In half precision the logits are close, not equal, so rounding could decide a token."""
+    """In half precision logits are only close, so the tokens need not agree."""
     model = sharp_model().to(dtype)
     idx = tokens(2, 5)
     if dtype == torch.float64:
@@ -149,7 +149,7 @@ def test_other_dtypes(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize(("ops", "bias"), [(fused, True), (torch_ops, True), (torch_ops, False)])
 def test_autocast_with_half_precision_matrices(ops: Any, bias: bool) -> None:
-    """What `fastgpt sample` does: the same numbers as when autocast casts them for each product."""
+    """As in `fastgpt sample`: same tokens as when autocast casts the matrices for each product."""
     torch.manual_seed(0)
     model = GPT(GPTConfig(BLOCK, V, 1, 2, 32, bias=bias), ops=ops).eval()
     with torch.autocast("cpu", torch.bfloat16):
@@ -171,7 +171,7 @@ def streamed(model: Any, prompts: list[Tensor], n_tokens: int, sampling: Samplin
 
 @pytest.mark.parametrize("lengths", [(1, 4, 9), (3, 16, 25), (16, 16), (17, 40), (15, 16, 17)])
 def test_prompts_of_several_lengths_continue_as_they_do_alone(lengths: tuple[int, ...]) -> None:
-    """Inside the window, at its end, past it; leaving it at different times."""
+    """Prompts inside the window, at its end, past it; they leave it at different times."""
     model = sharp_model()
     prompts = [tokens(1, length, seed=length)[0] for length in lengths]
     together = streamed(model, prompts, 20, GREEDY)
@@ -213,7 +213,7 @@ def test_a_bigram_and_dropout_take_the_window(monkeypatch: pytest.MonkeyPatch) -
 
 @pytest.mark.parametrize("penalty", [1.0, 1.7])
 def test_a_generator_begins_anew_with_each_call(penalty: float) -> None:
-    """Buffers are reused where the sizes agree."""
+    """Buffers are reused if the sizes agree."""
     model = sharp_model()
     sampling = Sampling(temperature=0.0, repetition_penalty=penalty)
     generator = Generator(model, sampling)

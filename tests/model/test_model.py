@@ -88,7 +88,7 @@ def test_config_refuses(field, value, error):
 
 
 def expected_state_dict(config: GPTConfig) -> list[tuple[str, tuple[int, ...]]]:
-    """Names and shapes as nanoGPT's checkpoints have them, in order."""
+    """Names and shapes in nanoGPT's checkpoints, in order."""
     width, items = config.n_embd, []
 
     def add(name: str, *shape: int, bias: bool) -> None:
@@ -173,8 +173,8 @@ def test_parameter_counts(config, millions):
 
 
 def test_golden_initialisation():
-    """To the bit where the CPU has vector instructions (AVX2): without them PyTorch's normal
-    numbers are other ones in the last bit, for whoever draws them."""
+    """Bit for bit if the CPU has vector instructions (AVX2): without them PyTorch's normal
+    random numbers differ in the last bit."""
     torch.manual_seed(1337)
     model = GPT(GPTConfig(64, 65, 2, 2, 32, dropout=0.0, bias=False))
     assert torch.randint(1000, (3,)).tolist() == [172, 573, 110]
@@ -210,17 +210,17 @@ def test_forward_returns_by_mode():
     assert logits is None and loss.shape == ()
     full, same_loss = model(x, x, return_logits=True)
     assert full.shape == (3, BLOCK, V)
-    torch.testing.assert_close(loss, same_loss)  # two ways to add up the same numbers
+    torch.testing.assert_close(loss, same_loss)  # two orders of the same sum
     last, none = model(x)
     assert last.shape == (3, 1, V) and none is None
     torch.testing.assert_close(last, full[:, -1:])
     with torch.no_grad():
-        assert torch.equal(model(x, x)[0], full)  # as nanoGPT's evaluation sees it
+        assert torch.equal(model(x, x)[0], full)  # as in nanoGPT's evaluation
     assert torch.equal(model.eval()(x, x)[0], full)
 
 
 def test_no_rows(ops):
-    """As nanoGPT's model: logits of no row, the mean of nothing, gradients of 0."""
+    """Like nanoGPT's model: empty logits, the mean of nothing (NaN), zero gradients."""
     model, x = model_with(ops, small_config(n_head=1, n_embd=24, dropout=0.1)), tokens(0)
     assert model(x)[0].shape == (0, 1, V)
     logits, loss = model(x, x, return_logits=True)
@@ -314,13 +314,13 @@ def test_each_dropout_acts_alone(place):
 
 
 def test_dropout_draws_in_the_order_of_the_plain_model():
-    """Embedding, then per layer probabilities, projection, MLP: each mask at its place."""
+    """Embedding, then in each layer probabilities, projection, MLP."""
     losses = []
     for ops in (reference, torch_ops):
         torch.manual_seed(0)
         model = GPT(small_config(dropout=0.3), ops=ops)
         losses.append(model(tokens(), tokens())[1])
-        losses.append(torch.rand(1)[0])  # as many random numbers used
+        losses.append(torch.rand(1)[0])  # equal if as many random numbers were used
     assert abs(losses[0] - losses[2]) <= 1e-5 and losses[1] == losses[3]
 
 

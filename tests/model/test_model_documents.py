@@ -1,4 +1,4 @@
-"""A model with a separator: documents in one sequence give what each gives alone."""
+"""A model with a separator: packed documents give the same results as each document alone."""
 
 import re
 from collections.abc import Iterator
@@ -24,7 +24,7 @@ def ops(request: pytest.FixtureRequest) -> ModuleType:
 
 
 def batch(device: str = "cpu") -> tuple[Tensor, Tensor]:
-    """Tokens and targets: a separator begins each document, perhaps not a sequence."""
+    """Tokens and targets: a separator opens each document, except those that open sequences 0-2."""
     x = tokens(4, BLOCK)
     x[x == EOT_TOKEN] = EOT_TOKEN + 1
     for sequence, begin, _ in DOCUMENTS:
@@ -83,9 +83,9 @@ def test_without_a_separator_in_the_tokens_nothing_changes(dtype: torch.dtype) -
 
 
 def test_dropout_draws_what_it_draws_without(ops: ModuleType) -> None:
-    """One document: the same masks in every place."""
+    """For a single document all dropout masks are the same as without a separator."""
     losses = []
-    x, y = (t[3:4] for t in batch())  # opened by the separator
+    x, y = (t[3:4] for t in batch())  # begins with the separator
     for eot_token in (None, EOT_TOKEN):
         torch.manual_seed(0)
         model = GPT(small_config(dropout=0.3), ops=ops, eot_token=eot_token)
@@ -94,9 +94,9 @@ def test_dropout_draws_what_it_draws_without(ops: ModuleType) -> None:
 
 
 def test_generate_continues_the_last_document() -> None:
-    """Greedily, past the window; tokens before the separator have no influence."""
+    """Greedy, past the window; tokens before the separator have no influence."""
     model = model_with(torch_ops, small_config()).eval()
-    with torch.no_grad():  # not the token that it sees, again and again
+    with torch.no_grad():  # else it only repeats the last token
         model.transformer.wpe.weight.mul_(10)
         model.transformer.wte.weight.mul_(0.2)
     prompt = torch.tensor([[3, 1, EOT_TOKEN, 2, 5]])
@@ -115,7 +115,7 @@ def test_generate_continues_the_last_document() -> None:
 
 @pytest.mark.parametrize("ops", [torch_ops, fused], ids=["torch_ops", "fused"])
 def test_compiles_without_a_graph_break(ops: ModuleType) -> None:
-    """Under autocast."""
+    """With the same loss and gradients as eager mode, under autocast."""
     x, y = batch()
     results = []
     for compiled in (False, True):
@@ -132,7 +132,7 @@ def test_compiles_without_a_graph_break(ops: ModuleType) -> None:
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")
 def test_the_host_never_waits() -> None:
-    """Forward and backward while every wait for the device is an error."""
+    """Run forward and backward with every host-device synchronisation an error."""
     x, y = batch("cuda")
     model = model_with(fused, small_config(), "cuda", eot_token=EOT_TOKEN)
     model(x, y)[1].backward()  # compiles the kernels

@@ -1,4 +1,4 @@
-"""Weights of ``GPT``: tied, copied, saved, loaded from compiled models and from old files."""
+"""``GPT``'s weights: tying, copying, saving, loading from compiled models and from old files."""
 
 import copy
 import io
@@ -67,7 +67,7 @@ def test_loads_old_files_with_masks(prefix):
     names = list(state)
     other = small_model(seed=5, bias=True)
     other.load_state_dict(state)
-    assert list(state) == names  # the caller's dict is left alone
+    assert list(state) == names  # the caller's dict is unchanged
     assert torch.equal(other(tokens())[0], model(tokens())[0])
 
 

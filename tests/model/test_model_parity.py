@@ -1,5 +1,5 @@
-"""The whole model on each set of ops against the plain one of ``reference``: logits, loss, every
-gradient, a training run; causality; autocast and torch.compile.
+"""The whole model on each set of ops against the one on ``reference``: logits, loss, all gradients,
+a training run; causality; autocast and torch.compile.
 """
 
 import os
@@ -35,7 +35,7 @@ def batch(length: int, device: str) -> tuple[Tensor, Tensor]:
 
 
 def outcome(model: torch.nn.Module, x: Tensor, y: Tensor) -> dict[str, Tensor]:
-    """Logits, the loss of training, which builds none, and its every gradient, by name."""
+    """Logits from evaluation, then training loss and its gradients, by name."""
     with torch.no_grad():
         logits = model(x, y)[0]
     nothing, loss = model(x, y)
@@ -74,14 +74,14 @@ def test_logits_on_request_change_nothing_else(ops, device):
 
 
 def following(x: Tensor) -> Tensor:
-    """The next token of a made-up language: one of two, evenly. Its entropy is ln 2."""
+    """The next token of a toy language: one of two with equal probability, entropy ln 2."""
     return (3 * x + torch.randint(1, 3, x.shape)) % V
 
 
 def training_losses(ops: ModuleType, device: str, gelu: str = "none") -> Tensor:
     config = small_config(n_layer=1, block_size=8, bias=False)
     model = model_with(ops, config, device, gelu=gelu)
-    optimizer = model.configure_optimizers(0.1, 1e-2, (0.9, 0.95), "cpu")  # one AdamW for both
+    optimizer = model.configure_optimizers(0.1, 1e-2, (0.9, 0.95), "cpu")  # the same AdamW for both
     torch.manual_seed(1)
     losses = []
     for _ in range(25):
@@ -99,7 +99,7 @@ def training_losses(ops: ModuleType, device: str, gelu: str = "none") -> Tensor:
 
 
 def test_training_does_not_drift(ops, device):
-    """25 updates at a high learning rate; the other form of GELU drifts past the bound."""
+    """25 updates at a high learning rate; the tanh GELU drifts past the bound."""
     ours, plain = (training_losses(o, device) for o in (ops, reference))
     assert plain[-5:].mean() < plain[:5].mean() - 0.3  # it learns
     assert (ours - plain).abs().max() <= 1e-5
@@ -121,12 +121,12 @@ def test_causality(ops, device, position):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
 @pytest.mark.parametrize("autocast", [True, False], ids=["autocast", "parameters"])
 def test_half_precision(ops, device, dtype, autocast):
-    """No more than twice as far from float32 as the plain model in the same precision."""
+    """Errors against float32 are at most twice the plain model's in the same precision."""
     if ops is torch_ops and not autocast:
         pytest.skip("PyTorch's LayerNorm on the CPU sums a bf16 bias gradient in bf16")
     x, y = batch(BLOCK, device)
     truth = outcome(model_with(reference, small_config(), device), x, y)
-    del truth["loss"]  # one number may be right by luck; it is held to the logits below
+    del truth["loss"]  # a scalar may be right by luck; it is checked against the logits below
 
     def errors(which: ModuleType) -> dict[str, float]:
         model = model_with(which, small_config(), device)
@@ -155,7 +155,7 @@ def test_compiled_whole(ops, device, recompute):
 
 
 def test_few_recompilations_for_many_lengths(ops, device):
-    """One graph for the first length, one for every other; length 1 may have its own."""
+    """One graph for the first length, one for all others; length 1 may have its own."""
     torch._dynamo.reset()
     counter = CompileCounterWithBackend("aot_eager")
     model = model_with(ops, small_config(n_layer=1, block_size=12), device)
@@ -172,9 +172,9 @@ def _has_cpp_compiler() -> bool:
 
 
 def test_inductor(device: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also the dispatch: on a GPU this compiles the Triton kernels into the graph. Inductor's cache
-    does not tell code for one ATEN_CPU_CAPABILITY from another's, so it begins empty; and it makes
-    no vector instructions, which double the time of the C++ compiler."""
+    """Dispatch included: on a GPU the graph contains the Triton kernels. The cache starts empty,
+    because Inductor's key ignores ATEN_CPU_CAPABILITY; vector instructions are off, because they
+    double the C++ compile time."""
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     monkeypatch.setattr("torch._inductor.config.cpp.vec_isa_ok", False)
     if device == "cpu" and not _has_cpp_compiler():
@@ -192,7 +192,7 @@ def test_inductor(device: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_dispatch_compiles_for_cuda_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On tensors that only claim to be on CUDA: the whole graph, with the kernels in it."""
+    """On fake CUDA tensors: one graph, with the Triton operators in it."""
     monkeypatch.setattr("fastgpt.devices.triton_refusal", lambda device: "")
     monkeypatch.setattr("fastgpt.devices.triton_multiplies", lambda device: True)
     found: set[str] = set()

@@ -1,5 +1,5 @@
-"""One training step of the whole model: what the fused ops share between them. Tied and frozen
-weights, dropout under one seed, recomputation.
+"""One training step of the whole model: tied and frozen weights, one dropout seed for all ops,
+recomputation.
 """
 
 from types import SimpleNamespace
@@ -13,13 +13,13 @@ from fastgpt.kernels import fused, reference
 from tests.tools import parity
 from tests.tools.small_models import BLOCK, model_with, small_config, tokens
 
-# the plain ops, told to draw their masks as the kernels do
+# The plain ops with the kernels' dropout masks.
 SEEDED = SimpleNamespace(**{**vars(reference), "dropout_seed": fused.dropout_seed})
 
 
 def step(model: GPT, device: str) -> dict[str, Tensor]:
-    """The loss and every gradient that there is."""
-    torch.manual_seed(3)  # of the dropout
+    """The loss and all gradients that exist."""
+    torch.manual_seed(3)  # dropout
     loss = model(tokens(3, BLOCK).to(device), tokens(3, BLOCK, seed=2).to(device))[1]
     loss.backward()
     grads = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
@@ -33,7 +33,7 @@ def assert_close(ours: dict[str, Tensor], plain: dict[str, Tensor]) -> None:
 
 
 def test_the_tied_weight_gets_both_gradients(ops, device: str) -> None:
-    """Embedding and head apart, by two weights of equal values, add up to the tied gradient."""
+    """The gradients of an untied embedding and head add up to that of the tied weight."""
     together = step(model_with(ops, small_config(), device), device)
     model = model_with(ops, small_config(), device)
     model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
@@ -59,14 +59,14 @@ def test_frozen_parameters(ops, device: str, frozen: str) -> None:
 
 
 def test_one_seed_draws_every_mask(device: str) -> None:
-    """With dropout, forward and backward equal the plain ops' on the masks of the same seed."""
+    """With dropout, forward and backward equal the plain ops' with the same seed's masks."""
     results = [
         step(model_with(which, small_config(bias=True, dropout=0.3), device), device)
         for which in (fused, SEEDED)
     ]
     assert_close(*results)
     plain = step(model_with(SEEDED, small_config(bias=True), device), device)
-    assert (results[0]["loss"] - plain["loss"]).abs() > 1e-4  # it does drop
+    assert (results[0]["loss"] - plain["loss"]).abs() > 1e-4  # dropout is active
 
 
 def test_every_place_has_a_mask_of_its_own(device: str) -> None:
@@ -107,7 +107,7 @@ def test_recomputing_changes_no_bit(
 
 
 def saved_bytes(model: GPT, device: str) -> int:
-    """What autograd keeps for the backward beside the parameters, each storage once."""
+    """Bytes that autograd saves for backward besides the parameters, each storage once."""
     parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
     x = tokens(3, BLOCK).to(device)
     kept = parity.saved_storages(lambda: model(x, x)[1])
@@ -115,7 +115,7 @@ def saved_bytes(model: GPT, device: str) -> int:
 
 
 def test_recomputing_keeps_less(ops, device: str) -> None:
-    """Per layer and token neither the two normalised inputs (C each) nor GELU's result (4C)."""
+    """Per layer and token it drops two normalised inputs (C each) and GELU's output (4C)."""
     config = small_config(n_layer=4)
     kept, again = (
         saved_bytes(model_with(ops, config, device, recompute=recompute), device)

@@ -1,5 +1,5 @@
-"""A layer that is replaced, wrapped, hooked or patched is called: the numbers are those of a plain
-model, written out here with nanoGPT's names, after the same change."""
+"""Replaced, wrapped, hooked and patched layers are called: results equal those of a plain model,
+written here with nanoGPT's names, after the same change."""
 
 import copy
 from collections.abc import Callable, Iterator
@@ -15,7 +15,7 @@ from fastgpt import GPT, GPTConfig
 from fastgpt.kernels import fused, torch_ops
 
 CONFIG = GPTConfig(block_size=16, vocab_size=48, n_layer=2, n_head=2, n_embd=32, bias=True)
-Change = Callable[[Any], object]  # of a model of either kind, in place
+Change = Callable[[Any], object]  # changes either model in place
 
 
 class PlainAttention(nn.Module):
@@ -90,7 +90,7 @@ class PlainGPT(nn.Module):
 
 
 class LoRALinear(nn.Linear):
-    """loralib's way: a subclass whose ``forward`` adds a product of low rank."""
+    """As in loralib: a subclass whose ``forward`` adds a low-rank product."""
 
     def __init__(self, old: nn.Linear) -> None:
         super().__init__(old.in_features, old.out_features, bias=old.bias is not None)
@@ -104,7 +104,7 @@ class LoRALinear(nn.Linear):
 
 
 class LoRAWrapper(nn.Module):
-    """peft's way: another module in the layer's place, which has neither weight nor bias."""
+    """As in peft: a wrapper module, which has neither weight nor bias."""
 
     def __init__(self, old: nn.Module) -> None:
         super().__init__()
@@ -126,7 +126,7 @@ class ScaledEmbedding(nn.Embedding):
 
 
 class OwnLayer(nn.Module):
-    """An attention or an MLP of the user's."""
+    """A user's own attention or MLP."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -137,7 +137,7 @@ class OwnLayer(nn.Module):
 
 
 def _owners(model: Any, name: str) -> Iterator[tuple[nn.Module, str]]:
-    """Where the modules whose names end so hang: (parent, attribute)."""
+    """(parent, attribute) of each module whose name ends with ``name``."""
     for path, _ in list(model.named_modules()):
         parent, _, last = path.rpartition(".")
         if path == name or path.endswith(f".{name}"):
@@ -171,7 +171,7 @@ def _doubled(grads: Any) -> tuple[Tensor, ...]:
 
 
 def _grow(model: Any) -> None:
-    """A larger vocabulary, as for new special tokens."""
+    """Enlarge the vocabulary, as for new special tokens."""
     torch.manual_seed(0)
     weight = nn.Parameter(torch.cat((model.lm_head.weight, torch.randn(5, CONFIG.n_embd))).detach())
     model.transformer.wte.weight = model.lm_head.weight = weight
@@ -238,10 +238,10 @@ CHANGES: dict[str, Change] = {
 
 
 def changed(change: Change, ops: Any = torch_ops) -> tuple[Any, Any]:
-    """Our model and the plain one with equal weights, both changed."""
+    """Our model and the plain one with equal weights, after the change."""
     torch.manual_seed(1)
     ours, plain = GPT(CONFIG, ops=ops), PlainGPT(CONFIG)
-    for p in ours.parameters():  # biases and norms that count
+    for p in ours.parameters():  # nontrivial biases and norms
         p.data += 0.1 * torch.randn_like(p)
     plain.load_state_dict(ours.state_dict())
     for model in (ours, plain):
@@ -326,7 +326,7 @@ def test_layers_are_called_as_in_nanogpt() -> None:
 
 
 def test_dropout_of_a_hooked_block() -> None:
-    """Drops at its rate, in training alone."""
+    """Dropout is active in training only."""
     config = GPTConfig(16, 48, 1, 2, 32, dropout=0.5)
     model = GPT(config)
     model.transformer.h[0].register_forward_hook(lambda m, args, out: None)
@@ -349,7 +349,7 @@ def test_an_untied_head_stays_untied() -> None:
     assert fresh.transformer.wte.weight is fresh.lm_head.weight
 
 
-@pytest.mark.filterwarnings("ignore")  # it is deprecated, and in use
+@pytest.mark.filterwarnings("ignore")  # deprecated but still used
 def test_quantised_layers_are_called() -> None:
     model = GPT(CONFIG).eval()
     quantised = torch.ao.quantization.quantize_dynamic(model, {nn.Linear}, dtype=torch.qint8)

@@ -1,4 +1,4 @@
-"""Text from checkpoints."""
+"""``Sampler``: text from checkpoints and exported weights."""
 
 import itertools
 import json
@@ -25,7 +25,7 @@ from tests.tools.small_runs import data_set, small_config
 
 @pytest.fixture(scope="module")
 def out_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a run that has nearly memorised the text."""
+    """The folder of a run that has almost memorised its text."""
     root = tmp_path_factory.mktemp("run")
     data_set(root)
     trainer = Trainer(small_config(root, max_iters=200, lr_decay_iters=200, n_embd=32, dropout=0.0))
@@ -77,7 +77,7 @@ def test_what_is_wrong_with_a_prompt_or_a_run_is_named(out_dir: Path, tmp_path: 
     with pytest.raises(ValueError, match="'é' at position 1, which is not among the"):
         sampler(out_dir, start="1é")
     with pytest.raises(ValueError, match="'é' at position 0"):
-        sampler(out_dir).stream("é")  # at once
+        sampler(out_dir).stream("é")  # fails before the first piece
     with pytest.raises(ValueError, match="a prompt must hold at least one token, got ''"):
         sampler(out_dir).complete(["1", ""])
     with pytest.raises(FileNotFoundError, match="no checkpoint .*ckpt.pt"):
@@ -87,7 +87,7 @@ def test_what_is_wrong_with_a_prompt_or_a_run_is_named(out_dir: Path, tmp_path: 
 
 
 def test_the_characters_come_with_the_checkpoint(out_dir: Path, tmp_path: Path) -> None:
-    """The data set may be gone, or prepared again from another text."""
+    """The data set may be gone or prepared anew from another text."""
     (tmp_path / "out").mkdir()
     path = tmp_path / "out" / "ckpt.pt"
     path.write_bytes((out_dir / "ckpt.pt").read_bytes())
@@ -102,7 +102,7 @@ def test_the_characters_come_with_the_checkpoint(out_dir: Path, tmp_path: Path) 
 
 @pytest.mark.parametrize("name", ["gpt2-xl", "openai-community/gpt2-xl", "distilgpt2"])
 def test_pretrained_weights(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With a vocabulary padded beyond the tokenizer's, as GPT-2's is when trained from scratch."""
+    """The vocabulary is padded beyond the tokenizer's, like GPT-2's when trained from scratch."""
     torch.manual_seed(0)
     model = GPT(GPTConfig(16, 64, 1, 1, 8))
     tokenizer = CharTokenizer(dict(enumerate("\nabc")))
@@ -122,7 +122,7 @@ def test_pretrained_weights(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def hf_folder(out_dir: Path, tmp_path: Path) -> Path:
-    """What `fastgpt export --to=hf` makes of the run: weights, and a tokenizer.json beside them."""
+    """The run exported with `fastgpt export --to=hf`: weights and tokenizer.json."""
     for name in ("safetensors", "tokenizers"):
         pytest.importorskip(name, reason="needs the extra hf")
     keys = ExportConfig(to="hf", out_dir=str(out_dir), output=tmp_path / "weights")
@@ -135,7 +135,7 @@ def written(init_from: Path | str, **changes: Any) -> list[str]:
 
 
 def test_weights_by_their_path(out_dir: Path, hf_folder: Path) -> None:
-    """A folder, a file in it, and an exported file with the tokenizer beside it."""
+    """A folder, a file in it, and an exported file next to the tokenizer."""
     expected = list(sampler(out_dir, start="7 ti", num_samples=2))
     assert written(hf_folder) == written(hf_folder / "model.safetensors") == expected
     keys = ExportConfig(
@@ -145,7 +145,7 @@ def test_weights_by_their_path(out_dir: Path, hf_folder: Path) -> None:
 
 
 def test_weights_with_gpt2s_tokens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Weights without a tokenizer beside them have GPT-2's, if the vocabulary is large enough."""
+    """Weights without a tokenizer next to them get GPT-2's if the vocabulary is large enough."""
     pytest.importorskip("safetensors", reason="needs the extra hf")
     model = GPT(GPTConfig(8, 50304, 1, 1, 2, bias=True))
     weights = Weights(model.config, model.gelu_approximate, model.state_dict())
@@ -159,7 +159,7 @@ def test_weights_with_gpt2s_tokens(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     (tmp_path / "vocab.json").write_text(json.dumps(ids))
     (tmp_path / "merges.txt").write_text("#version: 0.2\n")
     config = SampleConfig(init_from=str(tmp_path), device="cpu")
-    assert Sampler(config).tokenizer.vocab_size == 257  # with the end of text
+    assert Sampler(config).tokenizer.vocab_size == 257  # bytes and end of text
 
 
 def test_weights_that_cannot_write(hf_folder: Path, tmp_path: Path) -> None:
@@ -181,7 +181,7 @@ def test_weights_that_cannot_write(hf_folder: Path, tmp_path: Path) -> None:
 
 
 def test_the_default_draws_are_those_of_generate(out_dir: Path) -> None:
-    """Samples follow each other from one seed."""
+    """All samples are drawn from one seed, one after another."""
     made = sampler(out_dir, start="12 t", num_samples=2)
     ids = torch.tensor([made.tokenizer.encode("12 t")])
     torch.manual_seed(1337)
@@ -233,7 +233,7 @@ def test_the_penalty_reaches_the_draw(out_dir: Path) -> None:
 
 
 def test_dtype_and_compile(out_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Half precision holds the matrices in half the bytes."""
+    """In a half-precision dtype the matrices are stored in that dtype."""
     compiled = []
     monkeypatch.setattr(GPT, "compile", lambda self: compiled.append(self))
     made = sampler(out_dir, dtype="bfloat16", compile=True)
@@ -244,7 +244,7 @@ def test_dtype_and_compile(out_dir: Path, monkeypatch: pytest.MonkeyPatch) -> No
     assert dtypes["transformer.wte.weight"] == dtypes["transformer.ln_f.weight"] == torch.float32
     pieces = made.stream("12 t")
     next(pieces)
-    assert not torch.is_autocast_enabled("cpu")  # while the caller has a piece
+    assert not torch.is_autocast_enabled("cpu")  # not while the caller runs
     assert len(next(iter(made))) == 21
 
 
@@ -282,7 +282,7 @@ def test_incomplete_characters_and_stop_texts_are_held_back() -> None:
     assert shown == ["", "", "a"] and completion.text == "abc" and completion.finish == "length"
 
     row = sampling._Row(Bytes(), [1], "", ())  # type: ignore[arg-type]
-    row.add(256)  # an id that only pads the vocabulary
+    row.add(256)  # a padding id of the vocabulary
     assert row.completion() == sampling.Completion("", "", 1, "length")
 
     for ending, finish in ((b"", "length"), (b"!", "stop")):
@@ -301,7 +301,7 @@ def byte_level(root: Path) -> Tokenizer:
 
 
 def dropping_the_first_space(root: Path) -> Tokenizer:
-    """With a decoder as in Llama's tokenizer.json."""
+    """A byte-level tokenizer with a decoder like that of Llama's tokenizer.json."""
     decoders = pytest.importorskip("tokenizers", reason="needs the extra data").decoders
     steps = [decoders.Replace("Ġ", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
     tokenizer = byte_level(root)
@@ -311,7 +311,7 @@ def dropping_the_first_space(root: Path) -> Tokenizer:
 
 
 def sentencepiece(root: Path) -> Tokenizer:
-    """With a space prepended to each text, and byte pieces for unknown characters."""
+    """A tokenizer that prepends a space to each text and has byte pieces for unknown characters."""
     library = pytest.importorskip("sentencepiece", reason="needs the extra data")
     root.mkdir(exist_ok=True)
     with open(root / "tokenizer.model", "wb") as file:
@@ -332,8 +332,8 @@ def sentencepiece(root: Path) -> Tokenizer:
 def test_text_in_pieces_is_the_text_of_all_tokens(
     made: Callable[[Path], Tokenizer], tmp_path: Path
 ) -> None:
-    """Spaces and split characters as in one decoding, for a text's ids and for any; and no id is
-    decoded more than a few times."""
+    """Spaces and split characters match decoding all ids at once, for a text's ids and random ones;
+    no id is decoded more than a few times."""
     tokenizer = made(tmp_path)
     decode, decoded = tokenizer.decode, 0
 
@@ -345,7 +345,7 @@ def test_text_in_pieces_is_the_text_of_all_tokens(
     prompt = tokenizer.encode("Gr")
     text_ids = tokenizer.encode(WORDS)[:300]
     any_ids = torch.randint(tokenizer.vocab_size, (300,)).tolist()
-    # Some decoders give a space that stands alone no text.
+    # Some decoders give a single space token no text.
     blank = [i for i in range(tokenizer.vocab_size) if not decode([i])] or any_ids
     spaced = [i for pair in zip(text_ids, itertools.cycle(blank), strict=False) for i in pair]
     for ids in (text_ids, any_ids, spaced):
@@ -360,7 +360,7 @@ def test_text_in_pieces_is_the_text_of_all_tokens(
 
 
 def test_a_vocabulary_without_a_line_feed(tmp_path: Path) -> None:
-    """The default start is then token 0, in `fastgpt sample` and at the end of training."""
+    """The default start is then token 0, in `fastgpt sample` and in the sample after training."""
     data_set(tmp_path, "a text in a single line, " * 60)
     Trainer(small_config(tmp_path)).run()
     made = sampler(tmp_path / "out")

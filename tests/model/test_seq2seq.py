@@ -1,4 +1,4 @@
-"""The encoder and decoder against ``torch.nn.Transformer``; padding, the cache, the search."""
+"""The encoder-decoder against ``torch.nn.Transformer``; padding, KV cache, beam search."""
 
 import itertools
 import math
@@ -17,11 +17,11 @@ from fastgpt.training.step import Step
 from fastgpt.translation.search import beam_search
 
 C, H, V, SOURCE_V = 16, 2, 11, 7
-LENGTHS = ((5, 3, 1), (2, 4, 4))  # of the sources and targets of a batch
+LENGTHS = ((5, 3, 1), (2, 4, 4))  # sources and targets of a batch
 
 
 def small(ops=fastgpt.ops, device="cpu", **changes) -> Seq2Seq:
-    """With gains and biases that are none of their initial values."""
+    """A small model whose gains and biases differ from their initial values."""
     sizes = dict(block_size=8, vocab_size=V, n_layer=2, n_head=H, n_embd=C)
     torch.manual_seed(0)
     model = Seq2Seq(Seq2SeqConfig(**{**sizes, "source_vocab_size": SOURCE_V, **changes}), ops)
@@ -32,7 +32,7 @@ def small(ops=fastgpt.ops, device="cpu", **changes) -> Seq2Seq:
 
 
 def rows(lengths: tuple[int, ...], vocab_size: int, width: int | None = None) -> Tensor:
-    """Random ids, padded to ``width``; the same ones whatever the width."""
+    """Random ids padded to ``width``; the ids do not depend on it."""
     found = torch.full((len(lengths), width or max(lengths)), PADDING)
     for row, length in zip(found, lengths, strict=True):
         draw = torch.Generator().manual_seed(length)
@@ -45,7 +45,7 @@ def batch(device: str = "cpu") -> tuple[Tensor, Tensor]:
 
 
 def test_parity_with_pytorch(ops, device):
-    """Logits, the smoothed loss and every gradient, on copied weights."""
+    """Logits, label-smoothed loss and all gradients, with the same weights."""
     ours = small(ops, device, n_layer=1 if ops is fused else 2)  # interpreted kernels are slow
     plain = TorchTransformer(ours)
     source, target = batch(device)
@@ -88,7 +88,7 @@ def test_the_cross_attention_that_is_drawn():
 @torch.no_grad()
 @pytest.mark.parametrize("alpha", [0.0, 3.0])
 def test_a_wide_beam_finds_the_best_of_all(alpha):
-    """Of every target of up to 3 tokens over a vocabulary of 4."""
+    """Compares with all targets of up to 3 tokens over a vocabulary of 4."""
     model = small(vocab_size=4).eval()
     source = rows((5, 3), SOURCE_V)
     ends = [[*body, 3] for n in range(3) for body in itertools.product(range(3), repeat=n)]
@@ -113,7 +113,7 @@ def test_beam_search_of_a_source_does_not_depend_on_its_batch():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_it_learns(device, dtype):
-    """With dropout, in each way that training holds the weights."""
+    """With dropout, for each dtype and each way of storing the weights in training."""
     model = small(device=device, dropout=0.1).train()
     optimizer: torch.optim.Optimizer = model.configure_optimizers(0.0, 1e-2, (0.9, 0.98), device)
     if dtype == torch.bfloat16:
@@ -141,7 +141,7 @@ def test_refused_shapes(change, message):
 
 
 def test_no_sequence():
-    """As ``GPT`` has it: results of no rows, and the mean loss of none."""
+    """Like ``GPT``: results with no rows, and the mean loss of nothing (NaN)."""
     model, none = small(), torch.zeros(0, 3, dtype=torch.long)
     logits, loss = model(none, none, return_logits=True)
     assert logits.shape == (0, 3, V) and loss.isnan()

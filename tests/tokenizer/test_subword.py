@@ -1,4 +1,4 @@
-"""GPT-2's BPE from files, tokenizer.json, SentencePiece: small ones, made here."""
+"""GPT-2's BPE from files, tokenizer.json and SentencePiece, on small tokenizers trained here."""
 
 import base64
 import io
@@ -86,13 +86,13 @@ def test_every_text_comes_back(tokenizer: Tokenizer, text: str) -> None:
 
 
 def test_half_of_a_character(tokenizer: Tokenizer) -> None:
-    """A lone surrogate, as JSON and a command line that is not UTF-8 give it, is U+FFFD."""
+    """A lone surrogate, as from JSON or a non-UTF-8 command line, becomes U+FFFD."""
     for encode in (tokenizer.encode, tokenizer.encode_array):
         assert list(encode("caf\udce9 ")) == list(encode("caf\ufffd "))
 
 
 def test_gpt2s_ids_are_those_of_the_other_library(folder: Path) -> None:
-    """tiktoken over vocab.bpe against tokenizers over the same merges, by the tokens' bytes."""
+    """tiktoken on vocab.bpe against tokenizers on the same merges; compares the tokens' text."""
     ours, theirs = tokenizer_from(folder / "gpt2"), tokenizer_from(folder / "json")
     for text in (TEXT, OTHER, "   a  \n\n b'll x's 1234 !!?"):
         pieces = [[t.decode([i]) for i in t.encode_array(text)] for t in (ours, theirs)]

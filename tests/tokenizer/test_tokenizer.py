@@ -1,4 +1,4 @@
-"""Text → ids → text, the format of ``meta.pkl``, and what is refused."""
+"""Encoding and decoding, the format of ``meta.pkl``, rejected input."""
 
 import os
 import pickle
@@ -26,7 +26,7 @@ def test_ids_are_the_ranks_of_the_sorted_characters(tokenizer: CharTokenizer) ->
     assert tokenizer.stoi == {c: i for i, c in enumerate(characters)}
     assert tokenizer.vocab_size == len(characters)
     assert tokenizer.encode(TEXT) == [characters.index(c) for c in TEXT]
-    assert CharTokenizer.from_texts(TEXT).itos == tokenizer.itos  # one character at a time
+    assert CharTokenizer.from_texts(TEXT).itos == tokenizer.itos  # a string is an iterable of texts
 
 
 def test_a_round_trip_changes_nothing(tokenizer: CharTokenizer) -> None:
@@ -42,7 +42,7 @@ def test_a_round_trip_changes_nothing(tokenizer: CharTokenizer) -> None:
 
 def test_encode_names_the_unknown_character() -> None:
     tokenizer = CharTokenizer.from_texts("abd")
-    for unknown in ("c", "A", "z", "🙂"):  # between known ones, below, above, far above
+    for unknown in ("c", "A", "z", "🙂"):  # between known characters, below, above, far above
         with pytest.raises(ValueError, match=f"'{unknown}' at position 2, .* 3 characters"):
             tokenizer.encode(f"ab{unknown}{unknown}")
 
@@ -161,7 +161,7 @@ def test_a_foreign_or_damaged_meta_pkl_is_refused(
 
 
 def test_no_damage_to_meta_pkl_escapes(tmp_path: Path) -> None:
-    """With three random bytes: a ValueError, or a consistent vocabulary."""
+    """Three random bytes give a ValueError or a consistent vocabulary."""
     rng = random.Random(0)
     path = tmp_path / "meta.pkl"
     CharTokenizer.from_texts("\n abcdefgh").save(path)

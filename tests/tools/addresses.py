@@ -1,12 +1,12 @@
-"""Checks a kernel's address arithmetic on tensors that are larger than memory: they exist by shape
-alone, so nothing is read or written.
+"""Checks a kernel's address arithmetic on tensors larger than memory: only their shapes exist, so
+nothing is read or written.
 
     with checked_addresses():
         layer_norm_fwd(torch.empty(2**18, 16384, device="meta"), ...)
 
-Of each launch the first and the last program run, in the interpreter. An access outside of the
-launch's tensors fails, and so does int32 arithmetic that overflows. Loads give 1.0, and for
-integers the number in ``integers`` of the launch's argument, else 0.
+The interpreter runs the first and the last program of each launch. An access outside the launch's
+tensors fails, and so does an int32 overflow. Loads return 1.0; from integer tensors they return
+the argument's value in ``integers``, else 0.
 """
 
 from collections.abc import Iterator, Mapping
@@ -30,7 +30,7 @@ _SPACING = 2**44  # bytes between the starts of two tensors
 
 
 class _Virtual:
-    """Stands for a tensor in a launch: a place in an address space of which nothing exists."""
+    """Stands in for a tensor in a launch: an address range without memory behind it."""
 
     def __init__(self, tensor: Tensor, number: int, integer: int) -> None:
         self.dtype = tensor.dtype

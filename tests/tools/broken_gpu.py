@@ -1,6 +1,6 @@
-"""A plugin of pytest: after a kernel that fails for good (an illegal address, a device assert) all
-later tests of its process fail. A worker of pytest-xdist ends there, and another goes on with the
-rest.
+"""A pytest plugin: after a kernel error that breaks the CUDA context (illegal address, device
+assert), all later tests of the process would fail. So the pytest-xdist worker exits, and a new one
+runs the remaining tests.
 """
 
 import os
@@ -12,12 +12,12 @@ _is_worker = False
 
 def pytest_configure(config: pytest.Config) -> None:
     global _is_worker
-    _is_worker = hasattr(config, "workerinput")  # the environment may be that of an outer worker
+    _is_worker = hasattr(config, "workerinput")  # the environment may be an outer worker's
 
 
 @pytest.hookimpl(trylast=True)
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
-    """Other tests than those for a GPU may show the message of another process, or of a pretended
+    """Only for GPU tests: others may show the message of another process or of the pretended
     device."""
     message = str(report.longrepr)
     broken = "CUDA error" in message or "Triton Error [CUDA]" in message

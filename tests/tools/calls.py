@@ -1,4 +1,4 @@
-"""``Cases``: what the checks of every op need of one op, whose test file holds them."""
+"""``Cases``: an op's inputs for the checks shared by all ops, defined in the op's test file."""
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -17,12 +17,12 @@ Masks = tuple[Tensor, Tensor]
 
 
 class Call(NamedTuple):
-    """An op with some of its options: ``run(ops, *tensors)`` on tensors of ``shapes``, which all
-    get a gradient. Further shapes for them:
+    """An op with some of its options: ``run(ops, *tensors)`` on tensors of ``shapes``, all of which
+    get a gradient. Other shapes for them:
 
-    empty: each with a size of 0.
-    single: of one row and one column, which PyTorch calls contiguous whatever its strides are.
-    several: with their dtype, those of sums that several programs, or row blocks, have a part in.
+    empty: each has a size of 0.
+    single: one row or column, which PyTorch calls contiguous whatever its strides.
+    several: dtype and shapes for which several programs or row blocks contribute to a sum.
     """
 
     shapes: Shapes
@@ -34,7 +34,7 @@ class Call(NamedTuple):
 
 
 class Compiled(NamedTuple):
-    """A check of kernels as they are compiled for some architectures."""
+    """A check of kernels compiled for some architectures."""
 
     name: str
     run: Callable[[], None]
@@ -48,18 +48,18 @@ def compiled(
 
 
 class Cases(NamedTuple):
-    """Of one op.
+    """Test inputs of one op.
 
-    valid: arguments that every implementation takes.
-    refused: the ValueError, as a regular expression, of arguments that are changed like this. That
-        tensors must be tensors, of one dtype and on one device, is checked without.
-    compiled: the least that compiles each way of each branch of its kernels, in each dtype.
-    calls: by their options, "" for none; no calls where the op has no gradient.
-    drawn: a call and its tensors, drawn by hypothesis; None where ``test_properties`` has its own.
-    variants: more calls, for the checks of its operators and of derivatives.
-    masks: ``masks(n_rows, n_cols, device, **options)``: where forward and backward keep an element,
-        if the op has a dropout mask of its own.
-    needed: the index of the result that the backward needs, if it does.
+    valid: arguments that every implementation accepts.
+    refused: regular expression of a ValueError → changed arguments that raise it. Wrong types,
+        dtypes and devices of tensors need no entry.
+    compiled: a minimal set that compiles both ways of each branch of its kernels, in each dtype.
+    calls: by options, "" for none; empty if the op has no gradient.
+    drawn: a call and its tensors, drawn by hypothesis; None if ``test_properties`` has its own.
+    variants: more calls, for the checks of operators and derivatives.
+    masks: ``masks(n_rows, n_cols, device, **options)`` returns which elements forward and backward
+        keep, if the op has its own dropout mask.
+    needed: index of the result that backward needs, if any.
     """
 
     op: str
@@ -90,12 +90,12 @@ def as_tuple(out: Results) -> tuple[Tensor, ...]:
 
 
 def columns_first(x: Tensor) -> Tensor:
-    """In another memory order, if x has two dimensions."""
+    """The same values with the last two dimensions swapped in memory, if there are two."""
     return x.mT.contiguous().mT if x.dim() > 1 else x
 
 
 def weights_of(out: tuple[Tensor, ...]) -> list[Tensor]:
-    """Gradients of the results, all different."""
+    """Incoming gradients for the results, with distinct elements."""
     return [torch.linspace(-1.0, 1.0, y.numel(), device=y.device).view_as(y) for y in out]
 
 
@@ -110,7 +110,7 @@ def gradients_of(out: tuple[Tensor, ...], tensors: list[Tensor]) -> list[Tensor]
 
 
 def compare(call: Callable[..., Tensor], dtype: torch.dtype, *shapes: tuple[int, ...]) -> None:
-    """``call(ops, *tensors)`` by the kernels and by the plain ops."""
+    """Assert parity of ``call(ops, *tensors)`` on the kernels and on the plain ops."""
     inputs = [torch.randn(shape).to(dtype) for shape in shapes]
     kernel, plain = (partial(call, module) for module in (fused, reference))
     shape = plain(*inputs).shape

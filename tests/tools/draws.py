@@ -1,4 +1,4 @@
-"""What an op's drawn property takes its tensors and options from."""
+"""Tensors and options for an op, drawn by hypothesis."""
 
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -9,7 +9,7 @@ from torch import Tensor
 
 from tests.tools.parity import DTYPES, LAYOUTS, randn
 
-with suppress(ImportError):  # of the extra test, without which nothing is drawn
+with suppress(ImportError):  # in the extra "test"; needed only for drawing
     import hypothesis
     from hypothesis import strategies as st
 
@@ -17,7 +17,7 @@ Drawn = tuple[Callable[..., Tensor], Sequence[Tensor]]  # call(ops, *tensors), a
 
 
 class Draws:
-    """Of one case, of one dtype. ``drops``: with dropout in some cases."""
+    """Draws one case, in one dtype. ``drops``: some cases have dropout."""
 
     def __init__(self, draw: Callable[[Any], Any], drops: bool = False) -> None:
         self._draw, self._drops = draw, drops
@@ -32,8 +32,8 @@ class Draws:
         return size
 
     def width(self, most: int) -> int:
-        """Of what LayerNorm normalises. Fewer numbers can be nearly equal, and dividing by their
-        deviation makes any rounding large, PyTorch's as ours."""
+        """Width of a LayerNorm. A few elements may be nearly equal, and division by their standard
+        deviation would amplify any rounding, PyTorch's and ours."""
         return 7 + self.size(most)
 
     def flag(self) -> bool:
@@ -50,7 +50,7 @@ class Draws:
         return [self.tensor(*shape)] if self.flag() else []
 
     def outer(self) -> list[int]:
-        """Dimensions in front of the last, if any."""
+        """Leading dimensions, possibly none."""
         sizes: list[int] = self._draw(st.lists(st.integers(0, 5), max_size=3))
         return sizes
 
@@ -68,7 +68,7 @@ class Draws:
         )
 
     def assume(self, fits: bool) -> None:
-        """Another case is drawn unless this one fits."""
+        """Draw another case unless this one fits."""
         hypothesis.assume(fits)
 
     def doc_start(self, batch: int, length: int) -> Tensor:

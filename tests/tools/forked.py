@@ -1,7 +1,7 @@
-"""Processes forked from one that has imported the project, where importing it takes seconds.
+"""Processes forked from one that has already imported the project, which takes seconds.
 
-A test has the process of its own that it needs for signals, limits, or several ranks; it need not
-pay for the imports.
+A test that needs its own process, for signals, limits or several ranks, does not pay for the
+imports.
 """
 
 import functools
@@ -20,7 +20,7 @@ from unittest import mock
 from tests.tools.small_runs import HANGS
 
 ROOT = Path(__file__).resolve().parents[2]
-# The last two are what a first update and a sharded checkpoint import.
+# The last two are imported by the first update and by a sharded checkpoint.
 _IMPORTED = ["pytest", "tests.tools.small_runs", "fastgpt.cli.train", "fastgpt.training.fsdp"]
 _IMPORTED += ["torch._dynamo", "torch.distributed.checkpoint"]
 
@@ -53,8 +53,8 @@ def _child(
 
 
 class Forked:
-    """``function(*args)`` in ``processes`` processes, which find each other as torchrun's do. What
-    it returns is the exit status; one pipe gets what they print.
+    """Runs ``function(*args)`` in ``processes`` processes, with torchrun's environment variables.
+    Its result is the exit status; all output goes into one pipe.
     """
 
     def __init__(self, function: Callable[..., Any], *args: Any, processes: int = 1) -> None:
@@ -78,7 +78,7 @@ class Forked:
             os.kill(process.pid, number)
 
     def finished(self, *returncodes: int) -> str:
-        """Wait for the end; what was printed. ``returncodes``: those that there are, 0 if none."""
+        """Wait for the end; return the output. ``returncodes``: the expected ones, by default 0."""
         parts: list[bytes] = []
         while connection.wait([self._output], HANGS):
             parts.append(os.read(self._output.fileno(), 2**16))
@@ -90,7 +90,7 @@ class Forked:
         for process in self._processes:
             process.join(HANGS)
         codes = [process.exitcode for process in self._processes]
-        self.kill()  # what closed its output and hangs
+        self.kill()  # those that closed their output and hang
         assert set(codes) == set(returncodes or (0,)), (codes, output)
         return output
 
@@ -99,7 +99,7 @@ class Forked:
             process.kill()
 
     def wait_for(self, path: Path) -> None:
-        """Until there is this file."""
+        """Wait until the file exists."""
         deadline = time.monotonic() + HANGS
         while not path.exists():
             alive = all(process.is_alive() for process in self._processes)

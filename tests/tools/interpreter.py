@@ -1,17 +1,17 @@
-"""Runs plain ``@triton.jit`` kernels on CPU tensors, in Triton's interpreter, repaired.
+"""Runs plain ``@triton.jit`` kernels on CPU tensors in a repaired version of Triton's interpreter.
 
-After ``install()`` a launch whose tensors all lie on the CPU is interpreted. Launches on CUDA
-tensors and ahead-of-time compilation in the same process stay what they are, and no environment
-variable is needed. Holds for Triton 3.6 to 3.9, whose interpreter
+After ``install()`` launches are interpreted if all their tensors are on the CPU. Launches on CUDA
+tensors and ahead-of-time compilation in the same process are not affected, and no environment
+variable is needed. For Triton 3.6 to 3.9, whose interpreter
 
 - computes on the raw bits of bfloat16 and truncates where it should round;
 - fails with NumPy >= 2.4 on a loop bound that is a tensor;
 - rounds to fp8 without a carry;
-- leaves a float argument the Python number that it is, where a compiled kernel gets a float32.
+- passes a float argument as a Python number, whereas a compiled kernel gets a float32.
 
 The compiler's rules on launch options, grid limits and the smallest ``tl.dot`` are enforced, and
-each launch is first lowered to Triton's IR (``lowering``), which refuses what the interpreter lets
-pass. Not seen here: tf32, shared memory, registers.
+each launch is first lowered to Triton's IR (``lowering``), which rejects code that the interpreter
+would accept. Not covered: tf32, shared memory, registers.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def _widened(handle: TensorHandle) -> TensorHandle:
 
 
 def _narrowed(handle: TensorHandle) -> TensorHandle:
-    """Back to bfloat16; the outcome of a comparison stays as it is."""
+    """Convert back to bfloat16; results of comparisons stay bool."""
     if handle.data.dtype == np.bool_:
         return TensorHandle(handle.data, tl.int1)
     return TensorHandle(narrow(handle.data), tl.bfloat16)
@@ -86,8 +86,8 @@ def _in_float64(handle: TensorHandle) -> np.ndarray:
 
 
 def _to_fp8(src: TensorHandle, dst_type: tl.dtype) -> TensorHandle:
-    """To nearest even and, as the instruction does, to the largest number beyond it; the original
-    does not carry when it rounds up."""
+    """Round to nearest even and saturate, like the instruction; the original does not carry when it
+    rounds up."""
     largest = torch.finfo(_FP8[dst_type]).max
     values = torch.from_numpy(np.ascontiguousarray(src.data)).float().clamp(-largest, largest)
     return TensorHandle(values.to(_FP8[dst_type]).view(torch.uint8).numpy(), dst_type)
@@ -97,14 +97,14 @@ _PRODUCT = "exact product"  # an attribute of a handle: float64, unrounded
 
 
 class Builder(InterpreterBuilder):
-    """What computes a block operation; one method for each instruction of Triton's IR."""
+    """Computes block operations, with one method for each instruction of Triton's IR."""
 
     gpu_arithmetic = False
 
     def create_inline_asm(
         self, asm: str, constraints: str, values: list[TensorHandle], *_: Any
     ) -> Any:
-        """Without instructions it is a value that a compiler may not move."""
+        """Empty assembly only keeps the compiler from moving a value."""
         if asm:
             raise NotImplementedError(f"inline assembly is not interpreted: {asm!r}")
         return types.SimpleNamespace(get_result=values.__getitem__)
@@ -140,19 +140,19 @@ class Builder(InterpreterBuilder):
         return _narrowed(super().binary_op(_widened(lhs), _widened(rhs), op))
 
     def ternary_op(self, lhs: TensorHandle, rhs: TensorHandle, other: TensorHandle, op: Callable):
-        if not _is_bf16(other) or op is np.where:  # a selection moves bits, whatever they mean
+        if not _is_bf16(other) or op is np.where:  # a selection only moves bits
             return super().ternary_op(lhs, rhs, other, op)
         return _narrowed(super().ternary_op(_widened(lhs), _widened(rhs), _widened(other), op))
 
     def create_fma(self, x: TensorHandle, y: TensorHandle, z: TensorHandle) -> TensorHandle:
-        if z.data.dtype == np.float32:  # one rounding; the original has two
+        if z.data.dtype == np.float32:  # rounded once, in the original twice
             exact = x.data.astype(np.float64) * y.data + z.data
             return TensorHandle(exact.astype(np.float32), z.dtype.scalar)
         if not _is_bf16(z):
             return super().create_fma(x, y, z)
         return _narrowed(super().create_fma(_widened(x), _widened(y), _widened(z)))
 
-    # A GPU's min and max return the number where one operand is NaN.
+    # On a GPU min and max return the other operand if one is NaN.
     def create_minnumf(self, lhs: TensorHandle, rhs: TensorHandle) -> TensorHandle:
         return self.binary_op(lhs, rhs, np.fmin)
 
@@ -165,20 +165,20 @@ class Builder(InterpreterBuilder):
         return TensorHandle(exact.astype(arg.data.dtype), arg.dtype.scalar)
 
     def create_dot(self, a: TensorHandle, b: TensorHandle, d: TensorHandle, *options: Any):
-        # Rounded once. BLAS adds up float32 in an order that depends on the CPU and on the shapes,
-        # so that Q Kᵀ and K Qᵀ differ.
+        # Rounded once: BLAS sums float32 in an order that depends on the CPU and on the shapes, so
+        # Q Kᵀ and K Qᵀ would differ.
         total = np.matmul(_in_float64(a), _in_float64(b)) + d.data
         return TensorHandle(total.astype(d.data.dtype), d.dtype.scalar)
 
-    # A float32 product carries its exact value, through a change of shape too, to the sum that
-    # takes it unrounded.
+    # A float32 product carries its exact value, also through reshapes, to a sum that uses it
+    # unrounded.
     def _contracted(self, lhs: TensorHandle, rhs: TensorHandle, op: Callable) -> TensorHandle:
         if op is np.multiply:
             out = super().binary_op(lhs, rhs, op)
             out.attr[_PRODUCT] = lhs.data.astype(np.float64) * rhs.data
             return out
         if op is np.add or op is np.subtract:
-            # Of two products one stays exact, the left one.
+            # Of two products only the left one stays exact.
             exact = [handle.attr.get(_PRODUCT) for handle in (lhs, rhs)]
             if exact[0] is not None:
                 return TensorHandle(op(exact[0], rhs.data).astype(np.float32), tl.float32)
@@ -257,9 +257,9 @@ def _call_helper(helper: JITFunction, *args: Any, **kwargs: Any) -> Any:
 
 @functools.cache
 def _exchanges() -> list[tuple[Any, str, Any, Any]]:
-    """(owner, attribute, interpreted, original) of all that a launch exchanges.
+    """(owner, attribute, interpreted, original) of every attribute patched during a launch.
 
-    Triton builds this anew for each launch and for each call of a helper; it is always the same.
+    Triton rebuilds this for each launch and each call of a helper, although it never changes.
     """
     visible = types.FunctionType((lambda: None).__code__, {"tl": tl, "core": tl.core})
     scope = triton_interpreter._patch_lang(visible)
@@ -274,7 +274,7 @@ def _exchanges() -> list[tuple[Any, str, Any, Any]]:
         TritonSemantic, "binary_op_type_checking_impl", speed.remembered_operands(operands)
     )
     scope.set_attr(tl.core, "_unwrap_if_constexpr", speed.unwrapped(tl.core._unwrap_if_constexpr))
-    # Some attributes are exchanged twice: the first entry has the true original.
+    # Some attributes are patched twice: the first entry has the true original.
     originals = {(owner, name): old for owner, name, old in reversed(scope._changes)}
     exchanges = [
         (owner, name, speed.direct_builtin(getattr(owner, name)), old)
@@ -286,7 +286,7 @@ def _exchanges() -> list[tuple[Any, str, Any, Any]]:
 
 @contextmanager
 def _interpreted_language() -> Iterator[None]:
-    # A GPU does not warn of exp(-inf) or inf - inf.
+    # A GPU gives no warnings for exp(-inf) or inf - inf.
     with np.errstate(all="ignore"):
         exchanges = _exchanges()
         try:
@@ -305,11 +305,11 @@ def _interpreted_language() -> Iterator[None]:
 
 
 class Observer:
-    """Sees every interpreted launch; ``sanitizer`` derives from it."""
+    """Observes every interpreted launch; base class of ``sanitizer``'s."""
 
     def programs(self, tensors: list[Tensor], programs: list[Program]) -> list[Program]:
-        """Before a launch: its tensors, and its programs in the order of the grid. Returns the
-        programs in the order in which they are to run."""
+        """Called before a launch with its tensors and its programs in grid order. Returns the
+        programs in the order in which to run them."""
         return programs
 
 
@@ -318,9 +318,9 @@ observer = Observer()
 
 @contextmanager
 def gpu_arithmetic() -> Iterator[None]:
-    """In here float32 is computed as a GPU does. A product is not rounded where a sum or difference
-    takes it: the two are one instruction (fma), unless something else stands between them. A
-    quotient is a product with a reciprocal, within 2 ulp; ``tl.div_rn`` stays exact."""
+    """Compute float32 as on a GPU. A product that is directly an operand of a sum or difference is
+    not rounded: the two are one instruction (fma). A quotient is a product with a reciprocal,
+    within 2 ulp; ``tl.div_rn`` stays exact."""
     install()
     with mock.patch.object(triton_interpreter.interpreter_builder, "gpu_arithmetic", True):
         yield
@@ -331,7 +331,7 @@ def _scalar(value: Any, dtype: tl.dtype, numpy_dtype: type) -> tl.tensor:
 
 
 def _runtime_argument(value: Any) -> Any:
-    """As the compiled kernel gets it: a float is a float32 scalar, a bool an int1 scalar."""
+    """The argument as a compiled kernel gets it: a float as float32, a bool as int1."""
     if isinstance(value, bool):
         return _scalar(value, tl.int1, np.bool_)
     if isinstance(value, float):
@@ -340,7 +340,7 @@ def _runtime_argument(value: Any) -> Any:
 
 
 def _bind(kernel: JITFunction, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Name → argument, defaults filled in; refuses what the compiled launch would refuse."""
+    """Name → argument with defaults; raises where a compiled launch would."""
     named = {name: value for name, value in kwargs.items() if name in kernel.arg_names}
     for name in kwargs.keys() - named.keys():
         if name not in _LAUNCH_OPTIONS:
@@ -387,7 +387,7 @@ def _all_on_cpu(arguments: Iterable[Any]) -> bool:
 
 @functools.cache
 def install() -> None:
-    """Idempotent; for the life of the process."""
+    """Install for the rest of the process; idempotent."""
     triton_interpreter._get_np_dtype = speed.remembered_numpy_dtype(
         triton_interpreter._get_np_dtype
     )
@@ -395,7 +395,7 @@ def install() -> None:
     triton_interpreter.ScanOps = _ScanOps
     builder = triton_interpreter.interpreter_builder
     builder.__class__ = Builder
-    # Triton 3.6 compiles no tl.dot with a smaller K; later versions do for float32 and float64.
+    # Triton 3.6 compiles no tl.dot with a smaller K; later versions do, for float32 and float64.
     builder.codegen_fns["min_dot_size"] = lambda lhs_type, rhs_type: (1, 1, 16)
 
     compiled_run = JITFunction.run
@@ -404,7 +404,7 @@ def install() -> None:
         if warmup or self.is_gluon() or not _all_on_cpu((*args, *kwargs.values())):
             return compiled_run(self, *args, grid=grid, warmup=warmup, **kwargs)
         arguments = _bind(self, args, kwargs)
-        with lowering.LANGUAGE:  # grid, program, observer and language are the process's
+        with lowering.LANGUAGE:  # grid, program, observer and language are global
             lowering.lower_once(self, args, kwargs)
             return _interpret(self, grid, arguments)
 

@@ -1,6 +1,6 @@
-"""Parts of Triton's interpreter, made faster. Most of an interpreted kernel's time goes into
-describing blocks, the same few over and over: types of equal name are equal, so what was worked out
-for one is good for the next.
+"""Faster versions of parts of Triton's interpreter. Most of an interpreted kernel's time is spent
+on the types of blocks, the same few again and again. Types of equal name are equal, so results
+are cached by name.
 """
 
 import inspect
@@ -40,7 +40,7 @@ def remembered_tensor(init: Callable) -> Callable:
 
 
 def equal_tuples(self: tl.tuple, other: Any) -> tl.constexpr:
-    """The original makes a tl.tuple of the other, with a type and a name, to compare shapes."""
+    """The original converts the other shape to a tl.tuple, with type and name, to compare them."""
     return tl.constexpr(list(self) == list(other))
 
 
@@ -56,8 +56,8 @@ def remembered_numpy_dtype(numpy_dtype: Callable) -> Callable:
 
 
 def checked_overflow(self: TritonSemantic, lhs: tl.tensor, rhs: tl.tensor, op: Callable) -> None:
-    """The original's check in two steps of NumPy; it spells it out in the language, ten operations
-    for each one that is checked, whether the outcome is looked at or not."""
+    """Check in two NumPy operations. The original uses the language, ten operations for each one
+    checked, even if the result is not used."""
     element = lhs.type.scalar
     if element.int_bitwidth >= 64 or not self.builder.options.debug:
         return
@@ -73,8 +73,8 @@ _CHECKED_OPS = {"add": np.add, "sub": np.subtract, "mul": np.multiply}
 
 
 def remembered_operands(check: Callable) -> Callable:
-    """The types of two operands decide which types they are brought to, and a number becomes the
-    same block each time. NumPy broadcasts where the original makes blocks of one shape."""
+    """Cache by the operands' types which types they are cast to and which block a number becomes.
+    NumPy broadcasts, whereas the original makes blocks of equal shape."""
     known: dict[Any, list[tuple[tl.dtype, tl.tensor | None]]] = {}
 
     def kind(operand: Any) -> Any:
@@ -107,12 +107,12 @@ def remembered_operands(check: Callable) -> Callable:
 
 
 def direct_builtin(interpreted: Callable) -> Callable:
-    """A function of the language, called without the three wrappers that it has."""
+    """A function of the language without its three wrappers."""
     member = (getattr(interpreted, "__kwdefaults__", None) or {}).get("member")
     if member is None:
         return interpreted
     found = inspect.getclosurevars(interpreted)
-    # From Triton 3.9 on one for all, a global.
+    # A global since Triton 3.9.
     semantic = found.nonlocals.get("semantic") or found.globals["interpreter_semantic"]
     function = inspect.unwrap(member)
 
@@ -123,7 +123,7 @@ def direct_builtin(interpreted: Callable) -> Callable:
 
 
 def unwrapped(unwrap: Callable) -> Callable:
-    """Most of what is asked about is a tensor."""
+    """Shortcut for tensors, the usual case."""
     return lambda x: x if x.__class__ is tl.tensor else unwrap(x)
 
 
@@ -131,8 +131,8 @@ _PHILOX = np.array([[0xD2511F53, 0x9E3779B9], [0xCD9E8D57, 0xBB67AE85]], dtype=n
 
 
 def faster_philox(original: Callable) -> Callable:
-    """Of 32 bits in NumPy: the ten rounds are 80 operations of the language, and a third of an
-    attention kernel with dropout."""
+    """32-bit Philox in NumPy: the ten rounds are 80 operations of the language and take a third of
+    the time of an attention kernel with dropout."""
     (round_a, raise_0), (round_b, raise_1) = _PHILOX
     low = np.uint64(0xFFFFFFFF)
 

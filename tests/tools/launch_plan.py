@@ -1,9 +1,9 @@
-"""What a user's GPU is asked to launch, at the sizes where the launcher specialises: 1 becomes a
-constant, a multiple of 16 says so, 17 is neither; None is a constant.
+"""All kernels that a user's GPU may launch, at the sizes that the launcher specialises on: 1
+becomes a constant, multiples of 16 are marked, 17 is neither; None is a constant.
 
-``RUNS`` holds updates of a model, prompts that it continues, and ops that no model reaches; each is
-run on small CPU tensors within ``static.recorded``, so that nothing is computed by a kernel. Every
-pair of values of two options occurs in some run.
+``RUNS`` contains model updates, generation from prompts, and ops that no model uses. Each one runs
+on small CPU tensors within ``static.recorded``, so that kernels compute nothing. Every pair of
+values of two options occurs in some run.
 """
 
 import contextlib
@@ -42,11 +42,11 @@ _MODEL: dict[str, tuple] = dict(
 
 Options = SimpleNamespace
 Run = Callable[[Options], None]
-RUNS: dict[str, Callable[[], None]] = {}  # name of the function → what is run
+RUNS: dict[str, Callable[[], None]] = {}  # function name → run over all option pairs
 
 
 def run(**options: Sequence[Any]) -> Callable[[Run], Run]:
-    """Adds the function to ``RUNS``: it is called with every pair of values of two options."""
+    """Add the function to ``RUNS``, called so that every pair of values of two options occurs."""
 
     def add(function: Run) -> Run:
         def all_pairs() -> None:
@@ -60,7 +60,7 @@ def run(**options: Sequence[Any]) -> Callable[[Run], Run]:
 
 
 def pairs(options: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:
-    """Choices of one value for each option, so that every pair of values occurs in one of them."""
+    """Choices of a value for each option that together cover every pair of values (greedily)."""
     names = list(options)
     left = {
         ((a, x), (b, y))
@@ -69,7 +69,7 @@ def pairs(options: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:
     }
     found = []
     while left:
-        chosen = dict(min(left))  # what is still to come, in a fixed order; then greedily the most
+        chosen = dict(min(left))  # first an uncovered pair; then values that cover most
         for name in names:
             if name not in chosen:
                 chosen[name] = max(
@@ -102,7 +102,7 @@ def _leaf(*shape: int, dtype: str = "fp32") -> Tensor:
 
 
 def _view(x: Tensor, apart: int, shift: int) -> Tensor:
-    """The same rows, ``apart`` elements more from one to the next, and not aligned if ``shift``."""
+    """The same rows with the row stride increased by ``apart``, unaligned if ``shift``."""
     room = x.new_zeros(*x.shape[:-1], x.shape[-1] + apart + shift)
     return torch.cat([room[..., :shift], x, room[..., x.shape[-1] + shift :]], -1)[
         ..., shift : x.shape[-1] + shift
@@ -123,7 +123,7 @@ def _update(c: Options) -> None:
     rounds = None if half is None else MasterAdamW(model, half, 0.1, 1e-3, (0.9, 0.95))
     plain = model.configure_optimizers(0.1, 1e-3, (0.9, 0.95), "cpu")
     text = torch.zeros(c.batch, c.length + 1, dtype=torch.int64)
-    idx, targets = text[:, :-1], text[:, 1:]  # rows of length + 1, as from an array of tokens
+    idx, targets = text[:, :-1], text[:, 1:]  # row stride length + 1, as in views of a token array
     if not c.strided:
         idx, targets = idx.contiguous(), targets.contiguous()
     if c.ignored:
@@ -154,7 +154,7 @@ def _fp8(c: Options) -> None:
     rounded=(False, True), room=(1, 16, 17), new=(2, 17),
 )  # fmt: skip
 def _continue(c: Options) -> None:
-    """Prefill, decode, and the window when the sequences have outgrown it."""
+    """Prefill, decode, and forward passes over the window once sequences outgrow it."""
     width = c.n_head * c.head_size
     config = GPTConfig(c.length + c.room, c.vocab, c.n_layer, c.n_head, width, 0.0, c.bias)
     model = GPT(config, fused, c.gelu).eval()
@@ -222,7 +222,7 @@ def _decode(c: Options) -> None:
     bias=(False, True), dtype=("fp32", "bf16", "fp16"),
 )  # fmt: skip
 def _rows(c: Options) -> None:
-    """Each op that takes rows, by itself."""
+    """Each row-wise op by itself."""
     x = _view(_leaf(c.n_rows, c.width, dtype=c.dtype), c.apart, c.shift)
     weight, offset = (_view(_leaf(c.width), 0, c.shift) for _ in range(2))
     optional = offset if c.bias else None
@@ -250,7 +250,7 @@ def _rows(c: Options) -> None:
     dtype=("bf16", "fp16"),
 )  # fmt: skip
 def _many_rows(c: Options) -> None:
-    """Weight gradients in parts, of weights in x's dtype and in float32."""
+    """Split-K weight gradients, for weights in x's dtype and in float32."""
     dtype = "fp32" if c.wide else c.dtype
     weight, bias = _leaf(c.out, c.width, dtype=dtype), _leaf(c.out, dtype=dtype)
     x = _leaf(c.n_rows, c.width, dtype=c.dtype)
@@ -293,7 +293,7 @@ def _adamw(c: Options) -> None:
 
 @contextlib.contextmanager
 def _on_gpu(capability: int) -> Iterator[list[Launch]]:
-    """``static.recorded``; and ``fastgpt.ops`` takes CPU tensors to the Triton kernels."""
+    """``static.recorded``, with ``fastgpt.ops`` sending CPU tensors to the Triton kernels."""
     with (
         recorded(capability) as launches,
         mock.patch.object(ops, "_implementation", lambda _: fused),
@@ -302,7 +302,7 @@ def _on_gpu(capability: int) -> Iterator[list[Launch]]:
 
 
 def launches(capability: int) -> list[Launch]:
-    """All that ``RUNS`` would launch there."""
+    """All launches of ``RUNS`` on this compute capability."""
     with _on_gpu(capability) as found:
         for name, run in RUNS.items():
             if name != "_fp8" or capability >= 89:

@@ -1,8 +1,8 @@
-"""Lowers launches to Triton's IR as a GPU's launcher would, with no GPU: the compiler's front end.
+"""Lowers launches to Triton's IR like a GPU's launcher, without a GPU: the compiler's front end.
 
-A launch specialises its arguments: the integer 1 and None become constants, so that a method called
-on one (``n.to(tl.int64)``) exists for 2 and not for 1. The interpreter sees none of that. What the
-compiler's later stages refuse (layouts, shared memory, ptxas) is not seen here either.
+A launch specialises its arguments: the integer 1 and None become constants, so a method call like
+``n.to(tl.int64)`` works for 2 but not for 1. The interpreter cannot see that. Errors of the
+compiler's later stages (layouts, shared memory, ptxas) are not seen here either.
 """
 
 from __future__ import annotations
@@ -19,24 +19,24 @@ from triton.runtime.jit import JITFunction
 
 from bench._compile.static import no_gpu_needed
 
-# fp8 needs 89 or more. Up to Triton's IR all else is the same for all architectures.
+# fp8 needs at least 89. All else is the same on all architectures up to Triton's IR.
 CAPABILITY = 90
 
-# Held for a whole interpreted launch: neither the compiler nor another launch may see
-# triton.language while the interpreter has exchanged its attributes.
+# Held for a whole interpreted launch: neither the compiler nor another launch may use
+# triton.language while the interpreter has patched it.
 LANGUAGE = threading.RLock()
 
 _lowered: set[str] = set()  # kinds
-_launched: set[tuple[Any, str]] = set()  # a kernel's function, what the launcher specialises it to
+_launched: set[tuple[Any, str]] = set()  # a kernel's function, its specialisation
 
 
 class LoweringError(AssertionError):
-    """Names the kernel, the constants and types it was specialised to, and Triton's error."""
+    """The message names the kernel, its constants and types, and Triton's error."""
 
 
 @dataclass(frozen=True)
 class Specialisation:
-    """One program of a kernel: what a GPU's launcher compiles for these arguments."""
+    """The program that a GPU's launcher would compile for these arguments."""
 
     source: ASTSource
     options: Any
@@ -45,10 +45,10 @@ class Specialisation:
 
     @property
     def kinds(self) -> list[str]:
-        """Of each argument what decides whether the program lowers: its type and, of a constant,
-        which value. It does not matter whether it is divisible by 16, nor how large a constant past
-        1 is unless it becomes a block's shape: a power of two then, and not below 16 for a product.
-        The two half precisions count as one."""
+        """The properties of each argument that decide whether the program lowers: the type and, for
+        constants, the value. Divisibility by 16 has no influence, nor has the value of a constant
+        above 1 unless it is a block's shape: then a power of two, at least 16 in a product.
+        The two half-precision dtypes count as one."""
         found = [
             f"{name}: {kind}".replace("bf16", "fp16")
             for name, kind in self.source.signature.items()
@@ -59,13 +59,13 @@ class Specialisation:
 
     @property
     def kind(self) -> str:
-        """Programs of one kind lower, or none of them does."""
+        """Either all programs of one kind lower or none."""
         return f"{self.source.name} {self.kinds}"
 
     @property
     def program(self) -> str:
-        """What the launcher knows a program by, on one architecture; but the two half precisions
-        count as one, and it does not matter which arguments are divisible by 16."""
+        """The launcher's key of a program on one architecture, but both half-precision dtypes count
+        as one and divisibility by 16 is ignored."""
         o, types = self.options, str(self.source.signature).replace("bf16", "fp16")
         settings = o.num_warps, o.num_stages, o.maxnreg
         return f"{self.source.name} {types} {self.source.constants} {settings}"
@@ -76,7 +76,7 @@ class Specialisation:
         return f"{self.source.name} with {constants}"
 
     def lower(self) -> Any:
-        """The module in Triton's IR; LoweringError where there is none."""
+        """The module in Triton's IR; raises LoweringError."""
         context = ir.context()
         ir.load_dialects(context)
         self.backend.load_dialects(context)
@@ -88,7 +88,7 @@ class Specialisation:
             raise LoweringError(f"{self} does not compile: {error}") from error
 
     def compile(self) -> dict[str, Any]:
-        """All stages but the assembler; what they found out, ``shared`` bytes for instance."""
+        """Run all stages except the assembler; return their metadata, e.g. ``shared`` bytes."""
         stages: dict[str, Any] = {}
         self.backend.add_stages(stages, self.options, self.source.language)
         metadata = {"target": self.target, **self.options.__dict__}
@@ -108,8 +108,8 @@ def _kind(constant: Any) -> str:
 def _bound(
     kernel: JITFunction, args: tuple[Any, ...], kwargs: dict[str, Any], capability: int
 ) -> tuple[GPUTarget, BaseBackend, tuple[Any, Any, Any]]:
-    """Arguments, what they are specialised to, and options, by the launcher's own binder, which
-    Triton 3.6 to 3.9 have."""
+    """Arguments, their specialisation, and options, from the launcher's own binder (Triton 3.6 to
+    3.9)."""
     if capability not in kernel.device_caches:
         with no_gpu_needed(capability):
             kernel.device_caches[capability]
@@ -130,10 +130,10 @@ def specialise(
 
 
 def lower_once(kernel: JITFunction, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Nothing of a kind that this process has lowered already: that is 50 ms each."""
+    """Lower the launch unless this process has already lowered one of its kind: it takes 50 ms."""
     with LANGUAGE:
         _, _, (_, *specialisation) = _bound(kernel, args, kwargs, CAPABILITY)
-        launch = kernel.fn, str(specialisation)  # to tell the kind takes longer
+        launch = kernel.fn, str(specialisation)  # faster to compute than the kind
         if launch in _launched:
             return
         found = specialise(kernel, args, kwargs)

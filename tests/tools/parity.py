@@ -1,10 +1,10 @@
-"""The one rule by which every op is compared: error(kernel) <= 2 * error(PyTorch) + 1e-5.
+"""The parity rule for every op: error(kernel) <= 2 * error(PyTorch) + 1e-5.
 
-Both errors are deviations from the plain op in float64 on the same inputs, for the output and for
-each gradient; PyTorch computes in the dtype of the kernel, on a CPU in a fixed way (``rounding``).
-The rule holds for the root mean square, and for the largest deviation, which has one rounding of
-its element more: among a few hundred elements in half precision the largest of PyTorch's errors is
-a matter of luck.
+Both errors are deviations from the plain op in float64 on the same inputs, for the output and each
+gradient. PyTorch computes in the kernel's dtype, on a CPU in a fixed way (``rounding``). The rule
+applies to the root mean square and to the largest deviation; the latter is allowed one more
+rounding of its element, since among a few hundred elements in half precision PyTorch's largest
+error is a matter of luck.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -20,13 +20,13 @@ from tests.tools.rounding import RoundedOnce
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 LAYOUTS = ["contiguous", "transposed", "strided", "offset"]
 
-# The fast mode compares one sum of all derivatives, so errors of few of them have to show in it.
+# The fast mode compares one sum of all derivatives, in which errors of a few of them must show.
 GRADCHECK: dict[str, Any] = dict(fast_mode=True, rtol=1e-6, atol=1e-9)
 
 
 @contextmanager
 def skipped_without_sdpa() -> Iterator[None]:
-    """PyTorch's SDPA in bfloat16 fails where ATEN_CPU_CAPABILITY is less than the CPU's."""
+    """PyTorch's SDPA in bfloat16 fails if ATEN_CPU_CAPABILITY is below the CPU's."""
     try:
         yield
     except RuntimeError as error:
@@ -37,7 +37,7 @@ def skipped_without_sdpa() -> Iterator[None]:
 
 def randn(shape: Sequence[int], dtype: torch.dtype, device: str, layout: str) -> Tensor:
     """N(0, 1) in a memory layout: dense; last two dimensions swapped; every second element of the
-    last dimension; dense from an odd place of a larger storage on."""
+    last dimension; dense at an odd offset into a larger storage."""
     *outer, last = shape
     if layout == "transposed" and outer:
         base = torch.randn(*outer[:-1], last, outer[-1], dtype=torch.float32, device=device)
@@ -51,7 +51,7 @@ def randn(shape: Sequence[int], dtype: torch.dtype, device: str, layout: str) ->
 
 
 def outcome(op: Callable[..., Tensor], inputs: Sequence[Tensor], grad: Tensor) -> list[Tensor]:
-    """The output and the gradients of all inputs, if it has any."""
+    """The output and, if it requires gradients, the gradients of all inputs."""
     leaves = [x.detach().requires_grad_() for x in inputs]
     out = op(*leaves)
     gradients = torch.autograd.grad(out, leaves, grad.to(out.dtype)) if out.requires_grad else ()
@@ -61,8 +61,8 @@ def outcome(op: Callable[..., Tensor], inputs: Sequence[Tensor], grad: Tensor) -
 def results(
     op: Callable[..., Tensor], inputs: Sequence[Tensor], grad: Tensor, dtype: torch.dtype
 ) -> list[Tensor]:
-    """The same in float64, computed in ``dtype``."""
-    found = outcome(op, [x.to(dtype) for x in inputs], grad)  # strides are kept
+    """``outcome`` computed in ``dtype``, returned in float64."""
+    found = outcome(op, [x.to(dtype) for x in inputs], grad)  # keeps strides
     return [t.double() for t in found]
 
 
@@ -75,10 +75,10 @@ def assert_parity(
     names: Sequence[str],
     few: bool = False,
 ) -> None:
-    """``kernel`` and ``pytorch`` in the inputs' dtype against ``plain`` in float64. ``names``: of
-    the inputs, for the message. ``few``: among so few numbers PyTorch's error may be 0 by luck, so
-    eight roundings of the largest number of the case are added to what is allowed: an op has as
-    many between an input and a gradient."""
+    """Compare ``kernel`` and ``pytorch`` in the inputs' dtype with ``plain`` in float64. ``names``:
+    input names for the message. ``few``: with few elements PyTorch's error may be 0 by luck, so
+    the bound is raised by eight roundings of the case's largest value, about as many as an op has
+    between an input and a gradient."""
     dtype = inputs[0].dtype
     got = results(kernel, inputs, grad, dtype)
     with RoundedOnce() if grad.is_cpu else nullcontext():
@@ -105,7 +105,7 @@ def _rms(x: Tensor) -> Tensor:
 
 
 def saved_storages(run: Callable[[], Tensor]) -> dict[int, int]:
-    """What autograd keeps of ``run()`` for the backward: address of the storage → bytes."""
+    """Storages that autograd saves in ``run()`` for backward: address → bytes."""
     kept: dict[int, int] = {}
 
     def pack(x: Tensor) -> Tensor:

@@ -1,10 +1,10 @@
-"""PyTorch's operators computed in one fixed way: what a dtype costs, on whatever CPU.
+"""PyTorch's operators computed in one fixed way, so that a dtype's error is the same on every CPU.
 
-PyTorch's CPU kernels and its BLAS choose the order of their sums, and at times the precision
-between two of them, by the vector instructions of the CPU. A bound taken from their errors is
-another one on each machine. ``RoundedOnce`` computes every operator in float64 and rounds its
-results once, to the dtype that PyTorch gives them. A matrix product is added up in float32 in the
-order of k, with one rounding a term, as a GPU without tensor cores does.
+PyTorch's CPU kernels and its BLAS choose the order of their sums, and sometimes the precision of
+intermediate results, by the CPU's vector instructions, so bounds taken from their errors differ
+between machines. ``RoundedOnce`` computes every operator in float64 and rounds its results once, to
+the dtype that PyTorch gives them. A matrix product is summed in float32 in the order of k, with one
+rounding per term, like on a GPU without tensor cores.
 """
 
 from collections.abc import Callable
@@ -56,13 +56,13 @@ def _exact(func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
 
 
 class RoundedOnce(TorchDispatchMode):
-    """In here all operators on tensors of less than float64; those of autograd's backward, too."""
+    """Applies to all operators on tensors below float64, including those in autograd's backward."""
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if func.namespace != "aten":  # written in Python, of operators that are seen here
+        if func.namespace != "aten":  # composed in Python of operators that are seen here
             with self:
                 return func(*args, **kwargs)
         changed = [i for i, x in enumerate(func._schema.arguments) if x.is_write]

@@ -1,4 +1,4 @@
-"""Finds the memory errors of interpreted kernels that a GPU would pass over in silence.
+"""Finds memory errors of interpreted kernels that a GPU would not report.
 
     with sanitize():
         layer_norm(x, weight)  # every launch on CPU tensors in here is checked
@@ -6,14 +6,14 @@
 A finding raises ``SanitizerError`` with the program that caused it:
 
 - an access outside the launch's tensors;
-- a race: what one program of a launch stores, another loads or stores; or two lanes of one store
-  write different values to one address. The programs run in a random order, because a GPU gives
-  them none;
-- a load of what the same program stored before: another thread of it may not see that yet;
+- a race: a program loads or stores what another program of the launch stores, or two lanes of a
+  store write different values to one address. Programs run in a random order, because a GPU
+  guarantees none;
+- a load of what the same program has stored: another of its threads may not see it yet;
 - int32 arithmetic that overflows, and a failing ``tl.device_assert``.
 
-The lanes of a load that are masked and have no ``other`` hold NaN, or a large integer, so that a
-result that depends on them shows.
+Masked lanes of a load without ``other`` are NaN or a large integer, so that a result that depends
+on them shows.
 """
 
 from __future__ import annotations
@@ -37,11 +37,11 @@ _NOBODY, _SEVERAL = -1, -2
 
 
 class SanitizerError(AssertionError):
-    """A kernel did what is undefined, or differs from run to run, on a GPU."""
+    """A kernel's behaviour would be undefined or nondeterministic on a GPU."""
 
 
 class _Memory(Observer):
-    """The storages of the current launch, and which program touched which address."""
+    """The storages of the current launch, and which program accessed which address."""
 
     def __init__(self, seed: int) -> None:
         self._random = random.Random(seed)
@@ -58,7 +58,7 @@ class _Memory(Observer):
         return self._random.sample(programs, len(programs))
 
     def locate(self, addresses: np.ndarray, n_bytes: int, access: str) -> np.ndarray:
-        """Addresses of elements of n_bytes each → their places in the shadow arrays."""
+        """Addresses of elements of n_bytes each → indices into the shadow arrays."""
         storage = np.searchsorted(self._starts, addresses, side="right") - 1
         inside = storage >= 0
         if self._starts.size:
@@ -92,7 +92,7 @@ class _Memory(Observer):
 
 
 class _CheckedBuilder(Builder):
-    """Every load and store of the interpreter ends in one of these two."""
+    """Checks the two methods that every load and store of the interpreter goes through."""
 
     memory: _Memory
 
@@ -139,7 +139,7 @@ def _poison(ptrs: TensorHandle) -> TensorHandle:
 
 
 def _current() -> int:
-    """The running program's number in its grid."""
+    """Linear index of the running program in the grid."""
     builder = triton_interpreter.interpreter_builder
     (x, y, z), (_, n_y, n_z) = builder.grid_idx, builder.grid_dim
     return (x * n_y + y) * n_z + z
@@ -151,8 +151,7 @@ def _fail(finding: str) -> None:
 
 @contextmanager
 def exchanged(builder: type[Builder], observer: Observer, **attributes: Any) -> Iterator[None]:
-    """In here launches are interpreted by this builder, seen by this observer, and int32 arithmetic
-    that overflows is an error."""
+    """Interpret launches with this builder and observer; int32 overflow raises."""
     interpreter.install()
     present = triton_interpreter.interpreter_builder
     outside = dict(vars(present)), present.__class__, interpreter.observer
@@ -169,7 +168,7 @@ def exchanged(builder: type[Builder], observer: Observer, **attributes: Any) -> 
 
 @contextmanager
 def sanitize(seed: int = 0) -> Iterator[None]:
-    """Check every interpreted launch of the block. ``seed``: of the order of the programs."""
+    """Check every interpreted launch in the block. ``seed`` sets the order of programs."""
     memory = _Memory(seed)
     with exchanged(_CheckedBuilder, memory, memory=memory):
         yield

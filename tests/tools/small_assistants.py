@@ -1,4 +1,4 @@
-"""A GPT of dialogues small enough that a run of every stage takes a second, and its data."""
+"""A chat GPT and its data, small enough that a run of any stage takes a second."""
 
 import json
 from collections.abc import Callable
@@ -20,9 +20,9 @@ def tokenizer() -> ChatTokenizer:
 
 
 def small_gpt(seed: int = 0, **changes: Any) -> GPT:
-    """Weights that are larger than those of a new model, so that answers differ."""
+    """A GPT with larger weights than a new one, so that answers differ."""
     torch.manual_seed(seed)
-    sizes = dict(block_size=16, vocab_size=16, n_layer=1, n_head=2)  # three ids are padding
+    sizes = dict(block_size=16, vocab_size=16, n_layer=1, n_head=2)  # includes three padding ids
     model = GPT(GPTConfig(**{**sizes, "n_embd": 16, **changes}))
     with torch.no_grad():
         for param in model.parameters():
@@ -31,7 +31,7 @@ def small_gpt(seed: int = 0, **changes: Any) -> GPT:
 
 
 def folder_of(path: Path, model: GPT, own: dict[str, Any] | None = None) -> str:
-    """A run's folder with this model; ``own`` takes the place of its tokenizer."""
+    """Write a run's folder with this model; ``own`` replaces the tokenizer's entries."""
     path.mkdir()
     kind = {**ckpt.kind_and_gelu(model), **(packed(tokenizer()) if own is None else own)}
     saved = {"model": model.state_dict(), "model_args": asdict(model.config), "fastgpt": kind}
@@ -40,7 +40,7 @@ def folder_of(path: Path, model: GPT, own: dict[str, Any] | None = None) -> str:
 
 
 def questions(count: int = 20) -> list[dict[str, Any]]:
-    """Dialogues of one to three letters, each with another question."""
+    """Dialogues of one question each, all different, of one to three letters."""
     texts = [LETTERS[i % 8] * (1 + i // 8) for i in range(count)]
     return [{"messages": [{"role": "user", "content": text}]} for text in texts]
 
@@ -51,7 +51,7 @@ def written(path: Path, rows: list[Any]) -> str:
 
 
 def first_gradient(run: Any) -> torch.Tensor:
-    """Let a run make its updates; the gradient of the first one, of all parameters."""
+    """Execute a run; return the first update's gradient of all parameters."""
     found = []
 
     def record(optimizer: torch.optim.Optimizer, *_: Any) -> None:
@@ -65,8 +65,8 @@ def first_gradient(run: Any) -> torch.Tensor:
 
 
 def assert_micro_batches_and_seed(run_of: Callable[..., Any]) -> None:
-    """Eight rows at once and in micro-batches of one have the same gradient. A second run has the
-    same weights; another seed gives another gradient."""
+    """A batch of eight and eight micro-batches of one give the same gradient. Runs are repeatable;
+    another seed gives another gradient."""
     runs, gradients = [], []
     for changes in (
         {"batch_size": 8},

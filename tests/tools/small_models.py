@@ -21,7 +21,7 @@ def small_model(seed: int = 0, **changes) -> GPT:
 
 
 def model_with(ops: Any, config: GPTConfig, device: str = "cpu", **options: Any) -> GPT:
-    """The same weights for every ops; gains and biases are none of their initial values."""
+    """A model with the same weights for any ops; gains and biases are not at initial values."""
     torch.manual_seed(0)
     model = GPT(config, ops=ops, **options)
     with torch.no_grad():

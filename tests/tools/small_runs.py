@@ -21,12 +21,12 @@ from fastgpt.training.config import TrainConfig
 from fastgpt.training.run import Run
 from fastgpt.training.trainer import Trainer
 
-HANGS = 600  # seconds after which a process is stuck, not slow, however busy the machine is
+HANGS = 600  # seconds after which a process is stuck, even on a busy machine
 TEXT = "".join(f"{n} times {n + 1} is {n * (n + 1)};\n" for n in range(400))
 
 
 def data_set(root: Path, text: str = TEXT) -> Path:
-    """A character-level data set in ``root/small``, which replaces an earlier one."""
+    """Write a character-level data set to ``root/small``, replacing an earlier one."""
     shutil.rmtree(root / "small", ignore_errors=True)
     source = TextSource(text)
     prepare(source, characters_of(source), root / "small")
@@ -34,7 +34,7 @@ def data_set(root: Path, text: str = TEXT) -> Path:
 
 
 def small_keys(root: Path, **changes: Any) -> dict[str, Any]:
-    """Keys of a run on that data set, which writes to ``root/out``."""
+    """Configuration keys of a run on that data set that writes to ``root/out``."""
     return {
         "data_root": str(root),
         "dataset": "small",
@@ -64,7 +64,7 @@ def small_config(root: Path, **changes: Any) -> TrainConfig:
 
 
 def arguments(keys: dict[str, Any]) -> list[str]:
-    """The same as a command line."""
+    """Keys as command-line arguments."""
     return [f"--{key}={value}" for key, value in keys.items()]
 
 
@@ -80,7 +80,7 @@ def trained(root: Path, **changes: Any) -> Trainer:
 
 @contextlib.contextmanager
 def interrupted(kind: type[Run], iteration: int) -> Iterator[None]:
-    """Runs of this kind get Ctrl-C at the beginning of an update."""
+    """Send Ctrl-C to runs of this class at the beginning of an update."""
     update = kind._update
 
     def with_signal(run: Any, learning_rate: float) -> Any:
@@ -93,7 +93,7 @@ def interrupted(kind: type[Run], iteration: int) -> Iterator[None]:
 
 
 def state_of(root: Path) -> dict[str, Any]:
-    """What the newest checkpoint holds."""
+    """The contents of the newest checkpoint."""
     return ckpt.load(checkpoint_folder.saved(root / "out")[0])
 
 

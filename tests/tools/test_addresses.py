@@ -1,4 +1,4 @@
-"""Tensors of more than 2^31 elements: the addresses of the row-wise kernels, without the memory."""
+"""Addresses of the row-wise kernels on tensors of more than 2^31 elements, without the memory."""
 
 from collections.abc import Iterator
 
@@ -26,7 +26,7 @@ def _one_tile_a_program() -> Iterator[None]:
 
 
 SEED = _meta(1, dtype=torch.int64)
-_ON_CPU = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)  # not the key Meta: shapes alone
+_ON_CPU = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)  # the Meta key would only give shapes
 
 
 @triton.jit
@@ -44,7 +44,7 @@ def test_the_check_finds_32_bit_offsets() -> None:
 
 @pytest.mark.parametrize("width", [4096, 8192])
 def test_layer_norm(width: int) -> None:
-    """With dropout, whose numbers are those of places among 2^31 elements as well."""
+    """With dropout, whose counters also run over more than 2^31 elements."""
     dropout_p = 0.1
     n_rows = 2**31 // width + 5
     wide, row = _meta(n_rows, width), _meta(width)
@@ -59,7 +59,7 @@ def test_layer_norm(width: int) -> None:
 
 
 def test_embedding() -> None:
-    """More than 2^31 elements in the output and in each table; the last row of each."""
+    """More than 2^31 elements in the output and in each table; accesses the last row of each."""
     width, length = 2**14, 2**17 + 5
     idx, table = _meta(1, length, dtype=torch.int64), _meta(length, width)
     out = _meta(1, length, width)
@@ -68,7 +68,7 @@ def test_embedding() -> None:
         _embedding_op.redispatch(_ON_CPU, idx, table, table, SEED, None, 0.1, 0, table.dtype)
     with checked_addresses({"idx_ptr": last}):
         _position_bwd_op.redispatch(_ON_CPU, out, idx, SEED, length, length, table.dtype, 0.1, 0)
-    # the only band of the run is its last one; all ids are the last of the table
+    # the run's only band is its last one; all ids are the table's last
     numbers = {"sorted_ptr": last, "order_ptr": last, "ends_ptr": length}
     with checked_addresses(numbers) as launched:
         _token_bwd_op.redispatch(_ON_CPU, out, idx, SEED, length, table.dtype, 0.1, 0)

@@ -1,4 +1,4 @@
-"""What every test gets: whether the Triton ops take tensors of the CPU; and a GPU that breaks."""
+"""conftest.py: whether the Triton ops accept CPU tensors; and ``broken_gpu``."""
 
 import os
 import subprocess
@@ -11,7 +11,7 @@ import torch
 from fastgpt.kernels import _host, fused
 
 
-@pytest.mark.gpu  # it needs none: the marker is what is tested
+@pytest.mark.gpu  # needs no GPU: this tests the marker
 def test_a_test_for_a_gpu_finds_the_ops_of_production() -> None:
     assert not _host.INTERPRETED
     with pytest.raises(ValueError, match="x must be on a CUDA device, got cpu"):
@@ -78,7 +78,7 @@ def test_a_worker_whose_gpu_is_broken_ends(tmp_path: Path) -> None:
         capture_output=True,
         text=True,
     )
-    # The broken one counts twice: by its own report and by the end of its worker.
+    # The broken test counts twice: once for its report, once for the worker's exit.
     assert "4 failed, 1 passed" in done.stdout
     assert "test_breaks_the_gpu" in done.stdout and "crashed" in done.stdout
     assert "an illegal memory access was encountered" in done.stdout + done.stderr

@@ -1,4 +1,4 @@
-"""The repaired interpreter computes what a GPU would, and leaves no trace of itself."""
+"""The repaired interpreter computes like a GPU and leaves no patches behind."""
 
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -15,7 +15,7 @@ from fastgpt.kernels import reference
 from tests.tools import interpreter, toy_kernels
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
-# Ties, the largest numbers, subnormal numbers, infinities.
+# Ties, largest values, a subnormal, infinities.
 SPECIAL = [0.0, -0.0, 1.00390625, 1.01171875, 3.4e38, 65504.0, 1e-40, float("inf"), -float("inf")]
 
 
@@ -37,7 +37,7 @@ def test_widen_and_narrow_agree_with_torch_on_every_bfloat16():
 
 
 def arithmetic(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """The results of eleven operations, of which the fourth is a quotient, and PyTorch's."""
+    """Results of eleven operations, the fourth of them a quotient, and PyTorch's."""
     x, y = torch.randn(2, 300).to(dtype)
     out = torch.empty(11, 300, dtype=dtype)
     toy_kernels.binary_kernel[(1,)](x, y, out, 300, BLOCK=512)
@@ -104,7 +104,7 @@ def test_dot(dtype: torch.dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_dot_does_not_depend_on_the_order_of_its_operands(dtype: torch.dtype):
-    """Q Kᵀ and K Qᵀ must be the same numbers, on every CPU: BLAS promises nothing of the kind."""
+    """Q Kᵀ and K Qᵀ must agree exactly on every CPU, which BLAS does not guarantee."""
     a, b = torch.randn(100, 64).to(dtype), torch.randn(64, 100).to(dtype)
     products = []
     for left, right in ((a, b), (b.T.contiguous(), a.T.contiguous())):
@@ -119,9 +119,9 @@ def test_dot_does_not_depend_on_the_order_of_its_operands(dtype: torch.dtype):
 
 @pytest.mark.parametrize("gpu", [False, True])
 def test_contraction(gpu: bool):
-    """With it, the product in a sum is exact, but for one that a selection has used before."""
+    """With contraction a product in a sum is exact, unless a selection has used it before."""
     x, y, z = torch.randn(3, 100)
-    z[:50] = -(x * y)[:50]  # what is left is the product's rounding
+    z[:50] = -(x * y)[:50]  # leaves the product's rounding error
     out = torch.empty(5, 100)
     with interpreter.gpu_arithmetic() if gpu else nullcontext():
         toy_kernels.contraction_kernel[(1,)](x, y, z, out, 100, BLOCK=128)
@@ -148,7 +148,7 @@ def test_reductions(dtype: torch.dtype):
     toy_kernels.reduce_kernel[(1,)](x, total, most, where, running, M=4, N=32)
     assert most.equal(x.amax(1))
     assert where.equal(x.argmax(1).int())
-    tolerance = 40 * torch.finfo(dtype).eps  # of sums of 32 numbers of about 1
+    tolerance = 40 * torch.finfo(dtype).eps  # for sums of 32 elements of about 1
     torch.testing.assert_close(total, x.sum(1), rtol=tolerance, atol=tolerance)
     torch.testing.assert_close(running, x.cumsum(1), rtol=tolerance, atol=tolerance)
 
@@ -223,7 +223,7 @@ def test_every_program_of_the_grid_runs(grid):
 
 
 def test_threads_launch_one_after_another():
-    """The grid, the program and the exchanged language are the process's."""
+    """Grid, program and the patched language are global to the process."""
     sizes = [40, 56, 72]
     start = threading.Barrier(len(sizes))
 
@@ -295,13 +295,13 @@ def test_the_language_is_restored_after_a_launch_and_after_a_failure():
     before = _language()
     toy_kernels.cast_kernel[(1,)](x, out, 4, BLOCK=4)
     assert all(old is new for old, new in zip(before, _language(), strict=True))
-    with pytest.raises(AssertionError, match="Assume"):  # while it is interpreted
+    with pytest.raises(AssertionError, match="Assume"):  # fails while interpreted
         toy_kernels.helpers_kernel[(1,)](x, torch.tensor([0, 1]), out, -1, SCALE=1.0, NEGATE=False)
     assert all(old is new for old, new in zip(before, _language(), strict=True))
 
 
 def test_other_devices_are_left_to_the_compiler():
-    """Where there is no GPU Triton says so itself; what matters is that nothing is interpreted."""
+    """Without a GPU Triton itself raises; what matters is that nothing is interpreted."""
     x = torch.empty(4, device="meta")
     with pytest.raises((RuntimeError, ValueError)):
         toy_kernels.cast_kernel[(1,)](x, x, 4, BLOCK=4)
@@ -310,6 +310,6 @@ def test_other_devices_are_left_to_the_compiler():
 def test_fma_rounds_once(device: str) -> None:
     x, y = torch.randn(2, 64, device=device)
     out = torch.empty(64, device=device)
-    toy_kernels.fma_kernel[(1,)](x, y, -x * y, out, BLOCK=64)  # what the product was rounded by
+    toy_kernels.fma_kernel[(1,)](x, y, -x * y, out, BLOCK=64)  # the product's rounding error
     assert torch.equal(out, (x.double() * y.double() - (x * y).double()).float())
     assert out.count_nonzero() > 32

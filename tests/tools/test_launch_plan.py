@@ -1,12 +1,12 @@
-"""Whatever a user's GPU is asked to launch compiles for it: ``launch_plan`` says what that is.
+"""Every launch that a user's GPU may get (``launch_plan``) compiles for it.
 
-The ordinary run lowers programs to Triton's IR, which sees what the language refuses: a method of
-an argument that is 1, types that do not go together, a block that is no power of two. Every pair of
-kinds of two arguments of a kernel occurs in one of them. Layouts, pipelining, and whether all
-programs fit into an architecture's shared memory are seen by the slow run, which compiles every
-program of the plan to PTX (about a quarter of an hour of one core); of each kernel and dtype
-``test_ptx_kernels`` compiles some. Neither sees registers and spills: those are ptxas's, and
-``setup.py build_kernels`` asks it, for all architectures.
+The default run lowers programs to Triton's IR, which finds errors of the language: a method called
+on an argument that is 1, incompatible types, a block size that is not a power of two. Every pair of
+kinds of two arguments of a kernel occurs in one of them. The slow run compiles every program of
+the plan to PTX (about a quarter of an hour on one core); it finds errors of layouts and pipelining
+and checks that all programs fit into an architecture's shared memory. ``test_ptx_kernels`` compiles
+some programs of each kernel and dtype. Neither sees registers and spills, which only ptxas knows:
+see ``setup.py build_kernels``, which runs it for all architectures.
 """
 
 import functools
@@ -18,18 +18,18 @@ from bench._compile.static import max_shared_memory
 from tests.tools import launch_plan
 from tests.tools.lowering import LANGUAGE, Specialisation, specialise
 
-# sm_86 has the launch tables and the instructions of sm_80, and the check of sm_80 knows how much
-# less shared memory it has; sm_89 adds fp8.
+# sm_86 has the launch tables and instructions of sm_80, and the check for sm_80 takes its smaller
+# shared memory into account; sm_89 adds fp8.
 COMPILED = (80, 89, 90, 100, 120)
 
-# Arguments that the host keeps to multiples of 16, or of 16 bytes.
+# Arguments that host code guarantees to be multiples of 16, or of 16 bytes.
 _ATTENTION_STRIDES = {f"{x}_stride_{y}" for x in "qkv" for y in "bht"}
 NEVER_1 = {
     "_attention_fwd_kernel": _ATTENTION_STRIDES,
     "_attention_bwd_dq_kernel": {*_ATTENTION_STRIDES, "dq_stride_t"},
     "_attention_bwd_dkdv_kernel": {*_ATTENTION_STRIDES, "dkdv_stride_t"},
-    "_attention_decode_kernel": {"qkv_stride_b"},  # 3 or more
-    "_layer_norm_bwd_means_kernel": {"x_stride_row", "n_cols"},  # for wide rows
+    "_attention_decode_kernel": {"qkv_stride_b"},  # at least 3
+    "_layer_norm_bwd_means_kernel": {"x_stride_row", "n_cols"},  # only for wide rows
     "_linear_gelu_kernel": {"a_stride", "w_stride", "n_cols", "n_inner"},
     "_weight_grad_kernel": {"dy_stride", "x_stride", "n_rows", "n_cols", "tokens_per_split"},
     "_cross_entropy_rows_kernel": {"padded_cols"},
@@ -41,8 +41,8 @@ NEVER_1 = {
 
 @functools.cache
 def programs(capability: int) -> list[Specialisation]:
-    """Those of the plan, each once: with the most arguments divisible by 16, for which the compiler
-    pipelines more and takes more shared memory."""
+    """The plan's programs, each once, with the most arguments divisible by 16, for which the
+    compiler pipelines more and uses more shared memory."""
     found: dict[str, Specialisation] = {}
     for launch in launch_plan.launches(capability):
         one = specialise(launch.kernel, launch.args, dict(launch.options), capability)
@@ -87,18 +87,18 @@ def test_every_argument_that_is_specialised_is_1_somewhere() -> None:
 
 @pytest.mark.slow
 def test_sm_86_is_asked_what_sm_89_is() -> None:
-    """But for fp8, which sm_89 adds."""
+    """sm_89 only adds fp8."""
     assert {one.program for one in programs(86)} <= {one.program for one in programs(89)}
 
 
 def test_every_pair_of_kinds_of_arguments_lowers() -> None:
-    # sm_80 and sm_120 are asked what sm_89 is, as their classes in the launch tables have it.
+    # sm_80 and sm_120 launch what sm_89 does, by their classes in the launch tables.
     kinds = {one.kind: one for capability in (89, 90, 100) for one in programs(capability)}
     left = {
         kind: {(one.source.name, *pair) for pair in itertools.combinations(one.kinds, 2)}
         for kind, one in kinds.items()
     }
-    while left:  # always the program with the most pairs that no other has had
+    while left:  # next the program with the most uncovered pairs
         kind = max(left, key=lambda kind: len(left[kind]))
         if pairs := left.pop(kind):
             for others in left.values():

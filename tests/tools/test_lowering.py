@@ -20,7 +20,7 @@ def test_a_method_of_an_argument_compiles_for_most_numbers(large: int) -> None:
 
 
 def test_a_method_of_an_argument_does_not_compile_for_1() -> None:
-    """The launcher hands the kernel the Python number 1; the interpreter never does."""
+    """The launcher passes the kernel the Python number 1, which the interpreter never does."""
     args = torch.zeros(4, dtype=torch.float64), 0.5, True, None
     toy_kernels.arguments_kernel[(1,)](*args, 2)
     for _ in range(2):

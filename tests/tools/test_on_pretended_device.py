@@ -1,4 +1,4 @@
-"""The host code for a GPU, executed on the pretended device, which must find nothing."""
+"""Host code for GPUs runs on the pretended device without findings."""
 
 import pytest
 
@@ -12,12 +12,12 @@ def _programs(*names: str) -> list[str]:
 
 
 def test_the_device_the_trainer_commands_and_benchmarks() -> None:
-    """Kernels filled."""
+    """The device itself, trainer, commands and benchmarks, with filled kernels."""
     passes(*_programs("on_itself.py", "on_trainer.py", "on_commands.py", "on_bench.py"))
 
 
 def test_a_gpu_without_tritons_products(monkeypatch: pytest.MonkeyPatch) -> None:
-    """An update, a run and the benchmarks, in float16, on a GPU of compute capability 7.5."""
+    """An update, a run and benchmarks in float16 on a GPU of compute capability 7.5."""
     monkeypatch.setenv("PRETEND_CAPABILITY", "75")
     ops = [f"on_bench.py::test_ops[{op}]" for op in ("attention_qkvpacked0", "gelu")]
     runs = "on_trainer.py::test_float16[documents]", "on_bench.py::test_run"
@@ -25,7 +25,7 @@ def test_a_gpu_without_tritons_products(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_tests_for_a_gpu() -> None:
-    """Kernels filled: that a graph changes nothing, that no wait is hidden."""
+    """With filled kernels: CUDA graphs change nothing, and there is no hidden synchronisation."""
     passes(
         *("-m", "gpu", "-k", "not ignored_targets"),
         "tests/data/test_batches.py",
@@ -39,9 +39,8 @@ def test_tests_for_a_gpu() -> None:
 
 
 def test_computed() -> None:
-    """Every kernel in the interpreter: runs have the numbers of the CPU; and the tests for a GPU
-    whose numbers count: a cache, two gradients of one weight, recomputing, benchmarks, a loss that
-    is NaN."""
+    """With interpreted kernels: runs equal those on the CPU. Includes the GPU tests that check
+    values: the KV cache, two gradients of one weight, recomputation, benchmarks, a NaN loss."""
     passes(
         *("-m", "gpu", "-k", "not doctor"),
         *_programs("on_computed.py"),

@@ -1,4 +1,4 @@
-"""The pretended device itself: what it reports, what it refuses, and how it is built."""
+"""The pretended device itself: its findings, its errors, and its build."""
 
 import os
 import subprocess
@@ -61,7 +61,7 @@ def test_where_it_is_not(
 
 
 def test_a_torch_that_it_does_not_know_is_not_touched(tmp_path: Path) -> None:
-    """The program ends before it starts, with the reason."""
+    """The program is not started; the reason is printed."""
     code = (
         "from importlib import metadata; metadata.version = lambda name: '2.12.0'\n"
         "import sys; sys.argv = ['pretend_cuda', 'program.py']\n"

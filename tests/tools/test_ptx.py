@@ -1,5 +1,5 @@
-"""The PTX machine computes what is known, finds faults that were put there, and refuses by name
-what it does not know.
+"""The PTX machine computes known results, finds planted faults, and rejects what it does not know
+by name.
 """
 
 import itertools
@@ -32,7 +32,7 @@ DTYPES = [torch.float16, torch.bfloat16, torch.float32]
 @pytest.mark.parametrize("capability", CAPABILITIES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_matmul(capability: int, dtype: torch.dtype) -> None:
-    """Small whole numbers: any order of sums gives the same. wgmma on sm_90, mma.sync on sm_80."""
+    """Small integers, for which any order of sums is exact. wgmma on sm_90, mma.sync on sm_80."""
     a, b = torch.randint(-8, 9, (2, 100, 100)).to(dtype)
     c = torch.full((100, 100), float("nan"))
     with launches.compiled_for(capability):
@@ -44,7 +44,7 @@ def test_matmul(capability: int, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("block", [(8, 16), (32, 64), (64, 128)], ids=str)
 def test_bulk_copies_cut_off_at_the_edge(block: tuple[int, int]) -> None:
-    """float16 rows of 32, 128 and 256 bytes: each swizzle, and a box in two parts."""
+    """float16 rows of 32, 128 and 256 bytes cover each swizzle and a box in two parts."""
     x, y = torch.randn(70, 200).half(), torch.zeros(70, 200).half()
     descriptors = [TensorDescriptor.from_tensor(t, list(block)) for t in (x, y)]
     grid = -(-70 // block[0]), -(-200 // block[1])
@@ -60,7 +60,7 @@ def test_bulk_copies_cut_off_at_the_edge(block: tuple[int, int]) -> None:
 def test_arithmetic(capability: int, dtype: torch.dtype) -> None:
     with launches.compiled_for(capability):
         found, expected = test_interpreter.arithmetic(dtype)
-    torch.testing.assert_close(found[3], expected[3])  # div.full: within two places
+    torch.testing.assert_close(found[3], expected[3])  # div.full: within 2 ulp
     for k in {*range(11)} - {3}:
         assert torch.equal(found[k], expected[k]), k
 
@@ -73,7 +73,7 @@ ALL_HALVES = torch.arange(-(2**15), 2**15, dtype=torch.int16)
     "to", [*DTYPES, torch.int32, torch.float8_e5m2, torch.float8_e4m3fn], ids=str
 )
 def test_conversions(source: torch.dtype, to: torch.dtype) -> None:
-    """All numbers of 16 bits, and for float32 those that lie between two bfloat16s as well."""
+    """All 16-bit values; for float32 also values between two bfloat16 values."""
     if source == torch.float32:
         upper = ALL_HALVES.int() << 16
         x = torch.cat([upper, upper + 0x7FFF, upper + 0x8000, upper + 0x8001]).view(torch.float32)
@@ -83,7 +83,7 @@ def test_conversions(source: torch.dtype, to: torch.dtype) -> None:
     with launches.compiled_for(90):
         toy_kernels.cast_kernel[(1,)](x, out, len(x), BLOCK=len(x), num_warps=8)
     if to == torch.int32:
-        # Beyond the integers PyTorch does what x86 does, a GPU takes the last one.
+        # Out of range PyTorch behaves like x86, a GPU saturates.
         inside = x.float().abs() < 2**31
         assert torch.equal(out[inside], x[inside].int())
         return
@@ -106,7 +106,7 @@ def test_functions_reductions_shapes_and_programs(capability: int) -> None:
         test_interpreter.test_every_program_of_the_grid_runs((2, 3, 4))
     for got, expected in ((exp, x.exp()), (exp2, x.exp2()), (erf, x.erf()), (rsqrt, x.rsqrt())):
         torch.testing.assert_close(got, expected, rtol=1e-6, atol=1e-6)
-    assert not torch.equal(rsqrt, x.rsqrt())  # as inexact as the instruction may be
+    assert not torch.equal(rsqrt, x.rsqrt())  # inexact, like the instruction
 
 
 def test_any_interleaving_of_the_warps_gives_the_same() -> None:
@@ -138,7 +138,7 @@ def _kinds(run: Callable[[], Any]) -> set[str]:
 
 
 def test_accesses_outside_of_tensors() -> None:
-    """A finding names the kernel's line."""
+    """A finding gives the line of the kernel's source."""
     x, y = torch.randn(100), torch.empty(101)
     copy = toy_kernels.copy_kernel[(1,)]
     found = _findings(lambda: copy(x, y, 100, MASK_LOAD=False, OTHER=False, BLOCK=128))
@@ -198,8 +198,8 @@ _HEAD = """
 
 
 def written(body: str, num_warps: int = 2) -> tuple[list[Finding], Tensor]:
-    """Findings and the int32 tensor of one element a thread. %r1 is the thread, %r2 four times
-    that, %rd3 the address of its element, memory 1 KB of shared memory."""
+    """Run PTX; return findings and an int32 tensor with one element per thread. %r1 is the thread,
+    %r2 four times that, %rd3 its element's address, ``memory`` 1 KB of shared memory."""
     out = torch.full((32 * num_warps,), -1, dtype=torch.int32)
     kernel = Kernel(_HEAD + body + "\n ret;\n}\n", num_warps, 1024)
     parameters = out.data_ptr().to_bytes(8, "little")
@@ -312,7 +312,7 @@ WRONG = {
 def test_nothing_is_found_where_nothing_is_wrong(name: str) -> None:
     findings, out = written(RIGHT[name])
     assert findings == []
-    if name == "divergence":  # the lanes of a branch meet again
+    if name == "divergence":  # the lanes reconverge
         assert out[:5].tolist() == [2] * 5 and out[5:].tolist() == [1] * 59
 
 
@@ -323,7 +323,7 @@ def test_faults_are_found(name: str) -> None:
     assert {finding.kind for finding in findings} == kinds
 
 
-# ------------------------------------------------------------------- refused by its name
+# ------------------------------------------------------------------- rejected by name
 
 
 @pytest.mark.parametrize(
@@ -358,7 +358,7 @@ def test_device_made_tensor_maps_are_refused() -> None:
 
 
 def test_every_accepted_form_of_arithmetic_is_executed() -> None:
-    """No form is accepted that the machine does not have."""
+    """The machine implements every form that is accepted."""
     library = machine._library()
     special = {
         "cvta", "mov", "selp", "setp", "ld", "st", "cp", "shfl", "vote", "mma", "wgmma", "bra",
@@ -384,8 +384,8 @@ def test_every_accepted_form_of_arithmetic_is_executed() -> None:
 
 # -------------------------------------------------------------------------------- mutations
 
-# Launches whose mutants are cheap: loads by cp.async and mma.sync; bulk copies and wgmma;
-# reductions in shared memory.
+# Launches whose mutants run fast: cp.async loads and mma.sync; bulk copies and wgmma; reductions
+# in shared memory.
 _SMALL = [
     (80, "attention-bfloat16"),
     (90, "mlp-float16"),
@@ -404,7 +404,7 @@ def _recordings(capability: int, name: str) -> list[mutations.Recording]:
 def _check(
     cases: list[tuple[int, str]], most: int, share: float, always: Sequence[str] = ()
 ) -> None:
-    """``always``: mutations that may be harmless, but are not in these cases."""
+    """``always``: mutations that may be harmless in general, but not in these cases."""
     explained = {mutation.name for mutation in mutations.MUTATIONS if mutation.harmless}
     explained -= set(always)
     mutants = noticed = 0

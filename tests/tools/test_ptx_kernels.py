@@ -1,9 +1,9 @@
-"""Every kernel as Triton compiles it for sm_80 and sm_90, and those that sm_75 takes for that too,
+"""Every kernel as Triton compiles it for sm_80 and sm_90, and for sm_75 those that it supports,
 executed in the PTX machine.
 
-``Cases.compiled`` of all ops is the smallest set that compiles each way of each branch of every
-kernel, in each dtype; the last test says what is missing. ``pytest --ptx=90`` runs all other tests
-of kernels like this.
+``Cases.compiled`` of all ops is a minimal set that compiles both ways of each branch of every
+kernel in each dtype; the last test reports what is missing. ``pytest --ptx=90`` runs all other
+kernel tests like this.
 """
 
 from contextlib import suppress
@@ -26,7 +26,7 @@ COMPILED = [
     for op, cases in CASES.items()
     for one in cases.compiled
     for sm in one.sm
-    if sm != 75 or op not in reference.OPS_OF_TENSOR_CORES  # PyTorch's there
+    if sm != 75 or op not in reference.OPS_OF_TENSOR_CORES  # PyTorch's kernels there
 ]
 
 
@@ -38,8 +38,8 @@ def test_compiled(capability: int, of: Compiled) -> None:
         of.run()
 
 
-# What no launch on an architecture takes: tensor maps before sm_90, pointers instead of them from
-# sm_90 on, what is for wgmma only, and fp8, which sm_80 lacks.
+# Branches that no launch on an architecture takes: tensor maps before sm_90, pointers instead of
+# them since sm_90, code only for wgmma, and fp8, which sm_80 lacks.
 _TMA = {"if TMA", "pre.dtype if TMA else pre.dtype.element_ty", "16 if TMA else 1"}
 _NEVER = {
     80: {
@@ -54,11 +54,11 @@ _NEVER = {
     90: {f"gemm_kernels.py, else: {test}" for test in _TMA},
 }
 
-# The element types of the pointers that a kernel must have seen, where they are not float32,
-# float16 and bfloat16.
+# The pointers' element types that must be covered for a kernel, if not float32, float16 and
+# bfloat16.
 _DTYPES: dict[str, set[str]] = {
     "_adamw_scalars_kernel": {"fp32"},
-    "_linear_gelu_kernel": {"fp16", "bf16"},  # cuBLAS multiplies float32
+    "_linear_gelu_kernel": {"fp16", "bf16"},  # float32 uses cuBLAS
     "_weight_grad_kernel": {"fp16", "bf16"},
     "_amax_kernel": {"fp16", "bf16"},
     "_quantise_kernel": {"fp16", "bf16", "fp8e4nv"},
@@ -69,12 +69,12 @@ _FP8_KERNELS = {"_amax_kernel", "_quantise_kernel", "_transpose_kernel"}
 
 @pytest.mark.parametrize("capability", CAPABILITIES)
 def test_the_cases_are_all_there_is(capability: int) -> None:
-    """Every kernel in every dtype, every branch both ways, but for what the tables above say."""
+    """Every kernel in every dtype and both ways of every branch, except for the tables above."""
     names, outcomes = coverage.branches(Path(reference.__file__).parent)
     with coverage.lowering(capability) as covered:
         for sm, each in COMPILED:
             if sm == capability:
-                with suppress(AssertionError):  # nothing is computed, so nothing is right
+                with suppress(AssertionError):  # nothing is computed, so results are wrong
                     each.run()
     missing = {str(outcome) for outcome in outcomes - covered.outcomes}
     assert missing == _NEVER[capability]

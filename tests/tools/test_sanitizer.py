@@ -1,4 +1,4 @@
-"""Every fault that the sanitizer is for is put into a toy kernel and found; sound kernels pass."""
+"""The sanitizer finds each kind of fault in toy kernels and passes correct kernels."""
 
 from collections.abc import Callable
 
@@ -59,7 +59,7 @@ def test_masked_lanes_without_other_spoil_an_integer_result():
 def test_a_program_that_loads_what_another_stores(seed: int):
     with pytest.raises(SanitizerError, match="race: (load|store)"), sanitize(seed):
         toy_kernels.pass_on_kernel[(4,)](torch.zeros(5), 1)
-    with sanitize(seed):  # in place, each program its own element
+    with sanitize(seed):  # in place, one element per program
         toy_kernels.pass_on_kernel[(4,)](torch.zeros(5), 0)
 
 

@@ -1,4 +1,4 @@
-"""Small kernels on which the test tools are tested. (Triton needs a kernel's source file.)"""
+"""Small kernels for testing the test tools. (Triton needs a kernel's source file.)"""
 
 import triton
 import triton.language as tl
@@ -10,7 +10,7 @@ def matmul_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     ACC: tl.constexpr = tl.float32,
 ):  # fmt: skip
-    """C = A @ B, row-major; the operands' dtype in, C's out, ACC between."""
+    """C = A @ B, row-major; operands and C have their own dtypes, sums are in ACC."""
     offs_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     offs_k = tl.arange(0, BLOCK_K)
@@ -41,7 +41,7 @@ def copy_tile_kernel(x_ptr, y_ptr, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.cons
 
 @triton.jit
 def binary_kernel(x_ptr, y_ptr, out_ptr, n, BLOCK: tl.constexpr):
-    """out: eleven rows of n, one for each operation, all in the operands' dtype."""
+    """out: eleven rows of n, one per operation, in the operands' dtype."""
     offs = tl.arange(0, BLOCK)
     mask = offs < n
     x = tl.load(x_ptr + offs, mask=mask, other=1.0)
@@ -72,7 +72,7 @@ def cast_kernel(x_ptr, out_ptr, n, BLOCK: tl.constexpr):
 def reduce_kernel(
     x_ptr, sum_ptr, max_ptr, argmax_ptr, cumsum_ptr, M: tl.constexpr, N: tl.constexpr
 ):
-    """Along the rows of x (M, N)."""
+    """Sum, maximum, argmax and cumulative sum along the rows of x (M, N)."""
     offs_m, offs_n = tl.arange(0, M), tl.arange(0, N)
     offs = offs_m[:, None] * N + offs_n[None, :]
     x = tl.load(x_ptr + offs)
@@ -132,7 +132,7 @@ def _sum_of_both(x, shift, SCALE: tl.constexpr, NEGATE: tl.constexpr = False):
 
 @triton.jit
 def helpers_kernel(x_ptr, bounds_ptr, out_ptr, n, SCALE: tl.constexpr, NEGATE: tl.constexpr):
-    """out += helper(x) for i in range(bounds[0], bounds[1]), which only the device knows."""
+    """out += helper(x) for i in range(bounds[0], bounds[1]), bounds in device memory."""
     tl.assume(n > 0)
     offs = tl.arange(0, 16)
     mask = offs < n
@@ -145,7 +145,7 @@ def helpers_kernel(x_ptr, bounds_ptr, out_ptr, n, SCALE: tl.constexpr, NEGATE: t
 
 @triton.jit
 def arguments_kernel(out_ptr, number, flag, optional_ptr, large):
-    """out: float64; what the runtime arguments are inside the kernel."""
+    """out: float64, the values of the runtime arguments inside the kernel."""
     tl.store(out_ptr, number.to(tl.float64))
     tl.store(out_ptr + 1, flag.to(tl.float64))
     if optional_ptr is None:
@@ -155,7 +155,7 @@ def arguments_kernel(out_ptr, number, flag, optional_ptr, large):
 
 @triton.jit
 def program_kernel(out_ptr):
-    """out[program] = program, over a grid of three dimensions."""
+    """out[program] = program, over a three-dimensional grid."""
     x, y, z = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     program = (x * tl.num_programs(1) + y) * tl.num_programs(2) + z
     tl.store(out_ptr + program, program)
@@ -196,7 +196,7 @@ def pass_on_kernel(x_ptr, reach):
 
 @triton.jit
 def store_then_load_kernel(x_ptr, y_ptr, BLOCK: tl.constexpr):
-    """y = x reversed, by way of x + 1 in x itself, with no barrier between."""
+    """x += 1, then y = x reversed, with no barrier between."""
     offs = tl.arange(0, BLOCK)
     tl.store(x_ptr + offs, tl.load(x_ptr + offs) + 1)
     tl.store(y_ptr + offs, tl.load(x_ptr + BLOCK - 1 - offs))
@@ -204,7 +204,7 @@ def store_then_load_kernel(x_ptr, y_ptr, BLOCK: tl.constexpr):
 
 @triton.jit
 def offset_kernel(x_ptr, y_ptr, row, stride, WIDE: tl.constexpr):
-    """y[0] = x[row * stride - row * stride], whose product needs more than 32 bits."""
+    """y[0] = x[row * stride - row * stride], where the product needs more than 32 bits."""
     if WIDE:
         row = tl.cast(row, tl.int64)
     offset = row * stride - row * stride
@@ -221,7 +221,7 @@ def order_kernel(next_ptr, turn_ptr):
 
 @triton.jit
 def hold_kernel(x_ptr, y_ptr, n, BLOCK: tl.constexpr):
-    """Keeps a block of BLOCK numbers alive over a loop."""
+    """Keeps a block of BLOCK elements alive over a loop."""
     offs = tl.arange(0, BLOCK)
     acc = tl.zeros([BLOCK], dtype=tl.float32)
     for i in range(n):
@@ -231,14 +231,14 @@ def hold_kernel(x_ptr, y_ptr, n, BLOCK: tl.constexpr):
 
 @triton.jit
 def copy_by_descriptor_kernel(x_desc, y_desc, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """y = x through tensor descriptors that the host made."""
+    """y = x through tensor descriptors made on the host."""
     offs_m, offs_n = tl.program_id(0) * BLOCK_M, tl.program_id(1) * BLOCK_N
     y_desc.store([offs_m, offs_n], x_desc.load([offs_m, offs_n]))
 
 
 @triton.jit
 def contraction_kernel(x_ptr, y_ptr, z_ptr, out_ptr, n, BLOCK: tl.constexpr):
-    """out: five rows of n, of sums and differences with products in them."""
+    """out: five rows of n, sums and differences that contain products."""
     offs = tl.arange(0, BLOCK)
     mask = offs < n
     x = tl.load(x_ptr + offs, mask=mask, other=1.0)

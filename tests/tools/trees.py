@@ -1,5 +1,5 @@
-"""An operator's arguments and results, which nest: ``torch.utils._pytree`` for tuples, lists and
-dicts alone, in a fifth of its time.
+"""Nested arguments and results of operators: like ``torch.utils._pytree`` for tuples, lists and
+dicts only, in a fifth of the time.
 """
 
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""``fastgpt train`` in processes of its own, to be stopped or killed."""
+"""``fastgpt train`` in separate processes, to be stopped or killed."""
 
 import os
 import signal
@@ -24,7 +24,7 @@ def started(keys: dict[str, Any], processes: int = 1) -> Forked:
 
 
 def killed_once(argv: list[str]) -> int:
-    """fastgpt, of which the last process is killed before iteration 31, but only the first time."""
+    """Run fastgpt; the last rank is killed before iteration 31 unless torchrun restarted it."""
     update = Trainer._update
 
     def killed(self: Trainer, learning_rate: float) -> Any:
@@ -38,8 +38,8 @@ def killed_once(argv: list[str]) -> int:
 
 
 def interrupted_one_by_one(first: int, argv: list[str]) -> int:
-    """fastgpt, of which the process ``first`` gets SIGTERM in iteration 11, every other one only
-    when it saves. A process that ends before all have saved aborts."""
+    """Run fastgpt; rank ``first`` gets SIGTERM in iteration 11, the others only when they save. A
+    process that ends before all have saved aborts."""
     update, save = Trainer._update, Trainer._save
 
     def first_updates(self: Trainer, learning_rate: float) -> Any:
@@ -58,8 +58,8 @@ def interrupted_one_by_one(first: int, argv: list[str]) -> int:
 
 
 def _abort_without_barrier() -> None:
-    """Where the process group ends behind another collective than a barrier: other ranks may still
-    save, and torchrun ends them with this one. It would be seen by chance only."""
+    """Abort if the last collective before the process group is destroyed is not a barrier: torchrun
+    would then end ranks that may still be saving, which would be seen only by chance."""
     last = ""
 
     def noted(name: str, collective: Callable[..., Any]) -> Callable[..., Any]:
@@ -84,8 +84,8 @@ def _abort_without_barrier() -> None:
 
 
 def one_interrupted_twice(which: int, at: str, argv: list[str]) -> int:
-    """fastgpt, whose processes get SIGINT in iteration 11, and the process ``which`` a second one
-    there (``at`` is "update") or when it saves ("save")."""
+    """Run fastgpt; all ranks get SIGINT in iteration 11, and rank ``which`` a second one there
+    (``at`` is "update") or when it saves ("save")."""
     update, save = Trainer._update, Trainer._save
 
     def interrupted(self: Trainer, learning_rate: float) -> Any:

@@ -1,4 +1,4 @@
-"""nanoGPT's checkpoint format both ways; saving is atomic."""
+"""nanoGPT's checkpoint format, read and written; atomic saving."""
 
 from pathlib import Path
 from typing import Any
@@ -24,8 +24,8 @@ def run(tmp_path: Path) -> Trainer:
     return trainer
 
 
-def nanogpts(path: Path, config: TrainConfig, vocab_size: int) -> dict[str, Any]:
-    """A checkpoint as nanoGPT writes one: a compiled model, its keys only."""
+def nanogpt_checkpoint(path: Path, config: TrainConfig, vocab_size: int) -> dict[str, Any]:
+    """Write a checkpoint like nanoGPT's: of a compiled model, with only its keys."""
     torch.manual_seed(3)
     args = {key: getattr(config, key) for key in MODEL_ARGS if key != "vocab_size"}
     args["vocab_size"] = vocab_size
@@ -66,13 +66,13 @@ def test_ours_has_what_nanogpt_reads(run: Trainer) -> None:
 
 
 def test_nanogpts_is_resumed_and_sampled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The tokenizer is that of its data set."""
+    """The tokenizer comes from the data set."""
     monkeypatch.chdir(tmp_path)
     data_dir = data_set(tmp_path / "data")
     changes: dict[str, Any] = dict(data_root="data", out_dir="out")
     vocab_size = Trainer(small_config(tmp_path, **changes)).model.config.vocab_size
     config = small_config(tmp_path, **changes, init_from="resume", max_iters=12, weight_decay=0.3)
-    theirs = nanogpts(tmp_path / "out" / "ckpt.pt", config, vocab_size)
+    theirs = nanogpt_checkpoint(tmp_path / "out" / "ckpt.pt", config, vocab_size)
     sampling = SampleConfig(num_samples=2, max_new_tokens=9, device="cpu")
     assert [len(text) for text in Sampler(sampling)] == [10, 10]
     trainer = Trainer(config)
@@ -84,7 +84,7 @@ def test_nanogpts_is_resumed_and_sampled(tmp_path: Path, monkeypatch: pytest.Mon
     assert torch.equal(first["exp_avg"], theirs["optimizer"]["state"][0]["exp_avg"])
     trainer.run()
     assert trainer.iter_num == 13
-    nanogpts(tmp_path / "out" / "ckpt.pt", config, vocab_size)
+    nanogpt_checkpoint(tmp_path / "out" / "ckpt.pt", config, vocab_size)
     (data_dir / "meta.pkl").unlink()
     with pytest.raises(ValueError, match=f"vocabulary of {vocab_size} tokens, but its data set's"):
         Sampler(sampling)

@@ -1,4 +1,4 @@
-"""Which checkpoint a run resumes from, errors for damaged ones, what is removed."""
+"""Which checkpoint a run resumes from, errors for damaged ones, removal of old ones."""
 
 from pathlib import Path
 
@@ -43,7 +43,7 @@ def test_a_damaged_checkpoint_names_the_newest_intact_one(tmp_path: Path) -> Non
 
 
 def test_a_damaged_folder_names_the_newest_intact_one(tmp_path: Path) -> None:
-    """The intact one may be a file, if the run was not sharded before."""
+    """The intact one may be a file if the run was not sharded before."""
     trained(tmp_path)
     out, state = tmp_path / "out", state_of(tmp_path)
     for iteration in (30, 40):

@@ -1,4 +1,4 @@
-"""Keys, presets, limits, and the reader of nanoGPT's configuration files."""
+"""Keys, presets, limits, and reading nanoGPT's configuration files."""
 
 import sys
 import time
@@ -67,7 +67,7 @@ def test_presets_and_automatic_keys(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_values_and_differences() -> None:
     assert TrainConfig(n_layer=3, device="cuda").differences() == {"n_layer": 3}
-    assert TrainConfig(learning_rate=3e-5, decay_lr=False).min_lr == 6e-5  # not in use
+    assert TrainConfig(learning_rate=3e-5, decay_lr=False).min_lr == 6e-5  # unused without decay
     value = TrainConfig(learning_rate=1).learning_rate  # an int is accepted for a float
     assert value == 1.0 and isinstance(value, float)
 
@@ -206,7 +206,7 @@ def test_bad_lines_are_named_and_not_executed(
 
 @pytest.fixture
 def _recursion_as_at_the_start() -> Iterator[None]:
-    """Inductor doubles the limit for the life of a process."""
+    """Inductor doubles the recursion limit for the rest of the process."""
     before = sys.getrecursionlimit()
     sys.setrecursionlimit(1000)
     yield
@@ -263,7 +263,7 @@ def test_device_and_dtype(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize(("major", "dtype"), [(7, torch.float16), (8, torch.bfloat16)])
 def test_dtype_of_a_gpu(major: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    """PyTorch counts bfloat16 as supported on a T4 (7.5), which emulates it."""
+    """PyTorch reports bfloat16 as supported on a T4 (7.5), which only emulates it."""
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)

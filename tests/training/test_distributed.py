@@ -1,4 +1,4 @@
-"""A run in two processes equals the run in one: weights, resuming, stopping, a killed process."""
+"""Runs in two processes equal runs in one: weights, resuming, stopping, a killed process."""
 
 import json
 import os
@@ -25,9 +25,9 @@ from tests.training.processes import (
     started,
 )
 
-# AdamW's eps is small beside most gradients; where a gradient is 0 but for its rounding (the bias
-# of the keys), the order of two sums decides on the sign of an update. So: no biases. The
-# evaluation has one batch more for the first process.
+# No biases: the gradient of the keys' bias is 0 up to rounding, and since AdamW's eps is small, the
+# order of sums would decide the sign of its update. In the evaluation the first process has one
+# batch more.
 SHORT: dict[str, Any] = dict(
     dropout=0.0, gradient_accumulation_steps=4, eval_iters=3, max_iters=19, lr_decay_iters=20
 )
@@ -46,8 +46,8 @@ def assert_near(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
 
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
 def test_two_processes_train_as_one(tmp_path: Path, parallel: str) -> None:
-    """The same batches, one half each; one prints, one log, one checkpoint. A run goes on in
-    another number of processes, more or fewer."""
+    """Each process gets half of every batch; output, log and checkpoint are written once. A run can
+    resume with more or fewer processes."""
     sharded = {"parallel": parallel, "recompute": parallel == "fsdp"}
     half = trained(tmp_path, **{**SHORT, "max_iters": 9})
     expected_state = state_of(tmp_path)
@@ -81,8 +81,8 @@ def _on_one_gpu(argv: list[str]) -> int:
 
 
 def test_two_processes_with_master_weights_train_as_one(tmp_path: Path, device: str) -> None:
-    """To the bit, as two gradients have one sum: bfloat16 weights over float32 masters. On a GPU,
-    which both share, the backward passes are CUDA graphs."""
+    """Bit for bit, as the sum of two gradients has one order: bfloat16 weights, float32 masters.
+    On a GPU, shared by both processes, the backward passes are CUDA graphs."""
     keys = {**SHORT, "gradient_accumulation_steps": 2, "dtype": "bfloat16", "device": device}
     if device == "cuda":
         keys |= {"n_embd": 64, "block_size": 64}
@@ -98,7 +98,7 @@ def test_two_processes_with_master_weights_train_as_one(tmp_path: Path, device: 
 
 @pytest.mark.parametrize("first", [0, 1])
 def test_sigterm_saves_and_ends(tmp_path: Path, first: int) -> None:
-    """Each process, if the signal reaches one of them later than the other."""
+    """Both processes save and end, even if the signal reaches one of them later."""
     argv = command(small_keys(tmp_path, **SHORT))
     output = Forked(interrupted_one_by_one, first, argv, processes=2).finished(130)
     assert "stopped before iteration 12" in output
@@ -133,7 +133,7 @@ def test_a_port_in_use_is_one_line(
 
 
 def _agent(argv: list[str]) -> int:
-    """torchrun, whose processes are forked."""
+    """torchrun's agent with forked processes."""
     config = LaunchConfig(1, 1, 2, run_id="x", rdzv_backend="c10d", rdzv_endpoint="localhost:0")
     config.max_restarts, config.start_method = 1, "fork"
     elastic_launch(config, killed_once)(argv)
@@ -141,7 +141,7 @@ def _agent(argv: list[str]) -> int:
 
 
 def _torchrun(argv: list[str]) -> int:
-    """The command itself."""
+    """The torchrun command itself."""
     program = ROOT / "tests" / "training" / "processes.py"
     options = ["--standalone", "--nproc_per_node=2", "--max-restarts=1"]
     os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
@@ -155,7 +155,7 @@ def _torchrun(argv: list[str]) -> int:
 def test_a_killed_process_is_started_again_and_goes_on(
     tmp_path: Path, parallel: str, launched: Callable[[list[str]], int]
 ) -> None:
-    """To the bit as if nothing had happened, dropout included."""
+    """The result equals an uninterrupted run bit for bit, dropout included."""
     changes = {**SHORT, "max_iters": 40, "eval_interval": 20, "dropout": 0.1, "parallel": parallel}
     keys = small_keys(tmp_path, **changes)
     started(keys, processes=2).finished()

@@ -1,4 +1,4 @@
-"""A sharded model in two processes: its shards, its collectives, and the same numbers."""
+"""A sharded model in two processes: its shards, its collectives, parity with one process."""
 
 from functools import partial
 from pathlib import Path
@@ -32,7 +32,7 @@ def _updates(trainer: Trainer, count: int) -> list[float]:
 
 
 def _parts(root: Path, world: World) -> None:
-    """Each rank holds half of each tensor, rounded up to whole rows; the tied table once."""
+    """Each rank holds half of each tensor, rounded up to whole rows, and the tied weight once."""
     trainer = _built(root, world)
     _updates(trainer, 1)
     names = dict(trainer.model.named_parameters())
@@ -45,12 +45,12 @@ def _parts(root: Path, world: World) -> None:
             assert moment.to_local().shape == p.to_local().shape
     held = sum(p.to_local().numel() for p in names.values() if isinstance(p, DTensor))
     positions = trainer.config.block_size * trainer.config.n_embd
-    expected = trainer.model.get_num_params() + positions  # which it leaves out
+    expected = trainer.model.get_num_params() + positions  # which get_num_params() leaves out
     assert sum(world.all_gather_object(held)) == expected
 
 
 class _Calls(TorchDispatchMode):
-    """The names of all operators called inside."""
+    """Records the names of all operators called."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -62,19 +62,19 @@ class _Calls(TorchDispatchMode):
 
 
 def _exchange(root: Path, world: World) -> None:
-    """Gradients are reduced once an update, however many micro-batches it has."""
+    """Gradients are reduced once per update, independent of the number of micro-batches."""
     for count in (2, 4):
         trainer = _built(root, world, gradient_accumulation_steps=count)
         _updates(trainer, 1)
         with _Calls() as calls:
             _updates(trainer, 1)
         scatters = [name for name in calls.names if "reduce_scatter" in name]
-        assert len(scatters) == trainer.config.n_layer + 2  # with the LayerNorms, and the rest
+        assert len(scatters) == trainer.config.n_layer + 2  # blocks, LayerNorms, the rest
 
 
 def _same_numbers(root: Path, world: World) -> None:
-    """Compiled and not; close to these in bfloat16. Traced as by Inductor, whose code for the model
-    ``test_model_parity`` runs."""
+    """Compiled runs equal eager ones; bfloat16 is close. aot_eager traces like Inductor, whose code
+    for the model is tested in ``test_model_parity``."""
     plain = _updates(_built(root, world, bias=True), 4)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
@@ -93,7 +93,7 @@ def _same_numbers(root: Path, world: World) -> None:
 
 
 def _after_evaluation(root: Path, world: World) -> None:
-    """A pass without a backward, the LayerNorms of which are not called, changes no update."""
+    """A forward without backward, which does not call the LayerNorms, changes no update."""
     plain = _updates(_built(root, world), 2)
     trainer = _built(root, world)
     losses = []
@@ -104,7 +104,7 @@ def _after_evaluation(root: Path, world: World) -> None:
 
 
 def _learning_rate(root: Path, world: World) -> None:
-    """As on CUDA, where it is an unsharded tensor beside sharded ones."""
+    """As on CUDA, where the learning rate is an unsharded tensor among sharded ones."""
     plain = _updates(_built(root, world, n_layer=1), 3)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(step, "_LEARNING_RATE_ON_DEVICE", ("cpu",))

@@ -1,4 +1,4 @@
-"""Pretrained weights by path, checked against the tokens of the data; the document mask."""
+"""``init_from`` a path to pretrained weights, checked against the data's tokens; document mask."""
 
 import itertools
 import json
@@ -54,7 +54,7 @@ DOCUMENTS = [f"Document {n}: {n} times {n} is {n * n}." for n in range(200)]
 
 
 def documents(root: Path, tokenizer: Tokenizer) -> None:
-    """A data set of documents in ``root/small``."""
+    """Write a data set of documents to ``root/small``."""
     folder = root / "texts"
     folder.mkdir(exist_ok=True)
     for number, text in enumerate(DOCUMENTS):
@@ -74,7 +74,7 @@ def test_subword_tokens_are_compared_by_what_they_mean(tmp_path: Path, bpe: Toke
     config = small_config(tmp_path, init_from=str(path))
     file = path / "tokenizer.json"
     vocabulary = json.loads(file.read_text())
-    file.write_text(json.dumps(vocabulary, indent=3))  # other bytes, the same tokens
+    file.write_text(json.dumps(vocabulary, indent=3))  # different bytes, same tokens
     assert Trainer(config, quiet()).model.config.vocab_size == 320  # 300, padded
     model = vocabulary["model"]["vocab"]
     model["A"], model["B"] = model["B"], model["A"]
@@ -90,11 +90,11 @@ def test_the_separator_of_the_documents(tmp_path: Path, bpe: Tokenizer) -> None:
     assert eot_token(config, bpe) == bpe.end_of_text
     (tmp_path / "small" / "manifest.json").unlink()
     assert eot_token(config, bpe) == bpe.end_of_text
-    assert eot_token(config, None) == 50256  # nanoGPT's data
+    assert eot_token(config, None) == 50256  # data prepared by nanoGPT
 
 
 def test_documents_are_packed(tmp_path: Path, bpe: Tokenizer) -> None:
-    """The loss of a batch is that of its documents one by one, after resuming too."""
+    """A batch's loss equals that of its documents one by one, also after resuming."""
     documents(tmp_path, bpe)
     keys = dict(document_mask=True, dropout=0.0, gradient_accumulation_steps=1, max_iters=3)
     trained(tmp_path, **keys)

@@ -1,4 +1,4 @@
-"""``fastgpt ladder``: what its rungs compute; what is printed, kept and refused."""
+"""``fastgpt ladder``: models of its rungs, output, files, rejected input."""
 
 import json
 import re
@@ -25,7 +25,7 @@ ARGUMENTS = ["ladder", "--input=text.txt", "--device=cpu", "--max_iters=4"]
 
 @pytest.fixture
 def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Small sizes for all rungs but the last; a text in the current folder."""
+    """Set small sizes for all rungs except the last; write a text into the current folder."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(ladder, "_KEYS", ladder._KEYS | SMALL)
     Path("text.txt").write_text(TEXT)
@@ -47,7 +47,7 @@ def test_one_head_is_heads_of_one():
 
 @pytest.mark.parametrize("rung", list(ladder.RUNGS)[1:-1])
 def test_a_rung_on_the_kernels(rung, device, monkeypatch):
-    """Loss and gradients are those of the plain ops, and no logit depends on a later token."""
+    """Loss and gradients equal those on the plain ops; no logit depends on a later token."""
     config = GPTConfig(8, V, n_layer=1, n_head=4, n_embd=32, bias=False)
     x, y = tokens(2, 8).to(device), tokens(2, 8, seed=2).to(device)
     found = []
@@ -86,7 +86,7 @@ def test_the_command(small, capsys, monkeypatch):
     assert main([*ARGUMENTS, "--json"]) == 0
     out = capsys.readouterr()
     found = [json.loads(line) for line in out.out.splitlines()]
-    assert [row["rung"] for row in found] == [*ladder.RUNGS][:-1]  # the last is for a GPU
+    assert [row["rung"] for row in found] == [*ladder.RUNGS][:-1]  # the last one needs a GPU
     parameters = [row["parameters"] for row in found]
     assert parameters == sorted(parameters) and parameters[2] == parameters[3]
     assert all(row["val_loss"] > 0 and row["tokens_per_second"] > 0 for row in found)

@@ -19,7 +19,7 @@ def rows(root: Path) -> list[dict[str, Any]]:
 
 
 def places(root: Path) -> tuple[list[int], list[int]]:
-    """The iterations of the reports and of the evaluations."""
+    """Iterations with reports and with evaluations."""
     found = rows(root)
     return (
         [row["iter"] for row in found if "loss" in row],
@@ -53,7 +53,7 @@ def test_a_run_writes_its_figures(tmp_path: Path) -> None:
 
 
 def test_a_line_is_on_disk_when_it_is_reported(tmp_path: Path) -> None:
-    """A figure that is not finite is written as null."""
+    """Non-finite values are written as null."""
     (tmp_path / "out").mkdir()
     run_log = RunLog(config := small_config(tmp_path))
     with run_log.opened(config, 0, True):
@@ -71,18 +71,18 @@ def test_a_run_that_goes_on_writes_the_log_of_one_that_was_never_stopped(tmp_pat
     for root in (one, other):
         data_set(root)
     trained(one)
-    trained(other, max_iters=13)  # the last checkpoint is that of 14
+    trained(other, max_iters=13)  # the last checkpoint is at iteration 14
     assert places(other) == ([0, 5, 10], [0, 10, 14])
     trained(other, init_from="resume")
     assert places(other) == ([0, 5, 10, 15, 20], [0, 10, 14, 20, 21])
-    trained(other, init_from="resume")  # at the end, where the evaluation is made again
+    trained(other, init_from="resume")  # repeats the last evaluation
     assert places(other) == ([0, 5, 10, 15, 20], [0, 10, 14, 20, 21])
     kept = [row for row in without_clock(other) if row["iter"] != 14]
     assert kept == without_clock(one)
 
 
 def test_the_speed_is_that_of_the_updates(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Those that a GPU has yet to make when an evaluation begins count, it does not."""
+    """Updates still running on the GPU when an evaluation starts count, the evaluation does not."""
     data_set(tmp_path)
     now = 0.0
 
@@ -102,19 +102,19 @@ def test_the_speed_is_that_of_the_updates(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr("fastgpt.training.run.perf_counter", lambda: now)
     monkeypatch.setattr(Trainer, "_updated", lambda run, batches, rate: run._step(batches, rate))
     trained(tmp_path, eval_interval=4, log_interval=3, max_iters=6)
-    tokens = 2 * 4 * 16  # of an update
+    tokens = 2 * 4 * 16  # per update
     speeds = [row["tokens_per_second"] for row in rows(tmp_path) if "loss" in row]
     assert speeds == [tokens / 4.0, 3 * tokens / 2.0, 3 * tokens / 4.0]
 
 
 def test_what_was_lost_with_a_crash_is_not_logged_twice(tmp_path: Path) -> None:
-    """Killed at iteration 18: the checkpoint is that of 10, and the last line was half written."""
+    """Killed at iteration 18: the checkpoint is from 10, the last line only partly written."""
     data_set(tmp_path)
     trained(tmp_path, max_iters=9)
     expected = without_clock(tmp_path)
     path = tmp_path / "out" / "log.jsonl"
     with open(path, "a") as file:
-        file.write('{"iter": 10, "train/loss": 1.0, "val/loss": 1.0}\n')  # is made again
+        file.write('{"iter": 10, "train/loss": 1.0, "val/loss": 1.0}\n')  # will be repeated
         file.write('{"iter": 10, "loss": 1.0}\n{"iter": 15, "loss": 1.0}\n{"iter": 17, "lo')
     trained(tmp_path, init_from="resume")
     assert places(tmp_path) == ([0, 5, 10, 15, 20], [0, 10, 20, 21])
@@ -124,7 +124,7 @@ def test_what_was_lost_with_a_crash_is_not_logged_twice(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("figure", ["loss", "reward"])
 def test_the_evaluation_at_a_stop_is_kept(tmp_path: Path, figure: str) -> None:
-    """Of a run of any kind; it is not made again where the run goes on between two others."""
+    """For any kind of run; an evaluation is not repeated if the run resumes between two others."""
     (tmp_path / "out").mkdir()
     run_log = RunLog(config := small_config(tmp_path))
     with run_log.opened(config, 0, True):
@@ -198,4 +198,4 @@ def test_a_missing_package_is_named_before_any_work(
 ) -> None:
     monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(ImportError, match=rf'{key}=True .*pip install -e "\.\[log\]" in '):
-        Trainer(small_config(tmp_path, **{key: True}), quiet())  # there is no data set either
+        Trainer(small_config(tmp_path, **{key: True}), quiet())  # raises before it needs a data set

@@ -1,4 +1,4 @@
-"""AdamW over master weights: the numbers of AdamW on a float32 model, and its state."""
+"""AdamW with master weights: parity with AdamW on a float32 model, and its state."""
 
 import math
 
@@ -33,7 +33,7 @@ def test_what_is_held_in_which_dtype() -> None:
     optimizer = optimizer_of(model)
     assert dict(model.named_parameters()).keys() == names.keys()
     for name, p in model.named_parameters():
-        assert p is names[name]  # whoever holds it, a compiled model for one, keeps it
+        assert p is names[name]  # parameters keep their identity, e.g. for a compiled model
         half = p.dim() == 2 or name.endswith(("c_attn.bias", "c_fc.bias"))
         assert p.dtype == (torch.bfloat16 if half else torch.float32), name
         assert torch.equal(p, before[name].to(p.dtype))
@@ -45,7 +45,7 @@ def test_what_is_held_in_which_dtype() -> None:
 
 
 def test_updates_are_those_of_adamw_on_the_master_weights() -> None:
-    """The same gradients to both; then the model is the rounded master."""
+    """Both get the same gradients; the model's weights are the rounded masters."""
     model, twin = small_model(bias=True), small_model(bias=True)
     ours = optimizer_of(model)
     plain = twin.configure_optimizers(0.1, 1e-2, BETAS, "cpu")
@@ -109,7 +109,7 @@ def test_a_parameter_without_a_gradient_is_only_decayed() -> None:
 
 @pytest.mark.parametrize("bias", [False, True])
 def test_state_goes_both_ways(bias: bool) -> None:
-    """Between this class and AdamW on a float32 model: as between their checkpoints."""
+    """Between this class and AdamW on a float32 model, and hence between checkpoints."""
     model, twin = small_model(bias=bias), small_model(seed=1, bias=bias)
     ours, plain = optimizer_of(model), twin.configure_optimizers(0.1, 1e-2, BETAS, "cpu")
     for seed in range(2):
@@ -123,7 +123,7 @@ def test_state_goes_both_ways(bias: bool) -> None:
     again.load_state_dict(plain.state_dict())
     assert_same(again.state_dict()["state"], saved["state"])
     assert list(saved["state"]) == list(plain.state_dict()["state"])
-    # what was loaded is what the next update uses
+    # the next update uses the loaded state
     twin.load_state_dict(ours.master_state_dict())
     loaded = optimizer_of(twin)
     loaded.load_state_dict(saved)

@@ -1,4 +1,4 @@
-"""A run that was killed or stopped resumes bit for bit."""
+"""Killed and stopped runs resume bit for bit."""
 
 import io
 import math
@@ -81,7 +81,7 @@ def test_the_shape_comes_from_the_checkpoint(tmp_path: Path) -> None:
     trainer = Trainer(config, Console(file=out, width=200))
     assert (trainer.config.n_layer, trainer.config.block_size) == (2, 16)
     assert trainer.batches.next("train")[0].shape == (4, 16)
-    assert trainer.model.config.dropout == 0.3  # but this one may change
+    assert trainer.model.config.dropout == 0.3  # may differ when resuming
     assert "n_layer = 2 comes from the loaded model (not 5)" in out.getvalue()
 
 
@@ -93,7 +93,7 @@ def test_resuming_on_other_characters_is_refused(tmp_path: Path) -> None:
 
 
 def without_manifest(folder: Path) -> None:
-    """The folder as nanoGPT's prepare.py leaves it."""
+    """Turn the folder into one of nanoGPT's prepare.py."""
     (folder / "manifest.json").unlink()
 
 
@@ -111,7 +111,7 @@ def test_resuming_on_other_data_of_the_same_characters(tmp_path: Path, of_nanogp
     with pytest.raises(ValueError, match="0021.pt was trained on other data than .*small holds"):
         Trainer(small_config(tmp_path, init_from="resume"), quiet())
 
-    folder.rename(tmp_path / "other")  # the way to go on that the message names
+    folder.rename(tmp_path / "other")  # what the message suggests
     out = io.StringIO()
     keys: dict[str, Any] = dict(dataset="other", init_from="resume", max_iters=30)
     trainer = Trainer(small_config(tmp_path, **keys), Console(file=out, width=300))
@@ -120,7 +120,7 @@ def test_resuming_on_other_data_of_the_same_characters(tmp_path: Path, of_nanogp
     trainer.run()
     assert state_of(tmp_path)["best_val_loss"] < math.inf
 
-    prepared(TEXT)  # the same text prepared anew is the same data
+    prepared(TEXT)  # preparing the same text again gives the same data
     shutil.rmtree(tmp_path / "out")
     trained(tmp_path)
     prepared(TEXT)
@@ -130,7 +130,7 @@ def test_resuming_on_other_data_of_the_same_characters(tmp_path: Path, of_nanogp
 
 
 def test_a_checkpoint_that_does_not_know_its_data(tmp_path: Path) -> None:
-    """One written before checkpoints kept the fingerprint."""
+    """A checkpoint written before fingerprints were saved."""
     trained(tmp_path)
     state = state_of(tmp_path)
     del state["fastgpt"]["data_fingerprint"]

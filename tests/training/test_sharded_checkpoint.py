@@ -1,4 +1,4 @@
-"""Folders of shards: what they hold, that damage is found, and that nothing in them is executed."""
+"""Sharded checkpoint folders: contents, detection of damage, no execution of code in them."""
 
 import os
 import pickle
@@ -18,7 +18,7 @@ from tests.tools.small_runs import assert_same
 
 @pytest.fixture
 def state() -> dict[str, Any]:
-    """A checkpoint after an update; unsharded tensors are saved the same way."""
+    """A checkpoint after an update; plain tensors are saved like sharded ones."""
     torch.manual_seed(1)
     model = GPT(GPTConfig(8, 32, 1, 2, 8, bias=True))
     optimizer = model.configure_optimizers(0.1, 1e-3, (0.9, 0.95), "cpu")
@@ -52,7 +52,7 @@ def test_a_folder_is_read_as_the_file_would_be(tmp_path: Path, state: dict[str, 
     assert sorted(p.name for p in tmp_path.iterdir()) == [folder.name, file.name]
     header = ckpt.header(folder)
     assert header["iter_num"] == 4 and "state" not in header["optimizer"]
-    # one file of it, as published for nanoGPT; the tied table is stored once
+    # merged into one file for nanoGPT; the tied weight is stored once
     ckpt.publish(folder, tmp_path / "ckpt.pt")
     assert_same(dict(ckpt.load(tmp_path / "ckpt.pt")["model"]), dict(expected["model"]))
     assert (tmp_path / "ckpt.pt").stat().st_size < 1.05 * file.stat().st_size
@@ -120,7 +120,7 @@ class _Attack:
 
 @pytest.mark.parametrize("function", [os.mkdir, eval, torch.load, pickle.loads])
 def test_nothing_is_executed(tmp_path: Path, state: dict[str, Any], function: Any) -> None:
-    """Even with valid checksums, which an attacker would write as well."""
+    """Even with valid checksums, which an attacker can write, too."""
     folder, trace = tmp_path / "iter-0000004", tmp_path / "executed"
     sharded_checkpoint.save(state, folder, ALONE)
     argument = str(trace) if function is os.mkdir else f"__import__('os').mkdir({str(trace)!r})"

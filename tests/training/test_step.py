@@ -1,4 +1,4 @@
-"""One update: its numbers, when it is skipped, and as a CUDA graph."""
+"""One update: results, skipping, CUDA graphs."""
 
 import math
 from typing import Any
@@ -20,7 +20,7 @@ DTYPES = [torch.float32, torch.bfloat16]
 
 
 class Twins(World):
-    """Two processes with equal models and batches."""
+    """Stands in for two processes with equal models and batches."""
 
     def all_reduce(self, x: Tensor) -> Tensor:
         return x.mul_(2)
@@ -69,13 +69,13 @@ def test_an_update_is_the_one_written_out() -> None:
         optimizer.zero_grad()
         assert torch.equal(loss, expected)
     assert_same(weights(model), weights(twin))
-    # a Python number on a CPU: rounded to float32 it would give another update than nanoGPT's
+    # a Python float on a CPU: rounded to float32, updates would differ from nanoGPT's
     assert [type(group["lr"]) for group in step._optimizer.param_groups] == [float, float]
 
 
 def test_masters_keep_what_bfloat16_weights_would_lose() -> None:
-    """Updates of 1e-4, half the spacing of bfloat16 near 0.04: with float32 masters the losses stay
-    with float32's, as under autocast; added to rounded weights, they are lost or doubled."""
+    """Updates of 1e-4 are half the spacing of bfloat16 near 0.04. With float32 masters the losses
+    follow float32's, as under autocast; bfloat16 weights lose or double the updates."""
 
     def losses(dtype: torch.dtype, rounded: bool, under_autocast: bool) -> Tensor:
         model = small_model()
@@ -107,7 +107,7 @@ def test_an_update_that_is_not_finite_is_not_made(dtype: torch.dtype, grad_clip:
     x, y = batch(1)
     assert step([(x, torch.full_like(y, -1))], 1e-2).isnan()  # every target is ignored
     assert step.not_finite.item() == 1.0
-    assert step([batch(2)], 1e-2).isfinite()  # nor any later one, until someone looked
+    assert step([batch(2)], 1e-2).isfinite()  # skipped until the host checks
     assert_same(weights(model), before)
 
 
@@ -138,7 +138,7 @@ def test_errors() -> None:
 def test_all_processes_begin_with_the_weights_of_rank_0() -> None:
     class Second(World):
         def broadcast(self, x: Tensor) -> None:
-            x.fill_(0.25)  # what rank 0 has
+            x.fill_(0.25)  # rank 0's values
 
     model = small_model()
     MasterAdamW(model, torch.bfloat16, 0.1, 1e-2, BETAS, Second(rank=1, size=2))
@@ -147,7 +147,7 @@ def test_all_processes_begin_with_the_weights_of_rank_0() -> None:
 
 
 def test_gradients_are_summed_once_an_update() -> None:
-    """Of all micro-batches: two flat buffers, and the number of targets and the loss."""
+    """All-reduce once per update: two flat buffers, then the number of targets and the loss."""
     sizes: list[int] = []
 
     class Counting(Twins):
@@ -197,7 +197,7 @@ def trained(dtype: torch.dtype, updates: int, **options: Any) -> tuple[Tensor, G
     ids=["float32", "bfloat16", "two processes"],
 )
 def test_a_graph_makes_the_same_updates(dtype: torch.dtype, world: World) -> None:
-    """Loss for loss and weight for weight; dropout, learning rate and batches change each time."""
+    """Equal losses and weights; dropout, learning rate and batches change with every update."""
     plain, model = trained(dtype, 12, world=world)
     graphed, same = trained(dtype, 12, world=world, cuda_graph=True)
     torch.testing.assert_close(graphed, plain, rtol=0.0, atol=0.0)

@@ -1,4 +1,4 @@
-"""The training loop against one written out by hand, and what stops a run."""
+"""The training loop against a plain one, and the ways in which a run stops."""
 
 import functools
 import io
@@ -74,13 +74,13 @@ def test_training_learns_and_reports(tmp_path: Path) -> None:
     out = io.StringIO()
     trainer = Trainer(small_config(tmp_path, max_iters=60, lr_decay_iters=60), Console(file=out))
     before = trainer.evaluate()
-    assert before == trainer.evaluate()  # the same batches, no dropout, nothing moved
+    assert before == trainer.evaluate()  # same batches, no dropout, no state changed
     trainer.run()
     assert trainer.best_val_loss < before["val"] - 0.5
     text = out.getvalue()
     assert f"step 0: train loss {before['train']:.4f}, val loss {before['val']:.4f}" in text
     assert "iter 5: loss" in text and "tokens/s" in text and "iter 4:" not in text
-    assert "mfu" not in text  # it is a share of a GPU's peak
+    assert "mfu" not in text  # defined only for GPUs
 
 
 def test_recompute_trains_to_the_same_weights_and_losses(tmp_path: Path) -> None:
@@ -99,7 +99,7 @@ def test_a_terminal_gets_a_bar(tmp_path: Path) -> None:
     text = out.getvalue()
     assert "21/21" in text and "tokens/s" in text
     assert "step 10: train loss" in text and "iter 5:" not in text
-    # one that cannot move its cursor gets lines
+    # a terminal without cursor control gets lines
     console = Console(file=(out := io.StringIO()), force_terminal=True, _environ={"TERM": "dumb"})
     Trainer(small_config(tmp_path), console).run()
     assert "iter 5: loss" in out.getvalue()
@@ -134,7 +134,7 @@ def test_when_checkpoints_are_written(tmp_path: Path, monkeypatch: pytest.Monkey
     ]
     assert state_of(tmp_path)["best_val_loss"].item() == 1.0
     left = sorted(path.name for path in (tmp_path / "out").glob("iter-*"))
-    assert left == ["iter-0000030.pt", "iter-0000033.pt"]  # keep_last, 30 is the best too
+    assert left == ["iter-0000030.pt", "iter-0000033.pt"]  # keep_last; 30 is also the best
     losses = iter([3.0, 2.0, 2.5])
     written.clear()
     trained(tmp_path, max_iters=12, always_save_checkpoint=True, keep_last=1)
@@ -168,7 +168,7 @@ def test_eval_only_changes_nothing(tmp_path: Path) -> None:
     trainer = trained(tmp_path, eval_only=True)
     assert trainer.iter_num == 0 and math.isfinite(trainer.val_loss)
     assert not (tmp_path / "out").exists()
-    # and outside of the main thread, which alone gets signals, a run is as any other
+    # a run also works outside the main thread, which cannot receive signals
     thread = threading.Thread(target=trained, args=(tmp_path,))
     thread.start()
     thread.join()
@@ -200,7 +200,7 @@ def test_divergence_stops_before_the_step(tmp_path: Path) -> None:
 def test_ignored_targets_change_no_weight(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, device: str, dtype: str
 ) -> None:
-    """On a GPU the host notices later, so the optimizer itself has to skip the update."""
+    """On a GPU the host notices only later, so the optimizer itself must skip the update."""
     few = dict(n_layer=1, gradient_accumulation_steps=1, batch_size=2, log_interval=3)
     config = small_config(tmp_path, device=device, dtype=dtype, **few)
     trainer = Trainer(config, quiet())
@@ -212,7 +212,7 @@ def test_ignored_targets_change_no_weight(
         return x, torch.full_like(y, -1)
 
     monkeypatch.setattr(Batches, "next", ignored)
-    trainer.iter_num = 1  # the next look at the loss is at iteration 3
+    trainer.iter_num = 1  # the loss is read next at iteration 3
     with pytest.raises(FloatingPointError, match="every target of a batch is ignored.*none yet"):
         trainer.run()
     assert_same(dict(trainer.model.state_dict()), before)
@@ -230,7 +230,7 @@ def test_a_validation_loss_that_is_not_finite_is_not_saved(
 
 
 def test_bfloat16_on_the_cpu(tmp_path: Path) -> None:
-    """The model holds its matrices in bfloat16; the checkpoint has the float32 master weights."""
+    """The model's matrices are bfloat16; the checkpoint has the float32 master weights."""
     exact = trained(tmp_path)
     trainer = trained(tmp_path, dtype="bfloat16")
     held = trainer.model.get_parameter("lm_head.weight")
@@ -241,7 +241,7 @@ def test_bfloat16_on_the_cpu(tmp_path: Path) -> None:
     weight = saved["model"]["lm_head.weight"]
     assert not torch.equal(weight, weight.bfloat16().float())
     assert torch.equal(held, weight.bfloat16())
-    # nanoGPT and a float32 run go on from it
+    # nanoGPT and a float32 run can resume from it
     resumed = Trainer(small_config(tmp_path, init_from="resume"), quiet())
     assert_same(dict(resumed.model.state_dict()), dict(saved["model"]))
     assert saved["optimizer"]["param_groups"][0]["capturable"] is False
@@ -261,7 +261,7 @@ def test_compile_is_honoured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_when_updates_are_replayed_as_a_cuda_graph(tmp_path: Path) -> None:
-    """Never with a compiled model, where a notice says so."""
+    """Never with a compiled model, for which a notice is printed."""
     half, wide = torch.bfloat16, torch.float32
     for keys, dtype, processes, replayed, said in (
         ({}, half, 1, True, False),

@@ -1,4 +1,4 @@
-"""The tuner without a GPU."""
+"""Fixtures that run the tuner without a GPU."""
 
 from collections.abc import Iterator
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""A tuner's run on a small model, with a clock that a test sets."""
+"""A tuner run on a small model with a clock set by the test."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -19,7 +19,7 @@ WORK = Workload(GPTConfig(block_size=8, vocab_size=16, n_layer=3, n_head=1, n_em
 
 
 def on_no_gpu(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
-    """As on an sm_90, with a clock that finds every launch as fast as any other."""
+    """Tune as if on an sm_90, with a clock that gives every launch the same time."""
     monkeypatch.setenv("FASTGPT_TUNED", str(folder))
     monkeypatch.setattr(configs, "_TUNED", {None: {}})
     monkeypatch.setattr(tuner, "ROUNDS", 1)
@@ -28,13 +28,13 @@ def on_no_gpu(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
 
 
 def trust(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Candidates are not checked."""
+    """Skip the check of candidates' results."""
     monkeypatch.setattr(Phase, "right", lambda phase: None)
     monkeypatch.setattr(Phase, "check", lambda phase, right: None)
 
 
 def clock(monkeypatch: pytest.MonkeyPatch, cost: Callable[[Key, Any], float]) -> list[Key]:
-    """What is timed takes the sum of the costs of the lines in effect; returns the calls' keys."""
+    """Let a launch take the sum of the costs of all current entries; return the keys timed."""
     timed: list[Key] = []
 
     def milliseconds(work: Callable[[], Any], device: torch.device) -> float:
@@ -48,13 +48,13 @@ def clock(monkeypatch: pytest.MonkeyPatch, cost: Callable[[Key, Any], float]) ->
 
 
 def number(key: Key, config: Any) -> int:
-    """Among the candidates; 0 for the table's own."""
+    """Index of the configuration among the candidates; 0 is the table's own."""
     found = choices(key, CPU)
     return next(n for n, one in enumerate(found) if candidates.same(one, config))
 
 
 def last(key: Key, config: Any) -> float:
-    """A clock by which the last candidate is the fastest."""
+    """A cost function that makes the last candidate the fastest."""
     return 10.0 * (8 - number(key, config))
 
 
@@ -63,7 +63,7 @@ def run(work: Workload = WORK, **options: Any) -> tuple[Table, int]:
 
 
 def only(monkeypatch: pytest.MonkeyPatch, *keys: Key) -> None:
-    """The other lines have no candidates."""
+    """Leave all entries except ``keys`` without candidates."""
     monkeypatch.setattr(
         "fastgpt.tuning.table.candidates",
         lambda *asked, of=candidates.candidates: (

@@ -1,4 +1,4 @@
-"""``fastgpt train`` tunes first: when, in which process, and that it goes on whatever happens."""
+"""Tuning before ``fastgpt train``: when, in which process, and that training runs in any case."""
 
 import subprocess
 import sys
@@ -28,7 +28,7 @@ LINE = Line(Key("gelu", "fwd", "sm_90", "half"), Elementwise(512, 4), ["x"], 1.0
 
 @pytest.fixture(autouse=True)
 def _gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """A machine with such a GPU, as far as this goes."""
+    """Pretend to be a machine with this GPU, as far as the tuned table goes."""
     facts = {"gpu": "GPU X", "driver": "1.2", "torch": "2", "triton": "3", "kernels": "abc"}
     monkeypatch.setattr(tuned_table, "made_for", lambda device: facts)
     monkeypatch.setenv("FASTGPT_TUNED", str(tmp_path))
@@ -37,7 +37,7 @@ def _gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def other_process(monkeypatch: pytest.MonkeyPatch, end: Any) -> list[str]:
-    """What it is given, in place of starting it: ``end`` is its result, or raised."""
+    """Replace starting the tuner's process; return its inputs. ``end`` is its result, or raised."""
     given: list[str] = []
 
     def run(command: list[str], timeout: float, **options: Any) -> Any:
@@ -57,10 +57,10 @@ def ended(code: int, *lines: str) -> "subprocess.CompletedProcess[str]":
 
 
 def test_another_process_tunes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It gets the same workload, and this process takes what it has written."""
+    """The other process gets the same workload; this one uses the entries that it wrote."""
     given = other_process(monkeypatch, ended(0, "gelu: 2 times", "1 launches measured"))
     said: list[object] = []
-    assert configs.tuned(GPU) == {}  # a kernel was launched before
+    assert configs.tuned(GPU) == {}  # as if a kernel had been launched before
     tune_before_training(WORK, GPU, said.append)
     assert len(said) == 2 and "60 s at most" in str(said[0]) and "--tune=False" in str(said[0])
     assert said[1] == "1 launches measured"
@@ -102,7 +102,7 @@ def test_what_the_other_process_says_of_a_failure(
     ],
 )
 def test_training_goes_on(end: Any, said: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With the lines that were decided before the failure."""
+    """Training uses the entries that were decided before the failure."""
     other_process(monkeypatch, end)
     lines: list[object] = []
     tune_before_training(WORK, GPU, lines.append)
@@ -130,7 +130,7 @@ def test_when_nothing_is_to_be_done(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_other_process_starts_from_any_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The real one, which finds the package, and no GPU."""
+    """The real process finds the package, but no GPU."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     monkeypatch.delenv("PYTHONPATH", raising=False)
@@ -143,7 +143,7 @@ def test_the_other_process_starts_from_any_folder(
 
 
 def test_when_a_run_tunes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A GPT on a GPU that has the kernels: with the model's shape, the run's batch and dtype."""
+    """GPTs on supported GPUs are tuned for the model's shape and the run's batch and dtype."""
     asked: list[tuple[Any, ...]] = []
     monkeypatch.setattr(before_training, "tune_before_training", lambda *args: asked.append(args))
     refusal = [""]
@@ -166,7 +166,7 @@ def test_when_a_run_tunes(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not tunes(Bigram(SHAPE))
     assert not tunes(device=torch.device("cpu"))
     assert not tunes(tune=False) and not tunes(eval_only=True)
-    assert not tunes(init_from="resume")  # other launches would round otherwise
+    assert not tunes(init_from="resume")  # other launches would round differently
     refusal[0] = "too old"
     assert not tunes()
     monkeypatch.setattr(World, "is_main", False)

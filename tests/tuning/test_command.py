@@ -1,4 +1,4 @@
-"""``fastgpt tune``: its options, its table, its lines for the launch tables."""
+"""``fastgpt tune``: options, output table, entries for the launch tables."""
 
 import functools
 
@@ -16,7 +16,7 @@ from fastgpt.tuning import tuner
 
 @pytest.fixture
 def sm_90(measured: None, trusting: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Interpreted kernels stand for the GPU; its clock favours small blocks of AdamW."""
+    """Interpreted kernels stand in for a GPU; the clock favours small AdamW blocks."""
     monkeypatch.setattr(command, "_gpu", lambda config: torch.device("cpu"))
     monkeypatch.setattr(tuning, "tune", functools.partial(tuner.tune, ops=fused))
 

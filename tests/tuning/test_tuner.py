@@ -1,4 +1,4 @@
-"""The tuner on interpreted kernels: what a model calls, what a clock decides."""
+"""The tuner on interpreted kernels: calls of a model, choices by the clock."""
 
 import functools
 from collections.abc import Callable
@@ -22,7 +22,7 @@ from tests.tuning.small_tuning import CPU, WORK, clock, number, only, run
 pytestmark = pytest.mark.usefixtures("measured")
 
 
-# ------------------------------------------------------------------------------ what is measured
+# ------------------------------------------------------------------------------ measured calls
 
 
 def test_the_calls_of_a_training_step() -> None:
@@ -61,7 +61,7 @@ def test_a_model_with_all_options() -> None:
 
 @pytest.mark.parametrize("dropout", [0.0, 0.2])
 def test_a_gpu_without_tritons_products(dropout: float) -> None:
-    """Its model has no seed for masks; what is compared has one."""
+    """Models there have no dropout seed, but the calls that the tuner compares do."""
     shape = GPTConfig(8, 16, n_layer=1, n_head=1, n_embd=16, dropout=dropout)
     work = Workload(shape, 2, torch.float16)
     left_out: list[str] = []
@@ -81,7 +81,7 @@ GROUPS = sorted({(key.op, key.kernel) for key in candidates.CANDIDATES})
 
 @functools.cache
 def phases() -> list[Phase]:
-    """With a head of 64, which has the most candidates."""
+    """All phases of a model with head size 64, which has the most candidates."""
     shape = GPTConfig(block_size=72, vocab_size=80, n_layer=1, n_head=1, n_embd=64)
     calls = calls_of(Workload(shape, 1), CPU, fused)
     both = [Phase(call, n, backward, fused) for call, n in calls for backward in (False, True)]
@@ -90,13 +90,13 @@ def phases() -> list[Phase]:
 
 @functools.cache
 def asked(lines: tuple[Key, ...]) -> list[list[Key]]:
-    """The keys that each phase asks for where products of ``lines`` are cuBLAS's."""
+    """The keys that each phase looks up if cuBLAS runs the products in ``lines``."""
     configs.tuned(CPU).update(dict.fromkeys(lines, CUBLAS))
     return [tuner.asked_by(phase) for phase in phases()]
 
 
 def interpreted(config: Any) -> tuple[Any, ...]:
-    """What the interpreter makes use of: not warps, stages and registers."""
+    """The fields that affect the interpreter: not warps, stages and registers."""
     unused = ("num_warps", "num_stages", "maxnreg")
     fields = config._asdict() if hasattr(config, "_asdict") else {"library": config}
     return type(config), *((name, fields[name]) for name in fields if name not in unused)
@@ -104,7 +104,7 @@ def interpreted(config: Any) -> tuple[Any, ...]:
 
 @pytest.mark.parametrize("group", GROUPS, ids=" ".join)
 def test_every_candidate_is_right(group: tuple[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Those of all architectures and sizes, on odd sizes, by the tuner's own check."""
+    """Candidates of all architectures and sizes pass the tuner's own check on odd sizes."""
     op, kernel = group
     every = {
         interpreted(one): one
@@ -118,7 +118,7 @@ def test_every_candidate_is_right(group: tuple[str, str], monkeypatch: pytest.Mo
     table = Table(CPU)
     deciding = tuner.Tuner(table, show=pytest.fail)
     products = [Key("gemm", name, "sm_90", "half", n) for name, n in (("fwd", 64), ("bwd", 256))]
-    lines = tuple(products) if op == "gelu" else ()  # a kernel of its own only behind cuBLAS
+    lines = tuple(products) if op == "gelu" else ()  # a separate kernel only after cuBLAS
     asking: dict[Key, list[Phase]] = {}
     for phase, keys in zip(phases(), asked(lines), strict=True):
         for key in keys:
@@ -136,8 +136,8 @@ def test_every_candidate_is_right(group: tuple[str, str], monkeypatch: pytest.Mo
 def test_a_wrong_candidate_is_left_out_however_fast(
     wrong_in: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One that computes another output or gradient, one that the compiler refuses; the next time
-    they are not tried."""
+    """Candidates with a wrong output or gradient, or that do not compile, are left out; the next
+    run does not try them."""
     key = Key("layer_norm", "fwd", "sm_90", "half", 32)
     wrong, broken = configs.WholeRows(2, 4), configs.WholeRows(3, 4)
     monkeypatch.setitem(
@@ -165,14 +165,14 @@ def test_a_wrong_candidate_is_left_out_however_fast(
         assert first.startswith(f"layer_norm fwd 32: {wrong} is left out: AssertionError: ")
         assert f"{wrong_in} errs by" in first and "allowed are" in first
         assert second.startswith(f"layer_norm fwd 32: {broken} is left out: ")
-        del table.lines[key]  # so that it is measured again
+        del table.lines[key]  # so it is measured again
         table.write()
         monkeypatch.setattr(Phase, "check", lambda *_: None)
 
 
 @pytest.mark.parametrize("share,right", [(1e-5, True), (1e-2, False)])
 def test_a_rounding_that_falls_the_other_way(share: float, right: bool) -> None:
-    """One weight in 100,000 is rounded the other way, as on an H200; one in a hundred is wrong."""
+    """One of 100,000 weights may round the other way, as on an H200; one of 100 is an error."""
     size = 400_000
     call = _adamw(size, torch.bfloat16, CPU)
     flips = torch.arange(0, size, int(1 / share))
@@ -188,11 +188,11 @@ def test_a_rounding_that_falls_the_other_way(share: float, right: bool) -> None:
         phase.check(phase.right())
 
 
-# ------------------------------------------------------------------------------ what is chosen
+# ------------------------------------------------------------------------------ choices
 
 
 def test_the_clock_decides(trusting: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every third line keeps what it has, the others get another candidate each."""
+    """Every third entry keeps its configuration, the others get different candidates."""
     best: dict[Key, int] = {}
 
     def cost(key: Key, config: Any) -> float:
@@ -209,7 +209,7 @@ def test_the_clock_decides(trusting: None, monkeypatch: pytest.MonkeyPatch) -> N
         assert line.gain > 1.0 if best[key] else line.gain == 1.0
         assert line.noise == 1.0 and line.n_tried == len(choices(key, CPU))
     assert seen == sorted(seen) and seen[-1] < 1.0
-    # in effect, in the file, and as lines for the launch tables
+    # in use, in the file, and as entries for the launch tables
     chosen = {key: line.config for key, line in table.lines.items()}
     assert configs.tuned(CPU) == chosen == configs.read_tuned(CPU)
     assert Table.read(CPU) == table
@@ -225,8 +225,8 @@ def test_the_clock_decides(trusting: None, monkeypatch: pytest.MonkeyPatch) -> N
     ("again", "other", "best"),
     [
         (10.0, 9.0, 1),
-        (10.0, 9.95, 0),  # less than 1%
-        (11.5, 9.0, 0),  # less than the noise
+        (10.0, 9.95, 0),  # gain below 1%
+        (11.5, 9.0, 0),  # gain below the noise
         (8.7, 9.0, 0),
         (10.05, 9.0, 1),
         (10.0, 10.0, 0),
@@ -240,7 +240,7 @@ def test_who_wins(again: float, other: float, best: int) -> None:
 def test_passes_count_as_often_as_a_step_has_them(
     trusting: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A candidate that loses in the one plain LayerNorm and wins in six others wins."""
+    """A candidate that is slower in the one plain LayerNorm but faster in six others wins."""
     key = Key("layer_norm", "fwd", "sm_90", "half", 32)
     only(monkeypatch, key)
     second = choices(key, CPU)[1]
@@ -267,7 +267,7 @@ def test_passes_count_as_often_as_a_step_has_them(
 def test_a_choice_decides_which_kernels_are_left(
     trusting: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """GELU is a kernel of its own only behind cuBLAS, which sm_90 has forward and not backward."""
+    """GELU is a separate kernel only after cuBLAS; here the clock reverses sm_90's choices."""
 
     def cost(key: Key, config: Any) -> float:
         if key.op != "gemm":

@@ -1,4 +1,4 @@
-"""What a run of the tuner keeps, however it ends, and what a user can do wrong."""
+"""What a tuner run saves, however it ends, and errors that a user can cause."""
 
 import itertools
 import json
@@ -30,13 +30,13 @@ def test_what_is_decided_is_not_measured_again(
     before = run()[0]
     timed = clock(monkeypatch, lambda key, config: 0.0)
     assert run()[0] == before
-    n_phases = len(timed)  # each once, for the order
+    n_phases = len(timed)  # each one once, for the order
     other = Workload(WORK.config, 2)
     assert run(other, only_missing=True)[0].workloads == [str(WORK), str(other)]
     assert len(timed) == 2 * n_phases
     after = run(other)[0].lines
     assert len(timed) > 3 * n_phases
-    adamw = Key("adamw", "update", "sm_90", "float32")  # which does not depend on the batch
+    adamw = Key("adamw", "update", "sm_90", "float32")  # independent of the batch
     assert after[adamw] == before.lines[adamw] and number(adamw, after[adamw].config) > 0
     again = [line for line in after.values() if "(2, 8" in line.at[0]]
     assert {line.key.op for line in again} == {"gemm", "layer_norm"}
@@ -44,7 +44,7 @@ def test_what_is_decided_is_not_measured_again(
 
 
 def test_the_time_is_kept(trusting: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It stops, keeps what is decided, says what is left, and goes on."""
+    """The time limit: it stops, saves its decisions, reports what is left, and can resume."""
     now = [0.0]
     monkeypatch.setattr(tuner.time, "monotonic", lambda: now[0])
     decide = tuner.Tuner.decide
@@ -65,7 +65,7 @@ def test_the_time_is_kept(trusting: None, monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_what_takes_most_time_comes_first(trusting: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In the whole step: a pass of 2 ms that a step has three times before one of 5 ms."""
+    """Total time in a step counts: a pass of 2 ms that runs three times precedes one of 5 ms."""
     order = ["mlp (1, 8, 16) (64, 16) (16, 64) forward", "adamw forward"]
     once = {order[0]: 2.0, order[1]: 5.0}
     monkeypatch.setattr(
@@ -78,7 +78,7 @@ def test_what_takes_most_time_comes_first(trusting: None, monkeypatch: pytest.Mo
 
 
 def _killed(folder: Path, die_at: int) -> None:
-    """A tuner that is killed in a decision, or, at 0, is not."""
+    """A tuner that is killed in decision number ``die_at``; never, if that is 0."""
     interpreter.install()
     with pytest.MonkeyPatch.context() as patch, _host.interpreted(True, 90):
         only(patch, Key("gemm", "fwd"), Key("gemm", "bwd"), Key("gemm", "weight"))
@@ -101,14 +101,14 @@ def _killed(folder: Path, die_at: int) -> None:
 
 
 def test_killed_at_any_time_it_goes_on(tmp_path: Path) -> None:
-    """kill -9 after the fourth decision, in the middle of the fifth."""
+    """kill -9 during the fifth decision; the four before are kept."""
     folder = tmp_path / "tuned"
     Forked(_killed, folder, 5).finished(-signal.SIGKILL)
     (path,) = folder.glob("*.json")
     held = json.loads(path.read_text())
     kept = [line["key"] for line in held["lines"]]
     assert len(kept) == 4 and not held["workloads"]
-    (folder / f".{path.name}.tmp").write_text("half a file")  # of a write that was cut off
+    (folder / f".{path.name}.tmp").write_text("half a file")  # from an interrupted write
     decided = [json.loads(line) for line in Forked(_killed, folder, 0).finished().splitlines()]
     held = json.loads(path.read_text())
     assert held["workloads"] and [line["key"] for line in held["lines"]] == [*kept, *decided]
@@ -126,7 +126,7 @@ def test_a_damaged_table_is_made_anew(trusting: None, monkeypatch: pytest.Monkey
 
 
 def test_a_candidate_that_breaks_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The process has to end; the next one leaves that candidate out."""
+    """The process must end; the next one leaves that candidate out."""
     key = Key("gemm", "fwd", "sm_90", "half", 16)
     only(monkeypatch, key)
     second = choices(key, CPU)[1]
@@ -154,7 +154,7 @@ def test_a_candidate_that_breaks_the_gpu(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_too_little_memory(trusting: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """For one line: the others are decided. For one candidate: it may fit the next time."""
+    """For an entry: the others are still decided. For a candidate: it is tried again next time."""
     key, other = Key("gemm", "fwd", "sm_90", "half", 16), Key("gemm", "bwd", "sm_90", "half", 64)
     only(monkeypatch, key, other)
     second = choices(other, CPU)[1]
@@ -177,7 +177,7 @@ def test_too_little_memory(trusting: None, monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_nothing_else_changes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A training run goes on with the random numbers and the products that it had."""
+    """Training continues with the same random numbers and float32 matmul precision."""
     only(monkeypatch, Key("gemm", "fwd"))
     torch.set_float32_matmul_precision("high")
     state = torch.get_rng_state()

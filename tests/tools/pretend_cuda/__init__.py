@@ -1,22 +1,22 @@
-"""A CUDA device that is none, for a PyTorch built without CUDA: host code is executed on it.
+"""A pretended CUDA device for a PyTorch built without CUDA, to execute host code on.
 
     python -m tests.tools.pretend_cuda [--interpret] (SCRIPT | -m MODULE) ARGUMENTS
 
-runs a program that finds ``torch.cuda.is_available()`` true. Every CUDA tensor lies in host memory,
-and every operator runs on the CPU. ``torch.cuda``, streams and threads of autograd, autocast,
-``torch.optim`` and custom operators are PyTorch's own code. A Triton launch fills what it would
-have written with numbers that depend on all it reads, or is interpreted (``--interpret``).
+runs a program in which ``torch.cuda.is_available()`` is true. CUDA tensors are in host memory, and
+all operators run on the CPU. ``torch.cuda``, streams and threads of autograd, autocast,
+``torch.optim`` and custom operators are PyTorch's own code. A Triton launch fills its outputs with
+values that depend on everything it reads, or is interpreted (``--interpret``).
 
-What CUDA refuses in a capture raises. What would be undefined or differ from run to run on a real
-device is a finding (``device.findings``), after which the program ends with status 70:
+Operations that CUDA forbids during capture raise. Behaviour that would be undefined or
+nondeterministic on a real device is a finding (``device.findings``); the program then ends with
+status 70:
 
-- two streams use the same memory without a wait between them, and one of them writes it;
+- two streams use the same memory without synchronisation, and one of them writes it;
 - memory is freed while a stream other than its own may still use it, without ``record_stream``;
 - the host changes pinned memory before the copy from it is done, or never waits for a copy to it
-  (before it has, the destination holds NaN);
+  (until then the destination holds NaN);
 - a capture waits for work outside of it, covers work on a second stream, compiles a kernel or
   records nothing.
 
-A replay runs what was recorded on the addresses that were recorded; one of memory that was freed
-since then raises.
+A replay repeats the recorded calls on the recorded addresses; it raises if memory was freed since.
 """

@@ -1,4 +1,4 @@
-"""See the package."""
+"""Command line; see the package's docstring."""
 
 import argparse
 import gc
@@ -23,7 +23,7 @@ def _arguments() -> argparse.Namespace:
 
 
 def _load() -> None:
-    """The extension, before anything imports torch."""
+    """Load the extension before anything imports torch."""
     assert "torch" not in sys.modules
     loader = importlib.machinery.ExtensionFileLoader(build.MODULE, str(build.library()))
     spec = importlib.util.spec_from_loader(build.MODULE, loader)

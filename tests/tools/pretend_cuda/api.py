@@ -1,4 +1,4 @@
-"""What a build with CUDA puts into ``torch._C``, for ``torch.cuda`` to work on."""
+"""The functions that a CUDA build adds to ``torch._C``, used by ``torch.cuda``."""
 
 import importlib
 import time
@@ -11,7 +11,7 @@ import torch
 from tests.tools.pretend_cuda import device
 from tests.tools.pretend_cuda.graphs import Graph
 
-_CUDA = 1  # the number of the device type
+_CUDA = 1  # number of the device type
 _MEMORY_BYTES = 80 << 30
 
 
@@ -54,7 +54,7 @@ class _Event:
         self._time = time.perf_counter()
 
     def wait(self, stream: _Stream) -> None:
-        if self._time is not None:  # nothing to wait for before
+        if self._time is not None:  # an event not recorded yet does not block
             C.tell("wait", self._id, stream.stream_id)
 
     def query(self) -> bool:
@@ -71,7 +71,7 @@ class _Event:
         device.catch_up()
 
     def elapsed_time(self, end: "_Event") -> float:
-        """Milliseconds on the host, at least a microsecond."""
+        """Host time in milliseconds, at least a microsecond."""
         if not (self._timed and end._timed):
             raise ValueError("Both events must be created with argument 'enable_timing=True'.")
         if self._time is None or end._time is None:
@@ -83,7 +83,7 @@ class _Properties:
     name = "pretended device"
     major, minor = divmod(device.CAPABILITY, 10)
     total_memory = _MEMORY_BYTES
-    multi_processor_count = 2  # few, since programs that share out the work run one by one
+    multi_processor_count = 2  # few, since programs of a persistent kernel run sequentially
     max_threads_per_multi_processor = 2048
     warp_size = 32
     L2_cache_size = 50 << 20
@@ -105,7 +105,7 @@ def _exchange_device(index: int) -> int:
 
 
 def _maybe_exchange_device(index: int) -> int:
-    """Another function: torch.compile knows the two apart."""
+    """A separate function, because torch.compile distinguishes the two."""
     return _exchange_device(index)
 
 
@@ -117,7 +117,7 @@ def _memory_stats(index: int) -> dict[str, Any]:
 
 
 def _new_storage(cls: type, *args: Any, device: Any = None, **options: Any) -> Any:
-    """A build without CUDA makes no storage there from a size."""
+    """A build without CUDA cannot create CUDA storage of a given size."""
     if device is None or torch.device(device).type != "cuda":
         new: Any = torch._C.StorageBase.__new__
         return new(cls, *args, device=device, **options)
@@ -157,7 +157,7 @@ _NAMES: dict[str, Any] = {
     "_cuda_getArchFlags": lambda: f"sm_{device.CAPABILITY}",
     "_cuda_set_sync_debug_mode": device.Waiting.set_mode,
     "_cuda_get_sync_debug_mode": lambda: device.Waiting.mode,
-    "_cuda_CUDAAllocator_AllocatorState": object,  # torch.compiler.reset() imports the two
+    "_cuda_CUDAAllocator_AllocatorState": object,  # both imported by torch.compiler.reset()
     "_set_cached_tensors_enabled": lambda enabled: None,
 }
 
@@ -165,7 +165,7 @@ _NAMES: dict[str, Any] = {
 def install() -> None:
     for name, value in _NAMES.items():
         setattr(torch._C, name, value)
-    streams = importlib.reload(torch.cuda.streams)  # these derive classes from them
+    streams = importlib.reload(torch.cuda.streams)  # to derive their classes from these
     graphs = importlib.reload(torch.cuda.graphs)
     for name in ("Stream", "Event", "ExternalStream"):
         setattr(torch.cuda, name, getattr(streams, name))

@@ -1,7 +1,7 @@
-"""Builds ``device.cpp``, in a process of its own: what builds it imports torch, what uses it must
-not have done so yet.
+"""Builds ``device.cpp`` in a separate process: the build imports torch, which the process that uses
+the device must not have imported yet.
 
-    python -m tests.tools.pretend_cuda.build   # builds it if it is not built; prints where it lies
+    python -m tests.tools.pretend_cuda.build   # builds it unless cached; prints the path
 """
 
 import fcntl
@@ -19,12 +19,12 @@ from importlib import metadata
 from pathlib import Path
 
 MODULE = "_pretend_cuda"
-TORCH = "2.13"  # whose internals device.cpp and api.py know
+TORCH = "2.13"  # device.cpp and api.py depend on its internals
 _SOURCE = Path(__file__).with_name("device.cpp")
 
 
 def why_not() -> str | None:
-    """What this machine lacks; None if nothing."""
+    """Why the device cannot be used on this machine, or None."""
     if (sys.platform, platform.machine()) != ("linux", "x86_64"):
         return "the pretended device is for Linux on x86-64"
     version = metadata.version("torch")
@@ -43,7 +43,7 @@ def why_not() -> str | None:
 
 @functools.cache
 def library() -> Path:
-    """The built module, in the cache folder; built first if it is not there."""
+    """Path of the module in the cache folder; built if necessary."""
     path = _path()
     if not path.exists():
         environment = {**os.environ, "PYTHONPATH": str(_SOURCE.parents[3])}
@@ -53,7 +53,7 @@ def library() -> Path:
 
 
 def _torch_folder() -> Path:
-    """Without importing it."""
+    """Find torch's folder without importing it."""
     found = importlib.util.find_spec("torch")
     assert found is not None and found.origin is not None
     return Path(found.origin).parent
@@ -67,7 +67,7 @@ def _path() -> Path:
 
 
 def _build() -> Path:
-    """Atomic, and once however many processes ask at the same time."""
+    """Atomic; concurrent processes build only once."""
     path = _path()
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path.with_suffix(".lock"), "w") as lock:

@@ -1,4 +1,4 @@
-"""Operators that PyTorch has on CUDA only, or with other arguments there, on CPU tensors."""
+"""CPU implementations of operators that PyTorch has only on CUDA, or with other arguments there."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -44,7 +44,7 @@ def _addmm_out(
 
 
 def _widened(softmax: Any) -> Callable[..., Tensor]:
-    """half_to_float: float32 of float16 or bfloat16, in one kernel."""
+    """half_to_float: CUDA converts float16 and bfloat16 to float32 in the same kernel."""
 
     def widened(x: Tensor, dim: int, half_to_float: bool, **out: Tensor) -> Tensor:
         y: Tensor = softmax(x.float() if half_to_float else x, dim, False, **out)
@@ -67,7 +67,7 @@ def _scaled_mm(
     contraction_dim: Sequence[int] = (),
     use_fast_accum: bool = False,
 ) -> Tensor:
-    """With one scale for each whole matrix; refuses what cuBLASLt and PyTorch's check refuse."""
+    """One scale per matrix; rejects what cuBLASLt and PyTorch's check reject."""
     k, n = b.shape
     wrong = [
         text
@@ -91,8 +91,8 @@ def _scaled_mm(
 
 
 def _tight(product: Any) -> Callable[..., Tensor]:
-    """On matrices without padding: with AMX, oneDNN multiplies what lies behind a row of an odd
-    number of bfloat16 columns by 0, which keeps a NaN."""
+    """Copies matrices without padding: with AMX, oneDNN multiplies the padding of rows with an odd
+    number of bfloat16 columns by 0, which propagates NaN."""
 
     def tight(*args: Any, **kwargs: Any) -> Tensor:
         tight_args = (x.contiguous() if isinstance(x, Tensor) else x for x in args)
@@ -131,7 +131,7 @@ def scaled_dot_product_attention(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Tensor:
-    """On the device's own operators: which fused kernel a GPU would choose is not asked."""
+    """Uses the math implementation instead of choosing a fused kernel like a GPU."""
     if attn_mask is not None and attn_mask.dtype == torch.bool:
         zeros = torch.zeros_like(attn_mask, dtype=q.dtype)
         attn_mask = zeros.masked_fill(~attn_mask, float("-inf"))

@@ -1,4 +1,4 @@
-"""The state of the pretended device: its memory, what it refuses, what it found."""
+"""State of the pretended device: memory, errors, findings."""
 
 import os
 import sys
@@ -21,7 +21,7 @@ _INSTALLED = (str(Path(torch.__file__).parents[1]), os.path.dirname(os.__file__)
 
 
 def report(what: str) -> None:
-    """A finding, with the lines of the program that led to it, innermost first."""
+    """Add a finding, with the program's stack, innermost line first."""
     lines: list[str] = []
     frame = sys._getframe(1)
     while frame is not None and len(lines) < 4:
@@ -52,7 +52,7 @@ def block_at(address: int) -> Block | None:
 
 
 def blocks(tensors: Iterable[Tensor]) -> list[Block]:
-    """The allocations of those that lie on the device."""
+    """Allocations of the tensors that are on the device."""
     found = [block_at(t.untyped_storage().data_ptr()) for t in tensors if on_device(t)]
     return list(dict.fromkeys(block for block in found if block is not None))
 
@@ -61,14 +61,14 @@ def blocks(tensors: Iterable[Tensor]) -> list[Block]:
 
 
 class CaptureEvents:
-    """Events that were recorded on the stream of the capture in progress, and that stream."""
+    """The stream of the capture in progress, and the events recorded on it."""
 
     stream = 0
     inside: set[int] = set()
 
 
 def catch_up() -> None:
-    """Learn what happened in C++ since the last call. Called before the work that came after it."""
+    """Process what happened in C++ since the last call, before any later work is added."""
     for what, a, b in C.happened():
         if what == "free":
             order.freed(b)
@@ -103,7 +103,7 @@ def _in_capture(what: str, event: int, stream: int) -> None:
 
 
 def work(what: str, reads: Iterable[Tensor], writes: Iterable[Tensor]) -> int:
-    """Work on the current stream; its number."""
+    """Add work on the current stream; return its number."""
     stream = C.current_stream()
     if not C.is_capturing():
         return order.work(what, stream, blocks(reads), blocks(writes))
@@ -113,7 +113,7 @@ def work(what: str, reads: Iterable[Tensor], writes: Iterable[Tensor]) -> int:
 
 
 class Waiting:
-    """``torch.cuda.set_sync_debug_mode``: 2 forbids what makes the host wait on its way."""
+    """``torch.cuda.set_sync_debug_mode``: 2 forbids implicit synchronisation of the host."""
 
     mode = 0
 
@@ -134,16 +134,16 @@ def host_waits_for_current_stream() -> None:
 
 @dataclass
 class _Copy:
-    """A non_blocking copy between the device and pinned memory, until the host has waited for it.
+    """A non_blocking copy between the device and pinned memory that the host has not waited for.
 
-    Arrives as late as it may: a copy to the host is made when the host has waited for it, and what
-    a copy from the host reads must until then be what it was.
+    It happens as late as possible: a copy to the host is made once the host has waited for it,
+    and until then the source of a copy from the host must not change.
     """
 
     stream: int
     number: int
     pinned: Tensor
-    value: Tensor  # of a copy to the host: what arrives; else: what the device has read
+    value: Tensor  # what arrives on the host, or what the device has read
     to_host: bool
 
     def finish(self) -> None:
@@ -157,7 +157,7 @@ _copies: list[_Copy] = []
 
 
 def copy_starts(number: int, pinned: Tensor, value: Tensor, to_host: bool) -> None:
-    """``value``: a copy of its own."""
+    """``value`` must not alias other tensors."""
     if to_host:
         _poison(pinned)
     _copies.append(_Copy(C.current_stream(), number, pinned, value, to_host))
@@ -182,7 +182,7 @@ def _same_bits(a: Tensor, b: Tensor) -> bool:
 
 
 def end() -> list[str]:
-    """All findings, at the end of a program or a test; forgets them."""
+    """Return and clear all findings, at the end of a program or a test."""
     catch_up()
     for copy in _copies:
         if copy.to_host:

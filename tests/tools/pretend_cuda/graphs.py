@@ -1,4 +1,4 @@
-"""CUDA graphs: what is captured is executed, undone, and repeated by address at each replay."""
+"""CUDA graphs: captured calls are executed, undone, and repeated by address in each replay."""
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -21,9 +21,9 @@ from tests.tools.trees import mapped
 
 @dataclass(frozen=True)
 class Place:
-    """A tensor of the device as a graph knows it: an address and how to read it."""
+    """A device tensor as stored in a graph: address and layout."""
 
-    block: Block | None  # None of no bytes
+    block: Block | None  # None if it has no bytes
     dtype: torch.dtype
     sizes: tuple[int, ...]
     strides: tuple[int, ...]
@@ -41,7 +41,7 @@ class Place:
         )
 
     def host(self) -> Tensor:
-        """A CPU tensor over that memory."""
+        """A CPU tensor on that memory."""
         if self.block is None:
             return torch.empty(self.sizes, dtype=self.dtype)
         if device.block_at(self.block.address) != self.block:
@@ -54,7 +54,7 @@ class Place:
 
 
 def frozen(tree: Any) -> Any:
-    """Arguments as a graph keeps them: of a tensor its place, of one on the host its numbers."""
+    """Arguments as stored in a graph: device tensors by place, host tensors by value."""
 
     def freeze(x: Any) -> Any:
         if not isinstance(x, Tensor):
@@ -65,7 +65,7 @@ def frozen(tree: Any) -> Any:
 
 
 def thawed(tree: Any) -> Any:
-    """Places as CPU tensors over the device's memory."""
+    """Turn places into CPU tensors on the device's memory."""
     return mapped(lambda x: x.host() if isinstance(x, Place) else x, tree)
 
 
@@ -79,8 +79,8 @@ class Graph:
 
     def __init__(self, keep_graph: bool = False) -> None:
         self._calls: list[Callable[[], None]] | None = None
-        self._blocks: set[Block] = set()  # that they use
-        self._before: dict[Block, Tensor] = {}  # what was there when the capture began
+        self._blocks: set[Block] = set()  # used by the calls
+        self._before: dict[Block, Tensor] = {}  # contents when the capture began
 
     def capture_begin(self, *pool: Any, capture_error_mode: str = "global", **_: Any) -> None:
         if current_stream() == 0:
@@ -111,13 +111,13 @@ class Graph:
             device.report("the captured CUDA graph is empty")
 
     def will_write(self, tensors: Iterable[Tensor]) -> None:
-        """To be undone at the end of the capture."""
+        """Save the tensors' memory, so that the end of the capture can restore it."""
         for block in device.blocks(tensors):
             if not block.of_graph and block not in self._before:
                 self._before[block] = _bytes(block).clone()
 
     def record(self, call: Callable[[], None], tensors: Iterable[Tensor]) -> None:
-        """``call`` does again what was just done with ``tensors``."""
+        """``call`` repeats what was just done with ``tensors``."""
         assert self._calls is not None
         self._calls.append(call)
         self._blocks.update(device.blocks(tensors))

@@ -1,10 +1,10 @@
 """Triton launches on the device.
 
-Filled: what a kernel would have written gets numbers that are a function of all that it was given,
-so that a run which reads one wrong number anywhere ends with others. What it writes is told from
-its memory: nothing was written there yet, or if there is no such tensor, one is all 0. A kernel
-that works in place on other numbers is interpreted, as every kernel is with ``--interpret``; so are
-the optimizer's, since whether an update is made and how many were has to be true.
+Filled: a kernel's outputs get values that are a function of all its inputs, so that a run which
+reads one wrong value ends with other results. Outputs are recognised by their memory: it has not
+been written yet or, if there is no such tensor, is all 0. Kernels that update other values in place
+are interpreted, like every kernel with ``--interpret``; so are the optimizer's, since the number of
+updates and whether one is skipped must be correct.
 """
 
 import dataclasses
@@ -33,7 +33,7 @@ def _over(x: Any, base: Tensor) -> Any:
 
 
 def _specialised(kernel: JITFunction, named: dict[str, Any], options: dict[str, Any]) -> tuple:
-    """What Triton compiles a launch for, as far as two launches of this project can differ."""
+    """Triton's specialisation key, as far as launches of this project can differ in it."""
     key: list[Any] = [kernel.fn, tuple(sorted(options.items()))]
     for param in kernel.params:
         value = named.get(param.name, param.default)
@@ -50,14 +50,14 @@ def _specialised(kernel: JITFunction, named: dict[str, Any], options: dict[str, 
 
 
 def _unwritten(t: Tensor) -> Tensor:
-    """Where memory is as it was allocated, of integers all or nothing."""
+    """Mask of elements not written since allocation; integer tensors count as a whole."""
     if t.dtype.is_floating_point:
         return t.float().isnan()
     return (t == (255 if t.dtype == torch.uint8 else -1)).all().expand(t.shape)
 
 
 def _outputs(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Name → mask of what is written; empty if that cannot be told."""
+    """Name → mask of elements that the kernel writes; empty if unknown."""
     masks = {name: _unwritten(t) for name, t in tensors.items()}
     found = {name: mask for name, mask in masks.items() if mask.any()}
     return found or {
@@ -75,7 +75,7 @@ def _digest(kernel: JITFunction, tensors: list[Tensor], others: list[Any]) -> in
 
 
 def _fill(t: Tensor, mask: Tensor, digest: int) -> None:
-    """Numbers within ± 0.02."""
+    """Fill masked elements with values within ± 0.02, integers with 0."""
     if not t.dtype.is_floating_point:
         t.masked_fill_(mask, 0)
         return

@@ -1,4 +1,4 @@
-"""Every operator of the device on the host: PyTorch's fallback for the key CUDA."""
+"""Runs all operators of the device on the host: a fallback for PyTorch's dispatch key CUDA."""
 
 import functools
 from collections.abc import Callable, Iterator
@@ -18,7 +18,7 @@ from tests.tools.pretend_cuda import cuda_only, device
 from tests.tools.pretend_cuda.graphs import Graph, Place, frozen, thawed
 from tests.tools.trees import leaves, mapped
 
-# The host waits for the device to know how large the result is, or what it is.
+# Here the host waits for the device, to get the result's size or value.
 _WAITING = {
     "aten::_local_scalar_dense",
     "aten::_unique2",
@@ -99,14 +99,14 @@ def fallback(op: torch._ops.OpOverload, *args: Any, **kwargs: Any) -> Any:
 
 @functools.cache
 def _places_of_tensors(op: torch._ops.OpOverload) -> list[int]:
-    """Arguments in whose place a number must become a tensor."""
+    """Positions of arguments at which a number must become a tensor."""
     if torch._C._should_allow_numbers_as_tensors(op._opname.rstrip("_")):
         return []
     return [i for i, a in enumerate(op._schema.arguments) if str(a.type) == "Tensor"]
 
 
 def _numbers_as_tensors(op: torch._ops.OpOverload, args: tuple[Any, ...]) -> tuple[Any, ...]:
-    """A Python number in place of a tensor comes here as a number, which few operators take."""
+    """Convert Python numbers given for tensor arguments, which few operators accept here."""
     changed = list(args)
     for i in _places_of_tensors(op):
         if i < len(args) and isinstance(x := args[i], (bool, int, float)):
@@ -133,9 +133,9 @@ def _written(op: torch._ops.OpOverload, args: tuple[Any, ...], kwargs: dict) -> 
 
 
 def _checked(name: str, t: Tensor) -> Tensor:
-    """The tensor for the host; one of the host may only be a number, or an index."""
+    """The tensor for use on the host; a CPU tensor may only be a scalar or an index."""
     if device.on_device(t):
-        # What has no bytes may be an output that the operator makes as large as it needs.
+        # An empty tensor may be an output that the operator resizes.
         alias: Tensor = host(t) if t.numel() else t.new_empty(t.shape, device="cpu")
         return alias
     if t.dim() == 0:
@@ -150,7 +150,7 @@ def _checked(name: str, t: Tensor) -> Tensor:
 
 @contextmanager
 def _device_generator() -> Iterator[None]:
-    """The device's numbers in place of the CPU's."""
+    """Let the CPU generator draw the device's random numbers."""
     before = torch.default_generator.get_state()
     torch.default_generator.set_state(default_generator().get_state())
     try:
@@ -162,7 +162,7 @@ def _device_generator() -> Iterator[None]:
 
 
 def _resized(out: Tensor, result: Tensor) -> bool:
-    """Whether the operator made its output larger; then it is so on the device, too."""
+    """Whether the operator resized its output; if so, resize it on the device, too."""
     if not device.on_device(out) or out.shape == result.shape:
         return False
     out.resize_(result.shape)
@@ -173,7 +173,7 @@ def _resized(out: Tensor, result: Tensor) -> bool:
 
 
 def _brought(result: Tensor, inputs: list[Tensor]) -> Tensor:
-    """A result on the device: a view of an input, or a copy."""
+    """Bring a result to the device: as a view of an input, or as a copy."""
     address = result.untyped_storage().data_ptr()
     layout = (result.shape, result.stride(), result.storage_offset())
     for t in inputs:
@@ -235,7 +235,7 @@ def _item(t: Tensor) -> Any:
 
 
 def install() -> list[torch.library.Library]:
-    """Registered as long as the libraries live."""
+    """Register the operators for as long as the returned libraries live."""
     of_all, of_aten = torch.library.Library("_", "IMPL"), torch.library.Library("aten", "IMPL")
     of_all.fallback(fallback, "CUDA")
     of_aten.impl("copy_", _copy_, "CUDA")

@@ -1,21 +1,21 @@
-"""Which work on the device comes before which: vector clocks of its streams and of the host."""
+"""Happens-before order of work on the device: vector clocks of the streams and the host."""
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-Clock = dict[int, int]  # stream → number of the last work on it that is known to be done
+Clock = dict[int, int]  # stream → number of its last work known to be done
 
 
 class Block(NamedTuple):
-    """An allocation of the device."""
+    """An allocation on the device."""
 
     address: int
     n_bytes: int
-    generation: int  # no two allocations have the same
-    stream: int  # that was current
-    of_graph: bool  # allocated in a capture
+    generation: int  # unique to each allocation
+    stream: int  # current at allocation
+    of_graph: bool  # allocated during a capture
 
 
 class _Use(NamedTuple):
@@ -30,7 +30,7 @@ class _History:
 
     owner: int
     write: _Use | None = None
-    reads: dict[int, _Use] = field(default_factory=dict)  # since then, by stream
+    reads: dict[int, _Use] = field(default_factory=dict)  # since the write, by stream
     recorded: set[int] = field(default_factory=set)  # streams of record_stream
 
     def uses(self) -> list[_Use]:
@@ -38,7 +38,7 @@ class _History:
 
 
 class Order:
-    """``report(text)`` is called for each pair of uses that nothing orders."""
+    """Calls ``report(text)`` for each pair of unordered uses of which one is a write."""
 
     def __init__(self, report: Callable[[str], None]) -> None:
         self._report = report
@@ -46,7 +46,7 @@ class Order:
         self._streams: defaultdict[int, Clock] = defaultdict(dict)
         self._events: dict[int, Clock] = {}
         self._blocks: dict[int, _History] = {}  # by generation
-        self._freed: defaultdict[int, list[_Use]] = defaultdict(list)  # by stream of the memory
+        self._freed: defaultdict[int, list[_Use]] = defaultdict(list)  # by the memory's stream
         self._number = 0
 
     def record(self, event: int, stream: int) -> None:
@@ -66,11 +66,11 @@ class Order:
             _merge(self._host, clock)
 
     def is_done(self, stream: int, number: int) -> bool:
-        """Whether the host has waited for it."""
+        """Whether the host has waited for that work."""
         return self._host.get(stream, 0) >= number
 
     def work(self, what: str, stream: int, reads: Iterable[Block], writes: Iterable[Block]) -> int:
-        """New work on a stream, after all that the host has waited for; its number."""
+        """Add work to a stream, after all work that the host has waited for; return its number."""
         self._number += 1
         clock = self._streams[stream]
         _merge(clock, self._host)
@@ -96,7 +96,7 @@ class Order:
         self._history(block).recorded.add(stream)
 
     def freed(self, generation: int) -> None:
-        """The allocator may give the block to the next work of its stream."""
+        """From now on the allocator may give the block to the next work on its stream."""
         history = self._blocks.pop(generation, None)
         if history is not None:
             uses = [use for use in history.uses() if use.stream not in history.recorded]

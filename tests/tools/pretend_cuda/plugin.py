@@ -1,4 +1,4 @@
-"""pytest's side, in a process that pretends a device: a test with a finding fails.
+"""Pytest plugin for a process with the pretended device: a test with a finding fails.
 
     python -m tests.tools.pretend_cuda -m pytest -n0 -p tests.tools.pretend_cuda.plugin \\
         tests/training/test_step.py

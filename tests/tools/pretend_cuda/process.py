@@ -1,5 +1,5 @@
-"""Tests on the pretended device: pytest in a process of its own, since a process that has imported
-torch cannot have the device any more.
+"""Runs pytest on the pretended device in a separate process, since the device must be loaded before
+torch.
 """
 
 import os
@@ -20,7 +20,7 @@ needs_pretended_device = pytest.mark.skipif(
 
 
 def start(*arguments: str) -> "subprocess.CompletedProcess[str]":
-    """``python -m tests.tools.pretend_cuda ARGUMENTS`` in the project's root."""
+    """Run ``python -m tests.tools.pretend_cuda ARGUMENTS`` in the project's root."""
     path = [str(_ROOT), os.environ.get("PYTHONPATH")]
     return subprocess.run(
         [sys.executable, "-m", "tests.tools.pretend_cuda", *arguments],
@@ -33,8 +33,8 @@ def start(*arguments: str) -> "subprocess.CompletedProcess[str]":
 
 
 def passes(*arguments: str, interpret: bool = False, own: bool = True) -> None:
-    """Assert that these tests pass and leave no finding. ``own``: tests of this tool, which take
-    nothing from the project's conftest; its other tests do."""
+    """Assert that these tests pass without findings. ``own``: tests of this tool, which run without
+    the project's conftest."""
     options = ["-n0", "-q", "-p", "no:cacheprovider", "-p", "tests.tools.pretend_cuda.plugin"]
     run = start(
         *(["--interpret"] if interpret else []),

@@ -1,7 +1,7 @@
-"""Which branches of the kernels' source a set of launches compiles, found without compiling them.
+"""Which branches of the kernels' source a set of launches covers, without full compilation.
 
-``lowering(capability)`` redirects launches: each new specialisation becomes Triton's IR, some tens
-of milliseconds, and what it took of every ``if`` and conditional expression is noted.
+``lowering(capability)`` redirects launches: each new specialisation is lowered to Triton's IR (some
+tens of milliseconds), and the ways taken of every ``if`` and conditional expression are recorded.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _Branch = ast.If | ast.IfExp
 
 @dataclass(frozen=True)
 class Outcome:
-    """One way of a branch of a jit function: "then" or "else"."""
+    """One way, "then" or "else", of a branch in a jit function."""
 
     path: str
     line: int
@@ -36,7 +36,7 @@ class Outcome:
     way: str
 
     def __str__(self) -> str:
-        """As in "gemm_kernels.py, then: if TMA"."""
+        """E.g. "gemm_kernels.py, then: if TMA"."""
         for node in ast.walk(ast.parse(Path(self.path).read_text())):
             if isinstance(node, _Branch) and (node.lineno, node.col_offset) == (
                 self.line,
@@ -51,12 +51,12 @@ class Outcome:
 @dataclass
 class Coverage:
     outcomes: set[Outcome] = field(default_factory=set)
-    # Kernel → the element types of its pointers, a set for each specialisation
+    # Kernel → a set of its pointers' element types for each specialisation
     dtypes: dict[str, set[frozenset[str]]] = field(default_factory=lambda: defaultdict(set))
 
 
 def branches(folder: Path) -> tuple[set[str], set[Outcome]]:
-    """The names of the jit functions of a folder, and each way of each of their branches."""
+    """Names of the jit functions in a folder, and both ways of all their branches."""
     names: set[str] = set()
     outcomes: set[Outcome] = set()
     for path in sorted(folder.glob("*.py")):
@@ -79,7 +79,7 @@ def _first(block: ast.expr | list[ast.stmt]) -> ast.AST | None:
 
 
 class _Recorder:
-    """Stands in for ``CodeGenerator.visit``, which sees every node that is compiled."""
+    """Replaces ``CodeGenerator.visit``, which visits every node that is compiled."""
 
     def __init__(self, outcomes: set[Outcome]) -> None:
         self._outcomes = outcomes
@@ -87,7 +87,7 @@ class _Recorder:
         self._visit = CodeGenerator.visit
 
     def runtime(self, compile_if: Any) -> Any:
-        """Wraps the compilation of an ``if`` that the device decides: it goes both ways."""
+        """Wraps the compilation of a runtime ``if``, which compiles both ways."""
 
         def compile_both(generator: CodeGenerator, condition: Any, node: ast.If) -> Any:
             self._open[-1][1].update(("then", "else"))
@@ -117,7 +117,7 @@ class _Recorder:
 
 @contextmanager
 def lowering(capability: int) -> Iterator[Coverage]:
-    """Launches on CPU tensors are lowered, not run: their results are whatever was there."""
+    """Lower launches on CPU tensors without running them: their outputs are uninitialised."""
     coverage = Coverage()
     seen: set[tuple[str, str]] = set()
     recorder = _Recorder(coverage.outcomes)
@@ -153,7 +153,7 @@ def lowering(capability: int) -> Iterator[Coverage]:
 
 
 def _element_types(signature: Any) -> frozenset[str]:
-    """Of pointers and tensor descriptors, which may stand in tuples."""
+    """Element types of pointers and tensor descriptors, including those in tuples."""
     out: set[str] = set()
     for kind in signature.values() if isinstance(signature, dict) else signature:
         if isinstance(kind, (tuple, list)):

@@ -1,10 +1,10 @@
-"""Which instructions the machine executes, with which modifiers.
+"""The instructions that the machine executes, with their modifiers.
 
-``FORMS`` lists every instruction that is executed, with its modifiers in order:
+``FORMS`` lists every supported instruction with its modifiers in order:
 
-- ``word``: must stand there, and says what the instruction does (``a|b``: one of them);
-- ``[word]``: may stand there, and says what the instruction does;
-- ``(word)``: may stand there, and changes nothing here: see the comment.
+- ``word``: required and significant (``a|b``: one of them);
+- ``[word]``: optional and significant;
+- ``(word)``: optional and without effect here: see the comment.
 
 Any other instruction, modifier or combination raises ``Unsupported`` with its name.
 """
@@ -23,9 +23,9 @@ _BITS = "b16|b32|b64"
 _ANY = f"{_BITS}|{_INT}|f32|f64"
 _HALF = "f16|f16x2|bf16|bf16x2"
 _MEMORY = "b8|b16|b32|b64|s8|u8|s16|u16|s32|u32|s64|u64|f32|f64"
-# Speed alone. The last operand of an access with a cache hint is its policy.
+# Only affects speed. The last operand of an access with a cache hint is its policy.
 _CACHE = "(L1::evict_first|L1::evict_last|L1::no_allocate) (L2::cache_hint)"
-# To nearest even is what an instruction does that names no rounding.
+# Without a rounding modifier, instructions round to nearest even.
 _FLOAT = ["(rn) [ftz] f32", "(rn) f64", f"(rn) {_HALF}"]
 _EXTREME = [_INT, "relu s32", "[ftz] [NaN] f32", "[ftz] xorsign abs f32", "f64", _HALF]
 _SIGN = ["s16|s32|s64", "[ftz] f32", "f64", _HALF]
@@ -40,8 +40,8 @@ FORMS: dict[str, list[str]] = {
     "fma": ["(rn) [ftz] f32", "(rn) f64", f"(rn) {_HALF}"],
     "div": [_INT, "full|rn [ftz] f32", "rn f64"],
     "rem": [_INT],
-    # relu: at least 0. NaN: of a number and NaN, NaN. xorsign.abs: of the sizes, with the sign of
-    # the product.
+    # relu: clamped to at least 0. NaN: propagates NaN. xorsign.abs: of the magnitudes, with the
+    # sign of the product.
     "min": _EXTREME,
     "max": _EXTREME,
     "neg": _SIGN,
@@ -66,10 +66,10 @@ FORMS: dict[str, list[str]] = {
     "popc": ["b32"],
     "clz": ["b32"],
     "lop3": ["b32"],
-    "shf": ["l|r wrap b32"],  # wrap: the distance modulo 32
+    "shf": ["l|r wrap b32"],  # wrap: shift distance modulo 32
     # Moves, comparisons, conversions
     "mov": [f"pred|{_ANY}"],
-    "cvta": ["(to) (global|param) u64"],  # an address is the same in every space here
+    "cvta": ["(to) (global|param) u64"],  # addresses are the same in all spaces here
     "selp": [_ANY],
     "setp": [
         f"{_ORDERED} [and|or|xor] {_BITS}|{_INT}",
@@ -107,15 +107,15 @@ FORMS: dict[str, list[str]] = {
         "async (ca|cg) shared global (L2::cache_hint|L2::128B)",
         "async commit_group|wait_all",
         "async wait_group",
-        # One CTA is its whole cluster.
+        # A cluster is a single CTA.
         "async bulk tensor 1d|2d|3d|4d|5d shared::cluster|shared::cta global (tile) "
         "mbarrier::complete_tx::bytes",
         "async bulk tensor 1d|2d|3d|4d|5d global shared::cta (tile) bulk_group",
         "async bulk commit_group",
-        # read: only the source may be written again. The copy itself is done when it is issued.
+        # read: waits only until the source may be overwritten. Here copies are done when issued.
         "async bulk wait_group (read)",
     ],
-    # Lanes of a warp; all that live take part.
+    # Lanes of a warp; all that have not exited take part.
     "shfl": ["sync idx|bfly|up|down b32"],
     "vote": ["sync any|all pred", "sync ballot b32"],
     "elect": ["sync"],
@@ -142,16 +142,16 @@ FORMS: dict[str, list[str]] = {
         "fence|commit_group|wait_group sync aligned",
     ],
     # Control and order
-    "bra": ["(uni)"],  # uni: a promise that no lanes part
+    "bra": ["(uni)"],  # uni: guarantees that lanes do not diverge
     "ret": [""],
     "exit": [""],
     "trap": [""],
     "bar": ["sync", "warp sync"],
     "barrier": ["sync (aligned)"],
-    "fence": ["proxy async (shared::cta)"],  # nothing else is followed
+    "fence": ["proxy async (shared::cta)"],  # other proxies are not tracked
     "mbarrier": [
-        # shared and shared::cta name one memory. Acquire and release within the CTA are what
-        # an mbarrier gives here.
+        # shared and shared::cta are the same memory. mbarriers have acquire and release semantics
+        # within the CTA here.
         "init|inval shared|shared::cta b64",
         "arrive (release) (cta) shared|shared::cta b64",
         "arrive expect_tx (release) (cta) shared|shared::cta b64",
@@ -164,7 +164,7 @@ WGMMA_SHAPE = re.compile(r"m64n(\d+)k(\d+)")
 
 @functools.cache
 def slots(form: str) -> list[tuple[str, list[str]]]:
-    """(how, alternatives) of each place; how: "" must, "[" may, "(" may and is dropped."""
+    """(how, alternatives) per word; how: "" required, "[" optional, "(" optional and dropped."""
     return [
         (how if (how := place[0]) in "[(" else "", place.strip("[]()").split("|"))
         for place in form.split()
@@ -176,7 +176,7 @@ def _fits(word: str, alternatives: list[str]) -> bool:
 
 
 def _match(form: str, words: Sequence[str]) -> list[str | None] | None:
-    """One entry for each place that counts, None where nothing stands; None: another form."""
+    """An entry per significant word, None for an absent one; None if the form does not match."""
     found: list[str | None] = []
     rest = list(words)
     for how, alternatives in slots(form):
@@ -191,7 +191,7 @@ def _match(form: str, words: Sequence[str]) -> list[str | None] | None:
 
 @functools.cache
 def modifiers(opcode: str) -> tuple[str, tuple[str | None, ...]]:
-    """ "add.rn.f32" → ("add", ("f32",)): the instruction and the modifiers that count."""
+    """ "add.rn.f32" → ("add", ("f32",)): the instruction and its significant modifiers."""
     base, *words = opcode.split(".")
     if base not in FORMS:
         raise Unsupported(f"instruction {opcode}")

@@ -1,4 +1,4 @@
-"""What each accepted instruction is for the machine: operations, operands, immediates."""
+"""Translates accepted instructions for the machine: operations, operands, immediates."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ Step = tuple[str, list[int], tuple[int, ...]]
 
 @dataclass
 class Row:
-    """One step of the machine. ``target``: where a branch goes, -1: it is none."""
+    """One step of the machine. ``target``: a branch's destination, else -1."""
 
     operation: str
     operands: list[int]
@@ -43,9 +43,9 @@ class Row:
 @dataclass
 class Translation:
     rows: list[Row] = field(default_factory=list)
-    # Kind, whether it is a constant, value
+    # kind, whether constant, value
     registers: list[tuple[int, int, int]] = field(default_factory=list)
-    # The fewest bytes that an access of shared memory and of tensors touches
+    # smallest access, in bytes, to shared memory and to tensors
     shared_granule: int = 8
     global_granule: int = 8
 
@@ -100,7 +100,7 @@ class _Translator:
         return self._constants[key]
 
     def _register(self, name: str, type: str, narrower: bool = False) -> int:
-        """``narrower``: the register may be wider than the type, as those of ld and st."""
+        """``narrower``: the register may be wider than the type, as in ld and st."""
         register = self.scope[name]
         declared = self.program.registers[register]
         if "pred" in (declared, type):
@@ -115,7 +115,7 @@ class _Translator:
         return register
 
     def _value(self, text: str, type: str, narrower: bool = False) -> int:
-        """The register of an operand; an immediate's is a constant one."""
+        """The register of an operand; immediates get a constant register."""
         kind = _kind(type)
         if text == "_":
             return self._new_register(kind)
@@ -130,7 +130,7 @@ class _Translator:
         return self._register(text, type, narrower)
 
     def _address(self, text: str) -> tuple[int, int]:
-        """[register + offset] → its register and offset."""
+        """[register + offset] → register, offset."""
         found = re.fullmatch(r"\[\s*([%$\w]+)\s*(?:\+\s*(-?\w+)\s*)?\]", text)
         if not found:
             raise Unsupported(f"address {text}")
@@ -148,7 +148,7 @@ class _Translator:
 
     def _elementwise(self, base: str, words: Sequence[str | None], args: list[str]) -> list[Step]:
         *given, type = (word for word in words if word)
-        given.sort(key="ftz".__eq__)  # in the machine's names it stands before the type
+        given.sort(key="ftz".__eq__)  # the machine's names have it before the type
         types = [type] * len(args)
         if base in ("shl", "shr"):
             types[2] = "u32"
@@ -216,7 +216,7 @@ class _Translator:
         result = self._value(args[0], packed.get(to, to))
         operands = [self._value(arg, type, narrower=True) for arg in args[1:]]
         steps: list[Step] = []
-        if self.out.registers[operands[0]][0] != _kind(type):  # the low part of a wider register
+        if self.out.registers[operands[0]][0] != _kind(type):  # take a wider register's low part
             low = self._new_register(_WORD)
             steps.append(("cvt.u32.u64", [low, operands[0]], ()))
             operands = [low]
@@ -225,7 +225,7 @@ class _Translator:
     # -------------------------------------------------------------------------------- memory
 
     def _createpolicy(self, base: str, words: Sequence[str], args: list[str]) -> list[Step]:
-        zero = self._constant(_WORD, 0)  # no access here heeds it
+        zero = self._constant(_WORD, 0)  # ignored by all accesses
         return [("mov.b64", [self._value(args[0], "b64"), zero], ())]
 
     def _ld(self, base: str, words: Sequence[str | None], args: list[str]) -> list[Step]:
@@ -383,7 +383,7 @@ class _Translator:
             parity = self._value(args[2], "b32")
             operands = [self._value(args[0], "pred"), address, parity]
             return [("mbarrier.try_wait", operands, (offset,))]
-        if not args[0].startswith("["):  # the state that an arrival returns
+        if not args[0].startswith("["):  # the state returned by an arrival
             if args.pop(0) != "_":
                 raise Unsupported("the state of an mbarrier")
         address, offset = self._address(args[0])

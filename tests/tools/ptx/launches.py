@@ -1,11 +1,11 @@
-"""Compiles launches on CPU tensors for a GPU, as the launcher would, and runs their PTX.
+"""Compiles launches on CPU tensors for a GPU, like the launcher, and runs their PTX.
 
-After ``install(capability)`` every launch whose tensors lie on the CPU is specialised and compiled
-for that architecture by Triton itself, up to PTX; its parameters and tensor maps are laid out as
-the driver does, and the PTX machine executes it on the tensors' memory. What the machine notices
-raises ``PtxError``; what it cannot execute raises ``Unsupported``.
+Within ``compiled_for(capability)`` every launch on CPU tensors is specialised and compiled for that
+architecture by Triton itself, up to PTX; its parameters and tensor maps are laid out like the
+driver's, and the PTX machine executes it on the tensors' memory. Findings of the machine raise
+``PtxError``; code that it cannot execute raises ``Unsupported``.
 
-Compiled programs are kept in the cache folder, by Triton's own hash.
+Compiled programs are cached in the cache folder by Triton's own hash.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ _FORMATS = {
 
 
 class PtxError(AssertionError):
-    """A compiled kernel did what is undefined, or differs from run to run, on a GPU."""
+    """A compiled kernel's behaviour would be undefined or nondeterministic on a GPU."""
 
     def __init__(self, launch: str, findings: list[Finding]) -> None:
         first = {(finding.kind, finding.source): finding for finding in reversed(findings)}
@@ -54,13 +54,13 @@ class PtxError(AssertionError):
 
 
 class _Driver:
-    """What the launcher asks of a driver when it only compiles."""
+    """The part of a driver that the launcher needs when it only compiles."""
 
     def __init__(self, capability: int, device: str) -> None:
         self._capability, self._device = capability, device
 
     def get_current_device(self) -> str:
-        return self._device  # each has its own cache of compiled kernels
+        return self._device  # each device has its own cache of compiled kernels
 
     def get_current_stream(self, device: str) -> int:
         return 0
@@ -74,8 +74,8 @@ _launch = JITFunction.run
 
 @contextlib.contextmanager
 def compiling_for(capability: int, device: str) -> Iterator[None]:
-    """The launcher compiles for this architecture, up to PTX. ``device``: a name, for which
-    compiled kernels are kept apart."""
+    """Let the launcher compile for this architecture, up to PTX. ``device``: a name; each has its
+    own cache of compiled kernels."""
     outside, make_cubin = driver._active, CUDABackend.make_cubin
     driver.set_active(_Driver(capability, device))
     CUDABackend.make_cubin = lambda *args: b"the PTX is what runs"
@@ -88,7 +88,7 @@ def compiling_for(capability: int, device: str) -> Iterator[None]:
 
 
 def specialise(kernel: JITFunction, args: tuple, kwargs: dict[str, Any]) -> Any:
-    """Triton's compiled kernel for these arguments, in the launcher's own specialisation."""
+    """Triton's compiled kernel for these arguments, specialised by the launcher itself."""
     return _launch(kernel, *args, grid=(1,), warmup=True, **kwargs)
 
 
@@ -96,7 +96,7 @@ def specialise(kernel: JITFunction, args: tuple, kwargs: dict[str, Any]) -> Any:
 
 
 class _TensorMap(ctypes.Structure):
-    """What a CUtensorMap describes; the counterpart of TensorMap in bulk_copies.cpp."""
+    """The contents of a CUtensorMap; same layout as TensorMap in bulk_copies.cpp."""
 
     _fields_ = [
         ("base", ctypes.c_uint64),
@@ -113,12 +113,12 @@ class _TensorMap(ctypes.Structure):
 
 _TENSOR_MAP_MARK = 0x50414D524F534E54
 _TENSOR_MAP_BYTES = 128
-# Triton's number of a swizzle → that of a wgmma descriptor, and its width in bytes
+# Triton's swizzle mode → the wgmma descriptor's mode, width in bytes
 _SWIZZLES = {0: (0, 0), 1: (3, 32), 2: (2, 64), 3: (1, 128)}
 
 
 def _tensor_map(descriptor: TensorDescriptor, meta: Any) -> _TensorMap:
-    """Refuses what cuTensorMapEncodeTiled refuses."""
+    """Encode a tensor map; rejects what cuTensorMapEncodeTiled rejects."""
     rank, size = len(descriptor.shape), meta["elem_size"]
     swizzle, width = _SWIZZLES[meta["swizzle"]]
     if meta["fp4_padded"] or getattr(descriptor, "padding", "zero") != "zero":
@@ -145,16 +145,16 @@ def _tensor_map(descriptor: TensorDescriptor, meta: Any) -> _TensorMap:
 
 
 class Parameters:
-    """A launch's parameters in the order and alignment that the driver gives them."""
+    """A launch's parameters in the driver's order and alignment."""
 
     def __init__(self, binary: Any, arguments: dict[str, Any]) -> None:
         self.data = bytearray()
         self.tensors: list[torch.Tensor] = []
-        self._maps: list[_TensorMap] = []  # the machine reads them by their address
+        self._maps: list[_TensorMap] = []  # kept alive: the machine reads them by address
         self._metas = list(getattr(binary.metadata, "tensordesc_meta", None) or [])
         for name, kind in binary.src.signature.items():
             self._add(kind, arguments[name])
-        self._pack("QQ", 0, 0)  # scratch memory, of which no kernel here has any
+        self._pack("QQ", 0, 0)  # scratch memory, which no kernel here uses
 
     def _pack(self, format: str, *values: Any, align: int = 0) -> None:
         data = struct.pack(format, *values)
@@ -187,7 +187,7 @@ class Parameters:
             self._pack("q", stride)
 
     def storages(self) -> list[tuple[int, int]]:
-        """Address and bytes of each tensor's memory."""
+        """(address, size in bytes) of each tensor's memory."""
         storages = [tensor.untyped_storage() for tensor in self.tensors]
         spans = {storage.data_ptr(): storage.nbytes() for storage in storages}
         return sorted((start, size) for start, size in spans.items() if size)
@@ -196,7 +196,7 @@ class Parameters:
 # -------------------------------------------------------------------------------------- running
 
 
-@functools.lru_cache(maxsize=256)  # some 5 MB each
+@functools.lru_cache(maxsize=256)  # about 5 MB each
 def _kernel(ptx: str, num_warps: int, shared_bytes: int) -> Kernel:
     return Kernel(ptx, num_warps, shared_bytes)
 
@@ -214,7 +214,7 @@ def _prepared(binary: Any, name: str) -> Kernel:
 
 @dataclass(frozen=True)
 class Prepared:
-    """A launch, compiled and with its parameters laid out."""
+    """A compiled launch with its parameters."""
 
     name: str
     kernel: Kernel
@@ -222,7 +222,7 @@ class Prepared:
     parameters: Parameters
 
     def run(self) -> None:
-        """Raises ``PtxError``."""
+        """Run the launch; raises ``PtxError``."""
         findings = self.kernel.run(
             self.grid, bytes(self.parameters.data), self.parameters.storages()
         )
@@ -233,19 +233,19 @@ class Prepared:
 def prepare_launch(
     kernel: JITFunction, args: tuple, kwargs: dict[str, Any], grid: Any, capability: int
 ) -> Prepared:
-    """Raises ``Unsupported``."""
+    """Compile a launch; raises ``Unsupported``."""
     arguments = interpreter._bind(kernel, args, kwargs)
     try:
         with compiling_for(capability, f"sm_{capability}"):
             binary = specialise(kernel, args, kwargs)
     except RuntimeError as e:
         wide = any(x.dtype == torch.float64 for x in interpreter._tensors(arguments.values()))
-        if wide and "PassManager" in str(e):  # products of float64, which no GPU is asked for
+        if wide and "PassManager" in str(e):  # float64 products, which are never launched on a GPU
             raise Unsupported(f"{kernel.__name__}: Triton fails to compile it in float64") from e
         raise
     if callable(grid):
         grid = grid(arguments)
-    interpreter._programs(tuple(grid))  # refuses a grid that no GPU takes
+    interpreter._programs(tuple(grid))  # rejects invalid grids
     name = f"{kernel.__name__} on sm_{capability}"
     machine_kernel = _prepared(binary, name)
     parameters = Parameters(binary, arguments)
@@ -265,8 +265,8 @@ def launch(
 
 @contextlib.contextmanager
 def compiled_for(capability: int, run: Any = launch) -> Iterator[None]:
-    """Launches on CPU tensors run as PTX for this compute capability, 80 or 90; the kernels' host
-    code sees a GPU of it with two multiprocessors. ``run``: takes the place of ``launch``."""
+    """Run launches on CPU tensors as PTX for this compute capability, 80 or 90; the kernels' host
+    code sees such a GPU with two multiprocessors. ``run`` replaces ``launch``."""
     outside_run = JITFunction.run
 
     def run_compiled(self: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Builds the C++ program in machine/ and drives it: a kernel's PTX on the memory of its tensors."""
+"""Builds the C++ program in machine/ and runs a kernel's PTX in it on the tensors' memory."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ from tests.tools.ptx.instructions import translate
 from tests.tools.ptx.parser import Unsupported, parse
 
 _SOURCES = Path(__file__).with_name("machine")
-# Contraction would round once where PTX rounds twice.
+# FMA contraction would round once where PTX rounds twice.
 _FLAGS = [
     "-std=c++20", "-O2", "-ftree-vectorize", "-march=native", "-fno-strict-aliasing",
     "-ffp-contract=off", "-fno-math-errno", "-fPIC",
 ]  # fmt: skip
 
-# Of one program. More than the longest one takes, by far: beyond it a kernel has lost its way.
+# Per program. Far more than the longest one needs: a kernel beyond it is considered hung.
 INSTRUCTION_LIMIT = 50_000_000
-# Bytes of tensors beyond which nobody notes who touched them; bounds are checked all the same.
+# Above this total size of the tensors accesses are not recorded; bounds are still checked.
 _WATCHED_BYTES = 1 << 27
 
 
@@ -41,7 +41,7 @@ def cache_folder() -> Path:
 
 @functools.cache
 def unavailable() -> str | None:
-    """Why there is no machine here, or None."""
+    """Why the machine cannot run here, or None."""
     if platform.machine() not in ("x86_64", "AMD64"):
         return f"the PTX machine runs on x86-64, not on {platform.machine()}"
     if shutil.which("g++") is None:
@@ -57,7 +57,7 @@ def _run(command: list[str]) -> str:
 
 
 def _key() -> str:
-    """Of the sources, the compiler, and what it makes of -march=native on this CPU."""
+    """Hash of the sources, the compiler, and its meaning of -march=native on this CPU."""
     digest = hashlib.sha256(repr(_FLAGS).encode())
     for source in sorted(_SOURCES.iterdir()):
         digest.update(source.name.encode() + source.read_bytes())
@@ -70,7 +70,7 @@ def _key() -> str:
 def _library() -> ctypes.CDLL:
     built = cache_folder() / "ptx" / f"machine-{_key()}.so"
     built.parent.mkdir(parents=True, exist_ok=True)
-    with open(built.parent / "lock", "w") as lock:  # one of several processes builds
+    with open(built.parent / "lock", "w") as lock:  # only one process builds
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not built.exists():
             with tempfile.TemporaryDirectory(dir=built.parent) as folder:
@@ -102,13 +102,13 @@ def _build(folder: Path, library: Path) -> None:
 
 @dataclass(frozen=True)
 class Finding:
-    """What a launch did that is undefined, or differs from run to run, on a GPU."""
+    """Behaviour of a launch that would be undefined or nondeterministic on a GPU."""
 
     kind: str
     message: str
     times: int
     instruction: str
-    line: int  # of the PTX
+    line: int  # in the PTX
     source: str  # file:line of the kernel
 
     def __str__(self) -> str:
@@ -130,7 +130,7 @@ class Kernel:
         program = parse(ptx)
         self.name, self.parameter_bytes = program.name, program.parameter_bytes
         translation = translate(program)
-        # For reports: of each step its line of the PTX, its source, its text.
+        # For reports: each step's PTX line, source location and text.
         self._places = [
             (row.statement.line, row.statement.source, row.statement.text)
             for row in translation.rows
@@ -149,7 +149,7 @@ class Kernel:
         for name in numbers:
             if not self.library.ptx_knows(name.encode()):
                 raise Unsupported(f"{program.name}: operation {name}")
-        # The machine keeps what it needs of these.
+        # The machine copies what it needs of these.
         names = (ctypes.c_char_p * len(numbers))(*(name.encode() for name in numbers))
         rows_array = np.array(rows, dtype=np.int64)
         operands_array = np.array(operands or [0], dtype=np.int32)
@@ -183,8 +183,8 @@ class Kernel:
         schedule: int = 0,
         instruction_limit: int = INSTRUCTION_LIMIT,
     ) -> list[Finding]:
-        """Runs every program of the grid. ``storages``: address and bytes of the memory that it
-        may touch. ``schedule``: 0, or the seed of a random interleaving of the warps."""
+        """Run every program of the grid. ``storages``: (address, bytes) of the memory that it may
+        access. ``schedule``: 0, or the seed of a random interleaving of the warps."""
         sizes = np.array((*grid, 1, 1)[:3], dtype=np.uint32)
         spans = np.array([*storages, (0, 0)], dtype=np.uint64)
         data = np.frombuffer(parameters or b"\0", dtype=np.uint8)
@@ -198,7 +198,7 @@ class Kernel:
         return [self._finding(k) for k in range(n_findings)]
 
     def executed_lines(self) -> set[int]:
-        """Lines of the PTX that the last run executed."""
+        """PTX lines executed in the last run."""
         hits = self.library.ptx_hits(self._handle)
         return {line for k, (line, _, _) in enumerate(self._places) if hits[k]}
 

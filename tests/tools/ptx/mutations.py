@@ -1,4 +1,4 @@
-"""Compiled kernels with one instruction deleted or changed: does the machine notice?"""
+"""Mutation testing: does the machine notice a deleted or changed instruction of a kernel?"""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from tests.tools.ptx import launches
 from tests.tools.ptx.machine import Kernel
 from tests.tools.ptx.parser import Unsupported
 
-# Beyond so many times a kernel's own instructions a mutant has lost its way.
+# A mutant is stopped after so many times the kernel's own number of instructions.
 _LIMIT = 20
 
 
 @dataclass(frozen=True)
 class Mutation:
-    """``harmless``: why the machine may be right to say nothing, where that was looked into."""
+    """``harmless``: why a mutant may rightly go unnoticed, if known."""
 
     name: str
     pattern: str
@@ -148,22 +148,22 @@ MUTATIONS = [
 
 @dataclass
 class Recording:
-    """A launch that was run, and all that is needed to run it again."""
+    """A launch that was run, and everything needed to run it again."""
 
     kernel: Kernel
     grid: tuple[int, ...]
     parameters: launches.Parameters
     before: list[bytes]
     after: list[bytes]
-    lines: set[int]  # of the PTX, executed
+    lines: set[int]  # executed PTX lines
 
     def restore(self) -> None:
         for (start, size), data in zip(self.parameters.storages(), self.before, strict=True):
             ctypes.memmove(start, data, size)
 
     def replay(self, ptx: str) -> set[str]:
-        """The kinds of findings of the mutant, or "result" if it has none and other results; empty
-        if nothing was noticed."""
+        """Kinds of the mutant's findings, or "result" if it has none but other results; empty if
+        nothing was noticed."""
         self.restore()
         try:
             mutant = Kernel(ptx, self.kernel.num_warps, self.kernel.shared_bytes)
@@ -182,7 +182,7 @@ def _contents(storages: list[tuple[int, int]]) -> list[bytes]:
 
 
 def record(capability: int, run: Callable[[], Any]) -> list[Recording]:
-    """The launches of ``run()``, each program once."""
+    """Record the launches of ``run()``, each program once."""
     recordings: dict[str, Recording] = {}
 
     def record_launch(
@@ -207,16 +207,16 @@ def record(capability: int, run: Callable[[], Any]) -> list[Recording]:
 
 @dataclass
 class Score:
-    """Of one mutation of one kernel: how many mutants, and what noticed them."""
+    """For one mutation of one kernel: number of mutants, and how they were noticed."""
 
     mutants: int = 0
     noticed: int = 0
     kinds: Counter[str] = field(default_factory=Counter)
-    unnoticed: list[str] = field(default_factory=list)  # where
+    unnoticed: list[str] = field(default_factory=list)  # places
 
 
 def _mutants(recording: Recording, mutation: Mutation, most: int) -> Iterator[tuple[str, str]]:
-    """(PTX, where it was changed) of up to ``most``, evenly chosen among executed instructions."""
+    """(PTX, place of change) for up to ``most`` evenly spaced executed instructions."""
     ptx = recording.kernel.ptx
     places = [
         found
@@ -239,7 +239,7 @@ def _mutants(recording: Recording, mutation: Mutation, most: int) -> Iterator[tu
 
 
 def scores(recordings: list[Recording], most: int) -> dict[tuple[str, str], Score]:
-    """By kernel and mutation, of up to ``most`` mutants each."""
+    """(kernel, mutation) → score of up to ``most`` mutants."""
     out: dict[tuple[str, str], Score] = {}
     for recording in recordings:
         for mutation in MUTATIONS:

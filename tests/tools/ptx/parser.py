@@ -1,4 +1,4 @@
-"""Reads a kernel's PTX: registers, parameters, and the instructions in order."""
+"""Parses a kernel's PTX: registers, parameters, instructions."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ SIZES = {
 
 
 class Unsupported(Exception):
-    """What the machine does not execute, by name."""
+    """Names code that the machine cannot execute."""
 
 
 @dataclass
 class Statement:
-    """One instruction. ``scope``: the registers by name, and the labels, written "name:"."""
+    """One instruction. ``scope``: registers by name, and labels as "name:"."""
 
     opcode: str
     operands: list[str]
@@ -36,10 +36,10 @@ class Statement:
 @dataclass
 class Program:
     name: str = ""
-    parameters: dict[str, tuple[int, int]] = field(default_factory=dict)  # offset and bytes
+    parameters: dict[str, tuple[int, int]] = field(default_factory=dict)  # offset, bytes
     parameter_bytes: int = 0
-    registers: list[str] = field(default_factory=list)  # the types
-    shared: set[str] = field(default_factory=set)  # names of the one block of shared memory
+    registers: list[str] = field(default_factory=list)  # types
+    shared: set[str] = field(default_factory=set)  # names of the single block of shared memory
     statements: list[Statement] = field(default_factory=list)
 
 
@@ -65,7 +65,7 @@ _INSTRUCTION = re.compile(
 
 
 def parse(ptx: str) -> Program:
-    """The one kernel of a module."""
+    """Parse a module of a single kernel."""
     program = Program()
     head, found, rest = ptx.partition(".entry")
     if not found or ".entry" in rest or ".func" in ptx:
@@ -132,7 +132,7 @@ def _add_statement(
                 program.registers.append(kind.removeprefix("."))
         return
     if text.startswith("."):
-        if text.split()[0] != ".pragma":  # of ptxas alone
+        if text.split()[0] != ".pragma":  # only for ptxas
             raise Unsupported(f"directive {text!r}")
         return
     found = _INSTRUCTION.fullmatch(text)

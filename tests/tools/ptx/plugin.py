@@ -1,4 +1,4 @@
-"""``pytest --ptx=80``: tests of kernels on CPU tensors run what Triton compiles for sm_80."""
+"""``pytest --ptx=80``: kernel tests on CPU tensors run the PTX that Triton compiles for sm_80."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from tests.tools.ptx import launches, machine
 from tests.tools.ptx.parser import Unsupported
 
 _SKIPPED = "not on the PTX machine: "
-# Their subject is the interpreter, or what watches it.
+# These test the interpreter or its observers.
 _OF_THE_INTERPRETER = ("test_interpreter.py", "test_sanitizer.py", "test_addresses.py")
 _TESTS_OF_THE_INTERPRETER = (
-    # Runs the last of many thousand programs, which the interpreter's observer picks out.
+    # Runs only the last of many thousand programs, through the interpreter's observer.
     "test_linear_cross_entropy_edges.py::test_addresses_past_2_to_31",
-    # Counts the products that the interpreter computes.
+    # Counts products in the interpreter.
     "test_attention_lengths.py::test_tiles_of_padding_are_not_visited",
-    # Expects the error with which an interpreted launch is refused.
+    # Expects the error of an interpreted launch.
     "test_lowering.py::test_a_method_of_an_argument_does_not_compile_for_1",
 )
 
 
 class CompiledKernels:
-    """The plugin. What the machine cannot execute is skipped, by name, and counted."""
+    """The plugin. Tests that need unsupported code are skipped by name and counted."""
 
     def __init__(self, capability: int) -> None:
         if reason := machine.unavailable():

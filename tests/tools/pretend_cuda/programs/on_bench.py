@@ -1,5 +1,5 @@
-"""The benchmarks and the tuner on the pretended device at toy sizes, kernels filled: their times
-mean nothing, that they run through does. Started by ``test_on_pretended_device.py``.
+"""Benchmarks and tuner on the pretended device at toy sizes, with filled kernels: checks only that
+they complete, since times mean nothing. Started by ``test_on_pretended_device.py``.
 """
 
 import functools
@@ -30,11 +30,11 @@ from tests.tools.small_runs import data_set
 
 CPU = ProfilerActivity.CPU
 SMALL = ["--n_layer=1", "--n_head=1", "--n_embd=16", "--block_size=16", "--batch_size=2"]
-# A graph is captured in the first round, and replayed after another variant's turn.
+# Graphs are captured in the first round and replayed after other variants' turns.
 STEPS = ["--loss_steps=5", "--warmup=3", "--rounds=2", "--steps=1"]
 
-# That differ from others by what torch.compile is asked for, in the update, or in nothing; and what
-# needs another's package.
+# Variants that differ from others only in torch.compile's options, in the update or not at all, and
+# those that need another package.
 LEFT_OUT = (
     *("sdpa_autotune", "sdpa_compile", "sdpa_flash", "sdpa_cudnn", "sdpa_chunked"),
     *("fastgpt_compile", "fastgpt_recompute", "fastgpt_again", "sdpa_liger"),
@@ -43,8 +43,8 @@ LEFT_OUT = (
 
 @pytest.fixture(autouse=True)
 def _short(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Few rounds over little memory, for the machine's ceilings, too; no code of a compiler, and
-    of the profiler what it knows of the host."""
+    """Few rounds on little memory, also for the machine's ceilings; torch.compile generates no
+    code, and the profiler only sees the host."""
     monkeypatch.setattr(op_bench, "_ROUNDS", 2)
     monkeypatch.setattr(op_bench, "_WARMUP_ROUNDS", 1)
     monkeypatch.setattr(timing, "_SCRATCH_BYTES", {"cuda": 1 << 12})
@@ -80,7 +80,7 @@ def _short(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 class _Once:
-    """In place of pytest's fixture, which measures once a test."""
+    """Replaces pytest-benchmark's fixture, which can be used only once per test."""
 
     def __init__(self) -> None:
         self.extra_info: dict[str, Any] = {}
@@ -111,7 +111,7 @@ def test_ops(op: Op, sizes: dict[str, int], monkeypatch: pytest.MonkeyPatch) -> 
     else:
         assert op_bench.DTYPE == torch.bfloat16
         assert set(op.providers) - {"torch_ops", *PACKAGES} == set(providers)
-    # A filled kernel computes nothing that could be right.
+    # Results of filled kernels cannot be checked.
     monkeypatch.setattr(Case, "checked", lambda self, provider: self._op.function(provider))
     for direction in op.directions:
         for provider in set(providers) - {"compile"}:
@@ -124,7 +124,7 @@ def test_ops(op: Op, sizes: dict[str, int], monkeypatch: pytest.MonkeyPatch) -> 
 def test_run(tmp_path: Path) -> None:
     variants = [name for name in VARIANTS if name not in LEFT_OUT]
     is_old = torch.cuda.get_device_capability() < (8, 0)
-    if is_old:  # what differs there is the dtype
+    if is_old:  # only the dtype differs there
         variants = ["fastgpt_train", "fastgpt"]
     out = tmp_path / "out"
     argv = [*SMALL, *STEPS, "--vocab_size=128", f"--data_dir={data_set(tmp_path)}"]
@@ -159,7 +159,7 @@ def test_decode(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_tune(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing is compiled, and kernels are filled: every candidate counts as right."""
+    """Nothing is compiled and kernels are filled, so every candidate counts as correct."""
     monkeypatch.setattr(tuner, "compile_ahead", lambda calls: None)
     monkeypatch.setenv("FASTGPT_TUNED", str(tmp_path))
     monkeypatch.setattr(Phase, "check", lambda *_: None)

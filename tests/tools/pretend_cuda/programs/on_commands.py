@@ -1,5 +1,5 @@
-"""The command line, ``GPT.generate`` and nanoGPT's own loop on the pretended device, kernels
-filled. Started by ``test_on_pretended_device.py``."""
+"""The command line, ``GPT.generate`` and nanoGPT's training loop on the pretended device, with
+filled kernels. Started by ``test_on_pretended_device.py``."""
 
 import json
 from pathlib import Path
@@ -40,7 +40,7 @@ def test_train_and_sample(
     common = ["sample", f"--out_dir={tmp_path / 'out'}", "--max_new_tokens=20", "--device=cuda"]
     options = ["--num_samples=3", "--json", "--top_k=5", "--repetition_penalty=1.2"]
     options.append("--batch_size=1" if dtype == "auto" else "--batch_size=2")
-    assert cli.main([*common, *options, "--start=12 t"]) == 0  # past the window of 16 tokens
+    assert cli.main([*common, *options, "--start=12 t"]) == 0  # beyond the window of 16 tokens
     lines = capsys.readouterr().out.splitlines()
     assert [json.loads(line)["tokens"] for line in lines] == [20] * 3
     assert cli.main([*common, "--num_samples=1", f"--dtype={dtype}"]) == 0
@@ -50,7 +50,7 @@ def test_doctor(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["doctor"]) == 1
     out = capsys.readouterr().out
     assert "pretended device, compute capability 9.0" in out and "on the Triton kernels" in out
-    assert "DIFFERS FROM the reference ops" in out  # kernels are filled, not computed
+    assert "DIFFERS FROM the reference ops" in out  # kernels are filled
 
 
 # ---------------------------------------------------------------------------------- generation
@@ -58,7 +58,7 @@ def test_doctor(capsys: pytest.CaptureFixture[str]) -> None:
 
 @pytest.mark.parametrize("dtype", HALF)
 def test_generate_with_a_captured_step(dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Twice by one generator, whose second batch finds the graph of the first."""
+    """A generator's second batch reuses the graph captured for the first."""
     model = small_model(n_layer=1).cuda().eval()
     round_matrices(model, getattr(torch, dtype))
     prompts = [tokens(1, 3)[0].cuda(), tokens(1, 9)[0].cuda()]
@@ -87,7 +87,7 @@ def test_generate_past_the_window() -> None:
 
 
 def test_a_compiled_model_is_compiled_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where it is the first that asks what runs on the GPU; the optimizer asks in eager mode."""
+    """Even if it is the first to query the GPU's support; the optimizer queries in eager mode."""
     monkeypatch.setattr(ops, "_known", {})
     model = small_model(n_layer=1).cuda()
     idx = tokens(2, 8).cuda()
@@ -100,7 +100,7 @@ def test_a_compiled_model_is_compiled_once(monkeypatch: pytest.MonkeyPatch) -> N
 
 @pytest.mark.parametrize("dtype", HALF)
 def test_nanogpts_loop(dtype: str) -> None:
-    """Pinned batches that are copied ahead, autocast, GradScaler, clipping, AdamW."""
+    """Pinned batches copied ahead, autocast, GradScaler, clipping, AdamW."""
     torch.manual_seed(0)
     data = torch.randint(64, (200,))
     model = GPT(small_model(n_layer=1, vocab_size=64, bias=False).config).cuda()

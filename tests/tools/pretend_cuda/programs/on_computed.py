@@ -1,5 +1,5 @@
-"""Runs of ``fastgpt train`` on the pretended device, every kernel interpreted: the numbers are the
-CPU's. Started by ``test_on_pretended_device.py``, with ``--interpret``.
+"""Runs of ``fastgpt train`` on the pretended device with interpreted kernels equal the CPU's.
+Started by ``test_on_pretended_device.py``, with ``--interpret``.
 """
 
 from pathlib import Path
@@ -22,7 +22,7 @@ def losses(state: dict[str, Any]) -> torch.Tensor:
 
 
 def test_the_device_trains_as_the_cpu_does(tmp_path: Path) -> None:
-    """In float32; the kernels add up in another order."""
+    """In float32, up to the kernels' order of sums."""
     keys = dict(SHORT, dtype="float32", dropout=0.0)
     on_cpu = run(tmp_path / "cpu", device="cpu", **keys)
     on_device = run(tmp_path / "device", **keys)

@@ -1,5 +1,5 @@
-"""What the pretended device reports and refuses, and that it passes the same program done right.
-Started by ``test_pretend_cuda.py``.
+"""Findings and errors of the pretended device, each with a correct version of the same program that
+passes. Started by ``test_pretend_cuda.py``.
 """
 
 import re
@@ -23,7 +23,7 @@ def _nothing_left() -> Iterator[None]:
 
 
 def found(pattern: str | None) -> None:
-    """Assert that there is one finding, or with None that there is none."""
+    """Assert that there is one finding and it matches; None: that there is none."""
     findings = device.end()
     if pattern is None:
         assert findings == []
@@ -140,7 +140,7 @@ def test_memory_is_freed_while_another_stream_uses_it(done: str | None) -> None:
 
 
 def test_streams_of_the_backward_pass() -> None:
-    """PyTorch's engine waits between them by itself."""
+    """PyTorch's engine synchronises the streams itself."""
     w, side = ones().requires_grad_(), torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -155,7 +155,7 @@ def test_streams_of_the_backward_pass() -> None:
 
 @pytest.mark.parametrize("waits", [False, True])
 def test_a_copy_to_the_host(waits: bool) -> None:
-    """Until the host has waited, there is no number."""
+    """Until the host has waited, the values are NaN."""
     y = ones().to("cpu", non_blocking=True)
     assert y.isnan().all()
     if waits:
@@ -177,7 +177,7 @@ def test_pinned_memory_is_changed(waits: bool) -> None:
 
 def test_copies_that_the_host_waits_for() -> None:
     x = torch.ones(N)
-    y = x.to("cuda", non_blocking=True)  # pageable
+    y = x.to("cuda", non_blocking=True)  # pageable memory
     x.zero_()
     assert y.cpu().tolist() == [1.0] * N
 
@@ -203,7 +203,7 @@ def test_replays_draw_and_add_anew() -> None:
 
     torch.manual_seed(1)
     graph = captured(work)
-    assert total.tolist() == [0.0] * N and drawn.isnan().all()  # nothing was executed
+    assert total.tolist() == [0.0] * N and drawn.isnan().all()  # the capture executes nothing
     x.fill_(2.0)
     draws = []
     for _ in range(2):
@@ -275,7 +275,7 @@ def test_memory_of_a_graph_is_freed() -> None:
 @pytest.mark.parametrize("compiled", [False, True])
 def test_a_kernel_is_compiled_in_a_capture(compiled: bool) -> None:
     x, y = ones(), ones()
-    n = 3 + compiled  # of a size that no other test has
+    n = 3 + compiled  # a size that no other test uses
     if compiled:
         cast_kernel[(1,)](x, y, n, BLOCK=16)
     graph = captured(lambda: cast_kernel[(1,)](x, y, n, BLOCK=16 if compiled else 32))
@@ -296,7 +296,7 @@ def test_a_capture_waits_for_other_work(inside: bool) -> None:
     def work() -> None:
         x.add_(1)
         if inside:
-            event.record()  # now it is of the capture
+            event.record()  # makes it part of the capture
         event.wait()
 
     captured(work, side)

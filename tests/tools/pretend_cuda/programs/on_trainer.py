@@ -1,5 +1,5 @@
-"""Runs of ``fastgpt train`` on the pretended device, kernels filled: with a CUDA graph or without,
-stopped or not, a run is the same to the bit. Started by ``test_on_pretended_device.py``."""
+"""Runs of ``fastgpt train`` on the pretended device with filled kernels are equal bit for bit with
+and without CUDA graphs and stops. Started by ``test_on_pretended_device.py``."""
 
 import math
 from pathlib import Path
@@ -18,7 +18,7 @@ from fastgpt.training.step import Step
 from fastgpt.training.trainer import Trainer
 from tests.tools.small_runs import assert_same, data_set, interrupted, state_of, trained
 
-# 16 characters, a number that fp8 has products for.
+# 16 different characters, a vocabulary size that fp8 products support.
 TEXT = "".join(f"{n} * {n + 1} + 0 = {n * (n + 1)};\n" for n in range(200))
 SMALL = dict(
     n_layer=1,
@@ -43,7 +43,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 
 
 def documents(root: Path) -> None:
-    """A data set of several texts, ``root/small``."""
+    """Write a data set of several texts to ``root/small``."""
     (root / "texts").mkdir(parents=True)
     for number, line in enumerate(TEXT.splitlines()):
         (root / "texts" / f"{number:03d}.txt").write_text(line)
@@ -52,7 +52,7 @@ def documents(root: Path) -> None:
 
 
 def run(root: Path, **changes: Any) -> dict[str, Any]:
-    """All that a run leaves but its speed."""
+    """Train; return all results of the run except its speed."""
     if not changes.get("document_mask"):
         data_set(root, TEXT)
     elif not (root / "small").exists():
@@ -89,7 +89,7 @@ def test_float16(tmp_path: Path, options: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_a_stop_is_seamless(tmp_path: Path, dtype: str) -> None:
-    """With a graph that was captured before the stop, and one that is captured after it."""
+    """One graph is captured before the stop and another one after it."""
     whole = run(tmp_path / "whole", dtype=dtype, max_iters=12)
     with interrupted(Trainer, 5), pytest.raises(KeyboardInterrupt):
         run(tmp_path / "stopped", dtype=dtype, max_iters=12)
@@ -102,7 +102,7 @@ def test_bigram(tmp_path: Path) -> None:
 
 
 def test_a_loss_in_several_chunks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """cuBLAS adds the second one's gradient to the first one's."""
+    """cuBLAS accumulates the second chunk's gradient into the first's."""
     monkeypatch.setattr(chunked_loss, "CHUNK_BYTES", {"cuda": 20 * 16 * 2, "other": 20 * 16 * 2})
     assert chunked_loss.chunk_rows(16, torch.bfloat16, torch.device("cuda")) < 32
     graphed = run(tmp_path / "graph", dtype="bfloat16")
