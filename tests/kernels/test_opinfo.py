@@ -80,8 +80,8 @@ def _cross_entropy(ops: Any, sample: Any) -> Case | None:
 
 def _attention(ops: Any, sample: Any) -> Case | None:
     options = dict(sample.kwargs)
-    if options.pop("dropout_p", 0.0) or "attn_mask" in options or "enable_gqa" in options:
-        return None  # dropout masks differ; our op takes no mask; equal head counts only
+    if options.pop("dropout_p", 0.0) or options.pop("enable_gqa", False) or "attn_mask" in options:
+        return None  # dropout masks differ; equal head counts only; our op takes no mask
     q, k, v = (x if x.dim() == 4 else x.unsqueeze(1) for x in (sample.input, *sample.args))
     q = q.expand(*k.shape[:2], *q.shape[2:])
     causal = options.pop("is_causal", False)
