@@ -244,7 +244,7 @@ def test_a_pickle_of_something_else(contents: Any, message: str, folder: Path) -
 def test_what_from_pretrained_refuses() -> None:
     with pytest.raises(ValueError, match="model_type must be one of gpt2, .*got 'gpt3'"):
         GPT.from_pretrained("gpt3")
-    with pytest.raises(ValueError, match="override_args may hold 'dropout' only, got block_size"):
+    with pytest.raises(ValueError, match="override_args may only .* got block_size"):
         GPT.from_pretrained("gpt2", {"dropout": 0.0, "block_size": 64})
     with pytest.raises(TypeError, match="expected str, bytes or os.PathLike object, not int"):
         GPT.from_pretrained(2)  # type: ignore[arg-type]
