@@ -110,7 +110,7 @@ def test_ctrl_c_saves_and_resuming_is_seamless(capfd: pytest.CaptureFixture[str]
     whole = trained("whole", dtype="bfloat16")
     with interrupted(TranslationTrainer, 7):
         assert train("--pairs=both.tsv", "--out_dir=out", dtype="bfloat16") == 130
-    assert "saved out/last.pt. Go on by the same command with --resume" in capfd.readouterr().out
+    assert "saved out/last.pt. Resume with the same command and --resume" in capfd.readouterr().out
     resumed = trained("out", dtype="bfloat16", resume=True)
     assert_same(dict(resumed.model.state_dict()), dict(whole.model.state_dict()))
     states = [ckpt.load(Path(name, "last.pt")) for name in ("whole", "out")]
