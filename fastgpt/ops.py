@@ -29,26 +29,26 @@ _known: dict[int | None, tuple[str, bool]] = {}
 
 def _facts(device: torch.device) -> tuple[str, bool]:
     """Why the Triton kernels do not run ("" if they do); whether the matrix products run too."""
-    refusal = devices.triton_refusal(device)
-    return refusal, not refusal and devices.triton_multiplies(device)
+    reason = devices.triton_refusal(device)
+    return reason, not reason and devices.triton_multiplies(device)
 
 
 def _implementation(device: torch.device) -> ModuleType:
     if device.type != "cuda":
         return torch_ops
     if torch.compiler.is_dynamo_compiling():  # the compiled graph would guard on ``_known``
-        refusal, multiplies = _facts(device)
+        reason, multiplies = _facts(device)
     else:
         if device.index not in _known:
             _known[device.index] = _facts(device)
-        refusal, multiplies = _known[device.index]
-    if not refusal:
+        reason, multiplies = _known[device.index]
+    if not reason:
         # Imported at the first CUDA tensor, because a CPU run does not need Triton.
         from fastgpt.kernels import fused, fused_rows
 
         return fused if multiplies else fused_rows
     if not torch.compiler.is_compiling():
-        _notice(refusal)
+        _notice(reason)
     return torch_ops
 
 

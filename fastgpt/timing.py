@@ -53,8 +53,8 @@ def interleaved(items: Sequence[T], rounds: int) -> Iterator[tuple[int, T]]:
     one, so that drift of the machine affects all items equally and none is always first.
     """
     for number in range(rounds):
-        for place in range(len(items)):
-            yield number, items[(number + place) % len(items)]
+        for offset in range(len(items)):
+            yield number, items[(number + offset) % len(items)]
 
 
 class Occupier:

@@ -19,7 +19,7 @@ class DialogueWindows:
         tokens: the file's tokens, (N,).
         length: T + 1.
         begin: the id of ``<|dialogue|>``.
-        behind: the first ``length`` tokens of the following files, or as many as they have, because
+        after: the first ``length`` tokens of the following files, or as many as they have, because
             a file may end within a dialogue.
 
     Attributes:
@@ -27,18 +27,18 @@ class DialogueWindows:
             Dialogues without an answer inside the window have no window.
     """
 
-    def __init__(self, tokens: _Tokens, length: int, begin: int, behind: _Tokens) -> None:
+    def __init__(self, tokens: _Tokens, length: int, begin: int, after: _Tokens) -> None:
         self._tokens, self._begin = tokens, begin
         self._offsets = np.arange(length)
-        self._behind = np.append(behind, np.full(length - len(behind), begin, behind.dtype))
+        self._after = np.append(after, np.full(length - len(after), begin, after.dtype))
         starts = np.flatnonzero(tokens == begin)
-        later = np.append(np.flatnonzero(behind == begin), len(behind))[0]
+        later = np.append(np.flatnonzero(after == begin), len(after))[0]
         self.too_long = int((np.diff(starts, append=len(tokens) + later) > length).sum())
         # An answer is inside if the window continues after the token that begins the answer.
         answers = np.concatenate(
             [
                 np.flatnonzero(tokens == begin + ASSISTANT),
-                len(tokens) + np.flatnonzero(behind == begin + ASSISTANT),
+                len(tokens) + np.flatnonzero(after == begin + ASSISTANT),
                 [len(tokens) + length],
             ]
         )
@@ -53,7 +53,7 @@ class DialogueWindows:
         positions = self._starts[numbers][:, None] + self._offsets
         inside = positions < len(self._tokens)
         found = self._tokens[np.where(inside, positions, 0)]
-        found[~inside] = self._behind[positions[~inside] - len(self._tokens)]
+        found[~inside] = self._after[positions[~inside] - len(self._tokens)]
         return found
 
     def targets(self, windows: _Tokens) -> npt.NDArray[np.int64]:

@@ -220,10 +220,10 @@ class Batches:
     def _of_dialogues(self, files: list[TokenFile], begin: int) -> list[DialogueWindows]:
         length = self._block_size + 1
         windows: list[DialogueWindows] = []
-        behind = files[-1].tokens[:0]
+        after = files[-1].tokens[:0]
         for file in reversed(files):
-            windows.insert(0, DialogueWindows(file.tokens, length, begin, behind))
-            behind = np.append(file.tokens[:length], behind)[:length]
+            windows.insert(0, DialogueWindows(file.tokens, length, begin, after))
+            after = np.append(file.tokens[:length], after)[:length]
         if not any(map(len, windows)):
             raise ValueError(
                 f"{files[0].path} has no dialogue with an answer within block_size="

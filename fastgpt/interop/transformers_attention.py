@@ -121,7 +121,7 @@ def _without_padding(visible: Tensor, n_queries: int) -> tuple[bool, Tensor | No
         return True, None
     if at_end:
         return True, lengths
-    if around and n_queries > 1:  # behind the last token, only the padding itself sees padding
+    if around and n_queries > 1:  # after the last token only padding sees padding
         return True, torch.minimum(first, keys)[:, None, :, None]
     return False, None
 

@@ -81,7 +81,7 @@ def _recording(ops: ModuleType, dtype: torch.dtype, calls: list[Call]) -> Module
     def recorded(name: str) -> Callable[..., Any]:
         def call(*args: Any, **kwargs: Any) -> Any:
             drawn = kwargs.get("dropout_p", 0.0) > 0.0 and kwargs["seed"] is None
-            if drawn and name not in reference.OPS_OF_TENSOR_CORES:  # of ``fused_rows``
+            if drawn and name not in reference.OPS_OF_TENSOR_CORES:  # a kernel of ``fused_rows``
                 kwargs["seed"] = _host.dropout_seed(args[0].device)  # the same mask in all calls
             calls.append(Call(name, mapped(_leaf, args), mapped(_leaf, kwargs), dtype))
             return getattr(ops, name)(*args, **kwargs)
