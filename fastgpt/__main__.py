@@ -1,4 +1,4 @@
-"""The entry point of the command line: names a missing package in one line."""
+"""The entry point of the command line. Reports a missing package in one line."""
 
 import sys
 

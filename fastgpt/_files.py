@@ -1,4 +1,4 @@
-"""Atomic writes, an exclusive lock on a folder, checksums, what a file may hold."""
+"""File helpers: atomic writes, exclusive locks on folders, checksums, safe reading."""
 
 import contextlib
 import hashlib
@@ -12,7 +12,7 @@ from typing import IO, Any
 
 
 def parsed_json(text: str | bytes) -> Any:
-    """As ``json.loads``; ValueError also for what is nested too deeply."""
+    """``json.loads``, with ValueError also for JSON that is nested too deeply."""
     try:
         return json.loads(text)
     except RecursionError as error:
@@ -21,10 +21,10 @@ def parsed_json(text: str | bytes) -> Any:
 
 @contextlib.contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """A failure to write in the with block, such as a full disk, is an OSError that names ``path``.
+    """Within the block, raise write errors, such as a full disk, as an OSError that names ``path``.
 
-    A write to an open file raises OSError without a path. PyTorch's zip writer then raises a
-    RuntimeError of its own over that, or not, by how much of the file was buffered.
+    A write to an open file raises OSError without a path. Depending on how much is buffered,
+    PyTorch's zip writer raises its own RuntimeError on top.
     """
     try:
         yield
@@ -39,10 +39,10 @@ def writing(path: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def atomic_write(path: Path) -> Iterator[IO[bytes]]:
-    """A temporary file to write in the with block. At its end the file is synced to the disk and
-    renamed to ``path``; if the block raises or the process dies, ``path`` is unchanged.
+    """Yield a temporary file. At the end of the block it is synced to disk and renamed to ``path``;
+    if the block raises or the process dies, ``path`` is unchanged.
 
-    Raises OSError as ``writing`` does.
+    Raises OSError like ``writing``.
     """
     temporary = path.with_name(f".{path.name}.tmp")
     with writing(path):
@@ -58,7 +58,7 @@ def atomic_write(path: Path) -> Iterator[IO[bytes]]:
 
 
 def check_folder(out_dir: Path, rule: str = "out_dir must be a folder") -> None:
-    """Raise NotADirectoryError if ``out_dir``, or a folder that it is to lie in, is a file."""
+    """Raise NotADirectoryError if ``out_dir`` or one of its parents is a file."""
     for folder in (out_dir, *out_dir.parents):
         if folder.is_file():
             raise NotADirectoryError(f"{rule}, but {folder} is a file")
@@ -77,8 +77,8 @@ def sync_folder(folder: Path) -> None:
 
 @contextlib.contextmanager
 def exclusive_lock(folder: Path) -> Iterator[None]:
-    """Lock ``folder`` against other processes in the with block. The lock ends with the process;
-    without POSIX there is none.
+    """Lock ``folder`` against other processes within the block. The lock ends with the process;
+    on systems other than POSIX there is none.
 
     Raises ValueError if another process holds the lock.
     """
@@ -115,8 +115,8 @@ def sha256_of(path: Path) -> str:
 
 @contextlib.contextmanager
 def reading_checkpoint(path: Path) -> Iterator[None]:
-    """In it, what PyTorch raises for a file of ``torch.save``'s that is damaged, or that
-    ``weights_only=True`` refuses, is a ValueError of one line that names ``path``.
+    """Within the block, turn PyTorch's errors for a checkpoint that is damaged, or rejected by
+    ``weights_only=True``, into a ValueError of one line that names ``path``.
     """
     try:
         yield
@@ -135,9 +135,9 @@ def reading_checkpoint(path: Path) -> Iterator[None]:
 
 
 def _foreign_objects(path: Path) -> str:
-    """The classes and functions that ``weights_only=True`` refuses; "" if there are none, or the
-    file is none of ``torch.save``'s."""
-    import torch  # this module is for commands without it too
+    """The classes and functions that ``weights_only=True`` rejects; "" if there are none, or if
+    ``torch.save`` did not write the file."""
+    import torch  # not at the top: some commands do not need it
 
     try:
         names = torch.serialization.get_unsafe_globals_in_checkpoint(path)

@@ -1,4 +1,4 @@
-"""Packages that only some commands need."""
+"""Import of optional dependencies."""
 
 import importlib
 from pathlib import Path
@@ -8,8 +8,8 @@ _CLONE = Path(__file__).parents[1]
 
 
 def optional(module: str, what: str, extra: str) -> Any:
-    """Import ``module``, which ``what`` needs; an ImportError says how to install it: in a clone
-    with its ``extra``, else by its own name, as no index has this project.
+    """Import ``module`` for the feature ``what``. The ImportError says how to install it: in a
+    clone by the project's ``extra``, otherwise by its own name, since no index has this project.
     """
     try:
         return importlib.import_module(module)

@@ -1,4 +1,4 @@
-"""What long work shows: a progress bar on stderr, and the lines of a run; with or without rich."""
+"""Console output of long work: progress bars on stderr and log lines, with or without rich."""
 
 import contextlib
 import io
@@ -16,8 +16,8 @@ _SPANS_WITHOUT_BAR = 32  # about a second of work
 
 
 def spans(total: int, description: str) -> Iterator[slice]:
-    """Slices of at most ``SPAN`` items that cover ``range(total)`` in order, with a progress bar
-    where there are many.
+    """Slices of at most ``SPAN`` items that cover ``range(total)`` in order. Shows a progress bar
+    if there are many.
     """
     starts = range(0, total, SPAN)
     with progress_bar(description, hidden=len(starts) <= _SPANS_WITHOUT_BAR) as show:
@@ -30,9 +30,9 @@ def spans(total: int, description: str) -> Iterator[slice]:
 def progress_bar(
     description: str, hidden: bool = False, console: "AnyConsole | None" = None
 ) -> Iterator[Callable[..., None]]:
-    """A bar on ``console``, or on stderr, moved by ``show(fraction, text="")``; the fraction of the
-    work that is done lies in [0, 1] and is None where the whole is unknown. Without rich, or where
-    the console is no terminal that can move its cursor, nothing is shown.
+    """A progress bar on ``console`` or stderr, updated by ``show(fraction, text="")``. The fraction
+    done lies in [0, 1], or is None if the total is unknown. Shows nothing without rich, or if the
+    console is not an interactive terminal.
     """
     try:
         from rich.console import Console
@@ -56,7 +56,7 @@ def progress_bar(
         TextColumn(description),
         BarColumn(bar_width=12),
         TaskProgressColumn(),
-        # On a narrow terminal this one is cut off.
+        # Truncated on a narrow terminal.
         TextColumn("{task.fields[text]}", table_column=Column(ratio=1, no_wrap=True)),
         TimeElapsedColumn(),
         TimeRemainingColumn(),
@@ -72,7 +72,7 @@ def progress_bar(
 
 
 class PlainConsole:
-    """As much of rich's Console as a run needs, where rich is not installed."""
+    """The part of rich's Console that a run needs, for use without rich."""
 
     is_interactive = False
 
@@ -81,8 +81,8 @@ class PlainConsole:
 
 
 def escape_unprintable() -> None:
-    """From now on stdout and stderr show a character that their encoding lacks as an escape such
-    as ``\\u2500``, where Python would raise UnicodeEncodeError.
+    """Make stdout and stderr print characters that their encoding lacks as escapes such as
+    ``\\u2500`` instead of raising UnicodeEncodeError.
     """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
@@ -90,8 +90,8 @@ def escape_unprintable() -> None:
 
 
 def run_console() -> AnyConsole:
-    """A console on stdout without markup: names of files and texts are shown as they are, but see
-    ``escape_unprintable``.
+    """A console on stdout without markup, so that file names and texts are printed unchanged, with
+    ``escape_unprintable`` applied.
     """
     escape_unprintable()
     try:

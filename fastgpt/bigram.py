@@ -1,4 +1,4 @@
-"""The bigram baseline: what can be predicted from the current token alone."""
+"""The bigram baseline: predicts the next token from the current one alone."""
 
 from torch import Tensor, nn
 
@@ -8,9 +8,9 @@ from fastgpt.language_model import GPTConfig, LanguageModel
 class Bigram(LanguageModel):
     """A lookup table: row ``i`` holds the logits of the token that follows token ``i``.
 
-    Used as a ``GPT`` is: same ``forward``, ``generate`` and ``configure_optimizers``. Of the
-    config only ``vocab_size`` and ``block_size`` matter. Its lowest possible loss is the bigram
-    entropy of the text. The state dict holds one tensor, ``table.weight`` (V, V).
+    Has the interface of ``GPT``: ``forward``, ``generate`` and ``configure_optimizers``. Uses only
+    ``vocab_size`` and ``block_size`` of the config. Its lowest possible loss is the bigram entropy
+    of the text. The state dict contains one tensor, ``table.weight`` (V, V).
     """
 
     def __init__(self, config: GPTConfig) -> None:

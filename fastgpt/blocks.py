@@ -1,11 +1,10 @@
 """The layers of ``GPT``, named as in nanoGPT, on the ops of ``fastgpt.ops``.
 
-Ops take the place of layers only where the layers are plain: of exactly the type that was built,
-with no hook and no patched ``forward``. A layer that was replaced, wrapped, hooked or patched is
-called. ``Block``, ``CausalSelfAttention``, ``MLP`` and ``LayerNorm`` may be called as in nanoGPT,
-with x alone.
+An op replaces a layer only if the layer is plain: exactly the type that was built, without hooks
+and without a patched ``forward``. Any other layer is called as a module. ``Block``,
+``CausalSelfAttention``, ``MLP`` and ``LayerNorm`` can also be called with x alone, as in nanoGPT.
 
-In the shape comments B is the batch, T the length, C the width ``n_embd``.
+In shape comments B is the batch size, T the sequence length, C the width ``n_embd``.
 """
 
 from collections.abc import Callable
@@ -19,24 +18,24 @@ from fastgpt import ops as default_ops
 from fastgpt.language_model import GPTConfig
 from fastgpt.ops import Recompute
 
-Attend = Callable[[Tensor], Tensor]  # qkv (B, T, 3C) → (B, T, C), in the place of attention
+Attend = Callable[[Tensor], Tensor]  # qkv (B, T, 3C) → (B, T, C), called instead of attention
 
 
 class Dropout:
-    """The dropout of one forward pass: every place that drops has an offset of its own under one
-    seed, so that no mask is ever stored. Without a seed PyTorch's generator draws the masks.
+    """The dropout masks of one forward pass. Each dropout layer gets its own offset under a common
+    seed, so that masks are recomputed, not stored. Without a seed PyTorch's generator draws them.
     """
 
     def __init__(self, seed: Tensor | None) -> None:
         self.seed = seed
-        self.place = 0  # the offset of the next place
+        self.next_offset = 0
 
     def arguments(self, module: nn.Module, p: float) -> dict[str, Any]:
-        """For the op in the place of ``module``, whose mode says whether it drops."""
+        """The dropout arguments of the op that replaces ``module``; p is 0 in eval mode."""
         p = p if module.training else 0.0
         seed = self.seed if p > 0.0 else None
-        self.place += 1
-        return dict(dropout_p=p, seed=seed, dropout_offset=self.place - 1)
+        self.next_offset += 1
+        return dict(dropout_p=p, seed=seed, dropout_offset=self.next_offset - 1)
 
 
 _FORWARDS: dict[type[nn.Module], Callable[..., Any]] = {
@@ -46,8 +45,8 @@ _FORWARDS: dict[type[nn.Module], Callable[..., Any]] = {
 
 
 def is_plain(module: Any, kind: type[nn.Module]) -> bool:
-    """Whether a call of ``module`` does what ``kind`` does and nothing more, so that an op may take
-    its place. Hooks for all modules (``register_module_forward_hook``, profilers) do not count.
+    """Whether ``module`` behaves exactly like a fresh ``kind``, so that an op may replace it.
+    Ignores global hooks (``register_module_forward_hook``, profilers).
     """
     own = module.__dict__
     expected, n_hooks = own.get("_plain_as", (kind, 0))
@@ -60,7 +59,8 @@ def is_plain(module: Any, kind: type[nn.Module]) -> bool:
 
 
 def keep_plain(module: nn.Module) -> None:
-    """Count the module's present class and hooks as plain: FSDP2's, which change no result."""
+    """Treat the module's current class and hooks as plain. Used after FSDP2 has replaced the class
+    and added hooks, neither of which changes a result."""
     module.__dict__["_plain_as"] = type(module), _n_hooks(module.__dict__)
 
 
@@ -74,21 +74,23 @@ def _n_hooks(own: dict[str, Any]) -> int:
 
 
 class Context(NamedTuple):
-    """What the layers of one forward pass of ``GPT`` share."""
+    """State shared by the layers in one forward pass of ``GPT``."""
 
     dropout: Dropout
-    doc_start: Tensor | None = None  # (B, T): where each token's document starts
+    doc_start: Tensor | None = None  # (B, T): the position where each token's document starts
     recompute: bool = False
 
 
 class Delta(NamedTuple):
-    """What a layer adds to the residual stream: ``dropout(value + bias)``."""
+    """A layer's contribution to the residual stream, ``dropout(value + bias)``, with bias and
+    dropout still to be applied: the residual LayerNorm op fuses them.
+    """
 
     value: Tensor
     bias: Tensor | None = None
-    dropout: nn.Dropout | None = None  # a plain one, or none is left to be done
+    dropout: nn.Dropout | None = None  # always plain
 
-    def dropped(self) -> Tensor:
+    def materialize(self) -> Tensor:
         value = self.value if self.bias is None else self.value + self.bias
         return value if self.dropout is None else self.dropout(value)
 
@@ -107,9 +109,9 @@ class LayerNorm(nn.Module):
         return self._layer_norm(x, self.weight, self.bias, 1e-5)
 
     def of_sum(self, residual: Tensor, delta: Delta, dropout: Dropout) -> tuple[Tensor, Tensor]:
-        """The norm of ``residual`` plus ``delta``, and that sum."""
+        """Return ``LayerNorm(residual + delta)`` and the sum."""
         bias, drop = delta.bias, {}
-        if bias is not None:  # FSDP2 rounds it with the matrices of its group
+        if bias is not None:  # FSDP2 casts it to half precision with the matrices of its group
             bias = bias.to(self.weight.dtype)
         if delta.dropout is not None:
             drop = dropout.arguments(delta.dropout, delta.dropout.p)
@@ -121,15 +123,15 @@ class LayerNorm(nn.Module):
 def _sum_and_norm(
     norm: nn.Module | None, residual: Tensor, delta: Delta, dropout: Dropout
 ) -> tuple[Any, Tensor]:
-    """``residual`` plus ``delta``, behind its norm (None without ``norm``): one op for ours."""
+    """Return ``norm(residual + delta)`` (None without ``norm``) and the sum. One op if plain."""
     if norm is not None and is_plain(norm, LayerNorm):
         return norm.of_sum(residual, delta, dropout)  # type: ignore[operator]
-    residual = residual + delta.dropped()
+    residual = residual + delta.materialize()
     return None if norm is None else norm(residual), residual
 
 
 def _recompute(norm: nn.Module, x: Tensor, context: Context) -> Recompute | None:
-    """How to compute ``norm(x)`` again in the backward, where that is wanted and known."""
+    """The arguments to recompute ``norm(x)`` in the backward, or None to save its result."""
     if context.recompute and is_plain(norm, LayerNorm):
         return x, norm.weight, norm.bias, 1e-5  # type: ignore[return-value]
     return None
@@ -142,7 +144,7 @@ class CausalSelfAttention(nn.Module):
         super().__init__()
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
-        # part of the interface only: the op drops probabilities itself, at the rate `dropout`
+        # Only for nanoGPT's interface: the attention op applies dropout at the rate `dropout`.
         self.attn_dropout = nn.Dropout(config.dropout)
         self.resid_dropout = nn.Dropout(config.dropout)
         self.n_head = config.n_head
@@ -153,7 +155,7 @@ class CausalSelfAttention(nn.Module):
         self._attention_decode = ops.attention_decode
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.delta(x, Context(Dropout(None))).dropped()
+        return self.delta(x, Context(Dropout(None))).materialize()
 
     def delta(
         self,
@@ -162,8 +164,8 @@ class CausalSelfAttention(nn.Module):
         recompute: Recompute | None = None,
         attend: Attend | None = None,
     ) -> Delta:
-        """``self(x)``, whose bias and dropout are left to the residual sum where they are plain.
-        ``attend`` takes the place of attention."""
+        """``self(x)`` with bias and dropout left to the residual sum, if the layers are plain.
+        ``attend`` is called instead of attention."""
         c_attn = self.c_attn
         if is_plain(c_attn, nn.Linear):
             qkv = self._linear(x, c_attn.weight, c_attn.bias, recompute=recompute)  # (B, T, 3C)
@@ -177,8 +179,8 @@ class CausalSelfAttention(nn.Module):
         return _projected(self._linear, self.c_proj, y, self.resid_dropout)  # (B, T, C)
 
     def prefill(self, cache: list[Tensor], layer: int, n_slots: int, qkv: Tensor) -> Tensor:
-        """Attention of whole sequences, whose keys and values go to ``cache[layer]``,
-        (2, B, H, n_slots, D), which is made where there is none yet.
+        """Attention of whole sequences. Writes their keys and values to ``cache[layer]``,
+        (2, B, H, n_slots, D), allocated on first use.
         """
         heads = qkv.unflatten(2, (3, self.n_head, -1)).permute(2, 0, 3, 1, 4)  # (3, B, H, T, D)
         if layer == len(cache):
@@ -188,7 +190,7 @@ class CausalSelfAttention(nn.Module):
         return self._attention(qkv, self.n_head)
 
     def decode(self, cache: Tensor, positions: Tensor, qkv: Tensor) -> Tensor:
-        """Attention of one more token of each sequence, at its position (B,)."""
+        """Attention of one new token per sequence, at its position (B,)."""
         return self._attention_decode(qkv, cache, positions)
 
 
@@ -196,15 +198,15 @@ def _projected(
     linear: Callable[..., Tensor], c_proj: nn.Module, y: Tensor, dropout: nn.Module
 ) -> Delta:
     if is_plain(c_proj, nn.Linear):
-        return _left(linear(y, c_proj.weight), c_proj.bias, dropout)  # type: ignore[arg-type]
-    return _left(c_proj(y), None, dropout)
+        return _deferred(linear(y, c_proj.weight), c_proj.bias, dropout)  # type: ignore[arg-type]
+    return _deferred(c_proj(y), None, dropout)
 
 
-def _left(value: Tensor, bias: Tensor | None, dropout: nn.Module) -> Delta:
-    """Bias and dropout to the residual sum, unless the dropout has to be called."""
+def _deferred(value: Tensor, bias: Tensor | None, dropout: nn.Module) -> Delta:
+    """Leave bias and dropout to the residual sum. A dropout that is not plain is called here."""
     if is_plain(dropout, nn.Dropout):
         return Delta(value, bias, dropout)  # type: ignore[arg-type]
-    return Delta(dropout(Delta(value, bias).dropped()))
+    return Delta(dropout(Delta(value, bias).materialize()))
 
 
 class MLP(nn.Module):
@@ -223,14 +225,14 @@ class MLP(nn.Module):
         self._mlp = ops.mlp
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.delta(x).dropped()
+        return self.delta(x).materialize()
 
     def delta(self, x: Tensor, recompute: Recompute | None = None) -> Delta:
-        """``self(x)``, whose bias and dropout are left to the residual sum where they are plain."""
+        """``self(x)`` with bias and dropout left to the residual sum, if the layers are plain."""
         c_fc, gelu, c_proj = self.c_fc, self.gelu, self.c_proj
         plain_fc, plain_gelu = is_plain(c_fc, nn.Linear), is_plain(gelu, nn.GELU)
-        # One token a sequence gives few rows, and the product with GELU in its epilogue computes
-        # 128 at a time.
+        # Not for T = 1: decoding has few rows, and the matmul with the GELU epilogue has tiles of
+        # 128 rows.
         if x.shape[-2] > 1 and plain_fc and plain_gelu and is_plain(c_proj, nn.Linear):
             y = self._mlp(
                 x,
@@ -240,7 +242,7 @@ class MLP(nn.Module):
                 approximate=gelu.approximate,
                 recompute=recompute,
             )
-            return _left(y, c_proj.bias, self.dropout)
+            return _deferred(y, c_proj.bias, self.dropout)
         if plain_fc:
             x = self._linear(x, c_fc.weight, c_fc.bias, recompute=recompute)
         else:
@@ -250,7 +252,7 @@ class MLP(nn.Module):
 
 
 def _no_kernels(x: Tensor, *ops: Any) -> None:
-    """In place of ``block_kernels`` in a module of ops without it."""
+    """Stands in for ``block_kernels`` if the module of ops has none."""
 
 
 class Block(nn.Module):
@@ -267,7 +269,7 @@ class Block(nn.Module):
         self._block_kernels = getattr(ops, "block_kernels", _no_kernels)
 
     def forward(self, x: Tensor, *fused: Any) -> Any:
-        """x (B, T, C) → its like. ``GPT`` passes more: see ``between_norms``."""
+        """x (B, T, C) → (B, T, C). ``GPT`` passes further arguments: see ``between_norms``."""
         if fused:
             return self.between_norms(x, *fused)
         x = x + self.attn(self.ln_1(x))
@@ -281,15 +283,15 @@ class Block(nn.Module):
         context: Context,
         attend: Attend | None,
     ) -> tuple[Any, Tensor]:
-        """The block on ``x``, which is ``ln_1(residual)``: a sum and the LayerNorm behind it are
-        one op, so it ends with that of the next block.
+        """The block applied to ``x = ln_1(residual)``. A residual sum and the LayerNorm after it
+        are one op, so the block ends with the first LayerNorm of the next one.
 
-        Returns ``next_norm`` of the new residual (None without one), and the new residual.
+        Returns ``next_norm(new_residual)`` (None without ``next_norm``) and the new residual.
         """
         attn, mlp, dropout = self.attn, self.mlp, context.dropout
-        together = None if attend else self._together(x, residual, next_norm, context)
-        if together is not None:
-            return together
+        fused = None if attend else self._fused_block(x, residual, next_norm, context)
+        if fused is not None:
+            return fused
         if is_plain(attn, CausalSelfAttention):
             delta = attn.delta(x, context, _recompute(self.ln_1, residual, context), attend)
         else:
@@ -301,11 +303,11 @@ class Block(nn.Module):
             delta = Delta(mlp(x))
         return _sum_and_norm(next_norm, residual, delta, dropout)
 
-    def _together(
+    def _fused_block(
         self, x: Tensor, residual: Tensor, next_norm: nn.Module | None, context: Context
     ) -> tuple[Tensor, Tensor] | None:
-        """``between_norms`` in one call, which spares the host most of its work for the ops; None
-        where that is not possible, or a layer is not plain."""
+        """``between_norms`` as a single call, which saves most of the host overhead per op. Returns
+        None if that is not possible, such as when a layer is not plain."""
         if next_norm is None or torch.compiler.is_compiling():
             return None
         attn, ln_2, mlp = self.attn, self.ln_2, self.mlp
@@ -341,12 +343,12 @@ class Block(nn.Module):
             *(d.p if d.training else 0.0 for d in drops),
         )
         options = kernels.Options(
-            attn.n_head, mlp.gelu.approximate, rates, dropout.place, context.recompute
+            attn.n_head, mlp.gelu.approximate, rates, dropout.next_offset, context.recompute
         )
         shared = x, residual, layers, options, dropout.seed
         if not kernels.fits(*shared):
             return None
-        dropout.place += len(rates)
+        dropout.next_offset += len(rates)
         norm = _recompute(self.ln_1, residual, context)
         return kernels.block(*shared, context.doc_start, norm)
 

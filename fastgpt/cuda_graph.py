@@ -1,8 +1,8 @@
-"""A function that works on tensors of its own, replayed as one CUDA graph.
+"""Capture a function on static tensors as a CUDA graph and replay it.
 
-The host then launches once a call instead of once a kernel. What changes between two calls must lie
-in tensors that the function finds at the same place each time; PyTorch's random generators count
-on, so that every replay draws other numbers.
+The host then makes one launch per call instead of one per kernel. Inputs that change between calls
+must be in tensors that keep their address. PyTorch's random generators advance with every replay,
+so each draws new random numbers.
 """
 
 from collections.abc import Callable
@@ -12,21 +12,21 @@ import torch
 
 _T = TypeVar("_T")
 
-# Calls before the capture. They do what may not happen in one: kernels are compiled and loaded,
-# libraries allocate what they keep.
+# Calls before the capture, for work that is not allowed during one: kernels are compiled and
+# loaded, libraries allocate their workspaces.
 _WARM_UP = 3
 
 
 class Graphed(Generic[_T]):
-    """``function()``, from the fourth call on as a CUDA graph.
+    """Calls ``function()``, as a CUDA graph from the fourth call on.
 
-    A replay writes its results to the same tensors: copy what must outlive the next call.
+    Every replay writes to the same result tensors: copy what must outlive the next call.
     """
 
     def __init__(self, function: Callable[[], _T], device: torch.device) -> None:
         self._function = function
-        # Warm-up and capture share a stream of their own: a backward pass waits for the streams of
-        # earlier ones, which a capture must not do.
+        # Warm-up and capture use the same side stream: a backward pass waits for the streams of
+        # earlier ones, which is not allowed during a capture.
         self._stream = torch.cuda.Stream(device)
         self._graph: torch.cuda.CUDAGraph | None = None
         self._calls = 0
@@ -49,7 +49,7 @@ class Graphed(Generic[_T]):
 
     def _captured(self) -> torch.cuda.CUDAGraph:
         graph = torch.cuda.CUDAGraph()
-        # Autocast would keep weights that it cast here, which are computed in a replay only.
+        # Autocast would cache weights cast here, but these are only computed in a replay.
         cache = torch.is_autocast_cache_enabled()
         torch.set_autocast_cache_enabled(False)
         try:

@@ -1,4 +1,4 @@
-"""The keys ``device`` and ``dtype`` as PyTorch takes them, where Triton runs, random states."""
+"""Devices and dtypes: the keys ``device`` and ``dtype``, Triton support, random states."""
 
 import importlib.util
 from contextlib import AbstractContextManager, nullcontext
@@ -28,12 +28,12 @@ def triton_refusal(device: torch.device) -> str:
 
 
 def triton_multiplies(device: torch.device) -> bool:
-    """Whether Triton's matrix products take the tensor cores of a GPU that it runs on."""
+    """Whether Triton's matrix products use the tensor cores of this GPU."""
     return torch.cuda.get_device_properties(device.index).major >= 8
 
 
-# TFLOP/s of dense matrix products of bfloat16 (before 8.0: float16) with sums in float32, by the
-# vendor's data sheets; the first name that is part of a GPU's.
+# Dense bfloat16 TFLOP/s with float32 accumulation (before 8.0: float16), from the vendor's data
+# sheets. The first name contained in the GPU's name applies.
 _PEAKS = {
     "B200": 2250.0,
     "H200 NVL": 835.0,
@@ -61,8 +61,8 @@ _PEAKS = {
 
 
 def peak_flops(gpu: str) -> float | None:
-    """FLOP/s of matrix products in half precision, by the GPU's name as PyTorch has it; None for
-    one that no table here knows."""
+    """Peak half-precision FLOP/s of matrix products, for the GPU's name as PyTorch reports it; None
+    for an unknown GPU."""
     words = f" {gpu} ".replace("-", " ")
     if any(f" {other} " in words for other in ("Laptop", "D", "Max")):  # slower, of the same name
         return None
@@ -71,7 +71,7 @@ def peak_flops(gpu: str) -> float | None:
 
 
 def resolve_device(name: str) -> torch.device:
-    """The device of a key ``device``; ValueError when this machine has none of that name."""
+    """The device that the key ``device`` names; ValueError if this machine does not have it."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     gpus = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
@@ -87,21 +87,21 @@ def resolve_device(name: str) -> torch.device:
 
 
 def has_bfloat16() -> bool:
-    """Whether the current GPU has bfloat16 in hardware. One older than Ampere emulates it, slower
-    than float32."""
+    """Whether the current GPU has bfloat16 in hardware. GPUs before Ampere emulate it, slower than
+    float32."""
     return torch.cuda.is_bf16_supported(including_emulation=False)
 
 
 def is_native(dtype: str, device: torch.device) -> bool:
-    """Whether ``device`` has the dtype of a key: float16 needs a GPU, bfloat16 one that has it in
-    hardware, or none."""
+    """Whether ``device`` supports the dtype: float16 needs a GPU; bfloat16 needs hardware support
+    on a GPU and runs on any other device."""
     if dtype == "float16":
         return device.type == "cuda"
     return dtype != "bfloat16" or device.type != "cuda" or has_bfloat16()
 
 
 def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
-    """The autocast dtype of a key ``dtype`` on ``device``; float32 means no autocast."""
+    """The autocast dtype that the key ``dtype`` means on ``device``; float32: no autocast."""
     if name == "auto":
         if device.type != "cuda":
             return torch.float32
@@ -123,7 +123,7 @@ def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager
 
 
 def random_states(device: torch.device) -> dict[str, Tensor]:
-    """The states of PyTorch's generators, of the CPU and of a GPU ``device``."""
+    """The states of PyTorch's generators for the CPU and, if it is a GPU, ``device``."""
     states = {"cpu": torch.get_rng_state()}
     if device.type == "cuda":
         states["cuda"] = torch.cuda.get_rng_state(device)
@@ -131,7 +131,7 @@ def random_states(device: torch.device) -> dict[str, Tensor]:
 
 
 def set_random_states(states: dict[str, Tensor], device: torch.device) -> None:
-    """Go on from ``random_states``, perhaps those of a machine without a GPU."""
+    """Restore ``random_states``, which may come from a machine without a GPU."""
     torch.set_rng_state(states["cpu"])
     if device.type == "cuda" and "cuda" in states:
         torch.cuda.set_rng_state(states["cuda"], device)

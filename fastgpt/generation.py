@@ -1,14 +1,14 @@
-"""Sampling: how one token is drawn from logits, and the loop that feeds a model what it drew.
+"""Sampling: drawing a token from logits, and the autoregressive loop around it.
 
-As long as a sequence fits into the model's window, its keys and values stay in a static cache: one
-forward pass over the prompt fills it, then each step computes one token a sequence. Positions are
-absolute, so a longer sequence has no use for its cache: each further token takes a forward pass
-over its last ``block_size`` tokens, at positions from 0, as in nanoGPT. Sequences of a batch may be
-of different lengths, and leave the window at different times.
+While a sequence fits into the model's window, a static KV cache is used: one forward pass over the
+prompt fills it, then each step computes one token per sequence. Positions are absolute, so a
+sequence that has outgrown the window cannot use its cache: each further token takes a forward pass
+over the last ``block_size`` tokens, at positions from 0, as in nanoGPT. The sequences of a batch
+may have different lengths and leave the window at different times.
 
-On a GPU the host never waits here, and a cached step, draw included, is one CUDA graph.
+On a GPU there is no host synchronization, and a cached step, including the draw, is one CUDA graph.
 
-In the shape comments B is the batch, V ``vocab_size``.
+In shape comments B is the batch size, V ``vocab_size``.
 """
 
 import math
@@ -23,23 +23,23 @@ from torch import Tensor
 from fastgpt.cuda_graph import Graphed
 
 _LEAST_TEMPERATURE = 1e-30  # float32 logits divided by less overflow
-NOT_FINITE = -1  # drawn in place of a token where the logits are NaN or infinite
+NOT_FINITE = -1  # returned instead of a token if the logits are NaN or infinite
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How a token is drawn. In this order: the penalty, the temperature, the cuts ``top_k``,
-    ``top_p`` and ``min_p``.
+    """Sampling parameters. Applied in this order: penalty, temperature, ``top_k``, ``top_p``,
+    ``min_p``.
 
     Args:
         temperature: divisor of the logits; 0 takes the likeliest token.
-        top_k: keep this many of the likeliest, and whatever ties with the last; None keeps all.
-        top_p: keep the fewest that together have this probability (nucleus sampling, Holtzman et
-            al. 2020), and the likeliest in any case; 1 keeps all.
-        min_p: drop what is less likely than this share of the likeliest (Nguyen et al. 2024);
+        top_k: keep the k likeliest tokens, and any that tie with the last; None keeps all.
+        top_p: keep the fewest tokens that together have this probability (nucleus sampling,
+            Holtzman et al. 2020), at least the likeliest; 1 keeps all.
+        min_p: drop tokens less likely than this fraction of the likeliest (Nguyen et al. 2024);
             0 drops none.
-        repetition_penalty: divides the positive logits of tokens that are in the sequence already,
-            and multiplies the negative ones (CTRL, Keskar et al. 2019); 1 changes none.
+        repetition_penalty: divides positive logits of tokens that are already in the sequence, and
+            multiplies negative ones (CTRL, Keskar et al. 2019); 1 changes none.
 
     Raises ValueError naming the argument, its value and what is allowed.
     """
@@ -68,11 +68,11 @@ class Sampling:
 
 
 def draw(logits: Tensor, sampling: Sampling, seen: Tensor | None = None) -> Tensor:
-    """Draw one token for each row: logits (B, V) → tokens (B,); ``NOT_FINITE`` where a row is not
+    """Draw one token per row: logits (B, V) → tokens (B,), ``NOT_FINITE`` for rows that are not
     finite.
 
     ``seen`` (B, V), bool: the tokens that the penalty applies to. The draws equal those of
-    ``torch.multinomial``, which on a GPU makes the host wait.
+    ``torch.multinomial``, without its host synchronization on a GPU.
     """
     scores = logits.to(torch.promote_types(logits.dtype, torch.float32))
     if seen is not None:
@@ -96,14 +96,14 @@ def draw(logits: Tensor, sampling: Sampling, seen: Tensor | None = None) -> Tens
         probs = probs.masked_fill(dropped.scatter(1, order, dropped), 0.0)
     if sampling.min_p > 0.0:
         probs = probs.masked_fill(probs < sampling.min_p * probs.amax(-1, keepdim=True), 0.0)
-    # The smallest of exponential variables whose rates are the probabilities, which need not sum
-    # to 1 after the cuts.
+    # The exponential race: the argmin of exponential variables whose rates are the probabilities,
+    # which need not sum to 1.
     tokens = (probs / torch.empty_like(probs).exponential_()).argmax(dim=-1)
     return tokens.masked_fill(~valid, NOT_FINITE)
 
 
 def check_finite(tokens: Sequence[int]) -> None:
-    """FloatingPointError if a token is ``NOT_FINITE``."""
+    """Raise FloatingPointError if a token is ``NOT_FINITE``."""
     if NOT_FINITE in tokens:
         raise FloatingPointError(
             "the model's logits are NaN or infinite: its weights are damaged, or they overflow "
@@ -117,7 +117,7 @@ class _Shape(Protocol):
 
 
 class Predictor(Protocol):
-    """What ``Generator`` asks of a language model."""
+    """The interface of a language model that ``Generator`` uses."""
 
     @property
     def config(self) -> _Shape: ...
@@ -129,13 +129,13 @@ class Predictor(Protocol):
         """Token ids (B, T) → logits (B, T, V)."""
 
     def _caches(self) -> bool:
-        """Whether ``_prefill`` and ``_decode`` give the numbers of a forward pass."""
+        """Whether ``_prefill`` and ``_decode`` give the same results as a full forward pass."""
 
     def _prefill(self, idx: Tensor, last: Tensor, n_slots: int, cache: list[Tensor]) -> Tensor:
-        """Token ids (B, T), of which row b ends at ``last[b]`` → logits (B, V) at that place.
+        """Token ids (B, T), where row b ends at ``last[b]`` → logits (B, V) at that position.
 
-        Writes to ``cache``, which holds one tensor a layer for ``n_slots`` tokens, or is an empty
-        list to which they are added.
+        Writes to ``cache``, one tensor per layer for ``n_slots`` tokens. If the list is empty, the
+        tensors are appended to it.
         """
 
     def _decode(self, tokens: Tensor, positions: Tensor, cache: list[Tensor]) -> Tensor:
@@ -143,14 +143,14 @@ class Predictor(Protocol):
 
 
 class Generator:
-    """Draws tokens from a model. The cache and the CUDA graph are kept for the next batch of the
-    same sizes.
+    """Generates tokens with a model. Reuses the cache and the CUDA graph for batches of the same
+    size.
 
         generator = Generator(model, Sampling(temperature=0.8))
         for tokens in generator([prompt, other_prompt], max_new_tokens=100): ...
 
-    The model's weights must stay where they are between two calls. ``autocast`` is the context in
-    which the model runs; None for none. It is left whenever tokens are yielded.
+    The model's weights must stay at the same addresses between calls. ``autocast`` is the context
+    in which the model runs, or None. It is not active while the caller has control.
     """
 
     def __init__(
@@ -166,10 +166,10 @@ class Generator:
 
     @torch.no_grad()
     def __call__(self, prompts: Sequence[Tensor], max_new_tokens: int) -> Iterator[Tensor]:
-        """The next token of each prompt, ``max_new_tokens`` times: (B,), int64, on the model's
-        device, ``NOT_FINITE`` where the logits are not finite.
+        """Yield the next token of each prompt, ``max_new_tokens`` times: (B,), int64, on the
+        model's device; ``NOT_FINITE`` if the logits are not finite.
 
-        ``prompts``: one or more of token ids (T,), T at least 1, on that device; not checked.
+        ``prompts``: one or more tensors of token ids (T,), T >= 1, on that device; not checked.
         """
         lengths = [len(prompt) for prompt in prompts]
         block_size = self._model.config.block_size
@@ -189,7 +189,7 @@ class Generator:
             lengths = [length + 1 for length in lengths]
 
     def on_host(self, prompts: Sequence[Tensor], max_new_tokens: int) -> Iterator[list[int]]:
-        """The same as lists. Raises FloatingPointError where the logits are not finite."""
+        """The same as lists. Raises FloatingPointError if the logits are not finite."""
         for step in self(prompts, max_new_tokens):
             tokens: list[int] = step.tolist()
             check_finite(tokens)
@@ -204,8 +204,8 @@ class Generator:
 
 
 class _Batch:
-    """The sequences of a batch so far, and their cache. Tensors are changed in place, so that a
-    CUDA graph finds them.
+    """The sequences of a batch so far, and their KV cache. All tensors are updated in place, as a
+    CUDA graph requires.
     """
 
     def __init__(
@@ -226,7 +226,7 @@ class _Batch:
         if sampling.repetition_penalty != 1.0:
             seen = (size, model.config.vocab_size)
             self._seen = torch.zeros(seen, dtype=torch.bool, device=device)
-        self._n_slots = min(self._window, capacity - 1)  # the last token is drawn, but not fed
+        self._n_slots = min(self._window, capacity - 1)  # the last token is never an input
         self._cache: list[Tensor] = []
         self.step: Callable[[], None] = self._step
         if device.type == "cuda":
@@ -266,7 +266,7 @@ class _Batch:
         return self._model._prefill(windows, last, self._n_slots, self._cache)
 
     def window_logits(self, lengths: Sequence[int], rows: Sequence[int] | None = None) -> Tensor:
-        """Logits (rows, V) by a forward pass over the last ``block_size`` tokens of these rows."""
+        """Logits (rows, V) from a forward pass over the last ``block_size`` tokens of the rows."""
         rows = range(len(lengths)) if rows is None else rows
         windows, last = self._windows(rows, lengths)
         if len({min(lengths[row], self._window) for row in rows}) == 1:
@@ -275,7 +275,7 @@ class _Batch:
         return logits[torch.arange(len(rows), device=last.device), last]
 
     def mixed_logits(self, lengths: Sequence[int]) -> Tensor:
-        """A cached step for the rows inside the window, a forward pass for the others."""
+        """Logits from the cache for rows inside the window, from a forward pass for the others."""
         rows = [row for row, length in enumerate(lengths) if length > self._window]
         logits = self.window_logits(lengths, rows)
         if len(rows) == len(lengths):
@@ -283,8 +283,8 @@ class _Batch:
         return self._decode().index_copy(0, torch.tensor(rows, device=logits.device), logits)
 
     def _windows(self, rows: Sequence[int], lengths: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """The last ``block_size`` tokens of these rows, shorter rows padded with any ids; and the
-        index of each row's last token."""
+        """The last ``block_size`` tokens of the rows, shorter ones padded with arbitrary ids; and
+        the index of each row's last token."""
         widths = [min(lengths[row], self._window) for row in rows]
         starts = [lengths[row] - width for row, width in zip(rows, widths, strict=True)]
         device = self._ids.device
@@ -296,5 +296,5 @@ class _Batch:
 
 
 def _valid(tokens: Tensor) -> Tensor:
-    """Ids that an embedding takes, in place of ``NOT_FINITE`` too."""
+    """Replace ``NOT_FINITE`` by an id that an embedding accepts."""
     return tokens.clamp(min=0)

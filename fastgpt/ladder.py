@@ -1,9 +1,9 @@
 """From a bigram table to GPT, one idea at a time, after Andrej Karpathy's lecture "Let's build GPT"
-(2023). ``fastgpt ladder`` trains every rung on the same batches by the same trainer.
+(2023). ``fastgpt ladder`` trains every rung on the same batches with the same trainer.
 
     for result in climb(["bigram", "head"], data_dir, out_dir): print(result.val_loss)
 
-In the shape comments B is the batch, T the length, C the width, V the vocabulary.
+In shape comments B is the batch size, T the sequence length, C the width, V the vocabulary size.
 """
 
 import statistics
@@ -32,7 +32,7 @@ from fastgpt.training.trainer import Trainer
 
 
 class Average(nn.Module):
-    """The mean of the past, by the attention op: a query of zero scores all its tokens alike."""
+    """The mean over past tokens, by the attention op: a zero query scores all tokens equally."""
 
     def forward(self, x: Tensor) -> Tensor:
         x = x[:, None]  # (B, 1, T, C): one head
@@ -40,8 +40,8 @@ class Average(nn.Module):
 
 
 class Head(nn.Module):
-    """One head of self-attention. A token's query says what it looks for, its key what it has, its
-    value what it tells: softmax(query · key / sqrt(C)) weighs the values of the past.
+    """One head of self-attention. A token's query is what it looks for, its key what it contains,
+    its value what it passes on: softmax(query · key / sqrt(C)) weights the values of past tokens.
     """
 
     def __init__(self, config: GPTConfig) -> None:
@@ -57,7 +57,7 @@ class Head(nn.Module):
 
 
 class Heads(nn.Module):
-    """``n_head`` heads side by side, each C / n_head wide; one product gives all q, k and v."""
+    """``n_head`` heads in parallel, each C / n_head wide; one matmul computes all q, k and v."""
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
@@ -88,8 +88,8 @@ class Residual(nn.Module):
 class Stack(LanguageModel):
     """Token and position embedding, ``layers`` one after another, a head for the logits.
 
-    The initial weights are PyTorch's own, as in the lecture: from GPT-2's (0.02) on, layers without
-    LayerNorm get signals so small that 5000 updates leave them behind.
+    The initial weights are PyTorch's defaults, as in the lecture. With GPT-2's (std 0.02) the
+    signals in layers without LayerNorm are too small to train well in 5000 updates.
     """
 
     def __init__(self, config: GPTConfig, *layers: nn.Module) -> None:
@@ -126,7 +126,7 @@ RUNGS: dict[str, Callable[[GPTConfig], LanguageModel]] = {
 
 # -- training
 
-# The lecture's sizes and its AdamW, which are PyTorch's defaults.
+# The lecture's sizes, and its AdamW with PyTorch's defaults.
 _KEYS: dict[str, Any] = {
     "eval_interval": 500,
     "eval_iters": 200,
@@ -149,7 +149,7 @@ _SAMPLE_TOKENS, _SAMPLE_TEMPERATURE, _SAMPLE_TOP_K = 60, 1.0, 200
 
 @dataclass(frozen=True)
 class Result:
-    """What became of a rung. Losses are means over evaluated batches, in nats per token."""
+    """The result of training a rung. Losses are means over evaluated batches, in nats per token."""
 
     rung: str
     parameters: int
@@ -161,7 +161,7 @@ class Result:
 
 
 def keys_of(rung: str) -> dict[str, Any]:
-    """The keys of a rung's run; the last one's are the preset ``char``.
+    """The configuration keys for training a rung. The last rung uses the preset ``char``.
 
     Raises ValueError for an unknown rung.
     """
@@ -169,7 +169,7 @@ def keys_of(rung: str) -> dict[str, Any]:
         raise ValueError(f"rungs must be among {', '.join(RUNGS)}, got {rung!r}")
     if rung == "scaled":
         return PRESETS["char"]
-    # AdamW moves an entry by about the learning rate, and a table's logits have far to go.
+    # AdamW moves a weight by about the learning rate per update, and logits must grow large.
     return _KEYS | {"model": "bigram", "learning_rate": 1e-2} if rung == "bigram" else _KEYS
 
 
@@ -180,8 +180,8 @@ def climb(
     console: "AnyConsole | None" = None,
     **changes: Any,
 ) -> Iterator[Result]:
-    """Train each rung on the data set in ``data_dir``, with a log in ``out_dir``; yield what became
-    of it. ``changes`` replaces keys of all of them. Raises as ``Trainer`` does.
+    """Train each rung on the data set in ``data_dir``, with its log in ``out_dir``, and yield its
+    result. ``changes`` overrides keys of all rungs. Raises like ``Trainer``.
     """
     for rung in rungs:
         keys = keys_of(rung) | {"data_root": str(data_dir.parent), "dataset": data_dir.name}
@@ -196,7 +196,7 @@ def climb(
 def _result(rung: str, trainer: Trainer) -> Result:
     rows = log.read(trainer.out_dir / log.LOG)
     tokenizer = trainer.tokenizer
-    assert tokenizer is not None  # a data set of characters has one
+    assert tokenizer is not None  # every character-level data set has one
     start = start_ids(tokenizer)
     text = write(
         trainer.model.eval(),

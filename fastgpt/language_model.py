@@ -1,6 +1,6 @@
-"""A language model's shape, and what every model here shares: loss, sampling, optimizer, loading.
+"""``GPTConfig`` and the base class of all language models: loss, sampling, optimizer, loading.
 
-In the shape comments B is the batch, T the length, V ``vocab_size``.
+In shape comments B is the batch size, T the sequence length, V ``vocab_size``.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,7 +16,7 @@ from fastgpt.generation import Generator, Sampling, check_finite
 
 @dataclass
 class GPTConfig:
-    """The shape of a model. Exactly these seven fields: nanoGPT reads them from checkpoints.
+    """The shape of a model. Has exactly nanoGPT's seven fields, which checkpoints contain.
 
     Raises TypeError or ValueError naming the field, the value and what is allowed.
     """
@@ -46,11 +46,11 @@ class GPTConfig:
 
 
 class Trainable(nn.Module):
-    """What an optimizer asks of any model here."""
+    """Base class of all models: the methods that an optimizer needs."""
 
     def low_precision_parameters(self) -> list[nn.Parameter]:
-        """The parameters that matrix products in half precision round before use. A model may hold
-        them in half precision, if the optimizer keeps them in float32.
+        """The parameters that autocast casts to half precision before each use. They may be stored
+        in half precision if the optimizer keeps a float32 copy.
         """
         return [p for p in self.parameters() if p.dim() >= 2]
 
@@ -63,22 +63,22 @@ class Trainable(nn.Module):
     ) -> torch.optim.AdamW:
         """AdamW (Loshchilov & Hutter 2019), eps 1e-8, fused on CUDA and on the CPU.
 
-        Group 0 holds the matrices and is decayed, group 1 the vectors and is not. Each keeps the
-        order of ``named_parameters()``, by which a saved optimizer state is indexed.
+        Group 0 holds the matrices, with weight decay; group 1 the vectors, without. Both keep the
+        order of ``named_parameters()``, which indexes a saved optimizer state.
         """
         params = [p for p in self.parameters() if p.requires_grad]
         groups = [
             {"params": [p for p in params if p.dim() >= 2], "weight_decay": weight_decay},
             {"params": [p for p in params if p.dim() < 2], "weight_decay": 0.0},
         ]
-        # None lets PyTorch choose for other devices. Unlike in nanoGPT the CPU has the fused form
-        # too: one pass, without temporaries.
+        # None lets PyTorch choose on other devices. Unlike nanoGPT, also use the fused form on the
+        # CPU: one pass, without temporaries.
         fused = True if torch.device(device_type).type in ("cuda", "cpu") else None
         return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, eps=1e-8, fused=fused)
 
 
 class LanguageModel(Trainable):
-    """What every model here shares: loss, sampling, optimizer, loading. A model adds its
+    """Base class of language models: loss, sampling, optimizer, loading. A subclass adds its
     parameters and ``_logits``.
     """
 
@@ -87,11 +87,11 @@ class LanguageModel(Trainable):
         self.config = config
 
     def _logits(self, idx: Tensor, last_only: bool) -> Tensor:
-        """Token ids (B, T) → logits of the next token (B, T, V), or (B, 1, V) of the last one."""
+        """Token ids (B, T) → logits (B, T, V), or (B, 1, V) of the last position only."""
         raise NotImplementedError
 
     def _loss(self, idx: Tensor, targets: Tensor) -> Tensor:
-        """The mean cross-entropy, for training, where no logits are returned."""
+        """The mean cross-entropy. A subclass may compute it without storing the logits."""
         return _cross_entropy(self._logits(idx, last_only=False), targets)
 
     def _init_weights(self, module: nn.Module) -> None:
@@ -101,7 +101,7 @@ class LanguageModel(Trainable):
             nn.init.zeros_(module.bias)
 
     def get_num_params(self, non_embedding: bool = True) -> int:
-        """The number of parameters; by default without the position table, if there is one.
+        """The number of parameters, by default without a position embedding, if there is one.
         A tied weight counts once.
         """
         return sum(p.numel() for p in self.parameters())
@@ -121,9 +121,9 @@ class LanguageModel(Trainable):
           unless ``return_logits``: the fused loss never builds them. Code with a loss of its own
           passes ``return_logits=True``.
 
-        Raises TypeError or ValueError on a wrong dtype, shape or device, and AssertionError, as
-        nanoGPT does, on a T over block_size. Ids are not checked against the vocabulary: on a
-        GPU the host would wait for that in every step.
+        Raises TypeError or ValueError on a wrong dtype, shape or device, and AssertionError, like
+        nanoGPT, if T exceeds block_size. Ids are not checked against the vocabulary, because on a
+        GPU this would synchronize the host in every step.
         """
         self._check_tokens("idx", idx)
         t = idx.shape[1]
@@ -170,10 +170,10 @@ class LanguageModel(Trainable):
         """Append ``max_new_tokens`` sampled tokens to the prompts ``idx`` (B, T), T >= 1.
 
         Each token is drawn from the softmax of logits / ``temperature`` (0: the likeliest token),
-        among the ``top_k`` likeliest if given. The model sees the last ``block_size`` tokens: up to
-        there a token is one step over cached keys and values, beyond it a forward pass over the
-        whole window. Sampling uses PyTorch's generator; dropout stays on unless ``eval()`` was
-        called, and then nothing is cached.
+        among the ``top_k`` likeliest if given. The model sees the last ``block_size`` tokens. Up to
+        that length each token is one step with a KV cache; beyond it, each is a forward pass over
+        the whole window. Sampling uses PyTorch's generator. Dropout stays on, and disables the
+        cache, unless ``eval()`` was called.
 
         Returns (B, T + max_new_tokens). Raises ValueError or TypeError naming the argument, and
         FloatingPointError if logits are NaN or infinite.
@@ -193,14 +193,14 @@ class LanguageModel(Trainable):
     def stream(
         self, prompts: Sequence[Tensor], max_new_tokens: int, sampling: Sampling | None = None
     ) -> Iterator[list[int]]:
-        """Continue several prompts of any lengths together, token by token.
+        """Continue several prompts as one batch, token by token.
 
-        ``prompts`` are token ids (T,), T >= 1, each of its own T, int64 or int32. Yields the next
-        token of each, ``max_new_tokens`` times; to stop earlier, stop asking. ``sampling`` says how
-        they are drawn, by default from the whole softmax. Window and dropout: see ``generate``.
+        ``prompts`` are token ids (T,), int64 or int32, each with its own T >= 1. Yields the next
+        token of each prompt, ``max_new_tokens`` times; to stop earlier, stop iterating. By default
+        tokens are drawn from the whole softmax. For window and dropout see ``generate``.
 
-        Raises, at once, ValueError or TypeError naming the argument, and while it yields
-        FloatingPointError if logits are NaN or infinite.
+        Raises ValueError or TypeError naming the argument immediately, and FloatingPointError
+        during iteration if logits are NaN or infinite.
         """
         _check_max_new_tokens(max_new_tokens)
         if not len(prompts):
@@ -239,8 +239,8 @@ class LanguageModel(Trainable):
     def load_state_dict(
         self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
     ) -> Any:
-        """As ``nn.Module.load_state_dict``; also takes what a compiled model saved (keys with the
-        prefix ``_orig_mod.``) and old files that hold the causal mask.
+        """Like ``nn.Module.load_state_dict``, but also accepts the state of a compiled model (keys
+        with the prefix ``_orig_mod.``) and old files that contain the causal mask.
         """
         weights = {
             name.removeprefix("_orig_mod."): tensor
@@ -251,7 +251,7 @@ class LanguageModel(Trainable):
 
 
 def _cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
-    # half precision holds a loss near 10 to two digits only
+    # half precision stores a loss near 10 to only two digits
     scores = logits.to(torch.promote_types(logits.dtype, torch.float32))
     return F.cross_entropy(scores.flatten(0, 1), targets.flatten().long(), ignore_index=-1)
 

@@ -1,8 +1,8 @@
-"""GPT-2 as nanoGPT defines it (same names, same numbers) on the ops of ``fastgpt.ops``.
+"""nanoGPT's GPT-2, with the same names and the same results, on the ops of ``fastgpt.ops``.
 
 ``from fastgpt import GPTConfig, GPT`` replaces nanoGPT's ``from model import GPTConfig, GPT``.
-Its layers stand in ``blocks``, what is not particular to GPT in ``language_model``. In the shape
-comments B is the batch, T the length, C the width ``n_embd``.
+The layers are in ``blocks``; code shared with other language models is in ``language_model``.
+In shape comments B is the batch size, T the sequence length, C the width ``n_embd``.
 """
 
 import functools
@@ -32,8 +32,7 @@ from fastgpt.blocks import (
 from fastgpt.interop import huggingface
 from fastgpt.language_model import GPTConfig, LanguageModel
 
-# layers, heads and width of the checkpoints that OpenAI published, and of the one that Hugging Face
-# distilled from the smallest
+# (n_layer, n_head, n_embd) of OpenAI's checkpoints and of Hugging Face's distilgpt2
 PRETRAINED_SHAPES = {
     "gpt2": (12, 12, 768),
     "gpt2-medium": (24, 16, 1024),
@@ -45,9 +44,8 @@ A100_PEAK_FLOPS = 312e12  # bf16, dense
 
 
 def published_name(source: str) -> str | None:
-    """The published model that ``source`` names, as a key of ``PRETRAINED_SHAPES``: ``gpt2``, or
-    with its owner on the Hub, ``openai-community/gpt2``, unless that is a folder here. None for
-    anything else.
+    """Return the key of ``PRETRAINED_SHAPES`` that ``source`` names, or None. The owner on the Hub
+    may precede it (``openai-community/gpt2``), unless a file or folder of that name exists here.
     """
     owner, slash, name = source.rpartition("/")
     its_owner = "distilbert" if name == "distilgpt2" else "openai-community"
@@ -57,7 +55,7 @@ def published_name(source: str) -> str | None:
 
 
 class _Transformer(nn.ModuleDict):
-    """The trunk; a class only to declare what the names hold."""
+    """The trunk. A subclass of ModuleDict only to declare the types of its entries."""
 
     wte: nn.Embedding
     wpe: nn.Embedding
@@ -66,8 +64,8 @@ class _Transformer(nn.ModuleDict):
     ln_f: LayerNorm
 
 
-def _is_table(module: Any) -> bool:
-    """A plain embedding without the options that change its result or gradient."""
+def _is_plain_embedding(module: Any) -> bool:
+    """Whether it is a plain embedding with no option that changes its result or gradient."""
     return (
         is_plain(module, nn.Embedding)
         and module.padding_idx is None
@@ -77,8 +75,8 @@ def _is_table(module: Any) -> bool:
     )
 
 
-def _keeps_to_documents(block: Any) -> bool:
-    """Whether the block's attention is ours, to which a document mask or a cache can be given."""
+def _has_plain_attention(block: Any) -> bool:
+    """Whether the block's attention is our own, which supports document masks and a KV cache."""
     return is_plain(block, Block) and is_plain(block.attn, CausalSelfAttention)
 
 
@@ -86,19 +84,20 @@ class GPT(LanguageModel):
     """GPT-2 (Radford et al. 2019): token and position embeddings, ``n_layer`` pre-LayerNorm
     blocks, a final LayerNorm, and a head tied to the token embedding.
 
-    ``ops`` is a module of ops: ``fastgpt.ops`` (Triton on CUDA, PyTorch elsewhere), or ``fused``,
-    ``torch_ops`` or ``reference`` of ``fastgpt.kernels``. ``gelu`` is "none" for the exact erf
-    form, as in nanoGPT, or "tanh" for the one that OpenAI's weights were trained with;
-    ``gelu_approximate`` holds the choice. With ``recompute`` the results of GELU and LayerNorm are
-    recomputed in the backward: less memory, the same numbers. With ``fp8="head"`` the training loss
-    multiplies 8-bit matrices: faster, and other numbers. It needs a GPU of compute capability 8.9
-    or newer, which the first forward pass checks, and ``n_embd`` and ``vocab_size`` that are
-    multiples of 16. ``eot_token`` is the id of the token with which a document begins: attention
-    and positions then stay within a document, so that a sequence of several documents gives what
-    each of them gives on its own (and ``generate`` keeps no cache). The attributes ``recompute``,
-    ``fp8`` and ``eot_token`` may be changed at any time.
+    Args:
+        ops: a module of ops: ``fastgpt.ops`` (Triton on CUDA, PyTorch elsewhere), or ``fused``,
+            ``torch_ops`` or ``reference`` of ``fastgpt.kernels``.
+        gelu: "none" for the exact erf form, as in nanoGPT, or "tanh" for the form that OpenAI's
+            weights were trained with. Stored as ``gelu_approximate``.
+        recompute: recompute GELU and LayerNorm in the backward: less memory, the same results.
+        fp8: "head" uses 8-bit matrix products in the training loss: faster, less precise. Needs
+            compute capability 8.9 (checked in the first forward pass), and ``n_embd`` and
+            ``vocab_size`` divisible by 16.
+        eot_token: id of the token that starts each document. Attention and positions then stay
+            within a document, and ``generate`` does not use the KV cache.
 
-    With the same seed the initial weights are nanoGPT's, bit for bit.
+    The attributes ``recompute``, ``fp8`` and ``eot_token`` may be changed at any time. With the
+    same seed the initial weights equal nanoGPT's bit for bit.
     """
 
     def __init__(
@@ -121,8 +120,8 @@ class GPT(LanguageModel):
         self._embedding = ops.embedding
         self._linear = ops.linear
         self._linear_cross_entropy = ops.linear_cross_entropy
-        # The order of construction, of initialisation and of the state dict is part of the
-        # contract: it fixes which random numbers a weight gets and how saved state is indexed.
+        # Do not reorder: the order of construction determines which random numbers each weight
+        # gets and how a saved optimizer state is indexed.
         self.transformer = _Transformer(
             {
                 "wte": nn.Embedding(config.vocab_size, config.n_embd),
@@ -136,7 +135,7 @@ class GPT(LanguageModel):
         self._tie_weights()
         self.apply(self._init_weights)
         for name, param in self.named_parameters():
-            if name.endswith("c_proj.weight"):  # two additions to the residual stream per layer
+            if name.endswith("c_proj.weight"):  # each layer adds to the residual stream twice
                 nn.init.normal_(param, mean=0.0, std=0.02 / math.sqrt(2 * config.n_layer))
 
     @property
@@ -151,8 +150,8 @@ class GPT(LanguageModel):
             size = getattr(self.config, name)
             if which != "none" and size % 16:
                 raise ValueError(
-                    f"{name} must be a multiple of 16 with fp8={which!r}, got {size}: pad it, to "
-                    f"{-(-size // 64) * 64} say"
+                    f"{name} must be a multiple of 16 with fp8={which!r}, got {size}: pad it, for "
+                    f"example to {-(-size // 64) * 64}"
                 )
         self._fp8 = which
 
@@ -174,8 +173,8 @@ class GPT(LanguageModel):
         """(B, T), int32: the position where the document of each token starts."""
         if self._eot_token is None:
             return None
-        places = torch.arange(idx.shape[1], dtype=torch.int32, device=idx.device)
-        return places.where(idx == self._eot_token, 0).cummax(dim=1).values
+        positions = torch.arange(idx.shape[1], dtype=torch.int32, device=idx.device)
+        return positions.where(idx == self._eot_token, 0).cummax(dim=1).values
 
     def _tie_weights(self) -> None:
         self.transformer.wte.weight = self.lm_head.weight
@@ -185,7 +184,7 @@ class GPT(LanguageModel):
         return weights[0] is weights[1] is not None
 
     def _n_ids(self) -> int:
-        """How many token ids the table has, which may have grown or be a module of the user's."""
+        """The size of the token embedding, which the user may have enlarged or replaced."""
         weight = getattr(self.transformer.wte, "weight", None)
         return self.config.vocab_size if weight is None else weight.shape[0]
 
@@ -200,10 +199,10 @@ class GPT(LanguageModel):
         )
 
     def _embedded(self, idx: Tensor, context: Context) -> Tensor:
-        """Token plus position, dropped: (B, T, C)."""
+        """Dropout of token plus position embedding: (B, T, C)."""
         wte, wpe, drop = self.transformer.wte, self.transformer.wpe, self.transformer.drop
         doc_start, plain_drop = context.doc_start, is_plain(drop, nn.Dropout)
-        if _is_table(wte) and _is_table(wpe):
+        if _is_plain_embedding(wte) and _is_plain_embedding(wpe):
             drops = context.dropout.arguments(drop, drop.p) if plain_drop else {}
             x = self._embedding(idx, wte.weight, wpe.weight, doc_start=doc_start, **drops)
             return x if plain_drop else drop(x)
@@ -216,13 +215,13 @@ class GPT(LanguageModel):
         trunk = self.transformer
         blocks: list[Any] = list(trunk.h)
         ours = [is_plain(block, Block) for block in blocks]
-        if context.doc_start is not None and not all(map(_keeps_to_documents, blocks)):
+        if context.doc_start is not None and not all(map(_has_plain_attention, blocks)):
             raise ValueError(
-                "eot_token must be None with a block or an attention of your own, which the "
-                f"document mask cannot reach, got {self._eot_token}"
+                "eot_token must be None with a custom block or attention, which takes no "
+                f"document mask, got {self._eot_token}"
             )
         norms = [block.ln_1 if own else None for block, own in zip(blocks, ours, strict=True)]
-        x = None  # the norm of residual, where the block before has computed it
+        x = None  # ln_1(residual), if the previous block has computed it
         for block, own, next_norm, attend in zip(
             blocks, ours, [*norms[1:], trunk.ln_f], attends, strict=True
         ):
@@ -241,8 +240,7 @@ class GPT(LanguageModel):
         if not is_plain(self.lm_head, nn.Linear) or self.lm_head.bias is not None:
             if self.fp8 != "none":
                 raise ValueError(
-                    f"fp8 must be 'none' with an lm_head of your own or one with a bias, got "
-                    f"{self.fp8!r}"
+                    f"fp8 must be 'none' if lm_head is custom or has a bias, got {self.fp8!r}"
                 )
             return super()._loss(idx, targets)
         return self._linear_cross_entropy(
@@ -256,8 +254,8 @@ class GPT(LanguageModel):
     def _caches(self) -> bool:
         drops = self.config.dropout > 0.0 and any(module.training for module in self.modules())
         blocks: list[Any] = list(self.transformer.h)
-        # What takes the place of an MLP may look at other tokens than the one that is new.
-        token_wise = all(_keeps_to_documents(b) and is_plain(b.mlp, MLP) for b in blocks)
+        # A custom layer in place of the MLP may depend on other tokens than the new one.
+        token_wise = all(_has_plain_attention(b) and is_plain(b.mlp, MLP) for b in blocks)
         return not drops and self._eot_token is None and token_wise
 
     def _prefill(self, idx: Tensor, last: Tensor, n_slots: int, cache: list[Tensor]) -> Tensor:
@@ -284,14 +282,14 @@ class GPT(LanguageModel):
         return lm_head(x)
 
     def get_num_params(self, non_embedding: bool = True) -> int:
-        """The number of parameters; by default without the position table. The token table
-        counts, being the head's weight as well.
+        """The number of parameters, by default without the position embedding. The token embedding
+        counts because it is also the head's weight.
         """
         n_params = super().get_num_params()
         return n_params - self.transformer.wpe.weight.numel() if non_embedding else n_params
 
     def low_precision_parameters(self) -> list[nn.Parameter]:
-        # The bias behind c_proj is added to the residual stream, beside a LayerNorm in float32.
+        # Not the bias of c_proj: the residual LayerNorm adds it in float32.
         matrices = super().low_precision_parameters()
         layers = (m for m in self.modules() if isinstance(m, (CausalSelfAttention, MLP)))
         first = (m.c_fc if isinstance(m, MLP) else m.c_attn for m in layers)
@@ -304,22 +302,23 @@ class GPT(LanguageModel):
         tied = self._is_tied()
         result = super().load_state_dict(state_dict, strict=strict, assign=assign)
         if tied:
-            self._tie_weights()  # assign=True puts two parameters where one was
+            self._tie_weights()  # assign=True replaces the tied weight by two parameters
         return result
 
     def crop_block_size(self, block_size: int) -> None:
-        """Shorten the context to ``block_size`` tokens, in the config too. To be called before
-        ``configure_optimizers``: the position table becomes a new, smaller parameter.
+        """Shorten the context to ``block_size`` tokens, in the config too. Call it before
+        ``configure_optimizers``: it replaces the position embedding by a smaller parameter.
 
-        Raises ValueError unless 1 <= block_size <= the present one.
+        Raises ValueError unless 1 <= block_size <= the current one.
         """
         if not 1 <= block_size <= self.config.block_size:
             raise ValueError(
-                f"block_size must lie between 1 and the present {self.config.block_size}, "
+                f"block_size must lie between 1 and the current {self.config.block_size}, "
                 f"got {block_size}"
             )
         wpe = self.transformer.wpe
-        kept = wpe.weight[:block_size].detach().clone()  # a view would keep, and save, it all
+        # a view would keep the whole table in memory and in checkpoints
+        kept = wpe.weight[:block_size].detach().clone()
         wpe.weight = nn.Parameter(kept, requires_grad=wpe.weight.requires_grad)
         wpe.num_embeddings = self.config.block_size = block_size
 
@@ -327,26 +326,26 @@ class GPT(LanguageModel):
     def from_pretrained(
         cls, model_type: str | os.PathLike[str], override_args: Mapping[str, Any] | None = None
     ) -> "GPT":
-        """Weights from elsewhere, in float32. ``model_type`` is
+        """Load pretrained weights, in float32. ``model_type`` is one of
 
-        - ``gpt2``, ``gpt2-medium``, ``gpt2-large`` or ``gpt2-xl``: OpenAI's, or ``distilgpt2``,
-          also with their owners (``openai-community/gpt2``, ``distilbert/distilgpt2``), from
-          Hugging Face's cache or, once, the Hub;
-        - a folder that transformers' GPT2LMHeadModel (or ``fastgpt export --to=hf``) wrote;
+        - ``gpt2``, ``gpt2-medium``, ``gpt2-large``, ``gpt2-xl`` (OpenAI) or ``distilgpt2``, also
+          with their owners (``openai-community/gpt2``, ``distilbert/distilgpt2``): from Hugging
+          Face's cache, or else downloaded from the Hub;
+        - a folder written by transformers' GPT2LMHeadModel or ``fastgpt export --to=hf``;
         - a ``.safetensors`` file of such a folder, or from ``fastgpt export --to=safetensors``.
 
-        Of the config only ``dropout`` may be overridden. The model uses the GELU that the weights
-        were trained with: for OpenAI's the tanh form. That is the one numeric difference from
-        nanoGPT's ``from_pretrained``, which applies the erf form to them.
+        ``override_args`` may only contain ``dropout``. The model uses the GELU that the weights
+        were trained with, which for OpenAI's is the tanh form. This is the one numeric difference
+        from nanoGPT's ``from_pretrained``, which uses the erf form.
 
-        Raises ValueError on another name or override and on files of another kind of model,
-        FileNotFoundError if the folder or file is not there, ConnectionError if weights cannot be
+        Raises ValueError on another name or override and on files of another model type,
+        FileNotFoundError if the folder or file does not exist, ConnectionError if weights cannot be
         downloaded, ImportError without the extra ``hf``.
         """
         overrides = dict(override_args or {})
-        refused = sorted(set(overrides) - {"dropout"})
-        if refused:
-            raise ValueError(f"override_args may hold 'dropout' only, got {', '.join(refused)}")
+        unknown = sorted(set(overrides) - {"dropout"})
+        if unknown:
+            raise ValueError(f"override_args may only contain 'dropout', got {', '.join(unknown)}")
         name = os.fspath(model_type)
         if published_name(name):
             source = huggingface.download(name)
@@ -361,16 +360,15 @@ class GPT(LanguageModel):
         model = cls(replace(config, dropout=overrides.get("dropout", 0.0)), gelu=gelu)
         try:
             model.load_state_dict(state)
-        except RuntimeError as error:  # missing, unknown or misshapen tensors
+        except RuntimeError as error:  # missing, unknown or wrongly shaped tensors
             raise ValueError(f"{source} does not hold the weights of {config}: {error}") from error
         return model
 
     def estimate_mfu(self, fwdbwd_per_iter: int, dt: float) -> float:
-        """Model FLOPs utilisation (PaLM, Chowdhery et al. 2022, appendix B) as a share of an
-        A100's bf16 peak, 312 TFLOP/s, whatever the GPU.
+        """Model FLOPs utilisation (PaLM, Chowdhery et al. 2022, appendix B), as in nanoGPT
+        relative to an A100's bf16 peak of 312 TFLOP/s, whatever the GPU.
 
-        ``fwdbwd_per_iter`` sequences of block_size tokens went forward and backward in ``dt``
-        seconds.
+        ``dt`` is the time in seconds of ``fwdbwd_per_iter`` sequences of block_size tokens.
         """
         config = self.config
         head_size = config.n_embd // config.n_head

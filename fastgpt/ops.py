@@ -1,8 +1,8 @@
-"""The only dispatch: a CUDA tensor goes to the Triton kernels if its GPU can run them, or to those
-of them that it can run, any other to PyTorch's own.
+"""Dispatch of the ops by device: CUDA tensors go to the Triton kernels that their GPU can run, all
+others to PyTorch's operators. This is the only place that dispatches.
 
-The ops, their signatures and their documentation are those of ``kernels.reference``; a model takes
-this module or one of ``kernels``: ``reference``, ``torch_ops``, ``fused`` or ``fused_rows``, as in
+The ops have the signatures and the documentation of ``kernels.reference``. A model takes this
+module, or one of ``kernels``: ``reference``, ``torch_ops``, ``fused`` or ``fused_rows``, as in
 ``GPT(config, ops=fused)``.
 """
 
@@ -23,43 +23,43 @@ from fastgpt.kernels._checks import Recompute as Recompute
 if TYPE_CHECKING:
     from fastgpt.kernels.reference import *  # noqa: F403
 
-# Of each GPU, by its index: why Triton does not run there, and whether it multiplies.
+# ``_facts`` by the index of the GPU
 _known: dict[int | None, tuple[str, bool]] = {}
 
 
 def _facts(device: torch.device) -> tuple[str, bool]:
-    """As ``_known`` holds them."""
-    refusal = devices.triton_refusal(device)
-    return refusal, not refusal and devices.triton_multiplies(device)
+    """Why the Triton kernels do not run ("" if they do); whether the matrix products run too."""
+    reason = devices.triton_refusal(device)
+    return reason, not reason and devices.triton_multiplies(device)
 
 
 def _implementation(device: torch.device) -> ModuleType:
     if device.type != "cuda":
         return torch_ops
-    if torch.compiler.is_dynamo_compiling():  # what is compiled would depend on ``_known``
-        refusal, multiplies = _facts(device)
+    if torch.compiler.is_dynamo_compiling():  # the compiled graph would guard on ``_known``
+        reason, multiplies = _facts(device)
     else:
         if device.index not in _known:
             _known[device.index] = _facts(device)
-        refusal, multiplies = _known[device.index]
-    if not refusal:
-        # At the first CUDA tensor: a CPU run needs no Triton.
+        reason, multiplies = _known[device.index]
+    if not reason:
+        # Imported at the first CUDA tensor, because a CPU run does not need Triton.
         from fastgpt.kernels import fused, fused_rows
 
         return fused if multiplies else fused_rows
     if not torch.compiler.is_compiling():
-        _notice(refusal)
+        _notice(reason)
     return torch_ops
 
 
 @functools.cache
 def _notice(text: str) -> None:
-    """Once a process."""
+    """Warn once per process."""
     warnings.warn(text, stacklevel=4)
 
 
 def _dispatched(name: str) -> Callable[..., Any]:
-    """The op ``name`` by the kernels for the device of its first argument."""
+    """The op ``name``, dispatched on the device of its first argument."""
     plain: Callable[..., Any] = getattr(reference, name)
     first = next(iter(inspect.signature(plain).parameters))
 
@@ -70,11 +70,11 @@ def _dispatched(name: str) -> Callable[..., Any]:
             x = args[0] if args else kwargs[first]
             if x.is_cuda:
                 implementation = _implementation(x.device)
-        except (KeyError, AttributeError):  # missing, or no tensor: torch_ops names it
+        except (KeyError, AttributeError):  # missing, or not a tensor: torch_ops raises the error
             pass
         return getattr(implementation, name)(*args, **kwargs)
 
-    op.__module__ = __name__  # where pickle finds it
+    op.__module__ = __name__  # for pickle
     return op
 
 
@@ -82,8 +82,8 @@ globals().update({name: _dispatched(name) for name in reference.OPS})
 
 
 def dropout_seed(device: torch.device) -> Tensor | None:  # type: ignore[no-redef]
-    """The key of the dropout masks of one step, as int64 tensor (1,), drawn from PyTorch's
-    generator. None where that generator draws every mask itself."""
+    """The seed of the dropout masks of one step, an int64 tensor (1,) drawn from PyTorch's
+    generator. None on devices where PyTorch's generator draws every mask itself."""
     return _implementation(device).dropout_seed(device)
 
 
@@ -96,8 +96,8 @@ _IN_A_BLOCK = tuple(globals()[name] for name in reference.OPS_OF_A_BLOCK)
 
 
 def block_kernels(x: Tensor, *ops: Any) -> ModuleType | None:
-    """What takes these ops of a transformer block together: the kernels' ``block``. None for other
-    ops than these here, and on a device without it."""
+    """The module that computes these ops of a transformer block in one call: the kernels'
+    ``block``. None if the ops are not those of this module, and on devices without it."""
     if not x.is_cuda or ops != _IN_A_BLOCK:
         return None
     kernels = _implementation(x.device)

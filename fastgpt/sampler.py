@@ -1,4 +1,4 @@
-"""Text from a checkpoint or from pretrained weights."""
+"""Generate text from a checkpoint or from pretrained weights."""
 
 import re
 from collections import abc
@@ -34,22 +34,22 @@ _LINE_END = re.compile(r"\r?\n")
 
 @dataclass(frozen=True)
 class Completion:
-    """A prompt's continuation."""
+    """The continuation of a prompt."""
 
     prompt: str
     text: str  # without the prompt
-    tokens: int  # tokens drawn, those of a stop text included
-    finish: str  # "length": max_new_tokens were drawn; "stop": a stop text or token was
+    tokens: int  # number of tokens drawn, including those of a stop text
+    finish: str  # "length": max_new_tokens were drawn; "stop": ended at a stop text or token
 
 
 class Sampler:
     """Samples from a trained model: ``for text in Sampler(SampleConfig()): ...``
 
-    Raises FileNotFoundError without a checkpoint, weights or prompt file; ValueError for one that
-    cannot be read, weights without a known tokenizer, a device that this machine lacks, an empty
-    prompt or one with unknown characters; and what ``GPT.from_pretrained`` raises.
+    Raises FileNotFoundError if there is no checkpoint, weights or prompt file; ValueError if one
+    cannot be read, for weights without a known tokenizer, a device that this machine lacks, or a
+    prompt that is empty or has unknown characters; and the errors of ``GPT.from_pretrained``.
 
-    ``note`` says which checkpoint was read where that is not ``ckpt.pt``, else it is None.
+    ``note`` names the checkpoint that was read if it is not ``ckpt.pt``, else it is None.
     """
 
     def __init__(self, config: SampleConfig) -> None:
@@ -73,17 +73,17 @@ class Sampler:
         self.prompts = [] if in_turns else read_prompts(config.start, config.lines)
         if self.prompts == [_DEFAULT_START] and not _has_line_feed(self.tokenizer):
             self.prompts = [self.tokenizer.decode(start_ids(self.tokenizer))]
-        for prompt in self.prompts:  # errors come before the first sample
+        for prompt in self.prompts:  # raise errors before the first sample
             self._encode(prompt)
 
     def __iter__(self) -> Iterator[str]:
-        """``num_samples`` texts for each prompt, each the prompt and what the model added."""
+        """Yield ``num_samples`` texts per prompt, each the prompt followed by its continuation."""
         for batch in self.batches():
             for completion in self.complete(batch):
                 yield completion.prompt + completion.text
 
     def batches(self) -> Iterator[list[str]]:
-        """Every prompt ``num_samples`` times, ``batch_size`` at a time, from the seed on."""
+        """Reset the seed; yield every prompt ``num_samples`` times, ``batch_size`` at a time."""
         torch.manual_seed(self.config.seed)
         count = self.config.num_samples
         prompts = (prompt for prompt in self.prompts for _ in range(count))
@@ -91,29 +91,29 @@ class Sampler:
             yield batch
 
     def complete(self, prompts: Sequence[str]) -> list[Completion]:
-        """Continue the prompts, all at the same time.
+        """Continue the prompts as one batch.
 
-        Raises ValueError as the constructor, FloatingPointError if the model's logits are not
+        Raises ValueError like the constructor, FloatingPointError if the model's logits are not
         finite.
         """
         rows = [self._row(prompt) for prompt in prompts]
-        return self._grown(rows, self.config.max_new_tokens)
+        return self._completed(rows, self.config.max_new_tokens)
 
     def answers(
         self, prompts: Sequence[tuple[list[int], int]], ends: Container[int]
     ) -> list[Completion]:
-        """Continue prompts, all at the same time: the ids of each and how many tokens it may get,
-        up to a token of ``ends``. The completions have no prompt.
+        """Continue (ids, maximum number of new tokens) pairs as one batch, each up to a token in
+        ``ends``. The completions have an empty prompt.
         """
         rows = [
             _Row(self.tokenizer, ids, "", self.config.stop, ends, room) for ids, room in prompts
         ]
-        return self._grown(rows, max(room for _, room in prompts))
+        return self._completed(rows, max(room for _, room in prompts))
 
     def stream(self, prompt: str) -> Iterator[str]:
-        """Continue one prompt: what is added, in pieces, as soon as later tokens cannot change it.
+        """Continue one prompt. Yields each piece of text as soon as later tokens cannot change it.
 
-        Raises as ``complete``: for the prompt at once.
+        Raises like ``complete``; errors in the prompt are raised immediately.
         """
         return self._pieces(self._row(prompt), self.config.max_new_tokens)
 
@@ -128,7 +128,7 @@ class Sampler:
     def _pieces(self, row: "_Row", max_new_tokens: int) -> Iterator[str]:
         shown = 0
         for _ in self._grow([row], max_new_tokens):
-            text = row.certain()
+            text = row.final_text()
             if len(text) > shown:
                 yield text[shown:]
                 shown = len(text)
@@ -147,13 +147,13 @@ class Sampler:
     def _row(self, prompt: str) -> "_Row":
         return _Row(self.tokenizer, self._encode(prompt), prompt, self.config.stop)
 
-    def _grown(self, rows: Sequence["_Row"], max_new_tokens: int) -> list[Completion]:
+    def _completed(self, rows: Sequence["_Row"], max_new_tokens: int) -> list[Completion]:
         for _ in self._grow(rows, max_new_tokens):
             pass
         return [row.completion() for row in rows]
 
     def _grow(self, rows: Sequence["_Row"], max_new_tokens: int) -> Iterator[None]:
-        """Give the rows a token each, until all are finished."""
+        """Add one token to each row per iteration, until all rows are finished."""
         prompts = [torch.tensor(row.prompt_ids, device=self.device) for row in rows]
         for tokens in self._generator.on_host(prompts, max_new_tokens):
             for row, token in zip(rows, tokens, strict=True):
@@ -164,8 +164,8 @@ class Sampler:
 
 
 class _Row:
-    """One text that grows by tokens. Each token is decoded together with the few before it, not
-    with the whole text.
+    """One text to which tokens are added. Each new token is decoded together with the few before
+    it, not with the whole text.
     """
 
     def __init__(
@@ -178,14 +178,14 @@ class _Row:
         room: int | None = None,
     ) -> None:
         self.prompt_ids = prompt_ids
-        self._room = room  # the tokens that it may get, where that is less than others get
+        self._room = room  # maximum number of new tokens, if lower than the batch's
         self.stopped = False
         self._tokenizer = tokenizer
         self._prompt = prompt
         self._stop = stop
         self._ends = ends
-        # Text depends on what stands before: decoders drop the space in front of the first word.
-        # So new ids are decoded behind these, whose text is known.
+        # Some decoders drop the space before the first word, so new ids are decoded after these
+        # ids, whose text is known.
         self._context = prompt_ids
         self._context_text = tokenizer.decode(prompt_ids)
         self._new: list[int] = []  # ids that are not part of _text yet
@@ -200,15 +200,15 @@ class _Row:
             self._add_incomplete()
             self.stopped = True
             return
-        # A vocabulary padded for speed (50304 for GPT-2) has ids that stand for no text.
+        # A vocabulary padded for speed (50304 for GPT-2) has ids without a text.
         if token >= self._tokenizer.vocab_size:
             return
         self._new.append(token)
         text = self._tokenizer.decode(self._context + self._new)
-        if text.endswith("\ufffd"):  # the bytes of a character that may not be complete
+        if text.endswith("\ufffd"):  # the character may still be incomplete
             return
         self._append(text[len(self._context_text) :])
-        # An id alone may have no text, such as a space, and would not do as context.
+        # The new ids alone may decode to an empty text (a space, say) and are then no context.
         alone = self._tokenizer.decode(self._new)
         if alone:
             self._context, self._context_text = self._new, alone
@@ -219,13 +219,13 @@ class _Row:
     def _append(self, piece: str) -> None:
         before = len(self._text)
         self._text += piece
-        places = (self._text.find(stop, max(before - len(stop) + 1, 0)) for stop in self._stop)
-        ends = [place for place in places if place >= 0]
+        found = (self._text.find(stop, max(before - len(stop) + 1, 0)) for stop in self._stop)
+        ends = [position for position in found if position >= 0]
         if ends:
             self._text, self.stopped = self._text[: min(ends)], True
 
-    def certain(self) -> str:
-        """What later tokens cannot change: without what may be the beginning of a stop text."""
+    def final_text(self) -> str:
+        """The text without an end that may be the beginning of a stop text."""
         if self.stopped:
             return self._text
         held = 0
@@ -235,7 +235,7 @@ class _Row:
         return self._text[: len(self._text) - held]
 
     def _add_incomplete(self) -> None:
-        """The text ends within a character."""
+        """Decode the remaining ids, even if the last character is incomplete."""
         if self._new:
             text = self._tokenizer.decode(self._context + self._new)
             self._append(text[len(self._context_text) :])
@@ -249,9 +249,9 @@ class _Row:
 
 
 def round_matrices(model: LanguageModel, dtype: torch.dtype) -> None:
-    """Cast to ``dtype``, that of autocast, the matrices that autocast would cast for each product:
-    the same numbers, but half the bytes to read for a token. Embedding tables, which are added in
-    float32, stay; a head that is tied to one gets a copy of its own.
+    """Cast the matrices that autocast would cast in each product to its ``dtype``, in advance: the
+    same results, but half the bytes to read per token. Embeddings, which are added in float32,
+    keep their dtype; a head that is tied to one gets its own copy.
     """
     if dtype == torch.float32:
         return
@@ -265,8 +265,8 @@ def round_matrices(model: LanguageModel, dtype: torch.dtype) -> None:
 
 
 def start_ids(tokenizer: Tokenizer) -> list[int]:
-    """The ids of a line feed, with which a text starts by default; token 0 if the vocabulary has
-    none, as that of a text in one line. A dialogue starts with its own token.
+    """The ids that a text starts with by default: a line feed, or token 0 if the vocabulary has
+    none (that of a single line of text). A dialogue starts with its own token.
     """
     if isinstance(tokenizer, ChatTokenizer):
         return [tokenizer.begin]
@@ -288,19 +288,19 @@ def write(
     top_k: int,
     context: AbstractContextManager[object],
 ) -> str:
-    """The text of the ids ``start`` and of ``max_new_tokens`` drawn tokens. The model runs in
-    ``context``, the autocast.
+    """The text of the ids ``start`` followed by ``max_new_tokens`` drawn tokens. The model runs in
+    the autocast ``context``.
     """
     idx = torch.tensor([start], device=next(model.parameters()).device)  # (1, T)
     with context:
         ids: list[int] = model.generate(idx, max_new_tokens, temperature, top_k)[0].tolist()
-    # A vocabulary padded for speed (50304 for GPT-2) has ids that stand for no text.
+    # A vocabulary padded for speed (50304 for GPT-2) has ids without a text.
     return tokenizer.decode([i for i in ids if i < tokenizer.vocab_size])
 
 
 def read_prompts(start: str, lines: bool = False) -> list[str]:
-    """The prompt of the key ``start``; with ``lines`` one prompt for each line. A file's text is
-    what ``fastgpt prepare`` reads of it, line ends included, without a byte order mark.
+    """The prompt that the key ``start`` gives; with ``lines`` one prompt per line. A file is read
+    as by ``fastgpt prepare``: line ends are kept, a byte order mark is removed.
 
     Raises FileNotFoundError, or ValueError for a file that is empty or not UTF-8.
     """
@@ -309,7 +309,7 @@ def read_prompts(start: str, lines: bool = False) -> list[str]:
         return [text]
     prompts = [line for line in _LINE_END.split(text) if line]
     if not prompts:
-        raise ValueError(f"start={start!r} must hold a line that is not empty, with lines")
+        raise ValueError(f"start={start!r} must hold at least one non-empty line with lines")
     return prompts
 
 
@@ -324,7 +324,7 @@ def _read(start: str) -> str:
     except UnicodeDecodeError as error:
         raise ValueError(f"start={start!r}: {path} is not UTF-8 text ({error})") from error
     if not text:
-        raise ValueError(f"start={start!r}: {path} is empty, but a prompt needs a character")
+        raise ValueError(f"start={start!r}: {path} is empty, but a prompt needs text")
     return text
 
 
@@ -340,16 +340,16 @@ def _load(config: SampleConfig) -> tuple[LanguageModel, Tokenizer, str | None]:
 
 
 def _tokenizer_beside(path: Path, vocab_size: int) -> Tokenizer:
-    """The tokenizer in the folder of pretrained weights, else GPT-2's BPE.
+    """The tokenizer in the folder of pretrained weights, or else GPT-2's BPE.
 
-    Raises ValueError if it does not fit the weights' vocabulary.
+    Raises ValueError if it does not match the vocabulary of the weights.
     """
     tokenizer = tokenizer_in(path if path.is_dir() else path.parent)
     if tokenizer is None:
         if vocab_size < ckpt.GPT2_VOCAB_SIZE:
             raise ValueError(
-                f"init_from={str(path)!r} has a vocabulary of {vocab_size} tokens, but beside it "
-                f"there is no tokenizer to say which: none of {', '.join(TOKENIZER_FILES)}"
+                f"init_from={str(path)!r} has a vocabulary of {vocab_size} tokens, but its folder "
+                f"has no tokenizer: none of {', '.join(TOKENIZER_FILES)}"
             )
         return GPT2Tokenizer()
     if not tokenizer.fits(vocab_size):

@@ -1,13 +1,13 @@
-"""Encoder and decoder: the Transformer of "Attention is all you need" (Vaswani et al. 2017,
-arXiv:1706.03762), from the layers of ``blocks``, on the ops of ``fastgpt.ops``.
+"""The encoder-decoder Transformer of "Attention is all you need" (Vaswani et al. 2017,
+arXiv:1706.03762), built from the layers of ``blocks`` on the ops of ``fastgpt.ops``.
 
 As in the paper: a bidirectional encoder, a causal decoder with cross-attention, sinusoidal
-positions, embeddings times sqrt(C) and tied to the head, label smoothing. As in GPT-2, and unlike
-the paper: LayerNorm before a layer and not behind it, and GELU in place of ReLU. In these terms it
-is ``torch.nn.Transformer(norm_first=True, activation="gelu")``.
+positions, embeddings scaled by sqrt(C) and tied to the head, label smoothing. As in GPT-2, not the
+paper: LayerNorm before each layer instead of after it, and GELU instead of ReLU. It corresponds to
+``torch.nn.Transformer(norm_first=True, activation="gelu")``.
 
-In the shape comments B is the batch, S the length of the sources, T that of the targets, C the
-width ``n_embd``, H the heads and D their size, K the hypotheses of one source.
+In shape comments B is the batch size, S the source length, T the target length, C the width
+``n_embd``, H the number of heads, D the head size, K the number of hypotheses per source.
 """
 
 import functools
@@ -33,13 +33,13 @@ from fastgpt.blocks import (
 )
 from fastgpt.language_model import GPTConfig, Trainable
 
-PADDING = -1  # behind the end of a shorter source or target
+PADDING = -1  # fills the end of shorter sources and targets
 
 
 @dataclass
 class Seq2SeqConfig(GPTConfig):
-    """The shape of a model. ``vocab_size`` is the targets', ``block_size`` the longest source or
-    target with its end token, ``n_layer`` the layers of the encoder and of the decoder.
+    """The shape of a model. ``vocab_size`` is the targets', ``block_size`` the maximum length of a
+    source or target with its end token, ``n_layer`` the number of layers of encoder and decoder.
 
     Raises TypeError or ValueError naming the field, the value and what is allowed.
     """
@@ -60,15 +60,15 @@ class Seq2SeqConfig(GPTConfig):
 
 
 class Memory(NamedTuple):
-    """The encoded sources, as the cross-attention of each layer reads them."""
+    """The encoded sources: keys and values for the cross-attention of each layer."""
 
-    keys_values: list[tuple[Tensor, Tensor]]  # of each layer (B, H, S, D) twice
+    keys_values: list[tuple[Tensor, Tensor]]  # per layer, each (B, H, S, D)
     lengths: Tensor  # (B,), int32
 
 
 def sinusoids(n_positions: int, width: int) -> Tensor:
-    """The paper's positions, (n_positions, width): sines in even columns, cosines in odd ones, of
-    wavelengths from 2 pi to 10000 * 2 pi."""
+    """The paper's position encoding, (n_positions, width): sines in even columns, cosines in odd
+    ones, with wavelengths from 2 pi to 10000 * 2 pi."""
     rates = torch.exp(torch.arange(0, width, 2) * (-math.log(10000.0) / width))
     angles = torch.arange(n_positions)[:, None] * rates
     return torch.stack((angles.sin(), angles.cos()), dim=2).flatten(1)
@@ -98,10 +98,10 @@ class CrossAttention(nn.Module):
     def delta(
         self, x: Tensor, keys_values: tuple[Tensor, Tensor], lengths: Tensor, context: Context
     ) -> Delta:
-        """x is (B, T, C), or (B * K, 1, C), where the hypotheses of a source are its queries."""
+        """x is (B, T, C), or (B * K, 1, C) with the K hypotheses of a source as its queries."""
         k, v = keys_values
         q = self._linear(x, self.c_q.weight, self.c_q.bias)
-        n_queries = (len(x) // max(len(k), 1) or 1) * x.shape[1]  # of a source: T, or K
+        n_queries = (len(x) // max(len(k), 1) or 1) * x.shape[1]  # per source: T or K
         q = q.view(len(k), n_queries, self.n_head, k.shape[3]).transpose(1, 2)  # (B, H, T or K, D)
         drop = context.dropout.arguments(self, self.dropout)
         y = self._attention(q, k, v, causal=False, key_lengths=lengths, **drop)
@@ -132,8 +132,8 @@ class DecoderBlock(nn.Module):
         keys_values: tuple[Tensor, Tensor],
         lengths: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        """The block on x, which is ``ln_1(residual)``; returns ``next_norm`` of the new residual,
-        and that. ``attend`` takes the place of causal self-attention."""
+        """The block applied to ``x = ln_1(residual)``. Returns ``next_norm(new_residual)`` and the
+        new residual. ``attend`` is called instead of causal self-attention."""
         dropout = context.dropout
         delta = self.attn.delta(x, context, attend=attend)
         x, residual = self.ln_cross.of_sum(residual, delta, dropout)
@@ -143,10 +143,10 @@ class DecoderBlock(nn.Module):
 
 
 class Seq2Seq(Trainable):
-    """Sources (B, S) and targets (B, T) of token ids, padded by ``PADDING``.
+    """Encoder and decoder for sources (B, S) and targets (B, T), token ids padded by ``PADDING``.
 
-    The last id of each vocabulary is the end token. It ends every source and every target, and
-    the decoder starts with it. ``ops`` is a module of ops, as for ``GPT``.
+    The last id of each vocabulary is the end token. It ends every source and target, and is also
+    the first input of the decoder. ``ops`` is a module of ops, as for ``GPT``.
     """
 
     encoder: Sequence[Block]
@@ -166,7 +166,7 @@ class Seq2Seq(Trainable):
         self.ln_encoder = LayerNorm(width, config.bias, ops)
         self.decoder = nn.ModuleList(DecoderBlock(config, ops) for _ in blocks)  # type: ignore
         self.ln_decoder = LayerNorm(width, config.bias, ops)
-        # Before the factor sqrt(C), which the token embeddings get.
+        # Divided by sqrt(C) here because the sum with the token embedding is multiplied by it.
         table = sinusoids(config.block_size, width) / math.sqrt(width)
         self.register_buffer("positions", table, persistent=False)
         self._dropout_seed = ops.dropout_seed
@@ -178,7 +178,7 @@ class Seq2Seq(Trainable):
 
     @staticmethod
     def _init_weights(module: nn.Module) -> None:
-        if isinstance(module, nn.Embedding):  # with the factor sqrt(C), a variance of 1
+        if isinstance(module, nn.Embedding):  # variance 1 after scaling by sqrt(C)
             nn.init.normal_(module.weight, std=module.embedding_dim**-0.5)
         if isinstance(module, nn.Linear):
             nn.init.xavier_uniform_(module.weight)
@@ -193,9 +193,9 @@ class Seq2Seq(Trainable):
     def forward(
         self, source: Tensor, target: Tensor, return_logits: bool = False
     ) -> tuple[Tensor | None, Tensor]:
-        """Logits (B, T, V) of the targets, each from the source and the target before it, and the
-        loss: the mean cross-entropy in nats over the targets that are not padding, a float32
-        scalar. In training mode the loss is label-smoothed. Logits are None unless asked for.
+        """Return the logits (B, T, V) of the targets, each given the source and the targets before
+        it, and the loss: the mean cross-entropy in nats over the targets that are not padding, a
+        float32 scalar, label-smoothed in training mode. Logits are None without ``return_logits``.
 
         Raises ValueError if a sequence is longer than ``block_size``.
         """
@@ -215,11 +215,11 @@ class Seq2Seq(Trainable):
         return self._linear(x, self.wte.weight) if return_logits else None, loss
 
     def encode(self, source: Tensor) -> Memory:
-        """Token ids (B, S) → what ``decode`` needs of them."""
+        """Token ids (B, S) → keys and values for ``decode``."""
         return self._memory(source, self._context(source.device))
 
     def empty_cache(self, n_sequences: int, n_slots: int) -> list[Tensor]:
-        """For the keys and values of targets of at most ``n_slots`` tokens: for each layer
+        """A KV cache for targets of at most ``n_slots`` tokens: per layer
         (2, n_sequences, H, n_slots, D)."""
         n_head, weight = self.config.n_head, self.wte.weight
         dtype, kind = weight.dtype, weight.device.type
@@ -229,8 +229,8 @@ class Seq2Seq(Trainable):
         return [weight.new_zeros(shape, dtype=dtype) for _ in self.decoder]
 
     def decode(self, tokens: Tensor, position: int, memory: Memory, cache: list[Tensor]) -> Tensor:
-        """One more token of each hypothesis, (B * K,), all at the same position → logits
-        (B * K, V) of the next one. Its keys and values are written into ``cache``."""
+        """The newest token of each hypothesis (B * K,), all at the same position → logits
+        (B * K, V) of the next one. Writes its keys and values to ``cache``."""
         context = Context(Dropout(None))
         positions = torch.full_like(tokens, position)
         x = self._embedded(self.wte, tokens[:, None], context, position)
@@ -248,7 +248,7 @@ class Seq2Seq(Trainable):
     def _embedded(
         self, table: nn.Embedding, idx: Tensor, context: Context, position: int = 0
     ) -> Tensor:
-        """Token times sqrt(C), plus position, dropped: (B, T, C)."""
+        """Dropout of token embedding times sqrt(C) plus position: (B, T, C)."""
         end = position + idx.shape[1]
         if end > self.config.block_size:
             raise ValueError(
@@ -295,7 +295,7 @@ class Seq2Seq(Trainable):
         return x
 
     def low_precision_parameters(self) -> list[nn.Parameter]:
-        # A bias that a matrix product adds has the matrix's dtype; the others meet a float32 sum.
+        # A bias added by a matrix product has the matrix's dtype; the others are added in float32.
         own = [m.c_attn for m in self.modules() if isinstance(m, CausalSelfAttention)]
         own += [m.c_fc for m in self.modules() if isinstance(m, MLP)]
         for cross in (m for m in self.modules() if isinstance(m, CrossAttention)):

@@ -1,4 +1,4 @@
-"""Times of a device's work: between marks, with nothing of its inputs in a cache, and in turns."""
+"""Timing of work on a device: timestamps, cold caches, interleaved measurements."""
 
 import itertools
 import time
@@ -10,7 +10,7 @@ import torch
 T = TypeVar("T")
 
 _SCRATCH_BYTES = {"cuda": 1 << 30, "cpu": 1 << 26}  # more than the last level of cache
-_FILLS = {"cuda": 16, "cpu": 1}  # 4 ms on an H200, where the host needs up to 1 ms for an op
+_FILLS = {"cuda": 16, "cpu": 1}  # 4 ms on an H200; the host needs up to 1 ms to launch an op
 
 
 def synchronize(device: torch.device) -> None:
@@ -20,10 +20,10 @@ def synchronize(device: torch.device) -> None:
 
 
 class Clock:
-    """The device's time from mark to mark.
+    """Measures the device's time between marks.
 
-    On CUDA a mark is an event in the current stream, so the host runs ahead as in training.
-    Elsewhere, where work is done when a call returns, it is the host's clock.
+    On CUDA a mark is an event in the current stream, so the host runs ahead as in training. On
+    other devices, where calls are synchronous, it is the host's clock.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -40,7 +40,7 @@ class Clock:
             self._times.append(time.perf_counter())
 
     def durations_ms(self) -> list[float]:
-        """Milliseconds between neighbouring marks; waits for the device."""
+        """Milliseconds between consecutive marks; waits for the device."""
         synchronize(self._device)
         if self._device.type == "cuda":
             events = itertools.pairwise(self._events)
@@ -49,19 +49,18 @@ class Clock:
 
 
 def interleaved(items: Sequence[T], rounds: int) -> Iterator[tuple[int, T]]:
-    """(round, item): every round visits every item once and begins one item later than the round
-    before, so that a drift of the machine affects all items and none is always first.
+    """Yield (round, item). Every round visits all items and starts one item later than the previous
+    one, so that drift of the machine affects all items equally and none is always first.
     """
     for number in range(rounds):
-        for place in range(len(items)):
-            yield number, items[(number + place) % len(items)]
+        for offset in range(len(items)):
+            yield number, items[(number + offset) % len(items)]
 
 
 class Occupier:
-    """Call it before what is timed: it leaves nothing of the inputs in the cache and, on a GPU,
-    gives it some milliseconds of work. The host has then launched what is timed before the GPU
-    comes to it, so that the events around it show the GPU's time and not the host's, which takes
-    longer over a small op than the GPU."""
+    """Call it before the timed work: it flushes the cache and, on a GPU, queues some milliseconds
+    of work. The host then launches the timed work before the GPU gets to it, so that the events
+    measure the GPU's time and not the host's launch overhead, which is longer for a small op."""
 
     def __init__(self, device: torch.device) -> None:
         n_bytes = _SCRATCH_BYTES["cuda" if device.type == "cuda" else "cpu"]
@@ -73,11 +72,11 @@ class Occupier:
 
 
 def milliseconds(work: Callable[[], Any], device: torch.device) -> float:
-    """What one call of ``work`` takes the device."""
+    """The device's time for one call of ``work``."""
     clock = Clock(device)
     clock.mark()
     result = work()
     clock.mark()
     (found,) = clock.durations_ms()
-    del result  # only now: freeing a graph is not part of the work
+    del result  # after the last mark: freeing the autograd graph is not part of the work
     return found

@@ -44,7 +44,7 @@ from fastgpt.devices import resolve_dtype, triton_multiplies, triton_refusal
 from fastgpt.kernels import fused, torch_ops
 from fastgpt.kernels.reference import OPS_OF_TENSOR_CORES
 from fastgpt.timing import Occupier, milliseconds
-from fastgpt.tuning.phase import Right, gradients_like, results
+from fastgpt.tuning.phase import Expected, gradients_like, results
 from fastgpt.tuning.workload import tensors_in
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -263,18 +263,18 @@ class Case:
         if provider not in self._checked:
             function = self._op.function(provider)
             if self._op.check is None:
-                self._right.check(self._results(function))
+                self._expected.check(self._results(function))
             else:
                 self._op.check(provider, function, self.inputs)
             self._checked[provider] = function
         return self._checked[provider]
 
     @functools.cached_property
-    def _right(self) -> Right:
+    def _expected(self) -> Expected:
         wide = torch.float64 if self._op.dtype == torch.float32 else torch.float32
         values = self._results(self._op.reference, wide)
         baseline = self._results(self._op.function(self._op.baseline))
-        return Right.beside(values, baseline, [1e-5] * len(values))
+        return Expected.of(values, baseline, [1e-5] * len(values))
 
     def _results(self, function: Function, dtype: torch.dtype | None = None) -> list[Tensor]:
         """Outputs, then gradients."""

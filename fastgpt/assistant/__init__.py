@@ -1,1 +1,1 @@
-"""From a base model to an assistant: dialogues, fine-tuning on their answers, a chat."""
+"""From a base model to an assistant: dialogues, rewards, reinforcement learning, chat."""

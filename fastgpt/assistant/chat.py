@@ -1,4 +1,4 @@
-"""Answers of a model that was fine-tuned on dialogues: in a chat, and to the questions of a file.
+"""Answers of a model fine-tuned on dialogues, in a chat and to the questions in a file.
 
 chat = Chat(Sampler(SampleConfig(chat=True)))
 for piece in chat.say("Say lemon backwards."):
@@ -15,25 +15,25 @@ from fastgpt.data.file_formats import naming
 from fastgpt.sampler import Sampler
 from fastgpt.tokenizer import ChatTokenizer
 
-_SHORTEST_TURN = 5  # tokens: <|user|>, one of a message, <|end|>, <|assistant|>, one of an answer
+_SHORTEST_TURN = 5  # tokens: <|user|>, a message's, <|end|>, <|assistant|>, an answer's
 
 
 class Chat:
-    """A dialogue. What no longer fits into the model's context is forgotten from the oldest turn
-    on, the system's message excepted.
+    """A dialogue with the model. When it no longer fits into the model's context, the oldest turns
+    are dropped, but not the system message.
 
     Args:
-        sampler: of a model that was fine-tuned on dialogues.
-        system: the system's message, if it is not empty.
+        sampler: a sampler of a model fine-tuned on dialogues.
+        system: the system message, if not empty.
 
     Attributes:
-        messages: what the model sees of the dialogue so far.
-        forgotten: how many messages the last ``say`` dropped.
-        cut: whether the last answer ended because it had as many tokens as it may have.
+        messages: the part of the dialogue so far that the model sees.
+        forgotten: the number of messages that the last ``say`` dropped.
+        cut: whether the last answer was cut off at the maximum number of tokens.
 
     Raises:
-        ValueError: the model was not fine-tuned on dialogues, or ``system`` has characters that it
-            does not know, or leaves no room for a message and an answer.
+        ValueError: the model was not fine-tuned on dialogues, or ``system`` has unknown characters,
+            or leaves no room for a message and an answer.
     """
 
     def __init__(self, sampler: Sampler, system: str = "") -> None:
@@ -51,13 +51,13 @@ class Chat:
         self.forgotten, self.cut = 0, False
 
     def say(self, content: str) -> Generator[str, None, None]:
-        """The answer to a user's message, in pieces as it grows. When the generator ends, or is
-        closed, the message and what was read of the answer become part of the dialogue, unless that
-        is nothing.
+        """The answer to a user's message, in pieces as it is generated. When the generator ends or
+        is closed, the message and the part of the answer that was read are added to the dialogue,
+        unless nothing was read.
 
         Raises:
-            ValueError, at once: the message is empty, longer than the context, or has characters
-            that the model does not know.
+            ValueError: immediately, if the message is empty, longer than the context, or has
+                unknown characters.
         """
         messages = [*self.messages, {"role": "user", "content": content}]
         ids, kept, room = fitting(self._sampler, self._tokenizer, messages)
@@ -84,12 +84,12 @@ class Chat:
 def fitting(
     sampler: Sampler, tokenizer: ChatTokenizer, messages: Sequence[template.Message]
 ) -> tuple[list[int], list[template.Message], int]:
-    """The prompt for an answer, the messages in it, and how many tokens the answer may have. The
-    oldest turns are left out where a quarter of the context, or ``max_new_tokens`` if that is less,
-    would not be left.
+    """The prompt for an answer, the messages in it, and the maximum number of tokens of the answer.
+    Drops the oldest turns until a quarter of the context is left for the answer, or
+    ``max_new_tokens`` if that is less.
 
     Raises:
-        ValueError: the last message alone is longer than the context, or see ``template.prompt``.
+        ValueError: the last message alone exceeds the context; or like ``template.prompt``.
     """
     kept, block_size = list(messages), sampler.model.config.block_size
     most = sampler.config.max_new_tokens
@@ -107,21 +107,21 @@ def fitting(
 
 
 class Answer(NamedTuple):
-    """The model's answer to a question of a file, and the file's."""
+    """The model's answer to a question in a file, and the file's own answer."""
 
     question: str  # the user's last message
     answer: str  # the model's
     expected: str  # the file's
-    forgotten: int  # how many of the oldest messages the model did not see, as they did not fit
+    forgotten: int  # number of oldest messages that did not fit into the context
 
 
 def answers(sampler: Sampler, path: Path) -> Iterator[Answer]:
-    """Answer every user's message in a file of dialogues, given what stands before it in the file,
-    as far as it fits (see ``fitting``); ``batch_size`` at a time.
+    """Answer every user message in a file of dialogues, given the messages before it as far as they
+    fit (see ``fitting``), ``batch_size`` at a time.
 
     Raises:
-        ValueError: as ``read_dialogues`` and ``fitting``, with the file and the line; or there is
-            no answer in the file.
+        ValueError: like ``read_dialogues`` and ``fitting``, naming file and line; or the file has
+            no answers.
     """
     tokenizer, ends = chat_tokenizer(sampler), template.stops(chat_tokenizer(sampler))
     asked: list[tuple[list[int], int, Answer]] = []

@@ -1,10 +1,10 @@
-"""A file of dialogues as a source of a data set.
+"""A file of dialogues as the source of a data set.
 
     source = DialogueSource("dialogues.jsonl")
     prepare(source, ChatTokenizer(tokenizer), "data/chat")
 
 Each line of the file is a JSON object: ``{"messages": [{"role": "user", "content": "..."},
-{"role": "assistant", "content": "..."}, ...]}``. Other keys beside ``messages`` are ignored.
+{"role": "assistant", "content": "..."}, ...]}``. Keys other than ``messages`` are ignored.
 """
 
 from collections.abc import Iterable, Iterator
@@ -26,7 +26,7 @@ DIALOGUES_VAL_SHARE = 0.1
 
 @dataclass(frozen=True, slots=True)
 class Dialogue(Piece):
-    """A piece whose text is all that is said, one content behind the other.
+    """A piece whose text is the concatenation of all contents.
 
     Attributes:
         messages: see ``template.check``.
@@ -38,11 +38,11 @@ class Dialogue(Piece):
 
 
 class DialogueSource(Source):
-    """Dialogues to train on: each must have an answer.
+    """Dialogues to train on. Each must have an answer.
 
     Raises:
-        FileNotFoundError: there is no such file. While reading: ValueError that names the file, the
-            line and the field of what is no dialogue.
+        FileNotFoundError: there is no such file.
+        ValueError, while reading: a line is not a dialogue. Names file, line and field.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -57,7 +57,7 @@ class DialogueSource(Source):
         return ([(piece.text, piece.fraction)] for piece in self.pieces(0.5, 0))
 
     def pieces(self, val_share: float, seed: int) -> Iterator[Dialogue]:
-        """Each dialogue whole, in one of the splits; as in ``Source.pieces``, but never cut."""
+        """Like ``Source.pieces``, but dialogues are never cut: each is in one split as a whole."""
         size = max(self._path.stat().st_size, 1)
         for index, (messages, where, position) in enumerate(read_dialogues(self._path)):
             if all(message["role"] != "assistant" for message in messages):
@@ -79,10 +79,10 @@ class DialogueSource(Source):
 
 
 def read_dialogues(path: Path) -> Iterator[tuple[list[template.Message], str, int]]:
-    """The messages of each line, where it stands, and how many bytes of the file are read.
+    """For each line: its messages, its location, and the number of bytes read so far.
 
     Raises:
-        ValueError: a line is not JSON, or its messages are no dialogue.
+        ValueError: a line is not JSON, or its messages are not a dialogue.
     """
     for row, where, position in read_json_lines(path):
         with naming(where):

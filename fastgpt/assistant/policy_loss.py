@@ -1,17 +1,17 @@
-"""The loss of group-relative policy gradient (GRPO, Shao et al. 2024, arXiv:2402.03300).
+"""The loss of group-relative policy optimization (GRPO, Shao et al. 2024, arXiv:2402.03300).
 
-Of each prompt a group of answers is drawn from the policy p itself. With reward r_i of answer i:
+For each prompt a group of answers is sampled from the policy p. With the reward r_i of answer i:
 
     A_i  = (r_i - mean of its group's r) / (their standard deviation)
     k_it = q / p - log(q / p) - 1          for token t of answer i, q the reference's probability
     loss = -(1 / N) * sum over i, t of (A_i * p / stop_gradient(p) - kl_weight * k_it)
 
-N is the number of tokens of all answers of the step, so that a token weighs the same in a short
-answer and in a long one (Yu et al. 2025, arXiv:2503.14476). Each answer serves one update, hence
-no ratio to an older policy is clipped. k is never negative, and its mean over tokens drawn from p
-is the divergence KL(p || q) (Schulman 2020, "Approximating KL divergence").
+N is the number of tokens in all answers of the step, so that tokens have the same weight in short
+and long answers (Yu et al. 2025, arXiv:2503.14476). Each answer is used for one update, so there is
+no clipped ratio to an older policy. k is never negative, and its mean over tokens sampled from p is
+the divergence KL(p || q) (Schulman 2020, "Approximating KL divergence").
 
-In the shape comments B is the batch, T the length, N the number of answers' tokens in it.
+In shape comments B is the batch size, T the sequence length, N the number of answer tokens.
 """
 
 import torch
@@ -21,15 +21,15 @@ from torch.utils.checkpoint import checkpoint
 
 from fastgpt.model import GPT
 
-# Logits exist for this many tokens at a time, and are computed again in the backward pass.
+# Logits are computed for this many tokens at a time, and recomputed in the backward pass.
 _ROWS = 2048
 
 
 def token_logps(model: GPT, idx: Tensor, targets: Tensor) -> Tensor:
-    """Log-probabilities (N,), in float32 at least, of the targets that are not -1, row by row.
+    """Log-probabilities (N,), at least float32, of the targets that are not -1, row by row.
 
-    ``idx`` and ``targets`` (B, T) are token ids; a target is the token behind that of ``idx``.
-    Rows are padded on the right, by any ids, with targets of -1.
+    ``idx`` and ``targets`` (B, T) are token ids; a target is the token that follows that of
+    ``idx``. Rows are padded on the right with any ids and targets of -1.
     """
     answers = targets != -1
     x = model._hidden(idx)[answers]  # (N, C)
@@ -46,7 +46,7 @@ def _logps(lm_head: nn.Module, x: Tensor, targets: Tensor) -> Tensor:
 
 
 def advantages(rewards: Tensor) -> Tensor:
-    """Rewards (prompts, answers of each) → their advantages; 0 in a group of equal rewards."""
+    """Rewards (prompts, answers per prompt) → advantages; 0 in a group of equal rewards."""
     centred = rewards - rewards.mean(dim=1, keepdim=True)
     equal = rewards.amax(dim=1, keepdim=True) == rewards.amin(dim=1, keepdim=True)
     return (centred / rewards.std(dim=1, correction=0, keepdim=True)).masked_fill(equal, 0.0)
@@ -61,7 +61,7 @@ def kl_estimates(logps: Tensor, reference: Tensor) -> Tensor:
 class PolicyLoss(nn.Module):
     """The loss of a micro-batch, as ``training.step.Step`` calls it.
 
-    ``kl_sum`` adds up k over the tokens of all calls, until it is set to 0.
+    ``kl_sum`` accumulates k over the tokens of all calls, until the caller resets it to 0.
     """
 
     def __init__(self, policy: GPT, kl_weight: float) -> None:
@@ -72,7 +72,7 @@ class PolicyLoss(nn.Module):
 
     def forward(self, x: tuple[Tensor, Tensor, Tensor], targets: Tensor) -> tuple[None, Tensor]:
         """``x``: the token ids (B, T), the advantages (B,), and the reference's log-probabilities
-        (N,) of ``targets`` as ``token_logps`` gives them. The second result is the mean loss.
+        (N,) of ``targets`` from ``token_logps``. Returns None and the mean loss.
         """
         idx, of_answers, reference = x
         logps = token_logps(self.policy, idx, targets)

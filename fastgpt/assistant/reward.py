@@ -1,6 +1,6 @@
 """``fastgpt reward``: train a reward model on pairs of answers.
 
-A line of the data set is an object with ``messages``, a dialogue that ends with the user's turn,
+Each line of the data set is an object with ``messages``, a dialogue that ends with a user message,
 and two answers to it, ``chosen`` and ``rejected``.
 """
 
@@ -28,9 +28,9 @@ class RewardConfig(StageConfig):
 
     # JSONL file of pairs: {"messages": [...], "chosen": "...", "rejected": "..."}
     dataset: str
-    # Folder of ckpt.pt and log.jsonl.
+    # Folder for ckpt.pt and log.jsonl.
     out_dir: str = "out-reward"
-    # Pairs in a micro-batch.
+    # Pairs per micro-batch.
     batch_size: int = 32
 
 
@@ -41,7 +41,7 @@ class Pair(NamedTuple):
 
 
 def read_pair(tokenizer: ChatTokenizer, block_size: int, row: dict[str, Any]) -> Pair:
-    """The pair of a line. Raises ValueError naming the field."""
+    """The pair in a row of the data set. Raises ValueError naming the field."""
     prompt = template.prompt(tokenizer, row.get("messages", []))
     answers = []
     for key in ("chosen", "rejected"):
@@ -62,7 +62,7 @@ def read_pair(tokenizer: ChatTokenizer, block_size: int, row: dict[str, Any]) ->
 
 
 class RewardTraining(Stage):
-    """A run of ``fastgpt reward``. Raises what the config, the data and the model raise:
+    """A run of ``fastgpt reward``. Raises the errors of the config, the data and the model:
     ValueError, FileNotFoundError, NotADirectoryError.
     """
 
@@ -93,7 +93,7 @@ class RewardTraining(Stage):
 
     @torch.no_grad()
     def evaluate(self) -> Figures:
-        """On the held-out pairs: mean loss, share of pairs with a positive margin, mean margin."""
+        """Mean loss, share of positive margins and mean margin over the held-out pairs."""
         with self.autocast:
             parts = [self.loss(*self._batch(part))[0] for part in self._parts(self.val)]
         margins = torch.cat(parts)

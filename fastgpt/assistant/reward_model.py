@@ -1,7 +1,7 @@
-"""A reward model: a GPT whose last token's hidden state is weighed into one number.
+"""A reward model: a GPT with a scalar head on the hidden state of the last token.
 
-It learns from pairs of answers to the same prompt (Bradley & Terry 1952; Ouyang et al. 2022,
-arXiv:2203.02155): with rewards r of the two,
+It is trained on pairs of answers to the same prompt (Bradley & Terry 1952; Ouyang et al. 2022,
+arXiv:2203.02155). With the rewards r of the two,
 
     loss = -log(sigmoid(r_chosen - r_rejected)),  the mean over pairs
 """
@@ -18,9 +18,9 @@ from fastgpt.model import GPT
 
 
 class RewardModel(GPT):
-    """``GPT`` with a scalar head, without bias, on the final LayerNorm; at first every reward is 0.
+    """``GPT`` with a scalar head, without bias, on the final LayerNorm. All rewards start at 0.
 
-    In the shape comments B is the batch, T the length.
+    In shape comments B is the batch size, T the sequence length.
     """
 
     def __init__(self, config: GPTConfig, gelu: str = "none") -> None:
@@ -32,17 +32,17 @@ class RewardModel(GPT):
         return [p for p in super().low_precision_parameters() if p is not self.reward_head.weight]
 
     def rewards(self, idx: Tensor, last: Tensor) -> Tensor:
-        """Token ids (B, T), of which row b ends at ``last[b]``, see ``rows`` → rewards (B,),
-        float32 at least.
+        """Token ids (B, T), where row b ends at ``last[b]`` (see ``rows``) → rewards (B,), at least
+        float32.
         """
         x = self._hidden(idx)[torch.arange(len(idx), device=idx.device), last]  # (B, C)
         weight = self.reward_head.weight
-        # Not a matrix product, which autocast would round: rewards are subtracted.
+        # Not a matmul, which autocast would round: the loss subtracts rewards.
         return (x.to(weight.dtype) * weight).sum(dim=-1)
 
 
 def rows(texts: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:
-    """For ``RewardModel.rewards``: padded ids (B, T), and where each text ends (B,)."""
+    """Arguments of ``RewardModel.rewards``: padded ids (B, T), and the end of each text (B,)."""
     last = torch.tensor([len(text) - 1 for text in texts], device=device)
     return padded(texts, 0, device), last
 
@@ -60,8 +60,8 @@ class PairLoss(nn.Module):
         self.model = model
 
     def forward(self, x: tuple[Tensor, Tensor], pairs: Tensor) -> tuple[Tensor, Tensor]:
-        """``x``: what ``RewardModel.rewards`` takes, the chosen texts (B of them) before the
-        rejected ones; ``pairs`` (B,) holds anything but -1, which would not count.
+        """``x``: the arguments of ``RewardModel.rewards``, with the B chosen texts before the
+        rejected ones. ``pairs`` (B,): any values but -1, which would not be counted.
 
         Returns the margins (B,) and the mean loss.
         """

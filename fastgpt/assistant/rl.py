@@ -1,7 +1,7 @@
-"""``fastgpt rl``: reinforcement learning of an assistant, by ``policy_loss``.
+"""``fastgpt rl``: reinforcement learning of an assistant with ``policy_loss``.
 
-A step draws ``group_size`` answers to each of its prompts, all in one batch, rates them, and makes
-one update. The fine-tuned model that the run starts from is the reference.
+Each step samples ``group_size`` answers per prompt, all in one batch, scores them, and makes one
+update. The reference policy is the fine-tuned model that the run starts from.
 """
 
 from collections.abc import Mapping, Sequence
@@ -22,40 +22,40 @@ from fastgpt.generation import Generator, Sampling, check_finite
 from fastgpt.tokenizer import ChatTokenizer
 from fastgpt.training.run import Figures
 
-# On a GPU the host looks every so many tokens whether all answers have ended.
-_LOOK_EVERY = {"cpu": 1, "cuda": 16}
+# Tokens between two checks whether all answers have ended, which synchronize a GPU.
+_CHECK_EVERY = {"cpu": 1, "cuda": 16}
 
 
 @dataclass(frozen=True, kw_only=True)
 class RLConfig(StageConfig):
-    """Reinforcement learning: answers that are rated higher become likelier."""
+    """Reinforcement learning: make answers with higher rewards likelier."""
 
-    # What rates answers: the folder of a reward model, or module:function, which is called with the
-    # texts of a prompt, one message a line, and of an answer, and returns a number.
+    # The reward: the folder of a reward model, or module:function, which is called with the text of
+    # a prompt, one message per line, and of an answer, and returns a number.
     reward: str
-    # JSONL file of dialogues: {"messages": [...]}. An answer at the end is left out; it is what an
-    # answer to a held-out prompt has to match.
+    # JSONL file of dialogues: {"messages": [...]}. A final answer is not part of the prompt; the
+    # evaluation counts how often answers to held-out prompts equal it.
     dataset: str
-    # Folder of ckpt.pt and log.jsonl.
+    # Folder for ckpt.pt and log.jsonl.
     out_dir: str = "out-rl"
-    # Prompts in a micro-batch.
+    # Prompts per micro-batch.
     batch_size: int = 8
-    # Answers drawn for each prompt.
+    # Answers sampled per prompt.
     group_size: int = 8
-    # Tokens of an answer, at most.
+    # Maximum number of tokens in an answer.
     max_new_tokens: int = 64
-    # Weight of the divergence from the fine-tuned model.
+    # Weight of the KL divergence from the fine-tuned model.
     kl_weight: float = 0.05
-    # The run ends when the divergence per token, in nats, is larger.
+    # End the run if the KL divergence per token, in nats, exceeds this.
     max_kl: float = 0.5
-    # Held-out prompts that an evaluation answers, at most.
+    # Maximum number of held-out prompts to answer in an evaluation.
     eval_prompts: int = 200
 
 
 def read_prompt(
     tokenizer: ChatTokenizer, block_size: int, max_new_tokens: int, row: dict[str, Any]
 ) -> Prompt:
-    """The prompt of a line. Raises ValueError naming the field."""
+    """The prompt in a row of the data set. Raises ValueError naming the field."""
     template.check(row.get("messages"))
     messages, answer = row["messages"], None
     if messages[-1]["role"] == "assistant":
@@ -71,8 +71,8 @@ def read_prompt(
 
 
 class ReinforcementLearning(Stage):
-    """A run of ``fastgpt rl``. Raises what the config, the data, the models and the reward raise:
-    ValueError, ImportError, FileNotFoundError, NotADirectoryError.
+    """A run of ``fastgpt rl``. Raises the errors of the config, the data, the models and the
+    reward: ValueError, ImportError, FileNotFoundError, NotADirectoryError.
     """
 
     config: RLConfig
@@ -89,7 +89,7 @@ class ReinforcementLearning(Stage):
         super().__init__(config, policy, loss, tokenizer, train, console)
         self._reference = reference.to(self.device)
         self._score = scorer(config.reward, tokenizer, self._capacity, self.device, self.autocast)
-        # The weights stay where they are, as the caches and graphs of both need it.
+        # Both capture CUDA graphs, which requires that the weights keep their addresses.
         self._sampler = Generator(policy, Sampling(), self.autocast)
         self._greedy = Generator(policy, Sampling(temperature=0.0), self.autocast)
         console.print(f"{len(self.train):,} prompts; {len(self.val):,} held-out ones are evaluated")
@@ -98,28 +98,28 @@ class ReinforcementLearning(Stage):
         kl, bound = figures["kl"], self.config.max_kl
         if kl <= bound:
             return None
-        return f"the divergence of {kl:.4g} nats per token is over max_kl={bound}"
+        return f"the KL divergence of {kl:.4g} nats per token exceeds max_kl={bound}"
 
     def answers(self, prompts: Sequence[Prompt], generator: Generator) -> list[Answer]:
-        """An answer to each, drawn in one batch."""
+        """An answer to each prompt, generated in one batch."""
         device = self.device
         stops = template.stops(self._tokenizer)
         inputs = [torch.tensor(prompt.tokens, device=device) for prompt in prompts]
         ended = torch.zeros(len(prompts), dtype=torch.bool, device=device)
         drawn = []
-        # The same capacity for all batches, so that cache and graph are kept.
+        # The same capacity for all batches, so that cache and graph are reused.
         room = self._capacity - max(len(row) for row in inputs)
         for tokens in generator(inputs, room):
             drawn.append(tokens)
             ended |= (tokens >= stops.start) & (tokens < stops.stop)
-            look = len(drawn) % _LOOK_EVERY.get(device.type, 1) == 0
-            if len(drawn) == self.config.max_new_tokens or (look and bool(ended.all())):
+            check = len(drawn) % _CHECK_EVERY.get(device.type, 1) == 0
+            if len(drawn) == self.config.max_new_tokens or (check and bool(ended.all())):
                 break
         found = []
         for row in torch.stack(drawn, dim=1).tolist():
             end = next((i for i, token in enumerate(row) if token in stops), len(row))
             check_finite(row[: end + 1])
-            # A vocabulary padded for speed has ids that stand for no text.
+            # A vocabulary padded for speed has ids without a text.
             ids = [token for token in row[:end] if token < stops.stop]
             found.append(Answer(row[: end + 1], self._tokenizer.decode(ids), end < len(row)))
         return found
@@ -152,8 +152,8 @@ class ReinforcementLearning(Stage):
         return figures, n_tokens + sum(len(prompt.tokens) for prompt in prompts)
 
     def evaluate(self) -> Figures:
-        """On the held-out prompts, with the likeliest token taken: mean reward, mean length and,
-        where the data set has the answers, the share of those that are the same.
+        """Greedy answers to the held-out prompts: mean reward, mean length and, if the data set has
+        answers, the share of those that are equal.
         """
         size = self.config.batch_size * self.config.group_size
         answers: list[Answer] = []

@@ -1,4 +1,4 @@
-"""What rates answers: a reward model, or a function of the user's."""
+"""Scoring of answers by a reward model or a user's function."""
 
 import contextlib
 import importlib
@@ -22,15 +22,15 @@ _ROWS = 64  # texts that the reward model reads at a time
 
 
 class Prompt(NamedTuple):
-    text: str  # its messages' contents, one behind the other by line feeds
-    tokens: tuple[int, ...]  # of the whole dialogue, up to where an answer begins
-    answer: str | None  # the data set's
+    text: str  # the contents of its messages, joined by line feeds
+    tokens: tuple[int, ...]  # the whole dialogue, up to the beginning of an answer
+    answer: str | None  # the answer in the data set
 
 
 class Answer(NamedTuple):
-    tokens: list[int]  # with that which ended it
+    tokens: list[int]  # including the token that ended it
     text: str
-    ended: bool  # by itself, not by max_new_tokens
+    ended: bool  # False if it was cut off at max_new_tokens
 
 
 # (B) prompts and their answers → rewards (B,), float32, on the model's device
@@ -44,11 +44,11 @@ def scorer(
     device: torch.device,
     autocast: AbstractContextManager[object],
 ) -> Scorer:
-    """By the key ``reward``: the reward model in a folder, which must take texts of ``length``
-    tokens, or the function ``module:function``.
+    """The scorer for the key ``reward``: the reward model in a folder, which must accept texts of
+    ``length`` tokens, or the function ``module:function``.
 
     Raises ValueError, ImportError or FileNotFoundError naming the key. The scorer raises ValueError
-    where the function fails or returns anything but a finite number.
+    if the function fails or returns anything but a finite number.
     """
     if ":" in source and not Path(source).exists():
         return _by_function(source, device)
@@ -57,11 +57,11 @@ def scorer(
 
 def _by_function(source: str, device: torch.device) -> Scorer:
     module, _, name = source.partition(":")
-    if "" not in sys.path:  # the installed command does not look into the current folder
+    if "" not in sys.path:  # the installed command does not search the current folder
         sys.path.insert(0, "")
     try:
         function = getattr(importlib.import_module(module), name, None)
-    except Exception as error:  # whatever the user's module does
+    except Exception as error:  # any error of the user's module
         raise ValueError(f"reward={source!r} cannot be imported: {_in_one_line(error)}") from error
     if not callable(function):
         raise ValueError(f"reward={source!r}: {module} has no function {name!r}")
@@ -70,7 +70,7 @@ def _by_function(source: str, device: torch.device) -> Scorer:
         call = f"reward={source!r} with prompt {prompt.text!r:.80} and answer {answer.text!r:.80}"
         try:
             reward = function(prompt.text, answer.text)
-        except Exception as error:  # whatever the user's function does
+        except Exception as error:  # any error of the user's function
             raise ValueError(f"{call} failed: {_in_one_line(error)}") from error
         with contextlib.suppress(TypeError, ValueError):
             if math.isfinite(number := float(reward)):

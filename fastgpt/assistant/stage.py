@@ -1,8 +1,8 @@
-"""What the reward model's run and reinforcement learning share: keys, data, order, checkpoint.
+"""Base class of reward training and reinforcement learning: keys, data, order, checkpoint.
 
-A run starts from the checkpoint of another one and writes ``log.jsonl`` and ``ckpt.pt``. An update
-is made of ``gradient_accumulation_steps`` micro-batches, whose losses count by their tokens or
-pairs; the learning rate falls linearly to 0.
+A run starts from the checkpoint of another run and writes ``log.jsonl`` and ``ckpt.pt``. An update
+has ``gradient_accumulation_steps`` micro-batches, whose losses are weighted by their number of
+tokens or pairs. The learning rate decreases linearly to 0.
 """
 
 import itertools
@@ -26,7 +26,7 @@ from fastgpt.training.run import Run
 
 _T = TypeVar("_T")
 
-HELD_OUT = 10  # of so many prompts, one is held out
+HELD_OUT = 10  # one in ten prompts is held out
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,33 +35,33 @@ class StageConfig:
     init_from: str
     # JSONL file.
     dataset: str
-    # JSONL file of what is held out to evaluate on; without one, every tenth prompt is.
+    # JSONL file of held-out data for evaluation; without one, every tenth prompt is held out.
     val_dataset: str = ""
-    # Folder of ckpt.pt and log.jsonl.
+    # Folder for ckpt.pt and log.jsonl.
     out_dir: str
-    # Go on with the run in out_dir, which was stopped. Give the options that it had.
+    # Resume the stopped run in out_dir. Give the same options as before.
     resume: bool = False
-    # Updates.
+    # Number of updates.
     max_iters: int = 200
-    # Items of the data set in a micro-batch.
+    # Items of the data set per micro-batch.
     batch_size: int
-    # Micro-batches summed up into one update.
+    # Micro-batches per update.
     gradient_accumulation_steps: int = 1
-    # Learning rate of AdamW at first; it falls linearly to 0.
+    # Initial learning rate of AdamW; it decreases linearly to 0.
     learning_rate: float = 1e-4
     # Weight decay of the matrices; vectors are not decayed.
     weight_decay: float = 0.0
-    # Largest gradient norm; 0 turns clipping off.
+    # Maximum gradient norm; 0 disables clipping.
     grad_clip: float = 1.0
-    # Updates between two evaluations; ckpt.pt is written there.
+    # Updates between two evaluations; each also writes ckpt.pt.
     eval_interval: int = 50
     # Updates between two reports.
     log_interval: int = 10
-    # Seed of the batches and the draws.
+    # Seed for the batches and for sampling.
     seed: int = 1337
-    # cuda, cuda:N, cpu, mps, or auto (cuda where there is one, else cpu).
+    # cuda, cuda:N, cpu, mps, or auto (cuda if available, else cpu).
     device: str = "auto"
-    # auto is bfloat16 on a GPU that has it, float16 on an older one, float32 elsewhere.
+    # auto: bfloat16 on a GPU that supports it, float16 on an older GPU, float32 elsewhere.
     dtype: Dtype = "auto"
 
     def __post_init__(self) -> None:
@@ -69,9 +69,9 @@ class StageConfig:
 
 
 def loaded(folder: str, key: str) -> tuple[ckpt.Checkpoint, ChatTokenizer, Path]:
-    """The checkpoint in the folder of the option ``key``, its tokenizer and its path.
+    """The checkpoint in ``folder``, its tokenizer and its path. ``key``: the option, for errors.
 
-    Raises FileNotFoundError, NotADirectoryError or ValueError that name the folder or file.
+    Raises FileNotFoundError, NotADirectoryError or ValueError naming the folder or file.
     """
     if not Path(folder).exists():
         raise FileNotFoundError(f"{key} must be the folder of a run, but there is no {folder}")
@@ -80,14 +80,14 @@ def loaded(folder: str, key: str) -> tuple[ckpt.Checkpoint, ChatTokenizer, Path]
     tokenizer = ckpt.tokenizer_of(checkpoint, path)
     if not isinstance(tokenizer, ChatTokenizer):
         raise ValueError(
-            f"{key} must be the folder of a model trained on dialogues, but {path} knows no tokens "
+            f"{key} must be the folder of a model trained on dialogues, but {path} has no tokens "
             f"for them ({tokenizer.name})"
         )
     return checkpoint, tokenizer, path
 
 
 def loaded_gpt(folder: str) -> tuple[GPT, ChatTokenizer]:
-    """The GPT of ``init_from``, without dropout, and its tokenizer. Raises as ``loaded``, and
+    """The GPT of ``init_from``, without dropout, and its tokenizer. Raises like ``loaded``, and
     ValueError for a model of another kind.
     """
     checkpoint, tokenizer, path = loaded(folder, "init_from")
@@ -98,9 +98,9 @@ def loaded_gpt(folder: str) -> tuple[GPT, ChatTokenizer]:
 
 
 def read_lines(path: str, key: str, read: Callable[[dict[str, Any]], _T]) -> list[_T]:
-    """What ``read`` makes of each object of a JSONL file.
+    """``read`` applied to each object of a JSONL file.
 
-    Raises FileNotFoundError naming the option ``key``; ValueError naming file and line.
+    Raises FileNotFoundError naming the option ``key``, ValueError naming file and line.
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"{key} must be a JSONL file, but there is no file {path}")
@@ -114,10 +114,10 @@ def read_lines(path: str, key: str, read: Callable[[dict[str, Any]], _T]) -> lis
 def held_out(
     config: StageConfig, read: Callable[[dict[str, Any]], _T], prompt: Callable[[_T], Hashable]
 ) -> tuple[list[_T], list[_T]]:
-    """What to train on, and what is held out: the rows of ``val_dataset`` or, without one, those
-    of every tenth prompt.
+    """The rows to train on and the held-out ones, which are those of ``val_dataset`` or, without
+    it, of every tenth prompt.
 
-    Raises as ``read_lines``, and ValueError if there are too few prompts.
+    Raises like ``read_lines``, and ValueError if there are too few prompts.
     """
     rows = read_lines(config.dataset, "dataset", read)
     numbers: dict[Hashable, int] = {}
@@ -141,8 +141,8 @@ def held_out(
 
 
 def order(count: int, seed: int, done: int) -> Iterator[int]:
-    """Numbers below ``count`` without end: each epoch is a new permutation, drawn from the seed.
-    The first ``done`` of them are left out.
+    """An endless sequence of indices below ``count``: each epoch is a new random permutation. The
+    first ``done`` indices are skipped.
     """
     generator = torch.Generator().manual_seed(seed)
     epochs = (torch.randperm(count, generator=generator).tolist() for _ in itertools.count())
@@ -150,11 +150,11 @@ def order(count: int, seed: int, done: int) -> Iterator[int]:
 
 
 class Stage(Run):
-    """A run that trains ``model`` on the rows ``train`` by the loss module around it. See
-    ``training.step.Step`` for what that gets.
+    """A run that trains ``model`` on the rows ``train``. ``loss`` wraps the model in the module
+    that ``training.step.Step`` calls.
 
     Raises ValueError or TypeError naming the key of the config, NotADirectoryError if ``out_dir``
-    is a file; with ``resume`` FileNotFoundError or ValueError without a usable checkpoint there.
+    is a file; with ``resume``, FileNotFoundError or ValueError without a usable checkpoint.
     """
 
     model: GPT
@@ -189,13 +189,13 @@ class Stage(Run):
         self._build_step(loss(self.model), config.gradient_accumulation_steps)
         if saved is not None:
             self._restore(saved, ckpt.own_state(saved), path)
-            console.print(f"going on from {self.out_dir} at iteration {self.iter_num}")
+            console.print(f"resuming from {self.out_dir} at iteration {self.iter_num}")
         self.train = train
         self._n_rows = config.batch_size * config.gradient_accumulation_steps
         self._order = order(len(train), config.seed, self._n_rows * self.iter_num)
 
     def _next_rows(self) -> list[Any]:
-        """Of ``train``, for an update."""
+        """The rows of ``train`` for the next update."""
         return [self.train[i] for i in itertools.islice(self._order, self._n_rows)]
 
     def learning_rate(self, iteration: int) -> float:

@@ -1,11 +1,11 @@
-"""How a dialogue becomes tokens, in training and in sampling alike.
+"""The chat template: how a dialogue is encoded as tokens, in training and in sampling.
 
     <|dialogue|> <|user|>What is 2 plus 3?<|end|> <|assistant|>5<|end|>
 
-(without the spaces): a token begins the dialogue, a token for the role begins each message, a token
-ends it. A message's content is encoded alone, so that a cut between messages changes no token. The
-targets of training are the answers: what stands behind ``<|assistant|>``, its ``<|end|>`` included.
-A sampled answer ends at ``<|end|>``, as ``stops`` says.
+(without the spaces). A token begins the dialogue, each message begins with a token for its role and
+ends with an end token. Contents are encoded separately, so that a cut between messages changes no
+token. The training targets are the answers: the tokens after ``<|assistant|>`` up to and including
+``<|end|>``. A sampled answer ends at ``<|end|>``; see ``stops``.
 """
 
 from collections.abc import Mapping, Sequence
@@ -22,7 +22,7 @@ ROLES = ("system", "user", "assistant")
 
 Message = Mapping[str, Any]  # {"role": ..., "content": ...}
 
-ASSISTANT = SPECIAL_TOKENS.index("<|assistant|>")  # behind <|dialogue|>
+ASSISTANT = SPECIAL_TOKENS.index("<|assistant|>")  # offset from the id of <|dialogue|>
 
 
 def encode(
@@ -31,8 +31,8 @@ def encode(
     """The tokens (N,) of a dialogue, and which of them (N,) are targets.
 
     Raises:
-        ValueError: the messages are no dialogue (see ``check``), or a content has characters that
-            the tokenizer lacks; the message names the field, such as ``messages[1].content``.
+        ValueError: the messages are not a dialogue (see ``check``), or a content has characters
+            that the tokenizer lacks. Names the field, such as ``messages[1].content``.
     """
     check(messages)
     parts: list[npt.NDArray[np.integer[Any]]] = [_one(tokenizer.begin)]
@@ -45,10 +45,10 @@ def encode(
 
 
 def prompt(tokenizer: ChatTokenizer, messages: Sequence[Message]) -> list[int]:
-    """The tokens behind which an answer to the last message begins.
+    """The tokens of a dialogue up to the beginning of an answer to its last message.
 
     Raises:
-        ValueError: as ``encode``; or the last message is not a user's.
+        ValueError: like ``encode``; or the last message is not a user's.
     """
     tokens, _ = encode(tokenizer, messages)
     if messages[-1]["role"] != "user":
@@ -61,29 +61,29 @@ def prompt(tokenizer: ChatTokenizer, messages: Sequence[Message]) -> list[int]:
 
 
 def stops(tokenizer: ChatTokenizer) -> range:
-    """The tokens that end an answer: ``<|end|>``, and the others of a dialogue, which a model that
-    is not well trained may draw."""
+    """The tokens that end an answer: ``<|end|>``, and the other special tokens, which a poorly
+    trained model may draw."""
     return range(tokenizer.begin, tokenizer.vocab_size)
 
 
 def answer_mask(tokens: npt.NDArray[np.integer[Any]], begin: int) -> npt.NDArray[np.bool_]:
-    """Which tokens (..., N) are targets, given that each row begins with a dialogue and that
-    ``begin`` is the id of ``<|dialogue|>``: those whose nearest special token before them is
-    ``<|assistant|>``.
+    """Which tokens (..., N) are targets: those whose nearest preceding special token is
+    ``<|assistant|>``. Each row must start at the beginning of a dialogue; ``begin`` is the id of
+    ``<|dialogue|>``.
     """
-    places = np.where(tokens >= begin, np.arange(tokens.shape[-1]), 0)
-    nearest = np.maximum.accumulate(places, axis=-1)[..., :-1]  # of the next token
+    special = np.where(tokens >= begin, np.arange(tokens.shape[-1]), 0)
+    nearest = np.maximum.accumulate(special, axis=-1)[..., :-1]  # before the next token
     mask = np.zeros(tokens.shape, dtype=np.bool_)
     mask[..., 1:] = np.take_along_axis(tokens, nearest, axis=-1) == begin + ASSISTANT
     return mask
 
 
 def check(messages: object) -> None:
-    """Whether ``messages`` are a dialogue: perhaps a system's message, then a user's and an
-    assistant's in turn, each a dict with a role and a content that is not empty.
+    """Check that ``messages`` are a dialogue: an optional system message, then alternating user and
+    assistant messages, each a dict with a role and a nonempty content.
 
     Raises:
-        ValueError: naming the field, its value and what is allowed.
+        ValueError: they are not. Names the field, its value and what is allowed.
     """
     if not isinstance(messages, Sequence) or isinstance(messages, str) or not messages:
         raise ValueError(f"messages must be a list with at least one message, got {messages!r:.60}")

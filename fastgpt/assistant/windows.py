@@ -1,4 +1,4 @@
-"""The rows of training on dialogues: each begins where a dialogue does."""
+"""Training windows for dialogues, each starting at the beginning of a dialogue."""
 
 from typing import Any
 
@@ -11,34 +11,34 @@ _Tokens = npt.NDArray[np.unsignedinteger[Any]]
 
 
 class DialogueWindows:
-    """Windows of ``length`` tokens, one for each dialogue that begins in one file: it, and those
-    behind it. The last dialogue of a window may be cut at the window's end, never at its beginning.
-    Behind the last file's end a window has ``<|dialogue|>`` tokens.
+    """Windows of ``length`` tokens, one for each dialogue that begins in a file: this dialogue and
+    those that follow it. The last one may be cut off at the window's end. After the end of the last
+    file, windows are filled with ``<|dialogue|>`` tokens.
 
     Args:
-        tokens: of the file, (N,).
+        tokens: the file's tokens, (N,).
         length: T + 1.
         begin: the id of ``<|dialogue|>``.
-        behind: the first ``length`` tokens of the files behind this one, or as many as they have:
+        after: the first ``length`` tokens of the following files, or as many as they have, because
             a file may end within a dialogue.
 
     Attributes:
-        too_long: the number of dialogues that are longer than a window: what stands behind is
-            never seen. Those of which no answer would be seen have no window.
+        too_long: the number of dialogues that are longer than a window, whose ends are never seen.
+            Dialogues without an answer inside the window have no window.
     """
 
-    def __init__(self, tokens: _Tokens, length: int, begin: int, behind: _Tokens) -> None:
+    def __init__(self, tokens: _Tokens, length: int, begin: int, after: _Tokens) -> None:
         self._tokens, self._begin = tokens, begin
         self._offsets = np.arange(length)
-        self._behind = np.append(behind, np.full(length - len(behind), begin, behind.dtype))
+        self._after = np.append(after, np.full(length - len(after), begin, after.dtype))
         starts = np.flatnonzero(tokens == begin)
-        later = np.append(np.flatnonzero(behind == begin), len(behind))[0]
+        later = np.append(np.flatnonzero(after == begin), len(after))[0]
         self.too_long = int((np.diff(starts, append=len(tokens) + later) > length).sum())
-        # An answer is seen if the window goes on behind the token with which the answer begins.
+        # An answer is inside if the window continues after the token that begins the answer.
         answers = np.concatenate(
             [
                 np.flatnonzero(tokens == begin + ASSISTANT),
-                len(tokens) + np.flatnonzero(behind == begin + ASSISTANT),
+                len(tokens) + np.flatnonzero(after == begin + ASSISTANT),
                 [len(tokens) + length],
             ]
         )
@@ -49,11 +49,11 @@ class DialogueWindows:
         return len(self._starts)
 
     def __getitem__(self, numbers: npt.NDArray[np.int64]) -> _Tokens:
-        """The windows of these numbers (n,): (n, length)."""
-        places = self._starts[numbers][:, None] + self._offsets
-        inside = places < len(self._tokens)
-        found = self._tokens[np.where(inside, places, 0)]
-        found[~inside] = self._behind[places[~inside] - len(self._tokens)]
+        """The windows with these indices (n,): (n, length)."""
+        positions = self._starts[numbers][:, None] + self._offsets
+        inside = positions < len(self._tokens)
+        found = self._tokens[np.where(inside, positions, 0)]
+        found[~inside] = self._after[positions[~inside] - len(self._tokens)]
         return found
 
     def targets(self, windows: _Tokens) -> npt.NDArray[np.int64]:

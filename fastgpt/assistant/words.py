@@ -1,10 +1,10 @@
-"""A tiny assistant's data: a text about words to train a base model on, and dialogues about words.
+"""Generated data for a tiny assistant: a text about words for a base model, and dialogues.
 
     python -m fastgpt.assistant.words words
 
 writes ``base.txt``, ``train.jsonl``, ``pairs.jsonl`` and ``heldout.jsonl``. The words are random
-letters; those of the held-out dialogues are in none of the other files. The text has questions too,
-but never an answer behind one. A pair is a dialogue with a right answer and a nearly right one.
+letters; those of the held-out dialogues do not occur in the other files. The text also has
+questions, but never followed by an answer. A pair is a dialogue with a right and a wrong answer.
 """
 
 import argparse
@@ -33,12 +33,12 @@ _TASKS = (
 )
 _LETTERS = "abdeiklmnoprstu"
 _LENGTHS = (3, 4, 5)
-_QUESTION_SHARE = 0.2  # of the text's lines
+_QUESTION_SHARE = 0.2  # share of the text's lines
 
 
 class Words(NamedTuple):
-    """The text of a base model, the dialogues to train and to measure an assistant with, and pairs
-    of answers, for ``fastgpt reward``."""
+    """The text for a base model, dialogues for training and evaluating an assistant, and pairs of
+    answers for ``fastgpt reward``."""
 
     base: str
     train: list[Dialogue]
@@ -49,7 +49,7 @@ class Words(NamedTuple):
 def words(
     seed: int = 0, lines: int = 60000, train: int = 2000, heldout: int = 300, pairs: int = 6000
 ) -> Words:
-    """The data of ``seed``: a text of so many ``lines``, so many dialogues, and so many pairs."""
+    """Generate the data from ``seed``, with these numbers of lines, dialogues and pairs."""
     draw = random.Random(seed)
     kept = [_word(draw) for _ in range(heldout)]
     left_out = set(kept)
@@ -78,7 +78,7 @@ def _line(draw: random.Random, word: str) -> str:
 
 
 def _dialogue(draw: random.Random, word: str) -> Dialogue:
-    """One task, or two with the same word."""
+    """A dialogue of one task, or of two with the same word."""
     first, second = draw.sample(_TASKS, 2)
     turns = [(first.question.format(word), first.answer(word))]
     if draw.random() < 0.5:
@@ -91,12 +91,12 @@ def _dialogue(draw: random.Random, word: str) -> Dialogue:
 
 
 def _pair(draw: random.Random, dialogue: Dialogue) -> dict[str, Any]:
-    """The rejected answer has one letter too few, too many, or another one."""
+    """A pair whose rejected answer has one letter missing, added or changed."""
     right = dialogue[-1]["content"]
-    place, letter = draw.randrange(len(right)), draw.choice(_LETTERS)
+    position, letter = draw.randrange(len(right)), draw.choice(_LETTERS)
     letter = letter.upper() if right.isupper() else letter
-    behind = draw.choice((right[place:], right[place + 1 :], right[place + 1 :]))
-    wrong = right[:place] + draw.choice(("", letter)) + behind
+    rest = draw.choice((right[position:], right[position + 1 :], right[position + 1 :]))
+    wrong = right[:position] + draw.choice(("", letter)) + rest
     if wrong == right:
         return _pair(draw, dialogue)
     return {"messages": dialogue[:-1], "chosen": right, "rejected": wrong}
@@ -106,12 +106,12 @@ def exact(prompt: str, answer: str) -> float:
     """A reward for ``fastgpt rl``: 1 for the right answer, else 0."""
     question, *more = prompt.split("\n")
     for task in _TASKS:
-        before, behind = task.question.split("{}")
-        if question.startswith(before) and question.endswith(behind):
-            word = question.removeprefix(before).removesuffix(behind)
+        before, after = task.question.split("{}")
+        if question.startswith(before) and question.endswith(after):
+            word = question.removeprefix(before).removesuffix(after)
             asked = [task, *(other for other in _TASKS if other.follow_up in more)][-1]
             return float(answer == asked.answer(word))
-    raise ValueError(f"{question!r} is no question about a word")
+    raise ValueError(f"{question!r} is not a question about a word")
 
 
 def write_dialogues(dialogues: Iterable[Dialogue], path: Path) -> None:

@@ -1,1 +1,1 @@
-"""From texts to batches of token ids: sources, preparation, token files, batches."""
+"""Data: text sources, preparation of data sets, token files, batches of token ids."""

@@ -7,7 +7,7 @@ nanoGPT, they are ``train.bin`` and ``val.bin`` in uint16.
     batches = Batches("data/shakespeare", batch_size=64, block_size=256, device="cuda", seed=1337)
     x, y = batches.next("train")                      # int64, (B, T), on the device
     for x, y in batches.evaluation("val", 200): ...   # the same 200 batches at every call
-    saved = batches.state_dict()                      # goes through torch.load(weights_only=True)
+    saved = batches.state_dict()                      # loads with torch.load(weights_only=True)
 """
 
 import hashlib
@@ -25,7 +25,7 @@ from fastgpt.data import manifest
 
 SPLITS = ("train", "val")
 
-_PIECE, _PIECES = 4096, 1024  # of a file that a fingerprint reads
+_PIECE, _PIECES = 4096, 1024  # bytes per piece and pieces per file that a fingerprint reads
 
 Batch = tuple[Tensor, Tensor]
 
@@ -42,15 +42,15 @@ class TokenFile:
         tokens: its ids, a read-only array of shape (N,).
 
     Raises:
-        FileNotFoundError: there is no such file; the message names the command that makes it.
-        ValueError: the file is empty or no whole number of ids.
+        FileNotFoundError: there is no such file; the message names the command that creates it.
+        ValueError: the file is empty, or its size is not a multiple of an id's.
     """
 
     def __init__(self, path: str | Path, dtype: str = "uint16") -> None:
         self.path = Path(path)
         if not self.path.is_file():
             raise FileNotFoundError(
-                f"{self.path} is not a file. Make it from a text of your own with "
+                f"{self.path} is not a file. Create it from your own text with "
                 f"'fastgpt prepare --input FILE --out_dir {self.path.parent}', or from the "
                 f"built-in corpus with 'fastgpt prepare --out_dir {self.path.parent}'"
             )
@@ -68,7 +68,7 @@ class TokenFile:
         return len(self.tokens)
 
     def check_ids(self, vocab_size: int) -> None:
-        """Read the whole file once, a few MB at a time.
+        """Read the whole file, a few MB at a time, and check every id.
 
         Raises:
             ValueError: an id is not below ``vocab_size``.
@@ -90,7 +90,7 @@ def token_files(data_dir: str | Path, split: str) -> list[TokenFile]:
 
     Raises:
         FileNotFoundError: a file is missing.
-        ValueError: the manifest is damaged, or a file has another length than it says.
+        ValueError: the manifest is damaged, or the length of a file differs from it.
     """
     folder = Path(data_dir)
     found = manifest.read_manifest(folder)
@@ -108,11 +108,11 @@ def token_files(data_dir: str | Path, split: str) -> list[TokenFile]:
 
 
 def fingerprint(data_dir: str | Path) -> str:
-    """SHA-256 in hex of what decides the batches: the files of both splits in order. The manifest's
-    checksums stand for their content; without one it is their sizes and at most 1024 pieces of
-    4 KiB of each, evenly spaced, as reading OpenWebText's 18 GB would take a while.
+    """SHA-256 in hex of the data: the files of both splits in order. With a manifest, hashes its
+    checksums; without one, the size and at most 1024 evenly spaced pieces of 4 KiB of each file,
+    because reading OpenWebText's 18 GB would take a while.
 
-    Raises as ``token_files``.
+    Raises like ``token_files``.
     """
     digest = hashlib.sha256()
     found = manifest.read_manifest(data_dir)
@@ -135,17 +135,16 @@ class Batches:
     """Random batches from the two splits of a data set.
 
     A batch is ``x = d[i : i + T]``, ``y = d[i + 1 : i + 1 + T]`` for B starts i, each drawn by
-    ``torch.randint`` over all starts that leave room for y within their file. Every split has a
-    generator of its own, seeded here: nothing else advances it, and it advances nothing else. On
-    CUDA a batch goes from pinned memory to the device, in one asynchronous copy on the current
-    stream.
+    ``torch.randint`` over all starts that leave room for y within their file. Each split has its
+    own generator, seeded here and independent of all others. On CUDA a batch is copied from pinned
+    memory to the device in one asynchronous copy on the current stream.
 
-    A data set of dialogues (see ``manifest``) has only the starts at which a dialogue begins, and y
-    is -1 where the next token is not part of an answer.
+    In a data set of dialogues (see ``manifest``) all starts are beginnings of dialogues, and y is
+    -1 where the next token is not part of an answer.
 
-    Several processes share the batches that one would draw alone: of ``world_size`` batches in a
-    row the process of rank r takes number r. All draw all starts, so all have one ``state_dict``,
-    whatever their number.
+    In a distributed run the processes share the batches that a single one would draw: of each
+    ``world_size`` consecutive batches the process of rank r uses number r. All ranks draw all
+    starts, so their ``state_dict`` is the same and does not depend on the number of processes.
 
     Args:
         data_dir: the folder of the data set.
@@ -153,19 +152,19 @@ class Batches:
         block_size: T.
         device: the device of the batches.
         seed: in [0, 2^63): train uses seed, val seed + 1, ``evaluation`` seed + 2.
-        vocab_size: if given, all files are read once to check that every id lies below it.
-        rank: of this process, in [0, world_size).
+        vocab_size: if given, all files are read once to check that every id is below it.
+        rank: rank of this process, in [0, world_size).
         world_size: the number of processes.
 
     Attributes:
-        of_dialogues: whether the data set is one of dialogues.
-        note: for the user, of dialogues that are longer than T + 1; else None.
+        of_dialogues: whether the data set consists of dialogues.
+        note: a note for the user if dialogues are longer than T + 1, else None.
 
     Raises:
         FileNotFoundError: a file is missing.
-        ValueError: batch_size is below 1; a file is empty, has an odd size or holds an id that is
-            too large; no file of a split has T + 1 tokens, or no dialogue of it an answer within
-            these; the manifest is not usable (see ``token_files``).
+        ValueError: batch_size is below 1; a file is empty, has a wrong size or contains an id that
+            is too large; no file of a split has T + 1 tokens, or no dialogue has an answer within
+            them; the manifest is not usable (see ``token_files``).
     """
 
     def __init__(
@@ -188,9 +187,9 @@ class Batches:
         self._on_gpu = self._device.type == "cuda"
         self._seed = seed
         self.note: str | None = None
-        self._too_long = 0  # dialogues, of both splits
-        # Of each file an array whose row i is the window tokens[i : i + T + 1]: one row for each
-        # legal start, counted through all files.
+        self._too_long = 0  # number of dialogues, in both splits
+        # For each file an array whose row i is the window tokens[i : i + T + 1], one row per valid
+        # start. Starts are numbered through all files.
         self._windows: dict[str, list[np.ndarray[Any, Any]] | list[DialogueWindows]] = {}
         found = manifest.read_manifest(data_dir)
         self.of_dialogues = found is not None and found.dialogues
@@ -221,10 +220,10 @@ class Batches:
     def _of_dialogues(self, files: list[TokenFile], begin: int) -> list[DialogueWindows]:
         length = self._block_size + 1
         windows: list[DialogueWindows] = []
-        behind = files[-1].tokens[:0]
+        after = files[-1].tokens[:0]
         for file in reversed(files):
-            windows.insert(0, DialogueWindows(file.tokens, length, begin, behind))
-            behind = np.append(file.tokens[:length], behind)[:length]
+            windows.insert(0, DialogueWindows(file.tokens, length, begin, after))
+            after = np.append(file.tokens[:length], after)[:length]
         if not any(map(len, windows)):
             raise ValueError(
                 f"{files[0].path} has no dialogue with an answer within block_size="
@@ -240,8 +239,7 @@ class Batches:
 
     def next(self, split: str, out: Batch | None = None) -> Batch:
         """The next batch of ``split`` ("train" or "val"): x and y, int64, (B, T), on the device.
-
-        ``out``: such a pair, which is filled and returned; by default a new one.
+        If ``out`` is given, such a pair, it is filled and returned.
         """
         pair = self._drawn(split, self._generators[split])
         if out is not None:
@@ -252,8 +250,7 @@ class Batches:
 
     def evaluation(self, split: str, count: int) -> Iterator[Batch]:
         """This process's share of ``count`` batches of ``split``, the same ones at every call, so
-        that two losses differ by the model alone. Neither advances the batches of ``next`` nor
-        needs to be saved.
+        that losses differ only by the model. Independent of ``next`` and of ``state_dict``.
         """
         generator = torch.Generator().manual_seed(self._seed + 2)
         mine = range(self._rank, count, self._world_size)
@@ -264,11 +261,11 @@ class Batches:
         return x, y
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Where each split stands: the uint8 state of its generator before the next batch."""
+        """The uint8 state of each split's generator before the next batch."""
         return {split: generator.get_state() for split, generator in self._generators.items()}
 
     def load_state_dict(self, state_dict: dict[str, Tensor]) -> None:
-        """Continue exactly where ``state_dict`` was taken.
+        """Continue exactly from where ``state_dict`` was taken.
 
         Raises:
             KeyError, TypeError, RuntimeError: the entries are not those of ``state_dict``.
@@ -277,7 +274,7 @@ class Batches:
             generator.set_state(state_dict[split].cpu())
 
     def _drawn(self, split: str, generator: torch.Generator) -> Tensor:
-        """x and y as one int64 tensor (2, B, T) on the host, pinned where the device is a GPU."""
+        """x and y as one int64 tensor (2, B, T) on the host, in pinned memory if on a GPU."""
         files = self._windows[split]
         ends = np.cumsum([len(windows) for windows in files])
         shape = (self._world_size, self._batch_size)
@@ -297,6 +294,6 @@ class Batches:
 
 
 def padded(rows: Sequence[Sequence[int]], value: int, device: torch.device | str = "cpu") -> Tensor:
-    """Rows of any lengths as int64 (B, T), with ``value`` behind the shorter ones."""
+    """Rows of any lengths as int64 (B, T), shorter ones padded with ``value``."""
     width = max(map(len, rows))
     return torch.tensor([[*row, *[value] * (width - len(row))] for row in rows], device=device)

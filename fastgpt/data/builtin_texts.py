@@ -1,4 +1,4 @@
-"""Texts for users without a file of their own, and bigram statistics of a data set.
+"""Texts for users who have none, and bigram statistics of a data set.
 
 prepare_builtin("data/builtin")              # the running Python's standard library
 TextSource(shakespeare_text())               # Tiny Shakespeare, downloaded
@@ -30,11 +30,11 @@ SHAKESPEARE_BYTES = 1_115_394
 SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 
 MAX_BIGRAM_VOCAB_SIZE = 4096  # a table of 4096 x 4096 counts takes 128 MB
-_TIMEOUT_S = 30.0  # without a byte from the server
+_TIMEOUT_S = 30.0  # without data from the server
 
 
 def prepare_builtin(out_dir: str | Path) -> Manifest:
-    """Write the built-in text as a data set at character level. Errors: see ``builtin_text`` and
+    """Write the built-in text as a character-level data set. Raises like ``builtin_text`` and
     ``prepare``.
     """
     source = TextSource(builtin_text())
@@ -44,9 +44,9 @@ def prepare_builtin(out_dir: str | Path) -> Manifest:
 def builtin_text() -> str:
     """The built-in corpus: real text that every machine with Python has.
 
-    It joins the sources of the standard library's modules in the order of their names: of every
-    module in ``sys.stdlib_module_names`` that is one file, ``<stdlib>/<name>.py``, and pure ASCII.
-    That leaves out packages, tests and files that a distribution generates, so the same Python
+    The concatenated sources of the standard library's modules in the order of their names: every
+    module in ``sys.stdlib_module_names`` that is a single file, ``<stdlib>/<name>.py``, and pure
+    ASCII. This excludes packages, tests and files that a distribution generates, so the same Python
     version gives the same text everywhere: about 4.4 MB.
 
     Raises:
@@ -59,17 +59,17 @@ def builtin_text() -> str:
     if not text:
         raise FileNotFoundError(
             f"the built-in corpus needs the standard library's sources, but {stdlib} has none; "
-            "use a text of your own: fastgpt prepare --input FILE"
+            "use your own text: fastgpt prepare --input FILE"
         )
     return text
 
 
 def shakespeare_text(url: str = SHAKESPEARE_URL) -> str:
-    """Download Tiny Shakespeare, and check its size and SHA-256.
+    """Download Tiny Shakespeare and check its size and SHA-256.
 
     Raises:
         ConnectionError: the file cannot be downloaded from ``url``.
-        ValueError: it is another file.
+        ValueError: it is a different file.
     """
     data = _download(url, SHAKESPEARE_BYTES)
     digest = hashlib.sha256(data).hexdigest()
@@ -90,7 +90,7 @@ def bigram_counts(data_dir: str | Path, split: str, vocab_size: int) -> npt.NDAr
 
     Raises:
         FileNotFoundError: the file is missing.
-        ValueError: ``vocab_size`` is out of range, or the file holds an id that is not below it.
+        ValueError: ``vocab_size`` is out of range, or the file has an id that is not below it.
     """
     if not 1 <= vocab_size <= MAX_BIGRAM_VOCAB_SIZE:
         raise ValueError(
@@ -110,8 +110,7 @@ def bigram_counts(data_dir: str | Path, split: str, vocab_size: int) -> npt.NDAr
 def bigram_entropy(counts: npt.NDArray[np.int64]) -> float:
     """The empirical conditional entropy H(next | current) of ``bigram_counts``, in nats per token.
 
-    No model that sees the current token alone can have a lower loss on that split; a lower loss
-    needs a longer context.
+    No model that only sees the current token can have a lower loss on that split.
 
     Raises:
         ValueError: the table is empty, as for a split of 1 token.
@@ -123,9 +122,9 @@ def bigram_entropy(counts: npt.NDArray[np.int64]) -> float:
 
 
 def bigram_loss(train: npt.NDArray[np.int64], val: npt.NDArray[np.int64]) -> float:
-    """The mean loss, in nats per token, over all pairs that ``val`` counts, of the table that
-    predicts b after a with the probability (train[a, b] + 1) / (sum of train[a] + V). It is at
-    least the entropy of ``val``.
+    """The mean loss in nats per token, over all pairs counted in ``val``, of the table that
+    predicts b after a with probability (train[a, b] + 1) / (sum of train[a] + V). It is at least
+    the entropy of ``val``.
 
     Raises:
         ValueError: ``val`` is empty, as for a split of 1 token.
@@ -142,14 +141,14 @@ def _sum_n_log_n(counts: npt.NDArray[np.int64]) -> float:
 
 
 def _download(url: str, size: int) -> bytes:
-    """Download exactly ``size`` bytes; more or fewer are an error."""
+    """Download ``size`` bytes; ConnectionError if there are more or fewer."""
     try:
         with urllib.request.urlopen(url, timeout=_TIMEOUT_S) as response:
             data: bytes = response.read(size + 1)
     except (OSError, http.client.HTTPException) as error:
         raise ConnectionError(
-            f"could not download {url}: {str(error).strip()}. Without a connection, use a text of "
-            "your own: fastgpt prepare --input FILE"
+            f"could not download {url}: {str(error).strip()}. Without a connection, use your own "
+            "text: fastgpt prepare --input FILE"
         ) from error
     if len(data) != size:
         got = f"more than {size}" if len(data) > size else f"{len(data)}"

@@ -1,6 +1,6 @@
-"""Files to texts, a few MB at a time: UTF-8 text, ``.jsonl``, Parquet; plain, ``.gz`` or ``.zst``.
+"""Readers of text files, a few MB at a time: UTF-8, ``.jsonl``, Parquet; also ``.gz`` and ``.zst``.
 
-Every reader yields pairs (text, position): position is the number of bytes of the file read so far.
+Every reader yields (text, position), where position is the number of bytes of the file read so far.
 """
 
 import codecs
@@ -19,8 +19,8 @@ _COMPRESSED = (".gz", ".zst")
 _JSON_LINES = (".jsonl", ".ndjson")
 
 _CHUNK = 1 << 20  # bytes
-_ROWS = 256  # of Parquet at a time
-_MAX_WINDOW = 1 << 31  # bytes: the largest window of a writer (`zstd --long=31`)
+_ROWS = 256  # rows of Parquet at a time
+_MAX_WINDOW = 1 << 31  # bytes, the largest window that a writer can use (`zstd --long=31`)
 
 
 def decompressed(path: Path) -> Path:
@@ -31,8 +31,8 @@ def decompressed(path: Path) -> Path:
 def format_of(path: Path) -> str:
     """``"jsonl"``, ``"parquet"`` or ``"text"``, by the name without ``.gz`` and ``.zst``.
 
-    A name such as ``x.json`` or ``x.jsonl.txt`` leaves it open: then it is ``"jsonl"`` if the first
-    line that is not blank is a JSON object. Raises what ``read_text`` raises if that is damaged.
+    A name such as ``x.json`` or ``x.jsonl.txt`` is ambiguous: the format is then ``"jsonl"`` if the
+    first nonblank line is a JSON object. Raises like ``read_text`` if the file is damaged.
     """
     plain = decompressed(path)
     suffix = plain.suffix.lower()
@@ -53,15 +53,15 @@ def _begins_with_object(path: Path) -> bool:
 
 
 def read_text(path: Path) -> Iterator[tuple[str, int]]:
-    """The text of one file in chunks, with its line ends unchanged and without a byte order mark.
+    """The text of a file in chunks, with line ends unchanged and without a byte order mark.
 
     Raises:
-        ValueError: it is not UTF-8 (the message has the position of the byte), or its compression
-            is damaged.
+        ValueError: it is not UTF-8 (the message has the position of the byte), or its compressed
+            data is damaged.
         ImportError: it needs zstandard, which is not installed.
     """
     decoder = codecs.getincrementaldecoder("utf-8")()
-    start = 0  # of the chunk, in the text's bytes
+    start = 0  # position of the chunk in the decompressed bytes
     first = True
     data, position = b"", 0
     try:
@@ -74,16 +74,16 @@ def read_text(path: Path) -> Iterator[tuple[str, int]]:
         data = b""
         decoder.decode(data, final=True)
     except UnicodeDecodeError as error:
-        place = start - (len(error.object) - len(data)) + error.start
+        wrong = start - (len(error.object) - len(data)) + error.start
         raise ValueError(
             f"the input {path} is not UTF-8: byte 0x{error.object[error.start]:02x} at position "
-            f"{place} ({error.reason})"
+            f"{wrong} ({error.reason})"
         ) from error
 
 
 @contextmanager
 def naming(where: str) -> Iterator[None]:
-    """Within, a ValueError says ``where``: "line 3 of the input FILE", say."""
+    """Within the block, prefix a ValueError with ``where``, such as "line 3 of the input FILE"."""
     try:
         yield
     except ValueError as error:
@@ -91,11 +91,11 @@ def naming(where: str) -> Iterator[None]:
 
 
 def read_json_lines(path: Path) -> Iterator[tuple[dict[str, Any], str, int]]:
-    """For each line of a file, which holds a JSON object: the object, "line 3 of the input FILE",
+    """For each line of a file, which must be a JSON object: the object, "line 3 of the input FILE",
     and the position. Blank lines are skipped.
 
     Raises:
-        ValueError: a line is no JSON object; or see ``read_text``.
+        ValueError: a line is not a JSON object; or like ``read_text``.
     """
     for number, (line, position) in enumerate(_lines(_chunks(path)), 1):
         if line.isspace() or not line:
@@ -111,10 +111,10 @@ def read_json_lines(path: Path) -> Iterator[tuple[dict[str, Any], str, int]]:
 
 
 def read_jsonl(path: Path, text_key: str) -> Iterator[tuple[str, int]]:
-    """The texts of a file with a JSON object in each line.
+    """The texts of a file with one JSON object per line.
 
     Raises:
-        ValueError: as ``read_json_lines``; or an object has no text under ``text_key``.
+        ValueError: like ``read_json_lines``; or an object has no text under ``text_key``.
     """
     for row, where, position in read_json_lines(path):
         yield checked_text(row, text_key, where), position
@@ -145,7 +145,7 @@ def read_parquet(path: Path, text_key: str) -> Iterator[tuple[str, int]]:
                     where = f"row {row} of the input {path}"
                     yield checked_text({text_key: value}, text_key, where), size * row // rows
     except (pyarrow.ArrowException, UnicodeDecodeError, OSError) as error:
-        if getattr(error, "errno", None) is not None:  # from the system; pyarrow's own has none
+        if getattr(error, "errno", None) is not None:  # from the system; pyarrow's has none
             raise
         reason = " ".join(str(error).split())
         raise ValueError(f"the input {path} is damaged: {reason}") from error
@@ -189,7 +189,7 @@ def _gzip(path: Path, file: gzip.GzipFile) -> Iterator[bytes]:
 
 
 def _zstd(path: Path, chunks: Iterable[bytes]) -> Iterator[bytes]:
-    """The content of all frames; a file that ends within a frame is an error."""
+    """The content of all frames. Raises ValueError if the file ends within a frame."""
     zstandard = optional("zstandard", f"the input {path}", "data")
     decompressor, frame = zstandard.ZstdDecompressor(max_window_size=_MAX_WINDOW), None
     try:

@@ -1,7 +1,7 @@
-"""``manifest.json``: the files of a data set, and what they were made from.
+"""``manifest.json``: the files of a data set, and the input and options of their preparation.
 
 manifest = read_manifest("data/owt")      # None for a data set of nanoGPT's
-manifest.verify("data/owt")               # compare every token file with its checksum
+manifest.verify("data/owt")               # verify the checksum of every token file
 """
 
 from dataclasses import asdict, dataclass
@@ -22,8 +22,8 @@ class Shard:
 
     Attributes:
         file: its name within the folder.
-        tokens: how many ids it holds.
-        sha256: of its bytes, in hex.
+        tokens: its number of ids.
+        sha256: SHA-256 of its bytes, in hex.
     """
 
     file: str
@@ -48,8 +48,8 @@ class Manifest:
     """A data set.
 
     Attributes:
-        dtype: of the token files, ``"uint16"`` or ``"uint32"``, in native byte order.
-        vocab_size: every id lies below it.
+        dtype: dtype of the token files, ``"uint16"`` or ``"uint32"``, in native byte order.
+        vocab_size: every id is below it.
         tokenizer: its name, file and fingerprint.
         splits: ``"train"`` and ``"val"``.
         settings: the input and the options of ``prepare``, as JSON values.
@@ -63,7 +63,7 @@ class Manifest:
 
     @property
     def dialogues(self) -> bool:
-        """Whether the documents are dialogues, each of which begins with the token
+        """Whether the documents are dialogues, each starting with the token
         ``settings["end_of_text"]``."""
         return "dialogues" in self.settings.get("source", {})
 
@@ -72,11 +72,11 @@ class Manifest:
         write_json({"version": _VERSION, **asdict(self)}, folder / NAME)
 
     def verify(self, folder: Path) -> None:
-        """Read every token file and compare its checksum.
+        """Verify the checksum of every token file.
 
         Raises:
-            FileNotFoundError: one is missing.
-            ValueError: one has another checksum.
+            FileNotFoundError: a file is missing.
+            ValueError: a checksum differs.
         """
         for split in self.splits.values():
             for shard in split.shards:
@@ -89,7 +89,7 @@ class Manifest:
 
 
 def read_manifest(folder: str | Path) -> Manifest | None:
-    """The manifest in ``folder``; None where there is none.
+    """The manifest in ``folder``, or None.
 
     Raises:
         ValueError: it is damaged, or of another version.

@@ -1,16 +1,16 @@
-"""Texts to token files: read as a stream, encoded by several threads, resumable.
+"""Prepare a data set: stream texts, encode them with several threads, write token files; resumable.
 
     source = source_of("texts")
     prepare(source, tokenizer_from("gpt2"), "data/texts")
 
 writes ``manifest.json``, the tokenizer, and the token files of each split: ``train.bin``, as
-nanoGPT reads it, if one uint16 file is enough, else ``train_000000.bin``, ``train_000001.bin`` and
-so on, of ``shard_tokens`` ids each but the last. The tokenizer's end-of-text token follows each
-document; a source that is one text has none.
+nanoGPT reads it, if one uint16 file is enough, otherwise ``train_000000.bin``, ``train_000001.bin``
+and so on, with ``shard_tokens`` ids each except the last. The tokenizer's end-of-text token follows
+each document, except in a source that is a single text.
 
 Everything is written to ``out_dir/.prepare`` and renamed at the end. After an interruption the same
-call continues from there and ends with the same bytes. Threads use all cores because tokenizers
-release Python's global lock.
+call resumes and produces the same bytes. Threads use all cores because tokenizers release Python's
+GIL.
 """
 
 import json
@@ -40,7 +40,7 @@ TEXT_VAL_SHARE = 0.1  # nanoGPT's share of one text
 DOCUMENTS_VAL_SHARE = 0.01
 
 _WORK = ".prepare"
-_BATCH = 1 << 20  # characters of one task, or one longer piece
+_BATCH = 1 << 20  # characters per task, unless a single piece is longer
 
 _NONE = np.array([], dtype=np.uint32)
 
@@ -69,30 +69,30 @@ def prepare(
     end_of_text: int | None = None,
     workers: int | None = None,
 ) -> Manifest:
-    """Write the tokens of ``source`` as a data set, or continue an interrupted call.
+    """Write the tokens of ``source`` as a data set, or resume an interrupted call.
 
-    If ``out_dir`` already holds the result of the same arguments, nothing is written and the files
-    are compared with their checksums.
+    If ``out_dir`` already has the result of the same arguments, writes nothing and verifies the
+    files' checksums.
 
     Args:
         source: the texts.
         tokenizer: its ids are stored as uint16 if its vocabulary has at most 65,536, else uint32.
         out_dir: the folder of the data set.
-        val_share: the share of validation, in (0, 1): of the documents, by default 0.01, or the
-            end of one text's characters, by default 0.1.
-        seed: decides which documents are for validation.
-        shard_tokens: the length of a token file, at least 1. By default 100,000,000; one text at
-            character level stays one file, for nanoGPT.
+        val_share: the share for validation, in (0, 1): of the documents, by default 0.01, or of one
+            text's characters, taken from its end, by default 0.1.
+        seed: determines which documents are for validation.
+        shard_tokens: the length of a token file, at least 1. By default 100,000,000, except that a
+            single text at character level is always one file, for nanoGPT.
         end_of_text: the id that follows each document, by default the tokenizer's own.
-        workers: threads, by default one for each core that this process may use.
+        workers: number of threads, by default one per core that this process may use.
 
     Raises:
         ValueError: an argument is out of range; the tokenizer has no end of text; ``out_dir`` has
             an unfinished preparation with other arguments, or another process is writing to it; a
-            finished file is damaged; a split would be empty; or what ``source`` and ``tokenizer``
-            raise.
+            finished file is damaged; a split would be empty; or an error of ``source`` or
+            ``tokenizer``.
         NotADirectoryError: ``out_dir`` is a file.
-        FileExistsError: ``out_dir`` holds another data set or tokenizer.
+        FileExistsError: ``out_dir`` has another data set or tokenizer.
     """
     out_dir = Path(out_dir)
     one_text = isinstance(source, TextSource)
@@ -119,7 +119,7 @@ def prepare(
         "piece": PIECE,
         "batch": _BATCH,
     }
-    settings = json.loads(json.dumps(settings))  # tuples to lists, to compare with a manifest
+    settings = json.loads(json.dumps(settings))  # tuples become lists, as in a manifest
     check_folder(out_dir)
     out_dir.mkdir(parents=True, exist_ok=True)
     with exclusive_lock(out_dir):
@@ -144,7 +144,7 @@ def _written(
     dtype = "uint16" if tokenizer.vocab_size <= 1 << 16 else "uint32"
     writer = ShardWriter(work, settings, dtype, settings["shard_tokens"])
     try:
-        # Batches that are already written are read again but not encoded.
+        # Batches that were already written are read again, but not encoded again.
         left = islice(batches, writer.batches, None)
         for encoded in _shown(_ordered(encode, left, workers)):
             writer.append(encoded.ids, encoded.documents)
@@ -162,11 +162,11 @@ def _written(
 
 
 def characters_of(source: Source) -> CharTokenizer:
-    """The tokenizer for all characters of ``source``, which is read once. A source of documents
-    also gets the line feed, which follows each of them.
+    """A tokenizer for all characters of ``source``, which is read once. For a source of documents
+    the vocabulary includes the line feed, which follows each document.
 
     Raises:
-        ValueError: there are more than 65,536; or what ``source`` raises.
+        ValueError: there are more than 65,536 characters; or an error of ``source``.
     """
     ends = [] if isinstance(source, TextSource) else ["\n"]
     return CharTokenizer.from_texts(chain(ends, source.texts()))
@@ -185,7 +185,7 @@ def _eot_token(tokenizer: Tokenizer, end_of_text: int | None) -> int:
 
 
 def _finished(out_dir: Path, settings: dict[str, Any], tokenizer: Tokenizer) -> Manifest | None:
-    """The manifest of the same preparation if ``out_dir`` has it, else None."""
+    """The manifest in ``out_dir`` if the same preparation is already finished, else None."""
     found = read_manifest(out_dir)
     if found is None and (out_dir / _WORK / NAME).exists():  # stopped while files were renamed
         found = publish(out_dir / _WORK, out_dir)
@@ -193,7 +193,7 @@ def _finished(out_dir: Path, settings: dict[str, Any], tokenizer: Tokenizer) -> 
         if found.settings != settings:
             changed = [key for key in settings if found.settings.get(key) != settings[key]]
             raise FileExistsError(
-                f"{out_dir} holds a data set with another {', '.join(changed)}; choose another "
+                f"{out_dir} has a data set with another {', '.join(changed)}; choose another "
                 "out_dir or remove it"
             )
         found.verify(out_dir)
@@ -213,7 +213,7 @@ def _finished(out_dir: Path, settings: dict[str, Any], tokenizer: Tokenizer) -> 
 
 
 def _batches(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
-    """Pieces with about ``_BATCH`` characters together."""
+    """Group pieces into batches of about ``_BATCH`` characters."""
     batch: list[Piece] = []
     size = 0
     for piece in pieces:
@@ -243,7 +243,7 @@ def _encode(
 
 
 def _ordered(work: Callable[[_T], _R], items: Iterable[_T], workers: int) -> Iterator[_R]:
-    """``map(work, items)`` on threads, at most ``2 * workers`` items ahead of the consumer."""
+    """``map(work, items)`` in threads, at most ``2 * workers`` items ahead of the consumer."""
     pending: deque[Future[_R]] = deque()
     with ThreadPoolExecutor(workers) as pool:
         try:

@@ -1,16 +1,16 @@
-"""Where texts come from: a file, a folder, a data set of Hugging Face's; read piece by piece.
+"""Text sources: a file, a folder, or a Hugging Face data set, read piece by piece.
 
     for piece in FileSource("texts").pieces(val_share=0.01, seed=0): ...
 
 A **document** is a text file, a line of ``.jsonl``, or a row of Parquet or of a data set. Each
 document goes to one split as a whole. If there are so few that one split would get none, the
-documents are split as one text is, as in nanoGPT: the beginning is for training, the end for
-validation, and at most one document is cut.
+documents are treated as one text and split as in nanoGPT: the beginning is for training, the end
+for validation, and at most one document is cut.
 
 To bound memory, a document of more than about a million characters is cut into pieces. Cuts do not
-change the tokens of GPT-2's BPE or of any tokenizer that splits at white space: they lie behind a
-single line feed, else before a single space. Only half a million characters without either are cut
-anywhere.
+change the tokens of GPT-2's BPE or of any tokenizer that splits at white space, because they are
+after a single line feed or else before a single space. Only half a million characters without
+either are cut at an arbitrary position.
 """
 
 import hashlib
@@ -29,7 +29,7 @@ from fastgpt.tokenizer.base import Tokenizer
 
 PIECE = 1 << 20  # characters
 
-# A part of a document, and the fraction of the input read so far, None where the size is unknown.
+# A part of a document, and the fraction of the input read so far, None if the size is unknown.
 Chunk = tuple[str, float | None]
 
 
@@ -41,7 +41,7 @@ class Piece:
         text: at least one character.
         split: ``"train"`` or ``"val"``.
         ends_document: whether the document ends here.
-        fraction: how much of the input has been read, 0 to 1; None where its size is unknown.
+        fraction: how much of the input has been read, 0 to 1; None if its size is unknown.
     """
 
     text: str
@@ -51,20 +51,20 @@ class Piece:
 
 
 class Source(ABC):
-    """An input that gives the same pieces whenever it is read."""
+    """An input that yields the same pieces every time it is read."""
 
     @abstractmethod
     def identity(self) -> dict[str, Any]:
-        """What identifies the input, as JSON: names, sizes, times of change."""
+        """JSON values that identify the input: names, sizes, modification times."""
 
     @abstractmethod
     def documents(self) -> Iterator[Iterable[Chunk]]:
         """The chunks of each document. Read them before asking for the next document."""
 
     def pieces(self, val_share: float, seed: int) -> Iterator[Piece]:
-        """All pieces in order. A document is for validation with the probability ``val_share``,
-        decided by ``seed`` and the document's number alone. If that leaves a split without any,
-        the last ``val_share`` of all characters is for validation.
+        """All pieces in order. A document is for validation with probability ``val_share``, which
+        depends only on ``seed`` and the document's number. If that leaves a split empty, the last
+        ``val_share`` of all characters is for validation.
         """
         if self._too_few(val_share, seed):
             lengths = [sum(len(text) for text, _ in chunks) for chunks in self.documents()]
@@ -77,24 +77,24 @@ class Source(ABC):
             yield from _pieces(chunks, split_of(index, val_share, seed))
 
     def _too_few(self, val_share: float, seed: int) -> bool:
-        """Whether one of the splits gets no document; read up to the first of the second split."""
+        """Whether a split gets no document. Reads up to the first document of the second split."""
         first = split_of(0, val_share, seed)
         numbers = (index for index, _ in enumerate(self.documents()))
         return all(split_of(index, val_share, seed) == first for index in numbers)
 
     def _cut(self, lengths: list[int], cut: int) -> Iterator[Piece]:
-        """The pieces of documents of ``lengths``, for validation from the character ``cut`` on."""
+        """The pieces of documents with these ``lengths``; from character ``cut`` on, validation."""
         twice = zip(self.documents(), self.documents(), strict=True)
-        for length, (chunks, again) in zip(lengths, twice, strict=True):
+        for length, (chunks, same_chunks) in zip(lengths, twice, strict=True):
             here = min(max(cut, 0), length)
             yield from _pieces(_between(chunks, 0, here), "train")
-            yield from _pieces(_between(again, here, length), "val")
+            yield from _pieces(_between(same_chunks, here, length), "val")
             cut -= length
 
     def tokens(
         self, piece: Piece, tokenizer: Tokenizer, end: int | None
     ) -> npt.NDArray[np.integer[Any]]:
-        """The ids of a piece; the id ``end``, unless it is None, follows those of a document."""
+        """The ids of a piece, followed by the id ``end`` (unless None) if a document ends there."""
         ids = tokenizer.encode_array(piece.text)
         return ids if end is None or not piece.ends_document else np.append(ids, np.uint32(end))
 
@@ -120,10 +120,10 @@ class TextSource(Source):
 
     def pieces(self, val_share: float, seed: int) -> Iterator[Piece]:
         """The first ``1 - val_share`` of the characters are for training, the rest for validation;
-        ``seed`` plays no part.
+        ``seed`` has no effect.
 
         Raises:
-            ValueError: either part has fewer than 2 characters, one input and its target.
+            ValueError: a part has fewer than 2 characters, one input and its target.
         """
         total = self.length()
         if not total:
@@ -148,7 +148,7 @@ class TextSource(Source):
 
 
 class FileSource(Source):
-    """A file of documents, or all files below a folder in the order of their names, without hidden
+    """A file of documents, or all files below a folder in the order of their names, except hidden
     ones.
 
     Each line of a ``.jsonl`` is a JSON object with the key ``text_key``; a ``.parquet`` has such a
@@ -156,9 +156,9 @@ class FileSource(Source):
     decompressed.
 
     Raises:
-        FileNotFoundError: there is nothing at ``path``.
+        FileNotFoundError: ``path`` does not exist.
         ValueError: the folder has no files. While reading: a file is damaged or not UTF-8, or a
-            line or row has no text under ``text_key``; the message has the file and the place.
+            line or row has no text under ``text_key``; the message names the file and position.
         ImportError, while reading: pyarrow or zstandard is not installed.
     """
 
@@ -192,12 +192,12 @@ class FileSource(Source):
 
 
 class DatasetSource(Source):
-    """A data set of Hugging Face's, streamed: ``name`` on the hub, or a folder.
+    """A streamed Hugging Face data set: ``name`` on the hub, or a folder.
 
     Raises:
         ImportError: datasets is not installed.
-        FileNotFoundError, ValueError, ConnectionError: what datasets raises where there is no such
-            data set, configuration or split, or no connection.
+        FileNotFoundError, ValueError, ConnectionError: raised by datasets if there is no such data
+            set, configuration or split, or no connection.
         ValueError, while reading: a row has no text under ``text_key``.
     """
 
@@ -222,8 +222,8 @@ class DatasetSource(Source):
 
 
 def source_of(path: str | Path, text_key: str = "text") -> Source:
-    """A ``TextSource`` if ``path`` is one text file or a folder with nothing else, else a
-    ``FileSource``. Errors: see there.
+    """A ``TextSource`` if ``path`` is one text file or a folder with nothing else, otherwise a
+    ``FileSource``, which see for errors.
     """
     source = FileSource(path, text_key)
     if len(source.paths) == 1 and format_of(source.paths[0]) == "text":
@@ -239,19 +239,19 @@ def _files_of(folder: Path) -> list[Path]:
 
 
 def stamp(path: Path) -> list[str | int]:
-    """Name, size and time of change: identifies a file without reading it."""
+    """Name, size and modification time, which identify a file without reading it."""
     stat = path.stat()
     return [str(path), stat.st_size, stat.st_mtime_ns]
 
 
 def _uniform(seed: int, index: int) -> float:
-    """A number in [0, 1), a hash of the arguments."""
+    """A pseudorandom number in [0, 1), a hash of the arguments."""
     digest = hashlib.blake2b(f"{seed}/{index}".encode(), digest_size=8).digest()
     return (int.from_bytes(digest, "big") >> 11) / (1 << 53)
 
 
 def split_of(index: int, val_share: float, seed: int) -> str:
-    """The split of the document number ``index``."""
+    """The split of document number ``index``."""
     return "val" if _uniform(seed, index) < val_share else "train"
 
 
@@ -281,10 +281,10 @@ def _pieces(chunks: Iterable[Chunk], split: str) -> Iterator[Piece]:
 
 def _end_of_piece(text: str) -> int:
     """Where to cut a text longer than ``PIECE``; see the module's docstring."""
-    for character, behind in (("\n", 1), (" ", 0)):
-        place = text.rfind(character, PIECE // 2, PIECE)
-        while place > 0:
-            if not text[place - 1].isspace() and not text[place + 1].isspace():
-                return place + behind
-            place = text.rfind(character, PIECE // 2, place)
+    for character, offset in (("\n", 1), (" ", 0)):
+        position = text.rfind(character, PIECE // 2, PIECE)
+        while position > 0:
+            if not text[position - 1].isspace() and not text[position + 1].isspace():
+                return position + offset
+            position = text.rfind(character, PIECE // 2, position)
     return PIECE

@@ -1,8 +1,8 @@
-"""Token files while they are written: appended to, cut into shards, continued after a crash.
+"""Writes token files in shards, and resumes after a crash.
 
-The folder ``work`` holds ``{split}_{number:06d}.bin`` and ``state.json``: how many batches of the
-input are saved and how long each split was then. Opening the folder again truncates the files to
-that state. ``finish`` renames everything to its place, the manifest last.
+The folder ``work`` contains ``{split}_{number:06d}.bin`` and ``state.json``: the number of saved
+batches of the input and the length of each split at that point. Opening the folder again truncates
+the files to that state. ``finish`` moves everything to its final place, the manifest last.
 """
 
 import contextlib
@@ -22,20 +22,20 @@ _SAVE_EVERY = 16  # batches
 
 
 class ShardWriter:
-    """The splits of a data set that is being written.
+    """Writes the splits of a data set.
 
     Args:
-        work: the folder, which is made or continued.
-        settings: JSON values; a folder begun with other settings is not continued.
+        work: the folder, which is created or resumed.
+        settings: JSON values; a folder begun with other settings is not resumed.
         dtype: ``"uint16"`` or ``"uint32"``.
         shard_tokens: the length of every shard but the last of a split.
 
     Attributes:
-        batches: the number appended so far, those of an interrupted call included.
+        batches: the number of batches appended so far, including those of an interrupted call.
         tokens: the number of ids in each split.
 
     Raises:
-        ValueError: the folder was begun with other settings, or lacks what its state says.
+        ValueError: the folder was begun with other settings, or does not match its state.
     """
 
     def __init__(self, work: Path, settings: dict[str, Any], dtype: str, shard_tokens: int) -> None:
@@ -47,14 +47,14 @@ class ShardWriter:
         self._documents = {"train": 0, "val": 0}
         work.mkdir(parents=True, exist_ok=True)
         if (work / _STATE).exists():
-            self._continue()
+            self._resume()
         for split in self.tokens:
             self._cut(split)
 
     def append(
         self, ids: dict[str, npt.NDArray[np.integer[Any]]], documents: dict[str, int]
     ) -> None:
-        """Add one batch: the ids of each split, and how many documents end in them."""
+        """Append one batch: the ids of each split, and the number of documents that end in them."""
         for split, new in ids.items():
             while len(new):
                 start = self.tokens[split] % self._shard_tokens
@@ -71,7 +71,7 @@ class ShardWriter:
             self.save()
 
     def save(self) -> None:
-        """Sync to the disk: a crash loses nothing that was appended before."""
+        """Sync to disk. A crash after this loses nothing that was appended before."""
         for split in self._open:
             self._sync(split)
         state = {
@@ -83,9 +83,9 @@ class ShardWriter:
         write_json(state, self._work / _STATE)
 
     def close(self) -> None:
-        """Close the files, without saving. A folder that was never saved is removed."""
+        """Close the files without saving. Removes a folder that was never saved."""
         while self._open:
-            with contextlib.suppress(OSError):  # the disk is full: what was saved is on it
+            with contextlib.suppress(OSError):  # the disk is full; the saved state is not affected
                 self._open.popitem()[1].close()
         if self._work.exists() and not (self._work / _STATE).exists():
             shutil.rmtree(self._work)
@@ -98,11 +98,11 @@ class ShardWriter:
         """
         for split, other in (("val", "train"), ("train", "val")):
             if not self.tokens[split]:
-                # Another share or seed encodes everything again.
+                # Another share or seed starts over anyway.
                 (self._work / _STATE).unlink(missing_ok=True)
                 self.close()
                 raise ValueError(
-                    f"nothing fell to {split}: all {self._documents[other]:,} documents went to "
+                    f"{split} would be empty: all {self._documents[other]:,} documents are in "
                     f"{other}; choose another --val_share or --seed"
                 )
         self.save()
@@ -112,7 +112,7 @@ class ShardWriter:
         Manifest(dtype, vocab_size, tokenizer, splits, self._settings).write(self._work)
         return publish(self._work, out_dir)
 
-    def _continue(self) -> None:
+    def _resume(self) -> None:
         path = self._work / _STATE
         try:
             state = parsed_json(path.read_text(encoding="utf-8"))
@@ -128,20 +128,19 @@ class ShardWriter:
         if changed:
             raise ValueError(
                 f"{self._work} has an unfinished preparation with another "
-                f"{', '.join(changed)}: finish it with the arguments it was begun with, or remove "
-                "the folder to start over"
+                f"{', '.join(changed)}: finish it with the original arguments, or remove the "
+                "folder to start over"
             )
 
     def _cut(self, split: str) -> None:
-        """Truncate the files of ``split`` to what the state counts."""
+        """Truncate the files of ``split`` to the lengths in the saved state."""
         whole, rest = divmod(self.tokens[split], self._shard_tokens)
         lengths = [self._shard_tokens] * whole + [rest] * bool(rest)
         for number, length in enumerate(lengths):
             path, size = self._path(split, number), length * self._dtype.itemsize
             if not path.is_file() or path.stat().st_size < size:
                 raise ValueError(
-                    f"{path} should have {size} bytes and has not: remove {self._work} to start "
-                    "over"
+                    f"{path} must have at least {size} bytes: remove {self._work} to start over"
                 )
             os.truncate(path, size)
         for path in sorted(self._work.glob(f"{split}_*.bin"))[len(lengths) :]:
@@ -175,7 +174,7 @@ class ShardWriter:
 
 
 def publish(work: Path, out_dir: Path) -> Manifest:
-    """Rename the finished files in ``work`` to ``out_dir``, or those that are still there."""
+    """Move the finished files that are still in ``work`` to ``out_dir``."""
     manifest = read_manifest(work)
     assert manifest is not None
     places = {

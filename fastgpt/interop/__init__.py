@@ -1,1 +1,1 @@
-"""Models from and to the formats of other projects."""
+"""Conversion of models from and to the formats of other projects."""

@@ -1,6 +1,6 @@
 """``fastgpt export``: write a model of ours, nanoGPT's or Hugging Face's for other programs.
 
-| ``to`` | what is written | who reads it |
+| ``to`` | output | readers |
 |---|---|---|
 | hf | folder: config.json, model.safetensors, tokenizer | transformers, ``GPT.from_pretrained`` |
 | safetensors | one file, named as ``GPT.state_dict()``; tokenizer | ``GPT.from_pretrained`` |
@@ -37,7 +37,7 @@ from fastgpt.tokenizer.subword import byte_of_character
 from fastgpt.training import checkpoint as ckpt
 from fastgpt.training import checkpoint_folder
 
-# ``assistant.template`` in the language of transformers' apply_chat_template.
+# ``assistant.template`` as a Jinja template for transformers' apply_chat_template.
 CHAT_TEMPLATE = (
     "<|dialogue|>{% for message in messages %}"
     "<|{{ message['role'] }}|>{{ message['content'] }}<|end|>"
@@ -51,11 +51,11 @@ _NANOGPT_KEYS = ("optimizer", "iter_num", "best_val_loss", "config")
 class ExportConfig:
     """Write a trained model for other programs."""
 
-    # hf: a folder for transformers. safetensors: one file, the tokenizer beside it. nanogpt: a
-    # folder with a ckpt.pt.
+    # hf: a folder for transformers. safetensors: a file, with the tokenizer in the same folder.
+    # nanogpt: a folder with a ckpt.pt.
     to: Literal["hf", "safetensors", "nanogpt"]
     # resume (ckpt.pt in out_dir), gpt2, gpt2-medium, gpt2-large, gpt2-xl, or the path of a folder
-    # or file that `export` or transformers wrote.
+    # or file written by `export` or transformers.
     init_from: str = "resume"
     # Folder of the checkpoint.
     out_dir: str = "out"
@@ -65,7 +65,7 @@ class ExportConfig:
 
 @dataclass(frozen=True)
 class Exported:
-    """The path that ``export`` wrote, and notes for the user."""
+    """The path written by ``export``, and notes for the user."""
 
     path: Path
     notes: list[str]
@@ -87,9 +87,9 @@ def export(config: ExportConfig) -> Exported:
         FileNotFoundError: there is no such checkpoint.
         FileExistsError: the output exists.
         NotADirectoryError: ``out_dir``, or a folder of the output, is a file.
-        ValueError: the checkpoint is damaged, or holds no GPT.
+        ValueError: the checkpoint is damaged, or not a GPT.
         ImportError: a package is missing.
-        OSError: the output cannot be written; nothing is left of it.
+        OSError: the output cannot be written; no part of it is left.
     """
     output = config.output or Path(config.out_dir) / _DEFAULT_NAMES[config.to]
     if output.exists():
@@ -154,7 +154,7 @@ def _write_hf(source: _Source, folder: Path) -> list[str]:
     folder.mkdir()
     notes = []
     if not source.model.config.bias:
-        notes.append("the model has no biases; transformers needs them: they are zeros")
+        notes.append("the model has no biases; zeros were added, because transformers needs them")
     end_of_text = None
     try:
         end_of_text = _write_tokenizer(source, folder)
@@ -170,7 +170,7 @@ def _write_safetensors(source: _Source, path: Path) -> list[str]:
 
 
 def _write_tokenizer_beside(source: _Source, folder: Path) -> list[str]:
-    """Write the tokenizer to where ``fastgpt sample`` looks for it, unless one is there already."""
+    """Write the tokenizer where ``fastgpt sample`` looks for it, unless there already is one."""
     try:
         tokenizer, present = source.find_tokenizer(), tokenizer_in(folder)
     except (ValueError, ImportError, ConnectionError) as error:
@@ -193,15 +193,15 @@ def _write_nanogpt(source: _Source, folder: Path) -> list[str]:
     if model.gelu_approximate == "none":
         return []
     return [
-        "these weights were trained with the tanh form of GELU, nanoGPT has the exact one: its "
-        "logits differ slightly"
+        "these weights were trained with the tanh form of GELU, but nanoGPT uses the exact one: "
+        "its logits differ slightly"
     ]
 
 
 def _write_tokenizer(source: _Source, folder: Path) -> int | None:
-    """Write the files that AutoTokenizer reads; returns the end-of-text id, if there is one.
+    """Write the files that AutoTokenizer reads. Returns the end-of-text id, if there is one.
 
-    Raises ValueError if there is no tokenizer, or one that transformers cannot read.
+    Raises ValueError if there is no tokenizer, or transformers cannot read it.
     """
     tokenizer = source.find_tokenizer()
     if tokenizer is None:
@@ -223,7 +223,7 @@ def _write_tokenizer(source: _Source, folder: Path) -> int | None:
         end = base.end_of_text
         base.save(path)
     else:
-        raise ValueError(f"{tokenizer.name} has no form that transformers reads")
+        raise ValueError(f"transformers cannot read {tokenizer.name}")
     if isinstance(tokenizer, ChatTokenizer):
         end = tokenizer.end
         _add_special_tokens(path, tokenizer.begin)
@@ -235,10 +235,10 @@ def _write_tokenizer(source: _Source, folder: Path) -> int | None:
 
 
 def _add_special_tokens(path: Path, first: int) -> None:
-    """Add the tokens of dialogues to a ``tokenizer.json``, with the ids from ``first`` on.
+    """Add the tokens of dialogues to a ``tokenizer.json``, with ids from ``first`` on.
 
-    Raises ValueError, without the file, if they would get others: it has a token of that name, or
-    ids without a token.
+    Removes the file and raises ValueError if they would get other ids, because it already has a
+    token of that name, or ids without a token.
     """
     tokenizers = optional("tokenizers", "the exported tokenizer", "hf")
     json_form = tokenizers.Tokenizer.from_file(str(path))
@@ -253,7 +253,7 @@ def _add_special_tokens(path: Path, first: int) -> None:
 
 
 def _of_characters(tokenizer: CharTokenizer) -> Any:
-    """A tokenizer of the library tokenizers with one token for each character."""
+    """A character-level tokenizer of the tokenizers library."""
     tokenizers = optional("tokenizers", "the exported tokenizer", "hf")
     json_form = tokenizers.Tokenizer(tokenizers.models.WordLevel(tokenizer.stoi))
     every = tokenizers.Regex(r"[\s\S]")
@@ -263,7 +263,7 @@ def _of_characters(tokenizer: CharTokenizer) -> Any:
 
 
 def _of_byte_pairs(tokenizer: GPT2Tokenizer) -> Any:
-    """The same for GPT-2's byte pairs: every split of a token into two tokens is a merge."""
+    """A BPE tokenizer of the tokenizers library. Every split of a token into two is a merge."""
     tokenizers = optional("tokenizers", "the exported tokenizer", "hf")
     lines = [line.split() for line in tokenizer.file_bytes.splitlines()]
     ranks = {base64.b64decode(token): int(rank) for token, rank in lines}

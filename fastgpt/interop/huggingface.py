@@ -1,9 +1,9 @@
-"""GPT-2 in the files of Hugging Face's transformers, and in safetensors files.
+"""Read and write GPT-2 in the file formats of Hugging Face's transformers and safetensors.
 
 transformers stores the four matrices of a block transposed, as (in, out), always has biases, names
-the GELU in ``config.json`` (``gelu`` is exact, ``gelu_new`` by tanh), and omits the head, which is
-tied to the token table. The functions here convert between that and the state dict of ``GPT``;
-none builds a model. Needs safetensors, and huggingface_hub for downloads, but not transformers.
+the GELU in ``config.json`` (``gelu`` is exact, ``gelu_new`` uses tanh), and omits the head, which
+is tied to the token embedding. The functions here convert between that and the state dict of
+``GPT``. Needs safetensors, and huggingface_hub for downloads, but not transformers.
 """
 
 import json
@@ -27,7 +27,7 @@ _TOKEN_TABLE, _HEAD = "transformer.wte.weight", "lm_head.weight"
 _GELUS = {"gelu": "none", "gelu_new": "tanh", "gelu_pytorch_tanh": "tanh"}
 _METADATA = "fastgpt"  # key of our config and GELU in a safetensors header
 
-# GPTConfig's name → name in config.json, and transformers' default
+# GPTConfig's field → name in config.json and transformers' default
 _SHAPE = {
     "block_size": ("n_positions", 1024),
     "vocab_size": ("vocab_size", 50257),
@@ -35,7 +35,7 @@ _SHAPE = {
     "n_head": ("n_head", 12),
     "n_embd": ("n_embd", 768),
 }
-# options of transformers that would change the model, and the values that GPT has
+# Options of transformers that change the model, and the values that ``GPT`` implements.
 _FIXED = {
     "layer_norm_epsilon": 1e-5,
     "scale_attn_weights": True,
@@ -46,7 +46,7 @@ _FIXED = {
 
 
 class Weights(NamedTuple):
-    """A model without its class: ``GPT(config, gelu=gelu).load_state_dict(state)``."""
+    """The data of a model, for ``GPT(config, gelu=gelu).load_state_dict(state)``."""
 
     config: GPTConfig
     gelu: str
@@ -54,9 +54,9 @@ class Weights(NamedTuple):
 
 
 def read(source: str | Path) -> Weights:
-    """The weights of a folder that transformers wrote (``config.json`` beside
-    ``model.safetensors``, its shards, or ``pytorch_model.bin``), of a ``.safetensors`` file from
-    such a folder, or of one that ``write_safetensors`` made. Dropout is 0.
+    """Read the weights from a folder written by transformers (``config.json`` with
+    ``model.safetensors``, its shards, or ``pytorch_model.bin``), a ``.safetensors`` file in such a
+    folder, or one written by ``write_safetensors``. Dropout is 0.
 
     Raises:
         FileNotFoundError: the folder or file, or one that it needs, is missing.
@@ -84,7 +84,7 @@ def read(source: str | Path) -> Weights:
 def download(name: str) -> Path:
     """The folder of the published model ``name`` in Hugging Face's cache, downloaded if needed.
 
-    Raises ConnectionError if it is neither in the cache nor downloadable, ImportError without
+    Raises ConnectionError if it is not in the cache and cannot be downloaded, ImportError without
     huggingface_hub.
     """
     hub = optional("huggingface_hub", f"the download of {name!r}", "hf")
@@ -100,8 +100,8 @@ def download(name: str) -> Path:
 
 def write(weights: Weights, folder: Path, end_of_text: int | None = None) -> None:
     """Write ``config.json`` and ``model.safetensors`` for transformers' GPT2LMHeadModel, which
-    computes the same logits. ``folder`` must exist. Missing biases are written as zeros, which
-    transformers requires. ``end_of_text``: the id at which its ``generate`` stops.
+    computes the same logits. ``folder`` must exist. Missing biases are written as zeros, because
+    transformers requires biases. ``end_of_text``: the id at which its ``generate`` stops.
     """
     config, gelu, state = weights
     activation = {kind: name for name, kind in reversed(_GELUS.items())}[gelu]
@@ -122,7 +122,7 @@ def write(weights: Weights, folder: Path, end_of_text: int | None = None) -> Non
 
 
 def write_safetensors(weights: Weights, path: Path) -> None:
-    """Write one file for ``read``: names and shapes of ``GPT.state_dict()`` without the tied head;
+    """Write a file for ``read``: the tensors of ``GPT.state_dict()`` without the tied head, with
     config and GELU in the header.
     """
     header = json.dumps({"config": asdict(weights.config), "gelu": weights.gelu})
@@ -167,7 +167,7 @@ def _shape_and_gelu(facts: Mapping[str, Any]) -> tuple[GPTConfig, str]:
 
 
 def _ours(published: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The state dict of ``GPT``. Some files name the weights without ``transformer.``."""
+    """Convert to ``GPT``'s state dict. Some files omit ``transformer.`` from the names."""
     state = {}
     for name, tensor in published.items():
         name = name if name.startswith(("transformer.", "lm_head.")) else f"transformer.{name}"
@@ -176,7 +176,7 @@ def _ours(published: Mapping[str, Tensor]) -> dict[str, Tensor]:
         state[name] = tensor.t() if name.endswith(_TRANSPOSED) else tensor
     head = state.setdefault(_HEAD, state[_TOKEN_TABLE])
     if not torch.equal(head, state[_TOKEN_TABLE]):
-        raise ValueError("its head lm_head.weight is not the token table transformer.wte.weight")
+        raise ValueError("lm_head.weight must equal transformer.wte.weight, as GPT ties them")
     return state
 
 

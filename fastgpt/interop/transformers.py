@@ -1,12 +1,12 @@
-"""The ops of ``fastgpt.ops`` in the GPT-2 of Hugging Face's transformers.
+"""Use the ops of ``fastgpt.ops`` in the GPT-2 of Hugging Face's transformers.
 
-``apply_to(model)`` replaces attention, LayerNorm, GELU and loss in place, and ``undo(model)`` takes
-that back. Parameters, their names and the classes of the modules stay. A layer that was replaced,
-hooked or wrapped is called. Matrix products stay PyTorch's: ``Conv1D`` holds its weights as
-(in, out), which cuBLAS reads as they lie and our products would copy on every call.
+``apply_to(model)`` replaces attention, LayerNorm, GELU and loss in place; ``undo(model)`` reverts
+it. Parameters, their names and the classes of the modules do not change. A layer that was replaced,
+hooked or wrapped is called as a module. Matrix products stay PyTorch's: ``Conv1D`` stores weights
+as (in, out), which cuBLAS reads directly and our matmuls would copy on every call.
 
-``register()`` is for other decoders: see ``fastgpt.interop.transformers_attention``. In the shape
-comments B is the batch, T the length, C the width.
+``register()`` is for other decoders: see ``fastgpt.interop.transformers_attention``. In shape
+comments B is the batch size, T the sequence length, C the width.
 """
 
 import functools
@@ -26,24 +26,25 @@ from fastgpt.interop.transformers_attention import register as register
 
 Model = TypeVar("Model", bound=nn.Module)
 
-_IGNORED = -100  # transformers' label of a token without a loss
+_IGNORED = -100  # transformers' label for tokens without a loss
 
-# Of GPT2Attention and GPT2Block, behind hidden_states. Versions differ in the name of the cache.
+# Parameters of GPT2Attention and GPT2Block after hidden_states. The cache has had two names.
 _POSITIONAL = (
     ("cache", "past_key_values"),
     ("attention_mask",),
     ("encoder_hidden_states",),
     ("encoder_attention_mask",),
 )
-_CHANGES = "softcap", "s_aux", "position_bias", "is_causal"  # of an attention, if given
+_CHANGES = "softcap", "s_aux", "position_bias", "is_causal"  # arguments that change attention
 
-# The forward in the place of that of a module of exactly this type. Filled by ``_fill``.
+# The replacement for the forward of modules of exactly this type. Filled by ``_fill``.
 _FORWARDS: dict[type[nn.Module], Callable[..., Any]] = {}
 
 
 def _attention_forward(self: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-    """GPT2Attention's. Without a cache or right padding the op reads q, k and v as ``c_attn`` wrote
-    them, and writes one gradient for all three. Else ``attention`` of the other module is called.
+    """GPT2Attention's forward. Without a cache or right padding the op takes q, k and v packed, as
+    computed by ``c_attn``, and writes one packed gradient. Otherwise runs the original forward,
+    which calls ``transformers_attention.attention``.
     """
     cache, mask, encoder_states, _, more = _arguments(args, kwargs)
     short = short_form(mask)
@@ -67,7 +68,7 @@ def _attention_forward(self: Any, hidden_states: Tensor, *args: Any, **kwargs: A
 
 
 def _block_forward(self: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    """GPT2Block's. The first sum and the LayerNorm behind it are one op."""
+    """GPT2Block's forward. The first residual sum and the LayerNorm after it are one op."""
     cache, mask, encoder_states, _, more = _arguments(args, kwargs)
     norm = self.ln_2
     if encoder_states is not None or _hooked(norm):
@@ -78,7 +79,7 @@ def _block_forward(self: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) 
 
 
 def _arguments(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """The values of ``_POSITIONAL``, None where not given, and the other arguments."""
+    """The values of ``_POSITIONAL``, None if not given, and the other arguments."""
     more = dict(kwargs)
     found = []
     for i, names in enumerate(_POSITIONAL):
@@ -89,8 +90,7 @@ def _arguments(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 
 
 def _hooked(norm: Any) -> bool:
-    """Whether a call of the norm may do more than the op in its place: it was replaced, wrapped or
-    hooked."""
+    """Whether the norm was replaced, wrapped or hooked, so that an op must not replace its call."""
     own = norm.__dict__
     return not (
         type(norm) is nn.LayerNorm
@@ -111,8 +111,8 @@ def _norm_forward(self: Any, input: Tensor) -> Tensor:
 
 
 def _trunk_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-    """GPT2Model's. transformers finds packed documents by their position ids. A compiled graph
-    cannot read those, so it would hold a whole mask even where nothing is packed or padded."""
+    """GPT2Model's forward. transformers detects packed documents by reading position ids, which is
+    not possible in a compiled graph. Passing ``causal_mask`` avoids the full mask of that case."""
     given = (kwargs.get(name) for name in ("attention_mask", "cache", "position_ids"))
     if (
         torch.compiler.is_compiling()
@@ -134,8 +134,8 @@ def _gelu_forward(approximate: str) -> Callable[..., Tensor]:
 
 
 def _model_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-    """GPT2LMHeadModel's. In training, the loss comes without logits in memory, so ``logits`` is
-    None; without labels, and in evaluation, they are there."""
+    """GPT2LMHeadModel's forward. In training with labels, the loss does not store the logits, so
+    ``logits`` is None. Without labels, and in evaluation, they are returned."""
     from transformers.modeling_outputs import CausalLMOutputWithCrossAttentions
 
     labels: Any = kwargs.get("labels")
@@ -146,7 +146,7 @@ def _model_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         and labels is not None
         and isinstance(keep, int)
         and keep == 0
-        and "_loss_function" not in self.__dict__  # a loss of the user's
+        and "_loss_function" not in self.__dict__  # set by the user
         and getattr(self, "loss_type", None) in (None, "ForCausalLM")
         and is_plain(head, nn.Linear)
         and head.bias is None
@@ -180,7 +180,7 @@ def _model_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 def _fill() -> None:
-    """Fill ``_FORWARDS``, once transformers is there."""
+    """Fill ``_FORWARDS``, which needs transformers."""
     from transformers.activations import ACT2FN
     from transformers.models.gpt2 import modeling_gpt2
 
@@ -198,7 +198,7 @@ def _fill() -> None:
 
 
 def _switched(own: Callable[..., Any], replacement: Callable[..., Any]) -> Callable[..., Any]:
-    """``replacement``, or after ``undo`` the class's own forward: a wrapper may still call it."""
+    """``replacement``; after ``undo``, when a wrapper may still call it, the class's forward."""
 
     @functools.wraps(own)  # generate and trainers read its signature
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -212,14 +212,14 @@ def _switched(own: Callable[..., Any], replacement: Callable[..., Any]) -> Calla
 
 
 def apply_to(model: Model) -> Model:
-    """Replace the layers of a GPT-2 of transformers, or of a model that holds one (peft's), by the
-    ops of ``fastgpt.ops``: kernels on a GPU that has them, PyTorch's own elsewhere.
+    """Replace the layers of transformers' GPT-2, or of a model that contains one (peft's), by the
+    ops of ``fastgpt.ops``: kernels on a supported GPU, PyTorch's operators elsewhere.
 
-    A module of another type than transformers built, or with a ``forward`` of its own, is left as
-    it is. A model that was patched before is left as it is, too.
+    Modules of another type than transformers built, or with a patched ``forward``, are not changed.
+    Calling it again on the same model has no effect.
 
     Raises:
-        ValueError: there is no GPT-2 in ``model``, or it has an option that the ops do not compute.
+        ValueError: ``model`` contains no GPT-2, or one with an option that the ops do not support.
             Nothing is replaced then.
         ImportError: transformers is not installed, or older than 5.17.
     """
@@ -239,14 +239,14 @@ def apply_to(model: Model) -> Model:
             if "forward" not in module.__dict__:
                 module.forward = MethodType(forward, module)  # type: ignore[method-assign]
                 module._fastgpt = True  # type: ignore[assignment]
-            elif hasattr(module, "_fastgpt"):  # wrapped since, and switched off
+            elif hasattr(module, "_fastgpt"):  # switched off by undo after it had been wrapped
                 module._fastgpt = True  # type: ignore[assignment]
     return model
 
 
 def undo(model: Model) -> Model:
-    """Take back ``apply_to``: the same results to the bit as before. What has wrapped a module's
-    ``forward`` since (a trainer's mixed precision) stays, and calls the module's own.
+    """Undo ``apply_to``: results are bitwise the same as before it. Wrappers that were added to a
+    module's ``forward`` since then (a trainer's mixed precision) stay and call the original.
 
     Raises ValueError if ``model`` is not patched.
     """
@@ -268,7 +268,7 @@ def undo(model: Model) -> Model:
 
 
 def _roots(model: nn.Module) -> Iterator[Any]:
-    """Each GPT-2 in a model, the outermost class of it."""
+    """The outermost module of each GPT-2 in a model."""
     from transformers.models.gpt2.modeling_gpt2 import GPT2PreTrainedModel
 
     inside: set[nn.Module] = set()

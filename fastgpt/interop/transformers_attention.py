@@ -1,16 +1,16 @@
-"""Attention of ``fastgpt.ops`` for the decoders of Hugging Face's transformers, by its name.
+"""Attention of ``fastgpt.ops`` for the decoders of Hugging Face's transformers.
 
-transformers makes a mask once a forward pass, by ``attention_mask``, and hands it to ``attention``
-in every layer, so causality and padding travel together in that one tensor:
+transformers calls ``attention_mask`` once per forward pass and passes its result to ``attention``
+in every layer, so this one tensor encodes both causality and padding:
 
-    None                   causal; for a single query, or where the layer is not causal, every key
-    int32 (1, 1, 1, 0)     the same, where only a tensor can say so (``causal_mask``)
-    int32 (B, 1, 1, 1)     the first so many keys, and causal if there is more than one query
+    None                   causal; all keys for a single query or a layer that is not causal
+    int32 (1, 1, 1, 0)     the same, if a tensor is required (``causal_mask``)
+    int32 (B, 1, 1, 1)     key lengths; causal if there is more than one query
     int32 (B, 1, T, 1)     query i sees the keys start[i] <= j <= i
-    any other, 4-D         PyTorch's attention reads it
+    any other, 4-D         a full mask, handled by PyTorch's attention
 
-In the shape comments B is the batch, T the number of queries, S of keys, H of heads, D the head
-size.
+In shape comments B is the batch size, T the number of queries, S the number of keys, H the number
+of heads, D the head size.
 """
 
 from collections.abc import Callable
@@ -25,13 +25,13 @@ from fastgpt._optional import optional
 
 NAME = "fastgpt"
 MAX_HEAD_SIZE = 256
-_OLDEST = (5, 17)  # of transformers: the functions for masks had other arguments before
+_OLDEST = (5, 17)  # version of transformers; older mask functions have other arguments
 
 
 def register() -> None:
-    """Make ``attn_implementation="fastgpt"`` known to transformers. More than once is harmless.
+    """Register ``attn_implementation="fastgpt"`` with transformers. May be called repeatedly.
 
-    Raises ImportError without transformers, or with one older than 5.17.
+    Raises ImportError if transformers is missing or older than 5.17.
     """
     transformers = optional("transformers", 'attn_implementation="fastgpt"', "hf")
     if tuple(int(part) for part in transformers.__version__.split(".")[:2]) < _OLDEST:
@@ -59,10 +59,10 @@ def attention_mask(
     device: torch.device | str = "cpu",
     **kwargs: Any,
 ) -> Tensor | None:
-    """transformers' ``sdpa_mask``, in one of the shorter forms above where one says the same.
+    """transformers' ``sdpa_mask``, in one of the short forms above if possible.
 
-    The host reads whether and where there is padding, and so waits for the device, as it does for
-    ``sdpa_mask``. Under ``torch.compile`` nothing can be read: a mask given there stays whole.
+    Like ``sdpa_mask``, it synchronizes with the device to read whether and where there is padding.
+    Under ``torch.compile`` values cannot be read, so a given mask is kept in full.
     """
     from transformers import masking_utils as theirs
     from transformers.utils.import_utils import is_tracing
@@ -79,7 +79,7 @@ def attention_mask(
             visible = visible & F.pad(padding, (0, kv_length - padding.shape[1]))
             found, short = _without_padding(visible, q_length)
             if found and short is None and not allow_is_causal_skip:
-                return _lengths(visible)  # of the form of other steps, for which a graph exists
+                return _lengths(visible)  # the form of the other steps, whose graph is compiled
             if found:
                 return short
         elif isinstance(q_offset, Tensor):
@@ -109,7 +109,7 @@ def _lengths(visible: Tensor) -> Tensor:
 
 
 def _without_padding(visible: Tensor, n_queries: int) -> tuple[bool, Tensor | None]:
-    """Whether a short form says which keys (B, S) are no padding, and that form."""
+    """Whether a short form can express which keys (B, S) are not padding, and that form."""
     keys = torch.arange(visible.shape[1], device=visible.device, dtype=torch.int32)
     lengths = _lengths(visible)
     first = visible.byte().argmax(-1, keepdim=True).int()  # (B, 1)
@@ -121,14 +121,14 @@ def _without_padding(visible: Tensor, n_queries: int) -> tuple[bool, Tensor | No
         return True, None
     if at_end:
         return True, lengths
-    if around and n_queries > 1:  # behind the last token, only the padding itself sees padding
+    if around and n_queries > 1:  # after the last token only padding sees padding
         return True, torch.minimum(first, keys)[:, None, :, None]
     return False, None
 
 
 def _as_starts(mask: Tensor) -> Tensor:
-    """The mask (B, 1, T, T) of bool as the starts (B, 1, T, 1) of what its queries see, or as it is
-    if that says less: documents and sliding windows are such masks."""
+    """Convert a bool mask (B, 1, T, T) to the first visible key of each query (B, 1, T, 1) if that
+    is equivalent, as for documents and sliding windows; otherwise return it unchanged."""
     rows = torch.arange(mask.shape[2], device=mask.device)
     any_visible = mask.any(-1)
     starts = torch.where(any_visible, mask.byte().argmax(-1), rows)  # padding sees itself
@@ -139,13 +139,12 @@ def _as_starts(mask: Tensor) -> Tensor:
 
 
 def causal_mask(device: torch.device) -> Tensor:
-    """Where a model asks for no mask, but would make one: causal and nothing else."""
+    """The mask to pass to a model that would otherwise build one: causal, without padding."""
     return torch.empty(1, 1, 1, 0, dtype=torch.int32, device=device)
 
 
 def short_form(mask: Tensor | None) -> dict[str, Any] | None:
-    """A mask as arguments of ``ops.attention``, none where it hides nothing; None if they cannot
-    say it."""
+    """A mask as arguments of ``ops.attention``, empty if it hides nothing; None for a full mask."""
     if mask is None or mask.dtype == torch.int32 and mask.shape[3] == 0:
         return {}
     if mask.dtype != torch.int32 or mask.shape[3] > 1:
@@ -156,7 +155,7 @@ def short_form(mask: Tensor | None) -> dict[str, Any] | None:
 
 
 def _whole(mask: Any, n_queries: int, n_keys: int) -> Tensor:
-    """A short form that hides something as a mask of bool, (B, 1, T, S) or (B, 1, 1, S)."""
+    """Expand a short form that hides something to a bool mask, (B, 1, T, S) or (B, 1, 1, S)."""
     keys = torch.arange(n_keys, device=mask.device)
     visible = keys < mask if mask.shape[2] == 1 else keys >= mask
     return visible & (keys <= keys[:n_queries, None]) if n_queries > 1 else visible
@@ -176,8 +175,8 @@ def attention(
     is_causal: bool | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """transformers' attention function: ``ops.attention`` for the short masks above, and
-    ``sdpa_attention_forward``, with the same mask, for what that op does not compute.
+    """transformers' attention function: ``ops.attention`` for the short masks above, otherwise
+    ``sdpa_attention_forward`` with the equivalent full mask.
 
     query (B, H, T, D), key and value (B, H_kv, S, D), H a multiple of H_kv → (B, T, H, D). Raises
     ValueError for ``softcap`` and ``s_aux`` (attention sinks).
@@ -204,7 +203,7 @@ def attention(
     if is_causal is None:
         is_causal = getattr(module, "is_causal", True)
     causal = n_queries > 1 and (bool(short) or is_causal)
-    if causal and not short:  # the rest of a static cache is empty
+    if causal and not short:  # a static cache is empty after the first n_queries keys
         key, value = key[:, :, :n_queries], value[:, :, :n_queries]
     out = ops.attention(query, key, value, causal=causal, scale=scaling, dropout_p=dropout, **short)
     return out.transpose(1, 2).contiguous(), None

@@ -1,6 +1,6 @@
-"""Tokenizers: the one beside a data set, and the one that a user names.
+"""Tokenizers, loaded from the folder of a data set or chosen by name or path.
 
-    tokenizer = saved_tokenizer("data/shakespeare_char")   # beside train.bin
+    tokenizer = saved_tokenizer("data/shakespeare_char")   # the folder of train.bin
     tokenizer = tokenizer_from("gpt2")                     # or a path: tokenizer.json, x.model, ...
     tokenizer.decode(tokenizer.encode("To be"))           # "To be"
 
@@ -40,7 +40,7 @@ __all__ = [
     "unpacked",
 ]
 
-# The files that ``Tokenizer.save`` leaves in the folder of a data set.
+# The files that ``Tokenizer.save`` writes to the folder of a data set.
 TOKENIZER_FILES = tuple(
     kind.FILE
     for kind in (
@@ -54,18 +54,18 @@ TOKENIZER_FILES = tuple(
 
 
 def saved_tokenizer(folder: str | Path) -> Tokenizer | None:
-    """The tokenizer that was saved in ``folder``, or None.
+    """The tokenizer saved in ``folder``, or None.
 
     Raises:
         ValueError: there are several, or the file is not usable.
-        ImportError: the library that it needs is not installed.
+        ImportError: a library that it needs is not installed.
     """
     folder = Path(folder)
     found = [name for name in TOKENIZER_FILES if (folder / name).exists()]
     if len(found) > 1:
         raise ValueError(
             f"{folder} has more than one tokenizer: {', '.join(found)}; remove all but the one "
-            "that its tokens were made with"
+            "that encoded its tokens"
         )
     if not found:
         return None
@@ -75,7 +75,7 @@ def saved_tokenizer(folder: str | Path) -> Tokenizer | None:
 
 def tokenizer_in(folder: str | Path) -> Tokenizer | None:
     """The tokenizer in a model's folder: a saved one, or GPT-2's vocabulary as two files (see
-    ``GPT2Tokenizer``), or None. Errors: as of both.
+    ``GPT2Tokenizer``), or None. Raises like both.
     """
     saved = saved_tokenizer(folder)
     if saved is None and gpt2_folder_has_vocabulary(Path(folder)):
@@ -94,7 +94,7 @@ def tokenizer_from(spec: str | Path) -> Tokenizer:
     Raises:
         FileNotFoundError: there is no such file or folder.
         ValueError: it is none of these, or not usable.
-        ImportError: the library that it needs is not installed.
+        ImportError: a library that it needs is not installed.
         ConnectionError: see ``GPT2Tokenizer``.
     """
     path = Path(spec)
@@ -132,7 +132,7 @@ def _chat_tokenizer(path: Path) -> ChatTokenizer:
 
 
 def packed(tokenizer: Tokenizer | None) -> dict[str, Any]:
-    """What a checkpoint stores of a tokenizer: its characters, or its file, as str and bytes."""
+    """The entries of a checkpoint for a tokenizer: its characters as str, or its file as bytes."""
     if isinstance(tokenizer, CharTokenizer):
         return {"characters": "".join(tokenizer.itos.values())}
     if tokenizer is None:
@@ -141,11 +141,11 @@ def packed(tokenizer: Tokenizer | None) -> dict[str, Any]:
 
 
 def unpacked(entries: dict[str, Any]) -> Tokenizer | None:
-    """The tokenizer from which ``packed`` made these entries, or None; others are ignored.
+    """The tokenizer in the entries that ``packed`` returned, or None. Ignores other entries.
 
     Raises:
         ValueError: the entries are damaged.
-        ImportError: the library that it needs is not installed.
+        ImportError: a library that it needs is not installed.
     """
     if characters := entries.get("characters"):
         return CharTokenizer(dict(enumerate(characters)))

@@ -1,4 +1,4 @@
-"""The interface of every tokenizer: text to ids, ids to text, and a file beside the data."""
+"""The interface of all tokenizers: text to ids, ids to text, and a file in the data's folder."""
 
 import hashlib
 from abc import ABC, abstractmethod
@@ -21,11 +21,11 @@ class Tokenizer(ABC):
 
     Attributes:
         FILE: the name of its file in the folder of a data set.
-        name: the kind, for messages: ``"GPT-2 BPE"``.
+        name: a description for messages, such as ``"GPT-2 BPE"``.
         vocab_size: V; every id lies in [0, V).
         end_of_text: the id that ends a document, or None.
         file_bytes: the content of that file.
-        fingerprint: SHA-256 in hex of everything that decides the ids.
+        fingerprint: SHA-256 in hex of everything that determines the ids.
     """
 
     FILE: ClassVar[str]
@@ -40,7 +40,7 @@ class Tokenizer(ABC):
 
     @property
     def padded_vocab_size(self) -> int:
-        """The vocabulary of a model for these ids: V rounded up to a multiple of 64, for speed."""
+        """The vocabulary size of a model: V rounded up to a multiple of 64, for speed."""
         return -(-self.vocab_size // 64) * 64
 
     def fits(self, vocab_size: int) -> bool:
@@ -49,24 +49,24 @@ class Tokenizer(ABC):
 
     @abstractmethod
     def encode(self, text: str) -> list[int]:
-        """The ids of a prompt, in which the names of special tokens stand for these tokens."""
+        """The ids of a prompt. Names of special tokens are encoded as these tokens."""
 
     @abstractmethod
     def encode_array(self, text: str) -> npt.NDArray[np.integer[Any]]:
-        """The ids of a piece of data, in which the names of special tokens are plain text.
+        """The ids of a piece of data. Names of special tokens are encoded as plain text.
         Thread-safe."""
 
     def decode(self, ids: TokenIds) -> str:
         """The text of ``ids``: a sequence or one-dimensional array of integers.
 
         Raises:
-            TypeError: ``ids`` does not hold integers.
+            TypeError: ``ids`` are not integers.
             ValueError: an id is negative or not below ``vocab_size``.
         """
         return self._decode(_checked_ids(ids, self.vocab_size))
 
     def save(self, path: str | Path) -> None:
-        """Write the file from which the tokenizer can be loaded."""
+        """Write a file from which the tokenizer can be loaded."""
         with writing(Path(path)):
             Path(path).write_bytes(self.file_bytes)
 
@@ -92,8 +92,8 @@ def _checked_ids(ids: TokenIds, vocab_size: int) -> npt.NDArray[np.int64]:
 
 
 def in_utf8(text: str) -> str:
-    """``text`` with U+FFFD for lone surrogates, which JSON and a command line can hold
-    but UTF-8 cannot."""
+    """``text`` with lone surrogates replaced by U+FFFD. JSON and command lines can contain them,
+    UTF-8 cannot."""
     try:
         text.encode()
     except UnicodeEncodeError:

@@ -1,4 +1,4 @@
-"""One id per character, as nanoGPT's ``meta.pkl`` describes them."""
+"""Character-level tokenizer, in the format of nanoGPT's ``meta.pkl``."""
 
 import hashlib
 import pickle
@@ -13,15 +13,15 @@ import numpy.typing as npt
 
 from fastgpt.tokenizer.base import Tokenizer
 
-MAX_VOCAB_SIZE = 1 << 16  # train.bin and val.bin hold ids as uint16
+MAX_VOCAB_SIZE = 1 << 16  # train.bin and val.bin store ids as uint16
 
 
 class CharTokenizer(Tokenizer):
-    """One id per character; the line feed, if there is one, ends a document. ``encode`` and
+    """One id per character; the line feed, if in the vocabulary, ends a document. ``encode`` and
     ``encode_array`` (uint16) raise ValueError for a character that is not in the vocabulary.
 
     Args:
-        itos: the character of each id; the ids are 0 to len(itos) - 1, the characters distinct.
+        itos: the character of each id. Ids are 0 to len(itos) - 1, characters distinct.
 
     Attributes:
         itos: id → character (``dict[int, str]``).
@@ -30,8 +30,8 @@ class CharTokenizer(Tokenizer):
 
     Raises:
         TypeError: a key is not an int, or a value not a str.
-        ValueError: there is no character or more than 65,536, the ids have a gap, a value is not
-            one character, or a character occurs twice.
+        ValueError: there are no characters or more than 65,536, the ids have a gap, a value is not
+            a single character, or a character occurs twice.
     """
 
     FILE = "meta.pkl"
@@ -42,7 +42,7 @@ class CharTokenizer(Tokenizer):
         self.stoi = {char: i for i, char in self.itos.items()}
         self.vocab_size = len(self.itos)
         self._code_points = _code_points("".join(self.itos.values()))  # by id
-        # The id of each code point or -1; larger code points are clipped to the last entry, a -1.
+        # The id of each code point, or -1. Larger code points are clipped to the last entry, -1.
         self._ids = np.full(int(self._code_points.max()) + 2, -1, dtype=np.int32)
         self._ids[self._code_points] = np.arange(self.vocab_size)
         self.name = "characters"
@@ -56,7 +56,7 @@ class CharTokenizer(Tokenizer):
 
     @property
     def padded_vocab_size(self) -> int:
-        """V: nanoGPT does not pad a vocabulary of characters."""
+        """V, because nanoGPT does not pad a vocabulary of characters."""
         return self.vocab_size
 
     def fits(self, vocab_size: int) -> bool:
@@ -115,7 +115,7 @@ class CharTokenizer(Tokenizer):
 
 
 def _code_points(text: str) -> npt.NDArray[np.uint32]:
-    """The code points of ``text``; lone surrogates, which a str may hold, are kept."""
+    """The code points of ``text``, including lone surrogates."""
     return np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype="<u4")
 
 
@@ -145,7 +145,7 @@ _PLAIN_CODES = frozenset(
 
 
 def _unpickle_plain(data: bytes) -> Any:
-    """Unpickle dicts, strings and ints. All opcodes are checked before the first one runs."""
+    """Unpickle dicts, strings and ints. Checks all opcodes before executing the first."""
     names = ["", ""]  # the last two strings: the arguments of STACK_GLOBAL
     for code, argument, position in pickletools.genops(data):
         if code.name in ("GLOBAL", "INST", "STACK_GLOBAL"):
@@ -155,7 +155,7 @@ def _unpickle_plain(data: bytes) -> Any:
             raise pickle.UnpicklingError(
                 f"it may hold dicts, strings and ints only, but has {code.name} at byte {position}"
             )
-        # The memo is an array: a damaged index could ask for 64 GB.
+        # The memo is an array, for which a damaged index could allocate 64 GB.
         if code.name.endswith("PUT") and int(argument or 0) > len(data):
             raise pickle.UnpicklingError(f"it has the memo entry {argument} at byte {position}")
         if isinstance(argument, str):
@@ -164,7 +164,7 @@ def _unpickle_plain(data: bytes) -> Any:
 
 
 def _of_meta(meta: Any) -> CharTokenizer:
-    """The tokenizer of an unpickled ``meta.pkl``; TypeError or ValueError if an entry is wrong."""
+    """The tokenizer of an unpickled ``meta.pkl``. Raises TypeError or ValueError if it is wrong."""
     if type(meta) is not dict:
         raise TypeError(f"it must be a dict, got {type(meta).__name__}")
     for key, kind in (("vocab_size", int), ("itos", dict), ("stoi", dict)):

@@ -1,4 +1,4 @@
-"""A tokenizer with five more tokens, which mark who speaks in a dialogue."""
+"""A tokenizer with five additional tokens that mark the messages of a dialogue."""
 
 import base64
 import hashlib
@@ -14,8 +14,8 @@ import numpy.typing as npt
 from fastgpt._files import parsed_json
 from fastgpt.tokenizer.base import Tokenizer
 
-# Behind the vocabulary of any tokenizer, in this order. The first begins a dialogue, the last ends
-# a message, each of the others begins a message of that role.
+# Appended to the base vocabulary in this order. The first begins a dialogue, the last ends a
+# message, each of the others begins a message of that role.
 SPECIAL_TOKENS = ("<|dialogue|>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>")
 
 _NAMES = re.compile("(" + "|".join(map(re.escape, SPECIAL_TOKENS)) + ")")
@@ -23,16 +23,16 @@ _VERSION = 1
 
 
 class ChatTokenizer(Tokenizer):
-    """The ids of ``base``, and five behind them for ``SPECIAL_TOKENS``.
+    """The ids of ``base``, followed by five for ``SPECIAL_TOKENS``.
 
-    ``encode`` takes their names for these tokens; to ``encode_array`` they are plain text, so that
-    no message can end itself or pretend to be another's.
+    ``encode`` encodes their names as these tokens. ``encode_array`` encodes them as plain text, so
+    that no message can end itself or imitate another role.
 
     Args:
         base: any tokenizer but a ``ChatTokenizer``.
 
     Attributes:
-        base: that tokenizer.
+        base: the tokenizer of the messages.
         begin: the id of ``<|dialogue|>``, and ``base.vocab_size``; also ``end_of_text``.
         end: the id of ``<|end|>``.
     """
@@ -61,7 +61,7 @@ class ChatTokenizer(Tokenizer):
         return hashlib.sha256(f"chat {self.base.fingerprint}".encode()).hexdigest()
 
     def id_of(self, role: str) -> int:
-        """The id with which a message of ``role`` begins: "system", "user" or "assistant"."""
+        """The id that begins a message of ``role``: "system", "user" or "assistant"."""
         return self.begin + SPECIAL_TOKENS.index(f"<|{role}|>")
 
     def encode(self, text: str) -> list[int]:
@@ -87,10 +87,10 @@ class ChatTokenizer(Tokenizer):
 
 
 def base_in(path: Path) -> tuple[str, bytes]:
-    """The name and the content of the base's file, of a file that ``ChatTokenizer.save`` wrote.
+    """The name and content of the base tokenizer's file, from a file by ``ChatTokenizer.save``.
 
     Raises:
-        ValueError: it is none.
+        ValueError: it is not such a file.
     """
     try:
         content = parsed_json(path.read_text(encoding="utf-8"))

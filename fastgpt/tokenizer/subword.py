@@ -1,4 +1,4 @@
-"""Tokenizers of other libraries: tiktoken, tokenizers, sentencepiece, imported when one is made."""
+"""Tokenizers of tiktoken, tokenizers and sentencepiece, which are imported when needed."""
 
 import base64
 import binascii
@@ -12,27 +12,27 @@ from fastgpt._files import parsed_json
 from fastgpt._optional import optional
 from fastgpt.tokenizer.base import END_OF_TEXT, Tokenizer, in_utf8
 
-# Files of GPT-2's vocabulary: OpenAI's names and Hugging Face's. Ids, then merges.
+# Files of GPT-2's vocabulary, ids and merges, by OpenAI's and by Hugging Face's names.
 _GPT2_FILES = (("encoder.json", "vocab.bpe"), ("vocab.json", "merges.txt"))
-# GPT-2's split of a text before bytes are merged; possessive where backtracking cannot help.
+# GPT-2's pre-tokenization. Quantifiers are possessive where backtracking cannot help.
 _GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
 _END_NAMES = (END_OF_TEXT, "</s>", "<|end_of_text|>", "<eos>", "[EOS]", "<|im_end|>", "[SEP]")
 
 
 class GPT2Tokenizer(Tokenizer):
-    """GPT-2's byte-pair encoding by tiktoken. ``decode`` makes bytes that are not UTF-8 U+FFFD.
+    """GPT-2's byte-pair encoding by tiktoken. ``decode`` replaces invalid UTF-8 by U+FFFD.
 
     Args:
         path: the vocabulary, by default downloaded: a ``.tiktoken`` file, or a folder with
-            ``encoder.json`` and ``vocab.bpe``, or with ``vocab.json`` and ``merges.txt``. Any
-            vocabulary of this form works.
+            ``encoder.json`` and ``vocab.bpe`` or with ``vocab.json`` and ``merges.txt``. Any
+            vocabulary in these formats works.
 
     Attributes:
         vocab_size: 50,257 for GPT-2's own.
 
     Raises:
         ImportError: tiktoken is not installed.
-        ConnectionError: tiktoken has not stored the vocabulary yet and cannot download it.
+        ConnectionError: tiktoken has no cached vocabulary and cannot download it.
         FileNotFoundError: there is no vocabulary at ``path``.
         ValueError: the files are damaged or contradict each other.
     """
@@ -47,8 +47,8 @@ class GPT2Tokenizer(Tokenizer):
             except OSError as error:  # tiktoken's network errors
                 raise ConnectionError(
                     f"tiktoken could not get GPT-2's vocabulary: {error}. It is downloaded once; "
-                    "offline, let TIKTOKEN_CACHE_DIR name a folder that already has it, or "
-                    "--tokenizer a folder with encoder.json and vocab.bpe"
+                    "offline, set TIKTOKEN_CACHE_DIR to a folder that already has it, or "
+                    "--tokenizer to a folder with encoder.json and vocab.bpe"
                 ) from error
         else:
             ranks = _gpt2_ranks(Path(path))
@@ -61,7 +61,7 @@ class GPT2Tokenizer(Tokenizer):
         self.name = "GPT-2 BPE"
         self.vocab_size: int = self._encoding.n_vocab
         self.end_of_text: int = self._encoding.eot_token
-        # tiktoken's format: a line for each token, its bytes in base64 and its id
+        # tiktoken's format: one line per token, its bytes in base64 and its id
         tokens = map(self._encoding.decode_single_token_bytes, range(self.end_of_text))
         lines = (base64.b64encode(token) + b" %d\n" % i for i, token in enumerate(tokens))
         self.file_bytes = b"".join(lines)
@@ -81,7 +81,7 @@ class GPT2Tokenizer(Tokenizer):
 
 
 class JsonTokenizer(Tokenizer):
-    """A ``tokenizer.json``, the format of the library tokenizers and of Hugging Face's models.
+    """A ``tokenizer.json``, the format of the tokenizers library and of Hugging Face's models.
 
     Args:
         path: the file.
@@ -106,7 +106,7 @@ class JsonTokenizer(Tokenizer):
             self._data = tokenizers.Tokenizer.from_buffer(self.file_bytes)
         except ValueError as error:
             raise ValueError(f"{path} is not a usable tokenizer.json: {error}") from error
-        for tokenizer in (self._prompts, self._data):  # the file can turn on both
+        for tokenizer in (self._prompts, self._data):  # the file may enable both
             tokenizer.no_padding()
             tokenizer.no_truncation()
         self._data.encode_special_tokens = True
@@ -130,7 +130,7 @@ class JsonTokenizer(Tokenizer):
 
 
 class SentencePieceTokenizer(Tokenizer):
-    """A model of SentencePiece, BPE or unigram.
+    """A SentencePiece model, BPE or unigram.
 
     Args:
         path: the ``.model`` file.
@@ -175,8 +175,8 @@ def gpt2_folder_has_vocabulary(folder: Path) -> bool:
 
 
 def byte_of_character() -> dict[str, int]:
-    """How byte-level vocabularies write bytes in JSON, as character → byte: printable Latin-1
-    characters as they are, the other 68 bytes in order as the characters from U+0100 on.
+    """The mapping from characters to bytes in the JSON of byte-level vocabularies: printable
+    Latin-1 characters are themselves, the other 68 bytes in order are U+0100 and up.
     """
     printable = [byte for byte in range(256) if chr(byte).isprintable() and byte != 0x20]
     others = [byte for byte in range(256) if byte not in printable]
@@ -192,7 +192,7 @@ def _read(path: Path) -> bytes:
 
 
 def _gpt2_ranks(path: Path) -> dict[bytes, int]:
-    """Token → id: the 256 bytes and the merged tokens, in the order of the merges."""
+    """Token → id, for the 256 bytes and the merged tokens in the order of the merges."""
     if path.is_dir():
         ranks = _ranks_of_folder(path)
     else:
@@ -220,7 +220,7 @@ def _ranks_of_folder(folder: Path) -> dict[bytes, int]:
             break
     else:
         wanted = " nor ".join(" with ".join(names) for names in _GPT2_FILES)
-        raise FileNotFoundError(f"{folder} has no vocabulary of GPT-2's form: neither {wanted}")
+        raise FileNotFoundError(f"{folder} has no vocabulary in GPT-2's format: neither {wanted}")
     to_byte = byte_of_character()
     try:
         ids = parsed_json((folder / ids_name).read_text(encoding="utf-8"))

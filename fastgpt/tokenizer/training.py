@@ -1,4 +1,4 @@
-"""New tokenizers from a user's texts, trained by the libraries that use them.
+"""Train a tokenizer on texts, with the library that will use it.
 
 train_tokenizer(source_of("texts"), "bpe", 8192, "tokenizers/mine")
 """
@@ -15,23 +15,23 @@ from fastgpt.tokenizer.subword import JsonTokenizer, SentencePieceTokenizer
 
 KINDS = ("bpe", "unigram")
 
-_MIN_VOCAB_SIZE = 257  # the bytes, and the end of text
-_SENTENCES = 1_000_000  # a random sample of the input, for unigram
-_SENTENCE = 1000  # characters at most
+_MIN_VOCAB_SIZE = 257  # the bytes and the end of text
+_SENTENCES = 1_000_000  # size of the random sample of the input, for unigram
+_SENTENCE = 1000  # maximum number of characters
 
 
 def train_tokenizer(source: Source, kind: str, vocab_size: int, out_dir: str | Path) -> Tokenizer:
-    """Learn a vocabulary from the texts of ``source`` and write it into ``out_dir``.
+    """Train a tokenizer on the texts of ``source`` and write it to ``out_dir``.
 
     Both kinds encode any text without loss.
 
     Args:
         source: the texts.
-        kind: ``"bpe"``: byte-level byte-pair encoding cut like GPT-2's, as ``tokenizer.json``;
-            ``"unigram"``: SentencePiece's unigram model with byte fallback, as
+        kind: ``"bpe"``: byte-level byte-pair encoding with GPT-2's pre-tokenization, as
+            ``tokenizer.json``; ``"unigram"``: SentencePiece's unigram model with byte fallback, as
             ``tokenizer.model``.
-        vocab_size: the number of tokens, at least 257. From a short text bpe may learn fewer;
-            unigram raises.
+        vocab_size: the number of tokens, at least 257. If the text is too short for that, bpe
+            learns fewer and unigram raises.
         out_dir: the folder.
 
     Raises:
@@ -109,7 +109,7 @@ def _not_empty(texts: Iterator[str]) -> Iterator[str]:
 
 
 def _sentences(texts: Iterator[str]) -> Iterator[str]:
-    """Lines, cut into parts of at most ``_SENTENCE``: SentencePiece skips longer ones."""
+    """Lines, cut into parts of at most ``_SENTENCE``, because SentencePiece skips longer ones."""
     for text in texts:
         for line in text.splitlines():
             for start in range(0, len(line), _SENTENCE):

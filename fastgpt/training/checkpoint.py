@@ -1,10 +1,10 @@
 """Checkpoints in nanoGPT's format, written atomically.
 
 A checkpoint has nanoGPT's keys (``model``, ``optimizer``, ``model_args``, ``iter_num``,
-``best_val_loss``, ``config``) and one of ours, ``fastgpt``, for what nanoGPT does not store: the
-kind of model, its GELU, its tokenizer, the random generators, the place in the data and the
-gradient scaler. All of it loads under ``weights_only=True``. ``checkpoint_folder.py`` decides which
-checkpoints a run keeps; ``sharded_checkpoint.py`` has those of sharded runs.
+``best_val_loss``, ``config``) and one of ours, ``fastgpt``, for state that nanoGPT does not store:
+the kind of model, its GELU, its tokenizer, the random generators, the position in the data and the
+gradient scaler. All of it loads with ``weights_only=True``. ``checkpoint_folder.py`` decides which
+checkpoints a run keeps; ``sharded_checkpoint.py`` handles those of sharded runs.
 """
 
 import shlex
@@ -26,12 +26,12 @@ from fastgpt.tokenizer import (
     unpacked,
 )
 
-BEST = "ckpt.pt"  # its name, where nanoGPT looks for it
+BEST = "ckpt.pt"  # the name that nanoGPT uses
 
 FOR_SAMPLING = ("model", "model_args")
 FOR_RESUMING = (*FOR_SAMPLING, "optimizer", "iter_num", "best_val_loss")
 
-REWARD_HEAD = "reward_head.weight"  # what a reward model has besides a GPT's weights
+REWARD_HEAD = "reward_head.weight"  # the only weight that a reward model adds to a GPT's
 
 GPT2_VOCAB_SIZE = 50257  # the last token ends a document
 
@@ -39,15 +39,15 @@ Checkpoint = dict[str, Any]
 
 
 def save(checkpoint: Checkpoint, path: Path) -> None:
-    """Write ``checkpoint`` to ``path`` atomically: whenever the process dies, ``path`` holds the
-    old checkpoint or the new one.
+    """Write ``checkpoint`` to ``path`` atomically: if the process dies, ``path`` is either the old
+    checkpoint or the new one.
     """
     with atomic_write(path) as file:
         torch.save(checkpoint, file)
 
 
 def publish(source: Path, path: Path) -> None:
-    """Copy the checkpoint ``source``, a file or a sharded run's folder, to one file, ``path``."""
+    """Copy the checkpoint ``source``, a file or a sharded run's folder, to the file ``path``."""
     if source.is_dir():
         save(load(source), path)
         return
@@ -56,19 +56,19 @@ def publish(source: Path, path: Path) -> None:
 
 
 def load(path: Path, required: tuple[str, ...] = FOR_SAMPLING) -> Checkpoint:
-    """Read a checkpoint of ours or of nanoGPT, or the folder of a sharded run; all tensors on the
-    CPU.
+    """Read a checkpoint of ours or of nanoGPT, or the folder of a sharded run, with all tensors on
+    the CPU.
 
-    Raises FileNotFoundError, or ValueError when it is damaged or lacks a ``required`` key.
+    Raises FileNotFoundError, or ValueError if it is damaged or lacks a ``required`` key.
     """
     if path.is_dir():
-        # Imported where it is needed: it takes half as long as PyTorch itself.
+        # Imported late: it takes half as long as importing PyTorch itself.
         from fastgpt.training import sharded_checkpoint
 
         checkpoint = sharded_checkpoint.load(path)
     elif path.is_file():
         with reading_checkpoint(path):
-            with zipfile.ZipFile(path) as archive:  # PyTorch does not verify the checksums
+            with zipfile.ZipFile(path) as archive:  # PyTorch does not verify checksums
                 damaged = archive.testzip()
             if damaged is not None:
                 raise zipfile.BadZipFile(f"wrong checksum of {damaged}")
@@ -80,10 +80,10 @@ def load(path: Path, required: tuple[str, ...] = FOR_SAMPLING) -> Checkpoint:
 
 
 def header(path: Path) -> Checkpoint:
-    """A checkpoint without reading its tensors: those of a file are mapped, a folder's are left
-    out. Unlike ``load`` this does not verify the checksums.
+    """A checkpoint without reading its tensors: those of a file are memory-mapped, those of a
+    folder omitted. Unlike ``load``, does not verify checksums.
 
-    Raises FileNotFoundError, or ValueError when it is damaged or lacks the key ``iter_num``.
+    Raises FileNotFoundError, or ValueError if it is damaged or lacks the key ``iter_num``.
     """
     if path.is_dir():
         from fastgpt.training import sharded_checkpoint
@@ -91,7 +91,7 @@ def header(path: Path) -> Checkpoint:
         checkpoint = sharded_checkpoint.header(path)
     else:
         with reading_checkpoint(path):
-            zipfile.ZipFile(path).close()  # for a truncated file PyTorch raises OSError
+            zipfile.ZipFile(path).close()  # PyTorch would raise OSError for a truncated file
             checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     _check_keys(path, checkpoint, ("iter_num",))
     return checkpoint
@@ -117,24 +117,24 @@ def _check_keys(path: Path, checkpoint: object, required: tuple[str, ...]) -> No
 
 
 def own_state(checkpoint: Checkpoint) -> dict[str, Any]:
-    """What a checkpoint holds under the key ``fastgpt``; empty for one of nanoGPT's."""
+    """The checkpoint's entry ``fastgpt``; empty for a checkpoint of nanoGPT's."""
     return checkpoint.get("fastgpt", {})
 
 
 def own_tokenizer(checkpoint: Checkpoint) -> Tokenizer | None:
-    """The tokenizer stored in the checkpoint; None for one of nanoGPT's, or if the data set had
-    none.
+    """The tokenizer stored in the checkpoint; None for a checkpoint of nanoGPT's, or if the data
+    set had none.
 
-    Raises ImportError if the library that it needs is not installed.
+    Raises ImportError if a library that it needs is not installed.
     """
     return unpacked(own_state(checkpoint))
 
 
 def tokenizer_of(checkpoint: Checkpoint, path: Path) -> Tokenizer:
-    """The tokenizer of the data that a model was trained on: the checkpoint's, else that of the
-    data set's folder, else GPT-2's BPE, as in nanoGPT.
+    """The tokenizer of the data that a model was trained on: that in the checkpoint, else that in
+    the data set's folder, else GPT-2's BPE, as in nanoGPT.
 
-    Raises ValueError naming ``path`` if it is missing or does not fit the model's vocabulary, or
+    Raises ValueError naming ``path`` if it is missing or does not match the model's vocabulary, or
     for a translation model; ImportError or ConnectionError if a library or GPT-2's vocabulary is
     missing.
     """
@@ -147,14 +147,14 @@ def tokenizer_of(checkpoint: Checkpoint, path: Path) -> Tokenizer:
         if size < GPT2_VOCAB_SIZE:
             raise ValueError(
                 f"{path} has a vocabulary of {size} tokens, but its data set's folder {data_dir} "
-                "has no tokenizer (meta.pkl, say) to say which; start in the folder in which it "
-                "was trained"
+                "has no tokenizer (meta.pkl, for example); run the command in the folder in which "
+                "the model was trained"
             )
         tokenizer = GPT2Tokenizer()
     if not tokenizer.fits(size):
         raise ValueError(
             f"{path} has a vocabulary of {size} tokens, but its data set has "
-            f"{tokenizer.vocab_size}: the data was prepared anew from another text?"
+            f"{tokenizer.vocab_size}: has the data been prepared again from another text?"
         )
     return tokenizer
 
@@ -169,22 +169,22 @@ def refuse_translation(checkpoint: Checkpoint, path: Path) -> None:
 
 
 def kind(model: LanguageModel) -> str:
-    """The value of the key ``model`` that makes such a model."""
+    """The value of the key ``model`` for this kind of model."""
     return "bigram" if isinstance(model, Bigram) else "gpt"
 
 
 def kind_and_gelu(model: LanguageModel) -> dict[str, str]:
-    """What ``build_model`` must know besides ``model_args``, under the key ``fastgpt``."""
+    """Entries under the key ``fastgpt`` that ``build_model`` needs besides ``model_args``."""
     return {"model": kind(model), "gelu": getattr(model, "gelu_approximate", "none")}
 
 
 def build_model(
     checkpoint: Checkpoint, path: Path, dropout: float | None = None, weights: bool = True
 ) -> LanguageModel:
-    """The checkpoint's model, on the CPU, with its ``weights`` or newly drawn ones; ``dropout``
-    replaces the saved one.
+    """The checkpoint's model, on the CPU, with new weights unless ``weights``. ``dropout`` replaces
+    the saved rate.
 
-    Raises ValueError naming ``path``, where the checkpoint came from.
+    Raises ValueError naming ``path``, from which the checkpoint was loaded.
     """
     refuse_translation(checkpoint, path)
     if REWARD_HEAD in checkpoint["model"]:
@@ -204,6 +204,6 @@ def build_model(
         if weights:
             model.load_state_dict(checkpoint["model"])
     except (ValueError, TypeError, RuntimeError) as error:
-        reason = " ".join(str(error).split())  # PyTorch's has a line for each tensor
+        reason = " ".join(str(error).split())  # PyTorch's message has a line per tensor
         raise ValueError(f"{path} holds no model that fastgpt can build: {reason}") from error
     return model

@@ -1,10 +1,10 @@
 """The checkpoints in a run's folder.
 
 - ``iter-0002000.pt``: the state before update 2000; in a sharded run a folder, ``iter-0002000``. A
-  run is resumed from the newest. The last few are kept, and the best by validation loss.
-- ``ckpt.pt``: a copy of the best, or of the newest with ``always_save_checkpoint``; what nanoGPT
-  and ``fastgpt sample`` read. Before the first evaluation, or if none was better than that of
-  iteration 0, there is none; then ``fastgpt sample`` and ``export`` read the newest ``iter-*``.
+  run is resumed from the newest. The last few and the best by validation loss are kept.
+- ``ckpt.pt``: a copy of the best, or of the newest with ``always_save_checkpoint``, for nanoGPT and
+  ``fastgpt sample``. Does not exist before the first evaluation, or if none was better than that of
+  iteration 0; then ``fastgpt sample`` and ``export`` read the newest ``iter-*``.
 """
 
 import re
@@ -21,7 +21,7 @@ _T = TypeVar("_T")
 
 
 def path_of(out_dir: Path, iteration: int, sharded: bool) -> Path:
-    """Where the state before update ``iteration`` lies."""
+    """The path of the state before update ``iteration``."""
     return out_dir / f"iter-{iteration:07d}{'' if sharded else '.pt'}"
 
 
@@ -43,7 +43,7 @@ def _by_name(path: Path) -> int:
 
 
 def newest(out_dir: Path) -> Path:
-    """The checkpoint with the most iterations; ``ckpt.pt`` counts too, as nanoGPT writes no other.
+    """The checkpoint with the most iterations, including ``ckpt.pt``, nanoGPT's only one.
 
     Raises FileNotFoundError if there is none, ValueError if ``ckpt.pt`` is damaged.
     """
@@ -53,12 +53,12 @@ def newest(out_dir: Path) -> Path:
         iterations[best] = int(ckpt.header(best)["iter_num"])
     if not iterations:
         raise FileNotFoundError(f"there is no {ckpt.BEST} or iter-*.pt in {out_dir}")
-    return max(iterations, key=lambda path: iterations[path])  # among equals not ckpt.pt
+    return max(iterations, key=lambda path: iterations[path])  # prefers iter-* to an equal ckpt.pt
 
 
 def for_sampling(out_dir: Path) -> tuple[Path, str | None]:
-    """The checkpoint to sample from or to export: ``ckpt.pt``, else the newest ``iter-*`` of a run
-    that was stopped before it wrote one, and then a note that says so.
+    """The checkpoint to sample from or to export: ``ckpt.pt``, or else the newest ``iter-*`` of a
+    run that was stopped before it wrote one, with a note that says so.
 
     Raises FileNotFoundError if there is neither.
     """
@@ -68,14 +68,14 @@ def for_sampling(out_dir: Path) -> tuple[Path, str | None]:
     paths = saved(out_dir)
     if not paths:
         raise FileNotFoundError(f"there is no checkpoint {best}, nor an iter-*.pt beside it")
-    return paths[0], f"{out_dir} has no {ckpt.BEST} (best by validation loss) yet: took {paths[0]}"
+    return paths[0], f"{out_dir} has no {ckpt.BEST} (best by validation loss) yet: using {paths[0]}"
 
 
 def read_newest(out_dir: Path, read: Callable[[Path], _T]) -> tuple[_T, Path]:
-    """What ``read`` makes of the newest checkpoint, and its path.
+    """The newest checkpoint as ``read`` returns it, and its path.
 
-    Raises FileNotFoundError if there is none; ValueError if it is damaged, naming the newest intact
-    one.
+    Raises FileNotFoundError if there is none; ValueError, naming the newest intact one, if it is
+    damaged.
     """
     try:
         path = newest(out_dir)
@@ -90,19 +90,19 @@ def _advice(out_dir: Path) -> str:
             ckpt.load(path, ckpt.FOR_RESUMING)
         except (ValueError, FileNotFoundError):
             continue
-        return f"The newest intact checkpoint is {path}: remove what is damaged to go on from there"
+        return f"The newest intact checkpoint is {path}: remove damaged ones to resume from it"
     return f"No intact checkpoint is left in {out_dir}"
 
 
 def prune(out_dir: Path, keep_last: int, best_iter: int | None) -> None:
-    """Remove all but the newest ``keep_last`` checkpoints and that of ``best_iter``."""
+    """Remove all checkpoints but the newest ``keep_last`` and that of ``best_iter``."""
     for path in saved(out_dir)[keep_last:]:
         if _by_name(path) != best_iter:
             remove(path)
 
 
 def remove(path: Path) -> None:
-    """Remove a file or a folder; no partial folder keeps the name if the process dies meanwhile."""
+    """Remove a file or folder. If the process dies meanwhile, no partial folder has the name."""
     if path.is_dir():
         path = path.rename(path.with_name(f".{path.name}.tmp"))
         shutil.rmtree(path)

@@ -1,7 +1,7 @@
-"""The keys of a run: nanoGPT's names and defaults.
+"""The configuration keys of a run, with nanoGPT's names and defaults.
 
-The keys are in small dataclasses, one for each heading of ``--help``; ``TrainConfig`` inherits them
-all. A key's type is its annotation, its help the comment above it.
+The keys are grouped into small dataclasses, one per heading of ``--help``; ``TrainConfig`` inherits
+all of them. A key's annotation is its type, the comment above it its help text.
 """
 
 import difflib
@@ -21,9 +21,9 @@ INIT_FROM = ("scratch", "resume", *PRETRAINED_SHAPES)
 
 @dataclass(frozen=True, kw_only=True)
 class Output:
-    # Folder of ckpt.pt (best, or newest), iter-*.pt (where to resume) and log.jsonl (the losses).
+    # Folder for ckpt.pt (best or newest), iter-*.pt (to resume from) and log.jsonl (losses).
     out_dir: str = "out"
-    # Updates between two evaluations; checkpoints are written there.
+    # Updates between two evaluations; each also writes a checkpoint.
     eval_interval: int = 2000
     # Updates between two reports of the loss.
     log_interval: int = 1
@@ -36,8 +36,8 @@ class Output:
     # Newest checkpoints to keep, besides the best.
     keep_last: int = 2
     # scratch, resume (from out_dir), or pretrained weights: gpt2, gpt2-medium, gpt2-large, gpt2-xl,
-    # distilgpt2, or the path of a folder or .safetensors file that transformers or `fastgpt export`
-    # wrote, or of another run's folder, whose best (or newest) weights are taken.
+    # distilgpt2, the path of a folder or .safetensors file written by `fastgpt export` or
+    # transformers, or another run's folder, of which the best (or newest) weights are used.
     init_from: str = "scratch"
 
 
@@ -45,27 +45,27 @@ class Output:
 class Logging:
     # Log to Weights & Biases (needs wandb).
     wandb_log: bool = False
-    # Its project.
+    # Weights & Biases project.
     wandb_project: str = "owt"
-    # Its name for this run.
+    # Weights & Biases run name.
     wandb_run_name: str = "gpt2"
-    # Write TensorBoard's files to out_dir/tensorboard (needs tensorboard).
+    # Write TensorBoard files to out_dir/tensorboard (needs tensorboard).
     tensorboard_log: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
 class Data:
-    # Folder that holds one folder per data set.
+    # Folder with one subfolder per data set.
     data_root: str = "data"
     # The data set: a folder in data_root, written by `fastgpt prepare` or by nanoGPT.
     dataset: str = "openwebtext"
-    # Batches summed up into one update, of all processes together.
+    # Batches per update, over all processes.
     gradient_accumulation_steps: int = 40
     # Sequences per batch.
     batch_size: int = 12
     # Tokens per sequence: the context length.
     block_size: int = 1024
-    # Tokens attend, and count positions, within their document only.
+    # Restrict attention and positions to each token's own document.
     document_mask: bool = False
 
 
@@ -73,20 +73,20 @@ class Data:
 class Model:
     # gpt, or the lookup-table baseline bigram.
     model: Literal["gpt", "bigram"] = "gpt"
-    # Blocks.
+    # Number of transformer blocks.
     n_layer: int = 12
-    # Attention heads; must divide n_embd.
+    # Number of attention heads; must divide n_embd.
     n_head: int = 12
-    # Width.
+    # Width of the embeddings and of the residual stream.
     n_embd: int = 768
-    # Dropout probability, in training only.
+    # Dropout probability during training.
     dropout: float = 0.0
-    # Biases in Linear and LayerNorm.
+    # Use biases in Linear and LayerNorm layers.
     bias: bool = False
-    # Recompute GELU and LayerNorm in the backward pass: less memory, the same numbers.
+    # Recompute GELU and LayerNorm in the backward pass: less memory, the same results.
     recompute: bool = False
-    # Matrix products of 8-bit numbers in the loss (head); needs a GPU of compute capability 8.9 or
-    # newer, n_embd and the vocabulary multiples of 16.
+    # head: compute the loss with 8-bit matrix products. Needs a GPU of compute capability 8.9 or
+    # newer, and n_embd and a vocabulary size divisible by 16.
     fp8: Literal["none", "head"] = "none"
 
 
@@ -98,46 +98,46 @@ class Optimizer:
     max_iters: int = 600000
     # Weight decay of the matrices; vectors are not decayed.
     weight_decay: float = 0.1
-    # Decay of AdamW's mean.
+    # Decay rate of AdamW's first moment.
     beta1: float = 0.9
-    # Decay of AdamW's squared mean.
+    # Decay rate of AdamW's second moment.
     beta2: float = 0.95
-    # Largest gradient norm; 0 turns clipping off.
+    # Maximum gradient norm; 0 disables clipping.
     grad_clip: float = 1.0
 
 
 @dataclass(frozen=True, kw_only=True)
 class Schedule:
-    # Warm-up, then a cosine; otherwise the learning rate is constant.
+    # Linear warm-up, then cosine decay; otherwise the learning rate is constant.
     decay_lr: bool = True
-    # Updates of linear warm-up.
+    # Number of warm-up updates.
     warmup_iters: int = 2000
-    # Iteration at which the cosine has reached min_lr.
+    # Iteration at which the cosine decay reaches min_lr.
     lr_decay_iters: int = 600000
-    # Learning rate from there on.
+    # Learning rate after the decay.
     min_lr: float = 6e-5
 
 
 @dataclass(frozen=True, kw_only=True)
 class System:
-    # With several processes. ddp: each holds the whole model. fsdp: each holds a shard of every
-    # tensor: less memory, more communication.
+    # How several processes train. ddp: each has the whole model. fsdp: each has a shard of every
+    # tensor, which takes less memory and more communication.
     parallel: Literal["ddp", "fsdp"] = "ddp"
-    # Communication backend of several processes on GPUs; on the CPU it is gloo.
+    # Communication backend of distributed runs on GPUs; on the CPU it is always gloo.
     backend: str = "nccl"
-    # cuda, cuda:N, cpu, mps, or auto (cuda where there is one, else cpu).
+    # cuda, cuda:N, cpu, mps, or auto (cuda if available, else cpu).
     device: str = "cuda"
-    # bfloat16 holds the matrices in it, float32 master weights beside them; float16 is autocast.
-    # auto is bfloat16 on a GPU that has it, float16 on an older one, float32 elsewhere.
+    # bfloat16: matrices in bfloat16, with float32 master weights. float16: autocast. auto: bfloat16
+    # on a GPU that supports it, float16 on an older GPU, float32 elsewhere.
     dtype: Dtype = "auto"
-    # Run the model through torch.compile, and then without cuda_graph.
+    # Use torch.compile. Disables cuda_graph.
     compile: bool = False
-    # On a GPU, replay every update as one CUDA graph; not in float16, where the host decides.
+    # On a GPU, replay every update as one CUDA graph; has no effect with float16.
     cuda_graph: bool = True
-    # Before a run on a GPU, measure which launches of the kernels are fastest for the model: 60 s
-    # at most, once. Not with several processes, nor when it resumes. See `fastgpt tune`.
+    # Before a run on a GPU, find the fastest kernel configurations for the model, once, for at
+    # most 60 s. Not in distributed or resumed runs. See `fastgpt tune`.
     tune: bool = True
-    # Seed of the weights, the batches and dropout.
+    # Seed for the weights, the batches and dropout.
     seed: int = 1337
 
 
@@ -149,7 +149,7 @@ class TrainConfig(System, Schedule, Optimizer, Model, Data, Logging, Output):
     """Every key of a training run, with nanoGPT's names and defaults.
 
     Raises TypeError for a value of the wrong type (an int is accepted for a float) and ValueError
-    for one out of range. Whether the device exists is asked only when a run starts.
+    for one out of range. Whether the device exists is only checked when a run starts.
     """
 
     def __post_init__(self) -> None:
@@ -186,54 +186,54 @@ class TrainConfig(System, Schedule, Optimizer, Model, Data, Logging, Output):
 
 @dataclass(frozen=True, kw_only=True)
 class SampleConfig:
-    """Write text with a trained model."""
+    """Generate text with a trained model."""
 
     # resume (ckpt.pt in out_dir), or pretrained weights: gpt2, gpt2-medium, gpt2-large, gpt2-xl,
-    # distilgpt2, or the path of a folder or .safetensors file that transformers or `fastgpt export`
-    # wrote; the tokenizer is the one beside it (tokenizer.json, say), else GPT-2's.
+    # distilgpt2, or the path of a folder or .safetensors file written by `fastgpt export` or
+    # transformers. The folder may have a tokenizer (tokenizer.json, say); default: GPT-2's.
     init_from: str = "resume"
     # Folder of the checkpoint.
     out_dir: str = "out"
     # The prompt, or FILE:path to read it from a file.
     start: str = "\n"
-    # Every line of the prompt is a prompt of its own; empty ones are left out.
+    # Treat every line of the prompt as a separate prompt; empty lines are skipped.
     lines: bool = False
     # Read prompts from the terminal or a pipe, line by line, and write one sample for each.
     interactive: bool = False
-    # Talk to a model that was fine-tuned on dialogues. /exit or the end of the input ends it.
+    # Talk to a model that was fine-tuned on dialogues. Ends with /exit or the end of the input.
     chat: bool = False
-    # The system's message, for chat.
+    # The system message, for chat.
     system: str = ""
     # A .jsonl of dialogues, as for `fastgpt prepare --dialogues`: answer every question in it, and
-    # count the answers that equal the file's. With json each answer is printed.
+    # count the answers that equal the file's. With json, print each answer.
     dialogues: str = ""
-    # Number of samples, of each prompt.
+    # Number of samples per prompt.
     num_samples: int = 10
-    # Samples written side by side: with 1 the text is shown as it grows, more are faster.
+    # Samples generated in parallel. With 1 the text is shown as it is generated; more are faster.
     batch_size: int = 1
-    # Tokens to write per sample.
+    # Tokens to generate per sample.
     max_new_tokens: int = 500
-    # Below 1 is more cautious, above 1 bolder; 0 always takes the likeliest token.
+    # Below 1 is more cautious, above 1 more random; 0 always takes the likeliest token.
     temperature: float = 0.8
-    # Draw from this many of the likeliest tokens.
+    # Sample from this many of the likeliest tokens.
     top_k: int = 200
-    # Draw from the fewest tokens that together have this probability; 1 for all.
+    # Sample from the fewest tokens that together have this probability; 1: from all.
     top_p: float = 1.0
-    # Draw no token that is less likely than this share of the likeliest.
+    # Exclude tokens less likely than this fraction of the likeliest.
     min_p: float = 0.0
-    # Above 1, tokens that are in the text already become less likely.
+    # Above 1, tokens that are already in the text become less likely.
     repetition_penalty: float = 1.0
     # End a sample before this text; may be given several times.
     stop: tuple[str, ...] = ()
     # Print a JSON object per sample: prompt, completion, tokens, finish (length or stop).
     json: bool = False
-    # Seed of the draws.
+    # Seed for sampling.
     seed: int = 1337
-    # cuda, cuda:N, cpu, mps, or auto (cuda where there is one, else cpu).
+    # cuda, cuda:N, cpu, mps, or auto (cuda if available, else cpu).
     device: str = "auto"
-    # Autocast; auto is bfloat16 on a GPU that has it, float16 on an older one, float32 elsewhere.
+    # Autocast dtype. auto: bfloat16 on a GPU that supports it, float16 on older ones, else float32.
     dtype: Dtype = "auto"
-    # Run whole passes of the model (a text longer than its context) through torch.compile.
+    # Use torch.compile for whole forward passes (of a text longer than the context).
     compile: bool = False
 
     def __post_init__(self) -> None:
@@ -260,10 +260,10 @@ _COUNTS = (
     "held_out batch_tokens shard_tokens workers eval_prompts beam"
 )
 _NOT_NEGATIVE = "learning_rate weight_decay grad_clip min_lr temperature kl_weight max_kl seconds"
-_LARGEST = 2**48  # sums of sizes fit into PyTorch's integers
+_LARGEST = 2**48  # so that sums of sizes fit into PyTorch's integers
 COUNT = 1, _LARGEST
 COUNT_OR_0 = 0, _LARGEST
-# Smallest and largest value allowed of a key, in any command that does not say otherwise.
+# Smallest and largest allowed value of each key, unless a command overrides them.
 LIMITS: dict[str, tuple[float, float]] = {
     **dict.fromkeys(_COUNTS.split(), COUNT),
     **dict.fromkeys(("max_iters", "warmup_iters", "lr_decay_iters"), COUNT_OR_0),
@@ -314,8 +314,8 @@ _KINDS = {bool: "True or False", int: "an integer", float: "a number", str: "a s
 
 
 def typed(owner: type, key: str, value: Any) -> Any:
-    """``value`` as the type of ``owner``'s ``key``; an int becomes a float where one is wanted,
-    nothing else changes. TypeError or ValueError for another type.
+    """Return ``value`` if it has the type of ``owner``'s ``key``. An int is converted to a float if
+    that is the type. Raises TypeError or ValueError for any other value.
     """
     kind = typing.get_type_hints(owner)[key]
     if typing.get_origin(kind) is Literal:
@@ -334,12 +334,12 @@ def typed(owner: type, key: str, value: Any) -> Any:
     return value
 
 
-# Names that keys had before; checkpoints may hold them.
+# Former names of keys, which old checkpoints may contain.
 RENAMED_KEYS = {"pack": "document_mask"}
 
 
 def check_key(key: str) -> None:
-    """ValueError that suggests the nearest key, unless ``key`` is one of TrainConfig's."""
+    """Raise ValueError, suggesting the closest key, unless ``key`` is one of TrainConfig's."""
     known = [field.name for field in fields(TrainConfig)]
     if key in known:
         return

@@ -1,4 +1,4 @@
-"""The reader of nanoGPT's configuration files, which are Python, without executing them."""
+"""Read nanoGPT's configuration files, which are Python, without executing them."""
 
 import ast
 import difflib
@@ -24,17 +24,17 @@ def read_config_file(path: str | Path) -> dict[str, Any]:
     """The keys that a nanoGPT configuration file sets, read without executing anything.
 
     Such a file is Python: one plain assignment per line (``n_layer = 6``). A value is a number, a
-    string, True or False, arithmetic on numbers (``5 * 8``) or a key that was set before; strings
-    may be joined by ``+``, and made by ``str(...)`` and, after ``import time``, ``time.time()``.
-    Anything else is a ValueError (a value of the wrong type a TypeError) naming file and line;
-    FileNotFoundError or IsADirectoryError if there is no such file.
+    string, True or False, arithmetic on numbers (``5 * 8``) or a key that was set before. Strings
+    may be joined by ``+`` and built with ``str(...)`` and, after ``import time``, ``time.time()``.
+    Anything else raises a ValueError (TypeError for a value of the wrong type) naming file and
+    line. Raises FileNotFoundError or IsADirectoryError if there is no such file.
     """
     path = Path(path)
     if path.is_dir():
         raise IsADirectoryError(f"a configuration file is expected, but {path} is a folder")
     if not path.exists():
         near = difflib.get_close_matches(path.stem, PRESETS, n=1)
-        hint = f"; a built-in one has the name {near[0]}: fastgpt train {near[0]}" if near else ""
+        hint = f"; there is a built-in one, {near[0]}: fastgpt train {near[0]}" if near else ""
         raise FileNotFoundError(f"there is no configuration file {path}{hint}")
     try:
         tree = ast.parse(path.read_text(encoding="utf-8-sig"), filename=str(path))
@@ -92,7 +92,7 @@ def _assignment(statement: ast.stmt, values: dict[str, Any], modules: set[str]) 
 
 
 class _Evaluator:
-    """The value of an expression, given the keys and the modules of the lines before."""
+    """Evaluates expressions, given the keys set and the modules imported on earlier lines."""
 
     def __init__(self, values: dict[str, Any], modules: set[str]) -> None:
         self._values, self._modules = values, modules

@@ -1,9 +1,9 @@
-"""The processes of one training run, as torchrun starts them: one a GPU, on one machine or several.
+"""Distributed runs, started by torchrun: one process per GPU, on one or several machines.
 
     torchrun --nproc_per_node=8 -m fastgpt train config/train_gpt2.py
 
-Each has a rank, and finds the others by torchrun's environment variables. A single process is rank
-0 of 1, and nothing here communicates.
+Each process has a rank and finds the others by torchrun's environment variables. A single process
+is rank 0 of 1, and all functions here work without communication.
 """
 
 import ctypes
@@ -20,11 +20,11 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class World:
-    """Which process this is, and of how many.
+    """This process's rank and the number of processes.
 
     Attributes:
-        rank: in [0, size); rank 0 alone writes files and prints.
-        local_rank: the rank among the processes of this machine: the number of its GPU.
+        rank: in [0, size); only rank 0 writes files and prints.
+        local_rank: the rank among the processes of this machine, and the index of its GPU.
         size: the number of processes.
         restarts: how often torchrun has restarted the processes after a failure.
     """
@@ -36,7 +36,7 @@ class World:
 
     @classmethod
     def from_environment(cls) -> "World":
-        """The world of torchrun's variables; a single process without them.
+        """Read torchrun's environment variables; without them, a single process.
 
         Raises:
             ValueError: WORLD_SIZE is above 1, but RANK, LOCAL_RANK, MASTER_ADDR or MASTER_PORT is
@@ -59,7 +59,7 @@ class World:
         )
 
     def device(self, asked: torch.device) -> torch.device:
-        """``asked``; with several processes on GPUs, the one of this process."""
+        """``asked``; in a distributed run on GPUs, this process's own GPU."""
         several = self.size > 1 and asked.type == "cuda"
         return torch.device("cuda", self.local_rank) if several else asked
 
@@ -69,14 +69,14 @@ class World:
 
     @contextmanager
     def connected(self, device: torch.device, backend: str) -> Iterator[None]:
-        """The process group exists inside. ``backend`` ("nccl", for one) serves tensors on GPUs,
-        gloo those on the CPU.
+        """Within the block, the process group is initialized. ``backend`` (such as "nccl") is used
+        for tensors on GPUs, gloo for those on the CPU.
 
-        The end is behind a barrier, and so should be any exception that all ranks raise: a thread
-        of gloo may still be freeing the tensors of the last collective, and aborts if Python exits
-        meanwhile; and torchrun ends the other ranks as soon as one has failed.
+        The block ends with a barrier. Call ``barrier`` also before an exception that all ranks
+        raise: a thread of gloo may still be freeing the tensors of the last collective, and aborts
+        if Python exits meanwhile; and torchrun kills the other ranks as soon as one has failed.
 
-        Raises ConnectionError if the ranks do not find each other, or one ends before the others.
+        Raises ConnectionError if the ranks cannot connect, or one ends before the others.
         """
         if self.size == 1:
             yield
@@ -88,9 +88,8 @@ class World:
             backend = "gloo"
         with _failures_in_one_line(self.rank):
             store, _, _ = next(dist.rendezvous("env://"))
-            # torchrun's store outlives a restart and still holds the addresses of the old
-            # processes. On several machines each agent counts its own restarts, so there the count
-            # is no prefix.
+            # torchrun's store outlives a restart and still has the addresses of the old processes,
+            # so add a prefix. Not on several machines, where each agent counts its own restarts.
             if os.environ.get("GROUP_WORLD_SIZE", "1") == "1":
                 store = dist.PrefixStore(f"restart-{self.restarts}", store)
             dist.init_process_group(backend, store=store, rank=self.rank, world_size=self.size)
@@ -98,37 +97,37 @@ class World:
                 yield
                 self.barrier()
             except BaseException:
-                # Freeing the group without a barrier may deadlock: it joins gloo's thread while
-                # holding the GIL, which that thread may need to free a tensor. So it stays.
+                # Without a barrier, freeing the group may deadlock: it joins gloo's thread while
+                # holding the GIL, which that thread may need to free a tensor. So keep the group.
                 ctypes.pythonapi.Py_IncRef(ctypes.py_object(dist.group.WORLD))
                 raise
             finally:
                 dist.destroy_process_group()
 
     def barrier(self) -> None:
-        """Collective: return when every rank has called it."""
+        """Collective: wait until every rank has called it."""
         if self.size > 1:
             dist.barrier()
 
     def all_reduce(self, x: Tensor) -> Tensor:
-        """Collective: ``x`` summed over all ranks, in place."""
+        """Collective: sum ``x`` over all ranks, in place."""
         if self.size > 1:
             dist.all_reduce(x)
         return x
 
     def broadcast(self, x: Tensor) -> None:
-        """Collective: ``x`` of rank 0, written to that of every other rank."""
+        """Collective: copy ``x`` from rank 0 to all other ranks."""
         if self.size > 1:
             dist.broadcast(x, 0)
 
     def any(self, flag: bool) -> bool:
-        """Collective: whether ``flag`` is true in any rank."""
+        """Collective: whether ``flag`` is true on any rank."""
         if self.size == 1:
             return flag
-        return bool(self.all_reduce(torch.tensor(float(flag))))  # by gloo: no wait for a GPU
+        return bool(self.all_reduce(torch.tensor(float(flag))))  # on the CPU: no GPU sync
 
     def all_gather_object(self, item: Any) -> list[Any]:
-        """Collective: the items of all ranks, in their order."""
+        """Collective: the items of all ranks, in rank order."""
         if self.size == 1:
             return [item]
         items: list[Any] = [None] * self.size
@@ -140,8 +139,8 @@ ALONE = World()
 
 
 def is_of_collective(error: RuntimeError) -> bool:
-    """Whether processes could not exchange data, as when one has ended. The errors of gloo, which
-    have no class of their own, name the file that raised them."""
+    """Whether a collective failed, for example because a process has ended. gloo's errors have no
+    class of their own, but name the source file that raised them."""
     return isinstance(error, dist.DistError) or "/gloo/transport/" in str(error)
 
 

@@ -1,10 +1,10 @@
-"""A sharded model: PyTorch's FSDP2 (``fully_shard``).
+"""Sharded models with PyTorch's FSDP2 (``fully_shard``).
 
 Each tensor is sharded along its rows. A block's tensors are all-gathered for its forward and again
-for its backward, after which their gradients are reduce-scattered; what outlives a step (weights,
-gradients, moments) is 1/N of the model. The tied token table, used at both ends of a pass, is in
-the outermost group. The LayerNorms form one group, gathered from forward to backward, because a
-block applies the LayerNorm of the next.
+for its backward, after which their gradients are reduce-scattered. Each rank keeps only 1/N of
+weights, gradients and moments between steps. The tied token embedding, used at both ends of a pass,
+is in the outermost group. The LayerNorms form one group that stays gathered from forward to
+backward, because a block applies the first LayerNorm of the next.
 """
 
 from functools import partial
@@ -23,13 +23,13 @@ from fastgpt.training.distributed import World
 
 
 def shard(model: LanguageModel, device: torch.device, world: World, dtype: torch.dtype) -> None:
-    """Shard ``model``, which is on ``device`` and the same in every rank, in place.
+    """Shard ``model`` in place. It must be on ``device`` and the same in every rank.
 
-    The shards are float32. With ``dtype`` bfloat16 the blocks and the tables are gathered and used
-    in it; gradients are reduced in float32.
+    The shards are float32. With ``dtype`` bfloat16 the blocks and embeddings are gathered and used
+    in bfloat16; gradients are reduced in float32.
     """
     mesh = init_device_mesh(device.type, (world.size,))
-    plain = MixedPrecisionPolicy(cast_forward_inputs=False)  # autocast decides on activations
+    plain = MixedPrecisionPolicy(cast_forward_inputs=False)  # autocast casts activations
     rounded = plain
     if dtype == torch.bfloat16:
         rounded = MixedPrecisionPolicy(
@@ -50,8 +50,9 @@ def shard(model: LanguageModel, device: torch.device, world: World, dtype: torch
 
 
 def _begin_pass(norm: nn.Module, *_: Any) -> None:
-    """PyTorch 2.11 remembers, from a pass without a backward, which LayerNorms were not called (a
-    block applies most of them itself), and would not gather their vectors in the next pass."""
+    """Clear FSDP2's list of modules still to run. After a pass without backward, PyTorch 2.11 keeps
+    the LayerNorms in it that were never called as modules, because a block applies them itself, and
+    does not gather their parameters in the next pass."""
     fully_shard.state(norm)._modules_to_run_forward.clear()  # type: ignore[attr-defined]
 
 
@@ -61,7 +62,7 @@ def full_state_dict(model: LanguageModel) -> dict[str, Tensor]:
 
 
 def full_tensor(tensor: Tensor) -> Tensor:
-    """A sharded tensor all-gathered; any other as it is. Collective: every rank must call it."""
+    """All-gather a sharded tensor; any other is unchanged. Collective: every rank must call it."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
@@ -89,7 +90,7 @@ def _shard(tensor: Tensor, like: Tensor) -> Tensor:
 
 
 def empty_state(optimizer: torch.optim.Optimizer) -> dict[int, dict[str, Tensor]]:
-    """AdamW's state before the first update, by the index of each parameter."""
+    """AdamW's initial state, by parameter index."""
     return {
         index: {
             "step": torch.zeros(()),

@@ -1,4 +1,4 @@
-"""What a run starts from: new weights, pretrained ones, or its own checkpoint."""
+"""The starting point of a run: new weights, pretrained weights, or its own checkpoint."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -27,11 +27,11 @@ def new_model(
     tokenizer: Tokenizer | None,
     build: Callable[[GPTConfig], LanguageModel] | None = None,
 ) -> LanguageModel:
-    """A model with new weights, made by ``build`` where that is given, or the pretrained one that
+    """A model with new weights, constructed by ``build`` if given, or the pretrained model that
     ``init_from`` names.
 
-    Raises ValueError if the pretrained one does not fit the data or the config, and what
-    ``GPT.from_pretrained`` raises.
+    Raises ValueError if the pretrained model does not match the data or the config, and the errors
+    of ``GPT.from_pretrained``.
     """
     if config.init_from != "scratch":
         return _pretrained(config, tokenizer)
@@ -70,7 +70,7 @@ def _pretrained(config: TrainConfig, tokenizer: Tokenizer | None) -> GPT:
 
 
 def _loaded(config: TrainConfig) -> tuple[GPT, Tokenizer | None]:
-    """The model that ``init_from`` names, on the CPU, and its tokenizer, if that is known."""
+    """The model that ``init_from`` names, on the CPU, and its tokenizer, if known."""
     path = Path(config.init_from)
     if published_name(config.init_from):
         return GPT.from_pretrained(config.init_from, {"dropout": config.dropout}), None
@@ -89,9 +89,9 @@ def _loaded(config: TrainConfig) -> tuple[GPT, Tokenizer | None]:
 
 
 def _add_tokens(model: GPT, tokenizer: ChatTokenizer) -> None:
-    """Rows of the token table for what ``tokenizer`` has beyond its base, padding included. They
-    start at the mean of the others, because a row of zeros is likelier than most tokens of a
-    trained model; a little noise tells them apart.
+    """Add rows to the token embedding for the special tokens of ``tokenizer`` and for padding. They
+    start at the mean of the others, because a trained model would find a row of zeros likelier than
+    most tokens; a little noise makes them different.
     """
     wte, known = model.transformer.wte, tokenizer.base.vocab_size
     old = model.lm_head.weight.detach()
@@ -106,8 +106,8 @@ def _add_tokens(model: GPT, tokenizer: ChatTokenizer) -> None:
 def _check_tokens(
     config: TrainConfig, tokenizer: Tokenizer | None, theirs: Tokenizer | None, rows: int
 ) -> None:
-    """ValueError unless a model with so many ``rows`` of its token table, and the tokenizer
-    ``theirs``, was trained on the tokens of the data set."""
+    """Raise ValueError unless a model whose token embedding has ``rows`` rows and whose tokenizer
+    is ``theirs`` was trained on the data set's tokens."""
     ids = tokenizer.vocab_size if tokenizer else ckpt.GPT2_VOCAB_SIZE
     if not (tokenizer.fits(rows) if tokenizer else ids <= rows):
         raise ValueError(
@@ -116,7 +116,7 @@ def _check_tokens(
         )
     if tokenizer is None or theirs is None or theirs.fingerprint == tokenizer.fingerprint:
         return
-    # Two files of different kinds may hold the same vocabulary.
+    # Tokenizer files of different kinds may have the same vocabulary.
     for token in range(ids):
         if token >= theirs.vocab_size or theirs.decode([token]) != tokenizer.decode([token]):
             raise ValueError(
@@ -128,10 +128,10 @@ def _check_tokens(
 def saved_state(
     config: TrainConfig, tokenizer: Tokenizer | None, fingerprint: str, world: World
 ) -> tuple[ckpt.Checkpoint, Path]:
-    """The newest checkpoint in ``out_dir`` and its path. For a sharded run a folder's tensors are
-    left out; ``sharded_checkpoint.load_into`` reads them. ``fingerprint`` is that of the data set.
+    """The newest checkpoint in ``out_dir`` and its path. In a sharded run, without the tensors of a
+    folder, which ``sharded_checkpoint.load_into`` reads. ``fingerprint`` is the data set's.
 
-    Raises FileNotFoundError if there is none, ValueError if it is damaged, was trained on other
+    Raises FileNotFoundError if there is none, ValueError if it is damaged, or was trained on other
     tokens, or on other data under the data set's name.
     """
 
@@ -154,20 +154,20 @@ def saved_state(
     same_name = saved.get("config", {}).get("dataset") == config.dataset
     if same_name and is_of_other_data(saved, fingerprint):
         raise ValueError(
-            f"{path} was trained on other data than {config.data_dir} holds now: resume with the "
-            "data it was trained on, or rename that folder and name it with --dataset to go on "
-            "with the new data"
+            f"{path} was trained on other data than {config.data_dir} has now: resume with the "
+            "data it was trained on, or, to continue with the new data, rename its folder and "
+            "pass the new name as --dataset"
         )
     return saved, path
 
 
 def is_of_other_data(saved: ckpt.Checkpoint, fingerprint: str) -> bool:
-    """Whether a checkpoint knows its data set, and that is another one."""
+    """Whether a checkpoint has the fingerprint of its data set, and it differs."""
     return ckpt.own_state(saved).get("data_fingerprint", fingerprint) != fingerprint
 
 
 def is_sharded(config: TrainConfig, world: World) -> bool:
-    """Whether each process holds a shard of the model; a single one does not."""
+    """Whether each process has a shard of the model; never with a single process."""
     return config.parallel == "fsdp" and world.size > 1
 
 
@@ -195,7 +195,7 @@ def eot_token(config: TrainConfig, tokenizer: Tokenizer | None) -> int | None:
         token, why = None, "consists of characters"
     if token is None:
         raise ValueError(
-            f"document_mask must be False with the data set {config.data_dir}: it {why}, so no "
-            "token of its own ends a document"
+            f"document_mask must be False with the data set {config.data_dir}: it {why}, so it has "
+            "no token that only occurs between documents"
         )
     return int(token)

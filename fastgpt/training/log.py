@@ -1,9 +1,9 @@
 """A run's log: ``log.jsonl`` always, TensorBoard and Weights & Biases on request.
 
-A line of ``log.jsonl`` is one JSON object with ``iter``, the number of an update, and ``time`` in
-seconds since 1970. A report adds ``loss``, ``lr``, ``tokens_per_second`` and, on a GPU of known
+Each line of ``log.jsonl`` is a JSON object with ``iter``, the number of an update, and ``time`` in
+seconds since 1970. A report adds ``loss``, ``lr``, ``tokens_per_second`` and, on a GPU with a known
 peak, ``mfu`` in percent; an evaluation adds nanoGPT's keys ``train/loss``, ``val/loss``, ``lr``,
-``mfu``. A figure that is not finite is null.
+``mfu``. Values that are not finite are null.
 """
 
 import json
@@ -26,20 +26,19 @@ Row = dict[str, Any]
 
 
 class RunLog:
-    """Writes a run's figures.
+    """Writes a run's metrics.
 
         log = RunLog(config)
         with log.opened(config, first_iter=0, evaluates=True):
             log.write(0, {"train/loss": 4.2, "val/loss": 4.2}, to_wandb=True)
             log.write(0, {"loss": 4.2, "lr": 1e-3, "tokens_per_second": 1e5})
 
-    Raises ImportError, before any work is done, when a package that the config asks for is not
-    installed.
+    The constructor raises ImportError if a package that the config asks for is not installed.
     """
 
     def __init__(self, config: Any) -> None:
         def library(key: str, module: str) -> Any:
-            wanted = getattr(config, key, False)  # a TrainConfig alone has these keys
+            wanted = getattr(config, key, False)  # only TrainConfig has these keys
             return optional(module, f"{key}=True", "log") if wanted else None
 
         self._wandb = library("wandb_log", "wandb")
@@ -49,12 +48,12 @@ class RunLog:
 
     @contextmanager
     def opened(self, config: Any, first_iter: int, evaluates: bool) -> Iterator[None]:
-        """Write into the folder ``out_dir``, which must exist.
+        """Within the block, write to the folder ``out_dir``, which must exist.
 
-        An existing log is continued. Rows of iterations from ``first_iter`` on are dropped, because
-        these are run again; its evaluation is kept where the run does not begin with one
-        (``evaluates``). ValueError if the log cannot be read, or if wandb refuses, for want of a
-        login, say.
+        Appends to an existing log. Drops its rows from iteration ``first_iter`` on, which will run
+        again; keeps the evaluation at ``first_iter`` unless the run begins with one
+        (``evaluates``). Raises ValueError if the log cannot be read, or if wandb fails, for example
+        without a login.
         """
         out_dir = Path(config.out_dir)
         path = out_dir / LOG
@@ -75,14 +74,14 @@ class RunLog:
                     self._wandb.finish()
 
     def write(self, iteration: int, figures: Mapping[str, float], to_wandb: bool = False) -> None:
-        """A row of any figures of the update ``iteration``, or of the evaluation before it."""
+        """Write a row of metrics of the update ``iteration``, or of the evaluation before it."""
         row: Row = {"iter": iteration, **figures}
         assert self._file is not None, "opened() comes first"
         finite = {k: v if math.isfinite(v) else None for k, v in row.items()}
         line = json.dumps({**finite, "time": round(time.time(), 3)}, allow_nan=False)
         data = f"{line}\n".encode()
         with writing(Path(self._file.name)):
-            while data:  # unbuffered: a full disk takes a part of it
+            while data:  # unbuffered: a full disk may accept only a part of it
                 data = data[self._file.write(data) :]
         if self._writer is not None:
             for key, value in row.items():
@@ -94,9 +93,9 @@ class RunLog:
 
 
 def read(path: Path) -> list[Row]:
-    """The rows of a ``log.jsonl``, without a last line that a crash cut off.
+    """The rows of a ``log.jsonl``, without an incomplete last line that a crash may leave.
 
-    Raises FileNotFoundError, or ValueError naming file and line if a line is no row.
+    Raises FileNotFoundError, or ValueError naming file and line if a line is not a row.
     """
     if not path.is_file():
         raise FileNotFoundError(f"there is no {path}: `fastgpt train` writes it")
@@ -115,7 +114,7 @@ def read(path: Path) -> list[Row]:
 
 
 def _drop_from(path: Path, first_iter: int, keep_evaluation: bool) -> None:
-    """Keep the rows before ``first_iter``, and its evaluation if it will not be made again."""
+    """Keep the rows before ``first_iter``, and its evaluation if that will not run again."""
 
     def is_kept(row: Row) -> bool:
         of_evaluation = any(key.startswith("val/") for key in row)
@@ -132,6 +131,6 @@ def _start(wandb: Any, config: TrainConfig) -> None:
         wandb.init(project=config.wandb_project, name=config.wandb_run_name, config=asdict(config))
     except wandb.Error as error:
         raise ValueError(
-            f"wandb_log=True: {str(error).splitlines()[0]} With WANDB_MODE=offline in the "
-            "environment the run is logged on this machine only"
+            f"wandb_log=True: {str(error).splitlines()[0]} Set WANDB_MODE=offline in the "
+            "environment to log on this machine only"
         ) from error

@@ -1,20 +1,20 @@
-"""AdamW for a model whose matrices are held in half precision, over float32 master weights.
+"""AdamW with float32 master weights, for a model whose matrices are in half precision.
 
     optimizer = MasterAdamW(model, torch.bfloat16, weight_decay=0.1, learning_rate=6e-4,
                             betas=(0.9, 0.95))
-    loss.backward()                      # any number of times; gradients add up in float32
+    loss.backward()                      # any number of times; gradients accumulate in float32
     norm = optimizer.clip_grad_norm_(1.0)
     optimizer.step()
     optimizer.zero_grad()
 
-Master weights, moments and gradients lie in flat float32 buffers, one set for the parameters with
-weight decay and one for those without, so that an update is one kernel (``ops.adamw``) for each.
-The model's parameters become views: those that matrix products round anyway, of a low-precision
-copy; the others, of the master weights. The host never waits: learning rate, count and clipping
-factor are tensors on the device.
+Master weights, moments and gradients are flat float32 buffers, one set for the parameters with
+weight decay and one for those without, so that an update is one kernel (``ops.adamw``) per set. The
+model's parameters become views: those in half precision of a low-precision copy, the others of the
+master weights. There is no host synchronization: learning rate, step count and clipping factor are
+tensors on the device.
 
-Several processes sum these buffers before an update, in float32 and with one collective for each:
-``DistributedDataParallel`` would sum what the model's parameters have, in half precision.
+In a distributed run the gradient buffers are all-reduced before an update, in float32 and with one
+collective per set. ``DistributedDataParallel`` would reduce gradients in half precision.
 """
 
 import itertools
@@ -28,21 +28,22 @@ from fastgpt import ops
 from fastgpt.language_model import Trainable
 from fastgpt.training.distributed import ALONE, World
 
-_ALIGNMENT = 128  # elements between the beginnings of two parameters: a multiple of 16 bytes, which
-# the GEMMs' copies need, and of a cache line
+# Alignment of each parameter's start, in elements: a multiple of 16 bytes, which the GEMMs' copies
+# need, and of a cache line.
+_ALIGNMENT = 128
 
 
 def flat_size(params: Iterable[Tensor]) -> int:
-    """Elements of a flat buffer of these parameters, one behind the other."""
-    return sum(_room(p) for p in params)
+    """Number of elements of a flat buffer of these parameters."""
+    return sum(_padded_size(p) for p in params)
 
 
-def _room(p: Tensor) -> int:
+def _padded_size(p: Tensor) -> int:
     return -(-p.numel() // _ALIGNMENT) * _ALIGNMENT
 
 
 class _Group:
-    """The flat buffers of the parameters that share their options."""
+    """The flat buffers of one parameter group."""
 
     def __init__(
         self,
@@ -53,7 +54,7 @@ class _Group:
         world: World,
     ) -> None:
         self.params = params
-        self._starts = [0, *itertools.accumulate(map(_room, params))][:-1]
+        self._starts = [0, *itertools.accumulate(map(_padded_size, params))][:-1]
         size = flat_size(params)
         self.master, self.grad, self.exp_avg, self.exp_avg_sq = (
             torch.zeros(size, device=device) for _ in range(4)
@@ -64,46 +65,45 @@ class _Group:
             master.copy_(p.data)
         world.broadcast(self.master)
         self.rounded.copy_(self.master)
-        homes = zip(params, self.views(self.rounded), self.views(self.master), strict=True)
-        for p, low, high in homes:
+        views = zip(params, self.views(self.rounded), self.views(self.master), strict=True)
+        for p, low, high in views:
             p.data = low if p in rounded else high
 
     def views(self, flat: Tensor) -> list[Tensor]:
-        """The part of each parameter, in its shape."""
+        """A view of each parameter's part, in the parameter's shape."""
         return [
             flat[start : start + p.numel()].view_as(p)
             for start, p in zip(self._starts, self.params, strict=True)
         ]
 
     def moments(self) -> list[dict[str, Tensor]]:
-        """Views of both moments of each parameter, under AdamW's names."""
+        """Views of each parameter's two moments, under AdamW's names."""
         first, second = self.views(self.exp_avg), self.views(self.exp_avg_sq)
         return [{"exp_avg": a, "exp_avg_sq": b} for a, b in zip(first, second, strict=True)]
 
 
 class MasterAdamW(torch.optim.AdamW):
-    """AdamW (Loshchilov & Hutter 2019) on float32 copies of the model's parameters.
+    """AdamW (Loshchilov & Hutter 2019) on float32 master copies of the model's parameters.
 
-    From here on the model holds ``model.low_precision_parameters()`` in ``dtype``, the others in
-    float32; ``master_state_dict`` has all in float32. Groups, order and state are those of
-    ``model.configure_optimizers``: a ``state_dict`` of either loads into the other.
+    The constructor casts ``model.low_precision_parameters()`` to ``dtype``; the others stay
+    float32, and ``master_state_dict`` has all of them in float32. Groups, order and state are those
+    of ``model.configure_optimizers``: a ``state_dict`` of either loads into the other.
 
-    ``p.grad`` is left None: the gradients of a backward pass are added to a float32 buffer, all
-    together once every parameter has one, or when they are needed. ``param_groups[i]["lr"]`` is a
-    tensor on the device. While the attribute ``found_inf``, a tensor (), is not 0, ``step`` changes
-    nothing.
+    ``p.grad`` stays None: gradients are added to a float32 buffer, all at once when every parameter
+    has one, or when they are needed. ``param_groups[i]["lr"]`` is a tensor on the device. ``step``
+    changes nothing while the attribute ``found_inf``, a tensor (), is not 0.
 
     Args:
         model: on its device, in float32.
         dtype: torch.bfloat16 or torch.float16.
         weight_decay, learning_rate, betas: as in ``configure_optimizers``.
-        world: the processes that make every update together, each with a model of its own on its
-            own batches: all begin with the weights of rank 0, and ``clip_grad_norm_`` and ``step``,
-            which every rank must call, sum the gradients of all.
+        world: the processes that make every update together, each with its own copy of the model
+            and its own batches. All start with the weights of rank 0. ``clip_grad_norm_`` and
+            ``step`` are collective and sum the gradients of all ranks.
 
     Raises:
         TypeError: ``dtype`` is neither, or a parameter is not float32.
-        RuntimeError: in several processes, a backward pass comes between ``clip_grad_norm_`` and
+        RuntimeError: in a distributed run, backward is called between ``clip_grad_norm_`` and
             ``step``.
     """
 
@@ -127,7 +127,7 @@ class MasterAdamW(torch.optim.AdamW):
         self._groups = [_Group(group["params"], rounded, dtype, device, world) for group in plan]
         self._model = model
         self._world = world
-        self._is_summed = False  # over the processes
+        self._is_summed = False  # whether the gradients are summed over the processes
         self._clip: Tensor | None = None
         self._has_grad: set[nn.Parameter] = set()
         self._totals: dict[nn.Parameter, Tensor] = {}
@@ -154,8 +154,8 @@ class MasterAdamW(torch.optim.AdamW):
         assert p.grad is not None and isinstance(p, nn.Parameter)
         if self._is_summed:
             raise RuntimeError(
-                "in several processes no backward pass may come between clip_grad_norm_ and step: "
-                "the gradients of all are summed already"
+                "in a distributed run backward must not be called between clip_grad_norm_ and "
+                "step: the gradients of all processes are already summed"
             )
         if p in self._waiting:
             self._add_waiting()
@@ -166,7 +166,7 @@ class MasterAdamW(torch.optim.AdamW):
 
     @torch.no_grad()
     def _add_waiting(self) -> None:
-        """Add the waiting gradients to the totals, in one or two launches for each dtype."""
+        """Add the waiting gradients to the totals, in one or two launches per dtype."""
         for dtype in {grad.dtype for grad in self._waiting.values()}:
             grads = {p: grad for p, grad in self._waiting.items() if grad.dtype == dtype}
             for add, ps in (
@@ -180,8 +180,8 @@ class MasterAdamW(torch.optim.AdamW):
 
     @torch.no_grad()
     def _complete_gradients(self) -> None:
-        """A parameter without a backward pass since ``zero_grad`` has the gradient 0; then the
-        gradients of all processes are summed, once."""
+        """Set the gradients of parameters without a backward pass since ``zero_grad`` to 0, then
+        sum the gradients of all processes, once."""
         self._add_waiting()
         for p, total in self._totals.items():
             if p not in self._has_grad:
@@ -194,8 +194,8 @@ class MasterAdamW(torch.optim.AdamW):
 
     @torch.no_grad()
     def clip_grad_norm_(self, max_norm: float) -> Tensor:
-        """The norm of all gradients together; the next ``step`` scales them down to ``max_norm`` if
-        it is larger. As ``torch.nn.utils.clip_grad_norm_``, but the gradients are left alone.
+        """Return the norm of all gradients; the next ``step`` scales them to ``max_norm`` if it is
+        larger. Like ``torch.nn.utils.clip_grad_norm_``, but does not change the gradients.
         """
         self._complete_gradients()
         norms = torch.stack([torch.linalg.vector_norm(group.grad) for group in self._groups])
@@ -205,7 +205,7 @@ class MasterAdamW(torch.optim.AdamW):
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
-        """One update by the gradients since ``zero_grad``."""
+        """Make one update with the gradients since ``zero_grad``."""
         self._complete_gradients()
         for group, options in zip(self._groups, self.param_groups, strict=True):
             ops.adamw(
@@ -225,7 +225,7 @@ class MasterAdamW(torch.optim.AdamW):
         self._is_summed = False
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Forget the gradients; the next backward pass overwrites the buffers."""
+        """Discard the gradients; the next backward pass overwrites the buffers."""
         self._has_grad.clear()
         self._waiting.clear()
         self._clip, self._is_summed = None, False
@@ -268,8 +268,8 @@ class MasterAdamW(torch.optim.AdamW):
 
 
 def saved_state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """``optimizer.state_dict()`` as any run can load it, nanoGPT's too: with the learning rate as a
-    number, and not ``capturable``, which a CUDA graph needs."""
+    """``optimizer.state_dict()`` in a form that any run can load, including nanoGPT's: the learning
+    rate as a number, and without ``capturable``, which only a CUDA graph needs."""
     state = optimizer.state_dict()
     for group in state["param_groups"]:
         group.update(lr=float(group["lr"]), capturable=False)

@@ -1,4 +1,4 @@
-"""Configurations by name: what ``fastgpt train NAME`` sets."""
+"""Presets: the keys that ``fastgpt train NAME`` sets."""
 
 from typing import Any
 
@@ -25,12 +25,12 @@ _CHAR: dict[str, Any] = {
     "warmup_iters": 100,
 }
 
-# GPT-2's loss on OpenWebText as published.
+# Evaluate the published GPT-2 weights on OpenWebText.
 _EVALUATION: dict[str, Any] = {"eval_only": True, "eval_iters": 500, "batch_size": 8}
 
-# What each preset changes. `gpt2` is the defaults themselves: GPT-2 124M on OpenWebText. From
-# train_gpt2 on they are nanoGPT's configuration files, under their names and with their
-# hyper-parameters; but --wandb_log=True must be asked for.
+# The keys that each preset changes. `gpt2` has the defaults: GPT-2 124M on OpenWebText. From
+# train_gpt2 on, presets have the names and hyper-parameters of nanoGPT's configuration files,
+# except that wandb_log is off.
 PRESETS: dict[str, dict[str, Any]] = {
     "char": _CHAR,
     "char-cpu": {
@@ -81,12 +81,12 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
-# A run without any keys, on a CPU: half of char-cpu, under 3 minutes on two cores.
+# `fastgpt train` without arguments on a CPU: half of char-cpu, under 3 minutes on two cores.
 _SHORT_RUN = {"max_iters": 1000, "lr_decay_iters": 1000}
 
 
 def automatic_keys() -> dict[str, Any]:
-    """The keys of a run without a preset and without a configuration file."""
+    """The keys of a run without a preset or configuration file."""
     if torch.cuda.is_available():
         return PRESETS["char"]
     return {**PRESETS["char-cpu"], **_SHORT_RUN}

@@ -1,5 +1,5 @@
-"""What all training runs share: the loop, the folder with its log, the optimizer, checkpoints, and
-the signals that stop a run.
+"""The base class of all training runs: the loop, output folder, log, optimizer, checkpoints, and
+stopping by a signal.
 """
 
 import math
@@ -40,10 +40,10 @@ Figures = dict[str, float]
 
 class Run:
     """The base class of a run. A subclass builds its model and then calls ``_build_optimizer``,
-    ``_build_step`` and, to go on from a checkpoint, ``_restore``. It defines ``learning_rate``,
+    ``_build_step`` and, to resume from a checkpoint, ``_restore``. It defines ``learning_rate``,
     ``_update``, ``evaluate`` and ``_save``.
 
-    ``config`` holds the keys ``out_dir``, ``device``, ``dtype``, ``seed``, ``grad_clip``,
+    ``config`` has the keys ``out_dir``, ``device``, ``dtype``, ``seed``, ``grad_clip``,
     ``max_iters``, ``eval_interval`` and ``log_interval``.
 
     Raises ValueError or ImportError naming a key, NotADirectoryError if ``out_dir`` is a file.
@@ -52,9 +52,9 @@ class Run:
     model: Any
     loss: Any  # the module that Step calls
     optimizer: torch.optim.Optimizer
-    NEWEST = ckpt.BEST  # the newest state of runs that write no ``iter-*``
-    FILES: tuple[str, ...] = (LOG,)  # that a new run moves away, besides old checkpoints
-    _how_to_resume = "by the same command with --resume"
+    NEWEST = ckpt.BEST  # file of the newest state, for runs that write no ``iter-*``
+    FILES: tuple[str, ...] = (LOG,)  # moved away by a new run, as are old checkpoints
+    _how_to_resume = "with the same command and --resume"
 
     def __init__(
         self,
@@ -88,8 +88,8 @@ class Run:
         betas: tuple[float, float],
         masters: bool = True,
     ) -> torch.optim.Optimizer:
-        """AdamW for the model; in bfloat16 with float32 ``masters``. ``peak`` is the largest
-        learning rate."""
+        """AdamW for the model, in bfloat16 with float32 master weights if ``masters``. ``peak`` is
+        the highest learning rate."""
         self._peak = peak
         if masters and self.dtype == torch.bfloat16:
             return MasterAdamW(model, self.dtype, weight_decay, peak, betas, self.world)
@@ -115,10 +115,10 @@ class Run:
         raise NotImplementedError
 
     def _updated(self, batches: Sequence[Any], learning_rate: float) -> Tensor:
-        """One update; its mean loss, on the device."""
+        """Make one update; return its mean loss, on the device."""
         loss = self._step(batches, learning_rate)
         if self.device.type != "cuda":
-            self._check_finite()  # on a GPU the host would wait here
+            self._check_finite()  # would synchronize on a GPU
         return loss
 
     def _check_finite(self) -> None:
@@ -128,15 +128,15 @@ class Run:
         kept = [*checkpoint_folder.saved(self.out_dir), self.out_dir / self.NEWEST]
         last = next((path for path in kept if path.exists()), "none yet")
         raise FloatingPointError(
-            f"the loss or its gradient is not finite at iteration {self.iter_num} or since the "
-            "last report before it; no update was made from there on. Either training diverged "
-            f"(try a smaller learning_rate than {self._peak:.3g}) or every target of a batch is "
-            f"ignored. Last good checkpoint: {last}"
+            f"the loss or its gradient is not finite at iteration {self.iter_num} or after the "
+            "previous report; no further update was made. Either training diverged (try a smaller "
+            f"learning_rate than {self._peak:.3g}) or all targets of a batch are ignored. Last "
+            f"good checkpoint: {last}"
         )
 
     @contextmanager
     def _own_out_dir(self) -> Iterator[None]:
-        """``out_dir`` locked for this run, without an earlier run's files, and its log open."""
+        """Lock ``out_dir`` for this run, move away the files of an earlier run, open the log."""
         if not self.world.is_main:
             yield
             return
@@ -160,8 +160,8 @@ class Run:
         )
 
     def _record(self, losses: Mapping[str, float], mfu: float | None = None) -> bool:
-        """Print and log the losses of an evaluation; whether that of validation is the best so far.
-        FloatingPointError if it is not finite."""
+        """Print and log the losses of an evaluation. Returns whether the validation loss is the
+        best so far; raises FloatingPointError if it is not finite."""
         self._report_losses(losses)
         if self.world.is_main:
             row = {f"{split}/loss": loss for split, loss in losses.items()}
@@ -177,7 +177,7 @@ class Run:
         return improved
 
     def _state(self) -> ckpt.Checkpoint:
-        """Weights, optimizer, shape and progress, as every checkpoint holds them."""
+        """The part common to all checkpoints: weights, optimizer, shape and progress."""
         held = self.optimizer if isinstance(self.optimizer, MasterAdamW) else None
         return {
             "model": held.master_state_dict() if held else self.model.state_dict(),
@@ -188,13 +188,13 @@ class Run:
         }
 
     def _own_state(self) -> dict[str, Any]:
-        """What nanoGPT does not save: random generators and gradient scaler."""
+        """State that nanoGPT does not save: random generators and gradient scaler."""
         return {"generators": random_states(self.device), "scaler": self.scaler.state_dict()}
 
     def _language_model_state(
         self, config: TrainConfig, tokenizer: Tokenizer | None, **own: Any
     ) -> ckpt.Checkpoint:
-        """``_state`` in nanoGPT's format; ``own`` goes under the key ``fastgpt``."""
+        """``_state`` in nanoGPT's format, with ``own`` under the key ``fastgpt``."""
         kind = {**ckpt.kind_and_gelu(self.model), **packed(tokenizer)}
         return {
             **self._state(),
@@ -203,12 +203,12 @@ class Run:
         }
 
     def _restore(self, saved: ckpt.Checkpoint, own: Mapping[str, Any], path: Path) -> None:
-        """Take up the progress of a checkpoint; ``own`` is what it has of ``_own_state``.
+        """Restore optimizer and progress from a checkpoint; ``own`` is its ``_own_state`` or empty.
 
-        Raises ValueError naming ``path`` where it lacks something.
+        Raises ValueError naming ``path`` if something is missing.
         """
         try:
-            # The moments come from the file, the options (betas, weight decay, fused) from here.
+            # Take the moments from the file, the options (betas, weight decay, fused) from here.
             state = saved["optimizer"]
             for old, new in zip(state["param_groups"], self.optimizer.param_groups, strict=True):
                 old.update({key: value for key, value in new.items() if key != "params"})
@@ -218,7 +218,7 @@ class Run:
             if own:
                 self._restore_own(own)
         except (KeyError, ValueError, TypeError, RuntimeError) as error:
-            raise ValueError(f"{path} holds no state to go on from: {error}") from error
+            raise ValueError(f"{path} has no state to resume from: {error}") from error
         self._resumed = True
 
     def _load_optimizer(self, state: dict[str, Any], path: Path) -> None:
@@ -230,39 +230,39 @@ class Run:
             self.scaler.load_state_dict(own["scaler"])
 
     def _update(self, learning_rate: float) -> tuple[Mapping[str, float | Tensor], int]:
-        """Make one update; its figures, and the number of tokens that it took."""
+        """Make one update; return its metrics and its number of tokens."""
         raise NotImplementedError
 
     def evaluate(self) -> Figures:
         raise NotImplementedError
 
     def _evaluate(self) -> bool:
-        """Print and log an evaluation; whether the state is to be published as ``ckpt.pt``."""
+        """Evaluate, print and log. Returns whether to publish the state as ``ckpt.pt``."""
         figures = self.evaluate()
         self.console.print(f"step {self.iter_num}: {_listed(figures)}")
         self._log.write(self.iter_num, {f"val/{key}": v for key, v in figures.items()})
         return True
 
     def _save(self, publish: bool) -> Path | None:
-        """Write the state before update ``iter_num``; its path, or None if the model cannot be
-        saved."""
+        """Write the state before update ``iter_num``. Returns the path, or None if the model cannot
+        be saved."""
         raise NotImplementedError
 
     def _stop(self, figures: Mapping[str, float | Tensor]) -> str | None:
-        """The reason to end the run after an update with these figures, or None."""
+        """The reason to end the run after an update with these metrics, or None."""
         return None
 
     def _shown(self, figures: Figures, speed: float) -> tuple[str, Figures]:
-        """The text of a report, with the tokens per second since the last one; and further figures
-        for the log."""
+        """The text of a report, and further metrics for the log. ``speed``: tokens per second since
+        the last report."""
         return f"{_listed(figures)}, {speed:,.0f} tokens/s", {}
 
     def run(self) -> None:
         """Train; evaluate and save every ``eval_interval`` updates and at the end.
 
-        Ctrl-C ends the update in progress, saves and raises KeyboardInterrupt. A loss that is not
-        finite raises FloatingPointError: that update is not made, nothing is saved. ValueError if
-        another process trains into ``out_dir``.
+        Ctrl-C finishes the current update, saves and raises KeyboardInterrupt. Raises
+        FloatingPointError if a loss is not finite, without making that update or saving; ValueError
+        if another process trains into ``out_dir``.
         """
         config = self.config
         with (
@@ -271,15 +271,15 @@ class Run:
             interrupts() as interrupted,
         ):
             stopped, reason, text = False, None, ""
-            since, tokens = perf_counter(), 0  # of the last report
+            since, tokens = perf_counter(), 0  # since the last report
             while self.iter_num < self._n_updates and not (stopped or reason):
                 if self.iter_num % config.eval_interval == 0:
-                    self._check_finite()  # waits for the updates, which count
+                    self._check_finite()  # waits for the updates, whose time counts
                     start = perf_counter()
                     publish = self._evaluate()
                     if self.iter_num > 0:
                         self._save(publish)
-                    since += perf_counter() - start  # the speed is that of the updates
+                    since += perf_counter() - start  # leave evaluation out of the speed
                 learning_rate = self.learning_rate(self.iter_num)
                 found, n_tokens = self._update(learning_rate)
                 tokens += n_tokens
@@ -301,18 +301,18 @@ class Run:
                     self.console.print(f"ended before iteration {self.iter_num}: {reason}")
                 self._save(self._evaluate())  # for the updates since the last evaluation
                 return
-            # Still within `interrupts`: the signal may reach this rank only while it saves.
+            # Still within `interrupts`, because the signal may reach this rank while it saves.
             if saved := self._save(publish=False):
                 self.console.print(
-                    f"stopped before iteration {self.iter_num}; saved {saved}. Go on "
+                    f"stopped before iteration {self.iter_num}; saved {saved}. Resume "
                     f"{self._how_to_resume}"
                 )
             self.world.barrier()
         raise KeyboardInterrupt
 
     def _report(self, figures: Figures, learning_rate: float, speed: float) -> str:
-        """Log the figures of an update; the text for the progress bar, printed where there is no
-        bar."""
+        """Log the metrics of an update. Returns the text for the progress bar, and prints it if
+        there is no bar."""
         text, more = self._shown(figures, speed)
         if self.world.is_main:
             row = {**figures, "lr": learning_rate, "tokens_per_second": speed, **more}
@@ -328,10 +328,10 @@ def _listed(figures: Figures) -> str:
 
 @contextmanager
 def interrupts() -> Iterator[threading.Event]:
-    """An event that the first Ctrl-C or SIGTERM sets; a second one acts as usual.
+    """Yield an event that the first Ctrl-C or SIGTERM sets. A second signal acts as usual.
 
-    Signals reach the main thread only; in another thread the event stays unset. Where a second one
-    ends another rank of an interrupted run, KeyboardInterrupt ends this one.
+    Only the main thread receives signals; in other threads the event is never set. If a second
+    signal ends another rank of an interrupted run, this rank ends with KeyboardInterrupt.
     """
     event = threading.Event()
     if threading.current_thread() is not threading.main_thread():

@@ -3,11 +3,12 @@
 
     iter-0002000/
         .metadata, __0_0.distcp, ...   the tensors: "model.<name>", "optimizer.<index>.<name>"
-        run.pt                         all else that ``checkpoint.py`` lists
+        run.pt                         everything else that ``checkpoint.py`` lists
         complete.json                  size and SHA-256 of each of these files; written last
 
-Only then the folder gets its name. Nothing in it is executed: tensors and ``run.pt`` load under
-``weights_only=True``, and the pickled ``.metadata`` may name only classes that describe tensors.
+The folder is renamed to its final name after that. Nothing in it is executed: tensors and
+``run.pt`` load with ``weights_only=True``, and the pickled ``.metadata`` may only name classes that
+describe tensors.
 """
 
 import contextlib
@@ -33,8 +34,8 @@ _DAMAGED = "is not a complete checkpoint, or it is damaged"
 
 def save(checkpoint: dict[str, Any], path: Path, world: World) -> None:
     """Write ``checkpoint``, whose tensors may be shards, to the folder ``path``. Collective: every
-    rank must call it. If one dies, ``path`` is complete or absent; an old folder is replaced by two
-    renames, between which it is called ``.{name}.old``.
+    rank must call it. If one dies, ``path`` is complete or absent. An existing folder is replaced
+    by two renames, between which it is called ``.{name}.old``.
 
     Raises OSError if a rank could not write.
     """
@@ -68,9 +69,9 @@ def save(checkpoint: dict[str, Any], path: Path, world: World) -> None:
 
 
 def _split(checkpoint: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The tensors of the model and of its optimizer, tied ones once; and all else."""
+    """Split into the tensors of model and optimizer, tied ones once, and everything else."""
     tensors: dict[str, Tensor] = {}
-    names: dict[int, str] = {}  # of the tensors so far, by id
+    names: dict[int, str] = {}  # by the id of each tensor so far
     tied: dict[str, str] = {}
     for name, tensor in checkpoint["model"].items():
         if id(tensor) in names:
@@ -93,14 +94,14 @@ def _measured(path: Path) -> dict[str, Any]:
 
 
 def check(path: Path, world: World = ALONE) -> None:
-    """Compare every file of the folder with its checksum. Collective: the ranks share the files.
+    """Verify the checksum of every file in the folder. Collective: the ranks share the files.
 
     Raises ValueError if one is missing or damaged.
     """
     try:
         files = parsed_json((path / _COMPLETE).read_text(encoding="utf-8"))
         if _REST not in files:
-            raise ValueError(f"it does not name {_REST}")
+            raise ValueError(f"it does not list {_REST}")
         wrong = [
             name
             for name in sorted(files)[world.rank :: world.size]
@@ -129,7 +130,7 @@ def header(path: Path) -> dict[str, Any]:
 
 
 def load(path: Path) -> dict[str, Any]:
-    """The checkpoint as a single process would have written it; tensors on the CPU.
+    """The checkpoint in the form that a single process would have written, tensors on the CPU.
 
     Raises ValueError if it is damaged.
     """
@@ -160,9 +161,9 @@ def load(path: Path) -> dict[str, Any]:
 def load_into(
     model: nn.Module, state: dict[int, dict[str, Tensor]], path: Path
 ) -> dict[int, dict[str, Tensor]]:
-    """Read this rank's shards of the weights into ``model``, and of the optimizer's tensors into
-    ``state``, which is returned; they may have been sharded differently when they were written.
-    Collective: every rank must call it.
+    """Read this rank's shards of the weights into ``model``, and those of the optimizer's tensors
+    into ``state``, which is returned. The checkpoint may be sharded differently. Collective: every
+    rank must call it.
 
     Raises ValueError if the checkpoint is of another model.
     """
@@ -175,7 +176,7 @@ def load_into(
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Without PyTorch's warning that there is no process group."""
+    """Suppress PyTorch's warning that there is no process group."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
         yield
@@ -187,11 +188,11 @@ def _read(tensors: dict[str, Tensor], path: Path, no_dist: bool) -> None:
             dcp.load(tensors, storage_reader=_Reader(path), no_dist=no_dist)
     except CheckpointException as error:
         reasons = "; ".join(str(failure[0]) for failure in error.failures.values())
-        raise ValueError(f"{path} holds no state to go on from: {reasons}") from error
+        raise ValueError(f"{path} has no state to resume from: {reasons}") from error
 
 
 class _Unpickler(pickle.Unpickler):
-    """Accepts only the classes that describe tensors."""
+    """Only accepts classes that describe tensors."""
 
     def find_class(self, module: str, name: str) -> Any:
         known = (module, name) in _KNOWN

@@ -3,10 +3,10 @@
     step = Step(model, optimizer, device, micro_batches=8, grad_clip=1.0)
     loss = step(batches, learning_rate=6e-4)     # batches: 8 pairs x, y
 
-On a GPU the whole update can be replayed as one CUDA graph; with several processes, forward and
-backward of all micro-batches, as the graph holds no collective. What changes from one update to the
-next lies in tensors on the device: the batches, the learning rate, the optimizer's count, and the
-state of PyTorch's generator, from which each replay draws its own dropout masks.
+On a GPU the whole update can be replayed as one CUDA graph. In a distributed run the graph covers
+forward and backward of all micro-batches, without the collectives. Whatever changes between updates
+is in tensors on the device: the batches, the learning rate, the optimizer's step count, and the
+state of PyTorch's generator, from which each replay draws new dropout masks.
 """
 
 from collections.abc import Iterable
@@ -22,44 +22,43 @@ from fastgpt.data.batches import Batch
 from fastgpt.training.distributed import ALONE, World
 from fastgpt.training.optimizer import MasterAdamW
 
-# Devices on which the learning rate is a float32 tensor, with a graph and without one. PyTorch's
-# AdamW takes a Python number as float64, which would give other updates than a graph.
+# Devices on which the learning rate is a float32 tensor, with and without a graph. PyTorch's AdamW
+# uses a Python number as float64, so updates would differ from those of a graph.
 _LEARNING_RATE_ON_DEVICE = ("cuda",)
 
 
 class Step:
-    """An update of a model, to be called once for each.
+    """Makes one update of a model per call.
 
-    The loss of an update is the mean over all its targets that are not -1, in all micro-batches of
-    all processes. Gradients are all-reduced once: by ``MasterAdamW`` behind the last micro-batch,
-    by DistributedDataParallel and FSDP2 in its backward.
+    The loss of an update is the mean over all targets that are not -1, in all micro-batches of all
+    processes. Gradients are all-reduced once: by ``MasterAdamW`` after the last micro-batch, by
+    DistributedDataParallel and FSDP2 during its backward.
 
     Attributes:
-        not_finite: a float32 tensor (), 1 from the first update on whose loss or gradient norm is
-            not finite: that update and all later ones are skipped. The host need not read it before
-            it logs. Without clipping only the loss is checked; with a gradient scaler too, which
-            itself skips updates whose gradients overflow.
-        inputs: for each micro-batch the pair of tensors that a CUDA graph reads, or None where any
-            will do. A batch that is written there, and passed as that pair, is not copied again.
+        not_finite: a float32 tensor (), set to 1 by the first update whose loss or gradient norm is
+            not finite. That update and all later ones are skipped, so the host need not read it
+            before it logs. Without clipping only the loss is checked; the same with a gradient
+            scaler, which itself skips updates whose gradients overflow.
+        inputs: for each micro-batch the pair of tensors that a CUDA graph reads, or None if there
+            is none yet. A batch that is written there and passed as that pair is not copied again.
 
     Args:
-        model: ``model(x, y)`` returns a pair, the second of which is the loss: a language model,
-            what torch.compile made of one, DistributedDataParallel around either, or a model that
-            FSDP2 shards.
-        optimizer: ``MasterAdamW``, or PyTorch's AdamW, fused where the device is a GPU.
-        device: of the model.
-        micro_batches: pairs in an update, of this process.
-        grad_clip: the largest norm of the gradient; 0 turns clipping off.
-        autocast: the context of the forward pass; None for none.
+        model: ``model(x, y)`` returns a pair whose second element is the loss. A language model,
+            compiled or not, optionally in DistributedDataParallel, or a model sharded by FSDP2.
+        optimizer: ``MasterAdamW`` or PyTorch's AdamW, which must be fused on a GPU.
+        device: the model's device.
+        micro_batches: batches per update in this process.
+        grad_clip: maximum gradient norm; 0 disables clipping.
+        autocast: context of the forward pass, or None.
         scaler: a gradient scaler for float16, or None.
-        cuda_graph: replay the update as a CUDA graph from the fourth call on. Then every call must
-            bring batches of the same shape.
+        cuda_graph: replay the update as a CUDA graph from the fourth call on. All calls must then
+            pass batches of the same shape.
         world: the processes that make the update together.
 
     Raises:
-        ValueError: a CUDA graph is asked for on another device, in several processes without
+        ValueError: ``cuda_graph`` is set on a device other than CUDA, in several processes without
             ``MasterAdamW``, with a compiled model, or with a gradient scaler, where the host
-            decides upon an update.
+            decides whether to update.
     """
 
     def __init__(
@@ -88,30 +87,30 @@ class Step:
         self.inputs: list[Batch | None] = [None] * micro_batches
         self.not_finite = torch.zeros((), device=device)
         if not self._scaler.is_enabled():
-            # PyTorch's fused AdamW knows the attribute from the gradient scaler.
+            # PyTorch's fused AdamW skips the update if this is 1, as a gradient scaler sets it.
             optimizer.found_inf = self.not_finite  # type: ignore[attr-defined]
-        self._counts: tuple[Tensor, Tensor] | None = None  # which the graph reads
+        self._counts: tuple[Tensor, Tensor] | None = None  # read by the graph
         self._graphed: Graphed[Tensor] | None = None
         if cuda_graph:
-            for where, refused in {
+            for where, unsupported in {
                 "with a compiled model": _is_compiled(model),
                 f"on {device.type}": device.type != "cuda",
                 "with a gradient scaler": self._scaler.is_enabled(),
                 f"in {world.size} processes": world.size > 1 and not self._has_masters,
             }.items():
-                if refused:
+                if unsupported:
                     raise ValueError(f"cuda_graph must be False {where}, got True")
             several = world.size > 1
             self._graphed = Graphed(
-                self._accumulated_of_inputs if several else self._update_of_inputs, device
+                self._accumulate_inputs if several else self._update_with_inputs, device
             )
 
     def __call__(self, batches: Iterable[Batch], learning_rate: float) -> Tensor:
-        """Make one update; the mean loss of its batches, on the device.
+        """Make one update; return the mean loss of its batches, on the device.
 
         Raises:
-            ValueError: there are more or fewer batches than ``micro_batches``, or with a CUDA graph
-                one of another shape than before.
+            ValueError: the number of batches is not ``micro_batches``, or with a CUDA graph the
+                shape of a batch differs from earlier ones.
         """
         batches = list(batches)
         if len(batches) != len(self.inputs):
@@ -137,11 +136,11 @@ class Step:
 
     def _copy_to_inputs(self, batches: list[Batch]) -> None:
         for number, batch in enumerate(batches):
-            place = self.inputs[number] or (torch.empty_like(batch[0]), torch.empty_like(batch[1]))
-            self.inputs[number] = place
-            if batch is place:
+            pair = self.inputs[number] or (torch.empty_like(batch[0]), torch.empty_like(batch[1]))
+            self.inputs[number] = pair
+            if batch is pair:
                 continue
-            for source, target in zip(batch, place, strict=True):
+            for source, target in zip(batch, pair, strict=True):
                 if source.shape != target.shape:
                     raise ValueError(
                         f"every batch of a CUDA graph must have the shape {tuple(target.shape)}, "
@@ -153,22 +152,22 @@ class Step:
         if self._counts is None:
             self._counts = counts
             return
-        for place, count in zip(self._counts, counts, strict=True):
-            place.copy_(count)
+        for target, count in zip(self._counts, counts, strict=True):
+            target.copy_(count)
 
     def _inputs(self) -> list[Batch]:
         return [batch for batch in self.inputs if batch is not None]
 
-    def _update_of_inputs(self) -> Tensor:
+    def _update_with_inputs(self) -> Tensor:
         if torch.cuda.is_current_stream_capturing():
             for group in self._optimizer.param_groups:
-                group["capturable"] = True  # PyTorch demands it in a capture, and warns elsewhere
+                group["capturable"] = True  # required during a capture, a warning outside of it
         return self._update(self._inputs())
 
-    def _accumulated_of_inputs(self) -> Tensor:
+    def _accumulate_inputs(self) -> Tensor:
         assert self._counts is not None
-        # Before the update and not behind it: a replay runs none of the optimizer's Python, whose
-        # record of gradients must then be that of the capture.
+        # Before the backward, not after the update: a replay runs no Python, so the optimizer's
+        # record of which gradients exist must stay as the capture left it.
         self._optimizer.zero_grad()
         return self._accumulated(self._inputs(), *self._counts)
 
@@ -178,12 +177,12 @@ class Step:
         return total
 
     def _counted(self, batches: list[Batch]) -> tuple[Tensor, Tensor]:
-        """The targets that count, of each micro-batch (micro_batches,) and of the update ()."""
+        """The valid targets of each micro-batch (micro_batches,), and of the update ()."""
         n_valid = torch.stack([(y != -1).sum() for _, y in batches])
         return n_valid, self._world.all_reduce(n_valid.sum())
 
     def _accumulated(self, batches: list[Batch], n_valid: Tensor, all_valid: Tensor) -> Tensor:
-        """Forward and backward of all micro-batches; this process's part of the loss."""
+        """Forward and backward of all micro-batches. Returns this process's part of the loss."""
         total = torch.zeros((), device=self._device)
         for number, (x, y) in enumerate(batches):
             with self._gradient_sync(number == len(batches) - 1):
@@ -194,7 +193,7 @@ class Step:
         return total
 
     def _finish(self, total: Tensor) -> Tensor:
-        """Clip and update with the accumulated gradients; the loss over all processes."""
+        """Clip and update with the accumulated gradients. Returns the loss over all processes."""
         total = self._world.all_reduce(total) / self._divisor
         self._check_finite(total)
         if self._grad_clip != 0.0:
@@ -202,23 +201,23 @@ class Step:
             norm = self._clip()
             if not self._scaler.is_enabled():
                 self._check_finite(norm)
-        # Off CUDA the host may read the flag, and not every AdamW there knows found_inf.
+        # On other devices not every AdamW supports found_inf, but there the host may read the flag.
         if self._device.type == "cuda" or not self.not_finite:
             self._scaler.step(self._optimizer)
             self._scaler.update()
         return total
 
     def _weighted(self, loss: Tensor, n_valid: Tensor, all_valid: Tensor) -> Tensor:
-        """A micro-batch's mean ``loss``, weighted by its share of the update's targets; times the
-        number of processes where gradients are averaged over them. NaN, as ``loss`` is, if the
+        """A micro-batch's mean ``loss``, weighted by its share of the update's targets, and times
+        the number of processes if gradients are averaged over them. NaN, like ``loss``, if the
         update has no valid target at all.
         """
         weighted = loss / (all_valid / (n_valid * self._divisor))
         return torch.where((n_valid > 0) | (all_valid == 0), weighted, 0.0)
 
     def _gradient_sync(self, enabled: bool) -> AbstractContextManager[object]:
-        """A backward pass in it all-reduces the gradients, or adds them up in this process."""
-        # FSDP2 is recognised by its methods: to import it takes half as long as PyTorch itself.
+        """A context whose backward all-reduces gradients if ``enabled``, else only adds them."""
+        # Detect FSDP2 by its methods: importing it takes half as long as importing PyTorch itself.
         sharded: Any = self._model
         if hasattr(sharded, "set_requires_gradient_sync"):
             sharded.set_requires_gradient_sync(enabled)
@@ -237,5 +236,5 @@ class Step:
 
 
 def _is_compiled(model: nn.Module) -> bool:
-    """Whether torch.compile wrapped it, or its method ``compile`` was called."""
+    """Whether the model was compiled by torch.compile or its method ``compile``."""
     return hasattr(model, "_orig_mod") or model._compiled_call_impl is not None

@@ -3,10 +3,10 @@
     trainer = Trainer(TrainConfig(**PRESETS["char-cpu"]))
     trainer.run()
 
-One update at iteration i = learning rate of i → ``gradient_accumulation_steps`` batches forward and
-backward → clip → AdamW. A checkpoint of iteration i holds the state before that update, with the
-random generators and the place in the data: a run resumed from it is the run that was never
-stopped.
+Iteration i: set the learning rate → forward and backward of ``gradient_accumulation_steps`` batches
+→ clip → AdamW. A checkpoint of iteration i contains the state before that update, including the
+random generators and the position in the data: a run resumed from it continues exactly as if it had
+not been stopped.
 """
 
 import math
@@ -36,16 +36,16 @@ from fastgpt.training.run import Figures, Run
 
 
 class Trainer(Run):
-    """A run: model, optimizer, data and progress.
+    """A training run: model, optimizer, data and progress.
 
-    Building it draws the initial weights or loads a checkpoint; ``run`` trains. Attributes that
-    are of use afterwards: ``config``, ``model`` (on ``device``), ``tokenizer`` (None for GPT-2's
-    tokens), ``iter_num``, ``val_loss`` of the last evaluation, ``best_val_loss``, ``best_iter``.
+    The constructor initializes the weights or loads a checkpoint; ``run`` trains. Useful attributes
+    afterwards: ``config``, ``model`` (on ``device``), ``tokenizer`` (None for GPT-2's tokens),
+    ``iter_num``, ``val_loss`` of the last evaluation, ``best_val_loss``, ``best_iter``.
 
-    ``build`` makes a model of your own in the config's shape. A checkpoint could not name it, so
-    none is written.
+    ``build`` constructs a custom model with the config's shape. No checkpoints are written then,
+    because loading them could not construct the model.
 
-    Raises what the config, the data set and the checkpoint raise: ValueError, TypeError,
+    Raises the errors of the config, the data set and the checkpoint: ValueError, TypeError,
     FileNotFoundError, NotADirectoryError, ImportError.
     """
 
@@ -62,7 +62,7 @@ class Trainer(Run):
     ) -> None:
         if build is not None and config.init_from != "scratch":
             raise ValueError(
-                f"init_from must be scratch with a model of your own, got {config.init_from!r}"
+                f"init_from must be scratch with a custom model, got {config.init_from!r}"
             )
         super().__init__(config, console, world)
         self._n_updates = config.max_iters + 1
@@ -82,7 +82,7 @@ class Trainer(Run):
         torch.backends.cuda.matmul.allow_tf32 = True
         torch.backends.cudnn.allow_tf32 = True
 
-        # A missing file is named before weights are drawn or downloaded.
+        # Before the weights are initialized or downloaded, so that a missing file fails early.
         self._data_fingerprint = fingerprint(config.data_dir)
         self.tokenizer = saved_tokenizer(config.data_dir)
         found = read_manifest(config.data_dir)
@@ -90,9 +90,7 @@ class Trainer(Run):
             self._check_tokenizer(found.tokenizer)
         if found is not None and found.dialogues and not config.document_mask:
             self.config = config = replace(config, document_mask=True)
-            self.console.print(
-                "document_mask = True comes from the data set, which is of dialogues"
-            )
+            self.console.print("document_mask = True, because the data set consists of dialogues")
         saved, path = None, self.out_dir
         if config.init_from == "resume":
             saved, path = init_from.saved_state(
@@ -121,22 +119,22 @@ class Trainer(Run):
         micro_batches = config.gradient_accumulation_steps // world.size
         self._build_step(trained, micro_batches, self._uses_cuda_graph())
         if saved is not None:
-            self._go_on(saved, path)
+            self._resume(saved, path)
 
     def _check_tokenizer(self, of_data: Mapping[str, Any]) -> None:
-        """ValueError if the tokenizer beside the tokens is not the one that made them."""
+        """Raise ValueError if the data set's folder has not the tokenizer that made its tokens."""
         own = None if self.tokenizer is None else self.tokenizer.fingerprint
         if of_data.get("file") and of_data.get("fingerprint") != own:
             raise ValueError(
-                f"{self.config.data_dir / of_data['file']} must be the tokenizer that the tokens "
-                f"beside it were made with, but is {'missing' if own is None else 'another'}"
+                f"{self.config.data_dir / of_data['file']} must be the tokenizer of the data set's "
+                f"tokens, but is {'missing' if own is None else 'a different one'}"
             )
 
     def _build_model(self, saved: ckpt.Checkpoint | None, path: Path) -> LanguageModel:
         config = self.config
         if saved is None:
             model = init_from.new_model(config, self.tokenizer, self._build)
-        else:  # a sharded run reads a folder's tensors later, into its shards
+        else:  # from a folder, a sharded run reads the tensors later, directly into its shards
             weights = not (self._sharded and path.is_dir())
             model = ckpt.build_model(saved, path, dropout=config.dropout, weights=weights)
         if isinstance(model, GPT):
@@ -146,7 +144,7 @@ class Trainer(Run):
         return model
 
     def _with_shape_of(self, model: LanguageModel) -> TrainConfig:
-        """The config with the shape of a loaded model; what changes is printed."""
+        """The config with the shape of the loaded model. Prints each key that changes."""
         shape = init_from.shape_of(model)
         for key, value in shape.items():
             asked = getattr(self.config, key)
@@ -155,10 +153,10 @@ class Trainer(Run):
         return replace(self.config, **shape)
 
     def _parallel_model(self) -> torch.nn.Module:
-        """The model as ``Step`` takes it: compiled, sharded or in DDP, as the config says."""
+        """The model for ``Step``: compiled, sharded or wrapped in DDP, as the config says."""
         self._forward: torch.nn.Module = self.model
         if self._sharded:
-            # Imported where it is needed: it takes half as long as PyTorch itself.
+            # Imported late: it takes half as long as importing PyTorch itself.
             from fastgpt.training import fsdp
 
             fsdp.shard(self.model, self.device, self.world, self.dtype)
@@ -174,12 +172,12 @@ class Trainer(Run):
 
     @property
     def _has_masters(self) -> bool:
-        """Whether bfloat16 weights are held over float32 masters; FSDP2 has its own way to that."""
+        """Whether bfloat16 weights have float32 master weights. FSDP2 has its own mechanism."""
         return self.dtype == torch.bfloat16 and not self._sharded
 
     def _uses_cuda_graph(self) -> bool:
-        """Not in float16, where the host decides on an update, nor where DDP and FSDP2 exchange
-        gradients in the backward, nor with torch.compile, which allocates by itself."""
+        """Only on a GPU. Not in float16, where the host decides whether to update; not where DDP or
+        FSDP2 all-reduce in the backward; not with torch.compile, which manages its own memory."""
         exchanges = self.world.size > 1 and not self._has_masters
         on_gpu = self.device.type == "cuda" and not exchanges
         if not (on_gpu and self.dtype != torch.float16 and self.config.cuda_graph):
@@ -188,13 +186,13 @@ class Trainer(Run):
             self.console.print("compile=True: updates are not replayed as a CUDA graph")
         return not self.config.compile
 
-    def _go_on(self, saved: ckpt.Checkpoint, path: Path) -> None:
+    def _resume(self, saved: ckpt.Checkpoint, path: Path) -> None:
         self._restore(saved, ckpt.own_state(saved), path)
         if init_from.is_of_other_data(saved, self._data_fingerprint):
-            # Its best loss is one of other validation data.
+            # Its best loss is from other validation data.
             self.best_val_loss, self.best_iter = math.inf, None
             self.console.print(f"{path} was trained on other data than {self.config.data_dir}")
-        self.console.print(f"going on from {path} at iteration {self.iter_num}")
+        self.console.print(f"resuming from {path} at iteration {self.iter_num}")
 
     def _load_optimizer(self, state: dict[str, Any], path: Path) -> None:
         if self._sharded:
@@ -211,11 +209,11 @@ class Trainer(Run):
         self.best_iter = own["best_iter"]
         self.batches.load_state_dict(own["data"])
         states, rank = own["generators"], self.world.rank
-        mine = states[rank] if rank < len(states) else random_states(self.device)  # a new rank's
+        mine = states[rank] if rank < len(states) else random_states(self.device)  # a new rank
         super()._restore_own({**own, "generators": mine})
 
     def learning_rate(self, iteration: int) -> float:
-        """Linear warm-up, cosine down to ``min_lr``, then ``min_lr``."""
+        """Linear warm-up, cosine decay to ``min_lr``, then ``min_lr``."""
         config = self.config
         if not config.decay_lr:
             return config.learning_rate
@@ -229,8 +227,8 @@ class Trainer(Run):
         )
 
     def run(self) -> None:
-        """As ``Run.run``, up to and including iteration ``max_iters``; with ``eval_only`` one
-        evaluation alone. Collective: every rank must call it.
+        """Like ``Run.run``, up to and including iteration ``max_iters``; with ``eval_only`` only
+        one evaluation. Collective: every rank must call it.
         """
         self.model.train()
         if self.config.eval_only:
@@ -240,8 +238,8 @@ class Trainer(Run):
         super().run()
 
     def _found_mfu_scale(self) -> float:
-        """What makes nanoGPT's MFU, a share of an A100's peak, one of this GPU's peak; 0 where that
-        is not known."""
+        """The factor from nanoGPT's MFU, relative to an A100's peak, to one relative to this GPU's
+        peak; 0 if that is not known."""
         if self.device.type != "cuda" or not isinstance(self.model, GPT):
             return 0.0
         gpu = torch.cuda.get_device_name(self.device)
@@ -256,7 +254,7 @@ class Trainer(Run):
         text, more = f"loss {figures['loss']:.4f}, {speed:,.0f} tokens/s", {}
         if self._mfu_scale and self._is_warm:
             assert isinstance(self.model, GPT)
-            # The figure is that of one GPU, which has a share of the sequences.
+            # MFU is per GPU, which processes a share of the sequences.
             mfu = self.model.estimate_mfu(sequences // self.world.size, seconds) * self._mfu_scale
             self._mfu = mfu if self._mfu is None else 0.9 * self._mfu + 0.1 * mfu
             text += f", mfu {100 * self._mfu:.1f}%"
@@ -265,14 +263,14 @@ class Trainer(Run):
         return f"{text}, {1000 * seconds:.1f} ms", more
 
     def _update(self, learning_rate: float) -> tuple[dict[str, Tensor], int]:
-        batches = [self.batches.next("train", place) for place in self._step.inputs]
+        batches = [self.batches.next("train", pair) for pair in self._step.inputs]
         n_tokens = batches[0][0].numel() * self.config.gradient_accumulation_steps
         return {"loss": self._updated(batches, learning_rate)}, n_tokens
 
     def evaluate(self) -> dict[str, float]:
-        """The mean loss of the targets in ``eval_iters`` batches of each split, ``{"train": ..,
-        "val": ..}``: of the same batches at every call. Collective: every rank must call it; they
-        share the batches.
+        """The mean loss over the targets of ``eval_iters`` batches per split, ``{"train": ..,
+        "val": ..}``. The batches are the same at every call. Collective: every rank must call it;
+        the ranks share the batches.
         """
         was_training = self.model.training
         self.model.eval()
@@ -283,14 +281,14 @@ class Trainer(Run):
     @torch.no_grad()
     def _mean_loss(self, split: str) -> float:
         count, size = self.config.eval_iters, self.world.size
-        # The ranks of a sharded model run it equally often; a surplus result is discarded.
+        # All ranks of a sharded model must run it equally often; surplus results are discarded.
         losses, n_valid = [], []
         for x, y in self.batches.evaluation(split, -(-count // size) * size):
             with self.autocast:
                 losses.append(self._forward(x, y)[1])
             n_valid.append((y != -1).sum())
         mine = len(range(self.world.rank, count, size))
-        # Each batch weighs as many targets as it has: exactly 1 where all have the same number.
+        # Weight each batch by its number of targets: exactly 1 if all have the same number.
         counts = torch.stack(n_valid)[:mine]
         weights = counts * count / self.world.all_reduce(counts.sum())
         weighted = (torch.stack(losses)[:mine] * weights).sum()
@@ -325,8 +323,8 @@ class Trainer(Run):
         return path
 
     def full_model(self) -> LanguageModel:
-        """The model, for one process to use alone; a copy if it is sharded. Collective: every rank
-        must call it.
+        """The whole model, usable by a single process; a copy if it is sharded. Collective: every
+        rank must call it.
         """
         if not self._sharded:
             return self.model

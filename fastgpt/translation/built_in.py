@@ -1,4 +1,4 @@
-"""Parallel texts that are made here: numbers in English and German words, and reversed words."""
+"""Generated parallel texts: numbers in English and German words, and reversed words."""
 
 import random
 from collections.abc import Callable
@@ -7,7 +7,7 @@ Pairs = list[tuple[str, str]]
 
 _N_NUMBERS = 20_000
 _N_WORDS = 50_000
-_LETTERS = "abcdefghij"  # few, so that a word has some twice
+_LETTERS = "abcdefghij"  # few, so that letters repeat within a word
 _MAX_LETTERS = 12
 
 _ENGLISH = (
@@ -40,7 +40,7 @@ def english(n: int) -> str:
 def german(n: int) -> str:
     """0 <= n < 1,000,000 in one word, ones before tens: "zweiundvierzigtausendeinhundertsieben"."""
     word = _german(n)
-    return f"{word}s" if n % 100 == 1 else word  # ein → eins, at the end only
+    return f"{word}s" if n % 100 == 1 else word  # ein → eins at the end
 
 
 def _german(n: int) -> str:
@@ -55,7 +55,7 @@ def _german(n: int) -> str:
 
 
 def numbers(seed: int) -> Pairs:
-    """Distinct numbers, as many of each count of digits as there are, at most a sixth of all."""
+    """Distinct numbers of 1 to 6 digits, about equally many of each length as far as they exist."""
     draw = random.Random(seed)
     chosen: set[int] = set()
     for digits in range(1, 7):
@@ -66,7 +66,7 @@ def numbers(seed: int) -> Pairs:
 
 
 def reversals(seed: int) -> Pairs:
-    """Distinct words of up to 12 letters, and the same from behind."""
+    """Distinct words of up to 12 letters, each with its reversal."""
     draw = random.Random(seed)
     words: set[str] = set()
     while len(words) < _N_WORDS:

@@ -1,4 +1,4 @@
-"""Every key of ``fastgpt translate train``."""
+"""The keys of ``fastgpt translate train``."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,65 +9,63 @@ from fastgpt.training.config import COUNT, Dtype, check_limits
 
 @dataclass(frozen=True, kw_only=True)
 class TranslationConfig:
-    """Train a translation model on a parallel text: an encoder and a decoder.
+    """Train a translation model, an encoder and a decoder, on a parallel text.
 
     Then use it: fastgpt translate --model DIR "text".
     """
 
-    # A parallel text that is made here: numbers in English and German words, or words and their
-    # letters from behind.
+    # A generated parallel text: numbers in English and German words, or words and their reversals.
     task: Literal["numbers", "reverse"] | None = None
-    # Or the text to translate, a line each, in UTF-8 ...
+    # Or the text to translate: a UTF-8 file with one text per line ...
     source: Path | None = None
     # ... and its translation, line by line.
     target: Path | None = None
     # Or both in one file: each line a text, a tab, its translation.
     pairs: Path | None = None
-    # Folder of the checkpoints and the log.
+    # Folder for the checkpoints and the log.
     out_dir: Path = Path("out-translate")
-    # Go on from the newest checkpoint, by the same command.
+    # Resume from the newest checkpoint. Give the same options as before.
     resume: bool = False
-    # char: a token for each character. bpe, unigram: learned from the texts. Or a tokenizer: gpt2,
-    # a tokenizer.json, a SentencePiece .model.
+    # char: one token per character. bpe, unigram: learned from the texts. Or an existing tokenizer:
+    # gpt2, a tokenizer.json, a SentencePiece .model.
     tokenizer: str = "char"
-    # Tokens to learn, with bpe and unigram.
+    # Vocabulary size for bpe and unigram.
     vocab_size: int = 8000
-    # One vocabulary and one embedding for both languages.
+    # Use one vocabulary and one embedding for both languages.
     shared: bool = True
-    # The longest source or target, in tokens with its end.
+    # Maximum length of a source or target, in tokens including the end token.
     max_length: int = 256
-    # Different sources that are kept from training, for validation; by default a twentieth, at
-    # most 1000.
+    # Number of distinct sources held out for validation; by default a twentieth, at most 1000.
     held_out: int | None = None
-    # Layers of the encoder, and of the decoder.
+    # Number of layers in each of encoder and decoder.
     n_layer: int = 2
-    # Heads of each attention.
+    # Number of attention heads.
     n_head: int = 4
-    # Width of the embeddings; the layers between are four times as wide.
+    # Width of the embeddings; the hidden layers of the MLPs are four times as wide.
     n_embd: int = 128
-    # Share of activations that training drops.
+    # Dropout probability during training.
     dropout: float = 0.1
     # Share of the target distribution that is spread over the vocabulary.
     label_smoothing: float = 0.1
-    # Tokens of the longer side in a batch, padding included.
+    # Tokens per batch on the longer side, including padding.
     batch_tokens: int = 4096
-    # Updates.
+    # Number of updates.
     max_iters: int = 3000
-    # The rate rises for so many iterations, and then falls with their inverse square root.
+    # Number of warm-up updates, after which the learning rate decays as their inverse square root.
     warmup_iters: int = 400
-    # At the end of the warm-up; by default the paper's 1 / sqrt(n_embd * warmup_iters).
+    # Peak learning rate; by default the paper's 1 / sqrt(n_embd * warmup_iters).
     learning_rate: float | None = None
-    # Largest norm of the gradient; 0 turns clipping off.
+    # Maximum gradient norm; 0 disables clipping.
     grad_clip: float = 1.0
-    # Updates between two evaluations, which also save.
+    # Updates between two evaluations; each also writes a checkpoint.
     eval_interval: int = 500
     # Updates between two reports of the loss.
     log_interval: int = 50
-    # Seed of the built-in texts, what is held out, the weights, the batches and dropout.
+    # Seed for the generated texts, the held-out pairs, the weights, the batches and dropout.
     seed: int = 1337
-    # cuda, cuda:N, cpu, mps, or auto.
+    # cuda, cuda:N, cpu, mps, or auto (cuda if available, else cpu).
     device: str = "auto"
-    # auto is bfloat16 on a GPU that has it, float16 on an older one, float32 elsewhere.
+    # auto: bfloat16 on a GPU that supports it, float16 on an older GPU, float32 elsewhere.
     dtype: Dtype = "auto"
 
     def __post_init__(self) -> None:

@@ -1,4 +1,4 @@
-"""Parallel texts: read from files, held out, encoded, and cut into batches by their tokens."""
+"""Parallel texts: reading, holding out for validation, encoding, batches by number of tokens."""
 
 import random
 from collections.abc import Iterable, Iterator
@@ -18,10 +18,10 @@ IdPairs = list[tuple[Ids, Ids]]
 
 
 def read_lines(path: Path) -> list[str]:
-    """The lines of a UTF-8 text.
+    """The lines of a UTF-8 text file.
 
-    Raises FileNotFoundError, or ValueError naming file and line where one is empty, or if the file
-    is empty or not UTF-8.
+    Raises FileNotFoundError, or ValueError if the file is empty or not UTF-8, or, naming the line,
+    if a line is empty.
     """
     text = "".join(part for part, _ in read_text(path))
     lines = [line.removesuffix("\r") for line in text.removesuffix("\n").split("\n")]
@@ -29,12 +29,12 @@ def read_lines(path: Path) -> list[str]:
         raise ValueError(f"{path} is empty")
     for number, line in enumerate(lines, start=1):
         if not line.strip():
-            raise ValueError(f"{path}:{number} is empty: every line must hold a text")
+            raise ValueError(f"{path}:{number} is empty: every line must have a text")
     return lines
 
 
 def read_two_files(source: Path, target: Path) -> Pairs:
-    """Line n of ``target`` translates line n of ``source``. Raises as ``read_lines`` does."""
+    """Pairs from line n of ``source`` and line n of ``target``. Raises like ``read_lines``."""
     sources, targets = read_lines(source), read_lines(target)
     if len(sources) != len(targets):
         raise ValueError(
@@ -45,7 +45,7 @@ def read_two_files(source: Path, target: Path) -> Pairs:
 
 
 def read_tsv(path: Path) -> Pairs:
-    """Each line a source, a tab, a target. Raises as ``read_lines`` does."""
+    """Pairs from lines of source, tab, target. Raises like ``read_lines``."""
     pairs = []
     for number, line in enumerate(read_lines(path), start=1):
         texts = line.split("\t")
@@ -58,8 +58,8 @@ def read_tsv(path: Path) -> Pairs:
 
 
 def hold_out(pairs: Pairs, n_held_out: int, seed: int) -> tuple[Pairs, Pairs]:
-    """Random pairs for training, and others for validation, whose sources are ``n_held_out``
-    different texts that training never sees."""
+    """Split into pairs for training and for validation. The latter have ``n_held_out`` randomly
+    chosen distinct sources, which do not occur in training."""
     sources = sorted({source for source, _ in pairs})
     if len(sources) < 2:
         raise ValueError(
@@ -68,8 +68,8 @@ def hold_out(pairs: Pairs, n_held_out: int, seed: int) -> tuple[Pairs, Pairs]:
         )
     if not 1 <= n_held_out < len(sources):
         raise ValueError(
-            f"held_out must lie in [1, {len(sources) - 1}], one less than there are different "
-            f"sources, got {n_held_out}"
+            f"held_out must lie in [1, {len(sources) - 1}] for {len(sources)} different sources, "
+            f"got {n_held_out}"
         )
     held_out = set(random.Random(seed).sample(sources, n_held_out))
     train = [pair for pair in pairs if pair[0] not in held_out]
@@ -77,15 +77,15 @@ def hold_out(pairs: Pairs, n_held_out: int, seed: int) -> tuple[Pairs, Pairs]:
 
 
 def encoded(text: str, tokenizer: Tokenizer, max_length: int, where: str) -> Ids:
-    """The ids of a text and the end token, which is the id behind the tokenizer's.
+    """The ids of a text, followed by the end token, whose id is the tokenizer's vocab_size.
 
-    Raises ValueError, with ``where``, for an unknown character or more than ``max_length`` ids.
+    Raises ValueError naming ``where`` for an unknown character or more than ``max_length`` ids.
     """
     with naming(where):
         ids: Ids = tokenizer.encode_array(text).tolist()
     if len(ids) >= max_length:
         raise ValueError(
-            f"{where} has {len(ids)} tokens and an end, more than max_length {max_length}"
+            f"{where} has {len(ids)} tokens and an end token, more than max_length {max_length}"
         )
     return [*ids, tokenizer.vocab_size]
 
@@ -93,7 +93,7 @@ def encoded(text: str, tokenizer: Tokenizer, max_length: int, where: str) -> Ids
 def encoded_pairs(
     pairs: Pairs, tokenizers: tuple[Tokenizer, Tokenizer], max_length: int
 ) -> IdPairs:
-    """See ``encoded``; the tokenizers are the source's and the target's."""
+    """``encoded`` for pairs, with the tokenizers of sources and targets."""
     return [
         (
             encoded(source, tokenizers[0], max_length, f"source {source[:40]!r}"),
@@ -104,8 +104,8 @@ def encoded_pairs(
 
 
 def cut_by_tokens(lengths: Iterable[int], batch_tokens: int) -> list[int]:
-    """Where batches begin if texts of these lengths, which grow, are taken in order: each batch has
-    at most ``batch_tokens`` tokens, padding included, and at least one text."""
+    """The starts of batches of consecutive texts with these lengths, which must be ascending. Each
+    batch has at most ``batch_tokens`` tokens, including padding, and at least one text."""
     starts = [0]
     for i, length in enumerate(lengths):
         if i > starts[-1] and (i + 1 - starts[-1]) * length > batch_tokens:
@@ -119,11 +119,11 @@ class Batch(NamedTuple):
 
 
 class Batches:
-    """Pairs of similar lengths together, so that little is padded; ``batch_tokens`` bounds the
-    tokens of the longer side, padding included.
+    """Batches of pairs with similar lengths, to minimize padding. ``batch_tokens`` limits the
+    tokens on the longer side, including padding.
 
-    Batch i is a function of the seed and i alone, so that a resumed run goes on with its data
-    where it was. Each epoch pairs of the same lengths are shuffled, and the batches are.
+    Batch i depends only on the seed and i, so that a resumed run continues with the same data. Each
+    epoch shuffles the pairs of equal lengths and the order of the batches.
     """
 
     def __init__(self, pairs: IdPairs, batch_tokens: int, seed: int) -> None:
@@ -139,24 +139,24 @@ class Batches:
         return len(self._slices)
 
     def in_order(self) -> Iterator[Batch]:
-        """An epoch, from the shortest pairs to the longest."""
+        """The batches of an epoch, from the shortest pairs to the longest."""
         return (_batch(self._sorted[part]) for part in self._slices)
 
     def padding(self) -> float:
-        """The share of padding in the tokens of an epoch."""
+        """The share of padding among the tokens of an epoch."""
         sides = [side for batch in self.in_order() for side in batch]
         n_padding = sum(int((side == PADDING).sum()) for side in sides)
         return n_padding / sum(side.numel() for side in sides)
 
     def __getitem__(self, i: int) -> Batch:
         """Batch i of a training run, which may pass over the pairs many times."""
-        epoch, place = divmod(i, len(self))
+        epoch, position = divmod(i, len(self))
         if epoch != self._epoch:
             draw = random.Random(f"{self._seed} {epoch}")
             self._shuffled = sorted(draw.sample(self._sorted, len(self._sorted)), key=_lengths)
             self._order = draw.sample(range(len(self)), len(self))
             self._epoch = epoch
-        return _batch(self._shuffled[self._slices[self._order[place]]])
+        return _batch(self._shuffled[self._slices[self._order[position]]])
 
 
 def _batch(pairs: IdPairs) -> Batch:

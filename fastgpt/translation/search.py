@@ -1,10 +1,10 @@
-"""Greedy and beam search for a ``Seq2Seq``, over cached keys and values.
+"""Greedy and beam search for a ``Seq2Seq`` with a KV cache.
 
 A hypothesis y of n tokens, end included, has the score log P(y | x) / ((5 + n) / 6)^alpha (Wu et
-al. 2016, arXiv:1609.08144). One that ends leaves the beam; the search of a sentence is over when no
-other can reach a better score. With a beam of 1 this is greedy search.
+al. 2016, arXiv:1609.08144). A finished hypothesis leaves the beam. The search of a sentence ends
+when no other can reach a better score. A beam of 1 is greedy search.
 
-In the shape comments B is the batch, K the beam, V the vocabulary, T the longest translation.
+In shape comments B is the batch size, K the beam, V the vocabulary size, T the maximum length.
 """
 
 import torch
@@ -26,13 +26,13 @@ def beam_search(
     Args:
         model: in eval mode.
         source: (B, S), int64, on the model's device, padded by ``PADDING``.
-        beam: hypotheses of a source.
+        beam: number of hypotheses per source.
         length_penalty: alpha; 0 compares sums of log-probabilities, which favours short ones.
-        max_tokens: where hypotheses that have not ended are cut off; by default, and at most,
+        max_tokens: maximum length, at which hypotheses are cut off; by default and at most
             ``block_size``.
 
     Raises:
-        ValueError: an argument is out of its range.
+        ValueError: an argument is out of range.
         FloatingPointError: logits are not finite.
     """
     n_classes, block_size = model.config.vocab_size, model.config.block_size
@@ -54,7 +54,7 @@ def beam_search(
     tokens = torch.full((n_sources * beam,), model.end, device=device)
     beams = torch.full((n_sources, beam, limit), model.end, device=device)  # (B, K, T)
     sums = torch.full((n_sources, beam), -torch.inf, device=device)  # of log-probabilities
-    sums[:, 0] = 0.0  # the others are the same hypothesis
+    sums[:, 0] = 0.0  # only one, because at first all hypotheses are the same
     best = beams[:, 0].clone()
     best_score = torch.full((n_sources,), -torch.inf, device=device)
     for position in range(limit):
@@ -74,7 +74,7 @@ def beam_search(
         best = winners.where(better[:, None], best)
         best_score = score.where(better, best_score)
         sums = sums.where(~ended, -torch.inf)
-        # The sum of a hypothesis only falls, and no penalty is larger than that of the limit.
+        # The sum of a hypothesis can only decrease, and no penalty is larger than the limit's.
         if not (sums.amax(1) / penalty(limit) > best_score).any():
             break
         tokens = words.flatten()

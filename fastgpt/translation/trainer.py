@@ -1,10 +1,10 @@
-"""The training of a translation model: the paper's schedule, label-smoothed loss, Adam.
+"""Training of a translation model: the paper's schedule, label-smoothed loss, Adam.
 
     trainer = TranslationTrainer(TranslationConfig(task="numbers"))
     trainer.run()
 
-One update at iteration i: learning rate of i → batch i forward and backward → clip → Adam. Batches
-and their order follow from the seed and i, so a resumed run is the run that was never stopped.
+Iteration i: set the learning rate → forward and backward of batch i → clip → Adam. Batch i depends
+only on the seed and i, so a resumed run continues exactly as if it had not been stopped.
 """
 
 import hashlib
@@ -44,13 +44,13 @@ HELD_OUT = "held_out.tsv"
 
 _SHAPE_KEYS = ("n_layer", "n_head", "n_embd", "dropout", "label_smoothing")
 BETAS = (0.9, 0.98)  # the paper's
-# The keys that a resumed run may change; the text itself is compared.
+# The keys that a resumed run may change. The content of the texts must be the same.
 _MAY_CHANGE = {"resume", "out_dir", "max_iters", "eval_interval", "log_interval", "device"}
 _MAY_CHANGE |= {"source", "target", "pairs"}
 
 
 def read_pairs(config: TranslationConfig) -> Pairs:
-    """The parallel text that ``config`` names. Raises as ``read_lines`` does, and ValueError for a
+    """The parallel text that ``config`` names. Raises like ``read_lines``, and ValueError for a
     tab in one of two files."""
     if config.task is not None:
         return TASKS[config.task](config.seed)
@@ -61,14 +61,14 @@ def read_pairs(config: TranslationConfig) -> Pairs:
     for number, pair in enumerate(pairs, start=1):
         if any("\t" in text for text in pair):
             raise ValueError(
-                f"line {number} of {config.source} and of {config.target} must hold no tab, which "
-                f"separates the texts in {HELD_OUT}"
+                f"line {number} of {config.source} and of {config.target} must not contain a tab, "
+                f"which separates the texts in {HELD_OUT}"
             )
     return pairs
 
 
 def make_tokenizers(config: TranslationConfig, pairs: Pairs) -> Tokenizers:
-    """Of the sources and of the targets; the same one twice where it is shared."""
+    """The tokenizers of sources and targets; twice the same one if it is shared."""
     sources, targets = ([pair[side] for pair in pairs] for side in (0, 1))
     if config.shared or config.tokenizer not in ("char", *KINDS):
         one = _tokenizer(config, sources + targets)
@@ -87,12 +87,12 @@ def _tokenizer(config: TranslationConfig, texts: list[str]) -> Tokenizer:
 
 
 class TranslationTrainer(Run):
-    """A run: model, optimizer, data and progress; ``run`` trains.
+    """A training run: model, optimizer, data and progress; ``run`` trains.
 
     Attributes: ``config``, ``model`` (on ``device``), ``tokenizers``, ``train`` and ``val``
     (``Batches``), ``iter_num``, ``best_val_loss``.
 
-    Raises what the config, the texts and the checkpoint raise: ValueError, FileNotFoundError,
+    Raises the errors of the config, the texts and the checkpoint: ValueError, FileNotFoundError,
     NotADirectoryError, ImportError.
     """
 
@@ -131,14 +131,14 @@ class TranslationTrainer(Run):
         self._build_step(self.model)
         if saved is not None:
             self._restore(saved, saved, path)
-            self.console.print(f"going on at iteration {self.iter_num}")
+            self.console.print(f"resuming at iteration {self.iter_num}")
 
     def _shape(self) -> Seq2SeqConfig:
         config = self.config
         source, target = self.tokenizers
         return Seq2SeqConfig(
             block_size=config.max_length,
-            vocab_size=target.vocab_size + 1,  # and the end token
+            vocab_size=target.vocab_size + 1,  # with the end token
             source_vocab_size=None if source is target else source.vocab_size + 1,
             **{key: getattr(config, key) for key in _SHAPE_KEYS},
         )
@@ -156,7 +156,7 @@ class TranslationTrainer(Run):
             raise ValueError(f"{self.out_dir / LAST} was trained on another parallel text")
 
     def learning_rate(self, iteration: int) -> float:
-        """The paper's: linear up to ``warmup_iters``, then the inverse square root."""
+        """The paper's schedule: linear for ``warmup_iters``, then inverse square root."""
         config = self.config
         peak = config.learning_rate or (config.n_embd * config.warmup_iters) ** -0.5
         ratio = (iteration + 1) / config.warmup_iters
@@ -179,8 +179,8 @@ class TranslationTrainer(Run):
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
-        """The loss in nats per token without label smoothing, of the held-out pairs, and of as many
-        batches for training: ``{"train": .., "val": ..}``."""
+        """The loss in nats per token, without label smoothing, of the held-out pairs and of as many
+        training batches: ``{"train": .., "val": ..}``."""
         self.model.eval()
         losses = {}
         every = max(1, len(self.train) // len(self.val))
@@ -216,6 +216,6 @@ class TranslationTrainer(Run):
 
 
 def _plain(config: TranslationConfig) -> dict[str, Any]:
-    """As a checkpoint holds it."""
+    """The config as a dict for a checkpoint."""
     values = asdict(config).items()
     return {key: str(value) if isinstance(value, Path) else value for key, value in values}

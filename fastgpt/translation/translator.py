@@ -1,4 +1,4 @@
-"""A trained model in a folder, as a function from texts to translations; and their scores.
+"""Translate texts with a trained model, and score translations.
 
 translator = Translator("out-translate")
 translator(["twenty-one"])           # ["einundzwanzig"]
@@ -19,7 +19,7 @@ from fastgpt.translation.search import beam_search
 
 LAST = "last.pt"  # the newest state; ckpt.BEST has the best validation loss
 
-Tokenizers = tuple[Tokenizer, Tokenizer]  # of the sources and of the targets, which may be one
+Tokenizers = tuple[Tokenizer, Tokenizer]  # of sources and targets; may be the same one
 
 _BATCH_TOKENS = 2048
 _BEAM = 4
@@ -28,10 +28,10 @@ _BEAM = 4
 def load_model(checkpoint: ckpt.Checkpoint, path: Path) -> tuple[Seq2Seq, Tokenizers]:
     """The model, on the CPU, and its tokenizers.
 
-    Raises ValueError naming ``path``, where the checkpoint came from.
+    Raises ValueError naming ``path``, from which the checkpoint was loaded.
     """
     if "source_tokenizer" not in checkpoint:
-        raise ValueError(f"{path} is no translation model: fastgpt translate train writes one")
+        raise ValueError(f"{path} is not a translation model: fastgpt translate train writes one")
     try:
         source = unpacked(checkpoint["source_tokenizer"])
         target = unpacked(checkpoint["target_tokenizer"])
@@ -46,8 +46,8 @@ def load_model(checkpoint: ckpt.Checkpoint, path: Path) -> tuple[Seq2Seq, Tokeni
 
 
 class Translator:
-    """The model that ``fastgpt translate train`` wrote into ``folder``: the best by validation
-    loss, or the newest of a run that was stopped before it was evaluated.
+    """Translates with the model that ``fastgpt translate train`` wrote to ``folder``: the best by
+    validation loss, or the newest if the run was stopped before its first evaluation.
 
     Raises FileNotFoundError if there is none, ValueError if it is damaged or of another kind.
     """
@@ -67,9 +67,9 @@ class Translator:
     def __call__(
         self, texts: Sequence[str], beam: int | None = None, length_penalty: float = 0.6
     ) -> list[str]:
-        """Translate each text. Raises ValueError for one that is empty, too long, or has a
-        character that the model has never seen; see ``beam_search`` for the options. By default
-        the beam is 4, or the vocabulary if that is smaller."""
+        """Translate each text; see ``beam_search`` for the options. The default beam is 4, or the
+        vocabulary size if that is smaller. Raises ValueError for a text that is empty, too long, or
+        has a character that is not in the vocabulary."""
         source, target = self.tokenizers
         limit = self.model.config.block_size
         if beam is None:
@@ -95,7 +95,7 @@ class Translator:
 
 
 def exact_match(translations: Sequence[str], references: Sequence[str]) -> float:
-    """The share of translations that are the reference, letter for letter."""
+    """The share of translations that equal the reference exactly."""
     same = sum(a == b for a, b in zip(translations, references, strict=True))
     return same / len(references)
 

@@ -1,4 +1,4 @@
-"""``python -m fastgpt.tuning JSON``: what ``tune_before_training`` starts. It needs no tyro."""
+"""``python -m fastgpt.tuning JSON``, started by ``tune_before_training``. Works without tyro."""
 
 import json
 import sys
@@ -15,7 +15,7 @@ from fastgpt.tuning.workload import Workload
 
 
 def main(argv: Sequence[str]) -> int:
-    """The last line that it prints is for the user. The exit code: 0, or 1 after an error."""
+    """Print a last line for the user. Returns the exit code: 0, or 1 after an error."""
     keys, device, seconds = json.loads(argv[0])
     keys |= {"config": GPTConfig(**keys["config"]), "dtype": getattr(torch, keys["dtype"])}
     try:
@@ -27,7 +27,7 @@ def main(argv: Sequence[str]) -> int:
                 only_missing=True,
                 progress=progress,
             )
-    except (ValueError, OSError, RuntimeError) as error:  # PyTorch's, too
+    except (ValueError, OSError, RuntimeError) as error:  # including PyTorch's
         print(f"{type(error).__name__}: {str(error).strip().splitlines()[0]}")
         return 1
     print(summary(table, left))

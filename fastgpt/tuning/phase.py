@@ -1,4 +1,4 @@
-"""The passes of a call of an op: run, and compared with what is right."""
+"""The forward or backward pass of one op call: running it and checking its results."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -15,7 +15,7 @@ from fastgpt.tuning.workload import Call, mapped, tensors_in
 
 
 class Phase:
-    """The forward or the backward pass of a call: lines of the launch tables are timed with it."""
+    """The forward or backward pass of a call, with which entries of the launch tables are timed."""
 
     def __init__(self, call: Call, count: int, backward: bool, ops: ModuleType) -> None:
         self.call, self.count, self.backward, self._ops = call, count, backward, ops
@@ -29,7 +29,7 @@ class Phase:
         return f"{self.call} {'backward' if self.backward else 'forward'}"
 
     def prepared(self) -> Callable[[], Any]:
-        """The pass as a function; the forward before a backward has been computed."""
+        """The pass as a function. For a backward, the forward has already been computed."""
         if not self.backward:
             return self._forward
         outputs = self._forward()
@@ -37,7 +37,7 @@ class Phase:
         return lambda: torch.autograd.grad(outputs, self._leaves, grads, allow_unused=True)
 
     def run(self) -> None:
-        """Compute the pass, and the forward before a backward."""
+        """Compute the pass, for a backward including the forward."""
         self.prepared()()
 
     def _forward(self) -> list[Tensor]:
@@ -46,43 +46,43 @@ class Phase:
             return tensors_in(getattr(self._ops, call.op)(*call.args, **call.kwargs))
 
     def _out_grads(self, outputs: Sequence[Tensor]) -> list[Tensor]:
-        """The same in every run."""
+        """Gradients of the outputs, the same in every run."""
         if not self._grads:
             self._grads = gradients_like(outputs)
         return self._grads
 
-    def check(self, right: "Right") -> None:
-        """AssertionError where an output or a gradient of our op, as it is now, errs too much."""
-        right.check(_results(self.call, self._ops, None, self._grads))
+    def check(self, expected: "Expected") -> None:
+        """Raise AssertionError if an output or gradient of our op, as it is now, is inaccurate."""
+        expected.check(_results(self.call, self._ops, None, self._grads))
 
-    def right(self) -> "Right":
-        """What ``check`` compares with. Dropout's masks are ours alone: with them, our op as it is
-        now stands for PyTorch's."""
+    def expected(self) -> "Expected":
+        """The values that ``check`` compares with. PyTorch cannot reproduce our dropout masks, so
+        with dropout our op in its current configuration replaces PyTorch's."""
         plain = self._ops if self.drops else torch_ops
         grads = self._out_grads(self._forward())
         values = _results(self.call, plain, torch.float32, grads)
         own = _results(self.call, self._ops, None, grads)
         others = _results(self.call, plain, None, grads)
-        # Autocast gives some of PyTorch's results in float32 that ours give in the model's dtype.
+        # Under autocast some of PyTorch's ops return float32 where ours return the model's dtype.
         rounded = [x.to(y.dtype) for x, y in zip(others, own, strict=True)]
-        return Right.beside(values, rounded, [_tie(x.dtype) for x in own])
+        return Expected.of(values, rounded, [_rtol(x.dtype) for x in own])
 
 
-class Right(NamedTuple):
-    """Outputs and gradients in a wide dtype, and the RMS error that each may have."""
+class Expected(NamedTuple):
+    """Outputs and gradients in a wide dtype, and the allowed RMS error of each."""
 
     values: list[Tensor]
     limits: list[float]
 
     @classmethod
-    def beside(cls, values: list[Tensor], others: list[Tensor], ties: Sequence[float]) -> "Right":
-        """Allows twice the error of ``others``, plus the share ``ties`` of each value's RMS."""
+    def of(cls, values: list[Tensor], others: list[Tensor], rtols: Sequence[float]) -> "Expected":
+        """Allow twice the error of ``others``, plus the fraction ``rtols`` of each value's RMS."""
         errors, sizes = _rms_errors(others, values), [_rms(x) for x in values]
-        limits = [2 * e + t * x for e, t, x in zip(errors, ties, sizes, strict=True)]
+        limits = [2 * e + t * x for e, t, x in zip(errors, rtols, sizes, strict=True)]
         return cls(values, limits)
 
     def check(self, found: Sequence[Tensor]) -> None:
-        """AssertionError where a tensor errs too much."""
+        """Raise AssertionError if the error of a tensor exceeds its limit."""
         errors = _rms_errors(found, self.values)
         for number, (error, limit) in enumerate(zip(errors, self.limits, strict=True)):
             if not error <= limit:
@@ -91,22 +91,22 @@ class Right(NamedTuple):
                 )
 
 
-def _tie(dtype: torch.dtype) -> float:
-    """1e-5, or what it costs that one in 10,000 is rounded the other way: PyTorch's AdamW rounds to
-    the very numbers that are right."""
+def _rtol(dtype: torch.dtype) -> float:
+    """1e-5, or the error of one element in 10,000 being rounded the other way if that is larger:
+    PyTorch's AdamW rounds exactly as expected, which would leave no tolerance."""
     return max(1e-5, 0.01 * torch.finfo(dtype).eps)
 
 
 def _results(
     call: Call, ops: ModuleType, dtype: torch.dtype | None, out_grads: list[Tensor]
 ) -> list[Tensor]:
-    """Outputs, then gradients, in ``dtype``, or (None) as the model calls the op."""
+    """Outputs, then gradients, in ``dtype``, or if None with the dtypes of the model's call."""
 
     def op(*args: Any, **kwargs: Any) -> Any:
         with autocast(tensors_in(args)[0].device, dtype or call.dtype):
             return getattr(ops, call.op)(*args, **kwargs)
 
-    wide = None if call.op == "adamw" else dtype  # its state has the dtypes that it has
+    wide = None if call.op == "adamw" else dtype  # the dtypes of its state are fixed
     return results(op, call.args, call.kwargs, wide, out_grads)
 
 
@@ -117,13 +117,13 @@ def results(
     dtype: torch.dtype | None,
     out_grads: Sequence[Tensor],
 ) -> list[Tensor]:
-    """Outputs, then the gradients of what requires one, with float32 products that are no TF32.
+    """Outputs, then the gradients of inputs that require one, without TF32 in float32 products.
 
     Args:
-        args: copied first, as ``kwargs`` are.
-        dtype: of the copies of floating-point numbers; None for their own.
-        out_grads: of the outputs. Without any, as for an op that writes to its arguments, there are
-            no gradients.
+        args: copied first, like ``kwargs``.
+        dtype: dtype of the copies of floating-point tensors; None keeps theirs.
+        out_grads: gradients of the outputs. If empty, as for an op that writes to its arguments,
+            no gradients are computed.
     """
 
     def copied(x: Tensor) -> Tensor:
@@ -145,13 +145,13 @@ def results(
 
 
 def gradients_like(outputs: Sequence[Tensor]) -> list[Tensor]:
-    """A random gradient for each output; 1 for a loss."""
+    """A random gradient per output; 1 for a scalar loss."""
     return [torch.randn_like(x) if x.dim() else torch.ones_like(x) for x in outputs]
 
 
 @contextmanager
 def _exact_products() -> Iterator[None]:
-    """float32 products without TF32."""
+    """Within the block, float32 products do not use TF32."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     try:
@@ -160,17 +160,17 @@ def _exact_products() -> Iterator[None]:
         torch.set_float32_matmul_precision(before)
 
 
-def _rms_errors(found: Sequence[Tensor], right: Sequence[Tensor]) -> list[float]:
-    return [_rms(x.to(y.dtype) - y) for x, y in zip(found, right, strict=True)]
+def _rms_errors(found: Sequence[Tensor], expected: Sequence[Tensor]) -> list[float]:
+    return [_rms(x.to(y.dtype) - y) for x, y in zip(found, expected, strict=True)]
 
 
 def _rms(x: Tensor) -> float:
     return float(x.to(torch.promote_types(x.dtype, torch.float32)).square().mean().sqrt())
 
 
-class _Watched(dict[Key, Any]):
-    """Lines that note what is asked for. True where there are none, too, since ``configs.find``
-    asks no others."""
+class _RecordingTable(dict[Key, Any]):
+    """A table that records which keys are looked up. Truthy even if empty, because
+    ``configs.find`` skips a falsy table."""
 
     def __init__(self, lines: Mapping[Key, Any]) -> None:
         super().__init__(lines)
@@ -185,13 +185,13 @@ class _Watched(dict[Key, Any]):
 
 
 def asked_by(phase: Phase) -> list[Key]:
-    """The lines that a phase asks for, each once."""
+    """The keys that a phase looks up, each once."""
     lines = configs.tuned(phase.device)
     work = phase.prepared()
-    watched = _Watched(lines)
-    configs.use_tuned(phase.device, watched)
+    recording = _RecordingTable(lines)
+    configs.use_tuned(phase.device, recording)
     try:
         work()
     finally:
         configs.use_tuned(phase.device, lines)
-    return list(dict.fromkeys(watched.asked))
+    return list(dict.fromkeys(recording.asked))

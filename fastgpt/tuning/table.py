@@ -1,4 +1,4 @@
-"""What was decided: lines, their file, and how they stand in ``configs.TABLE``."""
+"""Tuned entries of the launch tables: their file, and their form in ``configs.TABLE``."""
 
 import json
 from dataclasses import dataclass, field
@@ -14,11 +14,11 @@ from fastgpt.kernels.configs import Key, decoded, decoded_key, encoded
 
 @dataclass
 class Line:
-    """What was decided for a line of the launch tables.
+    """A tuned entry of the launch tables.
 
     ``at``: the passes it was measured with. ``ms``, ``present_ms``: milliseconds of these passes in
-    a training step, with ``config`` and with the line of ``configs.TABLE``. ``noise``: the ratio
-    of two measurements of the latter. ``n_tried``: configurations that were timed."""
+    a training step, with ``config`` and with the entry of ``configs.TABLE``. ``noise``: the ratio
+    of two measurements of the latter. ``n_tried``: the number of configurations timed."""
 
     key: Key
     config: Any
@@ -30,22 +30,22 @@ class Line:
 
     @property
     def gain(self) -> float:
-        """How many times as fast as the line of ``configs.TABLE``."""
+        """The speed-up over the entry of ``configs.TABLE``."""
         return self.present_ms / self.ms
 
 
 @dataclass
 class Table:
-    """The file of a device, and what it decides."""
+    """The tuned entries of a device, and their file."""
 
     device: torch.device
     lines: dict[Key, Line] = field(default_factory=dict)
-    rejected: list[tuple[Key, Any, str]] = field(default_factory=list)  # and why
-    workloads: list[str] = field(default_factory=list)  # of which all lines are decided
+    rejected: list[tuple[Key, Any, str]] = field(default_factory=list)  # with the reason
+    workloads: list[str] = field(default_factory=list)  # whose entries are all decided
 
     @classmethod
     def read(cls, device: torch.device) -> "Table":
-        """Empty where there is no file, or, with a warning, a damaged one."""
+        """Read the device's file. Empty if there is none, or, with a warning, if it is damaged."""
         with tuned_table.notice_of_damage(device):
             held = tuned_table.read(device)
             lines = [
@@ -60,7 +60,7 @@ class Table:
         return cls(device)
 
     def write(self) -> None:
-        """Atomically."""
+        """Write the device's file atomically."""
         path = tuned_table.path_of(self.device)
         assert path is not None
         held: dict[str, Any] = {
@@ -72,11 +72,11 @@ class Table:
             ],
             "rejected": [[key, encoded(config), why] for key, config, why in self.rejected],
         }
-        held = json.loads(json.dumps(held))  # tuples are lists in the file, and for its checksum
+        held = json.loads(json.dumps(held))  # tuples become lists, for the checksum too
         write_json({**held, "sha256": tuned_table.checksum(held)}, path)
 
     def changes(self) -> list[Line]:
-        """The lines that ``configs.TABLE`` has otherwise."""
+        """The entries that differ from ``configs.TABLE``."""
         return [
             line
             for line in self.lines.values()
@@ -84,7 +84,7 @@ class Table:
         ]
 
     def why_not(self, key: Key, config: Any) -> str | None:
-        """Why a configuration was rejected before."""
+        """The reason for which a configuration was rejected before, or None."""
         for rejected, other, why in self.rejected:
             if rejected == key and same(other, config):
                 return why
@@ -92,7 +92,7 @@ class Table:
 
 
 def exported(table: Table) -> list[str]:
-    """Lines for ``configs.TABLE``: those that are not there."""
+    """The changed entries as source lines for ``configs.TABLE``."""
     found = []
     for line in table.changes():
         key = line.key
@@ -106,19 +106,19 @@ def exported(table: Table) -> list[str]:
 
 
 def choices(key: Key, device: torch.device) -> list[Any]:
-    """What may stand in a line, that of ``configs.TABLE`` first."""
+    """The candidates for an entry, that of ``configs.TABLE`` first."""
     dtype = torch.bfloat16 if key.dtype == "half" else getattr(torch, key.dtype)
     capability = _host.capability(device)
     return candidates(key.op, key.kernel, capability, dtype, key.size, key.options)
 
 
 def name_of(key: Key) -> str:
-    """A line, for a reader."""
+    """A readable name of an entry."""
     size = [] if key.size == configs.ANY else [str(key.size)]
     return " ".join((key.op, key.kernel, *size, *key.options))
 
 
 def summary(table: Table, left: int) -> str:
-    """In one line."""
-    undecided = f"; {left} are not decided yet: the next time goes on with them" if left else ""
+    """The result in one line."""
+    undecided = f"; {left} are not decided yet: the next run continues with them" if left else ""
     return f"{len(table.lines)} launches measured, {len(table.changes())} changed{undecided}"

@@ -1,4 +1,4 @@
-"""Decides the lines of the launch tables for a model, one after the other."""
+"""Decides the entries of the launch tables for a model, one at a time."""
 
 import os
 import statistics
@@ -18,7 +18,7 @@ from fastgpt.kernels.candidates import same
 from fastgpt.kernels.compile_ahead import compile_ahead
 from fastgpt.kernels.configs import Key
 from fastgpt.timing import Occupier, interleaved, milliseconds, synchronize
-from fastgpt.tuning.phase import Phase, Right, asked_by
+from fastgpt.tuning.phase import Expected, Phase, asked_by
 from fastgpt.tuning.table import Line, Table, choices, name_of
 from fastgpt.tuning.workload import Workload, calls_of
 
@@ -29,7 +29,7 @@ Show = Callable[[str], None]
 
 
 class Tuner:
-    """Decides one line after the other."""
+    """Checks and times candidates, one entry of the launch tables at a time."""
 
     def __init__(self, table: Table, show: Show) -> None:
         self._table, self._device, self._show = table, table.device, show
@@ -38,13 +38,13 @@ class Tuner:
         self._occupy = Occupier(table.device)
 
     def decide(self, key: Key, phases: Sequence[Phase]) -> Line:
-        """Check and time the candidates of a line. What is decided is in effect and written."""
+        """Check and time the candidates for an entry, then apply and write the best."""
         present, *others = choices(key, self._device)
         with self._using(key, present):
-            right = {id(phase.call): phase.right() for phase in phases}
+            expected = {id(phase.call): phase.expected() for phase in phases}
         self._compile(key, phases, others)
-        good = [present, *(c for c in others if self._passes(key, c, phases, right))]
-        right.clear()
+        good = [present, *(c for c in others if self._passes(key, c, phases, expected))]
+        expected.clear()
         ms = self._times(key, phases, good)
         best, noise = verdict(ms)
         at = sorted(map(str, phases))
@@ -55,7 +55,7 @@ class Tuner:
 
     @contextmanager
     def _using(self, key: Key, config: Any) -> Iterator[None]:
-        """Within, launches take ``config`` for this line."""
+        """Within the block, launches use ``config`` for this entry."""
         before = {key: self._lines[key]} if key in self._lines else {}
         self._lines[key] = config
         try:
@@ -66,44 +66,44 @@ class Tuner:
 
     def _compile(self, key: Key, phases: Sequence[Phase], tried: Sequence[Any]) -> None:
         def call(config: Any, phase: Phase) -> None:
-            with self._using(key, config), suppress(Exception):  # it fails again where it counts
+            with self._using(key, config), suppress(Exception):  # raised again in _passes
                 phase.run()
 
         compile_ahead(partial(call, config, phase) for config in tried for phase in phases)
 
     def _passes(
-        self, key: Key, config: Any, phases: Sequence[Phase], right: Mapping[int, Right]
+        self, key: Key, config: Any, phases: Sequence[Phase], expected: Mapping[int, Expected]
     ) -> bool:
-        """Whether a candidate is right; one that is not is written down and shown."""
+        """Whether a candidate's results are correct. If not, record it as rejected and show why."""
         why = self._table.why_not(key, config)
         if why is None:
             try:
                 with self._using(key, config):
                     for phase in phases:
-                        phase.check(right[id(phase.call)])
+                        phase.check(expected[id(phase.call)])
                 return True
-            except Exception as error:  # Triton, MLIR and ptxas share no class for what they refuse
+            except Exception as error:  # the errors of Triton, MLIR and ptxas share no class
                 lines = str(error).strip().splitlines()
                 why = ": ".join([type(error).__name__, *lines[:1]])
-                if not isinstance(error, torch.OutOfMemoryError):  # that may be different next time
+                if not isinstance(error, torch.OutOfMemoryError):  # may succeed next time
                     self._table.rejected.append((key, config, why))
                     self._table.write()
             self._check_device(config)
-        self._show(f"{name_of(key)}: {config} is left out: {why}")
+        self._show(f"{name_of(key)}: rejected {config}: {why}")
         return False
 
     def _check_device(self, config: Any) -> None:
-        """An illegal address leaves a process without its GPU."""
+        """Raise RuntimeError if the GPU is unusable, as after an illegal address."""
         try:
             synchronize(self._device)
         except RuntimeError as error:
             raise RuntimeError(
-                f"the GPU failed with {config}, which will be left out: tune again to go on"
+                f"the GPU failed with {config}, which is now rejected: tune again to continue"
             ) from error
 
     def _times(self, key: Key, phases: Sequence[Phase], good: Sequence[Any]) -> dict[int, float]:
-        """Milliseconds of all phases in a training step with each configuration, by its number; -1:
-        with the present one, a second time."""
+        """Milliseconds of all phases in a training step with each configuration, by its number; -1
+        is a second measurement of the current one, number 0."""
         total = dict.fromkeys(range(-1, len(good)), 0.0)
         for phase in phases:
             found: dict[int, list[float]] = {number: [] for number in total}
@@ -117,7 +117,7 @@ class Tuner:
         return total
 
     def once(self, phase: Phase) -> float:
-        """About how long a phase takes, in a training step."""
+        """A rough measurement of a phase's milliseconds in a training step."""
         phase.run()
         work = phase.prepared()
         self._occupy()
@@ -125,8 +125,8 @@ class Tuner:
 
 
 def verdict(ms: Mapping[int, float]) -> tuple[int, float]:
-    """The number of the best candidate, 0 for the present one, and the noise: how many times the
-    present one's two measurements, 0 and -1, differ. It wins by more than that and by 1%."""
+    """The number of the best candidate, and the noise: the ratio of the current configuration's two
+    measurements, 0 and -1. Another one wins only by more than the noise and by more than 1%."""
     noise = max(ms[-1], ms[0]) / min(ms[-1], ms[0])
     best = min((number for number in ms if number >= 0), key=ms.__getitem__)
     wins = ms[0] / ms[best] > max(noise, LEAST_GAIN)
@@ -143,28 +143,28 @@ def tune(
     show: Show = print,
     progress: Callable[..., None] = lambda fraction, text="": None,
 ) -> tuple[Table, int]:
-    """Choose the launch configurations for a model on this device, write them to its file, and use
-    them in this process from now on.
+    """Choose the launch configurations for a model on this device, write them to the device's file,
+    and use them in this process from now on.
 
     Args:
         work: the model.
         device: a CUDA GPU.
-        seconds: begin no further line after that.
-        only_missing: take a line that is in the file as it is; else only if it was measured with
-            the same shapes.
+        seconds: do not start on another entry after this time.
+        only_missing: keep all entries that are in the file; otherwise only those that were measured
+            with the same shapes.
         ops: as for ``GPT``.
-        show: gets a line of text for each candidate that is left out.
-        progress: ``progress(fraction, text)``.
+        show: called with a line of text for each rejected candidate.
+        progress: called as ``progress(fraction, text)``.
 
     Returns:
-        The table, with lines for other models if there are any, and how many lines of this model
-        are not decided yet.
+        The table, including entries for other models, and the number of entries of this model that
+        are still undecided.
 
     Raises:
         ValueError: ``seconds`` is negative, ``FASTGPT_TUNED`` is empty, or another process is
             tuning.
         OSError: the file cannot be written.
-        RuntimeError: a candidate made the GPU fail; what was decided is kept.
+        RuntimeError: a candidate made the GPU fail; earlier decisions are kept.
     """
     if not seconds >= 0:
         raise ValueError(f"seconds must be at least 0, got {seconds}")
@@ -184,18 +184,18 @@ def tune(
     ):
         table = Table.read(device)
         tuner = Tuner(table, show)
-        progress(None, "looking at the model")
+        progress(None, "analyzing the model")
         phases = [
             Phase(call, count, backward, ops)
             for call, count in calls_of(work, device, ops)
             for backward in ((False, True) if call.op != "adamw" else (False,))
         ]
         dropping = [phase for phase in phases if phase.drops and phase.backward]
-        compile_ahead([*(phase.run for phase in phases), *(phase.right for phase in dropping)])
+        compile_ahead([*(phase.run for phase in phases), *(phase.expected for phase in dropping)])
         times = {phase: tuner.once(phase) for phase in phases}
         done, too_large = 0, set[Key]()
         while True:
-            found = _left(table, phases, times, only_missing)
+            found = _undecided(table, phases, times, only_missing)
             left = [(key, at) for key, at in found if key not in too_large]
             if not left or time.monotonic() >= deadline:
                 break
@@ -207,21 +207,21 @@ def tune(
                 try:
                     line = tuner.decide(key, at)
                 except torch.OutOfMemoryError:
-                    show(f"{name_of(key)}: too little memory to measure it")
+                    show(f"{name_of(key)}: not enough memory to measure it")
                     too_large.add(key)
                     continue
                 if not same(line.config, choices(key, device)[0]):
-                    break  # other kernels may be launched now
+                    break  # the new configuration may launch other kernels
         if not left and str(work) not in table.workloads:
             table.workloads.append(str(work))
             table.write()
     return table, len(left)
 
 
-def _left(
+def _undecided(
     table: Table, phases: Sequence[Phase], times: Mapping[Phase, float], only_missing: bool
 ) -> list[tuple[Key, list[Phase]]]:
-    """The lines that are not decided, and the phases that ask for them: the most time first."""
+    """The undecided entries and the phases that look them up, those with the most time first."""
     asking: dict[Key, list[Phase]] = {}
     for phase in phases:
         for key in asked_by(phase):

@@ -1,4 +1,4 @@
-"""A model in training, and the calls of ops that it makes, with their tensors."""
+"""A model in training, and the op calls of its training step, with their tensors."""
 
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -16,15 +16,15 @@ from fastgpt.kernels import _host, reference
 from fastgpt.language_model import GPTConfig
 from fastgpt.model import GPT
 
-_DOCUMENT = 256  # tokens, where sequences hold several
-_MOST_PARAMETERS = 1 << 26  # in AdamW's update, whose time is proportional to them
+_DOCUMENT = 256  # tokens per document, with document_mask
+_MOST_PARAMETERS = 1 << 26  # in AdamW's update, whose time is proportional to their number
 
 
 @dataclass(frozen=True)
 class Workload:
-    """A model in training, on one GPU: its shape, and what else decides which kernels it needs.
+    """A model in training on one GPU: its shape and the options that determine its kernels.
 
-    Raises ValueError for a batch without sequences.
+    Raises ValueError for an empty batch.
     """
 
     config: GPTConfig
@@ -38,7 +38,7 @@ class Workload:
             raise ValueError(f"batch_size must be at least 1, got {self.batch_size}")
 
     def __str__(self) -> str:
-        """In one line, by which the table's file lists the workloads that are decided."""
+        """One line, by which the table's file identifies the workload."""
         shape = asdict(self.config)
         keys = {"batch_size": self.batch_size, "dtype": str(self.dtype).removeprefix("torch.")}
         keys |= {name: True for name in ("recompute", "document_mask") if getattr(self, name)}
@@ -47,7 +47,7 @@ class Workload:
 
 @dataclass(frozen=True, eq=False)
 class Call:
-    """One call of an op. Its tensors are leaves of their own, which want the same gradients."""
+    """One call of an op. Its tensors are detached leaves with the same ``requires_grad``."""
 
     op: str
     args: tuple[Any, ...]
@@ -61,12 +61,12 @@ class Call:
 
 
 def tensors_in(value: Any) -> list[Tensor]:
-    """Of arguments or of a result: those in tuples and dictionaries, too."""
+    """All tensors in arguments or results, including those in tuples and dictionaries."""
     return [x for x in tree_leaves(value) if isinstance(x, Tensor)]
 
 
 def mapped(change: Callable[[Tensor], Tensor], value: Any) -> Any:
-    """``value`` with every tensor in it changed."""
+    """``value`` with ``change`` applied to every tensor in it."""
     return tree_map_only(Tensor, change, value)
 
 
@@ -75,14 +75,14 @@ def _leaf(x: Tensor) -> Tensor:
 
 
 def _recording(ops: ModuleType, dtype: torch.dtype, calls: list[Call]) -> ModuleType:
-    """``ops``, whose calls are noted."""
+    """``ops``, recording every call in ``calls``."""
     recorder = ModuleType("recorder")
 
     def recorded(name: str) -> Callable[..., Any]:
         def call(*args: Any, **kwargs: Any) -> Any:
             drawn = kwargs.get("dropout_p", 0.0) > 0.0 and kwargs["seed"] is None
-            if drawn and name not in reference.OPS_OF_TENSOR_CORES:  # of ``fused_rows``
-                kwargs["seed"] = _host.dropout_seed(args[0].device)  # one mask in all calls
+            if drawn and name not in reference.OPS_OF_TENSOR_CORES:  # a kernel of ``fused_rows``
+                kwargs["seed"] = _host.dropout_seed(args[0].device)  # the same mask in all calls
             calls.append(Call(name, mapped(_leaf, args), mapped(_leaf, kwargs), dtype))
             return getattr(ops, name)(*args, **kwargs)
 
@@ -95,7 +95,7 @@ def _recording(ops: ModuleType, dtype: torch.dtype, calls: list[Call]) -> Module
 
 
 def _calls_with(n_layer: int, work: Workload, device: torch.device, ops: ModuleType) -> list[Call]:
-    """The calls of a forward pass of the model with ``n_layer`` layers."""
+    """The op calls of a forward pass of the model with ``n_layer`` layers."""
     calls: list[Call] = []
     config = replace(work.config, n_layer=n_layer)
     with device:
@@ -116,7 +116,7 @@ def _calls_with(n_layer: int, work: Workload, device: torch.device, ops: ModuleT
 def calls_of(
     work: Workload, device: torch.device, ops: ModuleType = default_ops
 ) -> list[tuple[Call, int]]:
-    """The calls of a training step that differ, and how often each is made."""
+    """The distinct op calls of a training step, and the number of times each is made."""
     with torch.device("meta"):
         n_parameters = sum(p.numel() for p in GPT(work.config).parameters())
     once = _calls_with(1, work, device, ops)

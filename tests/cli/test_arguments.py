@@ -131,9 +131,9 @@ def test_resume_goes_on_with_the_keys_of_the_checkpoint() -> None:
         (["train", "absent.py"], "there is no configuration file absent.py"),
         (
             ["train", "config/train_gpt2.py"],
-            "train_gpt2.py; a built-in one has the name train_gpt2",
+            "train_gpt2.py; there is a built-in one, train_gpt2",
         ),
-        (["train", "chars"], "a built-in one has the name char: fastgpt train char"),
+        (["train", "chars"], "there is a built-in one, char: fastgpt train char"),
         (["train", "folder"], "a configuration file is expected, but folder is a folder"),
         (["train", "--out_dir=file"], "out_dir must be a folder, but file is a file"),
         (["train", "--init_from=resume", "--out_dir=file"], "out_dir must be a folder, but file"),

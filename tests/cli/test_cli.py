@@ -123,7 +123,7 @@ def test_a_run_stopped_before_its_first_evaluation(
     assert cli.main(["sample", "--num_samples=1", "--max_new_tokens=5", "--start=1"]) == 0
     captured = capsys.readouterr()
     assert captured.err.startswith("note: out has no ckpt.pt")
-    assert captured.err.endswith("took out/iter-0000001.pt\n") and "took" not in captured.out
+    assert captured.err.endswith("using out/iter-0000001.pt\n") and "using" not in captured.out
     assert cli.main(["export", "--to=nanogpt"]) == 0
     assert "note: out has no ckpt.pt" in capsys.readouterr().out
     assert torch.load("out/nanogpt/ckpt.pt")["iter_num"] == 1

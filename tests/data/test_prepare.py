@@ -291,8 +291,8 @@ def test_memory_does_not_grow_with_the_input(
         ({"val_share": 1.0}, "val_share must lie between 0 and 1, got 1.0"),
         ({"shard_tokens": 0}, "shard_tokens must be at least 1, got 0"),
         ({"workers": 0}, "workers must be at least 1, got 0"),
-        ({"val_share": 1e-9}, "nothing fell to val: all 60 documents went to train"),
-        ({"val_share": 1 - 1e-9}, "nothing fell to train: all 60 documents went to val"),
+        ({"val_share": 1e-9}, "val would be empty: all 60 documents are in train"),
+        ({"val_share": 1 - 1e-9}, "train would be empty: all 60 documents are in val"),
     ],
 )
 def test_arguments_out_of_range(

@@ -135,7 +135,7 @@ def test_a_damaged_unfinished_one_is_noticed(
     with pytest.raises(KeyboardInterrupt):
         prepare(source, Stopping(30), tmp_path / "data", val_share=0.3, workers=1)
     (tmp_path / "data" / ".prepare" / "train_000000.bin").unlink()
-    with pytest.raises(ValueError, match=r"train_000000\.bin should have \d+ bytes and has not"):
+    with pytest.raises(ValueError, match=r"train_000000\.bin must have at least \d+ bytes"):
         prepare(source, Stopping(), tmp_path / "data", val_share=0.3)
     state = tmp_path / "data" / ".prepare" / "state.json"
     whole = json.loads(state.read_text())

@@ -190,7 +190,7 @@ def test_a_head_of_its_own_is_refused(folder: Path) -> None:
     path = folder / "model.safetensors"
     state = safetensors_torch.load_file(path)
     safetensors_torch.save_file({**state, "lm_head.weight": torch.zeros(300, 32)}, path)
-    with pytest.raises(ValueError, match="head lm_head.weight is not the token table"):
+    with pytest.raises(ValueError, match="lm_head.weight must equal transformer.wte.weight"):
         GPT.from_pretrained(str(folder))
 
 
@@ -244,7 +244,7 @@ def test_a_pickle_of_something_else(contents: Any, message: str, folder: Path) -
 def test_what_from_pretrained_refuses() -> None:
     with pytest.raises(ValueError, match="model_type must be one of gpt2, .*got 'gpt3'"):
         GPT.from_pretrained("gpt3")
-    with pytest.raises(ValueError, match="override_args may hold 'dropout' only, got block_size"):
+    with pytest.raises(ValueError, match="override_args may only .* got block_size"):
         GPT.from_pretrained("gpt2", {"dropout": 0.0, "block_size": 64})
     with pytest.raises(TypeError, match="expected str, bytes or os.PathLike object, not int"):
         GPT.from_pretrained(2)  # type: ignore[arg-type]

@@ -350,7 +350,7 @@ def test_crop_block_size():
     with pytest.raises(AssertionError, match="length 7, block size is only 6"):
         model(tokens(2, 7))
     for refused in (0, 7):
-        with pytest.raises(ValueError, match=f"block_size must .* present 6, got {refused}"):
+        with pytest.raises(ValueError, match=f"block_size must .* current 6, got {refused}"):
             model.crop_block_size(refused)
 
 

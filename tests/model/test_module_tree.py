@@ -359,12 +359,12 @@ def test_quantised_layers_are_called() -> None:
     torch.testing.assert_close(logits, exact, atol=0.1, rtol=0.1)
 
 
-def test_what_cannot_reach_a_layer_of_the_users_is_refused() -> None:
+def test_options_that_a_custom_layer_does_not_support_are_rejected() -> None:
     model = GPT(CONFIG, eot_token=0)
     replaced("attn", lambda old: OwnLayer())(model)
-    with pytest.raises(ValueError, match="eot_token must be None with a block or an attention of"):
+    with pytest.raises(ValueError, match="eot_token must be None with a custom block or attention"):
         model(*tokens())
     model = GPT(CONFIG, fp8="head")
     model.lm_head = LoRAWrapper(model.lm_head)  # type: ignore[assignment]
-    with pytest.raises(ValueError, match="fp8 must be 'none' with an lm_head of your own"):
+    with pytest.raises(ValueError, match="fp8 must be 'none' if lm_head is custom or has a bias"):
         model(*tokens())

@@ -167,7 +167,7 @@ def test_weights_that_cannot_write(hf_folder: Path, tmp_path: Path) -> None:
         written(tmp_path / "absent")
     tokenizer = hf_folder / "tokenizer.json"
     tokenizer.rename(tmp_path / "tokenizer.json")
-    message = "vocabulary of .* tokens, but beside it there is no tokenizer to say which: none of"
+    message = "vocabulary of .* tokens, but its folder has no tokenizer: none of"
     with pytest.raises(ValueError, match=message):
         written(hf_folder)
     for characters in ("7 ti", "".join(map(chr, range(100, 300)))):
@@ -221,7 +221,7 @@ def test_batches_and_lines(out_dir: Path, tmp_path: Path) -> None:
     assert [text[:4] for text in texts] == ["12 t"] * 3 + ["7 ti"] * 3
     assert [len(text) for text in texts] == [24] * 3 + [29] * 3 and len(set(texts)) > 4
     path.write_text("\n\n")
-    with pytest.raises(ValueError, match="must hold a line that is not empty"):
+    with pytest.raises(ValueError, match="must hold at least one non-empty line"):
         sampler(out_dir, start=f"FILE:{path}", lines=True)
 
 
@@ -265,7 +265,7 @@ def grown(text: str, stop: tuple[str, ...]) -> tuple[list[str], Any]:
     shown = []
     for byte in text.encode():
         row.add(byte)
-        shown.append(row.certain())
+        shown.append(row.final_text())
     return shown, row.completion()
 
 
@@ -354,7 +354,7 @@ def test_text_in_pieces_is_the_text_of_all_tokens(
         for end, token in enumerate(ids, start=1):
             row.add(token)
             expected = decode(prompt + ids[:end])[len(decode(prompt)) :]
-            assert expected.startswith(row.certain())
+            assert expected.startswith(row.final_text())
         assert row.completion().text == expected
         assert decoded < 10 * len(ids)
 

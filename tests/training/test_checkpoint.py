@@ -145,8 +145,8 @@ def test_a_checkpoint_with_wrong_contents_is_named(run: Trainer, tmp_path: Path)
         ({"model_args": None}, "must hold a dict under the key model_args, got NoneType"),
         ({"config": None}, "must hold a dict under the key config, got NoneType"),
         ({"model": {}}, "holds no model .*Missing key"),
-        ({"optimizer": {"state": {}, "param_groups": []}}, "holds no state to go on from"),
-        ({"fastgpt": {"data": {}}}, "holds no state to go on from"),
+        ({"optimizer": {"state": {}, "param_groups": []}}, "has no state to resume from"),
+        ({"fastgpt": {"data": {}}}, "has no state to resume from"),
     ]
     for change, message in changes:
         torch.save({**whole, **change}, path)

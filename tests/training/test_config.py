@@ -234,7 +234,7 @@ def test_a_name_by_the_time_as_nanogpt_gives_one(tmp_path: Path) -> None:
 def test_config_file_missing_or_no_text(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="no configuration file .*absent.py$"):
         read_config_file(tmp_path / "absent.py")
-    built_in = "config/eval_gpt2_xl.py; a built-in .*: fastgpt train eval_gpt2_xl$"
+    built_in = "config/eval_gpt2_xl.py; there is a built-in one, .*: fastgpt train eval_gpt2_xl$"
     with pytest.raises(FileNotFoundError, match=built_in):
         read_config_file("config/eval_gpt2_xl.py")
     path = tmp_path / "binary.py"

@@ -163,7 +163,7 @@ def test_a_killed_process_is_started_again_and_goes_on(
     (tmp_path / "out").rename(tmp_path / "whole")
 
     output = Forked(launched, command(keys)).finished()
-    assert "going on from" in output and "at iteration 20" in output
+    assert "resuming from" in output and "at iteration 20" in output
     after = state_of(tmp_path)
     assert after["iter_num"] == 41
     for key in ("model", "optimizer", "best_val_loss"):

@@ -141,5 +141,5 @@ def test_a_model_of_your_own_has_no_checkpoints(tmp_path):
     trainer = Trainer(run_config(tmp_path), quiet(), build=ladder.RUNGS["head"])
     trainer.run()
     assert isinstance(trainer.model, ladder.Stack) and not list((tmp_path / "out").glob("*.pt"))
-    with pytest.raises(ValueError, match="init_from must be scratch with a model of your own"):
+    with pytest.raises(ValueError, match="init_from must be scratch with a custom model"):
         Trainer(run_config(tmp_path, init_from="resume"), quiet(), build=ladder.RUNGS["head"])

@@ -65,7 +65,7 @@ def test_a_stop_at_any_iteration_is_seamless(tmp_path: Path, dtype: str) -> None
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
-def test_the_way_to_go_on_is_a_command(tmp_path: Path) -> None:
+def test_the_message_names_the_command_to_resume(tmp_path: Path) -> None:
     out, out_dir = io.StringIO(), str(tmp_path / "my run")
     console = Console(file=out, width=300)
     with interrupted(Trainer, 1), pytest.raises(KeyboardInterrupt):
@@ -108,10 +108,10 @@ def test_resuming_on_other_data_of_the_same_characters(tmp_path: Path, of_nanogp
     prepared(TEXT)
     trained(tmp_path)
     folder = prepared(TEXT[::-1])
-    with pytest.raises(ValueError, match="0021.pt was trained on other data than .*small holds"):
+    with pytest.raises(ValueError, match="0021.pt was trained on other data than .*small has"):
         Trainer(small_config(tmp_path, init_from="resume"), quiet())
 
-    folder.rename(tmp_path / "other")  # what the message suggests
+    folder.rename(tmp_path / "other")  # as the message suggests
     out = io.StringIO()
     keys: dict[str, Any] = dict(dataset="other", init_from="resume", max_iters=30)
     trainer = Trainer(small_config(tmp_path, **keys), Console(file=out, width=300))

@@ -106,7 +106,7 @@ def test_another_models_shards_are_refused(tmp_path: Path, state: dict[str, Any]
     folder = tmp_path / "iter-0000004"
     sharded_checkpoint.save(state, folder, ALONE)
     for other in (GPTConfig(8, 32, 2, 2, 8), GPTConfig(8, 32, 1, 2, 16)):
-        with pytest.raises(ValueError, match="iter-0000004 holds no state to go on from: .*"):
+        with pytest.raises(ValueError, match="iter-0000004 has no state to resume from: .*"):
             sharded_checkpoint.load_into(GPT(other), {}, folder)
 
 

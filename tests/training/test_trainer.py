@@ -212,8 +212,8 @@ def test_ignored_targets_change_no_weight(
         return x, torch.full_like(y, -1)
 
     monkeypatch.setattr(Batches, "next", ignored)
-    trainer.iter_num = 1  # the loss is read next at iteration 3
-    with pytest.raises(FloatingPointError, match="every target of a batch is ignored.*none yet"):
+    trainer.iter_num = 1  # the next look at the loss is at iteration 3
+    with pytest.raises(FloatingPointError, match="all targets of a batch are ignored.*none yet"):
         trainer.run()
     assert_same(dict(trainer.model.state_dict()), before)
     assert not list((tmp_path / "out").glob("*.pt"))
@@ -313,7 +313,7 @@ def test_what_a_run_refuses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         Trainer(small_config(tmp_path, init_from="resume"))
     tokenizer = tmp_path / "small" / "meta.pkl"
     tokenizer.write_bytes(CharTokenizer(dict(enumerate("ab"))).file_bytes)
-    with pytest.raises(ValueError, match="meta.pkl must be the tokenizer .* but is another"):
+    with pytest.raises(ValueError, match="meta.pkl must be the tokenizer .* is a different one"):
         Trainer(small_config(tmp_path))
     tokenizer.unlink()
     with pytest.raises(ValueError, match="meta.pkl must be the tokenizer .* but is missing"):

@@ -29,8 +29,8 @@ def on_no_gpu(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
 
 def trust(monkeypatch: pytest.MonkeyPatch) -> None:
     """Skip the check of candidates' results."""
-    monkeypatch.setattr(Phase, "right", lambda phase: None)
-    monkeypatch.setattr(Phase, "check", lambda phase, right: None)
+    monkeypatch.setattr(Phase, "expected", lambda phase: None)
+    monkeypatch.setattr(Phase, "check", lambda phase, expected: None)
 
 
 def clock(monkeypatch: pytest.MonkeyPatch, cost: Callable[[Key, Any], float]) -> list[Key]:

@@ -95,10 +95,10 @@ def test_what_the_other_process_says_of_a_failure(
 @pytest.mark.parametrize(
     ("end", "said"),
     [
-        (ended(1, "OutOfMemoryError: 3 GiB"), "not tuned, training goes on: OutOfMemoryError"),
-        (ended(-11), "not tuned, training goes on: exit code -11"),
-        (subprocess.TimeoutExpired("x", 60), "stopped after 60 s"),
-        (OSError("no memory"), "not tuned, training goes on: no memory"),
+        (ended(1, "OutOfMemoryError: 3 GiB"), "not tuned, training continues: OutOfMemoryError"),
+        (ended(-11), "not tuned, training continues: exit code -11"),
+        (subprocess.TimeoutExpired("x", 60), "stopped tuning after 60 s"),
+        (OSError("no memory"), "not tuned, training continues: no memory"),
     ],
 )
 def test_training_goes_on(end: Any, said: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -139,7 +139,7 @@ def test_the_other_process_starts_from_any_folder(
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")
     why = "ValueError: device must be one that this machine has (cpu), got 'cuda:0'"
-    assert str(said[1]).startswith(f"not tuned, training goes on: {why}")
+    assert str(said[1]).startswith(f"not tuned, training continues: {why}")
 
 
 def test_when_a_run_tunes(monkeypatch: pytest.MonkeyPatch) -> None:

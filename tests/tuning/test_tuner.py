@@ -162,10 +162,10 @@ def test_a_wrong_candidate_is_left_out_however_fast(
         assert table.lines[key].config == choices(key, CPU)[0]
         assert [config for _, config, _ in table.rejected] == [wrong, broken]
         first, second = shown
-        assert first.startswith(f"layer_norm fwd 32: {wrong} is left out: AssertionError: ")
+        assert first.startswith(f"layer_norm fwd 32: rejected {wrong}: AssertionError: ")
         assert f"{wrong_in} errs by" in first and "allowed are" in first
-        assert second.startswith(f"layer_norm fwd 32: {broken} is left out: ")
-        del table.lines[key]  # so it is measured again
+        assert second.startswith(f"layer_norm fwd 32: rejected {broken}: ")
+        del table.lines[key]  # so that it is measured again
         table.write()
         monkeypatch.setattr(Phase, "check", lambda *_: None)
 
@@ -185,7 +185,7 @@ def test_a_rounding_that_falls_the_other_way(share: float, right: bool) -> None:
     ops.adamw = adamw  # type: ignore[attr-defined]
     phase = Phase(call, 1, False, ops)
     with nullcontext() if right else pytest.raises(AssertionError, match="result 1 errs by"):
-        phase.check(phase.right())
+        phase.check(phase.expected())
 
 
 # ------------------------------------------------------------------------------ choices
