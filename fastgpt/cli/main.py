@@ -7,7 +7,7 @@ import operator
 import os
 import shlex
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Annotated, Any
 
@@ -83,40 +83,41 @@ _COMMANDS: dict[str, tuple[type, Callable[[Any, Console, Console], int | None]]]
 }
 
 
-@contextlib.contextmanager
-def _unchecked() -> Iterator[None]:
-    """Commands are built without ``__post_init__``, whose errors tyro would show in a box."""
-    owners = {owner for options, _ in _COMMANDS.values() for owner in options.__mro__}
-    checks = [(c, vars(c)["__post_init__"]) for c in owners if "__post_init__" in vars(c)]
-    for owner, _ in checks:
-        setattr(owner, "__post_init__", lambda self: None)  # noqa: B010
-    try:
-        yield
-    finally:
-        for owner, check in checks:
-            setattr(owner, "__post_init__", check)  # noqa: B010
+def _unchecked(options: Any) -> type:
+    """``options`` without its checks, whose errors tyro would show in a box."""
+    if not hasattr(options, "__post_init__"):
+        return options
+
+    class Unchecked(options):  # written out: tyro reads the source of every class for its help
+        __doc__ = options.__doc__
+
+        def __post_init__(self) -> None:
+            pass
+
+    return Unchecked
 
 
 def _parse(argv: list[str], defaults: Train) -> Any:
-    """An instance of one of the classes of ``_COMMANDS``, whose values are not checked yet."""
+    """An instance of one of the classes of ``_COMMANDS``. Raises ValueError or TypeError for values
+    that its class refuses; the keys of ``Train`` are not checked yet."""
     if argv[:2] == ["translate", "train"]:
         argv = ["translate train", *argv[2:]]
     commands: list[Any] = []
     for name, (options, _) in _COMMANDS.items():
         default: dict[str, Any] = {"default": defaults} if options is Train else {}
-        commands.append(Annotated[options, tyro.conf.subcommand(name, **default)])
+        commands.append(Annotated[_unchecked(options), tyro.conf.subcommand(name, **default)])
     union: Any = functools.reduce(operator.or_, commands)
     args = normalized(argv, {name: options for name, (options, _) in _COMMANDS.items()})
-    with _unchecked():
-        return tyro.cli(
-            union,
-            prog="fastgpt",
-            description="Train GPT-2-class models and sample from them. --version shows the "
-            "version.",
-            args=args,
-            use_underscores=True,
-            config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagConversionOff),
-        )
+    found = tyro.cli(
+        union,
+        prog="fastgpt",
+        description="Train GPT-2-class models and sample from them. --version shows the version.",
+        args=args,
+        use_underscores=True,
+        config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagConversionOff),
+    )
+    (options,) = [options for options, _ in _COMMANDS.values() if isinstance(found, options)]
+    return options(**vars(found))
 
 
 def _train_config(argv: list[str], first: Train, console: Console) -> TrainConfig:
@@ -197,8 +198,6 @@ def main(argv: list[str] | None = None) -> int:
         (run,) = [run for options, run in _COMMANDS.values() if type(command) is options]
         if isinstance(command, Train):
             command = _train_config(argv, command, console)
-        elif hasattr(command, "__post_init__"):
-            command.__post_init__()
         return run(command, console, errors) or 0
     except (
         ValueError,

@@ -305,6 +305,13 @@ def check_limits(config: Any, **limits: tuple[float, float]) -> None:
         raise ValueError(f"{key} must {allowed}, got {value}")
 
 
+class Limited:
+    """A dataclass that refuses what is outside of ``LIMITS``."""
+
+    def __post_init__(self) -> None:
+        check_limits(self)
+
+
 def _check_types(config: TrainConfig | SampleConfig) -> None:
     for key, value in vars(config).copy().items():
         object.__setattr__(config, key, typed(type(config), key, value))

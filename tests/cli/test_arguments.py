@@ -226,7 +226,7 @@ import sys, torch
 before = set(sys.modules)
 from fastgpt.__main__ import main
 main(["--version"])
-for argv in ["--help"], ["plot", "--help"], ["train", "--help"]:
+for argv in ["--help"], ["plot", "--help"], ["sample", "--help"], ["train", "--help"]:
     try: main(argv)
     except SystemExit as stopped: assert stopped.code == 0
 print("modules:", *set(sys.modules) - before)
@@ -236,7 +236,7 @@ print("modules:", *set(sys.modules) - before)
     shown = subprocess.run(command, capture_output=True, text=True, cwd=root, check=True).stdout
     modules = set(shown.rpartition("modules:")[2].split())
     assert shown.startswith(f"fastgpt {fastgpt.__version__}\n") and "fastgpt.model" in modules
-    words = "CONFIG.py", "--preset", "--learning_rate", "model options", "--wandb_log"
+    words = "CONFIG.py", "--learning_rate", "Number of samples", "model options", "--wandb_log"
     assert all(word in shown for word in ("usage: fastgpt", *words))
     heavy = """matplotlib wandb tensorboard transformers huggingface_hub tokenizers tiktoken
         datasets pyarrow sentencepiece safetensors triton sympy torch._dynamo torch._inductor
