@@ -21,7 +21,8 @@ def parsed_json(text: str | bytes) -> Any:
 
 @contextlib.contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """A failure to write in the with block, such as a full disk, is an OSError that names ``path``.
+    """A failure to write in the with block, such as a full disk, is an OSError that names ``path``,
+    also where ``_temporary(path)`` was to be written.
 
     A write to an open file raises OSError without a path. PyTorch's zip writer then raises a
     RuntimeError of its own over that, or not, by how much of the file was buffered.
@@ -32,9 +33,15 @@ def writing(path: Path) -> Iterator[None]:
         cause: BaseException | None = error
         while cause is not None and not isinstance(cause, OSError):
             cause = cause.__context__
-        if cause is None or cause.errno is None or cause.filename is not None:
+        if cause is None or cause.errno is None:
+            raise
+        if cause.filename not in (None, str(_temporary(path))):
             raise
         raise OSError(cause.errno, os.strerror(cause.errno), str(path)) from error
+
+
+def _temporary(path: Path) -> Path:
+    return path.with_name(f".{path.name}.tmp")
 
 
 @contextlib.contextmanager
@@ -44,7 +51,7 @@ def atomic_write(path: Path) -> Iterator[IO[bytes]]:
 
     Raises OSError as ``writing`` does.
     """
-    temporary = path.with_name(f".{path.name}.tmp")
+    temporary = _temporary(path)
     with writing(path):
         try:
             with open(temporary, "wb") as file:
