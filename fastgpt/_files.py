@@ -19,6 +19,13 @@ def parsed_json(text: str | bytes) -> Any:
         raise ValueError(str(error)) from None
 
 
+def without_errno(error: BaseException) -> str:
+    """An error in words: one of the system as cause and path, as far as they are known."""
+    if not isinstance(error, OSError) or error.strerror is None:
+        return str(error)
+    return error.strerror if error.filename is None else f"{error.strerror}: {error.filename}"
+
+
 @contextlib.contextmanager
 def writing(path: Path) -> Iterator[None]:
     """A failure to write in the with block, such as a full disk, is an OSError that names ``path``,

@@ -16,6 +16,7 @@ import tyro
 from rich.console import Console
 
 import fastgpt
+from fastgpt._files import without_errno
 from fastgpt._progress import escape_unprintable
 from fastgpt.assistant.reward import RewardConfig, RewardTraining
 from fastgpt.assistant.rl import ReinforcementLearning, RLConfig
@@ -161,15 +162,11 @@ def _export(config: ExportConfig, console: Console) -> None:
         console.print(f"note: {note}")
 
 
-def _without_errno(error: BaseException) -> str:
-    """An error of the system as cause and path, as far as they are known."""
-    if not isinstance(error, OSError) or error.strerror is None:
-        return str(error)
-    path = error.filename
-    if path is None and error.errno in _OF_WRITING:  # every file's failure names it
-        path = "stdout"
+def _in_words(error: BaseException) -> str:
+    if isinstance(error, OSError) and error.filename is None and error.errno in _OF_WRITING:
+        error.filename = "stdout"  # every file's failure names it
         _drop_stdout()
-    return error.strerror if path is None else f"{error.strerror}: {path}"
+    return without_errno(error)
 
 
 def _drop_stdout() -> None:
@@ -209,10 +206,10 @@ def main(argv: list[str] | None = None) -> int:
         PermissionError,
         ImportError,
     ) as error:
-        errors.print(f"error: {_without_errno(error)}", style="bold red")
+        errors.print(f"error: {_in_words(error)}", style="bold red")
         return 2
     except (FloatingPointError, OSError, torch.OutOfMemoryError) as error:
-        errors.print(f"error: {_without_errno(error)}", style="bold red")
+        errors.print(f"error: {_in_words(error)}", style="bold red")
         return 1
     except (MemoryError, RuntimeError) as error:
         # PyTorch's errors of the CPU's memory have no class of their own.
