@@ -168,5 +168,5 @@ def is_path(source: str) -> bool:
         "/" in source
         or os.sep in source
         or source.endswith(".safetensors")
-        or Path(source).exists()
+        or (source != "" and Path(source).exists())
     )

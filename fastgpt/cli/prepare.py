@@ -136,6 +136,8 @@ def run_prepare(command: Prepare, console: Console) -> None:
         )
     if command.hf_dataset is None and (command.hf_config or command.hf_split):
         raise ValueError("--hf_config and --hf_split need --hf_dataset")
+    if command.hf_dataset == "":
+        raise ValueError("hf_dataset must be the name of a data set, got ''")
     out_dir = command.out_dir or _default_out_dir(command)
     check_folder(out_dir)  # before anything is downloaded
     source = _source(command)
