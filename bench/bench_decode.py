@@ -196,7 +196,7 @@ def main(argv: list[str] | None = None) -> int:
         if options.out is not None and options.out.exists():
             raise FileExistsError(f"out must not exist yet, but {options.out} does")
         if options.out is not None:
-            options.out.parent.mkdir(parents=True, exist_ok=True)
+            cli.made_folder(options.out.parent, "out must lie in a folder")
         record = measure(options)
     except cli.USER_ERRORS as error:
         return cli.failed(error)

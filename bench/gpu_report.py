@@ -199,9 +199,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             f"--out must be a folder without a report, but {folder / 'report.json'} exists"
         )
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        cli.made_folder(folder)
     except OSError as error:
-        return cli.failed(f"--out={folder}: {error}")
+        return cli.failed(error)
     # Treat signals like Ctrl-C: end the running part and report that it was interrupted.
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.default_int_handler)

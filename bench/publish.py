@@ -9,7 +9,6 @@ short table of the run closest to 32 sequences to the README. Only results measu
 are published.
 """
 
-import json
 import os
 import sys
 from collections.abc import Iterator, Sequence
@@ -22,6 +21,7 @@ if __name__ == "__main__":  # Python looks for modules in the folder of the scri
 from bench._harness import cli, machine
 from bench._step import report
 from bench._step.pictures import PICTURES
+from fastgpt._files import parsed_json
 
 BEGIN = "<!-- results: written by bench/publish.py -->"
 END = "<!-- results: end -->"
@@ -67,12 +67,21 @@ def read(results: Path) -> Runs:
 
 def _run(path: Path) -> dict[str, Any]:
     try:
-        run = json.loads(path.read_text())
+        run = parsed_json(path.read_text())
     except ValueError as error:
         raise ValueError(f"{path} is no JSON: {error}") from None
     missing = [key for key in _KEYS if not isinstance(run, dict) or key not in run]
     if missing:
         raise ValueError(f"{path} is no record of bench/run.py: it has no {', '.join(missing)}")
+    try:
+        _check(path, run)
+        report.markdown(run), report.notes(run), *_facts(run)
+    except (LookupError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} is no record of bench/run.py: {cli.failure_of(error)}") from error
+    return run
+
+
+def _check(path: Path, run: dict[str, Any]) -> None:
     if run["machine"]["device"] != "cuda":
         raise ValueError(f"{path} must be measured on a CUDA GPU, got {run['machine']['device']}")
     if not run["complete"]:
@@ -80,7 +89,6 @@ def _run(path: Path) -> dict[str, Any]:
     expected = f"run-b{run['options']['batch_size']}"
     if path.stem.split("-", 2)[:2] != expected.split("-"):
         raise ValueError(f"{path} must be called {expected}.json, after its batch size")
-    return run
 
 
 def text(found: Runs, base: Path) -> str:
@@ -173,7 +181,7 @@ def main(argv: Sequence[str] = ()) -> int:
     cli.Parser(description=description).parse_args(argv)
     try:
         written = publish(RESULTS, README, PAGE)
-    except (ValueError, ModuleNotFoundError) as error:
+    except cli.USER_ERRORS as error:
         return cli.failed(error)
     for path in written:
         print(f"wrote {path}")

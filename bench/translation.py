@@ -11,6 +11,7 @@ distributions ship in ``/usr/share/locale/de/LC_MESSAGES``. Held-out pairs give 
 
 import gettext
 import math
+import struct
 import sys
 import time
 from pathlib import Path
@@ -150,7 +151,10 @@ def messages(folder: Path) -> Pairs:
     found: dict[str, str] = {}
     for path in sorted(folder.glob("*.mo")):
         with path.open("rb") as file:
-            catalog = gettext.GNUTranslations(file)._catalog  # type: ignore[attr-defined]
+            try:
+                catalog = gettext.GNUTranslations(file)._catalog  # type: ignore[attr-defined]
+            except (OSError, ValueError, struct.error):
+                raise ValueError(f"catalogs: {path} is damaged, or no file of gettext's") from None
         for key, text in catalog.items():
             source = key[0] if isinstance(key, tuple) else key  # of a plural
             source, target = source.rpartition("\x04")[2].strip(), text.strip()
@@ -175,6 +179,8 @@ def main(argv: list[str] | None = None) -> None:
         if not options.catalogs.is_dir():
             raise NotADirectoryError(f"catalogs must be a folder, got {options.catalogs}")
         pairs = messages(options.catalogs)
+        if not pairs:
+            raise ValueError(f"catalogs must hold .mo files with texts, got {options.catalogs}")
         with atomic_write(options.pairs) as file:
             file.writelines(f"{a}\t{b}\n".encode() for a, b in pairs)
         print(f"wrote {len(pairs)} pairs to {options.pairs}")

@@ -19,9 +19,17 @@ def parsed_json(text: str | bytes) -> Any:
         raise ValueError(str(error)) from None
 
 
+def without_errno(error: BaseException) -> str:
+    """The message of an error; for a system error its cause and path, without errno."""
+    if not isinstance(error, OSError) or error.strerror is None:
+        return str(error)
+    return error.strerror if error.filename is None else f"{error.strerror}: {error.filename}"
+
+
 @contextlib.contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Within the block, raise write errors, such as a full disk, as an OSError that names ``path``.
+    """Within the block, raise write errors, such as a full disk, as an OSError that names ``path``,
+    also if the temporary file of ``atomic_write`` could not be written.
 
     A write to an open file raises OSError without a path. Depending on how much is buffered,
     PyTorch's zip writer raises its own RuntimeError on top.
@@ -32,9 +40,15 @@ def writing(path: Path) -> Iterator[None]:
         cause: BaseException | None = error
         while cause is not None and not isinstance(cause, OSError):
             cause = cause.__context__
-        if cause is None or cause.errno is None or cause.filename is not None:
+        if cause is None or cause.errno is None:
+            raise
+        if cause.filename not in (None, str(_temporary(path))):
             raise
         raise OSError(cause.errno, os.strerror(cause.errno), str(path)) from error
+
+
+def _temporary(path: Path) -> Path:
+    return path.with_name(f".{path.name}.tmp")
 
 
 @contextlib.contextmanager
@@ -44,7 +58,7 @@ def atomic_write(path: Path) -> Iterator[IO[bytes]]:
 
     Raises OSError like ``writing``.
     """
-    temporary = path.with_name(f".{path.name}.tmp")
+    temporary = _temporary(path)
     with writing(path):
         try:
             with open(temporary, "wb") as file:
@@ -154,5 +168,5 @@ def is_path(source: str) -> bool:
         "/" in source
         or os.sep in source
         or source.endswith(".safetensors")
-        or Path(source).exists()
+        or (source != "" and Path(source).exists())
     )

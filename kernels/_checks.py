@@ -29,13 +29,23 @@ def _of_dtype(name: str, tensor: Any, *dtypes: torch.dtype) -> None:
 
 
 def _within(name: str, number: Any, least: float, most: float, must: str, *excluded: float) -> None:
-    """``must``: lie within, in words; ``excluded``: those of the limits that do not."""
+    """``must``: lie within, in words; ``excluded``: those of the limits that do not. An integer
+    ``least`` asks for an integer."""
+    whole = type(least) is int
     try:
-        if least <= number <= most and all([number != limit for limit in excluded]):
+        if whole and isinstance(number, float):
+            raise TypeError
+        if least <= number <= most and number not in excluded:
             return
     except TypeError:
-        raise TypeError(f"{name} must be a number, got {number!r}") from None
+        kind = "an integer" if whole else "a number"
+        raise TypeError(f"{name} must be {kind}, got {number!r}") from None
     raise ValueError(f"{name} must {must}, got {number}")
+
+
+def _flag(name: str, value: Any) -> None:
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False, got {value!r}")
 
 
 def floating(**tensors: Tensor) -> None:
@@ -146,6 +156,7 @@ def attention(
     key_lengths: Tensor | None,
 ) -> None:
     floating(q=q, k=k, v=v)
+    _flag("causal", causal)
     for name, tensor in (("q", q), ("k", k), ("v", v)):
         if tensor.dim() != 4:
             raise ValueError(f"{name} must have shape (B, H, T, D), got {tuple(tensor.shape)}")
@@ -192,6 +203,7 @@ def qkvpacked(
     floating(qkv=qkv)
     if qkv.dim() != 3:
         raise ValueError(f"qkv must have shape (B, T, 3C), got {tuple(qkv.shape)}")
+    _flag("causal", causal)
     _within("n_head", n_head, 1, math.inf, "be at least 1")
     batch, length, width = qkv.shape
     if width == 0 or width % (3 * n_head):
@@ -365,6 +377,7 @@ def linear_cross_entropy(
     fp8: bool,
 ) -> None:
     linear(x, weight, None)
+    _flag("fp8", fp8)
     if fp8 and (0 in weight.shape or any(size % 16 for size in weight.shape)):
         raise ValueError(  # rows of 8-bit matrices begin at multiples of 16 bytes
             f"both sizes of weight must be multiples of 16 with fp8=True, got {tuple(weight.shape)}"

@@ -108,7 +108,9 @@ def notice_of_damage(device: torch.device) -> Iterator[None]:
     """Within, a file that cannot be used is ignored with a warning."""
     try:
         yield
-    except (ValueError, TypeError, LookupError, AttributeError, OSError) as error:
+    except OSError as error:  # what is in the way stays there
+        warnings.warn(f"{error.filename} is ignored: {error.strerror}", stacklevel=2)
+    except (ValueError, TypeError, LookupError, AttributeError) as error:
         warnings.warn(
             f"{path_of(device)} is ignored ({error}): fastgpt tune makes a new one", stacklevel=2
         )

@@ -140,7 +140,7 @@ def test_a_command(
 def test_the_commands_are_found() -> None:
     shown = {command for _, command in COMMANDS}
     assert {"fastgpt doctor", "pytest", "python bench/run.py", 'pip install -e ".[test]"'} <= shown
-    with pytest.raises(SystemExit):
+    with pytest.raises(ValueError, match="unknown option --no_such_key"):
         _fastgpt(["train", "--no_such_key=1"])
 
 

@@ -20,15 +20,7 @@ T = TypeVar("T")
 _SIZES, _SEEDS = (1, 2**24), (0, 2**63)  # the second limit is exclusive
 
 # Errors that a user can cause: one line on stderr and the exit code 2.
-USER_ERRORS = (
-    ValueError,
-    FileNotFoundError,
-    FileExistsError,
-    IsADirectoryError,
-    NotADirectoryError,
-    PermissionError,
-    ModuleNotFoundError,
-)
+USER_ERRORS = ValueError, OSError, ModuleNotFoundError
 
 
 def options(default: T, argv: Sequence[str] | None) -> T:
@@ -145,6 +137,15 @@ def plain_table(title: str, left: Sequence[str], right: Sequence[str]) -> Table:
     return out
 
 
+def made_folder(folder: Path, rule: str = "out must be a folder") -> Path:
+    """Make ``folder``. Raises NotADirectoryError where a file is in the way."""
+    from fastgpt._files import check_folder  # late: a program's --help needs no PyTorch
+
+    check_folder(folder, rule)
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
 def results_folder(out: Path, name: str) -> Path:
     """Create ``out`` for name.json and name.png, before anything is computed.
 
@@ -152,14 +153,10 @@ def results_folder(out: Path, name: str) -> Path:
     NotADirectoryError if ``out`` is a file."""
     if importlib.util.find_spec("matplotlib") is None:
         raise ModuleNotFoundError('the chart needs matplotlib: pip install -e ".[bench]"')
-    from fastgpt._files import check_folder  # late: bench/gpu_report.py needs no PyTorch
-
-    check_folder(out, "out must be a folder")
     for path in _results(out, name):
         if path.exists():
             raise FileExistsError(f"out must be a folder without results, but {path} exists")
-    out.mkdir(parents=True, exist_ok=True)
-    return out
+    return made_folder(out)
 
 
 def write_results(

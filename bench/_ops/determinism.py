@@ -1,21 +1,21 @@
-"""Parts of ``gpu_report.py``. With FOLDER: checks that repeated ops are bitwise equal and writes
-FOLDER/determinism.json. Without: runs every op once on small shapes, for compute-sanitizer.
+"""Parts of ``gpu_report.py``. With OUT: checks that repeated ops are bitwise equal and writes
+OUT/determinism.json. Without: runs every op once on small shapes, for compute-sanitizer.
 
-    python -m bench._ops.determinism FOLDER
+    python -m bench._ops.determinism OUT
     python -m bench._ops.determinism
 """
 
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from bench._harness.cli import failure_of, write_json
+from bench._harness import cli
 from bench._ops.op_bench import (
     DEVICE,
     Op,
@@ -60,10 +60,10 @@ def determinism(
             found[op.name] = {"repeats": repeats, "different": _different(run, repeats)}
         except Exception as error:  # whatever it is, the other ops are still run
             traceback.print_exc()
-            found[op.name] = {"repeats": 0, "different": failure_of(error)}
+            found[op.name] = {"repeats": 0, "different": cli.failure_of(error)}
         found[op.name]["seconds"] = round(time.monotonic() - start, 1)
         print(op.name, found[op.name])
-        write_json(folder / "determinism.json", found)
+        cli.write_json(folder / "determinism.json", found)
     return int(any(one["different"] for one in found.values()))
 
 
@@ -85,5 +85,16 @@ def small(cases: Cases | None = None) -> int:
     return 0
 
 
+def main(argv: Sequence[str] | None = None) -> int:
+    """The exit code: 0, 1 where an op differs or fails, or 2 for a wrong argument."""
+    parser = cli.Parser(description="Whether repeating an op gives the same bits.")
+    parser.add_argument("out", nargs="?", type=Path, help="folder for determinism.json")
+    out = parser.parse_args(argv).out
+    try:
+        return small() if out is None else determinism(cli.made_folder(out))
+    except OSError as error:
+        return cli.failed(error)
+
+
 if __name__ == "__main__":
-    sys.exit(determinism(Path(sys.argv[1])) if len(sys.argv) > 1 else small())
+    sys.exit(main())

@@ -1,10 +1,9 @@
-"""Profile of a training step, by kernel in FOLDER/profile.json and by kind of work in
-FOLDER/profile.png: a part of ``gpu_report.py``.
+"""Profile of a training step, by kernel in OUT/profile.json and by kind of work in
+OUT/profile.png: a part of ``gpu_report.py``.
 
-    python -m bench._step.profile FOLDER
+    python -m bench._step.profile OUT
 """
 
-import argparse
 import sys
 import tempfile
 import traceback
@@ -18,8 +17,8 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity
 from torch.profiler import profile as profiler
 
+from bench._harness import cli
 from bench._harness.bars import stacked_bars
-from bench._harness.cli import failure_of, write_json
 from bench._harness.timing import spread
 from bench._step.variants import VARIANTS, Options, Plan, Training, default_options, tf32
 from fastgpt.data.builtin_texts import prepare_builtin
@@ -64,8 +63,8 @@ def profile(folder: Path, options: Options | None = None) -> int:
                 found["variants"][name] = _profiled(Training(VARIANTS[name], plan))
             except Exception as error:  # whatever it is, the others are still profiled
                 traceback.print_exc()
-                found["variants"][name] = {"failure": failure_of(error)}
-            write_json(folder / "profile.json", found)
+                found["variants"][name] = {"failure": cli.failure_of(error)}
+            cli.write_json(folder / "profile.json", found)
     with suppress(ModuleNotFoundError):  # matplotlib: the figures are there without it
         chart(found, folder / "profile.png")
     return int(any("failure" in one for one in found["variants"].values()))
@@ -124,10 +123,13 @@ def _profiled(training: Training) -> dict[str, Any]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description="The time of a training step by kernel.")
-    parser.add_argument("folder", type=Path, help="where profile.json and profile.png go")
-    folder: Path = parser.parse_args(argv).folder
-    folder.mkdir(parents=True, exist_ok=True)
+    """The exit code: that of ``profile``, or 2 for a wrong argument."""
+    parser = cli.Parser(description="The time of a training step by kernel.")
+    parser.add_argument("out", type=Path, help="folder for profile.json and profile.png")
+    try:
+        folder = cli.made_folder(parser.parse_args(argv).out)
+    except OSError as error:
+        return cli.failed(error)
     return profile(folder)
 
 

@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
+from fastgpt._files import check_folder
 from fastgpt._progress import AnyConsole
 from fastgpt.data.file_formats import naming, read_json_lines
 from fastgpt.model import GPT
@@ -75,6 +76,7 @@ def loaded(folder: str, key: str) -> tuple[ckpt.Checkpoint, ChatTokenizer, Path]
     """
     if not Path(folder).exists():
         raise FileNotFoundError(f"{key} must be the folder of a run, but there is no {folder}")
+    check_folder(Path(folder), f"{key} must be the folder of a run")
     path, _ = checkpoint_folder.for_sampling(Path(folder))
     checkpoint = ckpt.load(path)
     tokenizer = ckpt.tokenizer_of(checkpoint, path)

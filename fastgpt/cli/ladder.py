@@ -19,11 +19,11 @@ from fastgpt.data import builtin_texts
 from fastgpt.data.manifest import Manifest
 from fastgpt.data.prepare import characters_of, prepare
 from fastgpt.data.sources import source_of
-from fastgpt.training.config import check_limits
+from fastgpt.training.config import Limited
 
 
 @dataclass(frozen=True, kw_only=True)
-class LadderConfig:
+class LadderConfig(Limited):
     """Climb from a bigram table to GPT: train each rung on the same batches and compare.
 
     About five minutes on one CPU core. The last rung, scaled, is the preset char: it is for a GPU,
@@ -45,9 +45,6 @@ class LadderConfig:
     seed: int = 1337
     # cuda, cuda:N, cpu, mps, or auto (cuda where there is one, else cpu).
     device: str = "auto"
-
-    def __post_init__(self) -> None:
-        check_limits(self)
 
 
 def run_ladder(config: LadderConfig, console: Console, progress: Console) -> None:

@@ -7,7 +7,7 @@ import operator
 import os
 import shlex
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Annotated, Any
 
@@ -16,6 +16,7 @@ import tyro
 from rich.console import Console
 
 import fastgpt
+from fastgpt._files import without_errno
 from fastgpt._progress import escape_unprintable
 from fastgpt.assistant.reward import RewardConfig, RewardTraining
 from fastgpt.assistant.rl import ReinforcementLearning, RLConfig
@@ -83,40 +84,41 @@ _COMMANDS: dict[str, tuple[type, Callable[[Any, Console, Console], int | None]]]
 }
 
 
-@contextlib.contextmanager
-def _unchecked() -> Iterator[None]:
-    """Commands are built without ``__post_init__``, whose errors tyro would show in a box."""
-    owners = {owner for options, _ in _COMMANDS.values() for owner in options.__mro__}
-    checks = [(c, vars(c)["__post_init__"]) for c in owners if "__post_init__" in vars(c)]
-    for owner, _ in checks:
-        setattr(owner, "__post_init__", lambda self: None)  # noqa: B010
-    try:
-        yield
-    finally:
-        for owner, check in checks:
-            setattr(owner, "__post_init__", check)  # noqa: B010
+def _unchecked(options: Any) -> type:
+    """``options`` without its checks, whose errors tyro would show in a box."""
+    if not hasattr(options, "__post_init__"):
+        return options
+
+    class Unchecked(options):  # written out: tyro reads the source of every class for its help
+        __doc__ = options.__doc__
+
+        def __post_init__(self) -> None:
+            pass
+
+    return Unchecked
 
 
 def _parse(argv: list[str], defaults: Train) -> Any:
-    """An instance of one of the classes of ``_COMMANDS``, whose values are not checked yet."""
+    """An instance of one of the classes of ``_COMMANDS``. Raises ValueError or TypeError for values
+    that its class refuses; the keys of ``Train`` are not checked yet."""
     if argv[:2] == ["translate", "train"]:
         argv = ["translate train", *argv[2:]]
     commands: list[Any] = []
     for name, (options, _) in _COMMANDS.items():
         default: dict[str, Any] = {"default": defaults} if options is Train else {}
-        commands.append(Annotated[options, tyro.conf.subcommand(name, **default)])
+        commands.append(Annotated[_unchecked(options), tyro.conf.subcommand(name, **default)])
     union: Any = functools.reduce(operator.or_, commands)
     args = normalized(argv, {name: options for name, (options, _) in _COMMANDS.items()})
-    with _unchecked():
-        return tyro.cli(
-            union,
-            prog="fastgpt",
-            description="Train GPT-2-class models and sample from them. --version shows the "
-            "version.",
-            args=args,
-            use_underscores=True,
-            config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagConversionOff),
-        )
+    found = tyro.cli(
+        union,
+        prog="fastgpt",
+        description="Train GPT-2-class models and sample from them. --version shows the version.",
+        args=args,
+        use_underscores=True,
+        config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagConversionOff),
+    )
+    (options,) = [options for options, _ in _COMMANDS.values() if isinstance(found, options)]
+    return options(**vars(found))
 
 
 def _train_config(argv: list[str], first: Train, console: Console) -> TrainConfig:
@@ -160,15 +162,11 @@ def _export(config: ExportConfig, console: Console) -> None:
         console.print(f"note: {note}")
 
 
-def _without_errno(error: BaseException) -> str:
-    """An error of the system as cause and path, as far as they are known."""
-    if not isinstance(error, OSError) or error.strerror is None:
-        return str(error)
-    path = error.filename
-    if path is None and error.errno in _OF_WRITING:  # every file's failure names it
-        path = "stdout"
+def _in_words(error: BaseException) -> str:
+    if isinstance(error, OSError) and error.filename is None and error.errno in _OF_WRITING:
+        error.filename = "stdout"  # every file's failure names it
         _drop_stdout()
-    return error.strerror if path is None else f"{error.strerror}: {path}"
+    return without_errno(error)
 
 
 def _drop_stdout() -> None:
@@ -197,8 +195,6 @@ def main(argv: list[str] | None = None) -> int:
         (run,) = [run for options, run in _COMMANDS.values() if type(command) is options]
         if isinstance(command, Train):
             command = _train_config(argv, command, console)
-        elif hasattr(command, "__post_init__"):
-            command.__post_init__()
         return run(command, console, errors) or 0
     except (
         ValueError,
@@ -210,10 +206,10 @@ def main(argv: list[str] | None = None) -> int:
         PermissionError,
         ImportError,
     ) as error:
-        errors.print(f"error: {_without_errno(error)}", style="bold red")
+        errors.print(f"error: {_in_words(error)}", style="bold red")
         return 2
     except (FloatingPointError, OSError, torch.OutOfMemoryError) as error:
-        errors.print(f"error: {_without_errno(error)}", style="bold red")
+        errors.print(f"error: {_in_words(error)}", style="bold red")
         return 1
     except (MemoryError, RuntimeError) as error:
         # PyTorch's errors of the CPU's memory have no class of their own.

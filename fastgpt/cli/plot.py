@@ -56,6 +56,8 @@ def plot(config: PlotConfig) -> Path:
         raise ValueError("folders must name at least one run, got none")
     one = config.folders[0] if len(config.folders) == 1 else Path()
     output = config.output or one / _CURVES
+    for folder in config.folders:
+        check_folder(folder, "folders must be those of runs")
     check_picture(output)
     figure = draw({str(folder): _rows(folder) for folder in config.folders})
     output.parent.mkdir(parents=True, exist_ok=True)

@@ -24,7 +24,7 @@ from fastgpt.data.prepare import (
 from fastgpt.data.sources import DatasetSource, Source, TextSource, source_of
 from fastgpt.tokenizer import ChatTokenizer, Tokenizer, tokenizer_from
 from fastgpt.tokenizer.training import train_tokenizer
-from fastgpt.training.config import check_limits
+from fastgpt.training.config import Limited
 
 BUILTIN = "builtin"
 _SHAKESPEARE = "shakespeare_char"
@@ -37,7 +37,7 @@ def shown(metavar: str | None, default: str) -> Any:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Prepare:
+class Prepare(Limited):
     """Make a data set from texts.
 
     By default at character level, in nanoGPT's format. Inputs of any size are read as a stream and
@@ -98,12 +98,9 @@ class Prepare:
     # Threads that encode.
     workers: Annotated[int | None, shown("N", "one for each core")] = None
 
-    def __post_init__(self) -> None:
-        check_limits(self)
-
 
 @dataclass(frozen=True, kw_only=True)
-class TrainTokenizer:
+class TrainTokenizer(Limited):
     """Learn a tokenizer from texts: fastgpt tokenizer train --input PATH --out_dir DIR.
 
     Then use it: fastgpt prepare --tokenizer DIR --input PATH.
@@ -122,9 +119,6 @@ class TrainTokenizer:
     # The key of a JSON line, or column of a row, that holds the text.
     text_key: Annotated[str, tyro.conf.arg(metavar="KEY")] = "text"
 
-    def __post_init__(self) -> None:
-        check_limits(self)
-
 
 def run_prepare(command: Prepare, console: Console) -> None:
     """Prepare a data set and print what was made."""
@@ -142,6 +136,8 @@ def run_prepare(command: Prepare, console: Console) -> None:
         )
     if command.hf_dataset is None and (command.hf_config or command.hf_split):
         raise ValueError("--hf_config and --hf_split need --hf_dataset")
+    if command.hf_dataset == "":
+        raise ValueError("hf_dataset must be the name of a data set, got ''")
     out_dir = command.out_dir or _default_out_dir(command)
     check_folder(out_dir)  # before anything is downloaded
     source = _source(command)

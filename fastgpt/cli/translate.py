@@ -10,7 +10,7 @@ from rich.console import Console
 
 from fastgpt._optional import optional
 from fastgpt.cli.prepare import shown
-from fastgpt.training.config import Dtype, check_limits
+from fastgpt.training.config import Dtype, Limited
 from fastgpt.translation.config import TranslationConfig
 from fastgpt.translation.pairs import read_lines, read_tsv, read_two_files
 from fastgpt.translation.trainer import TranslationTrainer
@@ -30,7 +30,7 @@ _SHOWN = 3  # translations at the end of a training run
 
 
 @dataclass(frozen=True, kw_only=True)
-class Translate:
+class Translate(Limited):
     """Translate texts: fastgpt translate --model DIR "text".
 
     Or the lines of a file, and with a reference for each the scores: BLEU and chrF (they need
@@ -55,9 +55,6 @@ class Translate:
     device: str = "auto"
     # auto is bfloat16 on a GPU that has it, float16 on an older one, float32 elsewhere.
     dtype: Dtype = "auto"
-
-    def __post_init__(self) -> None:
-        check_limits(self)
 
 
 def run_translate(command: Translate, console: Console) -> None:

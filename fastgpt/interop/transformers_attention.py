@@ -202,7 +202,7 @@ def attention(
         )
     if is_causal is None:
         is_causal = getattr(module, "is_causal", True)
-    causal = n_queries > 1 and (bool(short) or is_causal)
+    causal = bool(n_queries > 1 and (short or is_causal))
     if causal and not short:  # a static cache is empty after the first n_queries keys
         key, value = key[:, :, :n_queries], value[:, :, :n_queries]
     out = ops.attention(query, key, value, causal=causal, scale=scaling, dropout_p=dropout, **short)

@@ -256,7 +256,7 @@ class SampleConfig:
 
 _COUNTS = (
     "eval_interval log_interval eval_iters keep_last gradient_accumulation_steps batch_size "
-    "block_size n_layer n_head n_embd num_samples max_new_tokens top_k vocab_size max_length "
+    "block_size n_layer n_head n_embd num_samples max_new_tokens top_k max_length "
     "held_out batch_tokens shard_tokens workers eval_prompts beam"
 )
 _NOT_NEGATIVE = "learning_rate weight_decay grad_clip min_lr temperature kl_weight max_kl seconds"
@@ -268,6 +268,7 @@ LIMITS: dict[str, tuple[float, float]] = {
     **dict.fromkeys(_COUNTS.split(), COUNT),
     **dict.fromkeys(("max_iters", "warmup_iters", "lr_decay_iters"), COUNT_OR_0),
     **dict.fromkeys(_NOT_NEGATIVE.split(), (0, math.inf)),
+    "vocab_size": (1, 2**24),  # a trainer of tokenizers allocates as many at once
     "seed": (0, 2**63 - 1),
     "dropout": (0, 0.999),
     "beta1": (0, 0.999999),
@@ -303,6 +304,13 @@ def check_limits(config: Any, **limits: tuple[float, float]) -> None:
         elif high == _LARGEST and value < low:
             allowed = f"be at least {low}"
         raise ValueError(f"{key} must {allowed}, got {value}")
+
+
+class Limited:
+    """A dataclass that refuses what is outside of ``LIMITS``."""
+
+    def __post_init__(self) -> None:
+        check_limits(self)
 
 
 def _check_types(config: TrainConfig | SampleConfig) -> None:

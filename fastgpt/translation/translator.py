@@ -7,6 +7,7 @@ translator(["twenty-one"])           # ["einundzwanzig"]
 from collections.abc import Sequence
 from pathlib import Path
 
+from fastgpt._files import check_folder
 from fastgpt._optional import optional
 from fastgpt._progress import progress_bar
 from fastgpt.data.batches import padded
@@ -54,6 +55,7 @@ class Translator:
 
     def __init__(self, folder: str | Path, device: str = "auto", dtype: str = "auto") -> None:
         folder = Path(folder)
+        check_folder(folder, "the model must be a folder")
         path = next((p for p in (folder / ckpt.BEST, folder / LAST) if p.is_file()), None)
         if path is None:
             raise FileNotFoundError(

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
+from fastgpt._files import without_errno
 from fastgpt._progress import progress_bar
 from fastgpt.devices import resolve_device
 from fastgpt.language_model import GPTConfig
@@ -28,7 +29,7 @@ def main(argv: Sequence[str]) -> int:
                 progress=progress,
             )
     except (ValueError, OSError, RuntimeError) as error:  # including PyTorch's
-        print(f"{type(error).__name__}: {str(error).strip().splitlines()[0]}")
+        print(f"{type(error).__name__}: {without_errno(error).strip().splitlines()[0]}")
         return 1
     print(summary(table, left))
     return 0

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 import fastgpt
+from fastgpt._files import without_errno
 from fastgpt.kernels import configs, tuned_table
 from fastgpt.tuning.table import Table
 from fastgpt.tuning.workload import Workload
@@ -51,7 +52,7 @@ def tune_before_training(
     except subprocess.TimeoutExpired:
         say(f"stopped tuning after {SECONDS} s; the next run tunes the rest")
     except OSError as error:
-        say(f"not tuned, training continues: {error}")
+        say(f"not tuned, training continues: {without_errno(error)}")
     else:
         said = run.stdout.strip().splitlines() or [f"exit code {run.returncode}"]
         say(said[-1] if run.returncode == 0 else f"not tuned, training continues: {said[-1]}")

@@ -10,12 +10,14 @@ import pytest
 
 from bench import attention_map, bench_decode, gpu_report, roofline, run, scaling, translation
 from bench._harness import cli
-from bench._step import variants
+from bench._ops import determinism
+from bench._step import profile, variants
 from tests.bench.test_bench import TINY
 from tests.tools.small_runs import data_set
 
+HERE = Path(__file__).parent
 RUN, ROOFLINE, SCALING, REPORT = run.main, roofline.main, scaling.main, gpu_report.main
-DECODE = bench_decode.main
+DECODE, PROFILE, DETERMINISM = bench_decode.main, profile.main, determinism.main
 MAP, TRANSLATION = (partial(cli.exit_of, p.main) for p in (attention_map, translation))
 
 
@@ -29,6 +31,11 @@ MAP, TRANSLATION = (partial(cli.exit_of, p.main) for p in (attention_map, transl
         (RUN, "--steps=16777216", "steps must be below 16777216, got 16777216"),
         (RUN, "--seed=-1", "seed must be at least 0, got -1"),
         (DECODE, "--prompt=0", "prompt must be at least 1, got 0"),
+        (DECODE, f"--out={__file__}/x", f"out must lie in a folder, but {__file__} is a file"),
+        (PROFILE, "", "the following arguments are required: out"),
+        (PROFILE, __file__, f"out must be a folder, but {__file__} is a file"),
+        (DETERMINISM, f"{__file__}/x", f"out must be a folder, but {__file__} is a file"),
+        (REPORT, f"--out={__file__}", f"out must be a folder, but {__file__} is a file"),
         (RUN, "--n_head=3", "n_embd must be a multiple of n_head"),
         (RUN, "--batch_size=0", "batch_size must"),
         (RUN, "--vocab_size=20", "ids must lie below vocab_size=20"),
@@ -58,6 +65,12 @@ MAP, TRANSLATION = (partial(cli.exit_of, p.main) for p in (attention_map, transl
         (TRANSLATION, "--pairs=absent --beam=0", "beam must be at least 1, got 0"),
         (TRANSLATION, "--pairs=absent --max_iters=0", "max_iters must be at least 1, got 0"),
         (TRANSLATION, "--pairs=absent --catalogs=absent", "catalogs must be a folder, got absent"),
+        (
+            TRANSLATION,
+            f"--pairs=x --catalogs={HERE}",
+            f"catalogs must hold .mo files with texts, got {HERE}",
+        ),
+        (TRANSLATION, f"--pairs={'x' * 300}", "File name too long: xxx"),
         (MAP, "--model=absent --text=a", "there is no model absent/ckpt.pt"),
         (REPORT, "--only=nothing", "argument --only: invalid choice: 'nothing'"),
     ],
@@ -67,8 +80,10 @@ def test_refused_arguments(
     arguments: str,
     message: str,
     tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
     small = [*TINY, f"--out={tmp_path / 'out'}"] if program is RUN else []
     try:
         code = program([*small, *arguments.split()])

@@ -131,10 +131,9 @@ def test_a_report_that_is_told_to_end_leaves_nothing_running(tmp_path: Path, num
     child = "import os, pathlib, sys, time; pathlib.Path(sys.argv[1], 'pid').write_text("
     child += "f'{os.getpid()} .'); time.sleep(600)"
     code = f"""
-import sys
-from types import SimpleNamespace
+import sys, torch
 from bench import gpu_report
-sys.modules["torch"] = SimpleNamespace(cuda=SimpleNamespace(device_count=lambda: 1))
+torch.cuda.device_count = lambda: 1
 command = (sys.executable, "-c", {child!r}, "{{out}}")
 gpu_report.parts = lambda: [gpu_report.Part(name, command, 1.0) for name in ("first", "second")]
 gpu_report.main(["--out", {str(tmp_path)!r}])

@@ -184,9 +184,10 @@ def test_a_run_without_float32(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"machine": {"device": "cpu"}}, "must be measured on a CUDA GPU, got cpu"),
         ({"complete": False}, "must be complete, but was cut off"),
         ({"sdpa": ...}, "run-b4.json is no record of bench/run.py: it has no sdpa"),
+        ({"variants": [1]}, "run-b4.json is no record of bench/run.py: AttributeError"),
         ({"options": {"batch_size": 8}}, "must be called run-b8.json, after its batch size"),
     ],
-    ids=["cpu", "incomplete", "record", "name"],
+    ids=["cpu", "incomplete", "record", "shape", "name"],
 )
 def test_what_cannot_be_published(tmp_path: Path, change: dict[str, Any], message: str) -> None:
     results, *texts = written(tmp_path, made_up(4))
@@ -229,3 +230,6 @@ def test_the_command(
     assert publish.main() == 2
     assert "README.md must have one line" in capsys.readouterr().err
     assert readme.read_text() == "no markers\n"
+    readme.unlink()
+    assert publish.main() == 2
+    assert capsys.readouterr().err == f"error: No such file or directory: {readme}\n"

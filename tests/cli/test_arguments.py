@@ -14,6 +14,7 @@ import torch
 import fastgpt
 from fastgpt.cli import main as cli
 from fastgpt.cli.arguments import normalized
+from fastgpt.cli.ladder import LadderConfig
 from fastgpt.training.config import SampleConfig, TrainConfig
 from fastgpt.training.presets import PRESETS
 from fastgpt.translation.config import TranslationConfig
@@ -110,6 +111,9 @@ def test_both_forms_of_a_boolean(argv: list[str], value: bool) -> None:
 def test_values_that_look_like_options() -> None:
     argv = ["sample", "--start", "top_k=3", "--stop", "--json", "--json"]
     assert normalized(argv, {"sample": SampleConfig}) == [*argv[:-1], "--json=True"]
+    argv = ["ladder", "--rungs", "bigram", "heads", "--json", "--rungs"]
+    expected = LadderConfig(json=True)  # the last --rungs has none
+    assert cli._parse(argv, cli.Train()) == expected
     argv = ["translate", "train", "numbers", "--learning_rate=None", "--seed", "1_337"]
     assert cli._parse(argv, cli.Train()) == TranslationConfig(task="numbers")
 
@@ -151,6 +155,28 @@ def test_resume_goes_on_with_the_keys_of_the_checkpoint() -> None:
         (["train", "--resume"], "did you mean --init_from=resume?"),
         (["train", "dataset=shake"], "dataset=shake needs two dashes in front: --dataset=shake"),
         (["sample", "--json", "top_k=3"], "top_k=3 needs two dashes in front: --top_k=3"),
+        (["sample", "-top-k=3"], "-top-k=3 needs two dashes in front: --top-k=3"),
+        (["train", "--n-layr=2"], "unknown option --n_layr: did you mean --n_layer?"),
+        (["train", "--modl", "gpt"], "unknown option --modl: did you mean --model?"),
+        (["doctor", "--verbose"], "unknown option --verbose; --help shows the options"),
+        (["train", "--config_fil=x.py"], "unknown option --config_fil; --help shows the options"),
+        (["train", "--batch_size"], "--batch_size needs a value"),
+        (["train", "--compile=yes"], "compile must be True or False, got 'yes'"),
+        (["export", "--to", "gguf"], "to must be one of hf, safetensors, nanogpt, got 'gguf'"),
+        (["train", "--dtype=half"], "dtype must be one of auto, float32, bfloat16, float16, got"),
+        (["prepare", "--input="], "input must be a path, got ''"),
+        (["prepare", "--hf_dataset="], "hf_dataset must be the name of a data set, got ''"),
+        (["train", "--init_from="], "init_from must be one of scratch, resume, gpt2"),
+        (["plot", "file"], "folders must be those of runs, but file is a file"),
+        (["translate", "a", "--model=file"], "the model must be a folder, but file is a file"),
+        (
+            ["reward", "--init_from=file", "--dataset=file"],
+            "init_from must be the folder of a run, but file is a file",
+        ),
+        (
+            ["tokenizer", "train", "--input=file", "--out_dir=x", "--vocab_size=20_000_000"],
+            "vocab_size must lie between 1 and 16777216, got 20000000",
+        ),
         (["trian"], "unknown command 'trian'; did you mean 'train'?"),
         (
             ["x"],
@@ -205,8 +231,6 @@ def test_a_cpu_without_memory_is_one_line(refused: Callable[..., str]) -> None:
     ("argv", "message"),
     [
         ([], "prepare"),
-        (["train", "--n_layr=2"], "--n_layer"),
-        (["train", "--compile=yes"], "invalid choice 'yes'"),
         (["train", "--preset=huge"], "huge"),
     ],
 )
@@ -226,7 +250,7 @@ import sys, torch
 before = set(sys.modules)
 from fastgpt.__main__ import main
 main(["--version"])
-for argv in ["--help"], ["plot", "--help"], ["train", "--help"]:
+for argv in ["--help"], ["plot", "--help"], ["sample", "--help"], ["train", "--help"]:
     try: main(argv)
     except SystemExit as stopped: assert stopped.code == 0
 print("modules:", *set(sys.modules) - before)
@@ -236,7 +260,7 @@ print("modules:", *set(sys.modules) - before)
     shown = subprocess.run(command, capture_output=True, text=True, cwd=root, check=True).stdout
     modules = set(shown.rpartition("modules:")[2].split())
     assert shown.startswith(f"fastgpt {fastgpt.__version__}\n") and "fastgpt.model" in modules
-    words = "CONFIG.py", "--preset", "--learning_rate", "model options", "--wandb_log"
+    words = "CONFIG.py", "--learning_rate", "Number of samples", "model options", "--wandb_log"
     assert all(word in shown for word in ("usage: fastgpt", *words))
     heavy = """matplotlib wandb tensorboard transformers huggingface_hub tokenizers tiktoken
         datasets pyarrow sentencepiece safetensors triton sympy torch._dynamo torch._inductor

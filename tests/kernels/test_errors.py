@@ -78,10 +78,15 @@ def test_what_a_tensor_must_be(module: ModuleType, op: str) -> None:
             getattr(module, op)(**{**CASES[op].valid, name: value})
 
 
-_NO_NUMBERS: dict[Any, list[tuple[Any, str]]] = {
+_WRONG_VALUES: dict[Any, list[tuple[Any, str]]] = {
     float: [(None, "a number, got None"), ("0.1", "a number, got '0.1'")],
     float | None: [("0.1", "a number, got '0.1'")],
-    int: [(None, "a number, got None"), ("1", "a number, got '1'")],
+    int: [
+        (None, "an integer, got None"),
+        ("1", "an integer, got '1'"),
+        (2.0, "an integer, got 2.0"),
+    ],
+    bool: [("no", "True or False, got 'no'"), (None, "True or False, got None")],
     tuple[float, float]: [
         (None, "two numbers, got None"),
         ((0.9,), r"two numbers, got \(0.9,\)"),
@@ -92,9 +97,9 @@ _NO_NUMBERS: dict[Any, list[tuple[Any, str]]] = {
 
 @every_module
 @every_op
-def test_what_must_be_a_number(module: ModuleType, op: str) -> None:
+def test_what_must_be_a_number_or_a_flag(module: ModuleType, op: str) -> None:
     for name, kind in kinds(op).items():
-        for value, must in _NO_NUMBERS.get(kind, ()):
+        for value, must in _WRONG_VALUES.get(kind, ()):
             with pytest.raises(TypeError, match=rf"^{name}(\[0\])? must be {must}$"):
                 getattr(module, op)(**{**CASES[op].valid, name: value})
 

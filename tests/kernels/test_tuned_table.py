@@ -118,9 +118,12 @@ DAMAGES: dict[str, Callable[[Path], object]] = {
 def test_a_file_that_cannot_be_used_is_ignored_with_one_notice(damage: str) -> None:
     path = write()
     DAMAGES[damage](path)
-    with pytest.warns(UserWarning, match="is ignored .*fastgpt tune makes a new one") as notices:
+    said = "is ignored .*: fastgpt tune makes a new one"
+    if damage == "a folder":
+        said = "is ignored: Is a directory"
+    with pytest.warns(UserWarning, match=f"^{path} {said}$") as notices:
         assert configs.read_tuned(CPU) == {}
-    assert len(notices) == 1 and str(path) in str(notices[0].message)
+    assert len(notices) == 1
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert configs.find(torch.empty(1, dtype=BF16), "gelu", "fwd") == Elementwise(1024, 4)

@@ -107,6 +107,17 @@ def test_a_crash_while_saving_leaves_the_old_file(
     assert [p.name for p in tmp_path.iterdir()] == ["some.pt"]
 
 
+@pytest.mark.parametrize("name", ["folder", "absent/ckpt.pt", "file/ckpt.pt"])
+def test_a_path_that_cannot_be_written_is_named(tmp_path: Path, name: str) -> None:
+    """And not the temporary file beside it."""
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError) as failed:
+        ckpt.save({}, tmp_path / name)
+    assert failed.value.filename == str(tmp_path / name)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "folder"]
+
+
 def test_damaged_and_foreign_files_are_named(run: Trainer) -> None:
     path = run.out_dir / "ckpt.pt"
     whole = path.read_bytes()

@@ -99,6 +99,7 @@ def test_what_the_other_process_says_of_a_failure(
         (ended(-11), "not tuned, training continues: exit code -11"),
         (subprocess.TimeoutExpired("x", 60), "stopped tuning after 60 s"),
         (OSError("no memory"), "not tuned, training continues: no memory"),
+        (OSError(12, "no memory", "python"), "not tuned, training continues: no memory: python"),
     ],
 )
 def test_training_goes_on(end: Any, said: str, monkeypatch: pytest.MonkeyPatch) -> None:
