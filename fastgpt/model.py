@@ -82,6 +82,13 @@ def _keeps_to_documents(block: Any) -> bool:
     return is_plain(block, Block) and is_plain(block.attn, CausalSelfAttention)
 
 
+def _dropout_rate(module: nn.Module) -> float:
+    """Of this layer alone, which a user may have changed."""
+    if isinstance(module, CausalSelfAttention):
+        return module.dropout
+    return module.p if isinstance(module, nn.Dropout) else 0.0
+
+
 class GPT(LanguageModel):
     """GPT-2 (Radford et al. 2019): token and position embeddings, ``n_layer`` pre-LayerNorm
     blocks, a final LayerNorm, and a head tied to the token embedding.
@@ -224,7 +231,7 @@ class GPT(LanguageModel):
         norms = [block.ln_1 if own else None for block, own in zip(blocks, ours, strict=True)]
         x = None  # the norm of residual, where the block before has computed it
         for block, own, next_norm, attend in zip(
-            blocks, ours, [*norms[1:], trunk.ln_f], attends, strict=True
+            blocks, ours, [*norms, trunk.ln_f][1:], attends, strict=True
         ):
             if own:
                 x = block.ln_1(residual) if x is None else x
@@ -254,7 +261,8 @@ class GPT(LanguageModel):
         )
 
     def _caches(self) -> bool:
-        drops = self.config.dropout > 0.0 and any(module.training for module in self.modules())
+        training = [module for module in self.modules() if module.training]
+        drops = training and max(self.config.dropout, *map(_dropout_rate, training)) > 0.0
         blocks: list[Any] = list(self.transformer.h)
         # What takes the place of an MLP may look at other tokens than the one that is new.
         token_wise = all(_keeps_to_documents(b) and is_plain(b.mlp, MLP) for b in blocks)
