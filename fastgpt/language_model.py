@@ -240,12 +240,13 @@ class LanguageModel(Trainable):
         self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
     ) -> Any:
         """As ``nn.Module.load_state_dict``; also takes what a compiled model saved (keys with the
-        prefix ``_orig_mod.``) and old files that hold the causal mask.
+        prefix ``_orig_mod.``) and old files that hold a causal mask which the model has not.
         """
+        own = self.state_dict().keys()
         weights = {
-            name.removeprefix("_orig_mod."): tensor
-            for name, tensor in state_dict.items()
-            if not name.endswith((".attn.bias", ".attn.masked_bias"))
+            name: tensor
+            for name, tensor in ((k.removeprefix("_orig_mod."), v) for k, v in state_dict.items())
+            if name in own or not name.endswith((".attn.bias", ".attn.masked_bias"))
         }
         return super().load_state_dict(weights, strict=strict, assign=assign)
 
