@@ -226,6 +226,7 @@ CHANGES: dict[str, Change] = {
     "own attention": replaced("attn", lambda old: OwnLayer()),
     "own MLP": replaced("mlp", lambda old: OwnLayer()),
     "own block": _own_block,
+    "no block": lambda model: setattr(model.transformer, "h", nn.ModuleList()),
     "block = Sequential": replaced("h.0", lambda old: nn.Sequential(nn.Linear(32, 32), nn.Tanh())),
     "bias on lm_head": lambda model: setattr(
         model.lm_head, "bias", nn.Parameter(torch.linspace(-9.0, 9.0, 48))
