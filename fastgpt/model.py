@@ -210,7 +210,7 @@ class GPT(LanguageModel):
         """Token plus position, dropped: (B, T, C)."""
         wte, wpe, drop = self.transformer.wte, self.transformer.wpe, self.transformer.drop
         doc_start, plain_drop = context.doc_start, is_plain(drop, nn.Dropout)
-        if _is_table(wte) and _is_table(wpe):
+        if _is_table(wte) and _is_table(wpe) and wte.weight.dtype == wpe.weight.dtype:
             drops = context.dropout.arguments(drop, drop.p) if plain_drop else {}
             x = self._embedding(idx, wte.weight, wpe.weight, doc_start=doc_start, **drops)
             return x if plain_drop else drop(x)
