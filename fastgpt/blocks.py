@@ -233,7 +233,8 @@ class MLP(nn.Module):
         plain_fc, plain_gelu = is_plain(c_fc, nn.Linear), is_plain(gelu, nn.GELU)
         # Not for T = 1: decoding has few rows, and the matmul with the GELU epilogue has tiles of
         # 128 rows.
-        if x.shape[-2] > 1 and plain_fc and plain_gelu and is_plain(c_proj, nn.Linear):
+        together = x.shape[-2] > 1 and plain_fc and plain_gelu and is_plain(c_proj, nn.Linear)
+        if together and c_fc.weight.dtype == c_proj.weight.dtype:
             y = self._mlp(
                 x,
                 c_fc.weight,

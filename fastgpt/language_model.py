@@ -240,12 +240,13 @@ class LanguageModel(Trainable):
         self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
     ) -> Any:
         """Like ``nn.Module.load_state_dict``, but also accepts the state of a compiled model (keys
-        with the prefix ``_orig_mod.``) and old files that contain the causal mask.
+        with the prefix ``_orig_mod.``) and old files with a causal mask that the model does not have.
         """
+        own = self.state_dict().keys()
         weights = {
-            name.removeprefix("_orig_mod."): tensor
-            for name, tensor in state_dict.items()
-            if not name.endswith((".attn.bias", ".attn.masked_bias"))
+            name: tensor
+            for name, tensor in ((k.removeprefix("_orig_mod."), v) for k, v in state_dict.items())
+            if name in own or not name.endswith((".attn.bias", ".attn.masked_bias"))
         }
         return super().load_state_dict(weights, strict=strict, assign=assign)
 

@@ -80,6 +80,13 @@ def _has_plain_attention(block: Any) -> bool:
     return is_plain(block, Block) and is_plain(block.attn, CausalSelfAttention)
 
 
+def _dropout_rate(module: nn.Module) -> float:
+    """Of this layer alone, which a user may have changed."""
+    if isinstance(module, CausalSelfAttention):
+        return module.dropout
+    return module.p if isinstance(module, nn.Dropout) else 0.0
+
+
 class GPT(LanguageModel):
     """GPT-2 (Radford et al. 2019): token and position embeddings, ``n_layer`` pre-LayerNorm
     blocks, a final LayerNorm, and a head tied to the token embedding.
@@ -202,7 +209,11 @@ class GPT(LanguageModel):
         """Dropout of token plus position embedding: (B, T, C)."""
         wte, wpe, drop = self.transformer.wte, self.transformer.wpe, self.transformer.drop
         doc_start, plain_drop = context.doc_start, is_plain(drop, nn.Dropout)
-        if _is_plain_embedding(wte) and _is_plain_embedding(wpe):
+        if (
+            _is_plain_embedding(wte)
+            and _is_plain_embedding(wpe)
+            and wte.weight.dtype == wpe.weight.dtype
+        ):
             drops = context.dropout.arguments(drop, drop.p) if plain_drop else {}
             x = self._embedding(idx, wte.weight, wpe.weight, doc_start=doc_start, **drops)
             return x if plain_drop else drop(x)
@@ -223,7 +234,7 @@ class GPT(LanguageModel):
         norms = [block.ln_1 if own else None for block, own in zip(blocks, ours, strict=True)]
         x = None  # ln_1(residual), if the previous block has computed it
         for block, own, next_norm, attend in zip(
-            blocks, ours, [*norms[1:], trunk.ln_f], attends, strict=True
+            blocks, ours, [*norms, trunk.ln_f][1:], attends, strict=True
         ):
             if own:
                 x = block.ln_1(residual) if x is None else x
@@ -252,7 +263,8 @@ class GPT(LanguageModel):
         )
 
     def _caches(self) -> bool:
-        drops = self.config.dropout > 0.0 and any(module.training for module in self.modules())
+        training = [module for module in self.modules() if module.training]
+        drops = training and max(self.config.dropout, *map(_dropout_rate, training)) > 0.0
         blocks: list[Any] = list(self.transformer.h)
         # A custom layer in place of the MLP may depend on other tokens than the new one.
         token_wise = all(_has_plain_attention(b) and is_plain(b.mlp, MLP) for b in blocks)

@@ -211,6 +211,21 @@ def test_a_bigram_and_dropout_take_the_window(monkeypatch: pytest.MonkeyPatch) -
         assert model.training is training
 
 
+@pytest.mark.parametrize(
+    ("layer", "name"), [("drop", "p"), ("h.1.attn", "dropout"), ("h.0.mlp.dropout", "p")]
+)
+def test_dropout_that_was_turned_on_later_takes_the_window(
+    layer: str, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = small_model()
+    setattr(model.transformer.get_submodule(layer), name, 0.3)
+    calls = Calls(model, monkeypatch)
+    model.generate(tokens(2, 3), 5)
+    assert calls.of == {"forward": 5, "_prefill": 0, "_decode": 0}
+    model.eval().generate(tokens(2, 3), 5)
+    assert calls.of == {"forward": 5, "_prefill": 1, "_decode": 4}
+
+
 @pytest.mark.parametrize("penalty", [1.0, 1.7])
 def test_a_generator_begins_anew_with_each_call(penalty: float) -> None:
     """Buffers are reused if the sizes agree."""

@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from torch import nn
 
 from fastgpt import GPT
 from tests.tools.small_models import BLOCK, small_model, tokens
@@ -68,6 +69,20 @@ def test_loads_old_files_with_masks(prefix):
     other = small_model(seed=5, bias=True)
     other.load_state_dict(state)
     assert list(state) == names  # the caller's dict is unchanged
+    assert torch.equal(other(tokens())[0], model(tokens())[0])
+
+
+def test_loads_an_attention_with_a_bias_of_its_own():
+    """A parameter, or nanoGPT's mask, under the names that old files have for masks."""
+
+    def model_of_the_users():
+        model = small_model()
+        model.transformer.h[0].attn = nn.Linear(32, 32)
+        model.transformer.h[1].attn.register_buffer("bias", torch.ones(1, 1, BLOCK, BLOCK).tril())
+        return model
+
+    model, other = model_of_the_users(), model_of_the_users()
+    other.load_state_dict(model.state_dict())
     assert torch.equal(other(tokens())[0], model(tokens())[0])
 
 

@@ -226,6 +226,7 @@ CHANGES: dict[str, Change] = {
     "own attention": replaced("attn", lambda old: OwnLayer()),
     "own MLP": replaced("mlp", lambda old: OwnLayer()),
     "own block": _own_block,
+    "no block": lambda model: setattr(model.transformer, "h", nn.ModuleList()),
     "block = Sequential": replaced("h.0", lambda old: nn.Sequential(nn.Linear(32, 32), nn.Tanh())),
     "bias on lm_head": lambda model: setattr(
         model.lm_head, "bias", nn.Parameter(torch.linspace(-9.0, 9.0, 48))
@@ -292,6 +293,19 @@ def test_the_kernels_serve_what_is_left_plain(name: str, device: str) -> None:
         pytest.skip("the plain model masks on the CPU")
     idx, targets = tokens()
     torch.testing.assert_close(ours(idx, targets)[1], plain(idx, targets)[1])
+
+
+@pytest.mark.parametrize("ops", [fused, torch_ops], ids=["fused", "torch_ops"])
+@pytest.mark.parametrize("name", ["wte", "wpe", "c_attn", "attn.c_proj", "c_fc", "mlp.c_proj"])
+def test_a_layer_in_another_dtype(name: str, ops: Any) -> None:
+    """Under autocast, as where the base of an adapter is held in bfloat16."""
+    ours, plain = changed(replaced(name, lambda old: old.bfloat16()), ops)
+    idx, targets = tokens()
+    with torch.autocast("cpu", torch.bfloat16):
+        loss, expected = (model(idx, targets)[1] for model in (ours, plain))
+    torch.testing.assert_close(loss, expected, rtol=0.0, atol=0.01)
+    loss.backward()
+    assert all(p.grad is not None and p.grad.dtype == p.dtype for p in ours.parameters())
 
 
 def test_ids_of_a_vocabulary_that_grew() -> None:

@@ -84,6 +84,11 @@ def assert_parity(
     with RoundedOnce() if grad.is_cpu else nullcontext():
         common = results(pytorch, inputs, grad, dtype)
     truth = results(plain, inputs, grad.double(), torch.float64)
+    if truth[0].numel() == 1:
+        # One number, a loss, may be close by luck: PyTorch's error is also that with the order of
+        # summation of this CPU's library, whose products a kernel may call.
+        own = results(pytorch, inputs, grad, dtype)[0]
+        common[0] = max(common[0], own, key=lambda y: float((y - truth[0]).abs()))
     largest = [float(t.abs().max()) for t in (*inputs, grad, *truth) if few and t.numel()]
     floor = 1e-5 + 8 * torch.finfo(dtype).eps * max(largest, default=0.0)
     for name, x, y, z in zip(

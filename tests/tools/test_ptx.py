@@ -206,7 +206,7 @@ def written(body: str, num_warps: int = 2) -> tuple[list[Finding], Tensor]:
     return kernel.run((1,), parameters, [(out.data_ptr(), 4 * out.numel())]), out
 
 
-_STORE = "mov.u32 %r3, memory; add.s32 %r4, %r3, %r2; st.shared.b32 [%r4], %r1;"
+_STORE = "mov.u32 %r3, memory; add.s32 %r4, %r3, %r2; st.shared::cta.b32 [%r4], %r1;"
 _FROM_OTHER_WARP = "xor.b32 %r5, %r4, 128; ld.shared.b32 %r6, [%r5]; st.global.b32 [%rd3], %r6;"
 _FROM_OTHER_LANE = "xor.b32 %r5, %r4, 4; ld.shared.b32 %r6, [%r5]; st.global.b32 [%rd3], %r6;"
 _COPY = """
@@ -250,6 +250,7 @@ RIGHT = {
     "products": _FENCE + _PRODUCT + _FENCE + _PRODUCT,
     "copy behind a fence": "mov.b32 %f1, 0f00000000;" + _FENCE + "mov.b32 %f0, %f1;" + _PRODUCT,
     "operand packed before a fence": _PARTS + _PACK + _FENCE + _PRODUCT_OF_REGISTERS,
+    "bytes of one operand": "prmt.b32 %r6, %r1, %r9, 0x3120U; st.global.b32 [%rd3], %r6;",
     "divergence": "setp.lt.u32 %p1, %r1, 5; @%p1 bra low; mov.b32 %r6, 1; bra.uni both; low: "
     "mov.b32 %r6, 2; both: bar.sync 0; st.global.b32 [%rd3], %r6;",
 }
@@ -262,6 +263,10 @@ WRONG = {
         {"uninitialised"},
     ),
     "undefined register": ("st.global.b32 [%rd3], %r9;", {"uninitialised"}),
+    "bytes of an undefined operand": (
+        "prmt.b32 %r6, %r1, %r9, 0x3420U; st.global.b32 [%rd3], %r6;",
+        {"uninitialised"},
+    ),
     "copy not waited for": (_COPY + _LOAD_COPIED, {"async-read", "uninitialised"}),
     "copy waited for too early": (
         _COPY + "cp.async.wait_group 1;" + _LOAD_COPIED,
@@ -321,6 +326,32 @@ def test_faults_are_found(name: str) -> None:
     body, kinds = WRONG[name]
     findings, _ = written(body)
     assert {finding.kind for finding in findings} == kinds
+
+
+_HALVES = "mov.b16 %rs1, 0xC000; mov.b16 %rs2, 0x3E00; "  # -2 and 1.5 in float16
+_RESULT = " cvt.u32.u16 %r8, %rs3;"
+
+
+@pytest.mark.parametrize(
+    ("body", "expected"),
+    [
+        ("mov.b32 %f1, 0f40400000; div.approx.f32 %r8, %f1, 0f40800000;", 0x3F400000),  # 3 / 4
+        ("mov.b32 %f1, 0f40400000; div.approx.f32 %r8, %f1, 0f7F000000;", 0),  # 3 / 2^127
+        (_HALVES + "min.xorsign.abs.f16 %rs3, %rs1, %rs2;" + _RESULT, 0xBE00),  # -1.5
+        (_HALVES + "max.xorsign.abs.f16 %rs3, %rs1, %rs1;" + _RESULT, 0x4000),  # 2
+        ("mov.b16 %rs1, 0x3C0C; cvt.rn.bf16.f16 %rs3, %rs1;" + _RESULT, 0x3F82),  # 1 + 12 / 1024
+        ("mov.b16 %rs1, 0x7F80; cvt.rn.f16.bf16 %rs3, %rs1;" + _RESULT, 0x7C00),  # infinity
+        (
+            "mov.b32 %r6, out; cvt.u64.u32 %rd4, %r6; cvta.param.u64 %rd5, %rd4;"
+            "mov.b64 %rd4, out; cvta.param.u64 %rd6, %rd4; sub.s64 %rd4, %rd6, %rd5;"
+            "cvt.u32.u64 %r8, %rd4;",
+            0,
+        ),
+    ],
+)
+def test_what_triton_36_does_not_use(body: str, expected: int) -> None:
+    findings, out = written(body + "st.global.b32 [%rd3], %r8;")
+    assert findings == [] and {*out.tolist()} == {expected}
 
 
 # ------------------------------------------------------------------- rejected by name

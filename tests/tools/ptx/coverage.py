@@ -96,7 +96,7 @@ class _Recorder:
         return compile_both
 
     def __call__(self, generator: CodeGenerator, node: ast.AST) -> Any:
-        for branch, taken in self._open[-1:]:
+        for branch, taken in self._open[-1:] if node else []:  # Triton 3.6 visits None too
             taken |= {
                 way
                 for way, block in (("then", branch.body), ("else", branch.orelse))

@@ -27,7 +27,10 @@ _MEMORY = "b8|b16|b32|b64|s8|u8|s16|u16|s32|u32|s64|u64|f32|f64"
 _CACHE = "(L1::evict_first|L1::evict_last|L1::no_allocate) (L2::cache_hint)"
 # Without a rounding modifier, instructions round to nearest even.
 _FLOAT = ["(rn) [ftz] f32", "(rn) f64", f"(rn) {_HALF}"]
-_EXTREME = [_INT, "relu s32", "[ftz] [NaN] f32", "[ftz] xorsign abs f32", "f64", _HALF]
+_EXTREME = [
+    *(_INT, "relu s32", "[ftz] [NaN] f32", "ftz xorsign abs f32"),
+    *(f"xorsign abs f32|{_HALF}", f"f64|{_HALF}"),
+]
 _SIGN = ["s16|s32|s64", "[ftz] f32", "f64", _HALF]
 _ORDERED, _UNORDERED = "eq|ne|lt|le|gt|ge", "equ|neu|ltu|leu|gtu|geu|num|nan"
 
@@ -38,7 +41,7 @@ FORMS: dict[str, list[str]] = {
     "mul": [f"lo|hi {_INT}", "wide s16|u16|s32|u32", *_FLOAT],
     "mad": [f"lo|hi {_INT}", "wide s32|u32"],
     "fma": ["(rn) [ftz] f32", "(rn) f64", f"(rn) {_HALF}"],
-    "div": [_INT, "full|rn [ftz] f32", "rn f64"],
+    "div": [_INT, "approx|full|rn [ftz] f32", "rn f64"],
     "rem": [_INT],
     # relu: clamped to at least 0. NaN: propagates NaN. xorsign.abs: of the magnitudes, with the
     # sign of the product.
@@ -69,7 +72,8 @@ FORMS: dict[str, list[str]] = {
     "shf": ["l|r wrap b32"],  # wrap: shift distance modulo 32
     # Moves, comparisons, conversions
     "mov": [f"pred|{_ANY}"],
-    "cvta": ["(to) (global|param) u64"],  # addresses are the same in all spaces here
+    # A global address is an address in memory, a parameter's is its offset.
+    "cvta": ["(to) (global) u64", "param u64"],
     "selp": [_ANY],
     "setp": [
         f"{_ORDERED} [and|or|xor] {_BITS}|{_INT}",
@@ -86,6 +90,8 @@ FORMS: dict[str, list[str]] = {
         "rn f32 f64",
         "rni|rzi|rmi|rpi f32 f32",
         "rn f16|bf16 f32|f64",
+        "rn f16 bf16",
+        "rn bf16 f16",
         "rz f16 f32",
         "rn f16x2|bf16x2 f32",
         "rna tf32 f32",
@@ -108,9 +114,9 @@ FORMS: dict[str, list[str]] = {
         "async commit_group|wait_all",
         "async wait_group",
         # A cluster is a single CTA.
-        "async bulk tensor 1d|2d|3d|4d|5d shared::cluster|shared::cta global (tile) "
+        "async bulk tensor 1d|2d|3d|4d|5d shared|shared::cluster global (tile) "
         "mbarrier::complete_tx::bytes",
-        "async bulk tensor 1d|2d|3d|4d|5d global shared::cta (tile) bulk_group",
+        "async bulk tensor 1d|2d|3d|4d|5d global shared (tile) bulk_group",
         "async bulk commit_group",
         # read: waits only until the source may be overwritten. Here copies are done when issued.
         "async bulk wait_group (read)",
@@ -148,14 +154,13 @@ FORMS: dict[str, list[str]] = {
     "trap": [""],
     "bar": ["sync", "warp sync"],
     "barrier": ["sync (aligned)"],
-    "fence": ["proxy async (shared::cta)"],  # other proxies are not tracked
+    "fence": ["proxy async (shared)"],  # other proxies are not tracked
     "mbarrier": [
-        # shared and shared::cta are the same memory. mbarriers have acquire and release semantics
-        # within the CTA here.
-        "init|inval shared|shared::cta b64",
-        "arrive (release) (cta) shared|shared::cta b64",
-        "arrive expect_tx (release) (cta) shared|shared::cta b64",
-        "try_wait|test_wait parity (acquire) (cta) shared|shared::cta b64",
+        # mbarriers have acquire and release semantics within the CTA here.
+        "init|inval shared b64",
+        "arrive (release) (cta) shared b64",
+        "arrive expect_tx (release) (cta) shared b64",
+        "try_wait|test_wait parity (acquire) (cta) shared b64",
     ],
 }
 
@@ -192,7 +197,7 @@ def _match(form: str, words: Sequence[str]) -> list[str | None] | None:
 @functools.cache
 def modifiers(opcode: str) -> tuple[str, tuple[str | None, ...]]:
     """ "add.rn.f32" → ("add", ("f32",)): the instruction and its significant modifiers."""
-    base, *words = opcode.split(".")
+    base, *words = opcode.replace("shared::cta", "shared").split(".")  # two names of one memory
     if base not in FORMS:
         raise Unsupported(f"instruction {opcode}")
     for form in FORMS[base]:

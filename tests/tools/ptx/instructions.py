@@ -163,7 +163,8 @@ class _Translator:
         return [("lop3.b32", self._values(args[:4], *["b32"] * 4), (int(args[4], 0),))]
 
     def _cvta(self, base: str, words: Sequence[str], args: list[str]) -> list[Step]:
-        return [("mov.b64", self._values(args, "b64", "b64"), ())]
+        name = "parameter_address" if "param" in words else "mov.b64"
+        return [(name, self._values(args, "b64", "b64"), ())]
 
     def _mov(self, base: str, words: Sequence[str], args: list[str]) -> list[Step]:
         (type,) = words
@@ -171,9 +172,10 @@ class _Translator:
         if source in SPECIAL_REGISTERS:
             register = self._value(to, type)
             return [("special_register", [register], (SPECIAL_REGISTERS.index(source),))]
-        if source in self.program.parameters:
+        if source in self.program.parameters:  # its address there, which is for cvta alone
             offset, _ = self.program.parameters[source]
-            return [("parameter_address", [self._value(to, "b64")], (offset,))]
+            constant = self._constant(_kind(type), offset)
+            return [(f"mov.b{8 * SIZES[type]}", [self._value(to, type), constant], ())]
         if type == "pred":
             return [("mov.pred", self._values(args, type, type), ())]
         packed = to if to.startswith("{") else source if source.startswith("{") else None

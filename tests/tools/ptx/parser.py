@@ -53,6 +53,8 @@ _TOKEN = re.compile(
     )""",
     re.VERBOSE,
 )
+# LLVM counts the lines of inline assembly on, from the kernel's that it stands for.
+_ASSEMBLY = re.compile("// begin inline asm.*?// end inline asm", re.DOTALL)
 _OPERAND = re.compile(r"\{[^{}]*\}|\[(?:[^\[\]{}]|\{[^{}]*\})*\]|[^,\s|]+(?:\s*\|\s*[^,\s|]+)?")
 _PARAMETER = re.compile(
     r"""\.param\s+(?:\.align\s+(?P<align>\d+)\s+)?\.(?P<type>\w+)
@@ -67,6 +69,7 @@ _INSTRUCTION = re.compile(
 def parse(ptx: str) -> Program:
     """Parse a module of a single kernel."""
     program = Program()
+    ptx = _ASSEMBLY.sub(lambda found: found[0].replace(".loc", "//"), ptx)
     head, found, rest = ptx.partition(".entry")
     if not found or ".entry" in rest or ".func" in ptx:
         raise Unsupported("a module of other than one kernel")

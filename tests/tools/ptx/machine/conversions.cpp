@@ -57,6 +57,8 @@ void add_conversions(Table& t) {
   add_integer<u64>(t, "u64"), add_integer<s64>(t, "s64");
   add_half<Half>(t, "f16");
   add_half<Bfloat>(t, "bf16");
+  t["cvt.rn.f16.bf16"] = each_lane([](u16 a) { return Half::narrow(Bfloat::wide(a)); });
+  t["cvt.rn.bf16.f16"] = each_lane([](u16 a) { return Bfloat::narrow(Half::wide(a)); });
   t["cvt.rz.f16.f32"] = each_lane([](f32 a) { return truncate_to_half(a); });
   t["cvt.f64.f32"] = each_lane([](f32 a) { return f64(a); });
   t["cvt.rn.f32.f64"] = each_lane([](f64 a) { return f32(a); });

@@ -91,6 +91,12 @@ void add_halves(Table& t, const std::string& type) {
   });
   add("min", [](u16 a, u16 b) { return H::narrow(minimum(H::wide(a), H::wide(b))); });
   add("max", [](u16 a, u16 b) { return H::narrow(maximum(H::wide(a), H::wide(b))); });
+  add("min.xorsign.abs", [](u16 a, u16 b) {
+    return u16(H::narrow(minimum(H::wide(a & 0x7fff), H::wide(b & 0x7fff))) | ((a ^ b) & 0x8000));
+  });
+  add("max.xorsign.abs", [](u16 a, u16 b) {
+    return u16(H::narrow(maximum(H::wide(a & 0x7fff), H::wide(b & 0x7fff))) | ((a ^ b) & 0x8000));
+  });
   add("neg", [](u16 a) { return u16(a ^ 0x8000); });
   add("abs", [](u16 a) { return u16(a & 0x7fff); });
   add_half_comparisons<H>(t, type.c_str());
@@ -140,6 +146,7 @@ void add_floats(Table& t) {
                          std::signbit(a) == std::signbit(b) ? 1.f : -1.f);
   });
   add_f32(t, "div.rn", [](f32 a, f32 b) { return a / b; });
+  add_f32(t, "div.approx", [](f32 a, f32 b) { return divide_approx(a, b); });
   add_f32(t, "div.full", [](f32 a, f32 b) { return divide_full(a, b); });
   add_f32(t, "rcp.rn", [](f32 a) { return 1 / a; });
   add_f32(t, "rcp.approx", [](f32 a) { return reciprocal_approx(a); });

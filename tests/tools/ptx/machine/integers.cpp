@@ -95,6 +95,20 @@ u32 permute(u32 a, u32 b, u32 selectors) {
   return out;
 }
 
+// A source of which no byte is taken may be undefined, and is where the compiler wants one alone.
+void permute_bytes(Warp& w, const Instruction& i) {
+  const u32* selectors = w.lanes<u32>(i.op[3]);
+  u32 takes_a = 0, takes_b = 0;
+  for (int l = 0; l < 32; l++) {
+    u32 from_b = selectors[l] & 0x4444;
+    takes_a |= u32(from_b != 0x4444) << l;
+    takes_b |= u32(from_b != 0) << l;
+  }
+  u32 a = w.defined[i.op[1]], b = w.defined[i.op[2]], s = w.defined[i.op[3]];
+  each_lane([](u32 a, u32 b, u32 s) { return permute(a, b, s); })(w, i);
+  set_defined(w, i.op[0], (a | ~takes_a) & (b | ~takes_b) & s);
+}
+
 // imm[0]: the truth table; bit 4a + 2b + c of it is the result for bits a, b, c.
 void lop3(Warp& w, const Instruction& i) {
   check_not_in_flight(w, i);
@@ -132,7 +146,7 @@ void add_integers(Table& t) {
   t["bfe.u32"] = each_lane([](u32 a, u32 p, u32 n) { return extract_unsigned(a, p, n); });
   t["bfe.s32"] = each_lane([](s32 a, u32 p, u32 n) { return extract_signed(a, p, n); });
   t["bfi.b32"] = each_lane([](u32 a, u32 b, u32 p, u32 n) { return insert(a, b, p, n); });
-  t["prmt.b32"] = each_lane([](u32 a, u32 b, u32 s) { return permute(a, b, s); });
+  t["prmt.b32"] = permute_bytes;
   t["popc.b32"] = each_lane([](u32 a) { return u32(std::popcount(a)); });
   t["clz.b32"] = each_lane([](u32 a) { return u32(std::countl_zero(a)); });
   t["shf.l.wrap.b32"] = each_lane(

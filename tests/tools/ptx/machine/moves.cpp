@@ -93,12 +93,12 @@ void special_register(Warp& w, const Instruction& i) {
   set_defined(w, i.op[0], ALL_LANES);
 }
 
-// imm[0]: offset in the parameters
+// Operand 0 = where operand 1, an offset in the parameters, is in memory.
 void parameter_address(Warp& w, const Instruction& i) {
-  u64 address = reinterpret_cast<u64>(w.machine->parameters.data()) + i.imm[0];
+  u64 start = reinterpret_cast<u64>(w.machine->parameters.data());
   for (int l = 0; l < 32; l++)
-    if (w.runs(l)) w.lanes<u64>(i.op[0])[l] = address;
-  set_defined(w, i.op[0], ALL_LANES);
+    if (w.runs(l)) w.lanes<u64>(i.op[0])[l] = start + w.lanes<u64>(i.op[1])[l];
+  set_defined(w, i.op[0], w.defined[i.op[1]]);
 }
 
 // Operands: result, the predicate if imm[1], value, which lane, bounds, mask. imm[0]: 0 idx, 1

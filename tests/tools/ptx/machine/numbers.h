@@ -157,6 +157,11 @@ inline f32 reciprocal_approx(f32 b) {
 inline f64 upper_half(f64 x) { return bit_cast<f64>(bit_cast<u64>(x) >> 32 << 32); }
 inline f64 reciprocal_approx(f64 x) { return upper_half(1 / upper_half(x)); }
 
+// Beyond 2^126 the reciprocal counts as 0.
+inline f32 divide_approx(f32 a, f32 b) {
+  return a * (std::fabs(b) > 0x1p126f ? std::copysign(0.0f, b) : reciprocal_approx(b));
+}
+
 // div.full multiplies with a reciprocal; outside of these bounds it scales first.
 inline f32 divide_full(f32 a, f32 b) {
   f32 size = std::fabs(b);
