@@ -240,7 +240,7 @@ class LanguageModel(Trainable):
         self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
     ) -> Any:
         """Like ``nn.Module.load_state_dict``, but also accepts the state of a compiled model (keys
-        with the prefix ``_orig_mod.``) and old files with a causal mask that the model does not have.
+        with the prefix ``_orig_mod.``) and old files with a causal mask that the model lacks.
         """
         own = self.state_dict().keys()
         weights = {
