@@ -45,8 +45,8 @@ _FORWARDS: dict[type[nn.Module], Callable[..., Any]] = {
 
 
 def is_plain(module: Any, kind: type[nn.Module]) -> bool:
-    """Whether ``module`` behaves exactly like a fresh ``kind``, so that an op may replace it.
-    Ignores global hooks (``register_module_forward_hook``, profilers).
+    """Whether a call of ``module`` only runs the original ``kind.forward``, so that an op may
+    replace it. Ignores global hooks (``register_module_forward_hook``, profilers).
     """
     own = module.__dict__
     expected, n_hooks = own.get("_plain_as", (kind, 0))

@@ -111,8 +111,8 @@ def _norm_forward(self: Any, input: Tensor) -> Tensor:
 
 
 def _trunk_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-    """GPT2Model's forward. transformers detects packed documents by reading position ids, which is
-    not possible in a compiled graph. Passing ``causal_mask`` avoids the full mask of that case."""
+    """GPT2Model's forward. A compiled graph cannot read position ids to detect packed documents, so
+    transformers would build a full mask even without packing or padding. Pass ``causal_mask``."""
     given = (kwargs.get(name) for name in ("attention_mask", "cache", "position_ids"))
     if (
         torch.compiler.is_compiling()
