@@ -64,10 +64,11 @@ def attention_mask(
     Like ``sdpa_mask``, it synchronizes with the device to read whether and where there is padding.
     Under ``torch.compile`` values cannot be read, so a given mask is kept in full.
     """
-    from transformers import masking_utils as theirs
+    # Names, not the module: PyTorch 2.11's Dynamo cannot import from transformers' lazy module.
+    from transformers.masking_utils import causal_mask_function, sdpa_mask
     from transformers.utils.import_utils import is_tracing
 
-    causal = mask_function is theirs.causal_mask_function and kv_offset == 0
+    causal = mask_function is causal_mask_function and kv_offset == 0
     # Queries and keys are the same tokens. The offset of a static cache is a tensor.
     square = q_length == kv_length and isinstance(q_offset, int) and q_offset == 0
     readable = attention_mask is None or not is_tracing(attention_mask)
@@ -86,7 +87,7 @@ def attention_mask(
             return _lengths(visible.expand(batch_size, -1))
         elif allow_is_causal_skip:
             return None
-    make: Callable[..., Any] = theirs.sdpa_mask
+    make: Callable[..., Any] = sdpa_mask
     whole = make(
         batch_size=batch_size,
         q_length=q_length,

@@ -71,10 +71,8 @@ class GPT2Tokenizer(Tokenizer):
         return ids
 
     def encode_array(self, text: str) -> npt.NDArray[np.uint32]:
-        ids: npt.NDArray[np.uint32] = self._encoding.encode_to_numpy(
-            in_utf8(text), disallowed_special=()
-        )
-        return ids
+        # Not encode_to_numpy, which before tiktoken 0.11 took special tokens for what they mean.
+        return np.fromiter(self._encoding.encode_ordinary(in_utf8(text)), np.uint32)
 
     def _decode(self, ids: npt.NDArray[np.int64]) -> str:
         return str(self._encoding.decode(ids.tolist()))

@@ -216,6 +216,8 @@ def _recursion_as_at_the_start() -> Iterator[None]:
 @pytest.mark.usefixtures("_recursion_as_at_the_start")
 @pytest.mark.parametrize("operators", [1500, 5000, 200_000])
 def test_too_long_an_expression(tmp_path: Path, operators: int) -> None:
+    if operators > 5000 and sys.version_info < (3, 11):
+        pytest.skip("Python 3.10's own parser overflows the stack and kills the process")
     for expression in ("+".join(["1"] * operators), "-" * operators + "1"):
         path = written(tmp_path, f"batch_size = {expression}\n")
         with pytest.raises(ValueError, match="config.py:.* too many operators"):
