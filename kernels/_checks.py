@@ -29,8 +29,8 @@ def _of_dtype(name: str, tensor: Any, *dtypes: torch.dtype) -> None:
 
 
 def _within(name: str, number: Any, least: float, most: float, must: str, *excluded: float) -> None:
-    """``must``: lie within, in words; ``excluded``: those of the limits that do not. An integer
-    ``least`` asks for an integer."""
+    """``must``: the allowed range in words; ``excluded``: limits that are not allowed. If ``least``
+    is an int, floats are rejected."""
     whole = type(least) is int
     try:
         if whole and isinstance(number, float):

@@ -59,7 +59,7 @@ def launchable(**tensors: Tensor | None) -> None:
     for name, tensor in tensors.items():
         if tensor is None:
             continue
-        # float64 is for gradcheck, and only in the interpreter: tensor cores lack it.
+        # float64 is for gradcheck, and only in the interpreter, which needs no tensor cores for it.
         if tensor.dtype not in _DTYPES and not (INTERPRETED and tensor.dtype == torch.float64):
             raise TypeError(
                 f"{name} must be float32, float16 or bfloat16 for the Triton kernels, "
@@ -73,7 +73,7 @@ def launchable(**tensors: Tensor | None) -> None:
 
 
 def fp8_launchable(x: Tensor, dtype: torch.dtype) -> None:
-    """Raise an error without fp8 products for x; ``dtype``: x's dtype after autocast."""
+    """Raise an error if there are no fp8 products for x; ``dtype``: x's dtype after autocast."""
     if not is_half(dtype):
         raise ValueError(
             f"x must be float16 or bfloat16 with fp8=True, or cast to it by autocast, got {dtype}"

@@ -113,8 +113,8 @@ def fill_none(gradients: Iterable[torch.Tensor], *wanted: bool) -> list[Any]:
 
 
 def wants_gradient(*tensors: torch.Tensor | None) -> bool:
-    """Whether autograd may need a gradient of one of ``tensors``. Always true under a torch.func
-    transform: a tensor batched by ``vmap`` never seems to require a gradient."""
+    """Whether autograd may need a gradient of one of ``tensors``. With gradients enabled, always
+    true under a torch.func transform: a tensor batched by ``vmap`` never seems to require one."""
     if not torch.is_grad_enabled():
         return False
     if torch._C._are_functorch_transforms_active():
@@ -193,7 +193,7 @@ def _with_autograd(
 
     @torch.enable_grad()  # an outer transform may differentiate what this one computes
     def forward_in_transform(ctx: Any, *args: Any) -> Any:
-        with forward_ad._set_fwd_grad_enabled(True):  # or may have tangents
+        with forward_ad._set_fwd_grad_enabled(True):  # or have tangents, which are an error
             return forward(ctx, *args)
 
     # For torch.func transforms, which run this kernel at their own level.

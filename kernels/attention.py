@@ -257,8 +257,8 @@ def attention_qkvpacked(
     doc_start: Tensor | None = None,
 ) -> Tensor:
     """``attention`` on the packed output of a block's QKV projection: q, k and v side by side, each
-    with its heads side by side. If D is a multiple of 16, nothing is split, transposed or copied in
-    the forward or the backward.
+    with its heads side by side. If D is a multiple of 16, nothing is split, transposed or
+    concatenated in the forward or the backward.
 
     Args:
         qkv: (B, T, 3C), T at least 1, C = n_head * D; otherwise like q in ``attention``.

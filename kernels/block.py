@@ -141,7 +141,7 @@ def _layers_fit(layers: Layers, width: int, dtype: torch.dtype, device: torch.de
     return True
 
 
-# Parameters of the matrix products, which are in 16 bits; the others act on the residual stream.
+# Parameters of the matrix products; the others act on the residual stream.
 _IN_PRODUCTS = {"qkv_weight", "qkv_bias", "attn_weight", "fc_weight", "fc_bias", "mlp_weight"}
 
 

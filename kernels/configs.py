@@ -118,8 +118,8 @@ def tuned(device: torch.device) -> dict[Key, Any]:
 
 
 def read_tuned(device: torch.device) -> dict[Key, Any]:
-    """Reread ``tuned`` from the file. A file that is damaged or made for another machine is ignored
-    with a warning."""
+    """Reread ``tuned`` from the file. A file that is damaged or made for another machine or other
+    versions is ignored with a warning."""
     with tuned_table.notice_of_damage(device):
         lines = tuned_table.read(device).get("lines", [])
         found = {decoded_key(line["key"]): decoded(line["config"]) for line in lines}

@@ -166,7 +166,7 @@ def _embedding_bwd_token_kernel(
     if (token != before) & (token >= 0) & (token < n_vocab):  # the run's first place
         end = tl.load(ends_ptr + begin)
         first_row_block = (begin + ROW_BLOCK - 1) // ROW_BLOCK
-        # The first row block that does not lie completely in the run.
+        # The end of the row blocks that lie completely in the run.
         last_row_block = tl.maximum(end // ROW_BLOCK, first_row_block)
         offs_n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
         mask_n = offs_n < n_cols

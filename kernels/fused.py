@@ -24,5 +24,5 @@ _IN_A_BLOCK = tuple(globals()[_name] for _name in OPS_OF_A_BLOCK)
 
 
 def block_kernels(x: Tensor, *ops: Any) -> ModuleType | None:
-    """The module that runs a whole transformer block if it uses exactly these ops, else None."""
+    """The module that runs a whole block of ``ops``; None unless they are the Triton ops."""
     return block if ops == _IN_A_BLOCK else None

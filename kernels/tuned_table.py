@@ -105,10 +105,10 @@ def read(device: torch.device) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def notice_of_damage(device: torch.device) -> Iterator[None]:
-    """Within, a file that cannot be used is ignored with a warning."""
+    """Context in which a file that cannot be used is ignored with a warning."""
     try:
         yield
-    except OSError as error:  # what is in the way stays there
+    except OSError as error:  # such as a folder, which fastgpt tune cannot replace
         warnings.warn(f"{error.filename} is ignored: {error.strerror}", stacklevel=2)
     except (ValueError, TypeError, LookupError, AttributeError) as error:
         warnings.warn(
