@@ -138,7 +138,7 @@ def plain_table(title: str, left: Sequence[str], right: Sequence[str]) -> Table:
 
 
 def made_folder(folder: Path, rule: str = "out must be a folder") -> Path:
-    """Make ``folder``. Raises NotADirectoryError where a file is in the way."""
+    """Create ``folder``. Raises NotADirectoryError if it or one of its parents is a file."""
     from fastgpt._files import check_folder  # late: a program's --help needs no PyTorch
 
     check_folder(folder, rule)
@@ -150,7 +150,7 @@ def results_folder(out: Path, name: str) -> Path:
     """Create ``out`` for name.json and name.png, before anything is computed.
 
     Raises ModuleNotFoundError without matplotlib, FileExistsError if either file exists,
-    NotADirectoryError if ``out`` is a file."""
+    NotADirectoryError if ``out`` or one of its parents is a file."""
     if importlib.util.find_spec("matplotlib") is None:
         raise ModuleNotFoundError('the chart needs matplotlib: pip install -e ".[bench]"')
     for path in _results(out, name):
