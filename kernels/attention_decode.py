@@ -168,8 +168,8 @@ def _(qkv, cache, positions, scale):
 def attention_decode(
     qkv: Tensor, cache: Tensor, positions: Tensor, *, scale: float | None = None
 ) -> Tensor:
-    """Attention for one new token per sequence, equal to ``attention_qkvpacked``'s result for the
-    last token of the whole sequence. Writes the token's key and value to ``cache``. No gradients.
+    """Attention for one new token per sequence: ``attention_qkvpacked``'s result for the last token
+    of the whole sequence, up to rounding. Writes its key and value to ``cache``. No gradients.
 
     Args:
         qkv: (B, 1, 3C), q, k and v side by side, each with its heads side by side; float32, float16
