@@ -51,7 +51,7 @@ class TranslationConfig:
     batch_tokens: int = 4096
     # Number of updates.
     max_iters: int = 3000
-    # Number of warm-up updates, after which the learning rate decays as their inverse square root.
+    # Number of warm-up updates, after which the learning rate decays as 1 / sqrt(iteration).
     warmup_iters: int = 400
     # Peak learning rate; by default the paper's 1 / sqrt(n_embd * warmup_iters).
     learning_rate: float | None = None

@@ -76,7 +76,7 @@ class Specialisation:
         return f"{self.source.name} with {constants}"
 
     def lower(self) -> Any:
-        """The module in Triton's IR; raises LoweringError."""
+        """The module in Triton's IR; raises LoweringError if there is none."""
         context = ir.context()
         ir.load_dialects(context)
         self.backend.load_dialects(context)
