@@ -96,7 +96,7 @@ def train_defaults(base: dict[str, Any]) -> Train:
 
 
 def keys_below(first: Train) -> dict[str, Any]:
-    """The keys of preset and file (the file wins), or without both of the checkpoint or machine."""
+    """The keys of preset and file, which wins; without both, the checkpoint's or automatic ones."""
     base: dict[str, Any] = {}
     if first.preset is not None:
         base.update(PRESETS[first.preset])
