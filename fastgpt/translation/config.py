@@ -47,7 +47,7 @@ class TranslationConfig:
     dropout: float = 0.1
     # Share of the target distribution that is spread over the vocabulary.
     label_smoothing: float = 0.1
-    # Tokens per batch on the longer side, including padding.
+    # Maximum number of tokens per batch on the longer side, including padding.
     batch_tokens: int = 4096
     # Number of updates.
     max_iters: int = 3000
