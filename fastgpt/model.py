@@ -81,7 +81,7 @@ def _has_plain_attention(block: Any) -> bool:
 
 
 def _dropout_rate(module: nn.Module) -> float:
-    """Of this layer alone, which a user may have changed."""
+    """The rate of this module itself, not of its children; a user may have changed it."""
     if isinstance(module, CausalSelfAttention):
         return module.dropout
     return module.p if isinstance(module, nn.Dropout) else 0.0
@@ -98,10 +98,10 @@ class GPT(LanguageModel):
             weights were trained with. Stored as ``gelu_approximate``.
         recompute: recompute GELU and LayerNorm in the backward: less memory, the same results.
         fp8: "head" uses 8-bit matrix products in the training loss: faster, less precise. Needs
-            compute capability 8.9 (checked in the first forward pass), and ``n_embd`` and
+            compute capability 8.9 or newer (checked in the first forward pass), and ``n_embd`` and
             ``vocab_size`` divisible by 16.
         eot_token: id of the token that starts each document. Attention and positions then stay
-            within a document, and ``generate`` does not use the KV cache.
+            within a document, as if each were run alone, and ``generate`` uses no KV cache.
 
     The attributes ``recompute``, ``fp8`` and ``eot_token`` may be changed at any time. With the
     same seed the initial weights equal nanoGPT's bit for bit.
@@ -380,7 +380,7 @@ class GPT(LanguageModel):
         """Model FLOPs utilisation (PaLM, Chowdhery et al. 2022, appendix B), as in nanoGPT
         relative to an A100's bf16 peak of 312 TFLOP/s, whatever the GPU.
 
-        ``dt`` is the time in seconds of ``fwdbwd_per_iter`` sequences of block_size tokens.
+        ``dt``: seconds for forward and backward of ``fwdbwd_per_iter`` sequences of block_size.
         """
         config = self.config
         head_size = config.n_embd // config.n_head

@@ -1,5 +1,5 @@
-"""Setup for all tests: interpreted kernels on the CPU, one thread, a fixed seed, and memory from
-``torch.empty`` filled with NaN.
+"""Setup for each test: interpreted kernels on the CPU, one thread, a seed of its own, and memory
+from ``torch.empty`` filled with NaN.
 """
 
 import os

@@ -15,7 +15,7 @@ from fastgpt.data.file_formats import naming
 from fastgpt.sampler import Sampler
 from fastgpt.tokenizer import ChatTokenizer
 
-_SHORTEST_TURN = 5  # tokens: <|user|>, a message's, <|end|>, <|assistant|>, an answer's
+_SHORTEST_TURN = 5  # tokens: <|user|>, one of a message, <|end|>, <|assistant|>, one of an answer
 
 
 class Chat:

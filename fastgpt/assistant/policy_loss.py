@@ -11,7 +11,7 @@ and long answers (Yu et al. 2025, arXiv:2503.14476). Each answer is used for one
 no clipped ratio to an older policy. k is never negative, and its mean over tokens sampled from p is
 the divergence KL(p || q) (Schulman 2020, "Approximating KL divergence").
 
-In shape comments B is the batch size, T the sequence length, N the number of answer tokens.
+In shape comments B is the batch size, T the sequence length, N the batch's answer tokens.
 """
 
 import torch

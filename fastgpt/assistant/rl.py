@@ -89,7 +89,7 @@ class ReinforcementLearning(Stage):
         super().__init__(config, policy, loss, tokenizer, train, console)
         self._reference = reference.to(self.device)
         self._score = scorer(config.reward, tokenizer, self._capacity, self.device, self.autocast)
-        # Both capture CUDA graphs, which requires that the weights keep their addresses.
+        # On a GPU both capture CUDA graphs, for which the weights must keep their addresses.
         self._sampler = Generator(policy, Sampling(), self.autocast)
         self._greedy = Generator(policy, Sampling(temperature=0.0), self.autocast)
         console.print(f"{len(self.train):,} prompts; {len(self.val):,} held-out ones are evaluated")

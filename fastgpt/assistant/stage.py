@@ -143,8 +143,8 @@ def held_out(
 
 
 def order(count: int, seed: int, done: int) -> Iterator[int]:
-    """An endless sequence of indices below ``count``: each epoch is a new random permutation. The
-    first ``done`` indices are skipped.
+    """An endless sequence of indices below ``count``: each epoch is a new permutation, drawn with
+    ``seed``. The first ``done`` indices are skipped.
     """
     generator = torch.Generator().manual_seed(seed)
     epochs = (torch.randperm(count, generator=generator).tolist() for _ in itertools.count())

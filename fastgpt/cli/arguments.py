@@ -1,5 +1,5 @@
-"""The command line before tyro parses it: booleans in all their forms, and the mistakes that it
-would show in a box.
+"""Prepares the command line for tyro: normalizes booleans, and raises one-line errors for mistakes
+that tyro would show in a box.
 """
 
 import difflib
@@ -13,17 +13,17 @@ import tyro
 
 from fastgpt.training.config import RENAMED_KEYS
 
-_INSTEAD = {"resume": "init_from=resume"}  # an option that there never was → what it means
+_INSTEAD = {"resume": "init_from=resume"}  # a likely guess → the option that does it
 _BOOLEANS = {"true": "True", "false": "False"}
 
 
 def normalized(argv: list[str], commands: Mapping[str, type]) -> list[str]:
-    """``argv`` with every boolean as ``--key=True`` or ``--key=False``, whether it was bare, its
-    value beside it or behind ``=``, and in whatever case. ``commands`` maps the name of a command
-    to the dataclass that has its keys, perhaps in dataclasses within it.
+    """``argv`` with every boolean as ``--key=True`` or ``--key=False``, also if given as
+    ``--key`` or ``--key VALUE``, or in another case. ``commands`` maps the name of each command to
+    the dataclass of its keys, some of which may be in nested dataclasses.
 
     Raises ValueError for an unknown command or option, an option without dashes or value, and a
-    value of another kind.
+    value of the wrong type or not among the choices.
     """
     if not argv or argv[0].startswith("-"):
         return argv
@@ -55,14 +55,14 @@ def normalized(argv: list[str], commands: Mapping[str, type]) -> list[str]:
         if key in kinds and kinds[key] is not bool and not equals:
             if not rest and typing.get_origin(kinds[key]) is not tuple:
                 raise ValueError(f"--{key} needs a value")
-            done += rest[:1]  # whatever it looks like
+            done += rest[:1]  # the value, even if it looks like an option
             value, rest = "".join(rest[:1]), rest[1:]
         _check_value(key, kinds.get(key), value)
     return done
 
 
 def _kinds(command: type) -> dict[str, Any]:
-    """The type of each option."""
+    """The type of each option, by name."""
     found: dict[str, Any] = {}
     marked = typing.get_type_hints(command, include_extras=True)
     for name, kind in typing.get_type_hints(command).items():

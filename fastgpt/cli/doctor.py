@@ -1,5 +1,5 @@
-"""``fastgpt doctor``: versions, devices and what runs where on this machine, and whether one small
-update comes out right there. What a bug report needs.
+"""``fastgpt doctor``: report versions, devices and what runs where on this machine, and check the
+results of one small update. For bug reports.
 """
 
 import os
@@ -35,8 +35,8 @@ class DoctorConfig:
 
 
 def doctor(console: Console) -> int:
-    """Print the report, then the check. Returns 0, or 1 if the numbers are wrong; whatever the
-    check raises shows behind the report.
+    """Print the report, then check an update, so that the report is there even if that raises.
+    Returns 0, or 1 if the results of the update are wrong.
     """
     device = resolve_device("auto")
     dtype = resolve_dtype("auto", device)
@@ -52,7 +52,7 @@ def doctor(console: Console) -> int:
 
 
 def facts(device: torch.device, dtype: torch.dtype) -> dict[str, str]:
-    """The report: what → what was found. ``device`` and ``dtype`` are those of the key "auto"."""
+    """The report, label → text. ``device`` and ``dtype`` are what the key value "auto" selects."""
     built = "built without CUDA"
     if torch.version.cuda or torch.version.hip:
         built = f"built for {'ROCm' if torch.version.hip else f'CUDA {torch.version.cuda}'}"
@@ -61,8 +61,8 @@ def facts(device: torch.device, dtype: torch.dtype) -> dict[str, str]:
     refusal = triton_refusal(device) if on_gpu else "the Triton kernels need a CUDA GPU"
     graph = "no: it needs a CUDA GPU"
     if on_gpu:
-        in_float16 = "no: in float16 the host decides whether an update counts"
-        graph = in_float16 if dtype == torch.float16 else "yes: an update is replayed as one"
+        in_float16 = "no: in float16 the host decides whether to update"
+        graph = in_float16 if dtype == torch.float16 else "yes: every update is replayed as one"
     capability = (0, 0) if refusal else torch.cuda.get_device_capability(device)
     where = f"on PyTorch's kernels ({refusal})"
     if not refusal:
@@ -70,7 +70,7 @@ def facts(device: torch.device, dtype: torch.dtype) -> dict[str, str]:
 
         table = configs.architecture(10 * capability[0] + capability[1])
         n_measured = len(configs.read_tuned(device))
-        measured = f"{n_measured} lines measured here" if n_measured else "fastgpt tune was not run"
+        measured = f"{n_measured} entries tuned here" if n_measured else "fastgpt tune was not run"
         where = f"on the Triton kernels, with the launch table of {table} ({measured})"
         if not triton_multiplies(device):
             plain = " and ".join(reference.OPS_OF_TENSOR_CORES)
@@ -89,13 +89,13 @@ def facts(device: torch.device, dtype: torch.dtype) -> dict[str, str]:
         "CUDA graph": graph,
         "fp8": "yes: --fp8=head"
         if capability >= _FP8_CAPABILITY
-        else "no: it needs compute capability 8.9",
+        else "no: it needs compute capability 8.9 or newer",
     }
 
 
 def update_error(device: torch.device, dtype: torch.dtype) -> float:
-    """How far an update on ``device`` is from the reference ops in float32 on the CPU: the largest
-    relative error of loss, gradient, and loss after the update.
+    """The error of an update on ``device`` against the reference ops in float32 on the CPU: the
+    largest relative error of loss, gradient, and loss after the update.
     """
     torch.manual_seed(0)
     config = GPTConfig(block_size=32, vocab_size=128, n_layer=1, n_head=2, n_embd=64)

@@ -1,4 +1,4 @@
-"""``fastgpt ladder``: from a bigram table to GPT, trained rung by rung and compared."""
+"""``fastgpt ladder``: train every rung from a bigram table to GPT and compare them."""
 
 import json
 import tempfile
@@ -26,33 +26,33 @@ from fastgpt.training.config import Limited
 class LadderConfig(Limited):
     """Climb from a bigram table to GPT: train each rung on the same batches and compare.
 
-    About five minutes on one CPU core. The last rung, scaled, is the preset char: it is for a GPU,
-    and left out on a machine without one unless --rungs names it.
+    Takes about five minutes on one CPU core. The last rung, scaled, is the preset char. It is meant
+    for a GPU, and skipped on a machine without one unless --rungs names it.
     """
 
-    # A text, by characters.
+    # Text to train on, by characters.
     input: Path | None = None
-    # Which rungs: bigram, average, head, heads, feed-forward, residual, layernorm, scaled.
+    # Rungs to train: bigram, average, head, heads, feed-forward, residual, layernorm, scaled.
     rungs: tuple[str, ...] = ()
     # Number of the last update of each rung; the first is 0.
     max_iters: int = 5000
-    # The picture of the curves.
+    # PNG file for the learning curves.
     output: Path = Path("ladder.png")
     # Print a JSON object per rung: rung, parameters, train_loss, val_loss, tokens_per_second,
     # sample.
     json: bool = False
-    # Seed of the weights and the batches.
+    # Seed for the weights and the batches.
     seed: int = 1337
-    # cuda, cuda:N, cpu, mps, or auto (cuda where there is one, else cpu).
+    # cuda, cuda:N, cpu, mps, or auto (cuda if available, else cpu).
     device: str = "auto"
 
 
 def run_ladder(config: LadderConfig, console: Console, progress: Console) -> None:
-    """Print what became of each rung to ``console``, while ``progress`` shows the training. What is
-    finished is printed and drawn however the ladder ends.
+    """Print the result of each rung to ``console``; show the training on ``progress``. Finished
+    rungs are printed and drawn even if a later one fails or is interrupted.
 
-    Raises ValueError for an unknown rung, an output that is no .png, and a text too short for the
-    rungs' block size; and what reading the text and ``Trainer`` raise.
+    Raises ValueError for an unknown rung, an output that does not end in .png, and a text too short
+    for the rungs' block size; and the errors of reading the text and of ``Trainer``.
     """
     rungs = tuple(dict.fromkeys(config.rungs)) or _fitting(config.device)
     blocks = [ladder.keys_of(rung)["block_size"] for rung in rungs]
@@ -78,7 +78,7 @@ def run_ladder(config: LadderConfig, console: Console, progress: Console) -> Non
 
 
 def _fitting(device: str) -> tuple[str, ...]:
-    """All rungs on a GPU, all but the last elsewhere."""
+    """The default rungs: all on a GPU, all but the last elsewhere."""
     on_gpu = device.startswith("cuda") or device == "auto" and torch.cuda.is_available()
     return tuple(ladder.RUNGS) if on_gpu else tuple(ladder.RUNGS)[:-1]
 
@@ -94,8 +94,8 @@ def _check_length(manifest: Manifest, block_size: int) -> None:
     for name, split in manifest.splits.items():
         if split.tokens <= block_size:
             raise ValueError(
-                f"input must have more than {block_size} characters in each split, the length of a "
-                f"block, got {split.tokens} in {name}"
+                f"input must have more than {block_size} characters (the block size) in each "
+                f"split, got {split.tokens} in {name}"
             )
 
 
@@ -120,7 +120,7 @@ def _table(results: Sequence[ladder.Result]) -> Table:
     table.add_column("rung", no_wrap=True)
     for header in ("parameters", "train", "validation", "tokens/s"):
         table.add_column(header, justify="right", no_wrap=True)
-    table.add_column("sample")  # the one that a narrow terminal shortens
+    table.add_column("sample")  # shortened on a narrow terminal
     for result in results:
         table.add_row(
             result.rung,

@@ -36,37 +36,37 @@ from fastgpt.training.distributed import World
 from fastgpt.translation.config import TranslationConfig
 
 
-def _marked(command: type, **marks: tuple[Any, ...]) -> None:
-    """Annotate fields for tyro whose class does not import it; their types stay the same."""
+def _annotate(command: type, **marks: tuple[Any, ...]) -> None:
+    """Annotate fields for tyro, in a class that does not import it. Their types do not change."""
     for name, of_field in marks.items():
         for mark in of_field:
             command.__annotations__[name] = Annotated[command.__annotations__[name], mark]
 
 
-_marked(
+_annotate(
     SampleConfig,
     start=(shown(None, "a line break"),),
     stop=(tyro.conf.UseAppendAction, shown("TEXT", "none")),
 )
-_marked(ExportConfig, output=(shown("PATH", "hf, model.safetensors or nanogpt in out_dir"),))
-_marked(
+_annotate(ExportConfig, output=(shown("PATH", "hf, model.safetensors or nanogpt in out_dir"),))
+_annotate(
     PlotConfig,
     folders=(tyro.conf.Positional, shown("[OUT_DIR ...]", "out")),
-    output=(shown("FILE.png", "curves.png in the folder; for several, here"),),
+    output=(shown("FILE.png", "curves.png in the folder; with several, in the current one"),),
 )
-_marked(
+_annotate(
     LadderConfig,
     input=(shown("FILE", "the sources of Python's standard library"),),
     rungs=(shown("RUNG ...", "all; without a GPU all but scaled"),),
 )
 
-_marked(TranslationConfig, **TRANSLATION_MARKS)
+_annotate(TranslationConfig, **TRANSLATION_MARKS)
 
-_OF_MEMORY = ("can't allocate memory", "not enough memory", "Storage size calculation overflowed")
-_OF_WRITING = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT, errno.EPIPE)
+_NO_MEMORY = ("can't allocate memory", "not enough memory", "Storage size calculation overflowed")
+_WRITE_ERRORS = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT, errno.EPIPE)
 
-# Name → the dataclass of its options, and what runs it: on a console for results and one for errors
-# and progress. It may return an exit code.
+# Name → the dataclass of its options, and the function that runs it, given the options, a console
+# for results and one for errors and progress. The function may return an exit code.
 _COMMANDS: dict[str, tuple[type, Callable[[Any, Console, Console], int | None]]] = {
     "prepare": (Prepare, lambda given, out, _: run_prepare(given, out)),
     "tokenizer": (TrainTokenizer, lambda given, out, _: run_train_tokenizer(given, out)),
@@ -85,7 +85,7 @@ _COMMANDS: dict[str, tuple[type, Callable[[Any, Console, Console], int | None]]]
 
 
 def _unchecked(options: Any) -> type:
-    """``options`` without its checks, whose errors tyro would show in a box."""
+    """A subclass of ``options`` without its checks, whose errors tyro would show in a box."""
     if not hasattr(options, "__post_init__"):
         return options
 
@@ -99,8 +99,8 @@ def _unchecked(options: Any) -> type:
 
 
 def _parse(argv: list[str], defaults: Train) -> Any:
-    """An instance of one of the classes of ``_COMMANDS``. Raises ValueError or TypeError for values
-    that its class refuses; the keys of ``Train`` are not checked yet."""
+    """Return an instance of a class of ``_COMMANDS``. Raises ValueError or TypeError for values
+    that the class rejects; the keys of ``Train`` are not checked yet."""
     if argv[:2] == ["translate", "train"]:
         argv = ["translate train", *argv[2:]]
     commands: list[Any] = []
@@ -122,11 +122,11 @@ def _parse(argv: list[str], defaults: Train) -> Any:
 
 
 def _train_config(argv: list[str], first: Train, console: Console) -> TrainConfig:
-    """Defaults < preset < configuration file < command line.
+    """The keys in order of precedence: command line, configuration file, preset, defaults.
 
-    ``first`` is ``argv`` parsed on the plain defaults, which gives preset and file. ``argv`` is
-    then parsed again with these as the defaults. A checkpoint's dtype that the device lacks becomes
-    auto, which is printed; one of the command line does not.
+    ``first`` is ``argv`` parsed with the plain defaults, which gives preset and file. ``argv`` is
+    then parsed again with their keys as the defaults. If the device does not support a checkpoint's
+    dtype, it becomes auto, with a notice. A dtype from the command line does not change.
     """
     below = keys_below(first)
     second = _parse(argv, train_defaults(below))
@@ -139,14 +139,14 @@ def _train_config(argv: list[str], first: Train, console: Console) -> TrainConfi
     device = resolve_device(config.device)
     if is_native(config.dtype, device):
         return config
-    console.print(f"dtype = auto, as {device} has no {config.dtype}, which the checkpoint names")
+    console.print(f"dtype = auto, since {device} does not support the checkpoint's {config.dtype}")
     return replace(config, dtype="auto")
 
 
 def _reward(config: RewardConfig, console: Console) -> None:
     RewardTraining(config, console).run()
     reward = shlex.quote(config.out_dir)
-    console.print(f"saved {config.out_dir}. Learn by it: fastgpt rl --reward={reward}")
+    console.print(f"saved {config.out_dir}. Train with it: fastgpt rl --reward={reward}")
 
 
 def _rl(config: RLConfig, console: Console) -> None:
@@ -162,15 +162,15 @@ def _export(config: ExportConfig, console: Console) -> None:
         console.print(f"note: {note}")
 
 
-def _in_words(error: BaseException) -> str:
-    if isinstance(error, OSError) and error.filename is None and error.errno in _OF_WRITING:
-        error.filename = "stdout"  # every file's failure names it
+def _message(error: BaseException) -> str:
+    if isinstance(error, OSError) and error.filename is None and error.errno in _WRITE_ERRORS:
+        error.filename = "stdout"  # errors of all other files have a name
         _drop_stdout()
     return without_errno(error)
 
 
 def _drop_stdout() -> None:
-    """Python writes what is left for stdout when it exits, and would complain a second time."""
+    """Discard unwritten output: Python would write it at exit and report the error again."""
     with contextlib.suppress(OSError):  # io.UnsupportedOperation: stdout is no file
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
@@ -206,14 +206,14 @@ def main(argv: list[str] | None = None) -> int:
         PermissionError,
         ImportError,
     ) as error:
-        errors.print(f"error: {_in_words(error)}", style="bold red")
+        errors.print(f"error: {_message(error)}", style="bold red")
         return 2
     except (FloatingPointError, OSError, torch.OutOfMemoryError) as error:
-        errors.print(f"error: {_in_words(error)}", style="bold red")
+        errors.print(f"error: {_message(error)}", style="bold red")
         return 1
     except (MemoryError, RuntimeError) as error:
-        # PyTorch's errors of the CPU's memory have no class of their own.
-        if not isinstance(error, MemoryError) and not any(t in str(error) for t in _OF_MEMORY):
+        # PyTorch raises a plain RuntimeError if the CPU's memory is exhausted.
+        if not isinstance(error, MemoryError) and not any(t in str(error) for t in _NO_MEMORY):
             raise
         cause = ": ".join(["out of memory", *str(error).splitlines()[:1]])
         errors.print(f"error: {cause}", style="bold red")

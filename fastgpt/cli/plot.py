@@ -10,7 +10,7 @@ from fastgpt._optional import optional
 from fastgpt.training import log
 
 _CURVES = "curves.png"
-# key in the log → title and unit of its panel, for each kind of run; the first key tells the kind
+# log key → title and unit of its panel, for each kind of run; the first key identifies the kind
 LOSSES = {
     "loss": "training loss (nats per token; dots: evaluated)",
     "val/loss": "validation loss (nats per token)",
@@ -32,25 +32,25 @@ _RL_PANELS = {
     "length": "tokens of an answer",
     "val/match": "held-out answers that match",
 }
-# Figures of single updates are noisy: these evaluations are drawn over them.
+# Values of single updates are noisy, so these evaluations are drawn over them.
 _OVER = {"loss": "train/loss", "pair_loss": "val/pair_loss", "reward": "val/reward"}
 
 
 @dataclass(frozen=True, kw_only=True)
 class PlotConfig:
-    """Draw learning curves as PNG: of losses and speed, or of what `reward` and `rl` report."""
+    """Draw learning curves as PNG: losses and speed, or the metrics of `reward` and `rl`."""
 
     # Folders of the runs to compare.
     folders: tuple[Path, ...] = (Path("out"),)
-    # The picture.
+    # PNG file to write.
     output: Path | None = None
 
 
 def plot(config: PlotConfig) -> Path:
-    """Draw the curves; returns the path of the picture, which replaces an older one.
+    """Draw the curves, replacing an existing picture. Returns its path.
 
-    Raises FileNotFoundError if a folder has no ``log.jsonl``, ValueError if it is damaged or empty
-    or for an ``output`` that is no file ending in .png, ImportError without matplotlib.
+    Raises FileNotFoundError if a folder has no ``log.jsonl``, ValueError if the log is damaged or
+    empty, the errors of ``check_folder`` and ``check_picture``, ImportError without matplotlib.
     """
     if not config.folders:
         raise ValueError("folders must name at least one run, got none")
@@ -66,7 +66,7 @@ def plot(config: PlotConfig) -> Path:
 
 
 def check_picture(output: Path) -> None:
-    """ValueError, or NotADirectoryError, if a picture cannot be written to ``output``."""
+    """Raise ValueError or NotADirectoryError if a picture cannot be written to ``output``."""
     if output.suffix != ".png":
         raise ValueError(f"output must end in .png, got {output}")
     if output.is_dir():
@@ -75,8 +75,8 @@ def check_picture(output: Path) -> None:
 
 
 def draw(runs: dict[str, list[log.Row]], panels: dict[str, str] | None = None) -> Any:
-    """The curves of runs, name → rows of the log, as a ``matplotlib.figure.Figure``. ``panels``:
-    key → title, two in a row; None for those of the runs' kind.
+    """Draw ``runs``, name → rows of the log, as a ``matplotlib.figure.Figure``. ``panels``: log
+    key → title, two per row; None selects those for the kind of run.
     """
     matplotlib_figure = optional("matplotlib.figure", "plot", "log")
     figure = matplotlib_figure.Figure(figsize=(11, 7), layout="constrained")

@@ -1,4 +1,4 @@
-"""The commands that make data: ``fastgpt prepare`` and ``fastgpt tokenizer``."""
+"""The commands ``fastgpt prepare`` and ``fastgpt tokenizer``."""
 
 import shlex
 from dataclasses import dataclass
@@ -40,8 +40,8 @@ def shown(metavar: str | None, default: str) -> Any:
 class Prepare(Limited):
     """Make a data set from texts.
 
-    By default at character level, in nanoGPT's format. Inputs of any size are read as a stream and
-    encoded on all cores. After an interruption the same command continues.
+    By default at character level, in nanoGPT's format. Inputs of any size are streamed and encoded
+    on all cores. After an interruption, the same command resumes.
     """
 
     # builtin: the sources of this Python's standard library. shakespeare: Tiny Shakespeare,
@@ -50,15 +50,15 @@ class Prepare(Limited):
         tyro.conf.Positional[Literal["builtin", "shakespeare"] | None],
         shown("[builtin|shakespeare]", "builtin"),
     ] = None
-    # Texts of your own, instead of a corpus: a UTF-8 text, .jsonl (or .ndjson, or .json with an
-    # object in each line), .parquet, any of them as .gz or .zst, or a folder of such files. A text
-    # in a folder, a line or a row is a document.
+    # Your own texts instead of a corpus: a UTF-8 text, .jsonl (or .ndjson, or .json with one object
+    # per line), .parquet, any of them as .gz or .zst, or a folder of such files. Each text file in
+    # a folder, each line and each row is a document.
     input: Annotated[Path | None, shown("PATH", "none")] = None
-    # Dialogues, to make an assistant of a model, instead of a corpus: a .jsonl whose lines are
+    # Dialogues for training an assistant, instead of a corpus: a .jsonl whose lines are
     # {"messages": [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]},
-    # perhaps with a first message of the role system. --tokenizer is that of the base model.
+    # optionally with a first message of the role system. --tokenizer: the base model's.
     dialogues: Annotated[Path | None, shown("FILE", "none")] = None
-    # A data set of Hugging Face's, streamed, instead of a corpus.
+    # A Hugging Face data set, streamed, instead of a corpus.
     hf_dataset: Annotated[str | None, shown("NAME", "none")] = None
     # The configuration of --hf_dataset.
     hf_config: Annotated[str | None, shown("NAME", "none")] = None
@@ -66,7 +66,7 @@ class Prepare(Limited):
     hf_split: Annotated[str | None, shown("NAME", "train")] = None
     # The key of a JSON line, or column of a row, that holds the text.
     text_key: Annotated[str | None, shown("KEY", "text")] = None
-    # char: a token for each character. gpt2: GPT-2's BPE. PATH: a tokenizer.json, a
+    # char: one token per character. gpt2: GPT-2's BPE. PATH: a tokenizer.json, a
     # SentencePiece .model, a .tiktoken file, or a folder with one of them or with encoder.json and
     # vocab.bpe.
     tokenizer: Annotated[str, tyro.conf.arg(metavar="char|gpt2|PATH")] = _CHARACTERS
@@ -75,7 +75,7 @@ class Prepare(Limited):
         Path | None,
         shown("DIR", "data/builtin, data/shakespeare_char or data/NAME of the input"),
     ] = None
-    # Share of validation: random documents, or the end of one text.
+    # Share for validation: random documents, or the end of a single text.
     val_share: Annotated[
         float | None,
         shown(
@@ -84,24 +84,24 @@ class Prepare(Limited):
             f"{TEXT_VAL_SHARE} of one text",
         ),
     ] = None
-    # Seed of the choice of documents for validation.
+    # Seed for choosing the validation documents.
     seed: Annotated[int | None, shown("N", str(SEED))] = None
     # The token that ends each document.
     end_of_text: Annotated[
         str | None,
         shown("TOKEN", "the tokenizer's, such as <|endoftext|>; a line feed with char"),
     ] = None
-    # Tokens in one file.
+    # Maximum number of tokens per file.
     shard_tokens: Annotated[
-        int | None, shown("N", f"{SHARD_TOKENS}; one text at character level stays one file")
+        int | None, shown("N", f"{SHARD_TOKENS}; a single text at character level is one file")
     ] = None
-    # Threads that encode.
-    workers: Annotated[int | None, shown("N", "one for each core")] = None
+    # Number of encoding threads.
+    workers: Annotated[int | None, shown("N", "one per core")] = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainTokenizer(Limited):
-    """Learn a tokenizer from texts: fastgpt tokenizer train --input PATH --out_dir DIR.
+    """Train a tokenizer on texts: fastgpt tokenizer train --input PATH --out_dir DIR.
 
     Then use it: fastgpt prepare --tokenizer DIR --input PATH.
     """
@@ -112,16 +112,16 @@ class TrainTokenizer(Limited):
     input: Annotated[Path, tyro.conf.arg(metavar="PATH")]
     # Folder for tokenizer.json (bpe) or tokenizer.model.
     out_dir: Annotated[Path, tyro.conf.arg(metavar="DIR")]
-    # bpe: byte-level byte-pair encoding, like GPT-2's. unigram: by SentencePiece.
+    # bpe: byte-level byte-pair encoding, like GPT-2's. unigram: SentencePiece's.
     kind: Literal["bpe", "unigram"] = "bpe"
-    # Tokens, at least 257.
+    # Vocabulary size, at least 257.
     vocab_size: Annotated[int, tyro.conf.arg(metavar="N")] = 32768
     # The key of a JSON line, or column of a row, that holds the text.
     text_key: Annotated[str, tyro.conf.arg(metavar="KEY")] = "text"
 
 
 def run_prepare(command: Prepare, console: Console) -> None:
-    """Prepare a data set and print what was made."""
+    """Prepare a data set and print a summary."""
     inputs = {
         "a corpus": command.corpus,
         "--input": command.input,
@@ -199,7 +199,7 @@ def report_prepared(data_dir: Path, manifest: Manifest, console: Console) -> Non
 
 
 def run_train_tokenizer(command: TrainTokenizer, console: Console) -> None:
-    """Train a tokenizer and print what was made."""
+    """Train a tokenizer and print its file and how to use it."""
     source = source_of(command.input, command.text_key)
     tokenizer = train_tokenizer(source, command.kind, command.vocab_size, command.out_dir)
     out_dir, texts = (shlex.quote(str(path)) for path in (command.out_dir, command.input))

@@ -1,4 +1,4 @@
-"""``fastgpt sample``: prints samples, as text, as JSON, or in a dialogue."""
+"""``fastgpt sample``: print samples as text or JSON, or interactively."""
 
 import contextlib
 import io
@@ -20,10 +20,10 @@ _EXIT = "/exit"
 
 
 def run_sample(config: SampleConfig, console: Console, errors: Console) -> None:
-    """Print samples to ``console``; to ``errors`` which checkpoint stands in for ckpt.pt and, in
-    the dialogue, the errors of a prompt.
+    """Print samples to ``console``, notes (such as which checkpoint replaces ckpt.pt) and, with
+    ``interactive`` or ``chat``, the errors of a prompt to ``errors``.
 
-    Raises as ``Sampler`` does.
+    Raises like ``Sampler``.
     """
     sampler = Sampler(config)
     if sampler.note:
@@ -61,7 +61,7 @@ def _print_json(completions: Iterable[Completion], console: Console) -> None:
 
 
 def _print_object(fields: dict[str, Any], console: Console) -> None:
-    plain = not console.encoding.lower().startswith("utf")  # the escapes are JSON's own then
+    plain = not console.encoding.lower().startswith("utf")  # then use JSON's own escapes
     console.out(json.dumps(fields, ensure_ascii=plain))
 
 
@@ -92,12 +92,12 @@ def _chat(chat: Chat, seed: int, console: Console, errors: Console) -> None:
                     )
                 _print_pieces(pieces, console)
             if chat.cut:
-                errors.print("note: the answer was cut, it has as many tokens as it may have")
+                errors.print("note: the answer was cut off at its maximum number of tokens")
 
 
 @contextlib.contextmanager
 def _turn(console: Console, errors: Console) -> Iterator[None]:
-    """In it, an error or Ctrl-C ends one answer; at a prompt they end the dialogue."""
+    """Within the block, an error or Ctrl-C ends one answer; at a prompt they end the command."""
     try:
         yield
     except (ValueError, FileNotFoundError) as error:
@@ -136,8 +136,8 @@ def _dialogue(sampler: Sampler, console: Console, errors: Console) -> None:
 
 
 def _lines(prompt: str) -> Iterator[str]:
-    """The lines of stdin that are not empty. They end with a line feed, or one behind a carriage
-    return, as those of a file of prompts do; a byte order mark is none of the first.
+    """The nonempty lines of stdin. As in a file of prompts, they end with a line feed or with a
+    carriage return and a line feed; a byte order mark at the beginning is removed.
     """
     typed = sys.stdin.isatty()
     if not typed and isinstance(sys.stdin, io.TextIOWrapper):

@@ -43,17 +43,17 @@ _SAMPLE_TOKENS, _SAMPLE_TEMPERATURE, _SAMPLE_TOP_K = 300, 0.8, 200
 class Train:
     """Train a model.
 
-    Without arguments: a GPT on the built-in corpus, by the preset that fits this machine: char on a
+    Without arguments: a GPT on the built-in corpus, with the preset for this machine: char on a
     CUDA GPU, else the first half of char-cpu. A key takes its value from the command line, else
     from CONFIG.py, else from the preset, else the default shown here. With --init_from=resume and
-    neither preset nor CONFIG.py, the keys are those of the checkpoint.
+    neither preset nor CONFIG.py, the checkpoint's keys replace these defaults.
     """
 
     config_file: Annotated[
         tyro.conf.Positional[Path | None],
         tyro.conf.arg(
             metavar="[CONFIG.py|PRESET]",
-            help="A configuration file of nanoGPT's kind: assignments such as n_layer = 6. It is "
+            help="A configuration file in nanoGPT's format: assignments such as n_layer = 6. It is "
             "read, not executed. Or the name of a preset.",
             help_behavior_hint="(default: none)",
         ),
@@ -79,13 +79,13 @@ class Train:
     system: System = field(default_factory=System)
 
     def keys(self) -> dict[str, Any]:
-        """The values of all keys, flat."""
+        """The values of all keys in one dict."""
         groups = (getattr(self, group.__name__.lower()) for group in GROUPS)
         return {key: value for group in groups for key, value in asdict(group).items()}
 
 
 def train_defaults(base: dict[str, Any]) -> Train:
-    """A ``Train`` in which the keys of ``base`` are set."""
+    """A ``Train`` with the keys of ``base`` set."""
     groups: dict[str, Any] = {
         group.__name__.lower(): group(
             **{f.name: base[f.name] for f in fields(group) if f.name in base}
@@ -96,7 +96,7 @@ def train_defaults(base: dict[str, Any]) -> Train:
 
 
 def keys_below(first: Train) -> dict[str, Any]:
-    """The keys that the command line overrides: those of the preset, overridden by the file's."""
+    """The keys of preset and file, which wins; without both, the checkpoint's or automatic ones."""
     base: dict[str, Any] = {}
     if first.preset is not None:
         base.update(PRESETS[first.preset])
@@ -111,8 +111,8 @@ def keys_below(first: Train) -> dict[str, Any]:
 
 
 def _saved_keys(out_dir: Path) -> dict[str, Any]:
-    """The keys of the run to be resumed. From a checkpoint of nanoGPT's without ``compile``, which
-    is on there by default."""
+    """The keys of the run to resume. For a checkpoint of nanoGPT's, without ``compile``, which
+    is on by default there."""
     header, path = checkpoint_folder.read_newest(out_dir, ckpt.header)
     ckpt.refuse_translation(header, path)
     saved = header.get("config", {})
@@ -124,7 +124,7 @@ def _saved_keys(out_dir: Path) -> dict[str, Any]:
 
 
 def run_train(config: TrainConfig, world: World, console: Console) -> None:
-    """Train as ``config`` says, on all ranks of ``world``. Raises as ``Trainer`` does."""
+    """Train with ``config`` on all ranks of ``world``. Raises like ``Trainer``."""
     out_dir = Path(config.out_dir)
     if world.restarts and (checkpoint_folder.saved(out_dir) or (out_dir / ckpt.BEST).exists()):
         config = replace(config, init_from="resume")  # torchrun restarted this command
@@ -134,7 +134,7 @@ def run_train(config: TrainConfig, world: World, console: Console) -> None:
 
 
 def _train_connected(config: TrainConfig, world: World, console: Console) -> None:
-    # A file's str(time.time()) differs between the processes.
+    # str(time.time()) in a configuration file differs between the processes.
     config = world.all_gather_object(config)[0]
     changed = ", ".join(f"{key}={value}" for key, value in config.differences().items())
     console.print(f"keys that differ from the defaults: {changed or 'none'}")
@@ -160,12 +160,12 @@ def _train_connected(config: TrainConfig, world: World, console: Console) -> Non
                 console.print(f"saved {path}. Talk to it: fastgpt sample --chat{where}")
             else:
                 _print_sample(trainer, model, console)
-                console.print(f"saved {path}. Write text with it: fastgpt sample{where}")
+                console.print(f"saved {path}. Generate text with it: fastgpt sample{where}")
 
 
 def _tune(trainer: Trainer, console: Console) -> None:
-    """Measure, where that was not done before, which launches are fastest for the model. A resumed
-    run keeps those that it had: other launches round otherwise."""
+    """Find the fastest launch configurations for the model, unless that was done before. Not for a
+    resumed run, because other configurations round differently."""
     config, model, device = trainer.config, trainer.model, trainer.device
     wanted = config.tune and not config.eval_only and config.init_from != "resume"
     if not wanted or not trainer.world.is_main or not isinstance(model, GPT):
@@ -186,7 +186,7 @@ def _tune(trainer: Trainer, console: Console) -> None:
 
 
 def _summary(trainer: Trainer) -> Table:
-    """The losses of the trained model, over random batches, and of a bigram, over all of val."""
+    """A table of losses: the trained model's over random batches, a bigram's over all of val."""
     data_dir, shape = trainer.config.data_dir, trainer.model.config
     table = Table(title="Validation loss in nats per token, lower is better")
     table.add_column("model")
@@ -198,7 +198,7 @@ def _summary(trainer: Trainer) -> Table:
         kept = f"best, at iteration {trainer.best_iter}"
         table.add_row(kept, parameters, f"{trainer.best_val_loss:.4f}")
     if trainer.batches.of_dialogues:
-        table.caption = "Of the answers alone."
+        table.caption = "Over the tokens of answers only."
         return table
     if shape.vocab_size > builtin_texts.MAX_BIGRAM_VOCAB_SIZE:
         table.caption = f"No bigram table: {shape.vocab_size} x {shape.vocab_size} is too large."

@@ -33,32 +33,32 @@ _SHOWN = 3  # translations at the end of a training run
 class Translate(Limited):
     """Translate texts: fastgpt translate --model DIR "text".
 
-    Or the lines of a file, and with a reference for each the scores: BLEU and chrF (they need
-    sacrebleu), exact matches. A model comes from: fastgpt translate train.
+    Or translate the lines of a file, and with a reference for each print scores: BLEU and chrF
+    (which need sacrebleu) and exact matches. To train a model: fastgpt translate train.
     """
 
-    # The texts.
+    # Texts to translate.
     texts: Annotated[tyro.conf.Positional[tuple[str, ...]], shown("[TEXT ...]", "none")] = ()
     # Folder of the model.
     model: Annotated[Path, tyro.conf.arg(metavar="DIR")] = Path("out-translate")
-    # A file of texts, a line each, in UTF-8.
+    # A UTF-8 file with one text per line.
     source: Annotated[Path | None, shown("FILE", "none")] = None
-    # Reference translations of --source, line by line: print the scores, not the translations.
+    # Reference translations of --source, line by line: print scores instead of translations.
     target: Annotated[Path | None, shown("FILE", "none")] = None
-    # Or both in one file: each line a text, a tab, its translation.
+    # Or both in one file: a text, a tab and its translation per line.
     pairs: Annotated[Path | None, shown("FILE.tsv", "none")] = None
-    # Hypotheses kept in the search; 1 is greedy.
-    beam: Annotated[int | None, shown("N", "4, or the vocabulary if that is smaller")] = None
-    # How much longer translations are preferred: alpha of Wu et al. 2016.
+    # Number of hypotheses in the beam search; 1 is greedy search.
+    beam: Annotated[int | None, shown("N", "4, or the vocabulary size if smaller")] = None
+    # How strongly longer translations are preferred: alpha of Wu et al. 2016.
     length_penalty: float = 0.6
-    # cuda, cuda:N, cpu, mps, or auto.
+    # cuda, cuda:N, cpu, mps, or auto (cuda if available, else cpu).
     device: str = "auto"
-    # auto is bfloat16 on a GPU that has it, float16 on an older one, float32 elsewhere.
+    # auto: bfloat16 on a GPU that supports it, float16 on an older GPU, float32 elsewhere.
     dtype: Dtype = "auto"
 
 
 def run_translate(command: Translate, console: Console) -> None:
-    """Print translations, or their scores where there are references."""
+    """Print translations, or their scores if there are references."""
     given = [bool(command.texts), command.source is not None, command.pairs is not None]
     if sum(given) != 1 or (command.target is not None and command.source is None):
         raise ValueError(
@@ -73,7 +73,7 @@ def run_translate(command: Translate, console: Console) -> None:
     elif command.source is not None:
         texts = read_lines(command.source)
     if references:
-        optional("sacrebleu", "BLEU", "translate")  # before the work, not behind it
+        optional("sacrebleu", "BLEU", "translate")  # so that it fails before the work
     translator = Translator(command.model, command.device, command.dtype)
     translations = translator(texts, command.beam, command.length_penalty)
     if references:
@@ -88,7 +88,7 @@ def run_translate(command: Translate, console: Console) -> None:
 
 
 def run_translate_train(config: TranslationConfig, console: Console) -> None:
-    """Train, translate what was held out, and print how much of it is right."""
+    """Train, translate the held-out pairs, and print the share of exact translations."""
     trainer = TranslationTrainer(config, console)
     n_parameters = sum(p.numel() for p in trainer.model.parameters())
     source, target = trainer.tokenizers

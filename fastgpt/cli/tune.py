@@ -1,4 +1,4 @@
-"""``fastgpt tune``: measure which launches of the kernels are fastest on this GPU."""
+"""``fastgpt tune``: find the fastest kernel configurations on this GPU."""
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
@@ -21,13 +21,13 @@ if TYPE_CHECKING:  # it needs Triton
 
 @dataclass(frozen=True, kw_only=True)
 class TuneConfig:
-    """Measure which launches of the kernels are fastest on this GPU, for training one model.
+    """Find the fastest kernel configurations on this GPU for training one model.
 
-    The result lies in $FASTGPT_TUNED, by default ~/.cache/fastgpt/tuned, and is used from then on.
-    What is stopped goes on where it was.
+    The result is stored in $FASTGPT_TUNED, by default ~/.cache/fastgpt/tuned, and used from then
+    on. If stopped, the same command continues where it was.
     """
 
-    # GPT-2's sizes, or the 10.6M parameters of the preset char.
+    # A size of GPT-2, or the 10.6M parameters of the preset char.
     model: Literal["gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl", "char"] = "gpt2"
     # Sequences per batch.
     batch_size: int = 32
@@ -35,19 +35,19 @@ class TuneConfig:
     block_size: int = 0
     # Dropout probability.
     dropout: float = 0.0
-    # Biases in Linear and LayerNorm.
+    # Use biases in Linear and LayerNorm layers.
     bias: bool = False
     # Recompute GELU and LayerNorm in the backward pass.
     recompute: bool = False
-    # Tokens attend within their document only.
+    # Restrict attention to each token's own document.
     document_mask: bool = False
-    # auto is bfloat16 on a GPU that has it, else float16. float32 keeps the launches it has.
+    # auto: bfloat16 on a GPU that supports it, else float16. float32 is not tuned.
     dtype: Dtype = "auto"
     # cuda or cuda:N.
     device: str = "cuda"
-    # Begin no further launch after this many seconds.
+    # Do not start to tune another launch after this many seconds.
     seconds: float = 180.0
-    # Measure nothing: print what was measured as lines for kernels/shipped_table.py.
+    # Measure nothing: print earlier results as lines for kernels/shipped_table.py.
     export: bool = False
 
     def __post_init__(self) -> None:
@@ -55,7 +55,7 @@ class TuneConfig:
 
 
 def shape_of(config: TuneConfig) -> GPTConfig:
-    """The model's."""
+    """The shape of the model to tune for."""
     options: dict[str, Any] = dict(dropout=config.dropout, bias=config.bias)
     if config.model == "char":
         keys = PRESETS["char"]
@@ -70,10 +70,10 @@ def shape_of(config: TuneConfig) -> GPTConfig:
 
 
 def run_tune(config: TuneConfig, console: Console) -> int:
-    """Tune, or export; the exit code is 1 if a candidate made the GPU fail.
+    """Tune or export. Returns the exit code, 1 if a candidate made the GPU fail.
 
-    Raises ValueError for a device without the Triton kernels, for float32 and for no table to
-    export; OSError if the table cannot be written.
+    Raises ValueError for a device without the Triton kernels, for float32, and if there is nothing
+    to export; OSError if the table cannot be written.
     """
     device = _gpu(config)
     from fastgpt import tuning  # needs Triton
@@ -83,7 +83,7 @@ def run_tune(config: TuneConfig, console: Console) -> int:
         if not table.lines:
             raise ValueError("export must be False before anything was measured here, got True")
         console.print(
-            "\n".join(tuning.exported(table)) or "no line differs from those of the table"
+            "\n".join(tuning.exported(table)) or "no entry differs from the shipped table"
         )
         return 0
     dtype = resolve_dtype(config.dtype, device)
@@ -121,7 +121,7 @@ def _shown(table: "tuning.Table") -> Table:
     from fastgpt.tuning.table import name_of
 
     out = Table(
-        title="Launches, and the milliseconds of a step's passes that have them", box=box.SIMPLE
+        title="Launches, and milliseconds of a training step's passes that use them", box=box.SIMPLE
     )
     out.add_column("launch", no_wrap=True)
     for header in ("before", "now", "gain"):
@@ -134,7 +134,7 @@ def _shown(table: "tuning.Table") -> Table:
             f"{line.present_ms:.3f}",
             f"{line.ms:.3f}",
             f"{line.gain:.3f}x",
-            _short(line.config) if line in changes else f"as before, of {line.n_tried}",
+            _short(line.config) if line in changes else f"unchanged, of {line.n_tried} tried",
         )
     return out
 

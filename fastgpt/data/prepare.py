@@ -81,8 +81,8 @@ def prepare(
         val_share: the share for validation, in (0, 1): of the documents, by default 0.01, or of one
             text's characters, taken from its end, by default 0.1.
         seed: determines which documents are for validation.
-        shard_tokens: the length of a token file, at least 1. By default 100,000,000, except that a
-            single text at character level is always one file, for nanoGPT.
+        shard_tokens: the length of a token file, at least 1. By default 100,000,000, or for a
+            single text at character level enough for one file, as nanoGPT reads only one.
         end_of_text: the id that follows each document, by default the tokenizer's own.
         workers: number of threads, by default one per core that this process may use.
 

@@ -71,7 +71,7 @@ class GPT2Tokenizer(Tokenizer):
         return ids
 
     def encode_array(self, text: str) -> npt.NDArray[np.uint32]:
-        # Not encode_to_numpy, which before tiktoken 0.11 took special tokens for what they mean.
+        # Not encode_to_numpy, which before tiktoken 0.11 did not take special tokens as plain text.
         return np.fromiter(self._encoding.encode_ordinary(in_utf8(text)), np.uint32)
 
     def _decode(self, ids: npt.NDArray[np.int64]) -> str:

@@ -268,7 +268,7 @@ LIMITS: dict[str, tuple[float, float]] = {
     **dict.fromkeys(_COUNTS.split(), COUNT),
     **dict.fromkeys(("max_iters", "warmup_iters", "lr_decay_iters"), COUNT_OR_0),
     **dict.fromkeys(_NOT_NEGATIVE.split(), (0, math.inf)),
-    "vocab_size": (1, 2**24),  # a trainer of tokenizers allocates as many at once
+    "vocab_size": (1, 2**24),  # training a tokenizer allocates them all at once
     "seed": (0, 2**63 - 1),
     "dropout": (0, 0.999),
     "beta1": (0, 0.999999),
@@ -292,8 +292,8 @@ def _check_init_from(source: str, names: tuple[str, ...]) -> None:
 
 
 def check_limits(config: Any, **limits: tuple[float, float]) -> None:
-    """ValueError for the first key of ``config`` that is outside of its limits, or not finite.
-    ``limits``: those that are not ``LIMITS``'s. None is allowed for any key."""
+    """Raise ValueError for the first key of ``config`` that is outside its limits or not finite.
+    ``limits`` overrides ``LIMITS``. None is allowed for any key."""
     for key, (low, high) in {**LIMITS, **limits}.items():
         value = getattr(config, key, None)
         if value is None or (low <= value <= high and math.isfinite(value)):
@@ -307,7 +307,7 @@ def check_limits(config: Any, **limits: tuple[float, float]) -> None:
 
 
 class Limited:
-    """A dataclass that refuses what is outside of ``LIMITS``."""
+    """Base of dataclasses that raise ValueError for values outside ``LIMITS``."""
 
     def __post_init__(self) -> None:
         check_limits(self)

@@ -190,7 +190,7 @@ def eot_token(config: TrainConfig, tokenizer: Tokenizer | None) -> int | None:
     elif tokenizer is None:  # nanoGPT's
         return ckpt.GPT2_VOCAB_SIZE - 1
     else:
-        token, why = tokenizer.end_of_text, f"has a tokenizer ({tokenizer.name}) without one"
+        token, why = tokenizer.end_of_text, f"has no end of text in {tokenizer.name}"
     if isinstance(tokenizer, CharTokenizer):
         token, why = None, "consists of characters"
     if token is None:

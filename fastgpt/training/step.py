@@ -39,8 +39,8 @@ class Step:
             not finite. That update and all later ones are skipped, so the host need not read it
             before it logs. Without clipping only the loss is checked; the same with a gradient
             scaler, which itself skips updates whose gradients overflow.
-        inputs: for each micro-batch the pair of tensors that a CUDA graph reads, or None if there
-            is none yet. A batch that is written there and passed as that pair is not copied again.
+        inputs: for each micro-batch the pair of tensors that a CUDA graph reads; None before the
+            first call and without a graph. A batch passed as that pair is not copied again.
 
     Args:
         model: ``model(x, y)`` returns a pair whose second element is the loss. A language model,

@@ -122,7 +122,7 @@ class Trainer(Run):
             self._resume(saved, path)
 
     def _check_tokenizer(self, of_data: Mapping[str, Any]) -> None:
-        """Raise ValueError if the data set's folder has not the tokenizer that made its tokens."""
+        """Raise ValueError unless the data set's folder has the tokenizer that made its tokens."""
         own = None if self.tokenizer is None else self.tokenizer.fingerprint
         if of_data.get("file") and of_data.get("fingerprint") != own:
             raise ValueError(

@@ -47,11 +47,11 @@ class TranslationConfig:
     dropout: float = 0.1
     # Share of the target distribution that is spread over the vocabulary.
     label_smoothing: float = 0.1
-    # Tokens per batch on the longer side, including padding.
+    # Maximum number of tokens per batch on the longer side, including padding.
     batch_tokens: int = 4096
     # Number of updates.
     max_iters: int = 3000
-    # Number of warm-up updates, after which the learning rate decays as their inverse square root.
+    # Number of warm-up updates, after which the learning rate decays as 1 / sqrt(iteration).
     warmup_iters: int = 400
     # Peak learning rate; by default the paper's 1 / sqrt(n_embd * warmup_iters).
     learning_rate: float | None = None

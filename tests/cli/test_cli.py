@@ -48,7 +48,7 @@ def test_resume_without_the_dtype_of_the_checkpoint(
     resume = ["train", "--init_from=resume", "--max_iters=11"]
     capsys.readouterr()
     assert cli.main(resume) == 0
-    said = "dtype = auto, as cpu has no float16, which the checkpoint names"
+    said = "dtype = auto, since cpu does not support the checkpoint's float16"
     assert capsys.readouterr().out.count(said) == 1
     assert cli.main([*resume, "--max_iters=12"]) == 0  # the new checkpoint has dtype auto
     assert said not in capsys.readouterr().out
@@ -73,7 +73,7 @@ def test_prepare_train_sample(capsys: pytest.CaptureFixture[str]) -> None:
     assert "step 20: train loss" in out
     assert "bigram, counted on train.bin" in out and "bigram entropy of val.bin" in out
     sample, saved, last = out[out.index(" sample ") :].partition("\n")[2].rpartition("saved ")
-    assert saved + last == "saved out/ckpt.pt. Write text with it: fastgpt sample\n"
+    assert saved + last == "saved out/ckpt.pt. Generate text with it: fastgpt sample\n"
     assert len(sample) > 300 and set(sample) <= set(TEXT)
 
     assert cli.main(["sample", "--num_samples=2", "--max_new_tokens=30", "--start=12"]) == 0

@@ -74,7 +74,7 @@ def test_a_new_gpu(gpu: Callable[[int, int], None], monkeypatch: pytest.MonkeyPa
     table = "on the Triton kernels, with the launch table of sm_90"
     assert facts["ops"] == f"{table} (fastgpt tune was not run)"
     monkeypatch.setattr(configs, "read_tuned", lambda device: {1: 2, 3: 4})
-    assert found()["ops"] == f"{table} (2 lines measured here)"
+    assert found()["ops"] == f"{table} (2 entries tuned here)"
     assert facts["CUDA graph"].startswith("yes: ") and facts["fp8"] == "yes: --fp8=head"
 
 

@@ -46,9 +46,9 @@ class Specialisation:
     @property
     def kinds(self) -> list[str]:
         """The properties of each argument that decide whether the program lowers: the type and, for
-        constants, the value. Divisibility by 16 has no influence, nor has the value of a constant
-        above 1 unless it is a block's shape: then a power of two, at least 16 in a product.
-        The two half-precision dtypes count as one."""
+        constants, the value. Divisibility by 16 has no influence. Of constants above 1 it only
+        matters whether they are a power of two, which block sizes must be, and below 16, which the
+        block sizes of a product must not be. The two half-precision dtypes count as one."""
         found = [
             f"{name}: {kind}".replace("bf16", "fp16")
             for name, kind in self.source.signature.items()
@@ -76,7 +76,7 @@ class Specialisation:
         return f"{self.source.name} with {constants}"
 
     def lower(self) -> Any:
-        """The module in Triton's IR; raises LoweringError."""
+        """The module in Triton's IR; raises LoweringError if there is none."""
         context = ir.context()
         ir.load_dialects(context)
         self.backend.load_dialects(context)

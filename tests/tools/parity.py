@@ -85,8 +85,8 @@ def assert_parity(
         common = results(pytorch, inputs, grad, dtype)
     truth = results(plain, inputs, grad.double(), torch.float64)
     if truth[0].numel() == 1:
-        # One number, a loss, may be close by luck: PyTorch's error is also that with the order of
-        # summation of this CPU's library, whose products a kernel may call.
+        # A single number, such as a loss, may be close by luck. A kernel may call products of the
+        # CPU's library, with its order of sums, so take the larger of the errors with and without.
         own = results(pytorch, inputs, grad, dtype)[0]
         common[0] = max(common[0], own, key=lambda y: float((y - truth[0]).abs()))
     largest = [float(t.abs().max()) for t in (*inputs, grad, *truth) if few and t.numel()]

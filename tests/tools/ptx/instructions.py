@@ -172,7 +172,7 @@ class _Translator:
         if source in SPECIAL_REGISTERS:
             register = self._value(to, type)
             return [("special_register", [register], (SPECIAL_REGISTERS.index(source),))]
-        if source in self.program.parameters:  # its address there, which is for cvta alone
+        if source in self.program.parameters:  # its offset, of which cvta makes an address
             offset, _ = self.program.parameters[source]
             constant = self._constant(_kind(type), offset)
             return [(f"mov.b{8 * SIZES[type]}", [self._value(to, type), constant], ())]

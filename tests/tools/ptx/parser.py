@@ -53,7 +53,7 @@ _TOKEN = re.compile(
     )""",
     re.VERBOSE,
 )
-# LLVM counts the lines of inline assembly on, from the kernel's that it stands for.
+# Within inline assembly LLVM's line numbers count on from the kernel's line that contains it.
 _ASSEMBLY = re.compile("// begin inline asm.*?// end inline asm", re.DOTALL)
 _OPERAND = re.compile(r"\{[^{}]*\}|\[(?:[^\[\]{}]|\{[^{}]*\})*\]|[^,\s|]+(?:\s*\|\s*[^,\s|]+)?")
 _PARAMETER = re.compile(

@@ -95,7 +95,7 @@ u32 permute(u32 a, u32 b, u32 selectors) {
   return out;
 }
 
-// A source of which no byte is taken may be undefined, and is where the compiler wants one alone.
+// A source may be undefined if no byte of it is taken: so the compiler permutes a single register.
 void permute_bytes(Warp& w, const Instruction& i) {
   const u32* selectors = w.lanes<u32>(i.op[3]);
   u32 takes_a = 0, takes_b = 0;

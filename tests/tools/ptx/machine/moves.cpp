@@ -93,7 +93,7 @@ void special_register(Warp& w, const Instruction& i) {
   set_defined(w, i.op[0], ALL_LANES);
 }
 
-// Operand 0 = where operand 1, an offset in the parameters, is in memory.
+// Operand 0 = the address of the parameter whose offset is operand 1.
 void parameter_address(Warp& w, const Instruction& i) {
   u64 start = reinterpret_cast<u64>(w.machine->parameters.data());
   for (int l = 0; l < 32; l++)
