@@ -195,6 +195,8 @@ class _Unpickler(pickle.Unpickler):
     """Only accepts classes that describe tensors."""
 
     def find_class(self, module: str, name: str) -> Any:
+        if module == "pathlib._local":  # the module of Path in Python 3.13 alone
+            module = "pathlib"
         known = (module, name) in _KNOWN
         if module == "torch":
             known = known or isinstance(getattr(torch, name, None), torch.dtype)

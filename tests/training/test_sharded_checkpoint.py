@@ -1,9 +1,10 @@
 """Sharded checkpoint folders: contents, detection of damage, no execution of code in them."""
 
+import io
 import os
 import pickle
 from dataclasses import asdict
-from pathlib import Path
+from pathlib import Path, PosixPath
 from typing import Any
 
 import pytest
@@ -116,6 +117,13 @@ class _Attack:
 
     def __reduce__(self) -> Any:
         return self.call
+
+
+@pytest.mark.parametrize("module", ["pathlib", "pathlib._local"])
+def test_paths_of_every_python(module: str) -> None:
+    """Python 3.13 pickles a path as ``pathlib._local``'s, whichever Python loads it."""
+    pickled = io.BytesIO(f"c{module}\nPosixPath\n.".encode())
+    assert sharded_checkpoint._Unpickler(pickled).load() is PosixPath
 
 
 @pytest.mark.parametrize("function", [os.mkdir, eval, torch.load, pickle.loads])
