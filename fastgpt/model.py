@@ -369,7 +369,11 @@ class GPT(LanguageModel):
                 f".safetensors file, got {model_type!r}"
             )
         config, gelu, state = huggingface.read(source)
-        model = cls(replace(config, dropout=overrides.get("dropout", 0.0)), gelu=gelu)
+        model = cls(replace(config, dropout=overrides.get("dropout", 0.0)))
+        model.gelu_approximate = gelu  # set here because a subclass may only take the config
+        for module in model.modules():
+            if isinstance(module, MLP):
+                module.gelu.approximate = gelu
         try:
             model.load_state_dict(state)
         except RuntimeError as error:  # missing, unknown or wrongly shaped tensors

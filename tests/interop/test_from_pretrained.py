@@ -107,6 +107,16 @@ def test_a_name_is_looked_up_on_the_hub(
     assert_same_logits(model, theirs())
 
 
+def test_a_subclass_that_takes_the_config_alone(folder: Path) -> None:
+    class Own(GPT):
+        def __init__(self, config: Any) -> None:
+            super().__init__(config)
+
+    model = Own.from_pretrained(folder)
+    assert type(model) is Own and model.gelu_approximate == "tanh"
+    assert_same_logits(model, theirs())
+
+
 def test_a_folder_named_like_a_published_model(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
