@@ -58,6 +58,8 @@ class Sampling:
             )
         if self.top_k is not None and self.top_k < 1:
             raise ValueError(f"top_k must be at least 1, or None for all tokens, got {self.top_k}")
+        if self.top_k is not None and not hasattr(self.top_k, "__index__"):
+            raise TypeError(f"top_k must be an integer, or None for all tokens, got {self.top_k}")
         for name in ("top_p", "min_p"):
             if not 0.0 <= getattr(self, name) <= 1.0:
                 raise ValueError(f"{name} must lie between 0 and 1, got {getattr(self, name)}")

@@ -260,3 +260,5 @@ def _cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
 def _check_max_new_tokens(max_new_tokens: int) -> None:
     if max_new_tokens < 0:
         raise ValueError(f"max_new_tokens must be at least 0, got {max_new_tokens}")
+    if not hasattr(max_new_tokens, "__index__"):
+        raise TypeError(f"max_new_tokens must be an integer, got {max_new_tokens}")

@@ -103,6 +103,7 @@ def test_a_draw_never_waits_for_the_device() -> None:
         ({"temperature": 1e-40}, r"temperature must be .*at least 1e-30 .*got 1e-40"),
         ({"temperature": math.inf}, r"temperature must be .*finite, got inf"),
         ({"top_k": 0}, r"top_k must be at least 1, or None for all tokens, got 0"),
+        ({"top_k": 3.0}, r"top_k must be an integer, or None for all tokens, got 3.0"),
         ({"top_p": 1.5}, r"top_p must lie between 0 and 1, got 1.5"),
         ({"min_p": -0.1}, r"min_p must lie between 0 and 1, got -0.1"),
         ({"min_p": math.nan}, r"min_p must lie between 0 and 1, got nan"),
@@ -110,5 +111,5 @@ def test_a_draw_never_waits_for_the_device() -> None:
     ],
 )
 def test_options_out_of_range(options: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((ValueError, TypeError), match=message):
         Sampling(**options)

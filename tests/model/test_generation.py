@@ -315,6 +315,7 @@ def test_prompts_that_are_refused(prompts: Any, error: type, message: str) -> No
         (torch.tensor([[-1, 2]]), 1, ValueError, r"idx must .* 0 to 64 .*got -1"),
         (tokens().float(), 1, TypeError, r"idx must be torch.int64 .*float32"),
         (tokens(), -1, ValueError, "max_new_tokens must be at least 0, got -1"),
+        (tokens(), 2.0, TypeError, "max_new_tokens must be an integer, got 2.0"),
     ],
 )
 def test_generate_refuses(
