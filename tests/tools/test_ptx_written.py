@@ -1,5 +1,5 @@
-"""Programs written in PTX: the PTX machine passes the correct ones, finds the fault in the others, and
-rejects by name what it does not know.
+"""Programs written in PTX: the PTX machine passes the correct ones, finds the fault in the others,
+and rejects by name what it does not know.
 """
 
 import itertools
