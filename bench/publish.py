@@ -75,7 +75,7 @@ def _run(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path} is no record of bench/run.py: it has no {', '.join(missing)}")
     try:
         _check(path, run)
-        report.markdown(run), report.notes(run), *_facts(run)
+        report.markdown(run), report.notes(run), *_facts(run)  # while the file's name is known
     except (LookupError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is no record of bench/run.py: {cli.failure_of(error)}") from error
     return run
